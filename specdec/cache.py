@@ -1,0 +1,105 @@
+"""The ragged static KV cache: one preallocated block per layer, a length per slot.
+
+A slot's keys and values stand at their own positions; what lies beyond its length is stale and never attended to,
+because a query sees slot positions <= its own only. So rolling back is setting a length, and any transformers causal
+model works unchanged: it is given per-row position ids, a 4-D mask and this cache.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+
+@dataclass(slots=True)
+class _Window:
+    """Where the current forward call writes and what it may see.
+
+    slots: the rows' slots. positions: int64 [rows, width]. extent: positions seen, the last one written included.
+    start: the first position if it is the same in all rows, so that a plain copy will do.
+    """
+
+    slots: slice
+    positions: Tensor
+    extent: int
+    start: int | None
+
+
+class RaggedCache(Cache):
+    """Keys and values [slots, heads, capacity, head_dim] for each layer, allocated at the first use.
+
+    lengths: valid tokens per slot, owned by the caller. Raises ValueError where a call would run over the capacity.
+    """
+
+    def __init__(self, num_layers: int, num_slots: int, capacity: int) -> None:
+        self.num_slots, self.capacity = num_slots, capacity
+        self.lengths = [0] * num_slots
+        super().__init__(layers=[_RaggedLayer(self) for _ in range(num_layers)])
+
+    def open(self, first_slot: int, rows: int, width: int, device: torch.device) -> Tensor:
+        """Prepare to append `width` tokens to each of `rows` slots; returns their positions, int64 [rows, width]."""
+        lengths = self.lengths[first_slot:first_slot + rows]
+        extent = max(lengths) + width
+        if extent > self.capacity:
+            raise ValueError(f"{max(lengths)} cached tokens and {width} more exceed the cache's capacity of "
+                             f"{self.capacity}; allocate a larger one")
+        positions = torch.tensor(lengths, device=device).unsqueeze(1) + torch.arange(width, device=device)
+        start = lengths[0] if len(set(lengths)) == 1 else None
+        self.window = _Window(slice(first_slot, first_slot + rows), positions, extent, start)
+        return positions
+
+    def mask(self, dtype: torch.dtype) -> Tensor:
+        """Additive mask [rows, 1, width, extent] of the open window: 0 where position <= own, else the least number."""
+        positions = self.window.positions
+        hidden = torch.arange(self.window.extent, device=positions.device) > positions.unsqueeze(-1)
+        mask = torch.zeros(hidden.shape, dtype=dtype, device=positions.device)
+        return mask.masked_fill_(hidden, torch.finfo(dtype).min).unsqueeze(1)
+
+
+class _RaggedLayer(CacheLayerMixin):
+    """One layer's block; the interface is transformers'."""
+
+    is_sliding = False
+
+    def __init__(self, cache: RaggedCache) -> None:
+        super().__init__()
+        self.cache = cache
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        def block(states: Tensor) -> Tensor:  # zeros: a masked NaN would still poison the sum over values
+            shape = (self.cache.num_slots, states.shape[1], self.cache.capacity, states.shape[3])
+            return torch.zeros(shape, dtype=states.dtype, device=states.device)
+
+        self.keys, self.values = block(key_states), block(value_states)
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+               ) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        return self._write(self.keys, key_states), self._write(self.values, value_states)
+
+    def _write(self, block: Tensor, states: Tensor) -> Tensor:
+        window = self.cache.window
+        rows = block[window.slots]
+        if window.start is not None:
+            rows[:, :, window.start:window.extent] = states
+        else:
+            index = window.positions.to(block.device)[:, None, :, None].expand(states.shape)
+            rows.scatter_(2, index, states)
+        return rows[:, :, :window.extent]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.cache.window.extent, 0
+
+    def get_seq_length(self) -> int:
+        return self.cache.window.extent - self.cache.window.positions.shape[1]
+
+    def get_max_length(self) -> int:
+        return self.cache.capacity
+
+    def get_max_cache_shape(self) -> int:  # the name before transformers 5.20
+        return self.cache.capacity

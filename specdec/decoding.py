@@ -1,0 +1,203 @@
+"""The decode loop: prefill, propose, score, verify, commit.
+
+Autoregressive decoding is this loop with nothing proposed. Rows are ragged: each accepts its own number of tokens,
+stops on its own, and its slot goes to the next waiting request.
+
+Invariant between steps: a row's target cache holds all its tokens but the last. A step feeds that token and the draft,
+so position i of the logits is the law of the token that draft token i proposes.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from specdec.models import Cache, LanguageModel, prefill
+from specdec.proposers import Proposer
+from specdec.randomness import Role, UniformSource, uniforms
+from specdec.requests import Batch, Generation, Request, Step
+from specdec.sampling import NonFiniteLogitsError, SamplingParams, SamplingState
+from specdec.stats import PhaseTimes
+from specdec.verification import Draft, Verification, VerificationRule, verify_tokens
+
+
+class Decoder:
+    """Runs requests through one target model and one proposer.
+
+    target: the model whose law is sampled. proposer: None decodes autoregressively.
+    num_speculative_tokens: tokens proposed per step at the most. max_batch_size: rows decoded together at the most.
+    rule: how a draft is verified. uniforms: the source of randomness.
+    `times` holds the phase times of the run in progress, or of the last one.
+    """
+
+    def __init__(self, target: LanguageModel, proposer: Proposer | None = None, num_speculative_tokens: int = 0, *,
+                 max_batch_size: int = 1, rule: VerificationRule = verify_tokens,
+                 uniforms: UniformSource = uniforms) -> None:
+        self.target, self.proposer, self.num_speculative_tokens = target, proposer, num_speculative_tokens
+        self.max_batch_size = max_batch_size
+        self.rule, self.uniforms = rule, uniforms
+        self.times = PhaseTimes()
+        self._cache: Cache | None = None
+
+    def run(self, requests: Sequence[Request]) -> Iterator[Generation]:
+        """Decode all requests, yielding each as it finishes. Prompts wait for a slot in the order given.
+
+        Raises NonFiniteLogitsError naming the request, the position and the step.
+        """
+        start_s = time.perf_counter()
+        self.times = PhaseTimes()
+        cache = self._reserve(requests)
+        waiting = deque(Generation(request, start_s) for request in requests)
+        slots: list[Generation | None] = [None] * self.max_batch_size
+        batch: Batch | None = None
+        while True:
+            yield from self._admit(waiting, slots, cache)
+            if not any(slots):
+                break
+            batch = self._form_batch(slots, cache, batch)
+            self._step(batch, cache)
+            for slot, row in enumerate(slots):
+                if row and row.finish_reason:
+                    slots[slot] = None
+                    yield row
+        self.times.total_s = time.perf_counter() - start_s
+
+    def _reserve(self, requests: Sequence[Request]) -> Cache:
+        """A cache that holds the longest request and the draft tokens that may stand behind it."""
+        longest = max((len(r.prompt) + r.sampling.max_tokens for r in requests), default=0)
+        capacity = longest + self.num_speculative_tokens
+        if self._cache is None or self._cache.capacity < capacity:
+            self._cache = self.target.allocate(self.max_batch_size, capacity)
+        return self._cache
+
+    def _admit(self, waiting: deque[Generation], slots: list[Generation | None], cache: Cache) -> Iterator[Generation]:
+        """Give free slots to waiting requests; yields those that their first token already ends."""
+        for slot in range(len(slots)):
+            while slots[slot] is None and waiting:
+                row = waiting.popleft()
+                self._prefill(row, cache, slot)
+                if row.finish_reason:
+                    yield row
+                else:
+                    slots[slot] = row
+
+    def _form_batch(self, slots: list[Generation | None], cache: Cache, previous: Batch | None) -> Batch:
+        """The rows up to the last busy slot; the previous batch if they have not changed."""
+        num_rows = max(slot for slot, row in enumerate(slots) if row) + 1
+        if previous and previous.rows == slots[:num_rows]:
+            return previous
+        return self._batch_of(slots[:num_rows], cache.capacity)
+
+    def _batch_of(self, rows: list[Generation | None], capacity: int) -> Batch:
+        idle = SamplingParams(temperature=0)
+        sampling = SamplingState(
+            [row.request.sampling if row else idle for row in rows], [row.request.prompt if row else () for row in rows],
+            [row.output if row else () for row in rows], self.target.vocab_size, self.target.device)
+        return Batch(rows, sampling, self.max_batch_size, capacity)
+
+    @torch.inference_mode()
+    def _prefill(self, row: Generation, cache: Cache, slot: int) -> None:
+        """Score the prompt and emit the first token: a step with an empty draft that is not counted as one."""
+        batch = self._batch_of([row], cache.capacity)
+        with self._phase("prefill_s"):
+            cache.lengths[slot] = 0
+            logits = prefill(self.target, row.tokens, cache, slot)
+        draft = Draft.empty(1, self.target.vocab_size, self.target.device)
+        with self._phase("verification_s"):
+            outcome = self._verify(batch, logits, draft)
+        self._commit(batch, draft, outcome, logits)
+        row.steps.clear()
+        row.first_token_s = time.perf_counter()
+
+    @torch.inference_mode()
+    def _step(self, batch: Batch, cache: Cache) -> None:
+        """One target call for the whole batch."""
+        with self._phase("draft_s"):
+            draft = self._propose(batch)
+        with self._phase("scoring_s"):
+            cache.lengths[:len(batch.rows)] = [length - 1 for length in batch.lengths()]
+            last = torch.tensor(batch.last_tokens(), device=self.target.device).unsqueeze(1)
+            logits = self.target.forward(torch.cat([last, draft.tokens], 1), cache)
+        with self._phase("verification_s"):
+            outcome = self._verify(batch, logits, draft)
+        self._commit(batch, draft, outcome, logits)
+
+    def _propose(self, batch: Batch) -> Draft:
+        # the token after the draft is never proposed, so a row that may emit n more needs n - 1 at the most
+        limits = [min(self.num_speculative_tokens, row.num_remaining - 1) if row else 0 for row in batch.rows]
+        if self.proposer is None or not any(limits):
+            return Draft.empty(len(batch.rows), self.target.vocab_size, self.target.device)
+        with _naming(batch, "the draft model's"):
+            return self.proposer.propose(batch, limits)
+
+    def _verify(self, batch: Batch, logits: Tensor, draft: Draft) -> Verification:
+        with _naming(batch, "the target's"):
+            law = batch.sampling.law(logits, draft.tokens)
+        return self.rule(law, draft, *self._draws(batch, draft))
+
+    def _draws(self, batch: Batch, draft: Draft) -> tuple[Tensor, Tensor]:
+        """Uniforms for accepting, [rows, k], and for the last token, [rows, k + 1]."""
+        rows, width = draft.tokens.shape
+        device = self.target.device
+        if batch.sampling.all_greedy:  # every law is one-hot: no uniform can change anything
+            zeros = torch.zeros(rows, 2 * width + 1, dtype=torch.float64, device=device)
+        else:
+            offsets = torch.arange(width + 1, device=device)
+            last_roles = torch.where(offsets < draft.lengths.unsqueeze(1), int(Role.RECOVER), int(Role.BONUS))
+            roles = torch.cat([torch.full_like(draft.tokens, Role.ACCEPT), last_roles], 1)
+            origins = torch.tensor(batch.lengths(), device=device).unsqueeze(1)
+            positions = origins + torch.cat([offsets[:-1], offsets])
+            zeros = self.uniforms(batch.sampling.seeds.unsqueeze(1), positions, roles, origins)
+        return zeros[:, :width], zeros[:, width:]
+
+    def _commit(self, batch: Batch, draft: Draft, outcome: Verification, logits: Tensor) -> None:
+        """Append what was decided to each row and record it. The one transfer from the device to the host."""
+        columns = [draft.tokens, draft.lengths[:, None], outcome.accepted[:, None], outcome.next_token[:, None]]
+        for index, (row, values) in enumerate(zip(batch.rows, torch.cat(columns, 1).tolist(), strict=True)):
+            if row is None:
+                continue
+            *proposed, num_drafted, num_accepted, next_token = values
+            emitted = [*proposed[:num_accepted], next_token]
+            num_kept = row.emit(emitted)
+            if row.request.sampling.logprobs:
+                row.logprobs += _logprobs(logits[index], emitted[:num_kept])
+            batch.sampling.observe(index, emitted[:num_kept])
+            last = "recovered" if num_accepted < num_drafted else "bonus"
+            row.steps.append(Step(num_drafted, min(num_accepted, num_kept), last if num_kept > num_accepted else None))
+            if row.finish_reason:
+                row.finish_s = time.perf_counter()
+
+    @contextmanager
+    def _phase(self, name: str) -> Iterator[None]:
+        start_s = self._now_s()
+        yield
+        setattr(self.times, name, getattr(self.times, name) + self._now_s() - start_s)
+
+    def _now_s(self) -> float:
+        if self.target.device.type == "cuda":
+            torch.cuda.synchronize(self.target.device)
+        return time.perf_counter()
+
+
+def _logprobs(logits: Tensor, tokens: Sequence[int]) -> list[float]:
+    """log-softmax of the unprocessed logits [width, vocab] at the tokens, which stand at the first positions."""
+    index = torch.tensor(tokens, device=logits.device).unsqueeze(1)
+    return logits[:len(tokens)].double().log_softmax(-1).gather(1, index).squeeze(1).tolist()
+
+
+@contextmanager
+def _naming(batch: Batch, whose: str) -> Iterator[None]:
+    """Say which request and step had logits without a law."""
+    try:
+        yield
+    except NonFiniteLogitsError as error:
+        row = batch.rows[error.row]
+        assert row is not None
+        raise NonFiniteLogitsError(
+            error.row, error.position, f"{whose} request {row.request.index} at token position "
+            f"{len(row.tokens) + error.position} (decode step {len(row.steps) + 1})") from error

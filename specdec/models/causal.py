@@ -1,0 +1,111 @@
+"""Any transformers decoder-only model behind the `LanguageModel` seam, through the ragged static cache."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.cache_utils import DynamicCache, DynamicLayer
+
+from specdec.cache import RaggedCache
+
+
+class UnsupportedModelError(ValueError):
+    """A model whose state cannot be rolled back by setting a length, or that does not take per-row positions."""
+
+
+class CausalLM:
+    """A transformers causal language model and its tokenizer.
+
+    model: in eval mode, with eager or SDPA attention. tokenizer: transformers tokenizer, or None for token ids only.
+    context_length: tokens that prompt and output may have together; a sliding window limits it to the window,
+    within which it equals full attention.
+    Raises UnsupportedModelError if the model would be decoded wrongly; this is tried out, not only looked up.
+    """
+
+    def __init__(self, model: PreTrainedModel, tokenizer: Any = None) -> None:
+        self.model, self.tokenizer = model, tokenizer
+        self.config = model.config.get_text_config(decoder=True)
+        self.vocab_size: int = self.config.vocab_size
+        self.device, self.dtype = model.device, model.dtype
+        self.num_layers, self.context_length = _rollback_limits(model)
+        _check_ragged_equals_plain(self)
+
+    @property
+    def eos_token_ids(self) -> frozenset[int]:
+        """Tokens that end a sequence, from the generation config, else the model config."""
+        generation_config = getattr(self.model, "generation_config", None)
+        eos = getattr(generation_config, "eos_token_id", None)
+        if eos is None:
+            eos = self.config.eos_token_id
+        return frozenset([eos] if isinstance(eos, int) else eos or [])
+
+    def allocate(self, num_slots: int, capacity: int) -> RaggedCache:
+        return RaggedCache(self.num_layers, num_slots, capacity)
+
+    @torch.inference_mode()
+    def forward(self, tokens: Tensor, cache: RaggedCache, first_slot: int = 0, last_only: bool = False) -> Tensor:
+        rows, width = tokens.shape
+        positions = cache.open(first_slot, rows, width, self.device)
+        output = self.model(
+            input_ids=tokens,
+            attention_mask=cache.mask(self.dtype),
+            # padding may stand beyond the last position that the model knows
+            position_ids=positions.clamp(max=self.context_length - 1),
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1 if last_only else 0,
+        )
+        return output.logits
+
+
+def _rollback_limits(model: PreTrainedModel) -> tuple[int, int]:
+    """(number of cache layers, context length up to which every layer is full attention)."""
+    name, config = type(model).__name__, model.config.get_text_config(decoder=True)
+    if model.config.is_encoder_decoder:
+        raise UnsupportedModelError(f"{name} is an encoder-decoder; give a decoder-only model")
+    if getattr(model, "_is_stateful", False):
+        raise UnsupportedModelError(f"{name} keeps a recurrent state, which cannot be rolled back after a rejection; "
+                                    "give a model with full attention in every layer")
+    attention = config._attn_implementation
+    if attention not in ("eager", "sdpa"):
+        raise UnsupportedModelError(f"attention={attention!r} of {name} must be 'eager' or 'sdpa': "
+                                    "others take no mask for each row")
+    limit = getattr(config, "max_position_embeddings", None) or 1 << 30
+    layers = DynamicCache(config=config).layers
+    for index, layer in enumerate(layers):
+        window = getattr(layer, "sliding_window", None)
+        if window is not None:
+            limit = min(limit, window)
+        elif type(layer) is not DynamicLayer:
+            raise UnsupportedModelError(f"layer {index} of {name} keeps a {type(layer).__name__}, which cannot be "
+                                        "rolled back after a rejection; give a model with full attention in every layer")
+    return len(layers) or config.num_hidden_layers, limit
+
+
+@torch.inference_mode()
+def _check_ragged_equals_plain(lm: CausalLM) -> None:
+    """Compare logits through the ragged cache, with a rollback and rows of unequal length, with a plain forward."""
+    name = type(lm.model).__name__
+    length = min(12, lm.context_length)
+    tokens = torch.arange(length, device=lm.device).mul(7919).remainder(lm.vocab_size).unsqueeze(0)
+    cut = length // 2
+    cache = lm.allocate(2, length + 3)
+    try:
+        expected = lm.model(input_ids=tokens, use_cache=False).logits[0, cut:].float()
+        lm.forward(tokens[:, :3], cache, first_slot=0)
+        lm.forward(tokens[:, :cut].flip(1), cache, first_slot=1)
+        cache.lengths[:] = [0, 0]
+        lm.forward(tokens[:, :cut], cache, first_slot=1)
+        cache.lengths[:] = [3, cut]
+        actual = lm.forward(tokens[:, cut:].expand(2, -1), cache)[1].float()
+    except (TypeError, NotImplementedError) as error:
+        raise UnsupportedModelError(f"{name} does not take position_ids, a 4-D mask and a cache: {error}") from error
+    difference = (actual - expected).norm() / expected.norm()
+    tolerance = 1e-3 if lm.dtype in (torch.float32, torch.float64) else 5e-2
+    if not difference <= tolerance:
+        raise UnsupportedModelError(
+            f"{name} gives other logits with per-row positions than without (relative difference {difference:.2g} "
+            f"must be <= {tolerance:g}): it would be decoded wrongly, so it is refused")

@@ -1,0 +1,56 @@
+"""A toy language model with a known law, for proofs: a Markov table of order two.
+
+The law of the next token depends on the last token and, *read back from the cache*, on the one before it, so that a
+stale cache, a wrong row or a wrong position changes the output law and is seen.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+@dataclass(slots=True)
+class MarkovCache:
+    """Tokens by slot and position: int64 [slots, capacity]."""
+
+    tokens: Tensor
+    lengths: list[int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.lengths = [0] * len(self.tokens)
+
+    @property
+    def capacity(self) -> int:
+        return self.tokens.shape[1]
+
+
+class MarkovModel:
+    """Next-token laws from a table.
+
+    table: float64 [vocab, vocab, vocab]; table[a, b] is the law of the token after ..., a, b. At the start of a
+    sequence a is token 0. Raises ValueError unless each row is a law.
+    """
+
+    def __init__(self, table: Tensor, context_length: int = 1 << 20) -> None:
+        if table.ndim != 3 or len(set(table.shape)) != 1:
+            raise ValueError(f"table of shape {tuple(table.shape)} must be [vocab, vocab, vocab]")
+        if (table < 0).any() or not torch.allclose(table.sum(-1), torch.ones_like(table[..., 0])):
+            raise ValueError("table must have rows >= 0 that sum to 1")
+        self.table = table.double()
+        self.vocab_size, self.context_length, self.device = len(table), context_length, table.device
+
+    def allocate(self, num_slots: int, capacity: int) -> MarkovCache:
+        return MarkovCache(torch.zeros(num_slots, capacity, dtype=torch.int64, device=self.device))
+
+    def forward(self, tokens: Tensor, cache: MarkovCache, first_slot: int = 0, last_only: bool = False) -> Tensor:
+        rows, width = tokens.shape
+        start = torch.tensor(cache.lengths[first_slot:first_slot + rows], device=self.device).unsqueeze(1)
+        positions = start + torch.arange(width, device=self.device)
+        stored = cache.tokens[first_slot:first_slot + rows]
+        stored.scatter_(1, positions, tokens)
+        previous = torch.where(positions > 0, stored.gather(1, (positions - 1).clamp(min=0)), 0)
+        logits = self.table[previous, stored.gather(1, positions)].log()
+        return logits[:, -1:] if last_only else logits

@@ -1,0 +1,127 @@
+"""Drafts copied from the request's own text: prompt lookup, and an online store of n-gram counts.
+
+Both look only at the prompt and at emitted tokens, cost a constant time per token, and are deterministic: their law
+is one-hot, which makes them exact at every temperature.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from specdec.requests import Batch, Generation
+from specdec.verification import Draft
+
+Ngram = tuple[int, ...]
+
+
+class TokenIndex(Protocol):
+    """Guesses how a growing list of tokens goes on."""
+
+    def continuation(self, tokens: list[int], limit: int) -> list[int]:
+        """At most `limit` tokens; `tokens` is the list of the last call with more appended."""
+        ...
+
+
+class LookupIndex:
+    """Prompt lookup (Saxena 2023): find where the longest suffix of the text occurred last, and copy what followed.
+
+    min_ngram, max_ngram: the shortest and longest suffix that counts as a match, in tokens.
+    A copy that reaches the end of the text goes on into itself, so that a repeating text is continued as repeating.
+    """
+
+    def __init__(self, min_ngram: int, max_ngram: int) -> None:
+        self._sizes = range(max_ngram, min_ngram - 1, -1)
+        self._follows: dict[Ngram, int] = {}  # n-gram -> position of the token after its most recent occurrence
+        self._num_indexed = 0
+
+    def continuation(self, tokens: list[int], limit: int) -> list[int]:
+        # n-grams that end before the last token: the suffix itself must not match itself
+        for end in range(self._num_indexed + 1, len(tokens)):
+            for size in self._sizes:
+                if size <= end:
+                    self._follows[tuple(tokens[end - size:end])] = end
+        self._num_indexed = max(self._num_indexed, len(tokens) - 1)
+        for size in self._sizes:
+            start = self._follows.get(tuple(tokens[-size:])) if size <= len(tokens) else None
+            if start is not None:
+                period = len(tokens) - start
+                return [tokens[start + i % period] for i in range(limit)]
+        return []
+
+
+class CountIndex:
+    """Online n-gram store (Ou et al. 2024, arXiv:2404.08698): the most frequent next token of the longest known context.
+
+    min_ngram, max_ngram: context lengths to back off between, long to short. Ties go to the more recent token.
+    A draft ends where no context is known.
+    """
+
+    def __init__(self, min_ngram: int, max_ngram: int) -> None:
+        self._sizes = range(max_ngram, min_ngram - 1, -1)
+        self._counts: dict[Ngram, dict[int, int]] = {}
+        self._best: dict[Ngram, int] = {}
+        self._num_indexed = 0
+
+    def continuation(self, tokens: list[int], limit: int) -> list[int]:
+        for end in range(self._num_indexed, len(tokens)):
+            self._count(tokens, end)
+        self._num_indexed = len(tokens)
+        text = tokens[-self._sizes.start:]
+        num_known = len(text)
+        while len(text) - num_known < limit:
+            token = self._most_frequent(text)
+            if token is None:
+                break
+            text.append(token)
+        return text[num_known:]
+
+    def _count(self, tokens: list[int], end: int) -> None:
+        token = tokens[end]
+        for size in self._sizes:
+            if size <= end:
+                context = tuple(tokens[end - size:end])
+                counts = self._counts.setdefault(context, {})
+                counts[token] = counts.get(token, 0) + 1
+                if counts[token] >= counts.get(self._best.get(context, token), 0):
+                    self._best[context] = token
+
+    def _most_frequent(self, text: list[int]) -> int | None:
+        for size in self._sizes:
+            token = self._best.get(tuple(text[-size:])) if size <= len(text) else None
+            if token is not None:
+                return token
+        return None
+
+
+class NgramProposer:
+    """Proposes what an index of each request's own tokens suggests.
+
+    index: LookupIndex or CountIndex, or any class made from (min_ngram, max_ngram).
+    Raises ValueError unless 1 <= min_ngram <= max_ngram.
+    """
+
+    def __init__(self, vocab_size: int, device: torch.device, index: type[LookupIndex] | type[CountIndex] = LookupIndex,
+                 min_ngram: int = 2, max_ngram: int = 4) -> None:
+        if not 1 <= min_ngram <= max_ngram:
+            raise ValueError(f"min_ngram={min_ngram} must be at least 1 and at most max_ngram={max_ngram}")
+        self._new_index = lambda: index(min_ngram, max_ngram)
+        self._vocab_size, self._device = vocab_size, device
+        self._indices: dict[Generation, TokenIndex] = {}
+
+    def propose(self, batch: Batch, limits: Sequence[int]) -> Draft:
+        old = self._indices
+        self._indices = {row: old.get(row) or self._new_index() for row in batch.rows if row is not None}
+        guesses = [self._indices[row].continuation(row.tokens, limit) if row and limit else []
+                   for row, limit in zip(batch.rows, limits, strict=True)]
+        return Draft.deterministic(*pad(guesses, self._device), self._vocab_size)
+
+
+def pad(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Lists of token ids -> tokens int64 [rows, longest] padded with 0, and their lengths int64 [rows]."""
+    width = max(map(len, rows))
+    tokens = torch.tensor([[*row, *[0] * (width - len(row))] for row in rows], dtype=torch.int64, device=device)
+    return tokens.view(len(rows), width), torch.tensor([len(row) for row in rows], device=device)

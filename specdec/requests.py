@@ -1,0 +1,140 @@
+"""What goes into the decode loop, what is in flight in it, and what comes out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from specdec.sampling import SamplingParams, SamplingState
+from specdec.stats import AcceptanceCounts
+
+TokenSource = Literal["accepted", "recovered", "bonus"]
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One prompt to continue.
+
+    index: the caller's number for it. prompt: token ids, at least one. sampling: its parameters.
+    stop_token_ids: every token that ends it, the model's end-of-sequence tokens included unless they are ignored.
+    """
+
+    index: int
+    prompt: tuple[int, ...]
+    sampling: SamplingParams
+    stop_token_ids: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One decode step of one request, after truncation.
+
+    num_drafted: tokens proposed. num_accepted: proposed tokens emitted.
+    last: where the token after them came from; None if truncation removed it.
+    """
+
+    num_drafted: int
+    num_accepted: int
+    last: TokenSource | None
+
+
+@dataclass(slots=True, eq=False)
+class Generation:
+    """A request in flight: `tokens` is its prompt and what was emitted so far. Times are clock readings in seconds."""
+
+    request: Request
+    arrival_s: float
+    tokens: list[int] = field(init=False)
+    steps: list[Step] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    first_token_s: float = 0.0
+    finish_s: float = 0.0
+    finish_reason: FinishReason | None = None
+
+    def __post_init__(self) -> None:
+        self.tokens = list(self.request.prompt)
+
+    @property
+    def num_remaining(self) -> int:
+        """Tokens that may still be emitted."""
+        return len(self.request.prompt) + self.request.sampling.max_tokens - len(self.tokens)
+
+    @property
+    def output(self) -> list[int]:
+        """The emitted tokens."""
+        return self.tokens[len(self.request.prompt):]
+
+    def emit(self, tokens: Sequence[int]) -> int:
+        """Append tokens up to the first stop token or `max_tokens`; returns how many were kept."""
+        for kept, token in enumerate(tokens, 1):
+            self.tokens.append(token)
+            if token in self.request.stop_token_ids:
+                self.finish_reason = "stop"
+            elif self.num_remaining == 0:
+                self.finish_reason = "length"
+            if self.finish_reason:
+                return kept
+        return len(tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """The rows of a decode step.
+
+    rows: row r lives in cache slot r; None is an idle slot. sampling: the rows' parameters and token counts.
+    num_slots: rows that there may ever be. capacity: tokens that a slot must be able to hold.
+    """
+
+    rows: list[Generation | None]
+    sampling: SamplingState
+    num_slots: int
+    capacity: int
+
+    def lengths(self) -> list[int]:
+        """Tokens of each row so far, so also the position where its next draft begins; 1 for an idle slot."""
+        return [len(row.tokens) if row else 1 for row in self.rows]
+
+    def last_tokens(self) -> list[int]:
+        """The newest token of each row; 0 for an idle slot."""
+        return [row.tokens[-1] if row else 0 for row in self.rows]
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """What became of one prompt.
+
+    token_ids: emitted tokens, the stop token included. text: decoded, special tokens left out; None without tokenizer.
+    logprobs: log-probability of each emitted token under the target's unprocessed logits, if asked for.
+    steps: one entry for each decode step; the first token comes from the prefill and belongs to none.
+    ttft_s, latency_s: seconds from the call to the first and to the last token, waiting for a slot included.
+    """
+
+    index: int
+    prompt_token_ids: tuple[int, ...]
+    token_ids: tuple[int, ...]
+    text: str | None
+    finish_reason: FinishReason
+    logprobs: tuple[float, ...] | None
+    steps: tuple[Step, ...]
+    ttft_s: float
+    latency_s: float
+
+    @property
+    def sources(self) -> tuple[TokenSource, ...]:
+        """Where each emitted token came from; the prefill's token is a bonus token after an empty draft."""
+        sources: list[TokenSource] = ["bonus"]
+        for step in self.steps:
+            sources += ["accepted"] * step.num_accepted
+            if step.last is not None:
+                sources.append(step.last)
+        return tuple(sources)
+
+    @property
+    def counts(self) -> AcceptanceCounts:
+        """The acceptance counters of this completion."""
+        counts = AcceptanceCounts()
+        for step in self.steps:
+            counts.add_step(step.num_drafted, step.num_accepted, step.num_accepted + (step.last is not None))
+        return counts

@@ -1,0 +1,138 @@
+"""The rule that makes speculative decoding lossless.
+
+A cheap *draft* proposes tokens x_0 ... x_{k-1}, each drawn from its own law `draft_probs`. One call of the *target*
+gives its laws `target_probs` at those k positions and at the one after. Going from left to right:
+
+* **accept** x_i with probability min(1, target_probs[x_i] / draft_probs[x_i]);
+* at the first rejection draw the **recovered** token from the residual law, norm(max(target_probs - draft_probs, 0)),
+  and stop;
+* if nothing was rejected draw the **bonus** token from the target's law after the last draft.
+
+Why the token kept at a position has exactly the target's law (p the target's, q the draft's probabilities):
+
+    P(x) = q(x) min(1, p(x)/q(x))  +  (1 - sum_y min(p(y), q(y))) * max(p(x) - q(x), 0) / sum_y max(p(y) - q(y), 0)
+         = min(p(x), q(x))         +  max(p(x) - q(x), 0)              because both sums are the same number
+         = p(x).
+
+This holds whatever the draft is, as long as q is the law that the draft was really drawn from; `Draft` therefore
+carries its law. A deterministic proposer's law is one-hot. Plain autoregressive decoding is the case k = 0.
+
+Everything here is a function of laws and uniforms: no model, no random generator, so it can be proved by enumeration.
+
+Sources: Leviathan, Kalman and Matias 2023 (arXiv:2211.17192), who write p for the target and q for the draft;
+Chen et al. 2023 (arXiv:2302.01318), who write them the other way round.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from specdec.sampling import Dense, Law, OneHot, stack_laws
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """Proposed tokens together with the law that they were drawn from.
+
+    tokens: int64 [batch, k]. lengths: int64 [batch], how many of a row's tokens are really proposed, 0 <= length <= k;
+    what stands after them is padding. law: the draft's laws [batch, k].
+    Raises ValueError if the shapes do not belong together.
+    """
+
+    tokens: Tensor
+    lengths: Tensor
+    law: Law
+
+    def __post_init__(self) -> None:
+        if self.tokens.ndim != 2 or self.lengths.shape != self.tokens.shape[:1]:
+            raise ValueError(f"tokens of shape {tuple(self.tokens.shape)} must be [batch, k] and lengths, here of "
+                             f"shape {tuple(self.lengths.shape)}, [batch]")
+        if self.law.shape != self.tokens.shape:
+            raise ValueError(f"law of shape {tuple(self.law.shape)} must have one row for each of the "
+                             f"{tuple(self.tokens.shape)} tokens")
+
+    @classmethod
+    def deterministic(cls, tokens: Tensor, lengths: Tensor, vocab_size: int) -> Draft:
+        """A draft that could not have been otherwise: its law is one-hot."""
+        return cls(tokens, lengths, OneHot(tokens, vocab_size))
+
+    @classmethod
+    def sampled(cls, steps: Sequence[tuple[Tensor, Law]], lengths: Tensor) -> Draft:
+        """A draft from (token [batch], law [batch]) pairs, one for each position, each token drawn from its law."""
+        tokens, laws = zip(*steps, strict=True)
+        return cls(torch.stack(tokens, 1), lengths, stack_laws(laws))
+
+    @classmethod
+    def empty(cls, batch_size: int, vocab_size: int, device: torch.device) -> Draft:
+        """No proposal: verifying it is one step of autoregressive decoding."""
+        nothing = torch.empty(batch_size, 0, dtype=torch.int64, device=device)
+        return cls.deterministic(nothing, nothing.new_zeros(batch_size), vocab_size)
+
+
+@dataclass(frozen=True, slots=True)
+class Verification:
+    """What became of a draft: row b emits its first accepted[b] draft tokens, then next_token[b].
+
+    accepted: int64 [batch], 0 <= accepted <= the draft's length.
+    next_token: int64 [batch]; recovered where accepted < length, bonus where accepted == length.
+    """
+
+    accepted: Tensor
+    next_token: Tensor
+
+
+class VerificationRule(Protocol):
+    """Decides about a draft; `verify_tokens` is one."""
+
+    def __call__(self, target: Law, draft: Draft, accept_uniforms: Tensor, final_uniforms: Tensor) -> Verification: ...
+
+
+def verify_tokens(target: Law, draft: Draft, accept_uniforms: Tensor, final_uniforms: Tensor) -> Verification:
+    """Token-by-token verification (Leviathan et al., Algorithm 1; Chen et al., Algorithm 2).
+
+    target: the target's laws [batch, k + 1]; position i is the law of the token that draft token i proposes.
+    accept_uniforms: float64 [batch, k], one for each test.
+    final_uniforms: float64 [batch, k + 1]; column i draws the last token if i draft tokens were accepted.
+    """
+    num_drafted = draft.tokens.shape[1]
+    target_prob, draft_prob = target[:, :num_drafted].prob(draft.tokens), draft.law.prob(draft.tokens)
+    # u < target/draft without the division; strict <: at u = 0 an impossible token must lose
+    passed = accept_uniforms * draft_prob < target_prob
+    proposed = torch.arange(num_drafted, device=passed.device) < draft.lengths.unsqueeze(1)
+    accepted = (passed & proposed).long().cumprod(1).sum(1)
+    uniform = final_uniforms.gather(1, accepted.unsqueeze(1)).squeeze(1)
+    return Verification(accepted, final_law(target, draft, accepted).draw(uniform))
+
+
+def final_law(target: Law, draft: Draft, accepted: Tensor) -> Law:
+    """Law of the token after the accepted ones: the residual after a rejection, the target's after full acceptance.
+
+    target: laws [batch, k + 1]; accepted: int64 [batch]. Returns laws [batch].
+    """
+    target_law = target.at(accepted)
+    if isinstance(target_law, OneHot) or draft.tokens.shape[1] == 0:
+        return target_law  # a one-hot target has no mass but on its token: that is its residual too
+    draft_law = draft.law.at(accepted.clamp(max=draft.tokens.shape[1] - 1))
+    rejected = (accepted < draft.lengths).unsqueeze(1)
+    return Dense(torch.where(rejected, residual(target_law.probs, draft_law.dense()), target_law.probs))
+
+
+def residual(target_probs: Tensor, draft_probs: Tensor) -> Tensor:
+    """Law of the token that replaces a rejected draft: norm(max(target - draft, 0)).
+
+    target_probs, draft_probs: float [..., vocab], each row summing to 1.
+    Where the two rows are equal the target row is returned: a rejection then has probability 0.
+    Raises ValueError if the shapes differ.
+    Source: Leviathan et al. 2023, p' in Algorithm 1; Chen et al. 2023 write (q - p)+.
+    """
+    if target_probs.shape != draft_probs.shape:
+        raise ValueError(f"target_probs of shape {tuple(target_probs.shape)} must have the shape of draft_probs, "
+                         f"{tuple(draft_probs.shape)}")
+    excess = (target_probs - draft_probs).clamp(min=0)
+    mass = excess.sum(-1, keepdim=True)
+    return torch.where(mass > 0, excess / mass, target_probs)
