@@ -7,7 +7,6 @@ on the device or on the order of work.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from enum import IntEnum
 from typing import Protocol
 
@@ -35,22 +34,20 @@ class UniformSource(Protocol):
     def __call__(self, seeds: Tensor, positions: Tensor, roles: Tensor, origins: Tensor) -> Tensor: ...
 
 
-def philox(counter: Sequence[Tensor], key: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Philox 4x32-10: four counter words and two key words -> four random words.
+def philox(counter: Tensor, key: Tensor) -> Tensor:
+    """Philox 4x32-10: counter [4, ...] and key [2, ...] -> random words [4, ...].
 
-    Every word is an int64 tensor holding an unsigned 32-bit value; shapes broadcast.
+    Every word is an int64 holding an unsigned 32-bit value; the axes behind the first broadcast.
     """
-    c0, c1, c2, c3 = counter
-    k0, k1 = key
-    for _ in range(_ROUNDS):
+    multipliers, weyl = (torch.tensor(words, device=counter.device).view(2, *[1] * (counter.ndim - 1))
+                         for words in (_MULTIPLIERS, _WEYL))
+    even, odd = counter[[0, 2]], counter[[1, 3]]
+    for i in range(_ROUNDS):
         # an int64 product wraps, but its bits are those of the unsigned product
-        low, high = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
-        c0, c1, c2, c3 = (
-            (high >> 32 & _MASK) ^ c1 ^ k0, high & _MASK,
-            (low >> 32 & _MASK) ^ c3 ^ k1, low & _MASK,
-        )
-        k0, k1 = k0 + _WEYL[0] & _MASK, k1 + _WEYL[1] & _MASK
-    return c0, c1, c2, c3
+        product = (even * multipliers).flip(0)
+        even = (product >> 32 & _MASK) ^ odd ^ (key + i * weyl & _MASK)
+        odd = product & _MASK
+    return torch.stack([even, odd], 1).flatten(0, 1)
 
 
 def uniforms(seeds: Tensor, positions: Tensor, roles: Tensor, origins: Tensor) -> Tensor:
@@ -61,9 +58,8 @@ def uniforms(seeds: Tensor, positions: Tensor, roles: Tensor, origins: Tensor) -
     thrown away and drafted again must not meet the same draw twice.
     Shapes broadcast; returns float64 of the broadcast shape.
     """
-    word0, word1, _, _ = philox(
-        (positions & _MASK, origins & _MASK, roles & _MASK, torch.zeros_like(roles)),
-        (seeds & _MASK, seeds >> 32 & _MASK),
-    )
-    bits = (word0 >> 5 << 26) + (word1 >> 6)
+    words = torch.stack(torch.broadcast_tensors(positions, origins, roles, torch.zeros_like(roles), seeds)) & _MASK
+    key = torch.stack([words[4], (seeds >> 32 & _MASK).expand_as(words[4])])
+    random = philox(words[:4], key)
+    bits = (random[0] >> 5 << 26) + (random[1] >> 6)
     return bits.double() * 2.0**-53

@@ -255,7 +255,7 @@ class SamplingState:
 
     def _keep_top_p(self, probs: Tensor) -> Tensor:
         top_p = self._column([p.top_p for p in self.params], probs.dtype)
-        descending, order = probs.sort(-1, descending=True, stable=True)
+        descending, order = probs.sort(dim=-1, descending=True, stable=True)
         before = descending.cumsum(-1) - descending
         dropped = torch.zeros_like(probs, dtype=torch.bool).scatter(-1, order, (before >= top_p) & (top_p < 1))
         return _normalise(probs.masked_fill(dropped, 0))

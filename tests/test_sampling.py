@@ -1,0 +1,142 @@
+"""Logits to laws: each processor against a slow obvious version, one row at a time, and what is refused."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from specdec.sampling import Dense, NonFiniteLogitsError, OneHot, SamplingParams, SamplingState
+
+VOCAB = 6
+CPU = torch.device("cpu")
+params_strategy = st.builds(
+    SamplingParams,
+    temperature=st.sampled_from([0.0, 0.5, 1.0, 1.7]),
+    top_k=st.sampled_from([0, 1, 2, 4, 6, 99]),
+    top_p=st.sampled_from([0.3, 0.75, 0.9, 1.0]),
+    min_p=st.sampled_from([0.0, 0.1, 0.5]),
+    presence_penalty=st.sampled_from([0.0, 0.7, -0.4]),
+    frequency_penalty=st.sampled_from([0.0, 0.3]),
+    repetition_penalty=st.sampled_from([1.0, 1.3, 0.8]),
+    logit_bias=st.dictionaries(st.integers(0, VOCAB - 1), st.sampled_from([-math.inf, -1.0, 2.0]), max_size=2),
+)
+tokens_strategy = st.lists(st.integers(0, VOCAB - 1), max_size=5)
+
+
+def obvious_law(logits: list[float], params: SamplingParams, prompt: list[int], output: list[int]) -> list[float]:
+    """The definition, token by token in plain Python."""
+    x = list(logits)
+    for token, bias in params.logit_bias.items():
+        x[token] += bias
+    for token in range(VOCAB):
+        if token in prompt or token in output:
+            x[token] = x[token] / params.repetition_penalty if x[token] > 0 else x[token] * params.repetition_penalty
+        x[token] -= params.frequency_penalty * output.count(token)
+        x[token] -= params.presence_penalty * (token in output)
+    if params.temperature == 0:
+        return [float(token == x.index(max(x))) for token in range(VOCAB)]
+    x = [value / params.temperature for value in x]
+    if params.top_k:
+        floor = sorted(x, reverse=True)[min(params.top_k, VOCAB) - 1]
+        x = [value if value >= floor else -math.inf for value in x]
+    weights = [math.exp(value - max(x)) for value in x]
+    law = [weight / math.fsum(weights) for weight in weights]
+    kept, mass = set(), 0.0
+    for token in sorted(range(VOCAB), key=lambda t: -law[t]):  # stable: the lower id first
+        if mass < params.top_p or params.top_p == 1:
+            kept.add(token)
+        mass += law[token]
+    law = [p if token in kept else 0.0 for token, p in enumerate(law)]
+    law = [p if p >= params.min_p * max(law) else 0.0 for p in law]
+    return [p / math.fsum(law) for p in law]
+
+
+@given(st.lists(st.tuples(params_strategy, tokens_strategy, tokens_strategy), min_size=1, max_size=3),
+       st.integers(0, 2**32 - 1))
+def test_every_processor_equals_its_definition_in_every_row(rows: list, seed: int) -> None:
+    """Also: rows do not influence each other, greedy rows among sampled ones included."""
+    logits = torch.randn(len(rows), 1, VOCAB, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    params, prompts, outputs = zip(*rows, strict=True)
+    law = SamplingState(params, prompts, outputs, VOCAB, CPU).law(logits).dense()
+    for row in range(len(rows)):
+        expected = obvious_law(logits[row, 0].tolist(), params[row], prompts[row], outputs[row])
+        assert law[row, 0].tolist() == pytest.approx(expected, abs=1e-6)
+
+
+@given(params_strategy, tokens_strategy, tokens_strategy, st.lists(st.integers(0, VOCAB - 1), max_size=4),
+       st.integers(0, 2**32 - 1))
+def test_drafted_positions_have_their_own_penalties(params: SamplingParams, prompt: list, output: list, drafted: list,
+                                                    seed: int) -> None:
+    """Position i of a draft has exactly the law that plain decoding would have after emitting its first i tokens."""
+    logits = torch.randn(1, len(drafted) + 1, VOCAB, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    state = SamplingState([params], [prompt], [output], VOCAB, CPU)
+    together = state.law(logits, torch.tensor([drafted], dtype=torch.int64)).dense()
+    for i in range(len(drafted) + 1):
+        plain = SamplingState([params], [prompt], [output + drafted[:i]], VOCAB, CPU)
+        assert torch.equal(together[:, i], plain.law(logits[:, i:i + 1]).dense()[:, 0])
+        one = state.law(logits[:, i:i + 1], torch.tensor([drafted[:i]], dtype=torch.int64)).dense()
+        assert torch.equal(together[:, i], one[:, 0])
+
+
+def test_observed_tokens_count_like_the_ones_given() -> None:
+    params = SamplingParams(frequency_penalty=0.5, repetition_penalty=1.2)
+    logits = torch.randn(2, 1, VOCAB, dtype=torch.float64)
+    given_, observed = (SamplingState([params] * 2, [[0], [1]], outputs, VOCAB, CPU)
+                        for outputs in ([[2, 2], [3]], [[], []]))
+    observed.observe(0, [2, 2])
+    observed.observe(1, [3])
+    assert torch.equal(given_.law(logits).dense(), observed.law(logits).dense())
+
+
+def test_greedy_makes_no_probabilities_and_takes_the_first_of_a_tie() -> None:
+    law = SamplingState([SamplingParams(temperature=0)], [[]], [[]], 4, CPU).law(torch.tensor([[[1.0, 3, 3, 0]]]))
+    assert isinstance(law, OneHot)
+    assert law.tokens.tolist() == [[1]]
+
+
+def test_bf16_logits_become_a_float32_law() -> None:
+    law = SamplingState([SamplingParams()], [[]], [[]], 4, CPU).law(torch.randn(1, 1, 4).bfloat16())
+    assert isinstance(law, Dense)
+    assert law.probs.dtype == torch.float32
+
+
+@pytest.mark.parametrize("row", [[math.nan, 0.0], [-math.inf, -math.inf], [math.inf, 0.0]])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_without_a_law_are_refused_with_their_place(row: list[float], temperature: float) -> None:
+    logits = torch.tensor([[[0.0, 1.0], [0.0, 1.0]], [[0.0, 1.0], row]])
+    state = SamplingState([SamplingParams(temperature=temperature)] * 2, [[]] * 2, [[]] * 2, 2, CPU)
+    with pytest.raises(NonFiniteLogitsError, match="logits of row 1, position 1 are NaN") as caught:
+        state.law(logits, torch.zeros(2, 1, dtype=torch.int64))
+    assert (caught.value.row, caught.value.position) == (1, 1)
+
+
+@pytest.mark.parametrize(("field", "value", "rule"), [
+    ("temperature", -0.1, "finite and >= 0; 0 is greedy"), ("temperature", math.nan, "finite and >= 0"),
+    ("top_p", 0.0, r"in \(0, 1\]"), ("top_p", 1.5, r"in \(0, 1\]"), ("top_p", math.nan, r"in \(0, 1\]"),
+    ("top_k", -1, "integer >= 0"), ("min_p", 1.1, r"in \[0, 1\]"), ("presence_penalty", math.inf, "finite"),
+    ("frequency_penalty", math.nan, "finite"), ("repetition_penalty", 0.0, "> 0"), ("max_tokens", 0, "integer >= 1"),
+    ("seed", -1, r"in \[0, 2\*\*64\)"), ("seed", 2**64, r"in \[0, 2\*\*64\)"), ("logit_bias", {-1: 0.0}, "token ids"),
+    ("logit_bias", {1: math.inf}, "below"), ("logit_bias", {1: math.nan}, "below"), ("stop_token_ids", (-5,), ">= 0"),
+])
+def test_bad_parameters_are_named(field: str, value: object, rule: str) -> None:
+    with pytest.raises(ValueError, match=f"{field}=.* must be .*{rule}"):
+        SamplingParams(**{field: value})
+
+
+def _law(probs: list[float]) -> Tensor:
+    return torch.tensor(probs, dtype=torch.float64)
+
+
+def test_laws_index_like_tensors() -> None:
+    dense = Dense(_law([[[0.5, 0.5], [1.0, 0.0]], [[0.0, 1.0], [0.25, 0.75]]]))
+    one_hot = OneHot(torch.tensor([[0, 1], [1, 1]]), 2)
+    columns = torch.tensor([1, 0])
+    assert dense.at(columns).probs.tolist() == [[1.0, 0.0], [0.0, 1.0]]
+    assert one_hot.at(columns).tokens.tolist() == [1, 1]
+    assert dense[:, :1].shape == one_hot[:, :1].shape == (2, 1)
+    assert one_hot.prob(torch.tensor([[0, 0], [1, 0]])).tolist() == [[1, 0], [1, 0]]
