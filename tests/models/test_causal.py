@@ -1,0 +1,144 @@
+"""Transformers models through the ragged cache: equal to plain `generate`, or refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from specdec import Engine, SamplingParams
+from specdec.models.causal import CausalLM, UnsupportedModelError
+
+SMALL = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+         "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+GQA = SMALL | {"num_key_value_heads": 2, "head_dim": 8}
+SUPPORTED = {
+    "llama": GQA, "qwen2": GQA, "qwen3": GQA, "mistral": GQA | {"sliding_window": None}, "gpt_neox": SMALL,
+    "gpt2": SMALL | {"n_inner": 48}, "phi": SMALL, "opt": SMALL | {"ffn_dim": 48, "word_embed_proj_dim": 32},
+    "gemma": GQA, "mixtral": GQA | {"num_local_experts": 4, "sliding_window": None}, "gpt_neo": SMALL | {
+        "num_layers": 2, "num_heads": 4, "attention_types": [[["global"], 2]]},
+    "mpt": {"d_model": 32, "n_heads": 4, "n_layers": 2, "vocab_size": 61, "max_seq_len": 64},
+}
+PROMPTS = [[5, 9, 8, 7, 5, 9, 8], [3], [11, 4, 11, 4, 11, 4, 11, 4, 11, 4, 11, 4], [7, 7, 30]]
+GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+
+
+def make(kind: str, options: dict, dtype: torch.dtype = torch.float32, attention: str = "sdpa"):
+    config = AutoConfig.for_model(kind, **options)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention).eval()
+    for parameter in model.parameters():  # the default initialisation is so small that every argmax is the same
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+def reference(model, prompt: list[int]) -> list[int]:
+    """Greedy continuation without any cache: a full forward for each token."""
+    tokens = list(prompt)
+    with torch.inference_mode():
+        for _ in range(GREEDY.max_tokens):
+            tokens.append(int(model(input_ids=torch.tensor([tokens]), use_cache=False).logits[0, -1].float().argmax()))
+    return tokens[len(prompt):]
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("kind", SUPPORTED)
+def test_ragged_batches_equal_plain_forwards(kind: str, attention: str) -> None:
+    """Four prompts of unequal length in three slots, plain and with n-gram drafts, float32."""
+    if kind in ("gpt_neo", "mpt") and attention == "sdpa":
+        pytest.skip("transformers has no SDPA for this architecture; its eager attention is tested")
+    model = make(kind, SUPPORTED[kind], attention=attention)
+    expected = [reference(model, prompt) for prompt in PROMPTS]
+    assert len({tuple(tokens) for tokens in expected}) > 1
+    target = CausalLM(model)
+    for method in ("autoregressive", "ngram"):
+        engine = Engine(target, method=method, max_batch_size=3)
+        assert [list(c.token_ids) for c in engine.generate(PROMPTS, GREEDY)] == expected
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_bf16_runs_through_the_same_road(attention: str) -> None:
+    """In bf16 rounding may flip near ties, so equality is asked of the law of one step, within bf16's precision."""
+    model = make("llama", GQA, torch.bfloat16, attention)
+    target = CausalLM(model)
+    cache = target.allocate(2, 32)
+    cache.lengths[:] = [0, 0]
+    target.forward(torch.tensor([[5, 9, 8, 7]] * 2), cache)
+    cache.lengths[:] = [2, 4]
+    logits = target.forward(torch.tensor([[8, 7, 3], [3, 1, 1]]), cache)
+    with torch.inference_mode():
+        plain = model(input_ids=torch.tensor([[5, 9, 8, 7, 3]]), use_cache=False).logits[0, -1].float()
+    for row in (logits[0, 2], logits[1, 0]):
+        assert (row.float() - plain).norm() / plain.norm() < 0.02
+
+
+REFUSED = {
+    "bloom": ({"hidden_size": 32, "n_head": 4, "n_layer": 2, "vocab_size": 61}, "BloomForCausalLM"),
+    "mamba": ({"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 61, "state_size": 4}, "recurrent state"),
+    "gpt_neo": (SMALL | {"num_layers": 2, "num_heads": 4, "window_size": 8, "attention_types": [[["local"], 2]]},
+                "other logits"),
+    "lfm2": (GQA | {"layer_types": ["conv", "full_attention"]}, "cannot be rolled back"),
+    "jamba": (GQA | {"use_mamba_kernels": False, "attn_layer_period": 2, "attn_layer_offset": 1}, "rolled back|recurrent"),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_models_that_would_be_decoded_wrongly_are_refused(kind: str) -> None:
+    options, message = REFUSED[kind]
+    with pytest.raises(UnsupportedModelError, match=message):
+        CausalLM(make(kind, options, attention="eager"))
+
+
+def test_encoder_decoders_are_refused() -> None:
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    model = T5ForConditionalGeneration(T5Config(d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=4, vocab_size=61))
+    with pytest.raises(UnsupportedModelError, match="is an encoder-decoder"):
+        CausalLM(model)
+
+
+def test_other_attention_implementations_are_refused() -> None:
+    model = make("llama", GQA)
+    model.config._attn_implementation = "flex_attention"
+    with pytest.raises(UnsupportedModelError, match="attention='flex_attention' of .* must be 'eager' or 'sdpa'"):
+        CausalLM(model)
+
+
+def test_a_sliding_window_bounds_the_context() -> None:
+    """Within its window a sliding layer is full attention; beyond it the request is refused."""
+    model = make("mistral", GQA | {"sliding_window": 16})
+    target = CausalLM(model)
+    assert target.context_length == 16
+    engine = Engine(target, method="ngram")
+    inside = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+    assert list(engine.generate([PROMPTS[3]], inside)[0].token_ids) == reference(model, PROMPTS[3])
+    with pytest.raises(ValueError, match="exceeds the model's context of 16"):
+        engine.generate([PROMPTS[2]], inside)
+
+
+def test_a_call_beyond_the_capacity_is_refused() -> None:
+    target = CausalLM(make("llama", GQA))
+    with pytest.raises(ValueError, match="0 cached tokens and 5 more exceed the cache's capacity of 4"):
+        target.forward(torch.ones(1, 5, dtype=torch.int64), target.allocate(1, 4))
+
+
+def test_prefill_in_chunks_equals_prefill_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    target = CausalLM(make("llama", GQA))
+    whole = Engine(target).generate(PROMPTS, GREEDY)
+    monkeypatch.setattr("specdec.models.PREFILL_CHUNK", 3)
+    assert [c.token_ids for c in Engine(target).generate(PROMPTS, GREEDY)] == [c.token_ids for c in whole]
+
+
+def test_packed_weights_give_the_same_law() -> None:
+    """bf16 on a CPU; a packed layer only sums in another order."""
+    from specdec.models.packing import pack_linears
+
+    plain, packed = make("llama", GQA, torch.bfloat16), make("llama", GQA, torch.bfloat16)
+    if not pack_linears(packed):
+        pytest.skip("this CPU has no bf16 kernels in oneDNN; packing does nothing here")
+    tokens = torch.tensor([PROMPTS[0]])
+    with torch.inference_mode():
+        first, second = plain(tokens).logits.float(), packed(tokens).logits.float()
+    assert (first - second).norm() / first.norm() < 0.02
+    assert pack_linears(make("llama", GQA, torch.float32)) == 0

@@ -1,0 +1,58 @@
+"""The shape of the package: imports go strictly downwards, and importing it is cheap."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import specdec
+
+ROOT = Path(specdec.__file__).parent
+# from the bottom to the top; a module may import from layers below its own only
+LAYERS = [
+    {"sampling", "randomness", "stats"},
+    {"verification", "requests"},
+    {"models"},
+    {"cache", "models.markov", "models.packing", "models.loading"},
+    {"models.causal"},
+    {"proposers"},
+    {"proposers.ngram"},
+    {"proposers.draft_model"},
+    {"decoding"},
+    {"engine"},
+    {"__init__"},
+]
+HEIGHT = {name: height for height, layer in enumerate(LAYERS) for name in layer}
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts)
+
+
+def imports(path: Path) -> set[str]:
+    """Modules of specdec that a file imports, at its top or inside a function."""
+    nodes = ast.walk(ast.parse(path.read_text()))
+    found = [node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module]
+    return {name.removeprefix("specdec.") for name in found if name.startswith("specdec.")}
+
+
+def test_imports_go_strictly_downwards() -> None:
+    for path in ROOT.rglob("*.py"):
+        name = module_name(path)
+        assert name in HEIGHT, f"{name} has no place in LAYERS; decide where it lives"
+        back_edges = {other for other in imports(path) if HEIGHT[other] >= HEIGHT[name]}
+        assert not back_edges, f"{name} imports {back_edges}, which are not below it"
+
+
+def test_importing_specdec_loads_torch_only() -> None:
+    code = "import sys, specdec; print([m for m in ('transformers', 'scipy', 'datasets', 'vllm') if m in sys.modules])"
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert output.strip() == "[]"
+
+
+def test_public_names() -> None:
+    assert specdec.__all__ == ["METHODS", "AcceptanceCounts", "Completion", "Engine", "PhaseTimes", "SamplingParams",
+                               "Step"]

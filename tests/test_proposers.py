@@ -1,0 +1,103 @@
+"""N-gram indices against slow obvious versions, and a draft model that stays in step."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from toys import grid_pair
+
+from specdec import Engine, SamplingParams
+from specdec.proposers.ngram import CountIndex, LookupIndex, NgramProposer, pad
+
+texts = st.lists(st.integers(0, 2), min_size=1, max_size=30)
+
+
+def obvious_lookup(tokens: list[int], limit: int, min_ngram: int, max_ngram: int) -> list[int]:
+    """Scan for the longest suffix, from the right, and copy; the copy may run on into itself."""
+    for size in range(max_ngram, min_ngram - 1, -1):
+        for end in range(len(tokens) - 1, size - 1, -1):
+            if tokens[end - size:end] == tokens[len(tokens) - size:]:
+                text = list(tokens)
+                for i in range(limit):
+                    text.append(text[end + i])
+                return text[len(tokens):]
+    return []
+
+
+def obvious_counts(tokens: list[int], limit: int, min_ngram: int, max_ngram: int) -> list[int]:
+    """Recount everything for each token; among equally frequent ones the latest occurrence wins."""
+    draft: list[int] = []
+    while len(draft) < limit:
+        text = tokens + draft
+        for size in range(max_ngram, min_ngram - 1, -1):
+            if size > len(text):
+                continue
+            ends = [end for end in range(size, len(tokens)) if tokens[end - size:end] == text[len(text) - size:]]
+            if ends:
+                followers = [tokens[end] for end in ends]
+                most = max(map(followers.count, followers))
+                # the token that reached the highest count last
+                reached = {t: [i for i, f in enumerate(followers) if f == t][most - 1]
+                           for t in followers if followers.count(t) == most}
+                draft.append(max(reached, key=reached.__getitem__))
+                break
+        else:
+            return draft
+    return draft
+
+
+@pytest.mark.parametrize(("index", "obvious"), [(LookupIndex, obvious_lookup), (CountIndex, obvious_counts)])
+@given(tokens=texts, cuts=st.sets(st.integers(1, 30)), limit=st.integers(1, 6))
+def test_incremental_index_equals_a_full_scan(index, obvious, tokens: list[int], cuts: set[int], limit: int) -> None:
+    """The text grows by pieces of any length, and every answer is that of a scan of the text so far."""
+    grown = index(1, 3)
+    for end in [*sorted(cut for cut in cuts if cut < len(tokens)), len(tokens)]:
+        assert grown.continuation(tokens[:end], limit) == obvious(tokens[:end], limit, 1, 3)
+
+
+def test_a_repeating_text_is_continued_as_repeating() -> None:
+    assert LookupIndex(1, 3).continuation([7, 8, 7, 8, 7], 5) == [8, 7, 8, 7, 8]
+
+
+def test_nothing_known_is_no_draft() -> None:
+    assert LookupIndex(2, 4).continuation([1, 2, 3], 4) == []
+    assert CountIndex(2, 4).continuation([1, 2, 3], 4) == []
+
+
+@pytest.mark.parametrize("sizes", [(0, 3), (3, 2)])
+def test_impossible_ngram_sizes_are_refused(sizes: tuple[int, int]) -> None:
+    with pytest.raises(ValueError, match=f"min_ngram={sizes[0]} must be at least 1 and at most max_ngram={sizes[1]}"):
+        NgramProposer(5, torch.device("cpu"), LookupIndex, *sizes)
+
+
+def test_padding() -> None:
+    tokens, lengths = pad([[1, 2], [], [3]], torch.device("cpu"))
+    assert tokens.tolist() == [[1, 2], [0, 0], [3, 0]]
+    assert lengths.tolist() == [2, 0, 1]
+    assert pad([[], []], torch.device("cpu"))[0].shape == (2, 0)
+
+
+@pytest.mark.parametrize("max_batch_size", [1, 3])
+@pytest.mark.parametrize("gamma", [1, 2, 5])
+def test_self_draft_stays_in_step_while_slots_change_hands(max_batch_size: int, gamma: int) -> None:
+    """A draft equal to the target is accepted always, in each step of ten requests through three slots."""
+    target, _ = grid_pair(1)
+    engine = Engine(target, method="draft_model", draft=target, num_speculative_tokens=gamma,
+                    max_batch_size=max_batch_size)
+    prompts = [[1, 2, 0, 1][:1 + i % 4] for i in range(10)]
+    params = [SamplingParams(max_tokens=3 + 2 * i, seed=i) for i in range(10)]
+    for completion in engine.generate(prompts, params) + engine.generate(prompts[::-1], params):
+        assert completion.counts.num_accepted == completion.counts.num_drafted > 0
+
+
+def test_a_draft_model_with_a_shorter_context_drafts_until_it_ends() -> None:
+    target, _ = grid_pair(1)
+    short = type(target)(target.table, context_length=10)
+    engine = Engine(target, method="draft_model", draft=short, num_speculative_tokens=3)
+    completion = engine.generate([[0, 1, 2]], SamplingParams(max_tokens=30))[0]
+    assert len(completion.token_ids) == 30
+    drafted = [step.num_drafted for step in completion.steps]
+    assert drafted[0] == 3
+    assert drafted[-5:] == [0] * 5
