@@ -28,7 +28,7 @@ class _Window:
     start: int | None
 
 
-class RaggedCache(Cache):
+class RaggedCache(Cache):  # type: ignore[misc]  # transformers has no complete types
     """Keys and values [slots, heads, capacity, head_dim] for each layer, allocated at the first use.
 
     lengths: valid tokens per slot, owned by the caller. Raises ValueError where a call would run over the capacity.
@@ -41,11 +41,13 @@ class RaggedCache(Cache):
 
     def open(self, first_slot: int, rows: int, width: int, device: torch.device) -> Tensor:
         """Prepare to append `width` tokens to each of `rows` slots; returns their positions, int64 [rows, width]."""
-        lengths = self.lengths[first_slot:first_slot + rows]
+        lengths = self.lengths[first_slot : first_slot + rows]
         extent = max(lengths) + width
         if extent > self.capacity:
-            raise ValueError(f"{max(lengths)} cached tokens and {width} more exceed the cache's capacity of "
-                             f"{self.capacity}; allocate a larger one")
+            raise ValueError(
+                f"{max(lengths)} cached tokens and {width} more exceed the cache's capacity of "
+                f"{self.capacity}; allocate a larger one"
+            )
         positions = torch.tensor(lengths, device=device).unsqueeze(1) + torch.arange(width, device=device)
         start = lengths[0] if len(set(lengths)) == 1 else None
         self.window = _Window(slice(first_slot, first_slot + rows), positions, extent, start)
@@ -59,7 +61,7 @@ class RaggedCache(Cache):
         return mask.masked_fill_(hidden, torch.finfo(dtype).min).unsqueeze(1)
 
 
-class _RaggedLayer(CacheLayerMixin):
+class _RaggedLayer(CacheLayerMixin):  # type: ignore[misc]  # see above
     """One layer's block; the interface is transformers'."""
 
     is_sliding = False
@@ -76,8 +78,9 @@ class _RaggedLayer(CacheLayerMixin):
         self.keys, self.values = block(key_states), block(value_states)
         self.is_initialized = True
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
-               ) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         return self._write(self.keys, key_states), self._write(self.values, value_states)
@@ -86,11 +89,11 @@ class _RaggedLayer(CacheLayerMixin):
         window = self.cache.window
         rows = block[window.slots]
         if window.start is not None:
-            rows[:, :, window.start:window.extent] = states
+            rows[:, :, window.start : window.extent] = states
         else:
             index = window.positions.to(block.device)[:, None, :, None].expand(states.shape)
             rows.scatter_(2, index, states)
-        return rows[:, :, :window.extent]
+        return rows[:, :, : window.extent]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.cache.window.extent, 0

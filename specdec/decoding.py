@@ -35,9 +35,16 @@ class Decoder:
     `times` holds the phase times of the run in progress, or of the last one.
     """
 
-    def __init__(self, target: LanguageModel, proposer: Proposer | None = None, num_speculative_tokens: int = 0, *,
-                 max_batch_size: int = 1, rule: VerificationRule = verify_tokens,
-                 uniforms: UniformSource = uniforms) -> None:
+    def __init__(
+        self,
+        target: LanguageModel,
+        proposer: Proposer | None = None,
+        num_speculative_tokens: int = 0,
+        *,
+        max_batch_size: int = 1,
+        rule: VerificationRule = verify_tokens,
+        uniforms: UniformSource = uniforms,
+    ) -> None:
         self.target, self.proposer, self.num_speculative_tokens = target, proposer, num_speculative_tokens
         self.max_batch_size = max_batch_size
         self.rule, self.uniforms = rule, uniforms
@@ -96,8 +103,12 @@ class Decoder:
     def _batch_of(self, rows: list[Generation | None], capacity: int) -> Batch:
         idle = SamplingParams(temperature=0)
         sampling = SamplingState(
-            [row.request.sampling if row else idle for row in rows], [row.request.prompt if row else () for row in rows],
-            [row.output if row else () for row in rows], self.target.vocab_size, self.target.device)
+            [row.request.sampling if row else idle for row in rows],
+            [row.request.prompt if row else () for row in rows],
+            [row.output if row else () for row in rows],
+            self.target.vocab_size,
+            self.target.device,
+        )
         return Batch(rows, sampling, self.max_batch_size, capacity)
 
     @torch.inference_mode()
@@ -120,7 +131,7 @@ class Decoder:
         with self._phase("draft_s"):
             draft = self._propose(batch)
         with self._phase("scoring_s"):
-            cache.lengths[:len(batch.rows)] = [length - 1 for length in batch.lengths()]
+            cache.lengths[: len(batch.rows)] = [length - 1 for length in batch.lengths()]
             last = torch.tensor(batch.last_tokens(), device=self.target.device).unsqueeze(1)
             logits = self.target.forward(torch.cat([last, draft.tokens], 1), cache)
         with self._phase("verification_s"):
@@ -167,8 +178,7 @@ class Decoder:
             if row.request.sampling.logprobs:
                 row.logprobs += _logprobs(logits[index], emitted[:num_kept])
             batch.sampling.observe(index, emitted[:num_kept])
-            last = "recovered" if num_accepted < num_drafted else "bonus"
-            row.steps.append(Step(num_drafted, min(num_accepted, num_kept), last if num_kept > num_accepted else None))
+            row.steps.append(_step(num_drafted, num_accepted, num_kept))
             if row.finish_reason:
                 row.finish_s = time.perf_counter()
 
@@ -184,10 +194,17 @@ class Decoder:
         return time.perf_counter()
 
 
+def _step(num_drafted: int, num_accepted: int, num_kept: int) -> Step:
+    """The record of a step that decided about num_accepted + 1 tokens, of which num_kept were emitted."""
+    if num_kept <= num_accepted:
+        return Step(num_drafted, num_kept, None)
+    return Step(num_drafted, num_accepted, "recovered" if num_accepted < num_drafted else "bonus")
+
+
 def _logprobs(logits: Tensor, tokens: Sequence[int]) -> list[float]:
     """log-softmax of the unprocessed logits [width, vocab] at the tokens, which stand at the first positions."""
     index = torch.tensor(tokens, device=logits.device).unsqueeze(1)
-    return logits[:len(tokens)].double().log_softmax(-1).gather(1, index).squeeze(1).tolist()
+    return logits[: len(tokens)].double().log_softmax(-1).gather(1, index).squeeze(1).tolist()
 
 
 @contextmanager
@@ -199,5 +216,8 @@ def _naming(batch: Batch, whose: str) -> Iterator[None]:
         row = batch.rows[error.row]
         assert row is not None
         raise NonFiniteLogitsError(
-            error.row, error.position, f"{whose} request {row.request.index} at token position "
-            f"{len(row.tokens) + error.position} (decode step {len(row.steps) + 1})") from error
+            error.row,
+            error.position,
+            f"{whose} request {row.request.index} at token position "
+            f"{len(row.tokens) + error.position} (decode step {len(row.steps) + 1})",
+        ) from error

@@ -30,17 +30,35 @@ class Engine:
     Raises ValueError naming the value, the rule and the remedy.
     """
 
-    def __init__(self, target: LanguageModel, *, method: Method = "autoregressive", draft: LanguageModel | None = None,
-                 num_speculative_tokens: int = 4, max_batch_size: int = 1) -> None:
+    def __init__(
+        self,
+        target: LanguageModel,
+        *,
+        method: Method = "autoregressive",
+        draft: LanguageModel | None = None,
+        num_speculative_tokens: int = 4,
+        max_batch_size: int = 1,
+    ) -> None:
         _require(max_batch_size >= 1, f"max_batch_size={max_batch_size} must be at least 1")
         self.target, self.draft, self.method = target, draft, method
+        self._tokenizer: Any = getattr(target, "tokenizer", None)
+        self._eos_token_ids: frozenset[int] = getattr(target, "eos_token_ids", frozenset())
         proposer = _make_proposer(target, draft, method, num_speculative_tokens)
         self.num_speculative_tokens = num_speculative_tokens if proposer else 0
         self._decoder = Decoder(target, proposer, self.num_speculative_tokens, max_batch_size=max_batch_size)
 
     @classmethod
-    def load(cls, target: str, *, draft: str | None = None, dtype: torch.dtype = torch.bfloat16,
-             device: str = "cpu", attention: str = "sdpa", load_format: str = "auto", **options: Any) -> Engine:
+    def load(
+        cls,
+        target: str,
+        *,
+        draft: str | None = None,
+        dtype: torch.dtype = torch.bfloat16,
+        device: str = "cpu",
+        attention: str = "sdpa",
+        load_format: str = "auto",
+        **options: Any,
+    ) -> Engine:
         """An engine from model names: a bundled name such as "smollm2-135m", a hub id, a folder or a GGUF file.
 
         options: as for the constructor. Arguments are checked before any model is loaded.
@@ -52,8 +70,9 @@ class Engine:
         from specdec.models.packing import pack_linears
 
         def load(source: str) -> CausalLM:
-            model, tokenizer = load_pretrained(source, dtype=dtype, device=device, attention=attention,
-                                               load_format=load_format)
+            model, tokenizer = load_pretrained(
+                source, dtype=dtype, device=device, attention=attention, load_format=load_format
+            )
             pack_linears(model)
             return CausalLM(model, tokenizer)
 
@@ -64,18 +83,22 @@ class Engine:
         """Where the time of the last `generate` went."""
         return self._decoder.times
 
-    def generate(self, prompts: Sequence[str | Sequence[int]],
-                 sampling: SamplingParams | Sequence[SamplingParams] | None = None) -> list[Completion]:
+    def generate(
+        self, prompts: Sequence[str | Sequence[int]], sampling: SamplingParams | Sequence[SamplingParams] | None = None
+    ) -> list[Completion]:
         """Continue each prompt, given as text or as token ids; completions come in the order of the prompts.
 
         sampling: one SamplingParams for all prompts or one for each; None is SamplingParams().
         Raises ValueError for an empty prompt, or one that with max_tokens exceeds the context, before decoding any.
         """
         params = [sampling or SamplingParams()] * len(prompts) if not isinstance(sampling, Sequence) else sampling
-        _require(len(params) == len(prompts), f"{len(params)} sampling parameters must be one, or one for each of the "
-                                              f"{len(prompts)} prompts")
-        requests = [self._request(index, prompt, each)
-                    for index, (prompt, each) in enumerate(zip(prompts, params, strict=True))]
+        _require(
+            len(params) == len(prompts),
+            f"{len(params)} sampling parameters must be one, or one for each of the {len(prompts)} prompts",
+        )
+        requests = [
+            self._request(index, prompt, each) for index, (prompt, each) in enumerate(zip(prompts, params, strict=True))
+        ]
         completions = [self._complete(generation) for generation in self._decoder.run(requests)]
         return sorted(completions, key=lambda completion: completion.index)
 
@@ -83,34 +106,45 @@ class Engine:
         tokens = self._encode(prompt) if isinstance(prompt, str) else tuple(prompt)
         vocab_size, context = self.target.vocab_size, self.target.context_length
         _require(len(tokens) > 0, f"prompt {index} must not be empty: give at least one token")
-        _require(all(0 <= token < vocab_size for token in tokens),
-                 f"prompt {index} has token ids outside [0, {vocab_size}); was it tokenised for another model?")
-        _require(len(tokens) + sampling.max_tokens <= context,
-                 f"prompt {index} has {len(tokens)} tokens, which with max_tokens={sampling.max_tokens} exceeds the "
-                 f"model's context of {context}; shorten the prompt or lower max_tokens")
+        _require(
+            all(0 <= token < vocab_size for token in tokens),
+            f"prompt {index} has token ids outside [0, {vocab_size}); was it tokenised for another model?",
+        )
+        _require(
+            len(tokens) + sampling.max_tokens <= context,
+            f"prompt {index} has {len(tokens)} tokens, which with max_tokens={sampling.max_tokens} exceeds the "
+            f"model's context of {context}; shorten the prompt or lower max_tokens",
+        )
         out_of_range = [t for t in (*sampling.logit_bias, *sampling.stop_token_ids) if t >= vocab_size]
-        _require(not out_of_range, f"logit_bias and stop_token_ids of prompt {index} must be token ids below "
-                                   f"{vocab_size}, not {out_of_range}")
-        eos = frozenset() if sampling.ignore_eos else getattr(self.target, "eos_token_ids", frozenset())
-        return Request(index, tokens, sampling, eos | frozenset(sampling.stop_token_ids))
+        _require(
+            not out_of_range,
+            f"logit_bias and stop_token_ids of prompt {index} must be token ids below {vocab_size}, not {out_of_range}",
+        )
+        stop = frozenset(sampling.stop_token_ids)
+        return Request(index, tokens, sampling, stop if sampling.ignore_eos else stop | self._eos_token_ids)
 
     def _encode(self, text: str) -> tuple[int, ...]:
-        tokenizer = getattr(self.target, "tokenizer", None)
-        _require(tokenizer is not None, "a text prompt needs a model with a tokenizer; give token ids")
-        return tuple(tokenizer(text).input_ids)
+        _require(self._tokenizer is not None, "a text prompt needs a model with a tokenizer; give token ids")
+        return tuple(self._tokenizer(text).input_ids)
 
     def _complete(self, row: Generation) -> Completion:
-        tokenizer = getattr(self.target, "tokenizer", None)
         assert row.finish_reason is not None
         return Completion(
-            index=row.request.index, prompt_token_ids=row.request.prompt, token_ids=tuple(row.output),
-            text=tokenizer.decode(row.output, skip_special_tokens=True) if tokenizer else None,
-            finish_reason=row.finish_reason, logprobs=tuple(row.logprobs) if row.request.sampling.logprobs else None,
-            steps=tuple(row.steps), ttft_s=row.first_token_s - row.arrival_s, latency_s=row.finish_s - row.arrival_s)
+            index=row.request.index,
+            prompt_token_ids=row.request.prompt,
+            token_ids=tuple(row.output),
+            text=self._tokenizer.decode(row.output, skip_special_tokens=True) if self._tokenizer else None,
+            finish_reason=row.finish_reason,
+            logprobs=tuple(row.logprobs) if row.request.sampling.logprobs else None,
+            steps=tuple(row.steps),
+            ttft_s=row.first_token_s - row.arrival_s,
+            latency_s=row.finish_s - row.arrival_s,
+        )
 
 
-def _make_proposer(target: LanguageModel, draft: LanguageModel | None, method: Method,
-                   num_speculative_tokens: int) -> Proposer | None:
+def _make_proposer(
+    target: LanguageModel, draft: LanguageModel | None, method: Method, num_speculative_tokens: int
+) -> Proposer | None:
     _check_method(method, draft is not None, num_speculative_tokens)
     if method == "draft_model":
         assert draft is not None
@@ -124,25 +158,34 @@ def _make_proposer(target: LanguageModel, draft: LanguageModel | None, method: M
 def _check_method(method: str, has_draft: bool, num_speculative_tokens: int) -> None:
     _require(method in METHODS, f"method={method!r} must be one of {', '.join(METHODS)}")
     _require(has_draft or method != "draft_model", 'method="draft_model" needs a draft; name one, or use "ngram"')
-    _require(not has_draft or method == "draft_model", f'a draft is given but method={method!r} does not use it; '
-                                                       'use method="draft_model"')
-    _require(num_speculative_tokens >= 1 or method == "autoregressive",
-             f'num_speculative_tokens={num_speculative_tokens} must be at least 1; for plain decoding use '
-             'method="autoregressive"')
+    _require(
+        not has_draft or method == "draft_model",
+        f'a draft is given but method={method!r} does not use it; use method="draft_model"',
+    )
+    _require(
+        num_speculative_tokens >= 1 or method == "autoregressive",
+        f"num_speculative_tokens={num_speculative_tokens} must be at least 1; for plain decoding use "
+        'method="autoregressive"',
+    )
 
 
 def check_same_vocabulary(target: LanguageModel, draft: LanguageModel) -> None:
     """Raise ValueError unless token ids mean the same to both models."""
-    _require(target.vocab_size == draft.vocab_size,
-             f"the draft's vocabulary of {draft.vocab_size} tokens must be the target's, {target.vocab_size}; "
-             "use a draft of the same family")
-    tokenizers = [getattr(model, "tokenizer", None) for model in (target, draft)]
+    _require(
+        target.vocab_size == draft.vocab_size,
+        f"the draft's vocabulary of {draft.vocab_size} tokens must be the target's, {target.vocab_size}; "
+        "use a draft of the same family",
+    )
+    tokenizers: list[Any] = [getattr(model, "tokenizer", None) for model in (target, draft)]
     if all(tokenizers):
         ours, theirs = (tokenizer.get_vocab() for tokenizer in tokenizers)
-        different = next((token for token in ours if theirs.get(token) != ours[token]), None)
-        _require(ours == theirs, f"the draft's tokenizer must be the target's, but token {different!r} is "
-                                 f"{ours.get(different)} for the target and {theirs.get(different)} for the draft; "
-                                 "use a draft of the same family")
+        different = min((token for token, _ in ours.items() ^ theirs.items()), default=None)
+        _require(
+            ours == theirs,
+            f"the draft's tokenizer must be the target's, but token {different!r} is "
+            f"{ours.get(different)} for the target and {theirs.get(different)} for the draft; "
+            "use a draft of the same family",
+        )
 
 
 def _require(holds: bool, message: str) -> None:

@@ -39,8 +39,9 @@ def philox(counter: Tensor, key: Tensor) -> Tensor:
 
     Every word is an int64 holding an unsigned 32-bit value; the axes behind the first broadcast.
     """
-    multipliers, weyl = (torch.tensor(words, device=counter.device).view(2, *[1] * (counter.ndim - 1))
-                         for words in (_MULTIPLIERS, _WEYL))
+    multipliers, weyl = (
+        torch.tensor(words, device=counter.device).view(2, *[1] * (counter.ndim - 1)) for words in (_MULTIPLIERS, _WEYL)
+    )
     even, odd = counter[[0, 2]], counter[[1, 3]]
     for i in range(_ROUNDS):
         # an int64 product wraps, but its bits are those of the unsigned product

@@ -64,7 +64,7 @@ class Generation:
     @property
     def output(self) -> list[int]:
         """The emitted tokens."""
-        return self.tokens[len(self.request.prompt):]
+        return self.tokens[len(self.request.prompt) :]
 
     def emit(self, tokens: Sequence[int]) -> int:
         """Append tokens up to the first stop token or `max_tokens`; returns how many were kept."""

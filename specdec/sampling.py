@@ -66,12 +66,18 @@ class SamplingParams:
         require("min_p", 0 <= self.min_p <= 1, "in [0, 1]; 0 keeps all tokens")
         require("presence_penalty", finite(self.presence_penalty), "finite; 0 is off")
         require("frequency_penalty", finite(self.frequency_penalty), "finite; 0 is off")
-        require("repetition_penalty", finite(self.repetition_penalty) and self.repetition_penalty > 0,
-                "finite and > 0; 1 is off")
+        require(
+            "repetition_penalty",
+            finite(self.repetition_penalty) and self.repetition_penalty > 0,
+            "finite and > 0; 1 is off",
+        )
         require("max_tokens", isinstance(self.max_tokens, int) and self.max_tokens >= 1, "an integer >= 1")
         require("seed", isinstance(self.seed, int) and 0 <= self.seed < 2**64, "an integer in [0, 2**64)")
-        require("logit_bias", all(isinstance(t, int) and t >= 0 and v < math.inf for t, v in self.logit_bias.items()),
-                "a mapping of token ids >= 0 to floats below +inf")
+        require(
+            "logit_bias",
+            all(isinstance(t, int) and t >= 0 and v < math.inf for t, v in self.logit_bias.items()),
+            "a mapping of token ids >= 0 to floats below +inf",
+        )
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
         require("stop_token_ids", all(isinstance(t, int) and t >= 0 for t in self.stop_token_ids), "token ids >= 0")
 
@@ -162,8 +168,10 @@ class NonFiniteLogitsError(FloatingPointError):
     """A row of logits with a NaN, a +inf or nothing but -inf. `row` and `position` index the logits given."""
 
     def __init__(self, row: int, position: int, of: str = "") -> None:
-        super().__init__(f"logits of {of or f'row {row}, position {position}'} are NaN, +inf or all -inf, "
-                         "so there is no law to draw from")
+        super().__init__(
+            f"logits of {of or f'row {row}, position {position}'} are NaN, +inf or all -inf, "
+            "so there is no law to draw from"
+        )
         self.row, self.position = row, position
 
 
@@ -175,8 +183,14 @@ class SamplingState:
     vocab_size: int. device: where the logits live.
     """
 
-    def __init__(self, params: Sequence[SamplingParams], prompts: Sequence[Sequence[int]],
-                 outputs: Sequence[Sequence[int]], vocab_size: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        params: Sequence[SamplingParams],
+        prompts: Sequence[Sequence[int]],
+        outputs: Sequence[Sequence[int]],
+        vocab_size: int,
+        device: torch.device,
+    ) -> None:
         self.params, self.vocab_size, self.device = list(params), vocab_size, device
         self.greedy = [p.temperature == 0 for p in params]
         self.seeds = torch.tensor([_signed(p.seed) for p in params], device=device)
@@ -268,15 +282,19 @@ class SamplingState:
         if not entries:
             return None
         rows, tokens, values = zip(*entries, strict=True)
-        return (torch.tensor(rows, device=self.device), torch.tensor(tokens, device=self.device),
-                torch.tensor(values, dtype=torch.float64, device=self.device))
+        return (
+            torch.tensor(rows, device=self.device),
+            torch.tensor(tokens, device=self.device),
+            torch.tensor(values, dtype=torch.float64, device=self.device),
+        )
 
 
 class _TokenCounts:
     """Which tokens each row's prompt has, and how often each was emitted: bool and int32 [rows, vocab]."""
 
-    def __init__(self, prompts: Sequence[Sequence[int]], outputs: Sequence[Sequence[int]],
-                 vocab_size: int, device: torch.device) -> None:
+    def __init__(
+        self, prompts: Sequence[Sequence[int]], outputs: Sequence[Sequence[int]], vocab_size: int, device: torch.device
+    ) -> None:
         self._in_prompt = torch.zeros(len(prompts), vocab_size, dtype=torch.bool, device=device)
         self._emitted = torch.zeros(len(prompts), vocab_size, dtype=torch.int32, device=device)
         for row, (prompt, output) in enumerate(zip(prompts, outputs, strict=True)):
@@ -294,7 +312,7 @@ class _TokenCounts:
         for i in range(num_drafted):
             assert drafted is not None
             token = drafted[:, i, None, None].expand(-1, num_drafted - i, 1)
-            counts[:, i + 1:].scatter_add_(2, token, torch.ones_like(token, dtype=torch.int32))
+            counts[:, i + 1 :].scatter_add_(2, token, torch.ones_like(token, dtype=torch.int32))
         counts = counts[:, -num_positions:]
         return self._in_prompt.unsqueeze(1) | (counts > 0), counts
 

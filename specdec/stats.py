@@ -30,8 +30,10 @@ class AcceptanceCounts:
     def add_step(self, num_drafted: int, num_accepted: int, num_emitted: int) -> None:
         """Count one row's step, after truncation. Raises ValueError if the numbers contradict each other."""
         if not 0 <= num_accepted <= num_drafted or not num_accepted <= num_emitted <= num_accepted + 1:
-            raise ValueError(f"num_accepted={num_accepted} must lie in [0, num_drafted={num_drafted}] and "
-                             f"num_emitted={num_emitted} be num_accepted or one more")
+            raise ValueError(
+                f"num_accepted={num_accepted} must lie in [0, num_drafted={num_drafted}] and "
+                f"num_emitted={num_emitted} be num_accepted or one more"
+            )
         self.num_steps += 1
         self.num_drafted += num_drafted
         self.num_accepted += num_accepted
@@ -117,8 +119,9 @@ def expected_speedup(acceptance_rate: float, gamma: int, cost_ratio: float) -> f
     return expected_length(acceptance_rate, gamma) / (gamma * cost_ratio + 1)
 
 
-def predicted_speedup(acceptance_rate_at: Sequence[float], *, step_s: float, draft_s: float,
-                      scoring_s: float, verification_s: float) -> float:
+def predicted_speedup(
+    acceptance_rate_at: Sequence[float], *, step_s: float, draft_s: float, scoring_s: float, verification_s: float
+) -> float:
     """Speed-up that measured acceptance and measured times imply.
 
     acceptance_rate_at: unconditional acceptance of each draft position; their sum + 1 is the tokens per step.

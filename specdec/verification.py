@@ -50,11 +50,15 @@ class Draft:
 
     def __post_init__(self) -> None:
         if self.tokens.ndim != 2 or self.lengths.shape != self.tokens.shape[:1]:
-            raise ValueError(f"tokens of shape {tuple(self.tokens.shape)} must be [batch, k] and lengths, here of "
-                             f"shape {tuple(self.lengths.shape)}, [batch]")
+            raise ValueError(
+                f"tokens of shape {tuple(self.tokens.shape)} must be [batch, k] and lengths, here of "
+                f"shape {tuple(self.lengths.shape)}, [batch]"
+            )
         if self.law.shape != self.tokens.shape:
-            raise ValueError(f"law of shape {tuple(self.law.shape)} must have one row for each of the "
-                             f"{tuple(self.tokens.shape)} tokens")
+            raise ValueError(
+                f"law of shape {tuple(self.law.shape)} must have one row for each of the "
+                f"{tuple(self.tokens.shape)} tokens"
+            )
 
     @classmethod
     def deterministic(cls, tokens: Tensor, lengths: Tensor, vocab_size: int) -> Draft:
@@ -131,8 +135,10 @@ def residual(target_probs: Tensor, draft_probs: Tensor) -> Tensor:
     Source: Leviathan et al. 2023, p' in Algorithm 1; Chen et al. 2023 write (q - p)+.
     """
     if target_probs.shape != draft_probs.shape:
-        raise ValueError(f"target_probs of shape {tuple(target_probs.shape)} must have the shape of draft_probs, "
-                         f"{tuple(draft_probs.shape)}")
+        raise ValueError(
+            f"target_probs of shape {tuple(target_probs.shape)} must have the shape of draft_probs, "
+            f"{tuple(draft_probs.shape)}"
+        )
     excess = (target_probs - draft_probs).clamp(min=0)
     mass = excess.sum(-1, keepdim=True)
     return torch.where(mass > 0, excess / mass, target_probs)

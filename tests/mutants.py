@@ -23,16 +23,27 @@ from specdec.verification import Draft, Verification, VerificationRule, final_la
 Maker = Callable[[UniformSource, VerificationRule, int], Decoder]
 
 
-def maker(target: MarkovModel, draft: MarkovModel, gamma: int, decoder: type[Decoder] = Decoder,
-          proposer: type[DraftModelProposer] = DraftModelProposer,
-          break_rule: Callable[[VerificationRule], VerificationRule] = lambda rule: rule,
-          break_uniforms: Callable[[UniformSource], UniformSource] = lambda source: source) -> Maker:
+def maker(
+    target: MarkovModel,
+    draft: MarkovModel,
+    gamma: int,
+    decoder: type[Decoder] = Decoder,
+    proposer: type[DraftModelProposer] = DraftModelProposer,
+    break_rule: Callable[[VerificationRule], VerificationRule] = lambda rule: rule,
+    break_uniforms: Callable[[UniformSource], UniformSource] = lambda source: source,
+) -> Maker:
     """A function that makes decoders of this pair from (uniforms, rule, max_batch_size), with parts replaced."""
 
     def make(uniforms: UniformSource, rule: VerificationRule, max_batch_size: int) -> Decoder:
         uniforms = break_uniforms(uniforms)
-        return decoder(target, proposer(draft, uniforms), gamma, max_batch_size=max_batch_size,
-                       rule=break_rule(rule), uniforms=uniforms)
+        return decoder(
+            target,
+            proposer(draft, uniforms),
+            gamma,
+            max_batch_size=max_batch_size,
+            rule=break_rule(rule),
+            uniforms=uniforms,
+        )
 
     return make
 

@@ -41,9 +41,13 @@ class ScriptedUniforms:
 
     def __call__(self, seeds: Tensor, positions: Tensor, roles: Tensor, origins: Tensor) -> Tensor:
         seeds, roles, origins = (x.expand(positions.shape).tolist() for x in (seeds, roles, origins))
-        return torch.tensor([
-            [self._one(*key) for key in zip(*row, strict=True)]
-            for row in zip(seeds, positions.tolist(), roles, origins, strict=True)], dtype=torch.float64)
+        return torch.tensor(
+            [
+                [self._one(*key) for key in zip(*row, strict=True)]
+                for row in zip(seeds, positions.tolist(), roles, origins, strict=True)
+            ],
+            dtype=torch.float64,
+        )
 
     def _one(self, seed: int, position: int, role: int, origin: int) -> float:
         step = self.scripts[seed].get(origin)
@@ -59,9 +63,14 @@ class ScriptedUniforms:
 MakeDecoder = Callable[[UniformSource, VerificationRule, int], Decoder]
 
 
-def exact_law(make_decoder: MakeDecoder, prompt: tuple[int, ...], num_tokens: int, grid: tuple[int, int, int],
-              rule: VerificationRule = verify_tokens, params: SamplingParams | None = None
-              ) -> dict[tuple[int, ...], float]:
+def exact_law(
+    make_decoder: MakeDecoder,
+    prompt: tuple[int, ...],
+    num_tokens: int,
+    grid: tuple[int, int, int],
+    rule: VerificationRule = verify_tokens,
+    params: SamplingParams | None = None,
+) -> dict[tuple[int, ...], float]:
     """Law of the first num_tokens tokens that the decoder emits: {tokens: probability}.
 
     make_decoder: (uniforms, rule, max_batch_size) -> a fresh decoder. grid: points for draft, accept and last uniforms.
@@ -83,8 +92,16 @@ def exact_law(make_decoder: MakeDecoder, prompt: tuple[int, ...], num_tokens: in
     return dict(law)
 
 
-def _expand(make_decoder: MakeDecoder, prompt: tuple[int, ...], num_tokens: int, grid: tuple[int, int, int],
-            rule: VerificationRule, params: SamplingParams | None, script: dict[int, StepUniforms], gamma: int):
+def _expand(
+    make_decoder: MakeDecoder,
+    prompt: tuple[int, ...],
+    num_tokens: int,
+    grid: tuple[int, int, int],
+    rule: VerificationRule,
+    params: SamplingParams | None,
+    script: dict[int, StepUniforms],
+    gamma: int,
+):
     """Outcomes of the step after the script: {(tokens so far, what was drafted): (grid points, a script to it)}."""
     num_steps = len(script)
     origin = len(prompt) + len(_run(make_decoder, prompt, num_tokens, rule, params, [script])[0][0][num_steps])
@@ -92,8 +109,9 @@ def _expand(make_decoder: MakeDecoder, prompt: tuple[int, ...], num_tokens: int,
     scripts = [script | {origin: uniforms} for uniforms in _grid(grid, num_drafted)]
     outcomes: dict[tuple, tuple[int, dict]] = {}
     counts: Counter = Counter()
-    for child, (progress, drafted) in zip(scripts, _run(make_decoder, prompt, num_tokens, rule, params, scripts),
-                                          strict=True):
+    for child, (progress, drafted) in zip(
+        scripts, _run(make_decoder, prompt, num_tokens, rule, params, scripts), strict=True
+    ):
         key = (tuple(progress[num_steps + 1]), tuple(drafted[num_steps]))
         counts[key] += 1
         outcomes[key] = (counts[key], child)
@@ -108,8 +126,14 @@ def _grid(grid: tuple[int, int, int], num_drafted: int):
                 yield StepUniforms(draft, accept, last)
 
 
-def _run(make_decoder: MakeDecoder, prompt: tuple[int, ...], num_tokens: int, rule: VerificationRule,
-         params: SamplingParams | None, scripts: list[dict[int, StepUniforms]]):
+def _run(
+    make_decoder: MakeDecoder,
+    prompt: tuple[int, ...],
+    num_tokens: int,
+    rule: VerificationRule,
+    params: SamplingParams | None,
+    scripts: list[dict[int, StepUniforms]],
+):
     """For each script: the tokens emitted before each step, and the drafts of each step."""
     calls: list[Tensor] = []
 
@@ -121,14 +145,14 @@ def _run(make_decoder: MakeDecoder, prompt: tuple[int, ...], num_tokens: int, ru
     requests = [Request(i, prompt, _with(base, max_tokens=num_tokens, seed=i)) for i in range(len(scripts))]
     decoder = make_decoder(ScriptedUniforms(scripts), recording, len(scripts))
     rows = {row.request.index: row for row in decoder.run(requests)}
-    step_calls = calls[len(scripts):]  # one call for each prefill, then one for each step of the batch
+    step_calls = calls[len(scripts) :]  # one call for each prefill, then one for each step of the batch
     results = []
     for index in range(len(scripts)):
         row, emitted, progress, drafted = rows[index], 1, [[], rows[index].output[:1]], [()]
         for number, step in enumerate(row.steps):
             emitted += step.num_accepted + (step.last is not None)
             progress.append(row.output[:emitted])
-            drafted.append(step_calls[number][index, :step.num_drafted].tolist())
+            drafted.append(step_calls[number][index, : step.num_drafted].tolist())
         results.append((progress + [row.output] * num_tokens, drafted + [()] * num_tokens))
     return results
 

@@ -1,4 +1,4 @@
-"""The real model on real prompts, in float32: speculative equals autoregressive equals transformers, token for token."""
+"""The real model on real prompts, in float32: speculative, autoregressive and transformers agree token for token."""
 
 from __future__ import annotations
 
@@ -25,8 +25,10 @@ GREEDY = SamplingParams(temperature=0, max_tokens=MAX_TOKENS)
 @pytest.fixture(scope="module")
 def prompts(default_model: CausalLM) -> list[list[int]]:
     tokenizer = default_model.tokenizer
-    return [tokenizer.apply_chat_template([{"role": "user", "content": question}], add_generation_prompt=True)["input_ids"]
-            for question in QUESTIONS]
+    return [
+        tokenizer.apply_chat_template([{"role": "user", "content": question}], add_generation_prompt=True)["input_ids"]
+        for question in QUESTIONS
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -35,9 +37,10 @@ def reference(default_model: CausalLM, prompts: list[list[int]]) -> list[list[in
     outputs = []
     for prompt in prompts:
         ids = torch.tensor([prompt])
-        output = default_model.model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False,
-                                              max_new_tokens=MAX_TOKENS)
-        outputs.append(output[0, len(prompt):].tolist())
+        output = default_model.model.generate(
+            ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=MAX_TOKENS
+        )
+        outputs.append(output[0, len(prompt) :].tolist())
     return outputs
 
 
@@ -72,8 +75,9 @@ def test_self_draft_is_accepted_always(default_model: CausalLM, prompts: list, r
 
 
 def test_a_bad_draft_changes_nothing(default_model: CausalLM, prompts: list, reference: list) -> None:
-    engine = Engine(default_model, method="draft_model", draft=damaged(default_model), num_speculative_tokens=2,
-                    max_batch_size=2)
+    engine = Engine(
+        default_model, method="draft_model", draft=damaged(default_model), num_speculative_tokens=2, max_batch_size=2
+    )
     completions = engine.generate(prompts, GREEDY)
     assert [list(c.token_ids) for c in completions] == reference
     drafted = sum(c.counts.num_drafted for c in completions)
@@ -81,14 +85,20 @@ def test_a_bad_draft_changes_nothing(default_model: CausalLM, prompts: list, ref
 
 
 def test_text_in_text_out(default_model: CausalLM) -> None:
-    completion = Engine(default_model).generate(["The capital of France is"], SamplingParams(temperature=0, max_tokens=5))[0]
+    completion = Engine(default_model).generate(
+        ["The capital of France is"], SamplingParams(temperature=0, max_tokens=5)
+    )[0]
     assert "Paris" in completion.text
 
 
 def test_sampled_rows_do_not_depend_on_their_batch(default_model: CausalLM, prompts: list) -> None:
-    params = [SamplingParams(temperature=0.8, top_p=0.9, frequency_penalty=0.3, max_tokens=10, seed=i) for i in range(3)]
-    alone = [Engine(default_model, method="ngram").generate([prompt], each)[0].token_ids
-             for prompt, each in zip(prompts[:3], params, strict=True)]
+    params = [
+        SamplingParams(temperature=0.8, top_p=0.9, frequency_penalty=0.3, max_tokens=10, seed=i) for i in range(3)
+    ]
+    alone = [
+        Engine(default_model, method="ngram").generate([prompt], each)[0].token_ids
+        for prompt, each in zip(prompts[:3], params, strict=True)
+    ]
     together = Engine(default_model, method="ngram", max_batch_size=3).generate(prompts[:3], params)
     assert [c.token_ids for c in together] == alone
 

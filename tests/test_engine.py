@@ -23,9 +23,18 @@ def engine_for(method: str, **options) -> Engine:
 @pytest.mark.parametrize("method", METHODS)
 def test_a_row_in_any_batch_equals_the_row_alone(method: str) -> None:
     """With penalties, bias and truncation that differ by request, at T > 0, with more requests than slots."""
-    params = [SamplingParams(max_tokens=5 + 3 * i, seed=i, temperature=0.5 * i, frequency_penalty=0.2 * i,
-                             repetition_penalty=1 + 0.1 * i, logit_bias={1: 0.3 * i}, top_k=3 if i % 2 else 0)
-              for i in range(5)]
+    params = [
+        SamplingParams(
+            max_tokens=5 + 3 * i,
+            seed=i,
+            temperature=0.5 * i,
+            frequency_penalty=0.2 * i,
+            repetition_penalty=1 + 0.1 * i,
+            logit_bias={1: 0.3 * i},
+            top_k=3 if i % 2 else 0,
+        )
+        for i in range(5)
+    ]
     alone = [engine_for(method).generate([prompt], each)[0] for prompt, each in zip(PROMPTS, params, strict=True)]
     for max_batch_size in (2, 5):
         together = engine_for(method, max_batch_size=max_batch_size).generate(PROMPTS, params)
@@ -92,19 +101,26 @@ def test_counts_sum_over_completions() -> None:
     assert AcceptanceCounts.total(c.counts for c in completions).num_emitted == 5 * 5
 
 
-# -- bad input -----------------------------------------------------------------------------------------------------------
+# -- bad input -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("options", "message"), [
-    ({"method": "magic"}, "method='magic' must be one of autoregressive, draft_model, ngram"),
-    ({"method": "ngram", "num_speculative_tokens": 0},
-     'num_speculative_tokens=0 must be at least 1; for plain decoding use method="autoregressive"'),
-    ({"method": "draft_model"}, 'method="draft_model" needs a draft'),
-    ({"method": "ngram", "draft": DRAFT}, "a draft is given but method='ngram' does not use it"),
-    ({"max_batch_size": 0}, "max_batch_size=0 must be at least 1"),
-    ({"method": "draft_model", "draft": MarkovModel(torch.full((5, 5, 5), 0.2))},
-     "the draft's vocabulary of 5 tokens must be the target's, 3"),
-])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"method": "magic"}, "method='magic' must be one of autoregressive, draft_model, ngram"),
+        (
+            {"method": "ngram", "num_speculative_tokens": 0},
+            'num_speculative_tokens=0 must be at least 1; for plain decoding use method="autoregressive"',
+        ),
+        ({"method": "draft_model"}, 'method="draft_model" needs a draft'),
+        ({"method": "ngram", "draft": DRAFT}, "a draft is given but method='ngram' does not use it"),
+        ({"max_batch_size": 0}, "max_batch_size=0 must be at least 1"),
+        (
+            {"method": "draft_model", "draft": MarkovModel(torch.full((5, 5, 5), 0.2))},
+            "the draft's vocabulary of 5 tokens must be the target's, 3",
+        ),
+    ],
+)
 def test_bad_engines_are_refused(options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Engine(TARGET, **options)
@@ -127,14 +143,21 @@ def test_another_tokenizer_is_refused() -> None:
         Engine(target, method="draft_model", draft=draft)
 
 
-@pytest.mark.parametrize(("prompts", "sampling", "message"), [
-    ([[0], []], None, "prompt 1 must not be empty"),
-    ([[0, 3]], None, r"prompt 0 has token ids outside \[0, 3\)"),
-    (["hello"], None, "a text prompt needs a model with a tokenizer"),
-    ([[0]] * 2, [SamplingParams()], "1 sampling parameters must be one, or one for each of the 2 prompts"),
-    ([[0]], SamplingParams(logit_bias={7: 1.0}), r"logit_bias and stop_token_ids of prompt 0 .* not \[7\]"),
-    ([[0] * 190], SamplingParams(max_tokens=20), "prompt 0 has 190 tokens, which with max_tokens=20 exceeds .* of 200"),
-])
+@pytest.mark.parametrize(
+    ("prompts", "sampling", "message"),
+    [
+        ([[0], []], None, "prompt 1 must not be empty"),
+        ([[0, 3]], None, r"prompt 0 has token ids outside \[0, 3\)"),
+        (["hello"], None, "a text prompt needs a model with a tokenizer"),
+        ([[0]] * 2, [SamplingParams()], "1 sampling parameters must be one, or one for each of the 2 prompts"),
+        ([[0]], SamplingParams(logit_bias={7: 1.0}), r"logit_bias and stop_token_ids of prompt 0 .* not \[7\]"),
+        (
+            [[0] * 190],
+            SamplingParams(max_tokens=20),
+            "prompt 0 has 190 tokens, which with max_tokens=20 exceeds .* of 200",
+        ),
+    ],
+)
 def test_bad_prompts_are_refused_before_any_decoding(prompts, sampling, message: str) -> None:
     class Untouchable(MarkovModel):
         def forward(self, *args, **kwargs):

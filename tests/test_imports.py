@@ -54,5 +54,12 @@ def test_importing_specdec_loads_torch_only() -> None:
 
 
 def test_public_names() -> None:
-    assert specdec.__all__ == ["METHODS", "AcceptanceCounts", "Completion", "Engine", "PhaseTimes", "SamplingParams",
-                               "Step"]
+    assert specdec.__all__ == [
+        "METHODS",
+        "AcceptanceCounts",
+        "Completion",
+        "Engine",
+        "PhaseTimes",
+        "SamplingParams",
+        "Step",
+    ]

@@ -81,11 +81,13 @@ def test_joint_law_of_plain_decoding() -> None:
     assert distance(exact_law(make, PROMPT, 3, (1, 1, 4)), joint_law(target, PROMPT, 3)) < 1e-12
 
 
-# -- gates and their negative controls ---------------------------------------------------------------------------------
+# -- gates and their negative controls -----------------------------------------------------------------------
 
 TARGET, DRAFT = grid_pair(12)
 # a certain draft, accepted half of the time, whose residual is a fair coin: what a reused uniform spoils most
-COIN_TARGET, SURE_DRAFT = (MarkovModel((torch.tensor(row).double() / 4).expand(3, 3, 3)) for row in ([1, 1, 2], [0, 0, 4]))
+COIN_TARGET, SURE_DRAFT = (
+    MarkovModel((torch.tensor(row).double() / 4).expand(3, 3, 3)) for row in ([1, 1, 2], [0, 0, 4])
+)
 TOP_K = SamplingParams(top_k=1)
 NUM_DRAWS, SUPPORT = 4000, 9
 RADIUS = radius(NUM_DRAWS, SUPPORT)
@@ -94,7 +96,10 @@ LOSSY = {
     "M1 greedy draft declared as sampled": (maker(TARGET, DRAFT, 1, proposer=mutants.GreedyDraftDeclaredSampled), None),
     "M2 recover from the target": (maker(TARGET, DRAFT, 1, break_rule=with_rule(mutants.recover_from_target)), None),
     "M3 accept always": (maker(TARGET, DRAFT, 1, break_rule=with_rule(mutants.accept_always)), None),
-    "M4 accept uniform reused": (maker(COIN_TARGET, SURE_DRAFT, 1, break_rule=with_rule(mutants.reuse_accept_uniform)), None),
+    "M4 accept uniform reused": (
+        maker(COIN_TARGET, SURE_DRAFT, 1, break_rule=with_rule(mutants.reuse_accept_uniform)),
+        None,
+    ),
     "M4 draft stream shared": (maker(TARGET, DRAFT, 1, break_uniforms=mutants.share_draft_stream), None),
     "M6 argmax for a draw": (maker(TARGET, DRAFT, 1, break_rule=with_rule(mutants.argmax_for_draw)), None),
     "M7 wrong accept row": (maker(TARGET, DRAFT, 1, break_rule=with_rule(mutants.wrong_accept_row)), None),
@@ -117,7 +122,7 @@ def pairs_passing(make, params: SamplingParams | None, law: dict) -> list[bool]:
     base = replace(params or SamplingParams(), max_tokens=4)
     requests = [Request(i, PROMPT, replace(base, seed=i)) for i in range(NUM_DRAWS)]
     outputs = [tuple(row.output) for row in make(uniforms, verify_tokens, NUM_DRAWS).run(requests)]
-    return [passes([output[i:i + 2] for output in outputs], marginal(law, (i, i + 1)), SUPPORT) for i in range(3)]
+    return [passes([output[i : i + 2] for output in outputs], marginal(law, (i, i + 1)), SUPPORT) for i in range(3)]
 
 
 @pytest.mark.parametrize("params", [None, TOP_K], ids=["plain", "top-k"])
@@ -150,13 +155,16 @@ def test_gate_false_alarms_are_within_what_it_declares() -> None:
     assert failures <= 45
 
 
-# -- M9 in the draft, M10, M11: seen by equalities ------------------------------------------------------------------------
+# -- M9 in the draft, M10, M11: seen by equalities -----------------------------------------------------------
 
 
 def self_draft_acceptance(proposer: type) -> float:
     make = maker(TARGET, TARGET, 3, proposer=proposer)
-    rows = list(make(uniforms, verify_tokens, 50).run([
-        Request(i, PROMPT, SamplingParams(max_tokens=13, seed=i)) for i in range(50)]))
+    rows = list(
+        make(uniforms, verify_tokens, 50).run(
+            [Request(i, PROMPT, SamplingParams(max_tokens=13, seed=i)) for i in range(50)]
+        )
+    )
     steps = [step for row in rows for step in row.steps]
     return sum(step.num_accepted for step in steps) / sum(step.num_drafted for step in steps)
 
@@ -166,8 +174,12 @@ def test_self_draft_is_always_accepted_and_a_stale_draft_cache_is_seen() -> None
     assert self_draft_acceptance(mutants.StaleDraftCache) < 1  # M9 in the draft: lossless, but slower
 
 
-def outputs(decoder: type[Decoder], params: SamplingParams, draft: MarkovModel = DRAFT, stop: frozenset = frozenset(),
-            ) -> list[tuple[int, ...]]:
+def outputs(
+    decoder: type[Decoder],
+    params: SamplingParams,
+    draft: MarkovModel = DRAFT,
+    stop: frozenset = frozenset(),
+) -> list[tuple[int, ...]]:
     make = maker(TARGET, draft, 3, decoder=decoder)
     requests = [Request(i, PROMPT, replace(params, seed=i), stop) for i in range(60)]
     rows = sorted(make(uniforms, verify_tokens, 7).run(requests), key=lambda row: row.request.index)
@@ -180,6 +192,7 @@ def outputs(decoder: type[Decoder], params: SamplingParams, draft: MarkovModel =
 @pytest.mark.parametrize("draft", [TARGET, DRAFT], ids=["self-draft", "other draft"])
 def test_stop_tokens_and_max_tokens_end_the_output_exactly(draft: MarkovModel) -> None:
     """With a self-draft every token is accepted, so a stop token falls inside an accepted run most of the time."""
+
     def well_ended(output: tuple[int, ...]) -> bool:
         return 0 not in output[:-1] and (len(output) == 10 or output[-1] == 0)
 
@@ -203,4 +216,3 @@ def test_every_mutant_of_the_list_has_a_test() -> None:
     """M5 is in test_verification.py (only u = 0 shows it); M12 needs block verification."""
     here = {name.split()[0] for name in LOSSY} | {"M10", "M11", "M5"}
     assert here == {f"M{i}" for i in range(1, 12)}
-

@@ -18,11 +18,11 @@ def obvious_lookup(tokens: list[int], limit: int, min_ngram: int, max_ngram: int
     """Scan for the longest suffix, from the right, and copy; the copy may run on into itself."""
     for size in range(max_ngram, min_ngram - 1, -1):
         for end in range(len(tokens) - 1, size - 1, -1):
-            if tokens[end - size:end] == tokens[len(tokens) - size:]:
+            if tokens[end - size : end] == tokens[len(tokens) - size :]:
                 text = list(tokens)
                 for i in range(limit):
                     text.append(text[end + i])
-                return text[len(tokens):]
+                return text[len(tokens) :]
     return []
 
 
@@ -34,13 +34,16 @@ def obvious_counts(tokens: list[int], limit: int, min_ngram: int, max_ngram: int
         for size in range(max_ngram, min_ngram - 1, -1):
             if size > len(text):
                 continue
-            ends = [end for end in range(size, len(tokens)) if tokens[end - size:end] == text[len(text) - size:]]
+            ends = [end for end in range(size, len(tokens)) if tokens[end - size : end] == text[len(text) - size :]]
             if ends:
                 followers = [tokens[end] for end in ends]
                 most = max(map(followers.count, followers))
                 # the token that reached the highest count last
-                reached = {t: [i for i, f in enumerate(followers) if f == t][most - 1]
-                           for t in followers if followers.count(t) == most}
+                reached = {
+                    t: [i for i, f in enumerate(followers) if f == t][most - 1]
+                    for t in followers
+                    if followers.count(t) == most
+                }
                 draft.append(max(reached, key=reached.__getitem__))
                 break
         else:
@@ -84,9 +87,10 @@ def test_padding() -> None:
 def test_self_draft_stays_in_step_while_slots_change_hands(max_batch_size: int, gamma: int) -> None:
     """A draft equal to the target is accepted always, in each step of ten requests through three slots."""
     target, _ = grid_pair(1)
-    engine = Engine(target, method="draft_model", draft=target, num_speculative_tokens=gamma,
-                    max_batch_size=max_batch_size)
-    prompts = [[1, 2, 0, 1][:1 + i % 4] for i in range(10)]
+    engine = Engine(
+        target, method="draft_model", draft=target, num_speculative_tokens=gamma, max_batch_size=max_batch_size
+    )
+    prompts = [[1, 2, 0, 1][: 1 + i % 4] for i in range(10)]
     params = [SamplingParams(max_tokens=3 + 2 * i, seed=i) for i in range(10)]
     for completion in engine.generate(prompts, params) + engine.generate(prompts[::-1], params):
         assert completion.counts.num_accepted == completion.counts.num_drafted > 0

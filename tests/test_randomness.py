@@ -13,8 +13,11 @@ ONES = 0xFFFFFFFF
 KNOWN_ANSWERS = [
     ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
     ((ONES,) * 4, (ONES,) * 2, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
-    ((0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344), (0xA4093822, 0x299F31D0),
-     (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1)),
+    (
+        (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
+        (0xA4093822, 0x299F31D0),
+        (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
+    ),
 ]
 words = st.integers(0, ONES)
 
@@ -28,8 +31,12 @@ def test_known_answers(counter: tuple, key: tuple, answer: tuple) -> None:
 def test_a_uniform_depends_on_nothing_but_its_own_key(seed: int, position: int, role: Role, origin: int) -> None:
     signed = seed - 2**64 if seed >= 2**63 else seed
     alone = uniforms(*(torch.tensor([x]) for x in (signed, position, role, origin)))
-    among = uniforms(torch.tensor([[5], [signed]]), torch.tensor([[1, position, 7]]), torch.tensor(role),
-                     torch.tensor([[9], [origin]]))
+    among = uniforms(
+        torch.tensor([[5], [signed]]),
+        torch.tensor([[1, position, 7]]),
+        torch.tensor(role),
+        torch.tensor([[9], [origin]]),
+    )
     assert among[1, 1] == alone[0]
     assert 0 <= alone[0] < 1
     # the bit layout: 27 bits of the first word, 26 of the second

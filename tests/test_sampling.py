@@ -56,8 +56,10 @@ def obvious_law(logits: list[float], params: SamplingParams, prompt: list[int], 
     return [p / math.fsum(law) for p in law]
 
 
-@given(st.lists(st.tuples(params_strategy, tokens_strategy, tokens_strategy), min_size=1, max_size=3),
-       st.integers(0, 2**32 - 1))
+@given(
+    st.lists(st.tuples(params_strategy, tokens_strategy, tokens_strategy), min_size=1, max_size=3),
+    st.integers(0, 2**32 - 1),
+)
 def test_every_processor_equals_its_definition_in_every_row(rows: list, seed: int) -> None:
     """Also: rows do not influence each other, greedy rows among sampled ones included."""
     logits = torch.randn(len(rows), 1, VOCAB, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
@@ -68,26 +70,33 @@ def test_every_processor_equals_its_definition_in_every_row(rows: list, seed: in
         assert law[row, 0].tolist() == pytest.approx(expected, abs=1e-6)
 
 
-@given(params_strategy, tokens_strategy, tokens_strategy, st.lists(st.integers(0, VOCAB - 1), max_size=4),
-       st.integers(0, 2**32 - 1))
-def test_drafted_positions_have_their_own_penalties(params: SamplingParams, prompt: list, output: list, drafted: list,
-                                                    seed: int) -> None:
+@given(
+    params_strategy,
+    tokens_strategy,
+    tokens_strategy,
+    st.lists(st.integers(0, VOCAB - 1), max_size=4),
+    st.integers(0, 2**32 - 1),
+)
+def test_drafted_positions_have_their_own_penalties(
+    params: SamplingParams, prompt: list, output: list, drafted: list, seed: int
+) -> None:
     """Position i of a draft has exactly the law that plain decoding would have after emitting its first i tokens."""
     logits = torch.randn(1, len(drafted) + 1, VOCAB, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     state = SamplingState([params], [prompt], [output], VOCAB, CPU)
     together = state.law(logits, torch.tensor([drafted], dtype=torch.int64)).dense()
     for i in range(len(drafted) + 1):
         plain = SamplingState([params], [prompt], [output + drafted[:i]], VOCAB, CPU)
-        assert torch.equal(together[:, i], plain.law(logits[:, i:i + 1]).dense()[:, 0])
-        one = state.law(logits[:, i:i + 1], torch.tensor([drafted[:i]], dtype=torch.int64)).dense()
+        assert torch.equal(together[:, i], plain.law(logits[:, i : i + 1]).dense()[:, 0])
+        one = state.law(logits[:, i : i + 1], torch.tensor([drafted[:i]], dtype=torch.int64)).dense()
         assert torch.equal(together[:, i], one[:, 0])
 
 
 def test_observed_tokens_count_like_the_ones_given() -> None:
     params = SamplingParams(frequency_penalty=0.5, repetition_penalty=1.2)
     logits = torch.randn(2, 1, VOCAB, dtype=torch.float64)
-    given_, observed = (SamplingState([params] * 2, [[0], [1]], outputs, VOCAB, CPU)
-                        for outputs in ([[2, 2], [3]], [[], []]))
+    given_, observed = (
+        SamplingState([params] * 2, [[0], [1]], outputs, VOCAB, CPU) for outputs in ([[2, 2], [3]], [[], []])
+    )
     observed.observe(0, [2, 2])
     observed.observe(1, [3])
     assert torch.equal(given_.law(logits).dense(), observed.law(logits).dense())
@@ -115,14 +124,28 @@ def test_logits_without_a_law_are_refused_with_their_place(row: list[float], tem
     assert (caught.value.row, caught.value.position) == (1, 1)
 
 
-@pytest.mark.parametrize(("field", "value", "rule"), [
-    ("temperature", -0.1, "finite and >= 0; 0 is greedy"), ("temperature", math.nan, "finite and >= 0"),
-    ("top_p", 0.0, r"in \(0, 1\]"), ("top_p", 1.5, r"in \(0, 1\]"), ("top_p", math.nan, r"in \(0, 1\]"),
-    ("top_k", -1, "integer >= 0"), ("min_p", 1.1, r"in \[0, 1\]"), ("presence_penalty", math.inf, "finite"),
-    ("frequency_penalty", math.nan, "finite"), ("repetition_penalty", 0.0, "> 0"), ("max_tokens", 0, "integer >= 1"),
-    ("seed", -1, r"in \[0, 2\*\*64\)"), ("seed", 2**64, r"in \[0, 2\*\*64\)"), ("logit_bias", {-1: 0.0}, "token ids"),
-    ("logit_bias", {1: math.inf}, "below"), ("logit_bias", {1: math.nan}, "below"), ("stop_token_ids", (-5,), ">= 0"),
-])
+@pytest.mark.parametrize(
+    ("field", "value", "rule"),
+    [
+        ("temperature", -0.1, "finite and >= 0; 0 is greedy"),
+        ("temperature", math.nan, "finite and >= 0"),
+        ("top_p", 0.0, r"in \(0, 1\]"),
+        ("top_p", 1.5, r"in \(0, 1\]"),
+        ("top_p", math.nan, r"in \(0, 1\]"),
+        ("top_k", -1, "integer >= 0"),
+        ("min_p", 1.1, r"in \[0, 1\]"),
+        ("presence_penalty", math.inf, "finite"),
+        ("frequency_penalty", math.nan, "finite"),
+        ("repetition_penalty", 0.0, "> 0"),
+        ("max_tokens", 0, "integer >= 1"),
+        ("seed", -1, r"in \[0, 2\*\*64\)"),
+        ("seed", 2**64, r"in \[0, 2\*\*64\)"),
+        ("logit_bias", {-1: 0.0}, "token ids"),
+        ("logit_bias", {1: math.inf}, "below"),
+        ("logit_bias", {1: math.nan}, "below"),
+        ("stop_token_ids", (-5,), ">= 0"),
+    ],
+)
 def test_bad_parameters_are_named(field: str, value: object, rule: str) -> None:
     with pytest.raises(ValueError, match=f"{field}=.* must be .*{rule}"):
         SamplingParams(**{field: value})

@@ -26,8 +26,9 @@ def grid_pair(seed: int) -> tuple[MarkovModel, MarkovModel]:
     return MarkovModel(table(2 * seed)), MarkovModel(table(2 * seed + 1))
 
 
-def joint_law(model: MarkovModel, prompt: Sequence[int], num_tokens: int, transform=lambda law: law
-              ) -> dict[tuple[int, ...], float]:
+def joint_law(
+    model: MarkovModel, prompt: Sequence[int], num_tokens: int, transform=lambda law: law
+) -> dict[tuple[int, ...], float]:
     """Exact law of the next num_tokens tokens: {tokens: probability}; `transform` is applied to each row."""
     law = {}
     for tokens in itertools.product(range(model.vocab_size), repeat=num_tokens):
@@ -38,5 +39,3 @@ def joint_law(model: MarkovModel, prompt: Sequence[int], num_tokens: int, transf
         if probability:
             law[tokens] = probability
     return law
-
-

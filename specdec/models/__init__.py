@@ -53,7 +53,7 @@ def prefill(model: LanguageModel, tokens: Sequence[int], cache: Cache, slot: int
     if not tokens:
         raise ValueError("tokens=[] must not be empty: a model needs at least one token to continue from")
     for start in range(0, len(tokens), PREFILL_CHUNK):
-        chunk = torch.tensor([tokens[start:start + PREFILL_CHUNK]], device=model.device)
+        chunk = torch.tensor([tokens[start : start + PREFILL_CHUNK]], device=model.device)
         logits = model.forward(chunk, cache, first_slot=slot, last_only=True)
         cache.lengths[slot] += chunk.shape[1]
     return logits

@@ -58,7 +58,8 @@ class CausalLM:
             use_cache=True,
             logits_to_keep=1 if last_only else 0,
         )
-        return output.logits
+        logits: Tensor = output.logits
+        return logits
 
 
 def _rollback_limits(model: PreTrainedModel) -> tuple[int, int]:
@@ -67,12 +68,15 @@ def _rollback_limits(model: PreTrainedModel) -> tuple[int, int]:
     if model.config.is_encoder_decoder:
         raise UnsupportedModelError(f"{name} is an encoder-decoder; give a decoder-only model")
     if getattr(model, "_is_stateful", False):
-        raise UnsupportedModelError(f"{name} keeps a recurrent state, which cannot be rolled back after a rejection; "
-                                    "give a model with full attention in every layer")
+        raise UnsupportedModelError(
+            f"{name} keeps a recurrent state, which cannot be rolled back after a rejection; "
+            "give a model with full attention in every layer"
+        )
     attention = config._attn_implementation
     if attention not in ("eager", "sdpa"):
-        raise UnsupportedModelError(f"attention={attention!r} of {name} must be 'eager' or 'sdpa': "
-                                    "others take no mask for each row")
+        raise UnsupportedModelError(
+            f"attention={attention!r} of {name} must be 'eager' or 'sdpa': others take no mask for each row"
+        )
     limit = getattr(config, "max_position_embeddings", None) or 1 << 30
     layers = DynamicCache(config=config).layers
     for index, layer in enumerate(layers):
@@ -80,8 +84,10 @@ def _rollback_limits(model: PreTrainedModel) -> tuple[int, int]:
         if window is not None:
             limit = min(limit, window)
         elif type(layer) is not DynamicLayer:
-            raise UnsupportedModelError(f"layer {index} of {name} keeps a {type(layer).__name__}, which cannot be "
-                                        "rolled back after a rejection; give a model with full attention in every layer")
+            raise UnsupportedModelError(
+                f"layer {index} of {name} keeps a {type(layer).__name__}, which cannot be "
+                "rolled back after a rejection; give a model with full attention in every layer"
+            )
     return len(layers) or config.num_hidden_layers, limit
 
 
@@ -101,18 +107,20 @@ def _check_ragged_equals_plain(lm: CausalLM) -> None:
     cache = lm.allocate(2, length + 3)
     try:
         expected = lm.model(input_ids=tokens, use_cache=False).logits[0, cut:].float()
-        lm.forward(tokens[:, :cut + 3].flip(1), cache, first_slot=0)
+        lm.forward(tokens[:, : cut + 3].flip(1), cache, first_slot=0)
         lm.forward(tokens[:, :cut].flip(1), cache, first_slot=1)
         cache.lengths[:] = [0, 0]
         lm.forward(tokens[:, :cut], cache, first_slot=1)
         cache.lengths[:] = [cut + 3, cut]  # the row that is looked at is the shorter one
         actual = lm.forward(tokens[:, cut:].expand(2, -1), cache)[1].float()
     except (TypeError, ValueError, RuntimeError, IndexError) as error:
-        raise UnsupportedModelError(f"{name} does not take per-row position ids, a 4-D mask and a cache: {error}"
-                                    ) from error
+        raise UnsupportedModelError(
+            f"{name} does not take per-row position ids, a 4-D mask and a cache: {error}"
+        ) from error
     difference = (actual - expected).norm() / expected.norm()
     tolerance = 1e-3 if lm.dtype in (torch.float32, torch.float64) else 5e-2
     if not difference <= tolerance:
         raise UnsupportedModelError(
             f"{name} gives other logits with per-row positions than without (relative difference {difference:.2g} "
-            f"must be <= {tolerance:g}): it would be decoded wrongly, so it is refused")
+            f"must be <= {tolerance:g}): it would be decoded wrongly, so it is refused"
+        )

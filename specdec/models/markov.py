@@ -47,9 +47,9 @@ class MarkovModel:
 
     def forward(self, tokens: Tensor, cache: MarkovCache, first_slot: int = 0, last_only: bool = False) -> Tensor:
         rows, width = tokens.shape
-        start = torch.tensor(cache.lengths[first_slot:first_slot + rows], device=self.device).unsqueeze(1)
+        start = torch.tensor(cache.lengths[first_slot : first_slot + rows], device=self.device).unsqueeze(1)
         positions = start + torch.arange(width, device=self.device)
-        stored = cache.tokens[first_slot:first_slot + rows]
+        stored = cache.tokens[first_slot : first_slot + rows]
         stored.scatter_(1, positions, tokens)
         previous = torch.where(positions > 0, stored.gather(1, (positions - 1).clamp(min=0)), 0)
         logits = self.table[previous, stored.gather(1, positions)].log()

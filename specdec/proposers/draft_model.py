@@ -51,8 +51,10 @@ class DraftModelProposer:
 
     @torch.inference_mode()
     def propose(self, batch: Batch, limits: Sequence[int]) -> Draft:
-        limits = [max(0, min(limit, self._model.context_length - length))
-                  for limit, length in zip(limits, batch.lengths(), strict=True)]
+        limits = [
+            max(0, min(limit, self._model.context_length - length))
+            for limit, length in zip(limits, batch.lengths(), strict=True)
+        ]
         num_tokens = max(limits)
         if num_tokens == 0:
             return Draft.empty(len(batch.rows), self._model.vocab_size, self._model.device)
@@ -79,13 +81,13 @@ class DraftModelProposer:
         return self._cache
 
     def _catch_up(self, batch: Batch, cache: Cache) -> Tensor:
-        """Feed every row's committed tokens that its slot lacks; returns the logits after the last, [rows, 1, vocab]."""
+        """Feed each row the committed tokens its slot lacks; returns the logits after the last, [rows, 1, vocab]."""
         pending = []
         for index, (slot, row) in enumerate(zip(self._slots, batch.rows, strict=False)):
             cache.lengths[index] = slot.num_valid(row) if row else 0
             if row and cache.lengths[index] == 0 and len(row.tokens) > 1:
                 prefill(self._model, row.tokens[:-1], cache, index)
-            pending.append(row.tokens[cache.lengths[index]:] if row else [0])
+            pending.append(row.tokens[cache.lengths[index] :] if row else [0])
         tokens, lengths = pad(pending, self._model.device)
         logits = self._model.forward(tokens, cache)
         for index, fed in enumerate(pending):

@@ -6,7 +6,8 @@ is one-hot, which makes them exact at every temperature.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -43,7 +44,7 @@ class LookupIndex:
         for end in range(self._num_indexed + 1, len(tokens)):
             for size in self._sizes:
                 if size <= end:
-                    self._follows[tuple(tokens[end - size:end])] = end
+                    self._follows[tuple(tokens[end - size : end])] = end
         self._num_indexed = max(self._num_indexed, len(tokens) - 1)
         for size in self._sizes:
             start = self._follows.get(tuple(tokens[-size:])) if size <= len(tokens) else None
@@ -54,7 +55,7 @@ class LookupIndex:
 
 
 class CountIndex:
-    """Online n-gram store (Ou et al. 2024, arXiv:2404.08698): the most frequent next token of the longest known context.
+    """Online n-gram store (Ou et al. 2024, arXiv:2404.08698): the commonest next token of the longest known context.
 
     min_ngram, max_ngram: context lengths to back off between, long to short. Ties go to the more recent token.
     A draft ends where no context is known.
@@ -70,7 +71,7 @@ class CountIndex:
         for end in range(self._num_indexed, len(tokens)):
             self._count(tokens, end)
         self._num_indexed = len(tokens)
-        text = tokens[-self._sizes.start:]
+        text = tokens[-self._sizes.start :]
         num_known = len(text)
         while len(text) - num_known < limit:
             token = self._most_frequent(text)
@@ -83,7 +84,7 @@ class CountIndex:
         token = tokens[end]
         for size in self._sizes:
             if size <= end:
-                context = tuple(tokens[end - size:end])
+                context = tuple(tokens[end - size : end])
                 counts = self._counts.setdefault(context, {})
                 counts[token] = counts.get(token, 0) + 1
                 if counts[token] >= counts.get(self._best.get(context, token), 0):
@@ -104,19 +105,27 @@ class NgramProposer:
     Raises ValueError unless 1 <= min_ngram <= max_ngram.
     """
 
-    def __init__(self, vocab_size: int, device: torch.device, index: type[LookupIndex] | type[CountIndex] = LookupIndex,
-                 min_ngram: int = 2, max_ngram: int = 4) -> None:
+    def __init__(
+        self,
+        vocab_size: int,
+        device: torch.device,
+        index: type[LookupIndex] | type[CountIndex] = LookupIndex,
+        min_ngram: int = 2,
+        max_ngram: int = 4,
+    ) -> None:
         if not 1 <= min_ngram <= max_ngram:
             raise ValueError(f"min_ngram={min_ngram} must be at least 1 and at most max_ngram={max_ngram}")
-        self._new_index = lambda: index(min_ngram, max_ngram)
+        self._new_index: Callable[[], TokenIndex] = partial(index, min_ngram, max_ngram)
         self._vocab_size, self._device = vocab_size, device
         self._indices: dict[Generation, TokenIndex] = {}
 
     def propose(self, batch: Batch, limits: Sequence[int]) -> Draft:
         old = self._indices
         self._indices = {row: old.get(row) or self._new_index() for row in batch.rows if row is not None}
-        guesses = [self._indices[row].continuation(row.tokens, limit) if row and limit else []
-                   for row, limit in zip(batch.rows, limits, strict=True)]
+        guesses = [
+            self._indices[row].continuation(row.tokens, limit) if row and limit else []
+            for row, limit in zip(batch.rows, limits, strict=True)
+        ]
         return Draft.deterministic(*pad(guesses, self._device), self._vocab_size)
 
 

@@ -9,14 +9,30 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from specdec import Engine, SamplingParams
 from specdec.models.causal import CausalLM, UnsupportedModelError
 
-SMALL = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-         "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+SMALL = {
+    "vocab_size": 61,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 GQA = SMALL | {"num_key_value_heads": 2, "head_dim": 8}
 SUPPORTED = {
-    "llama": GQA, "qwen2": GQA, "qwen3": GQA, "mistral": GQA | {"sliding_window": None}, "gpt_neox": SMALL,
-    "gpt2": SMALL | {"n_inner": 48}, "phi": SMALL, "opt": SMALL | {"ffn_dim": 48, "word_embed_proj_dim": 32},
-    "gemma": GQA, "mixtral": GQA | {"num_local_experts": 4, "sliding_window": None}, "gpt_neo": SMALL | {
-        "num_layers": 2, "num_heads": 4, "attention_types": [[["global"], 2]]},
+    "llama": GQA,
+    "qwen2": GQA,
+    "qwen3": GQA,
+    "mistral": GQA | {"sliding_window": None},
+    "gpt_neox": SMALL,
+    "gpt2": SMALL | {"n_inner": 48},
+    "phi": SMALL,
+    "opt": SMALL | {"ffn_dim": 48, "word_embed_proj_dim": 32},
+    "gemma": GQA,
+    "mixtral": GQA | {"num_local_experts": 4, "sliding_window": None},
+    "gpt_neo": SMALL | {"num_layers": 2, "num_heads": 4, "attention_types": [[["global"], 2]]},
     "mpt": {"d_model": 32, "n_heads": 4, "n_layers": 2, "vocab_size": 61, "max_seq_len": 64},
 }
 PROMPTS = [[5, 9, 8, 7, 5, 9, 8], [3], [11, 4, 11, 4, 11, 4, 11, 4, 11, 4, 11, 4], [7, 7, 30]]
@@ -39,7 +55,7 @@ def reference(model, prompt: list[int]) -> list[int]:
     with torch.inference_mode():
         for _ in range(GREEDY.max_tokens):
             tokens.append(int(model(input_ids=torch.tensor([tokens]), use_cache=False).logits[0, -1].float().argmax()))
-    return tokens[len(prompt):]
+    return tokens[len(prompt) :]
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
@@ -76,10 +92,15 @@ def test_bf16_runs_through_the_same_road(attention: str) -> None:
 REFUSED = {
     "bloom": ({"hidden_size": 32, "n_head": 4, "n_layer": 2, "vocab_size": 61}, "BloomForCausalLM"),
     "mamba": ({"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 61, "state_size": 4}, "recurrent state"),
-    "gpt_neo": (SMALL | {"num_layers": 2, "num_heads": 4, "window_size": 8, "attention_types": [[["local"], 2]]},
-                "other logits"),
+    "gpt_neo": (
+        SMALL | {"num_layers": 2, "num_heads": 4, "window_size": 8, "attention_types": [[["local"], 2]]},
+        "other logits",
+    ),
     "lfm2": (GQA | {"layer_types": ["conv", "full_attention"]}, "cannot be rolled back"),
-    "jamba": (GQA | {"use_mamba_kernels": False, "attn_layer_period": 2, "attn_layer_offset": 1}, "rolled back|recurrent"),
+    "jamba": (
+        GQA | {"use_mamba_kernels": False, "attn_layer_period": 2, "attn_layer_offset": 1},
+        "rolled back|recurrent",
+    ),
 }
 
 
@@ -101,7 +122,7 @@ def test_encoder_decoders_are_refused() -> None:
 def test_other_attention_implementations_are_refused() -> None:
     model = make("llama", GQA)
     model.config._attn_implementation = "flex_attention"
-    with pytest.raises(UnsupportedModelError, match="attention='flex_attention' of .* must be 'eager' or 'sdpa'"):
+    with pytest.raises(UnsupportedModelError, match=r"attention='flex_attention' of .* must be 'eager' or 'sdpa'"):
         CausalLM(model)
 
 

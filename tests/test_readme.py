@@ -1,0 +1,22 @@
+"""What the README shows and claims."""
+
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_example_runs(capsys) -> None:
+    code = re.search(r"```python\n(.*?)```", README, re.DOTALL).group(1)
+    assert "assert" in code
+    exec(compile(code, "README.md", "exec"), {})
+    assert "cat" in capsys.readouterr().out
+
+
+def test_every_test_it_names_exists() -> None:
+    named = re.findall(r"`(tests/[\w/]+\.py)(?:::(\w+))?", README)
+    assert len(named) >= 5
+    for path, name in named:
+        text = (ROOT / path).read_text()
+        assert not name or f"def {name}(" in text, f"{path} has no {name}"
