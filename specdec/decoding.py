@@ -123,7 +123,6 @@ class Decoder:
             outcome = self._verify(batch, logits, draft)
         self._commit(batch, draft, outcome, logits)
         row.steps.clear()
-        row.first_token_s = time.perf_counter()
 
     @torch.inference_mode()
     def _step(self, batch: Batch, cache: Cache) -> None:
@@ -156,15 +155,15 @@ class Decoder:
         rows, width = draft.tokens.shape
         device = self.target.device
         if batch.sampling.all_greedy:  # every law is one-hot: no uniform can change anything
-            zeros = torch.zeros(rows, 2 * width + 1, dtype=torch.float64, device=device)
-        else:
-            offsets = torch.arange(width + 1, device=device)
-            last_roles = torch.where(offsets < draft.lengths.unsqueeze(1), int(Role.RECOVER), int(Role.BONUS))
-            roles = torch.cat([torch.full_like(draft.tokens, Role.ACCEPT), last_roles], 1)
-            origins = torch.tensor(batch.lengths(), device=device).unsqueeze(1)
-            positions = origins + torch.cat([offsets[:-1], offsets])
-            zeros = self.uniforms(batch.sampling.seeds.unsqueeze(1), positions, roles, origins)
-        return zeros[:, :width], zeros[:, width:]
+            zeros = torch.zeros(rows, width + 1, dtype=torch.float64, device=device)
+            return zeros[:, :width], zeros
+        offsets = torch.arange(width + 1, device=device)
+        last_roles = torch.where(offsets < draft.lengths.unsqueeze(1), int(Role.RECOVER), int(Role.BONUS))
+        roles = torch.cat([torch.full_like(draft.tokens, Role.ACCEPT), last_roles], 1)
+        origins = torch.tensor(batch.lengths(), device=device).unsqueeze(1)
+        positions = origins + torch.cat([offsets[:-1], offsets])
+        draws = self.uniforms(batch.sampling.seeds.unsqueeze(1), positions, roles, origins)
+        return draws[:, :width], draws[:, width:]
 
     def _commit(self, batch: Batch, draft: Draft, outcome: Verification, logits: Tensor) -> None:
         """Append what was decided to each row and record it. The one transfer from the device to the host."""
@@ -179,8 +178,8 @@ class Decoder:
                 row.logprobs += _logprobs(logits[index], emitted[:num_kept])
             batch.sampling.observe(index, emitted[:num_kept])
             row.steps.append(_step(num_drafted, num_accepted, num_kept))
-            if row.finish_reason:
-                row.finish_s = time.perf_counter()
+            row.last_token_s = time.perf_counter()
+            row.first_token_s = row.first_token_s or row.last_token_s
 
     @contextmanager
     def _phase(self, name: str) -> Iterator[None]:

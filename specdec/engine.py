@@ -138,7 +138,7 @@ class Engine:
             logprobs=tuple(row.logprobs) if row.request.sampling.logprobs else None,
             steps=tuple(row.steps),
             ttft_s=row.first_token_s - row.arrival_s,
-            latency_s=row.finish_s - row.arrival_s,
+            latency_s=row.last_token_s - row.arrival_s,
         )
 
 

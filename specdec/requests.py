@@ -50,7 +50,7 @@ class Generation:
     steps: list[Step] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     first_token_s: float = 0.0
-    finish_s: float = 0.0
+    last_token_s: float = 0.0
     finish_reason: FinishReason | None = None
 
     def __post_init__(self) -> None:
