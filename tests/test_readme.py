@@ -20,3 +20,11 @@ def test_every_test_it_names_exists() -> None:
     for path, name in named:
         text = (ROOT / path).read_text()
         assert not name or f"def {name}(" in text, f"{path} has no {name}"
+
+
+def test_the_results_are_those_of_the_committed_run() -> None:
+    """`python -m bench.report bench/baselines/default-cpu.json` prints what the README shows."""
+    from bench.report import render
+
+    shown = re.search(r"<!-- results: begin -->\n```\n(.*?)\n```\n<!-- results: end -->", README, re.DOTALL).group(1)
+    assert shown == render(ROOT / "bench" / "baselines" / "default-cpu.json")

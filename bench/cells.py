@@ -1,0 +1,85 @@
+"""The cells of a run: every combination of the options that makes sense, and why some cannot run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import astuple, dataclass, fields
+from itertools import product
+
+from bench.engines import why_not
+from bench.options import BenchConfig
+from bench.pairs import Pair
+from bench.workloads import label
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One measurement, under the names of its pytest parameters. gamma: 0 for "autoregressive"."""
+
+    engine: str
+    pair: str
+    method: str
+    gamma: int
+    placement: str
+    workload: str
+    batch_size: int
+
+    @property
+    def id(self) -> str:
+        return "-".join(map(str, astuple(self)))
+
+
+CELL_FIELDS = tuple(field.name for field in fields(Cell))
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A cell and why it is skipped, with the remedy; None if it can run."""
+
+    cell: Cell
+    skip: str | None
+
+
+def plan(config: BenchConfig) -> list[Plan]:
+    """All cells, pair by pair so that models are loaded once.
+
+    Raises ValueError if something that was named on the command line cannot run in any cell.
+    """
+    plans = [_plan(config, pair, *rest) for pair in config.pairs for rest in _combinations(config)]
+    plans = list(dict.fromkeys(plans))
+    runnable = [each.cell for each in plans if not each.skip]
+    for option, parameter in (("engines", "engine"), ("methods", "method"), ("batch_sizes", "batch_size")):
+        for value in getattr(config, option) if option in config.named else ():
+            if not any(getattr(cell, parameter) == value for cell in runnable):
+                reason = next(each.skip for each in plans if getattr(each.cell, parameter) == value)
+                raise ValueError(f"{option}={value} is asked for and must be able to run, but {reason}")
+    if not runnable:
+        raise ValueError(f"no cell can run: {plans[0].skip}")
+    return plans
+
+
+def _combinations(config: BenchConfig) -> Iterator[tuple[str, int, str, str, str, int]]:
+    """(workload, batch size, placement, engine, method, gamma)."""
+    for workload, batch_size, placement, engine, method in product(
+        config.workloads, config.batch_sizes, config.placements, config.engines, config.methods
+    ):
+        for gamma in (0,) if method == "autoregressive" else config.gammas:
+            yield label(workload), batch_size, placement, engine, method, gamma
+
+
+def _plan(
+    config: BenchConfig,
+    pair: Pair,
+    workload: str,
+    batch_size: int,
+    placement: str,
+    engine: str,
+    method: str,
+    gamma: int,
+) -> Plan:
+    skip = why_not(engine, method, batch_size)
+    if not skip and method == "draft_model" and pair.draft is None:
+        skip = f"pair={pair.name} has no draft; name one with --pairs target={pair.target},draft=MODEL"
+    if skip and method != "autoregressive":
+        gamma = config.gammas[0]  # one skipped cell says it for all
+    return Plan(Cell(engine, pair.name, method, gamma, placement, workload, batch_size), skip)

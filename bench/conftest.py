@@ -1,0 +1,112 @@
+"""pytest's side of the benchmarks: hooks and fixtures; what they do is in the modules beside this file."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench import machine, options, table
+from bench.cells import CELL_FIELDS
+from bench.journal import SCHEMA_VERSION
+from bench.session import Session
+
+SESSION = pytest.StashKey[Session]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    options.add_options(parser)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Check everything that can be checked before tests are collected; exit code 4 if something cannot be right."""
+    try:
+        _check_plugins(config)
+        config.stash[SESSION] = Session(options.parse_config(config))
+        if not config.option.collectonly:
+            _check_output(config)
+            config.stash[SESSION].open_journal()
+    except (ValueError, OSError) as error:
+        raise pytest.UsageError(str(error)) from error
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    session = config.stash.get(SESSION, None)
+    if session and session.journal:
+        session.journal.close()
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    session = config.stash[SESSION]
+    journal = session.journal
+    kept = f", the earlier one kept as {journal.kept_as.name}" if journal and journal.kept_as else ""
+    return (
+        f"specdec: {len(session.plans)} cells, {session.num_resumed} of them taken from the journal; "
+        f"journal: {session.config.journal}{kept}{machine.busy()}"
+    )
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """One test for each cell."""
+    if not set(CELL_FIELDS) <= set(metafunc.fixturenames):
+        return
+    session = metafunc.config.stash[SESSION]
+    parameters = []
+    for each in session.plans:
+        cell, skip = each.cell, session.why_skipped(each)
+        group = f"{cell.pair}, {cell.workload}, batch size {cell.batch_size}"
+        marks = [pytest.mark.benchmark(timer=session.clock, group=group)]
+        marks += [pytest.mark.skip(reason=skip)] if skip else []
+        values = [getattr(cell, name) for name in CELL_FIELDS]
+        parameters.append(pytest.param(*values, id=cell.id, marks=marks))
+    metafunc.parametrize(CELL_FIELDS, parameters)
+
+
+@pytest.fixture(scope="session")
+def session(pytestconfig: pytest.Config) -> Session:
+    """The run's state: options, prompts, models, journal."""
+    return pytestconfig.stash[SESSION]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
+    machine_info.pop("node", None)  # the host's name is nobody's business
+    machine_info.update(machine.information())
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_benchmark_update_json(config: pytest.Config, output_json: dict[str, Any]) -> None:
+    output_json["schema_version"] = SCHEMA_VERSION
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    session = config.stash.get(SESSION, None)
+    if session and session.records:
+        terminalreporter.section("speculative decoding")
+        for line in table.render(session.records):
+            terminalreporter.write_line(line)
+
+
+def _check_plugins(config: pytest.Config) -> None:
+    if not config.pluginmanager.hasplugin("benchmark"):
+        raise ValueError("pytest-benchmark must be installed and active; pip install 'specdec[bench]'")
+    if config.getoption("dist", "no") != "no" or config.getoption("numprocesses", None):
+        raise ValueError(
+            f"numprocesses={config.getoption('numprocesses')} must be 0: xdist runs tests side by side "
+            "and switches benchmarks off; leave out -n"
+        )
+    if config.getoption("benchmark_disable"):
+        raise ValueError("--benchmark-disable must be left out: these tests measure; use --smoke for a quick run")
+
+
+def _check_output(config: pytest.Config) -> None:
+    """pytest-benchmark opens its file only at the end of the run; see now that it can."""
+    output: Path | None = config.getoption("benchmark_json")
+    if output is None:
+        return
+    folder = output.absolute().parent
+    if output.is_dir() or not folder.is_dir() or not os.access(output if output.exists() else folder, os.W_OK):
+        raise ValueError(f"benchmark_json={output} must be a file that can be written; create its folder, or name one")

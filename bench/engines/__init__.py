@@ -1,0 +1,91 @@
+"""The seam to an engine that decodes prompts, and which engines there are."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from bench.pairs import Pair
+    from specdec import AcceptanceCounts, PhaseTimes, SamplingParams
+
+METHODS = ("autoregressive", "ngram", "ngram_store", "draft_model")
+
+
+@dataclass(frozen=True, slots=True)
+class PromptResult:
+    """What an engine made of one prompt.
+
+    token_ids: emitted tokens, a stop token included. ttft_s, latency_s: from the request's start to its first and
+    last token. counts: acceptance counters by specdec's definitions, or None if the engine does not tell.
+    finish_reason: "stop" or "length".
+    """
+
+    token_ids: tuple[int, ...]
+    ttft_s: float
+    latency_s: float
+    counts: AcceptanceCounts | None
+    finish_reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One call of an engine: a result per prompt, in order, and where the time went, if the engine tells."""
+
+    results: tuple[PromptResult, ...]
+    phase_times: PhaseTimes | None = None
+
+
+class BenchEngine(Protocol):
+    """Decodes prompts with one loaded pair of models by any of its methods."""
+
+    version: str
+    tokenizer: Any  # the target's transformers tokenizer, or None
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], method: str, gamma: int, sampling: Sequence[SamplingParams]
+    ) -> Run:
+        """Continue all prompts, given as token ids, together.
+
+        method: one of METHODS. gamma: tokens proposed per step, 0 for "autoregressive". sampling: one per prompt.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class EngineKind:
+    """What is known of an engine before it is loaded. max_batch_size: None is unlimited."""
+
+    package: str
+    methods: tuple[str, ...]
+    max_batch_size: int | None = None
+
+
+ENGINES = {
+    "specdec": EngineKind("specdec", METHODS),
+    "transformers": EngineKind("transformers", ("autoregressive", "ngram", "draft_model"), max_batch_size=1),
+}
+
+
+def why_not(engine: str, method: str, batch_size: int) -> str | None:
+    """Why an engine cannot run a cell, and what to do about it; None if it can."""
+    kind = ENGINES[engine]
+    if importlib.util.find_spec(kind.package) is None:
+        return f"engine={engine} needs the package {kind.package}; pip install {kind.package}"
+    if method not in kind.methods:
+        return f"engine={engine} has no method={method}; use {', '.join(kind.methods)}"
+    if kind.max_batch_size is not None and batch_size > kind.max_batch_size:
+        return (
+            f"engine={engine} decodes at most {kind.max_batch_size} prompt at a time, not "
+            f"batch_size={batch_size}; use --batch-sizes {kind.max_batch_size}"
+        )
+    return None
+
+
+def load(engine: str, pair: Pair, dtype: str, device: str) -> BenchEngine:
+    """An engine with a pair's models in memory. dtype, device: names that torch knows."""
+    loaded: BenchEngine = importlib.import_module(f"bench.engines.{engine}").load(pair, dtype, device)
+    return loaded

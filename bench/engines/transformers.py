@@ -1,0 +1,157 @@
+"""transformers: `generate`, plain, with prompt lookup, or with an assistant model.
+
+transformers returns no acceptance statistics. They are observed from outside: a forward hook on the target sees each
+draft go in, and the streamer is given what each target call emitted. The first call scores the prompt; it counts as a
+decode step if a draft goes with it.
+
+Sampling with an assistant is measured as transformers does it: 5.23 applies temperature and top-p twice to the
+assistant, so that even a model that assists itself has tokens rejected (T = 1 without top-p: none).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import GenerationConfig
+from transformers.generation.streamers import BaseStreamer
+
+from bench.engines import PromptResult, Run
+from bench.pairs import Pair, folder
+from specdec import AcceptanceCounts, SamplingParams
+from specdec.models.loading import load_pretrained
+
+
+class TransformersEngine:
+    """One prompt at a time through `generate`, with weights as transformers loads them."""
+
+    version = transformers.__version__
+
+    def __init__(self, target: Any, draft: Any, tokenizer: Any) -> None:
+        self._target, self._draft, self.tokenizer = target, draft, tokenizer
+        self._eos_token_ids = _eos_token_ids(target)
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], method: str, gamma: int, sampling: Sequence[SamplingParams]
+    ) -> Run:
+        ((prompt,), (params,)) = prompts, sampling
+        tokens = torch.tensor([list(prompt)], device=self._target.device)
+        stop_token_ids = [] if params.ignore_eos else self._eos_token_ids
+        config = _generation_config(params, stop_token_ids)
+        arguments: dict[str, Any] = {"assistant_model": self._draft} if method == "draft_model" else {}
+        if method == "ngram":
+            config.prompt_lookup_num_tokens = gamma
+        torch.manual_seed(params.seed)
+        with _own_configs(self._target, self._draft, gamma), Observer(self._target, len(prompt)) as observer:
+            output = self._target.generate(
+                tokens, attention_mask=torch.ones_like(tokens), generation_config=config, streamer=observer, **arguments
+            )
+        return Run((_result(output[0, len(prompt) :].tolist(), observer, stop_token_ids),))
+
+
+def load(pair: Pair, dtype: str, device: str) -> TransformersEngine:
+    """The pair's models as transformers loads them; the draft is an instance of its own even if it is the target."""
+
+    def model(source: str) -> tuple[Any, Any]:
+        return load_pretrained(folder(source), dtype=getattr(torch, dtype), device=device, load_format=pair.load_format)
+
+    target, tokenizer = model(pair.target)
+    return TransformersEngine(target, model(pair.draft)[0] if pair.draft else None, tokenizer)
+
+
+class Observer(BaseStreamer):  # type: ignore[misc]
+    """Watches one `generate` call on a model: when tokens come out, and what became of each draft.
+
+    counts: acceptance counters by specdec's definitions; an accepted token that truncation removed is not counted.
+    times_s: a clock reading for each target call that emitted something. emitted: the token ids.
+    """
+
+    def __init__(self, model: nn.Module, prompt_length: int) -> None:
+        self._model, self._prompt_length = model, prompt_length
+        self.counts, self.emitted = AcceptanceCounts(), list[int]()
+        self.times_s: list[float] = []
+        self._draft: Tensor | None = None
+        self._is_prompt = True
+
+    def __enter__(self) -> Observer:
+        self._hook = self._model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
+        self.start_s = time.perf_counter()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._hook.remove()
+
+    def _before_forward(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        """Keep the draft: what follows the prompt, or later what follows the one token that is not in the cache."""
+        self._draft = kwargs["input_ids"][0, 1 if self.times_s else self._prompt_length :]
+
+    def put(self, value: Tensor) -> None:
+        """Take what a target call emitted; the first call of all is given the prompt."""
+        if self._is_prompt:
+            self._is_prompt = False
+            return
+        self.times_s.append(time.perf_counter())
+        emitted, draft = value.flatten().tolist(), [] if self._draft is None else self._draft.tolist()
+        if draft or self.emitted:
+            self.counts.add_step(len(draft), _num_equal(draft, emitted), len(emitted))
+        self.emitted += emitted
+
+    def end(self) -> None:
+        """Nothing is left to do when `generate` ends."""
+
+
+def _result(emitted: list[int], observer: Observer, stop_token_ids: Sequence[int]) -> PromptResult:
+    assert observer.emitted == emitted, "the streamer must be given every emitted token"
+    ttft_s, latency_s = (observer.times_s[index] - observer.start_s for index in (0, -1))
+    finish_reason = "stop" if emitted[-1] in stop_token_ids else "length"
+    return PromptResult(tuple(emitted), ttft_s, latency_s, observer.counts, finish_reason)
+
+
+def _num_equal(draft: Sequence[int], emitted: Sequence[int]) -> int:
+    """Accepted tokens: the common prefix. A recovered token always differs from the one that it replaces."""
+    pairs = enumerate(zip(draft, emitted, strict=False))
+    return next((index for index, (ours, theirs) in pairs if ours != theirs), min(len(draft), len(emitted)))
+
+
+def _generation_config(params: SamplingParams, stop_token_ids: list[int]) -> GenerationConfig:
+    """The same law and stop rules as specdec's."""
+    law: dict[str, Any] = {"do_sample": False}
+    if params.temperature > 0:
+        law = {"do_sample": True, "temperature": params.temperature, "top_p": params.top_p, "top_k": params.top_k}
+    return GenerationConfig(
+        max_new_tokens=params.max_tokens,
+        eos_token_id=stop_token_ids or None,
+        pad_token_id=stop_token_ids[0] if stop_token_ids else 0,
+        use_cache=True,
+        **law,
+    )
+
+
+@contextmanager
+def _own_configs(target: Any, draft: Any, gamma: int) -> Iterator[None]:
+    """Replace both models' generation configs, whose defaults would change the law, and put them back as found."""
+    constant = GenerationConfig(
+        num_assistant_tokens=gamma, num_assistant_tokens_schedule="constant", assistant_confidence_threshold=0.0
+    )
+    replaced = [(model, model.generation_config) for model in (target, draft) if model is not None]
+    target.generation_config = GenerationConfig()
+    if draft is not None:
+        draft.generation_config = constant
+    try:
+        yield
+    finally:
+        for model, found in replaced:
+            model.generation_config = found
+
+
+def _eos_token_ids(model: Any) -> list[int]:
+    """Tokens that end a sequence: from the generation config, else the model config, as specdec has it."""
+    eos = model.generation_config.eos_token_id
+    if eos is None:
+        eos = model.config.get_text_config(decoder=True).eos_token_id
+    return [eos] if isinstance(eos, int) else list(eos or [])

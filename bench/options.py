@@ -1,0 +1,297 @@
+"""The command line of `pytest bench/`, declared once.
+
+Each option also has an environment variable, SPECDEC_<OPTION>, and a key specdec_<option> in the ini file. The command
+line wins over the environment, that over the ini file, and that over the default.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench.engines import ENGINES, METHODS
+from bench.pairs import Pair, parse_pairs
+from bench.workloads import parse_workloads
+
+DTYPES = ("auto", "bfloat16", "float16", "float32")
+PLACEMENTS = ("same",)
+VERIFICATIONS = ("token",)
+
+
+@dataclass(frozen=True, slots=True)
+class BenchConfig:
+    """What to measure.
+
+    The fields are the options of the command line by the same names. `named`: the options that were given, on the
+    command line or elsewhere; what is named and cannot run is an error, what is a default is skipped.
+    """
+
+    engines: tuple[str, ...]
+    pairs: tuple[Pair, ...]
+    methods: tuple[str, ...]
+    gammas: tuple[int, ...]
+    placements: tuple[str, ...]
+    workloads: tuple[str, ...]
+    data_dir: Path | None
+    num_prompts: int
+    max_tokens: int
+    batch_sizes: tuple[int, ...]
+    temperature: float
+    top_p: float
+    top_k: int
+    seed: int
+    dtype: str
+    device: str
+    verification: str
+    journal: Path
+    resume: bool
+    smoke: bool
+    named: frozenset[str] = frozenset()
+
+    def __post_init__(self) -> None:
+        largest = max(self.batch_sizes)
+        if largest > self.num_prompts:
+            raise ValueError(
+                f"batch_sizes={largest} must be at most num_prompts={self.num_prompts}; "
+                "raise --num-prompts or lower --batch-sizes"
+            )
+
+    @property
+    def reference_engine(self) -> str:
+        """The engine that the others are compared with: the first one."""
+        return self.engines[0]
+
+    def dtype_of(self, pair: Pair) -> str:
+        """The number format of a pair's weights."""
+        return pair.dtype if self.dtype == "auto" else self.dtype
+
+
+Parse = Callable[[str, str], Any]  # (name of the option, its text) -> its value
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """One option: its name with dashes, what its text means, its default, its default under --smoke, its help."""
+
+    name: str
+    parse: Parse
+    default: str
+    help: str
+    smoke: str | None = None
+    is_flag: bool = False
+
+    @property
+    def field(self) -> str:
+        return self.name.replace("-", "_")
+
+    @property
+    def variable(self) -> str:
+        return f"SPECDEC_{self.field.upper()}"
+
+    @property
+    def key(self) -> str:
+        return f"specdec_{self.field}"
+
+
+def _names(allowed: Sequence[str]) -> Parse:
+    """A list of distinct names."""
+
+    def parse(name: str, text: str) -> tuple[str, ...]:
+        values = tuple(item.strip() for item in text.split(","))
+        for value in values:
+            _require(value in allowed, f"{name}={value!r} must be one of {', '.join(allowed)}; check the spelling")
+        return _distinct(name, values)
+
+    return parse
+
+
+def _one_of(allowed: Sequence[str]) -> Parse:
+    def parse(name: str, text: str) -> str:
+        _require(text in allowed, f"{name}={text!r} must be {' or '.join(allowed)}; no other is implemented")
+        return text
+
+    return parse
+
+
+def _integer(least: int, remedy: str, most: int | None = None) -> Parse:
+    """An integer of at least `least`, and below `most`."""
+
+    def parse(name: str, text: str) -> int:
+        rule = f"{name}={text} must be an integer of at least {least}" + (f" and below {most}" if most else "")
+        try:
+            value = int(text)
+        except ValueError:
+            raise ValueError(f"{rule}; {remedy}") from None
+        _require(value >= least and (most is None or value < most), f"{rule}; {remedy}")
+        return value
+
+    return parse
+
+
+def _integers(least: int, remedy: str) -> Parse:
+    """A list of distinct integers."""
+    parse_one = _integer(least, remedy)
+    return lambda name, text: _distinct(name, tuple(parse_one(name, item.strip()) for item in text.split(",")))
+
+
+def _number(holds: Callable[[float], bool], rule: str) -> Parse:
+    """A finite number with a rule."""
+
+    def parse(name: str, text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        _require(math.isfinite(value) and holds(value), f"{name}={text} must be {rule}")
+        return value
+
+    return parse
+
+
+def _device(name: str, text: str) -> str:
+    kind, _, index = text.partition(":")
+    _require(
+        text in ("auto", "cpu") or (kind == "cuda" and (index.isdigit() or text == "cuda")),
+        f"{name}={text!r} must be auto, cpu, cuda or cuda:N; check the spelling",
+    )
+    return text
+
+
+def _flag(name: str, text: str) -> bool:
+    values = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False, "": False}
+    _require(text.lower() in values, f"{name}={text!r} must be true or false; use 1 or 0")
+    return values[text.lower()]
+
+
+OPTIONS = (
+    Option(
+        "engines",
+        _names(tuple(ENGINES)),
+        ",".join(ENGINES),
+        "engines to measure; the first is the reference that the others are compared with",
+    ),
+    Option(
+        "pairs",
+        lambda name, text: parse_pairs(text),
+        "smollm2-135m",
+        "model pairs: names of bench/pairs.toml, or target=MODEL,draft=MODEL",
+        smoke="tiny-random",
+    ),
+    Option(
+        "methods",
+        _names(METHODS),
+        "autoregressive,ngram,draft_model",
+        "ways to propose tokens",
+        smoke=",".join(METHODS),
+    ),
+    Option(
+        "gammas",
+        _integers(1, "for plain decoding use --methods autoregressive"),
+        "2,4,8",
+        "tokens proposed per step",
+        smoke="2",
+    ),
+    Option("placements", _names(PLACEMENTS), "same", "where draft and target run"),
+    Option(
+        "workloads",
+        parse_workloads,
+        "humaneval",
+        "prompts: humaneval, gsm8k, spec_bench, or a file (JSON lines with `prompt`, or one prompt a line)",
+        smoke="smoke",
+    ),
+    Option("data-dir", lambda name, text: _data_dir(name, text), "", "folder with the data sets' files"),
+    Option("num-prompts", _integer(1, "name how many prompts to measure"), "8", "prompts per cell", smoke="2"),
+    Option(
+        "max-tokens",
+        _integer(2, "the first token comes from the prefill, so speculation needs two"),
+        "64",
+        "tokens to emit per prompt at the most",
+        smoke="8",
+    ),
+    Option("batch-sizes", _integers(1, "use 1 for one prompt at a time"), "1", "prompts decoded together"),
+    Option(
+        "temperature",
+        _number(lambda value: value >= 0, "finite and >= 0; use 0 for greedy decoding"),
+        "0",
+        "sampling temperature; 0 is greedy",
+    ),
+    Option(
+        "top-p",
+        _number(lambda value: 0 < value <= 1, "in (0, 1]; use 1 to keep all tokens"),
+        "1",
+        "nucleus sampling; 1 keeps all tokens",
+    ),
+    Option("top-k", _integer(0, "use 0 to keep all tokens"), "0", "keep the k likeliest tokens; 0 keeps all"),
+    Option("seed", _integer(0, "any such number will do", most=2**32), "0", "chooses the prompts and the samples"),
+    Option("dtype", _one_of(DTYPES), "auto", f"weights: {', '.join(DTYPES)}; auto is the pair's own"),
+    Option("device", _device, "auto", "auto, cpu, cuda or cuda:N"),
+    Option("verification", _one_of(VERIFICATIONS), "token", "rule that verifies a draft"),
+    Option(
+        "journal",
+        lambda name, text: Path(text),
+        ".benchmarks/journal.jsonl",
+        "file that keeps each finished cell at once",
+        smoke=".benchmarks/journal-smoke.jsonl",
+    ),
+    Option("resume", _flag, "0", "take finished cells from the journal instead of measuring them again", is_flag=True),
+    Option("smoke", _flag, "0", "seconds: a tiny random model, two prompts, every method", is_flag=True),
+)
+
+
+def add_options(parser: pytest.Parser) -> None:
+    """Declare the options and their ini keys to pytest."""
+    group = parser.getgroup("specdec", "speculative decoding benchmarks")
+    for option in OPTIONS:
+        kind: dict[str, Any] = {"action": "store_const", "const": "1"} if option.is_flag else {"metavar": "VALUE"}
+        group.addoption(
+            f"--{option.name}",
+            dest=option.key,
+            default=None,
+            help=f"{option.help} (default {option.default or 'none'}; env {option.variable})",
+            **kind,
+        )
+        parser.addini(option.key, f"default of --{option.name}", default=None)
+
+
+def parse_config(config: pytest.Config, environment: Mapping[str, str] = os.environ) -> BenchConfig:
+    """The options of this run. Raises ValueError naming the option, its value, the rule and the remedy."""
+    texts = {option: _given(option, config, environment) for option in OPTIONS}
+    smoke_option = next(option for option in OPTIONS if option.name == "smoke")
+    is_smoke = _flag("smoke", texts[smoke_option] or smoke_option.default)
+    values = {}
+    for option, text in texts.items():
+        default = option.smoke if is_smoke and option.smoke is not None else option.default
+        values[option.field] = option.parse(option.field, default if text is None else text)
+    named = frozenset(option.field for option, text in texts.items() if text is not None)
+    journal = values["journal"] if "journal" in named else config.rootpath / values["journal"]
+    return BenchConfig(**values | {"journal": journal}, named=named)
+
+
+def _given(option: Option, config: pytest.Config, environment: Mapping[str, str]) -> str | None:
+    text = config.getoption(option.key, default=None)
+    if text is None:
+        text = environment.get(option.variable)
+    return text if text is not None else config.getini(option.key) or None
+
+
+def _data_dir(name: str, text: str) -> Path | None:
+    folder = Path(text).expanduser() if text else None
+    _require(folder is None or folder.is_dir(), f"{name}={text!r} must be an existing folder; check the path")
+    return folder
+
+
+def _distinct(name: str, values: tuple[Any, ...]) -> tuple[Any, ...]:
+    repeated = [value for value in values if values.count(value) > 1]
+    _require(not repeated, f"{name} must be distinct, but {(repeated or [''])[0]} is repeated; name each once")
+    return values
+
+
+def _require(holds: bool, message: str) -> None:
+    if not holds:
+        raise ValueError(message)

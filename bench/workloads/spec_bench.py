@@ -1,0 +1,24 @@
+"""Spec-Bench (Xia et al. 2024, arXiv:2401.07851): 480 questions of six kinds, rows with `category` and `turns`.
+
+Only the first turn is asked: the second presupposes an answer, which would differ between engines. Apache-2.0.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from bench.workloads import Prompt, find, rows, text_of
+
+
+def read(data_dir: Path | None) -> list[Prompt]:
+    """The first turns of the file spec-bench*.jsonl or spec_bench*.jsonl in the data folder."""
+    path = find(data_dir, "spec_bench", "spec-bench*.jsonl", "spec_bench*.jsonl")
+    return [Prompt(_first_turn(row, place), text_of(row, "category", place)) for place, row in rows(path)]
+
+
+def _first_turn(row: dict[str, Any], place: str) -> str:
+    turns = row.get("turns")
+    if not isinstance(turns, list) or not turns:
+        raise ValueError(f"{place}: turns={turns!r} must be a list with a question; correct or remove the row")
+    return text_of({"turns[0]": turns[0]}, "turns[0]", place)

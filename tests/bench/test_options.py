@@ -1,0 +1,122 @@
+"""The command line: where a value comes from, and what a wrong one is answered with."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from bench.options import BenchConfig, parse_config
+
+ROOT = Path(__file__).parents[2]
+
+
+def config(ini: dict[str, str] | None = None, environment: dict[str, str] | None = None, **options: str) -> BenchConfig:
+    """What the options mean, given as keyword arguments, environment variables and ini keys."""
+    given = {f"specdec_{name}": text for name, text in options.items()}
+    pytest_config: Any = SimpleNamespace(
+        getoption=lambda key, default: given.get(key, default),
+        getini=lambda key: (ini or {}).get(key),
+        rootpath=Path("/root-folder"),
+    )
+    return parse_config(pytest_config, environment or {})
+
+
+def test_defaults_measure_the_default_pair_with_both_engines() -> None:
+    defaults = config()
+    assert [pair.name for pair in defaults.pairs] == ["smollm2-135m"]
+    assert defaults.engines == ("specdec", "transformers")
+    assert (defaults.workloads, defaults.gammas, defaults.temperature) == (("humaneval",), (2, 4, 8), 0)
+    assert defaults.journal == Path("/root-folder/.benchmarks/journal.jsonl")
+    assert defaults.named == frozenset()
+
+
+def test_the_command_line_wins_over_the_environment_and_that_over_the_ini_file() -> None:
+    ini = {"specdec_seed": "1", "specdec_top_k": "1", "specdec_max_tokens": "11"}
+    environment = {"SPECDEC_SEED": "2", "SPECDEC_TOP_K": "2"}
+    given = config(ini, environment, seed="3")
+    assert (given.seed, given.top_k, given.max_tokens) == (3, 2, 11)
+    assert given.named == {"seed", "top_k", "max_tokens"}
+
+
+def test_smoke_replaces_defaults_but_not_what_was_given() -> None:
+    smoke = config(smoke="1", gammas="3,5")
+    assert [pair.name for pair in smoke.pairs] == ["tiny-random"]
+    assert (smoke.num_prompts, smoke.max_tokens, smoke.gammas) == (2, 8, (3, 5))
+
+
+def test_pairs_may_be_given_by_their_models() -> None:
+    named, target_only, both = config(pairs="smollm2-135m,target=org/big,target=org/big,draft=org/small").pairs
+    assert (named.target, named.draft) == ("smollm2-135m", None)
+    assert (target_only.name, target_only.target, target_only.draft) == ("big", "org/big", None)
+    assert (both.name, both.target, both.draft) == ("big+small", "org/big", "org/small")
+
+
+@pytest.mark.parametrize(
+    ("option", "text", "message"),
+    [
+        ("methods", "magic", "methods='magic' must be one of autoregressive, ngram"),
+        ("pairs", "nobody", "pairs='nobody' must be in the catalogue; use smollm2-135m"),
+        (
+            "pairs",
+            "target=/no/such/model",
+            "pairs='/no/such/model' must exist, as it is a path; check it, or use smollm2",
+        ),
+        ("pairs", "draft=small", "pairs='draft=small' must be names, or target=MODEL"),
+        ("pairs", "smollm2-135m,smollm2-135m", "pairs='smollm2-135m,smollm2-135m' must be distinct"),
+        ("engines", "vllm", "engines='vllm' must be one of specdec, transformers"),
+        ("engines", "", "engines='' must be one of"),
+        ("workloads", "nothing", "workloads='nothing' must be humaneval, .* or an existing file"),
+        ("gammas", "0", "gammas=0 must be an integer of at least 1; for plain decoding use --methods autoregressive"),
+        ("gammas", "2,two", "gammas=two must be an integer"),
+        ("gammas", "2,2", "gammas must be distinct, but 2 is repeated"),
+        ("placements", "separate", "placements='separate' must be one of same"),
+        ("temperature", "-1", "temperature=-1 must be finite and >= 0; use 0 for greedy"),
+        ("temperature", "nan", "temperature=nan must be finite"),
+        ("top_p", "0", r"top_p=0 must be in \(0, 1\]; use 1"),
+        ("top_p", "1.5", r"top_p=1.5 must be in \(0, 1\]"),
+        ("top_k", "-1", "top_k=-1 must be an integer of at least 0"),
+        ("num_prompts", "0", "num_prompts=0 must be an integer of at least 1"),
+        ("max_tokens", "1", "max_tokens=1 must be an integer of at least 2"),
+        ("batch_sizes", "0", "batch_sizes=0 must be"),
+        ("batch_sizes", "100", "batch_sizes=100 must be at most num_prompts="),
+        ("seed", "-1", "seed=-1 must be"),
+        ("seed", str(2**32), "must be an integer of at least 0 and below 4294967296"),
+        ("dtype", "int8", "dtype='int8' must be auto or bfloat16"),
+        ("device", "tpu", "device='tpu' must be auto, cpu, cuda or cuda:N"),
+        ("verification", "block", "verification='block' must be token"),
+        ("data_dir", "/no/such/folder", "data_dir='/no/such/folder' must be an existing folder"),
+        ("resume", "perhaps", "resume='perhaps' must be true or false"),
+    ],
+)
+def test_a_wrong_value_is_named_with_its_rule_and_remedy(option: str, text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        config(environment={f"SPECDEC_{option.upper()}": text})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--gammas", "0"], "gammas=0 must be an integer of at least 1"),
+        (["--engines", "transformers", "--methods", "ngram_store"], "asked for and must be able to run, but engine="),
+        (["-n", "2"], "numprocesses=2 must be 0"),
+        (["--benchmark-json", "no-such-folder/out.json"], "out.json must be a file that can be written"),
+        (["--journal", "/dev/null"], "journal=/dev/null must be a regular file"),
+    ],
+)
+def test_usage_errors_come_before_collection_and_write_nothing(
+    arguments: list[str], message: str, tmp_path: Path, environment: dict[str, str]
+) -> None:
+    journal = tmp_path / "journal.jsonl"
+    command = [sys.executable, "-m", "pytest", "bench/", "--smoke", "--device", "cpu", "--journal", str(journal)]
+    done = subprocess.run(
+        [*command, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == pytest.ExitCode.USAGE_ERROR
+    assert message in done.stderr
+    assert "collected" not in done.stdout
+    assert not journal.exists()

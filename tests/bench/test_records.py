@@ -1,0 +1,177 @@
+"""Records and the table, from runs whose numbers are known."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+
+from bench import records, table
+from bench.cells import Cell
+from bench.engines import PromptResult, Run
+from bench.measure import BASELINE, CANDIDATE, REFERENCE, Measurement, check_counts, measure
+from bench.options import BenchConfig
+from bench.pairs import catalogue
+from specdec import AcceptanceCounts, PhaseTimes
+
+TINY = catalogue()["tiny-random"]
+
+
+def counted(*steps: tuple[int, int, int]) -> AcceptanceCounts:
+    counts = AcceptanceCounts()
+    for step in steps:
+        counts.add_step(*step)
+    return counts
+
+
+def run(tokens: Sequence[int], latency_s: float, counts: AcceptanceCounts, times: PhaseTimes | None = None) -> Run:
+    return Run((PromptResult(tuple(tokens), 0.5, latency_s, counts, "length"),), times)
+
+
+@pytest.fixture
+def config(make_config: Callable[..., BenchConfig]) -> BenchConfig:
+    return make_config(engines=("transformers", "specdec"), max_tokens=4)
+
+
+@pytest.fixture
+def record(config: BenchConfig) -> dict[str, Any]:
+    """Two prompts, 4 tokens each: twice and eight times as fast as the baseline, half as fast as the reference."""
+    speculative = counted((2, 2, 3))
+    plain = counted((0, 0, 1), (0, 0, 1), (0, 0, 1))
+    times, plain_times = PhaseTimes(0.5, 0.2, 0.3, 0.1, 1.1), PhaseTimes(0.5, 0, 0.9, 0.3, 1.7)
+    measurement = Measurement(
+        {
+            BASELINE: [run([1, 2, 3, 4], 2.0, plain, plain_times), run([1, 2, 3, 5], 8.0, plain, plain_times)],
+            CANDIDATE: [run([1, 2, 3, 4], 1.0, speculative, times), run([1, 2, 3, 4], 1.0, speculative, times)],
+            REFERENCE: [run([1, 2, 3, 4], 0.5, speculative), run([1, 2, 3, 4], 0.5, speculative)],
+        },
+        [1.5, 2.5],
+    )
+    cell = Cell("specdec", TINY.name, "ngram", 2, "same", "smoke", 1)
+    return records.build(cell, TINY, config, "1.2.3", "cpu", measurement)
+
+
+def test_a_record_holds_the_definitions_of_known_numbers(record: dict[str, Any]) -> None:
+    expected = {
+        "schema_version": 1,
+        "engine": "specdec",
+        "engine_version": "1.2.3",
+        "pair": "tiny-random",
+        "target": "tiny",
+        "draft": "tiny",
+        "method": "ngram",
+        "gamma": 2,
+        "placement": "same",
+        "workload": "smoke",
+        "dtype": "float32",
+        "device": "cpu",
+        "batch_size": 1,
+        "num_prompts": 2,
+        "temperature": 0.0,
+        "seed": 0,
+        "num_steps": 2,
+        "num_drafted": 4,
+        "num_accepted": 4,
+        "acceptance_rate": 1.0,
+        "acceptance_rate_at": [1.0, 1.0],
+        "mean_acceptance_length": 3.0,
+        "system_efficiency": 1.0,
+        "draft_time_per_token_s": 0.1,
+        "scoring_time_s": 0.6,
+        "verification_time_s": 0.2,
+        "ttft_s": 0.5,
+        "latency_s": 1.0,
+        "inter_token_s": 0.5 / 3,
+        "throughput_tok_s": 2.0,
+        "speedup": 4.0,
+        "speedup_low": 2.0,
+        "speedup_high": 8.0,
+        "reference_engine": "transformers",
+        "speedup_of_reference": 2.0,
+        # a plain step takes 0.4 s, a speculative one 0.6 s for 3 tokens
+        "cost_ratio": 0.25,
+        "predicted_speedup": 2.0,
+        "expected_speedup": 2.0,
+        "per_prompt_latency_s": [1.0, 1.0],
+        "per_prompt_tokens": [4, 4],
+        "num_outputs_equal": 1,
+        "num_outputs_equal_reference": 2,
+        "output_sha256": hashlib.sha256(b"[[1,2,3,4],[1,2,3,4]]").hexdigest(),
+    }
+    for name, value in expected.items():
+        assert record[name] == pytest.approx(value), name
+
+
+def test_a_record_is_flat(record: dict[str, Any]) -> None:
+    values = [item for value in record.values() for item in (value if isinstance(value, list) else [value])]
+    assert all(item is None or isinstance(item, str | int | float) for item in values)
+
+
+def test_what_stops_sooner_is_not_called_faster(config: BenchConfig) -> None:
+    plain, short = counted((0, 0, 1), (0, 0, 1), (0, 0, 1)), counted((0, 0, 1))
+    measurement = Measurement({BASELINE: [run([1, 2, 3, 4], 4.0, plain)], CANDIDATE: [run([1, 2], 2.0, short)]}, [2.0])
+    cell = Cell("specdec", TINY.name, "ngram", 2, "same", "smoke", 1)
+    record = records.build(cell, TINY, config, "", "cpu", measurement)
+    assert record["speedup"] == 1.0
+    assert record["speedup_low"] is record["predicted_speedup"] is record["acceptance_rate"] is None
+
+
+def test_the_table_shows_each_cell_in_120_columns(record: dict[str, Any]) -> None:
+    lines = table.render([record, record | {"method": "autoregressive", "gamma": 0, "speedup": None}])
+    assert max(map(len, lines)) <= 120
+    assert lines[0].startswith("tiny-random, float32 on cpu, smoke, 2 prompts of up to 4 tokens, batch size 1, greedy")
+    assert lines[2].split() == [
+        "specdec",
+        "ngram",
+        "2",
+        "2.0",
+        "1.000",
+        "100.0%",
+        "3.00",
+        "4.00",
+        "[2.00,",
+        "8.00]",
+        "2.00",
+        "2.00",
+        "[2.00,",
+        "2.00]",
+        "1/2",
+    ]
+    assert lines[3].split()[7:9] == ["-", "2.00"]
+
+
+def test_arms_are_interleaved_and_turned_round() -> None:
+    calls: list[tuple[str, int]] = []
+
+    def arm(name: str) -> Any:
+        return lambda index: calls.append((name, index))
+
+    class Benchmark:
+        stats = type("", (), {"stats": type("", (), {"data": [0.1, 0.2]})})
+
+        def pedantic(self, target: Any, setup: Any, teardown: Any, rounds: int) -> None:
+            for _ in range(rounds):
+                for step in (setup, target, teardown):
+                    step()
+
+    arms = {name: arm(name) for name in (CANDIDATE, REFERENCE, BASELINE)}
+    assert measure(Benchmark(), arms, 2).rounds_s == [0.1, 0.2]
+    first, second = calls[:3], calls[3:]
+    assert [index for _, index in calls] == [0, 0, 0, 1, 1, 1]
+    assert [name for name, _ in first] == [name for name, _ in second][::-1]
+    assert first[1][0] == CANDIDATE
+
+
+@pytest.mark.parametrize("counts", [counted((2, 2, 2)), counted((2, 2, 3), (0, 0, 1), (0, 0, 1))])
+def test_counters_that_do_not_add_up_fail(counts: AcceptanceCounts) -> None:
+    check_counts([run([1, 2, 3, 4], 1.0, counted((2, 2, 3)))], "ngram", 4)
+    with pytest.raises(AssertionError):
+        check_counts([run([1, 2, 3, 4], 1.0, counts)], "ngram", 4)
+
+
+def test_the_configuration_is_frozen(config: BenchConfig) -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.seed = 1  # type: ignore[misc]

@@ -1,0 +1,130 @@
+"""The whole harness on a tiny random model: a run is killed, resumed, and replayed."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+Killed = tuple[Path, list[str]]
+Resumed = tuple[Path, dict[str, Any], str]
+CELLS = [
+    f"{engine}-tiny-random-{method}-{0 if method == 'autoregressive' else 2}-same-smoke-1"
+    for engine, methods in (
+        ("specdec", ("autoregressive", "ngram", "ngram_store", "draft_model")),
+        ("transformers", ("autoregressive", "ngram", "draft_model")),
+    )
+    for method in methods
+]
+
+
+def command(folder: Path, *arguments: str) -> list[str]:
+    return [
+        sys.executable,
+        "-m",
+        "pytest",
+        "bench/",
+        "--smoke",
+        "--device",
+        "cpu",
+        "-p",
+        "no:cacheprovider",
+        "--journal",
+        str(folder / "journal.jsonl"),
+        *arguments,
+    ]
+
+
+def finish(folder: Path, environment: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command(folder, *arguments), cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+
+
+def finished_cells(folder: Path) -> list[str]:
+    """Complete lines of the journal, after the first."""
+    journal = folder / "journal.jsonl"
+    return journal.read_text().split("\n")[1:-1] if journal.exists() else []
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory: pytest.TempPathFactory, environment: dict[str, str]) -> Killed:
+    """A folder with the journal of a run that was killed after its second cell, and the lines it had."""
+    folder = tmp_path_factory.mktemp("run")
+    with subprocess.Popen(command(folder), cwd=ROOT, env=environment, stdout=subprocess.DEVNULL) as process:
+        while len(finished_cells(folder)) < 2 and process.poll() is None:
+            time.sleep(0.005)
+        process.send_signal(signal.SIGKILL)
+    assert process.returncode == -signal.SIGKILL
+    return folder, finished_cells(folder)
+
+
+@pytest.fixture(scope="module")
+def resumed(killed: Killed, environment: dict[str, str]) -> Resumed:
+    """The folder, the JSON and the printout of the run that continued the killed one."""
+    folder, _ = killed
+    done = finish(folder, environment, "--resume", f"--benchmark-json={folder / 'out.json'}")
+    assert done.returncode == 0, done.stdout
+    return folder, json.loads((folder / "out.json").read_text()), done.stdout
+
+
+def test_a_killed_run_is_resumed_where_it_was(killed: Killed, resumed: Resumed) -> None:
+    _, before = killed
+    folder, output, printout = resumed
+    assert finished_cells(folder)[: len(before)] == before
+    assert f"specdec: 8 cells, {len(before)} of them taken from the journal" in printout
+    assert [cell["params"]["engine"] + "-" + cell["param"].partition("-")[2] for cell in output["benchmarks"]] == CELLS
+    for line, cell in zip(map(json.loads, finished_cells(folder)), output["benchmarks"], strict=True):
+        assert line["rounds_s"] == cell["stats"]["data"]
+        assert line["record"] == cell["extra_info"]
+
+
+def test_results_say_where_they_come_from_but_not_the_host(resumed: Resumed) -> None:
+    _, output, _ = resumed
+    assert output["schema_version"] == 1
+    assert "node" not in output["machine_info"]
+    assert {"versions", "cpu_model", "torch_num_threads"} <= set(output["machine_info"])
+
+
+def test_counts_are_those_of_a_draft_that_is_the_target(resumed: Resumed) -> None:
+    records = {cell["param"]: cell["extra_info"] for cell in resumed[1]["benchmarks"]}
+    for engine in ("specdec", "transformers"):
+        record = records[f"{engine}-tiny-random-draft_model-2-same-smoke-1"]
+        assert record["acceptance_rate"] == 1
+        assert record["num_outputs_equal"] == record["num_prompts"] == 2
+    assert len({record["output_sha256"] for record in records.values()}) == 1
+
+
+def test_the_table_is_printed_and_skips_have_a_reason(resumed: Resumed) -> None:
+    printout = resumed[2]
+    assert "tiny-random, float32 on cpu, smoke, 2 prompts of up to 8 tokens, batch size 1, greedy" in printout
+    assert "specdec is faster" in printout
+    assert "engine=transformers has no method=ngram_store; use" in printout
+
+
+def test_a_finished_journal_is_replayed_and_two_runs_compare(resumed: Resumed, environment: dict[str, str]) -> None:
+    folder, output, _ = resumed
+    assert finish(folder, environment, "--resume", f"--benchmark-json={folder / 'again.json'}").returncode == 0
+    again = json.loads((folder / "again.json").read_text())
+    for cell, replayed in zip(output["benchmarks"], again["benchmarks"], strict=True):
+        assert replayed["stats"] == cell["stats"]
+        assert replayed["extra_info"] == cell["extra_info"]
+    compare = [sys.executable, "-m", "pytest_benchmark", "compare", "--group-by=param:gamma"]
+    done = subprocess.run(
+        [*compare, folder / "out.json", folder / "again.json"], capture_output=True, text=True, check=False, cwd=folder
+    )
+    assert done.returncode == 0, done.stderr
+    assert "gamma=2" in done.stdout + done.stderr
+
+
+def test_another_configuration_is_not_mixed_in(resumed: Resumed, environment: dict[str, str]) -> None:
+    done = finish(resumed[0], environment, "--resume", "--seed", "1")
+    assert done.returncode == pytest.ExitCode.USAGE_ERROR
+    assert "must be of this configuration to resume it, but seed was 0 and is 1" in done.stderr
