@@ -72,7 +72,8 @@ def session(pytestconfig: pytest.Config) -> Session:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
-    machine_info.pop("node", None)  # the host's name is nobody's business
+    for private in ("node", "release"):  # the host's name and its kernel are nobody's business
+        machine_info.pop(private, None)
     machine_info.update(machine.information())
 
 
