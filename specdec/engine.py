@@ -66,14 +66,14 @@ class Engine:
         method = options.get("method", "autoregressive")
         _check_method(method, draft is not None, options.get("num_speculative_tokens", 4))
         from specdec.models.causal import CausalLM
+        from specdec.models.fusion import fuse
         from specdec.models.loading import load_pretrained
-        from specdec.models.packing import pack_linears
 
         def load(source: str) -> CausalLM:
             model, tokenizer = load_pretrained(
                 source, dtype=dtype, device=device, attention=attention, load_format=load_format
             )
-            pack_linears(model)
+            fuse(model)
             return CausalLM(model, tokenizer)
 
         return cls(load(target), draft=load(draft) if draft else None, **options)

@@ -67,6 +67,12 @@ def test_greedy_equals_transformers(
         assert sum(c.counts.num_accepted for c in completions) > 0
 
 
+def test_greedy_equals_transformers_as_people_load_it(prompts: list, reference: list) -> None:
+    """`Engine.load` fuses layers; in float32 the tokens stay the same."""
+    engine = Engine.load("smollm2-135m", dtype=torch.float32, method="ngram", max_batch_size=2)
+    assert [list(c.token_ids) for c in engine.generate(prompts, GREEDY)] == reference
+
+
 def test_self_draft_is_accepted_always(default_model: CausalLM, prompts: list, reference: list) -> None:
     engine = Engine(default_model, method="draft_model", draft=default_model, num_speculative_tokens=3)
     completions = engine.generate(prompts[:2], GREEDY)

@@ -4,58 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from tiny import GQA, GREEDY, PROMPTS, SMALL, SUPPORTED, make, reference
 
 from specdec import Engine, SamplingParams
 from specdec.models.causal import CausalLM, UnsupportedModelError
-
-SMALL = {
-    "vocab_size": 61,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 64,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-GQA = SMALL | {"num_key_value_heads": 2, "head_dim": 8}
-SUPPORTED = {
-    "llama": GQA,
-    "qwen2": GQA,
-    "qwen3": GQA,
-    "mistral": GQA | {"sliding_window": None},
-    "gpt_neox": SMALL,
-    "gpt2": SMALL | {"n_inner": 48},
-    "phi": SMALL,
-    "opt": SMALL | {"ffn_dim": 48, "word_embed_proj_dim": 32},
-    "gemma": GQA,
-    "mixtral": GQA | {"num_local_experts": 4, "sliding_window": None},
-    "gpt_neo": SMALL | {"num_layers": 2, "num_heads": 4, "attention_types": [[["global"], 2]]},
-    "mpt": {"d_model": 32, "n_heads": 4, "n_layers": 2, "vocab_size": 61, "max_seq_len": 64},
-}
-PROMPTS = [[5, 9, 8, 7, 5, 9, 8], [3], [11, 4, 11, 4, 11, 4, 11, 4, 11, 4, 11, 4], [7, 7, 30]]
-GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
-
-
-def make(kind: str, options: dict, dtype: torch.dtype = torch.float32, attention: str = "sdpa"):
-    config = AutoConfig.for_model(kind, **options)
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention).eval()
-    for parameter in model.parameters():  # the default initialisation is so small that every argmax is the same
-        if parameter.ndim > 1:
-            torch.nn.init.normal_(parameter, std=0.3)
-    return model
-
-
-def reference(model, prompt: list[int]) -> list[int]:
-    """Greedy continuation without any cache: a full forward for each token."""
-    tokens = list(prompt)
-    with torch.inference_mode():
-        for _ in range(GREEDY.max_tokens):
-            tokens.append(int(model(input_ids=torch.tensor([tokens]), use_cache=False).logits[0, -1].float().argmax()))
-    return tokens[len(prompt) :]
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
@@ -149,17 +101,3 @@ def test_prefill_in_chunks_equals_prefill_at_once(monkeypatch: pytest.MonkeyPatc
     whole = Engine(target).generate(PROMPTS, GREEDY)
     monkeypatch.setattr("specdec.models.PREFILL_CHUNK", 3)
     assert [c.token_ids for c in Engine(target).generate(PROMPTS, GREEDY)] == [c.token_ids for c in whole]
-
-
-def test_packed_weights_give_the_same_law() -> None:
-    """bf16 on a CPU; a packed layer only sums in another order."""
-    from specdec.models.packing import pack_linears
-
-    plain, packed = make("llama", GQA, torch.bfloat16), make("llama", GQA, torch.bfloat16)
-    if not pack_linears(packed):
-        pytest.skip("this CPU has no bf16 kernels in oneDNN; packing does nothing here")
-    tokens = torch.tensor([PROMPTS[0]])
-    with torch.inference_mode():
-        first, second = plain(tokens).logits.float(), packed(tokens).logits.float()
-    assert (first - second).norm() / first.norm() < 0.02
-    assert pack_linears(make("llama", GQA, torch.float32)) == 0

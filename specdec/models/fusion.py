@@ -1,0 +1,168 @@
+"""The same decoder layers in fewer, larger steps, for CPUs.
+
+A decode step of a small model on a CPU is bound by reading weights and by the number of operations, not by
+arithmetic. So the query, key and value projections become one, and the gate and up projections; bf16 weights are laid
+out once in oneDNN's own format, which is read about twice as fast as the row-major one; and grouped query heads attend
+to their key/value head directly instead of to copies of it.
+
+What is computed is what transformers computes, in another order of rounding. For SmolLM2-135M in bf16 on two AVX-512
+cores a step of one token takes 24 ms instead of 38 (packing alone: 28), of nine tokens 27 instead of 47.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear, scaled_dot_product_attention, silu
+
+from specdec.cache import RaggedCache
+
+FUSABLE = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer")
+
+
+def fuse(model: nn.Module) -> int:
+    """Replace the model's decoder layers and other linear layers by fused and packed ones, in place; returns how many.
+
+    Does nothing away from the CPU, and leaves layers of an architecture that it does not know. A fused model can run,
+    but no longer be saved or trained.
+    """
+    num_replaced, masks = 0, RepeatedMasks()
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if next(child.parameters(), torch.empty(0, device="meta")).device.type != "cpu":
+                continue
+            if type(child).__name__ in FUSABLE:
+                setattr(parent, name, FusedLayer(child, masks))
+            elif type(child) is nn.Linear and parent is model:
+                setattr(parent, name, Projection(child))
+            else:
+                continue
+            num_replaced += 1
+    return num_replaced
+
+
+class Projection(nn.Module):
+    """One or several `nn.Linear` of the same input as one product: float [..., in] -> [..., sum of out]."""
+
+    def __init__(self, *linears: nn.Linear) -> None:
+        super().__init__()
+        weight = _joined([each.weight for each in linears])
+        self.bias = None if linears[0].bias is None else _joined([each.bias for each in linears])
+        self.is_packed = weight.dtype == torch.bfloat16 and _packs_bf16()
+        rows = 8  # the layout is chosen for this many; any number works
+        self.weight: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, rows) if self.is_packed else weight
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        if self.is_packed:
+            outputs: Tensor = torch.ops.mkldnn._linear_pointwise(inputs, self.weight, self.bias, "none", [], "")
+        else:
+            outputs = linear(inputs, self.weight, self.bias)
+        return outputs
+
+    def add_to(self, residual: Tensor, inputs: Tensor) -> Tensor:
+        """residual + projection of the inputs."""
+        if self.is_packed:
+            outputs: Tensor = torch.ops.mkldnn._linear_pointwise.binary(inputs, residual, self.weight, self.bias, "add")
+            return outputs
+        return residual + self.forward(inputs)
+
+
+class RepeatedMasks:
+    """The mask of the call in progress, repeated for the query heads of a group: made once, used by every layer."""
+
+    def __init__(self) -> None:
+        self._mask: Tensor | None = None
+
+    def repeated(self, mask: Tensor, times: int) -> Tensor:
+        """[rows, 1, width, extent] -> [rows, 1, times * width, extent]."""
+        if mask is not self._mask:
+            self._mask, self._repeated = mask, mask.repeat(1, 1, times, 1)
+        return self._repeated
+
+
+class FusedLayer(nn.Module):
+    """A decoder layer of the Llama family, with transformers' interface.
+
+    layer: the transformers layer, whose weights are taken over. masks: one object for all layers of a model.
+    """
+
+    def __init__(self, layer: Any, masks: RepeatedMasks) -> None:
+        super().__init__()
+        self.masks = masks
+        attention, mlp = layer.self_attn, layer.mlp
+        self.index, self.head_dim, self.scaling = attention.layer_idx, attention.head_dim, attention.scaling
+        self.num_kv_heads = attention.k_proj.out_features // self.head_dim
+        self.num_heads = attention.q_proj.out_features // self.head_dim
+        self.qkv = Projection(attention.q_proj, attention.k_proj, attention.v_proj)
+        self.output = Projection(attention.o_proj)
+        self.gate_up, self.down = Projection(mlp.gate_proj, mlp.up_proj), Projection(mlp.down_proj)
+        self.q_norm, self.k_norm = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
+        self.activation = silu if mlp.act_fn.__class__.__name__.startswith("SiLU") else mlp.act_fn
+        self.norm_before_attention, self.norm_before_mlp = layer.input_layernorm, layer.post_attention_layernorm
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        past_key_values: RaggedCache | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        assert position_embeddings is not None
+        attended = self._attend(
+            self.qkv(_normalise(self.norm_before_attention, hidden_states)),
+            attention_mask,
+            position_embeddings,
+            past_key_values,
+        )
+        hidden_states = self.output.add_to(hidden_states, attended)
+        gate, up = self.gate_up(_normalise(self.norm_before_mlp, hidden_states)).chunk(2, -1)
+        return self.down.add_to(hidden_states, self.activation(gate) * up)
+
+    def _attend(
+        self, qkv: Tensor, mask: Tensor | None, position_embeddings: tuple[Tensor, Tensor], cache: RaggedCache | None
+    ) -> Tensor:
+        rows, width, _ = qkv.shape
+        heads = qkv.view(rows, width, -1, self.head_dim).transpose(1, 2)
+        if self.q_norm is not None and self.k_norm is not None:
+            queries, keys, values = heads.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], 1)
+            heads = torch.cat([_normalise(self.q_norm, queries), _normalise(self.k_norm, keys), values], 1)
+        num_rotated = self.num_heads + self.num_kv_heads
+        rotated, values = _rotate(heads[:, :num_rotated], *position_embeddings), heads[:, num_rotated:]
+        queries, keys = rotated[:, : self.num_heads], rotated[:, self.num_heads :]
+        if cache is not None:
+            keys, values = cache.update(keys, values, self.index)
+        # the query heads of a group become further query rows of their key/value head, which is then not repeated
+        groups = self.num_heads // self.num_kv_heads
+        queries = queries.reshape(rows, self.num_kv_heads, groups * width, self.head_dim)
+        if mask is None:
+            mask = torch.ones(width, keys.shape[2], dtype=torch.bool).tril(keys.shape[2] - width)[None, None]
+        attended = scaled_dot_product_attention(
+            queries, keys, values, attn_mask=self.masks.repeated(mask, groups), scale=self.scaling
+        )
+        return attended.view(rows, self.num_heads, width, self.head_dim).transpose(1, 2).reshape(rows, width, -1)
+
+
+def _normalise(norm: Any, x: Tensor) -> Tensor:
+    """Root mean square normalisation; for a few rows twice as fast as torch's own composite."""
+    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+    scale = torch.rsqrt(length.square().div_(x.shape[-1]).add_(norm.variance_epsilon))
+    normalised: Tensor = (x * scale).to(x.dtype) * norm.weight
+    return normalised
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary position embedding of [rows, heads, width, head_dim]; cos, sin: [rows, width, head_dim]."""
+    half = x.shape[-1] // 2
+    rotated = torch.cat([-x[..., half:], x[..., :half]], -1)
+    return torch.addcmul(x * cos.unsqueeze(1), rotated, sin.unsqueeze(1))
+
+
+def _joined(tensors: list[Tensor]) -> Tensor:
+    return torch.cat([tensor.detach() for tensor in tensors]) if len(tensors) > 1 else tensors[0].detach()
+
+
+def _packs_bf16() -> bool:
+    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
