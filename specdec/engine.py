@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Protocol, get_args
 
 import torch
 
@@ -18,6 +18,13 @@ from specdec.stats import PhaseTimes
 
 Method = Literal["autoregressive", "draft_model", "ngram", "ngram_store"]
 METHODS: tuple[Method, ...] = get_args(Method)
+
+
+class HasVocabulary(Protocol):
+    """A model, or what is known of it before its weights are read; a `tokenizer` attribute is looked at if present."""
+
+    @property
+    def vocab_size(self) -> int: ...
 
 
 class Engine:
@@ -67,7 +74,7 @@ class Engine:
         _check_method(method, draft is not None, options.get("num_speculative_tokens", 4))
         from specdec.models.causal import CausalLM
         from specdec.models.fusion import fuse
-        from specdec.models.loading import load_pretrained
+        from specdec.models.loading import load_pretrained, read_vocabulary
 
         def load(source: str) -> CausalLM:
             model, tokenizer = load_pretrained(
@@ -76,6 +83,8 @@ class Engine:
             fuse(model)
             return CausalLM(model, tokenizer)
 
+        if draft:
+            check_same_vocabulary(read_vocabulary(target, load_format), read_vocabulary(draft, load_format))
         return cls(load(target), draft=load(draft) if draft else None, **options)
 
     @property
@@ -169,7 +178,7 @@ def _check_method(method: str, has_draft: bool, num_speculative_tokens: int) -> 
     )
 
 
-def check_same_vocabulary(target: LanguageModel, draft: LanguageModel) -> None:
+def check_same_vocabulary(target: HasVocabulary, draft: HasVocabulary) -> None:
     """Raise ValueError unless token ids mean the same to both models."""
     _require(
         target.vocab_size == draft.vocab_size,

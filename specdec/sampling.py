@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+_USUAL_NUCLEUS = 256
+
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
@@ -25,7 +27,7 @@ class SamplingParams:
 
     temperature: float >= 0; 0 is greedy decoding (the argmax; the lowest id wins a tie).
     top_k: keep the k largest logits, ties with the k-th included; 0 keeps all.
-    top_p: keep the smallest set of largest probabilities whose sum reaches top_p, in (0, 1].
+    top_p: keep the fewest largest probabilities whose sum reaches top_p, in (0, 1], ties with the last included.
     min_p: drop tokens less probable than min_p times the most probable one, in [0, 1].
     presence_penalty, frequency_penalty: subtracted from the logits of emitted tokens, once or per occurrence.
     repetition_penalty: > 0; logits of prompt and emitted tokens are divided (positive) or multiplied (negative).
@@ -269,10 +271,13 @@ class SamplingState:
 
     def _keep_top_p(self, probs: Tensor) -> Tensor:
         top_p = self._column([p.top_p for p in self.params], probs.dtype)
-        descending, order = probs.sort(dim=-1, descending=True, stable=True)
-        before = descending.cumsum(-1) - descending
-        dropped = torch.zeros_like(probs, dtype=torch.bool).scatter(-1, order, (before >= top_p) & (top_p < 1))
-        return _normalise(probs.masked_fill(dropped, 0))
+        # the set is mostly small, and a sort of the vocabulary costs thirty times as much as its largest entries
+        largest = probs.topk(min(_USUAL_NUCLEUS, self.vocab_size), -1).values
+        if ((largest.sum(-1, keepdim=True) < top_p) & (top_p < 1)).any():
+            largest = probs.sort(dim=-1, descending=True).values
+        before = largest.cumsum(-1) - largest
+        floor = largest.gather(-1, (before < top_p).sum(-1, keepdim=True) - 1)
+        return _normalise(probs.masked_fill((probs < floor) & (top_p < 1), 0))
 
     def _column(self, values: Sequence[float], dtype: torch.dtype) -> Tensor:
         return torch.tensor(values, dtype=dtype, device=self.device).view(-1, 1, 1)

@@ -47,11 +47,11 @@ def obvious_law(logits: list[float], params: SamplingParams, prompt: list[int], 
     weights = [math.exp(value - max(x)) for value in x]
     law = [weight / math.fsum(weights) for weight in weights]
     kept, mass = set(), 0.0
-    for token in sorted(range(VOCAB), key=lambda t: -law[t]):  # stable: the lower id first
+    for token in sorted(range(VOCAB), key=lambda t: -law[t]):
         if mass < params.top_p or params.top_p == 1:
             kept.add(token)
         mass += law[token]
-    law = [p if token in kept else 0.0 for token, p in enumerate(law)]
+    law = [p if p >= min(law[t] for t in kept) else 0.0 for p in law]
     law = [p if p >= params.min_p * max(law) else 0.0 for p in law]
     return [p / math.fsum(law) for p in law]
 
@@ -89,6 +89,20 @@ def test_drafted_positions_have_their_own_penalties(
         assert torch.equal(together[:, i], plain.law(logits[:, i : i + 1]).dense()[:, 0])
         one = state.law(logits[:, i : i + 1], torch.tensor([drafted[:i]], dtype=torch.int64)).dense()
         assert torch.equal(together[:, i], one[:, 0])
+
+
+@pytest.mark.parametrize("spread", [0.0, 0.01, 3.0])
+@pytest.mark.parametrize("top_p", [0.05, 0.9])
+def test_nucleus_of_a_large_vocabulary(spread: float, top_p: float) -> None:
+    """Whether it lies within the entries that are looked at first or not: the fewest tokens that reach top_p."""
+    logits = spread * torch.randn(1, 1, 3000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    probs = logits.softmax(-1)[0, 0]
+    law = SamplingState([SamplingParams(top_p=top_p)], [[]], [[]], 3000, CPU).law(logits).dense()[0, 0]
+    kept = law > 0
+    assert probs[kept].sum() >= top_p - 1e-12
+    assert probs[kept].sum() - probs[kept].min() < top_p or spread == 0  # without a spread all are tied
+    assert spread == 0 or probs[kept].min() > probs[~kept].max()
+    assert law[kept].tolist() == pytest.approx((probs[kept] / probs[kept].sum()).tolist())
 
 
 def test_observed_tokens_count_like_the_ones_given() -> None:

@@ -68,6 +68,22 @@ def load_pretrained(
         return model.eval().requires_grad_(False), _tokenizer(place, optional=load_format == "dummy")
 
 
+@dataclass(frozen=True, slots=True)
+class Vocabulary:
+    """What a model's token ids mean. tokenizer: None where there is none."""
+
+    vocab_size: int
+    tokenizer: PreTrainedTokenizerBase | None
+
+
+def read_vocabulary(source: str, load_format: str = "auto") -> Vocabulary:
+    """A model's vocabulary, without reading its weights; arguments and errors as for `load_pretrained`."""
+    place = _locate(source, load_format)
+    with explained(place.rule, place.remedy):
+        vocab_size = _config_and_class(place)[0].get_text_config(decoder=True).vocab_size
+        return Vocabulary(vocab_size, _tokenizer(place, optional=load_format == "dummy"))
+
+
 def resolve(source: str) -> str:
     """What other engines should be given for `source`: a bundled model's folder, anything else as it is.
 

@@ -345,3 +345,15 @@ def test_default_folder_is_an_ordinary_transformers_folder():
     record = json.loads(texts["specdec.json"])
     assert (record["licence"], record["wheel_sha256"]) == ("Apache-2.0", SMOLLM2_135M.wheel_sha256)
     assert (folder / "model.safetensors").stat().st_mode & 0o777 == (folder / "config.json").stat().st_mode & 0o777
+
+
+def test_a_draft_with_another_vocabulary_is_refused_before_any_weights_are_read(llama, tmp_path):
+    from transformers import LlamaConfig
+
+    from specdec import Engine
+
+    small = LlamaConfig(vocab_size=7, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
+    small.save_pretrained(tmp_path / "draft")
+    (tmp_path / "draft" / "model.safetensors").write_bytes(b"not weights")
+    with pytest.raises(ValueError, match="the draft's vocabulary of 7 tokens must be the target's"):
+        Engine.load(str(llama), draft=str(tmp_path / "draft"), method="draft_model")
