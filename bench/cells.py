@@ -77,7 +77,7 @@ def _plan(
     method: str,
     gamma: int,
 ) -> Plan:
-    skip = why_not(engine, method, batch_size)
+    skip = why_not(engine, method, batch_size, config.verification)
     if not skip and method == "draft_model" and pair.draft is None:
         skip = f"pair={pair.name} has no draft; name one with --pairs target={pair.target},draft=MODEL"
     if skip and method != "autoregressive":

@@ -21,7 +21,7 @@ from bench.workloads import parse_workloads
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 PLACEMENTS = ("same",)
-VERIFICATIONS = ("token",)
+VERIFICATIONS = ("token", "block")
 
 
 @dataclass(frozen=True, slots=True)

@@ -189,7 +189,7 @@ class _Models:
         from specdec.wheels import LoadError
 
         try:
-            return load(name, pair, self._config.dtype_of(pair), self._device)
+            return load(name, pair, self._config.dtype_of(pair), self._device, self._config.verification)
         except LoadError as error:
             if "pairs" in self._config.named:
                 pytest.fail(str(error), pytrace=False)

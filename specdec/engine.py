@@ -15,9 +15,11 @@ from specdec.proposers.ngram import CountIndex, LookupIndex, NgramProposer
 from specdec.requests import Completion, Generation, Request
 from specdec.sampling import SamplingParams
 from specdec.stats import PhaseTimes
+from specdec.verification import VerificationRule, verify_block, verify_tokens
 
 Method = Literal["autoregressive", "draft_model", "ngram", "ngram_store"]
 METHODS: tuple[Method, ...] = get_args(Method)
+VERIFICATIONS: dict[str, VerificationRule] = {"token": verify_tokens, "block": verify_block}
 
 
 class HasVocabulary(Protocol):
@@ -34,6 +36,7 @@ class Engine:
     method: "autoregressive", "draft_model", "ngram" (prompt lookup) or "ngram_store" (online n-gram counts).
     num_speculative_tokens: tokens proposed per step (gamma), at least 1; "autoregressive" proposes none.
     max_batch_size: prompts decoded together.
+    verification: "token" or "block", the rule that verifies a draft; both are lossless.
     Raises ValueError naming the value, the rule and the remedy.
     """
 
@@ -45,14 +48,22 @@ class Engine:
         draft: LanguageModel | None = None,
         num_speculative_tokens: int = 4,
         max_batch_size: int = 1,
+        verification: str = "token",
     ) -> None:
         _require(max_batch_size >= 1, f"max_batch_size={max_batch_size} must be at least 1")
+        _check_verification(verification)
         self.target, self.draft, self.method = target, draft, method
         self._tokenizer: Any = getattr(target, "tokenizer", None)
         self._eos_token_ids: frozenset[int] = getattr(target, "eos_token_ids", frozenset())
         proposer = _make_proposer(target, draft, method, num_speculative_tokens)
         self.num_speculative_tokens = num_speculative_tokens if proposer else 0
-        self._decoder = Decoder(target, proposer, self.num_speculative_tokens, max_batch_size=max_batch_size)
+        self._decoder = Decoder(
+            target,
+            proposer,
+            self.num_speculative_tokens,
+            max_batch_size=max_batch_size,
+            rule=VERIFICATIONS[verification],
+        )
 
     @classmethod
     def load(
@@ -72,6 +83,7 @@ class Engine:
         """
         method = options.get("method", "autoregressive")
         _check_method(method, draft is not None, options.get("num_speculative_tokens", 4))
+        _check_verification(options.get("verification", "token"))
         from specdec.models.causal import CausalLM
         from specdec.models.fusion import fuse
         from specdec.models.loading import load_pretrained, read_vocabulary
@@ -162,6 +174,10 @@ def _make_proposer(
     if method in ("ngram", "ngram_store"):
         return NgramProposer(target.vocab_size, target.device, LookupIndex if method == "ngram" else CountIndex)
     return None
+
+
+def _check_verification(verification: str) -> None:
+    _require(verification in VERIFICATIONS, f"verification={verification!r} must be one of {', '.join(VERIFICATIONS)}")
 
 
 def _check_method(method: str, has_draft: bool, num_speculative_tokens: int) -> None:

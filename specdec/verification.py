@@ -8,6 +8,8 @@ gives its laws `target_probs` at those k positions and at the one after. Going f
   and stop;
 * if nothing was rejected draw the **bonus** token from the target's law after the last draft.
 
+That is `verify_tokens`. `verify_block` decides about the draft as a whole, and keeps more of it under the same law.
+
 Why the token kept at a position has exactly the target's law (p the target's, q the draft's probabilities):
 
     P(x) = q(x) min(1, p(x)/q(x))  +  (1 - sum_y min(p(y), q(y))) * max(p(x) - q(x), 0) / sum_y max(p(y) - q(y), 0)
@@ -113,24 +115,72 @@ def verify_tokens(target: Law, draft: Draft, accept_uniforms: Tensor, final_unif
     return Verification(accepted, final_law(target, draft, accepted).draw(uniform))
 
 
-def final_law(target: Law, draft: Draft, accepted: Tensor) -> Law:
+def verify_block(target: Law, draft: Draft, accept_uniforms: Tensor, final_uniforms: Tensor) -> Verification:
+    """Block verification: the draft is kept up to the last position that passes, which may save a token before it.
+
+    Arguments as for `verify_tokens`. In expectation it accepts at least as many tokens, under the same law.
+    Source: Sun et al. 2024 (arXiv:2403.10444), Algorithm 2.
+    """
+    if isinstance(target, OneHot):
+        return verify_tokens(target, draft, accept_uniforms, final_uniforms)  # nothing to save: a token fits or not
+    weights = block_weights(target, draft)
+    position = torch.arange(1, draft.tokens.shape[1] + 1, device=draft.tokens.device)
+    passed = accept_uniforms < block_acceptance(target, draft, weights)
+    accepted = torch.where(passed & (position <= draft.lengths.unsqueeze(1)), position, 0)
+    accepted = torch.cat([torch.zeros_like(draft.lengths).unsqueeze(1), accepted], 1).amax(1)
+    uniform = final_uniforms.gather(1, accepted.unsqueeze(1)).squeeze(1)
+    weight = weights.gather(1, accepted.unsqueeze(1))
+    return Verification(accepted, final_law(target, draft, accepted, weight).draw(uniform))
+
+
+def block_weights(target: Law, draft: Draft) -> Tensor:
+    """How much of the target's probability of i tokens their draft carries, i = 0 ... k: float64 [batch, k + 1].
+
+    weight 0 is 1; weight i = min(1, weight (i - 1) * target / draft), the two being the probabilities of token i.
+    """
+    num_drafted = draft.tokens.shape[1]
+    target_prob, draft_prob = target[:, :num_drafted].prob(draft.tokens), draft.law.prob(draft.tokens)
+    ratio = target_prob / draft_prob.clamp(min=torch.finfo(torch.float64).tiny)
+    weights = [torch.ones_like(draft.lengths, dtype=torch.float64)]
+    for i in range(num_drafted):
+        weights.append((weights[-1] * ratio[:, i]).clamp(max=1.0))
+    return torch.stack(weights, 1)
+
+
+def block_acceptance(target: Law, draft: Draft, weights: Tensor) -> Tensor:
+    """Probability that position i passes, i = 1 ... k: float64 [batch, k].
+
+    The last drafted position passes with its weight; one before it with excess / (excess + 1 - weight), where excess
+    is the mass of max(weight * target - draft, 0) behind it.
+    """
+    num_drafted = draft.tokens.shape[1]
+    inner, scale = weights[:, 1:num_drafted], weights[:, 1:num_drafted, None]
+    excess = (scale * target[:, 1:num_drafted].dense() - draft.law[:, 1:].dense()).clamp(min=0).sum(-1)
+    # 0/0: weight 1 and equal laws behind it; then the next position passes at least as surely, and decides
+    passes = (excess / (excess + 1 - inner)).nan_to_num(1.0)
+    is_last = torch.arange(1, num_drafted + 1, device=weights.device) == draft.lengths.unsqueeze(1)
+    return torch.where(is_last, weights[:, 1:], torch.nn.functional.pad(passes, (0, num_drafted - passes.shape[1])))
+
+
+def final_law(target: Law, draft: Draft, accepted: Tensor, weight: Tensor | float = 1.0) -> Law:
     """Law of the token after the accepted ones: the residual after a rejection, the target's after full acceptance.
 
-    target: laws [batch, k + 1]; accepted: int64 [batch]. Returns laws [batch].
+    target: laws [batch, k + 1]; accepted: int64 [batch]; weight: as for `residual`. Returns laws [batch].
     """
     target_law = target.at(accepted)
     if isinstance(target_law, OneHot) or draft.tokens.shape[1] == 0:
         return target_law  # a one-hot target has no mass but on its token: that is its residual too
     draft_law = draft.law.at(accepted.clamp(max=draft.tokens.shape[1] - 1))
     rejected = (accepted < draft.lengths).unsqueeze(1)
-    return Dense(torch.where(rejected, residual(target_law.probs, draft_law.dense()), target_law.probs))
+    return Dense(torch.where(rejected, residual(target_law.probs, draft_law.dense(), weight), target_law.probs))
 
 
-def residual(target_probs: Tensor, draft_probs: Tensor) -> Tensor:
-    """Law of the token that replaces a rejected draft: norm(max(target - draft, 0)).
+def residual(target_probs: Tensor, draft_probs: Tensor, weight: Tensor | float = 1.0) -> Tensor:
+    """Law of the token that replaces a rejected draft: norm(max(weight * target - draft, 0)).
 
     target_probs, draft_probs: float [..., vocab], each row summing to 1.
-    Where the two rows are equal the target row is returned: a rejection then has probability 0.
+    weight: [..., 1], below 1 only where block verification ends a draft that carries less than the target has.
+    Where nothing exceeds the target row is returned: a rejection then has probability 0.
     Raises ValueError if the shapes differ.
     Source: Leviathan et al. 2023, p' in Algorithm 1; Chen et al. 2023 write (q - p)+.
     """
@@ -139,6 +189,6 @@ def residual(target_probs: Tensor, draft_probs: Tensor) -> Tensor:
             f"target_probs of shape {tuple(target_probs.shape)} must have the shape of draft_probs, "
             f"{tuple(draft_probs.shape)}"
         )
-    excess = (target_probs - draft_probs).clamp(min=0)
+    excess = (weight * target_probs - draft_probs).clamp(min=0)
     mass = excess.sum(-1, keepdim=True)
     return torch.where(mass > 0, excess / mass, target_probs)

@@ -18,7 +18,7 @@ from specdec.proposers.draft_model import DraftModelProposer
 from specdec.randomness import Role, UniformSource
 from specdec.requests import Generation
 from specdec.sampling import Dense, SamplingState
-from specdec.verification import Draft, Verification, VerificationRule, final_law, verify_tokens
+from specdec.verification import Draft, Verification, VerificationRule, final_law, verify_block, verify_tokens
 
 Maker = Callable[[UniformSource, VerificationRule, int], Decoder]
 
@@ -130,6 +130,13 @@ def wrong_bonus_row(target, draft, accept_uniforms, final_uniforms):
         return right
     bonus = target.at((right.accepted - 1).clamp(min=0)).draw(final_uniforms[:, -1])
     return Verification(right.accepted, torch.where(right.accepted == draft.lengths, bonus, right.next_token))
+
+
+def block_with_token_residual(target, draft, accept_uniforms, final_uniforms):
+    """M12: block verification, but the recovered token comes from token verification's residual."""
+    accepted = verify_block(target, draft, accept_uniforms, final_uniforms).accepted
+    uniform = final_uniforms.gather(1, accepted.unsqueeze(1)).squeeze(1)
+    return Verification(accepted, final_law(target, draft, accepted).draw(uniform))
 
 
 class TopKOnOneSide(Decoder):

@@ -213,6 +213,6 @@ def test_greedy_equals_plain_greedy() -> None:
 
 
 def test_every_mutant_of_the_list_has_a_test() -> None:
-    """M5 is in test_verification.py (only u = 0 shows it); M12 needs block verification."""
+    """M5 is in test_verification.py (only u = 0 shows it), M12 in test_block_verification.py."""
     here = {name.split()[0] for name in LOSSY} | {"M10", "M11", "M5"}
     assert here == {f"M{i}" for i in range(1, 12)}

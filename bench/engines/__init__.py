@@ -62,21 +62,26 @@ class EngineKind:
     package: str
     methods: tuple[str, ...]
     max_batch_size: int | None = None
+    verifications: tuple[str, ...] = ("token",)
 
 
 ENGINES = {
-    "specdec": EngineKind("specdec", METHODS),
+    "specdec": EngineKind("specdec", METHODS, verifications=("token", "block")),
     "transformers": EngineKind("transformers", ("autoregressive", "ngram", "draft_model"), max_batch_size=1),
 }
 
 
-def why_not(engine: str, method: str, batch_size: int) -> str | None:
+def why_not(engine: str, method: str, batch_size: int, verification: str = "token") -> str | None:
     """Why an engine cannot run a cell, and what to do about it; None if it can."""
     kind = ENGINES[engine]
     if importlib.util.find_spec(kind.package) is None:
         return f"engine={engine} needs the package {kind.package}; pip install {kind.package}"
     if method not in kind.methods:
         return f"engine={engine} has no method={method}; use {', '.join(kind.methods)}"
+    if method != "autoregressive" and verification not in kind.verifications:
+        return (
+            f"engine={engine} has no verification={verification}; use --verification {' or '.join(kind.verifications)}"
+        )
     if kind.max_batch_size is not None and batch_size > kind.max_batch_size:
         return (
             f"engine={engine} decodes at most {kind.max_batch_size} prompt at a time, not "
@@ -85,7 +90,9 @@ def why_not(engine: str, method: str, batch_size: int) -> str | None:
     return None
 
 
-def load(engine: str, pair: Pair, dtype: str, device: str) -> BenchEngine:
+def load(engine: str, pair: Pair, dtype: str, device: str, verification: str = "token") -> BenchEngine:
     """An engine with a pair's models in memory. dtype, device: names that torch knows."""
-    loaded: BenchEngine = importlib.import_module(f"bench.engines.{engine}").load(pair, dtype, device)
+    # an engine that knows one rule is not told which; of the others' cells it runs only those that verify nothing
+    options = {"verification": verification} if len(ENGINES[engine].verifications) > 1 else {}
+    loaded: BenchEngine = importlib.import_module(f"bench.engines.{engine}").load(pair, dtype, device, **options)
     return loaded

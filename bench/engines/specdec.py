@@ -20,7 +20,7 @@ class SpecdecEngine:
 
     version = specdec.__version__
 
-    def __init__(self, target: CausalLM, draft: CausalLM | None) -> None:
+    def __init__(self, target: CausalLM, draft: CausalLM | None, verification: str) -> None:
         self.tokenizer = target.tokenizer
 
         @cache
@@ -31,6 +31,7 @@ class SpecdecEngine:
                 method=method,
                 num_speculative_tokens=gamma,
                 max_batch_size=batch_size,
+                verification=verification,
             )
 
         self._engine = engine
@@ -43,13 +44,13 @@ class SpecdecEngine:
         return Run(tuple(map(_result, completions)), engine.phase_times)
 
 
-def load(pair: Pair, dtype: str, device: str) -> SpecdecEngine:
+def load(pair: Pair, dtype: str, device: str, verification: str = "token") -> SpecdecEngine:
     """The pair's models, loaded as `specdec.Engine.load` does."""
     with_draft: dict[str, Any] = {"draft": folder(pair.draft), "method": "draft_model"} if pair.draft else {}
     engine = Engine.load(
         folder(pair.target), dtype=getattr(torch, dtype), device=device, load_format=pair.load_format, **with_draft
     )
-    return SpecdecEngine(engine.target, engine.draft)  # type: ignore[arg-type]
+    return SpecdecEngine(engine.target, engine.draft, verification)  # type: ignore[arg-type]
 
 
 def _result(completion: Completion) -> PromptResult:
