@@ -103,6 +103,3 @@ class _RaggedLayer(CacheLayerMixin):  # type: ignore[misc]  # see above
 
     def get_max_length(self) -> int:
         return self.cache.capacity
-
-    def get_max_cache_shape(self) -> int:  # the name before transformers 5.20
-        return self.cache.capacity
