@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from filelock import FileLock
 
 Download = Callable[[str, Path], Path]  # (requirement, folder) -> the wheel in that folder
@@ -148,7 +149,7 @@ def explained(rule: str, remedy: str) -> Iterator[None]:
     """Turn what libraries raise about bad content, a network or a disk into one LoadError with a remedy."""
     try:
         yield
-    except (LoadError, ImportError, MemoryError):
+    except (LoadError, ImportError, MemoryError, torch.OutOfMemoryError):
         raise  # these speak for themselves
     except Exception as error:  # GGUF readers alone raise ValueError, struct.error, KeyError and IndexError
         cause = (str(error).strip() or type(error).__name__).splitlines()[0]

