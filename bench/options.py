@@ -21,7 +21,7 @@ from bench.workloads import parse_workloads
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 PLACEMENTS = ("same",)
-VERIFICATIONS = ("token", "block")
+VERIFICATIONS = tuple(dict.fromkeys(rule for kind in ENGINES.values() for rule in kind.verifications))
 
 
 @dataclass(frozen=True, slots=True)

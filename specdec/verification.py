@@ -111,8 +111,7 @@ def verify_tokens(target: Law, draft: Draft, accept_uniforms: Tensor, final_unif
     passed = accept_uniforms * draft_prob < target_prob
     proposed = torch.arange(num_drafted, device=passed.device) < draft.lengths.unsqueeze(1)
     accepted = (passed & proposed).long().cumprod(1).sum(1)
-    uniform = final_uniforms.gather(1, accepted.unsqueeze(1)).squeeze(1)
-    return Verification(accepted, final_law(target, draft, accepted).draw(uniform))
+    return draw_last(target, draft, accepted, final_uniforms)
 
 
 def verify_block(target: Law, draft: Draft, accept_uniforms: Tensor, final_uniforms: Tensor) -> Verification:
@@ -128,9 +127,7 @@ def verify_block(target: Law, draft: Draft, accept_uniforms: Tensor, final_unifo
     passed = accept_uniforms < block_acceptance(target, draft, weights)
     accepted = torch.where(passed & (position <= draft.lengths.unsqueeze(1)), position, 0)
     accepted = torch.cat([torch.zeros_like(draft.lengths).unsqueeze(1), accepted], 1).amax(1)
-    uniform = final_uniforms.gather(1, accepted.unsqueeze(1)).squeeze(1)
-    weight = weights.gather(1, accepted.unsqueeze(1))
-    return Verification(accepted, final_law(target, draft, accepted, weight).draw(uniform))
+    return draw_last(target, draft, accepted, final_uniforms, weights.gather(1, accepted.unsqueeze(1)))
 
 
 def block_weights(target: Law, draft: Draft) -> Tensor:
@@ -160,6 +157,14 @@ def block_acceptance(target: Law, draft: Draft, weights: Tensor) -> Tensor:
     passes = (excess / (excess + 1 - inner)).nan_to_num(1.0)
     is_last = torch.arange(1, num_drafted + 1, device=weights.device) == draft.lengths.unsqueeze(1)
     return torch.where(is_last, weights[:, 1:], torch.nn.functional.pad(passes, (0, num_drafted - passes.shape[1])))
+
+
+def draw_last(
+    target: Law, draft: Draft, accepted: Tensor, final_uniforms: Tensor, weight: Tensor | float = 1.0
+) -> Verification:
+    """Draw the token after the accepted ones, with the uniform of its position; arguments as for `final_law`."""
+    uniform = final_uniforms.gather(1, accepted.unsqueeze(1)).squeeze(1)
+    return Verification(accepted, final_law(target, draft, accepted, weight).draw(uniform))
 
 
 def final_law(target: Law, draft: Draft, accepted: Tensor, weight: Tensor | float = 1.0) -> Law:

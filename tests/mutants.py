@@ -18,7 +18,15 @@ from specdec.proposers.draft_model import DraftModelProposer
 from specdec.randomness import Role, UniformSource
 from specdec.requests import Generation
 from specdec.sampling import Dense, SamplingState
-from specdec.verification import Draft, Verification, VerificationRule, final_law, verify_block, verify_tokens
+from specdec.verification import (
+    Draft,
+    Verification,
+    VerificationRule,
+    draw_last,
+    final_law,
+    verify_block,
+    verify_tokens,
+)
 
 Maker = Callable[[UniformSource, VerificationRule, int], Decoder]
 
@@ -119,8 +127,7 @@ def wrong_accept_row(target, draft, accept_uniforms, final_uniforms):
     """M7: draft token i is tested against the target's row i + 1."""
     shifted = Dense(target.dense().roll(-1, 1)) if draft.tokens.shape[1] else target
     accepted = verify_tokens(shifted, draft, accept_uniforms, final_uniforms).accepted
-    uniform = final_uniforms.gather(1, accepted.unsqueeze(1)).squeeze(1)
-    return Verification(accepted, final_law(target, draft, accepted).draw(uniform))
+    return draw_last(target, draft, accepted, final_uniforms)
 
 
 def wrong_bonus_row(target, draft, accept_uniforms, final_uniforms):
@@ -135,8 +142,7 @@ def wrong_bonus_row(target, draft, accept_uniforms, final_uniforms):
 def block_with_token_residual(target, draft, accept_uniforms, final_uniforms):
     """M12: block verification, but the recovered token comes from token verification's residual."""
     accepted = verify_block(target, draft, accept_uniforms, final_uniforms).accepted
-    uniform = final_uniforms.gather(1, accepted.unsqueeze(1)).squeeze(1)
-    return Verification(accepted, final_law(target, draft, accepted).draw(uniform))
+    return draw_last(target, draft, accepted, final_uniforms)
 
 
 class TopKOnOneSide(Decoder):

@@ -11,16 +11,16 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter, defaultdict
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from specdec.decoding import Decoder
 from specdec.randomness import Role, UniformSource
-from specdec.requests import Request
-from specdec.sampling import SamplingParams
+from specdec.requests import Generation, Request
+from specdec.sampling import Law, SamplingParams
 from specdec.verification import Draft, Verification, VerificationRule, verify_tokens
 
 
@@ -61,64 +61,55 @@ class ScriptedUniforms:
 
 
 MakeDecoder = Callable[[UniformSource, VerificationRule, int], Decoder]
+Tokens = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Node:
+    """A history of the loop: a script that leads to it, the tokens emitted by then, its probability."""
+
+    script: dict[int, StepUniforms]
+    tokens: Tokens
+    probability: float
 
 
 def exact_law(
     make_decoder: MakeDecoder,
-    prompt: tuple[int, ...],
+    prompt: Tokens,
     num_tokens: int,
     grid: tuple[int, int, int],
-    rule: VerificationRule = verify_tokens,
     params: SamplingParams | None = None,
-) -> dict[tuple[int, ...], float]:
+) -> dict[Tokens, float]:
     """Law of the first num_tokens tokens that the decoder emits: {tokens: probability}.
 
     make_decoder: (uniforms, rule, max_batch_size) -> a fresh decoder. grid: points for draft, accept and last uniforms.
     """
-    law: dict[tuple[int, ...], float] = defaultdict(float)
-    nodes = [({}, 1.0)]  # a script that leads to the node, and the node's probability
+    runs = _Runs(make_decoder, prompt, replace(params or SamplingParams(), max_tokens=num_tokens))
+    law: dict[Tokens, float] = defaultdict(float)
+    nodes = [Node({}, (), 1.0)]
     while nodes:
-        children = []
-        gamma = make_decoder(ScriptedUniforms([]), rule, 1).num_speculative_tokens
-        for script, probability in nodes:
-            outcomes = _expand(make_decoder, prompt, num_tokens, grid, rule, params, script, gamma)
-            total = sum(count for count, _ in outcomes.values())
-            for (tokens, _), (count, child) in outcomes.items():
-                if len(tokens) == num_tokens:
-                    law[tokens] += probability * count / total
-                else:
-                    children.append((child, probability * count / total))
-        nodes = children
+        children = [child for node in nodes for child in _expand(runs, node, grid)]
+        for child in children:
+            if len(child.tokens) == num_tokens:
+                law[child.tokens] += child.probability
+        nodes = [child for child in children if len(child.tokens) < num_tokens]
     return dict(law)
 
 
-def _expand(
-    make_decoder: MakeDecoder,
-    prompt: tuple[int, ...],
-    num_tokens: int,
-    grid: tuple[int, int, int],
-    rule: VerificationRule,
-    params: SamplingParams | None,
-    script: dict[int, StepUniforms],
-    gamma: int,
-):
-    """Outcomes of the step after the script: {(tokens so far, what was drafted): (grid points, a script to it)}."""
-    num_steps = len(script)
-    origin = len(prompt) + len(_run(make_decoder, prompt, num_tokens, rule, params, [script])[0][0][num_steps])
-    num_drafted = gamma if num_steps else 0  # the first token comes from the prefill
-    scripts = [script | {origin: uniforms} for uniforms in _grid(grid, num_drafted)]
-    outcomes: dict[tuple, tuple[int, dict]] = {}
-    counts: Counter = Counter()
-    for child, (progress, drafted) in zip(
-        scripts, _run(make_decoder, prompt, num_tokens, rule, params, scripts), strict=True
-    ):
-        key = (tuple(progress[num_steps + 1]), tuple(drafted[num_steps]))
-        counts[key] += 1
-        outcomes[key] = (counts[key], child)
-    return outcomes
+def _expand(runs: _Runs, node: Node, grid: tuple[int, int, int]) -> list[Node]:
+    """The outcomes of the step after a node, as frequent as they are in the grid of its uniforms."""
+    origin, number = len(runs.prompt) + len(node.tokens), len(node.script)
+    num_drafted = runs.gamma if number else 0  # the first token comes from the prefill
+    scripts = [node.script | {origin: uniforms} for uniforms in _grid(grid, num_drafted)]
+    outcomes = runs.step(scripts, number)
+    counts, scripts_to = Counter(outcomes), dict(zip(outcomes, scripts, strict=True))
+    return [
+        Node(scripts_to[outcome], outcome.tokens, node.probability * count / len(scripts))
+        for outcome, count in counts.items()
+    ]
 
 
-def _grid(grid: tuple[int, int, int], num_drafted: int):
+def _grid(grid: tuple[int, int, int], num_drafted: int) -> Iterator[StepUniforms]:
     drafts, accepts, lasts = ([(i + 0.5) / n for i in range(n)] for n in grid)
     for draft in itertools.product(drafts, repeat=num_drafted):
         for accept in itertools.product(accepts, repeat=num_drafted):
@@ -126,38 +117,38 @@ def _grid(grid: tuple[int, int, int], num_drafted: int):
                 yield StepUniforms(draft, accept, last)
 
 
-def _run(
-    make_decoder: MakeDecoder,
-    prompt: tuple[int, ...],
-    num_tokens: int,
-    rule: VerificationRule,
-    params: SamplingParams | None,
-    scripts: list[dict[int, StepUniforms]],
-):
-    """For each script: the tokens emitted before each step, and the drafts of each step."""
-    calls: list[Tensor] = []
+@dataclass(frozen=True)
+class _Outcome:
+    """All tokens emitted up to a step, and what the step drafted."""
 
-    def recording(target, draft: Draft, accept_uniforms: Tensor, final_uniforms: Tensor) -> Verification:
-        calls.append(draft.tokens)
-        return rule(target, draft, accept_uniforms, final_uniforms)
-
-    base = params or SamplingParams()
-    requests = [Request(i, prompt, _with(base, max_tokens=num_tokens, seed=i)) for i in range(len(scripts))]
-    decoder = make_decoder(ScriptedUniforms(scripts), recording, len(scripts))
-    rows = {row.request.index: row for row in decoder.run(requests)}
-    step_calls = calls[len(scripts) :]  # one call for each prefill, then one for each step of the batch
-    results = []
-    for index in range(len(scripts)):
-        row, emitted, progress, drafted = rows[index], 1, [[], rows[index].output[:1]], [()]
-        for number, step in enumerate(row.steps):
-            emitted += step.num_accepted + (step.last is not None)
-            progress.append(row.output[:emitted])
-            drafted.append(step_calls[number][index, : step.num_drafted].tolist())
-        results.append((progress + [row.output] * num_tokens, drafted + [()] * num_tokens))
-    return results
+    tokens: Tokens
+    drafted: Tokens
 
 
-def _with(params: SamplingParams, **changes) -> SamplingParams:
-    import dataclasses
+class _Runs:
+    """Runs the real loop, from the prompt on, once for each script."""
 
-    return dataclasses.replace(params, **changes)
+    def __init__(self, make_decoder: MakeDecoder, prompt: Tokens, params: SamplingParams) -> None:
+        self.make_decoder, self.prompt, self.params = make_decoder, prompt, params
+        self.gamma = make_decoder(ScriptedUniforms([]), verify_tokens, 1).num_speculative_tokens
+
+    def step(self, scripts: list[dict[int, StepUniforms]], number: int) -> list[_Outcome]:
+        """What became of step `number`, the prefill being step 0, in the run of each script."""
+        drafts: list[Tensor] = []
+
+        def recording(target: Law, draft: Draft, accept: Tensor, final: Tensor) -> Verification:
+            drafts.append(draft.tokens)
+            return verify_tokens(target, draft, accept, final)
+
+        decoder = self.make_decoder(ScriptedUniforms(scripts), recording, len(scripts))
+        requests = [Request(seed, self.prompt, replace(self.params, seed=seed)) for seed in range(len(scripts))]
+        rows = sorted(decoder.run(requests), key=lambda row: row.request.index)
+        if number == 0:
+            return [_Outcome(tuple(row.output[:1]), ()) for row in rows]
+        drafted = drafts[len(scripts) + number - 1]  # one call for each prefill, then one for each step of the batch
+        return [_outcome(row, number, drafted[index].tolist()) for index, row in enumerate(rows)]
+
+
+def _outcome(row: Generation, number: int, drafted: list[int]) -> _Outcome:
+    num_emitted = 1 + sum(step.num_accepted + (step.last is not None) for step in row.steps[:number])
+    return _Outcome(tuple(row.output[:num_emitted]), tuple(drafted[: row.steps[number - 1].num_drafted]))

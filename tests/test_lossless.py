@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import mutants
 import pytest
@@ -10,7 +11,7 @@ import torch
 from gates import distance, marginal, passes, radius
 from mutants import maker, with_rule
 from oracle import exact_law
-from toys import grid_pair, joint_law, table
+from toys import grid_pair, joint_law, table, top_k_law
 
 from specdec import Engine, SamplingParams
 from specdec.decoding import Decoder
@@ -44,12 +45,7 @@ def test_joint_law_of_two_drafted_tokens() -> None:
 def test_joint_law_under_top_k(top_k: int) -> None:
     target, draft = grid_pair(7)
     law = exact_law(maker(target, draft, gamma=1), PROMPT, 4, GRID, params=SamplingParams(top_k=top_k))
-
-    def kept(row: torch.Tensor) -> torch.Tensor:
-        row = row * (row >= row.sort(descending=True).values[top_k - 1])
-        return row / row.sum()
-
-    assert distance(law, joint_law(target, PROMPT, 4, kept)) < 1e-12
+    assert distance(law, joint_law(target, PROMPT, 4, partial(top_k_law, k=top_k))) < 1e-12
 
 
 @pytest.mark.parametrize("index", [LookupIndex, CountIndex])
@@ -110,11 +106,7 @@ LOSSY = {
 
 
 def truth(params: SamplingParams | None, target: MarkovModel = TARGET) -> dict[tuple[int, ...], float]:
-    def kept(row: torch.Tensor) -> torch.Tensor:
-        row = row * (row == row.max()) if params else row
-        return row / row.sum()
-
-    return joint_law(target, PROMPT, 4, kept)
+    return joint_law(target, PROMPT, 4, partial(top_k_law, k=params.top_k if params else 0))
 
 
 def pairs_passing(make, params: SamplingParams | None, law: dict) -> list[bool]:

@@ -52,9 +52,18 @@ def test_streams_do_not_collide() -> None:
 
 
 def test_uniform_to_the_eye_of_a_histogram() -> None:
-    """100 equal cells, 200,000 draws: total variation within the finite-sample radius for alpha = 1e-6."""
+    """100 equal cells, 200,000 draws: total variation within the finite-sample radius for alpha = 1e-6.
+
+    The control is u ** 1.1, whose distance of 0.035 exceeds twice the radius.
+    """
     from gates import radius
 
-    draws = uniforms(torch.tensor(3), torch.arange(200_000), torch.tensor(1), torch.tensor(0))
-    counts = np.histogram(draws.numpy(), bins=100, range=(0, 1))[0]
-    assert 0.5 * np.abs(counts / 200_000 - 0.01).sum() < radius(200_000, 100)
+    def distance(draws: np.ndarray) -> float:
+        counts = np.histogram(draws, bins=100, range=(0, 1))[0]
+        return 0.5 * float(np.abs(counts / 200_000 - 0.01).sum())
+
+    draws = uniforms(torch.tensor(3), torch.arange(200_000), torch.tensor(1), torch.tensor(0)).numpy()
+    assert distance(draws) < radius(200_000, 100)
+    edges = np.linspace(0, 1, 101) ** (1 / 1.1)
+    assert 0.5 * np.abs(np.diff(edges) - 0.01).sum() > 2 * radius(200_000, 100)
+    assert distance(draws**1.1) > radius(200_000, 100)

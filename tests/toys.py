@@ -26,6 +26,12 @@ def grid_pair(seed: int) -> tuple[MarkovModel, MarkovModel]:
     return MarkovModel(table(2 * seed)), MarkovModel(table(2 * seed + 1))
 
 
+def top_k_law(row: Tensor, k: int) -> Tensor:
+    """A law cut to its k largest probabilities, ties with the k-th included; k = 0 keeps all."""
+    kept = row * (row >= row.sort(descending=True).values[k - 1]) if k else row
+    return kept / kept.sum()
+
+
 def joint_law(
     model: MarkovModel, prompt: Sequence[int], num_tokens: int, transform=lambda law: law
 ) -> dict[tuple[int, ...], float]:

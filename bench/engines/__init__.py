@@ -92,7 +92,6 @@ def why_not(engine: str, method: str, batch_size: int, verification: str = "toke
 
 def load(engine: str, pair: Pair, dtype: str, device: str, verification: str = "token") -> BenchEngine:
     """An engine with a pair's models in memory. dtype, device: names that torch knows."""
-    # an engine that knows one rule is not told which; of the others' cells it runs only those that verify nothing
-    options = {"verification": verification} if len(ENGINES[engine].verifications) > 1 else {}
-    loaded: BenchEngine = importlib.import_module(f"bench.engines.{engine}").load(pair, dtype, device, **options)
+    module = importlib.import_module(f"bench.engines.{engine}")
+    loaded: BenchEngine = module.load(pair, dtype, device, verification)
     return loaded

@@ -44,7 +44,7 @@ class SpecdecEngine:
         return Run(tuple(map(_result, completions)), engine.phase_times)
 
 
-def load(pair: Pair, dtype: str, device: str, verification: str = "token") -> SpecdecEngine:
+def load(pair: Pair, dtype: str, device: str, verification: str) -> SpecdecEngine:
     """The pair's models, loaded as `specdec.Engine.load` does."""
     with_draft: dict[str, Any] = {"draft": folder(pair.draft), "method": "draft_model"} if pair.draft else {}
     engine = Engine.load(

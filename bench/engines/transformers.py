@@ -24,6 +24,7 @@ from transformers.generation.streamers import BaseStreamer
 from bench.engines import PromptResult, Run
 from bench.pairs import Pair, folder
 from specdec import AcceptanceCounts, SamplingParams
+from specdec.models.causal import eos_token_ids
 from specdec.models.loading import load_pretrained
 
 
@@ -34,7 +35,7 @@ class TransformersEngine:
 
     def __init__(self, target: Any, draft: Any, tokenizer: Any) -> None:
         self._target, self._draft, self.tokenizer = target, draft, tokenizer
-        self._eos_token_ids = _eos_token_ids(target)
+        self._eos_token_ids = sorted(eos_token_ids(target))
 
     def generate(
         self, prompts: Sequence[Sequence[int]], method: str, gamma: int, sampling: Sequence[SamplingParams]
@@ -54,8 +55,11 @@ class TransformersEngine:
         return Run((_result(output[0, len(prompt) :].tolist(), observer, stop_token_ids),))
 
 
-def load(pair: Pair, dtype: str, device: str) -> TransformersEngine:
-    """The pair's models as transformers loads them; the draft is an instance of its own even if it is the target."""
+def load(pair: Pair, dtype: str, device: str, verification: str) -> TransformersEngine:
+    """The pair's models as transformers loads them; the draft is an instance of its own even if it is the target.
+
+    verification: transformers knows one rule, and cells of others are skipped unless they verify nothing.
+    """
 
     def model(source: str) -> tuple[Any, Any]:
         return load_pretrained(folder(source), dtype=getattr(torch, dtype), device=device, load_format=pair.load_format)
@@ -147,11 +151,3 @@ def _own_configs(target: Any, draft: Any, gamma: int) -> Iterator[None]:
     finally:
         for model, found in replaced:
             model.generation_config = found
-
-
-def _eos_token_ids(model: Any) -> list[int]:
-    """Tokens that end a sequence: from the generation config, else the model config, as specdec has it."""
-    eos = model.generation_config.eos_token_id
-    if eos is None:
-        eos = model.config.get_text_config(decoder=True).eos_token_id
-    return [eos] if isinstance(eos, int) else list(eos or [])

@@ -35,12 +35,8 @@ class CausalLM:
 
     @property
     def eos_token_ids(self) -> frozenset[int]:
-        """Tokens that end a sequence, from the generation config, else the model config."""
-        generation_config = getattr(self.model, "generation_config", None)
-        eos = getattr(generation_config, "eos_token_id", None)
-        if eos is None:
-            eos = self.config.eos_token_id
-        return frozenset([eos] if isinstance(eos, int) else eos or [])
+        """Tokens that end a sequence."""
+        return eos_token_ids(self.model)
 
     def allocate(self, num_slots: int, capacity: int) -> RaggedCache:
         return RaggedCache(self.num_layers, num_slots, capacity)
@@ -60,6 +56,14 @@ class CausalLM:
         )
         logits: Tensor = output.logits
         return logits
+
+
+def eos_token_ids(model: PreTrainedModel) -> frozenset[int]:
+    """Tokens that end a model's sequences: from its generation config, else from its config."""
+    eos = getattr(model.generation_config, "eos_token_id", None)
+    if eos is None:
+        eos = model.config.get_text_config(decoder=True).eos_token_id
+    return frozenset([eos] if isinstance(eos, int) else eos or [])
 
 
 def _rollback_limits(model: PreTrainedModel) -> tuple[int, int]:

@@ -22,17 +22,17 @@ from specdec.cache import RaggedCache
 FUSABLE = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer")
 
 
-def fuse(model: nn.Module) -> int:
-    """Replace the model's decoder layers and other linear layers by fused and packed ones, in place; returns how many.
+def fuse(model: Any) -> int:
+    """Replace a transformers model's decoder layers and head by fused and packed ones, in place; returns how many.
 
     Does nothing away from the CPU, and leaves layers of an architecture that it does not know. A fused model can run,
     but no longer be saved or trained.
     """
+    if model.device.type != "cpu":
+        return 0
     num_replaced, masks = 0, RepeatedMasks()
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
-            if next(child.parameters(), torch.empty(0, device="meta")).device.type != "cpu":
-                continue
             if type(child).__name__ in FUSABLE:
                 setattr(parent, name, FusedLayer(child, masks))
             elif type(child) is nn.Linear and parent is model:
