@@ -10,6 +10,7 @@ from bench.engines import why_not
 from bench.options import BenchConfig
 from bench.pairs import Pair
 from bench.workloads import label
+from specdec.drafts import NEEDS
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,8 +79,8 @@ def _plan(
     gamma: int,
 ) -> Plan:
     skip = why_not(engine, method, batch_size, config.verification)
-    if not skip and method == "draft_model" and pair.draft is None:
-        skip = f"pair={pair.name} has no draft; name one with --pairs target={pair.target},draft=MODEL"
+    if not skip and method in NEEDS and pair.draft_for(method) is None:
+        skip = f"pair={pair.name} has no draft for method={method}; name one with --pairs target=MODEL,draft=MODEL"
     if skip and method != "autoregressive":
         gamma = config.gammas[0]  # one skipped cell says it for all
     return Plan(Cell(engine, pair.name, method, gamma, placement, workload, batch_size), skip)

@@ -13,18 +13,26 @@ from pathlib import Path
 class Pair:
     """A target and the draft that may speak for it.
 
-    target, draft: a bundled name, a hub id or a folder. dtype: what `--dtype auto` means.
+    target, draft: a bundled name, a hub id or a folder. head, table: likewise, a head on the target's features and an
+    n-gram table. dtype: what `--dtype auto` means.
     context: tokens that prompt and output may have together, if known. load_format: "dummy" for random weights.
     """
 
     name: str
     target: str
     draft: str | None = None
+    head: str | None = None
+    table: str | None = None
     dtype: str = "bfloat16"
     context: int | None = None
     load_format: str = "auto"
     licence: str = ""
     source: str = ""
+
+    def draft_for(self, method: str) -> str | None:
+        """What proposes tokens under a method that needs more than the target; None if the pair has no such thing."""
+        drafts = {"draft_model": self.draft, "eagle": self.head, "ngram_table": self.table}
+        return drafts.get(method, self.head or self.draft if method == "hybrid" else None)
 
 
 @cache

@@ -31,11 +31,12 @@ class _Window:
 class RaggedCache(Cache):  # type: ignore[misc]  # transformers has no complete types
     """Keys and values [slots, heads, capacity, head_dim] for each layer, allocated at the first use.
 
-    lengths: valid tokens per slot, owned by the caller. Raises ValueError where a call would run over the capacity.
+    lengths: valid tokens per slot, owned by the caller. features: float [slots, capacity, hidden] that the model may
+    keep beside them, or None. Raises ValueError where a call would run over the capacity.
     """
 
-    def __init__(self, num_layers: int, num_slots: int, capacity: int) -> None:
-        self.num_slots, self.capacity = num_slots, capacity
+    def __init__(self, num_layers: int, num_slots: int, capacity: int, features: Tensor | None = None) -> None:
+        self.num_slots, self.capacity, self.features = num_slots, capacity, features
         self.lengths = [0] * num_slots
         super().__init__(layers=[_RaggedLayer(self) for _ in range(num_layers)])
 
@@ -52,6 +53,20 @@ class RaggedCache(Cache):  # type: ignore[misc]  # transformers has no complete 
         start = lengths[0] if len(set(lengths)) == 1 else None
         self.window = _Window(slice(first_slot, first_slot + rows), positions, extent, start)
         return positions
+
+    def write(self, block: Tensor, states: Tensor) -> Tensor:
+        """Put states [rows, heads, width, dim] into a block [slots, heads, capacity, dim] where the open window is.
+
+        Returns what the window's queries may see: [rows, heads, extent, dim].
+        """
+        window, rows = self.window, block[self.window.slots]
+        if window.start is not None:
+            rows[:, :, window.start : window.extent] = states
+        else:
+            positions = window.positions.to(block.device)
+            row = torch.arange(len(positions), device=block.device).unsqueeze(1)
+            rows[row, :, positions] = states.transpose(1, 2)  # scatter_ would first copy the whole block
+        return rows[:, :, : window.extent]
 
     def mask(self, dtype: torch.dtype) -> Tensor:
         """Additive mask [rows, 1, width, extent] of the open window: 0 where position <= own, else the least number."""
@@ -83,17 +98,7 @@ class _RaggedLayer(CacheLayerMixin):  # type: ignore[misc]  # see above
     ) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        return self._write(self.keys, key_states), self._write(self.values, value_states)
-
-    def _write(self, block: Tensor, states: Tensor) -> Tensor:
-        window = self.cache.window
-        rows = block[window.slots]
-        if window.start is not None:
-            rows[:, :, window.start : window.extent] = states
-        else:
-            index = window.positions.to(block.device)[:, None, :, None].expand(states.shape)
-            rows.scatter_(2, index, states)
-        return rows[:, :, : window.extent]
+        return self.cache.write(self.keys, key_states), self.cache.write(self.values, value_states)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.cache.window.extent, 0

@@ -79,7 +79,8 @@ class Decoder:
         longest = max((len(r.prompt) + r.sampling.max_tokens for r in requests), default=0)
         capacity = longest + self.num_speculative_tokens
         if self._cache is None or self._cache.capacity < capacity:
-            self._cache = self.target.allocate(self.max_batch_size, capacity)
+            keep_features = getattr(self.proposer, "needs_features", False)
+            self._cache = self.target.allocate(self.max_batch_size, capacity, keep_features=keep_features)
         return self._cache
 
     def _admit(self, waiting: deque[Generation], slots: list[Generation | None], cache: Cache) -> Iterator[Generation]:
@@ -98,9 +99,9 @@ class Decoder:
         num_rows = max(slot for slot, row in enumerate(slots) if row) + 1
         if previous and previous.rows == slots[:num_rows]:
             return previous
-        return self._batch_of(slots[:num_rows], cache.capacity)
+        return self._batch_of(slots[:num_rows], cache)
 
-    def _batch_of(self, rows: list[Generation | None], capacity: int) -> Batch:
+    def _batch_of(self, rows: list[Generation | None], cache: Cache) -> Batch:
         idle = SamplingParams(temperature=0)
         sampling = SamplingState(
             [row.request.sampling if row else idle for row in rows],
@@ -109,12 +110,12 @@ class Decoder:
             self.target.vocab_size,
             self.target.device,
         )
-        return Batch(rows, sampling, self.max_batch_size, capacity)
+        return Batch(rows, sampling, self.max_batch_size, cache.capacity, cache.features)
 
     @torch.inference_mode()
     def _prefill(self, row: Generation, cache: Cache, slot: int) -> None:
         """Score the prompt and emit the first token: a step with an empty draft that is not counted as one."""
-        batch = self._batch_of([row], cache.capacity)
+        batch = self._batch_of([row], cache)
         with self._phase("prefill_s"):
             cache.lengths[slot] = 0
             logits = prefill(self.target, row.tokens, cache, slot)

@@ -2,38 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Literal, Protocol, get_args
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 
 from specdec.decoding import Decoder
+from specdec.drafts import NEEDS, Kind, check_same_vocabulary, kind_in, kind_of, load_with_drafts
 from specdec.models import LanguageModel
+from specdec.models.loading import packaged_draft
 from specdec.proposers import Proposer
 from specdec.proposers.draft_model import DraftModelProposer
-from specdec.proposers.ngram import CountIndex, LookupIndex, NgramProposer
+from specdec.proposers.hybrid import HybridProposer
+from specdec.proposers.ngram import CountIndex, LookupIndex, NgramProposer, TokenIndex
+from specdec.proposers.table import Fallback, NgramTable
 from specdec.requests import Completion, Generation, Request
 from specdec.sampling import SamplingParams
 from specdec.stats import PhaseTimes
 from specdec.verification import VerificationRule, verify_block, verify_tokens
 
-Method = Literal["autoregressive", "draft_model", "ngram", "ngram_store"]
+if TYPE_CHECKING:
+    from specdec.drafts import AnyDraft
+
+Method = Literal["autoregressive", "draft_model", "eagle", "ngram", "ngram_store", "ngram_table", "hybrid"]
 METHODS: tuple[Method, ...] = get_args(Method)
+HYBRID_MIN_NGRAM = 3  # tokens that must match before the hybrid copies instead of drawing
 VERIFICATIONS: dict[str, VerificationRule] = {"token": verify_tokens, "block": verify_block}
-
-
-class HasVocabulary(Protocol):
-    """A model, or what is known of it before its weights are read; a `tokenizer` attribute is looked at if present."""
-
-    @property
-    def vocab_size(self) -> int: ...
 
 
 class Engine:
     """Decodes prompts with a target model and one method of proposing tokens; the output law is the target's own.
 
-    target: a LanguageModel such as CausalLM. draft: the draft model, for method "draft_model" only.
-    method: "autoregressive", "draft_model", "ngram" (prompt lookup) or "ngram_store" (online n-gram counts).
+    target: a LanguageModel such as CausalLM.
+    method: what proposes tokens. "autoregressive": nothing. "ngram": prompt lookup. "ngram_store": online n-gram
+        counts. "ngram_table": prompt lookup, else a table counted beforehand. "draft_model": a smaller language model.
+        "eagle": a head on the target's features. "hybrid": prompt lookup where the match is long, else a head or a
+        draft model.
+    draft: what the method needs besides the target: a LanguageModel, an EagleHead or an NgramTable.
     num_speculative_tokens: tokens proposed per step (gamma), at least 1; "autoregressive" proposes none.
     max_batch_size: prompts decoded together.
     verification: "token" or "block", the rule that verifies a draft; both are lossless.
@@ -45,7 +51,7 @@ class Engine:
         target: LanguageModel,
         *,
         method: Method = "autoregressive",
-        draft: LanguageModel | None = None,
+        draft: AnyDraft | None = None,
         num_speculative_tokens: int = 4,
         max_batch_size: int = 1,
         verification: str = "token",
@@ -79,25 +85,19 @@ class Engine:
     ) -> Engine:
         """An engine from model names: a bundled name such as "smollm2-135m", a hub id, a folder or a GGUF file.
 
+        draft: likewise a draft model, or a folder with a head or a table; where the method needs one and none is
+            named, the one that comes with this package for the target is taken, if there is one.
         options: as for the constructor. Arguments are checked before any model is loaded.
         """
         method = options.get("method", "autoregressive")
-        _check_method(method, draft is not None, options.get("num_speculative_tokens", 4))
+        draft = draft or packaged_draft(target, method)
+        _check_method(method, kind_in(draft) if draft else None, options.get("num_speculative_tokens", 4))
         _check_verification(options.get("verification", "token"))
-        from specdec.models.causal import CausalLM
-        from specdec.models.fusion import fuse
-        from specdec.models.loading import load_pretrained, read_vocabulary
-
-        def load(source: str) -> CausalLM:
-            model, tokenizer = load_pretrained(
-                source, dtype=dtype, device=device, attention=attention, load_format=load_format
-            )
-            fuse(model)
-            return CausalLM(model, tokenizer)
-
-        if draft:
-            check_same_vocabulary(read_vocabulary(target, load_format), read_vocabulary(draft, load_format))
-        return cls(load(target), draft=load(draft) if draft else None, **options)
+        sources = [draft] if draft else []
+        model, drafts = load_with_drafts(
+            target, sources, dtype=dtype, device=device, attention=attention, load_format=load_format
+        )
+        return cls(model, draft=drafts[draft] if draft else None, **options)
 
     @property
     def phase_times(self) -> PhaseTimes:
@@ -164,53 +164,56 @@ class Engine:
 
 
 def _make_proposer(
-    target: LanguageModel, draft: LanguageModel | None, method: Method, num_speculative_tokens: int
+    target: LanguageModel, draft: AnyDraft | None, method: Method, num_speculative_tokens: int
 ) -> Proposer | None:
-    _check_method(method, draft is not None, num_speculative_tokens)
-    if method == "draft_model":
-        assert draft is not None
+    _check_method(method, kind_of(draft) if draft is not None else None, num_speculative_tokens)
+    if draft is not None:
         check_same_vocabulary(target, draft)
+
+    def ngram(new_index: Callable[[], TokenIndex]) -> NgramProposer:
+        return NgramProposer(target.vocab_size, target.device, new_index)
+
+    if method == "ngram":
+        return ngram(LookupIndex)
+    if method == "ngram_store":
+        return ngram(CountIndex)
+    if isinstance(draft, NgramTable):
+        return ngram(lambda: Fallback(LookupIndex(), draft))
+    if draft is None:
+        return None
+    drawn = _drawing_proposer(draft)
+    return drawn if method != "hybrid" else HybridProposer(ngram(partial(LookupIndex, HYBRID_MIN_NGRAM)), drawn)
+
+
+def _drawing_proposer(draft: Any) -> Proposer:
+    if kind_of(draft) == "model":
         return DraftModelProposer(draft)
-    if method in ("ngram", "ngram_store"):
-        return NgramProposer(target.vocab_size, target.device, LookupIndex if method == "ngram" else CountIndex)
-    return None
+    from specdec.proposers.eagle import EagleProposer
+
+    return EagleProposer(draft)
 
 
 def _check_verification(verification: str) -> None:
     _require(verification in VERIFICATIONS, f"verification={verification!r} must be one of {', '.join(VERIFICATIONS)}")
 
 
-def _check_method(method: str, has_draft: bool, num_speculative_tokens: int) -> None:
+def _check_method(method: str, kind: Kind | None, num_speculative_tokens: int) -> None:
     _require(method in METHODS, f"method={method!r} must be one of {', '.join(METHODS)}")
-    _require(has_draft or method != "draft_model", 'method="draft_model" needs a draft; name one, or use "ngram"')
+    needed = NEEDS.get(method, ())
     _require(
-        not has_draft or method == "draft_model",
-        f'a draft is given but method={method!r} does not use it; use method="draft_model"',
+        kind is not None or not needed,
+        f'method="{method}" needs a draft ({" or ".join(needed)}); name one, or use "ngram"',
+    )
+    _require(
+        kind is None or kind in needed,
+        f"a draft is given but method={method!r} does not use it, being a {kind}; use "
+        f"method={' or '.join(repr(name) for name, kinds in NEEDS.items() if kind in kinds)}",
     )
     _require(
         num_speculative_tokens >= 1 or method == "autoregressive",
         f"num_speculative_tokens={num_speculative_tokens} must be at least 1; for plain decoding use "
         'method="autoregressive"',
     )
-
-
-def check_same_vocabulary(target: HasVocabulary, draft: HasVocabulary) -> None:
-    """Raise ValueError unless token ids mean the same to both models."""
-    _require(
-        target.vocab_size == draft.vocab_size,
-        f"the draft's vocabulary of {draft.vocab_size} tokens must be the target's, {target.vocab_size}; "
-        "use a draft of the same family",
-    )
-    tokenizers: list[Any] = [getattr(model, "tokenizer", None) for model in (target, draft)]
-    if all(tokenizers):
-        ours, theirs = (tokenizer.get_vocab() for tokenizer in tokenizers)
-        different = min((token for token, _ in ours.items() ^ theirs.items()), default=None)
-        _require(
-            ours == theirs,
-            f"the draft's tokenizer must be the target's, but token {different!r} is "
-            f"{ours.get(different)} for the target and {theirs.get(different)} for the draft; "
-            "use a draft of the same family",
-        )
 
 
 def _require(holds: bool, message: str) -> None:

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from torch import Tensor
+
 from specdec.sampling import SamplingParams, SamplingState
 from specdec.stats import AcceptanceCounts
 
@@ -85,12 +87,15 @@ class Batch:
 
     rows: row r lives in cache slot r; None is an idle slot. sampling: the rows' parameters and token counts.
     num_slots: rows that there may ever be. capacity: tokens that a slot must be able to hold.
+    features: float [slots, capacity, hidden], the target's after each token of a row but its last; None unless the
+    proposer needs them.
     """
 
     rows: list[Generation | None]
     sampling: SamplingState
     num_slots: int
     capacity: int
+    features: Tensor | None = None
 
     def lengths(self) -> list[int]:
         """Tokens of each row so far, so also the position where its next draft begins; 1 for an idle slot."""

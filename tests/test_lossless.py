@@ -54,7 +54,7 @@ def test_joint_law_of_ngram_drafts(index: type) -> None:
     target, _ = grid_pair(3)
 
     def make(source, rule, max_batch_size):
-        proposer = NgramProposer(3, target.device, index, min_ngram=1, max_ngram=2)
+        proposer = NgramProposer(3, target.device, partial(index, 1, 2))
         return Decoder(target, proposer, 2, max_batch_size=max_batch_size, rule=rule, uniforms=source)
 
     prompt = (0, 1, 2, 0, 1, 2, 0)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from specdec.models.markov import MarkovModel
+from specdec.models.markov import MarkovCache, MarkovModel
 
 # Quarters, such that target/draft is 0, 1/2, 1 or more and every residual is made of halves.
 QUARTERS = torch.tensor([[2, 1, 1], [1, 2, 1], [1, 1, 2], [2, 2, 0], [0, 2, 2], [2, 0, 2]]).double() / 4
@@ -24,6 +24,45 @@ def table(seed: int, rows: Tensor = QUARTERS) -> Tensor:
 def grid_pair(seed: int) -> tuple[MarkovModel, MarkovModel]:
     """(target, draft) over three tokens, both on the grid of quarters."""
     return MarkovModel(table(2 * seed)), MarkovModel(table(2 * seed + 1))
+
+
+class FeatureTarget(MarkovModel):
+    """A Markov model whose feature of a token is its code: previous token times vocabulary size, plus itself."""
+
+    def allocate(self, num_slots: int, capacity: int, *, keep_features: bool = False) -> MarkovCache:
+        cache = super().allocate(num_slots, capacity)
+        cache.features = torch.full((num_slots, capacity, 1), -1.0) if keep_features else None
+        return cache
+
+    def forward(self, tokens, cache, first_slot=0, last_only=False):
+        logits = super().forward(tokens, cache, first_slot, last_only)
+        if cache.features is not None:
+            for row, values in enumerate(tokens.tolist()):
+                start = cache.lengths[first_slot + row]
+                for place, token in enumerate(values, start):
+                    previous = int(cache.tokens[first_slot + row, place - 1]) if place else 0
+                    cache.features[first_slot + row, place, 0] = previous * self.vocab_size + token
+        return logits
+
+
+class ToyHead:
+    """A head for FeatureTarget: it reads the token before from the feature, and so is wrong if that is another's."""
+
+    def __init__(self, model: MarkovModel) -> None:
+        self.table, self.vocab_size, self.device = model.table, model.vocab_size, model.device
+        self.draft_vocabulary = torch.arange(self.vocab_size)
+        self.num_fed = 0
+
+    def allocate(self, num_slots: int, capacity: int) -> MarkovCache:
+        return MarkovCache(torch.zeros(num_slots, capacity, dtype=torch.int64))
+
+    def __call__(self, features: Tensor, tokens: Tensor, cache: MarkovCache, first_slot: int = 0) -> Tensor:
+        self.num_fed += tokens.numel()
+        return features % self.vocab_size * self.vocab_size + tokens.unsqueeze(-1)
+
+    def logits(self, features: Tensor) -> Tensor:
+        code = features.squeeze(-1).long()
+        return self.table[code // self.vocab_size, code % self.vocab_size].log()
 
 
 def top_k_law(row: Tensor, k: int) -> Tensor:

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from bench.pairs import Pair
     from specdec import AcceptanceCounts, PhaseTimes, SamplingParams
 
-METHODS = ("autoregressive", "ngram", "ngram_store", "draft_model")
+METHODS = ("autoregressive", "ngram", "ngram_store", "ngram_table", "draft_model", "eagle", "hybrid")
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -12,6 +12,7 @@ import specdec
 from bench.engines import PromptResult, Run
 from bench.pairs import Pair, folder
 from specdec import Completion, Engine, SamplingParams
+from specdec.drafts import NEEDS, load_with_drafts
 from specdec.models.causal import CausalLM
 
 
@@ -20,14 +21,14 @@ class SpecdecEngine:
 
     version = specdec.__version__
 
-    def __init__(self, target: CausalLM, draft: CausalLM | None, verification: str) -> None:
+    def __init__(self, target: CausalLM, drafts: Mapping[str, Any], verification: str) -> None:
         self.tokenizer = target.tokenizer
 
         @cache
         def engine(method: Any, gamma: int, batch_size: int) -> Engine:
             return Engine(
                 target,
-                draft=draft if method == "draft_model" else None,
+                draft=drafts.get(method),
                 method=method,
                 num_speculative_tokens=gamma,
                 max_batch_size=batch_size,
@@ -46,11 +47,16 @@ class SpecdecEngine:
 
 def load(pair: Pair, dtype: str, device: str, verification: str) -> SpecdecEngine:
     """The pair's models, loaded as `specdec.Engine.load` does."""
-    with_draft: dict[str, Any] = {"draft": folder(pair.draft), "method": "draft_model"} if pair.draft else {}
-    engine = Engine.load(
-        folder(pair.target), dtype=getattr(torch, dtype), device=device, load_format=pair.load_format, **with_draft
+    sources = {method: folder(source) for method in NEEDS if (source := pair.draft_for(method))}
+    target, drafts = load_with_drafts(
+        folder(pair.target),
+        set(sources.values()),
+        dtype=getattr(torch, dtype),
+        device=device,
+        attention="sdpa",
+        load_format=pair.load_format,
     )
-    return SpecdecEngine(engine.target, engine.draft, verification)  # type: ignore[arg-type]
+    return SpecdecEngine(target, {method: drafts[source] for method, source in sources.items()}, verification)
 
 
 def _result(completion: Completion) -> PromptResult:

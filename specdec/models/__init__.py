@@ -14,10 +14,13 @@ class Cache(Protocol):
 
     lengths: valid tokens per slot. Rolling back is setting a length; nothing else needs to be undone.
     capacity: tokens that a slot can hold.
+    features: float [slots, capacity, hidden], what the model's output head read after each token, in the same places
+    as the tokens; None unless they were asked for.
     """
 
     lengths: list[int]
     capacity: int
+    features: Tensor | None
 
 
 class LanguageModel(Protocol):
@@ -27,8 +30,11 @@ class LanguageModel(Protocol):
     context_length: int
     device: torch.device
 
-    def allocate(self, num_slots: int, capacity: int) -> Cache:
-        """An empty cache of num_slots sequences of up to `capacity` tokens each."""
+    def allocate(self, num_slots: int, capacity: int, *, keep_features: bool = False) -> Cache:
+        """An empty cache of num_slots sequences of up to `capacity` tokens each.
+
+        Raises ValueError if features are to be kept and the model has none.
+        """
         ...
 
     def forward(self, tokens: Tensor, cache: Any, first_slot: int = 0, last_only: bool = False) -> Tensor:

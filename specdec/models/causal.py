@@ -31,6 +31,7 @@ class CausalLM:
         self.vocab_size: int = self.config.vocab_size
         self.device, self.dtype = model.device, model.dtype
         self.num_layers, self.context_length = _rollback_limits(model)
+        model.base_model.register_forward_hook(self._remember)
         _check_ragged_equals_plain(self)
 
     @property
@@ -38,8 +39,10 @@ class CausalLM:
         """Tokens that end a sequence."""
         return eos_token_ids(self.model)
 
-    def allocate(self, num_slots: int, capacity: int) -> RaggedCache:
-        return RaggedCache(self.num_layers, num_slots, capacity)
+    def allocate(self, num_slots: int, capacity: int, *, keep_features: bool = False) -> RaggedCache:
+        shape = (num_slots, capacity, self.config.hidden_size)
+        features = torch.zeros(shape, dtype=self.dtype, device=self.device) if keep_features else None
+        return RaggedCache(self.num_layers, num_slots, capacity, features)
 
     @torch.inference_mode()
     def forward(self, tokens: Tensor, cache: RaggedCache, first_slot: int = 0, last_only: bool = False) -> Tensor:
@@ -54,8 +57,13 @@ class CausalLM:
             use_cache=True,
             logits_to_keep=1 if last_only else 0,
         )
+        if cache.features is not None:
+            cache.write(cache.features.unsqueeze(1), self._last_hidden.unsqueeze(1))
         logits: Tensor = output.logits
         return logits
+
+    def _remember(self, body: Any, inputs: Any, output: Any) -> None:
+        self._last_hidden: Tensor = output[0]
 
 
 def eos_token_ids(model: PreTrainedModel) -> frozenset[int]:

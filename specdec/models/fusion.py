@@ -147,6 +147,8 @@ class FusedLayer(nn.Module):
 
 def _normalise(norm: Any, x: Tensor) -> Tensor:
     """Root mean square normalisation; for a few rows twice as fast as torch's own composite."""
+    if type(norm) is nn.Identity:
+        return x
     length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
     scale = torch.rsqrt(length.square().div_(x.shape[-1]).add_(norm.variance_epsilon))
     normalised: Tensor = (x * scale).to(x.dtype) * norm.weight

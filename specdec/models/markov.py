@@ -17,6 +17,7 @@ class MarkovCache:
     """Tokens by slot and position: int64 [slots, capacity]."""
 
     tokens: Tensor
+    features: Tensor | None = None
     lengths: list[int] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -42,7 +43,9 @@ class MarkovModel:
         self.table = table.double()
         self.vocab_size, self.context_length, self.device = len(table), context_length, table.device
 
-    def allocate(self, num_slots: int, capacity: int) -> MarkovCache:
+    def allocate(self, num_slots: int, capacity: int, *, keep_features: bool = False) -> MarkovCache:
+        if keep_features:
+            raise ValueError("keep_features=True needs a model with features; a Markov table has none")
         return MarkovCache(torch.zeros(num_slots, capacity, dtype=torch.int64, device=self.device))
 
     def forward(self, tokens: Tensor, cache: MarkovCache, first_slot: int = 0, last_only: bool = False) -> Tensor:

@@ -14,6 +14,7 @@ class Proposer(Protocol):
 
     A proposer keeps itself in step by looking at `row.tokens`, which holds committed tokens only: what was rejected
     is not there, and a slot that was given to another request holds another `Generation`.
+    One that has a true attribute `needs_features` finds the target's features in `batch.features`.
     """
 
     def propose(self, batch: Batch, limits: Sequence[int]) -> Draft:

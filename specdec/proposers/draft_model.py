@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from specdec.models import Cache, LanguageModel, prefill
+from specdec.proposers.chain import draw_chain
 from specdec.proposers.ngram import pad
-from specdec.randomness import Role, UniformSource, uniforms
+from specdec.randomness import UniformSource, uniforms
 from specdec.requests import Batch, Generation
-from specdec.sampling import Law
 from specdec.verification import Draft
 
 
@@ -55,24 +55,17 @@ class DraftModelProposer:
             max(0, min(limit, self._model.context_length - length))
             for limit, length in zip(limits, batch.lengths(), strict=True)
         ]
-        num_tokens = max(limits)
-        if num_tokens == 0:
+        if max(limits) == 0:
             return Draft.empty(len(batch.rows), self._model.vocab_size, self._model.device)
         cache = self._reserve(batch)
-        draws = self._draws(batch, num_tokens)
-        logits = self._catch_up(batch, cache)
-        steps: list[tuple[Tensor, Law]] = []
-        drafted = torch.empty(len(batch.rows), 0, dtype=torch.int64, device=self._model.device)
-        for i in range(num_tokens):
-            if i > 0:
-                logits = self._feed(drafted[:, -1:], cache)
-            law = batch.sampling.law(logits, drafted)[:, 0]
-            token = law.draw(draws[:, i])
-            steps.append((token, law))
-            drafted = torch.cat([drafted, token.unsqueeze(1)], 1)
-        for slot, row, fed in zip(self._slots, batch.rows, drafted[:, :-1].tolist(), strict=False):
+
+        def logits_after(drafted: Tensor) -> Tensor:
+            return self._feed(drafted[:, -1:], cache) if drafted.shape[1] else self._catch_up(batch, cache)
+
+        draft = draw_chain(batch, limits, logits_after, self._uniforms)
+        for slot, row, fed in zip(self._slots, batch.rows, draft.tokens[:, :-1].tolist(), strict=False):
             slot.owner, slot.num_committed, slot.drafted = row, len(row.tokens) if row else 0, fed
-        return Draft.sampled(steps, torch.tensor(limits, device=self._model.device))
+        return draft
 
     def _reserve(self, batch: Batch) -> Cache:
         if self._cache is None or self._cache.capacity < batch.capacity or len(self._slots) < batch.num_slots:
@@ -100,12 +93,3 @@ class DraftModelProposer:
         for index in range(len(tokens)):
             cache.lengths[index] += 1
         return logits
-
-    def _draws(self, batch: Batch, num_tokens: int) -> Tensor:
-        device = self._model.device
-        if batch.sampling.all_greedy:
-            return torch.zeros(len(batch.rows), num_tokens, dtype=torch.float64, device=device)
-        origins = torch.tensor(batch.lengths(), device=device).unsqueeze(1)
-        positions = origins + torch.arange(num_tokens, device=device)
-        roles = torch.full_like(positions, Role.DRAFT)
-        return self._uniforms(batch.sampling.seeds.unsqueeze(1), positions, roles, origins)

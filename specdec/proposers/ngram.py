@@ -7,7 +7,6 @@ is one-hot, which makes them exact at every temperature.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Protocol
 
 import torch
@@ -30,12 +29,13 @@ class TokenIndex(Protocol):
 class LookupIndex:
     """Prompt lookup (Saxena 2023): find where the longest suffix of the text occurred last, and copy what followed.
 
-    min_ngram, max_ngram: the shortest and longest suffix that counts as a match, in tokens.
+    min_ngram, max_ngram: the shortest and longest suffix that counts as a match, in tokens. Raises ValueError unless
+    1 <= min_ngram <= max_ngram.
     A copy that reaches the end of the text goes on into itself, so that a repeating text is continued as repeating.
     """
 
-    def __init__(self, min_ngram: int, max_ngram: int) -> None:
-        self._sizes = range(max_ngram, min_ngram - 1, -1)
+    def __init__(self, min_ngram: int = 2, max_ngram: int = 4) -> None:
+        self._sizes = _sizes(min_ngram, max_ngram)
         self._follows: dict[Ngram, int] = {}  # n-gram -> position of the token after its most recent occurrence
         self._num_indexed = 0
 
@@ -61,8 +61,8 @@ class CountIndex:
     A draft ends where no context is known.
     """
 
-    def __init__(self, min_ngram: int, max_ngram: int) -> None:
-        self._sizes = range(max_ngram, min_ngram - 1, -1)
+    def __init__(self, min_ngram: int = 2, max_ngram: int = 4) -> None:
+        self._sizes = _sizes(min_ngram, max_ngram)
         self._counts: dict[Ngram, dict[int, int]] = {}
         self._best: dict[Ngram, int] = {}
         self._num_indexed = 0
@@ -98,35 +98,36 @@ class CountIndex:
         return None
 
 
+def _sizes(min_ngram: int, max_ngram: int) -> range:
+    if not 1 <= min_ngram <= max_ngram:
+        raise ValueError(f"min_ngram={min_ngram} must be at least 1 and at most max_ngram={max_ngram}")
+    return range(max_ngram, min_ngram - 1, -1)
+
+
 class NgramProposer:
     """Proposes what an index of each request's own tokens suggests.
 
-    index: LookupIndex or CountIndex, or any class made from (min_ngram, max_ngram).
-    Raises ValueError unless 1 <= min_ngram <= max_ngram.
+    new_index: makes the index of a request.
     """
 
     def __init__(
-        self,
-        vocab_size: int,
-        device: torch.device,
-        index: type[LookupIndex] | type[CountIndex] = LookupIndex,
-        min_ngram: int = 2,
-        max_ngram: int = 4,
+        self, vocab_size: int, device: torch.device, new_index: Callable[[], TokenIndex] = LookupIndex
     ) -> None:
-        if not 1 <= min_ngram <= max_ngram:
-            raise ValueError(f"min_ngram={min_ngram} must be at least 1 and at most max_ngram={max_ngram}")
-        self._new_index: Callable[[], TokenIndex] = partial(index, min_ngram, max_ngram)
+        self._new_index = new_index
         self._vocab_size, self._device = vocab_size, device
         self._indices: dict[Generation, TokenIndex] = {}
 
     def propose(self, batch: Batch, limits: Sequence[int]) -> Draft:
+        return Draft.deterministic(*pad(self.guess(batch, limits), self._device), self._vocab_size)
+
+    def guess(self, batch: Batch, limits: Sequence[int]) -> list[list[int]]:
+        """The proposed tokens of each row, none where nothing is known."""
         old = self._indices
         self._indices = {row: old.get(row) or self._new_index() for row in batch.rows if row is not None}
-        guesses = [
+        return [
             self._indices[row].continuation(row.tokens, limit) if row and limit else []
             for row, limit in zip(batch.rows, limits, strict=True)
         ]
-        return Draft.deterministic(*pad(guesses, self._device), self._vocab_size)
 
 
 def pad(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:

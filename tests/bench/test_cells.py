@@ -30,7 +30,7 @@ def test_what_cannot_run_is_skipped_once_with_reason_and_remedy(make_config: Mak
     assert skipped == {
         Cell(
             engine, "smollm2-135m", "draft_model", 2, "same", "smoke", 1
-        ): "pair=smollm2-135m has no draft; name one with --pairs target=smollm2-135m,draft=MODEL"
+        ): "pair=smollm2-135m has no draft for method=draft_model; name one with --pairs target=MODEL,draft=MODEL"
         for engine in ("specdec", "transformers")
     }
 

@@ -1,0 +1,151 @@
+"""The steps of `python -m specdec.distill`, each from parsed options."""
+
+from __future__ import annotations
+
+import json
+import time
+from argparse import Namespace
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from torch import Tensor
+from transformers import LlamaConfig
+
+from specdec.distill import corpus, dataset, prompts, training
+from specdec.distill.dataset import HELD_OUT, Dataset
+from specdec.distill.students import DraftStudent, HeadStudent, Student, unscale
+from specdec.engine import Engine
+from specdec.models.derived import materialise, save_derived
+from specdec.models.eagle import fingerprint, new_head
+from specdec.models.loading import load_pretrained
+from specdec.proposers.table import NgramTable
+from specdec.wheels import LoadError as LoadError
+
+FREQUENT = 4096  # tokens whose probabilities count at every training step
+DRAFT_SHAPE = {
+    "hidden_size": 256,
+    "intermediate_size": 768,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "head_dim": 64,
+}
+
+
+def make_corpus(options: Namespace) -> None:
+    """Let the target answer prompts, and keep what it says."""
+    engine = Engine.load(options.target, device=options.device, max_batch_size=options.batch_size)
+    tokenizer = getattr(engine.target, "tokenizer", None)
+    dialogues = prompts.read(options.prompts)
+    texts, left_out = corpus.plan(
+        dialogues,
+        tokenizer,
+        num_prompts=options.num_prompts,
+        num_replies=options.num_replies,
+        temperatures=options.temperatures,
+        max_tokens=options.max_tokens,
+        seed=options.seed,
+        excluded=prompts.EvaluationText(options.evaluation),
+    )
+    options.folder.mkdir(parents=True, exist_ok=True)
+    corpus.write(texts, engine, options.folder / "texts.jsonl", max_tokens=options.max_tokens)
+    facts = (
+        _asked(options)
+        | {"evaluation": [path.name for path in options.evaluation]}
+        | {"dialogues": len(dialogues), "texts": len(texts), "left_out": left_out}
+        | _machine()
+    )
+    (options.folder / "corpus.json").write_text(json.dumps(facts, indent=1) + "\n")
+
+
+def score(options: Namespace) -> None:
+    """Run the target over the corpus and keep its features."""
+    model, _ = load_pretrained(options.target, dtype=torch.bfloat16, device=options.device)
+    dataset.score(list(corpus.read(options.folder / "texts.jsonl")), model, options.folder)
+
+
+def train_head(options: Namespace) -> None:
+    """Train a feature head (method eagle)."""
+    model, _, data, counts = _prepare(options)
+    vocabulary = _largest(counts, options.vocabulary)
+    head = new_head(model, vocabulary).float()
+    student = HeadStudent(head, model, _largest(counts[vocabulary], FREQUENT), data.feature_sizes().to(model.device))
+    _train(student, data, options)
+    head.save(options.out, fingerprint(model), _about(options))
+
+
+def train_draft(options: Namespace) -> None:
+    """Train a draft model of its own: `out` is an ordinary model, `out`/derived the same without its embeddings."""
+    model, tokenizer, data, counts = _prepare(options)
+    names = ("vocab_size", "max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")
+    shared = {name: getattr(model.config, name) for name in names}
+    config = LlamaConfig(**shared, **DRAFT_SHAPE, tie_word_embeddings=False, attn_implementation="sdpa")
+    student = DraftStudent(config, model, _largest(counts, FREQUENT))
+    _train(student, data, options)
+    save_derived(options.out / "derived", config, student.module.state_dict(), model, _about(options))
+    materialise(options.out / "derived", model, tokenizer, options.out)
+
+
+def count_table(options: Namespace) -> None:
+    """Count an n-gram table (method ngram_table)."""
+    texts = list(corpus.read(options.folder / "texts.jsonl"))
+    spoken = [text.output for index, text in enumerate(texts) if index % HELD_OUT and text.temperature is not None]
+    model, _ = load_pretrained(options.target, dtype=torch.bfloat16)
+    table = NgramTable.count(spoken, model.config.vocab_size, max_ngram=options.max_ngram, min_count=options.min_count)
+    options.out.mkdir(parents=True, exist_ok=True)
+    table.save(options.out / "table.safetensors")
+    about = {"vocab_size": table.vocab_size, "specdec": {"target": fingerprint(model)} | _about(options)}
+    (options.out / "config.json").write_text(json.dumps(about, indent=1, sort_keys=True) + "\n")
+
+
+def _prepare(options: Namespace) -> tuple[Any, Any, Dataset, Tensor]:
+    """The target, its tokenizer, the data set, and how often each token occurs in it."""
+    model, tokenizer = load_pretrained(options.target, dtype=torch.bfloat16, device=options.device)
+    data = Dataset(options.folder)
+    torch.manual_seed(options.seed)
+    tokens = torch.from_numpy(data.tokens.astype(np.int64))
+    return model, tokenizer, data, tokens.bincount(minlength=model.config.vocab_size).to(model.device)
+
+
+def _largest(counts: Tensor, number: int) -> Tensor:
+    """Where the largest counts are, ascending."""
+    return counts.topk(min(number, len(counts))).indices.sort().values
+
+
+def _train(student: Student, data: Dataset, options: Namespace) -> None:
+    settings = training.Settings(
+        num_steps=options.steps,
+        tokens_per_batch=options.tokens_per_batch,
+        learning_rate=options.learning_rate,
+        evaluate_every=options.evaluate_every,
+        seed=options.seed,
+    )
+    training.train(student, data, settings, options.out / "training", cost_ratio=options.cost_ratio)
+    best = torch.load(options.out / "training" / "best.pt", weights_only=True)
+    student.module.load_state_dict(best["module"])
+    unscale(student.module)
+
+
+def _about(options: Namespace) -> dict[str, Any]:
+    return {"made_with": _asked(options)} | _machine()
+
+
+def _asked(options: Namespace) -> dict[str, Any]:
+    left_out = ("run", "folder", "out", "evaluation")
+    return {name: value for name, value in vars(options).items() if name not in left_out}
+
+
+def _machine() -> dict[str, Any]:
+    return {"torch": torch.__version__, "transformers": transformers.__version__, "date": time.strftime("%Y-%m-%d")}
+
+
+VERBS: dict[str, Callable[[Namespace], None]] = {
+    "corpus": make_corpus,
+    "score": score,
+    "head": train_head,
+    "draft": train_draft,
+    "table": count_table,
+}

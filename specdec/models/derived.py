@@ -1,0 +1,64 @@
+"""A draft model whose embeddings are its target's, projected to a smaller width, and so need not be stored.
+
+A folder holds the layers and two projections; `materialise` makes of it and of the target an ordinary transformers
+folder, which any engine loads.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from specdec.models.eagle import fingerprint
+
+WEIGHTS_FILE = "derived.safetensors"
+BODY = "body."  # before the names of the layers' weights, as transformers' LlamaModel has them
+
+
+def save_derived(folder: Path, config: Any, weights: dict[str, Tensor], target: Any, about: dict[str, Any]) -> None:
+    """Write a draft. config: its LlamaConfig. weights: `body.*`, `project_in.weight` and `project_out.weight`,
+    float [width, target's hidden]. target: the transformers model. about: further facts for its card.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    narrow = {name: value.detach().bfloat16().cpu().contiguous() for name, value in weights.items()}
+    save_file(narrow, folder / WEIGHTS_FILE, {"format": "pt"})
+    record = config.to_dict() | {"architectures": ["LlamaForCausalLM"], "tie_word_embeddings": False}
+    record["specdec"] = {"target": fingerprint(target)} | about
+    (folder / "config.json").write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
+
+
+@torch.inference_mode()
+def materialise(folder: Path, target: Any, tokenizer: Any, out: Path) -> None:
+    """Write the LlamaForCausalLM of a folder of `save_derived`, with the target's tokenizer, into the folder `out`.
+
+    Raises ValueError if the draft was made for another target.
+    """
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig.from_pretrained(folder)
+    recorded = config.specdec.pop("target")
+    if (own := fingerprint(target)) != recorded:
+        raise ValueError(
+            f"fingerprint={recorded} recorded in the draft {str(folder)!r} must be that of the target's weights, "
+            f"{own}; give the model that the draft was trained for, or train a draft for this one"
+        )
+    weights = load_file(folder / WEIGHTS_FILE)
+    model = LlamaForCausalLM(config).to(torch.bfloat16)
+    state = {name.replace(BODY, "model.", 1): value for name, value in weights.items() if name.startswith(BODY)}
+    state["model.embed_tokens.weight"] = _projected(target.get_input_embeddings(), weights["project_in.weight"])
+    state["lm_head.weight"] = _projected(target.get_output_embeddings(), weights["project_out.weight"])
+    model.load_state_dict(state)
+    model.generation_config = target.generation_config
+    model.save_pretrained(out)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(out)
+
+
+def _projected(embedding: Any, projection: Tensor) -> Tensor:
+    projected: Tensor = (embedding.weight.float() @ projection.float().T).bfloat16()
+    return projected

@@ -1,0 +1,174 @@
+"""An EAGLE-style head: one decoder layer that drafts from the target's own features.
+
+A feature is what the target's output head reads: its last hidden state, after the final norm. From the feature of one
+token and the embedding of the next the head guesses the feature of that next token; the target's output head, cut
+down to a draft vocabulary, makes a law of it. Its own guesses stand in for features that the target has not computed
+yet. Source: Li et al. 2024 (arXiv:2401.15077).
+
+A folder holds config.json and model.safetensors in the layout of vLLM's `eagle` method, which reads the whole
+vocabulary, and draft_vocabulary.json, the token ids that this library drafts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn.functional import embedding, linear
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
+
+from specdec.cache import RaggedCache
+from specdec.models.fusion import FusedLayer, Projection, RepeatedMasks
+from specdec.wheels import explained
+
+OUTSIDE = -1e9  # logit of a token outside the draft vocabulary: no probability, yet a law remains if all else is barred
+
+
+class EagleHead(nn.Module):
+    """The trained part, and the target's embedding and output head that it borrows.
+
+    config: of the layer; hidden_size and vocab_size are the target's.
+    embedding, output: float [vocab, hidden]. draft_vocabulary: int64 [draft vocab], ascending.
+    """
+
+    embedding: Tensor
+    output: Tensor
+    draft_vocabulary: Tensor
+
+    def __init__(self, config: LlamaConfig, embedding: Tensor, output: Tensor, draft_vocabulary: Tensor) -> None:
+        super().__init__()
+        self.config = config
+        self.register_buffer("embedding", embedding, persistent=False)
+        self.register_buffer("output", output[draft_vocabulary], persistent=False)
+        self.register_buffer("draft_vocabulary", draft_vocabulary, persistent=False)
+        self.fc: Any = nn.Linear(2 * config.hidden_size, config.hidden_size, bias=False)
+        layer = LlamaDecoderLayer(config, 0)
+        layer.input_layernorm = nn.Identity()
+        self.layers = nn.ModuleList([layer])
+        self.rotary = LlamaRotaryEmbedding(config)
+        self._project: Callable[[Tensor], Tensor] = lambda features: linear(features, self.output)
+
+    @property
+    def vocab_size(self) -> int:
+        """The target's number of tokens."""
+        return len(self.embedding)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.embedding.device
+
+    def allocate(self, num_slots: int, capacity: int) -> RaggedCache:
+        """An empty cache; a slot's place i is for the token at i + 1, since the first has no feature before it."""
+        return RaggedCache(1, num_slots, capacity)
+
+    def mix(self, features: Tensor, tokens: Tensor) -> Tensor:
+        """The layer's input: features [..., hidden] and the tokens int64 [...] that follow them -> [..., hidden]."""
+        mixed: Tensor = self.fc(torch.cat([embedding(tokens, self.embedding).to(features.dtype), features], -1))
+        return mixed
+
+    def forward(self, features: Tensor, tokens: Tensor, cache: RaggedCache, first_slot: int = 0) -> Tensor:
+        """Guessed features of the tokens, [rows, width, hidden]; the cache's lengths are left to the caller.
+
+        features: float [rows, width, hidden], of the token before each. tokens: int64 [rows, width].
+        Row r belongs to slot first_slot + r.
+        """
+        rows, width = tokens.shape
+        hidden = self.mix(features, tokens)
+        positions = cache.open(first_slot, rows, width, tokens.device)
+        guessed: Tensor = self.layers[0](
+            hidden,
+            attention_mask=cache.mask(hidden.dtype),
+            position_embeddings=self.rotary(hidden, positions),
+            past_key_values=cache,
+        )
+        return guessed
+
+    def logits(self, features: Tensor) -> Tensor:
+        """Logits [..., vocab] of the token after the features' own, [..., hidden]."""
+        known = self._project(features)
+        everything = known.new_full((*known.shape[:-1], self.vocab_size), OUTSIDE)
+        return everything.index_copy_(-1, self.draft_vocabulary, known)
+
+    def fuse(self) -> None:
+        """Fewer, larger steps on a CPU, see `specdec.models.fusion`; a fused head can no longer be trained or saved."""
+        if self.device.type == "cpu":
+            self.fc, self._project = Projection(_linear(self.fc.weight)), Projection(_linear(self.output))
+            self.layers[0] = FusedLayer(self.layers[0], RepeatedMasks())
+
+    def save(self, folder: Path, fingerprint: str, about: dict[str, Any]) -> None:
+        """Write the folder that `load_head` reads. fingerprint: the target's. about: further facts for its card."""
+        folder.mkdir(parents=True, exist_ok=True)
+        weights = {name: value.detach().bfloat16().cpu().contiguous() for name, value in self.state_dict().items()}
+        save_file(weights, folder / "model.safetensors", {"format": "pt"})
+        config = self.config.to_dict() | {
+            "architectures": ["LlamaForCausalLM"],
+            "specdec": {"target": fingerprint} | about,
+        }
+        (folder / "config.json").write_text(json.dumps(config, indent=1, sort_keys=True) + "\n")
+        (folder / "draft_vocabulary.json").write_text(json.dumps(self.draft_vocabulary.tolist()) + "\n")
+
+
+def new_head(model: Any, draft_vocabulary: Tensor) -> EagleHead:
+    """An untrained head for a transformers model: one Llama layer of the model's own dimensions."""
+    theirs = model.config.get_text_config(decoder=True)
+    names = ["vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim"]
+    names += ["max_position_embeddings", "rope_parameters", "rms_norm_eps"]
+    known = {name: getattr(theirs, name) for name in names if getattr(theirs, name, None) is not None}
+    config = LlamaConfig(num_hidden_layers=1, attn_implementation="sdpa", **known)
+    return EagleHead(config, *_borrowed(model), draft_vocabulary)
+
+
+def load_head(source: str, model: Any) -> EagleHead:
+    """The head in a folder, for the transformers model that it was trained for, in its dtype and on its device.
+
+    Raises LoadError for a damaged folder, and ValueError if the head is another model's.
+    """
+    folder = Path(source)
+    with explained(f"source={source!r} must be a folder with an undamaged head", "train or copy it again"):
+        config = LlamaConfig.from_pretrained(folder, attn_implementation="sdpa")
+        weights = load_file(folder / "model.safetensors")
+        vocabulary = torch.tensor(json.loads((folder / "draft_vocabulary.json").read_text()), device=model.device)
+        recorded = config.specdec["target"]
+    theirs = model.config.get_text_config(decoder=True)
+    for name in ("hidden_size", "vocab_size"):
+        if (ours := getattr(config, name)) != (wanted := getattr(theirs, name)):
+            raise ValueError(f"{name}={ours} of the head {source!r} must be the target's, {wanted}; {_OTHER_TARGET}")
+    if (own := fingerprint(model)) != recorded:
+        raise ValueError(
+            f"fingerprint={recorded} recorded in the head {source!r} must be that of the target's weights, {own}; "
+            f"{_OTHER_TARGET}"
+        )
+    with explained(f"source={source!r} must hold the weights of one layer", "train or copy it again"):
+        head = EagleHead(config, *_borrowed(model), vocabulary)
+        head.load_state_dict(weights)
+        return head.to(model.device, model.dtype).eval().requires_grad_(False)
+
+
+def fingerprint(model: Any) -> str:
+    """A hash of samples of every weight of a model, the same in float32 and bfloat16."""
+    digest = hashlib.sha256()
+    for weight in model.parameters():
+        sample = weight.detach().flatten()[:: max(1, weight.numel() // 1024)]
+        digest.update(str(tuple(weight.shape)).encode() + sample.bfloat16().cpu().view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()
+
+
+_OTHER_TARGET = "give the model that the head was trained for, or train a head for this one"
+
+
+def _borrowed(model: Any) -> tuple[Tensor, Tensor]:
+    return model.get_input_embeddings().weight.detach(), model.get_output_embeddings().weight.detach()
+
+
+def _linear(weight: Tensor) -> nn.Linear:
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    return layer

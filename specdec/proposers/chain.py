@@ -1,0 +1,43 @@
+"""Drawing a draft token by token, each from its own law, given those before it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from specdec.randomness import Role, UniformSource
+from specdec.requests import Batch
+from specdec.sampling import Law
+from specdec.verification import Draft
+
+
+def draw_chain(
+    batch: Batch, limits: Sequence[int], logits_after: Callable[[Tensor], Tensor], uniforms: UniformSource
+) -> Draft:
+    """A draft of up to limits[r] tokens for row r, drawn with the rows' own sampling parameters.
+
+    logits_after: tokens drafted so far, int64 [rows, i], with i growing by one from call to call -> logits of the
+    next, [rows, 1, vocab].
+    """
+    device = batch.sampling.device
+    draws = _draws(batch, max(limits), uniforms)
+    drafted = torch.empty(len(batch.rows), 0, dtype=torch.int64, device=device)
+    steps: list[tuple[Tensor, Law]] = []
+    for i in range(max(limits)):
+        law = batch.sampling.law(logits_after(drafted), drafted)[:, 0]
+        token = law.draw(draws[:, i])
+        steps.append((token, law))
+        drafted = torch.cat([drafted, token.unsqueeze(1)], 1)
+    return Draft.sampled(steps, torch.tensor(limits, device=device))
+
+
+def _draws(batch: Batch, num_tokens: int, uniforms: UniformSource) -> Tensor:
+    device = batch.sampling.device
+    if batch.sampling.all_greedy:
+        return torch.zeros(len(batch.rows), num_tokens, dtype=torch.float64, device=device)
+    origins = torch.tensor(batch.lengths(), device=device).unsqueeze(1)
+    positions = origins + torch.arange(num_tokens, device=device)
+    roles = torch.full_like(positions, Role.DRAFT)
+    return uniforms(batch.sampling.seeds.unsqueeze(1), positions, roles, origins)

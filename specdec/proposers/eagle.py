@@ -1,0 +1,85 @@
+"""Drafts from a head on the target's features, drawn token by token with the request's own sampling parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from specdec.cache import RaggedCache
+from specdec.models import PREFILL_CHUNK
+from specdec.models.eagle import EagleHead
+from specdec.proposers.chain import draw_chain
+from specdec.proposers.ngram import pad
+from specdec.randomness import UniformSource, uniforms
+from specdec.requests import Batch, Generation
+from specdec.verification import Draft
+
+
+class EagleProposer:
+    """An EagleHead with its own ragged cache.
+
+    The cache holds what was computed from the target's features; what was computed from guessed ones while drafting
+    is overwritten at the next step, accepted or not.
+    """
+
+    needs_features = True
+
+    def __init__(self, head: EagleHead, uniforms: UniformSource = uniforms) -> None:
+        self._head, self._uniforms = head, uniforms
+        self._cache: RaggedCache | None = None
+        self._owners: list[tuple[Generation | None, int]] = []  # of each slot, and how much of the cache is valid
+
+    @torch.inference_mode()
+    def propose(self, batch: Batch, limits: Sequence[int]) -> Draft:
+        if max(limits) == 0:
+            return Draft.empty(len(batch.rows), self._head.vocab_size, self._head.device)
+        cache = self._reserve(batch)
+        guessed = self._catch_up(batch, cache)
+
+        def logits_after(drafted: Tensor) -> Tensor:
+            nonlocal guessed
+            if drafted.shape[1]:
+                guessed = self._head(guessed, drafted[:, -1:], cache)
+                cache.lengths[: len(batch.rows)] = [length + 1 for length in cache.lengths[: len(batch.rows)]]
+            return self._head.logits(guessed)
+
+        return draw_chain(batch, limits, logits_after, self._uniforms)
+
+    def _reserve(self, batch: Batch) -> RaggedCache:
+        if self._cache is None or self._cache.capacity < batch.capacity or len(self._owners) < batch.num_slots:
+            self._cache = self._head.allocate(batch.num_slots, batch.capacity)
+            self._owners = [(None, 0)] * batch.num_slots
+        return self._cache
+
+    def _catch_up(self, batch: Batch, cache: RaggedCache) -> Tensor:
+        """Feed each row the committed tokens it lacks; returns the feature guessed for the last, [rows, 1, hidden]."""
+        assert batch.features is not None
+        pending: list[list[int]] = []
+        for slot, row in enumerate(batch.rows):
+            owner, valid = self._owners[slot]
+            cache.lengths[slot] = valid if row and owner is row else 0
+            if row:
+                self._feed_long(row.tokens, batch.features, cache, slot)
+            pending.append(row.tokens[cache.lengths[slot] + 1 :] if row else [])
+            self._owners[slot] = (row, len(row.tokens) - 1 if row else 0)
+        tokens, lengths = pad(pending, self._head.device)
+        places = torch.tensor(cache.lengths[: len(pending)], device=tokens.device)[:, None] + torch.arange(
+            tokens.shape[1], device=tokens.device
+        )
+        places = places.clamp(max=batch.features.shape[1] - 1)  # of padding
+        features = batch.features[torch.arange(len(pending), device=tokens.device)[:, None], places]
+        guessed: Tensor = self._head(features, tokens, cache)
+        for slot, fed in enumerate(pending):
+            cache.lengths[slot] += len(fed)
+        last = (lengths - 1).clamp(min=0)
+        return guessed[torch.arange(len(pending), device=tokens.device), last].unsqueeze(1)
+
+    def _feed_long(self, tokens: list[int], features: Tensor, cache: RaggedCache, slot: int) -> None:
+        """Feed all but the end of a long prompt in chunks."""
+        while len(tokens) - 1 - cache.lengths[slot] > PREFILL_CHUNK:
+            start = cache.lengths[slot]
+            chunk = torch.tensor([tokens[start + 1 : start + 1 + PREFILL_CHUNK]], device=self._head.device)
+            self._head(features[slot, start : start + PREFILL_CHUNK].unsqueeze(0), chunk, cache, slot)
+            cache.lengths[slot] += PREFILL_CHUNK

@@ -1,0 +1,124 @@
+"""A table of n-grams: the likeliest next token after the last few, counted once from a model's own text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from safetensors import safe_open
+from safetensors.numpy import save_file
+
+from specdec.proposers.ngram import TokenIndex
+from specdec.wheels import explained
+
+Array = npt.NDArray[Any]
+
+
+class NgramTable:
+    """Continuations by context, the longest known context first.
+
+    contexts: for each context length n, from 1 up, the known contexts sorted, uint64 [entries]: the tokens' bits,
+    one after another.
+    tokens: for each, the token that follows, int32 [entries]. vocab_size: of the model.
+    """
+
+    def __init__(self, contexts: Sequence[Array], tokens: Sequence[Array], vocab_size: int) -> None:
+        self._contexts, self._tokens, self.vocab_size = list(contexts), list(tokens), vocab_size
+        self._bits = _bits(vocab_size)
+
+    def continuation(self, tokens: list[int], limit: int) -> list[int]:
+        """At most `limit` tokens; none are guessed behind an unknown context."""
+        text = tokens[-len(self._contexts) :]
+        num_known = len(text)
+        while len(text) - num_known < limit:
+            token = self._next(text)
+            if token is None:
+                break
+            text.append(token)
+        return text[num_known:]
+
+    def _next(self, text: list[int]) -> int | None:
+        for size in range(min(len(self._contexts), len(text)), 0, -1):
+            code = 0
+            for token in text[-size:]:
+                code = code << self._bits | token
+            contexts = self._contexts[size - 1]
+            place = int(contexts.searchsorted(np.uint64(code)))
+            if place < len(contexts) and contexts[place] == code:
+                return int(self._tokens[size - 1][place])
+        return None
+
+    @classmethod
+    def count(
+        cls, texts: Iterable[Sequence[int]], vocab_size: int, *, max_ngram: int = 4, min_count: int = 2
+    ) -> NgramTable:
+        """Count texts. A context of n tokens is kept if what follows it most often did so min_count times.
+
+        Raises ValueError if max_ngram tokens of such a vocabulary do not fit into 64 bits.
+        """
+        bits = _bits(vocab_size)
+        if not 1 <= max_ngram <= 64 // bits:
+            raise ValueError(f"max_ngram={max_ngram} must be from 1 to {64 // bits} with {vocab_size} tokens")
+        arrays = [np.asarray(text, dtype=np.uint64) for text in texts]
+        contexts, tokens = zip(*(_commonest(arrays, n, bits, min_count) for n in range(1, max_ngram + 1)), strict=True)
+        return cls(contexts, tokens, vocab_size)
+
+    def save(self, path: Path) -> None:
+        """Write a safetensors file that `load` reads."""
+        arrays = {f"contexts.{n}": array for n, array in enumerate(self._contexts, 1)}
+        arrays |= {f"tokens.{n}": array for n, array in enumerate(self._tokens, 1)}
+        save_file(arrays, path, {"vocab_size": str(self.vocab_size)})
+
+    @classmethod
+    def load(cls, path: Path) -> NgramTable:
+        """Raises LoadError for a missing or damaged file."""
+        rule = f"table={str(path)!r} must be an undamaged n-gram table"
+        with explained(rule, "count or copy it again"), safe_open(path, "numpy") as file:
+            sizes = range(1, len(file.keys()) // 2 + 1)
+            contexts = [file.get_tensor(f"contexts.{n}") for n in sizes]
+            tokens = [file.get_tensor(f"tokens.{n}") for n in sizes]
+            return cls(contexts, tokens, int(file.metadata()["vocab_size"]))
+
+
+class Fallback:
+    """One index and, where it knows nothing, another."""
+
+    def __init__(self, first: TokenIndex, second: TokenIndex) -> None:
+        self._first, self._second = first, second
+
+    def continuation(self, tokens: list[int], limit: int) -> list[int]:
+        return self._first.continuation(tokens, limit) or self._second.continuation(tokens, limit)
+
+
+def _bits(vocab_size: int) -> int:
+    return max(1, (vocab_size - 1).bit_length())
+
+
+def _commonest(texts: Sequence[Array], n: int, bits: int, min_count: int) -> tuple[Array, Array]:
+    """The contexts of n tokens, sorted, and what follows each most often; ties go to the lower token."""
+    codes, following = [np.zeros(0, np.uint64)], [np.zeros(0, np.uint64)]
+    for text in texts:
+        if len(text) > n:
+            code = np.zeros(len(text) - n, dtype=np.uint64)
+            for offset in range(n):
+                code = code << np.uint64(bits) | text[offset : offset + len(code)]
+            codes.append(code)
+            following.append(text[n:])
+    context, token = np.concatenate(codes), np.concatenate(following)
+    order = np.lexsort((token, context))
+    context, token = context[order], token[order]
+    starts = np.flatnonzero(_changes(context) | _changes(token))
+    counts = np.diff(np.r_[starts, len(context)])
+    context, token = context[starts], token[starts]
+    best = np.lexsort((token, -counts, context))
+    kept = best[_changes(context[best]) & (counts[best] >= min_count)]
+    return context[kept], token[kept].astype(np.int32)
+
+
+def _changes(values: Array) -> Array:
+    """Where a value differs from the one before it."""
+    changes: Array = np.r_[True, values[1:] != values[:-1]][: len(values)]
+    return changes

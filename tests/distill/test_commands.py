@@ -1,0 +1,94 @@
+"""From a target to drafts that the engine takes, by the command line alone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from specdec import Engine, SamplingParams
+from specdec.distill.__main__ import main
+
+GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+
+
+@pytest.fixture(scope="module")
+def work(target_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a corpus, its features, and a head, a draft and a table made from them."""
+    folder = tmp_path_factory.mktemp("work")
+    rows = [{"prompt": f"What is {n} plus {n}?", "reply": f"It is {2 * n}."} for n in range(60)]
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    common = ["--target", str(target_folder), "--folder", str(folder)]
+    counts = ["--num-prompts", "45", "--num-replies", "5", "--max-tokens", "16"]
+    assert main(["corpus", *common, "--prompts", str(folder / "prompts.jsonl"), *counts]) == 0
+    assert main(["score", *common]) == 0
+    steps = ["--steps", "3", "--tokens-per-batch", "500"]
+    assert main(["head", *common, "--out", str(folder / "head"), "--vocabulary", "300", *steps]) == 0
+    assert main(["draft", *common, "--out", str(folder / "draft"), *steps]) == 0
+    assert main(["table", *common, "--out", str(folder / "table")]) == 0
+    return folder
+
+
+def test_the_corpus_says_how_it_was_made(work: Path) -> None:
+    facts = json.loads((work / "corpus.json").read_text())
+    assert (facts["texts"], facts["num_prompts"], facts["seed"]) == (50, 45, 0)
+    assert facts["left_out"] == {"overlapping": 0, "not_ascii": 0, "too_long": 0}
+    assert not any(str(work) in str(value) for key, value in facts.items() if key != "prompts")
+
+
+@pytest.mark.parametrize(
+    ("method", "draft"), [("eagle", "head"), ("draft_model", "draft"), ("ngram_table", "table"), ("hybrid", "head")]
+)
+def test_the_engine_takes_what_was_made(work: Path, target_folder: Path, method: str, draft: str) -> None:
+    place = {"dtype": torch.float32}
+    plain = Engine.load(str(target_folder), **place).generate(["What is 7 plus 7?"], GREEDY)
+    engine = Engine.load(str(target_folder), draft=str(work / draft), method=method, **place)
+    completion = engine.generate(["What is 7 plus 7?"], GREEDY)[0]
+    assert completion.token_ids == plain[0].token_ids
+    assert completion.counts.num_drafted > 0
+
+
+def test_a_head_for_another_target_is_refused(work: Path) -> None:
+    with pytest.raises(ValueError, match=r"hidden_size=32 of the head .* must be the target's, 576; give the model"):
+        Engine.load("smollm2-135m", draft=str(work / "head"), method="eagle")
+
+
+def test_a_head_for_other_weights_is_refused(work: Path, target_folder: Path, tmp_path: Path) -> None:
+    from specdec.models.loading import load_pretrained
+
+    model, tokenizer = load_pretrained(str(target_folder), dtype=torch.float32)
+    model.model.layers[1].mlp.up_proj.weight.data *= 1.1
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"recorded in the head .* must be that of the target's weights"):
+        Engine.load(str(tmp_path), draft=str(work / "head"), method="eagle")
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "config.json", "draft_vocabulary.json"])
+def test_a_damaged_head_is_said_to_be_damaged(work: Path, target_folder: Path, tmp_path: Path, file: str) -> None:
+    import shutil
+
+    from specdec.wheels import LoadError
+
+    head = shutil.copytree(work / "head", tmp_path / "head", ignore=shutil.ignore_patterns("training"))
+    (head / file).write_bytes((head / file).read_bytes()[:-30])
+    with pytest.raises(LoadError, match="must be a folder with an undamaged head"):
+        Engine.load(str(target_folder), draft=str(head), method="eagle")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["corpus", "--prompts", "missing.jsonl"], "missing.jsonl"),
+        (["score"], "texts.jsonl"),
+        (["head", "--out", "x"], "texts.json"),
+    ],
+)
+def test_what_is_missing_is_named(arguments, message, target_folder: Path, tmp_path: Path, capsys) -> None:
+    code = main([arguments[0], "--target", str(target_folder), "--folder", str(tmp_path), *arguments[1:]])
+    assert code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert message in error

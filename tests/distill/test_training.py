@@ -1,0 +1,115 @@
+"""Training: it learns, it can be killed at any time, and what it says of acceptance is so."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig
+
+from specdec.distill import dataset, training
+from specdec.distill.dataset import Dataset, TextBatch
+from specdec.distill.students import DraftStudent, HeadStudent
+from specdec.distill.training import Settings, accepted_ahead, evaluate, train
+from specdec.models.eagle import new_head
+
+SHAPE = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+SETTINGS = Settings(num_steps=12, tokens_per_batch=400, evaluate_every=6, save_every=4, seed=3)
+
+
+@pytest.fixture
+def data(target, texts, tmp_path: Path) -> Dataset:
+    dataset.score(texts, target, tmp_path / "data")
+    return Dataset(tmp_path / "data")
+
+
+@pytest.fixture(params=["head", "draft"])
+def new_student(request, target, data):
+    def make():
+        torch.manual_seed(5)
+        if request.param == "head":
+            head = new_head(target, torch.arange(0, 61))
+            return HeadStudent(head, target, torch.arange(0, 60, 2), data.feature_sizes())
+        return DraftStudent(LlamaConfig(vocab_size=61, **SHAPE), target, torch.arange(0, 60, 2))
+
+    return make
+
+
+def weights(student) -> torch.Tensor:
+    return torch.cat([parameter.detach().flatten() for parameter in student.module.parameters()])
+
+
+def test_a_killed_run_ends_as_if_it_had_not_been(new_student, data, tmp_path: Path, monkeypatch) -> None:
+    whole, killed = new_student(), new_student()
+    train(whole, data, SETTINGS, tmp_path / "whole", cost_ratio=0.1)
+    step, seen = training._step, itertools.count()
+
+    def dies(*arguments):
+        if next(seen) == 6:
+            raise KeyboardInterrupt
+        return step(*arguments)
+
+    monkeypatch.setattr(training, "_step", dies)
+    with pytest.raises(KeyboardInterrupt):
+        train(killed, data, SETTINGS, tmp_path / "killed", cost_ratio=0.1)
+    killed = new_student()
+    train(killed, data, SETTINGS, tmp_path / "killed", cost_ratio=0.1)
+    torch.testing.assert_close(weights(killed), weights(whole), rtol=0, atol=0)
+    lines = (tmp_path / "killed" / "progress.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [6, 12]
+    best = torch.load(tmp_path / "whole" / "best.pt", weights_only=True)
+    assert best["step"] in (6, 12)
+    assert best["module"].keys() == whole.module.state_dict().keys()
+
+
+def test_acceptance_rises(new_student, data, tmp_path: Path) -> None:
+    student = new_student()
+    before = evaluate(student, data)
+    train(student, data, Settings(num_steps=120, tokens_per_batch=800), tmp_path / "run", cost_ratio=0.1)
+    after = evaluate(student, data)
+    assert after.sampled[0] > before.sampled[0] + 0.05
+
+
+def test_a_damaged_checkpoint_and_other_settings_are_refused(new_student, data, tmp_path: Path) -> None:
+    train(new_student(), data, SETTINGS, tmp_path / "run", cost_ratio=0.1)
+    with pytest.raises(ValueError, match=r"was made with .*'seed': 3.*; use those, or remove it"):
+        train(new_student(), data, Settings(num_steps=12), tmp_path / "run", cost_ratio=0.1)
+    path = tmp_path / "run" / "checkpoint.pt"
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(ValueError, match=r"checkpoint\.pt must be a whole checkpoint .* remove it to start anew"):
+        train(new_student(), data, SETTINGS, tmp_path / "run", cost_ratio=0.1)
+
+
+class Table:
+    """A student whose laws are given: draft and target both order-0 over three tokens."""
+
+    def __init__(self, draft: torch.Tensor, target: torch.Tensor) -> None:
+        self.draft, self.target_output, self.module = draft, torch.eye(3), torch.nn.Linear(1, 1)
+        self.target = target
+
+    def logits(self, batch: TextBatch, depth: int) -> list[torch.Tensor]:
+        return [self.draft.log().expand(1, batch.tokens.shape[1], 3)] * depth
+
+
+def test_acceptance_along_the_target_s_text_is_that_of_drafts() -> None:
+    """Averaged over every text by its probability, it is what enumeration of drafts says: here, powers of sum min."""
+    draft, target = torch.tensor([0.5, 0.3, 0.2]), torch.tensor([0.2, 0.3, 0.5])
+    student = Table(draft, target)
+    mean = torch.zeros(3)
+    for text in itertools.product(range(3), repeat=4):
+        tokens = torch.tensor([[0, *text]])
+        batch = TextBatch(tokens, target.log().expand(1, 5, 3), torch.tensor([5]), torch.tensor([1]))
+        probability = target[list(text)].prod()
+        mean += probability * accepted_ahead(student, batch, 1.0, 3)[:, 0]
+    alpha = torch.minimum(draft, target).sum()
+    torch.testing.assert_close(mean, torch.stack([alpha, alpha**2, alpha**3]), rtol=0.02, atol=0)  # bfloat16
+
+
+def test_greedy_acceptance_is_agreement_up_to_the_first_difference() -> None:
+    student = Table(torch.tensor([0.1, 0.8, 0.1]), torch.tensor([0.1, 0.8, 0.1]))
+    tokens = torch.tensor([[0, 1, 1, 2, 1, 1, 1]])
+    batch = TextBatch(tokens, student.target.log().expand(1, 7, 3), torch.tensor([7]), torch.tensor([1]))
+    assert accepted_ahead(student, batch, 0.0, 3).tolist() == [[1, 1, 0, 1], [1, 0, 0, 1], [0, 0, 0, 1]]
