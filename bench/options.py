@@ -202,7 +202,8 @@ OPTIONS = (
         "workloads",
         parse_workloads,
         "humaneval",
-        "prompts: humaneval, gsm8k, spec_bench, or a file (JSON lines with `prompt`, or one prompt a line)",
+        "prompts: humaneval, gsm8k, spec_bench, one category of it such as spec_bench:rag, or a file (JSON lines with "
+        "`prompt`, or one prompt a line)",
         smoke="smoke",
     ),
     Option("data-dir", lambda name, text: _data_dir(name, text), "", "folder with the data sets' files"),

@@ -56,7 +56,7 @@ def _identity(cell: Cell, pair: Pair, config: BenchConfig, engine_version: str, 
         "engine_version": engine_version,
         "pair": cell.pair,
         "target": pair.target,
-        "draft": pair.draft,
+        "draft": pair.draft_for(cell.method),
         "method": cell.method,
         "gamma": cell.gamma,
         "placement": cell.placement,
@@ -89,7 +89,7 @@ def _acceptance(counts: AcceptanceCounts | None) -> dict[str, Any]:
 def _phases(method: str, counts: AcceptanceCounts | None, times: PhaseTimes | None) -> dict[str, Any]:
     """Seconds in the phases of the whole run; a phase that an engine does not tell is None.
 
-    overhead_rate: share of the time outside model forwards; None for a draft model, whose drafting is mostly forwards.
+    overhead_rate: share of the time outside model forwards; None where drafting is mostly forwards, too.
     """
     overhead_s = times.total_s - times.prefill_s - times.scoring_s if times else 0.0
     num_drafted = counts.num_drafted if counts else 0
@@ -99,7 +99,9 @@ def _phases(method: str, counts: AcceptanceCounts | None, times: PhaseTimes | No
         "scoring_time_s": times.scoring_s if times else None,
         "verification_time_s": times.verification_s if times else None,
         "bookkeeping_time_s": times.bookkeeping_s if times else None,
-        "overhead_rate": overhead_s / times.total_s if times and method != "draft_model" else None,
+        "overhead_rate": overhead_s / times.total_s
+        if times and method not in ("draft_model", "eagle", "hybrid")
+        else None,
     }
 
 

@@ -69,7 +69,7 @@ def _load(place: str, target: Any, options: dict[str, Any]) -> AnyDraft:
         return NgramTable.load(Path(place) / _FILES["table"])
     if kind == "model":
         return _fused(*load_pretrained(place, **options))
-    head = load_head(place, target)
+    head = load_head(place, target, options["load_format"])
     head.fuse()
     return head
 

@@ -161,9 +161,9 @@ class TopKOnOneSide(Decoder):
 class ForgetsRollback(MarkovModel):
     """M9: a target that appends behind whatever it wrote last, rejected tokens included."""
 
-    def allocate(self, num_slots, capacity):
+    def allocate(self, num_slots, capacity, **options):
         self._written = [0] * num_slots
-        return super().allocate(num_slots, 4 * capacity)
+        return super().allocate(num_slots, 4 * capacity, **options)
 
     def forward(self, tokens, cache, first_slot=0, last_only=False):
         right, width = list(cache.lengths), tokens.shape[1]

@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from specdec import Engine, SamplingParams
+from specdec import AcceptanceCounts, Engine, SamplingParams
 from specdec.models.causal import CausalLM
 
 MAX_TOKENS = 20
@@ -67,10 +67,16 @@ def test_greedy_equals_transformers(
         assert sum(c.counts.num_accepted for c in completions) > 0
 
 
-def test_greedy_equals_transformers_as_people_load_it(prompts: list, reference: list) -> None:
-    """`Engine.load` fuses layers; in float32 the tokens stay the same."""
-    engine = Engine.load("smollm2-135m", dtype=torch.float32, method="ngram", max_batch_size=2)
-    assert [list(c.token_ids) for c in engine.generate(prompts, GREEDY)] == reference
+@pytest.mark.parametrize("method", ["ngram", "ngram_table", "eagle", "hybrid"])
+def test_greedy_equals_transformers_as_people_load_it(method: str, prompts: list, reference: list) -> None:
+    """`Engine.load` fuses layers and finds the pair's own drafts; in float32 the tokens stay the same."""
+    engine = Engine.load("smollm2-135m", dtype=torch.float32, method=method, num_speculative_tokens=3, max_batch_size=2)
+    completions = engine.generate(prompts, GREEDY)
+    assert [list(c.token_ids) for c in completions] == reference
+    counts = AcceptanceCounts.total(c.counts for c in completions)
+    assert counts.num_accepted > 0
+    if method in ("eagle", "draft_model", "hybrid"):  # trained for this target, and fed the right features
+        assert counts.acceptance_rate_at[0] > 0.25
 
 
 def test_self_draft_is_accepted_always(default_model: CausalLM, prompts: list, reference: list) -> None:

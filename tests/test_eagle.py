@@ -76,6 +76,16 @@ def test_a_long_prompt_is_fed_in_chunks() -> None:
     assert counts.num_accepted == counts.num_drafted > 0
 
 
+def test_a_row_that_comes_late_does_not_widen_the_others() -> None:
+    """One row is at the end of the cache while another brings a long prompt."""
+    target = FeatureTarget(grid_pair(1)[0].table)
+    engine = Engine(target, method="eagle", draft=ToyHead(target), num_speculative_tokens=2, max_batch_size=2)
+    prompts = [[0, 1, 2] * 20, [1], [2, 1, 0] * 20]
+    params = [SamplingParams(max_tokens=n, seed=n) for n in (20, 15, 20)]
+    for completion in engine.generate(prompts, params):
+        assert completion.counts.num_accepted == completion.counts.num_drafted > 0
+
+
 @pytest.mark.parametrize("draft_vocabulary", [[0, 1, 2, 3], [1, 3]])
 def test_a_real_head_passes_the_gate(draft_vocabulary: list[int]) -> None:
     """A random Llama over four tokens and a random head: 4000 draws of two tokens against the model's own law."""

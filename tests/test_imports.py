@@ -26,11 +26,12 @@ LAYERS = [
     {"drafts", "decoding"},
     {"engine"},
     {"__init__"},
-    {"distill", "distill.prompts", "distill.loss"},
+    {"distill", "distill.prompts", "distill.loss", "distill.cost"},
     {"distill.corpus"},
     {"distill.dataset"},
     {"distill.students"},
     {"distill.training"},
+    {"distill.comparison"},
     {"distill.commands"},
     {"distill.__main__"},
 ]

@@ -28,10 +28,10 @@ class UnavailableError(ValueError):
 
 
 def parse_workloads(name: str, text: str) -> tuple[str, ...]:
-    """`NAME,...`, where an item may also be a file. Raises ValueError for anything else."""
+    """`NAME,...`, where an item may also be NAME:CATEGORY or a file. Raises ValueError for anything else."""
     items = tuple(item.strip() for item in text.split(","))
     for item in items:
-        if item not in NAMES and not Path(item).is_file():
+        if _split(item)[0] not in NAMES and not Path(item).is_file():
             raise ValueError(f"{name}={item!r} must be {', '.join(NAMES)} or an existing file; check the path")
     if len({label(item) for item in items}) < len(items):
         raise ValueError(f"{name}={text!r} must be distinct, also without folder and suffix; rename a file")
@@ -40,19 +40,36 @@ def parse_workloads(name: str, text: str) -> tuple[str, ...]:
 
 def label(workload: str) -> str:
     """What a workload is called in results: its name, or its file's without folder and suffix."""
-    return workload if workload in NAMES else Path(workload).stem
+    return workload if _split(workload)[0] in NAMES else Path(workload).stem
 
 
 def read(workload: str, data_dir: Path | None) -> list[Prompt]:
-    """All prompts of a workload.
+    """All prompts of a workload, or those of one of its categories.
 
-    Raises UnavailableError if its data are nowhere, ValueError naming file and line for a malformed row.
+    Raises UnavailableError if its data are nowhere, ValueError naming file and line for a malformed row, and for a
+    category that it does not have.
     """
-    if workload not in NAMES or workload == "smoke":
+    name, category = _split(workload)
+    prompts = _read_all(name, data_dir)
+    chosen = [prompt for prompt in prompts if category in ("", prompt.category)]
+    if not chosen:
+        known = ", ".join(sorted({prompt.category for prompt in prompts} - {""})) or "none"
+        raise ValueError(f"workloads={workload} must name a category of {name}; it has {known}")
+    return chosen
+
+
+def _split(workload: str) -> tuple[str, str]:
+    """(name, category or "")."""
+    name, _, category = workload.partition(":")
+    return (name, category) if name in NAMES else (workload, "")
+
+
+def _read_all(name: str, data_dir: Path | None) -> list[Prompt]:
+    if name not in NAMES or name == "smoke":
         from bench.workloads import textfile
 
-        return textfile.read(_smoke_file() if workload == "smoke" else Path(workload))
-    prompts: list[Prompt] = importlib.import_module(f"bench.workloads.{workload}").read(data_dir)
+        return textfile.read(_smoke_file() if name == "smoke" else Path(name))
+    prompts: list[Prompt] = importlib.import_module(f"bench.workloads.{name}").read(data_dir)
     return prompts
 
 

@@ -1,6 +1,7 @@
 """Spec-Bench (Xia et al. 2024, arXiv:2401.07851): 480 questions of six kinds, rows with `category` and `turns`.
 
 Only the first turn is asked: the second presupposes an answer, which would differ between engines. Apache-2.0.
+The kinds of MT-bench (writing, roleplay, ...) are one category, as in Spec-Bench's own tables.
 """
 
 from __future__ import annotations
@@ -10,11 +11,19 @@ from typing import Any
 
 from bench.workloads import Prompt, find, rows, text_of
 
+MULTI_TURN = "multi_turn"
+OWN = ("translation", "summarization", "qa", "math_reasoning", "rag")
+
 
 def read(data_dir: Path | None) -> list[Prompt]:
     """The first turns of the file spec-bench*.jsonl or spec_bench*.jsonl in the data folder."""
     path = find(data_dir, "spec_bench", "spec-bench*.jsonl", "spec_bench*.jsonl")
-    return [Prompt(_first_turn(row, place), text_of(row, "category", place)) for place, row in rows(path)]
+    return [Prompt(_first_turn(row, place), _category(row, place)) for place, row in rows(path)]
+
+
+def _category(row: dict[str, Any], place: str) -> str:
+    kind = text_of(row, "category", place)
+    return kind if kind in OWN else MULTI_TURN
 
 
 def _first_turn(row: dict[str, Any], place: str) -> str:

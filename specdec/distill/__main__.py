@@ -31,8 +31,8 @@ def parser() -> argparse.ArgumentParser:
         verb.add_argument("--seed", type=int, default=0)
         if name == "corpus":
             _corpus_options(verb)
-        if name in ("head", "draft", "table"):
-            verb.add_argument("--out", type=Path, required=True, help="where the result is written")
+        if name in ("head", "draft", "table", "compare"):
+            verb.add_argument("--out", type=Path, required=True, help="where the result is written, or read")
         if name == "head":
             verb.add_argument("--vocabulary", type=int, default=16384, help="tokens that the head drafts")
         if name == "table":
@@ -57,7 +57,7 @@ def _training_options(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--steps", type=int, default=2000)
     verb.add_argument("--tokens-per-batch", type=int, default=4096)
     verb.add_argument("--learning-rate", type=float, default=3e-3)
-    verb.add_argument("--cost-ratio", type=float, default=0.1, help="time of a draft step over a target step")
+    verb.add_argument("--cost-ratio", type=float, help="time of a draft step over a target step (default: measured)")
     verb.add_argument("--evaluate-every", type=int, default=200, help="in steps")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from argparse import Namespace
 from collections.abc import Callable
@@ -15,11 +16,13 @@ from torch import Tensor
 from transformers import LlamaConfig
 
 from specdec.distill import corpus, dataset, prompts, training
-from specdec.distill.dataset import HELD_OUT, Dataset
-from specdec.distill.students import DraftStudent, HeadStudent, Student, unscale
+from specdec.distill.comparison import compare
+from specdec.distill.cost import draft_cost_ratio, head_cost_ratio
+from specdec.distill.dataset import Dataset
+from specdec.distill.students import DraftStudent, HeadGuesser, HeadStudent, Student, unscale
 from specdec.engine import Engine
 from specdec.models.derived import materialise, save_derived
-from specdec.models.eagle import fingerprint, new_head
+from specdec.models.eagle import fingerprint, load_head, new_head, write_config
 from specdec.models.loading import load_pretrained
 from specdec.proposers.table import NgramTable
 from specdec.wheels import LoadError as LoadError
@@ -28,7 +31,7 @@ FREQUENT = 4096  # tokens whose probabilities count at every training step
 DRAFT_SHAPE = {
     "hidden_size": 256,
     "intermediate_size": 768,
-    "num_hidden_layers": 4,
+    "num_hidden_layers": 6,
     "num_attention_heads": 4,
     "num_key_value_heads": 4,
     "head_dim": 64,
@@ -71,10 +74,11 @@ def train_head(options: Namespace) -> None:
     """Train a feature head (method eagle)."""
     model, _, data, counts = _prepare(options)
     vocabulary = _largest(counts, options.vocabulary)
+    cost_ratio = options.cost_ratio or head_cost_ratio(options.target, len(vocabulary), options.device)
     head = new_head(model, vocabulary).float()
     student = HeadStudent(head, model, _largest(counts[vocabulary], FREQUENT), data.feature_sizes().to(model.device))
-    _train(student, data, options)
-    head.save(options.out, fingerprint(model), _about(options))
+    _train(student, data, options, cost_ratio)
+    head.save(options.out, fingerprint(model), _about(options) | _best(options))
 
 
 def train_draft(options: Namespace) -> None:
@@ -83,22 +87,36 @@ def train_draft(options: Namespace) -> None:
     names = ("vocab_size", "max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")
     shared = {name: getattr(model.config, name) for name in names}
     config = LlamaConfig(**shared, **DRAFT_SHAPE, tie_word_embeddings=False, attn_implementation="sdpa")
+    cost_ratio = options.cost_ratio or draft_cost_ratio(options.target, config, options.device)
     student = DraftStudent(config, model, _largest(counts, FREQUENT))
-    _train(student, data, options)
-    save_derived(options.out / "derived", config, student.module.state_dict(), model, _about(options))
+    _train(student, data, options, cost_ratio)
+    save_derived(options.out / "derived", config, student.module.state_dict(), model, _about(options) | _best(options))
     materialise(options.out / "derived", model, tokenizer, options.out)
 
 
 def count_table(options: Namespace) -> None:
     """Count an n-gram table (method ngram_table)."""
     texts = list(corpus.read(options.folder / "texts.jsonl"))
-    spoken = [text.output for index, text in enumerate(texts) if index % HELD_OUT and text.temperature is not None]
+    unseen = set(corpus.held_out(texts))
+    spoken = [text.output for i, text in enumerate(texts) if i not in unseen and text.temperature is not None]
     model, _ = load_pretrained(options.target, dtype=torch.bfloat16)
     table = NgramTable.count(spoken, model.config.vocab_size, max_ngram=options.max_ngram, min_count=options.min_count)
-    options.out.mkdir(parents=True, exist_ok=True)
+    about = {"target": fingerprint(model)} | _about(options)
+    write_config(options.out, {"vocab_size": table.vocab_size, "specdec": about})
     table.save(options.out / "table.safetensors")
-    about = {"vocab_size": table.vocab_size, "specdec": {"target": fingerprint(model)} | _about(options)}
-    (options.out / "config.json").write_text(json.dumps(about, indent=1, sort_keys=True) + "\n")
+    shutil.copymode(options.out / "config.json", options.out / "table.safetensors")
+
+
+def compare_with_lookup(options: Namespace) -> None:
+    """Print when prompt lookup is better than a head, by the length of its match."""
+    model, _ = load_pretrained(options.target, dtype=torch.bfloat16, device=options.device)
+    guesser = HeadGuesser(load_head(str(options.out), model), model)
+    data = Dataset(options.folder)
+    print("text     match  positions  accepted of 1: lookup  head  accepted of 4: lookup  head")
+    for name, temperature in (("greedy", 0.0), ("T = 1", 1.0)):
+        for row in compare(guesser, data, temperature):
+            numbers = (row.lookup[0], row.draft[0], row.lookup[1], row.draft[1])
+            print(f"{name:8} {row.match:5} {row.positions:10}", *(f"{number:12.3f}" for number in numbers))
 
 
 def _prepare(options: Namespace) -> tuple[Any, Any, Dataset, Tensor]:
@@ -115,7 +133,7 @@ def _largest(counts: Tensor, number: int) -> Tensor:
     return counts.topk(min(number, len(counts))).indices.sort().values
 
 
-def _train(student: Student, data: Dataset, options: Namespace) -> None:
+def _train(student: Student, data: Dataset, options: Namespace, cost_ratio: float) -> None:
     settings = training.Settings(
         num_steps=options.steps,
         tokens_per_batch=options.tokens_per_batch,
@@ -123,10 +141,18 @@ def _train(student: Student, data: Dataset, options: Namespace) -> None:
         evaluate_every=options.evaluate_every,
         seed=options.seed,
     )
-    training.train(student, data, settings, options.out / "training", cost_ratio=options.cost_ratio)
+    training.train(student, data, settings, options.out / "training", cost_ratio=cost_ratio)
     best = torch.load(options.out / "training" / "best.pt", weights_only=True)
     student.module.load_state_dict(best["module"])
     unscale(student.module)
+
+
+def _best(options: Namespace) -> dict[str, Any]:
+    """What was seen of the weights that were kept."""
+    folder = options.out / "training"
+    step = torch.load(folder / "best.pt", weights_only=True)["step"]
+    seen = [json.loads(line) for line in (folder / "progress.jsonl").read_text().splitlines()]
+    return {"held_out": next(line for line in seen if line["step"] == step)}
 
 
 def _about(options: Namespace) -> dict[str, Any]:
@@ -148,4 +174,5 @@ VERBS: dict[str, Callable[[Namespace], None]] = {
     "head": train_head,
     "draft": train_draft,
     "table": count_table,
+    "compare": compare_with_lookup,
 }

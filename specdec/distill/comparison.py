@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from specdec.distill.dataset import Dataset
-from specdec.distill.students import Student
+from specdec.distill.students import Guesser
 from specdec.distill.training import accepted_ahead
 from specdec.proposers.ngram import LookupIndex
 
@@ -31,10 +31,10 @@ class Comparison:
     draft: tuple[float, float]
 
 
-def compare(student: Student, dataset: Dataset, temperature: float, num_texts: int) -> list[Comparison]:
+def compare(student: Guesser, dataset: Dataset, temperature: float) -> list[Comparison]:
     """By length of match; texts that the target said at a temperature, and drafts verified at the same."""
     sums: dict[int, Any] = defaultdict(lambda: torch.zeros(5, dtype=torch.float64))
-    for index in dataset.held_out(temperature)[:num_texts]:
+    for index in dataset.held_out(temperature):
         batch = dataset.batch([index])
         tokens, start = batch.tokens[0].tolist(), int(batch.starts[0])
         drawn = accepted_ahead(student, batch, temperature, DEPTH)
@@ -42,7 +42,7 @@ def compare(student: Student, dataset: Dataset, temperature: float, num_texts: i
             one, all_ = float(copied > 0), float(copied)
             sums[match] += torch.tensor([1, one, all_, drawn[0][position], drawn[:, position].sum()])
     return [
-        Comparison(match, int(n), (one / n, all_ / n), (drawn_one / n, drawn_all / n))
+        Comparison(match, round(n), (one / n, all_ / n), (drawn_one / n, drawn_all / n))
         for match, (n, one, all_, drawn_one, drawn_all) in sorted((m, v.tolist()) for m, v in sums.items())
     ]
 

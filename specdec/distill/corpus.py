@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from specdec.distill.prompts import Dialogue, EvaluationText, json_lines
 from specdec.engine import Engine
 from specdec.sampling import SamplingParams
 
+HELD_OUT = 40
 GROUP = 1024  # prompts handed to the engine at once, alike in length; what a kill may lose
 
 
@@ -80,6 +82,12 @@ def plan(
         )
     groups = [texts[start : start + GROUP] for start in range(0, len(texts), GROUP)]
     return [text for group in groups for text in sorted(group, key=lambda text: len(text.prompt))], left_out
+
+
+def held_out(texts: Sequence[Text]) -> list[int]:
+    """Which texts are kept for evaluation: every so manieth, unless its prompt occurs again and would be learnt."""
+    counts = Counter(text.prompt for text in texts)
+    return [index for index in range(0, len(texts), HELD_OUT) if counts[texts[index].prompt] == 1]
 
 
 def encode(prompt: str, tokenizer: Any) -> tuple[int, ...]:

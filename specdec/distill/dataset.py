@@ -7,6 +7,7 @@ not be stored.
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +18,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from specdec.distill import corpus
 from specdec.distill.corpus import Text
-
-HELD_OUT = 40  # every so manieth text is for evaluation
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +56,7 @@ class Dataset:
         self.ends = np.array(self.description["ends"], dtype=np.int64)
         self.starts = np.array(self.description["starts"], dtype=np.int64)
         self.temperatures: list[float | None] = self.description["temperatures"]
+        self._held_out = set(self.description["held_out"])
         num_tokens, hidden_size = int(self.ends[-1]), self.description["hidden_size"]
         try:
             self.tokens = np.memmap(folder / "tokens.bin", np.int32, "r", shape=(num_tokens,))
@@ -89,12 +90,12 @@ class Dataset:
 
     def held_out(self, temperature: float) -> list[int]:
         """Texts for evaluation that the target said at a temperature."""
-        return [index for index in range(0, len(self), HELD_OUT) if self.temperatures[index] == temperature]
+        return [index for index in sorted(self._held_out) if self.temperatures[index] == temperature]
 
     def training_batches(self, tokens_per_batch: int, seed: int, epoch: int) -> list[list[int]]:
         """All other texts, shuffled and then grouped by length, as lists of indices."""
         random = np.random.default_rng([seed, epoch])
-        indices = random.permutation([index for index in range(len(self)) if index % HELD_OUT])
+        indices = random.permutation(sorted(set(range(len(self))) - self._held_out))
         windows = np.array_split(indices, max(1, len(indices) // 512))
         batches = [batch for window in windows for batch in self._fill(window.tolist(), tokens_per_batch)]
         return [batches[i] for i in random.permutation(len(batches))]
@@ -114,9 +115,10 @@ class Dataset:
 def score(texts: Sequence[Text], model: Any, folder: Path, *, tokens_per_batch: int = 2048) -> None:
     """Run the target over the texts and write a folder that `Dataset` reads.
 
-    model: a transformers causal language model.
+    model: a transformers causal language model. Raises OSError if the disk is too small.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    _check_disk(folder, sum(len(text.prompt + text.output) for text in texts) * (4 + 2 * model.config.hidden_size))
     body, order = model.base_model, sorted(range(len(texts)), key=lambda i: len(texts[i].prompt + texts[i].output))
     ends = np.cumsum([len(text.prompt + text.output) for text in texts])
     tokens = np.memmap(folder / "tokens.bin", np.int32, "w+", shape=(int(ends[-1]),))
@@ -139,5 +141,15 @@ def score(texts: Sequence[Text], model: Any, folder: Path, *, tokens_per_batch: 
         "ends": ends.tolist(),
         "starts": [len(text.prompt) for text in texts],
         "temperatures": [text.temperature for text in texts],
+        "held_out": corpus.held_out(texts),
     }
     (folder / "texts.json").write_text(json.dumps(description))
+
+
+def _check_disk(folder: Path, needed: int) -> None:
+    """A file that is mapped into memory kills the process where the disk ends."""
+    if (free := shutil.disk_usage(folder).free) < needed:
+        raise OSError(
+            f"folder={folder} must have {needed // 10**6} MB free for features, it has {free // 10**6} MB; "
+            "free space, use another folder, or make a smaller corpus"
+        )

@@ -28,6 +28,9 @@ class Scale(nn.Module):
     An optimiser moves all entries alike, so inputs and outputs of very different size are first brought to one.
     """
 
+    rows: Tensor
+    columns: Tensor
+
     def __init__(self, rows: Tensor | float, columns: Tensor | float) -> None:
         super().__init__()
         self.register_buffer("rows", torch.as_tensor(rows).view(-1, 1), persistent=False)
@@ -50,10 +53,18 @@ def unscale(module: nn.Module) -> None:
             remove_parametrizations(part, "weight")
 
 
-class Student(Protocol):
-    """A draft in training. target_output: the target's output matrix [vocab, hidden]."""
+class Guesser(Protocol):
+    """A draft whose laws along a text can be looked at. target_output: the target's output matrix [vocab, hidden]."""
 
     target_output: Tensor
+
+    def logits(self, batch: TextBatch, depth: int) -> list[Tensor]:
+        """For each place d in a draft: logits [texts, width, vocab], at j of the token after j, d tokens drafted."""
+        ...
+
+
+class Student(Guesser, Protocol):
+    """A draft in training."""
 
     @property
     def module(self) -> nn.Module:
@@ -64,9 +75,16 @@ class Student(Protocol):
         """What to make smaller."""
         ...
 
+
+class HeadGuesser:
+    """A trained head. target: the transformers model."""
+
+    def __init__(self, head: EagleHead, target: Any) -> None:
+        self.module = head
+        self.target_output = target.get_output_embeddings().weight.detach()
+
     def logits(self, batch: TextBatch, depth: int) -> list[Tensor]:
-        """For each place d in a draft: logits [texts, width, vocab], at j of the token after j, d tokens drafted."""
-        ...
+        return [self.module.logits(hidden) for hidden in unroll(self.module, batch, depth)]
 
 
 class DraftStudent:
@@ -108,7 +126,7 @@ class DraftStudent:
         return [logits] * depth
 
 
-class HeadStudent:
+class HeadStudent(HeadGuesser):
     """An EagleHead, unrolled over its own features for as many tokens as PLACE_WEIGHTS has.
 
     target: the transformers model. frequent: int64 places in the draft vocabulary, as for DraftStudent.
@@ -116,8 +134,8 @@ class HeadStudent:
     """
 
     def __init__(self, head: EagleHead, target: Any, frequent: Tensor, sizes: Tensor) -> None:
-        self.module, self.frequent = head, frequent
-        self.target_output = target.get_output_embeddings().weight.detach()
+        super().__init__(head, target)
+        self.frequent = frequent
         layer: Any = head.layers[0]
         embedding_size = _size(head.embedding).expand_as(sizes)
         scale(head.fc, sizes, 1 / torch.cat([embedding_size, sizes]))
@@ -132,9 +150,6 @@ class HeadStudent:
         output = self.module.output[_some(len(self.module.output), self.frequent, random)]
         hidden = torch.stack([states[wanted] for states in unroll(self.module, batch, len(PLACE_WEIGHTS))])
         return distillation_loss(hidden, output, batch.features[wanted], output, PLACE_WEIGHTS)
-
-    def logits(self, batch: TextBatch, depth: int) -> list[Tensor]:
-        return [self.module.logits(hidden) for hidden in unroll(self.module, batch, depth)]
 
 
 def unroll(head: EagleHead, batch: TextBatch, depth: int) -> list[Tensor]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from specdec.distill.dataset import Dataset, TextBatch
-from specdec.distill.students import Student
+from specdec.distill.students import Guesser, Student
 
 MAX_DEPTH = 4  # tokens of a draft that evaluation looks at
 EVALUATED = 24  # held-out texts at each temperature
@@ -35,7 +35,7 @@ class Settings:
     tokens_per_batch: int = 4096
     learning_rate: float = 3e-3
     warmup: float = 0.02
-    decay: float = 0.5
+    decay: float = 0.9
     evaluate_every: int = 200
     save_every: int = 50
     seed: int = 0
@@ -160,7 +160,7 @@ def _by_position(student: Student, dataset: Dataset, temperature: float) -> list
 
 
 @torch.no_grad()
-def accepted_ahead(student: Student, batch: TextBatch, temperature: float, depth: int) -> Tensor:
+def accepted_ahead(student: Guesser, batch: TextBatch, temperature: float, depth: int) -> Tensor:
     """Probability that drafts begun behind each token of one text are accepted up to each place.
 
     Returns [depth, width - depth]: entry [d, j] for the token at j + 1 + d of a draft that begins after the token j,
@@ -214,7 +214,11 @@ def _forget_after(step: int, progress: Path) -> None:
 
 def _save(path: Path, content: dict[str, Any]) -> None:
     """In one step: a kill leaves the old one."""
-    torch.save(content, path.with_suffix(".new"))
+    try:
+        torch.save(content, path.with_suffix(".new"))
+    except RuntimeError as error:  # how torch says that the disk is full
+        cause = str(error).splitlines()[0]
+        raise OSError(f"{path} must be written ({cause}); free space and start again, it goes on from here") from error
     os.replace(path.with_suffix(".new"), path)
 
 

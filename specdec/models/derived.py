@@ -6,15 +6,14 @@ folder, which any engine loads.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
-from specdec.models.eagle import fingerprint
+from specdec.models.eagle import fingerprint, save_weights, write_config
 
 WEIGHTS_FILE = "derived.safetensors"
 BODY = "body."  # before the names of the layers' weights, as transformers' LlamaModel has them
@@ -24,12 +23,9 @@ def save_derived(folder: Path, config: Any, weights: dict[str, Tensor], target: 
     """Write a draft. config: its LlamaConfig. weights: `body.*`, `project_in.weight` and `project_out.weight`,
     float [width, target's hidden]. target: the transformers model. about: further facts for its card.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    narrow = {name: value.detach().bfloat16().cpu().contiguous() for name, value in weights.items()}
-    save_file(narrow, folder / WEIGHTS_FILE, {"format": "pt"})
-    record = config.to_dict() | {"architectures": ["LlamaForCausalLM"], "tie_word_embeddings": False}
-    record["specdec"] = {"target": fingerprint(target)} | about
-    (folder / "config.json").write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
+    record = {"architectures": ["LlamaForCausalLM"], "dtype": "bfloat16", "tie_word_embeddings": False}
+    write_config(folder, config.to_diff_dict() | record | {"specdec": {"target": fingerprint(target)} | about})
+    save_weights(folder, WEIGHTS_FILE, weights)
 
 
 @torch.inference_mode()

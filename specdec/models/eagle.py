@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +98,12 @@ class EagleHead(nn.Module):
         everything = known.new_full((*known.shape[:-1], self.vocab_size), OUTSIDE)
         return everything.index_copy_(-1, self.draft_vocabulary, known)
 
+    def placed(self, device: torch.device, dtype: torch.dtype) -> EagleHead:
+        """The head on a device and in a dtype; angles of positions stay float32, or distant ones would be wrong."""
+        self.to(device, dtype)
+        self.rotary = LlamaRotaryEmbedding(self.config).to(device)
+        return self
+
     def fuse(self) -> None:
         """Fewer, larger steps on a CPU, see `specdec.models.fusion`; a fused head can no longer be trained or saved."""
         if self.device.type == "cpu":
@@ -105,15 +112,24 @@ class EagleHead(nn.Module):
 
     def save(self, folder: Path, fingerprint: str, about: dict[str, Any]) -> None:
         """Write the folder that `load_head` reads. fingerprint: the target's. about: further facts for its card."""
-        folder.mkdir(parents=True, exist_ok=True)
-        weights = {name: value.detach().bfloat16().cpu().contiguous() for name, value in self.state_dict().items()}
-        save_file(weights, folder / "model.safetensors", {"format": "pt"})
-        config = self.config.to_dict() | {
-            "architectures": ["LlamaForCausalLM"],
-            "specdec": {"target": fingerprint} | about,
-        }
-        (folder / "config.json").write_text(json.dumps(config, indent=1, sort_keys=True) + "\n")
+        config = self.config.to_diff_dict() | {"architectures": ["LlamaForCausalLM"], "dtype": "bfloat16"}
+        config["specdec"] = {"target": fingerprint} | about
+        write_config(folder, config)
         (folder / "draft_vocabulary.json").write_text(json.dumps(self.draft_vocabulary.tolist()) + "\n")
+        save_weights(folder, "model.safetensors", self.state_dict())
+
+
+def write_config(folder: Path, config: dict[str, Any]) -> None:
+    """Write a folder's config.json."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config, indent=1, sort_keys=True) + "\n")
+
+
+def save_weights(folder: Path, name: str, weights: Mapping[str, Tensor]) -> None:
+    """Write weights in bfloat16, as readable as the config.json beside them."""
+    narrow = {key: value.detach().bfloat16().cpu().contiguous() for key, value in weights.items()}
+    save_file(narrow, folder / name, {"format": "pt"})
+    shutil.copymode(folder / "config.json", folder / name)  # safetensors lets only the owner read
 
 
 def new_head(model: Any, draft_vocabulary: Tensor) -> EagleHead:
@@ -126,17 +142,18 @@ def new_head(model: Any, draft_vocabulary: Tensor) -> EagleHead:
     return EagleHead(config, *_borrowed(model), draft_vocabulary)
 
 
-def load_head(source: str, model: Any) -> EagleHead:
+def load_head(source: str, model: Any, load_format: str = "auto") -> EagleHead:
     """The head in a folder, for the transformers model that it was trained for, in its dtype and on its device.
 
+    load_format: "dummy" draws random weights for any model of the right shape.
     Raises LoadError for a damaged folder, and ValueError if the head is another model's.
     """
-    folder = Path(source)
+    folder, is_dummy = Path(source), load_format == "dummy"
     with explained(f"source={source!r} must be a folder with an undamaged head", "train or copy it again"):
         config = LlamaConfig.from_pretrained(folder, attn_implementation="sdpa")
-        weights = load_file(folder / "model.safetensors")
         vocabulary = torch.tensor(json.loads((folder / "draft_vocabulary.json").read_text()), device=model.device)
-        recorded = config.specdec["target"]
+        weights = {} if is_dummy else load_file(folder / "model.safetensors")
+        recorded = fingerprint(model) if is_dummy else config.specdec["target"]
     theirs = model.config.get_text_config(decoder=True)
     for name in ("hidden_size", "vocab_size"):
         if (ours := getattr(config, name)) != (wanted := getattr(theirs, name)):
@@ -147,9 +164,11 @@ def load_head(source: str, model: Any) -> EagleHead:
             f"{_OTHER_TARGET}"
         )
     with explained(f"source={source!r} must hold the weights of one layer", "train or copy it again"):
-        head = EagleHead(config, *_borrowed(model), vocabulary)
-        head.load_state_dict(weights)
-        return head.to(model.device, model.dtype).eval().requires_grad_(False)
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(0)
+            head = EagleHead(config, *_borrowed(model), vocabulary)
+        head.load_state_dict(weights or head.state_dict())
+        return head.placed(model.device, model.dtype).eval().requires_grad_(False)
 
 
 def fingerprint(model: Any) -> str:

@@ -36,7 +36,7 @@ class EagleProposer:
         if max(limits) == 0:
             return Draft.empty(len(batch.rows), self._head.vocab_size, self._head.device)
         cache = self._reserve(batch)
-        guessed = self._catch_up(batch, cache)
+        guessed = self._catch_up(batch, max(limits) + 1, cache)
 
         def logits_after(drafted: Tensor) -> Tensor:
             nonlocal guessed
@@ -53,33 +53,32 @@ class EagleProposer:
             self._owners = [(None, 0)] * batch.num_slots
         return self._cache
 
-    def _catch_up(self, batch: Batch, cache: RaggedCache) -> Tensor:
-        """Feed each row the committed tokens it lacks; returns the feature guessed for the last, [rows, 1, hidden]."""
+    def _catch_up(self, batch: Batch, longest: int, cache: RaggedCache) -> Tensor:
+        """Feed each row the committed tokens it lacks; returns the feature guessed for the last, [rows, 1, hidden].
+
+        longest: tokens that are fed to all rows at once at the most; a row that lacks more is fed before, alone.
+        """
         assert batch.features is not None
         pending: list[list[int]] = []
         for slot, row in enumerate(batch.rows):
             owner, valid = self._owners[slot]
             cache.lengths[slot] = valid if row and owner is row else 0
-            if row:
-                self._feed_long(row.tokens, batch.features, cache, slot)
+            if row and len(row.tokens) - 1 - cache.lengths[slot] > longest:
+                self._feed_alone(row.tokens[:-1], batch.features, cache, slot)
             pending.append(row.tokens[cache.lengths[slot] + 1 :] if row else [])
             self._owners[slot] = (row, len(row.tokens) - 1 if row else 0)
         tokens, lengths = pad(pending, self._head.device)
-        places = torch.tensor(cache.lengths[: len(pending)], device=tokens.device)[:, None] + torch.arange(
-            tokens.shape[1], device=tokens.device
-        )
-        places = places.clamp(max=batch.features.shape[1] - 1)  # of padding
-        features = batch.features[torch.arange(len(pending), device=tokens.device)[:, None], places]
-        guessed: Tensor = self._head(features, tokens, cache)
+        rows = torch.arange(len(pending), device=tokens.device)
+        places = torch.tensor(cache.lengths[: len(pending)], device=tokens.device)[:, None]
+        places = places + torch.arange(tokens.shape[1], device=tokens.device)
+        guessed: Tensor = self._head(batch.features[rows[:, None], places], tokens, cache)
         for slot, fed in enumerate(pending):
             cache.lengths[slot] += len(fed)
-        last = (lengths - 1).clamp(min=0)
-        return guessed[torch.arange(len(pending), device=tokens.device), last].unsqueeze(1)
+        return guessed[rows, (lengths - 1).clamp(min=0)].unsqueeze(1)
 
-    def _feed_long(self, tokens: list[int], features: Tensor, cache: RaggedCache, slot: int) -> None:
-        """Feed all but the end of a long prompt in chunks."""
-        while len(tokens) - 1 - cache.lengths[slot] > PREFILL_CHUNK:
-            start = cache.lengths[slot]
+    def _feed_alone(self, tokens: list[int], features: Tensor, cache: RaggedCache, slot: int) -> None:
+        """Feed one row these tokens, in chunks."""
+        for start in range(cache.lengths[slot], len(tokens) - 1, PREFILL_CHUNK):
             chunk = torch.tensor([tokens[start + 1 : start + 1 + PREFILL_CHUNK]], device=self._head.device)
-            self._head(features[slot, start : start + PREFILL_CHUNK].unsqueeze(0), chunk, cache, slot)
-            cache.lengths[slot] += PREFILL_CHUNK
+            self._head(features[slot, start : start + chunk.shape[1]].unsqueeze(0), chunk, cache, slot)
+            cache.lengths[slot] += chunk.shape[1]

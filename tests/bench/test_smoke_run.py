@@ -12,13 +12,15 @@ from typing import Any
 
 import pytest
 
+from bench.engines import METHODS
+
 ROOT = Path(__file__).parents[2]
 Killed = tuple[Path, list[str]]
 Resumed = tuple[Path, dict[str, Any], str]
 CELLS = [
     f"{engine}-tiny-random-{method}-{0 if method == 'autoregressive' else 2}-same-smoke-1"
     for engine, methods in (
-        ("specdec", ("autoregressive", "ngram", "ngram_store", "draft_model")),
+        ("specdec", ("autoregressive", "ngram", "ngram_store", "ngram_table", "draft_model", "eagle", "hybrid")),
         ("transformers", ("autoregressive", "ngram", "draft_model")),
     )
     for method in methods
@@ -79,7 +81,7 @@ def test_a_killed_run_is_resumed_where_it_was(killed: Killed, resumed: Resumed) 
     _, before = killed
     folder, output, printout = resumed
     assert finished_cells(folder)[: len(before)] == before
-    assert f"specdec: 8 cells, {len(before)} of them taken from the journal" in printout
+    assert f"specdec: {2 * len(METHODS)} cells, {len(before)} of them taken from the journal" in printout
     assert [cell["params"]["engine"] + "-" + cell["param"].partition("-")[2] for cell in output["benchmarks"]] == CELLS
     for line, cell in zip(map(json.loads, finished_cells(folder)), output["benchmarks"], strict=True):
         assert line["rounds_s"] == cell["stats"]["data"]

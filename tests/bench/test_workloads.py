@@ -40,6 +40,19 @@ def test_spec_bench_asks_the_first_turn(tmp_path: Path) -> None:
     assert workloads.read("spec_bench", tmp_path) == [Prompt("Who?", "qa")]
 
 
+def test_one_category_can_be_asked_for(tmp_path: Path) -> None:
+    """MT-bench's kinds are one of Spec-Bench's six."""
+    kinds = ["qa", "writing", "rag", "coding"]
+    write_rows(tmp_path / "spec-bench.jsonl", *({"category": kind, "turns": [f"{kind}?"]} for kind in kinds))
+    assert workloads.read("spec_bench:rag", tmp_path) == [Prompt("rag?", "rag")]
+    both = [Prompt("writing?", "multi_turn"), Prompt("coding?", "multi_turn")]
+    assert workloads.read("spec_bench:multi_turn", tmp_path) == both
+    assert workloads.parse_workloads("workloads", "spec_bench:rag,spec_bench:qa") == ("spec_bench:rag", "spec_bench:qa")
+    assert workloads.label("spec_bench:rag") == "spec_bench:rag"
+    with pytest.raises(ValueError, match="workloads=spec_bench:x must name a category of spec_bench; it has multi_tu"):
+        workloads.read("spec_bench:x", tmp_path)
+
+
 def test_humaneval_is_read_from_the_data_folder_first(tmp_path: Path) -> None:
     with gzip.open(tmp_path / "HumanEval.jsonl.gz", "wt") as stream:
         stream.write(json.dumps({"task_id": "HumanEval/0", "prompt": "def f():\n"}) + "\n")

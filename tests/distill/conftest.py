@@ -21,7 +21,7 @@ def texts() -> list[Text]:
     random = torch.Generator().manual_seed(0)
 
     def text(index: int) -> Text:
-        tokens = [int(torch.randint(3, 61, (1,), generator=random))]
+        tokens = [3 + index // 58, 3 + index % 58]  # no prompt occurs twice
         while len(tokens) < 12 + index % 7:
             tokens.append((tokens[-1] * 7 + int(torch.randint(2, (1,), generator=random))) % 61)
         return Text(tuple(tokens[:4]), tuple(tokens[4:]), (0.0, 1.0, None)[index % 3], index)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from specdec.distill import dataset
-from specdec.distill.dataset import HELD_OUT, Dataset
+from specdec.distill import corpus, dataset
+from specdec.distill.dataset import Dataset
 
 
 @pytest.fixture
@@ -34,12 +36,12 @@ def test_an_epoch_has_every_text_once_but_those_held_out(data: Dataset, texts) -
     first, again, second = (data.training_batches(100, seed, epoch) for seed, epoch in ((1, 0), (1, 0), (1, 1)))
     assert first == again != second
     for batches in (first, second):
-        assert sorted(index for batch in batches for index in batch) == [i for i in range(240) if i % HELD_OUT]
+        assert sorted(index for batch in batches for index in batch) == [i for i in range(240) if i % corpus.HELD_OUT]
         assert all(len(batch) * max(map(data.length, batch)) <= 100 for batch in batches)
     for temperature in (0.0, 1.0):
         held_out = data.held_out(temperature)
         assert held_out
-        assert all(i % HELD_OUT == 0 and texts[i].temperature == temperature for i in held_out)
+        assert all(i % corpus.HELD_OUT == 0 and texts[i].temperature == temperature for i in held_out)
 
 
 def test_files_that_do_not_belong_together_are_refused(data: Dataset, tmp_path: Path) -> None:
@@ -47,3 +49,17 @@ def test_files_that_do_not_belong_together_are_refused(data: Dataset, tmp_path: 
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(ValueError, match=r"must hold \d+ tokens and features .* score it again"):
         Dataset(tmp_path)
+
+
+def test_a_full_disk_is_seen_before_anything_is_written(target, texts, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(dataset.shutil, "disk_usage", lambda folder: SimpleNamespace(free=10_000))
+    with pytest.raises(OSError, match=r"must have 0 MB free for features, it has 0 MB; free space"):
+        dataset.score(texts, target, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_prompt_that_is_learnt_is_not_held_out(texts) -> None:
+    assert corpus.held_out(texts) == list(range(0, 240, corpus.HELD_OUT))
+    again = [*texts[:50], dataclasses.replace(texts[40], seed=99), *texts[51:]]
+    assert 40 not in corpus.held_out(again)
+    assert 80 in corpus.held_out(again)

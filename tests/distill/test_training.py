@@ -83,6 +83,20 @@ def test_a_damaged_checkpoint_and_other_settings_are_refused(new_student, data, 
         train(new_student(), data, SETTINGS, tmp_path / "run", cost_ratio=0.1)
 
 
+def test_a_full_disk_is_said_and_leaves_the_old_checkpoint(new_student, data, tmp_path: Path, monkeypatch) -> None:
+    train(new_student(), data, SETTINGS, tmp_path / "run", cost_ratio=0.1)
+    before = (tmp_path / "run" / "checkpoint.pt").read_bytes()
+
+    def full(content, path):
+        path.write_bytes(b"some")
+        raise RuntimeError("PytorchStreamWriter failed writing file")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match=r"checkpoint\.pt must be written .* free space and start again"):
+        training._save(tmp_path / "run" / "checkpoint.pt", {})
+    assert (tmp_path / "run" / "checkpoint.pt").read_bytes() == before
+
+
 class Table:
     """A student whose laws are given: draft and target both order-0 over three tokens."""
 

@@ -192,7 +192,7 @@ def test_empty_tokenizer_is_never_invented(tmp_path):
         ({"load_format": "gguf"}, r"load_format='gguf' must be one of these; use auto or dummy"),
         ({"device": "quantum"}, r"device='quantum' must be usable here \(.*\); use cpu"),
         ({"device": "cuda:99"}, r"device='cuda:99' must be usable here \(.*\); use cpu"),
-        ({"source": ""}, r"source='' must not be empty; name a bundled model \(smollm2-135m\)"),
+        ({"source": ""}, r"source='' must not be empty; name a bundled model \(smollm2-135m, "),
     ],
 )
 def test_bad_argument_is_named_with_the_rule(llama, options, message):

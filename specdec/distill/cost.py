@@ -1,0 +1,63 @@
+"""What a draft step costs beside a target step, measured on this machine at batch size 1, as decoding will run them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from statistics import median
+from typing import Any
+
+import torch
+from transformers import LlamaForCausalLM
+
+from specdec.models.causal import CausalLM
+from specdec.models.eagle import new_head
+from specdec.models.fusion import fuse
+from specdec.models.loading import load_pretrained
+
+CONTEXT = 256  # tokens in the caches
+REPETITIONS = 15
+
+
+def head_cost_ratio(source: str, vocabulary_size: int, device: str) -> float:
+    """Time of one step of a head that drafts so many tokens over that of its target, a source for `load_pretrained`."""
+    model, _ = load_pretrained(source, dtype=torch.bfloat16, device=device)
+    head = new_head(model, torch.arange(vocabulary_size, device=model.device))
+    head.placed(model.device, model.dtype).eval().requires_grad_(False).fuse()
+    cache = head.allocate(1, CONTEXT + 1)
+    features = torch.zeros(1, CONTEXT, model.config.hidden_size, dtype=model.dtype, device=model.device)
+    tokens = torch.zeros(1, CONTEXT, dtype=torch.int64, device=model.device)
+    head(features, tokens, cache)
+    cache.lengths[0] = CONTEXT
+    step_s = _seconds(lambda: head.logits(head(features[:, :1], tokens[:, :1], cache)), model.device)
+    return step_s / _model_seconds(model)
+
+
+def draft_cost_ratio(source: str, config: Any, device: str) -> float:
+    """Time of one step of a Llama of this configuration over that of the target."""
+    model, _ = load_pretrained(source, dtype=torch.bfloat16, device=device)
+    draft = LlamaForCausalLM(config).to(model.device, model.dtype).eval().requires_grad_(False)
+    return _model_seconds(draft) / _model_seconds(model)
+
+
+def _model_seconds(model: Any) -> float:
+    fuse(model)
+    lm = CausalLM(model)
+    cache = lm.allocate(1, CONTEXT + 1)
+    tokens = torch.zeros(1, CONTEXT, dtype=torch.int64, device=lm.device)
+    lm.forward(tokens, cache)
+    cache.lengths[0] = CONTEXT
+    return _seconds(lambda: lm.forward(tokens[:, :1], cache), lm.device)
+
+
+@torch.inference_mode()
+def _seconds(step: Callable[[], Any], device: torch.device) -> float:
+    """The median over repetitions, the first ones apart."""
+    times = []
+    for _ in range(REPETITIONS + 3):
+        start_s = time.perf_counter()
+        step()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - start_s)
+    return median(times[3:])
