@@ -48,6 +48,7 @@ def _corpus_options(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--evaluation", type=Path, nargs="*", default=[], help="files whose text must not be learnt")
     verb.add_argument("--num-prompts", type=int, default=3072, help="that the target answers")
     verb.add_argument("--num-replies", type=int, default=0, help="further answers that are taken as they are")
+    verb.add_argument("--num-about-texts", type=int, default=0, help="questions about a text, that the target answers")
     verb.add_argument("--temperatures", type=float, nargs="+", default=[0.0, 0.7, 1.0])
     verb.add_argument("--max-tokens", type=int, default=256, help="of an answer")
     verb.add_argument("--batch-size", type=int, default=64)

@@ -48,6 +48,7 @@ def make_corpus(options: Namespace) -> None:
         tokenizer,
         num_prompts=options.num_prompts,
         num_replies=options.num_replies,
+        num_about_texts=options.num_about_texts,
         temperatures=options.temperatures,
         max_tokens=options.max_tokens,
         seed=options.seed,

@@ -15,12 +15,14 @@ from typing import Any
 
 from tqdm import tqdm
 
-from specdec.distill.prompts import Dialogue, EvaluationText, json_lines
+from specdec.distill.prompts import Dialogue, EvaluationText, about_texts, json_lines
 from specdec.engine import Engine
 from specdec.sampling import SamplingParams
 
 HELD_OUT = 40
-GROUP = 1024  # prompts handed to the engine at once, alike in length; what a kill may lose
+MOST_PROMPT_TOKENS, MOST_TEXT_TOKENS = 256, 1280  # of questions, and of questions about a text
+WINDOW = 1024  # texts that are sorted by length among each other
+GROUP = 256  # prompts handed to the engine at once; what a kill may lose
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,8 +49,8 @@ def plan(
     *,
     num_prompts: int,
     num_replies: int = 0,
+    num_about_texts: int = 0,
     temperatures: Sequence[float] = (0.0, 0.7, 1.0),
-    max_prompt_tokens: int = 256,
     max_tokens: int = 256,
     seed: int = 0,
     excluded: EvaluationText | None = None,
@@ -56,32 +58,48 @@ def plan(
     """The texts to make, in an order that is the same every time, and how many dialogues were left out and why.
 
     num_prompts: prompts that the target answers, with the temperatures in turn. num_replies: further dialogues whose
-    own answer is taken, cut to max_tokens. Raises ValueError if there are not enough dialogues.
+    own answer is taken, cut to max_tokens. num_about_texts: questions about a text, which the target answers.
+    Raises ValueError if there are not enough dialogues.
     """
-    left_out = {"overlapping": 0, "not_ascii": 0, "too_long": 0}
+    left_out = dict.fromkeys(("overlapping", "not_ascii", "too_long"), 0)
     texts: list[Text] = []
+
+    def prompt_of(dialogue: Dialogue, most: int) -> tuple[int, ...] | None:
+        prompt = encode(dialogue.prompt, tokenizer)
+        reason = _why_not(dialogue, len(prompt) > most, excluded)
+        if reason:
+            left_out[reason] += 1
+        return None if reason else prompt
+
     for index in random.Random(seed).sample(range(len(dialogues)), len(dialogues)):
         if len(texts) == num_prompts + num_replies:
             break
-        dialogue = dialogues[index]
-        chat = encode(dialogue.prompt, tokenizer)
-        if excluded and excluded.overlaps(dialogue):
-            left_out["overlapping"] += 1
-        elif sum(map(str.isascii, dialogue.prompt)) < 0.9 * len(dialogue.prompt):
-            left_out["not_ascii"] += 1
-        elif len(chat) > max_prompt_tokens:
-            left_out["too_long"] += 1
-        elif len(texts) < num_prompts:
-            texts.append(Text(chat, (), temperatures[len(texts) % len(temperatures)], seed + index))
-        elif dialogue.reply:
-            texts.append(Text(chat, tuple(tokenizer(dialogue.reply).input_ids[:max_tokens]), None, seed + index))
-    if len(texts) < num_prompts + num_replies:
+        prompt = prompt_of(dialogues[index], MOST_PROMPT_TOKENS)
+        if prompt and len(texts) < num_prompts:
+            texts.append(Text(prompt, (), temperatures[len(texts) % len(temperatures)], seed + index))
+        elif prompt and (reply := dialogues[index].reply):
+            texts.append(Text(prompt, tuple(tokenizer(reply).input_ids[:max_tokens]), None, seed + index))
+    total = num_prompts + num_replies + num_about_texts
+    for index, dialogue in enumerate(about_texts(dialogues, seed), len(dialogues)):
+        if len(texts) >= total or len(texts) < num_prompts + num_replies:
+            break
+        if prompt := prompt_of(dialogue, MOST_TEXT_TOKENS):
+            texts.append(Text(prompt, (), temperatures[len(texts) % len(temperatures)], seed + index))
+    if len(texts) < total:
         raise ValueError(
-            f"num_prompts={num_prompts} and num_replies={num_replies} must be at most the {len(texts)} usable "
-            f"dialogues together (left out: {left_out}); ask for fewer, or give more prompts"
+            f"num_prompts={num_prompts}, num_replies={num_replies} and num_about_texts={num_about_texts} must be at "
+            f"most the {len(texts)} usable dialogues together (left out: {left_out}); ask for fewer, or give more"
         )
-    groups = [texts[start : start + GROUP] for start in range(0, len(texts), GROUP)]
-    return [text for group in groups for text in sorted(group, key=lambda text: len(text.prompt))], left_out
+    windows = [texts[start : start + WINDOW] for start in range(0, len(texts), WINDOW)]
+    return [text for window in windows for text in sorted(window, key=lambda text: len(text.prompt))], left_out
+
+
+def _why_not(dialogue: Dialogue, is_too_long: bool, excluded: EvaluationText | None) -> str | None:
+    if excluded and excluded.overlaps(dialogue):
+        return "overlapping"
+    if sum(map(str.isascii, dialogue.prompt)) < 0.9 * len(dialogue.prompt):
+        return "not_ascii"
+    return "too_long" if is_too_long else None
 
 
 def held_out(texts: Sequence[Text]) -> list[int]:

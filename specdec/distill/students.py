@@ -208,11 +208,12 @@ def _size(x: Tensor) -> Tensor:
 
 
 def _positions(batch: TextBatch, num_before: int) -> Tensor:
-    """Where the next token is for a draft to guess, and num_before are before it: bool [texts, width]."""
-    output = batch.is_output()
-    wanted: Tensor = torch.cat([output[:, 1:], torch.zeros_like(output[:, :1])], 1)
-    wanted[:, :num_before] = False
-    return wanted
+    """Positions with a next token and num_before tokens before them: bool [texts, width].
+
+    Those inside prompts count too: the target's law there is as good a lesson, and costs nothing more to know.
+    """
+    positions = torch.arange(batch.tokens.shape[1], device=batch.tokens.device)
+    return (positions >= num_before) & (positions < batch.lengths[:, None] - 1)
 
 
 def _some(size: int, frequent: Tensor, random: torch.Generator) -> Tensor:

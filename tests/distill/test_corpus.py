@@ -29,8 +29,19 @@ def test_a_plan_takes_turns_with_temperatures_and_leaves_out_what_must_not_be_le
     assert all(text.is_missing == (text.temperature is not None) for text in texts)
     assert len({text.prompt for text in texts}) == 39
     assert tokenizer.decode(texts[0].prompt).endswith("<|im_start|>assistant\n")
-    with pytest.raises(ValueError, match="num_prompts=40 and num_replies=0 must be at most the 39 usable dialogues"):
+    with pytest.raises(ValueError, match=r"num_prompts=40, .* must be at most the 39 usable dialogues"):
         corpus.plan(odd, tokenizer, num_prompts=40, excluded=options["excluded"])
+
+
+def test_questions_about_texts_come_last(default_model) -> None:
+    """They are made of replies, long ones, and the target is to answer them."""
+    long = [Dialogue(f"What is topic {n}?", f"Topic {n} is this. " * 100) for n in range(12)]
+    texts, _ = corpus.plan(long, default_model.tokenizer, num_prompts=4, num_replies=2, num_about_texts=5)
+    assert [text.is_missing for text in texts].count(True) == 9
+    about = [default_model.tokenizer.decode(text.prompt) for text in texts if len(text.prompt) > 256]
+    assert len(about) >= 3
+    assert all("This" in prompt or "Topic" in prompt for prompt in about)
+    assert texts == corpus.plan(long, default_model.tokenizer, num_prompts=4, num_replies=2, num_about_texts=5)[0]
 
 
 @pytest.fixture

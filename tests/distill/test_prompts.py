@@ -55,10 +55,10 @@ def test_sharegpt_is_read_up_to_the_record_that_is_cut_off(tmp_path: Path) -> No
 
 def test_ten_words_in_a_row_are_an_overlap(tmp_path: Path) -> None:
     words = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven"]
-    path = write(tmp_path / "e.jsonl", {"question": " ".join(words), "turns": ["short text"]})
+    path = write(tmp_path / "e.jsonl", {"question": " ".join(words), "turns": ["short text", ""]})
     evaluation = EvaluationText([path])
     assert evaluation.overlaps(Dialogue("Well: ONE, two three four five six seven eight nine ten!"))
     assert evaluation.overlaps(Dialogue("x", "so " + " ".join(words[1:])))
-    assert not evaluation.overlaps(Dialogue(" ".join(words[:9])))
+    assert not evaluation.overlaps(Dialogue(" ".join(words[:9]), ""))
     assert not evaluation.overlaps(Dialogue(" ".join(words[::-1])))
     assert evaluation.overlaps(Dialogue("Short text."))
