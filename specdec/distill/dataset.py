@@ -7,7 +7,7 @@ not be stored.
 from __future__ import annotations
 
 import json
-import shutil
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +20,8 @@ from tqdm import tqdm
 
 from specdec.distill import corpus
 from specdec.distill.corpus import Text
+
+WINDOW = 256  # texts whose features are in memory at once; what a kill may lose
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,45 +113,59 @@ class Dataset:
             yield batch
 
 
-@torch.inference_mode()
 def score(texts: Sequence[Text], model: Any, folder: Path, *, tokens_per_batch: int = 2048) -> None:
-    """Run the target over the texts and write a folder that `Dataset` reads.
+    """Run the target over the texts and write a folder that `Dataset` reads, behind those that it already holds.
 
-    model: a transformers causal language model. Raises OSError if the disk is too small.
+    model: a transformers causal language model.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    _check_disk(folder, sum(len(text.prompt + text.output) for text in texts) * (4 + 2 * model.config.hidden_size))
-    body, order = model.base_model, sorted(range(len(texts)), key=lambda i: len(texts[i].prompt + texts[i].output))
     ends = np.cumsum([len(text.prompt + text.output) for text in texts])
-    tokens = np.memmap(folder / "tokens.bin", np.int32, "w+", shape=(int(ends[-1]),))
-    features = np.memmap(folder / "features.bin", np.uint16, "w+", shape=(int(ends[-1]), model.config.hidden_size))
-    with tqdm(total=len(texts), unit="text") as bar:
-        while order:
-            longest = len(texts[order[-1]].prompt + texts[order[-1]].output)
-            group = [order.pop() for _ in range(min(len(order), max(1, tokens_per_batch // longest)))]
-            rows = [texts[i].prompt + texts[i].output for i in group]
-            ids = torch.tensor([[*row, *[0] * (longest - len(row))] for row in rows], device=model.device)
-            hidden = body(input_ids=ids, use_cache=False).last_hidden_state.bfloat16().cpu()
-            for i, row, states in zip(group, rows, hidden, strict=True):
-                tokens[ends[i] - len(row) : ends[i]] = row
-                features[ends[i] - len(row) : ends[i]] = states[: len(row)].view(torch.int16).numpy().view(np.uint16)
-            bar.update(len(group))
-    tokens.flush()
-    features.flush()
+    num_done = _num_scored(folder)
+    with (folder / "tokens.bin").open("ab") as tokens, (folder / "features.bin").open("ab") as features:
+        written = int(ends[num_done - 1]) if num_done else 0
+        tokens.truncate(written * 4)  # what a killed run has written beyond its last note
+        features.truncate(written * 2 * model.config.hidden_size)
+        with tqdm(total=len(texts), initial=num_done, unit="text") as bar:
+            for start in range(num_done, len(texts), WINDOW):
+                window = texts[start : start + WINDOW]
+                for text, states in zip(window, _features(window, model, tokens_per_batch, bar), strict=True):
+                    tokens.write(np.array(text.prompt + text.output, np.int32).tobytes())
+                    features.write(states.view(torch.int16).numpy().tobytes())
+                tokens.flush()
+                features.flush()
+                _note(texts, ends, start + len(window), model.config.hidden_size, folder)
+
+
+def _num_scored(folder: Path) -> int:
+    path = folder / "texts.json"
+    return len(json.loads(path.read_text())["ends"]) if path.exists() else 0
+
+
+@torch.inference_mode()
+def _features(texts: Sequence[Text], model: Any, tokens_per_batch: int, bar: tqdm) -> list[Tensor]:
+    """The target's features of each text, bfloat16 [tokens, hidden], computed in batches of like length."""
+    rows = [text.prompt + text.output for text in texts]
+    order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
+    features: list[Tensor] = [torch.empty(0)] * len(rows)
+    while order:
+        longest = len(rows[order[-1]])
+        group = [order.pop() for _ in range(min(len(order), max(1, tokens_per_batch // longest)))]
+        ids = torch.tensor([[*rows[i], *[0] * (longest - len(rows[i]))] for i in group], device=model.device)
+        hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state.bfloat16().cpu()
+        for i, states in zip(group, hidden, strict=True):
+            features[i] = states[: len(rows[i])].clone()
+        bar.update(len(group))
+    return features
+
+
+def _note(texts: Sequence[Text], ends: Any, num_done: int, hidden_size: int, folder: Path) -> None:
+    """Write down, in one step, what the folder holds."""
     description = {
-        "hidden_size": model.config.hidden_size,
-        "ends": ends.tolist(),
-        "starts": [len(text.prompt) for text in texts],
-        "temperatures": [text.temperature for text in texts],
-        "held_out": corpus.held_out(texts),
+        "hidden_size": hidden_size,
+        "ends": ends[:num_done].tolist(),
+        "starts": [len(text.prompt) for text in texts[:num_done]],
+        "temperatures": [text.temperature for text in texts[:num_done]],
+        "held_out": [index for index in corpus.held_out(texts) if index < num_done],
     }
-    (folder / "texts.json").write_text(json.dumps(description))
-
-
-def _check_disk(folder: Path, needed: int) -> None:
-    """A file that is mapped into memory kills the process where the disk ends."""
-    if (free := shutil.disk_usage(folder).free) < needed:
-        raise OSError(
-            f"folder={folder} must have {needed // 10**6} MB free for features, it has {free // 10**6} MB; "
-            "free space, use another folder, or make a smaller corpus"
-        )
+    (folder / "texts.new").write_text(json.dumps(description))
+    os.replace(folder / "texts.new", folder / "texts.json")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -51,11 +50,19 @@ def test_files_that_do_not_belong_together_are_refused(data: Dataset, tmp_path: 
         Dataset(tmp_path)
 
 
-def test_a_full_disk_is_seen_before_anything_is_written(target, texts, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(dataset.shutil, "disk_usage", lambda folder: SimpleNamespace(free=10_000))
-    with pytest.raises(OSError, match=r"must have 0 MB free for features, it has 0 MB; free space"):
-        dataset.score(texts, target, tmp_path)
-    assert not list(tmp_path.iterdir())
+def test_a_killed_run_goes_on_where_it_was(data: Dataset, target, texts, tmp_path: Path, monkeypatch) -> None:
+    """Half a window was written and not noted when it was killed; more texts have come since."""
+    killed = tmp_path / "killed"
+    monkeypatch.setattr(dataset, "WINDOW", 64)
+    dataset.score(texts[:100], target, killed, tokens_per_batch=64)
+    for name in ("tokens.bin", "features.bin"):
+        with (killed / name).open("ab") as file:
+            file.write(b"broken off")
+    dataset.score(texts, target, killed, tokens_per_batch=64)
+    for name in ("texts.json", "tokens.bin"):
+        assert (killed / name).read_bytes() == (tmp_path / name).read_bytes()
+    ours, theirs = Dataset(killed).batch(range(0, 240, 7)).features, data.batch(range(0, 240, 7)).features
+    torch.testing.assert_close(ours, theirs, rtol=0.02, atol=0.02)  # batched with others
 
 
 def test_a_prompt_that_is_learnt_is_not_held_out(texts) -> None:
