@@ -84,7 +84,7 @@ def _fused(model: Any, tokenizer: Any) -> CausalLM:
 
 def check_same_vocabulary(target: HasVocabulary, draft: HasVocabulary) -> None:
     """Raise ValueError unless token ids mean the same to both models."""
-    _require(
+    require(
         target.vocab_size == draft.vocab_size,
         f"the draft's vocabulary of {draft.vocab_size} tokens must be the target's, {target.vocab_size}; "
         "use a draft of the same family",
@@ -93,7 +93,7 @@ def check_same_vocabulary(target: HasVocabulary, draft: HasVocabulary) -> None:
     if all(tokenizers):
         ours, theirs = (tokenizer.get_vocab() for tokenizer in tokenizers)
         different = min((token for token, _ in ours.items() ^ theirs.items()), default=None)
-        _require(
+        require(
             ours == theirs,
             f"the draft's tokenizer must be the target's, but token {different!r} is "
             f"{ours.get(different)} for the target and {theirs.get(different)} for the draft; "
@@ -101,6 +101,7 @@ def check_same_vocabulary(target: HasVocabulary, draft: HasVocabulary) -> None:
         )
 
 
-def _require(holds: bool, message: str) -> None:
+def require(holds: bool, message: str) -> None:
+    """Raise ValueError with the message unless it holds."""
     if not holds:
         raise ValueError(message)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import torch
 
 from specdec.decoding import Decoder
-from specdec.drafts import NEEDS, Kind, check_same_vocabulary, kind_in, kind_of, load_with_drafts
+from specdec.drafts import NEEDS, Kind, check_same_vocabulary, kind_in, kind_of, load_with_drafts, require
 from specdec.models import LanguageModel
 from specdec.models.loading import packaged_draft
 from specdec.proposers import Proposer
@@ -56,7 +56,7 @@ class Engine:
         max_batch_size: int = 1,
         verification: str = "token",
     ) -> None:
-        _require(max_batch_size >= 1, f"max_batch_size={max_batch_size} must be at least 1")
+        require(max_batch_size >= 1, f"max_batch_size={max_batch_size} must be at least 1")
         _check_verification(verification)
         self.target, self.draft, self.method = target, draft, method
         self._tokenizer: Any = getattr(target, "tokenizer", None)
@@ -113,7 +113,7 @@ class Engine:
         Raises ValueError for an empty prompt, or one that with max_tokens exceeds the context, before decoding any.
         """
         params = [sampling or SamplingParams()] * len(prompts) if not isinstance(sampling, Sequence) else sampling
-        _require(
+        require(
             len(params) == len(prompts),
             f"{len(params)} sampling parameters must be one, or one for each of the {len(prompts)} prompts",
         )
@@ -126,18 +126,18 @@ class Engine:
     def _request(self, index: int, prompt: str | Sequence[int], sampling: SamplingParams) -> Request:
         tokens = self._encode(prompt) if isinstance(prompt, str) else tuple(prompt)
         vocab_size, context = self.target.vocab_size, self.target.context_length
-        _require(len(tokens) > 0, f"prompt {index} must not be empty: give at least one token")
-        _require(
+        require(len(tokens) > 0, f"prompt {index} must not be empty: give at least one token")
+        require(
             all(0 <= token < vocab_size for token in tokens),
             f"prompt {index} has token ids outside [0, {vocab_size}); was it tokenised for another model?",
         )
-        _require(
+        require(
             len(tokens) + sampling.max_tokens <= context,
             f"prompt {index} has {len(tokens)} tokens, which with max_tokens={sampling.max_tokens} exceeds the "
             f"model's context of {context}; shorten the prompt or lower max_tokens",
         )
         out_of_range = [t for t in (*sampling.logit_bias, *sampling.stop_token_ids) if t >= vocab_size]
-        _require(
+        require(
             not out_of_range,
             f"logit_bias and stop_token_ids of prompt {index} must be token ids below {vocab_size}, not {out_of_range}",
         )
@@ -145,7 +145,7 @@ class Engine:
         return Request(index, tokens, sampling, stop if sampling.ignore_eos else stop | self._eos_token_ids)
 
     def _encode(self, text: str) -> tuple[int, ...]:
-        _require(self._tokenizer is not None, "a text prompt needs a model with a tokenizer; give token ids")
+        require(self._tokenizer is not None, "a text prompt needs a model with a tokenizer; give token ids")
         return tuple(self._tokenizer(text).input_ids)
 
     def _complete(self, row: Generation) -> Completion:
@@ -194,28 +194,23 @@ def _drawing_proposer(draft: Any) -> Proposer:
 
 
 def _check_verification(verification: str) -> None:
-    _require(verification in VERIFICATIONS, f"verification={verification!r} must be one of {', '.join(VERIFICATIONS)}")
+    require(verification in VERIFICATIONS, f"verification={verification!r} must be one of {', '.join(VERIFICATIONS)}")
 
 
 def _check_method(method: str, kind: Kind | None, num_speculative_tokens: int) -> None:
-    _require(method in METHODS, f"method={method!r} must be one of {', '.join(METHODS)}")
+    require(method in METHODS, f"method={method!r} must be one of {', '.join(METHODS)}")
     needed = NEEDS.get(method, ())
-    _require(
+    require(
         kind is not None or not needed,
         f'method="{method}" needs a draft ({" or ".join(needed)}); name one, or use "ngram"',
     )
-    _require(
+    require(
         kind is None or kind in needed,
         f"a draft is given but method={method!r} does not use it, being a {kind}; use "
         f"method={' or '.join(repr(name) for name, kinds in NEEDS.items() if kind in kinds)}",
     )
-    _require(
+    require(
         num_speculative_tokens >= 1 or method == "autoregressive",
         f"num_speculative_tokens={num_speculative_tokens} must be at least 1; for plain decoding use "
         'method="autoregressive"',
     )
-
-
-def _require(holds: bool, message: str) -> None:
-    if not holds:
-        raise ValueError(message)

@@ -1,4 +1,4 @@
-"""Train drafts for a target model, in four steps that each go on where they were stopped.
+"""Train drafts for a target model. The steps that take long go on where they were stopped.
 
 python -m specdec.distill corpus --target smollm2-135m --prompts sharegpt --folder work
 python -m specdec.distill score  --target smollm2-135m --folder work
