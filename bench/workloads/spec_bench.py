@@ -9,7 +9,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from bench.workloads import Prompt, find, rows, text_of
+from bench.workloads import Prompt, find
+from specdec.prompts import rows, text_of
 
 MULTI_TURN = "multi_turn"
 OWN = ("translation", "summarization", "qa", "math_reasoning", "rag")

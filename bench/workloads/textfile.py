@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from bench.workloads import Prompt, rows, text_of
+from bench.workloads import Prompt
+from specdec.prompts import rows, text_of
 
 
 def read(path: Path) -> list[Prompt]:

@@ -5,6 +5,7 @@ python -m specdec.distill score  --target smollm2-135m --folder work
 python -m specdec.distill head   --target smollm2-135m --folder work --out my-head
 python -m specdec.distill draft  --target smollm2-135m --folder work --out my-draft
 python -m specdec.distill table  --target smollm2-135m --folder work --out my-table
+python -m specdec.distill compare --target smollm2-135m --folder work --head my-head
 """
 
 from __future__ import annotations
@@ -31,8 +32,10 @@ def parser() -> argparse.ArgumentParser:
         verb.add_argument("--seed", type=int, default=0)
         if name == "corpus":
             _corpus_options(verb)
-        if name in ("head", "draft", "table", "compare"):
-            verb.add_argument("--out", type=Path, required=True, help="where the result is written, or read")
+        if name in ("head", "draft", "table"):
+            verb.add_argument("--out", type=Path, required=True, help="where the result is written")
+        if name == "compare":
+            verb.add_argument("--head", type=Path, required=True, help="a head that was trained")
         if name == "head":
             verb.add_argument("--vocabulary", type=int, default=16384, help="tokens that the head drafts")
         if name == "table":

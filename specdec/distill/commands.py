@@ -23,7 +23,7 @@ from specdec.distill.students import DraftStudent, HeadGuesser, HeadStudent, Stu
 from specdec.engine import Engine
 from specdec.models.derived import materialise, save_derived
 from specdec.models.eagle import fingerprint, load_head, new_head, write_config
-from specdec.models.loading import load_pretrained
+from specdec.models.loading import load_pretrained, read_vocabulary
 from specdec.proposers.table import NgramTable
 from specdec.wheels import LoadError as LoadError
 
@@ -100,10 +100,9 @@ def count_table(options: Namespace) -> None:
     texts = list(corpus.read(options.folder / "texts.jsonl"))
     unseen = set(corpus.held_out(texts))
     spoken = [text.output for i, text in enumerate(texts) if i not in unseen and text.temperature is not None]
-    model, _ = load_pretrained(options.target, dtype=torch.bfloat16)
-    table = NgramTable.count(spoken, model.config.vocab_size, max_ngram=options.max_ngram, min_count=options.min_count)
-    about = {"target": fingerprint(model)} | _about(options)
-    write_config(options.out, {"vocab_size": table.vocab_size, "specdec": about})
+    vocab_size = read_vocabulary(options.target).vocab_size
+    table = NgramTable.count(spoken, vocab_size, max_ngram=options.max_ngram, min_count=options.min_count)
+    write_config(options.out, {"vocab_size": vocab_size, "specdec": _about(options)})
     table.save(options.out / "table.safetensors")
     shutil.copymode(options.out / "config.json", options.out / "table.safetensors")
 
@@ -111,7 +110,7 @@ def count_table(options: Namespace) -> None:
 def compare_with_lookup(options: Namespace) -> None:
     """Print when prompt lookup is better than a head, by the length of its match."""
     model, _ = load_pretrained(options.target, dtype=torch.bfloat16, device=options.device)
-    guesser = HeadGuesser(load_head(str(options.out), model), model)
+    guesser = HeadGuesser(load_head(str(options.head), model), model)
     data = Dataset(options.folder)
     print("text     match  positions  accepted of 1: lookup  head  accepted of 4: lookup  head")
     for name, temperature in (("greedy", 0.0), ("T = 1", 1.0)):

@@ -15,8 +15,9 @@ from typing import Any
 
 from tqdm import tqdm
 
-from specdec.distill.prompts import Dialogue, EvaluationText, about_texts, json_lines
+from specdec.distill.prompts import Dialogue, EvaluationText, about_texts
 from specdec.engine import Engine
+from specdec.prompts import encode, rows
 from specdec.sampling import SamplingParams
 
 HELD_OUT = 40
@@ -108,14 +109,6 @@ def held_out(texts: Sequence[Text]) -> list[int]:
     return [index for index in range(0, len(texts), HELD_OUT) if counts[texts[index].prompt] == 1]
 
 
-def encode(prompt: str, tokenizer: Any) -> tuple[int, ...]:
-    """Token ids of a question, through the tokenizer's chat template if it has one."""
-    if getattr(tokenizer, "chat_template", None):
-        chat = [{"role": "user", "content": prompt}]
-        return tuple(tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False))
-    return tuple(tokenizer(prompt).input_ids)
-
-
 def write(texts: Sequence[Text], engine: Engine, path: Path, *, max_tokens: int) -> None:
     """Let the target complete the texts and write them as JSON lines, behind those that the file already holds."""
     num_done = _drop_broken_end(path)
@@ -130,11 +123,11 @@ def write(texts: Sequence[Text], engine: Engine, path: Path, *, max_tokens: int)
 
 def read(path: Path) -> Iterator[Text]:
     """The texts of a corpus. Raises ValueError naming file and line for a broken one."""
-    for place, row in json_lines(path):
+    for place, row in rows(path):
         try:
             yield Text(tuple(row["prompt"]), tuple(row["output"]), row["temperature"], row["seed"])
         except (KeyError, TypeError) as error:
-            raise ValueError(f"{place} must be a text of a corpus, it lacks {error}; make the corpus again") from None
+            raise ValueError(f"{place}: must be a text of a corpus, it lacks {error}; make the corpus again") from None
 
 
 def _completed(texts: Sequence[Text], engine: Engine, max_tokens: int) -> Iterator[Text]:

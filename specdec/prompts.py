@@ -1,0 +1,59 @@
+"""Prompts as they come: rows of files of JSON lines, and the token ids of a question."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+
+def rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The rows of a file of JSON lines, which may be gzipped, each with its place `file:line` for messages.
+
+    Raises ValueError for a broken row or file, FileNotFoundError.
+    """
+    for number, line in enumerate(_lines(path), 1):
+        if line.strip():
+            yield f"{path}:{number}", _row(f"{path}:{number}", line)
+
+
+def text_of(row: dict[str, Any], field: str, place: str) -> str:
+    """A row's field. Raises ValueError naming the place unless it is a text with something in it."""
+    value = row.get(field)
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(f"{place}: {field}={value!r} must be a text that is not empty; correct or remove the row")
+    return value
+
+
+def encode(text: str, tokenizer: Any) -> tuple[int, ...]:
+    """Token ids of a question: through the chat template if the tokenizer has one; its bytes without a tokenizer."""
+    if tokenizer is None:
+        return tuple(text.encode())
+    if getattr(tokenizer, "chat_template", None):
+        chat = [{"role": "user", "content": text}]
+        return tuple(tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False))
+    return tuple(tokenizer(text).input_ids)
+
+
+def _lines(path: Path) -> Iterator[str]:
+    opened = gzip.open if path.suffix == ".gz" else open
+    try:
+        with opened(path, "rt", encoding="utf-8", newline="\n") as lines:
+            yield from lines
+    except FileNotFoundError:
+        raise
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: must be a whole file of UTF-8 text ({error}); get it again") from None
+
+
+def _row(place: str, line: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{place}: must be one JSON object a line ({error}); correct or remove the row") from None
+    if not isinstance(row, dict):
+        raise ValueError(f"{place}: {line.strip()[:40]!r} must be a JSON object; correct or remove the row")
+    return row
