@@ -1,11 +1,11 @@
-"""Prompts as they come: rows of files of JSON lines, and the token ids of a question."""
+"""Prompts as they come: rows of files of JSON lines, and questions as token ids and back."""
 
 from __future__ import annotations
 
 import gzip
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,16 @@ def encode(text: str, tokenizer: Any) -> tuple[int, ...]:
         chat = [{"role": "user", "content": text}]
         return tuple(tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False))
     return tuple(tokenizer(text).input_ids)
+
+
+def decode(tokens: Sequence[int], tokenizer: Any) -> str | None:
+    """The question whose token ids these are, or None if there is none that is encoded so."""
+    if tokenizer is None:
+        return bytes(tokens).decode()
+    one, other = encode("a", tokenizer), encode("b", tokenizer)
+    start = next(i for i, (ours, theirs) in enumerate(zip(one, other, strict=True)) if ours != theirs)
+    text: str = tokenizer.decode(tokens[start : len(tokens) - (len(one) - start - 1)])
+    return text if encode(text, tokenizer) == tuple(tokens) else None
 
 
 def _lines(path: Path) -> Iterator[str]:

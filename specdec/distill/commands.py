@@ -56,6 +56,8 @@ def make_corpus(options: Namespace) -> None:
     )
     options.folder.mkdir(parents=True, exist_ok=True)
     corpus.write(texts, engine, options.folder / "texts.jsonl", max_tokens=options.max_tokens)
+    made = list(corpus.read(options.folder / "texts.jsonl"))
+    corpus.write_held_out(made, tokenizer, options.folder / "held_out.jsonl")
     facts = (
         _asked(options)
         | {"evaluation": [path.name for path in options.evaluation]}

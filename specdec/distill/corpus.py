@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from specdec.distill.prompts import Dialogue, EvaluationText, about_texts
 from specdec.engine import Engine
-from specdec.prompts import encode, rows
+from specdec.prompts import decode, encode, rows
 from specdec.sampling import SamplingParams
 
 HELD_OUT = 40
@@ -107,6 +107,12 @@ def held_out(texts: Sequence[Text]) -> list[int]:
     """Which texts are kept for evaluation: every so manieth, unless its prompt occurs again and would be learnt."""
     counts = Counter(text.prompt for text in texts)
     return [index for index in range(0, len(texts), HELD_OUT) if counts[texts[index].prompt] == 1]
+
+
+def write_held_out(texts: Sequence[Text], tokenizer: Any, path: Path) -> None:
+    """Write the questions that are kept for evaluation, as a file of prompts that the benchmark reads."""
+    questions = (decode(texts[index].prompt, tokenizer) for index in held_out(texts))
+    path.write_text("".join(json.dumps({"prompt": question}) + "\n" for question in questions if question))
 
 
 def write(texts: Sequence[Text], engine: Engine, path: Path, *, max_tokens: int) -> None:

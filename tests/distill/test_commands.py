@@ -35,6 +35,9 @@ def test_the_corpus_says_how_it_was_made(work: Path) -> None:
     facts = json.loads((work / "corpus.json").read_text())
     assert (facts["texts"], facts["num_prompts"], facts["seed"]) == (50, 45, 0)
     assert facts["left_out"] == {"overlapping": 0, "not_ascii": 0, "too_long": 0}
+    held_out = (work / "held_out.jsonl").read_text().splitlines()
+    assert len(held_out) == 2
+    assert all(json.loads(line)["prompt"].startswith("What is ") for line in held_out)
     assert not any(str(work) in str(value) for key, value in facts.items() if key != "prompts")
 
 
