@@ -68,6 +68,14 @@ class RaggedCache(Cache):  # type: ignore[misc]  # transformers has no complete 
             rows[row, :, positions] = states.transpose(1, 2)  # scatter_ would first copy the whole block
         return rows[:, :, : window.extent]
 
+    def blocks(self, index: int, num_heads: int, head_dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Keys and values of a layer, [rows, heads, capacity, head_dim] each, of the open window's rows."""
+        layer: _RaggedLayer = self.layers[index]
+        if not layer.is_initialized:
+            states = torch.empty(0, num_heads, 0, head_dim, dtype=dtype, device=self.window.positions.device)
+            layer.lazy_initialization(states, states)
+        return layer.keys[self.window.slots], layer.values[self.window.slots]
+
     def mask(self, dtype: torch.dtype) -> Tensor:
         """Additive mask [rows, 1, width, extent] of the open window: 0 where position <= own, else the least number."""
         positions = self.window.positions

@@ -14,7 +14,7 @@ ROOT = Path(specdec.__file__).parent
 LAYERS = [
     {"sampling", "randomness", "stats", "wheels", "prompts"},
     {"verification", "requests"},
-    {"models"},
+    {"models", "kernels"},
     {"cache", "models.markov"},
     {"models.causal", "models.fusion"},
     {"models.eagle"},

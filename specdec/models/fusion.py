@@ -1,12 +1,13 @@
 """The same decoder layers in fewer, larger steps, for CPUs.
 
 A decode step of a small model on a CPU is bound by reading weights and by the number of operations, not by
-arithmetic. So the query, key and value projections become one, and the gate and up projections; bf16 weights are laid
-out once in oneDNN's own format, which is read about twice as fast as the row-major one; and grouped query heads attend
-to their key/value head directly instead of to copies of it.
+arithmetic. So the query, key and value projections become one, and the gate and up projections. Where this machine has
+`specdec.kernels` a whole layer is one call, and what is computed for a token does not depend on how many others are
+computed beside it. Elsewhere torch's operations are used: bf16 weights are laid out once in oneDNN's own format, which
+is read about twice as fast as the row-major one, and grouped query heads attend to their key/value head directly
+instead of to copies of it.
 
-What is computed is what transformers computes, in another order of rounding. For SmolLM2-135M in bf16 on two AVX-512
-cores a step of one token takes 24 ms instead of 38 (packing alone: 28), of nine tokens 27 instead of 47.
+What is computed is what transformers computes, in another order of rounding.
 """
 
 from __future__ import annotations
@@ -17,9 +18,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, scaled_dot_product_attention, silu
 
+from specdec import kernels
 from specdec.cache import RaggedCache
 
 FUSABLE = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer")
+_NORMS = ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm")
 
 
 def fuse(model: Any) -> int:
@@ -37,6 +40,9 @@ def fuse(model: Any) -> int:
                 setattr(parent, name, FusedLayer(child, masks))
             elif type(child) is nn.Linear and parent is model:
                 setattr(parent, name, Projection(child))
+            elif type(child).__name__ in _NORMS and parent is model.base_model:
+                setattr(parent, name, Norm(child))
+                continue
             else:
                 continue
             num_replaced += 1
@@ -44,22 +50,40 @@ def fuse(model: Any) -> int:
 
 
 class Projection(nn.Module):
-    """One or several `nn.Linear` of the same input as one product: float [..., in] -> [..., sum of out]."""
+    """One or several `nn.Linear` of the same input as one product: float [..., in] -> [..., sum of out].
+
+    kernel: its description for `specdec.kernels`, or None where another road is taken.
+    """
 
     def __init__(self, *linears: nn.Linear) -> None:
         super().__init__()
         weight = _joined([each.weight for each in linears])
         self.bias = None if linears[0].bias is None else _joined([each.bias for each in linears])
-        self.is_packed = weight.dtype == torch.bfloat16 and _packs_bf16()
-        rows = 8  # the layout is chosen for this many; any number works
-        self.weight: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, rows) if self.is_packed else weight
+        self.num_outputs, self.num_inputs = weight.shape
+        self.kernel: kernels.Projection | None = None
+        self.is_packed = False
+        self.weight: Tensor = weight
+        if kernels.available(weight.dtype) and self.num_inputs % 2 == 0:
+            self.weight = kernels.pack(weight)
+            if self.bias is not None:
+                self.bias = nn.functional.pad(self.bias, (0, kernels.whole_blocks(self.num_outputs) - self.num_outputs))
+            self.kernel = kernels.Projection(
+                self.weight.data_ptr(), _pointer(self.bias), self.num_inputs, self.num_outputs
+            )
+        elif weight.dtype == torch.bfloat16 and _packs_bf16():
+            rows = 8  # the layout is chosen for this many; any number works
+            self.is_packed = True
+            self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
 
     def forward(self, inputs: Tensor) -> Tensor:
+        if self.kernel is not None:
+            outputs: Tensor = inputs.new_empty(*inputs.shape[:-1], kernels.whole_blocks(self.num_outputs))
+            kernels.run_projection(self.kernel, inputs.contiguous(), outputs)
+            return outputs[..., : self.num_outputs]
         if self.is_packed:
-            outputs: Tensor = torch.ops.mkldnn._linear_pointwise(inputs, self.weight, self.bias, "none", [], "")
-        else:
-            outputs = linear(inputs, self.weight, self.bias)
-        return outputs
+            outputs = torch.ops.mkldnn._linear_pointwise(inputs, self.weight, self.bias, "none", [], "")
+            return outputs
+        return linear(inputs, self.weight, self.bias)
 
     def add_to(self, residual: Tensor, inputs: Tensor) -> Tensor:
         """residual + projection of the inputs."""
@@ -67,6 +91,26 @@ class Projection(nn.Module):
             outputs: Tensor = torch.ops.mkldnn._linear_pointwise.binary(inputs, residual, self.weight, self.bias, "add")
             return outputs
         return residual + self.forward(inputs)
+
+
+class Norm(nn.Module):
+    """Root mean square normalisation: norm is transformers', or `nn.Identity` for none."""
+
+    def __init__(self, norm: Any) -> None:
+        super().__init__()
+        self.weight: Tensor | None = None
+        if type(norm) is not nn.Identity:
+            self.weight, self.epsilon = norm.weight.detach(), float(norm.variance_epsilon)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.weight is None:
+            return x
+        if x.shape[-1] % 16 == 0 and x.dtype == self.weight.dtype and kernels.available(x.dtype):
+            return kernels.normalise(x, self.weight, self.epsilon)
+        # for a few rows twice as fast as torch's own composite
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+        scale = torch.rsqrt(length.square().div_(x.shape[-1]).add_(self.epsilon))
+        return (x * scale).to(x.dtype) * self.weight
 
 
 class RepeatedMasks:
@@ -86,6 +130,7 @@ class FusedLayer(nn.Module):
     """A decoder layer of the Llama family, with transformers' interface.
 
     layer: the transformers layer, whose weights are taken over. masks: one object for all layers of a model.
+    kernel: its description for `specdec.kernels`, or None where torch's operations are used.
     """
 
     def __init__(self, layer: Any, masks: RepeatedMasks) -> None:
@@ -98,9 +143,15 @@ class FusedLayer(nn.Module):
         self.qkv = Projection(attention.q_proj, attention.k_proj, attention.v_proj)
         self.output = Projection(attention.o_proj)
         self.gate_up, self.down = Projection(mlp.gate_proj, mlp.up_proj), Projection(mlp.down_proj)
-        self.q_norm, self.k_norm = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
+        self.q_norm, self.k_norm = (
+            Norm(getattr(attention, name, None) or nn.Identity()) for name in ("q_norm", "k_norm")
+        )
         self.activation = silu if mlp.act_fn.__class__.__name__.startswith("SiLU") else mlp.act_fn
-        self.norm_before_attention, self.norm_before_mlp = layer.input_layernorm, layer.post_attention_layernorm
+        self.norm_before_attention, self.norm_before_mlp = (
+            Norm(layer.input_layernorm),
+            Norm(layer.post_attention_layernorm),
+        )
+        self.kernel = self._describe()
 
     def forward(
         self,
@@ -111,24 +162,58 @@ class FusedLayer(nn.Module):
         **kwargs: Any,
     ) -> Tensor:
         assert position_embeddings is not None
+        if self.kernel is not None and isinstance(past_key_values, RaggedCache):
+            return self._run_kernel(hidden_states, position_embeddings, past_key_values)
         attended = self._attend(
-            self.qkv(_normalise(self.norm_before_attention, hidden_states)),
-            attention_mask,
-            position_embeddings,
-            past_key_values,
+            self.qkv(self.norm_before_attention(hidden_states)), attention_mask, position_embeddings, past_key_values
         )
         hidden_states = self.output.add_to(hidden_states, attended)
-        gate, up = self.gate_up(_normalise(self.norm_before_mlp, hidden_states)).chunk(2, -1)
+        gate, up = self.gate_up(self.norm_before_mlp(hidden_states)).chunk(2, -1)
         return self.down.add_to(hidden_states, self.activation(gate) * up)
+
+    def _describe(self) -> kernels.Layer | None:
+        """This layer for `specdec.kernels`; None where they cannot compute it."""
+        projections = [each.kernel for each in (self.qkv, self.output, self.gate_up, self.down)]
+        sizes = (self.qkv.num_inputs, self.qkv.num_outputs, self.down.num_inputs)
+        norms = [self.norm_before_attention, self.norm_before_mlp, self.q_norm, self.k_norm]
+        epsilons = {norm.epsilon for norm in norms if norm.weight is not None}
+        if (
+            None in projections
+            or any(size % kernels.BLOCK for size in sizes)
+            or self.head_dim not in kernels.HEAD_DIMS
+            or self.activation is not silu
+            or len(epsilons) != 1
+        ):
+            return None
+        return kernels.Layer(
+            *projections,
+            *(_pointer(norm.weight) for norm in norms),
+            epsilons.pop(),
+            self.scaling,
+            self.num_heads,
+            self.num_kv_heads,
+            self.head_dim,
+        )
+
+    def _run_kernel(self, hidden: Tensor, position_embeddings: tuple[Tensor, Tensor], cache: RaggedCache) -> Tensor:
+        assert self.kernel is not None
+        rows, width, _ = hidden.shape
+        keys, values = cache.blocks(self.index, self.num_kv_heads, self.head_dim, hidden.dtype)
+        hidden, result = hidden.contiguous(), torch.empty_like(hidden, memory_format=torch.contiguous_format)
+        cos, sin = (each.expand(rows, width, self.head_dim).contiguous() for each in position_embeddings)
+        arrays = (hidden, cos, sin, cache.window.positions, keys, values, result)
+        call = kernels.Call(*(each.data_ptr() for each in arrays), rows, width, cache.capacity, torch.get_num_threads())
+        kernels.run_layer(self.kernel, call, hidden.dtype)
+        return result
 
     def _attend(
         self, qkv: Tensor, mask: Tensor | None, position_embeddings: tuple[Tensor, Tensor], cache: RaggedCache | None
     ) -> Tensor:
         rows, width, _ = qkv.shape
         heads = qkv.view(rows, width, -1, self.head_dim).transpose(1, 2)
-        if self.q_norm is not None and self.k_norm is not None:
+        if self.q_norm.weight is not None:
             queries, keys, values = heads.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], 1)
-            heads = torch.cat([_normalise(self.q_norm, queries), _normalise(self.k_norm, keys), values], 1)
+            heads = torch.cat([self.q_norm(queries), self.k_norm(keys), values], 1)
         num_rotated = self.num_heads + self.num_kv_heads
         rotated, values = _rotate(heads[:, :num_rotated], *position_embeddings), heads[:, num_rotated:]
         queries, keys = rotated[:, : self.num_heads], rotated[:, self.num_heads :]
@@ -145,21 +230,15 @@ class FusedLayer(nn.Module):
         return attended.view(rows, self.num_heads, width, self.head_dim).transpose(1, 2).reshape(rows, width, -1)
 
 
-def _normalise(norm: Any, x: Tensor) -> Tensor:
-    """Root mean square normalisation; for a few rows twice as fast as torch's own composite."""
-    if type(norm) is nn.Identity:
-        return x
-    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
-    scale = torch.rsqrt(length.square().div_(x.shape[-1]).add_(norm.variance_epsilon))
-    normalised: Tensor = (x * scale).to(x.dtype) * norm.weight
-    return normalised
-
-
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary position embedding of [rows, heads, width, head_dim]; cos, sin: [rows, width, head_dim]."""
     half = x.shape[-1] // 2
     rotated = torch.cat([-x[..., half:], x[..., :half]], -1)
     return torch.addcmul(x * cos.unsqueeze(1), rotated, sin.unsqueeze(1))
+
+
+def _pointer(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
 
 
 def _joined(tensors: list[Tensor]) -> Tensor:

@@ -6,10 +6,19 @@ import pytest
 import torch
 from tiny import GQA, GREEDY, PROMPTS, SUPPORTED, make, reference
 
-from specdec import Engine
+from specdec import Engine, kernels
 from specdec.models.causal import CausalLM
-from specdec.models.fusion import fuse
+from specdec.models.fusion import FusedLayer, fuse
 
+WIDE = GQA | {"hidden_size": 64, "intermediate_size": 96, "head_dim": 32}  # shapes that the kernels take
+KERNEL_KINDS = {
+    "llama 32": WIDE,
+    "mistral 64": WIDE | {"head_dim": 64, "sliding_window": None},
+    "qwen2 32": WIDE,
+    "qwen3 96": WIDE | {"head_dim": 96},
+    "llama 128 with biases": WIDE | {"head_dim": 128, "attention_bias": True, "mlp_bias": True},
+    "llama 32 without groups": WIDE | {"num_key_value_heads": 4},
+}
 KINDS = {kind: SUPPORTED[kind] for kind in ("llama", "mistral", "qwen2", "qwen3")} | {
     "llama with biases": GQA | {"attention_bias": True},
     "llama without groups": GQA | {"num_key_value_heads": 4},
@@ -38,6 +47,75 @@ def test_greedy_tokens_are_those_of_the_original_layers(kind: str) -> None:
     for method in ("autoregressive", "ngram"):
         completions = Engine(CausalLM(model), method=method, max_batch_size=3).generate(PROMPTS, GREEDY)
         assert [list(c.token_ids) for c in completions] == expected
+
+
+needs_kernels = pytest.mark.skipif(
+    not kernels.available(torch.bfloat16), reason="kernels need Linux, a C++ compiler and AVX512-BF16"
+)
+
+
+@pytest.mark.parametrize("with_kernels", [False, pytest.param(True, marks=needs_kernels)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", KERNEL_KINDS)
+def test_layers_through_the_cache_are_those_of_the_original(
+    kind: str, dtype: torch.dtype, with_kernels: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In bf16 as near to the float32 model as transformers' own layers are."""
+    if not with_kernels:
+        monkeypatch.setattr(kernels, "available", lambda dtype: False)
+    name, options = kind.split()[0], KERNEL_KINDS[kind]
+    exact, plain, fused = (make(name, options, each) for each in (torch.float32, dtype, dtype))
+    fuse(fused)
+    assert all((layer.kernel is not None) == with_kernels for layer in fused.model.layers)
+    tokens = torch.tensor([[5, 9, 8, 7, 5, 9, 8, 3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9]])
+    lm = CausalLM(fused)
+    with torch.inference_mode():
+        exact.to(dtype).float()
+        expected = exact(tokens, use_cache=False).logits
+        error, own = (
+            float((logits.float() - expected).norm() / expected.norm())
+            for logits in (plain(tokens, use_cache=False).logits, lm.forward(tokens, lm.allocate(1, 20)))
+        )
+    assert own < (1e-5 if dtype == torch.float32 else 1.5 * error)
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", KERNEL_KINDS)
+def test_with_kernels_a_token_does_not_depend_on_its_neighbours(kind: str, dtype: torch.dtype) -> None:
+    """The same bits however many tokens a call has, whatever the rows beside it hold."""
+    model = make(kind.split()[0], KERNEL_KINDS[kind], dtype)
+    fuse(model)
+    lm = CausalLM(model)
+    torch.manual_seed(1)
+    tokens = torch.randint(3, 61, (3, 40))
+    alone = lm.forward(tokens[:1], lm.allocate(1, 40))
+    for width in (1, 2, 3, 5, 9, 13, 29):
+        cache, pieces = lm.allocate(3, 60), []
+        cache.lengths[:] = [0, 7, 11]
+        for start in range(0, 40, width):
+            pieces.append(lm.forward(tokens[:, start : start + width], cache))
+            cache.lengths[:] = [length + pieces[-1].shape[1] for length in cache.lengths]
+        assert torch.equal(torch.cat(pieces, 1)[:1], alone)
+
+
+@needs_kernels
+def test_with_kernels_speculation_gives_the_bits_of_plain_decoding() -> None:
+    """In bf16, where other engines differ at near ties."""
+    model = make("llama", KERNEL_KINDS["llama 32"], torch.bfloat16)
+    fuse(model)
+    plain = Engine(CausalLM(model)).generate(PROMPTS, GREEDY)
+    drafted = Engine(CausalLM(model), method="ngram", num_speculative_tokens=5, max_batch_size=3)
+    completions = drafted.generate(PROMPTS, GREEDY)
+    assert [c.token_ids for c in completions] == [c.token_ids for c in plain]
+    assert sum(c.counts.num_drafted for c in completions) > 5
+
+
+def test_other_activations_are_left_to_torch() -> None:
+    model = make("llama", WIDE | {"hidden_act": "gelu"})
+    fuse(model)
+    assert isinstance(model.model.layers[0], FusedLayer)
+    assert model.model.layers[0].kernel is None
 
 
 def test_other_architectures_keep_their_layers() -> None:

@@ -1,0 +1,159 @@
+"""Decoder layers for CPUs, compiled once on each machine from `decoder_layer.cpp` and kept in the cache folder.
+
+They need Linux, a C++ compiler and AVX-512 (for bfloat16 AVX512-BF16); elsewhere torch's own operations are used.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+from collections.abc import Sequence
+from ctypes import POINTER, Structure, c_float, c_int64, c_void_p
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from specdec.wheels import LoadError, cache_root, made_once
+
+BLOCK = 32  # outputs that a projection computes together
+HEAD_DIMS = (32, 64, 96, 128)
+_SOURCE = Path(__file__).with_name("decoder_layer.cpp")
+_FLAGS = ("-O3", "-std=c++17", "-fPIC", "-fopenmp", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl")
+
+
+class Projection(Structure):
+    """Packed weights; see the source for all three."""
+
+    _fields_ = (("weight", c_void_p), ("bias", c_void_p), ("inputs", c_int64), ("outputs", c_int64))
+
+
+class Layer(Structure):
+    """A decoder layer's weights and dimensions."""
+
+    _fields_ = (
+        *((name, Projection) for name in ("qkv", "output", "gate_up", "down")),
+        *((name, c_void_p) for name in ("norm_before_attention", "norm_before_mlp", "query_norm", "key_norm")),
+        *((name, c_float) for name in ("epsilon", "scaling")),
+        *((name, c_int64) for name in ("num_heads", "num_kv_heads", "head_dim")),
+    )
+
+
+class Call(Structure):
+    """The arrays of one call."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("hidden", "cos", "sin", "positions", "keys", "values", "result")),
+        *((name, c_int64) for name in ("rows", "width", "capacity", "num_threads")),
+    )
+
+
+def available(dtype: torch.dtype) -> bool:
+    """Whether this machine has kernels for a dtype; compiles them if they have not been before."""
+    if dtype not in _usable_dtypes():
+        return False
+    return _library() is not None
+
+
+def whole_blocks(outputs: int) -> int:
+    """A number of outputs, rounded up to whole blocks."""
+    return -(-outputs // BLOCK) * BLOCK
+
+
+def pack(weight: Tensor) -> Tensor:
+    """Weights [out, in] in the order in which they are read, [out / 32, in / s, 32, s], s = 2 in bf16 and 1 in float32.
+
+    Rows of zeros fill the last block; `in` must be even.
+    """
+    outputs, inputs = weight.shape
+    together = 2 if weight.dtype == torch.bfloat16 else 1
+    padded = torch.nn.functional.pad(weight.detach(), (0, 0, 0, whole_blocks(outputs) - outputs))
+    return padded.view(-1, BLOCK, inputs // together, together).permute(0, 2, 1, 3).contiguous()
+
+
+def run_layer(layer: Layer, call: Call, dtype: torch.dtype) -> None:
+    """A decoder layer; arrays as the source says."""
+    _function("layer", dtype)(layer, call)
+
+
+def run_projection(projection: Projection, inputs: Tensor, outputs: Tensor) -> None:
+    """inputs [..., in] -> outputs [..., out rounded up to whole blocks], both contiguous."""
+    tokens = inputs.numel() // inputs.shape[-1]
+    function = _function("project", inputs.dtype)
+    function(projection, inputs.data_ptr(), outputs.data_ptr(), tokens, torch.get_num_threads())
+
+
+def normalise(inputs: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    """Root mean square normalisation over the last dimension, a multiple of 16."""
+    inputs, size = inputs.contiguous(), inputs.shape[-1]
+    outputs = torch.empty_like(inputs)
+    function = _function("normalise", inputs.dtype)
+    function(inputs.data_ptr(), weight.data_ptr(), epsilon, inputs.numel() // size, size, outputs.data_ptr())
+    return outputs
+
+
+@cache
+def _usable_dtypes() -> tuple[torch.dtype, ...]:
+    """What this processor can compute with."""
+    on_linux = platform.system() == "Linux" and platform.machine() == "x86_64"
+    if not on_linux or torch.backends.cpu.get_cpu_capability() != "AVX512":
+        return ()
+    return (torch.float32, torch.bfloat16) if torch.cpu._is_avx512_bf16_supported() else (torch.float32,)
+
+
+@cache
+def _library() -> Any:
+    """The compiled kernels, or None where they cannot be compiled, which is said once."""
+    compiler = shutil.which(os.environ.get("CXX", "g++"))
+    if compiler is None:
+        _say("no C++ compiler was found (install g++, or name one in CXX)")
+        return None
+    flags = [*_FLAGS, *(["-mavx512bf16"] if torch.bfloat16 in _usable_dtypes() else [])]
+    digest = hashlib.sha256(_SOURCE.read_bytes() + " ".join(flags).encode()).hexdigest()
+
+    def make(staging: Path) -> dict[str, Any]:
+        (staging / "made").mkdir()
+        command = [compiler, *flags, "-c", str(_SOURCE), "-o", str(staging / "kernels.o")]
+        _run(command)
+        # torch's own OpenMP runtime: two in a process would fight for the cores
+        runtimes = [str(path) for path in (Path(torch.__file__).parent / "lib").glob("libgomp*.so*")] or ["-lgomp"]
+        _run([compiler, "-shared", str(staging / "kernels.o"), *runtimes, "-o", str(staging / "made" / "kernels.so")])
+        return {"source_sha256": digest, "command": [Path(compiler).name, *flags]}
+
+    try:
+        folder = made_once(
+            cache_root() / f"kernels-{digest[:8]}", make, disk_bytes=10**7, rule="kernels must be compiled once"
+        )
+        return ctypes.CDLL(str(folder / "kernels.so"))
+    except (LoadError, OSError) as error:
+        _say(str(error))
+        return None
+
+
+def _run(command: Sequence[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{Path(command[0]).name} failed: {(done.stderr.strip().splitlines() or ['?'])[-1]}")
+
+
+def _say(reason: str) -> None:
+    logging.getLogger("specdec").warning("kernels for this CPU are not used, decoding is slower: %s", reason)
+
+
+@cache
+def _function(name: str, dtype: torch.dtype) -> Any:
+    function = getattr(_library(), f"{name}_{str(dtype).removeprefix('torch.')}")
+    function.restype = None
+    function.argtypes = {
+        "layer": (POINTER(Layer), POINTER(Call)),
+        "project": (POINTER(Projection), c_void_p, c_void_p, c_int64, c_int64),
+        "normalise": (c_void_p, c_void_p, c_float, c_int64, c_int64, c_void_p),
+    }[name]
+    return function

@@ -1,0 +1,440 @@
+// Decoder layers of the Llama family for CPUs with AVX-512, in float32 and bfloat16.
+//
+// A decode step of a small model is bound by reading its weights. So each projection reads them once, front to back,
+// for up to MAX_TILE tokens at a time: several tokens cost what one costs. A token's numbers do not depend on how many
+// others are computed beside it, nor on where a prompt was cut: every sum is taken in one order, over the input
+// dimension by projections, over positions by attention. So verifying a draft gives the very bits of plain decoding.
+//
+// Products are summed in float32, and rounded to the model's own type where a layer's parts meet.
+
+#include <immintrin.h>
+#include <omp.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <memory>
+
+namespace {
+
+struct bf16 {
+    uint16_t bits;
+};
+
+constexpr int64_t BLOCK = 32;     // outputs that a projection computes together: two vectors
+constexpr int64_t MAX_TILE = 12;  // tokens that it computes together: 24 of the 32 registers hold their sums
+constexpr int64_t KEYS = 16;      // positions whose scores fill a vector
+
+// ---- one vector of 16 numbers
+
+inline __m512 load(const float* p) { return _mm512_loadu_ps(p); }
+inline __m512 load(const bf16* p) {
+    const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+}
+inline void store(float* p, __m512 x) { _mm512_storeu_ps(p, x); }
+inline void store(bf16* p, __m512 x) {
+#ifdef __AVX512BF16__
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh(x));
+#endif
+}
+template <class T>
+inline __m512 rounded(__m512 x) {  // to the numbers that T has
+    alignas(64) T memory[16];
+    store(memory, x);
+    return load(memory);
+}
+
+// 2^n times a polynomial, relative error below 3e-7; arguments are at most 0 here or of moderate size
+inline __m512 exponential(__m512 x) {
+    x = _mm512_max_ps(x, _mm512_set1_ps(-87.0f));
+    const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 0);
+    __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
+    r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), r);
+    __m512 p = _mm512_set1_ps(1.9875691500e-4f);
+    for (float c : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 0.5f, 1.0f, 1.0f})
+        p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(c));
+    return _mm512_scalef_ps(p, n);
+}
+
+inline __m512 silu(__m512 x) {
+    const __m512 bounded = _mm512_min_ps(_mm512_sub_ps(_mm512_setzero_ps(), x), _mm512_set1_ps(87.0f));
+    return _mm512_div_ps(x, _mm512_add_ps(_mm512_set1_ps(1.0f), exponential(bounded)));
+}
+
+// ---- projections
+
+// acc[m][0..32) = products of token m's inputs with one block of weights, [in / S][32][S] for S inputs at a time
+template <int M>
+inline void products(const float* weights, const float* inputs, int64_t in, float (*acc)[BLOCK]) {
+    __m512 sum[M][2];
+#pragma GCC unroll 12
+    for (int m = 0; m < M; m++) sum[m][0] = sum[m][1] = _mm512_setzero_ps();
+    for (int64_t k = 0; k < in; k++) {
+        const __m512 low = load(weights + k * BLOCK), high = load(weights + k * BLOCK + 16);
+#pragma GCC unroll 12
+        for (int m = 0; m < M; m++) {
+            const __m512 x = _mm512_set1_ps(inputs[m * in + k]);
+            sum[m][0] = _mm512_fmadd_ps(low, x, sum[m][0]);
+            sum[m][1] = _mm512_fmadd_ps(high, x, sum[m][1]);
+        }
+    }
+#pragma GCC unroll 12
+    for (int m = 0; m < M; m++) store(acc[m], sum[m][0]), store(acc[m] + 16, sum[m][1]);
+}
+
+template <int M>
+inline void products(const bf16* weights, const bf16* inputs, int64_t in, float (*acc)[BLOCK]) {
+#ifdef __AVX512BF16__
+    __m512 sum[M][2];
+#pragma GCC unroll 12
+    for (int m = 0; m < M; m++) sum[m][0] = sum[m][1] = _mm512_setzero_ps();
+    for (int64_t k = 0; k < in; k += 2) {
+        const bf16* pair = weights + k * BLOCK;
+        _mm_prefetch(reinterpret_cast<const char*>(pair) + 4096, _MM_HINT_T0);
+        _mm_prefetch(reinterpret_cast<const char*>(pair) + 4160, _MM_HINT_T0);
+        const __m512bh low = (__m512bh)_mm512_loadu_si512(pair), high = (__m512bh)_mm512_loadu_si512(pair + 32);
+#pragma GCC unroll 12
+        for (int m = 0; m < M; m++) {
+            int32_t two;
+            std::memcpy(&two, inputs + m * in + k, 4);
+            const __m512bh x = (__m512bh)_mm512_set1_epi32(two);
+            sum[m][0] = _mm512_dpbf16_ps(sum[m][0], low, x);
+            sum[m][1] = _mm512_dpbf16_ps(sum[m][1], high, x);
+        }
+    }
+#pragma GCC unroll 12
+    for (int m = 0; m < M; m++) store(acc[m], sum[m][0]), store(acc[m] + 16, sum[m][1]);
+#endif
+}
+
+template <class T>
+using Products = void (*)(const T*, const T*, int64_t, float (*)[BLOCK]);
+
+template <class T>
+Products<T> products_of(int64_t tile) {
+    static constexpr Products<T> table[MAX_TILE] = {
+        products<1>, products<2>, products<3>, products<4>,  products<5>,  products<6>,
+        products<7>, products<8>, products<9>, products<10>, products<11>, products<12>};
+    return table[tile - 1];
+}
+
+// Calls finish(token, block, sums of 32 outputs) for all tokens and blocks; the threads share the blocks out.
+template <class T, class Finish>
+void project(const T* weights, const T* inputs, int64_t tokens, int64_t in, int64_t blocks, Finish finish) {
+    const int64_t num_tiles = (tokens + MAX_TILE - 1) / MAX_TILE, tile = (tokens + num_tiles - 1) / num_tiles;
+    alignas(64) float acc[MAX_TILE][BLOCK];
+#pragma omp for schedule(static)
+    for (int64_t block = 0; block < blocks; block++)
+        for (int64_t first = 0; first < tokens; first += tile) {
+            const int64_t count = std::min(tile, tokens - first);
+            products_of<T>(count)(weights + block * in * BLOCK, inputs + first * in, in, acc);
+            for (int64_t m = 0; m < count; m++) finish(first + m, block, acc[m]);
+        }
+}
+
+template <class T>
+inline void store_block(T* out, const float* sums, const T* bias, int64_t block, const T* residual = nullptr) {
+    for (int64_t half = 0; half < BLOCK; half += 16) {
+        __m512 x = load(sums + half);
+        if (bias) x = _mm512_add_ps(x, load(bias + block * BLOCK + half));
+        if (residual) x = _mm512_add_ps(x, load(residual + half));
+        store(out + half, x);
+    }
+}
+
+// ---- normalisation, positions, attention
+
+template <class T>
+inline void normalise(const T* x, const T* weight, float epsilon, int64_t size, T* out) {
+    __m512 squares = _mm512_setzero_ps();
+    for (int64_t i = 0; i < size; i += 16) squares = _mm512_fmadd_ps(load(x + i), load(x + i), squares);
+    const __m512 scale = _mm512_set1_ps(1.0f / std::sqrt(_mm512_reduce_add_ps(squares) / size + epsilon));
+    for (int64_t i = 0; i < size; i += 16)
+        store(out + i, _mm512_mul_ps(rounded<T>(_mm512_mul_ps(load(x + i), scale)), load(weight + i)));
+}
+
+template <class T>
+inline void rotate(const T* x, const T* cos, const T* sin, int64_t size, T* out) {
+    const int64_t half = size / 2;
+    for (int64_t i = 0; i < half; i += 16) {
+        const __m512 first = load(x + i), second = load(x + half + i);
+        store(out + i, _mm512_fnmadd_ps(second, load(sin + i), _mm512_mul_ps(first, load(cos + i))));
+        store(out + half + i,
+              _mm512_fmadd_ps(first, load(sin + half + i), _mm512_mul_ps(second, load(cos + half + i))));
+    }
+}
+
+// one vector of the sums of sixteen
+inline __m512 sums(const __m512 a[16]) {
+    __m512 four[4];
+    for (int i = 0; i < 4; i++) {
+        const __m512* b = a + 4 * i;
+        const __m512 p = _mm512_add_ps(_mm512_unpacklo_ps(b[0], b[1]), _mm512_unpackhi_ps(b[0], b[1]));
+        const __m512 q = _mm512_add_ps(_mm512_unpacklo_ps(b[2], b[3]), _mm512_unpackhi_ps(b[2], b[3]));
+        const __m512d pd = _mm512_castps_pd(p), qd = _mm512_castps_pd(q);
+        four[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(pd, qd)),
+                                _mm512_castpd_ps(_mm512_unpackhi_pd(pd, qd)));
+    }
+    __m512 two[2];
+    for (int i = 0; i < 2; i++)
+        two[i] = _mm512_add_ps(_mm512_shuffle_f32x4(four[2 * i], four[2 * i + 1], 0x88),
+                               _mm512_shuffle_f32x4(four[2 * i], four[2 * i + 1], 0xDD));
+    return _mm512_add_ps(_mm512_shuffle_f32x4(two[0], two[1], 0x88), _mm512_shuffle_f32x4(two[0], two[1], 0xDD));
+}
+
+// One head's output for up to TILE consecutive queries of one row; query q sees positions up to seen[q] - 1.
+// queries and outputs are `stride` apart. scores: room for TILE times (most + KEYS) numbers.
+template <class T, int VECTORS, int TILE>
+void attend(const T* queries, int64_t stride, const T* keys, const T* values, const int64_t* seen, int64_t count,
+            float scaling, float* scores, T* outputs) {
+    constexpr int64_t size = VECTORS * 16;
+    const int64_t most = *std::max_element(seen, seen + count), room = (most + KEYS - 1) / KEYS * KEYS;
+    __m512 total[TILE];
+    for (int64_t q = 0; q < count; q++) {
+        __m512 query[VECTORS], peak = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
+        for (int v = 0; v < VECTORS; v++) query[v] = load(queries + q * stride + v * 16);
+        float* row = scores + q * room;
+        const __m512i last = _mm512_set1_epi32(static_cast<int>(seen[q]) - 1);
+        const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+        for (int64_t j = 0; j < room; j += KEYS) {
+            const __mmask16 sees = _mm512_cmple_epi32_mask(_mm512_add_epi32(lanes, _mm512_set1_epi32(j)), last);
+            __m512 dots[KEYS];
+            for (int64_t i = 0; i < KEYS; i++) {
+                const T* key = keys + std::min(j + i, most - 1) * size;
+                dots[i] = _mm512_mul_ps(query[0], load(key));
+                for (int v = 1; v < VECTORS; v++) dots[i] = _mm512_fmadd_ps(query[v], load(key + v * 16), dots[i]);
+            }
+            const __m512 score = _mm512_mul_ps(sums(dots), _mm512_set1_ps(scaling));
+            peak = _mm512_mask_max_ps(peak, sees, peak, score);
+            store(row + j, score);
+        }
+        peak = _mm512_set1_ps(_mm512_reduce_max_ps(peak));
+        total[q] = _mm512_setzero_ps();
+        for (int64_t j = 0; j < room; j += KEYS) {
+            const __mmask16 sees = _mm512_cmple_epi32_mask(_mm512_add_epi32(lanes, _mm512_set1_epi32(j)), last);
+            const __m512 weight = _mm512_maskz_mov_ps(sees, exponential(_mm512_sub_ps(load(row + j), peak)));
+            total[q] = _mm512_add_ps(total[q], weight);
+            store(row + j, weight);
+        }
+    }
+    __m512 sum[TILE][VECTORS];
+    for (int q = 0; q < TILE; q++)
+        for (int v = 0; v < VECTORS; v++) sum[q][v] = _mm512_setzero_ps();
+    for (int64_t q = count; q < TILE; q++) std::memset(scores + q * room, 0, room * sizeof(float));
+    for (int64_t j = 0; j < most; j++) {
+        __m512 value[VECTORS];
+        for (int v = 0; v < VECTORS; v++) value[v] = load(values + j * size + v * 16);
+        for (int q = 0; q < TILE; q++) {
+            const __m512 weight = _mm512_set1_ps(scores[q * room + j]);
+            for (int v = 0; v < VECTORS; v++) sum[q][v] = _mm512_fmadd_ps(weight, value[v], sum[q][v]);
+        }
+    }
+    for (int64_t q = 0; q < count; q++) {
+        const __m512 scale = _mm512_set1_ps(1.0f / _mm512_reduce_add_ps(total[q]));
+        for (int v = 0; v < VECTORS; v++) store(outputs + q * stride + v * 16, _mm512_mul_ps(sum[q][v], scale));
+    }
+}
+
+template <class T>
+using Attend = void (*)(const T*, int64_t, const T*, const T*, const int64_t*, int64_t, float, float*, T*);
+
+template <class T>
+Attend<T> attend_of(int64_t head_dim, bool is_narrow) {  // 16 registers hold the sums
+    switch (head_dim) {
+        case 32: return is_narrow ? attend<T, 2, 1> : attend<T, 2, 8>;
+        case 64: return is_narrow ? attend<T, 4, 1> : attend<T, 4, 4>;
+        case 96: return is_narrow ? attend<T, 6, 1> : attend<T, 6, 2>;
+        case 128: return is_narrow ? attend<T, 8, 1> : attend<T, 8, 2>;
+        default: return nullptr;
+    }
+}
+
+inline int64_t queries_together(int64_t head_dim, int64_t width) {
+    if (width == 1) return 1;
+    return head_dim == 32 ? 8 : head_dim == 64 ? 4 : 2;
+}
+
+}  // namespace
+
+// ---- what Python sees; pointers are to arrays of the type in the function's name, unless another is written
+
+extern "C" {
+
+// weight: as `pack` lays it out. bias: [out] or null.
+struct Projection {
+    const void *weight, *bias;
+    int64_t in, out;
+};
+
+// Norms are null where there is none.
+struct Layer {
+    Projection qkv, output, gate_up, down;
+    const void *norm_before_attention, *norm_before_mlp, *query_norm, *key_norm;
+    float epsilon, scaling;
+    int64_t num_heads, num_kv_heads, head_dim;
+};
+
+// One call's arrays. hidden, result [rows * width, hidden]; cos, sin [rows * width, head_dim]; positions int64
+// [rows * width]; keys, values [rows, num_kv_heads, capacity, head_dim], the rows' own.
+struct Call {
+    const void *hidden, *cos, *sin;
+    const int64_t* positions;
+    void *keys, *values, *result;
+    int64_t rows, width, capacity, num_threads;
+};
+}
+
+namespace {
+
+template <class T>
+void run_layer(const Layer& layer, const Call& call) {
+    const int64_t tokens = call.rows * call.width, size = layer.qkv.in, dim = layer.head_dim;
+    const int64_t heads = layer.num_heads, kv_heads = layer.num_kv_heads, wide = layer.qkv.out;
+    const int64_t attended_size = heads * dim, mlp_size = layer.down.in;
+    const T *hidden = static_cast<const T*>(call.hidden), *cos = static_cast<const T*>(call.cos),
+            *sin = static_cast<const T*>(call.sin);
+    T *all_keys = static_cast<T*>(call.keys), *all_values = static_cast<T*>(call.values),
+      *result = static_cast<T*>(call.result);
+    const int64_t most = *std::max_element(call.positions, call.positions + tokens) + 1;
+    const int64_t together = queries_together(dim, call.width);
+    const int64_t num_tiles = (call.width + together - 1) / together;
+    const Attend<T> attend_tile = attend_of<T>(dim, call.width == 1);
+    std::unique_ptr<T[]> memory(new T[tokens * (size + wide + attended_size + mlp_size)]);
+    T *normed = memory.get(), *qkv = normed + tokens * size, *attended = qkv + tokens * wide,
+      *activated = attended + tokens * attended_size;
+
+    const auto normalise_all = [&](const void* weight, const T* x) {
+        const T* norm = static_cast<const T*>(weight);
+#pragma omp for schedule(static)
+        for (int64_t t = 0; t < tokens; t++) {
+            if (norm)
+                normalise(x + t * size, norm, layer.epsilon, size, normed + t * size);
+            else
+                std::memcpy(normed + t * size, x + t * size, size * sizeof(T));
+        }
+    };
+
+#pragma omp parallel num_threads(call.num_threads)
+    {
+        normalise_all(layer.norm_before_attention, hidden);
+        project(static_cast<const T*>(layer.qkv.weight), normed, tokens, size, wide / BLOCK,
+                [&](int64_t t, int64_t block, const float* sums) {
+                    store_block(qkv + t * wide + block * BLOCK, sums, static_cast<const T*>(layer.qkv.bias), block);
+                });
+
+#pragma omp for schedule(static) collapse(2)
+        for (int64_t t = 0; t < tokens; t++)
+            for (int64_t head = 0; head < heads + 2 * kv_heads; head++) {
+                T* x = qkv + t * wide + head * dim;
+                const bool is_query = head < heads, is_value = head >= heads + kv_heads;
+                const int64_t kv_head = is_value ? head - heads - kv_heads : head - heads;
+                const int64_t place = ((t / call.width * kv_heads + kv_head) * call.capacity + call.positions[t]) * dim;
+                if (is_value) {
+                    std::memcpy(all_values + place, x, dim * sizeof(T));
+                    continue;
+                }
+                const void* norm = is_query ? layer.query_norm : layer.key_norm;
+                if (norm) normalise(x, static_cast<const T*>(norm), layer.epsilon, dim, x);
+                alignas(64) T turned[256];
+                rotate(x, cos + t * dim, sin + t * dim, dim, turned);
+                std::memcpy(is_query ? x : all_keys + place, turned, dim * sizeof(T));
+            }
+
+        const std::unique_ptr<float[]> scores(new float[together * (most + KEYS)]);
+        int64_t seen[8];
+#pragma omp for schedule(static) collapse(3)
+        for (int64_t row = 0; row < call.rows; row++)
+            for (int64_t head = 0; head < heads; head++)
+                for (int64_t tile = 0; tile < num_tiles; tile++) {
+                    const int64_t first = row * call.width + tile * together;
+                    const int64_t count = std::min(together, call.width - tile * together);
+                    for (int64_t q = 0; q < count; q++) seen[q] = call.positions[first + q] + 1;
+                    const int64_t block = (row * kv_heads + head * kv_heads / heads) * call.capacity * dim;
+                    // queries stand in qkv rows, outputs in attended rows: the outputs go through a small buffer
+                    alignas(64) T out[8 * 128];
+                    alignas(64) T in[8 * 128];
+                    for (int64_t q = 0; q < count; q++)
+                        std::memcpy(in + q * dim, qkv + (first + q) * wide + head * dim, dim * sizeof(T));
+                    attend_tile(in, dim, all_keys + block, all_values + block, seen, count, layer.scaling,
+                                scores.get(), out);
+                    for (int64_t q = 0; q < count; q++)
+                        std::memcpy(attended + (first + q) * attended_size + head * dim, out + q * dim,
+                                    dim * sizeof(T));
+                }
+
+        project(static_cast<const T*>(layer.output.weight), attended, tokens, attended_size, size / BLOCK,
+                [&](int64_t t, int64_t block, const float* sums) {
+                    const int64_t place = t * size + block * BLOCK;
+                    store_block(result + place, sums, static_cast<const T*>(layer.output.bias), block, hidden + place);
+                });
+        normalise_all(layer.norm_before_mlp, result);
+
+        // gate and up blocks lie one after the other, so that both are at hand when a block is done
+        alignas(64) float gates[MAX_TILE][BLOCK];
+        const T* bias = static_cast<const T*>(layer.gate_up.bias);
+        const T* weights = static_cast<const T*>(layer.gate_up.weight);
+        const int64_t blocks = mlp_size / BLOCK, num_parts = (tokens + MAX_TILE - 1) / MAX_TILE;
+        const int64_t part = (tokens + num_parts - 1) / num_parts;
+        alignas(64) float ups[MAX_TILE][BLOCK];
+#pragma omp for schedule(static)
+        for (int64_t block = 0; block < blocks; block++)
+            for (int64_t first = 0; first < tokens; first += part) {
+                const int64_t count = std::min(part, tokens - first);
+                const auto multiply = products_of<T>(count);
+                multiply(weights + block * size * BLOCK, normed + first * size, size, gates);
+                multiply(weights + (blocks + block) * size * BLOCK, normed + first * size, size, ups);
+                for (int64_t m = 0; m < count; m++)
+                    for (int64_t half = 0; half < BLOCK; half += 16) {
+                        __m512 gate = load(gates[m] + half), up = load(ups[m] + half);
+                        if (bias) {
+                            gate = _mm512_add_ps(gate, load(bias + block * BLOCK + half));
+                            up = _mm512_add_ps(up, load(bias + (blocks + block) * BLOCK + half));
+                        }
+                        store(activated + (first + m) * mlp_size + block * BLOCK + half, _mm512_mul_ps(silu(gate), up));
+                    }
+            }
+
+        project(static_cast<const T*>(layer.down.weight), activated, tokens, mlp_size, size / BLOCK,
+                [&](int64_t t, int64_t block, const float* sums) {
+                    T* out = result + t * size + block * BLOCK;
+                    store_block(out, sums, static_cast<const T*>(layer.down.bias), block, out);
+                });
+    }
+}
+
+template <class T>
+void run_projection(const Projection& projection, const T* inputs, T* outputs, int64_t tokens, int64_t num_threads) {
+    const int64_t out = (projection.out + BLOCK - 1) / BLOCK * BLOCK;
+#pragma omp parallel num_threads(num_threads)
+    project(static_cast<const T*>(projection.weight), inputs, tokens, projection.in, out / BLOCK,
+            [&](int64_t t, int64_t block, const float* sums) {
+                store_block(outputs + t * out + block * BLOCK, sums, static_cast<const T*>(projection.bias), block);
+            });
+}
+
+}  // namespace
+
+extern "C" {
+void layer_float32(const Layer* layer, const Call* call) { run_layer<float>(*layer, *call); }
+void layer_bfloat16(const Layer* layer, const Call* call) { run_layer<bf16>(*layer, *call); }
+
+// outputs: [tokens, out rounded up to a multiple of 32]
+void project_float32(const Projection* p, const float* x, float* y, int64_t tokens, int64_t num_threads) {
+    run_projection<float>(*p, x, y, tokens, num_threads);
+}
+void project_bfloat16(const Projection* p, const void* x, void* y, int64_t tokens, int64_t num_threads) {
+    run_projection<bf16>(*p, static_cast<const bf16*>(x), static_cast<bf16*>(y), tokens, num_threads);
+}
+
+void normalise_float32(const float* x, const float* weight, float epsilon, int64_t tokens, int64_t size, float* out) {
+    for (int64_t t = 0; t < tokens; t++) normalise(x + t * size, weight, epsilon, size, out + t * size);
+}
+void normalise_bfloat16(const void* x, const void* weight, float epsilon, int64_t tokens, int64_t size, void* out) {
+    for (int64_t t = 0; t < tokens; t++)
+        normalise(static_cast<const bf16*>(x) + t * size, static_cast<const bf16*>(weight), epsilon, size,
+                  static_cast<bf16*>(out) + t * size);
+}
+}
