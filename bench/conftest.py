@@ -50,6 +50,8 @@ def pytest_report_header(config: pytest.Config) -> str:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """One test for each cell."""
+    if "axis" in metafunc.fixturenames:
+        _parametrize_costs(metafunc)
     if not set(CELL_FIELDS) <= set(metafunc.fixturenames):
         return
     session = metafunc.config.stash[SESSION]
@@ -62,6 +64,19 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         values = [getattr(cell, name) for name in CELL_FIELDS]
         parameters.append(pytest.param(*values, id=cell.id, marks=marks))
     metafunc.parametrize(CELL_FIELDS, parameters)
+
+
+def _parametrize_costs(metafunc: pytest.Metafunc) -> None:
+    from bench import cost  # imports torch
+
+    session = metafunc.config.stash[SESSION]
+    sweeps = cost.SMOKE_SWEEPS if session.config.smoke else cost.SWEEPS
+    parameters = [
+        pytest.param(axis, size, marks=pytest.mark.benchmark(timer=session.clock, group=f"cost of {axis}"))
+        for axis, sizes in sweeps.items()
+        for size in sizes
+    ]
+    metafunc.parametrize(("axis", "size"), parameters)
 
 
 @pytest.fixture(scope="session")
@@ -88,6 +103,12 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     if session and session.records:
         terminalreporter.section("speculative decoding")
         for line in table.render(session.records):
+            terminalreporter.write_line(line)
+    if session and session.cost_records:
+        from bench import cost
+
+        terminalreporter.section("cost against size")
+        for line in cost.lines(session.cost_records):
             terminalreporter.write_line(line)
 
 

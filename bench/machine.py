@@ -28,7 +28,8 @@ def source_sha256() -> str:
     """A digest of the sources of specdec and of this harness: a change in them makes cells incomparable."""
     digest = hashlib.sha256()
     root = Path(__file__).parents[1]
-    for path in sorted([*root.glob("specdec/**/*.py"), *root.glob("bench/**/*.py")]):
+    patterns = ("specdec/**/*.py", "specdec/**/*.cpp", "bench/**/*.py")
+    for path in sorted(path for pattern in patterns for path in root.glob(pattern)):
         digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()
 

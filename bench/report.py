@@ -6,7 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
-from bench import table
+from bench import cost, table
 
 
 def render(run: Path) -> str:
@@ -17,7 +17,10 @@ def render(run: Path) -> str:
     try:
         results = json.loads(run.read_text())
         records = [benchmark["extra_info"] for benchmark in results["benchmarks"]]
-        return "\n".join([_machine(results), "", *table.render(records)])
+        decoding = [record for record in records if "axis" not in record]
+        costs = [record for record in records if "axis" in record]
+        tables = [*(table.render(decoding) if decoding else []), *(cost.lines(costs) if costs else [])]
+        return "\n".join([_machine(results), "", *tables])
     except (KeyError, TypeError, IndexError, json.JSONDecodeError) as error:
         raise ValueError(f"{run} must be written by `pytest bench/ --benchmark-json`; {error!r} is amiss") from error
 

@@ -25,7 +25,8 @@ WARM_UP_TOKENS = 8
 class Session:
     """Prepares everything that can fail before anything expensive is done, then measures cell by cell.
 
-    plans: all cells. records: those of the finished cells, in the order of the run. clock: pytest-benchmark's timer.
+    plans: all cells. records, cost_records: those of the finished cells, in the order of the run.
+    clock: pytest-benchmark's timer.
     Raises ValueError naming what was asked for and cannot be had.
     """
 
@@ -35,6 +36,8 @@ class Session:
         self.device = machine.resolve_device(config.device)
         self.prompts = {workloads.label(name): self._read(name) for name in config.workloads}
         self.records: list[dict[str, Any]] = []
+        self.cost_records: list[dict[str, Any]] = []
+        self._bandwidth = 0.0
         self.journal: Journal | None = None
         self.num_resumed = 0
         self._models = _Models(config, self.device)
@@ -57,14 +60,35 @@ class Session:
             self.clock.replay(benchmark, entry.rounds_s)
         else:
             entry = self._measure(cell, benchmark)
-            self._keep(cell, entry)
+            self._keep(cell.id, entry)
         self.records.append(entry.record)
         return entry.record
 
-    def _keep(self, cell: Cell, entry: Entry) -> None:
+    def run_cost(self, axis: str, size: int, benchmark: Any) -> dict[str, Any]:
+        """The record of a cell of `bench.cost`, for the first pair, from the journal or measured and then put there."""
+        assert self.journal is not None
+        name, pair = f"cost-{axis}-{size}", self.config.pairs[0]
+        if name in self.journal.cells:
+            entry = self.journal.cells[name]
+            self.clock.replay(benchmark, entry.rounds_s)
+        else:
+            entry = self._measure_cost(axis, size, pair, benchmark)
+            self._keep(name, entry)
+        self.cost_records.append(entry.record)
+        return entry.record
+
+    def _measure_cost(self, axis: str, size: int, pair: Pair, benchmark: Any) -> Entry:
+        from bench import cost
+
+        target = self._models.engine("specdec", pair).target  # type: ignore[attr-defined]
+        self._bandwidth = self._bandwidth or cost.read_bandwidth(target.device)
+        identity = {"pair": pair.name, "dtype": self.config.dtype_of(pair), "device": self.device}
+        return Entry(*cost.measure(benchmark, target, axis, size, self._bandwidth, identity))
+
+    def _keep(self, name: str, entry: Entry) -> None:
         assert self.journal is not None
         try:
-            self.journal.append(cell.id, entry)
+            self.journal.append(name, entry)
         except OSError as error:
             pytest.exit(
                 f"journal={self.journal.path} must be writable ({error.strerror}); the cells before this one "

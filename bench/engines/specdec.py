@@ -22,7 +22,7 @@ class SpecdecEngine:
     version = specdec.__version__
 
     def __init__(self, target: CausalLM, drafts: Mapping[str, Any], verification: str) -> None:
-        self.tokenizer = target.tokenizer
+        self.target, self.tokenizer = target, target.tokenizer
 
         @cache
         def engine(method: Any, gamma: int, batch_size: int) -> Engine:

@@ -27,6 +27,13 @@ constexpr int64_t BLOCK = 32;     // outputs that a projection computes together
 constexpr int64_t MAX_TILE = 12;  // tokens that it computes together: 24 of the 32 registers hold their sums
 constexpr int64_t KEYS = 16;      // positions whose scores fill a vector
 
+// Threads that a product of a matrix with so many weights is worth: sharing a little work out costs more than doing it,
+// most of all where other programs want the processors too.
+inline int64_t worth(int64_t weights, int64_t tokens, int64_t num_threads) {
+    constexpr int64_t least = 1 << 16;
+    return std::max<int64_t>(1, std::min(num_threads, weights * ((tokens + MAX_TILE - 1) / MAX_TILE) / least));
+}
+
 // ---- one vector of 16 numbers
 
 inline __m512 load(const float* p) { return _mm512_loadu_ps(p); }
@@ -317,7 +324,8 @@ void run_layer(const Layer& layer, const Call& call) {
         }
     };
 
-#pragma omp parallel num_threads(call.num_threads)
+    const int64_t weights = size * (wide + attended_size + 3 * mlp_size);
+#pragma omp parallel num_threads(worth(weights, tokens, call.num_threads))
     {
         normalise_all(layer.norm_before_attention, hidden);
         project(static_cast<const T*>(layer.qkv.weight), normed, tokens, size, wide / BLOCK,
@@ -408,7 +416,7 @@ void run_layer(const Layer& layer, const Call& call) {
 template <class T>
 void run_projection(const Projection& projection, const T* inputs, T* outputs, int64_t tokens, int64_t num_threads) {
     const int64_t out = (projection.out + BLOCK - 1) / BLOCK * BLOCK;
-#pragma omp parallel num_threads(num_threads)
+#pragma omp parallel num_threads(worth(projection.in * out, tokens, num_threads))
     project(static_cast<const T*>(projection.weight), inputs, tokens, projection.in, out / BLOCK,
             [&](int64_t t, int64_t block, const float* sums) {
                 store_block(outputs + t * out + block * BLOCK, sums, static_cast<const T*>(projection.bias), block);

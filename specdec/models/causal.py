@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
@@ -38,6 +38,22 @@ class CausalLM:
     def eos_token_ids(self) -> frozenset[int]:
         """Tokens that end a sequence."""
         return eos_token_ids(self.model)
+
+    @property
+    def step_bytes(self) -> int:
+        """Bytes of weights that a step reads: all but the embedding table, of which it looks up a few rows."""
+        modules = [module for module in self.model.modules() if not isinstance(module, nn.Embedding)]
+        values = [value for module in modules for value in (*vars(module).values(), *module.parameters(recurse=False))]
+        weights = {id(value): value for value in values if isinstance(value, Tensor)}
+        return sum(weight.numel() * weight.element_size() for weight in weights.values())
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of keys and values that a token of context has."""
+        config = self.config
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        return int(2 * self.num_layers * heads * head_dim * self.dtype.itemsize)
 
     def allocate(self, num_slots: int, capacity: int, *, keep_features: bool = False) -> RaggedCache:
         shape = (num_slots, capacity, self.config.hidden_size)

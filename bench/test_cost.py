@@ -1,0 +1,15 @@
+"""Time of a step against its size, beside what reading its weights and its cache must take at the least."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from bench.session import Session
+
+
+@pytest.mark.filterwarnings("ignore:Benchmark fixture was not used at all")
+def test_cost(benchmark: Any, session: Session, axis: str, size: int) -> None:
+    """A round is one step of that size; the roofline is measured first, in the same run."""
+    benchmark.extra_info.update(session.run_cost(axis, size, benchmark))
