@@ -27,8 +27,6 @@ CELLS = [
     for method in methods
 ]
 
-NUM_COSTS = len(SMOKE_SWEEPS)  # cells of bench/test_cost.py, which come first
-
 
 def command(folder: Path, *arguments: str) -> list[str]:
     return [
@@ -47,6 +45,10 @@ def command(folder: Path, *arguments: str) -> list[str]:
     ]
 
 
+def cost_command(folder: Path) -> list[str]:
+    return [part.replace("bench/", "bench/cost_sweep.py") for part in command(folder)]
+
+
 def finish(folder: Path, environment: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         command(folder, *arguments), cwd=ROOT, env=environment, capture_output=True, text=True, check=False
@@ -61,10 +63,10 @@ def finished_cells(folder: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def killed(tmp_path_factory: pytest.TempPathFactory, environment: dict[str, str]) -> Killed:
-    """A folder with the journal of a run that was killed after its second decoding cell, and the lines it had."""
+    """A folder with the journal of a run that was killed after its second cell, and the lines it had."""
     folder = tmp_path_factory.mktemp("run")
     with subprocess.Popen(command(folder), cwd=ROOT, env=environment, stdout=subprocess.DEVNULL) as process:
-        while len(finished_cells(folder)) < NUM_COSTS + 2 and process.poll() is None:
+        while len(finished_cells(folder)) < 2 and process.poll() is None:
             time.sleep(0.005)
         process.send_signal(signal.SIGKILL)
     assert process.returncode == -signal.SIGKILL
@@ -84,10 +86,8 @@ def test_a_killed_run_is_resumed_where_it_was(killed: Killed, resumed: Resumed) 
     _, before = killed
     folder, output, printout = resumed
     assert finished_cells(folder)[: len(before)] == before
-    assert f"specdec: {2 * len(METHODS)} cells, {len(before) - NUM_COSTS} of them taken from the journal" in printout
-    decoding = [cell for cell in output["benchmarks"] if "engine" in cell["params"]]
-    assert [cell["params"]["engine"] + "-" + cell["param"].partition("-")[2] for cell in decoding] == CELLS
-    assert len(output["benchmarks"]) == len(decoding) + NUM_COSTS
+    assert f"specdec: {2 * len(METHODS)} cells, {len(before)} of them taken from the journal" in printout
+    assert [cell["params"]["engine"] + "-" + cell["param"].partition("-")[2] for cell in output["benchmarks"]] == CELLS
     for line, cell in zip(map(json.loads, finished_cells(folder)), output["benchmarks"], strict=True):
         assert line["rounds_s"] == cell["stats"]["data"]
         assert line["record"] == cell["extra_info"]
@@ -106,15 +106,7 @@ def test_counts_are_those_of_a_draft_that_is_the_target(resumed: Resumed) -> Non
         record = records[f"{engine}-tiny-random-draft_model-2-same-smoke-1"]
         assert record["acceptance_rate"] == 1
         assert record["num_outputs_equal"] == record["num_prompts"] == 2
-    assert len({record["output_sha256"] for record in records.values() if "engine" in record}) == 1
-
-
-def test_costs_are_measured_and_printed(resumed: Resumed) -> None:
-    records = [cell["extra_info"] for cell in resumed[1]["benchmarks"] if "axis" in cell["extra_info"]]
-    assert {record["axis"] for record in records} == set(SMOKE_SWEEPS)
-    assert all(record["median_s"] > 0 and record["read_bandwidth"] > 0 for record in records)
-    assert all((record["roofline_share"] is None) == (record["bytes_read"] is None) for record in records)
-    assert "memory is read at" in resumed[2]
+    assert len({record["output_sha256"] for record in records.values()}) == 1
 
 
 def test_the_table_is_printed_and_skips_have_a_reason(resumed: Resumed) -> None:
@@ -143,3 +135,16 @@ def test_another_configuration_is_not_mixed_in(resumed: Resumed, environment: di
     done = finish(resumed[0], environment, "--resume", "--seed", "1")
     assert done.returncode == pytest.ExitCode.USAGE_ERROR
     assert "must be of this configuration to resume it, but seed was 0 and is 1" in done.stderr
+
+
+def test_costs_are_measured_and_printed(tmp_path: Path, environment: dict[str, str]) -> None:
+    output = [f"--benchmark-json={tmp_path / 'out.json'}"]
+    done = subprocess.run(
+        [*cost_command(tmp_path), *output], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout
+    records = [cell["extra_info"] for cell in json.loads((tmp_path / "out.json").read_text())["benchmarks"]]
+    assert {record["axis"] for record in records} == set(SMOKE_SWEEPS)
+    assert all(record["median_s"] > 0 and record["read_bandwidth"] > 0 for record in records)
+    assert all((record["roofline_share"] is None) == (record["bytes_read"] is None) for record in records)
+    assert "memory is read at" in done.stdout

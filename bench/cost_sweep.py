@@ -1,4 +1,7 @@
-"""Time of a step against its size, beside what reading its weights and its cache must take at the least."""
+"""Time of a step against its size, beside what reading its weights and its cache must take at the least.
+
+`pytest bench/cost_sweep.py` runs it; `pytest bench/` does not, whose cells have other parameters.
+"""
 
 from __future__ import annotations
 
