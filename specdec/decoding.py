@@ -17,6 +17,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from specdec.adaptive import AdaptiveLength
 from specdec.models import Cache, LanguageModel, prefill
 from specdec.proposers import Proposer
 from specdec.randomness import Role, UniformSource, uniforms
@@ -31,7 +32,8 @@ class Decoder:
 
     target: the model whose law is sampled. proposer: None decodes autoregressively.
     num_speculative_tokens: tokens proposed per step at the most. max_batch_size: rows decoded together at the most.
-    rule: how a draft is verified. uniforms: the source of randomness.
+    rule: how a draft is verified. uniforms: the source of randomness. adaptive: what the proposer asks whether another
+    token pays; it is told what became of each step.
     `times` holds the phase times of the run in progress, or of the last one.
     """
 
@@ -44,10 +46,11 @@ class Decoder:
         max_batch_size: int = 1,
         rule: VerificationRule = verify_tokens,
         uniforms: UniformSource = uniforms,
+        adaptive: AdaptiveLength | None = None,
     ) -> None:
         self.target, self.proposer, self.num_speculative_tokens = target, proposer, num_speculative_tokens
         self.max_batch_size = max_batch_size
-        self.rule, self.uniforms = rule, uniforms
+        self.rule, self.uniforms, self.adaptive = rule, uniforms, adaptive
         self.times = PhaseTimes()
         self._cache: Cache | None = None
 
@@ -137,6 +140,7 @@ class Decoder:
         with self._phase("verification_s"):
             outcome = self._verify(batch, logits, draft)
         self._commit(batch, draft, outcome, logits)
+        self._learn(draft, outcome)
 
     def _propose(self, batch: Batch) -> Draft:
         # the token after the draft is never proposed, so a row that may emit n more needs n - 1 at the most
@@ -181,6 +185,10 @@ class Decoder:
             row.steps.append(_step(num_drafted, num_accepted, num_kept))
             row.last_token_s = time.perf_counter()
             row.first_token_s = row.first_token_s or row.last_token_s
+
+    def _learn(self, draft: Draft, outcome: Verification) -> None:
+        if self.adaptive:
+            self.adaptive.observe(draft.lengths.tolist(), outcome.accepted.tolist())
 
     @contextmanager
     def _phase(self, name: str) -> Iterator[None]:

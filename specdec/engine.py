@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 
+from specdec.adaptive import MOST, AdaptiveLength, StepCosts, target_costs
 from specdec.decoding import Decoder
 from specdec.drafts import NEEDS, Kind, check_same_vocabulary, kind_in, kind_of, load_with_drafts, require
 from specdec.models import LanguageModel
@@ -40,7 +41,9 @@ class Engine:
         "eagle": a head on the target's features. "hybrid": prompt lookup where the match is long, else a head or a
         draft model.
     draft: what the method needs besides the target: a LanguageModel, an EagleHead or an NgramTable.
-    num_speculative_tokens: tokens proposed per step (gamma), at least 1; "autoregressive" proposes none.
+    num_speculative_tokens: tokens proposed per step (gamma), at least 1; "autoregressive" proposes none. "auto": as
+        many as pay by costs that are measured now, none included. The law stays the same, but which of its samples a
+        seed gives then depends on this machine and on what was decoded before.
     max_batch_size: prompts decoded together.
     verification: "token" or "block", the rule that verifies a draft; both are lossless.
     Raises ValueError naming the value, the rule and the remedy.
@@ -52,23 +55,29 @@ class Engine:
         *,
         method: Method = "autoregressive",
         draft: AnyDraft | None = None,
-        num_speculative_tokens: int = 4,
+        num_speculative_tokens: int | Literal["auto"] = 4,
         max_batch_size: int = 1,
         verification: str = "token",
     ) -> None:
         require(max_batch_size >= 1, f"max_batch_size={max_batch_size} must be at least 1")
         _check_verification(verification)
+        _check_method(method, kind_of(draft) if draft is not None else None, num_speculative_tokens)
         self.target, self.draft, self.method = target, draft, method
         self._tokenizer: Any = getattr(target, "tokenizer", None)
         self._eos_token_ids: frozenset[int] = getattr(target, "eos_token_ids", frozenset())
-        proposer = _make_proposer(target, draft, method, num_speculative_tokens)
-        self.num_speculative_tokens = num_speculative_tokens if proposer else 0
+        if draft is not None:
+            check_same_vocabulary(target, draft)
+        adaptive = _adaptive(target, draft, max_batch_size) if num_speculative_tokens == "auto" else None
+        proposer = _make_proposer(target, draft, method, adaptive)
+        most = MOST if num_speculative_tokens == "auto" else num_speculative_tokens
+        self.num_speculative_tokens = most if proposer else 0
         self._decoder = Decoder(
             target,
             proposer,
             self.num_speculative_tokens,
             max_batch_size=max_batch_size,
             rule=VERIFICATIONS[verification],
+            adaptive=adaptive,
         )
 
     @classmethod
@@ -164,12 +173,8 @@ class Engine:
 
 
 def _make_proposer(
-    target: LanguageModel, draft: AnyDraft | None, method: Method, num_speculative_tokens: int
+    target: LanguageModel, draft: AnyDraft | None, method: Method, adaptive: AdaptiveLength | None
 ) -> Proposer | None:
-    _check_method(method, kind_of(draft) if draft is not None else None, num_speculative_tokens)
-    if draft is not None:
-        check_same_vocabulary(target, draft)
-
     def ngram(new_index: Callable[[], TokenIndex]) -> NgramProposer:
         return NgramProposer(target.vocab_size, target.device, new_index)
 
@@ -181,23 +186,35 @@ def _make_proposer(
         return ngram(lambda: Fallback(LookupIndex(), draft))
     if draft is None:
         return None
-    drawn = _drawing_proposer(draft)
+    drawn = _drawing_proposer(draft, adaptive)
     return drawn if method != "hybrid" else HybridProposer(ngram(partial(LookupIndex, HYBRID_MIN_NGRAM)), drawn)
 
 
-def _drawing_proposer(draft: Any) -> Proposer:
+def _drawing_proposer(draft: Any, adaptive: AdaptiveLength | None) -> Proposer:
     if kind_of(draft) == "model":
-        return DraftModelProposer(draft)
+        return DraftModelProposer(draft, adaptive=adaptive)
     from specdec.proposers.eagle import EagleProposer
 
-    return EagleProposer(draft)
+    return EagleProposer(draft, adaptive=adaptive)
+
+
+def _adaptive(target: LanguageModel, draft: AnyDraft | None, rows: int) -> AdaptiveLength | None:
+    """By costs measured here; None where nothing is drawn: copies are free, so there are always as many as may be."""
+    if draft is None or isinstance(draft, NgramTable):
+        return None
+    decoder = Decoder(target, _drawing_proposer(draft, None), MOST, max_batch_size=rows)
+    sampling = SamplingParams(temperature=0, max_tokens=2 * MOST)
+    requests = [Request(index, (0, 0), sampling) for index in range(rows)]
+    for _ in range(2):  # the first time warms up
+        num_drafted = sum(step.num_drafted for row in decoder.run(requests) for step in row.steps)
+    return AdaptiveLength(StepCosts(target_costs(target, rows), decoder.times.draft_s * rows / num_drafted))
 
 
 def _check_verification(verification: str) -> None:
     require(verification in VERIFICATIONS, f"verification={verification!r} must be one of {', '.join(VERIFICATIONS)}")
 
 
-def _check_method(method: str, kind: Kind | None, num_speculative_tokens: int) -> None:
+def _check_method(method: str, kind: Kind | None, num_speculative_tokens: int | str) -> None:
     require(method in METHODS, f"method={method!r} must be one of {', '.join(METHODS)}")
     needed = NEEDS.get(method, ())
     require(
@@ -209,8 +226,11 @@ def _check_method(method: str, kind: Kind | None, num_speculative_tokens: int) -
         f"a draft is given but method={method!r} does not use it, being a {kind}; use "
         f"method={' or '.join(repr(name) for name, kinds in NEEDS.items() if kind in kinds)}",
     )
+    is_length = (
+        num_speculative_tokens == "auto" if isinstance(num_speculative_tokens, str) else num_speculative_tokens > 0
+    )
     require(
-        num_speculative_tokens >= 1 or method == "autoregressive",
-        f"num_speculative_tokens={num_speculative_tokens} must be at least 1; for plain decoding use "
+        method == "autoregressive" or is_length,
+        f'num_speculative_tokens={num_speculative_tokens!r} must be at least 1, or "auto"; for plain decoding use '
         'method="autoregressive"',
     )

@@ -133,7 +133,7 @@ def test_counts_sum_over_completions() -> None:
         ({"method": "magic"}, "method='magic' must be one of autoregressive, draft_model, eagle, ngram"),
         (
             {"method": "ngram", "num_speculative_tokens": 0},
-            'num_speculative_tokens=0 must be at least 1; for plain decoding use method="autoregressive"',
+            'num_speculative_tokens=0 must be at least 1, or "auto"; for plain decoding use method="autoregressive"',
         ),
         ({"method": "draft_model"}, 'method="draft_model" needs a draft'),
         ({"method": "ngram", "draft": DRAFT}, "a draft is given but method='ngram' does not use it"),

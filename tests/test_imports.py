@@ -20,7 +20,7 @@ LAYERS = [
     {"models.eagle"},
     {"models.derived"},
     {"models.loading"},
-    {"proposers"},
+    {"proposers", "adaptive"},
     {"proposers.ngram", "proposers.chain"},
     {"proposers.draft_model", "proposers.eagle", "proposers.hybrid", "proposers.table"},
     {"drafts", "decoding"},

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from specdec.adaptive import AdaptiveLength, confidence
 from specdec.randomness import Role, UniformSource
 from specdec.requests import Batch
 from specdec.sampling import Law
@@ -14,23 +15,37 @@ from specdec.verification import Draft
 
 
 def draw_chain(
-    batch: Batch, limits: Sequence[int], logits_after: Callable[[Tensor], Tensor], uniforms: UniformSource
+    batch: Batch,
+    limits: Sequence[int],
+    logits_after: Callable[[Tensor], Tensor],
+    uniforms: UniformSource,
+    adaptive: AdaptiveLength | None = None,
 ) -> Draft:
     """A draft of up to limits[r] tokens for row r, drawn with the rows' own sampling parameters.
 
     logits_after: tokens drafted so far, int64 [rows, i], with i growing by one from call to call -> logits of the
-    next, [rows, 1, vocab].
+    next, [rows, 1, vocab]. adaptive: ends the draft where another token would not pay.
     """
     device = batch.sampling.device
-    draws = _draws(batch, max(limits), uniforms)
+    draws, lengths = _draws(batch, max(limits), uniforms), torch.tensor(limits, device=device)
     drafted = torch.empty(len(batch.rows), 0, dtype=torch.int64, device=device)
+    reach = torch.ones(len(batch.rows), device=device)
     steps: list[tuple[Tensor, Law]] = []
     for i in range(max(limits)):
-        law = batch.sampling.law(logits_after(drafted), drafted)[:, 0]
+        if adaptive:
+            lengths = torch.where(adaptive.pays(reach, i), lengths, lengths.clamp(max=i))
+            if not (lengths > i).any():
+                break
+        logits = logits_after(drafted)
+        law = batch.sampling.law(logits, drafted)[:, 0]
         token = law.draw(draws[:, i])
         steps.append((token, law))
         drafted = torch.cat([drafted, token.unsqueeze(1)], 1)
-    return Draft.sampled(steps, torch.tensor(limits, device=device))
+        if adaptive:
+            reach = reach * confidence(logits[:, 0])
+    if not steps:
+        return Draft.empty(len(batch.rows), batch.sampling.vocab_size, device)
+    return Draft.sampled(steps, lengths)
 
 
 def _draws(batch: Batch, num_tokens: int, uniforms: UniformSource) -> Tensor:

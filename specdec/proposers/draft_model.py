@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from specdec.adaptive import AdaptiveLength
 from specdec.models import Cache, LanguageModel, prefill
 from specdec.proposers.chain import draw_chain
 from specdec.proposers.ngram import pad
@@ -44,8 +45,10 @@ class DraftModelProposer:
     is fed now with the bonus token) and a slot that changed hands (nothing is valid).
     """
 
-    def __init__(self, model: LanguageModel, uniforms: UniformSource = uniforms) -> None:
-        self._model, self._uniforms = model, uniforms
+    def __init__(
+        self, model: LanguageModel, uniforms: UniformSource = uniforms, adaptive: AdaptiveLength | None = None
+    ) -> None:
+        self._model, self._uniforms, self._adaptive = model, uniforms, adaptive
         self._cache: Cache | None = None
         self._slots: list[_Slot] = []
 
@@ -62,7 +65,9 @@ class DraftModelProposer:
         def logits_after(drafted: Tensor) -> Tensor:
             return self._feed(drafted[:, -1:], cache) if drafted.shape[1] else self._catch_up(batch, cache)
 
-        draft = draw_chain(batch, limits, logits_after, self._uniforms)
+        draft = draw_chain(batch, limits, logits_after, self._uniforms, self._adaptive)
+        if draft.tokens.shape[1] == 0:
+            return draft  # nothing was fed
         for slot, row, fed in zip(self._slots, batch.rows, draft.tokens[:, :-1].tolist(), strict=False):
             slot.owner, slot.num_committed, slot.drafted = row, len(row.tokens) if row else 0, fed
         return draft

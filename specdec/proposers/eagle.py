@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from specdec.adaptive import AdaptiveLength
 from specdec.cache import RaggedCache
 from specdec.models import PREFILL_CHUNK
 from specdec.models.eagle import EagleHead
@@ -26,8 +27,10 @@ class EagleProposer:
 
     needs_features = True
 
-    def __init__(self, head: EagleHead, uniforms: UniformSource = uniforms) -> None:
-        self._head, self._uniforms = head, uniforms
+    def __init__(
+        self, head: EagleHead, uniforms: UniformSource = uniforms, adaptive: AdaptiveLength | None = None
+    ) -> None:
+        self._head, self._uniforms, self._adaptive = head, uniforms, adaptive
         self._cache: RaggedCache | None = None
         self._owners: list[tuple[Generation | None, int]] = []  # of each slot, and how much of the cache is valid
 
@@ -36,16 +39,18 @@ class EagleProposer:
         if max(limits) == 0:
             return Draft.empty(len(batch.rows), self._head.vocab_size, self._head.device)
         cache = self._reserve(batch)
-        guessed = self._catch_up(batch, max(limits) + 1, cache)
+        guessed: Tensor
 
         def logits_after(drafted: Tensor) -> Tensor:
             nonlocal guessed
             if drafted.shape[1]:
                 guessed = self._head(guessed, drafted[:, -1:], cache)
                 cache.lengths[: len(batch.rows)] = [length + 1 for length in cache.lengths[: len(batch.rows)]]
+            else:
+                guessed = self._catch_up(batch, max(limits) + 1, cache)
             return self._head.logits(guessed)
 
-        return draw_chain(batch, limits, logits_after, self._uniforms)
+        return draw_chain(batch, limits, logits_after, self._uniforms, self._adaptive)
 
     def _reserve(self, batch: Batch) -> RaggedCache:
         if self._cache is None or self._cache.capacity < batch.capacity or len(self._owners) < batch.num_slots:

@@ -1,0 +1,99 @@
+"""How many tokens to draft: as many as pay, by measured costs and by how sure the draft is.
+
+One more token costs a draft step and a wider target step, and is emitted if it and all drafted before it are accepted.
+It pays while the probability of that, per second of its cost, is above the tokens per second that the run makes anyway
+(the renewal-reward rule). The decision looks at costs, at past steps and at what the draft thinks of the tokens drafted
+so far, never at a uniform that verification will use: given the tokens before a position, whether there is a draft for
+it is settled before its token is drawn, so the output law stays the target's.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from specdec.models import LanguageModel, prefill
+
+MOST = 8  # tokens drafted in a step at the most
+_MEMORY = 0.98  # weight of the past, per step
+_PRIOR = (3.0, 5.0)  # tokens accepted of tokens looked at, before any was
+
+
+@dataclass(frozen=True, slots=True)
+class StepCosts:
+    """Seconds. target_s: of a target step by its width, from one token up. draft_s: of drawing one draft token."""
+
+    target_s: tuple[float, ...]
+    draft_s: float
+
+    def step_s(self, num_drafted: int) -> float:
+        """A step that draws that many draft tokens and verifies them."""
+        return self.target_s[min(num_drafted, len(self.target_s) - 1)] + num_drafted * self.draft_s
+
+
+class AdaptiveLength:
+    """Decides, while a draft is drawn, whether another token pays; a function of the costs and of the past only."""
+
+    def __init__(self, costs: StepCosts) -> None:
+        self.costs = costs
+        self._tokens, self._seconds = 1.0, costs.step_s(0)
+        self._accepted, self._looked_at = _PRIOR
+
+    def pays(self, reach: Tensor, num_drafted: int) -> Tensor:
+        """Whether to draw one more token, bool [rows]; rows share the cost of a step.
+
+        reach: float [rows], the probability that all tokens drafted so far are accepted.
+        """
+        cost_s = self.costs.step_s(num_drafted + 1) - self.costs.step_s(num_drafted)
+        gain = reach * (self._accepted / self._looked_at)
+        return gain * len(reach) * self._seconds > cost_s * self._tokens
+
+    def observe(self, num_drafted: Sequence[int], num_accepted: Sequence[int]) -> None:
+        """Learn from a step, a number for each of its rows."""
+        looked_at = sum(min(a + 1, k) for a, k in zip(num_accepted, num_drafted, strict=True))
+        self._accepted = _MEMORY * self._accepted + (1 - _MEMORY) * _PRIOR[0] + sum(num_accepted)
+        self._looked_at = _MEMORY * self._looked_at + (1 - _MEMORY) * _PRIOR[1] + looked_at
+        self._tokens = _MEMORY * self._tokens + sum(num_accepted) + len(num_accepted)
+        self._seconds = _MEMORY * self._seconds + self.costs.step_s(max(num_drafted, default=0))
+
+
+def confidence(logits: Tensor) -> Tensor:
+    """Largest probability under logits [rows, vocab], float32 [rows]."""
+    logits = logits.float()
+    return (logits.amax(-1) - logits.logsumexp(-1)).exp()
+
+
+def target_costs(target: LanguageModel, rows: int) -> tuple[float, ...]:
+    """Seconds of a target step of 1, ..., MOST + 1 tokens in each of so many rows, the least of a few measurements."""
+    context = min(64, target.context_length - MOST - 1)
+    cache = target.allocate(rows, context + MOST + 1)
+    tokens = torch.zeros(rows, MOST + 1, dtype=torch.int64, device=target.device)
+    for row in range(rows):
+        prefill(target, [0] * context, cache, row)
+
+    def step(width: int) -> None:
+        cache.lengths[:] = [context] * rows
+        target.forward(tokens[:, :width], cache)
+
+    return tuple(_least_s(lambda width=width: step(width), target.device) for width in range(1, MOST + 2))  # type: ignore[misc]
+
+
+def _least_s(run: Callable[[], object], device: torch.device, repeats: int = 5) -> float:
+    run()
+    least_s = float("inf")
+    for _ in range(repeats):
+        _wait(device)
+        start_s = time.perf_counter()
+        run()
+        _wait(device)
+        least_s = min(least_s, time.perf_counter() - start_s)
+    return least_s
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,91 @@
+"""Drafts that end where another token would not pay: when they do, and that the law stays the target's."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from gates import distance
+from oracle import exact_law
+from torch import Tensor
+from toys import QUARTERS, FeatureTarget, ToyHead, grid_pair, joint_law, table
+
+from specdec import Engine, SamplingParams
+from specdec.adaptive import MOST, AdaptiveLength, StepCosts, confidence, target_costs
+from specdec.decoding import Decoder
+from specdec.models.markov import MarkovModel
+from specdec.proposers.eagle import EagleProposer
+
+SURE = torch.cat([QUARTERS, torch.eye(3, dtype=torch.float64)])  # some rows leave no doubt
+FREE = StepCosts((1.0,), 0.0)
+
+
+class WhileSure(AdaptiveLength):
+    """Goes on only behind tokens that the draft had no doubt about."""
+
+    def pays(self, reach: Tensor, num_drafted: int) -> Tensor:
+        return reach > 0.6
+
+
+def test_joint_law_of_drafts_that_end_early() -> None:
+    """Exactly, while rows end their drafts at different places."""
+    target, draft = FeatureTarget(table(0)), MarkovModel(table(10, SURE))
+    lengths = set()
+
+    def make(source, rule, max_batch_size):
+        def recording(law, draft, *draws):
+            lengths.update(draft.lengths.tolist())
+            return rule(law, draft, *draws)
+
+        proposer = EagleProposer(ToyHead(draft), source, WhileSure(FREE))
+        return Decoder(target, proposer, 2, max_batch_size=max_batch_size, rule=recording, uniforms=source)
+
+    prompt, num_tokens = (0, 1), 4
+    law = exact_law(make, prompt, num_tokens, (4, 4, 12))
+    assert distance(law, joint_law(target, prompt, num_tokens)) < 1e-12
+    assert lengths >= {1, 2}
+
+
+def test_the_rule() -> None:
+    """A step of one second for any width, a draft token for a tenth: three of five are accepted at first."""
+    adaptive = AdaptiveLength(StepCosts((1.0,) * (MOST + 1), 0.1))
+    assert adaptive.pays(torch.tensor([1.0, 0.17, 0.16]), 0).tolist() == [True, True, True]
+    alone = [bool(adaptive.pays(torch.tensor([reach]), 1)) for reach in (0.17, 0.16)]
+    assert alone == [True, False], "0.1 s must bring 0.1 tokens: 0.6 times 1/6"
+    for _ in range(300):
+        adaptive.observe([4], [0])
+    assert not adaptive.pays(torch.ones(1), 0), "nothing is ever accepted"
+    for _ in range(300):
+        adaptive.observe([0], [0])
+    assert adaptive.pays(torch.ones(1), 0), "it is tried again"
+    for _ in range(300):
+        adaptive.observe([4], [4])
+    assert not adaptive.pays(torch.tensor([0.3]), 4), "five tokens in 1.4 s are the rate to beat"
+    assert adaptive.pays(torch.tensor([0.6]), 4)
+
+
+def test_confidence_is_the_largest_probability() -> None:
+    logits = torch.randn(4, 50, generator=torch.Generator().manual_seed(0)) * 3
+    torch.testing.assert_close(confidence(logits), logits.softmax(-1).amax(-1))
+    assert confidence(torch.tensor([[0.0, -torch.inf]])).item() == 1
+
+
+@pytest.mark.parametrize("method", ["draft_model", "eagle"])
+@pytest.mark.parametrize("max_batch_size", [1, 3])
+def test_auto_through_the_engine(method: str, max_batch_size: int) -> None:
+    """Greedy output is plain decoding's; a draft that is the target is followed far."""
+    target = FeatureTarget(grid_pair(1)[0].table)
+    draft = ToyHead(target) if method == "eagle" else target
+    options = {"num_speculative_tokens": "auto", "max_batch_size": max_batch_size}
+    engine = Engine(target, method=method, draft=draft, **options)
+    prompts, params = [[0, 1, 2], [2], [1, 1]], SamplingParams(temperature=0, max_tokens=30)
+    plain = Engine(target).generate(prompts, params)
+    completions = engine.generate(prompts, params)
+    assert [c.token_ids for c in completions] == [c.token_ids for c in plain]
+    assert all(c.counts.num_accepted == c.counts.num_drafted for c in completions)
+    assert {step.num_drafted for c in completions for step in c.steps} <= set(range(MOST + 1))
+
+
+def test_costs_are_measured_for_every_width() -> None:
+    costs = target_costs(grid_pair(1)[0], rows=2)
+    assert len(costs) == MOST + 1
+    assert min(costs) > 0
