@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import astuple, dataclass, fields
 from itertools import product
 
-from bench.engines import why_not
+from bench.engines import ENGINES, Gamma, why_not
 from bench.options import BenchConfig
 from bench.pairs import Pair
 from bench.workloads import label
@@ -20,7 +20,7 @@ class Cell:
     engine: str
     pair: str
     method: str
-    gamma: int
+    gamma: Gamma
     placement: str
     workload: str
     batch_size: int
@@ -59,7 +59,7 @@ def plan(config: BenchConfig) -> list[Plan]:
     return plans
 
 
-def _combinations(config: BenchConfig) -> Iterator[tuple[str, int, str, str, str, int]]:
+def _combinations(config: BenchConfig) -> Iterator[tuple[str, int, str, str, str, Gamma]]:
     """(workload, batch size, placement, engine, method, gamma)."""
     for workload, batch_size, placement, engine, method in product(
         config.workloads, config.batch_sizes, config.placements, config.engines, config.methods
@@ -76,11 +76,13 @@ def _plan(
     placement: str,
     engine: str,
     method: str,
-    gamma: int,
+    gamma: Gamma,
 ) -> Plan:
     skip = why_not(engine, method, batch_size, config.verification)
     if not skip and method in NEEDS and pair.draft_for(method) is None:
         skip = f"pair={pair.name} has no draft for method={method}; name one with --pairs target=MODEL,draft=MODEL"
     if skip and method != "autoregressive":
         gamma = config.gammas[0]  # one skipped cell says it for all
+    if not skip and gamma == "auto" and not ENGINES[engine].has_auto_gamma:
+        skip = f"engine={engine} has no gamma=auto; use --gammas with numbers"
     return Plan(Cell(engine, pair.name, method, gamma, placement, workload, batch_size), skip)

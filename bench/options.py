@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from bench.engines import ENGINES, METHODS
+from bench.engines import ENGINES, METHODS, Gamma
 from bench.pairs import Pair, parse_pairs
 from bench.workloads import parse_workloads
 
@@ -35,7 +35,7 @@ class BenchConfig:
     engines: tuple[str, ...]
     pairs: tuple[Pair, ...]
     methods: tuple[str, ...]
-    gammas: tuple[int, ...]
+    gammas: tuple[Gamma, ...]
     placements: tuple[str, ...]
     workloads: tuple[str, ...]
     data_dir: Path | None
@@ -192,9 +192,9 @@ OPTIONS = (
     ),
     Option(
         "gammas",
-        _integers(1, "for plain decoding use --methods autoregressive"),
+        lambda name, text: _gammas(name, text),
         "2,4,8",
-        "tokens proposed per step",
+        "tokens proposed per step; auto: as many as pay",
         smoke="2",
     ),
     Option("placements", _names(PLACEMENTS), "same", "where draft and target run"),
@@ -279,6 +279,12 @@ def _given(option: Option, config: pytest.Config, environment: Mapping[str, str]
     if text is None:
         text = environment.get(option.variable)
     return text if text is not None else config.getini(option.key) or None
+
+
+def _gammas(name: str, text: str) -> tuple[Gamma, ...]:
+    parse_one = _integer(1, "for plain decoding use --methods autoregressive, for as many as pay auto")
+    items = (item.strip() for item in text.split(","))
+    return _distinct(name, tuple(item if item == "auto" else parse_one(name, item) for item in items))
 
 
 def _data_dir(name: str, text: str) -> Path | None:

@@ -10,7 +10,7 @@ from statistics import fmean
 from typing import Any
 
 from bench.cells import Cell
-from bench.engines import PromptResult, Run
+from bench.engines import Gamma, PromptResult, Run
 from bench.intervals import geometric_mean_interval
 from bench.journal import SCHEMA_VERSION
 from bench.measure import BASELINE, CANDIDATE, REFERENCE, Measurement
@@ -141,7 +141,7 @@ def _time_per_token(run: Run) -> float:
 
 
 def _predictions(
-    gamma: int,
+    gamma: Gamma,
     counts: AcceptanceCounts | None,
     times: PhaseTimes | None,
     base_counts: AcceptanceCounts | None,
@@ -160,8 +160,8 @@ def _predictions(
         scoring_s=times.scoring_s / counts.num_steps,
         verification_s=times.verification_s / counts.num_steps,
     )
-    # the closed form's one rate: that of the first draft token, which is always looked at
-    expected = expected_speedup(counts.acceptance_rate_at[0], gamma, cost_ratio)
+    # the closed form's one rate: that of the first draft token, which is always looked at; it knows one length only
+    expected = None if gamma == "auto" else expected_speedup(counts.acceptance_rate_at[0], gamma, cost_ratio)
     return dict(zip(names, (cost_ratio, predicted, expected), strict=True))
 
 

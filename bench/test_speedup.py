@@ -18,7 +18,7 @@ def test_speedup(
     engine: str,
     pair: str,
     method: str,
-    gamma: int,
+    gamma: int | str,
     placement: str,
     workload: str,
     batch_size: int,

@@ -6,12 +6,13 @@ import importlib
 import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 if TYPE_CHECKING:
     from bench.pairs import Pair
     from specdec import AcceptanceCounts, PhaseTimes, SamplingParams
 
+Gamma = int | Literal["auto"]
 METHODS = ("autoregressive", "ngram", "ngram_store", "ngram_table", "draft_model", "eagle", "hybrid")
 
 
@@ -46,11 +47,12 @@ class BenchEngine(Protocol):
     tokenizer: Any  # the target's transformers tokenizer, or None
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], method: str, gamma: int, sampling: Sequence[SamplingParams]
+        self, prompts: Sequence[Sequence[int]], method: str, gamma: Gamma, sampling: Sequence[SamplingParams]
     ) -> Run:
         """Continue all prompts, given as token ids, together.
 
-        method: one of METHODS. gamma: tokens proposed per step, 0 for "autoregressive". sampling: one per prompt.
+        method: one of METHODS. gamma: tokens proposed per step, 0 for "autoregressive". "auto": as
+        many as pay. sampling: one per prompt.
         """
         ...
 
@@ -63,10 +65,11 @@ class EngineKind:
     methods: tuple[str, ...]
     max_batch_size: int | None = None
     verifications: tuple[str, ...] = ("token",)
+    has_auto_gamma: bool = False
 
 
 ENGINES = {
-    "specdec": EngineKind("specdec", METHODS, verifications=("token", "block")),
+    "specdec": EngineKind("specdec", METHODS, verifications=("token", "block"), has_auto_gamma=True),
     "transformers": EngineKind("transformers", ("autoregressive", "ngram", "draft_model"), max_batch_size=1),
 }
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 import specdec
-from bench.engines import PromptResult, Run
+from bench.engines import Gamma, PromptResult, Run
 from bench.pairs import Pair, folder
 from specdec import Completion, Engine, SamplingParams
 from specdec.drafts import NEEDS, load_with_drafts
@@ -25,7 +25,7 @@ class SpecdecEngine:
         self.target, self.tokenizer = target, target.tokenizer
 
         @cache
-        def engine(method: Any, gamma: int, batch_size: int) -> Engine:
+        def engine(method: Any, gamma: Gamma, batch_size: int) -> Engine:
             return Engine(
                 target,
                 draft=drafts.get(method),
@@ -38,7 +38,7 @@ class SpecdecEngine:
         self._engine = engine
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], method: str, gamma: int, sampling: Sequence[SamplingParams]
+        self, prompts: Sequence[Sequence[int]], method: str, gamma: Gamma, sampling: Sequence[SamplingParams]
     ) -> Run:
         engine = self._engine(method, gamma, len(prompts))
         completions = engine.generate(prompts, sampling)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
-from bench.engines import PromptResult, Run
+from bench.engines import Gamma, PromptResult, Run
 from bench.pairs import Pair, folder
 from specdec import AcceptanceCounts, SamplingParams
 from specdec.models.causal import eos_token_ids
@@ -38,7 +38,7 @@ class TransformersEngine:
         self._eos_token_ids = sorted(eos_token_ids(target))
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], method: str, gamma: int, sampling: Sequence[SamplingParams]
+        self, prompts: Sequence[Sequence[int]], method: str, gamma: Gamma, sampling: Sequence[SamplingParams]
     ) -> Run:
         ((prompt,), (params,)) = prompts, sampling
         tokens = torch.tensor([list(prompt)], device=self._target.device)

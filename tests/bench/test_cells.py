@@ -59,3 +59,11 @@ def test_what_is_asked_for_by_name_and_cannot_run_is_an_error(
 def test_a_named_method_is_no_error_if_one_engine_has_it(make_config: MakeConfig) -> None:
     plans = plan(make_config(methods=("ngram_store",), gammas=(2,), named=frozenset({"methods"})))
     assert [bool(each.skip) for each in plans] == [False, True]
+
+
+def test_gamma_auto_is_for_engines_that_have_it(make_config: MakeConfig) -> None:
+    plans = plan(make_config(methods=("ngram",), gammas=(2, "auto")))
+    skips = {(each.cell.engine, each.cell.gamma): each.skip for each in plans}
+    assert skips["specdec", "auto"] is None
+    assert skips["transformers", 2] is None
+    assert skips["transformers", "auto"] == "engine=transformers has no gamma=auto; use --gammas with numbers"

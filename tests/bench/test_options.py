@@ -45,9 +45,9 @@ def test_the_command_line_wins_over_the_environment_and_that_over_the_ini_file()
 
 
 def test_smoke_replaces_defaults_but_not_what_was_given() -> None:
-    smoke = config(smoke="1", gammas="3,5")
+    smoke = config(smoke="1", gammas="3,auto")
     assert [pair.name for pair in smoke.pairs] == ["tiny-random"]
-    assert (smoke.num_prompts, smoke.max_tokens, smoke.gammas) == (2, 8, (3, 5))
+    assert (smoke.num_prompts, smoke.max_tokens, smoke.gammas) == (2, 8, (3, "auto"))
 
 
 def test_pairs_may_be_given_by_their_models() -> None:
@@ -75,6 +75,7 @@ def test_pairs_may_be_given_by_their_models() -> None:
         ("gammas", "0", "gammas=0 must be an integer of at least 1; for plain decoding use --methods autoregressive"),
         ("gammas", "2,two", "gammas=two must be an integer"),
         ("gammas", "2,2", "gammas must be distinct, but 2 is repeated"),
+        ("gammas", "auto,auto", "gammas must be distinct, but auto is repeated"),
         ("placements", "separate", "placements='separate' must be one of same"),
         ("temperature", "-1", "temperature=-1 must be finite and >= 0; use 0 for greedy"),
         ("temperature", "nan", "temperature=nan must be finite"),
