@@ -50,8 +50,11 @@ class Call(Structure):
     """The arrays of one call."""
 
     _fields_ = (
-        *((name, c_void_p) for name in ("hidden", "cos", "sin", "positions", "keys", "values", "result")),
-        *((name, c_int64) for name in ("rows", "width", "capacity", "num_threads")),
+        *((name, c_void_p) for name in ("hidden", "cos", "sin", "positions")),
+        ("layers", POINTER(POINTER(Layer))),
+        *((name, POINTER(c_void_p)) for name in ("keys", "values")),
+        ("result", c_void_p),
+        *((name, c_int64) for name in ("num_layers", "rows", "width", "capacity", "num_threads")),
     )
 
 
@@ -78,9 +81,24 @@ def pack(weight: Tensor) -> Tensor:
     return padded.view(-1, BLOCK, inputs // together, together).permute(0, 2, 1, 3).contiguous()
 
 
-def run_layer(layer: Layer, call: Call, dtype: torch.dtype) -> None:
-    """A decoder layer; arrays as the source says."""
-    _function("layer", dtype)(layer, call)
+def run_layers(
+    layers: Any, hidden: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, blocks: Sequence[tuple[Tensor, Tensor]]
+) -> Tensor:
+    """Decoder layers of one shape, one after the other: hidden [rows, width, hidden] -> the same.
+
+    layers: an array of pointers to `Layer`s. cos, sin: [rows, width, head_dim]. positions: int64 [rows, width].
+    blocks: each layer's keys and values [rows, heads, capacity, head_dim], where those at the positions are put.
+    """
+    rows, width, _ = hidden.shape
+    hidden = hidden.contiguous()
+    result = torch.empty_like(hidden)
+    arrays = (hidden, cos.contiguous(), sin.contiguous(), positions.contiguous())
+    pointers = c_void_p * len(blocks)
+    keys, values = (pointers(*(pair[i].data_ptr() for pair in blocks)) for i in (0, 1))
+    sizes = (len(blocks), rows, width, blocks[0][0].shape[2], torch.get_num_threads())
+    call = Call(*(each.data_ptr() for each in arrays), layers, keys, values, result.data_ptr(), *sizes)
+    _function("layers", hidden.dtype)(call)
+    return result
 
 
 def run_projection(projection: Projection, inputs: Tensor, outputs: Tensor) -> None:
@@ -152,7 +170,7 @@ def _function(name: str, dtype: torch.dtype) -> Any:
     function = getattr(_library(), f"{name}_{str(dtype).removeprefix('torch.')}")
     function.restype = None
     function.argtypes = {
-        "layer": (POINTER(Layer), POINTER(Call)),
+        "layers": (POINTER(Call),),
         "project": (POINTER(Projection), c_void_p, c_void_p, c_int64, c_int64),
         "normalise": (c_void_p, c_void_p, c_float, c_int64, c_int64, c_void_p),
     }[name]

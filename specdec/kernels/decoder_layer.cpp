@@ -26,6 +26,7 @@ struct bf16 {
 constexpr int64_t BLOCK = 32;     // outputs that a projection computes together: two vectors
 constexpr int64_t MAX_TILE = 12;  // tokens that it computes together: 24 of the 32 registers hold their sums
 constexpr int64_t KEYS = 16;      // positions whose scores fill a vector
+constexpr int64_t MOST_TOGETHER = 8, MOST_HEAD_DIM = 128;  // queries that attend together, and their size
 
 // Threads that a product of a matrix with so many weights is worth: sharing a little work out costs more than doing it,
 // most of all where other programs want the processors too.
@@ -128,10 +129,16 @@ Products<T> products_of(int64_t tile) {
     return table[tile - 1];
 }
 
+// Tokens in a tile: all tiles are about equally large.
+inline int64_t tile_of(int64_t tokens) {
+    const int64_t num_tiles = (tokens + MAX_TILE - 1) / MAX_TILE;
+    return (tokens + num_tiles - 1) / num_tiles;
+}
+
 // Calls finish(token, block, sums of 32 outputs) for all tokens and blocks; the threads share the blocks out.
 template <class T, class Finish>
 void project(const T* weights, const T* inputs, int64_t tokens, int64_t in, int64_t blocks, Finish finish) {
-    const int64_t num_tiles = (tokens + MAX_TILE - 1) / MAX_TILE, tile = (tokens + num_tiles - 1) / num_tiles;
+    const int64_t tile = tile_of(tokens);
     alignas(64) float acc[MAX_TILE][BLOCK];
 #pragma omp for schedule(static)
     for (int64_t block = 0; block < blocks; block++)
@@ -193,21 +200,22 @@ inline __m512 sums(const __m512 a[16]) {
 }
 
 // One head's output for up to TILE consecutive queries of one row; query q sees positions up to seen[q] - 1.
-// queries and outputs are `stride` apart. scores: room for TILE times (most + KEYS) numbers.
+// queries, outputs: [count][head_dim]. scores: room for TILE times (most + KEYS) numbers.
 template <class T, int VECTORS, int TILE>
-void attend(const T* queries, int64_t stride, const T* keys, const T* values, const int64_t* seen, int64_t count,
-            float scaling, float* scores, T* outputs) {
+void attend(const T* queries, const T* keys, const T* values, const int64_t* seen, int64_t count, float scaling,
+            float* scores, T* outputs) {
     constexpr int64_t size = VECTORS * 16;
     const int64_t most = *std::max_element(seen, seen + count), room = (most + KEYS - 1) / KEYS * KEYS;
-    __m512 total[TILE];
+    const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const auto sees = [&](int64_t q, int64_t j) {
+        return _mm512_cmplt_epi32_mask(lanes, _mm512_set1_epi32(static_cast<int>(seen[q] - j)));
+    };
+    __m512 peak[TILE];
     for (int64_t q = 0; q < count; q++) {
-        __m512 query[VECTORS], peak = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
-        for (int v = 0; v < VECTORS; v++) query[v] = load(queries + q * stride + v * 16);
-        float* row = scores + q * room;
-        const __m512i last = _mm512_set1_epi32(static_cast<int>(seen[q]) - 1);
-        const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+        __m512 query[VECTORS];
+        for (int v = 0; v < VECTORS; v++) query[v] = load(queries + q * size + v * 16);
+        peak[q] = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
         for (int64_t j = 0; j < room; j += KEYS) {
-            const __mmask16 sees = _mm512_cmple_epi32_mask(_mm512_add_epi32(lanes, _mm512_set1_epi32(j)), last);
             __m512 dots[KEYS];
             for (int64_t i = 0; i < KEYS; i++) {
                 const T* key = keys + std::min(j + i, most - 1) * size;
@@ -215,38 +223,44 @@ void attend(const T* queries, int64_t stride, const T* keys, const T* values, co
                 for (int v = 1; v < VECTORS; v++) dots[i] = _mm512_fmadd_ps(query[v], load(key + v * 16), dots[i]);
             }
             const __m512 score = _mm512_mul_ps(sums(dots), _mm512_set1_ps(scaling));
-            peak = _mm512_mask_max_ps(peak, sees, peak, score);
-            store(row + j, score);
-        }
-        peak = _mm512_set1_ps(_mm512_reduce_max_ps(peak));
-        total[q] = _mm512_setzero_ps();
-        for (int64_t j = 0; j < room; j += KEYS) {
-            const __mmask16 sees = _mm512_cmple_epi32_mask(_mm512_add_epi32(lanes, _mm512_set1_epi32(j)), last);
-            const __m512 weight = _mm512_maskz_mov_ps(sees, exponential(_mm512_sub_ps(load(row + j), peak)));
-            total[q] = _mm512_add_ps(total[q], weight);
-            store(row + j, weight);
+            peak[q] = _mm512_mask_max_ps(peak[q], sees(q, j), peak[q], score);
+            store(scores + q * room + j, score);
         }
     }
-    __m512 sum[TILE][VECTORS];
-    for (int q = 0; q < TILE; q++)
+    __m512 total[TILE], sum[TILE][VECTORS];
+    for (int64_t q = 0; q < TILE; q++) {
         for (int v = 0; v < VECTORS; v++) sum[q][v] = _mm512_setzero_ps();
-    for (int64_t q = count; q < TILE; q++) std::memset(scores + q * room, 0, room * sizeof(float));
+        total[q] = _mm512_setzero_ps();
+        if (q >= count) {  // its weights are 0
+            std::memset(scores + q * room, 0, room * sizeof(float));
+            continue;
+        }
+        const __m512 highest = _mm512_set1_ps(_mm512_reduce_max_ps(peak[q]));
+        for (int64_t j = 0; j < room; j += KEYS) {
+            float* row = scores + q * room + j;
+            const __m512 weight = _mm512_maskz_mov_ps(sees(q, j), exponential(_mm512_sub_ps(load(row), highest)));
+            total[q] = _mm512_add_ps(total[q], weight);
+            store(row, weight);
+        }
+    }
     for (int64_t j = 0; j < most; j++) {
         __m512 value[VECTORS];
         for (int v = 0; v < VECTORS; v++) value[v] = load(values + j * size + v * 16);
+#pragma GCC unroll 8
         for (int q = 0; q < TILE; q++) {
             const __m512 weight = _mm512_set1_ps(scores[q * room + j]);
+#pragma GCC unroll 8
             for (int v = 0; v < VECTORS; v++) sum[q][v] = _mm512_fmadd_ps(weight, value[v], sum[q][v]);
         }
     }
     for (int64_t q = 0; q < count; q++) {
         const __m512 scale = _mm512_set1_ps(1.0f / _mm512_reduce_add_ps(total[q]));
-        for (int v = 0; v < VECTORS; v++) store(outputs + q * stride + v * 16, _mm512_mul_ps(sum[q][v], scale));
+        for (int v = 0; v < VECTORS; v++) store(outputs + q * size + v * 16, _mm512_mul_ps(sum[q][v], scale));
     }
 }
 
 template <class T>
-using Attend = void (*)(const T*, int64_t, const T*, const T*, const int64_t*, int64_t, float, float*, T*);
+using Attend = void (*)(const T*, const T*, const T*, const int64_t*, int64_t, float, float*, T*);
 
 template <class T>
 Attend<T> attend_of(int64_t head_dim, bool is_narrow) {  // 16 registers hold the sums
@@ -284,132 +298,171 @@ struct Layer {
     int64_t num_heads, num_kv_heads, head_dim;
 };
 
-// One call's arrays. hidden, result [rows * width, hidden]; cos, sin [rows * width, head_dim]; positions int64
-// [rows * width]; keys, values [rows, num_kv_heads, capacity, head_dim], the rows' own.
+// Layers of one shape, one after the other. hidden, result [rows * width, hidden]; cos, sin [rows * width, head_dim];
+// positions int64 [rows * width]; keys, values: each layer's [rows, num_kv_heads, capacity, head_dim], the rows' own.
 struct Call {
     const void *hidden, *cos, *sin;
     const int64_t* positions;
-    void *keys, *values, *result;
-    int64_t rows, width, capacity, num_threads;
+    const Layer* const* layers;
+    void *const *keys, *const *values;
+    void* result;
+    int64_t num_layers, rows, width, capacity, num_threads;
 };
 }
 
 namespace {
 
+// What the layers of a call share, and the memory between their parts.
 template <class T>
-void run_layer(const Layer& layer, const Call& call) {
-    const int64_t tokens = call.rows * call.width, size = layer.qkv.in, dim = layer.head_dim;
-    const int64_t heads = layer.num_heads, kv_heads = layer.num_kv_heads, wide = layer.qkv.out;
-    const int64_t attended_size = heads * dim, mlp_size = layer.down.in;
-    const T *hidden = static_cast<const T*>(call.hidden), *cos = static_cast<const T*>(call.cos),
-            *sin = static_cast<const T*>(call.sin);
-    T *all_keys = static_cast<T*>(call.keys), *all_values = static_cast<T*>(call.values),
-      *result = static_cast<T*>(call.result);
-    const int64_t most = *std::max_element(call.positions, call.positions + tokens) + 1;
-    const int64_t together = queries_together(dim, call.width);
-    const int64_t num_tiles = (call.width + together - 1) / together;
-    const Attend<T> attend_tile = attend_of<T>(dim, call.width == 1);
-    std::unique_ptr<T[]> memory(new T[tokens * (size + wide + attended_size + mlp_size)]);
-    T *normed = memory.get(), *qkv = normed + tokens * size, *attended = qkv + tokens * wide,
-      *activated = attended + tokens * attended_size;
+struct Work {
+    const Call& call;
+    int64_t tokens, size, dim, heads, kv_heads, wide, attended_size, mlp_size, most, together, num_tiles;
+    const T *cos, *sin;
+    std::unique_ptr<T[]> memory;
+    T *normed, *qkv, *attended, *activated, *spare[2];
 
-    const auto normalise_all = [&](const void* weight, const T* x) {
-        const T* norm = static_cast<const T*>(weight);
+    explicit Work(const Call& given) : call(given) {
+        const Layer& layer = *call.layers[0];
+        tokens = call.rows * call.width, size = layer.qkv.in, dim = layer.head_dim;
+        heads = layer.num_heads, kv_heads = layer.num_kv_heads, wide = layer.qkv.out;
+        attended_size = heads * dim, mlp_size = layer.down.in;
+        most = *std::max_element(call.positions, call.positions + tokens) + 1;
+        together = queries_together(dim, call.width), num_tiles = (call.width + together - 1) / together;
+        cos = static_cast<const T*>(call.cos), sin = static_cast<const T*>(call.sin);
+        memory.reset(new T[tokens * (3 * size + wide + attended_size + mlp_size)]);
+        normed = memory.get(), spare[0] = normed + tokens * size, spare[1] = spare[0] + tokens * size;
+        qkv = spare[1] + tokens * size, attended = qkv + tokens * wide, activated = attended + tokens * attended_size;
+    }
+};
+
+template <class T>
+void normalise_all(const Work<T>& work, const void* weight, float epsilon, const T* x) {
+    const int64_t size = work.size;
 #pragma omp for schedule(static)
-        for (int64_t t = 0; t < tokens; t++) {
-            if (norm)
-                normalise(x + t * size, norm, layer.epsilon, size, normed + t * size);
-            else
-                std::memcpy(normed + t * size, x + t * size, size * sizeof(T));
-        }
-    };
+    for (int64_t t = 0; t < work.tokens; t++) {
+        if (weight)
+            normalise(x + t * size, static_cast<const T*>(weight), epsilon, size, work.normed + t * size);
+        else
+            std::memcpy(work.normed + t * size, x + t * size, size * sizeof(T));
+    }
+}
 
-    const int64_t weights = size * (wide + attended_size + 3 * mlp_size);
-#pragma omp parallel num_threads(worth(weights, tokens, call.num_threads))
-    {
-        normalise_all(layer.norm_before_attention, hidden);
-        project(static_cast<const T*>(layer.qkv.weight), normed, tokens, size, wide / BLOCK,
-                [&](int64_t t, int64_t block, const float* sums) {
-                    store_block(qkv + t * wide + block * BLOCK, sums, static_cast<const T*>(layer.qkv.bias), block);
-                });
-
+// Turns queries in place; puts turned keys, and values, where they belong in the cache.
+template <class T>
+void place_heads(const Work<T>& work, const Layer& layer, T* keys, T* values) {
+    const int64_t dim = work.dim, heads = work.heads, kv_heads = work.kv_heads;
 #pragma omp for schedule(static) collapse(2)
-        for (int64_t t = 0; t < tokens; t++)
-            for (int64_t head = 0; head < heads + 2 * kv_heads; head++) {
-                T* x = qkv + t * wide + head * dim;
-                const bool is_query = head < heads, is_value = head >= heads + kv_heads;
-                const int64_t kv_head = is_value ? head - heads - kv_heads : head - heads;
-                const int64_t place = ((t / call.width * kv_heads + kv_head) * call.capacity + call.positions[t]) * dim;
-                if (is_value) {
-                    std::memcpy(all_values + place, x, dim * sizeof(T));
-                    continue;
-                }
-                const void* norm = is_query ? layer.query_norm : layer.key_norm;
-                if (norm) normalise(x, static_cast<const T*>(norm), layer.epsilon, dim, x);
-                alignas(64) T turned[256];
-                rotate(x, cos + t * dim, sin + t * dim, dim, turned);
-                std::memcpy(is_query ? x : all_keys + place, turned, dim * sizeof(T));
+    for (int64_t t = 0; t < work.tokens; t++)
+        for (int64_t head = 0; head < heads + 2 * kv_heads; head++) {
+            T* x = work.qkv + t * work.wide + head * dim;
+            const bool is_query = head < heads, is_value = head >= heads + kv_heads;
+            const int64_t kv_head = is_value ? head - heads - kv_heads : head - heads;
+            const int64_t block = (t / work.call.width * kv_heads + kv_head) * work.call.capacity;
+            const int64_t place = (block + work.call.positions[t]) * dim;
+            if (is_value) {
+                std::memcpy(values + place, x, dim * sizeof(T));
+                continue;
             }
+            const void* norm = is_query ? layer.query_norm : layer.key_norm;
+            if (norm) normalise(x, static_cast<const T*>(norm), layer.epsilon, dim, x);
+            alignas(64) T turned[MOST_HEAD_DIM];
+            rotate(x, work.cos + t * dim, work.sin + t * dim, dim, turned);
+            std::memcpy(is_query ? x : keys + place, turned, dim * sizeof(T));
+        }
+}
 
-        const std::unique_ptr<float[]> scores(new float[together * (most + KEYS)]);
-        int64_t seen[8];
+template <class T>
+void attend_all(const Work<T>& work, const Layer& layer, const T* keys, const T* values) {
+    const int64_t dim = work.dim, width = work.call.width;
+    const Attend<T> attend_tile = attend_of<T>(dim, width == 1);
+    const std::unique_ptr<float[]> scores(new float[work.together * (work.most + KEYS)]);
+    alignas(64) T queries[MOST_TOGETHER * MOST_HEAD_DIM], outputs[MOST_TOGETHER * MOST_HEAD_DIM];
+    int64_t seen[MOST_TOGETHER];
 #pragma omp for schedule(static) collapse(3)
-        for (int64_t row = 0; row < call.rows; row++)
-            for (int64_t head = 0; head < heads; head++)
-                for (int64_t tile = 0; tile < num_tiles; tile++) {
-                    const int64_t first = row * call.width + tile * together;
-                    const int64_t count = std::min(together, call.width - tile * together);
-                    for (int64_t q = 0; q < count; q++) seen[q] = call.positions[first + q] + 1;
-                    const int64_t block = (row * kv_heads + head * kv_heads / heads) * call.capacity * dim;
-                    // queries stand in qkv rows, outputs in attended rows: the outputs go through a small buffer
-                    alignas(64) T out[8 * 128];
-                    alignas(64) T in[8 * 128];
-                    for (int64_t q = 0; q < count; q++)
-                        std::memcpy(in + q * dim, qkv + (first + q) * wide + head * dim, dim * sizeof(T));
-                    attend_tile(in, dim, all_keys + block, all_values + block, seen, count, layer.scaling,
-                                scores.get(), out);
-                    for (int64_t q = 0; q < count; q++)
-                        std::memcpy(attended + (first + q) * attended_size + head * dim, out + q * dim,
-                                    dim * sizeof(T));
+    for (int64_t row = 0; row < work.call.rows; row++)
+        for (int64_t head = 0; head < work.heads; head++)
+            for (int64_t tile = 0; tile < work.num_tiles; tile++) {
+                const int64_t first = row * width + tile * work.together;
+                const int64_t count = std::min(work.together, width - tile * work.together);
+                for (int64_t q = 0; q < count; q++) {
+                    seen[q] = work.call.positions[first + q] + 1;
+                    std::memcpy(queries + q * dim, work.qkv + (first + q) * work.wide + head * dim, dim * sizeof(T));
                 }
-
-        project(static_cast<const T*>(layer.output.weight), attended, tokens, attended_size, size / BLOCK,
-                [&](int64_t t, int64_t block, const float* sums) {
-                    const int64_t place = t * size + block * BLOCK;
-                    store_block(result + place, sums, static_cast<const T*>(layer.output.bias), block, hidden + place);
-                });
-        normalise_all(layer.norm_before_mlp, result);
-
-        // gate and up blocks lie one after the other, so that both are at hand when a block is done
-        alignas(64) float gates[MAX_TILE][BLOCK];
-        const T* bias = static_cast<const T*>(layer.gate_up.bias);
-        const T* weights = static_cast<const T*>(layer.gate_up.weight);
-        const int64_t blocks = mlp_size / BLOCK, num_parts = (tokens + MAX_TILE - 1) / MAX_TILE;
-        const int64_t part = (tokens + num_parts - 1) / num_parts;
-        alignas(64) float ups[MAX_TILE][BLOCK];
-#pragma omp for schedule(static)
-        for (int64_t block = 0; block < blocks; block++)
-            for (int64_t first = 0; first < tokens; first += part) {
-                const int64_t count = std::min(part, tokens - first);
-                const auto multiply = products_of<T>(count);
-                multiply(weights + block * size * BLOCK, normed + first * size, size, gates);
-                multiply(weights + (blocks + block) * size * BLOCK, normed + first * size, size, ups);
-                for (int64_t m = 0; m < count; m++)
-                    for (int64_t half = 0; half < BLOCK; half += 16) {
-                        __m512 gate = load(gates[m] + half), up = load(ups[m] + half);
-                        if (bias) {
-                            gate = _mm512_add_ps(gate, load(bias + block * BLOCK + half));
-                            up = _mm512_add_ps(up, load(bias + (blocks + block) * BLOCK + half));
-                        }
-                        store(activated + (first + m) * mlp_size + block * BLOCK + half, _mm512_mul_ps(silu(gate), up));
-                    }
+                const int64_t kv_head = row * work.kv_heads + head * work.kv_heads / work.heads;
+                const int64_t block = kv_head * work.call.capacity * dim;
+                attend_tile(queries, keys + block, values + block, seen, count, layer.scaling, scores.get(), outputs);
+                for (int64_t q = 0; q < count; q++)
+                    std::memcpy(work.attended + (first + q) * work.attended_size + head * dim, outputs + q * dim,
+                                dim * sizeof(T));
             }
+}
 
-        project(static_cast<const T*>(layer.down.weight), activated, tokens, mlp_size, size / BLOCK,
-                [&](int64_t t, int64_t block, const float* sums) {
-                    T* out = result + t * size + block * BLOCK;
-                    store_block(out, sums, static_cast<const T*>(layer.down.bias), block, out);
-                });
+// silu(gate) * up. Each thread computes a block of gates and the same block of ups, so that both are at hand.
+template <class T>
+void gate_and_up(const Work<T>& work, const Projection& gate_up) {
+    const T *weights = static_cast<const T*>(gate_up.weight), *bias = static_cast<const T*>(gate_up.bias);
+    const int64_t blocks = work.mlp_size / BLOCK, tile = tile_of(work.tokens), size = work.size;
+    alignas(64) float gates[MAX_TILE][BLOCK], ups[MAX_TILE][BLOCK];
+#pragma omp for schedule(static)
+    for (int64_t block = 0; block < blocks; block++)
+        for (int64_t first = 0; first < work.tokens; first += tile) {
+            const int64_t count = std::min(tile, work.tokens - first);
+            const Products<T> multiply = products_of<T>(count);
+            multiply(weights + block * size * BLOCK, work.normed + first * size, size, gates);
+            multiply(weights + (blocks + block) * size * BLOCK, work.normed + first * size, size, ups);
+            for (int64_t m = 0; m < count; m++)
+                for (int64_t half = 0; half < BLOCK; half += 16) {
+                    __m512 gate = load(gates[m] + half), up = load(ups[m] + half);
+                    if (bias) {
+                        gate = _mm512_add_ps(gate, load(bias + block * BLOCK + half));
+                        up = _mm512_add_ps(up, load(bias + (blocks + block) * BLOCK + half));
+                    }
+                    T* out = work.activated + (first + m) * work.mlp_size + block * BLOCK + half;
+                    store(out, _mm512_mul_ps(silu(gate), up));
+                }
+        }
+}
+
+// out = projection of x + residual
+template <class T>
+void project_onto(const Work<T>& work, const Projection& projection, const T* x, const T* residual, T* out) {
+    project(static_cast<const T*>(projection.weight), x, work.tokens, projection.in, work.size / BLOCK,
+            [&](int64_t t, int64_t block, const float* sums) {
+                const int64_t place = t * work.size + block * BLOCK;
+                store_block(out + place, sums, static_cast<const T*>(projection.bias), block, residual + place);
+            });
+}
+
+// Called by all threads of a team; every loop that they share ends with a barrier.
+template <class T>
+void run_layer(const Work<T>& work, const Layer& layer, const T* hidden, T* keys, T* values, T* result) {
+    normalise_all(work, layer.norm_before_attention, layer.epsilon, hidden);
+    project(static_cast<const T*>(layer.qkv.weight), work.normed, work.tokens, work.size, work.wide / BLOCK,
+            [&](int64_t t, int64_t block, const float* sums) {
+                T* out = work.qkv + t * work.wide + block * BLOCK;
+                store_block(out, sums, static_cast<const T*>(layer.qkv.bias), block);
+            });
+    place_heads(work, layer, keys, values);
+    attend_all(work, layer, keys, values);
+    project_onto(work, layer.output, work.attended, hidden, result);
+    normalise_all(work, layer.norm_before_mlp, layer.epsilon, result);
+    gate_and_up(work, layer.gate_up);
+    project_onto<T>(work, layer.down, work.activated, result, result);
+}
+
+template <class T>
+void run_layers(const Call& call) {
+    const Work<T> work(call);
+    const int64_t weights = work.size * (work.wide + work.attended_size + 3 * work.mlp_size);
+#pragma omp parallel num_threads(worth(weights, work.tokens, call.num_threads))
+    {
+        const T* hidden = static_cast<const T*>(call.hidden);
+        for (int64_t i = 0; i < call.num_layers; i++) {
+            T* result = i + 1 < call.num_layers ? work.spare[i % 2] : static_cast<T*>(call.result);
+            run_layer(work, *call.layers[i], hidden, static_cast<T*>(call.keys[i]), static_cast<T*>(call.values[i]),
+                      result);
+            hidden = result;
+        }
     }
 }
 
@@ -426,8 +479,8 @@ void run_projection(const Projection& projection, const T* inputs, T* outputs, i
 }  // namespace
 
 extern "C" {
-void layer_float32(const Layer* layer, const Call* call) { run_layer<float>(*layer, *call); }
-void layer_bfloat16(const Layer* layer, const Call* call) { run_layer<bf16>(*layer, *call); }
+void layers_float32(const Call* call) { run_layers<float>(*call); }
+void layers_bfloat16(const Call* call) { run_layers<bf16>(*call); }
 
 // outputs: [tokens, out rounded up to a multiple of 32]
 void project_float32(const Projection* p, const float* x, float* y, int64_t tokens, int64_t num_threads) {

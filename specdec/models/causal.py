@@ -31,6 +31,7 @@ class CausalLM:
         self.vocab_size: int = self.config.vocab_size
         self.device, self.dtype = model.device, model.dtype
         self.num_layers, self.context_length = _rollback_limits(model)
+        self._needs_mask = getattr(model.base_model, "needs_mask", True)
         model.base_model.register_forward_hook(self._remember)
         _check_ragged_equals_plain(self)
 
@@ -66,7 +67,7 @@ class CausalLM:
         positions = cache.open(first_slot, rows, width, self.device)
         output = self.model(
             input_ids=tokens,
-            attention_mask=cache.mask(self.dtype),
+            attention_mask=cache.mask(self.dtype) if self._needs_mask else None,
             # padding may stand beyond the last position that the model knows
             position_ids=positions.clamp(max=self.context_length - 1),
             past_key_values=cache,

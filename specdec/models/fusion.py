@@ -2,9 +2,9 @@
 
 A decode step of a small model on a CPU is bound by reading weights and by the number of operations, not by
 arithmetic. So the query, key and value projections become one, and the gate and up projections. Where this machine has
-`specdec.kernels` a whole layer is one call, and what is computed for a token does not depend on how many others are
-computed beside it. Elsewhere torch's operations are used: bf16 weights are laid out once in oneDNN's own format, which
-is read about twice as fast as the row-major one, and grouped query heads attend to their key/value head directly
+`specdec.kernels` all layers together are one call, and what is computed for a token does not depend on how many others
+are computed beside it. Elsewhere torch's operations are used: bf16 weights are laid out once in oneDNN's own format,
+which is read about twice as fast as the row-major one, and grouped query heads attend to their key/value head directly
 instead of to copies of it.
 
 What is computed is what transformers computes, in another order of rounding.
@@ -12,11 +12,14 @@ What is computed is what transformers computes, in another order of rounding.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from ctypes import POINTER, pointer
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, scaled_dot_product_attention, silu
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from specdec import kernels
 from specdec.cache import RaggedCache
@@ -33,20 +36,63 @@ def fuse(model: Any) -> int:
     """
     if model.device.type != "cpu":
         return 0
-    num_replaced, masks = 0, RepeatedMasks()
+    num_replaced, masks, body = 0, RepeatedMasks(), model.base_model
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if type(child).__name__ in FUSABLE:
                 setattr(parent, name, FusedLayer(child, masks))
             elif type(child) is nn.Linear and parent is model:
                 setattr(parent, name, Projection(child))
-            elif type(child).__name__ in _NORMS and parent is model.base_model:
+            elif type(child).__name__ in _NORMS and parent is body:
                 setattr(parent, name, Norm(child))
                 continue
             else:
                 continue
             num_replaced += 1
+    layers = list(getattr(body, "layers", []))
+    if layers and all(isinstance(layer, FusedLayer) and layer.kernel for layer in layers):
+        setattr(model, model.base_model_prefix, FusedDecoder(body))
     return num_replaced
+
+
+class FusedDecoder(nn.Module):
+    """All layers of a model as one call, with the interface of transformers' model without a head.
+
+    body: the transformers model, whose layers have been fused. Any cache but ours is left to it.
+    """
+
+    needs_mask = False  # the kernels let a token see all positions up to its own
+
+    def __init__(self, body: Any) -> None:
+        super().__init__()
+        self.body, self.layers = body, body.layers
+        self.stack = Stack(list(body.layers))
+
+    def forward(
+        self, input_ids: Tensor, position_ids: Tensor | None = None, past_key_values: Any = None, **options: Any
+    ) -> Any:
+        if not isinstance(past_key_values, RaggedCache):
+            return self.body(input_ids=input_ids, position_ids=position_ids, past_key_values=past_key_values, **options)
+        hidden = self.body.embed_tokens(input_ids)
+        hidden = self.stack(hidden, self.body.rotary_emb(hidden, position_ids), past_key_values)
+        return BaseModelOutputWithPast(last_hidden_state=self.body.norm(hidden), past_key_values=past_key_values)
+
+
+class Stack:
+    """Fused layers of one shape that follow each other, as `specdec.kernels` want them."""
+
+    def __init__(self, layers: Sequence[FusedLayer]) -> None:
+        self._indices = [layer.index for layer in layers]
+        self._kernels = [layer.kernel for layer in layers if layer.kernel]
+        self._num_kv_heads, self._head_dim = layers[0].num_kv_heads, layers[0].head_dim
+        self._pointers = (POINTER(kernels.Layer) * len(layers))(*map(pointer, self._kernels))
+
+    def __call__(self, hidden: Tensor, position_embeddings: tuple[Tensor, Tensor], cache: RaggedCache) -> Tensor:
+        """hidden [rows, width, hidden] at the open window of the cache -> the same behind the last layer."""
+        shape = (*hidden.shape[:2], self._head_dim)
+        cos, sin = (each.expand(shape) for each in position_embeddings)
+        blocks = [cache.blocks(index, self._num_kv_heads, self._head_dim, hidden.dtype) for index in self._indices]
+        return kernels.run_layers(self._pointers, hidden, cos, sin, cache.window.positions, blocks)
 
 
 class Projection(nn.Module):
@@ -152,6 +198,7 @@ class FusedLayer(nn.Module):
             Norm(layer.post_attention_layernorm),
         )
         self.kernel = self._describe()
+        self.stack = Stack([self]) if self.kernel else None
 
     def forward(
         self,
@@ -162,8 +209,8 @@ class FusedLayer(nn.Module):
         **kwargs: Any,
     ) -> Tensor:
         assert position_embeddings is not None
-        if self.kernel is not None and isinstance(past_key_values, RaggedCache):
-            return self._run_kernel(hidden_states, position_embeddings, past_key_values)
+        if self.stack is not None and isinstance(past_key_values, RaggedCache):
+            return self.stack(hidden_states, position_embeddings, past_key_values)
         attended = self._attend(
             self.qkv(self.norm_before_attention(hidden_states)), attention_mask, position_embeddings, past_key_values
         )
@@ -194,17 +241,6 @@ class FusedLayer(nn.Module):
             self.num_kv_heads,
             self.head_dim,
         )
-
-    def _run_kernel(self, hidden: Tensor, position_embeddings: tuple[Tensor, Tensor], cache: RaggedCache) -> Tensor:
-        assert self.kernel is not None
-        rows, width, _ = hidden.shape
-        keys, values = cache.blocks(self.index, self.num_kv_heads, self.head_dim, hidden.dtype)
-        hidden, result = hidden.contiguous(), torch.empty_like(hidden, memory_format=torch.contiguous_format)
-        cos, sin = (each.expand(rows, width, self.head_dim).contiguous() for each in position_embeddings)
-        arrays = (hidden, cos, sin, cache.window.positions, keys, values, result)
-        call = kernels.Call(*(each.data_ptr() for each in arrays), rows, width, cache.capacity, torch.get_num_threads())
-        kernels.run_layer(self.kernel, call, hidden.dtype)
-        return result
 
     def _attend(
         self, qkv: Tensor, mask: Tensor | None, position_embeddings: tuple[Tensor, Tensor], cache: RaggedCache | None
