@@ -26,7 +26,7 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
 from specdec.cache import RaggedCache
-from specdec.models.fusion import FusedLayer, Projection, RepeatedMasks
+from specdec.models.fusion import Angles, FusedLayer, Projection, RepeatedMasks
 from specdec.wheels import explained
 
 OUTSIDE = -1e9  # logit of a token outside the draft vocabulary: no probability, yet a law remains if all else is barred
@@ -53,7 +53,7 @@ class EagleHead(nn.Module):
         layer = LlamaDecoderLayer(config, 0)
         layer.input_layernorm = nn.Identity()
         self.layers = nn.ModuleList([layer])
-        self.rotary = LlamaRotaryEmbedding(config)
+        self.rotary: nn.Module = LlamaRotaryEmbedding(config)
         self._project: Callable[[Tensor], Tensor] = lambda features: linear(features, self.output)
 
     @property
@@ -86,7 +86,7 @@ class EagleHead(nn.Module):
         positions = cache.open(first_slot, rows, width, tokens.device)
         guessed: Tensor = self.layers[0](
             hidden,
-            attention_mask=cache.mask(hidden.dtype),
+            attention_mask=None if getattr(self.layers[0], "stack", None) else cache.mask(hidden.dtype),
             position_embeddings=self.rotary(hidden, positions),
             past_key_values=cache,
         )
@@ -108,7 +108,7 @@ class EagleHead(nn.Module):
         """Fewer, larger steps on a CPU, see `specdec.models.fusion`; a fused head can no longer be trained or saved."""
         if self.device.type == "cpu":
             self.fc, self._project = Projection(_linear(self.fc.weight)), Projection(_linear(self.output))
-            self.layers[0] = FusedLayer(self.layers[0], RepeatedMasks())
+            self.layers[0], self.rotary = FusedLayer(self.layers[0], RepeatedMasks()), Angles(self.rotary)
 
     def save(self, folder: Path, fingerprint: str, about: dict[str, Any]) -> None:
         """Write the folder that `load_head` reads. fingerprint: the target's. about: further facts for its card."""

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear, scaled_dot_product_attention, silu
+from torch.nn.functional import embedding, linear, scaled_dot_product_attention, silu
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from specdec import kernels
@@ -66,16 +66,42 @@ class FusedDecoder(nn.Module):
     def __init__(self, body: Any) -> None:
         super().__init__()
         self.body, self.layers = body, body.layers
-        self.stack = Stack(list(body.layers))
+        self.stack, self.angles = Stack(list(body.layers)), Angles(body.rotary_emb)
 
     def forward(
         self, input_ids: Tensor, position_ids: Tensor | None = None, past_key_values: Any = None, **options: Any
     ) -> Any:
-        if not isinstance(past_key_values, RaggedCache):
+        if position_ids is None or not isinstance(past_key_values, RaggedCache):
             return self.body(input_ids=input_ids, position_ids=position_ids, past_key_values=past_key_values, **options)
         hidden = self.body.embed_tokens(input_ids)
-        hidden = self.stack(hidden, self.body.rotary_emb(hidden, position_ids), past_key_values)
+        hidden = self.stack(hidden, self.angles(hidden, position_ids), past_key_values)
         return BaseModelOutputWithPast(last_hidden_state=self.body.norm(hidden), past_key_values=past_key_values)
+
+
+class Angles(nn.Module):
+    """What turns queries and keys at their positions, looked up in a table: computing it anew is a dozen operations.
+
+    rotary: transformers' module.
+    """
+
+    def __init__(self, rotary: Any) -> None:
+        super().__init__()
+        self._rotary = rotary
+        self._depends_on_length = getattr(rotary, "rope_type", "default") in ("dynamic", "longrope")
+        self._tables: tuple[Tensor, Tensor] | None = None
+
+    def forward(self, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin [rows, width, head_dim] in the dtype of `hidden`; positions int64 [rows, width]."""
+        if self._depends_on_length:
+            angles: tuple[Tensor, Tensor] = self._rotary(hidden, positions)
+            return angles
+        least = int(positions.max()) + 1
+        if self._tables is None or len(self._tables[0]) < least or self._tables[0].dtype != hidden.dtype:
+            known = torch.arange(max(2 * least, 512), device=positions.device).unsqueeze(0)
+            cos, sin = self._rotary(hidden, known)
+            self._tables = (cos[0], sin[0])
+        cos, sin = (embedding(positions, table) for table in self._tables)
+        return cos, sin
 
 
 class Stack:
