@@ -159,7 +159,8 @@ class Decoder:
         """Uniforms for accepting, [rows, k], and for the last token, [rows, k + 1]."""
         rows, width = draft.tokens.shape
         device = self.target.device
-        if batch.sampling.all_greedy:  # every law is one-hot: no uniform can change anything
+        if batch.sampling.all_greedy and not getattr(self.rule, "always_draws", False):
+            # every law is one-hot: no uniform can change anything
             zeros = torch.zeros(rows, width + 1, dtype=torch.float64, device=device)
             return zeros[:, :width], zeros
         offsets = torch.arange(width + 1, device=device)

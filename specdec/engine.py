@@ -21,6 +21,7 @@ from specdec.proposers.table import Fallback, NgramTable
 from specdec.requests import Completion, Generation, Request
 from specdec.sampling import SamplingParams
 from specdec.stats import PhaseTimes
+from specdec.synthetic import SyntheticAcceptance
 from specdec.verification import VerificationRule, verify_block, verify_tokens
 
 if TYPE_CHECKING:
@@ -46,6 +47,8 @@ class Engine:
         seed gives then depends on this machine and on what was decoded before.
     max_batch_size: prompts decoded together.
     verification: "token" or "block", the rule that verifies a draft; both are lossless.
+    synthetic_acceptance_rates: to time shapes without their weights: accept draft positions with these probabilities
+        instead of verifying. The output is then no longer the target's.
     Raises ValueError naming the value, the rule and the remedy.
     """
 
@@ -58,6 +61,7 @@ class Engine:
         num_speculative_tokens: int | Literal["auto"] = 4,
         max_batch_size: int = 1,
         verification: str = "token",
+        synthetic_acceptance_rates: Sequence[float] | None = None,
     ) -> None:
         require(max_batch_size >= 1, f"max_batch_size={max_batch_size} must be at least 1")
         _check_verification(verification)
@@ -76,7 +80,9 @@ class Engine:
             proposer,
             self.num_speculative_tokens,
             max_batch_size=max_batch_size,
-            rule=VERIFICATIONS[verification],
+            rule=SyntheticAcceptance(tuple(synthetic_acceptance_rates))
+            if synthetic_acceptance_rates is not None
+            else VERIFICATIONS[verification],
             adaptive=adaptive,
         )
 

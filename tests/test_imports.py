@@ -14,7 +14,7 @@ ROOT = Path(specdec.__file__).parent
 LAYERS = [
     {"sampling", "randomness", "stats", "wheels", "prompts"},
     {"verification", "requests"},
-    {"models", "kernels"},
+    {"models", "kernels", "synthetic"},
     {"cache", "models.markov"},
     {"models.causal", "models.fusion"},
     {"models.eagle"},

@@ -1,0 +1,44 @@
+"""Prescribed acceptance, to time shapes whose weights are not there. What it emits is NOT the target's law.
+
+As vLLM's `rejection_sample_method="synthetic"`: a draft token is accepted with a given probability, whatever it is.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from specdec.sampling import Law
+from specdec.verification import Draft, Verification
+
+
+@dataclass(frozen=True, slots=True)
+class SyntheticAcceptance:
+    """A verification rule that accepts with prescribed rates.
+
+    rates: unconditional acceptance of each draft position, from the first on, as `acceptance_rate_at` counts it: in
+    [0, 1], none above the one before. Positions behind the last are never accepted.
+    Raises ValueError for other rates.
+    """
+
+    rates: tuple[float, ...]
+    always_draws = True  # also where every law is one-hot
+
+    def __post_init__(self) -> None:
+        bounds = (1.0, *self.rates)
+        if not self.rates or any(not 0 <= rate <= before for before, rate in zip(bounds, self.rates, strict=False)):
+            raise ValueError(
+                f"synthetic_acceptance_rates={list(self.rates)} must be probabilities, none above the one before it"
+            )
+
+    def __call__(self, target: Law, draft: Draft, accept_uniforms: Tensor, final_uniforms: Tensor) -> Verification:
+        """Arguments as for `verify_tokens`."""
+        num_drafted, device = draft.tokens.shape[1], draft.tokens.device
+        rates = torch.tensor([1.0, *self.rates, *[0.0] * num_drafted], dtype=torch.float64, device=device)
+        conditional = (rates[1:] / rates[:-1].clamp(min=torch.finfo(torch.float64).tiny))[:num_drafted]
+        proposed = torch.arange(num_drafted, device=device) < draft.lengths.unsqueeze(1)
+        accepted = ((accept_uniforms < conditional) & proposed).long().cumprod(1).sum(1)
+        uniform = final_uniforms.gather(1, accepted.unsqueeze(1)).squeeze(1)
+        return Verification(accepted, target.at(accepted).draw(uniform))
