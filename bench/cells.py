@@ -83,6 +83,8 @@ def _plan(
         skip = f"pair={pair.name} has no draft for method={method}; name one with --pairs target=MODEL,draft=MODEL"
     if skip and method != "autoregressive":
         gamma = config.gammas[0]  # one skipped cell says it for all
-    if not skip and gamma == "auto" and not ENGINES[engine].has_auto_gamma:
+    if not skip and config.synthetic_acceptance_rates and "synthetic acceptance" not in ENGINES[engine].extras:
+        skip = f"engine={engine} has no synthetic acceptance; leave out --synthetic-acceptance-rates"
+    if not skip and gamma == "auto" and "auto gamma" not in ENGINES[engine].extras:
         skip = f"engine={engine} has no gamma=auto; use --gammas with numbers"
     return Plan(Cell(engine, pair.name, method, gamma, placement, workload, batch_size), skip)

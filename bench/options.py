@@ -49,6 +49,7 @@ class BenchConfig:
     dtype: str
     device: str
     verification: str
+    synthetic_acceptance_rates: tuple[float, ...]
     journal: Path
     resume: bool
     smoke: bool
@@ -232,6 +233,12 @@ OPTIONS = (
     Option("seed", _integer(0, "any such number will do", most=2**32), "0", "chooses the prompts and the samples"),
     Option("dtype", _one_of(DTYPES), "auto", f"weights: {', '.join(DTYPES)}; auto is the pair's own"),
     Option("device", _device, "auto", "auto, cpu, cuda or cuda:N"),
+    Option(
+        "synthetic-acceptance-rates",
+        lambda name, text: _rates(name, text),
+        "",
+        "accept draft position i with the i-th probability instead of verifying: times of shapes, not a model's output",
+    ),
     Option("verification", _one_of(VERIFICATIONS), "token", "rule that verifies a draft"),
     Option(
         "journal",
@@ -285,6 +292,13 @@ def _gammas(name: str, text: str) -> tuple[Gamma, ...]:
     parse_one = _integer(1, "for plain decoding use --methods autoregressive, for as many as pay auto")
     items = (item.strip() for item in text.split(","))
     return _distinct(name, tuple(item if item == "auto" else parse_one(name, item) for item in items))
+
+
+def _rates(name: str, text: str) -> tuple[float, ...]:
+    parse_one = _number(lambda value: 0 <= value <= 1, "a list of probabilities")
+    rates = tuple(parse_one(name, item.strip()) for item in text.split(",")) if text else ()
+    _require(list(rates) == sorted(rates, reverse=True), f"{name}={text} must not rise: a rate counts all steps")
+    return rates
 
 
 def _data_dir(name: str, text: str) -> Path | None:

@@ -65,6 +65,8 @@ def _identity(cell: Cell, pair: Pair, config: BenchConfig, engine_version: str, 
         "device": device,
         "batch_size": cell.batch_size,
         "verification": config.verification,
+        "synthetic_acceptance_rates": list(config.synthetic_acceptance_rates) or None,
+        "load_format": pair.load_format,
         "max_tokens": config.max_tokens,
         "temperature": config.temperature,
         "top_p": config.top_p,
@@ -166,8 +168,8 @@ def _predictions(
 
 
 def _num_equal(ours: list[Run], theirs: list[Run] | None, config: BenchConfig) -> int | None:
-    """Prompts with the same output; only greedy outputs can be compared."""
-    if not theirs or config.temperature > 0:
+    """Prompts with the same output; only greedy outputs can be compared, and none where acceptance was prescribed."""
+    if not theirs or config.temperature > 0 or config.synthetic_acceptance_rates:
         return None
     pairs = zip(_results(ours), _results(theirs), strict=True)
     return sum(mine.token_ids == other.token_ids for mine, other in pairs)

@@ -11,7 +11,7 @@ import pytest
 
 from bench import machine, workloads
 from bench.cells import Cell, Plan, plan
-from bench.engines import BenchEngine, Run, load
+from bench.engines import BenchEngine, LoadOptions, Run, load
 from bench.journal import Entry, Journal
 from bench.measure import BASELINE, CANDIDATE, REFERENCE, Arm, Clock, check_counts, measure
 from bench.options import BenchConfig
@@ -213,8 +213,12 @@ class _Models:
         """Load; a model that nobody named and that cannot be had (no network) skips the cell."""
         from specdec.wheels import LoadError
 
+        config = self._config
+        options = LoadOptions(
+            config.dtype_of(pair), self._device, config.verification, config.synthetic_acceptance_rates
+        )
         try:
-            return load(name, pair, self._config.dtype_of(pair), self._device, self._config.verification)
+            return load(name, pair, options)
         except LoadError as error:
             if "pairs" in self._config.named:
                 pytest.fail(str(error), pytrace=False)

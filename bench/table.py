@@ -24,8 +24,17 @@ def _title(record: Record) -> str:
     return (
         f"{record['pair']}, {record['dtype']} on {record['device']}, {record['workload']}, "
         f"{record['num_prompts']} prompts of up to {record['max_tokens']} tokens, "
-        f"batch size {record['batch_size']}, {sampling}"
+        f"batch size {record['batch_size']}, {sampling}{_caution(record)}"
     )
+
+
+def _caution(record: Record) -> str:
+    """What keeps a block's outputs from being a model's."""
+    reasons = [
+        *(["random weights"] if record.get("load_format") == "dummy" else []),
+        *(["prescribed acceptance"] if record.get("synthetic_acceptance_rates") else []),
+    ]
+    return f" ({', '.join(reasons)}: times only)" if reasons else ""
 
 
 def _header(record: Record) -> list[str]:

@@ -59,17 +59,17 @@ class BenchEngine(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class EngineKind:
-    """What is known of an engine before it is loaded. max_batch_size: None is unlimited."""
+    """What is known of an engine before it is loaded. max_batch_size: None is unlimited. extras: what few have."""
 
     package: str
     methods: tuple[str, ...]
     max_batch_size: int | None = None
     verifications: tuple[str, ...] = ("token",)
-    has_auto_gamma: bool = False
+    extras: tuple[str, ...] = ()
 
 
 ENGINES = {
-    "specdec": EngineKind("specdec", METHODS, verifications=("token", "block"), has_auto_gamma=True),
+    "specdec": EngineKind("specdec", METHODS, None, ("token", "block"), ("auto gamma", "synthetic acceptance")),
     "transformers": EngineKind("transformers", ("autoregressive", "ngram", "draft_model"), max_batch_size=1),
 }
 
@@ -93,8 +93,18 @@ def why_not(engine: str, method: str, batch_size: int, verification: str = "toke
     return None
 
 
-def load(engine: str, pair: Pair, dtype: str, device: str, verification: str = "token") -> BenchEngine:
-    """An engine with a pair's models in memory. dtype, device: names that torch knows."""
+@dataclass(frozen=True, slots=True)
+class LoadOptions:
+    """How a pair's models are loaded and its drafts verified. dtype, device: names that torch knows."""
+
+    dtype: str
+    device: str
+    verification: str = "token"
+    synthetic_acceptance_rates: tuple[float, ...] = ()
+
+
+def load(engine: str, pair: Pair, options: LoadOptions) -> BenchEngine:
+    """An engine with a pair's models in memory."""
     module = importlib.import_module(f"bench.engines.{engine}")
-    loaded: BenchEngine = module.load(pair, dtype, device, verification)
+    loaded: BenchEngine = module.load(pair, options)
     return loaded

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 import specdec
-from bench.engines import Gamma, PromptResult, Run
+from bench.engines import Gamma, LoadOptions, PromptResult, Run
 from bench.pairs import Pair, folder
 from specdec import Completion, Engine, SamplingParams
 from specdec.drafts import NEEDS, load_with_drafts
@@ -21,7 +21,7 @@ class SpecdecEngine:
 
     version = specdec.__version__
 
-    def __init__(self, target: CausalLM, drafts: Mapping[str, Any], verification: str) -> None:
+    def __init__(self, target: CausalLM, drafts: Mapping[str, Any], options: LoadOptions) -> None:
         self.target, self.tokenizer = target, target.tokenizer
 
         @cache
@@ -32,7 +32,8 @@ class SpecdecEngine:
                 method=method,
                 num_speculative_tokens=gamma,
                 max_batch_size=batch_size,
-                verification=verification,
+                verification=options.verification,
+                synthetic_acceptance_rates=options.synthetic_acceptance_rates or None,
             )
 
         self._engine = engine
@@ -45,18 +46,18 @@ class SpecdecEngine:
         return Run(tuple(map(_result, completions)), engine.phase_times)
 
 
-def load(pair: Pair, dtype: str, device: str, verification: str) -> SpecdecEngine:
+def load(pair: Pair, options: LoadOptions) -> SpecdecEngine:
     """The pair's models, loaded as `specdec.Engine.load` does."""
     sources = {method: folder(source) for method in NEEDS if (source := pair.draft_for(method))}
     target, drafts = load_with_drafts(
         folder(pair.target),
         set(sources.values()),
-        dtype=getattr(torch, dtype),
-        device=device,
+        dtype=getattr(torch, options.dtype),
+        device=options.device,
         attention="sdpa",
         load_format=pair.load_format,
     )
-    return SpecdecEngine(target, {method: drafts[source] for method, source in sources.items()}, verification)
+    return SpecdecEngine(target, {method: drafts[source] for method, source in sources.items()}, options)
 
 
 def _result(completion: Completion) -> PromptResult:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
-from bench.engines import Gamma, PromptResult, Run
+from bench.engines import Gamma, LoadOptions, PromptResult, Run
 from bench.pairs import Pair, folder
 from specdec import AcceptanceCounts, SamplingParams
 from specdec.models.causal import eos_token_ids
@@ -55,14 +55,15 @@ class TransformersEngine:
         return Run((_result(output[0, len(prompt) :].tolist(), observer, stop_token_ids),))
 
 
-def load(pair: Pair, dtype: str, device: str, verification: str) -> TransformersEngine:
+def load(pair: Pair, options: LoadOptions) -> TransformersEngine:
     """The pair's models as transformers loads them; the draft is an instance of its own even if it is the target.
 
-    verification: transformers knows one rule, and cells of others are skipped unless they verify nothing.
+    It knows one rule of verification; cells of others are skipped unless they verify nothing.
     """
 
     def model(source: str) -> tuple[Any, Any]:
-        return load_pretrained(folder(source), dtype=getattr(torch, dtype), device=device, load_format=pair.load_format)
+        dtype = getattr(torch, options.dtype)
+        return load_pretrained(folder(source), dtype=dtype, device=options.device, load_format=pair.load_format)
 
     target, tokenizer = model(pair.target)
     return TransformersEngine(target, model(pair.draft)[0] if pair.draft else None, tokenizer)

@@ -40,6 +40,7 @@ def make_config() -> Callable[..., BenchConfig]:
         dtype="auto",
         device="cpu",
         verification="token",
+        synthetic_acceptance_rates=(),
         journal=Path("journal"),
         resume=False,
         smoke=False,

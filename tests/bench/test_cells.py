@@ -67,3 +67,10 @@ def test_gamma_auto_is_for_engines_that_have_it(make_config: MakeConfig) -> None
     assert skips["specdec", "auto"] is None
     assert skips["transformers", 2] is None
     assert skips["transformers", "auto"] == "engine=transformers has no gamma=auto; use --gammas with numbers"
+
+
+def test_prescribed_acceptance_is_for_engines_that_have_it(make_config: MakeConfig) -> None:
+    plans = plan(make_config(methods=("ngram",), synthetic_acceptance_rates=(0.5,)))
+    skips = {each.cell.engine: each.skip for each in plans}
+    assert skips["specdec"] is None
+    assert str(skips["transformers"]).startswith("engine=transformers has no synthetic acceptance")

@@ -90,6 +90,8 @@ def test_pairs_may_be_given_by_their_models() -> None:
         ("seed", str(2**32), "must be an integer of at least 0 and below 4294967296"),
         ("dtype", "int8", "dtype='int8' must be auto or bfloat16"),
         ("device", "tpu", "device='tpu' must be auto, cpu, cuda or cuda:N"),
+        ("synthetic_acceptance_rates", "0.5,1.5", "synthetic_acceptance_rates=1.5 must be a list of probabilities"),
+        ("synthetic_acceptance_rates", "0.5,0.6", "synthetic_acceptance_rates=0.5,0.6 must not rise"),
         ("verification", "magic", "verification='magic' must be token or block"),
         ("data_dir", "/no/such/folder", "data_dir='/no/such/folder' must be an existing folder"),
         ("resume", "perhaps", "resume='perhaps' must be true or false"),

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers.generation.candidate_generator import AssistedCandidateGenerator, PromptLookupCandidateGenerator
 
-from bench.engines import BenchEngine, Run, load
+from bench.engines import BenchEngine, LoadOptions, Run, load
 from bench.engines.transformers import Observer
 from bench.measure import check_counts
 from bench.pairs import catalogue
@@ -21,13 +21,13 @@ GREEDY = SamplingParams(temperature=0, max_tokens=24)
 @pytest.fixture(scope="module")
 def engine() -> BenchEngine:
     """A tiny random model whose draft is another instance of itself."""
-    return load("transformers", catalogue()["tiny-random"], "float32", "cpu")
+    return load("transformers", catalogue()["tiny-random"], LoadOptions("float32", "cpu"))
 
 
 @pytest.fixture(scope="module")
 def reference() -> Run:
     """What specdec decodes from the same weights."""
-    engine = load("specdec", catalogue()["tiny-random"], "float32", "cpu")
+    engine = load("specdec", catalogue()["tiny-random"], LoadOptions("float32", "cpu"))
     return engine.generate([PROMPT], "autoregressive", 0, [GREEDY])
 
 
