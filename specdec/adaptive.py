@@ -64,7 +64,7 @@ class AdaptiveLength:
 def confidence(logits: Tensor) -> Tensor:
     """Largest probability under logits [rows, vocab], float32 [rows]."""
     logits = logits.float()
-    return (logits.amax(-1) - logits.logsumexp(-1)).exp()
+    return (logits - logits.amax(-1, keepdim=True)).exp().sum(-1).reciprocal()
 
 
 def target_costs(target: LanguageModel, rows: int) -> tuple[float, ...]:
