@@ -81,22 +81,33 @@ def pack(weight: Tensor) -> Tensor:
     return padded.view(-1, BLOCK, inputs // together, together).permute(0, 2, 1, 3).contiguous()
 
 
+Pointers = Any  # of ctypes, to each layer's array
+
+
+def pointers(arrays: Sequence[Tensor]) -> Pointers:
+    """Where arrays stand; whoever keeps the pointers must keep the arrays."""
+    return (c_void_p * len(arrays))(*(array.data_ptr() for array in arrays))
+
+
 def run_layers(
-    layers: Any, hidden: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, blocks: Sequence[tuple[Tensor, Tensor]]
+    layers: Pointers,
+    hidden: Tensor,
+    angles: tuple[Tensor, Tensor],
+    positions: Tensor,
+    blocks: tuple[Pointers, Pointers],
+    capacity: int,
 ) -> Tensor:
     """Decoder layers of one shape, one after the other: hidden [rows, width, hidden] -> the same.
 
-    layers: an array of pointers to `Layer`s. cos, sin: [rows, width, head_dim]. positions: int64 [rows, width].
-    blocks: each layer's keys and values [rows, heads, capacity, head_dim], where those at the positions are put.
+    layers: to `Layer`s. angles: cos and sin, [rows, width, head_dim]. positions: int64 [rows, width].
+    blocks: to each layer's keys and values [rows, heads, capacity, head_dim], where those at the positions are put.
     """
     rows, width, _ = hidden.shape
     hidden = hidden.contiguous()
     result = torch.empty_like(hidden)
-    arrays = (hidden, cos.contiguous(), sin.contiguous(), positions.contiguous())
-    pointers = c_void_p * len(blocks)
-    keys, values = (pointers(*(pair[i].data_ptr() for pair in blocks)) for i in (0, 1))
-    sizes = (len(blocks), rows, width, blocks[0][0].shape[2], torch.get_num_threads())
-    call = Call(*(each.data_ptr() for each in arrays), layers, keys, values, result.data_ptr(), *sizes)
+    arrays = (hidden, angles[0].contiguous(), angles[1].contiguous(), positions.contiguous())
+    sizes = (len(layers), rows, width, capacity, torch.get_num_threads())
+    call = Call(*(each.data_ptr() for each in arrays), layers, *blocks, result.data_ptr(), *sizes)
     _function("layers", hidden.dtype)(call)
     return result
 

@@ -12,9 +12,10 @@ What is computed is what transformers computes, in another order of rounding.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from ctypes import POINTER, pointer
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -109,6 +110,8 @@ class Stack:
 
     def __init__(self, layers: Sequence[FusedLayer]) -> None:
         self._indices = [layer.index for layer in layers]
+        self._cache: Callable[[], RaggedCache | None] = lambda: None  # whose blocks are known
+        self._known: tuple[kernels.Pointers, kernels.Pointers] | None = None
         self._kernels = [layer.kernel for layer in layers if layer.kernel]
         self._num_kv_heads, self._head_dim = layers[0].num_kv_heads, layers[0].head_dim
         self._pointers = (POINTER(kernels.Layer) * len(layers))(*map(pointer, self._kernels))
@@ -116,9 +119,20 @@ class Stack:
     def __call__(self, hidden: Tensor, position_embeddings: tuple[Tensor, Tensor], cache: RaggedCache) -> Tensor:
         """hidden [rows, width, hidden] at the open window of the cache -> the same behind the last layer."""
         shape = (*hidden.shape[:2], self._head_dim)
-        cos, sin = (each.expand(shape) for each in position_embeddings)
-        blocks = [cache.blocks(index, self._num_kv_heads, self._head_dim, hidden.dtype) for index in self._indices]
-        return kernels.run_layers(self._pointers, hidden, cos, sin, cache.window.positions, blocks)
+        angles = (position_embeddings[0].expand(shape), position_embeddings[1].expand(shape))
+        blocks = self._blocks(cache, hidden.dtype)
+        return kernels.run_layers(self._pointers, hidden, angles, cache.window.positions, blocks, cache.capacity)
+
+    def _blocks(self, cache: RaggedCache, dtype: torch.dtype) -> tuple[kernels.Pointers, kernels.Pointers]:
+        """Of the open window's rows; for decode steps, whose rows begin at the first slot, found once."""
+        if self._known and self._cache() is cache and cache.window.slots.start == 0:
+            return self._known
+        arrays = [cache.blocks(index, self._num_kv_heads, self._head_dim, dtype) for index in self._indices]
+        keys, values = zip(*arrays, strict=True)
+        blocks = (kernels.pointers(keys), kernels.pointers(values))
+        if cache.window.slots.start == 0:
+            self._cache, self._known = ref(cache), blocks
+        return blocks
 
 
 class Projection(nn.Module):
