@@ -52,7 +52,7 @@ def test_smoke_replaces_defaults_but_not_what_was_given() -> None:
 
 def test_pairs_may_be_given_by_their_models() -> None:
     named, target_only, both = config(pairs="smollm2-135m,target=org/big,target=org/big,draft=org/small").pairs
-    assert (named.target, named.draft) == ("smollm2-135m", None)
+    assert (named.target, named.draft) == ("smollm2-135m", "smollm2-135m-draft")
     assert (target_only.name, target_only.target, target_only.draft) == ("big", "org/big", None)
     assert (both.name, both.target, both.draft) == ("big+small", "org/big", "org/small")
 
