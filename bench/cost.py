@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +13,7 @@ from bench.journal import SCHEMA_VERSION
 from specdec.models.causal import CausalLM
 from specdec.proposers.ngram import LookupIndex
 from specdec.sampling import SamplingParams, SamplingState
+from specdec.timing import durations_s, synchronise
 
 CONTEXT = 256  # tokens that a sequence has where the sweep is not over contexts
 WIDTH = 5  # tokens of a step that verifies four
@@ -115,20 +115,7 @@ def _lookup(num_tokens: int) -> Sized:
 def read_bandwidth(device: torch.device, num_bytes: int = 2**29, repeats: int = 9) -> float:
     """Bytes per second at which a block larger than any cache can be read: the best of a few times."""
     block = torch.ones(num_bytes // 4, dtype=torch.float32, device=device)
-    best_s = float("inf")
-    for _ in range(repeats):
-        synchronise(device)
-        start_s = time.perf_counter()
-        block.max()
-        synchronise(device)
-        best_s = min(best_s, time.perf_counter() - start_s)
-    return num_bytes / best_s
-
-
-def synchronise(device: torch.device) -> None:
-    """Wait for a GPU; nothing to wait for on a CPU."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    return num_bytes / min(durations_s(block.max, device, repeats=repeats, warm_up=0))
 
 
 def lines(records: list[dict[str, Any]]) -> Iterator[str]:

@@ -9,14 +9,15 @@ it is settled before its token is drawn, so the output law stays the target's.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from specdec.models import LanguageModel, prefill
+from specdec.timing import durations_s
 
 MOST = 8  # tokens drafted in a step at the most
 _MEMORY = 0.98  # weight of the past, per step
@@ -79,21 +80,6 @@ def target_costs(target: LanguageModel, rows: int) -> tuple[float, ...]:
         cache.lengths[:] = [context] * rows
         target.forward(tokens[:, :width], cache)
 
-    return tuple(_least_s(lambda width=width: step(width), target.device) for width in range(1, MOST + 2))  # type: ignore[misc]
-
-
-def _least_s(run: Callable[[], object], device: torch.device, repeats: int = 5) -> float:
-    run()
-    least_s = float("inf")
-    for _ in range(repeats):
-        _wait(device)
-        start_s = time.perf_counter()
-        run()
-        _wait(device)
-        least_s = min(least_s, time.perf_counter() - start_s)
-    return least_s
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    return tuple(
+        min(durations_s(partial(step, width), target.device, repeats=5, warm_up=1)) for width in range(1, MOST + 2)
+    )

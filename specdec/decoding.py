@@ -24,6 +24,7 @@ from specdec.randomness import Role, UniformSource, uniforms
 from specdec.requests import Batch, Generation, Request, Step
 from specdec.sampling import NonFiniteLogitsError, SamplingParams, SamplingState
 from specdec.stats import PhaseTimes
+from specdec.timing import now_s
 from specdec.verification import Draft, Verification, VerificationRule, verify_tokens
 
 
@@ -193,14 +194,9 @@ class Decoder:
 
     @contextmanager
     def _phase(self, name: str) -> Iterator[None]:
-        start_s = self._now_s()
+        start_s = now_s(self.target.device)
         yield
-        setattr(self.times, name, getattr(self.times, name) + self._now_s() - start_s)
-
-    def _now_s(self) -> float:
-        if self.target.device.type == "cuda":
-            torch.cuda.synchronize(self.target.device)
-        return time.perf_counter()
+        setattr(self.times, name, getattr(self.times, name) + now_s(self.target.device) - start_s)
 
 
 def _step(num_drafted: int, num_accepted: int, num_kept: int) -> Step:

@@ -12,7 +12,7 @@ import specdec
 ROOT = Path(specdec.__file__).parent
 # from the bottom to the top; a module may import from layers below its own only
 LAYERS = [
-    {"sampling", "randomness", "stats", "wheels", "prompts"},
+    {"sampling", "randomness", "stats", "wheels", "prompts", "timing"},
     {"verification", "requests"},
     {"models", "kernels", "synthetic"},
     {"cache", "models.markov"},

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from statistics import median
 from typing import Any
@@ -14,6 +13,7 @@ from specdec.models.causal import CausalLM
 from specdec.models.eagle import new_head
 from specdec.models.fusion import fuse
 from specdec.models.loading import load_pretrained
+from specdec.timing import durations_s
 
 CONTEXT = 256  # tokens in the caches
 REPETITIONS = 15
@@ -53,11 +53,4 @@ def _model_seconds(model: Any) -> float:
 @torch.inference_mode()
 def _seconds(step: Callable[[], Any], device: torch.device) -> float:
     """The median over repetitions, the first ones apart."""
-    times = []
-    for _ in range(REPETITIONS + 3):
-        start_s = time.perf_counter()
-        step()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        times.append(time.perf_counter() - start_s)
-    return median(times[3:])
+    return median(durations_s(step, device, repeats=REPETITIONS, warm_up=3))
