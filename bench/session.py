@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -54,32 +55,27 @@ class Session:
 
     def run(self, cell: Cell, benchmark: Any) -> dict[str, Any]:
         """The record of a cell, from the journal or measured and then put there."""
-        assert self.journal is not None
-        if cell.id in self.journal.cells:
-            entry = self.journal.cells[cell.id]
-            self.clock.replay(benchmark, entry.rounds_s)
-        else:
-            entry = self._measure(cell, benchmark)
-            self._keep(cell.id, entry)
-        self.records.append(entry.record)
-        return entry.record
+        self.records.append(self._record(cell.id, benchmark, lambda: self._measure(cell, benchmark)))
+        return self.records[-1]
 
     def run_cost(self, axis: str, size: int, benchmark: Any) -> dict[str, Any]:
         """The record of a cell of `bench.cost`, for the first pair, from the journal or measured and then put there."""
-        assert self.journal is not None
-        name, pair = f"cost-{axis}-{size}", self.config.pairs[0]
-        if name in self.journal.cells:
-            entry = self.journal.cells[name]
-            self.clock.replay(benchmark, entry.rounds_s)
-        else:
-            entry = self._measure_cost(axis, size, pair, benchmark)
-            self._keep(name, entry)
-        self.cost_records.append(entry.record)
-        return entry.record
+        name = f"cost-{axis}-{size}"
+        self.cost_records.append(self._record(name, benchmark, lambda: self._measure_cost(axis, size, benchmark)))
+        return self.cost_records[-1]
 
-    def _measure_cost(self, axis: str, size: int, pair: Pair, benchmark: Any) -> Entry:
+    def _record(self, name: str, benchmark: Any, measured: Callable[[], Entry]) -> dict[str, Any]:
+        assert self.journal is not None
+        if name in self.journal.cells:
+            self.clock.replay(benchmark, self.journal.cells[name].rounds_s)
+        else:
+            self._keep(name, measured())
+        return self.journal.cells[name].record
+
+    def _measure_cost(self, axis: str, size: int, benchmark: Any) -> Entry:
         from bench import cost
 
+        pair = self.config.pairs[0]
         target = self._models.engine("specdec", pair).target  # type: ignore[attr-defined]
         self._bandwidth = self._bandwidth or cost.read_bandwidth(target.device)
         identity = {"pair": pair.name, "dtype": self.config.dtype_of(pair), "device": self.device}

@@ -53,13 +53,14 @@ class AdaptiveLength:
         gain = reach * (self._accepted / self._looked_at)
         return gain * len(reach) * self._seconds > cost_s * self._tokens
 
-    def observe(self, num_drafted: Sequence[int], num_accepted: Sequence[int]) -> None:
-        """Learn from a step, a number for each of its rows."""
-        looked_at = sum(min(a + 1, k) for a, k in zip(num_accepted, num_drafted, strict=True))
-        self._accepted = _MEMORY * self._accepted + (1 - _MEMORY) * _PRIOR[0] + sum(num_accepted)
+    def observe(self, decided: Sequence[tuple[int, int]]) -> None:
+        """Learn from a step: how many tokens each of its rows drafted, and how many of them were accepted."""
+        accepted = sum(num_accepted for _, num_accepted in decided)
+        looked_at = sum(min(num_accepted + 1, num_drafted) for num_drafted, num_accepted in decided)
+        self._accepted = _MEMORY * self._accepted + (1 - _MEMORY) * _PRIOR[0] + accepted
         self._looked_at = _MEMORY * self._looked_at + (1 - _MEMORY) * _PRIOR[1] + looked_at
-        self._tokens = _MEMORY * self._tokens + sum(num_accepted) + len(num_accepted)
-        self._seconds = _MEMORY * self._seconds + self.costs.step_s(max(num_drafted, default=0))
+        self._tokens = _MEMORY * self._tokens + accepted + len(decided)
+        self._seconds = _MEMORY * self._seconds + self.costs.step_s(max(num_drafted for num_drafted, _ in decided))
 
 
 def confidence(logits: Tensor) -> Tensor:

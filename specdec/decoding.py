@@ -140,8 +140,9 @@ class Decoder:
             logits = self.target.forward(torch.cat([last, draft.tokens], 1), cache)
         with self._phase("verification_s"):
             outcome = self._verify(batch, logits, draft)
-        self._commit(batch, draft, outcome, logits)
-        self._learn(draft, outcome)
+        decided = self._commit(batch, draft, outcome, logits)
+        if self.adaptive:
+            self.adaptive.observe(decided)
 
     def _propose(self, batch: Batch) -> Draft:
         # the token after the draft is never proposed, so a row that may emit n more needs n - 1 at the most
@@ -172,13 +173,18 @@ class Decoder:
         draws = self.uniforms(batch.sampling.seeds.unsqueeze(1), positions, roles, origins)
         return draws[:, :width], draws[:, width:]
 
-    def _commit(self, batch: Batch, draft: Draft, outcome: Verification, logits: Tensor) -> None:
-        """Append what was decided to each row and record it. The one transfer from the device to the host."""
+    def _commit(self, batch: Batch, draft: Draft, outcome: Verification, logits: Tensor) -> list[tuple[int, int]]:
+        """Append what was decided to each row and record it. The one transfer from the device to the host.
+
+        Returns how many tokens were drafted and accepted in each row that is not idle, truncation apart.
+        """
+        decided = []
         columns = [draft.tokens, draft.lengths[:, None], outcome.accepted[:, None], outcome.next_token[:, None]]
         for index, (row, values) in enumerate(zip(batch.rows, torch.cat(columns, 1).tolist(), strict=True)):
             if row is None:
                 continue
             *proposed, num_drafted, num_accepted, next_token = values
+            decided.append((num_drafted, num_accepted))
             emitted = [*proposed[:num_accepted], next_token]
             num_kept = row.emit(emitted)
             if row.request.sampling.logprobs:
@@ -187,10 +193,7 @@ class Decoder:
             row.steps.append(_step(num_drafted, num_accepted, num_kept))
             row.last_token_s = time.perf_counter()
             row.first_token_s = row.first_token_s or row.last_token_s
-
-    def _learn(self, draft: Draft, outcome: Verification) -> None:
-        if self.adaptive:
-            self.adaptive.observe(draft.lengths.tolist(), outcome.accepted.tolist())
+        return decided
 
     @contextmanager
     def _phase(self, name: str) -> Iterator[None]:

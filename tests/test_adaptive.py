@@ -53,13 +53,13 @@ def test_the_rule() -> None:
     alone = [bool(adaptive.pays(torch.tensor([reach]), 1)) for reach in (0.17, 0.16)]
     assert alone == [True, False], "0.1 s must bring 0.1 tokens: 0.6 times 1/6"
     for _ in range(300):
-        adaptive.observe([4], [0])
+        adaptive.observe([(4, 0)])
     assert not adaptive.pays(torch.ones(1), 0), "nothing is ever accepted"
     for _ in range(300):
-        adaptive.observe([0], [0])
+        adaptive.observe([(0, 0)])
     assert adaptive.pays(torch.ones(1), 0), "it is tried again"
     for _ in range(300):
-        adaptive.observe([4], [4])
+        adaptive.observe([(4, 4)])
     assert not adaptive.pays(torch.tensor([0.3]), 4), "five tokens in 1.4 s are the rate to beat"
     assert adaptive.pays(torch.tensor([0.6]), 4)
 
