@@ -16,6 +16,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from specdec import kernels
 from specdec.models import LanguageModel, prefill
 from specdec.timing import durations_s
 
@@ -44,14 +45,14 @@ class AdaptiveLength:
         self._tokens, self._seconds = 1.0, costs.step_s(0)
         self._accepted, self._looked_at = _PRIOR
 
-    def pays(self, reach: Tensor, num_drafted: int) -> Tensor:
-        """Whether to draw one more token, bool [rows]; rows share the cost of a step.
+    def pays(self, reach: Sequence[float], num_drafted: int) -> list[bool]:
+        """Whether to draw one more token, for each row; rows share the cost of a step.
 
-        reach: float [rows], the probability that all tokens drafted so far are accepted.
+        reach: the probability that all tokens drafted so far are accepted, for each row.
         """
         cost_s = self.costs.step_s(num_drafted + 1) - self.costs.step_s(num_drafted)
-        gain = reach * (self._accepted / self._looked_at)
-        return gain * len(reach) * self._seconds > cost_s * self._tokens
+        least = cost_s * self._tokens / (self._seconds * len(reach) * self._accepted / self._looked_at)
+        return [each > least for each in reach]
 
     def observe(self, decided: Sequence[tuple[int, int]]) -> None:
         """Learn from a step: how many tokens each of its rows drafted, and how many of them were accepted."""
@@ -65,6 +66,8 @@ class AdaptiveLength:
 
 def confidence(logits: Tensor) -> Tensor:
     """Largest probability under logits [rows, vocab], float32 [rows]."""
+    if logits.device.type == "cpu" and kernels.available(logits.dtype):
+        return kernels.confidence(logits)
     logits = logits.float()
     return (logits - logits.amax(-1, keepdim=True)).exp().sum(-1).reciprocal()
 

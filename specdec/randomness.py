@@ -13,6 +13,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from specdec import kernels
+
 _ROUNDS = 10
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
@@ -59,8 +61,9 @@ def uniforms(seeds: Tensor, positions: Tensor, roles: Tensor, origins: Tensor) -
     thrown away and drafted again must not meet the same draw twice.
     Shapes broadcast; returns float64 of the broadcast shape.
     """
-    words = torch.stack(torch.broadcast_tensors(positions, origins, roles, torch.zeros_like(roles), seeds)) & _MASK
-    key = torch.stack([words[4], (seeds >> 32 & _MASK).expand_as(words[4])])
-    random = philox(words[:4], key)
+    words = torch.stack(torch.broadcast_tensors(positions, origins, roles, torch.zeros_like(roles), seeds))
+    if words.device.type == "cpu" and kernels.available(torch.float32):
+        return kernels.uniforms(words)
+    random = philox(words[:4] & _MASK, torch.stack([words[4], words[4] >> 32]) & _MASK)
     bits = (random[0] >> 5 << 26) + (random[1] >> 6)
     return bits.double() * 2.0**-53

@@ -3,9 +3,10 @@
 Drafting, verifying and plain decoding all come through `SamplingState.law`, so the law that a draft was drawn
 from and the law that it is verified against are made by the same lines, in float32 or wider.
 
-A *law* is the distribution of the next token. It has two forms with one interface:
-`Dense` holds probabilities; `OneHot` holds only the token that has all the mass (greedy decoding and every
-deterministic proposer), so that no vocabulary-sized tensor exists where none is needed.
+A *law* is the distribution of the next token. It has three forms with one interface:
+`Dense` holds probabilities; `Partial` holds those of some tokens, the others having none (a head with a draft
+vocabulary); `OneHot` holds only the token that has all the mass (greedy decoding and every deterministic proposer).
+So no vocabulary-sized tensor exists where none is needed.
 """
 
 from __future__ import annotations
@@ -18,7 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from specdec import kernels
+
 _USUAL_NUCLEUS = 256
+_BARRED = -1e9  # a logit without probability, yet a law remains if all else has -inf
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,14 +160,56 @@ class OneHot:
         return self.tokens
 
 
-Law = Dense | OneHot
+@dataclass(frozen=True, slots=True)
+class Partial:
+    """Laws over some of the tokens; all others have probability 0.
+
+    inner: laws over the places in `tokens`. tokens: int64 [inner.vocab_size], ascending.
+    """
+
+    inner: Dense
+    tokens: Tensor
+    vocab_size: int
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.inner.shape
+
+    def prob(self, tokens: Tensor) -> Tensor:
+        places = torch.searchsorted(self.tokens, tokens).clamp(max=len(self.tokens) - 1)
+        return self.inner.prob(places) * (self.tokens[places] == tokens)
+
+    def dense(self) -> Tensor:
+        return spread(self.inner.probs, self.tokens, self.vocab_size, 0.0)
+
+    def __getitem__(self, index: Any) -> Partial:
+        return Partial(self.inner[index], self.tokens, self.vocab_size)
+
+    def at(self, columns: Tensor) -> Partial:
+        return Partial(self.inner.at(columns), self.tokens, self.vocab_size)
+
+    def draw(self, uniforms: Tensor) -> Tensor:
+        return self.tokens[self.inner.draw(uniforms)]
+
+
+Law = Dense | OneHot | Partial
 
 
 def stack_laws(laws: Sequence[Law]) -> Law:
-    """Laws [batch] of consecutive positions -> laws [batch, n]; one-hot only if all of them are."""
-    if all(isinstance(law, OneHot) for law in laws):
-        return OneHot(torch.stack([law.tokens for law in laws], 1), laws[0].vocab_size)  # type: ignore[union-attr]
+    """Laws [batch] of consecutive positions -> laws [batch, n]; of a kind only if all of them are of that kind."""
+    first = laws[0]
+    if isinstance(first, OneHot) and all(isinstance(law, OneHot) for law in laws):
+        return OneHot(torch.stack([law.tokens for law in laws], 1), first.vocab_size)  # type: ignore[union-attr]
+    if isinstance(first, Partial) and all(isinstance(law, Partial) and law.tokens is first.tokens for law in laws):
+        probs = torch.stack([law.inner.probs for law in laws], 1)  # type: ignore[union-attr]
+        return Partial(Dense(probs), first.tokens, first.vocab_size)
     return Dense(torch.stack([law.dense() for law in laws], 1))
+
+
+def spread(values: Tensor, tokens: Tensor, vocab_size: int, otherwise: float) -> Tensor:
+    """Values of some tokens, [..., n] and int64 [n] -> [..., vocab], another value at all other tokens."""
+    everything = values.new_full((*values.shape[:-1], vocab_size), otherwise)
+    return everything.index_copy_(-1, tokens, values)
 
 
 class NonFiniteLogitsError(FloatingPointError):
@@ -210,26 +256,28 @@ class SamplingState:
         if self._counts is not None:
             self._counts.add(row, tokens)
 
-    def law(self, logits: Tensor, drafted: Tensor | None = None) -> Law:
+    def law(self, logits: Tensor, drafted: Tensor | None = None, tokens: Tensor | None = None) -> Law:
         """Laws of the next tokens, each given the tokens emitted so far and the drafted ones before its position.
 
         logits: float [rows, n, vocab]; the n positions are the last n of those after 0, 1, ..., m drafted tokens.
         drafted: int64 [rows, m] with m >= n - 1, or None for m = 0.
+        tokens: int64, ascending, whose logits these are, or None for all; others get probability 0.
         Returns laws [rows, n].
         Raises NonFiniteLogitsError.
         """
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if self._bias is not None or self._counts is not None:
-            logits = self._shift(logits.clone(), drafted)
-        peak, argmax = _max(logits)
+            if tokens is not None:
+                logits, tokens = spread(logits, tokens, self.vocab_size, _BARRED), None
+            logits = self._shift(logits.to(_at_least_float32(logits), copy=True), drafted)
+        peak, argmax = largest(logits)
         _check_finite(peak)
         if self.all_greedy:
-            return OneHot(argmax, self.vocab_size)
-        probs = self._soften(logits)
+            return OneHot(argmax if tokens is None else tokens[argmax], self.vocab_size)
+        probs = self._soften(logits.to(_at_least_float32(logits)))
         if any(self.greedy):
             rows = self._column(self.greedy, torch.bool)
-            probs = torch.where(rows, torch.nn.functional.one_hot(argmax, self.vocab_size).to(probs.dtype), probs)
-        return Dense(probs)
+            probs = torch.where(rows, torch.nn.functional.one_hot(argmax, probs.shape[-1]).to(probs.dtype), probs)
+        return Dense(probs) if tokens is None else Partial(Dense(probs), tokens, self.vocab_size)
 
     def _shift(self, logits: Tensor, drafted: Tensor | None) -> Tensor:
         if self._bias is not None:
@@ -261,22 +309,22 @@ class SamplingState:
         return probs
 
     def _keep_top_k(self, logits: Tensor) -> Tensor:
-        top_k = [min(p.top_k or self.vocab_size, self.vocab_size) for p in self.params]
-        largest = max(k for k in top_k if k < self.vocab_size) if min(top_k) < self.vocab_size else 1
-        values = logits.topk(largest, -1).values
-        index = self._column([min(k, largest) - 1 for k in top_k], torch.int64).expand(*logits.shape[:-1], 1)
-        floor = values.gather(-1, index)
-        unlimited = self._column([k == self.vocab_size for k in top_k], torch.bool)
+        size = logits.shape[-1]
+        top_k = [min(p.top_k or size, size) for p in self.params]
+        most = max((k for k in top_k if k < size), default=1)
+        index = self._column([min(k, most) - 1 for k in top_k], torch.int64).expand(*logits.shape[:-1], 1)
+        floor = logits.topk(most, -1).values.gather(-1, index)
+        unlimited = self._column([k == size for k in top_k], torch.bool)
         return logits.masked_fill((logits < floor) & ~unlimited, -math.inf)
 
     def _keep_top_p(self, probs: Tensor) -> Tensor:
         top_p = self._column([p.top_p for p in self.params], probs.dtype)
         # the set is mostly small, and a sort of the vocabulary costs thirty times as much as its largest entries
-        largest = probs.topk(min(_USUAL_NUCLEUS, self.vocab_size), -1).values
-        if ((largest.sum(-1, keepdim=True) < top_p) & (top_p < 1)).any():
-            largest = probs.sort(dim=-1, descending=True).values
-        before = largest.cumsum(-1) - largest
-        floor = largest.gather(-1, (before < top_p).sum(-1, keepdim=True) - 1)
+        highest = probs.topk(min(_USUAL_NUCLEUS, probs.shape[-1]), -1).values
+        if ((highest.sum(-1, keepdim=True) < top_p) & (top_p < 1)).any():
+            highest = probs.sort(dim=-1, descending=True).values
+        before = highest.cumsum(-1) - highest
+        floor = highest.gather(-1, (before < top_p).sum(-1, keepdim=True) - 1)
         return _normalise(probs.masked_fill((probs < floor) & (top_p < 1), 0))
 
     def _column(self, values: Sequence[float], dtype: torch.dtype) -> Tensor:
@@ -322,12 +370,15 @@ class _TokenCounts:
         return self._in_prompt.unsqueeze(1) | (counts > 0), counts
 
 
-def _max(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Largest logits and where the first of each row stands."""
+def largest(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """The largest of each row of logits [..., n], NaN where any is, and where the first of them stands, int64 [...]."""
+    if logits.device.type == "cpu" and kernels.available(logits.dtype):
+        return kernels.largest(logits)
     if logits.device.type == "cuda":
         peak, argmax = logits.max(-1)
         return peak, argmax
-    argmax = torch.from_numpy(logits.numpy().argmax(-1))  # ten times as fast as torch's on a CPU
+    logits = logits.to(_at_least_float32(logits))
+    argmax = torch.from_numpy(logits.numpy().argmax(-1))  # ten times as fast as torch's
     return logits.gather(-1, argmax.unsqueeze(-1)).squeeze(-1), argmax
 
 
@@ -336,6 +387,10 @@ def _check_finite(peak: Tensor) -> None:
     if not finite.all():
         row, position = (~finite).nonzero()[0].tolist()
         raise NonFiniteLogitsError(row, position)
+
+
+def _at_least_float32(logits: Tensor) -> torch.dtype:
+    return torch.promote_types(logits.dtype, torch.float32)
 
 
 def _normalise(probs: Tensor) -> Tensor:

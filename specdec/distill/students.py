@@ -18,6 +18,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from specdec.distill.dataset import TextBatch
 from specdec.distill.loss import distillation_loss
 from specdec.models.eagle import EagleHead
+from specdec.sampling import spread
 
 PLACE_WEIGHTS = (1.0, 0.7, 0.5)  # of the first, second, third token of a draft
 
@@ -84,7 +85,9 @@ class HeadGuesser:
         self.target_output = target.get_output_embeddings().weight.detach()
 
     def logits(self, batch: TextBatch, depth: int) -> list[Tensor]:
-        return [self.module.logits(hidden) for hidden in unroll(self.module, batch, depth)]
+        head = self.module
+        known = [head.logits(hidden) for hidden in unroll(head, batch, depth)]
+        return [spread(logits, head.draft_vocabulary, head.vocab_size, -torch.inf) for logits in known]
 
 
 class DraftStudent:

@@ -1,4 +1,4 @@
-"""Decoder layers for CPUs, compiled once on each machine from `decoder_layer.cpp` and kept in the cache folder.
+"""Decoder layers and sampling for CPUs, compiled once on each machine and kept in the cache folder.
 
 They need Linux, a C++ compiler and AVX-512 (for bfloat16 AVX512-BF16); elsewhere torch's own operations are used.
 """
@@ -25,7 +25,8 @@ from specdec.wheels import LoadError, cache_root, made_once
 
 BLOCK = 32  # outputs that a projection computes together
 HEAD_DIMS = (32, 64, 96, 128)
-_SOURCE = Path(__file__).with_name("decoder_layer.cpp")
+_FOLDER = Path(__file__).parent
+_SOURCES = tuple(_FOLDER / name for name in ("decoder_layer.cpp", "sampling.cpp"))
 _FLAGS = ("-O3", "-std=c++17", "-fPIC", "-fopenmp", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl")
 
 
@@ -128,6 +129,33 @@ def normalise(inputs: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     return outputs
 
 
+def largest(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Of each row of logits [..., n]: the largest, NaN where any is, and int64 where the first of them stands."""
+    logits = logits.contiguous()
+    peaks = logits.new_empty(logits.shape[:-1])
+    places = torch.empty(peaks.shape, dtype=torch.int64)
+    function = _function("largest", logits.dtype)
+    function(logits.data_ptr(), peaks.numel(), logits.shape[-1], peaks.data_ptr(), places.data_ptr())
+    return peaks, places
+
+
+def confidence(logits: Tensor) -> Tensor:
+    """The largest probability of each row of logits [..., n], float32 [...]."""
+    logits = logits.contiguous()
+    confidences = torch.empty(logits.shape[:-1])
+    function = _function("confidence", logits.dtype)
+    function(logits.data_ptr(), confidences.numel(), logits.shape[-1], confidences.data_ptr())
+    return confidences
+
+
+def uniforms(words: Tensor) -> Tensor:
+    """Philox 4x32-10: int64 [5, ...], the counter's four words and a key of 64 bits -> float64 [...] in [0, 1)."""
+    words = words.contiguous()
+    drawn = torch.empty(words.shape[1:], dtype=torch.float64)
+    _function("uniforms")(words.data_ptr(), drawn.numel(), drawn.data_ptr())
+    return drawn
+
+
 @cache
 def _usable_dtypes() -> tuple[torch.dtype, ...]:
     """What this processor can compute with."""
@@ -145,15 +173,17 @@ def _library() -> Any:
         _say("no C++ compiler was found (install g++, or name one in CXX)")
         return None
     flags = [*_FLAGS, *(["-mavx512bf16"] if torch.bfloat16 in _usable_dtypes() else [])]
-    digest = hashlib.sha256(_SOURCE.read_bytes() + " ".join(flags).encode()).hexdigest()
+    texts = [path.read_bytes() for path in (*_SOURCES, _FOLDER / "vectors.h")]
+    digest = hashlib.sha256(b"".join(texts) + " ".join(flags).encode()).hexdigest()
 
     def make(staging: Path) -> dict[str, Any]:
         (staging / "made").mkdir()
-        command = [compiler, *flags, "-c", str(_SOURCE), "-o", str(staging / "kernels.o")]
-        _run(command)
+        objects = [str(staging / source.with_suffix(".o").name) for source in _SOURCES]
+        for source, made in zip(_SOURCES, objects, strict=True):
+            _run([compiler, *flags, "-c", str(source), "-o", made])
         # torch's own OpenMP runtime: two in a process would fight for the cores
         runtimes = [str(path) for path in (Path(torch.__file__).parent / "lib").glob("libgomp*.so*")] or ["-lgomp"]
-        _run([compiler, "-shared", str(staging / "kernels.o"), *runtimes, "-o", str(staging / "made" / "kernels.so")])
+        _run([compiler, "-shared", *objects, *runtimes, "-o", str(staging / "made" / "kernels.so")])
         return {"source_sha256": digest, "command": [Path(compiler).name, *flags]}
 
     try:
@@ -176,13 +206,18 @@ def _say(reason: str) -> None:
     logging.getLogger("specdec").warning("kernels for this CPU are not used, decoding is slower: %s", reason)
 
 
+_ARGUMENTS = {
+    "layers": (POINTER(Call),),
+    "project": (POINTER(Projection), c_void_p, c_void_p, c_int64, c_int64),
+    "normalise": (c_void_p, c_void_p, c_float, c_int64, c_int64, c_void_p),
+    "largest": (c_void_p, c_int64, c_int64, c_void_p, c_void_p),
+    "confidence": (c_void_p, c_int64, c_int64, c_void_p),
+    "uniforms": (c_void_p, c_int64, c_void_p),
+}
+
+
 @cache
-def _function(name: str, dtype: torch.dtype) -> Any:
-    function = getattr(_library(), f"{name}_{str(dtype).removeprefix('torch.')}")
-    function.restype = None
-    function.argtypes = {
-        "layers": (POINTER(Call),),
-        "project": (POINTER(Projection), c_void_p, c_void_p, c_int64, c_int64),
-        "normalise": (c_void_p, c_void_p, c_float, c_int64, c_int64, c_void_p),
-    }[name]
+def _function(name: str, dtype: torch.dtype | None = None) -> Any:
+    function = getattr(_library(), f"{name}_{str(dtype).removeprefix('torch.')}" if dtype else name)
+    function.restype, function.argtypes = None, _ARGUMENTS[name]
     return function

@@ -29,8 +29,6 @@ from specdec.cache import RaggedCache
 from specdec.models.fusion import Angles, FusedLayer, Projection, RepeatedMasks
 from specdec.wheels import explained
 
-OUTSIDE = -1e9  # logit of a token outside the draft vocabulary: no probability, yet a law remains if all else is barred
-
 
 class EagleHead(nn.Module):
     """The trained part, and the target's embedding and output head that it borrows.
@@ -93,10 +91,8 @@ class EagleHead(nn.Module):
         return guessed
 
     def logits(self, features: Tensor) -> Tensor:
-        """Logits [..., vocab] of the token after the features' own, [..., hidden]."""
-        known = self._project(features)
-        everything = known.new_full((*known.shape[:-1], self.vocab_size), OUTSIDE)
-        return everything.index_copy_(-1, self.draft_vocabulary, known)
+        """Logits [..., draft vocab] of the token after the features' own, [..., hidden]."""
+        return self._project(features)
 
     def placed(self, device: torch.device, dtype: torch.dtype) -> EagleHead:
         """The head on a device and in a dtype; angles of positions stay float32, or distant ones would be wrong."""

@@ -20,32 +20,35 @@ def draw_chain(
     logits_after: Callable[[Tensor], Tensor],
     uniforms: UniformSource,
     adaptive: AdaptiveLength | None = None,
+    vocabulary: Tensor | None = None,
 ) -> Draft:
     """A draft of up to limits[r] tokens for row r, drawn with the rows' own sampling parameters.
 
     logits_after: tokens drafted so far, int64 [rows, i], with i growing by one from call to call -> logits of the
-    next, [rows, 1, vocab]. adaptive: ends the draft where another token would not pay.
+    next, [rows, 1, vocab]. adaptive: ends the draft where another token would not pay. vocabulary: int64, ascending,
+    the tokens that the logits are of, or None for all.
     """
-    device = batch.sampling.device
-    draws, lengths = _draws(batch, max(limits), uniforms), torch.tensor(limits, device=device)
+    device, lengths = batch.sampling.device, list(limits)
+    draws = _draws(batch, max(limits), uniforms)
     drafted = torch.empty(len(batch.rows), 0, dtype=torch.int64, device=device)
-    reach = torch.ones(len(batch.rows), device=device)
+    reach = [1.0] * len(lengths)
     steps: list[tuple[Tensor, Law]] = []
     for i in range(max(limits)):
         if adaptive:
-            lengths = torch.where(adaptive.pays(reach, i), lengths, lengths.clamp(max=i))
-            if not (lengths > i).any():
+            pays = adaptive.pays(reach, i)
+            lengths = [length if more else min(length, i) for length, more in zip(lengths, pays, strict=True)]
+            if max(lengths) <= i:
                 break
         logits = logits_after(drafted)
-        law = batch.sampling.law(logits, drafted)[:, 0]
+        law = batch.sampling.law(logits, drafted, vocabulary)[:, 0]
         token = law.draw(draws[:, i])
         steps.append((token, law))
         drafted = torch.cat([drafted, token.unsqueeze(1)], 1)
         if adaptive:
-            reach = reach * confidence(logits[:, 0])
+            reach = [a * b for a, b in zip(reach, confidence(logits[:, 0]).tolist(), strict=True)]
     if not steps:
         return Draft.empty(len(batch.rows), batch.sampling.vocab_size, device)
-    return Draft.sampled(steps, lengths)
+    return Draft.sampled(steps, torch.tensor(lengths, device=device))
 
 
 def _draws(batch: Batch, num_tokens: int, uniforms: UniformSource) -> Tensor:

@@ -50,7 +50,7 @@ class EagleProposer:
                 guessed = self._catch_up(batch, max(limits) + 1, cache)
             return self._head.logits(guessed)
 
-        return draw_chain(batch, limits, logits_after, self._uniforms, self._adaptive)
+        return draw_chain(batch, limits, logits_after, self._uniforms, self._adaptive, self._head.draft_vocabulary)
 
     def _reserve(self, batch: Batch) -> RaggedCache:
         if self._cache is None or self._cache.capacity < batch.capacity or len(self._owners) < batch.num_slots:

@@ -1,0 +1,110 @@
+// What drawing tokens needs, for CPUs with AVX-512: a few numbers from many logits, and uniforms.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+
+#include "vectors.h"
+
+namespace {
+
+// A row's numbers, 16 at a time; the last vector is filled up with minus infinity.
+template <class T>
+inline __m512 load_some(const T* row, int64_t i, int64_t size) {
+    if (i + 16 <= size) return load(row + i);
+    T some[16];
+    const float nothing = -std::numeric_limits<float>::infinity();
+    store(some, _mm512_set1_ps(nothing));
+    std::copy(row + i, row + size, some);
+    return load(some);
+}
+
+// The largest of a row, or NaN if any is, and where the first of them stands.
+template <class T>
+void largest(const T* row, int64_t size, float* peak, int64_t* place) {
+    const __m512i sixteen = _mm512_set1_epi32(16);
+    __m512i here = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15), where = here;
+    __m512 most = load_some(row, 0, size);
+    __mmask16 bad = _mm512_cmp_ps_mask(most, most, _CMP_UNORD_Q);
+    for (int64_t i = 16; i < size; i += 16) {
+        const __m512 x = load_some(row, i, size);
+        here = _mm512_add_epi32(here, sixteen);
+        bad |= _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+        const __mmask16 more = _mm512_cmp_ps_mask(x, most, _CMP_GT_OQ);
+        most = _mm512_mask_mov_ps(most, more, x);
+        where = _mm512_mask_mov_epi32(where, more, here);
+    }
+    *peak = bad ? std::numeric_limits<float>::quiet_NaN() : _mm512_reduce_max_ps(most);
+    const __mmask16 best = _mm512_cmp_ps_mask(most, _mm512_set1_ps(*peak), _CMP_EQ_OQ);
+    *place = best ? _mm512_mask_reduce_min_epi32(best, where) : 0;
+}
+
+template <class T>
+float sum_of_exponentials(const T* row, int64_t size, float peak) {
+    __m512 sum = _mm512_setzero_ps();
+    for (int64_t i = 0; i < size; i += 16)
+        sum = _mm512_add_ps(sum, exponential(_mm512_sub_ps(load_some(row, i, size), _mm512_set1_ps(peak))));
+    return _mm512_reduce_add_ps(sum);
+}
+
+template <class T>
+void all_largest(const T* logits, int64_t rows, int64_t size, T* peaks, int64_t* places) {
+    for (int64_t r = 0; r < rows; r++) {
+        float peak;
+        largest(logits + r * size, size, &peak, places + r);
+        T memory[16];
+        store(memory, _mm512_set1_ps(peak));
+        peaks[r] = memory[0];
+    }
+}
+
+template <class T>
+void all_confidences(const T* logits, int64_t rows, int64_t size, float* confidences) {
+    for (int64_t r = 0; r < rows; r++) {
+        float peak;
+        int64_t place;
+        largest(logits + r * size, size, &peak, &place);
+        confidences[r] = 1.0f / sum_of_exponentials(logits + r * size, size, peak);
+    }
+}
+
+}  // namespace
+
+// ---- what Python sees; logits are [rows, size]
+
+extern "C" {
+void largest_float32(const float* logits, int64_t rows, int64_t size, float* peaks, int64_t* places) {
+    all_largest(logits, rows, size, peaks, places);
+}
+void largest_bfloat16(const void* logits, int64_t rows, int64_t size, void* peaks, int64_t* places) {
+    all_largest(static_cast<const bf16*>(logits), rows, size, static_cast<bf16*>(peaks), places);
+}
+
+// confidences: the largest probability of each row
+void confidence_float32(const float* logits, int64_t rows, int64_t size, float* confidences) {
+    all_confidences(logits, rows, size, confidences);
+}
+void confidence_bfloat16(const void* logits, int64_t rows, int64_t size, float* confidences) {
+    all_confidences(static_cast<const bf16*>(logits), rows, size, confidences);
+}
+
+// Philox 4x32-10, the first two words, as numbers in [0, 1) with 53 bits. words: [5, count], the counter's four words
+// of 32 bits and the key.
+void uniforms(const int64_t* words, int64_t count, double* out) {
+    for (int64_t i = 0; i < count; i++) {
+        uint32_t c[4], key[2];
+        for (int w = 0; w < 4; w++) c[w] = static_cast<uint32_t>(words[w * count + i]);
+        const uint64_t seed = static_cast<uint64_t>(words[4 * count + i]);
+        key[0] = static_cast<uint32_t>(seed), key[1] = static_cast<uint32_t>(seed >> 32);
+        for (int round = 0; round < 10; round++) {
+            const uint64_t first = uint64_t{0xD2511F53} * c[0], second = uint64_t{0xCD9E8D57} * c[2];
+            const uint32_t next[4] = {static_cast<uint32_t>(second >> 32) ^ c[1] ^ key[0], static_cast<uint32_t>(second),
+                                      static_cast<uint32_t>(first >> 32) ^ c[3] ^ key[1], static_cast<uint32_t>(first)};
+            std::copy(next, next + 4, c);
+            key[0] += 0x9E3779B9, key[1] += 0xBB67AE85;
+        }
+        out[i] = static_cast<double>((static_cast<int64_t>(c[0] >> 5) << 26) + (c[1] >> 6)) * 0x1p-53;
+    }
+}
+}
