@@ -13,6 +13,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -165,12 +166,10 @@ class Decoder:
             # every law is one-hot: no uniform can change anything
             zeros = torch.zeros(rows, width + 1, dtype=torch.float64, device=device)
             return zeros[:, :width], zeros
-        offsets = torch.arange(width + 1, device=device)
-        last_roles = torch.where(offsets < draft.lengths.unsqueeze(1), int(Role.RECOVER), int(Role.BONUS))
-        roles = torch.cat([torch.full_like(draft.tokens, Role.ACCEPT), last_roles], 1)
+        offsets, roles = _draws_of_a_step(width, device)
         origins = torch.tensor(batch.lengths(), device=device).unsqueeze(1)
-        positions = origins + torch.cat([offsets[:-1], offsets])
-        draws = self.uniforms(batch.sampling.seeds.unsqueeze(1), positions, roles, origins)
+        roles = roles + (roles == Role.RECOVER) * (offsets >= draft.lengths.unsqueeze(1))  # behind the draft: a bonus
+        draws = self.uniforms(batch.sampling.seeds.unsqueeze(1), origins + offsets, roles, origins)
         return draws[:, :width], draws[:, width:]
 
     def _commit(self, batch: Batch, draft: Draft, outcome: Verification, logits: Tensor) -> list[tuple[int, int]]:
@@ -200,6 +199,13 @@ class Decoder:
         start_s = now_s(self.target.device)
         yield
         setattr(self.times, name, getattr(self.times, name) + now_s(self.target.device) - start_s)
+
+
+@lru_cache(maxsize=64)
+def _draws_of_a_step(width: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Offsets and roles of the uniforms for accepting `width` tokens and for the last token, int64 [2 * width + 1]."""
+    offsets = torch.tensor([*range(width), *range(width + 1)], device=device)
+    return offsets, torch.tensor([Role.ACCEPT] * width + [Role.RECOVER] * (width + 1), device=device)
 
 
 def _step(num_drafted: int, num_accepted: int, num_kept: int) -> Step:

@@ -127,8 +127,11 @@ class Dense:
 
         A token of probability 0 is never drawn. The sum is taken in float64 and rows need not be normalised.
         """
+        if self.probs.dtype == torch.float32 and self.probs.device.type == "cpu" and kernels.available(torch.float32):
+            return kernels.draw(self.probs, uniforms)
         cumulative = self.probs.double().cumsum(-1)
-        threshold = uniforms.unsqueeze(-1) * cumulative[..., -1:]
+        total = cumulative[..., -1:]
+        threshold = torch.minimum(uniforms.unsqueeze(-1) * total, torch.nextafter(total, torch.zeros_like(total)))
         # right=True: the first entry > threshold, so that at u = 0 leading zeros are passed over
         return torch.searchsorted(cumulative, threshold, right=True).squeeze(-1)
 
@@ -154,7 +157,7 @@ class OneHot:
         return OneHot(self.tokens[index], self.vocab_size)
 
     def at(self, columns: Tensor) -> OneHot:
-        return self[torch.arange(len(columns), device=columns.device), columns]
+        return OneHot(self.tokens.gather(1, columns.unsqueeze(1)).squeeze(1), self.vocab_size)
 
     def draw(self, uniforms: Tensor) -> Tensor:
         return self.tokens
@@ -383,10 +386,10 @@ def largest(logits: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _check_finite(peak: Tensor) -> None:
-    finite = peak.isfinite()
-    if not finite.all():
-        row, position = (~finite).nonzero()[0].tolist()
-        raise NonFiniteLogitsError(row, position)
+    for row, values in enumerate(peak.tolist()):
+        for position, value in enumerate(values):
+            if not math.isfinite(value):
+                raise NonFiniteLogitsError(row, position)
 
 
 def _at_least_float32(logits: Tensor) -> torch.dtype:

@@ -106,6 +106,8 @@ def verify_tokens(target: Law, draft: Draft, accept_uniforms: Tensor, final_unif
     final_uniforms: float64 [batch, k + 1]; column i draws the last token if i draft tokens were accepted.
     """
     num_drafted = draft.tokens.shape[1]
+    if num_drafted == 0:
+        return draw_last(target, draft, draft.lengths, final_uniforms)
     target_prob, draft_prob = target[:, :num_drafted].prob(draft.tokens), draft.law.prob(draft.tokens)
     # u < target/draft without the division; strict <: at u = 0 an impossible token must lose
     passed = accept_uniforms * draft_prob < target_prob

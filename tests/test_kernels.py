@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from specdec import kernels
+from specdec import kernels, randomness
 from specdec.models.fusion import Norm, Projection
+from specdec.sampling import Dense
 
 DTYPES = [dtype for dtype in (torch.float32, torch.bfloat16) if kernels.available(dtype)]
+needs_kernels = pytest.mark.skipif(not DTYPES, reason="kernels need Linux, a C++ compiler and AVX-512")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -43,6 +45,43 @@ def test_normalisation(dtype: torch.dtype) -> None:
     expected = torch.nn.functional.rms_norm(x.double(), (48,), norm.weight.double(), 1e-5)
     tolerance = 1e-6 if dtype == torch.float32 else 1e-2
     torch.testing.assert_close(Norm(norm)(x).double(), expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [1, 15, 16, 17, 1000])
+def test_the_largest_logit_and_its_probability(size: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    logits = torch.randn(3, 40, size).mul(4).round().to(dtype)  # with ties
+    logits[0, 0], logits[0, 1, 0], logits[1, 2, -1] = -torch.inf, torch.nan, torch.inf
+    logits = logits.transpose(0, 1)
+    peaks, places = kernels.largest(logits)
+    assert torch.equal(places[1:], torch.from_numpy(logits[1:].float().numpy().argmax(-1)))
+    torch.testing.assert_close(peaks, logits.amax(-1), equal_nan=True, rtol=0, atol=0)
+    expected = logits[3:].double().softmax(-1).amax(-1).float()
+    torch.testing.assert_close(kernels.confidence(logits)[3:], expected, rtol=1e-5, atol=0)
+
+
+@needs_kernels
+@pytest.mark.parametrize("size", [1, 63, 64, 65, 1000])
+def test_a_draw_is_the_one_of_the_cumulative_law(size: int) -> None:
+    """In float64 by torch; at 0, at the largest uniform below 1 and between, with tokens that have no probability."""
+    torch.manual_seed(0)
+    probs = torch.rand(500, size) * (torch.rand(500, size) < 0.3)
+    probs[:, torch.randint(size, ())] = 0.01
+    uniforms = torch.rand(500, dtype=torch.float64)
+    uniforms[:100], uniforms[100:200] = 0, 1 - 2.0**-53
+    drawn = kernels.draw(probs, uniforms)
+    assert torch.equal(drawn, Dense(probs.double()).draw(uniforms))
+    assert (probs.gather(1, drawn[:, None]) > 0).all()
+
+
+@needs_kernels
+def test_uniforms_are_those_of_philox(monkeypatch: pytest.MonkeyPatch) -> None:
+    seeds = torch.tensor([[-5], [2**63 - 1], [0]])
+    arguments = (torch.arange(200) * 999_983, torch.tensor(3), torch.arange(200) * 7919)
+    fast = randomness.uniforms(seeds, *arguments)
+    monkeypatch.setattr(kernels, "available", lambda dtype: False)
+    assert torch.equal(fast, randomness.uniforms(seeds, *arguments))
 
 
 @pytest.mark.parametrize(

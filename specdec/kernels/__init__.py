@@ -51,7 +51,7 @@ class Call(Structure):
     """The arrays of one call."""
 
     _fields_ = (
-        *((name, c_void_p) for name in ("hidden", "cos", "sin", "positions")),
+        *((name, c_void_p) for name in ("hidden", "cos", "sin", "turns", "positions")),
         ("layers", POINTER(POINTER(Layer))),
         *((name, POINTER(c_void_p)) for name in ("keys", "values")),
         ("result", c_void_p),
@@ -93,20 +93,21 @@ def pointers(arrays: Sequence[Tensor]) -> Pointers:
 def run_layers(
     layers: Pointers,
     hidden: Tensor,
-    angles: tuple[Tensor, Tensor],
+    angles: tuple[Tensor, Tensor, Tensor],
     positions: Tensor,
     blocks: tuple[Pointers, Pointers],
     capacity: int,
 ) -> Tensor:
     """Decoder layers of one shape, one after the other: hidden [rows, width, hidden] -> the same.
 
-    layers: to `Layer`s. angles: cos and sin, [rows, width, head_dim]. positions: int64 [rows, width].
+    layers: to `Layer`s. angles: tables of cos and sin [n, head_dim], and the place of each token in them, int64
+    [rows, width]. positions: int64 [rows, width].
     blocks: to each layer's keys and values [rows, heads, capacity, head_dim], where those at the positions are put.
     """
     rows, width, _ = hidden.shape
     hidden = hidden.contiguous()
     result = torch.empty_like(hidden)
-    arrays = (hidden, angles[0].contiguous(), angles[1].contiguous(), positions.contiguous())
+    arrays = [hidden, *(each.contiguous() for each in (*angles, positions))]
     sizes = (len(layers), rows, width, capacity, torch.get_num_threads())
     call = Call(*(each.data_ptr() for each in arrays), layers, *blocks, result.data_ptr(), *sizes)
     _function("layers", hidden.dtype)(call)
@@ -146,6 +147,15 @@ def confidence(logits: Tensor) -> Tensor:
     function = _function("confidence", logits.dtype)
     function(logits.data_ptr(), confidences.numel(), logits.shape[-1], confidences.data_ptr())
     return confidences
+
+
+def draw(probs: Tensor, uniforms: Tensor) -> Tensor:
+    """Tokens int64 [...] of laws float32 [..., vocab] at uniforms float64 [...], as `specdec.sampling.Dense.draw`."""
+    probs, uniforms = probs.contiguous(), uniforms.contiguous()
+    tokens = torch.empty(uniforms.shape, dtype=torch.int64)
+    sizes = (tokens.numel(), probs.shape[-1])
+    _function("draw")(probs.data_ptr(), *sizes, uniforms.data_ptr(), tokens.data_ptr())
+    return tokens
 
 
 def uniforms(words: Tensor) -> Tensor:
@@ -212,6 +222,7 @@ _ARGUMENTS = {
     "normalise": (c_void_p, c_void_p, c_float, c_int64, c_int64, c_void_p),
     "largest": (c_void_p, c_int64, c_int64, c_void_p, c_void_p),
     "confidence": (c_void_p, c_int64, c_int64, c_void_p),
+    "draw": (c_void_p, c_int64, c_int64, c_void_p, c_void_p),
     "uniforms": (c_void_p, c_int64, c_void_p),
 }
 

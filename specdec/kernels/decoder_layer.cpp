@@ -263,11 +263,12 @@ struct Layer {
     int64_t num_heads, num_kv_heads, head_dim;
 };
 
-// Layers of one shape, one after the other. hidden, result [rows * width, hidden]; cos, sin [rows * width, head_dim];
-// positions int64 [rows * width]; keys, values: each layer's [rows, num_kv_heads, capacity, head_dim], the rows' own.
+// Layers of one shape, one after the other. hidden, result [rows * width, hidden]; cos, sin [n, head_dim], turns int64
+// [rows * width] the tokens' places in them; positions int64 [rows * width]; keys, values: each layer's [rows,
+// num_kv_heads, capacity, head_dim], the rows' own.
 struct Call {
     const void *hidden, *cos, *sin;
-    const int64_t* positions;
+    const int64_t *turns, *positions;
     const Layer* const* layers;
     void *const *keys, *const *values;
     void* result;
@@ -331,7 +332,8 @@ void place_heads(const Work<T>& work, const Layer& layer, T* keys, T* values) {
             const void* norm = is_query ? layer.query_norm : layer.key_norm;
             if (norm) normalise(x, static_cast<const T*>(norm), layer.epsilon, dim, x);
             alignas(64) T turned[MOST_HEAD_DIM];
-            rotate(x, work.cos + t * dim, work.sin + t * dim, dim, turned);
+            const int64_t turn = work.call.turns[t] * dim;
+            rotate(x, work.cos + turn, work.sin + turn, dim, turned);
             std::memcpy(is_query ? x : keys + place, turned, dim * sizeof(T));
         }
 }

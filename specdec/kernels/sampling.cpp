@@ -48,6 +48,15 @@ float sum_of_exponentials(const T* row, int64_t size, float peak) {
     return _mm512_reduce_add_ps(sum);
 }
 
+inline double sum(const float* x, int64_t size) {
+    __m512d sums = _mm512_setzero_pd();
+    int64_t i = 0;
+    for (; i + 8 <= size; i += 8) sums = _mm512_add_pd(sums, _mm512_cvtps_pd(_mm256_loadu_ps(x + i)));
+    double rest = 0;
+    for (; i < size; i++) rest += x[i];
+    return _mm512_reduce_add_pd(sums) + rest;
+}
+
 template <class T>
 void all_largest(const T* logits, int64_t rows, int64_t size, T* peaks, int64_t* places) {
     for (int64_t r = 0; r < rows; r++) {
@@ -87,6 +96,29 @@ void confidence_float32(const float* logits, int64_t rows, int64_t size, float* 
 }
 void confidence_bfloat16(const void* logits, int64_t rows, int64_t size, float* confidences) {
     all_confidences(static_cast<const bf16*>(logits), rows, size, confidences);
+}
+
+// As `Dense.draw`: the token where the sum of probabilities, taken in float64, first exceeds the uniform's share of all.
+void draw(const float* probs, int64_t rows, int64_t size, const double* uniforms, int64_t* tokens) {
+    constexpr int64_t chunk = 64;
+    for (int64_t r = 0; r < rows; r++) {
+        const float* row = probs + r * size;
+        double total = 0, before = 0;
+        for (int64_t i = 0; i < size; i += chunk) total += sum(row + i, std::min(chunk, size - i));
+        const double threshold = std::min(uniforms[r] * total, std::nextafter(total, 0.0));
+        int64_t i = 0, last = 0;
+        for (; i + chunk < size; i += chunk) {
+            const double here = sum(row + i, chunk);
+            if (before + here > threshold) break;
+            before += here;
+        }
+        // within the chunk the sum may round below the threshold: then it is the last token with a probability
+        for (; i < size; i++) {
+            if (row[i] > 0) last = i;
+            if ((before += row[i]) > threshold) break;
+        }
+        tokens[r] = last;
+    }
 }
 
 // Philox 4x32-10, the first two words, as numbers in [0, 1) with 53 bits. words: [5, count], the counter's four words

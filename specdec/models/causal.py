@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from specdec.cache import RaggedCache
+from specdec.models.fusion import FusedDecoder
 
 
 class UnsupportedModelError(ValueError):
@@ -31,7 +32,7 @@ class CausalLM:
         self.vocab_size: int = self.config.vocab_size
         self.device, self.dtype = model.device, model.dtype
         self.num_layers, self.context_length = _rollback_limits(model)
-        self._needs_mask = getattr(model.base_model, "needs_mask", True)
+        self._fused = model.base_model if isinstance(model.base_model, FusedDecoder) else None
         model.base_model.register_forward_hook(self._remember)
         _check_ragged_equals_plain(self)
 
@@ -65,19 +66,22 @@ class CausalLM:
     def forward(self, tokens: Tensor, cache: RaggedCache, first_slot: int = 0, last_only: bool = False) -> Tensor:
         rows, width = tokens.shape
         positions = cache.open(first_slot, rows, width, self.device)
-        output = self.model(
-            input_ids=tokens,
-            attention_mask=cache.mask(self.dtype) if self._needs_mask else None,
-            # padding may stand beyond the last position that the model knows
-            position_ids=positions.clamp(max=self.context_length - 1),
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1 if last_only else 0,
-        )
+        if self._fused:
+            self._last_hidden = self._fused.features(tokens, cache)
+            logits = self.model.lm_head(self._last_hidden[:, -1:] if last_only else self._last_hidden)
+        else:
+            logits = self.model(
+                input_ids=tokens,
+                attention_mask=cache.mask(self.dtype),
+                # padding may stand beyond the last position that the model knows
+                position_ids=positions.clamp(max=self.context_length - 1),
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1 if last_only else 0,
+            ).logits
         if cache.features is not None:
             cache.write(cache.features.unsqueeze(1), self._last_hidden.unsqueeze(1))
-        logits: Tensor = output.logits
-        return logits
+        return logits  # type: ignore[no-any-return]
 
     def _remember(self, body: Any, inputs: Any, output: Any) -> None:
         self._last_hidden: Tensor = output[0]

@@ -26,7 +26,7 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
 from specdec.cache import RaggedCache
-from specdec.models.fusion import Angles, FusedLayer, Projection, RepeatedMasks
+from specdec.models.fusion import FusedLayer, Projection, RepeatedMasks, Stack
 from specdec.wheels import explained
 
 
@@ -52,6 +52,7 @@ class EagleHead(nn.Module):
         layer.input_layernorm = nn.Identity()
         self.layers = nn.ModuleList([layer])
         self.rotary: nn.Module = LlamaRotaryEmbedding(config)
+        self._stack: Stack | None = None
         self._project: Callable[[Tensor], Tensor] = lambda features: linear(features, self.output)
 
     @property
@@ -82,9 +83,11 @@ class EagleHead(nn.Module):
         rows, width = tokens.shape
         hidden = self.mix(features, tokens)
         positions = cache.open(first_slot, rows, width, tokens.device)
+        if self._stack:
+            return self._stack(hidden, cache)
         guessed: Tensor = self.layers[0](
             hidden,
-            attention_mask=None if getattr(self.layers[0], "stack", None) else cache.mask(hidden.dtype),
+            attention_mask=cache.mask(hidden.dtype),
             position_embeddings=self.rotary(hidden, positions),
             past_key_values=cache,
         )
@@ -104,7 +107,8 @@ class EagleHead(nn.Module):
         """Fewer, larger steps on a CPU, see `specdec.models.fusion`; a fused head can no longer be trained or saved."""
         if self.device.type == "cpu":
             self.fc, self._project = Projection(_linear(self.fc.weight)), Projection(_linear(self.output))
-            self.layers[0], self.rotary = FusedLayer(self.layers[0], RepeatedMasks()), Angles(self.rotary)
+            layer = FusedLayer(self.layers[0], RepeatedMasks())
+            self.layers[0], self._stack = layer, Stack([layer], self.rotary) if layer.kernel else None
 
     def save(self, folder: Path, fingerprint: str, about: dict[str, Any]) -> None:
         """Write the folder that `load_head` reads. fingerprint: the target's. about: further facts for its card."""

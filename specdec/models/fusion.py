@@ -20,12 +20,12 @@ from weakref import ref
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import embedding, linear, scaled_dot_product_attention, silu
-from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from specdec import kernels
 from specdec.cache import RaggedCache
 
 FUSABLE = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer")
+_BODIES = ("LlamaModel", "MistralModel", "Qwen2Model", "Qwen3Model")
 _NORMS = ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm")
 
 
@@ -50,78 +50,66 @@ def fuse(model: Any) -> int:
             else:
                 continue
             num_replaced += 1
-    layers = list(getattr(body, "layers", []))
-    if layers and all(isinstance(layer, FusedLayer) and layer.kernel for layer in layers):
+    layers = getattr(body, "layers", [])
+    if type(body).__name__ in _BODIES and all(isinstance(layer, FusedLayer) and layer.kernel for layer in layers):
         setattr(model, model.base_model_prefix, FusedDecoder(body))
     return num_replaced
 
 
 class FusedDecoder(nn.Module):
-    """All layers of a model as one call, with the interface of transformers' model without a head.
+    """All layers of a model as one call, in the place of transformers' model without a head.
 
-    body: the transformers model, whose layers have been fused. Any cache but ours is left to it.
+    body: the transformers model, whose layers have been fused. As a module it is that model.
     """
-
-    needs_mask = False  # the kernels let a token see all positions up to its own
 
     def __init__(self, body: Any) -> None:
         super().__init__()
         self.body, self.layers = body, body.layers
-        self.stack, self.angles = Stack(list(body.layers)), Angles(body.rotary_emb)
+        self._stack = Stack(list(body.layers), body.rotary_emb)
 
-    def forward(
-        self, input_ids: Tensor, position_ids: Tensor | None = None, past_key_values: Any = None, **options: Any
-    ) -> Any:
-        if position_ids is None or not isinstance(past_key_values, RaggedCache):
-            return self.body(input_ids=input_ids, position_ids=position_ids, past_key_values=past_key_values, **options)
-        hidden = self.body.embed_tokens(input_ids)
-        hidden = self.stack(hidden, self.angles(hidden, position_ids), past_key_values)
-        return BaseModelOutputWithPast(last_hidden_state=self.body.norm(hidden), past_key_values=past_key_values)
+    def forward(self, **options: Any) -> Any:
+        return self.body(**options)
 
-
-class Angles(nn.Module):
-    """What turns queries and keys at their positions, looked up in a table: computing it anew is a dozen operations.
-
-    rotary: transformers' module.
-    """
-
-    def __init__(self, rotary: Any) -> None:
-        super().__init__()
-        self._rotary = rotary
-        self._depends_on_length = getattr(rotary, "rope_type", "default") in ("dynamic", "longrope")
-        self._tables: tuple[Tensor, Tensor] | None = None
-
-    def forward(self, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """cos and sin [rows, width, head_dim] in the dtype of `hidden`; positions int64 [rows, width]."""
-        if self._depends_on_length:
-            angles: tuple[Tensor, Tensor] = self._rotary(hidden, positions)
-            return angles
-        least = int(positions.max()) + 1
-        if self._tables is None or len(self._tables[0]) < least or self._tables[0].dtype != hidden.dtype:
-            known = torch.arange(max(2 * least, 512), device=positions.device).unsqueeze(0)
-            cos, sin = self._rotary(hidden, known)
-            self._tables = (cos[0], sin[0])
-        cos, sin = (embedding(positions, table) for table in self._tables)
-        return cos, sin
+    def features(self, tokens: Tensor, cache: RaggedCache) -> Tensor:
+        """Last hidden states [rows, width, hidden] of tokens int64 [rows, width] at the open window of the cache."""
+        features: Tensor = self.body.norm(self._stack(embedding(tokens, self.body.embed_tokens.weight), cache))
+        return features
 
 
 class Stack:
-    """Fused layers of one shape that follow each other, as `specdec.kernels` want them."""
+    """Fused layers of one shape that follow each other, as `specdec.kernels` want them.
 
-    def __init__(self, layers: Sequence[FusedLayer]) -> None:
-        self._indices = [layer.index for layer in layers]
+    rotary: transformers' module of rotary angles.
+    """
+
+    def __init__(self, layers: Sequence[FusedLayer], rotary: Any) -> None:
+        self._indices, self._rotary = [layer.index for layer in layers], rotary
+        self._angles_depend_on_length = getattr(rotary, "rope_type", "default") in ("dynamic", "longrope")
+        self._angles: tuple[Tensor, Tensor] | None = None
         self._cache: Callable[[], RaggedCache | None] = lambda: None  # whose blocks are known
         self._known: tuple[kernels.Pointers, kernels.Pointers] | None = None
         self._kernels = [layer.kernel for layer in layers if layer.kernel]
         self._num_kv_heads, self._head_dim = layers[0].num_kv_heads, layers[0].head_dim
         self._pointers = (POINTER(kernels.Layer) * len(layers))(*map(pointer, self._kernels))
 
-    def __call__(self, hidden: Tensor, position_embeddings: tuple[Tensor, Tensor], cache: RaggedCache) -> Tensor:
+    def __call__(self, hidden: Tensor, cache: RaggedCache) -> Tensor:
         """hidden [rows, width, hidden] at the open window of the cache -> the same behind the last layer."""
-        shape = (*hidden.shape[:2], self._head_dim)
-        angles = (position_embeddings[0].expand(shape), position_embeddings[1].expand(shape))
-        blocks = self._blocks(cache, hidden.dtype)
+        angles, blocks = self._angles_of(hidden, cache), self._blocks(cache, hidden.dtype)
         return kernels.run_layers(self._pointers, hidden, angles, cache.window.positions, blocks, cache.capacity)
+
+    def _angles_of(self, hidden: Tensor, cache: RaggedCache) -> tuple[Tensor, Tensor, Tensor]:
+        """Tables of cos and sin [n, head_dim] and the place of each token in them, int64 [rows, width].
+
+        The tables are of all positions: to compute the angles anew is a dozen operations.
+        """
+        positions = cache.window.positions
+        if self._angles_depend_on_length:
+            cos, sin = (each.expand(*positions.shape, -1).flatten(0, 1) for each in self._rotary(hidden, positions))
+            return cos, sin, torch.arange(positions.numel())
+        if self._angles is None or len(self._angles[0]) < cache.window.extent or self._angles[0].dtype != hidden.dtype:
+            cos, sin = self._rotary(hidden, torch.arange(max(2 * cache.window.extent, 512)).unsqueeze(0))
+            self._angles = (cos[0].contiguous(), sin[0].contiguous())
+        return *self._angles, positions
 
     def _blocks(self, cache: RaggedCache, dtype: torch.dtype) -> tuple[kernels.Pointers, kernels.Pointers]:
         """Of the open window's rows; for decode steps, whose rows begin at the first slot, found once."""
@@ -238,7 +226,6 @@ class FusedLayer(nn.Module):
             Norm(layer.post_attention_layernorm),
         )
         self.kernel = self._describe()
-        self.stack = Stack([self]) if self.kernel else None
 
     def forward(
         self,
@@ -249,8 +236,6 @@ class FusedLayer(nn.Module):
         **kwargs: Any,
     ) -> Tensor:
         assert position_embeddings is not None
-        if self.stack is not None and isinstance(past_key_values, RaggedCache):
-            return self.stack(hidden_states, position_embeddings, past_key_values)
         attended = self._attend(
             self.qkv(self.norm_before_attention(hidden_states)), attention_mask, position_embeddings, past_key_values
         )
