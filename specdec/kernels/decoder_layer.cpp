@@ -32,6 +32,10 @@ inline int64_t worth(int64_t weights, int64_t tokens, int64_t num_threads) {
     return std::max<int64_t>(1, std::min(num_threads, weights * ((tokens + MAX_TILE - 1) / MAX_TILE) / least));
 }
 
+// Whether weights are read past the caches: read once, more of them than a cache holds, they would only drive out what
+// others need next, such as a draft's own weights.
+inline bool passing(int64_t bytes, int64_t tokens) { return bytes > (16 << 20) && tokens <= MAX_TILE; }
+
 inline __m512 silu(__m512 x) {
     const __m512 bounded = _mm512_min_ps(_mm512_sub_ps(_mm512_setzero_ps(), x), _mm512_set1_ps(87.0f));
     return _mm512_div_ps(x, _mm512_add_ps(_mm512_set1_ps(1.0f), exponential(bounded)));
@@ -40,7 +44,7 @@ inline __m512 silu(__m512 x) {
 // ---- projections
 
 // acc[m][0..32) = products of token m's inputs with one block of weights, [in / S][32][S] for S inputs at a time
-template <int M>
+template <int M, bool PASSING>
 inline void products(const float* weights, const float* inputs, int64_t in, float (*acc)[BLOCK]) {
     __m512 sum[M][2];
 #pragma GCC unroll 12
@@ -58,7 +62,7 @@ inline void products(const float* weights, const float* inputs, int64_t in, floa
     for (int m = 0; m < M; m++) store(acc[m], sum[m][0]), store(acc[m] + 16, sum[m][1]);
 }
 
-template <int M>
+template <int M, bool PASSING>
 inline void products(const bf16* weights, const bf16* inputs, int64_t in, float (*acc)[BLOCK]) {
 #ifdef __AVX512BF16__
     __m512 sum[M][2];
@@ -66,8 +70,9 @@ inline void products(const bf16* weights, const bf16* inputs, int64_t in, float 
     for (int m = 0; m < M; m++) sum[m][0] = sum[m][1] = _mm512_setzero_ps();
     for (int64_t k = 0; k < in; k += 2) {
         const bf16* pair = weights + k * BLOCK;
-        _mm_prefetch(reinterpret_cast<const char*>(pair) + 4096, _MM_HINT_T0);
-        _mm_prefetch(reinterpret_cast<const char*>(pair) + 4160, _MM_HINT_T0);
+        constexpr auto hint = PASSING ? _MM_HINT_NTA : _MM_HINT_T0;
+        _mm_prefetch(reinterpret_cast<const char*>(pair) + 4096, hint);
+        _mm_prefetch(reinterpret_cast<const char*>(pair) + 4160, hint);
         const __m512bh low = (__m512bh)_mm512_loadu_si512(pair), high = (__m512bh)_mm512_loadu_si512(pair + 32);
 #pragma GCC unroll 12
         for (int m = 0; m < M; m++) {
@@ -86,12 +91,18 @@ inline void products(const bf16* weights, const bf16* inputs, int64_t in, float 
 template <class T>
 using Products = void (*)(const T*, const T*, int64_t, float (*)[BLOCK]);
 
-template <class T>
-Products<T> products_of(int64_t tile) {
+template <class T, bool PASSING>
+Products<T> products_for(int64_t tile) {
     static constexpr Products<T> table[MAX_TILE] = {
-        products<1>, products<2>, products<3>, products<4>,  products<5>,  products<6>,
-        products<7>, products<8>, products<9>, products<10>, products<11>, products<12>};
+        products<1, PASSING>, products<2, PASSING>,  products<3, PASSING>,  products<4, PASSING>,
+        products<5, PASSING>, products<6, PASSING>,  products<7, PASSING>,  products<8, PASSING>,
+        products<9, PASSING>, products<10, PASSING>, products<11, PASSING>, products<12, PASSING>};
     return table[tile - 1];
+}
+
+template <class T>
+Products<T> products_of(int64_t tile, bool is_passing) {
+    return is_passing ? products_for<T, true>(tile) : products_for<T, false>(tile);
 }
 
 // Tokens in a tile: all tiles are about equally large.
@@ -102,14 +113,15 @@ inline int64_t tile_of(int64_t tokens) {
 
 // Calls finish(token, block, sums of 32 outputs) for all tokens and blocks; the threads share the blocks out.
 template <class T, class Finish>
-void project(const T* weights, const T* inputs, int64_t tokens, int64_t in, int64_t blocks, Finish finish) {
+void project(const T* weights, const T* inputs, int64_t tokens, int64_t in, int64_t blocks, bool is_passing,
+             Finish finish) {
     const int64_t tile = tile_of(tokens);
     alignas(64) float acc[MAX_TILE][BLOCK];
 #pragma omp for schedule(static)
     for (int64_t block = 0; block < blocks; block++)
         for (int64_t first = 0; first < tokens; first += tile) {
             const int64_t count = std::min(tile, tokens - first);
-            products_of<T>(count)(weights + block * in * BLOCK, inputs + first * in, in, acc);
+            products_of<T>(count, is_passing)(weights + block * in * BLOCK, inputs + first * in, in, acc);
             for (int64_t m = 0; m < count; m++) finish(first + m, block, acc[m]);
         }
 }
@@ -283,6 +295,8 @@ template <class T>
 struct Work {
     const Call& call;
     int64_t tokens, size, dim, heads, kv_heads, wide, attended_size, mlp_size, most, together, num_tiles;
+    int64_t weights;  // of a layer
+    bool is_passing;
     const T *cos, *sin;
     std::unique_ptr<T[]> memory;
     T *normed, *qkv, *attended, *activated, *spare[2];
@@ -292,6 +306,8 @@ struct Work {
         tokens = call.rows * call.width, size = layer.qkv.in, dim = layer.head_dim;
         heads = layer.num_heads, kv_heads = layer.num_kv_heads, wide = layer.qkv.out;
         attended_size = heads * dim, mlp_size = layer.down.in;
+        weights = size * (wide + attended_size + 3 * mlp_size);
+        is_passing = passing(call.num_layers * weights * sizeof(T), tokens);
         most = *std::max_element(call.positions, call.positions + tokens) + 1;
         together = queries_together(dim, call.width), num_tiles = (call.width + together - 1) / together;
         cos = static_cast<const T*>(call.cos), sin = static_cast<const T*>(call.sin);
@@ -374,7 +390,7 @@ void gate_and_up(const Work<T>& work, const Projection& gate_up) {
     for (int64_t block = 0; block < blocks; block++)
         for (int64_t first = 0; first < work.tokens; first += tile) {
             const int64_t count = std::min(tile, work.tokens - first);
-            const Products<T> multiply = products_of<T>(count);
+            const Products<T> multiply = products_of<T>(count, work.is_passing);
             multiply(weights + block * size * BLOCK, work.normed + first * size, size, gates);
             multiply(weights + (blocks + block) * size * BLOCK, work.normed + first * size, size, ups);
             for (int64_t m = 0; m < count; m++)
@@ -394,6 +410,7 @@ void gate_and_up(const Work<T>& work, const Projection& gate_up) {
 template <class T>
 void project_onto(const Work<T>& work, const Projection& projection, const T* x, const T* residual, T* out) {
     project(static_cast<const T*>(projection.weight), x, work.tokens, projection.in, work.size / BLOCK,
+            work.is_passing,
             [&](int64_t t, int64_t block, const float* sums) {
                 const int64_t place = t * work.size + block * BLOCK;
                 store_block(out + place, sums, static_cast<const T*>(projection.bias), block, residual + place);
@@ -405,6 +422,7 @@ template <class T>
 void run_layer(const Work<T>& work, const Layer& layer, const T* hidden, T* keys, T* values, T* result) {
     normalise_all(work, layer.norm_before_attention, layer.epsilon, hidden);
     project(static_cast<const T*>(layer.qkv.weight), work.normed, work.tokens, work.size, work.wide / BLOCK,
+            work.is_passing,
             [&](int64_t t, int64_t block, const float* sums) {
                 T* out = work.qkv + t * work.wide + block * BLOCK;
                 store_block(out, sums, static_cast<const T*>(layer.qkv.bias), block);
@@ -420,8 +438,7 @@ void run_layer(const Work<T>& work, const Layer& layer, const T* hidden, T* keys
 template <class T>
 void run_layers(const Call& call) {
     const Work<T> work(call);
-    const int64_t weights = work.size * (work.wide + work.attended_size + 3 * work.mlp_size);
-#pragma omp parallel num_threads(worth(weights, work.tokens, call.num_threads))
+#pragma omp parallel num_threads(worth(work.weights, work.tokens, call.num_threads))
     {
         const T* hidden = static_cast<const T*>(call.hidden);
         for (int64_t i = 0; i < call.num_layers; i++) {
@@ -438,6 +455,7 @@ void run_projection(const Projection& projection, const T* inputs, T* outputs, i
     const int64_t out = (projection.out + BLOCK - 1) / BLOCK * BLOCK;
 #pragma omp parallel num_threads(worth(projection.in * out, tokens, num_threads))
     project(static_cast<const T*>(projection.weight), inputs, tokens, projection.in, out / BLOCK,
+            passing(projection.in * out * sizeof(T), tokens),
             [&](int64_t t, int64_t block, const float* sums) {
                 store_block(outputs + t * out + block * BLOCK, sums, static_cast<const T*>(projection.bias), block);
             });
