@@ -114,13 +114,18 @@ class Dense:
     def dense(self) -> Tensor:
         return self.probs
 
+    def excess(self, probs: Tensor) -> Tensor:
+        """How much of other laws, float [..., vocab], is beyond these: max(other - own, 0)."""
+        return (probs - self.probs).clamp(min=0)
+
     def __getitem__(self, index: Any) -> Dense:
         """Laws by the usual indexing of the batch and position axes."""
         return Dense(self.probs[index])
 
     def at(self, columns: Tensor) -> Dense:
         """Row b's law at position columns[b]: [batch, n] laws and int64 [batch] -> [batch] laws."""
-        return self[torch.arange(len(columns), device=columns.device), columns]
+        places = torch.arange(len(columns), device=columns.device) * self.probs.shape[1] + columns
+        return Dense(self.probs.flatten(0, 1).index_select(0, places))
 
     def draw(self, uniforms: Tensor) -> Tensor:
         """The token where the cumulative law first exceeds the uniform: float64 [...] in [0, 1) -> int64 [...].
@@ -153,6 +158,9 @@ class OneHot:
     def dense(self) -> Tensor:
         return torch.nn.functional.one_hot(self.tokens, self.vocab_size).float()
 
+    def excess(self, probs: Tensor) -> Tensor:
+        return probs.scatter(-1, self.tokens.unsqueeze(-1), 0.0)
+
     def __getitem__(self, index: Any) -> OneHot:
         return OneHot(self.tokens[index], self.vocab_size)
 
@@ -184,6 +192,9 @@ class Partial:
 
     def dense(self) -> Tensor:
         return spread(self.inner.probs, self.tokens, self.vocab_size, 0.0)
+
+    def excess(self, probs: Tensor) -> Tensor:
+        return probs.index_copy(-1, self.tokens, self.inner.excess(probs[..., self.tokens]))
 
     def __getitem__(self, index: Any) -> Partial:
         return Partial(self.inner[index], self.tokens, self.vocab_size)
@@ -272,14 +283,15 @@ class SamplingState:
             if tokens is not None:
                 logits, tokens = spread(logits, tokens, self.vocab_size, _BARRED), None
             logits = self._shift(logits.to(_at_least_float32(logits), copy=True), drafted)
-        peak, argmax = largest(logits)
-        _check_finite(peak)
         if self.all_greedy:
+            peak, argmax = largest(logits)
+            _check_finite(peak)
             return OneHot(argmax if tokens is None else tokens[argmax], self.vocab_size)
-        probs = self._soften(logits.to(_at_least_float32(logits)))
+        probs = self._soften(logits)
+        _check_finite(probs[..., 0])  # one bad logit spoils all probabilities of its row
         if any(self.greedy):
-            rows = self._column(self.greedy, torch.bool)
-            probs = torch.where(rows, torch.nn.functional.one_hot(argmax, probs.shape[-1]).to(probs.dtype), probs)
+            rows, certain = self._column(self.greedy, torch.bool), torch.zeros_like(probs)
+            probs = torch.where(rows, certain.scatter_(-1, largest(logits)[1].unsqueeze(-1), 1.0), probs)
         return Dense(probs) if tokens is None else Partial(Dense(probs), tokens, self.vocab_size)
 
     def _shift(self, logits: Tensor, drafted: Tensor | None) -> Tensor:
@@ -297,13 +309,10 @@ class SamplingState:
         return logits
 
     def _soften(self, logits: Tensor) -> Tensor:
-        """Temperature, top-k, top-p and min-p; rows that are greedy come out unused."""
-        temperature = [p.temperature or 1.0 for p in self.params]
-        if any(t != 1 for t in temperature):
-            logits = logits / self._column(temperature, logits.dtype)
+        """Top-k, which temperature does not change, temperature, top-p and min-p; greedy rows come out unused."""
         if any(p.top_k for p in self.params):
             logits = self._keep_top_k(logits)
-        probs = logits.softmax(-1)
+        probs = _softmax(logits, [p.temperature or 1.0 for p in self.params])
         if any(p.top_p < 1 for p in self.params):
             probs = self._keep_top_p(probs)
         if any(p.min_p for p in self.params):
@@ -383,6 +392,14 @@ def largest(logits: Tensor) -> tuple[Tensor, Tensor]:
     logits = logits.to(_at_least_float32(logits))
     argmax = torch.from_numpy(logits.numpy().argmax(-1))  # ten times as fast as torch's
     return logits.gather(-1, argmax.unsqueeze(-1)).squeeze(-1), argmax
+
+
+def _softmax(logits: Tensor, temperatures: Sequence[float]) -> Tensor:
+    """Laws of logits [rows, n, vocab] at each row's temperature, in float32 or wider."""
+    temperature = torch.tensor(temperatures, device=logits.device).unsqueeze(1)
+    if logits.device.type == "cpu" and kernels.available(logits.dtype):
+        return kernels.softmax(logits, temperature.expand(logits.shape[:-1]))
+    return (logits.to(_at_least_float32(logits)) / temperature.unsqueeze(-1)).softmax(-1)
 
 
 def _check_finite(peak: Tensor) -> None:

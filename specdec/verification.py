@@ -154,7 +154,7 @@ def block_acceptance(target: Law, draft: Draft, weights: Tensor) -> Tensor:
     """
     num_drafted = draft.tokens.shape[1]
     inner, scale = weights[:, 1:num_drafted], weights[:, 1:num_drafted, None]
-    excess = (scale * target[:, 1:num_drafted].dense() - draft.law[:, 1:].dense()).clamp(min=0).sum(-1)
+    excess = draft.law[:, 1:].excess(scale * target[:, 1:num_drafted].dense()).sum(-1)
     # 0/0: weight 1 and equal laws behind it; then the next position passes at least as surely, and decides
     passes = (excess / (excess + 1 - inner)).nan_to_num(1.0)
     is_last = torch.arange(1, num_drafted + 1, device=weights.device) == draft.lengths.unsqueeze(1)
@@ -162,14 +162,14 @@ def block_acceptance(target: Law, draft: Draft, weights: Tensor) -> Tensor:
 
 
 def draw_last(
-    target: Law, draft: Draft, accepted: Tensor, final_uniforms: Tensor, weight: Tensor | float = 1.0
+    target: Law, draft: Draft, accepted: Tensor, final_uniforms: Tensor, weight: Tensor | None = None
 ) -> Verification:
     """Draw the token after the accepted ones, with the uniform of its position; arguments as for `final_law`."""
     uniform = final_uniforms.gather(1, accepted.unsqueeze(1)).squeeze(1)
     return Verification(accepted, final_law(target, draft, accepted, weight).draw(uniform))
 
 
-def final_law(target: Law, draft: Draft, accepted: Tensor, weight: Tensor | float = 1.0) -> Law:
+def final_law(target: Law, draft: Draft, accepted: Tensor, weight: Tensor | None = None) -> Law:
     """Law of the token after the accepted ones: the residual after a rejection, the target's after full acceptance.
 
     target: laws [batch, k + 1]; accepted: int64 [batch]; weight: as for `residual`. Returns laws [batch].
@@ -179,23 +179,23 @@ def final_law(target: Law, draft: Draft, accepted: Tensor, weight: Tensor | floa
         return target_law  # a one-hot target has no mass but on its token: that is its residual too
     draft_law = draft.law.at(accepted.clamp(max=draft.tokens.shape[1] - 1))
     rejected = (accepted < draft.lengths).unsqueeze(1)
-    return Dense(torch.where(rejected, residual(target_law.probs, draft_law.dense(), weight), target_law.probs))
+    return Dense(torch.where(rejected, residual(target_law.probs, draft_law, weight), target_law.probs))
 
 
-def residual(target_probs: Tensor, draft_probs: Tensor, weight: Tensor | float = 1.0) -> Tensor:
+def residual(target_probs: Tensor, draft_law: Law, weight: Tensor | None = None) -> Tensor:
     """Law of the token that replaces a rejected draft: norm(max(weight * target - draft, 0)).
 
-    target_probs, draft_probs: float [..., vocab], each row summing to 1.
+    target_probs: float [..., vocab], each row summing to 1. draft_law: laws [...].
     weight: [..., 1], below 1 only where block verification ends a draft that carries less than the target has.
     Where nothing exceeds the target row is returned: a rejection then has probability 0.
     Raises ValueError if the shapes differ.
     Source: Leviathan et al. 2023, p' in Algorithm 1; Chen et al. 2023 write (q - p)+.
     """
-    if target_probs.shape != draft_probs.shape:
+    if target_probs.shape != (*draft_law.shape, draft_law.vocab_size):
         raise ValueError(
-            f"target_probs of shape {tuple(target_probs.shape)} must have the shape of draft_probs, "
-            f"{tuple(draft_probs.shape)}"
+            f"target_probs of shape {tuple(target_probs.shape)} must have the shape of the draft's laws, "
+            f"{(*draft_law.shape, draft_law.vocab_size)}"
         )
-    excess = (weight * target_probs - draft_probs).clamp(min=0)
+    excess = draft_law.excess(target_probs if weight is None else weight * target_probs)
     mass = excess.sum(-1, keepdim=True)
     return torch.where(mass > 0, excess / mass, target_probs)

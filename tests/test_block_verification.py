@@ -42,7 +42,7 @@ def outcomes(target: Tensor, draft: Tensor, length: int, *, token_residual: bool
         passes = [1.0, *block_acceptance(laws, proposal, weights)[0, :length].tolist()]
         for accepted in range(length + 1):
             probability = path_prob * passes[accepted] * math.prod(1 - p for p in passes[accepted + 1 :])
-            weight = 1.0 if token_residual else weights[:, accepted : accepted + 1]
+            weight = None if token_residual else weights[:, accepted : accepted + 1]
             yield path, accepted, probability, final_law(laws, proposal, torch.tensor([accepted]), weight).dense()[0]
 
 

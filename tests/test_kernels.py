@@ -61,6 +61,20 @@ def test_the_largest_logit_and_its_probability(size: int, dtype: torch.dtype) ->
     torch.testing.assert_close(kernels.confidence(logits)[3:], expected, rtol=1e-5, atol=0)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [1, 15, 16, 17, 1000])
+def test_softmax(size: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    logits = torch.randn(40, 3, size).mul(4).to(dtype)
+    logits[0, 0], logits[1, 1, 0], logits[2, 2, -1] = -torch.inf, torch.nan, torch.inf
+    logits[3:, :, 1::2] = -torch.inf
+    temperatures = torch.rand(40, 3) + 0.1
+    probs, expected = kernels.softmax(logits, temperatures), (logits.double() / temperatures[..., None]).softmax(-1)
+    torch.testing.assert_close(probs.double(), expected, rtol=2e-5, atol=1e-30, equal_nan=True)
+    assert not probs[3:, :, 1::2].any()
+    assert probs[[0, 1, 2], [0, 1, 2]].isnan().all()
+
+
 @needs_kernels
 @pytest.mark.parametrize("size", [1, 63, 64, 65, 1000])
 def test_a_draw_is_the_one_of_the_cumulative_law(size: int) -> None:

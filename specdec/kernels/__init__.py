@@ -149,6 +149,15 @@ def confidence(logits: Tensor) -> Tensor:
     return confidences
 
 
+def softmax(logits: Tensor, temperatures: Tensor) -> Tensor:
+    """Laws float32 [..., vocab] of logits at temperatures [...]; NaN throughout where no law is."""
+    logits, temperatures = logits.contiguous(), temperatures.float().contiguous()
+    probs = torch.empty(logits.shape, dtype=torch.float32)
+    arguments = (logits.data_ptr(), temperatures.numel(), logits.shape[-1], temperatures.data_ptr(), probs.data_ptr())
+    _function("softmax", logits.dtype)(*arguments)
+    return probs
+
+
 def draw(probs: Tensor, uniforms: Tensor) -> Tensor:
     """Tokens int64 [...] of laws float32 [..., vocab] at uniforms float64 [...], as `specdec.sampling.Dense.draw`."""
     probs, uniforms = probs.contiguous(), uniforms.contiguous()
@@ -222,6 +231,7 @@ _ARGUMENTS = {
     "normalise": (c_void_p, c_void_p, c_float, c_int64, c_int64, c_void_p),
     "largest": (c_void_p, c_int64, c_int64, c_void_p, c_void_p),
     "confidence": (c_void_p, c_int64, c_int64, c_void_p),
+    "softmax": (c_void_p, c_int64, c_int64, c_void_p, c_void_p),
     "draw": (c_void_p, c_int64, c_int64, c_void_p, c_void_p),
     "uniforms": (c_void_p, c_int64, c_void_p),
 }

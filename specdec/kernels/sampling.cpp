@@ -1,5 +1,7 @@
 // What drawing tokens needs, for CPUs with AVX-512: a few numbers from many logits, and uniforms.
 
+#include <omp.h>
+
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -40,12 +42,38 @@ void largest(const T* row, int64_t size, float* peak, int64_t* place) {
     *place = best ? _mm512_mask_reduce_min_epi32(best, where) : 0;
 }
 
+// 16 of exp((x - peak) * scale); 0 where nothing of it is left, so that a barred token stays barred.
 template <class T>
-float sum_of_exponentials(const T* row, int64_t size, float peak) {
+inline __m512 exponentials(const T* row, int64_t i, int64_t size, __m512 peak, __m512 scale) {
+    const __m512 x = _mm512_mul_ps(_mm512_sub_ps(load_some(row, i, size), peak), scale);
+    const __mmask16 lost = _mm512_cmp_ps_mask(x, _mm512_set1_ps(-87.0f), _CMP_LT_OQ);
+    return _mm512_mask_mov_ps(exponential(x), lost, _mm512_setzero_ps());
+}
+
+// The sum of a row's exponentials, which are kept where `out` is given.
+template <class T>
+float sum_of_exponentials(const T* row, int64_t size, float peak, float scale, float* out = nullptr) {
+    const __m512 peaks = _mm512_set1_ps(peak), scales = _mm512_set1_ps(scale);
     __m512 sum = _mm512_setzero_ps();
-    for (int64_t i = 0; i < size; i += 16)
-        sum = _mm512_add_ps(sum, exponential(_mm512_sub_ps(load_some(row, i, size), _mm512_set1_ps(peak))));
+    for (int64_t i = 0; i < size; i += 16) {
+        const __m512 x = exponentials(row, i, size, peaks, scales);
+        if (out) _mm512_mask_storeu_ps(out + i, i + 16 <= size ? 0xFFFF : (1 << (size - i)) - 1, x);
+        sum = _mm512_add_ps(sum, x);
+    }
     return _mm512_reduce_add_ps(sum);
+}
+
+template <class T>
+void softmax(const T* logits, int64_t rows, int64_t size, const float* temperatures, float* probs) {
+#pragma omp parallel for num_threads(rows > 1 ? omp_get_max_threads() : 1)
+    for (int64_t r = 0; r < rows; r++) {
+        float peak, *out = probs + r * size;
+        int64_t place;
+        largest(logits + r * size, size, &peak, &place);
+        float scale = 1.0f / sum_of_exponentials(logits + r * size, size, peak, 1.0f / temperatures[r], out);
+        if (!std::isfinite(peak)) scale = std::numeric_limits<float>::quiet_NaN();
+        for (int64_t i = 0; i < size; i++) out[i] *= scale;
+    }
 }
 
 inline double sum(const float* x, int64_t size) {
@@ -74,7 +102,7 @@ void all_confidences(const T* logits, int64_t rows, int64_t size, float* confide
         float peak;
         int64_t place;
         largest(logits + r * size, size, &peak, &place);
-        confidences[r] = 1.0f / sum_of_exponentials(logits + r * size, size, peak);
+        confidences[r] = 1.0f / sum_of_exponentials(logits + r * size, size, peak, 1.0f);
     }
 }
 
@@ -96,6 +124,14 @@ void confidence_float32(const float* logits, int64_t rows, int64_t size, float* 
 }
 void confidence_bfloat16(const void* logits, int64_t rows, int64_t size, float* confidences) {
     all_confidences(static_cast<const bf16*>(logits), rows, size, confidences);
+}
+
+// probs: [rows, size]; NaN in rows that have NaN, +inf or nothing but -inf
+void softmax_float32(const float* logits, int64_t rows, int64_t size, const float* temperatures, float* probs) {
+    softmax(logits, rows, size, temperatures, probs);
+}
+void softmax_bfloat16(const void* logits, int64_t rows, int64_t size, const float* temperatures, float* probs) {
+    softmax(static_cast<const bf16*>(logits), rows, size, temperatures, probs);
 }
 
 // As `Dense.draw`: the token where the sum of probabilities, taken in float64, first exceeds the uniform's share of all.
