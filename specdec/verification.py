@@ -179,7 +179,8 @@ def final_law(target: Law, draft: Draft, accepted: Tensor, weight: Tensor | None
         return target_law  # a one-hot target has no mass but on its token: that is its residual too
     draft_law = draft.law.at(accepted.clamp(max=draft.tokens.shape[1] - 1))
     rejected = (accepted < draft.lengths).unsqueeze(1)
-    return Dense(torch.where(rejected, residual(target_law.probs, draft_law, weight), target_law.probs))
+    target_probs = target_law.dense()
+    return Dense(torch.where(rejected, residual(target_probs, draft_law, weight), target_probs))
 
 
 def residual(target_probs: Tensor, draft_law: Law, weight: Tensor | None = None) -> Tensor:

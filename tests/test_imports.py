@@ -12,9 +12,11 @@ import specdec
 ROOT = Path(specdec.__file__).parent
 # from the bottom to the top; a module may import from layers below its own only
 LAYERS = [
-    {"sampling", "randomness", "stats", "wheels", "prompts", "timing"},
+    {"stats", "wheels", "prompts", "timing"},
+    {"kernels"},
+    {"sampling", "randomness"},
     {"verification", "requests"},
-    {"models", "kernels", "synthetic"},
+    {"models", "synthetic"},
     {"cache", "models.markov"},
     {"models.causal", "models.fusion"},
     {"models.eagle"},

@@ -39,7 +39,9 @@ def test_residual_of_equal_laws_is_the_law(law: Tensor) -> None:
 
 
 def test_residual_refuses_other_shapes() -> None:
-    with pytest.raises(ValueError, match=r"target_probs of shape \(3,\) must have the shape of the draft's laws, \(4,\)"):
+    with pytest.raises(
+        ValueError, match=r"target_probs of shape \(3,\) must have the shape of the draft's laws, \(4,\)"
+    ):
         residual(torch.ones(3) / 3, Dense(torch.ones(4) / 4))
 
 

@@ -32,6 +32,7 @@ class CausalLM:
         self.vocab_size: int = self.config.vocab_size
         self.device, self.dtype = model.device, model.dtype
         self.num_layers, self.context_length = _rollback_limits(model)
+        self._last_hidden: Tensor
         self._fused = model.base_model if isinstance(model.base_model, FusedDecoder) else None
         model.base_model.register_forward_hook(self._remember)
         _check_ragged_equals_plain(self)
@@ -84,7 +85,7 @@ class CausalLM:
         return logits  # type: ignore[no-any-return]
 
     def _remember(self, body: Any, inputs: Any, output: Any) -> None:
-        self._last_hidden: Tensor = output[0]
+        self._last_hidden = output[0]
 
 
 def eos_token_ids(model: PreTrainedModel) -> frozenset[int]:
