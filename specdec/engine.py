@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 Method = Literal["autoregressive", "draft_model", "eagle", "ngram", "ngram_store", "ngram_table", "hybrid"]
 METHODS: tuple[Method, ...] = get_args(Method)
-HYBRID_MIN_NGRAM = 3  # tokens that must match before the hybrid copies instead of drawing
+HYBRID_MIN_NGRAM = 2  # tokens that must match before the hybrid copies instead of drawing
 VERIFICATIONS: dict[str, VerificationRule] = {"token": verify_tokens, "block": verify_block}
 
 
