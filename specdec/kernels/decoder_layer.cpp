@@ -176,6 +176,36 @@ inline __m512 sums(const __m512 a[16]) {
     return _mm512_add_ps(_mm512_shuffle_f32x4(two[0], two[1], 0x88), _mm512_shuffle_f32x4(two[0], two[1], 0xDD));
 }
 
+// A query, and its products with a key, to be summed over the 16 lanes.
+template <class T, int VECTORS>
+struct Query {
+    __m512 parts[VECTORS];
+    explicit Query(const T* query) {
+        for (int v = 0; v < VECTORS; v++) parts[v] = load(query + v * 16);
+    }
+    __m512 products(const T* key) const {
+        __m512 dots = _mm512_mul_ps(parts[0], load(key));
+        for (int v = 1; v < VECTORS; v++) dots = _mm512_fmadd_ps(parts[v], load(key + v * 16), dots);
+        return dots;
+    }
+};
+
+#ifdef __AVX512BF16__
+template <int VECTORS>
+struct Query<bf16, VECTORS> {  // in pairs, without a conversion
+    __m512bh parts[VECTORS / 2];
+    static __m512bh pairs(const bf16* x) { return (__m512bh)_mm512_loadu_si512(x); }
+    explicit Query(const bf16* query) {
+        for (int v = 0; v < VECTORS / 2; v++) parts[v] = pairs(query + v * 32);
+    }
+    __m512 products(const bf16* key) const {
+        __m512 dots = _mm512_setzero_ps();
+        for (int v = 0; v < VECTORS / 2; v++) dots = _mm512_dpbf16_ps(dots, parts[v], pairs(key + v * 32));
+        return dots;
+    }
+};
+#endif
+
 // One head's output for up to TILE consecutive queries of one row; query q sees positions up to seen[q] - 1.
 // queries, outputs: [count][head_dim]. scores: room for TILE times (most + KEYS) numbers.
 template <class T, int VECTORS, int TILE>
@@ -189,16 +219,11 @@ void attend(const T* queries, const T* keys, const T* values, const int64_t* see
     };
     __m512 peak[TILE];
     for (int64_t q = 0; q < count; q++) {
-        __m512 query[VECTORS];
-        for (int v = 0; v < VECTORS; v++) query[v] = load(queries + q * size + v * 16);
+        const Query<T, VECTORS> query(queries + q * size);
         peak[q] = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
         for (int64_t j = 0; j < room; j += KEYS) {
             __m512 dots[KEYS];
-            for (int64_t i = 0; i < KEYS; i++) {
-                const T* key = keys + std::min(j + i, most - 1) * size;
-                dots[i] = _mm512_mul_ps(query[0], load(key));
-                for (int v = 1; v < VECTORS; v++) dots[i] = _mm512_fmadd_ps(query[v], load(key + v * 16), dots[i]);
-            }
+            for (int64_t i = 0; i < KEYS; i++) dots[i] = query.products(keys + std::min(j + i, most - 1) * size);
             const __m512 score = _mm512_mul_ps(sums(dots), _mm512_set1_ps(scaling));
             peak[q] = _mm512_mask_max_ps(peak[q], sees(q, j), peak[q], score);
             store(scores + q * room + j, score);
