@@ -66,7 +66,7 @@ class AdaptiveLength:
 
 def confidence(logits: Tensor) -> Tensor:
     """Largest probability under logits [rows, vocab], float32 [rows]."""
-    if logits.device.type == "cpu" and kernels.available(logits.dtype):
+    if kernels.take(logits):
         return kernels.confidence(logits)
     logits = logits.float()
     return (logits - logits.amax(-1, keepdim=True)).exp().sum(-1).reciprocal()

@@ -132,7 +132,7 @@ class Dense:
 
         A token of probability 0 is never drawn. The sum is taken in float64 and rows need not be normalised.
         """
-        if self.probs.dtype == torch.float32 and self.probs.device.type == "cpu" and kernels.available(torch.float32):
+        if self.probs.dtype == torch.float32 and kernels.take(self.probs):
             return kernels.draw(self.probs, uniforms)
         cumulative = self.probs.double().cumsum(-1)
         total = cumulative[..., -1:]
@@ -384,7 +384,7 @@ class _TokenCounts:
 
 def largest(logits: Tensor) -> tuple[Tensor, Tensor]:
     """The largest of each row of logits [..., n], NaN where any is, and where the first of them stands, int64 [...]."""
-    if logits.device.type == "cpu" and kernels.available(logits.dtype):
+    if kernels.take(logits):
         return kernels.largest(logits)
     if logits.device.type == "cuda":
         peak, argmax = logits.max(-1)
@@ -397,7 +397,7 @@ def largest(logits: Tensor) -> tuple[Tensor, Tensor]:
 def _softmax(logits: Tensor, temperatures: Sequence[float]) -> Tensor:
     """Laws of logits [rows, n, vocab] at each row's temperature, in float32 or wider."""
     temperature = torch.tensor(temperatures, device=logits.device).unsqueeze(1)
-    if logits.device.type == "cpu" and kernels.available(logits.dtype):
+    if kernels.take(logits):
         return kernels.softmax(logits, temperature.expand(logits.shape[:-1]))
     return (logits.to(_at_least_float32(logits)) / temperature.unsqueeze(-1)).softmax(-1)
 

@@ -8,9 +8,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from strategies import law_rows
 from torch import Tensor
 
-from specdec.sampling import Dense, NonFiniteLogitsError, OneHot, SamplingParams, SamplingState
+from specdec.sampling import Dense, NonFiniteLogitsError, OneHot, Partial, SamplingParams, SamplingState, stack_laws
 
 VOCAB = 6
 CPU = torch.device("cpu")
@@ -177,3 +178,34 @@ def test_laws_index_like_tensors() -> None:
     assert one_hot.at(columns).tokens.tolist() == [1, 1]
     assert dense[:, :1].shape == one_hot[:, :1].shape == (2, 1)
     assert one_hot.prob(torch.tensor([[0, 0], [1, 0]])).tolist() == [[1, 0], [1, 0]]
+
+
+@given(law_rows(6, 3), law_rows(6, 7), st.sampled_from([(0, 2, 5), (1, 2, 6), (3, 4, 5)]))
+def test_a_law_over_some_tokens_is_the_dense_law_with_zeros(
+    inner: Tensor, other: Tensor, some: tuple[int, ...]
+) -> None:
+    """For every token, known or not: probability, excess, draws, and both ways of choosing positions."""
+    vocabulary = torch.tensor(some)
+    partial = Partial(Dense(inner.view(2, 3, 3)), vocabulary, 7)
+    expected = torch.zeros(2, 3, 7, dtype=torch.float64)
+    expected[..., vocabulary] = inner.view(2, 3, 3)
+    dense, other = Dense(expected), other.view(2, 3, 7)
+    assert torch.equal(partial.dense(), expected)
+    for token in range(7):
+        tokens = torch.full((2, 3), token)
+        assert torch.equal(partial.prob(tokens), dense.prob(tokens))
+    assert torch.equal(partial.excess(other), dense.excess(other))
+    columns = torch.tensor([2, 0])
+    assert torch.equal(partial.at(columns).dense(), expected[[0, 1], [2, 0]])
+    assert torch.equal(dense.at(columns).dense(), expected[[0, 1], [2, 0]])
+    stacked = stack_laws([partial[:, i] for i in range(3)])
+    assert isinstance(stacked, Partial)
+    assert torch.equal(stacked.dense(), expected)
+    for uniform in (0.0, 0.3, 0.999):
+        uniforms = torch.full((2, 3), uniform, dtype=torch.float64)
+        assert torch.equal(partial.draw(uniforms), dense.draw(uniforms))
+
+
+def test_excess_beyond_a_certain_token() -> None:
+    probs, tokens = torch.tensor([[0.5, 0.25, 0.25]]), torch.tensor([1])
+    assert torch.equal(OneHot(tokens, 3).excess(probs), Dense(OneHot(tokens, 3).dense()).excess(probs))

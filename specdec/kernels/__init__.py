@@ -66,6 +66,11 @@ def available(dtype: torch.dtype) -> bool:
     return _library() is not None
 
 
+def take(tensor: Tensor) -> bool:
+    """Whether there are kernels for a tensor, by its device and dtype."""
+    return tensor.device.type == "cpu" and available(tensor.dtype)
+
+
 def whole_blocks(outputs: int) -> int:
     """A number of outputs, rounded up to whole blocks."""
     return -(-outputs // BLOCK) * BLOCK
