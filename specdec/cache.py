@@ -13,6 +13,10 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from specdec.devices import upload
+
+_LEAST_EXTENT = 256
+
 
 @dataclass(slots=True)
 class _Window:
@@ -49,10 +53,24 @@ class RaggedCache(Cache):  # type: ignore[misc]  # transformers has no complete 
                 f"{max(lengths)} cached tokens and {width} more exceed the cache's capacity of "
                 f"{self.capacity}; allocate a larger one"
             )
-        positions = torch.tensor(lengths, device=device).unsqueeze(1) + torch.arange(width, device=device)
+        positions = upload(lengths, device).unsqueeze(1) + torch.arange(width, device=device)
         start = lengths[0] if len(set(lengths)) == 1 else None
         self.window = _Window(slice(first_slot, first_slot + rows), positions, extent, start)
         return positions
+
+    def open_at(self, first_slot: int, starts: Tensor, width: int, extent: int) -> Tensor:
+        """As `open`, with nothing asked of the host: rows begin at starts, int64 [rows], and see `extent` positions.
+
+        extent: at least what any row has when the call is done, except for padding, which is put at the end.
+        """
+        positions = starts.unsqueeze(1) + torch.arange(width, device=starts.device)
+        positions = positions.clamp(max=self.capacity - 1)
+        self.window = _Window(slice(first_slot, first_slot + len(starts)), positions, extent, None)
+        return positions
+
+    def extent_for(self, length: int) -> int:
+        """A bound for sequences of this length, one of few, so that few shapes occur."""
+        return min(max(_LEAST_EXTENT, 1 << (length - 1).bit_length()), self.capacity)
 
     def write(self, block: Tensor, states: Tensor) -> Tensor:
         """Put states [rows, heads, width, dim] into a block [slots, heads, capacity, dim] where the open window is.

@@ -12,21 +12,25 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from functools import lru_cache
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from specdec.adaptive import AdaptiveLength
-from specdec.models import Cache, LanguageModel, prefill
+from specdec.devices import upload
+from specdec.models import Cache, FixedShapeModel, LanguageModel, prefill
 from specdec.proposers import Proposer
 from specdec.randomness import Role, UniformSource, uniforms
+from specdec.recording import Recorder
 from specdec.requests import Batch, Generation, Request, Step
-from specdec.sampling import NonFiniteLogitsError, SamplingParams, SamplingState
+from specdec.sampling import NonFiniteLogitsError, RowParams, SamplingParams, SamplingState
 from specdec.stats import PhaseTimes
-from specdec.timing import now_s
+from specdec.timing import Stopwatch, now_s
 from specdec.verification import Draft, Verification, VerificationRule, verify_tokens
+
+_CAPACITY_STEP = 1024  # tokens
 
 
 class Decoder:
@@ -35,8 +39,8 @@ class Decoder:
     target: the model whose law is sampled. proposer: None decodes autoregressively.
     num_speculative_tokens: tokens proposed per step at the most. max_batch_size: rows decoded together at the most.
     rule: how a draft is verified. uniforms: the source of randomness. adaptive: what the proposer asks whether another
-    token pays; it is told what became of each step.
-    `times` holds the phase times of the run in progress, or of the last one.
+    token pays; it is told what became of each step. records: whether steps are recorded and replayed, see `Recorder`;
+    None: on a GPU.
     """
 
     def __init__(
@@ -49,12 +53,19 @@ class Decoder:
         rule: VerificationRule = verify_tokens,
         uniforms: UniformSource = uniforms,
         adaptive: AdaptiveLength | None = None,
+        records: bool | None = None,
     ) -> None:
         self.target, self.proposer, self.num_speculative_tokens = target, proposer, num_speculative_tokens
         self.max_batch_size = max_batch_size
         self.rule, self.uniforms, self.adaptive = rule, uniforms, adaptive
-        self.times = PhaseTimes()
+        self.recorder = Recorder(target.device, records)
+        self._stopwatch, self._total_s = Stopwatch(target.device), 0.0
         self._cache: Cache | None = None
+
+    @property
+    def times(self) -> PhaseTimes:
+        """The phase times of the run in progress, or of the last one."""
+        return PhaseTimes(**self._stopwatch.seconds(), total_s=self._total_s)
 
     def run(self, requests: Sequence[Request]) -> Iterator[Generation]:
         """Decode all requests, yielding each as it finishes. Prompts wait for a slot in the order given.
@@ -62,7 +73,7 @@ class Decoder:
         Raises NonFiniteLogitsError naming the request, the position and the step.
         """
         start_s = time.perf_counter()
-        self.times = PhaseTimes()
+        self._stopwatch, self._total_s = Stopwatch(self.target.device), 0.0
         cache = self._reserve(requests)
         waiting = deque(Generation(request, start_s) for request in requests)
         slots: list[Generation | None] = [None] * self.max_batch_size
@@ -77,7 +88,7 @@ class Decoder:
                 if row and row.finish_reason:
                     slots[slot] = None
                     yield row
-        self.times.total_s = time.perf_counter() - start_s
+        self._total_s = now_s(self.target.device) - start_s
 
     def _reserve(self, requests: Sequence[Request]) -> Cache:
         """A cache that holds the longest request and the draft tokens that may stand behind it."""
@@ -85,6 +96,9 @@ class Decoder:
         capacity = longest + self.num_speculative_tokens
         if self._cache is None or self._cache.capacity < capacity:
             keep_features = getattr(self.proposer, "needs_features", False)
+            if self.recorder.records:  # what was recorded ends with its cache: let it be a while
+                capacity = -(-capacity // _CAPACITY_STEP) * _CAPACITY_STEP
+                self.recorder.forget()
             self._cache = self.target.allocate(self.max_batch_size, capacity, keep_features=keep_features)
         return self._cache
 
@@ -100,8 +114,10 @@ class Decoder:
                     slots[slot] = row
 
     def _form_batch(self, slots: list[Generation | None], cache: Cache, previous: Batch | None) -> Batch:
-        """The rows up to the last busy slot; the previous batch if they have not changed."""
+        """The rows up to the last busy slot, or all where shapes are recorded; the previous batch if unchanged."""
         num_rows = max(slot for slot, row in enumerate(slots) if row) + 1
+        if self.recorder.records:
+            num_rows = self.max_batch_size
         if previous and previous.rows == slots[:num_rows]:
             return previous
         return self._batch_of(slots[:num_rows], cache)
@@ -115,17 +131,25 @@ class Decoder:
             self.target.vocab_size,
             self.target.device,
         )
-        return Batch(rows, sampling, self.max_batch_size, cache.capacity, cache.features)
+        return Batch(
+            rows,
+            sampling,
+            self.max_batch_size,
+            cache.capacity,
+            cache.features,
+            self.recorder,
+            self.num_speculative_tokens,
+        )
 
     @torch.inference_mode()
     def _prefill(self, row: Generation, cache: Cache, slot: int) -> None:
         """Score the prompt and emit the first token: a step with an empty draft that is not counted as one."""
         batch = self._batch_of([row], cache)
-        with self._phase("prefill_s"):
+        with self._stopwatch.phase("prefill_s"):
             cache.lengths[slot] = 0
-            logits = prefill(self.target, row.tokens, cache, slot)
+            logits = prefill(self.target, row.tokens, cache, slot, self.recorder)
         draft = Draft.empty(1, self.target.vocab_size, self.target.device)
-        with self._phase("verification_s"):
+        with self._stopwatch.phase("verification_s"):
             outcome = self._verify(batch, logits, draft)
         self._commit(batch, draft, outcome, logits)
         row.steps.clear()
@@ -133,13 +157,11 @@ class Decoder:
     @torch.inference_mode()
     def _step(self, batch: Batch, cache: Cache) -> None:
         """One target call for the whole batch."""
-        with self._phase("draft_s"):
+        with self._stopwatch.phase("draft_s"):
             draft = self._propose(batch)
-        with self._phase("scoring_s"):
-            cache.lengths[: len(batch.rows)] = [length - 1 for length in batch.lengths()]
-            last = torch.tensor(batch.last_tokens(), device=self.target.device).unsqueeze(1)
-            logits = self.target.forward(torch.cat([last, draft.tokens], 1), cache)
-        with self._phase("verification_s"):
+        with self._stopwatch.phase("scoring_s"):
+            logits = self._score(batch, draft, cache)
+        with self._stopwatch.phase("verification_s"):
             outcome = self._verify(batch, logits, draft)
         decided = self._commit(batch, draft, outcome, logits)
         if self.adaptive:
@@ -150,26 +172,44 @@ class Decoder:
         limits = [min(self.num_speculative_tokens, row.num_remaining - 1) if row else 0 for row in batch.rows]
         if self.proposer is None or not any(limits):
             return Draft.empty(len(batch.rows), self.target.vocab_size, self.target.device)
-        with _naming(batch, "the draft model's"):
-            return self.proposer.propose(batch, limits)
+        return self.proposer.propose(batch, limits)
+
+    def _score(self, batch: Batch, draft: Draft, cache: Cache) -> Tensor:
+        """Logits after each row's newest token and after each of its draft, [rows, k + 1, vocab]."""
+        starts = [length - 1 for length in batch.lengths()]
+        cache.lengths[: len(starts)] = starts
+        tokens = torch.cat([upload(batch.last_tokens(), self.target.device).unsqueeze(1), draft.tokens], 1)
+        if not self.recorder.records:
+            return self.target.forward(tokens, cache)
+        target, fixed = cast("FixedShapeModel", self.target), cast("Any", cache)
+        extent = fixed.extent_for(max(starts) + tokens.shape[1])
+        return self.recorder(target.forward_at, tokens, upload(starts, self.target.device), cache, extent)
 
     def _verify(self, batch: Batch, logits: Tensor, draft: Draft) -> Verification:
-        with _naming(batch, "the target's"):
-            law = batch.sampling.law(logits, draft.tokens)
-        return self.rule(law, draft, *self._draws(batch, draft))
+        origins = upload(batch.lengths(), self.target.device)
+        if batch.sampling.is_stateless:
+            outcome, finite = self.recorder(self._decide, logits, draft, batch.sampling.rows, origins)
+            batch.sampling.note(finite)
+            return outcome
+        law = batch.sampling.law(logits, draft.tokens)
+        return self.rule(law, draft, *self._draws(batch.sampling.rows, origins, draft))
 
-    def _draws(self, batch: Batch, draft: Draft) -> tuple[Tensor, Tensor]:
-        """Uniforms for accepting, [rows, k], and for the last token, [rows, k + 1]."""
-        rows, width = draft.tokens.shape
-        device = self.target.device
-        if batch.sampling.all_greedy and not getattr(self.rule, "always_draws", False):
+    def _decide(self, logits: Tensor, draft: Draft, rows: RowParams, origins: Tensor) -> tuple[Verification, Tensor]:
+        """A function of tensors alone: what becomes of the draft, and whether the target's laws are laws."""
+        law, finite = rows.law(logits)
+        return self.rule(law, draft, *self._draws(rows, origins, draft)), finite
+
+    def _draws(self, rows: RowParams, origins: Tensor, draft: Draft) -> tuple[Tensor, Tensor]:
+        """Uniforms for accepting, [rows, k], and for the last token, [rows, k + 1]; origins: where drafts begin."""
+        num_rows, width = draft.tokens.shape
+        if rows.all_greedy and not getattr(self.rule, "always_draws", False):
             # every law is one-hot: no uniform can change anything
-            zeros = torch.zeros(rows, width + 1, dtype=torch.float64, device=device)
+            zeros = torch.zeros(num_rows, width + 1, dtype=torch.float64, device=origins.device)
             return zeros[:, :width], zeros
-        offsets, roles = _draws_of_a_step(width, device)
-        origins = torch.tensor(batch.lengths(), device=device).unsqueeze(1)
+        offsets, roles = _draws_of_a_step(width, origins.device)
+        origins = origins.unsqueeze(1)
         roles = roles + (roles == Role.RECOVER) * (offsets >= draft.lengths.unsqueeze(1))  # behind the draft: a bonus
-        draws = self.uniforms(batch.sampling.seeds.unsqueeze(1), origins + offsets, roles, origins)
+        draws = self.uniforms(rows.seeds.unsqueeze(1), origins + offsets, roles, origins)
         return draws[:, :width], draws[:, width:]
 
     def _commit(self, batch: Batch, draft: Draft, outcome: Verification, logits: Tensor) -> list[tuple[int, int]]:
@@ -179,12 +219,15 @@ class Decoder:
         """
         decided = []
         columns = [draft.tokens, draft.lengths[:, None], outcome.accepted[:, None], outcome.next_token[:, None]]
+        columns.append(batch.sampling.finite().long())
+        width = draft.tokens.shape[1]
         for index, (row, values) in enumerate(zip(batch.rows, torch.cat(columns, 1).tolist(), strict=True)):
             if row is None:
                 continue
-            *proposed, num_drafted, num_accepted, next_token = values
+            _check_laws(row, index, values[width + 3 :], width)
+            num_drafted, num_accepted, next_token = values[width : width + 3]
             decided.append((num_drafted, num_accepted))
-            emitted = [*proposed[:num_accepted], next_token]
+            emitted = [*values[:num_accepted], next_token]
             num_kept = row.emit(emitted)
             if row.request.sampling.logprobs:
                 row.logprobs += _logprobs(logits[index], emitted[:num_kept])
@@ -193,12 +236,6 @@ class Decoder:
             row.last_token_s = time.perf_counter()
             row.first_token_s = row.first_token_s or row.last_token_s
         return decided
-
-    @contextmanager
-    def _phase(self, name: str) -> Iterator[None]:
-        start_s = now_s(self.target.device)
-        yield
-        setattr(self.times, name, getattr(self.times, name) + now_s(self.target.device) - start_s)
 
 
 @lru_cache(maxsize=64)
@@ -221,17 +258,16 @@ def _logprobs(logits: Tensor, tokens: Sequence[int]) -> list[float]:
     return logits[: len(tokens)].double().log_softmax(-1).gather(1, index).squeeze(1).tolist()
 
 
-@contextmanager
-def _naming(batch: Batch, whose: str) -> Iterator[None]:
-    """Say which request and step had logits without a law."""
-    try:
-        yield
-    except NonFiniteLogitsError as error:
-        row = batch.rows[error.row]
-        assert row is not None
-        raise NonFiniteLogitsError(
-            error.row,
-            error.position,
-            f"{whose} request {row.request.index} at token position "
-            f"{len(row.tokens) + error.position} (decode step {len(row.steps) + 1})",
-        ) from error
+def _check_laws(row: Generation, index: int, are_laws: Sequence[int], width: int) -> None:
+    """Say which request and step had logits without a law: the last width + 1 laws are the target's."""
+    if all(are_laws):
+        return
+    place, num_drafts = are_laws.index(0), len(are_laws) - width - 1
+    whose = "the draft model's" if place < num_drafts else "the target's"
+    position = place if place < num_drafts else place - num_drafts
+    raise NonFiniteLogitsError(
+        index,
+        position,
+        f"{whose} request {row.request.index} at token position {len(row.tokens) + position} "
+        f"(decode step {len(row.steps) + 1})",
+    )

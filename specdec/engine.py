@@ -49,6 +49,7 @@ class Engine:
     verification: "token" or "block", the rule that verifies a draft; both are lossless.
     synthetic_acceptance_rates: to time shapes without their weights: accept draft positions with these probabilities
         instead of verifying. The output is then no longer the target's.
+    records: whether steps are recorded once for each shape and replayed (CUDA graphs); None: on a GPU.
     Raises ValueError naming the value, the rule and the remedy.
     """
 
@@ -62,6 +63,7 @@ class Engine:
         max_batch_size: int = 1,
         verification: str = "token",
         synthetic_acceptance_rates: Sequence[float] | None = None,
+        records: bool | None = None,
     ) -> None:
         require(max_batch_size >= 1, f"max_batch_size={max_batch_size} must be at least 1")
         _check_verification(verification)
@@ -84,6 +86,7 @@ class Engine:
             if synthetic_acceptance_rates is not None
             else VERIFICATIONS[verification],
             adaptive=adaptive,
+            records=records,
         )
 
     @classmethod

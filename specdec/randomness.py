@@ -8,6 +8,7 @@ on the device or on the order of work.
 from __future__ import annotations
 
 from enum import IntEnum
+from functools import cache
 from typing import Protocol
 
 import torch
@@ -41,9 +42,7 @@ def philox(counter: Tensor, key: Tensor) -> Tensor:
 
     Every word is an int64 holding an unsigned 32-bit value; the axes behind the first broadcast.
     """
-    multipliers, weyl = (
-        torch.tensor(words, device=counter.device).view(2, *[1] * (counter.ndim - 1)) for words in (_MULTIPLIERS, _WEYL)
-    )
+    multipliers, weyl = (words.view(2, *[1] * (counter.ndim - 1)) for words in _constants(counter.device))
     even, odd = counter[[0, 2]], counter[[1, 3]]
     for i in range(_ROUNDS):
         # an int64 product wraps, but its bits are those of the unsigned product
@@ -51,6 +50,11 @@ def philox(counter: Tensor, key: Tensor) -> Tensor:
         even = (product >> 32 & _MASK) ^ odd ^ (key + i * weyl & _MASK)
         odd = product & _MASK
     return torch.stack([even, odd], 1).flatten(0, 1)
+
+
+@cache
+def _constants(device: torch.device) -> tuple[Tensor, Tensor]:
+    return torch.tensor(_MULTIPLIERS, device=device), torch.tensor(_WEYL, device=device)
 
 
 def uniforms(seeds: Tensor, positions: Tensor, roles: Tensor, origins: Tensor) -> Tensor:

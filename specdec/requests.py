@@ -8,6 +8,7 @@ from typing import Literal
 
 from torch import Tensor
 
+from specdec.recording import Recorder
 from specdec.sampling import SamplingParams, SamplingState
 from specdec.stats import AcceptanceCounts
 
@@ -89,6 +90,7 @@ class Batch:
     num_slots: rows that there may ever be. capacity: tokens that a slot must be able to hold.
     features: float [slots, capacity, hidden], the target's after each token of a row but its last; None unless the
     proposer needs them.
+    recorder: replays work of fixed shapes, if it records at all. max_draft: tokens that a row's draft may have.
     """
 
     rows: list[Generation | None]
@@ -96,6 +98,17 @@ class Batch:
     num_slots: int
     capacity: int
     features: Tensor | None = None
+    recorder: Recorder | None = None
+    max_draft: int = 0
+
+    @property
+    def recording(self) -> Recorder | None:
+        """The recorder, where the whole of a draft can be recorded: its law depends on tensors alone."""
+        return self.recorder if self.recorder and self.recorder.records and self.sampling.is_stateless else None
+
+    def width(self, longest: int) -> int:
+        """Columns of a draft that proposes so many tokens at the most: few different ones where shapes are recorded."""
+        return self.max_draft if longest and self.recorder and self.recorder.records else longest
 
     def lengths(self) -> list[int]:
         """Tokens of each row so far, so also the position where its next draft begins; 1 for an idle slot."""

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from specdec import kernels
+from specdec.devices import upload
 
 _USUAL_NUCLEUS = 256
 _BARRED = -1e9  # a logit without probability, yet a law remains if all else has -inf
@@ -138,7 +139,8 @@ class Dense:
         total = cumulative[..., -1:]
         threshold = torch.minimum(uniforms.unsqueeze(-1) * total, torch.nextafter(total, torch.zeros_like(total)))
         # right=True: the first entry > threshold, so that at u = 0 leading zeros are passed over
-        return torch.searchsorted(cumulative, threshold, right=True).squeeze(-1)
+        place = torch.searchsorted(cumulative, threshold, right=True).squeeze(-1)
+        return place.clamp(max=self.vocab_size - 1)  # beyond the end where there is no law, which is found elsewhere
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,14 +229,99 @@ def spread(values: Tensor, tokens: Tensor, vocab_size: int, otherwise: float) ->
 
 
 class NonFiniteLogitsError(FloatingPointError):
-    """A row of logits with a NaN, a +inf or nothing but -inf. `row` and `position` index the logits given."""
+    """A row of logits with a NaN, a +inf or nothing but -inf: row and position in a step; `of` says whose."""
 
-    def __init__(self, row: int, position: int, of: str = "") -> None:
-        super().__init__(
-            f"logits of {of or f'row {row}, position {position}'} are NaN, +inf or all -inf, "
-            "so there is no law to draw from"
-        )
+    def __init__(self, row: int, position: int, of: str) -> None:
+        super().__init__(f"logits of {of} are NaN, +inf or all -inf, so there is no law to draw from")
         self.row, self.position = row, position
+
+
+@dataclass(frozen=True, slots=True)
+class RowParams:
+    """The sampling parameters of a batch's rows as tensors, so that a law is a function of tensors alone.
+
+    What no row uses is None. seeds: int64 [rows]. greedy: bool [rows, 1, 1]. temperature: float32 [rows, 1], 1 in
+    greedy rows. top_k: int64 [rows, 1, 1], each row's k, or most_k where it keeps all, which `keeps_all` says; most_k:
+    the largest k in use. top_p, min_p: float64 [rows, 1, 1].
+    """
+
+    vocab_size: int
+    seeds: Tensor
+    temperature: Tensor
+    all_greedy: bool = False
+    greedy: Tensor | None = None
+    most_k: int = 0
+    top_k: Tensor | None = None
+    keeps_all: Tensor | None = None
+    top_p: Tensor | None = None
+    min_p: Tensor | None = None
+
+    @classmethod
+    def of(cls, params: Sequence[SamplingParams], vocab_size: int, device: torch.device) -> RowParams:
+        """One SamplingParams per row."""
+
+        def column(values: Sequence[float], dtype: torch.dtype) -> Tensor:
+            return upload(values, device, dtype).view(-1, 1, 1)
+
+        greedy = [p.temperature == 0 for p in params]
+        top_k = [min(p.top_k or vocab_size, vocab_size) for p in params]
+        most_k = max((k for k in top_k if k < vocab_size), default=0)
+        return cls(
+            vocab_size,
+            upload([_signed(p.seed) for p in params], device, torch.int64),
+            upload([p.temperature or 1.0 for p in params], device, torch.float32).view(-1, 1),
+            all(greedy),
+            column(greedy, torch.bool) if any(greedy) else None,
+            most_k,
+            column([min(k, most_k) for k in top_k], torch.int64) if most_k else None,
+            column([k == vocab_size for k in top_k], torch.bool) if most_k else None,
+            column([p.top_p for p in params], torch.float64) if any(p.top_p < 1 for p in params) else None,
+            column([p.min_p for p in params], torch.float64) if any(p.min_p for p in params) else None,
+        )
+
+    def law(self, logits: Tensor, tokens: Tensor | None = None) -> tuple[Law, Tensor]:
+        """Laws [rows, n] of logits [rows, n, vocab], and whether they are laws, bool [rows, n].
+
+        tokens: int64, ascending, whose logits these are, or None for all; others get probability 0.
+        Where logits have a NaN, a +inf or nothing but -inf the answer is no, and the law is any.
+        """
+        if self.all_greedy:
+            peak, argmax = largest(logits)
+            return OneHot(argmax if tokens is None else tokens[argmax], self.vocab_size), peak.isfinite()
+        probs = self._soften(logits)
+        finite = probs[..., 0].isfinite()  # one bad logit spoils all probabilities of its row
+        if self.greedy is not None:
+            certain = torch.zeros_like(probs).scatter_(-1, largest(logits)[1].unsqueeze(-1), 1.0)
+            probs = torch.where(self.greedy, certain, probs)
+        return Dense(probs) if tokens is None else Partial(Dense(probs), tokens, self.vocab_size), finite
+
+    def _soften(self, logits: Tensor) -> Tensor:
+        """Top-k, which temperature does not change, temperature, top-p and min-p; greedy rows come out unused."""
+        if self.top_k is not None:
+            logits = self._keep_top_k(logits)
+        probs = _softmax(logits, self.temperature)
+        if self.top_p is not None:
+            probs = self._keep_top_p(probs)
+        if self.min_p is not None:
+            floor = self.min_p.to(probs.dtype) * probs.amax(-1, keepdim=True)
+            probs = _normalise(probs.masked_fill(probs < floor, 0))
+        return probs
+
+    def _keep_top_k(self, logits: Tensor) -> Tensor:
+        assert self.top_k is not None
+        assert self.keeps_all is not None
+        most = min(self.most_k, logits.shape[-1])
+        index = (self.top_k - 1).clamp(max=most - 1).expand(*logits.shape[:-1], 1)
+        floor = logits.topk(most, -1).values.gather(-1, index)
+        return logits.masked_fill((logits < floor) & ~self.keeps_all, -math.inf)
+
+    def _keep_top_p(self, probs: Tensor) -> Tensor:
+        assert self.top_p is not None
+        top_p = self.top_p.to(probs.dtype)
+        highest = _nucleus(probs, top_p)
+        before = highest.cumsum(-1) - highest
+        last = ((before < top_p).sum(-1, keepdim=True) - 1).clamp(min=0)  # -1 for a NaN, which is found elsewhere
+        return _normalise(probs.masked_fill((probs < highest.gather(-1, last)) & (top_p < 1), 0))
 
 
 class SamplingState:
@@ -243,6 +330,8 @@ class SamplingState:
     params: one SamplingParams per row.
     prompts, outputs: the token ids of each row so far.
     vocab_size: int. device: where the logits live.
+    `rows` are the parameters as tensors; `is_stateless` says that the law of a row depends on them and on its logits
+    alone, so not on penalties or biases.
     """
 
     def __init__(
@@ -254,16 +343,24 @@ class SamplingState:
         device: torch.device,
     ) -> None:
         self.params, self.vocab_size, self.device = list(params), vocab_size, device
-        self.greedy = [p.temperature == 0 for p in params]
-        self.seeds = torch.tensor([_signed(p.seed) for p in params], device=device)
+        self.rows = RowParams.of(params, vocab_size, device)
         self._bias = self._stack_bias()
         self._counts = None
         if any(p.has_penalties for p in params):
             self._counts = _TokenCounts(prompts, outputs, vocab_size, device)
+            self._repetition = self._column([p.repetition_penalty for p in params])
+            self._frequency = self._column([p.frequency_penalty for p in params])
+            self._presence = self._column([p.presence_penalty for p in params])
+        self.is_stateless = self._bias is None and self._counts is None
+        self._finite: list[Tensor] = []
 
     @property
     def all_greedy(self) -> bool:
-        return all(self.greedy)
+        return self.rows.all_greedy
+
+    @property
+    def seeds(self) -> Tensor:
+        return self.rows.seeds
 
     def observe(self, row: int, tokens: Sequence[int]) -> None:
         """Count tokens that row `row` has emitted."""
@@ -276,23 +373,25 @@ class SamplingState:
         logits: float [rows, n, vocab]; the n positions are the last n of those after 0, 1, ..., m drafted tokens.
         drafted: int64 [rows, m] with m >= n - 1, or None for m = 0.
         tokens: int64, ascending, whose logits these are, or None for all; others get probability 0.
-        Returns laws [rows, n].
-        Raises NonFiniteLogitsError.
+        Returns laws [rows, n]. Logits without a law raise nothing here, where it would cost a wait for the device:
+        `finite` tells.
         """
-        if self._bias is not None or self._counts is not None:
+        if not self.is_stateless:
             if tokens is not None:
                 logits, tokens = spread(logits, tokens, self.vocab_size, _BARRED), None
             logits = self._shift(logits.to(_at_least_float32(logits), copy=True), drafted)
-        if self.all_greedy:
-            peak, argmax = largest(logits)
-            _check_finite(peak)
-            return OneHot(argmax if tokens is None else tokens[argmax], self.vocab_size)
-        probs = self._soften(logits)
-        _check_finite(probs[..., 0])  # one bad logit spoils all probabilities of its row
-        if any(self.greedy):
-            rows, certain = self._column(self.greedy, torch.bool), torch.zeros_like(probs)
-            probs = torch.where(rows, certain.scatter_(-1, largest(logits)[1].unsqueeze(-1), 1.0), probs)
-        return Dense(probs) if tokens is None else Partial(Dense(probs), tokens, self.vocab_size)
+        law, finite = self.rows.law(logits, tokens)
+        self.note(finite)
+        return law
+
+    def note(self, finite: Tensor) -> None:
+        """Keep in mind whether laws [rows, n] that were made elsewhere are laws, bool [rows, n]."""
+        self._finite.append(finite)
+
+    def finite(self) -> Tensor:
+        """Whether each law made since the last call is one: bool [rows, n], in the order in which they were made."""
+        noted, self._finite = self._finite, []
+        return torch.cat([torch.ones(len(self.params), 0, dtype=torch.bool, device=self.device), *noted], 1)
 
     def _shift(self, logits: Tensor, drafted: Tensor | None) -> Tensor:
         if self._bias is not None:
@@ -300,47 +399,14 @@ class SamplingState:
             logits[rows, :, tokens] += values.unsqueeze(1).to(logits.dtype)
         if self._counts is not None:
             seen, counts = self._counts.before(drafted, logits.shape[1])
-            repetition = self._column([p.repetition_penalty for p in self.params], logits.dtype)
-            frequency = self._column([p.frequency_penalty for p in self.params], logits.dtype)
-            presence = self._column([p.presence_penalty for p in self.params], logits.dtype)
+            repetition = self._repetition.to(logits.dtype)
             penalised = torch.where(logits > 0, logits / repetition, logits * repetition)
             logits = torch.where(seen, penalised, logits)
-            logits = logits - frequency * counts - presence * (counts > 0)
+            logits = logits - self._frequency.to(logits.dtype) * counts - self._presence.to(logits.dtype) * (counts > 0)
         return logits
 
-    def _soften(self, logits: Tensor) -> Tensor:
-        """Top-k, which temperature does not change, temperature, top-p and min-p; greedy rows come out unused."""
-        if any(p.top_k for p in self.params):
-            logits = self._keep_top_k(logits)
-        probs = _softmax(logits, [p.temperature or 1.0 for p in self.params])
-        if any(p.top_p < 1 for p in self.params):
-            probs = self._keep_top_p(probs)
-        if any(p.min_p for p in self.params):
-            floor = self._column([p.min_p for p in self.params], probs.dtype) * probs.amax(-1, keepdim=True)
-            probs = _normalise(probs.masked_fill(probs < floor, 0))
-        return probs
-
-    def _keep_top_k(self, logits: Tensor) -> Tensor:
-        size = logits.shape[-1]
-        top_k = [min(p.top_k or size, size) for p in self.params]
-        most = max((k for k in top_k if k < size), default=1)
-        index = self._column([min(k, most) - 1 for k in top_k], torch.int64).expand(*logits.shape[:-1], 1)
-        floor = logits.topk(most, -1).values.gather(-1, index)
-        unlimited = self._column([k == size for k in top_k], torch.bool)
-        return logits.masked_fill((logits < floor) & ~unlimited, -math.inf)
-
-    def _keep_top_p(self, probs: Tensor) -> Tensor:
-        top_p = self._column([p.top_p for p in self.params], probs.dtype)
-        # the set is mostly small, and a sort of the vocabulary costs thirty times as much as its largest entries
-        highest = probs.topk(min(_USUAL_NUCLEUS, probs.shape[-1]), -1).values
-        if ((highest.sum(-1, keepdim=True) < top_p) & (top_p < 1)).any():
-            highest = probs.sort(dim=-1, descending=True).values
-        before = highest.cumsum(-1) - highest
-        floor = highest.gather(-1, (before < top_p).sum(-1, keepdim=True) - 1)
-        return _normalise(probs.masked_fill((probs < floor) & (top_p < 1), 0))
-
-    def _column(self, values: Sequence[float], dtype: torch.dtype) -> Tensor:
-        return torch.tensor(values, dtype=dtype, device=self.device).view(-1, 1, 1)
+    def _column(self, values: Sequence[float]) -> Tensor:
+        return upload(values, self.device, torch.float64).view(-1, 1, 1)
 
     def _stack_bias(self) -> tuple[Tensor, Tensor, Tensor] | None:
         entries = [(row, token, value) for row, p in enumerate(self.params) for token, value in p.logit_bias.items()]
@@ -348,9 +414,9 @@ class SamplingState:
             return None
         rows, tokens, values = zip(*entries, strict=True)
         return (
-            torch.tensor(rows, device=self.device),
-            torch.tensor(tokens, device=self.device),
-            torch.tensor(values, dtype=torch.float64, device=self.device),
+            upload(rows, self.device, torch.int64),
+            upload(tokens, self.device, torch.int64),
+            upload(values, self.device, torch.float64),
         )
 
 
@@ -394,19 +460,20 @@ def largest(logits: Tensor) -> tuple[Tensor, Tensor]:
     return logits.gather(-1, argmax.unsqueeze(-1)).squeeze(-1), argmax
 
 
-def _softmax(logits: Tensor, temperatures: Sequence[float]) -> Tensor:
-    """Laws of logits [rows, n, vocab] at each row's temperature, in float32 or wider."""
-    temperature = torch.tensor(temperatures, device=logits.device).unsqueeze(1)
+def _softmax(logits: Tensor, temperature: Tensor) -> Tensor:
+    """Laws of logits [rows, n, vocab] at each row's temperature [rows, 1], in float32 or wider."""
     if kernels.take(logits):
         return kernels.softmax(logits, temperature.expand(logits.shape[:-1]))
     return (logits.to(_at_least_float32(logits)) / temperature.unsqueeze(-1)).softmax(-1)
 
 
-def _check_finite(peak: Tensor) -> None:
-    for row, values in enumerate(peak.tolist()):
-        for position, value in enumerate(values):
-            if not math.isfinite(value):
-                raise NonFiniteLogitsError(row, position)
+def _nucleus(probs: Tensor, top_p: Tensor) -> Tensor:
+    """The largest probabilities of each row in order, at least as many as top-p keeps."""
+    if probs.device.type == "cpu":  # a sort costs thirty times as much as the largest entries, which are mostly enough
+        highest = probs.topk(min(_USUAL_NUCLEUS, probs.shape[-1]), -1).values
+        if not ((highest.sum(-1, keepdim=True) < top_p) & (top_p < 1)).any():
+            return highest
+    return probs.sort(dim=-1, descending=True).values
 
 
 def _at_least_float32(logits: Tensor) -> torch.dtype:

@@ -6,6 +6,7 @@ As vLLM's `rejection_sample_method="synthetic"`: a draft token is accepted with 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -36,9 +37,15 @@ class SyntheticAcceptance:
     def __call__(self, target: Law, draft: Draft, accept_uniforms: Tensor, final_uniforms: Tensor) -> Verification:
         """Arguments as for `verify_tokens`."""
         num_drafted, device = draft.tokens.shape[1], draft.tokens.device
-        rates = torch.tensor([1.0, *self.rates, *[0.0] * num_drafted], dtype=torch.float64, device=device)
-        conditional = (rates[1:] / rates[:-1].clamp(min=torch.finfo(torch.float64).tiny))[:num_drafted]
+        conditional = _conditional(self.rates, num_drafted, device)
         proposed = torch.arange(num_drafted, device=device) < draft.lengths.unsqueeze(1)
         accepted = ((accept_uniforms < conditional) & proposed).long().cumprod(1).sum(1)
         uniform = final_uniforms.gather(1, accepted.unsqueeze(1)).squeeze(1)
         return Verification(accepted, target.at(accepted).draw(uniform))
+
+
+@cache
+def _conditional(rates: tuple[float, ...], num_drafted: int, device: torch.device) -> Tensor:
+    """Acceptance of each position given that of the one before, float64 [num_drafted]."""
+    padded = torch.tensor([1.0, *rates, *[0.0] * num_drafted], dtype=torch.float64, device=device)
+    return (padded[1:] / padded[:-1].clamp(min=torch.finfo(torch.float64).tiny))[:num_drafted]

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -28,3 +31,40 @@ def durations_s(run: Callable[[], object], device: torch.device, *, repeats: int
         run()
         durations.append(now_s(device) - start_s)
     return durations[warm_up:]
+
+
+class Stopwatch:
+    """Adds up seconds by name. On a GPU marks go into its queue, so that nothing waits until the sums are asked for."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._on_gpu, self._device = device.type == "cuda", device
+        self._seconds: dict[str, float] = defaultdict(float)
+        self._marks: list[tuple[str, Any, Any]] = []
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Count what is done, or given to the GPU, inside."""
+        start = self._mark()
+        yield
+        self._marks.append((name, start, self._mark()))
+        if not self._on_gpu or len(self._marks) > 10_000:
+            self._collect()
+
+    def seconds(self) -> dict[str, float]:
+        """The sums by name."""
+        if self._marks:
+            self._collect()
+        return dict(self._seconds)
+
+    def _mark(self) -> Any:
+        if not self._on_gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self._device))
+        return event
+
+    def _collect(self) -> None:
+        synchronise(self._device)
+        for name, start, end in self._marks:
+            self._seconds[name] += start.elapsed_time(end) / 1e3 if self._on_gpu else end - start
+        self._marks.clear()

@@ -39,6 +39,7 @@ def maker(
     proposer: type[DraftModelProposer] = DraftModelProposer,
     break_rule: Callable[[VerificationRule], VerificationRule] = lambda rule: rule,
     break_uniforms: Callable[[UniformSource], UniformSource] = lambda source: source,
+    records: bool | None = None,
 ) -> Maker:
     """A function that makes decoders of this pair from (uniforms, rule, max_batch_size), with parts replaced."""
 
@@ -51,6 +52,7 @@ def maker(
             max_batch_size=max_batch_size,
             rule=break_rule(rule),
             uniforms=uniforms,
+            records=records,
         )
 
     return make
@@ -154,7 +156,11 @@ class TopKOnOneSide(Decoder):
         nothing = [()] * len(unlimited)
         state = SamplingState(unlimited, nothing, nothing, batch.sampling.vocab_size, batch.sampling.device)
         law = final_law(state.law(logits, draft.tokens), draft, outcome.accepted)
-        uniform = self._draws(batch, draft)[1].gather(1, outcome.accepted.unsqueeze(1)).squeeze(1)
+        uniform = (
+            self._draws(batch.sampling.rows, torch.tensor(batch.lengths()), draft)[1]
+            .gather(1, outcome.accepted.unsqueeze(1))
+            .squeeze(1)
+        )
         return replace(outcome, next_token=law.draw(uniform))
 
 
@@ -178,11 +184,11 @@ class ForgetsRollback(MarkovModel):
 class StaleDraftCache(DraftModelProposer):
     """M9: after full acceptance the draft model never sees its own last token. Lossless, but the draft is worse."""
 
-    def _catch_up(self, batch, cache):
+    def _catch_up(self, batch):
         for slot, row in zip(self._slots, batch.rows, strict=False):
             if row and slot.owner is row and slot.num_valid(row) == len(row.tokens) - 2:
                 slot.drafted = [*slot.drafted, row.tokens[-2]]
-        return super()._catch_up(batch, cache)
+        return super()._catch_up(batch)
 
 
 def emit_everything(row: Generation, tokens: list[int]) -> int:
@@ -216,7 +222,7 @@ class SoftGreedy(Decoder):
     """M11: at temperature 0 a draft token is tested against the softmax, so that another than the argmax can pass."""
 
     def _verify(self, batch, logits, draft):
-        accept_uniforms, final_uniforms = self._draws(batch, draft)
+        accept_uniforms, final_uniforms = self._draws(batch.sampling.rows, torch.tensor(batch.lengths()), draft)
         accepted = verify_tokens(Dense(logits.softmax(-1)), draft, accept_uniforms, final_uniforms).accepted
         law = batch.sampling.law(logits, draft.tokens)
         return Verification(accepted, final_law(law, draft, accepted).draw(final_uniforms[:, 0]))

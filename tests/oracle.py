@@ -137,7 +137,7 @@ class _Runs:
         drafts: list[Tensor] = []
 
         def recording(target: Law, draft: Draft, accept: Tensor, final: Tensor) -> Verification:
-            drafts.append(draft.tokens)
+            drafts.append(draft.tokens.clone())  # a recorded step's place is used again
             return verify_tokens(target, draft, accept, final)
 
         decoder = self.make_decoder(ScriptedUniforms(scripts), recording, len(scripts))

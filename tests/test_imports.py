@@ -12,8 +12,8 @@ import specdec
 ROOT = Path(specdec.__file__).parent
 # from the bottom to the top; a module may import from layers below its own only
 LAYERS = [
-    {"stats", "wheels", "prompts", "timing"},
-    {"kernels"},
+    {"stats", "wheels", "prompts", "timing", "devices"},
+    {"kernels", "recording"},
     {"sampling", "randomness"},
     {"verification", "requests"},
     {"models", "synthetic"},

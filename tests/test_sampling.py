@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from strategies import law_rows
 from torch import Tensor
 
-from specdec.sampling import Dense, NonFiniteLogitsError, OneHot, Partial, SamplingParams, SamplingState, stack_laws
+from specdec.sampling import Dense, OneHot, Partial, SamplingParams, SamplingState, stack_laws
 
 VOCAB = 6
 CPU = torch.device("cpu")
@@ -131,12 +131,15 @@ def test_bf16_logits_become_a_float32_law() -> None:
 
 @pytest.mark.parametrize("row", [[math.nan, 0.0], [-math.inf, -math.inf], [math.inf, 0.0]])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_logits_without_a_law_are_refused_with_their_place(row: list[float], temperature: float) -> None:
+def test_logits_without_a_law_are_told_with_their_place(row: list[float], temperature: float) -> None:
     logits = torch.tensor([[[0.0, 1.0], [0.0, 1.0]], [[0.0, 1.0], row]])
-    state = SamplingState([SamplingParams(temperature=temperature)] * 2, [[]] * 2, [[]] * 2, 2, CPU)
-    with pytest.raises(NonFiniteLogitsError, match="logits of row 1, position 1 are NaN") as caught:
-        state.law(logits, torch.zeros(2, 1, dtype=torch.int64))
-    assert (caught.value.row, caught.value.position) == (1, 1)
+    params = [SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p) for top_k, top_p in ((0, 1), (1, 0.5))]
+    state = SamplingState(params, [[]] * 2, [[]] * 2, 2, CPU)
+    law = state.law(logits, torch.zeros(2, 1, dtype=torch.int64))
+    assert state.finite().tolist() == [[True, True], [True, False]]
+    assert state.finite().shape == (2, 0)
+    drawn = law.draw(torch.full((2, 2), 0.999, dtype=torch.float64))
+    assert ((drawn >= 0) & (drawn < 2)).all()  # any token, but a token
 
 
 @pytest.mark.parametrize(

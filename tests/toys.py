@@ -34,14 +34,14 @@ class FeatureTarget(MarkovModel):
         cache.features = torch.full((num_slots, capacity, 1), -1.0) if keep_features else None
         return cache
 
-    def forward(self, tokens, cache, first_slot=0, last_only=False):
-        logits = super().forward(tokens, cache, first_slot, last_only)
+    def forward_at(self, tokens, starts, cache, extent, first_slot=0, last=None):
+        logits = super().forward_at(tokens, starts, cache, extent, first_slot, last)
         if cache.features is not None:
-            for row, values in enumerate(tokens.tolist()):
-                start = cache.lengths[first_slot + row]
-                for place, token in enumerate(values, start):
-                    previous = int(cache.tokens[first_slot + row, place - 1]) if place else 0
-                    cache.features[first_slot + row, place, 0] = previous * self.vocab_size + token
+            slots = slice(first_slot, first_slot + len(tokens))
+            places = (starts.unsqueeze(1) + torch.arange(tokens.shape[1])).clamp(max=cache.capacity - 1)
+            previous = torch.where(places > 0, cache.tokens[slots].gather(1, (places - 1).clamp(min=0)), 0)
+            codes = (previous * self.vocab_size + tokens).float()
+            cache.features[slots, :, 0] = cache.features[slots, :, 0].scatter(1, places, codes)
         return logits
 
 
@@ -59,6 +59,9 @@ class ToyHead:
     def __call__(self, features: Tensor, tokens: Tensor, cache: MarkovCache, first_slot: int = 0) -> Tensor:
         self.num_fed += tokens.numel()
         return features % self.vocab_size * self.vocab_size + tokens.unsqueeze(-1)
+
+    def forward_at(self, features: Tensor, tokens: Tensor, starts: Tensor, cache: MarkovCache, extent: int) -> Tensor:
+        return self(features, tokens, cache)
 
     def logits(self, features: Tensor) -> Tensor:
         code = features.squeeze(-1).long()

@@ -8,6 +8,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from specdec.devices import upload
+from specdec.recording import Recorder
+
 
 class Cache(Protocol):
     """What a model remembers of the tokens it was given: a fixed number of slots, each holding one sequence.
@@ -48,18 +51,50 @@ class LanguageModel(Protocol):
         ...
 
 
+class FixedShapeModel(LanguageModel, Protocol):
+    """A language model whose calls can be recorded: nothing in them depends on what the host knows."""
+
+    def forward_at(
+        self, tokens: Tensor, starts: Tensor, cache: Any, extent: int, first_slot: int = 0, last: Tensor | None = None
+    ) -> Tensor:
+        """As `forward`, where row r begins at position starts[r], int64 [rows], whatever `cache.lengths` says.
+
+        extent: a bound on the positions that are seen, one of `cache.extent_for`. last: int64 [1], the only position
+        whose logits are wanted, or None for all.
+        """
+        ...
+
+
 PREFILL_CHUNK = 512  # tokens; bounds the attention scores and the mask that a long prompt needs at once
 
 
-def prefill(model: LanguageModel, tokens: Sequence[int], cache: Cache, slot: int) -> Tensor:
+_PREFILL_WIDTHS = (16, 64, 256, PREFILL_CHUNK)  # those that are recorded; a chunk is padded to the next of them
+
+
+def prefill(
+    model: LanguageModel, tokens: Sequence[int], cache: Cache, slot: int, recorder: Recorder | None = None
+) -> Tensor:
     """Append tokens to one slot, in chunks, and advance its length; returns the last token's logits [1, 1, vocab].
 
+    recorder: to replay calls of the same shape, if there is one that records.
     Raises ValueError if there are no tokens.
     """
     if not tokens:
         raise ValueError("tokens=[] must not be empty: a model needs at least one token to continue from")
     for start in range(0, len(tokens), PREFILL_CHUNK):
-        chunk = torch.tensor([tokens[start : start + PREFILL_CHUNK]], device=model.device)
-        logits = model.forward(chunk, cache, first_slot=slot, last_only=True)
-        cache.lengths[slot] += chunk.shape[1]
+        chunk = tokens[start : start + PREFILL_CHUNK]
+        if recorder and recorder.records:
+            logits = _prefill_chunk(model, chunk, cache, slot, recorder)
+        else:
+            logits = model.forward(upload([chunk], model.device), cache, first_slot=slot, last_only=True)
+        cache.lengths[slot] += len(chunk)
+    return logits
+
+
+def _prefill_chunk(model: Any, chunk: Sequence[int], cache: Any, slot: int, recorder: Recorder) -> Tensor:
+    width = next(width for width in _PREFILL_WIDTHS if width >= len(chunk))
+    start, extent = cache.lengths[slot], cache.extent_for(cache.lengths[slot] + width)
+    padded = upload([[*chunk, *[0] * (width - len(chunk))]], model.device)
+    starts, last = upload([start], model.device), upload([len(chunk) - 1], model.device)
+    logits: Tensor = recorder(model.forward_at, padded, starts, cache, extent, slot, last)
     return logits

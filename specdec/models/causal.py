@@ -66,19 +66,37 @@ class CausalLM:
     @torch.inference_mode()
     def forward(self, tokens: Tensor, cache: RaggedCache, first_slot: int = 0, last_only: bool = False) -> Tensor:
         rows, width = tokens.shape
-        positions = cache.open(first_slot, rows, width, self.device)
+        cache.open(first_slot, rows, width, self.device)
+        return self._logits(tokens, cache, 1 if last_only else 0)
+
+    @torch.inference_mode()
+    def forward_at(
+        self,
+        tokens: Tensor,
+        starts: Tensor,
+        cache: RaggedCache,
+        extent: int,
+        first_slot: int = 0,
+        last: Tensor | None = None,
+    ) -> Tensor:
+        cache.open_at(first_slot, starts, tokens.shape[1], extent)
+        return self._logits(tokens, cache, 0 if last is None else last)
+
+    def _logits(self, tokens: Tensor, cache: RaggedCache, keep: int | Tensor) -> Tensor:
+        """Logits at the cache's open window: of the last `keep` tokens, 0 for all, or at the indices `keep`."""
         if self._fused:
             self._last_hidden = self._fused.features(tokens, cache)
-            logits = self.model.lm_head(self._last_hidden[:, -1:] if last_only else self._last_hidden)
+            kept = slice(-keep, None) if isinstance(keep, int) else keep
+            logits = self.model.lm_head(self._last_hidden[:, kept])
         else:
             logits = self.model(
                 input_ids=tokens,
                 attention_mask=cache.mask(self.dtype),
                 # padding may stand beyond the last position that the model knows
-                position_ids=positions.clamp(max=self.context_length - 1),
+                position_ids=cache.window.positions.clamp(max=self.context_length - 1),
                 past_key_values=cache,
                 use_cache=True,
-                logits_to_keep=1 if last_only else 0,
+                logits_to_keep=keep,
             ).logits
         if cache.features is not None:
             cache.write(cache.features.unsqueeze(1), self._last_hidden.unsqueeze(1))

@@ -81,14 +81,21 @@ class EagleHead(nn.Module):
         Row r belongs to slot first_slot + r.
         """
         rows, width = tokens.shape
-        hidden = self.mix(features, tokens)
-        positions = cache.open(first_slot, rows, width, tokens.device)
+        cache.open(first_slot, rows, width, tokens.device)
+        return self._guess(self.mix(features, tokens), cache)
+
+    def forward_at(self, features: Tensor, tokens: Tensor, starts: Tensor, cache: RaggedCache, extent: int) -> Tensor:
+        """As `forward` from the first slot on, where row r begins at place starts[r], and sees `extent` places."""
+        cache.open_at(0, starts, tokens.shape[1], extent)
+        return self._guess(self.mix(features, tokens), cache)
+
+    def _guess(self, hidden: Tensor, cache: RaggedCache) -> Tensor:
         if self._stack:
             return self._stack(hidden, cache)
         guessed: Tensor = self.layers[0](
             hidden,
             attention_mask=cache.mask(hidden.dtype),
-            position_embeddings=self.rotary(hidden, positions),
+            position_embeddings=self.rotary(hidden, cache.window.positions),
             past_key_values=cache,
         )
         return guessed

@@ -11,8 +11,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from specdec.devices import upload
 
-@dataclass(slots=True)
+
+@dataclass(slots=True, eq=False)
 class MarkovCache:
     """Tokens by slot and position: int64 [slots, capacity]."""
 
@@ -26,6 +28,9 @@ class MarkovCache:
     @property
     def capacity(self) -> int:
         return self.tokens.shape[1]
+
+    def extent_for(self, length: int) -> int:
+        return self.capacity
 
 
 class MarkovModel:
@@ -49,11 +54,23 @@ class MarkovModel:
         return MarkovCache(torch.zeros(num_slots, capacity, dtype=torch.int64, device=self.device))
 
     def forward(self, tokens: Tensor, cache: MarkovCache, first_slot: int = 0, last_only: bool = False) -> Tensor:
-        rows, width = tokens.shape
-        start = torch.tensor(cache.lengths[first_slot : first_slot + rows], device=self.device).unsqueeze(1)
-        positions = start + torch.arange(width, device=self.device)
-        stored = cache.tokens[first_slot : first_slot + rows]
+        starts = upload(cache.lengths[first_slot : first_slot + len(tokens)], self.device)
+        logits = self.forward_at(tokens, starts, cache, cache.capacity, first_slot)
+        return logits[:, -1:] if last_only else logits
+
+    def forward_at(
+        self,
+        tokens: Tensor,
+        starts: Tensor,
+        cache: MarkovCache,
+        extent: int,
+        first_slot: int = 0,
+        last: Tensor | None = None,
+    ) -> Tensor:
+        positions = starts.unsqueeze(1) + torch.arange(tokens.shape[1], device=self.device)
+        positions = positions.clamp(max=cache.capacity - 1)  # padding may stand beyond
+        stored = cache.tokens[first_slot : first_slot + len(tokens)]
         stored.scatter_(1, positions, tokens)
         previous = torch.where(positions > 0, stored.gather(1, (positions - 1).clamp(min=0)), 0)
         logits = self.table[previous, stored.gather(1, positions)].log()
-        return logits[:, -1:] if last_only else logits
+        return logits if last is None else logits[:, last]

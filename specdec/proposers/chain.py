@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from specdec.adaptive import AdaptiveLength, confidence
+from specdec.devices import upload
 from specdec.randomness import Role, UniformSource
 from specdec.requests import Batch
-from specdec.sampling import Law
+from specdec.sampling import Law, RowParams, stack_laws
 from specdec.verification import Draft
 
 
@@ -29,7 +30,7 @@ def draw_chain(
     the tokens that the logits are of, or None for all.
     """
     device, lengths = batch.sampling.device, list(limits)
-    draws = _draws(batch, max(limits), uniforms)
+    draws = draft_uniforms(batch.sampling.rows, upload(batch.lengths(), device), max(limits), uniforms)
     drafted = torch.empty(len(batch.rows), 0, dtype=torch.int64, device=device)
     reach = [1.0] * len(lengths)
     steps: list[tuple[Tensor, Law]] = []
@@ -48,14 +49,38 @@ def draw_chain(
             reach = [a * b for a, b in zip(reach, confidence(logits[:, 0]).tolist(), strict=True)]
     if not steps:
         return Draft.empty(len(batch.rows), batch.sampling.vocab_size, device)
-    return Draft.sampled(steps, torch.tensor(lengths, device=device))
+    return Draft.sampled(steps, upload(lengths, device))
 
 
-def _draws(batch: Batch, num_tokens: int, uniforms: UniformSource) -> Tensor:
-    device = batch.sampling.device
-    if batch.sampling.all_greedy:
-        return torch.zeros(len(batch.rows), num_tokens, dtype=torch.float64, device=device)
-    origins = torch.tensor(batch.lengths(), device=device).unsqueeze(1)
-    positions = origins + torch.arange(num_tokens, device=device)
+def draw_fixed(
+    rows: RowParams,
+    origins: Tensor,
+    num_tokens: int,
+    logits_after: Callable[[Tensor], Tensor],
+    uniforms: UniformSource,
+    vocabulary: Tensor | None = None,
+) -> tuple[Tensor, Law, Tensor]:
+    """As `draw_chain`, a function of tensors alone, so that it can be recorded: all rows draft num_tokens.
+
+    origins: int64 [rows], where the drafts begin.
+    Returns tokens int64 [rows, k], their laws [rows, k], and whether these are laws, bool [rows, k].
+    """
+    draws = draft_uniforms(rows, origins, num_tokens, uniforms)
+    drafted = origins.new_empty(len(origins), 0)
+    laws, finite = [], []
+    for i in range(num_tokens):
+        law, is_law = rows.law(logits_after(drafted), vocabulary)
+        laws.append(law[:, 0])
+        finite.append(is_law)
+        drafted = torch.cat([drafted, laws[-1].draw(draws[:, i]).unsqueeze(1)], 1)
+    return drafted, stack_laws(laws), torch.cat(finite, 1)
+
+
+def draft_uniforms(rows: RowParams, origins: Tensor, num_tokens: int, uniforms: UniformSource) -> Tensor:
+    """Uniforms that draw a draft, float64 [rows, num_tokens]; zeros where nothing is left to chance."""
+    if rows.all_greedy:
+        return torch.zeros(len(origins), num_tokens, dtype=torch.float64, device=origins.device)
+    origins = origins.unsqueeze(1)
+    positions = origins + torch.arange(num_tokens, device=origins.device)
     roles = torch.full_like(positions, Role.DRAFT)
-    return uniforms(batch.sampling.seeds.unsqueeze(1), positions, roles, origins)
+    return uniforms(rows.seeds.unsqueeze(1), positions, roles, origins)

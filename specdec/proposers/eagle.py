@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from specdec.adaptive import AdaptiveLength
 from specdec.cache import RaggedCache
+from specdec.devices import upload
 from specdec.models import PREFILL_CHUNK
 from specdec.models.eagle import EagleHead
-from specdec.proposers.chain import draw_chain
+from specdec.proposers.chain import draw_chain, draw_fixed
 from specdec.proposers.ngram import pad
 from specdec.randomness import UniformSource, uniforms
+from specdec.recording import InPlace
 from specdec.requests import Batch, Generation
+from specdec.sampling import Law, RowParams
 from specdec.verification import Draft
 
 
@@ -31,15 +35,25 @@ class EagleProposer:
         self, head: EagleHead, uniforms: UniformSource = uniforms, adaptive: AdaptiveLength | None = None
     ) -> None:
         self._head, self._uniforms, self._adaptive = head, uniforms, adaptive
-        self._cache: RaggedCache | None = None
+        self._cache: Any = None
         self._owners: list[tuple[Generation | None, int]] = []  # of each slot, and how much of the cache is valid
 
     @torch.inference_mode()
     def propose(self, batch: Batch, limits: Sequence[int]) -> Draft:
         if max(limits) == 0:
             return Draft.empty(len(batch.rows), self._head.vocab_size, self._head.device)
-        cache = self._reserve(batch)
-        guessed: Tensor
+        self._reserve(batch)
+        if batch.recording and not self._adaptive:
+            return self._recorded(batch, limits)
+        return self._drawn(batch, limits)
+
+    def _reserve(self, batch: Batch) -> None:
+        if self._cache is None or self._cache.capacity < batch.capacity or len(self._owners) < batch.num_slots:
+            self._cache = self._head.allocate(batch.num_slots, batch.capacity)
+            self._owners = [(None, 0)] * batch.num_slots
+
+    def _drawn(self, batch: Batch, limits: Sequence[int]) -> Draft:
+        cache, guessed = self._cache, torch.empty(0)
 
         def logits_after(drafted: Tensor) -> Tensor:
             nonlocal guessed
@@ -47,43 +61,104 @@ class EagleProposer:
                 guessed = self._head(guessed, drafted[:, -1:], cache)
                 cache.lengths[: len(batch.rows)] = [length + 1 for length in cache.lengths[: len(batch.rows)]]
             else:
-                guessed = self._catch_up(batch, max(limits) + 1, cache)
+                guessed = self._catch_up(batch, max(limits) + 1)
             return self._head.logits(guessed)
 
         return draw_chain(batch, limits, logits_after, self._uniforms, self._adaptive, self._head.draft_vocabulary)
 
-    def _reserve(self, batch: Batch) -> RaggedCache:
-        if self._cache is None or self._cache.capacity < batch.capacity or len(self._owners) < batch.num_slots:
-            self._cache = self._head.allocate(batch.num_slots, batch.capacity)
-            self._owners = [(None, 0)] * batch.num_slots
-        return self._cache
+    def _recorded(self, batch: Batch, limits: Sequence[int]) -> Draft:
+        """The whole draft as one recording: a row lacks as many tokens as a step can emit, at the most."""
+        assert batch.recording
+        assert batch.features is not None
+        device, most = self._head.device, batch.max_draft + 1
+        tokens, lengths = pad(self._pending(batch, most), device, most)
+        starts = self._cache.lengths[: len(batch.rows)]
+        extent = self._cache.extent_for(max(starts) + most + batch.max_draft)
+        places = (upload(starts, device), lengths, upload(batch.lengths(), device))
+        drafted, law, finite = batch.recording(
+            self._loop,
+            tokens,
+            *places,
+            batch.sampling.rows,
+            batch.max_draft,
+            extent,
+            self._cache,
+            InPlace(batch.features),
+        )
+        batch.sampling.note(finite)
+        return Draft(drafted, upload(limits, device), law)
 
-    def _catch_up(self, batch: Batch, longest: int, cache: RaggedCache) -> Tensor:
+    def _loop(
+        self,
+        tokens: Tensor,
+        starts: Tensor,
+        lengths: Tensor,
+        origins: Tensor,
+        rows: RowParams,
+        num_tokens: int,
+        extent: int,
+        cache: RaggedCache,
+        features: InPlace,
+    ) -> tuple[Tensor, Law, Tensor]:
+        """A draft after pending tokens [rows, n], of which lengths[r] are real; see `draw_fixed`."""
+        head, guessed = self._head, torch.empty(0)
+
+        def logits_after(drafted: Tensor) -> Tensor:
+            nonlocal guessed
+            if drafted.shape[1]:
+                at = starts + lengths + drafted.shape[1] - 1
+                guessed = head.forward_at(guessed, drafted[:, -1:], at, cache, extent)
+            else:
+                known = _features_at(features.tensor, starts, tokens.shape[1])
+                guessed = _last(head.forward_at(known, tokens, starts, cache, extent), lengths)
+            return head.logits(guessed)
+
+        return draw_fixed(rows, origins, num_tokens, logits_after, self._uniforms, head.draft_vocabulary)
+
+    def _pending(self, batch: Batch, longest: int) -> list[list[int]]:
+        """The committed tokens that each row lacks; a row that lacks more than `longest` is fed all but one now."""
+        assert batch.features is not None
+        pending: list[list[int]] = []
+        for slot, row in enumerate(batch.rows):
+            owner, valid = self._owners[slot]
+            self._cache.lengths[slot] = valid if row and owner is row else 0
+            if row and len(row.tokens) - 1 - self._cache.lengths[slot] > longest:
+                self._feed_alone(row.tokens[:-1], batch.features, slot)
+            pending.append(row.tokens[self._cache.lengths[slot] + 1 :] if row else [])
+            self._owners[slot] = (row, len(row.tokens) - 1 if row else 0)
+        return pending
+
+    def _catch_up(self, batch: Batch, longest: int) -> Tensor:
         """Feed each row the committed tokens it lacks; returns the feature guessed for the last, [rows, 1, hidden].
 
         longest: tokens that are fed to all rows at once at the most; a row that lacks more is fed before, alone.
         """
         assert batch.features is not None
-        pending: list[list[int]] = []
-        for slot, row in enumerate(batch.rows):
-            owner, valid = self._owners[slot]
-            cache.lengths[slot] = valid if row and owner is row else 0
-            if row and len(row.tokens) - 1 - cache.lengths[slot] > longest:
-                self._feed_alone(row.tokens[:-1], batch.features, cache, slot)
-            pending.append(row.tokens[cache.lengths[slot] + 1 :] if row else [])
-            self._owners[slot] = (row, len(row.tokens) - 1 if row else 0)
+        cache, pending = self._cache, self._pending(batch, longest)
         tokens, lengths = pad(pending, self._head.device)
-        rows = torch.arange(len(pending), device=tokens.device)
-        places = torch.tensor(cache.lengths[: len(pending)], device=tokens.device)[:, None]
-        places = places + torch.arange(tokens.shape[1], device=tokens.device)
-        guessed: Tensor = self._head(batch.features[rows[:, None], places], tokens, cache)
+        starts = upload(cache.lengths[: len(pending)], tokens.device)
+        guessed: Tensor = self._head(_features_at(batch.features, starts, tokens.shape[1]), tokens, cache)
         for slot, fed in enumerate(pending):
             cache.lengths[slot] += len(fed)
-        return guessed[rows, (lengths - 1).clamp(min=0)].unsqueeze(1)
+        return _last(guessed, lengths)
 
-    def _feed_alone(self, tokens: list[int], features: Tensor, cache: RaggedCache, slot: int) -> None:
+    def _feed_alone(self, tokens: list[int], features: Tensor, slot: int) -> None:
         """Feed one row these tokens, in chunks."""
+        cache = self._cache
         for start in range(cache.lengths[slot], len(tokens) - 1, PREFILL_CHUNK):
-            chunk = torch.tensor([tokens[start + 1 : start + 1 + PREFILL_CHUNK]], device=self._head.device)
+            chunk = upload([tokens[start + 1 : start + 1 + PREFILL_CHUNK]], self._head.device)
             self._head(features[slot, start : start + chunk.shape[1]].unsqueeze(0), chunk, cache, slot)
             cache.lengths[slot] += chunk.shape[1]
+
+
+def _features_at(features: Tensor, starts: Tensor, width: int) -> Tensor:
+    """Features [slots, capacity, hidden] from starts[r] on, int64 [rows] -> [rows, width, hidden]."""
+    rows = torch.arange(len(starts), device=starts.device)
+    places = starts[:, None] + torch.arange(width, device=starts.device)
+    return features[rows[:, None], places.clamp(max=features.shape[1] - 1)]  # padding may stand beyond the end
+
+
+def _last(guessed: Tensor, lengths: Tensor) -> Tensor:
+    """The last real feature of each row: [rows, width, hidden] and int64 [rows] -> [rows, 1, hidden]."""
+    rows = torch.arange(len(guessed), device=guessed.device)
+    return guessed[rows, (lengths - 1).clamp(min=0)].unsqueeze(1)

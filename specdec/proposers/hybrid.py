@@ -30,7 +30,8 @@ class HybridProposer:
         cap = self._max_fallback_tokens if self._max_fallback_tokens is not None else max(limits)
         drawn_limits = [0 if guess else min(limit, cap) for guess, limit in zip(guesses, limits, strict=True)]
         vocab_size = batch.sampling.vocab_size
-        copied = Draft.deterministic(*pad(guesses, batch.sampling.device), vocab_size)
+        width = batch.width(max(map(len, guesses)))
+        copied = Draft.deterministic(*pad(guesses, batch.sampling.device, width), vocab_size)
         if not any(drawn_limits):
             return copied
         drawn = self._fallback.propose(batch, drawn_limits)

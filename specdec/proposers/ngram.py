@@ -12,6 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from specdec.devices import upload
 from specdec.requests import Batch, Generation
 from specdec.verification import Draft
 
@@ -118,7 +119,9 @@ class NgramProposer:
         self._indices: dict[Generation, TokenIndex] = {}
 
     def propose(self, batch: Batch, limits: Sequence[int]) -> Draft:
-        return Draft.deterministic(*pad(self.guess(batch, limits), self._device), self._vocab_size)
+        guesses = self.guess(batch, limits)
+        width = batch.width(max(map(len, guesses)))
+        return Draft.deterministic(*pad(guesses, self._device, width), self._vocab_size)
 
     def guess(self, batch: Batch, limits: Sequence[int]) -> list[list[int]]:
         """The proposed tokens of each row, none where nothing is known."""
@@ -130,8 +133,12 @@ class NgramProposer:
         ]
 
 
-def pad(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Lists of token ids -> tokens int64 [rows, longest] padded with 0, and their lengths int64 [rows]."""
-    width = max(map(len, rows))
-    tokens = torch.tensor([[*row, *[0] * (width - len(row))] for row in rows], dtype=torch.int64, device=device)
-    return tokens.view(len(rows), width), torch.tensor([len(row) for row in rows], device=device)
+def pad(rows: Sequence[Sequence[int]], device: torch.device, width: int | None = None) -> tuple[Tensor, Tensor]:
+    """Lists of token ids -> tokens int64 [rows, width] padded with 0, and their lengths int64 [rows].
+
+    width: the longest list's length if None.
+    """
+    if width is None:
+        width = max(map(len, rows))
+    tokens = upload([[*row, *[0] * (width - len(row))] for row in rows], device)
+    return tokens.view(len(rows), width), upload([len(row) for row in rows], device)

@@ -1,0 +1,228 @@
+"""Recorded steps: the same law, exactly, and the same tokens, through inputs and outputs at fixed places.
+
+On a CPU the recorder goes through all motions but the graph itself; on a GPU the same tests run graphs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import partial
+
+import pytest
+import tiny
+import torch
+from gates import distance
+from mutants import maker
+from oracle import exact_law
+from test_lossless import GRID, NUM_DRAWS, PROMPT, TARGET, pairs_passing, truth
+from torch import Tensor
+from toys import FeatureTarget, ToyHead, grid_pair, joint_law
+
+from specdec import Engine, SamplingParams
+from specdec.decoding import Decoder
+from specdec.models.causal import CausalLM
+from specdec.models.eagle import new_head
+from specdec.models.fusion import fuse
+from specdec.proposers.draft_model import DraftModelProposer
+from specdec.proposers.eagle import EagleProposer
+from specdec.proposers.hybrid import HybridProposer
+from specdec.proposers.ngram import LookupIndex, NgramProposer
+from specdec.recording import Compiled, Recorder, Recording
+from specdec.synthetic import SyntheticAcceptance
+from specdec.verification import verify_block
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))]
+CPU = torch.device("cpu")
+
+
+# -- the recorder ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Pair:
+    numbers: Tensor
+    factor: int
+    more: Tensor | None = None
+
+
+def scaled(pair: Pair, shift: Tensor) -> tuple[Pair, Tensor]:
+    return replace(pair, numbers=pair.numbers * pair.factor), pair.numbers + shift
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_recorded_function_says_what_the_function_says(device: str) -> None:
+    recorder = Recorder(torch.device(device), records=True)
+    for i in range(5):
+        numbers = torch.arange(3.0, device=device) + i
+        for factor in (2, 3):
+            pair, total = recorder(scaled, Pair(numbers, factor), numbers[:1])
+            assert pair.numbers.tolist() == [factor * (n + i) for n in range(3)]
+            assert total.tolist() == [n + i + i for n in range(3)]
+    assert recorder.seconds > 0
+
+
+def test_outputs_stand_at_fixed_places_from_the_second_call_on() -> None:
+    recorder = Recorder(CPU, records=True)
+    outputs = [recorder(scaled, Pair(torch.ones(2), 1), torch.ones(1))[1] for _ in range(4)]
+    assert outputs[0] is not outputs[1]
+    assert outputs[1] is outputs[2] is outputs[3]
+    assert recorder(scaled, Pair(torch.ones(3), 1), torch.ones(1))[1] is not outputs[3]
+
+
+def test_nothing_is_recorded_where_it_does_not_pay() -> None:
+    recorder = Recorder(CPU)
+    outputs = [recorder(scaled, Pair(torch.ones(2), 1), torch.ones(1))[1] for _ in range(3)]
+    assert outputs[1] is not outputs[2]
+    assert recorder.seconds == 0
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_compiled_is_the_function_and_falls_back_with_one_warning(caplog: pytest.LogCaptureFixture) -> None:
+    def breaks_the_graph(x: Tensor) -> Tensor:
+        return x + 1 if x.sum().item() > 0 else x
+
+    compiled = Compiled(breaks_the_graph)
+    for _ in range(2):
+        assert compiled(torch.ones(2)).tolist() == [2, 2]
+    assert [r.message.split(":")[0] for r in caplog.records if r.name == "specdec"] == [
+        "breaks_the_graph does not compile and runs as it is, which is slower"
+    ]
+
+
+# -- laws --------------------------------------------------------------------------------------------------
+
+
+def plain(target, draft, source):
+    return None
+
+
+def ngram(target, draft, source):
+    return NgramProposer(3, target.device, partial(LookupIndex, 1, 2))
+
+
+def draft_model(target, draft, source):
+    return DraftModelProposer(draft, source)
+
+
+def head(target, draft, source):
+    return EagleProposer(ToyHead(draft), source)
+
+
+def hybrid(target, draft, source):
+    return HybridProposer(ngram(target, draft, source), head(target, draft, source))
+
+
+@pytest.mark.parametrize(
+    ("propose", "gamma", "grid", "prompt"),
+    [
+        (plain, 0, (1, 1, 4), PROMPT),
+        (ngram, 2, (1, 4, 12), (0, 1, 2, 0, 1, 2, 0)),
+        (draft_model, 1, GRID, PROMPT),
+        (head, 1, GRID, PROMPT),
+        (hybrid, 1, (4, 4, 12), (0, 1, 2, 0)),
+    ],
+)
+def test_joint_law_of_recorded_steps(propose, gamma: int, grid: tuple[int, int, int], prompt: tuple[int, ...]) -> None:
+    target, draft = grid_pair(1)
+    target = FeatureTarget(target.table)
+
+    def make(source, rule, max_batch_size):
+        proposer = propose(target, draft, source)
+        options = {"max_batch_size": max_batch_size, "rule": rule, "uniforms": source, "records": True}
+        return Decoder(target, proposer, gamma, **options)
+
+    num_tokens = 3 if propose is hybrid else 4
+    assert distance(exact_law(make, prompt, num_tokens, grid), joint_law(target, prompt, num_tokens)) < 1e-12
+
+
+@pytest.mark.parametrize("params", [None, SamplingParams(top_k=1), SamplingParams(top_k=2)])
+def test_the_gate_passes_recorded_steps(params: SamplingParams | None) -> None:
+    make = maker(TARGET, grid_pair(12)[1], 2, records=True)
+    assert pairs_passing(make, params, truth(params)) == [True] * 3
+
+
+class Forgetful(Recording):
+    """A recording that keeps the inputs of its first call."""
+
+    def __call__(self, tensors):
+        return super().__call__(self._inputs)
+
+
+def test_the_gate_sees_a_recording_with_stale_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("specdec.recording.Recording", Forgetful)
+    make = maker(TARGET, grid_pair(12)[1], 1, records=True)
+    assert NUM_DRAWS == 4000
+    assert False in pairs_passing(make, None, truth(None))
+
+
+# -- real models -------------------------------------------------------------------------------------------
+
+SAMPLED = [
+    SamplingParams(temperature=0, max_tokens=14, ignore_eos=True),
+    SamplingParams(seed=1, max_tokens=17, ignore_eos=True),
+    SamplingParams(seed=2, top_k=5, temperature=0.7, max_tokens=9, ignore_eos=True),
+    SamplingParams(seed=3, top_p=0.8, min_p=0.01, max_tokens=12, ignore_eos=True),
+    SamplingParams(seed=4, frequency_penalty=0.5, logit_bias={3: 1.0}, max_tokens=12, ignore_eos=True),
+]
+
+
+def completions(method: str, device: str, gamma: int, records: bool, batch: int, verification: str, fused: bool):
+    torch.manual_seed(0)
+    model = tiny.make("llama", tiny.GQA | {"max_position_embeddings": 128}).to(device)
+    draft = None
+    if method == "eagle":
+        draft = new_head(model, torch.arange(0, 61, 2, device=device)).placed(model.device, model.dtype).eval()
+    if method == "draft_model":
+        draft = CausalLM(tiny.make("gpt2", tiny.SMALL).to(device))
+    if fused:
+        fuse(model)
+    options = {"num_speculative_tokens": gamma} if method != "autoregressive" else {}
+    options |= {"max_batch_size": batch, "verification": verification}
+    engine = Engine(CausalLM(model), method=method, draft=draft, records=records, **options)
+    prompts = [*tiny.PROMPTS, [9, 4] * 10]
+    return engine.generate(prompts, SAMPLED) + engine.generate(prompts[::-1], SAMPLED)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize(
+    ("method", "gamma", "verification", "fused"),
+    [
+        ("autoregressive", 0, "token", False),
+        ("ngram", 3, "token", True),
+        ("draft_model", 3, "block", False),
+        ("eagle", 2, "token", True),
+        ("eagle", "auto", "token", False),
+    ],
+)
+def test_recorded_steps_emit_the_same_tokens(
+    method: str, gamma: int | str, verification: str, fused: bool, batch: int, device: str
+) -> None:
+    """With every sampling parameter, slots that change hands, and a second run over the same recordings."""
+    runs = [completions(method, device, gamma, records, batch, verification, fused) for records in (False, True)]
+    if gamma == "auto":  # where drafts end depends on the clock, and which sample a seed gives on that
+        runs = [[run[0], run[len(SAMPLED)]] for run in runs]
+    else:
+        ours, theirs = ([[step.num_drafted for step in c.steps] for c in run] for run in runs)
+        assert ours == theirs
+    assert [c.token_ids for c in runs[0]] == [c.token_ids for c in runs[1]]
+
+
+def test_synthetic_acceptance_is_a_function_of_tensors() -> None:
+    """Its rates are not uploaded while a step is recorded."""
+    rule = SyntheticAcceptance((0.5, 0.25))
+    assert rule.rates == (0.5, 0.25)
+    engines = [
+        Engine(
+            TARGET, method="ngram", num_speculative_tokens=2, synthetic_acceptance_rates=[0.5, 0.25], records=records
+        )
+        for records in (False, True)
+    ]
+    ours, theirs = (engine.generate([[0, 1, 2, 0, 1]], SamplingParams(max_tokens=30)) for engine in engines)
+    assert [c.token_ids for c in ours] == [c.token_ids for c in theirs]
+
+
+def test_block_verification_is_recorded_too() -> None:
+    target, draft = grid_pair(3)
+    make = maker(target, draft, 2, break_rule=lambda rule: verify_block, records=True)
+    assert pairs_passing(make, None, joint_law(target, PROMPT, 4)) == [True] * 3
