@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from specdec import kernels
-from specdec.models import LanguageModel, prefill
+from specdec.models import LanguageModel, prefill, score
+from specdec.recording import Recorder
 from specdec.timing import durations_s
 
 MOST = 8  # tokens drafted in a step at the most
@@ -75,15 +76,15 @@ def confidence(logits: Tensor) -> Tensor:
 def target_costs(target: LanguageModel, rows: int) -> tuple[float, ...]:
     """Seconds of a target step of 1, ..., MOST + 1 tokens in each of so many rows, the least of a few measurements."""
     context = min(64, target.context_length - MOST - 1)
-    cache = target.allocate(rows, context + MOST + 1)
+    cache, recorder = target.allocate(rows, context + MOST + 1), Recorder(target.device)
     tokens = torch.zeros(rows, MOST + 1, dtype=torch.int64, device=target.device)
     for row in range(rows):
         prefill(target, [0] * context, cache, row)
 
     def step(width: int) -> None:
         cache.lengths[:] = [context] * rows
-        target.forward(tokens[:, :width], cache)
+        score(target, tokens[:, :width], cache, recorder)
 
     return tuple(
-        min(durations_s(partial(step, width), target.device, repeats=5, warm_up=1)) for width in range(1, MOST + 2)
+        min(durations_s(partial(step, width), target.device, repeats=5, warm_up=3)) for width in range(1, MOST + 2)
     )

@@ -13,14 +13,13 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
-from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from specdec.adaptive import AdaptiveLength
 from specdec.devices import upload
-from specdec.models import Cache, FixedShapeModel, LanguageModel, prefill
+from specdec.models import Cache, LanguageModel, prefill, score
 from specdec.proposers import Proposer
 from specdec.randomness import Role, UniformSource, uniforms
 from specdec.recording import Recorder
@@ -59,13 +58,14 @@ class Decoder:
         self.max_batch_size = max_batch_size
         self.rule, self.uniforms, self.adaptive = rule, uniforms, adaptive
         self.recorder = Recorder(target.device, records)
-        self._stopwatch, self._total_s = Stopwatch(target.device), 0.0
+        self._stopwatch, self._total_s, self._recorded_s = Stopwatch(target.device), 0.0, 0.0
         self._cache: Cache | None = None
 
     @property
     def times(self) -> PhaseTimes:
         """The phase times of the run in progress, or of the last one."""
-        return PhaseTimes(**self._stopwatch.seconds(), total_s=self._total_s)
+        recording_s = self.recorder.seconds - self._recorded_s
+        return PhaseTimes(**self._stopwatch.seconds(), total_s=self._total_s, recording_s=recording_s)
 
     def run(self, requests: Sequence[Request]) -> Iterator[Generation]:
         """Decode all requests, yielding each as it finishes. Prompts wait for a slot in the order given.
@@ -73,7 +73,7 @@ class Decoder:
         Raises NonFiniteLogitsError naming the request, the position and the step.
         """
         start_s = time.perf_counter()
-        self._stopwatch, self._total_s = Stopwatch(self.target.device), 0.0
+        self._stopwatch, self._total_s, self._recorded_s = Stopwatch(self.target.device), 0.0, self.recorder.seconds
         cache = self._reserve(requests)
         waiting = deque(Generation(request, start_s) for request in requests)
         slots: list[Generation | None] = [None] * self.max_batch_size
@@ -176,14 +176,9 @@ class Decoder:
 
     def _score(self, batch: Batch, draft: Draft, cache: Cache) -> Tensor:
         """Logits after each row's newest token and after each of its draft, [rows, k + 1, vocab]."""
-        starts = [length - 1 for length in batch.lengths()]
-        cache.lengths[: len(starts)] = starts
+        cache.lengths[: len(batch.rows)] = [length - 1 for length in batch.lengths()]
         tokens = torch.cat([upload(batch.last_tokens(), self.target.device).unsqueeze(1), draft.tokens], 1)
-        if not self.recorder.records:
-            return self.target.forward(tokens, cache)
-        target, fixed = cast("FixedShapeModel", self.target), cast("Any", cache)
-        extent = fixed.extent_for(max(starts) + tokens.shape[1])
-        return self.recorder(target.forward_at, tokens, upload(starts, self.target.device), cache, extent)
+        return score(self.target, tokens, cache, self.recorder)
 
     def _verify(self, batch: Batch, logits: Tensor, draft: Draft) -> Verification:
         origins = upload(batch.lengths(), self.target.device)

@@ -48,7 +48,7 @@ def kind_in(source: str) -> Kind:
 
 
 def load_with_drafts(target: str, drafts: Iterable[str], **options: Any) -> tuple[CausalLM, dict[str, AnyDraft]]:
-    """A target and what may speak for it, by source, fused for the CPU; options and errors as for `load_pretrained`.
+    """A target and what may speak for it, by source, fused; options and errors as for `load_pretrained`.
 
     drafts: models' sources, and folders with a head or a table. Vocabularies are compared before weights are read.
     """

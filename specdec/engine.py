@@ -214,7 +214,7 @@ def _adaptive(target: LanguageModel, draft: AnyDraft | None, rows: int) -> Adapt
     decoder = Decoder(target, _drawing_proposer(draft, None), MOST, max_batch_size=rows)
     sampling = SamplingParams(temperature=0, max_tokens=2 * MOST)
     requests = [Request(index, (0, 0), sampling) for index in range(rows)]
-    for _ in range(2):  # the first time warms up
+    for _ in range(3):  # the first times warm up
         num_drafted = sum(step.num_drafted for row in decoder.run(requests) for step in row.steps)
     return AdaptiveLength(StepCosts(target_costs(target, rows), decoder.times.draft_s * rows / num_drafted))
 

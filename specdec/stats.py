@@ -85,7 +85,8 @@ class PhaseTimes:
     """Wall-clock seconds of a run by phase. What is left of the run is bookkeeping.
 
     prefill_s: target forwards over prompts. draft_s: proposing. scoring_s: target forwards of decode steps.
-    verification_s: logits to laws, accept, recover and bonus.
+    verification_s: logits to laws, accept, recover and bonus. recording_s: of all these, what went into first calls of
+    a shape, compilation and recording, where steps are recorded; a measurement should have none.
     """
 
     prefill_s: float = 0.0
@@ -93,6 +94,7 @@ class PhaseTimes:
     scoring_s: float = 0.0
     verification_s: float = 0.0
     total_s: float = 0.0
+    recording_s: float = 0.0
 
     @property
     def bookkeeping_s(self) -> float:

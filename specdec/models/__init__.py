@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -66,6 +66,16 @@ class FixedShapeModel(LanguageModel, Protocol):
 
 
 PREFILL_CHUNK = 512  # tokens; bounds the attention scores and the mask that a long prompt needs at once
+
+
+def score(model: LanguageModel, tokens: Tensor, cache: Cache, recorder: Recorder) -> Tensor:
+    """Logits after tokens [rows, width], which follow what the first slots hold, [rows, width, vocab]."""
+    if not recorder.records:
+        return model.forward(tokens, cache)
+    fixed_model, fixed_cache, starts = cast("Any", model), cast("Any", cache), cache.lengths[: len(tokens)]
+    extent = fixed_cache.extent_for(max(starts) + tokens.shape[1])
+    logits: Tensor = recorder(fixed_model.forward_at, tokens, upload(starts, model.device), cache, extent)
+    return logits
 
 
 _PREFILL_WIDTHS = (16, 64, 256, PREFILL_CHUNK)  # those that are recorded; a chunk is padded to the next of them

@@ -26,7 +26,7 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
 from specdec.cache import RaggedCache
-from specdec.models.fusion import FusedLayer, Projection, RepeatedMasks, Stack
+from specdec.models.fusion import FusedLayer, Projection, Shared, Stack
 from specdec.wheels import explained
 
 
@@ -111,11 +111,10 @@ class EagleHead(nn.Module):
         return self
 
     def fuse(self) -> None:
-        """Fewer, larger steps on a CPU, see `specdec.models.fusion`; a fused head can no longer be trained or saved."""
-        if self.device.type == "cpu":
-            self.fc, self._project = Projection(_linear(self.fc.weight)), Projection(_linear(self.output))
-            layer = FusedLayer(self.layers[0], RepeatedMasks())
-            self.layers[0], self._stack = layer, Stack([layer], self.rotary) if layer.kernel else None
+        """Fewer, larger steps, see `specdec.models.fusion`; a fused head can no longer be trained or saved."""
+        self.fc, self._project = Projection(_linear(self.fc.weight)), Projection(_linear(self.output))
+        layer = FusedLayer(self.layers[0], Shared(compiles=self.device.type == "cuda"))
+        self.layers[0], self._stack = layer, Stack([layer], self.rotary) if layer.kernel else None
 
     def save(self, folder: Path, fingerprint: str, about: dict[str, Any]) -> None:
         """Write the folder that `load_head` reads. fingerprint: the target's. about: further facts for its card."""

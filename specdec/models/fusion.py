@@ -1,11 +1,11 @@
-"""The same decoder layers in fewer, larger steps, for CPUs.
+"""The same decoder layers in fewer, larger steps.
 
-A decode step of a small model on a CPU is bound by reading weights and by the number of operations, not by
-arithmetic. So the query, key and value projections become one, and the gate and up projections. Where this machine has
-`specdec.kernels` all layers together are one call, and what is computed for a token does not depend on how many others
-are computed beside it. Elsewhere torch's operations are used: bf16 weights are laid out once in oneDNN's own format,
-which is read about twice as fast as the row-major one, and grouped query heads attend to their key/value head directly
-instead of to copies of it.
+A decode step of a small model is bound by reading weights and by the number of operations, not by arithmetic. So the
+query, key and value projections become one, and the gate and up projections, and grouped query heads attend to their
+key/value head directly instead of to copies of it. On a CPU with `specdec.kernels` all layers together are one call,
+and what is computed for a token does not depend on how many others are computed beside it; without them bf16 weights
+are laid out once in oneDNN's own format, which is read about twice as fast as the row-major one. On a GPU what stands
+before and behind attention is compiled, once for all layers.
 
 What is computed is what transformers computes, in another order of rounding.
 """
@@ -23,25 +23,25 @@ from torch.nn.functional import embedding, linear, scaled_dot_product_attention,
 
 from specdec import kernels
 from specdec.cache import RaggedCache
+from specdec.recording import Compiled
 
 FUSABLE = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer")
 _BODIES = ("LlamaModel", "MistralModel", "Qwen2Model", "Qwen3Model")
 _NORMS = ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm")
 
 
-def fuse(model: Any) -> int:
+def fuse(model: Any, *, compiles: bool | None = None) -> int:
     """Replace a transformers model's decoder layers and head by fused and packed ones, in place; returns how many.
 
-    Does nothing away from the CPU, and leaves layers of an architecture that it does not know. A fused model can run,
-    but no longer be saved or trained.
+    Leaves layers of an architecture that it does not know. A fused model can run, but no longer be saved or trained.
+    compiles: whether parts of the layers are compiled by torch; None: on a GPU.
     """
-    if model.device.type != "cpu":
-        return 0
-    num_replaced, masks, body = 0, RepeatedMasks(), model.base_model
+    shared = Shared(compiles=model.device.type == "cuda" if compiles is None else compiles)
+    num_replaced, body = 0, model.base_model
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if type(child).__name__ in FUSABLE:
-                setattr(parent, name, FusedLayer(child, masks))
+                setattr(parent, name, FusedLayer(child, shared))
             elif type(child) is nn.Linear and parent is model:
                 setattr(parent, name, Projection(child))
             elif type(child).__name__ in _NORMS and parent is body:
@@ -132,19 +132,20 @@ class Projection(nn.Module):
     def __init__(self, *linears: nn.Linear) -> None:
         super().__init__()
         weight = _joined([each.weight for each in linears])
+        on_cpu = weight.device.type == "cpu"
         self.bias = None if linears[0].bias is None else _joined([each.bias for each in linears])
         self.num_outputs, self.num_inputs = weight.shape
         self.kernel: kernels.Projection | None = None
         self.is_packed = False
         self.weight: Tensor = weight
-        if kernels.available(weight.dtype) and self.num_inputs % 2 == 0:
+        if kernels.take(weight) and self.num_inputs % 2 == 0:
             self.weight = kernels.pack(weight)
             if self.bias is not None:
                 self.bias = nn.functional.pad(self.bias, (0, kernels.whole_blocks(self.num_outputs) - self.num_outputs))
             self.kernel = kernels.Projection(
                 self.weight.data_ptr(), _pointer(self.bias), self.num_inputs, self.num_outputs
             )
-        elif weight.dtype == torch.bfloat16 and _packs_bf16():
+        elif on_cpu and weight.dtype == torch.bfloat16 and _packs_bf16():
             rows = 8  # the layout is chosen for this many; any number works
             self.is_packed = True
             self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
@@ -173,13 +174,15 @@ class Norm(nn.Module):
     def __init__(self, norm: Any) -> None:
         super().__init__()
         self.weight: Tensor | None = None
+        self.has_kernel = False
         if type(norm) is not nn.Identity:
             self.weight, self.epsilon = norm.weight.detach(), float(norm.variance_epsilon)
+            self.has_kernel = kernels.take(self.weight) and len(self.weight) % 16 == 0
 
     def forward(self, x: Tensor) -> Tensor:
         if self.weight is None:
             return x
-        if x.shape[-1] % 16 == 0 and x.dtype == self.weight.dtype and kernels.available(x.dtype):
+        if self.has_kernel and x.dtype == self.weight.dtype:
             return kernels.normalise(x, self.weight, self.epsilon)
         # for a few rows twice as fast as torch's own composite
         length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
@@ -187,14 +190,20 @@ class Norm(nn.Module):
         return (x * scale).to(x.dtype) * self.weight
 
 
-class RepeatedMasks:
-    """The mask of the call in progress, repeated for the query heads of a group: made once, used by every layer."""
+class Shared:
+    """What the layers of a model have in common: the mask of the call in progress, and compiled parts.
 
-    def __init__(self) -> None:
+    compiles: whether what stands before and behind attention is compiled.
+    """
+
+    def __init__(self, *, compiles: bool = False) -> None:
         self._mask: Tensor | None = None
+        make: Callable[[Any], Any] = Compiled if compiles else lambda part: part
+        self.before = make(FusedLayer.before_attention)
+        self.behind = make(FusedLayer.behind_attention)
 
     def repeated(self, mask: Tensor, times: int) -> Tensor:
-        """[rows, 1, width, extent] -> [rows, 1, times * width, extent]."""
+        """For the query heads of a group: [rows, 1, width, extent] -> [rows, 1, times * width, extent]."""
         if mask is not self._mask:
             self._mask, self._repeated = mask, mask.repeat(1, 1, times, 1)
         return self._repeated
@@ -203,13 +212,13 @@ class RepeatedMasks:
 class FusedLayer(nn.Module):
     """A decoder layer of the Llama family, with transformers' interface.
 
-    layer: the transformers layer, whose weights are taken over. masks: one object for all layers of a model.
+    layer: the transformers layer, whose weights are taken over. shared: one object for all layers of a model.
     kernel: its description for `specdec.kernels`, or None where torch's operations are used.
     """
 
-    def __init__(self, layer: Any, masks: RepeatedMasks) -> None:
+    def __init__(self, layer: Any, shared: Shared) -> None:
         super().__init__()
-        self.masks = masks
+        self.shared = shared
         attention, mlp = layer.self_attn, layer.mlp
         self.index, self.head_dim, self.scaling = attention.layer_idx, attention.head_dim, attention.scaling
         self.num_kv_heads = attention.k_proj.out_features // self.head_dim
@@ -236,9 +245,26 @@ class FusedLayer(nn.Module):
         **kwargs: Any,
     ) -> Tensor:
         assert position_embeddings is not None
-        attended = self._attend(
-            self.qkv(self.norm_before_attention(hidden_states)), attention_mask, position_embeddings, past_key_values
-        )
+        queries, keys, values = self.shared.before(self, hidden_states, *position_embeddings)
+        if past_key_values is not None:
+            keys, values = past_key_values.update(keys, values, self.index)
+        attended = self._attend(queries, keys, values, attention_mask)
+        behind: Tensor = self.shared.behind(self, hidden_states, attended)
+        return behind
+
+    def before_attention(self, hidden_states: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values, [rows, heads, width, head_dim] each, the first two turned by their positions."""
+        qkv = self.qkv(self.norm_before_attention(hidden_states))
+        heads = qkv.view(*qkv.shape[:2], -1, self.head_dim).transpose(1, 2)
+        if self.q_norm.weight is not None:
+            queries, keys, values = heads.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], 1)
+            heads = torch.cat([self.q_norm(queries), self.k_norm(keys), values], 1)
+        num_rotated = self.num_heads + self.num_kv_heads
+        rotated, values = _rotate(heads[:, :num_rotated], cos, sin), heads[:, num_rotated:]
+        return rotated[:, : self.num_heads], rotated[:, self.num_heads :], values
+
+    def behind_attention(self, hidden_states: Tensor, attended: Tensor) -> Tensor:
+        """The layer's output from its input and what was attended to, [rows, width, heads * head_dim]."""
         hidden_states = self.output.add_to(hidden_states, attended)
         gate, up = self.gate_up(self.norm_before_mlp(hidden_states)).chunk(2, -1)
         return self.down.add_to(hidden_states, self.activation(gate) * up)
@@ -267,26 +293,16 @@ class FusedLayer(nn.Module):
             self.head_dim,
         )
 
-    def _attend(
-        self, qkv: Tensor, mask: Tensor | None, position_embeddings: tuple[Tensor, Tensor], cache: RaggedCache | None
-    ) -> Tensor:
-        rows, width, _ = qkv.shape
-        heads = qkv.view(rows, width, -1, self.head_dim).transpose(1, 2)
-        if self.q_norm.weight is not None:
-            queries, keys, values = heads.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], 1)
-            heads = torch.cat([self.q_norm(queries), self.k_norm(keys), values], 1)
-        num_rotated = self.num_heads + self.num_kv_heads
-        rotated, values = _rotate(heads[:, :num_rotated], *position_embeddings), heads[:, num_rotated:]
-        queries, keys = rotated[:, : self.num_heads], rotated[:, self.num_heads :]
-        if cache is not None:
-            keys, values = cache.update(keys, values, self.index)
+    def _attend(self, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+        rows, _, width, _ = queries.shape
         # the query heads of a group become further query rows of their key/value head, which is then not repeated
         groups = self.num_heads // self.num_kv_heads
         queries = queries.reshape(rows, self.num_kv_heads, groups * width, self.head_dim)
         if mask is None:
-            mask = torch.ones(width, keys.shape[2], dtype=torch.bool).tril(keys.shape[2] - width)[None, None]
+            ones = torch.ones(width, keys.shape[2], dtype=torch.bool, device=keys.device)
+            mask = ones.tril(keys.shape[2] - width)[None, None]
         attended = scaled_dot_product_attention(
-            queries, keys, values, attn_mask=self.masks.repeated(mask, groups), scale=self.scaling
+            queries, keys, values, attn_mask=self.shared.repeated(mask, groups), scale=self.scaling
         )
         return attended.view(rows, self.num_heads, width, self.head_dim).transpose(1, 2).reshape(rows, width, -1)
 
