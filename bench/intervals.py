@@ -1,4 +1,4 @@
-"""Speed-ups with an interval: times are only compared inside one run, prompt by prompt."""
+"""Speed-ups and rates with an interval: times are only compared inside one run, prompt by prompt."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 NUM_RESAMPLES = 10_000
 CONFIDENCE = 0.95
@@ -34,7 +35,30 @@ def geometric_mean_interval(ratios: Sequence[float]) -> Interval:
     logs = np.log(ratios)
     if len(logs) == 1:
         return Interval(float(ratios[0]), None, None)
-    resampled = np.random.default_rng(0).choice(logs, (NUM_RESAMPLES, len(logs))).mean(1)
+    low, high = _ends(np.random.default_rng(0).choice(logs, (NUM_RESAMPLES, len(logs))).mean(1))
+    return Interval(math.exp(logs.mean()), math.exp(low), math.exp(high))
+
+
+def rate_interval(numerators: Sequence[int], denominators: Sequence[int]) -> Interval | None:
+    """Ratio of two sums over prompts, and its percentile bootstrap interval over the prompts, as above.
+
+    A prompt with a denominator of 0 tells nothing of the rate, but counts as one that may be drawn: resamples of such
+    prompts alone are left out. Returns None if all are 0. Raises ValueError if there are not as many of both.
+    """
+    if len(numerators) != len(denominators):
+        raise ValueError(f"{len(numerators)} numerators must be as many as the denominators, {len(denominators)}")
+    if not any(denominators):
+        return None
+    estimate = sum(numerators) / sum(denominators)
+    if len(numerators) == 1:
+        return Interval(estimate, None, None)
+    drawn = np.random.default_rng(0).integers(len(numerators), size=(NUM_RESAMPLES, len(numerators)))
+    above, below = (np.asarray(counts)[drawn].sum(1) for counts in (numerators, denominators))
+    return Interval(estimate, *_ends(above[below > 0] / below[below > 0]))
+
+
+def _ends(resampled: npt.NDArray[np.float64]) -> tuple[float, float]:
+    """Of the middle 95 % of the resamples' values."""
     tail = (1 - CONFIDENCE) / 2
     low, high = np.quantile(resampled, [tail, 1 - tail])
-    return Interval(math.exp(logs.mean()), math.exp(low), math.exp(high))
+    return float(low), float(high)

@@ -5,19 +5,19 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import astuple, fields
 from statistics import fmean
 from typing import Any
 
 from bench.cells import Cell
 from bench.engines import Gamma, PromptResult, Run
-from bench.intervals import geometric_mean_interval
+from bench.intervals import geometric_mean_interval, rate_interval
 from bench.journal import SCHEMA_VERSION
 from bench.measure import BASELINE, CANDIDATE, REFERENCE, Measurement
 from bench.options import BenchConfig
 from bench.pairs import Pair
 from specdec import AcceptanceCounts, PhaseTimes
-from specdec.stats import expected_speedup, predicted_speedup
+from specdec.stats import RunTotals, SpeedupParts, attribute_speedup, expected_speedup, predicted_speedup
 
 
 def build(
@@ -26,17 +26,18 @@ def build(
     """The record of a measured cell. What cannot be known, or has nothing to be compared with, is None."""
     candidate, baseline = measurement.runs[CANDIDATE], measurement.runs.get(BASELINE)
     counts, times = _total_counts(candidate), _total_times(candidate)
-    base_counts, base_times = (_total_counts(baseline), _total_times(baseline)) if baseline else (None, None)
+    speedup = _comparison("speedup", candidate, baseline)
     return {
         "schema_version": SCHEMA_VERSION,
         **_identity(cell, pair, config, engine_version, device),
         **_acceptance(counts),
+        **_acceptance_by_prompt(_results(candidate)),
         **_phases(cell.method, counts, times),
         **_latencies(_results(candidate), measurement.rounds_s),
-        **_comparison("speedup", candidate, baseline),
+        **speedup,
         "reference_engine": config.reference_engine,
         **_comparison("speedup_of_reference", measurement.runs.get(REFERENCE), candidate),
-        **_predictions(cell.gamma, counts, times, base_counts, base_times),
+        **_predictions(cell.gamma, speedup["speedup"], _totals(candidate), _totals(baseline)),
         "num_outputs_equal": _num_equal(candidate, baseline, config),
         "num_outputs_equal_reference": _num_equal(candidate, measurement.runs.get(REFERENCE), config),
         "output_sha256": output_sha256([result.token_ids for result in _results(candidate)]),
@@ -86,6 +87,20 @@ def _acceptance(counts: AcceptanceCounts | None) -> dict[str, Any]:
         "system_efficiency",
     )
     return {name: getattr(counts, name, None) for name in names}
+
+
+def _acceptance_by_prompt(results: Sequence[PromptResult]) -> dict[str, Any]:
+    """Counts of each prompt, and the acceptance rate's bootstrap interval over prompts; None if they are not told."""
+    counts = [result.counts for result in results if result.counts is not None]
+    told = len(counts) == len(results)
+    drafted, accepted = [each.num_drafted for each in counts], [each.num_accepted for each in counts]
+    interval = rate_interval(accepted, drafted) if told else None
+    return {
+        "acceptance_rate_low": interval.low if interval else None,
+        "acceptance_rate_high": interval.high if interval else None,
+        "per_prompt_drafted": drafted if told else None,
+        "per_prompt_accepted": accepted if told else None,
+    }
 
 
 def _phases(method: str, counts: AcceptanceCounts | None, times: PhaseTimes | None) -> dict[str, Any]:
@@ -143,28 +158,30 @@ def _time_per_token(run: Run) -> float:
 
 
 def _predictions(
-    gamma: Gamma,
-    counts: AcceptanceCounts | None,
-    times: PhaseTimes | None,
-    base_counts: AcceptanceCounts | None,
-    base_times: PhaseTimes | None,
-) -> dict[str, Any]:
-    """What acceptance and phase times imply; all None for an engine that does not tell its phases."""
-    names = ("cost_ratio", "predicted_speedup", "expected_speedup")
-    if not (counts and times and base_counts and base_times and counts.num_drafted and base_counts.num_steps):
+    gamma: Gamma, speedup: float | None, run: RunTotals | None, plain: RunTotals | None
+) -> dict[str, float | None]:
+    """What acceptance and phase times imply; all None for an engine that does not tell its phases.
+
+    cost_ratio: one drafted token over one plain step. step_cost_ratio: scoring and verifying a step over the same.
+    predicted_speedup and speedup_from_*: the parts of `speedup`, see `specdec.stats.SpeedupParts`.
+    """
+    parts = [f"speedup_from_{field.name}" for field in fields(SpeedupParts)[1:]]
+    names = ("cost_ratio", "step_cost_ratio", "expected_speedup", "predicted_speedup", *parts)
+    if not (speedup and run and plain and run.counts.num_drafted and plain.counts.num_steps):
         return dict.fromkeys(names)
-    step_s = (base_times.scoring_s + base_times.verification_s) / base_counts.num_steps
-    cost_ratio = times.draft_s / counts.num_drafted / step_s
+    counts, times = run.counts, run.times
+    cost_ratio = times.draft_s / counts.num_drafted / plain.step_s
     predicted = predicted_speedup(
         counts.acceptance_rate_at,
-        step_s=step_s,
+        step_s=plain.step_s,
         draft_s=times.draft_s / counts.num_steps,
         scoring_s=times.scoring_s / counts.num_steps,
         verification_s=times.verification_s / counts.num_steps,
     )
     # the closed form's one rate: that of the first draft token, which is always looked at; it knows one length only
     expected = None if gamma == "auto" else expected_speedup(counts.acceptance_rate_at[0], gamma, cost_ratio)
-    return dict(zip(names, (cost_ratio, predicted, expected), strict=True))
+    attributed = astuple(attribute_speedup(speedup, predicted, run, plain))
+    return dict(zip(names, (cost_ratio, run.step_s / plain.step_s, expected, *attributed), strict=True))
 
 
 def _num_equal(ours: list[Run], theirs: list[Run] | None, config: BenchConfig) -> int | None:
@@ -185,6 +202,13 @@ def _per_prompt(arm: str, runs: list[Run] | None) -> dict[str, Any]:
         f"{arm}_per_prompt_latency_s": [result.latency_s for result in _results(runs)] if runs else None,
         f"{arm}_per_prompt_tokens": [len(result.token_ids) for result in _results(runs)] if runs else None,
     }
+
+
+def _totals(runs: Sequence[Run] | None) -> RunTotals | None:
+    """None if the engine does not tell counts and times."""
+    counts, times = (_total_counts(runs), _total_times(runs)) if runs else (None, None)
+    num_tokens = sum(len(result.token_ids) for result in _results(runs or []))
+    return RunTotals(counts, times, num_tokens) if counts and times else None
 
 
 def _total_counts(runs: Sequence[Run]) -> AcceptanceCounts | None:

@@ -5,18 +5,49 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Sequence
 from itertools import groupby
-from typing import Any
+
+from bench.best_gamma import BestGamma, Record, best_gammas
 
 WIDTHS = (12, 14, 5, 6, 7, 8, 6, 17, 9, 20, 5)
-Record = dict[str, Any]
+PARTS = ("truncation", "bookkeeping", "prefill", "averaging")
+PART_WIDTHS = (14, 14, 5, 9, 10, 11, 8, 9, 8)
 
 
 def render(records: Sequence[Record]) -> list[str]:
     """The lines of the table: a block for each pair, workload, batch size and so on, a line for each cell."""
     lines: list[str] = []
-    for title, block in groupby(records, _title):
+    for title, group in groupby(records, _title):
+        block = list(group)
         lines += [title, _line(_header(records[0])), *[_line(_row(record)) for record in block], ""]
+        lines += [*_attributions(block), *_best_gammas(block)]
     return lines + _notes(records)
+
+
+def _attributions(block: Sequence[Record]) -> list[str]:
+    """How each predicted speed-up becomes the measured one; nothing where nothing was predicted."""
+    rows = [_attribution(record) for record in block if record.get("speedup_from_averaging") is not None]
+    header = ["from predicted", "to measured", "gamma", "predicted", *PARTS, "measured"]
+    return [_line(row, PART_WIDTHS) for row in (header, *rows)] + [""] if rows else []
+
+
+def _attribution(record: Record) -> list[str]:
+    parts = [f"{record[f'speedup_from_{part}']:+z.3f}" for part in PARTS]
+    ends = [f"{record[name]:.3f}" for name in ("predicted_speedup", "speedup")]
+    return [record["engine"], record["method"], str(record["gamma"]), ends[0], *parts, ends[1]]
+
+
+def _best_gammas(block: Sequence[Record]) -> list[str]:
+    lines = [_best_gamma(best) for best in best_gammas(block)]
+    return [*lines, ""] if lines else []
+
+
+def _best_gamma(best: BestGamma) -> str:
+    measured, gamma = best.measured, best.predicted_gamma
+    gammas = ", ".join(str(record["gamma"]) for record in best.records)
+    return (
+        f"{measured['engine']} {measured['method']}: predicted best gamma {gamma} ({best.predicted[gamma]:.2f}), "
+        f"measured best of {gammas}: {measured['gamma']} ({_interval(measured, 'speedup')})"
+    )
 
 
 def _title(record: Record) -> str:
@@ -69,9 +100,9 @@ def _row(record: Record) -> list[str]:
     ]
 
 
-def _line(cells: Sequence[str]) -> str:
-    columns = [f"{cell:<{width}}" for cell, width in zip(cells[:2], WIDTHS[:2], strict=True)]
-    columns += [f"{cell:>{width}}" for cell, width in zip(cells[2:], WIDTHS[2:], strict=True)]
+def _line(cells: Sequence[str], widths: Sequence[int] = WIDTHS) -> str:
+    columns = [f"{cell:<{width}}" for cell, width in zip(cells[:2], widths[:2], strict=True)]
+    columns += [f"{cell:>{width}}" for cell, width in zip(cells[2:], widths[2:], strict=True)]
     return " ".join(columns).rstrip()
 
 
@@ -104,6 +135,13 @@ def _notes(records: Sequence[Record]) -> list[str]:
     overhead = (
         f" Outside model forwards: {min(overheads):.1f} to {max(overheads):.1f} % of the time." if overheads else ""
     )
+    parts = (
+        " From predicted to measured, each counted in both arms: tokens cut behind a stop token, bookkeeping, prompts "
+        "and the first token; averaging is the rest: geometric means over prompts against ratios of total times. "
+        "Predicted best gamma: from acceptance by position and from costs of steps at the gammas measured."
+        if any(record.get("speedup_from_averaging") is not None for record in records)
+        else ""
+    )
     caution = ": few, so they are somewhat too narrow" if num_rounds < 10 else ""
     return textwrap.wrap(
         "latency: seconds per prompt. accepted: of the tokens drafted. length: tokens per target call. speed-up: over "
@@ -111,6 +149,6 @@ def _notes(records: Sequence[Record]) -> list[str]:
         f"{reference} is faster: over this engine with the same method and gamma. Speed-ups are geometric means over "
         f"prompts decoded side by side, with 95 % bootstrap intervals ({num_rounds} rounds{caution}). equal: outputs "
         f"the same as autoregressive decoding's, or for that as {reference}'s; in 16 bits a near tie may fall either "
-        "way." + overhead,
+        "way." + overhead + parts,
         118,
     )

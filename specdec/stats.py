@@ -10,6 +10,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate, pairwise
+
+import numpy as np
 
 
 @dataclass(slots=True)
@@ -134,6 +137,84 @@ def predicted_speedup(
     if not (step_s > 0 and duration_s > 0):
         raise ValueError(f"step_s={step_s} and draft_s + scoring_s + verification_s={duration_s} must be > 0")
     return (1 + math.fsum(acceptance_rate_at)) * step_s / duration_s
+
+
+@dataclass(frozen=True, slots=True)
+class RunTotals:
+    """What a run did and how long it took, all its requests together.
+
+    num_tokens: emitted, the token that each prefill gives included.
+    """
+
+    counts: AcceptanceCounts
+    times: PhaseTimes
+    num_tokens: int
+
+    @property
+    def decode_s(self) -> float:
+        """Seconds of everything but the prefill."""
+        return self.times.total_s - self.times.prefill_s
+
+    @property
+    def step_s(self) -> float:
+        """Seconds of scoring and verification per step and row."""
+        return (self.times.scoring_s + self.times.verification_s) / self.counts.num_steps
+
+
+@dataclass(frozen=True, slots=True)
+class SpeedupParts:
+    """A measured speed-up as the sum of what was predicted and of what the prediction leaves out.
+
+    Each part is what the ratio of two runs changes by when one more thing is counted in both of them, in this order.
+    predicted: `predicted_speedup`, of steps without anything around them.
+    truncation: accepted tokens behind a stop token are not emitted.
+    bookkeeping: what a run does besides drafting, scoring and verifying; it makes steps of both runs longer.
+    prefill: prompts are read, and each gives a token.
+    averaging: what is left: the measured speed-up is a geometric mean over rounds and of latencies, which weights
+    prompts otherwise than the ratio of total times does.
+    """
+
+    predicted: float
+    truncation: float
+    bookkeeping: float
+    prefill: float
+    averaging: float
+
+
+def attribute_speedup(measured: float, predicted: float, run: RunTotals, plain: RunTotals) -> SpeedupParts:
+    """The parts of a measured speed-up, which add up to it; predicted: from the same two runs, of which plain is
+    autoregressive decoding.
+    """
+    emitted, plain_emitted = run.counts.num_emitted, plain.counts.num_emitted
+    step_s = run.times.draft_s / run.counts.num_steps + run.step_s
+    ratios = (
+        predicted,
+        (plain.step_s * plain.counts.num_steps / plain_emitted) / (step_s * run.counts.num_steps / emitted),
+        (plain.decode_s / plain_emitted) / (run.decode_s / emitted),
+        (plain.times.total_s / plain.num_tokens) / (run.times.total_s / run.num_tokens),
+        measured,
+    )
+    return SpeedupParts(predicted, *(counted - before for before, counted in pairwise(ratios)))
+
+
+def predicted_speedups(
+    acceptance_rate_at: Sequence[float], drafted_share: float, step_costs: Sequence[tuple[float, float]]
+) -> list[float]:
+    """Predicted speed-up of gamma = 0, 1, ..., len(acceptance_rate_at), as if acceptance by position stayed the same.
+
+    acceptance_rate_at: measured at the last of these. drafted_share: tokens drafted per step over gamma, in (0, 1];
+    less than 1 where a proposer does not always have a guess.
+    step_costs: measured (tokens drafted per step, cost of such a step in plain steps), at least one besides that of a
+    plain step, (0, 1); between them costs lie on straight lines, beyond the longest they stay as they are.
+    Raises ValueError unless drafted_share is in (0, 1] and costs are > 0 and of more than 0 tokens.
+    """
+    if not 0 < drafted_share <= 1:
+        raise ValueError(f"drafted_share={drafted_share} must lie in (0, 1]")
+    if not step_costs or min(min(point) for point in step_costs) <= 0:
+        raise ValueError(f"step_costs={list(step_costs)} must be at least one pair of numbers > 0")
+    drafted, costs = zip(*sorted([(0.0, 1.0), *step_costs]), strict=True)
+    lengths = accumulate(acceptance_rate_at, initial=1.0)
+    return [length / float(np.interp(drafted_share * gamma, drafted, costs)) for gamma, length in enumerate(lengths)]
 
 
 def _require_rate(acceptance_rate: float) -> None:

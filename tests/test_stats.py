@@ -1,11 +1,22 @@
 """Counters and formulas against tables worked out by hand."""
 
+from dataclasses import astuple
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from specdec.stats import AcceptanceCounts, expected_length, expected_speedup, predicted_speedup
+from specdec.stats import (
+    AcceptanceCounts,
+    PhaseTimes,
+    RunTotals,
+    attribute_speedup,
+    expected_length,
+    expected_speedup,
+    predicted_speedup,
+    predicted_speedups,
+)
 
 
 def counted(*steps: tuple[int, int, int]) -> AcceptanceCounts:
@@ -67,3 +78,51 @@ def test_predicted_speedup() -> None:
         predicted_speedup([], step_s=0, draft_s=0, scoring_s=1, verification_s=0)
     with pytest.raises(ValueError, match=r"acceptance_rate=1.2 must lie in \[0, 1\]"):
         expected_length(1.2, 3)
+
+
+# two prompts: a prefill of 1 s in all, then 4 steps of 0.25 s and 0.5 s of bookkeeping for 8 tokens
+PLAIN = RunTotals(counted(*[(0, 0, 1)] * 8), PhaseTimes(1.0, 0.0, 1.5, 0.5, 3.5), 10)
+
+
+def test_each_part_of_a_speedup_is_what_one_more_thing_changes() -> None:
+    """Four steps of 0.5 s emit 10 of the 12 tokens that they decided about, in 2.5 s with the bookkeeping."""
+    counts = counted((3, 3, 4), (3, 1, 2), (3, 3, 3), (3, 1, 1))
+    run = RunTotals(counts, PhaseTimes(1.0, 0.25, 1.5, 0.25, 3.5), 12)
+    parts = attribute_speedup(1.5, 1.5, run, PLAIN)
+    # steps 2 s / 8 over 2 s / 10; with bookkeeping 2.5 s / 8 over 2.5 s / 10; with the prefill 3.5 s / 10 over 3.5 / 12
+    assert astuple(parts) == pytest.approx((1.5, 1.25 - 1.5, 1.25 - 1.25, 1.2 - 1.25, 1.5 - 1.2))
+
+
+def test_only_bookkeeping_of_one_run_is_bookkeeping() -> None:
+    """Half as many steps as plain decoding, each as long, but with twice the bookkeeping."""
+    run = RunTotals(counted(*[(1, 1, 2)] * 4), PhaseTimes(1.0, 0.0, 0.75, 0.25, 3.0), 10)
+    parts = attribute_speedup(1.25, 2.0, run, PLAIN)
+    assert astuple(parts) == pytest.approx((2.0, 0.0, 1.25 - 2.0, 3.5 / 3 - 1.25, 1.25 - 3.5 / 3))
+
+
+@given(st.lists(st.floats(0.01, 10), min_size=12, max_size=12), st.floats(0.1, 10))
+def test_the_parts_add_up_to_what_was_measured(times: list[float], measured: float) -> None:
+    run, plain = (
+        RunTotals(counts, PhaseTimes(*spent[:4], total_s=sum(spent)), 9)
+        for counts, spent in ((counted((2, 1, 2), (2, 2, 3)), times[:6]), (counted((0, 0, 1)), times[6:]))
+    )
+    assert sum(astuple(attribute_speedup(measured, 2.0, run, plain))) == pytest.approx(measured, abs=1e-9)
+
+
+def test_predicted_speedups_of_every_gamma() -> None:
+    """A step that drafts two tokens costs 1.2 plain steps, one that drafts four 1.8; 1, 1.5, 1.75 ... tokens each."""
+    rates = [0.5, 0.25, 0.125, 0.0]
+    predicted = predicted_speedups(rates, 1.0, [(4.0, 1.8), (2.0, 1.2)])
+    assert predicted == pytest.approx([1.0, 1.5 / 1.1, 1.75 / 1.2, 1.875 / 1.5, 1.875 / 1.8])
+
+
+def test_a_proposer_that_has_a_guess_in_half_of_the_steps_costs_half() -> None:
+    assert predicted_speedups([0.5, 0.5], 0.5, [(1.0, 1.4)]) == pytest.approx([1.0, 1.5 / 1.2, 2 / 1.4])
+
+
+def test_impossible_costs_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"drafted_share=0 must lie in \(0, 1\]"):
+        predicted_speedups([0.5], 0, [(1.0, 1.0)])
+    for costs in ([], [(0.0, 1.0)], [(1.0, 0.0)]):
+        with pytest.raises(ValueError, match=r"step_costs=\[.*\] must be at least one pair of numbers > 0"):
+            predicted_speedups([0.5], 1.0, costs)

@@ -76,6 +76,10 @@ def test_a_record_holds_the_definitions_of_known_numbers(record: dict[str, Any])
         "num_drafted": 4,
         "num_accepted": 4,
         "acceptance_rate": 1.0,
+        "acceptance_rate_low": 1.0,
+        "acceptance_rate_high": 1.0,
+        "per_prompt_drafted": [2, 2],
+        "per_prompt_accepted": [2, 2],
         "acceptance_rate_at": [1.0, 1.0],
         "mean_acceptance_length": 3.0,
         "system_efficiency": 1.0,
@@ -94,7 +98,12 @@ def test_a_record_holds_the_definitions_of_known_numbers(record: dict[str, Any])
         # a plain step takes 0.4 s, a speculative one 0.6 s for 3 tokens
         "cost_ratio": 0.25,
         "predicted_speedup": 2.0,
+        "step_cost_ratio": 1.0,
         "expected_speedup": 2.0,
+        "speedup_from_truncation": 0.0,
+        "speedup_from_bookkeeping": 0.0,
+        "speedup_from_prefill": 1.7 / 1.1 - 2,
+        "speedup_from_averaging": 4 - 1.7 / 1.1,
         "per_prompt_latency_s": [1.0, 1.0],
         "per_prompt_tokens": [4, 4],
         "num_outputs_equal": 1,
@@ -117,10 +126,29 @@ def test_what_stops_sooner_is_not_called_faster(config: BenchConfig) -> None:
     record = records.build(cell, TINY, config, "", "cpu", measurement)
     assert record["speedup"] == 1.0
     assert record["speedup_low"] is record["predicted_speedup"] is record["acceptance_rate"] is None
+    assert record["acceptance_rate_low"] is record["speedup_from_prefill"] is None
+
+
+def test_engines_that_tell_no_counts_have_no_acceptance(config: BenchConfig) -> None:
+    silent = Run((PromptResult((1, 2, 3, 4), 0.5, 1.0, None, "length"),))
+    cell = Cell("specdec", TINY.name, "ngram", 2, "same", "smoke", 1)
+    record = records.build(cell, TINY, config, "", "cpu", Measurement({CANDIDATE: [silent]}, [1.0]))
+    for name in ("per_prompt_drafted", "per_prompt_accepted", "acceptance_rate_low", "step_cost_ratio"):
+        assert record[name] is None, name
+
+
+def test_the_table_shows_how_a_prediction_becomes_the_measured_speedup(record: dict[str, Any]) -> None:
+    lines = table.render([record | {"speedup_from_truncation": -1e-9}])
+    shown = [line.split() for line in lines if line.startswith("specdec")]
+    assert shown[1] == ["specdec", "ngram", "2", "2.000", "+0.000", "+0.000", "-0.455", "+2.455", "4.000"]
+    assert "specdec ngram: predicted best gamma 2 (2.00), measured best of 2: 2 (4.00 [2.00, 8.00])" in lines
+    old = {name: value for name, value in record.items() if not name.startswith(("speedup_from", "step_cost"))}
+    assert not [line for line in table.render([old]) if "redicted best" in line or "averaging" in line]
 
 
 def test_the_table_shows_each_cell_in_120_columns(record: dict[str, Any]) -> None:
-    lines = table.render([record, record | {"method": "autoregressive", "gamma": 0, "speedup": None}])
+    plain = {"method": "autoregressive", "gamma": 0, "speedup": None, "step_cost_ratio": None}
+    lines = table.render([record, record | plain | {"speedup_from_averaging": None}])
     assert max(map(len, lines)) <= 120
     assert lines[0].startswith("tiny-random, float32 on cpu, smoke, 2 prompts of up to 4 tokens, batch size 1, greedy")
     assert lines[2].split() == [
