@@ -79,6 +79,15 @@ def _parametrize_costs(metafunc: pytest.Metafunc) -> None:
     metafunc.parametrize(("axis", "size"), parameters)
 
 
+def pytest_report_collectionfinish(config: pytest.Config, items: list[Any]) -> str:
+    """The roofline comes before what is compared with it."""
+    if config.option.collectonly or not any("axis" in item.fixturenames for item in items):
+        return ""
+    from bench import roofline
+
+    return roofline.line(config.stash[SESSION].roofline())
+
+
 @pytest.fixture(scope="session")
 def session(pytestconfig: pytest.Config) -> Session:
     """The run's state: options, prompts, models, journal."""

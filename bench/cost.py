@@ -3,27 +3,33 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from bench import phases, roofline
+from bench.engines.specdec import SpecdecEngine
 from bench.journal import SCHEMA_VERSION
 from specdec.models.causal import CausalLM
+from specdec.models.eagle import EagleHead
 from specdec.proposers.ngram import LookupIndex
 from specdec.sampling import SamplingParams, SamplingState
-from specdec.timing import durations_s, synchronise
+from specdec.timing import synchronise
 
 CONTEXT = 256  # tokens that a sequence has where the sweep is not over contexts
 WIDTH = 5  # tokens of a step that verifies four
 SWEEPS = {
     "width": (1, 2, 3, 4, 5, 6, 8, 9, 12, 16, 24, 32, 48, 64),
-    "context": (128, 256, 512, 1024, 2048, 4096, 8000),
-    "context-of-5": (128, 256, 512, 1024, 2048, 4096, 8000),
+    "context": (128, 256, 512, 1024, 2048, 4096, 8192),
+    "context-of-5": (128, 256, 512, 1024, 2048, 4096, 8192),
     "batch": (1, 2, 4, 8, 16, 32),
+    "batch-of-5": (1, 2, 4, 8, 16, 32),
+    "head": (1, 2, 4, 8, 16, 32),
     "vocabulary": (8192, 16384, 32768, 49152, 131072, 262144),
-    "ngram": (1000, 10_000, 100_000),
+    "ngram": (1000, 3000, 10_000, 30_000, 100_000),
+    **phases.SWEEPS,
 }
 SMOKE_SWEEPS = dict.fromkeys(SWEEPS, (16,))
 
@@ -32,22 +38,27 @@ SMOKE_SWEEPS = dict.fromkeys(SWEEPS, (16,))
 class Sized:
     """Work of one size. run: does it once. bytes_read: from memory, at the least; None if that is not what it costs.
 
-    tokens: that it handles, so that costs can be compared.
+    tokens: that it handles, so that costs can be compared. facts: what else its record tells, once it has run.
     """
 
     run: Callable[[], object]
     bytes_read: int | None
     tokens: int
+    facts: Callable[[], dict[str, Any]] = dict
 
 
 def measure(
-    benchmark: Any, target: CausalLM, axis: str, size: int, bandwidth: float, identity: dict[str, Any]
+    benchmark: Any, engine: SpecdecEngine, axis: str, size: int, ceiling: dict[str, Any], identity: dict[str, Any]
 ) -> tuple[dict[str, Any], list[float]]:
-    """The record of a cell and the times of its rounds in seconds. bandwidth: of reading memory, in bytes/s."""
-    work = sized(target, axis, size)
-    benchmark.pedantic(work.run, rounds=5 if axis == "ngram" else 15, warmup_rounds=2)
+    """The record of a cell and the times of its rounds in seconds. ceiling: the record of `bench.roofline`.
+
+    roofline_s: what reading takes at the least. roofline_share: of the median.
+    """
+    work = sized(engine, axis, size)
+    benchmark.pedantic(work.run, rounds=_rounds(axis), warmup_rounds=1 if axis in phases.SWEEPS else 2)
     seconds = list(benchmark.stats.stats.data)
     median_s = statistics.median(seconds)
+    roofline_s = roofline.read_s(ceiling, work.bytes_read) if work.bytes_read else None
     record = {
         "schema_version": SCHEMA_VERSION,
         **identity,
@@ -56,28 +67,45 @@ def measure(
         "tokens": work.tokens,
         "median_s": median_s,
         "bytes_read": work.bytes_read,
-        "read_bandwidth": bandwidth,
-        "roofline_share": work.bytes_read / bandwidth / median_s if work.bytes_read else None,
+        "read_bandwidth": ceiling["bandwidths"][-1],
+        "roofline_s": roofline_s,
+        "roofline_share": roofline_s / median_s if roofline_s else None,
+        **work.facts(),
     }
     return record, seconds
 
 
-def sized(target: CausalLM, axis: str, size: int) -> Sized:
+def _rounds(axis: str) -> int:
+    return 3 if axis in phases.SWEEPS else 5 if axis == "ngram" else 15
+
+
+def needs(axis: str) -> str:
+    """The method whose draft an axis measures; "autoregressive" for one that measures none."""
+    return "eagle" if axis == "head" else phases.parse(axis)[0] if axis in phases.SWEEPS else "autoregressive"
+
+
+def sized(engine: SpecdecEngine, axis: str, size: int) -> Sized:
     """The work of a cell."""
-    if axis == "width":
-        return _step(target, 1, size, CONTEXT)
-    if axis == "batch":
-        return _step(target, size, 1, CONTEXT)
-    if axis == "context":
-        return _step(target, 1, 1, size)
-    if axis == "context-of-5":
-        return _step(target, 1, WIDTH, size)
-    return _sampling(size) if axis == "vocabulary" else _lookup(size)
+    if axis in phases.SWEEPS:
+        return _phases(engine, axis, size)
+    if axis == "head":
+        return _head_step(engine.drafts["eagle"], engine.target, size)
+    if axis in ("vocabulary", "ngram"):
+        return _sampling(size) if axis == "vocabulary" else _lookup(size)
+    width = size if axis == "width" else WIDTH if axis.endswith(f"-of-{WIDTH}") else 1
+    rows, context = (size if axis.startswith("batch") else 1), (size if axis.startswith("context") else CONTEXT)
+    return _step(engine.target, rows, width, context)
+
+
+def _phases(engine: SpecdecEngine, axis: str, rows: int) -> Sized:
+    """Decoding a prompt, in each of so many rows. Times of the rounds count, not of the warm-up before."""
+    run, runs = phases.runner(engine, axis, rows)
+    return Sized(run, None, rows * phases.NUM_TOKENS, lambda: phases.shares(axis, runs[-_rounds(axis) :]))
 
 
 def _step(target: CausalLM, rows: int, width: int, context: int) -> Sized:
     """A decode step of `width` tokens in each row, behind `context` tokens."""
-    context = min(context, target.context_length - width)
+    context = min(context, target.context_length - width)  # prompt and step together must fit
     tokens = torch.ones(rows, width, dtype=torch.int64, device=target.device)
     cache = target.allocate(rows, context + width)
 
@@ -87,6 +115,22 @@ def _step(target: CausalLM, rows: int, width: int, context: int) -> Sized:
         synchronise(target.device)
 
     return Sized(run, target.step_bytes + rows * (context + width) * target.token_bytes, rows * width)
+
+
+def _head_step(head: EagleHead, target: CausalLM, rows: int) -> Sized:
+    """One more token drafted in each row: the head's layer over as many tokens of context, and its logits."""
+    cache = head.allocate(rows, CONTEXT + 1)
+    features = torch.zeros(rows, 1, target.config.hidden_size, dtype=target.dtype, device=target.device)
+    tokens = torch.ones(rows, 1, dtype=torch.int64, device=target.device)
+
+    @torch.inference_mode()
+    def run() -> None:
+        cache.lengths[:] = [CONTEXT] * rows
+        head.logits(head(features, tokens, cache))
+        synchronise(target.device)
+
+    token_bytes = target.token_bytes // target.num_layers  # a head's layer has its target's dimensions
+    return Sized(run, head.step_bytes + rows * (CONTEXT + 1) * token_bytes, rows)
 
 
 def _sampling(vocab_size: int) -> Sized:
@@ -112,20 +156,31 @@ def _lookup(num_tokens: int) -> Sized:
     return Sized(run, None, num_tokens)
 
 
-def read_bandwidth(device: torch.device, num_bytes: int = 2**29, repeats: int = 9) -> float:
-    """Bytes per second at which a block larger than any cache can be read: the best of a few times."""
-    block = torch.ones(num_bytes // 4, dtype=torch.float32, device=device)
-    return num_bytes / min(durations_s(block.max, device, repeats=repeats, warm_up=0))
-
-
-def lines(records: list[dict[str, Any]]) -> Iterator[str]:
-    """The table of the cost cells, the roofline first."""
-    bandwidth = records[0]["read_bandwidth"]
-    yield f"memory is read at {bandwidth / 1e9:.1f} GB/s; of that a step's weights and cache reach:"
-    yield f"{'axis':14}{'size':>8}{'ms':>10}{'us/token':>10}{'of roofline':>13}"
-    for record in records:
-        share = record["roofline_share"]
+def lines(records: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """The tables of the cost cells: times by size, with what is reached of the roofline, and shares of a step."""
+    steps = [record for record in records if record["axis"] in phases.SWEEPS]
+    sizes = [record for record in records if record["axis"] not in phases.SWEEPS]
+    if sizes:
         yield (
-            f"{record['axis']:14}{record['size']:>8}{1e3 * record['median_s']:>10.3f}"
-            f"{1e6 * record['median_s'] / record['tokens']:>10.1f}{'-' if share is None else f'{share:.0%}':>13}"
+            f"memory is read at {sizes[0]['read_bandwidth'] / 1e9:.1f} GB/s; of roofline: time to read a block as "
+            "large as weights and cache, over the time measured"
         )
+        yield f"{'axis':14}{'size':>8}{'ms':>10}{'us/token':>10}{'of roofline':>13}"
+        yield from map(_line, sizes)
+    if steps:
+        yield f"{'a decode step':16}{'':10}{'rows':>5}{'ms':>9}" + "".join(f"{phase:>14}" for phase in phases.PHASES)
+        yield from map(_line_of_shares, steps)
+
+
+def _line(record: dict[str, Any]) -> str:
+    share = record["roofline_share"]
+    return (
+        f"{record['axis']:14}{record['size']:>8}{1e3 * record['median_s']:>10.3f}"
+        f"{1e6 * record['median_s'] / record['tokens']:>10.1f}{'-' if share is None else f'{share:.0%}':>13}"
+    )
+
+
+def _line_of_shares(record: dict[str, Any]) -> str:
+    law = "greedy" if record["temperature"] == 0 else f"at {record['temperature']:g}"
+    shares = "".join(f"{record[f'{phase}_share']:>14.1%}" for phase in phases.PHASES)
+    return f"{record['method']:16}{law:10}{record['size']:>5}{1e3 * record['step_s']:>9.2f}{shares}"

@@ -18,6 +18,7 @@ from bench.measure import BASELINE, CANDIDATE, REFERENCE, Arm, Clock, check_coun
 from bench.options import BenchConfig
 from bench.pairs import Pair
 from bench.workloads import Prompt, UnavailableError
+from specdec.drafts import NEEDS
 from specdec.prompts import encode
 
 WARM_UP_TOKENS = 8
@@ -38,7 +39,6 @@ class Session:
         self.prompts = {workloads.label(name): self._read(name) for name in config.workloads}
         self.records: list[dict[str, Any]] = []
         self.cost_records: list[dict[str, Any]] = []
-        self._bandwidth = 0.0
         self.journal: Journal | None = None
         self.num_resumed = 0
         self._models = _Models(config, self.device)
@@ -64,6 +64,17 @@ class Session:
         self.cost_records.append(self._record(name, benchmark, lambda: self._measure_cost(axis, size, benchmark)))
         return self.cost_records[-1]
 
+    def roofline(self) -> dict[str, Any]:
+        """How fast memory is read here, from the journal or measured and then put there."""
+        import torch
+
+        from bench import roofline
+
+        assert self.journal is not None
+        if "roofline" not in self.journal.cells:
+            self._keep("roofline", Entry(roofline.measure(torch.device(self.device)), []))
+        return self.journal.cells["roofline"].record
+
     def _record(self, name: str, benchmark: Any, measured: Callable[[], Entry]) -> dict[str, Any]:
         assert self.journal is not None
         if name in self.journal.cells:
@@ -75,11 +86,12 @@ class Session:
     def _measure_cost(self, axis: str, size: int, benchmark: Any) -> Entry:
         from bench import cost
 
-        pair = self.config.pairs[0]
-        target = self._models.engine("specdec", pair).target  # type: ignore[attr-defined]
-        self._bandwidth = self._bandwidth or cost.read_bandwidth(target.device)
+        pair, method = self.config.pairs[0], cost.needs(axis)
+        if method in NEEDS and pair.draft_for(method) is None:
+            pytest.skip(f"pair={pair.name} has no draft for method={method}; name a pair that has with --pairs")
+        engine: Any = self._models.engine("specdec", pair)
         identity = {"pair": pair.name, "dtype": self.config.dtype_of(pair), "device": self.device}
-        return Entry(*cost.measure(benchmark, target, axis, size, self._bandwidth, identity))
+        return Entry(*cost.measure(benchmark, engine, axis, size, self.roofline(), identity))
 
     def _keep(self, name: str, entry: Entry) -> None:
         assert self.journal is not None

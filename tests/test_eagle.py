@@ -124,3 +124,13 @@ def test_greedy_equals_a_full_forward_for_each_token(method: str, max_batch_size
     engine = Engine(CausalLM(model), method=method, draft=head, num_speculative_tokens=3, max_batch_size=max_batch_size)
     completions = engine.generate(tiny.PROMPTS, tiny.GREEDY)
     assert [list(completion.token_ids) for completion in completions] == expected
+
+
+def test_a_step_of_the_head_reads_its_layer_and_the_tokens_that_it_drafts() -> None:
+    """The embedding is looked up, and of the target's output head a third is drafted."""
+    model = tiny.make("llama", tiny.GQA | {"vocab_size": 96, "intermediate_size": 64}, torch.bfloat16)
+    head = new_head(model, torch.arange(0, 96, 3)).to(torch.bfloat16).requires_grad_(False)
+    trained = sum(weight.numel() for weight in head.parameters())
+    assert head.step_bytes == 2 * (trained + 32 * 32)
+    head.fuse()
+    assert head.step_bytes == 2 * (trained + 32 * 32)

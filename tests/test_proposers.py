@@ -60,6 +60,38 @@ def test_incremental_index_equals_a_full_scan(index, obvious, tokens: list[int],
         assert grown.continuation(tokens[:end], limit) == obvious(tokens[:end], limit, 1, 3)
 
 
+class Counted(list[int]):
+    """Tokens that count how many of them were looked at."""
+
+    looked_at = 0
+
+    def __getitem__(self, key):
+        found = super().__getitem__(key)
+        self.looked_at += len(found) if isinstance(key, slice) else 1
+        return found
+
+
+def most_looked_at(continuation) -> int:
+    """In one step of many, while a text of 2,000 tokens over a vocabulary of ten grows by four tokens a step."""
+    text = torch.randint(0, 10, (2000,), generator=torch.Generator().manual_seed(0)).tolist()
+    tokens, most = Counted(), 0
+    for start in range(0, len(text), 4):
+        tokens += text[start : start + 4]
+        tokens.looked_at = 0
+        continuation(tokens, 5)
+        most = max(most, tokens.looked_at)
+    return most
+
+
+@pytest.mark.parametrize("index", [LookupIndex, CountIndex])
+def test_a_step_costs_the_same_however_long_the_text_is(index) -> None:
+    """Counted, not timed: n-grams of 2, 3 and 4 are 9 tokens to look at behind each new token, and once to find them;
+    a scan of the text looks at it all.
+    """
+    assert most_looked_at(index(2, 4).continuation) <= 4 * (9 + 1) + 9 + 5
+    assert most_looked_at(lambda tokens, limit: obvious_lookup(tokens, limit, 2, 4)) > 2000
+
+
 def test_a_repeating_text_is_continued_as_repeating() -> None:
     assert LookupIndex(1, 3).continuation([7, 8, 7, 8, 7], 5) == [8, 7, 8, 7, 8]
 

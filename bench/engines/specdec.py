@@ -17,12 +17,12 @@ from specdec.models.causal import CausalLM
 
 
 class SpecdecEngine:
-    """specdec.Engine for each method and gamma, all over the same models."""
+    """specdec.Engine for each method and gamma, all over the same models. drafts: by method."""
 
     version = specdec.__version__
 
     def __init__(self, target: CausalLM, drafts: Mapping[str, Any], options: LoadOptions) -> None:
-        self.target, self.tokenizer = target, target.tokenizer
+        self.target, self.tokenizer, self.drafts = target, target.tokenizer, drafts
 
         @cache
         def engine(method: Any, gamma: Gamma, batch_size: int) -> Engine:

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from specdec.cache import RaggedCache
-from specdec.models.fusion import FusedDecoder
+from specdec.models.fusion import FusedDecoder, weight_bytes
 
 
 class UnsupportedModelError(ValueError):
@@ -45,10 +45,7 @@ class CausalLM:
     @property
     def step_bytes(self) -> int:
         """Bytes of weights that a step reads: all but the embedding table, of which it looks up a few rows."""
-        modules = [module for module in self.model.modules() if not isinstance(module, nn.Embedding)]
-        values = [value for module in modules for value in (*vars(module).values(), *module.parameters(recurse=False))]
-        weights = {id(value): value for value in values if isinstance(value, Tensor)}
-        return sum(weight.numel() * weight.element_size() for weight in weights.values())
+        return weight_bytes(module for module in self.model.modules() if not isinstance(module, nn.Embedding))
 
     @property
     def token_bytes(self) -> int:

@@ -26,7 +26,7 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
 from specdec.cache import RaggedCache
-from specdec.models.fusion import FusedLayer, Projection, Shared, Stack
+from specdec.models.fusion import FusedLayer, Projection, Shared, Stack, weight_bytes
 from specdec.wheels import explained
 
 
@@ -64,6 +64,12 @@ class EagleHead(nn.Module):
     def device(self) -> torch.device:
         """Where the weights are."""
         return self.embedding.device
+
+    @property
+    def step_bytes(self) -> int:
+        """Bytes of weights that a step reads: its own, and the rows of the output head that it drafts."""
+        own = weight_bytes([*self.fc.modules(), *self.layers.modules()])
+        return own + self.output.numel() * self.output.element_size()
 
     def allocate(self, num_slots: int, capacity: int) -> RaggedCache:
         """An empty cache; a slot's place i is for the token at i + 1, since the first has no feature before it."""

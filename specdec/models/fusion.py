@@ -12,7 +12,7 @@ What is computed is what transformers computes, in another order of rounding.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from ctypes import POINTER, pointer
 from typing import Any
 from weakref import ref
@@ -54,6 +54,13 @@ def fuse(model: Any, *, compiles: bool | None = None) -> int:
     if type(body).__name__ in _BODIES and all(isinstance(layer, FusedLayer) and layer.kernel for layer in layers):
         setattr(model, model.base_model_prefix, FusedDecoder(body))
     return num_replaced
+
+
+def weight_bytes(modules: Iterable[nn.Module]) -> int:
+    """Bytes of these modules' own weights, fused or not; what several share counts once."""
+    values = [value for module in modules for value in (*vars(module).values(), *module.parameters(recurse=False))]
+    weights = {id(value): value for value in values if isinstance(value, Tensor)}
+    return sum(weight.numel() * weight.element_size() for weight in weights.values())
 
 
 class FusedDecoder(nn.Module):

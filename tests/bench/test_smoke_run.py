@@ -147,4 +147,8 @@ def test_costs_are_measured_and_printed(tmp_path: Path, environment: dict[str, s
     assert {record["axis"] for record in records} == set(SMOKE_SWEEPS)
     assert all(record["median_s"] > 0 and record["read_bandwidth"] > 0 for record in records)
     assert all((record["roofline_share"] is None) == (record["bytes_read"] is None) for record in records)
-    assert "memory is read at" in done.stdout
+    assert len({record["read_bandwidth"] for record in records}) == 1
+    before, first_cell, _ = done.stdout.partition("bench/cost_sweep.py .")
+    assert first_cell
+    assert "roofline: memory is read at" in before
+    assert "a decode step" in done.stdout

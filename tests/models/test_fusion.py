@@ -49,6 +49,17 @@ def test_greedy_tokens_are_those_of_the_original_layers(kind: str) -> None:
         assert [list(c.token_ids) for c in completions] == expected
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_step_reads_all_weights_but_the_embedding(tied: bool) -> None:
+    """Fused or not; a tied embedding is the head's weight, and read as such."""
+    model = make("llama", WIDE | {"vocab_size": 64, "tie_word_embeddings": tied}, torch.bfloat16)
+    embedding, num_weights = 64 * 64, sum(weight.numel() for weight in model.parameters())
+    expected = 2 * (num_weights if tied else num_weights - embedding)
+    assert CausalLM(model).step_bytes == expected
+    fuse(model)
+    assert CausalLM(model).step_bytes == expected
+
+
 needs_kernels = pytest.mark.skipif(
     not kernels.available(torch.bfloat16), reason="kernels need Linux, a C++ compiler and AVX512-BF16"
 )
