@@ -1,12 +1,16 @@
-"""Results as text: `python -m bench.report RUN.json [OTHER.json ...]` prints the table of each run."""
+"""Results as text and pictures: `python -m bench.report RUN.json [OTHER.json ...] [--plots FOLDER]`.
+
+The tables of each run are printed; with --plots its pictures are drawn into FOLDER/RUN-*.png.
+"""
 
 from __future__ import annotations
 
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
-from bench import cost, table
+from bench import cost, plots, table
 
 
 def render(run: Path) -> str:
@@ -14,14 +18,34 @@ def render(run: Path) -> str:
 
     Raises ValueError if the file holds no such run.
     """
+    return _read(run)[0]
+
+
+def draw(run: Path, folder: Path) -> list[Path]:
+    """Draw a run's pictures; returns their files.
+
+    Raises ValueError if the file holds no run of these benchmarks, or matplotlib is missing.
+    """
+    _, results, records = _read(run)
+    try:
+        from bench import drawing
+    except ImportError as error:
+        raise ValueError(f"plots={folder} needs matplotlib ({error}); pip install 'specdec[bench]'") from error
+    return drawing.write(plots.pictures(records), folder, run.stem, _machine(results))
+
+
+def _read(run: Path) -> tuple[str, dict[str, Any], list[dict[str, Any]]]:
+    """(table, results, records) of a run."""
     try:
         results = json.loads(run.read_text())
         records = [benchmark["extra_info"] for benchmark in results["benchmarks"]]
         decoding = [record for record in records if "axis" not in record]
         costs = [record for record in records if "axis" in record]
         tables = [*(table.render(decoding) if decoding else []), *(cost.lines(costs) if costs else [])]
-        return "\n".join([_machine(results), "", *tables])
-    except (KeyError, TypeError, IndexError, json.JSONDecodeError) as error:
+        return "\n".join([_machine(results), "", *tables]), results, records
+    except OSError as error:
+        raise ValueError(f"{run} must be a file that can be read ({error.strerror}); check the path") from error
+    except (KeyError, TypeError, IndexError, ValueError) as error:
         raise ValueError(f"{run} must be written by `pytest bench/ --benchmark-json`; {error!r} is amiss") from error
 
 
@@ -35,8 +59,15 @@ def _machine(results: dict) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN.json")
-    for run in parser.parse_args().runs:
-        print(render(run))
+    parser.add_argument("--plots", type=Path, metavar="FOLDER", help="draw pictures into this folder; needs matplotlib")
+    arguments = parser.parse_args()
+    try:
+        for run in arguments.runs:
+            print(render(run))
+            for path in draw(run, arguments.plots) if arguments.plots else ():
+                print(f"drawn: {path}")
+    except ValueError as error:
+        parser.error(str(error))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,105 @@
+"""The pictures of `bench.plots` with matplotlib, which is imported here and nowhere else."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
+
+from bench.plots import Bars, Chart, Series
+
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")  # told apart by everybody
+MARKERS = "osD^vPX"
+
+
+def write(pictures: Sequence[Chart | Bars], folder: Path, prefix: str, footer: str) -> list[Path]:
+    """Draw the pictures into PNG files FOLDER/PREFIX-NAME.png; returns them. footer: where the numbers come from."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f"{prefix}-{picture.name}.png" for picture in pictures]
+    for path, picture in zip(paths, pictures, strict=True):
+        draw(picture, footer).savefig(path, dpi=130, metadata={"Software": None})
+    return paths
+
+
+def draw(picture: Chart | Bars, footer: str = "") -> Figure:
+    """One picture."""
+    is_chart = isinstance(picture, Chart)
+    figure = Figure((8, 4.8 if is_chart else 1.6 + 0.3 * len(picture.bars)), layout="constrained")
+    axes = figure.subplots()
+    axes.set_title(picture.title, loc="left", fontsize=10)
+    axes.set_xlabel(picture.x_label)
+    axes.spines[["top", "right"]].set_visible(False)
+    handles = _chart(axes, picture) if is_chart else _bars(axes, picture)
+    legend = figure.legend(
+        handles=handles, loc="outside lower center", ncols=2 if is_chart else 4, fontsize=8, frameon=False
+    )
+    legend.set_title(footer, {"size": 6})  # beside the legend text would lie upon it
+    legend.get_title().set_color("grey")
+    return figure
+
+
+def _chart(axes: Any, chart: Chart) -> list[Any]:
+    """Draws it; returns the legend's handles, what was measured before what was computed."""
+    handles = [_line(axes, series) for series in sorted(chart.series, key=lambda series: series.dashed)]
+    axes.set_ylabel(chart.y_label)
+    axes.grid(color="0.9")
+    axes.set_axisbelow(True)
+    if chart.log_x:
+        axes.set_xscale("log", base=2)
+    if chart.log_y:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_minor_locator(NullLocator())
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+    else:
+        axes.set_ylim(bottom=0)
+    ticks = chart.ticks or _ticks(chart)
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_locator(FixedLocator([place for place, _ in ticks]))
+    axes.set_xticklabels([label for _, label in ticks])
+    return handles
+
+
+def _line(axes: Any, series: Series) -> Any:
+    style = {"color": COLOURS[series.kind % len(COLOURS)], "label": series.label}
+    if series.dashed:
+        return axes.plot(series.x, series.y, linestyle="--", linewidth=1, **style)[0]
+    style |= {"marker": MARKERS[series.kind % len(MARKERS)], "markersize": 5}
+    if series.low is None or series.high is None:
+        return axes.plot(series.x, series.y, **style)[0]
+    below = [value - low for value, low in zip(series.y, series.low, strict=True)]
+    above = [high - value for value, high in zip(series.y, series.high, strict=True)]
+    places = [place + 0.06 * series.kind for place in series.x]  # intervals beside each other
+    return axes.errorbar(places, series.y, yerr=[below, above], capsize=3, **style)
+
+
+def _ticks(chart: Chart) -> list[tuple[float, str]]:
+    """The measured sizes; of many, the powers of two."""
+    sizes = sorted({place for series in chart.series for place in series.x})
+    powers = [size for size in sizes if not int(size) & (int(size) - 1)]
+    return [(size, f"{size:,.0f}") for size in (sizes if len(sizes) < 10 else powers)]
+
+
+def _bars(axes: Any, bars: Bars) -> list[Any]:
+    """Draws them; returns the legend's handles."""
+    handles = []
+    places = range(len(bars.bars))
+    starts = [0.0] * len(bars.bars)
+    for index, part in enumerate(bars.parts):
+        widths = [shares[index] for _, _, shares in bars.bars]
+        drawn = axes.barh(places, widths, left=starts, color=COLOURS[index], label=part, height=0.75)
+        handles.append(drawn)
+        labels = [f"{width:.0%}" if width >= 0.04 else "" for width in widths]
+        axes.bar_label(drawn, labels, label_type="center", color="white", fontsize=7)
+        starts = [start + width for start, width in zip(starts, widths, strict=True)]
+    axes.set_yticks(places, [label for label, _, _ in bars.bars], fontsize=8)
+    axes.set_ylim(len(bars.bars) - 0.5, -0.5)  # the first one on top
+    for place, (_, note, _) in enumerate(bars.bars):
+        axes.text(1.01, place, note, va="center", fontsize=8)
+    axes.set_xlim(0, 1.1)
+    axes.xaxis.set_major_locator(FixedLocator([0, 0.25, 0.5, 0.75, 1]))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0%}"))
+    return handles
