@@ -116,6 +116,7 @@ def _phases(method: str, counts: AcceptanceCounts | None, times: PhaseTimes | No
         "scoring_time_s": times.scoring_s if times else None,
         "verification_time_s": times.verification_s if times else None,
         "bookkeeping_time_s": times.bookkeeping_s if times else None,
+        "recording_time_s": times.recording_s if times else None,
         "overhead_rate": overhead_s / times.total_s
         if times and method not in ("draft_model", "eagle", "hybrid")
         else None,

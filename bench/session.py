@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -22,6 +23,7 @@ from specdec.drafts import NEEDS
 from specdec.prompts import encode
 
 WARM_UP_TOKENS = 8
+Batch = list[tuple[int, ...]]  # prompts as token ids
 
 
 class Session:
@@ -109,14 +111,16 @@ class Session:
 
         pair = next(pair for pair in self.config.pairs if pair.name == cell.pair)
         batches = self._batches(cell, pair)
-        arms = self._arms(cell, pair, batches)
+        cells = self._compared(cell)
+        warm_up_s = {name: self._warm_up(each, pair, batches) for name, each in cells.items()}
+        arms = {name: self._arm(each, pair, batches) for name, each in cells.items()}
         measurement = measure(benchmark, arms, len(batches))
         check_counts(measurement.runs[CANDIDATE], cell.method, self.config.max_tokens)
         version = self._models.engine(cell.engine, pair).version
         record = records.build(cell, pair, self.config, version, self.device, measurement)
-        return Entry(record, measurement.rounds_s)
+        return Entry(record | {"warm_up_time_s": warm_up_s[CANDIDATE]}, measurement.rounds_s)
 
-    def _batches(self, cell: Cell, pair: Pair) -> list[list[tuple[int, ...]]]:
+    def _batches(self, cell: Cell, pair: Pair) -> list[Batch]:
         """The prompts as token ids, in batches; the last one may be smaller."""
         tokenizer = self._models.engine(self.config.reference_engine, pair).tokenizer
         texts = self.prompts[cell.workload]
@@ -132,23 +136,32 @@ class Session:
                 )
         return [prompts[i : i + cell.batch_size] for i in range(0, len(prompts), cell.batch_size)]
 
-    def _arms(self, cell: Cell, pair: Pair, batches: list[list[tuple[int, ...]]]) -> dict[str, Arm]:
-        """The cell's arms, each warmed up on the longest prompts."""
+    def _compared(self, cell: Cell) -> dict[str, Cell]:
+        """The cell and what it is compared with, by arm."""
         reference = dataclasses.replace(cell, engine=self.config.reference_engine)
         cells = {CANDIDATE: cell}
         if cell.method != "autoregressive":
             cells[BASELINE] = dataclasses.replace(cell, method="autoregressive", gamma=0)
         if cell.engine != reference.engine and any(each.cell == reference and not each.skip for each in self.plans):
             cells[REFERENCE] = reference
-        longest = max(batches, key=lambda batch: (len(batch), max(map(len, batch))))
-        for each in cells.values():
-            self._generate(each, pair, longest, 0, WARM_UP_TOKENS)
-        return {name: self._arm(each, pair, batches) for name, each in cells.items()}
+        return cells
 
-    def _arm(self, cell: Cell, pair: Pair, batches: list[list[tuple[int, ...]]]) -> Arm:
+    def _warm_up(self, cell: Cell, pair: Pair, batches: list[Batch]) -> float:
+        """A few tokens after the longest prompts; on a GPU, where steps are recorded by shape, everything twice.
+
+        Returns the seconds that it took, compilation included.
+        """
+        start_s = time.perf_counter()
+        longest = max(batches, key=lambda batch: (len(batch), max(map(len, batch))))
+        self._generate(cell, pair, longest, 0, WARM_UP_TOKENS)
+        for batch in 2 * batches if self.device.startswith("cuda") else ():
+            self._generate(cell, pair, batch, 0, self.config.max_tokens)
+        return time.perf_counter() - start_s
+
+    def _arm(self, cell: Cell, pair: Pair, batches: list[Batch]) -> Arm:
         return lambda index: self._generate(cell, pair, batches[index], index * cell.batch_size, self.config.max_tokens)
 
-    def _generate(self, cell: Cell, pair: Pair, batch: list[tuple[int, ...]], first: int, max_tokens: int) -> Run:
+    def _generate(self, cell: Cell, pair: Pair, batch: Batch, first: int, max_tokens: int) -> Run:
         """Decode a batch. first: the index of its first prompt, which gives each prompt a seed of its own."""
         from specdec import SamplingParams
 

@@ -142,6 +142,8 @@ def _notes(records: Sequence[Record]) -> list[str]:
         if any(record.get("speedup_from_averaging") is not None for record in records)
         else ""
     )
+    recording_s = sum(record.get("recording_time_s") or 0 for record in records)
+    recording = f" Of the time measured {recording_s:.1f} s went into recording shapes." if recording_s else ""
     caution = ": few, so they are somewhat too narrow" if num_rounds < 10 else ""
     return textwrap.wrap(
         "latency: seconds per prompt. accepted: of the tokens drafted. length: tokens per target call. speed-up: over "
@@ -149,6 +151,6 @@ def _notes(records: Sequence[Record]) -> list[str]:
         f"{reference} is faster: over this engine with the same method and gamma. Speed-ups are geometric means over "
         f"prompts decoded side by side, with 95 % bootstrap intervals ({num_rounds} rounds{caution}). equal: outputs "
         f"the same as autoregressive decoding's, or for that as {reference}'s; in 16 bits a near tie may fall either "
-        "way." + overhead + parts,
+        "way." + overhead + recording + parts,
         118,
     )
