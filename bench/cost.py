@@ -12,9 +12,11 @@ import torch
 from bench import phases, roofline
 from bench.engines.specdec import SpecdecEngine
 from bench.journal import SCHEMA_VERSION
+from specdec.models import score
 from specdec.models.causal import CausalLM
 from specdec.models.eagle import EagleHead
 from specdec.proposers.ngram import LookupIndex
+from specdec.recording import Recorder
 from specdec.sampling import SamplingParams, SamplingState
 from specdec.timing import synchronise
 
@@ -107,11 +109,11 @@ def _step(target: CausalLM, rows: int, width: int, context: int) -> Sized:
     """A decode step of `width` tokens in each row, behind `context` tokens."""
     context = min(context, target.context_length - width)  # prompt and step together must fit
     tokens = torch.ones(rows, width, dtype=torch.int64, device=target.device)
-    cache = target.allocate(rows, context + width)
+    cache, recorder = target.allocate(rows, context + width), Recorder(target.device)
 
     def run() -> None:
         cache.lengths[:] = [context] * rows
-        target.forward(tokens, cache)
+        score(target, tokens, cache, recorder)
         synchronise(target.device)
 
     return Sized(run, target.step_bytes + rows * (context + width) * target.token_bytes, rows * width)

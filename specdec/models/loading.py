@@ -58,7 +58,7 @@ def load_pretrained(
     dtype: float16, bfloat16, float32 or float64, of every weight.
     attention: "eager" or "sdpa", the transformers implementation.
     load_format: "auto" reads the weights (from a folder or the hub: safetensors only); "dummy" draws random ones,
-        the same every time and on every device, and needs no more than the configuration (source may then also be
+        the same every time on a kind of device, and needs no more than the configuration (source may then also be
         the path of a config.json).
     Raises ValueError for an argument outside these, FileNotFoundError for a missing folder or file, and
     LoadError for damaged content and for whatever could not be fetched.
@@ -228,8 +228,9 @@ def _stored_model(place: _Place, device: torch.device, **options: Any) -> PreTra
 
 def _random_model(place: _Place, device: torch.device, **options: Any) -> PreTrainedModel:
     config, auto_class = _config_and_class(place)
-    with torch.random.fork_rng(devices=[]):  # on the CPU: the same weights for every device
-        torch.default_generator.manual_seed(0)
+    on_gpu = [device] if device.type == "cuda" else []  # drawn where they are used: billions take long on a CPU
+    with torch.random.fork_rng(devices=on_gpu), torch.device(device):
+        (torch.cuda if on_gpu else torch.default_generator).manual_seed(0)
         return cast("PreTrainedModel", auto_class.from_config(config, **options).to(device))
 
 
