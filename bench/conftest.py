@@ -34,8 +34,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_unconfigure(config: pytest.Config) -> None:
     session = config.stash.get(SESSION, None)
-    if session and session.journal:
-        session.journal.close()
+    if session:
+        session.close()
 
 
 def pytest_report_header(config: pytest.Config) -> str:
@@ -98,7 +98,7 @@ def session(pytestconfig: pytest.Config) -> Session:
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
     for private in ("node", "release"):  # the host's name and its kernel are nobody's business
         machine_info.pop(private, None)
-    machine_info.update(machine.information())
+    machine_info.update(machine.information(), versions=config.stash[SESSION].versions())
 
 
 @pytest.hookimpl(optionalhook=True)

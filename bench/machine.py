@@ -67,12 +67,11 @@ def resolve_device(device: str) -> str:
 
 
 def information() -> dict[str, Any]:
-    """For `machine_info`: versions, processor, threads, GPUs."""
+    """For `machine_info`: processor, threads, GPUs."""
     import torch
 
     gpus = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
     return {
-        "versions": versions(),
         "cpu_model": cpu_model(),
         "cpu_count": os.cpu_count(),
         "torch_num_threads": torch.get_num_threads(),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,6 +51,7 @@ class BenchConfig:
     device: str
     verification: str
     synthetic_acceptance_rates: tuple[float, ...]
+    vllm_python: Path | None
     journal: Path
     resume: bool
     smoke: bool
@@ -239,6 +241,12 @@ OPTIONS = (
         "",
         "accept draft position i with the i-th probability instead of verifying: times of shapes, not a model's output",
     ),
+    Option(
+        "vllm-python",
+        lambda name, text: _interpreter(name, text),
+        "",
+        "the Python interpreter that has vLLM, of another virtual environment; none is this one",
+    ),
     Option("verification", _one_of(VERIFICATIONS), "token", "rule that verifies a draft"),
     Option(
         "journal",
@@ -305,6 +313,16 @@ def _data_dir(name: str, text: str) -> Path | None:
     folder = Path(text).expanduser() if text else None
     _require(folder is None or folder.is_dir(), f"{name}={text!r} must be an existing folder; check the path")
     return folder
+
+
+def _interpreter(name: str, text: str) -> Path | None:
+    if not text:
+        return None
+    path = shutil.which(os.path.expanduser(text))
+    _require(
+        path is not None, f"{name}={text!r} must be a program that can be run; name a virtual environment's python"
+    )
+    return Path(os.path.abspath(str(path)))  # not resolved: a link into a virtual environment is what makes it one
 
 
 def _distinct(name: str, values: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -6,14 +6,14 @@ import dataclasses
 import hashlib
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import pytest
 
 from bench import machine, workloads
 from bench.cells import Cell, Plan, plan
-from bench.engines import BenchEngine, LoadOptions, Run, load
+from bench.engines import BenchEngine, EngineError, LoadOptions, Run, Setup, load
 from bench.journal import Entry, Journal
 from bench.measure import BASELINE, CANDIDATE, REFERENCE, Arm, Clock, check_counts, measure
 from bench.options import BenchConfig
@@ -49,6 +49,12 @@ class Session:
         """Begin or resume the journal; until then nothing has been written."""
         self.journal = Journal.open(self.config.journal, self._configuration(), resume=self.config.resume)
         self.num_resumed = sum(each.cell.id in self.journal.cells for each in self.plans)
+
+    def close(self) -> None:
+        """End what was started; the journal has every finished cell."""
+        self._models.drop()
+        if self.journal:
+            self.journal.close()
 
     def why_skipped(self, plan: Plan) -> str | None:
         """Why a cell cannot run here, and the remedy."""
@@ -112,6 +118,7 @@ class Session:
         pair = next(pair for pair in self.config.pairs if pair.name == cell.pair)
         batches = self._batches(cell, pair)
         cells = self._compared(cell)
+        self._models.prepare(cells.values(), pair)
         warm_up_s = {name: self._warm_up(each, pair, batches) for name, each in cells.items()}
         arms = {name: self._arm(each, pair, batches) for name, each in cells.items()}
         measurement = measure(benchmark, arms, len(batches))
@@ -176,7 +183,10 @@ class Session:
             )
             for row in range(len(batch))
         ]
-        return self._models.engine(cell.engine, pair).generate(batch, cell.method, cell.gamma, sampling)
+        try:
+            return self._models.engine(cell.engine, pair).generate(batch, cell.method, cell.gamma, sampling)
+        except EngineError as error:
+            pytest.fail(str(error), pytrace=False)
 
     def _read(self, workload: str) -> list[Prompt] | str:
         """The sampled prompts; the reason if a workload that nobody named is not available."""
@@ -195,10 +205,19 @@ class Session:
             )
         return workloads.sample(prompts, num_prompts, config.seed)
 
+    def versions(self) -> dict[str, str | None]:
+        """Versions of what results depend on; vLLM's is that of the interpreter that runs it."""
+        installed = machine.versions()
+        if "vllm" not in self.config.engines:
+            return installed
+        from bench.engines.vllm import installed_version
+
+        return installed | {"vllm": installed_version(self.config.vllm_python)}
+
     def _configuration(self) -> dict[str, Any]:
         """Everything that changes results: cells of different configurations must not be mixed."""
         options = dataclasses.asdict(self.config)
-        for name in ("journal", "resume", "data_dir", "named"):
+        for name in ("journal", "resume", "data_dir", "vllm_python", "named"):
             del options[name]
         texts = "\0".join(
             prompt.text for prompts in self.prompts.values() if not isinstance(prompts, str) for prompt in prompts
@@ -207,7 +226,7 @@ class Session:
             **options,
             "device": self.device,
             "prompts_sha256": hashlib.sha256(texts.encode()).hexdigest(),
-            "versions": machine.versions(),
+            "versions": self.versions(),
             "source_sha256": machine.source_sha256(),
             "cpu_model": machine.cpu_model(),
             "cpu_count": os.cpu_count(),
@@ -224,11 +243,25 @@ class _Models:
 
     def engine(self, name: str, pair: Pair) -> BenchEngine:
         if pair != self._pair:
-            self._engines.clear()
+            self.drop()
             self._pair = pair
         if name not in self._engines:
             self._engines[name] = self._load(name, pair)
         return self._engines[name]
+
+    def prepare(self, cells: Collection[Cell], pair: Pair) -> None:
+        """Make each engine ready for the cells that are its own, the others for none."""
+        for name in {*self._engines, *(cell.engine for cell in cells)}:
+            setups = {Setup(cell.method, cell.gamma, cell.batch_size) for cell in cells if cell.engine == name}
+            try:
+                self.engine(name, pair).prepare(setups)
+            except EngineError as error:
+                pytest.fail(str(error), pytrace=False)
+
+    def drop(self) -> None:
+        """Let go of all engines."""
+        while self._engines:
+            self._engines.popitem()[1].close()
 
     def _load(self, name: str, pair: Pair) -> BenchEngine:
         """Load; a model that nobody named and that cannot be had (no network) skips the cell."""
@@ -236,7 +269,11 @@ class _Models:
 
         config = self._config
         options = LoadOptions(
-            config.dtype_of(pair), self._device, config.verification, config.synthetic_acceptance_rates
+            config.dtype_of(pair),
+            self._device,
+            config.verification,
+            config.synthetic_acceptance_rates,
+            config.vllm_python,
         )
         try:
             return load(name, pair, options)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 if TYPE_CHECKING:
@@ -14,6 +15,19 @@ if TYPE_CHECKING:
 
 Gamma = int | Literal["auto"]
 METHODS = ("autoregressive", "ngram", "ngram_store", "ngram_table", "draft_model", "eagle", "hybrid")
+
+
+class EngineError(RuntimeError):
+    """An engine cannot do what a cell asks of it; the others go on. The message names it, and the remedy."""
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """How an engine is to decode: what an engine may need a process or a server of its own for."""
+
+    method: str
+    gamma: Gamma
+    batch_size: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,13 +60,25 @@ class BenchEngine(Protocol):
     version: str
     tokenizer: Any  # the target's transformers tokenizer, or None
 
+    def prepare(self, setups: Collection[Setup]) -> None:
+        """Be ready for these, which a cell is about to use, and let go of what only others needed.
+
+        Raises EngineError if that cannot be.
+        """
+        ...
+
+    def close(self) -> None:
+        """End what it started."""
+        ...
+
     def generate(
         self, prompts: Sequence[Sequence[int]], method: str, gamma: Gamma, sampling: Sequence[SamplingParams]
     ) -> Run:
         """Continue all prompts, given as token ids, together.
 
         method: one of METHODS. gamma: tokens proposed per step, 0 for "autoregressive". "auto": as
-        many as pay. sampling: one per prompt.
+        many as pay. sampling: one per prompt. They must have been prepared for.
+        Raises EngineError if the engine fails.
         """
         ...
 
@@ -71,14 +97,19 @@ class EngineKind:
 ENGINES = {
     "specdec": EngineKind("specdec", METHODS, None, ("token", "block"), ("auto gamma", "synthetic acceptance")),
     "transformers": EngineKind("transformers", ("autoregressive", "ngram", "draft_model"), max_batch_size=1),
+    "vllm": EngineKind(
+        "vllm", ("autoregressive", "ngram", "draft_model", "eagle"), extras=("synthetic acceptance", "interpreter")
+    ),
 }
 
 
-def why_not(engine: str, method: str, batch_size: int, verification: str = "token") -> str | None:
-    """Why an engine cannot run a cell, and what to do about it; None if it can."""
+def why_not(
+    engine: str, method: str, batch_size: int, verification: str = "token", vllm_python: Path | None = None
+) -> str | None:
+    """Why an engine cannot run a cell, and what to do about it; None if it can. vllm_python: as for LoadOptions."""
     kind = ENGINES[engine]
-    if importlib.util.find_spec(kind.package) is None:
-        return f"engine={engine} needs the package {kind.package}; pip install {kind.package}"
+    if missing := _why_missing(engine, vllm_python):
+        return missing
     if method not in kind.methods:
         return f"engine={engine} has no method={method}; use {', '.join(kind.methods)}"
     if method != "autoregressive" and verification not in kind.verifications:
@@ -93,14 +124,29 @@ def why_not(engine: str, method: str, batch_size: int, verification: str = "toke
     return None
 
 
+def _why_missing(engine: str, vllm_python: Path | None) -> str | None:
+    package = ENGINES[engine].package
+    if "interpreter" in ENGINES[engine].extras:
+        from bench.engines.vllm import why_no_interpreter
+
+        return why_no_interpreter(vllm_python)
+    if importlib.util.find_spec(package) is None:
+        return f"engine={engine} needs the package {package}; pip install {package}"
+    return None
+
+
 @dataclass(frozen=True, slots=True)
 class LoadOptions:
-    """How a pair's models are loaded and its drafts verified. dtype, device: names that torch knows."""
+    """How a pair's models are loaded and its drafts verified. dtype, device: names that torch knows.
+
+    vllm_python: the interpreter that runs vLLM; None is this one.
+    """
 
     dtype: str
     device: str
     verification: str = "token"
     synthetic_acceptance_rates: tuple[float, ...] = ()
+    vllm_python: Path | None = None
 
 
 def load(engine: str, pair: Pair, options: LoadOptions) -> BenchEngine:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import cache
 from typing import Any
 
 import torch
 
 import specdec
-from bench.engines import Gamma, LoadOptions, PromptResult, Run
+from bench.engines import Gamma, LoadOptions, PromptResult, Run, Setup
 from bench.pairs import Pair, folder
 from specdec import Completion, Engine, SamplingParams
 from specdec.drafts import NEEDS, load_with_drafts
@@ -37,6 +37,12 @@ class SpecdecEngine:
             )
 
         self._engine = engine
+
+    def prepare(self, setups: Collection[Setup]) -> None:
+        """Nothing: all setups share the models."""
+
+    def close(self) -> None:
+        """Nothing was started."""
 
     def generate(
         self, prompts: Sequence[Sequence[int]], method: str, gamma: Gamma, sampling: Sequence[SamplingParams]

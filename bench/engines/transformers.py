@@ -11,7 +11,7 @@ assistant, so that even a model that assists itself has tokens rejected (T = 1 w
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
-from bench.engines import Gamma, LoadOptions, PromptResult, Run
+from bench.engines import Gamma, LoadOptions, PromptResult, Run, Setup
 from bench.pairs import Pair, folder
 from specdec import AcceptanceCounts, SamplingParams
 from specdec.models.causal import eos_token_ids
@@ -36,6 +36,12 @@ class TransformersEngine:
     def __init__(self, target: Any, draft: Any, tokenizer: Any) -> None:
         self._target, self._draft, self.tokenizer = target, draft, tokenizer
         self._eos_token_ids = sorted(eos_token_ids(target))
+
+    def prepare(self, setups: Collection[Setup]) -> None:
+        """Nothing: all setups share the models."""
+
+    def close(self) -> None:
+        """Nothing was started."""
 
     def generate(
         self, prompts: Sequence[Sequence[int]], method: str, gamma: Gamma, sampling: Sequence[SamplingParams]

@@ -41,6 +41,7 @@ def make_config() -> Callable[..., BenchConfig]:
         device="cpu",
         verification="token",
         synthetic_acceptance_rates=(),
+        vllm_python=None,
         journal=Path("journal"),
         resume=False,
         smoke=False,

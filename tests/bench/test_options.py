@@ -30,7 +30,7 @@ def config(ini: dict[str, str] | None = None, environment: dict[str, str] | None
 def test_defaults_measure_the_default_pair_with_both_engines() -> None:
     defaults = config()
     assert [pair.name for pair in defaults.pairs] == ["smollm2-135m"]
-    assert defaults.engines == ("specdec", "transformers")
+    assert defaults.engines == ("specdec", "transformers", "vllm")
     assert (defaults.workloads, defaults.gammas, defaults.temperature) == (("humaneval",), (2, 4, 8), 0)
     assert defaults.journal == Path("/root-folder/.benchmarks/journal.jsonl")
     assert defaults.named == frozenset()
@@ -69,7 +69,7 @@ def test_pairs_may_be_given_by_their_models() -> None:
         ),
         ("pairs", "draft=small", "pairs='draft=small' must be names, or target=MODEL"),
         ("pairs", "smollm2-135m,smollm2-135m", "pairs='smollm2-135m,smollm2-135m' must be distinct"),
-        ("engines", "vllm", "engines='vllm' must be one of specdec, transformers"),
+        ("engines", "sglang", "engines='sglang' must be one of specdec, transformers, vllm"),
         ("engines", "", "engines='' must be one of"),
         ("workloads", "nothing", "workloads='nothing' must be humaneval, .* or an existing file"),
         ("gammas", "0", "gammas=0 must be an integer of at least 1; for plain decoding use --methods autoregressive"),

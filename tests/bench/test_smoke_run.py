@@ -86,7 +86,7 @@ def test_a_killed_run_is_resumed_where_it_was(killed: Killed, resumed: Resumed) 
     _, before = killed
     folder, output, printout = resumed
     assert finished_cells(folder)[: len(before)] == before
-    assert f"specdec: {2 * len(METHODS)} cells, {len(before)} of them taken from the journal" in printout
+    assert f"specdec: {3 * len(METHODS)} cells, {len(before)} of them taken from the journal" in printout
     assert [cell["params"]["engine"] + "-" + cell["param"].partition("-")[2] for cell in output["benchmarks"]] == CELLS
     for line, cell in zip(map(json.loads, finished_cells(folder)), output["benchmarks"], strict=True):
         assert line["rounds_s"] == cell["stats"]["data"]

