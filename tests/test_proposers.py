@@ -137,3 +137,15 @@ def test_a_draft_model_with_a_shorter_context_drafts_until_it_ends() -> None:
     drafted = [step.num_drafted for step in completion.steps]
     assert drafted[0] == 3
     assert drafted[-5:] == [0] * 5
+
+
+def test_a_row_copies_while_the_others_can_neither_copy_nor_draw() -> None:
+    """The draft model's context has ended before the prompts do."""
+    target, draft = grid_pair(4)
+    draft = type(draft)(draft.table, context_length=4)
+    engine = Engine(target, method="hybrid", draft=draft, num_speculative_tokens=3, max_batch_size=2)
+    prompts, greedy = [[0, 1, 2, 0, 1], [2, 2, 1, 0, 0]], SamplingParams(temperature=0, max_tokens=20)
+    completions = engine.generate(prompts, greedy)
+    assert [c.token_ids for c in completions] == [c.token_ids for c in Engine(target).generate(prompts, greedy)]
+    drafted = zip(*([step.num_drafted for step in c.steps] for c in completions), strict=False)
+    assert {tuple(map(bool, each)) for each in drafted} & {(True, False), (False, True)}

@@ -35,7 +35,9 @@ class HybridProposer:
         if not any(drawn_limits):
             return copied
         drawn = self._fallback.propose(batch, drawn_limits)
-        return _merged(copied, drawn) if any(guesses) else drawn
+        if not any(guesses):
+            return drawn
+        return _merged(copied, drawn) if drawn.tokens.shape[1] else copied  # it may have drawn nothing
 
 
 def _merged(copied: Draft, drawn: Draft) -> Draft:
