@@ -5,6 +5,9 @@ It pays while the probability of that, per second of its cost, is above the toke
 (the renewal-reward rule). The decision looks at costs, at past steps and at what the draft thinks of the tokens drafted
 so far, never at a uniform that verification will use: given the tokens before a position, whether there is a draft for
 it is settled before its token is drawn, so the output law stays the target's.
+
+A copy costs nothing, but to verify it does: how many tokens are copied is settled before they are looked at, by how far
+earlier copies came.
 """
 
 from __future__ import annotations
@@ -12,6 +15,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
+from operator import mul
 
 import torch
 from torch import Tensor
@@ -24,6 +29,7 @@ from specdec.timing import durations_s
 MOST = 8  # tokens drafted in a step at the most
 _MEMORY = 0.98  # weight of the past, per step
 _PRIOR = (3.0, 5.0)  # tokens accepted of tokens looked at, before any was
+_COPIED_PRIOR = (4.0, 5.0)  # the same for each position of a copy: where one token is right the next mostly is
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,9 +39,13 @@ class StepCosts:
     target_s: tuple[float, ...]
     draft_s: float
 
+    def verified_s(self, num_drafted: int) -> float:
+        """A target step that verifies that many draft tokens."""
+        return self.target_s[min(num_drafted, len(self.target_s) - 1)]
+
     def step_s(self, num_drafted: int) -> float:
         """A step that draws that many draft tokens and verifies them."""
-        return self.target_s[min(num_drafted, len(self.target_s) - 1)] + num_drafted * self.draft_s
+        return self.verified_s(num_drafted) + num_drafted * self.draft_s
 
 
 class AdaptiveLength:
@@ -45,6 +55,7 @@ class AdaptiveLength:
         self.costs = costs
         self._tokens, self._seconds = 1.0, costs.step_s(0)
         self._accepted, self._looked_at = _PRIOR
+        self._copied = [_COPIED_PRIOR] * MOST  # (accepted, looked at) by position, those before it being accepted
 
     def pays(self, reach: Sequence[float], num_drafted: int) -> list[bool]:
         """Whether to draw one more token, for each row; rows share the cost of a step.
@@ -55,14 +66,38 @@ class AdaptiveLength:
         least = cost_s * self._tokens / (self._seconds * len(reach) * self._accepted / self._looked_at)
         return [each > least for each in reach]
 
+    def num_copied(self, num_rows: int) -> int:
+        """How many tokens to copy in each of so many rows, none included: as many as bring most above their cost."""
+        tokens_per_s = self._tokens / self._seconds / num_rows  # what a row makes in the time that all rows wait
+        reach = accumulate((accepted / looked_at for accepted, looked_at in self._copied), mul)
+        brought = accumulate(reach, initial=0.0)
+        gains = [tokens - tokens_per_s * self.costs.verified_s(number) for number, tokens in enumerate(brought)]
+        return gains.index(max(gains))
+
+    def observe_copy(self, num_copied: int, num_accepted: int) -> None:
+        """Learn from a row that had something to copy: how many tokens it did, and how many of them were accepted."""
+        num_looked_at = min(num_accepted + 1, num_copied)
+        self._copied = [
+            (
+                _faded(accepted, _COPIED_PRIOR[0]) + (position < num_accepted),
+                _faded(looked_at, _COPIED_PRIOR[1]) + (position < num_looked_at),
+            )
+            for position, (accepted, looked_at) in enumerate(self._copied)
+        ]
+
     def observe(self, decided: Sequence[tuple[int, int]]) -> None:
         """Learn from a step: how many tokens each of its rows drafted, and how many of them were accepted."""
         accepted = sum(num_accepted for _, num_accepted in decided)
         looked_at = sum(min(num_accepted + 1, num_drafted) for num_drafted, num_accepted in decided)
-        self._accepted = _MEMORY * self._accepted + (1 - _MEMORY) * _PRIOR[0] + accepted
-        self._looked_at = _MEMORY * self._looked_at + (1 - _MEMORY) * _PRIOR[1] + looked_at
+        self._accepted = _faded(self._accepted, _PRIOR[0]) + accepted
+        self._looked_at = _faded(self._looked_at, _PRIOR[1]) + looked_at
         self._tokens = _MEMORY * self._tokens + accepted + len(decided)
         self._seconds = _MEMORY * self._seconds + self.costs.step_s(max(num_drafted for num_drafted, _ in decided))
+
+
+def _faded(count: float, prior: float) -> float:
+    """A count of the past, a step later."""
+    return _MEMORY * count + (1 - _MEMORY) * prior
 
 
 def confidence(logits: Tensor) -> Tensor:
@@ -75,7 +110,7 @@ def confidence(logits: Tensor) -> Tensor:
 
 def target_costs(target: LanguageModel, rows: int) -> tuple[float, ...]:
     """Seconds of a target step of 1, ..., MOST + 1 tokens in each of so many rows, the least of a few measurements."""
-    context = min(64, target.context_length - MOST - 1)
+    context = max(1, min(64, target.context_length - MOST - 1))
     cache, recorder = target.allocate(rows, context + MOST + 1), Recorder(target.device)
     tokens = torch.zeros(rows, MOST + 1, dtype=torch.int64, device=target.device)
     for row in range(rows):

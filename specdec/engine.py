@@ -73,7 +73,8 @@ class Engine:
         self._eos_token_ids: frozenset[int] = getattr(target, "eos_token_ids", frozenset())
         if draft is not None:
             check_same_vocabulary(target, draft)
-        adaptive = _adaptive(target, draft, max_batch_size) if num_speculative_tokens == "auto" else None
+        is_adaptive = num_speculative_tokens == "auto" and method != "autoregressive"
+        adaptive = _adaptive(target, draft, max_batch_size) if is_adaptive else None
         proposer = _make_proposer(target, draft, method, adaptive)
         most = MOST if num_speculative_tokens == "auto" else num_speculative_tokens
         self.num_speculative_tokens = most if proposer else 0
@@ -185,7 +186,7 @@ def _make_proposer(
     target: LanguageModel, draft: AnyDraft | None, method: Method, adaptive: AdaptiveLength | None
 ) -> Proposer | None:
     def ngram(new_index: Callable[[], TokenIndex]) -> NgramProposer:
-        return NgramProposer(target.vocab_size, target.device, new_index)
+        return NgramProposer(target.vocab_size, target.device, new_index, adaptive)
 
     if method == "ngram":
         return ngram(LookupIndex)
@@ -207,16 +208,20 @@ def _drawing_proposer(draft: Any, adaptive: AdaptiveLength | None) -> Proposer:
     return EagleProposer(draft, adaptive=adaptive)
 
 
-def _adaptive(target: LanguageModel, draft: AnyDraft | None, rows: int) -> AdaptiveLength | None:
-    """By costs measured here; None where nothing is drawn: copies are free, so there are always as many as may be."""
-    if draft is None or isinstance(draft, NgramTable):
-        return None
+def _adaptive(target: LanguageModel, draft: AnyDraft | None, rows: int) -> AdaptiveLength:
+    """By costs measured here; where nothing is drawn, only to verify costs time."""
+    draws = draft is not None and not isinstance(draft, NgramTable)
+    return AdaptiveLength(StepCosts(target_costs(target, rows), _draft_cost(target, draft, rows) if draws else 0.0))
+
+
+def _draft_cost(target: LanguageModel, draft: Any, rows: int) -> float:
+    """Seconds of drawing one draft token in each of so many rows."""
     decoder = Decoder(target, _drawing_proposer(draft, None), MOST, max_batch_size=rows)
     sampling = SamplingParams(temperature=0, max_tokens=2 * MOST)
     requests = [Request(index, (0, 0), sampling) for index in range(rows)]
     for _ in range(3):  # the first times warm up
         num_drafted = sum(step.num_drafted for row in decoder.run(requests) for step in row.steps)
-    return AdaptiveLength(StepCosts(target_costs(target, rows), decoder.times.draft_s * rows / num_drafted))
+    return decoder.times.draft_s * rows / num_drafted
 
 
 def _check_verification(verification: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -15,7 +16,12 @@ from specdec import Engine, SamplingParams
 from specdec.adaptive import MOST, AdaptiveLength, StepCosts, confidence, target_costs
 from specdec.decoding import Decoder
 from specdec.models.markov import MarkovModel
+from specdec.proposers.draft_model import DraftModelProposer
 from specdec.proposers.eagle import EagleProposer
+from specdec.proposers.hybrid import HybridProposer
+from specdec.proposers.ngram import LookupIndex, NgramProposer
+from specdec.proposers.table import NgramTable
+from specdec.requests import Batch, Generation
 
 SURE = torch.cat([QUARTERS, torch.eye(3, dtype=torch.float64)])  # some rows leave no doubt
 HALVES = QUARTERS[3:]  # such that a grid of two points will do for accepting and for the last token
@@ -51,6 +57,116 @@ def test_joint_law_of_drafts_that_end_early(mutated: bool) -> None:
     found = distance(law, joint_law(target, prompt, num_tokens))
     assert found > 0.01 if mutated else found < 1e-12
     assert lengths >= {1, 2}
+
+
+COPY_COSTS = StepCosts((1.0, 1.6, 2.36), 0.0)  # at first two tokens pay, after rejections one or none
+
+
+class EachRowAlone(NgramProposer):
+    """Copies by the real rule, but a row learns from its own past only: the grid's rows are runs beside each other."""
+
+    def __init__(self) -> None:
+        super().__init__(3, torch.device("cpu"))
+        self.proposers: dict[Generation, NgramProposer] = {}
+
+    def guess(self, batch: Batch, limits: Sequence[int]) -> list[list[int]]:
+        return [
+            self._proposer(row).guess(replace(batch, rows=[row]), [limit])[0] if row else []
+            for row, limit in zip(batch.rows, limits, strict=True)
+        ]
+
+    def _proposer(self, row: Generation) -> NgramProposer:
+        new = NgramProposer(3, torch.device("cpu"), partial(LookupIndex, 1, 2), AdaptiveLength(COPY_COSTS))
+        return self.proposers.setdefault(row, new)
+
+
+@pytest.mark.parametrize("mutated", [False, True])
+@pytest.mark.parametrize("hybrid", [False, True])
+def test_joint_law_of_copies_that_end_early(hybrid: bool, mutated: bool) -> None:
+    """Exactly, while a row copies less after rejections; the mutant ends a copy by looking at an accept uniform."""
+    target, draft = MarkovModel(table(0, HALVES)), MarkovModel(table(10, HALVES))
+    lengths = set()
+
+    def make(source, rule, max_batch_size):
+        def recording(law, draft, accept, final):
+            lengths.update(draft.lengths.tolist())
+            if mutated and draft.tokens.shape[1]:
+                last = (draft.lengths - 1).clamp(min=0)[:, None]
+                unwanted = (accept.gather(1, last)[:, 0] > 0.5) & (draft.lengths > 0)
+                draft = replace(draft, lengths=draft.lengths - unwanted.long())
+            return rule(law, draft, accept, final)
+
+        proposer = EachRowAlone()
+        if hybrid:
+            proposer = HybridProposer(proposer, DraftModelProposer(draft, source), 1)
+        return Decoder(target, proposer, 2, max_batch_size=max_batch_size, rule=recording, uniforms=source)
+
+    prompt, num_tokens = (0, 1, 2, 0, 1, 2), 5
+    law = exact_law(make, prompt, num_tokens, (2 if hybrid else 1, 2, 2))
+    found = distance(law, joint_law(target, prompt, num_tokens))
+    assert found > 0.01 if mutated else found < 1e-12
+    assert lengths == {0, 1, 2}
+
+
+def test_the_rule_for_copies() -> None:
+    """A step of one second and a twentieth for each further token; four of five are accepted at first."""
+    adaptive = AdaptiveLength(StepCosts(tuple(1 + 0.05 * width for width in range(MOST + 1)), 0.0))
+    assert adaptive.num_copied(1) == MOST, "0.8 ** 8 tokens are more than the 0.05 that the time would make"
+    costly = AdaptiveLength(StepCosts(tuple(1 + 0.3 * width for width in range(MOST + 1)), 0.0))
+    assert costly.num_copied(1) == 5, "0.8 ** 5 > 0.3 > 0.8 ** 6"
+    assert costly.num_copied(2) == MOST, "a row of two makes 0.15 tokens in that time"
+
+
+def test_copies_follow_what_became_of_those_before() -> None:
+    adaptive = AdaptiveLength(StepCosts(tuple(1 + 0.3 * width for width in range(MOST + 1)), 0.0))
+    for _ in range(300):
+        adaptive.observe_copy(5, 2)
+    assert adaptive.num_copied(1) == 2, "two are always accepted, the third never"
+    for _ in range(300):
+        adaptive.observe_copy(2, 0)
+    assert adaptive.num_copied(1) == 0, "none is"
+    for _ in range(300):
+        adaptive.observe_copy(0, 0)
+    assert adaptive.num_copied(1) == 5, "it is tried again"
+
+
+def test_a_jump_of_the_cost_is_passed_where_enough_lies_behind_it() -> None:
+    """The second token costs half a step, those behind it nothing: as with kernels that take tokens by the block."""
+    adaptive = AdaptiveLength(StepCosts((1.0, 1.0, *(1.5,) * (MOST - 1)), 0.0))
+    assert adaptive.num_copied(1) == MOST
+    for _ in range(60):
+        adaptive.observe_copy(3, 1)
+    assert adaptive.num_copied(1) == 1
+
+
+@pytest.mark.parametrize(("rate", "slope_s"), [(1.0, 0.02), (0.0, 0.3)])
+def test_the_engine_copies_while_copies_are_accepted(
+    rate: float, slope_s: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A greedy Markov target repeats itself, so there is always something to copy; what is accepted is prescribed."""
+    costs_s = tuple(1 + slope_s * width for width in range(MOST + 1))
+    monkeypatch.setattr("specdec.engine.target_costs", lambda target, rows: costs_s)
+    options = {"num_speculative_tokens": "auto", "synthetic_acceptance_rates": [rate] * MOST}
+    engine = Engine(grid_pair(1)[0], method="ngram", **options)
+    completion = engine.generate([[0, 1, 2] * 3], SamplingParams(temperature=0, max_tokens=200))[0]
+    drafted = [step.num_drafted for step in completion.steps]
+    if rate == 1:
+        assert set(drafted[:-2]) <= {0, MOST}  # none where nothing matches yet
+        assert drafted.count(MOST) > 15
+    else:
+        assert 0 < sum(drafted[100:]) < 0.3 * len(drafted[100:]), "given up, and tried again"
+
+
+@pytest.mark.parametrize("method", ["ngram", "ngram_store", "ngram_table", "hybrid"])
+@pytest.mark.parametrize("max_batch_size", [1, 3])
+def test_greedy_output_with_copies_that_end_early_is_plain_decoding(method: str, max_batch_size: int) -> None:
+    target, draft = grid_pair(4)
+    drafts = {"ngram_table": NgramTable.count([[0, 1, 2, 0, 1, 1, 2, 0, 2, 1, 0, 1, 2]], 3), "hybrid": draft}
+    options = {"num_speculative_tokens": "auto", "max_batch_size": max_batch_size}
+    engine = Engine(target, method=method, draft=drafts.get(method), **options)
+    prompts, params = [[0, 1, 2, 0], [2], [1, 1], [0, 2, 1]], SamplingParams(temperature=0, max_tokens=30)
+    plain = [completion.token_ids for completion in Engine(target).generate(prompts, params)]
+    assert [completion.token_ids for completion in engine.generate(prompts, params)] == plain
 
 
 def test_the_rule() -> None:

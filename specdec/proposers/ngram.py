@@ -12,6 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from specdec.adaptive import AdaptiveLength
 from specdec.devices import upload
 from specdec.requests import Batch, Generation
 from specdec.verification import Draft
@@ -108,13 +109,19 @@ def _sizes(min_ngram: int, max_ngram: int) -> range:
 class NgramProposer:
     """Proposes what an index of each request's own tokens suggests.
 
-    new_index: makes the index of a request.
+    new_index: makes the index of a request. adaptive: settles how much of a suggestion is proposed, and is told what
+    became of it; None for all.
     """
 
     def __init__(
-        self, vocab_size: int, device: torch.device, new_index: Callable[[], TokenIndex] = LookupIndex
+        self,
+        vocab_size: int,
+        device: torch.device,
+        new_index: Callable[[], TokenIndex] = LookupIndex,
+        adaptive: AdaptiveLength | None = None,
     ) -> None:
-        self._new_index = new_index
+        self._new_index, self._adaptive = new_index, adaptive
+        self._pending: list[tuple[Generation, int, int]] = []  # row, number of its step, tokens that it copied
         self._vocab_size, self._device = vocab_size, device
         self._indices: dict[Generation, TokenIndex] = {}
 
@@ -127,10 +134,27 @@ class NgramProposer:
         """The proposed tokens of each row, none where nothing is known."""
         old = self._indices
         self._indices = {row: old.get(row) or self._new_index() for row in batch.rows if row is not None}
-        return [
+        guesses = [
             self._indices[row].continuation(row.tokens, limit) if row and limit else []
             for row, limit in zip(batch.rows, limits, strict=True)
         ]
+        return self._cut(guesses, batch.rows, self._adaptive) if self._adaptive else guesses
+
+    def _cut(
+        self, guesses: Sequence[list[int]], rows: Sequence[Generation | None], adaptive: AdaptiveLength
+    ) -> list[list[int]]:
+        """As much of each guess as pays, by what became of those before."""
+        for row, number, num_copied in self._pending:
+            if number < len(row.steps):
+                adaptive.observe_copy(num_copied, min(row.steps[number].num_accepted, num_copied))
+        most = adaptive.num_copied(sum(row is not None for row in rows))
+        kept = [guess[:most] for guess in guesses]
+        self._pending = [
+            (row, len(row.steps), len(copied))
+            for row, guess, copied in zip(rows, guesses, kept, strict=True)
+            if row and guess
+        ]
+        return kept
 
 
 def pad(rows: Sequence[Sequence[int]], device: torch.device, width: int | None = None) -> tuple[Tensor, Tensor]:
