@@ -93,7 +93,7 @@ def sized(engine: SpecdecEngine, axis: str, size: int) -> Sized:
     if axis == "head":
         return _head_step(engine.drafts["eagle"], engine.target, size)
     if axis in ("vocabulary", "ngram"):
-        return _sampling(size) if axis == "vocabulary" else _lookup(size)
+        return _sampling(engine.target, size) if axis == "vocabulary" else _lookup(size)
     width = size if axis == "width" else WIDTH if axis.endswith(f"-of-{WIDTH}") else 1
     rows, context = (size if axis.startswith("batch") else 1), (size if axis.startswith("context") else CONTEXT)
     return _step(engine.target, rows, width, context)
@@ -135,12 +135,18 @@ def _head_step(head: EagleHead, target: CausalLM, rows: int) -> Sized:
     return Sized(run, head.step_bytes + rows * (CONTEXT + 1) * token_bytes, rows)
 
 
-def _sampling(vocab_size: int) -> Sized:
-    """The law of five positions at temperature 1 and a draw from each."""
-    torch.manual_seed(0)
-    logits, uniforms = torch.randn(1, WIDTH, vocab_size), torch.rand(1, WIDTH, dtype=torch.float64)
-    state = SamplingState([SamplingParams()], [()], [()], vocab_size, logits.device)
-    return Sized(lambda: state.law(logits).draw(uniforms), None, WIDTH)
+def _sampling(target: CausalLM, vocab_size: int) -> Sized:
+    """The law of five positions at temperature 1, of logits as the target gives them, and a draw from each."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(1, WIDTH, vocab_size, generator=generator).to(target.device, target.dtype)
+    uniforms = torch.rand(1, WIDTH, dtype=torch.float64, generator=generator).to(target.device)
+    state = SamplingState([SamplingParams()], [()], [()], vocab_size, target.device)
+
+    def run() -> None:
+        state.law(logits).draw(uniforms)
+        synchronise(target.device)
+
+    return Sized(run, None, WIDTH)
 
 
 def _lookup(num_tokens: int) -> Sized:

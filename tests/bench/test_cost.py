@@ -12,6 +12,7 @@ from bench.engines import LoadOptions, PromptResult, Run, load
 from bench.engines.specdec import SpecdecEngine
 from bench.pairs import catalogue
 from specdec import AcceptanceCounts, PhaseTimes
+from specdec.sampling import SamplingState
 
 CEILING = {"sizes": [2**20, 2**22, 2**24], "bandwidths": [4e9, 2e9, 1e9], "ways": ["a sum", "a copy", "a sum"]}
 
@@ -82,6 +83,14 @@ def test_bytes_and_tokens_of_each_axis(engine: SpecdecEngine) -> None:
         work = cost.sized(engine, axis, size)
         assert (work.bytes_read, work.tokens) == (num_bytes, tokens), axis
         work.run()
+
+
+def test_sampling_takes_logits_as_the_target_gives_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine: Any = load("specdec", catalogue()["tiny-random"], LoadOptions("bfloat16", "cpu"))
+    seen, law = [], SamplingState.law
+    monkeypatch.setattr(SamplingState, "law", lambda self, logits: seen.append(logits) or law(self, logits))
+    cost.sized(engine, "vocabulary", 50).run()
+    assert [(logits.shape, logits.dtype) for logits in seen] == [((1, 5, 50), torch.bfloat16)]
 
 
 def test_what_an_axis_needs() -> None:
