@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import astuple, dataclass, fields
 from itertools import product
 
-from bench.engines import ENGINES, Gamma, why_not
+from bench.engines import ENGINES, VLLM_DRAFTS, Gamma, why_not
 from bench.options import BenchConfig
 from bench.pairs import Pair
 from bench.workloads import label
@@ -79,7 +79,7 @@ def _plan(
     gamma: Gamma,
 ) -> Plan:
     skip = why_not(engine, method, batch_size, config.verification, config.vllm_python)
-    if not skip and method in NEEDS and pair.draft_for(method) is None:
+    if not skip and method in (*NEEDS, *VLLM_DRAFTS) and pair.draft_for(method) is None:
         skip = f"pair={pair.name} has no draft for method={method}; name one with --pairs target=MODEL,draft=MODEL"
     if skip and method != "autoregressive":
         gamma = config.gammas[0]  # one skipped cell says it for all

@@ -6,6 +6,7 @@ line wins over the environment, that over the ini file, and that over the defaul
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import shutil
@@ -16,12 +17,22 @@ from typing import Any
 
 import pytest
 
-from bench.engines import ENGINES, METHODS, Gamma
+from bench.engines import ENGINES, METHODS, VLLM_METHODS, Gamma
 from bench.pairs import Pair, parse_pairs
 from bench.workloads import parse_workloads
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 PLACEMENTS = ("same",)
+VLLM_RESERVED = {  # key of --vllm-options -> what to use instead
+    "model": "use --pairs",
+    "dtype": "use --dtype",
+    "load_format": "use a pair of bench/pairs.toml that has one",
+    "enable_prefix_caching": "prompts come again in every cell, and no other engine remembers them",
+    "disable_log_stats": "without them vLLM counts nothing",
+    "speculative_config.model": "use --pairs",
+    "speculative_config.method": "use --methods",
+    "speculative_config.num_speculative_tokens": "use --gammas",
+}
 VERIFICATIONS = tuple(dict.fromkeys(rule for kind in ENGINES.values() for rule in kind.verifications))
 
 
@@ -52,6 +63,7 @@ class BenchConfig:
     verification: str
     synthetic_acceptance_rates: tuple[float, ...]
     vllm_python: Path | None
+    vllm_options: str
     journal: Path
     resume: bool
     smoke: bool
@@ -188,9 +200,9 @@ OPTIONS = (
     ),
     Option(
         "methods",
-        _names(METHODS),
+        _names((*METHODS, *VLLM_METHODS)),
         "autoregressive,ngram,draft_model",
-        "ways to propose tokens",
+        f"ways to propose tokens; for vllm also {', '.join(VLLM_METHODS)}",
         smoke=",".join(METHODS),
     ),
     Option(
@@ -246,6 +258,13 @@ OPTIONS = (
         lambda name, text: _interpreter(name, text),
         "",
         "the Python interpreter that has vLLM, of another virtual environment; none is this one",
+    ),
+    Option(
+        "vllm-options",
+        lambda name, text: _vllm_options(name, text),
+        "{}",
+        "JSON object of vLLM's engine arguments such as tensor_parallel_size, enforce_eager, gpu_memory_utilization, "
+        "max_model_len, max_num_seqs; its speculative_config is of drafting methods, such as draft_sample_method",
     ),
     Option("verification", _one_of(VERIFICATIONS), "token", "rule that verifies a draft"),
     Option(
@@ -323,6 +342,19 @@ def _interpreter(name: str, text: str) -> Path | None:
         path is not None, f"{name}={text!r} must be a program that can be run; name a virtual environment's python"
     )
     return Path(os.path.abspath(str(path)))  # not resolved: a link into a virtual environment is what makes it one
+
+
+def _vllm_options(name: str, text: str) -> str:
+    """As canonical JSON. What other options say, and what keeps the comparison fair, cannot be said here."""
+    try:
+        options = json.loads(text)
+    except ValueError:
+        options = None
+    _require(isinstance(options, dict), f"{name}={text!r} must be a JSON object; try '{{\"enforce_eager\": true}}'")
+    given = {**options, **{f"speculative_config.{key}": "" for key in options.get("speculative_config", {})}}
+    for key, remedy in VLLM_RESERVED.items():
+        _require(key not in given, f"{name}={key} must be left to the harness; {remedy}")
+    return json.dumps(options, sort_keys=True)
 
 
 def _distinct(name: str, values: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from bench.engines import VLLM_DRAFTS
+
 
 @dataclass(frozen=True, slots=True)
 class Pair:
@@ -31,8 +33,8 @@ class Pair:
 
     def draft_for(self, method: str) -> str | None:
         """What proposes tokens under a method that needs more than the target; None if the pair has no such thing."""
-        drafts = {"draft_model": self.draft, "eagle": self.head, "ngram_table": self.table}
-        return drafts.get(method, self.head or self.draft if method == "hybrid" else None)
+        drafts = {"eagle": self.head, "ngram_table": self.table, "hybrid": self.head or self.draft}
+        return drafts.get(method, self.draft if method in ("draft_model", *VLLM_DRAFTS) else None)
 
 
 @cache

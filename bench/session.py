@@ -6,16 +6,16 @@ import dataclasses
 import hashlib
 import os
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import pytest
 
-from bench import machine, workloads
+from bench import fairness, machine, workloads
 from bench.cells import Cell, Plan, plan
 from bench.engines import BenchEngine, EngineError, LoadOptions, Run, Setup, load
 from bench.journal import Entry, Journal
-from bench.measure import BASELINE, CANDIDATE, REFERENCE, Arm, Clock, check_counts, measure
+from bench.measure import BASELINE, CANDIDATE, REFERENCE, Arm, Clock, Measurement, check_counts, measure
 from bench.options import BenchConfig
 from bench.pairs import Pair
 from bench.workloads import Prompt, UnavailableError
@@ -117,15 +117,41 @@ class Session:
 
         pair = next(pair for pair in self.config.pairs if pair.name == cell.pair)
         batches = self._batches(cell, pair)
-        cells = self._compared(cell)
+        cells = self._arm_cells(cell)
         self._models.prepare(cells.values(), pair)
         warm_up_s = {name: self._warm_up(each, pair, batches) for name, each in cells.items()}
         arms = {name: self._arm(each, pair, batches) for name, each in cells.items()}
         measurement = measure(benchmark, arms, len(batches))
-        check_counts(measurement.runs[CANDIDATE], cell.method, self.config.max_tokens)
+        self._check(cells, pair, measurement)
         version = self._models.engine(cell.engine, pair).version
         record = records.build(cell, pair, self.config, version, self.device, measurement)
-        return Entry(record | {"warm_up_time_s": warm_up_s[CANDIDATE]}, measurement.rounds_s)
+        record |= self._partings(pair, batches, measurement) | {"warm_up_time_s": warm_up_s[CANDIDATE]}
+        return Entry(record, measurement.rounds_s)
+
+    def _check(self, cells: Mapping[str, Cell], pair: Pair, measurement: Measurement) -> None:
+        """Assert that the arms were measured on equal terms, and that what they say of themselves adds up."""
+        engines = {each.engine: self._models.engine(each.engine, pair) for each in cells.values()}
+        fairness.check_terms(engines, self.config.dtype_of(pair))
+        for arm, each in cells.items():
+            check_counts(measurement.runs[arm], each.method, self.config.max_tokens)
+            stops = engines[each.engine].stop_token_ids
+            fairness.check_ends(measurement.runs[arm], stops, self.config.max_tokens)
+
+    def _partings(self, pair: Pair, batches: list[Batch], measurement: Measurement) -> dict[str, Any]:
+        """Where greedy outputs part from the reference's, else from plain decoding's, and how near a tie it is there.
+
+        The margin is specdec's target's; None without that engine.
+        """
+        theirs = measurement.runs.get(REFERENCE) or measurement.runs.get(BASELINE)
+        if not theirs or self.config.temperature > 0 or self.config.synthetic_acceptance_rates:
+            return {"first_difference_at": None, "margin_at_difference": None}
+        positions = fairness.differences(measurement.runs[CANDIDATE], theirs)
+        target = getattr(self._models.loaded("specdec"), "target", None)
+        prompts = [prompt for batch in batches for prompt in batch]
+        return {
+            "first_difference_at": positions,
+            "margin_at_difference": fairness.margins(target, prompts, theirs, positions) if target else None,
+        }
 
     def _batches(self, cell: Cell, pair: Pair) -> list[Batch]:
         """The prompts as token ids, in batches; the last one may be smaller."""
@@ -143,8 +169,8 @@ class Session:
                 )
         return [prompts[i : i + cell.batch_size] for i in range(0, len(prompts), cell.batch_size)]
 
-    def _compared(self, cell: Cell) -> dict[str, Cell]:
-        """The cell and what it is compared with, by arm."""
+    def _arm_cells(self, cell: Cell) -> dict[str, Cell]:
+        """What the cell's arms measure."""
         reference = dataclasses.replace(cell, engine=self.config.reference_engine)
         cells = {CANDIDATE: cell}
         if cell.method != "autoregressive":
@@ -249,6 +275,10 @@ class _Models:
             self._engines[name] = self._load(name, pair)
         return self._engines[name]
 
+    def loaded(self, name: str) -> BenchEngine | None:
+        """An engine, if it is in memory."""
+        return self._engines.get(name)
+
     def prepare(self, cells: Collection[Cell], pair: Pair) -> None:
         """Make each engine ready for the cells that are its own, the others for none."""
         for name in {*self._engines, *(cell.engine for cell in cells)}:
@@ -274,6 +304,7 @@ class _Models:
             config.verification,
             config.synthetic_acceptance_rates,
             config.vllm_python,
+            config.vllm_options,
         )
         try:
             return load(name, pair, options)

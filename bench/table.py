@@ -128,29 +128,31 @@ def _percent(rate: float | None) -> str:
 
 
 def _notes(records: Sequence[Record]) -> list[str]:
-    """How to read the columns."""
+    """How to read the columns, and what goes for all of them."""
     reference = records[0]["reference_engine"]
     num_rounds = min(-(-record["num_prompts"] // record["batch_size"]) for record in records)
-    overheads = [100 * rate for record in records if (rate := record["overhead_rate"]) is not None]
-    overhead = (
-        f" Outside model forwards: {min(overheads):.1f} to {max(overheads):.1f} % of the time." if overheads else ""
-    )
-    parts = (
-        " From predicted to measured, each counted in both arms: tokens cut behind a stop token, bookkeeping, prompts "
-        "and the first token; averaging is the rest: geometric means over prompts against ratios of total times. "
-        "Predicted best gamma: from acceptance by position and from costs of steps at the gammas measured."
-        if any(record.get("speedup_from_averaging") is not None for record in records)
-        else ""
-    )
-    recording_s = sum(record.get("recording_time_s") or 0 for record in records)
-    recording = f" Of the time measured {recording_s:.1f} s went into recording shapes." if recording_s else ""
     caution = ": few, so they are somewhat too narrow" if num_rounds < 10 else ""
-    return textwrap.wrap(
+    sentences = [
         "latency: seconds per prompt. accepted: of the tokens drafted. length: tokens per target call. speed-up: over "
         "the same engine's autoregressive decoding. predicted: from acceptance and phase times. "
         f"{reference} is faster: over this engine with the same method and gamma. Speed-ups are geometric means over "
         f"prompts decoded side by side, with 95 % bootstrap intervals ({num_rounds} rounds{caution}). equal: outputs "
         f"the same as autoregressive decoding's, or for that as {reference}'s; in 16 bits a near tie may fall either "
-        "way." + overhead + recording + parts,
-        118,
-    )
+        "way."
+    ]
+    if margins := [each for record in records for each in record.get("margin_at_difference") or [] if each is not None]:
+        sentences.append(
+            f"Where outputs part the two likeliest tokens are {min(margins):.3f} to {max(margins):.3f} apart "
+            "(log-probability)."
+        )
+    if overheads := [100 * rate for record in records if (rate := record["overhead_rate"]) is not None]:
+        sentences.append(f"Outside model forwards: {min(overheads):.1f} to {max(overheads):.1f} % of the time.")
+    if recording_s := sum(record.get("recording_time_s") or 0 for record in records):
+        sentences.append(f"Of the time measured {recording_s:.1f} s went into recording shapes.")
+    if any(record.get("speedup_from_averaging") is not None for record in records):
+        sentences.append(
+            "From predicted to measured, each counted in both arms: tokens cut behind a stop token, bookkeeping, "
+            "prompts and the first token; averaging is the rest: geometric means over prompts against ratios of total "
+            "times. Predicted best gamma: from acceptance by position and from costs of steps at the gammas measured."
+        )
+    return textwrap.wrap(" ".join(sentences), 118)

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 
 Gamma = int | Literal["auto"]
 METHODS = ("autoregressive", "ngram", "ngram_store", "ngram_table", "draft_model", "eagle", "hybrid")
+# vLLM's own, by its names; whether the installed version has one is seen when its engine starts
+VLLM_DRAFTS = ("eagle3", "medusa", "mlp_speculator", "dflash", "dspark")
+VLLM_METHODS = ("suffix", "ngram_gpu", "mtp", *VLLM_DRAFTS)
 
 
 class EngineError(RuntimeError):
@@ -59,6 +62,8 @@ class BenchEngine(Protocol):
 
     version: str
     tokenizer: Any  # the target's transformers tokenizer, or None
+    dtype: str  # of the weights, as torch names it
+    stop_token_ids: frozenset[int]  # the model's own, unless they are ignored
 
     def prepare(self, setups: Collection[Setup]) -> None:
         """Be ready for these, which a cell is about to use, and let go of what only others needed.
@@ -76,7 +81,7 @@ class BenchEngine(Protocol):
     ) -> Run:
         """Continue all prompts, given as token ids, together.
 
-        method: one of METHODS. gamma: tokens proposed per step, 0 for "autoregressive". "auto": as
+        method: one of METHODS or VLLM_METHODS. gamma: tokens proposed per step, 0 for "autoregressive". "auto": as
         many as pay. sampling: one per prompt. They must have been prepared for.
         Raises EngineError if the engine fails.
         """
@@ -98,7 +103,10 @@ ENGINES = {
     "specdec": EngineKind("specdec", METHODS, None, ("token", "block"), ("auto gamma", "synthetic acceptance")),
     "transformers": EngineKind("transformers", ("autoregressive", "ngram", "draft_model"), max_batch_size=1),
     "vllm": EngineKind(
-        "vllm", ("autoregressive", "ngram", "draft_model", "eagle"), extras=("synthetic acceptance", "interpreter")
+        "vllm",
+        ("autoregressive", "ngram", "draft_model", "eagle", *VLLM_METHODS),
+        verifications=("token", "block"),
+        extras=("synthetic acceptance", "interpreter"),
     ),
 }
 
@@ -139,7 +147,7 @@ def _why_missing(engine: str, vllm_python: Path | None) -> str | None:
 class LoadOptions:
     """How a pair's models are loaded and its drafts verified. dtype, device: names that torch knows.
 
-    vllm_python: the interpreter that runs vLLM; None is this one.
+    vllm_python: the interpreter that runs vLLM; None is this one. vllm_options: JSON, vLLM's own options.
     """
 
     dtype: str
@@ -147,6 +155,7 @@ class LoadOptions:
     verification: str = "token"
     synthetic_acceptance_rates: tuple[float, ...] = ()
     vllm_python: Path | None = None
+    vllm_options: str = "{}"
 
 
 def load(engine: str, pair: Pair, options: LoadOptions) -> BenchEngine:

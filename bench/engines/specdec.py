@@ -23,6 +23,7 @@ class SpecdecEngine:
 
     def __init__(self, target: CausalLM, drafts: Mapping[str, Any], options: LoadOptions) -> None:
         self.target, self.tokenizer, self.drafts = target, target.tokenizer, drafts
+        self.dtype, self.stop_token_ids = str(target.dtype).removeprefix("torch."), target.eos_token_ids
 
         @cache
         def engine(method: Any, gamma: Gamma, batch_size: int) -> Engine:

@@ -35,7 +35,7 @@ class TransformersEngine:
 
     def __init__(self, target: Any, draft: Any, tokenizer: Any) -> None:
         self._target, self._draft, self.tokenizer = target, draft, tokenizer
-        self._eos_token_ids = sorted(eos_token_ids(target))
+        self.dtype, self.stop_token_ids = str(target.dtype).removeprefix("torch."), eos_token_ids(target)
 
     def prepare(self, setups: Collection[Setup]) -> None:
         """Nothing: all setups share the models."""
@@ -48,7 +48,7 @@ class TransformersEngine:
     ) -> Run:
         ((prompt,), (params,)) = prompts, sampling
         tokens = torch.tensor([list(prompt)], device=self._target.device)
-        stop_token_ids = [] if params.ignore_eos else self._eos_token_ids
+        stop_token_ids = [] if params.ignore_eos else sorted(self.stop_token_ids)
         config = _generation_config(params, stop_token_ids)
         arguments: dict[str, Any] = {"assistant_model": self._draft} if method == "draft_model" else {}
         if method == "ngram":

@@ -9,6 +9,7 @@ no times of phases.
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -41,7 +42,8 @@ class VllmEngine:
     version = ""
 
     def __init__(self, pair: Pair, options: LoadOptions, stop_token_ids: Collection[int]) -> None:
-        self._pair, self._options, self._stop_token_ids = pair, options, sorted(stop_token_ids)
+        self._pair, self._options, self.dtype = pair, options, options.dtype
+        self.stop_token_ids = frozenset(stop_token_ids)
         self._workers: dict[Setup, Worker] = {}
 
     @property
@@ -102,7 +104,7 @@ class VllmEngine:
             "max_tokens": params.max_tokens,
             # by id, so that both end at the very same tokens
             "ignore_eos": True,
-            "stop_token_ids": [*params.stop_token_ids, *([] if params.ignore_eos else self._stop_token_ids)],
+            "stop_token_ids": [*params.stop_token_ids, *([] if params.ignore_eos else sorted(self.stop_token_ids))],
         }
 
 
@@ -129,9 +131,13 @@ def configuration(pair: Pair, options: LoadOptions, setup: Setup) -> dict[str, A
         engine["max_model_len"] = pair.context
     if options.device.startswith("cuda"):
         engine["gpu_memory_utilization"] = GPU_SHARE
+    given = json.loads(options.vllm_options)
+    drafting = given.pop("speculative_config", {})
     speculative = _speculative(pair, options, setup)
+    if speculative:
+        speculative |= drafting
     return {
-        "engine": engine,
+        "engine": engine | given,
         "speculative": speculative,
         "optional": {"per_request_spec_decode_metrics": "summary"} if speculative else {},
     }
@@ -145,6 +151,8 @@ def _speculative(pair: Pair, options: LoadOptions, setup: Setup) -> dict[str, An
         config |= LOOKUP_SIZES
     elif draft := pair.draft_for(setup.method):
         config["model"] = resolve(folder(draft))
+    if options.verification != "token":
+        config["rejection_sample_method"] = options.verification
     if options.synthetic_acceptance_rates:
         assert isinstance(setup.gamma, int)
         rates = [*options.synthetic_acceptance_rates[: setup.gamma]]

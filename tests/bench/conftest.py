@@ -42,6 +42,7 @@ def make_config() -> Callable[..., BenchConfig]:
         verification="token",
         synthetic_acceptance_rates=(),
         vllm_python=None,
+        vllm_options="{}",
         journal=Path("journal"),
         resume=False,
         smoke=False,

@@ -94,6 +94,14 @@ def test_pairs_may_be_given_by_their_models() -> None:
         ("synthetic_acceptance_rates", "0.5,0.6", "synthetic_acceptance_rates=0.5,0.6 must not rise"),
         ("verification", "magic", "verification='magic' must be token or block"),
         ("data_dir", "/no/such/folder", "data_dir='/no/such/folder' must be an existing folder"),
+        ("vllm_python", "/no/such/python", "vllm_python='/no/such/python' must be a program that can be run; name a"),
+        ("vllm_options", "[]", "vllm_options='\\[\\]' must be a JSON object; try"),
+        ("vllm_options", '{"dtype": "half"}', "vllm_options=dtype must be left to the harness; use --dtype"),
+        (
+            "vllm_options",
+            '{"speculative_config": {"method": "ngram"}}',
+            "vllm_options=speculative_config.method must be left to the harness; use --methods",
+        ),
         ("resume", "perhaps", "resume='perhaps' must be true or false"),
     ],
 )

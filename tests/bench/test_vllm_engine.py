@@ -121,6 +121,16 @@ def test_prescribed_acceptance_has_a_rate_for_each_position() -> None:
     assert configuration(TINY, options, PLAIN)["speculative"] is None
 
 
+def test_options_of_vllm_are_added_to_what_the_harness_says() -> None:
+    given = {"enforce_eager": True, "max_num_seqs": 8, "speculative_config": {"draft_tensor_parallel_size": 1}}
+    options = LoadOptions("float32", "cpu", verification="block", vllm_options=json.dumps(given))
+    plain, drafted = (configuration(TINY, options, setup) for setup in (PLAIN, DRAFTED))
+    assert (plain["engine"]["enforce_eager"], plain["engine"]["max_num_seqs"]) == (True, 8)
+    assert plain["speculative"] is None
+    assert drafted["speculative"]["draft_tensor_parallel_size"] == 1
+    assert drafted["speculative"]["rejection_sample_method"] == "block"
+
+
 def test_stop_tokens_are_given_by_id() -> None:
     engine = VllmEngine(TINY, OPTIONS, {7, 5})
     sampling = engine._sampling(SamplingParams(temperature=0.5, top_p=0.9, top_k=3, seed=4, stop_token_ids=(9,)))

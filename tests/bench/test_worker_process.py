@@ -119,10 +119,10 @@ class LLM:
         raise MemoryError("out of memory")
 """
 CONFIG = """
-import dataclasses
+import dataclasses, typing
 @dataclasses.dataclass
 class SpeculativeConfig:
-    method: str = ""
+    method: typing.Literal["ngram", typing.Literal["eagle"]] | None = None
     num_speculative_tokens: int = 1
     target_model_config: object = None
 """
@@ -149,6 +149,11 @@ def environment(tmp_path: Path) -> dict[str, str]:
             {},
             {"method": "ngram", "target_model_config": 1},
             "it: speculative_config target_model_config must be known to vLLM 9.8, .*; use method, num_speculative",
+        ),
+        (
+            {},
+            {"method": "suffix"},
+            "it: method=suffix must be known to vLLM 9.8, which is installed; use eagle, ngram$",
         ),
         ({}, None, "it failed: MemoryError: out of memory; its last output was:\na greeting .*\na word before the end"),
     ],

@@ -15,7 +15,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, TextIO
+from typing import Any, TextIO, get_args, get_type_hints
 
 PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
 COUNTERS = {
@@ -78,8 +78,10 @@ def start(
     if speculative is not None:
         names = field_names(SpeculativeConfig) - FILLED_IN_BY_VLLM
         check_keys("speculative_config", speculative, names, vllm.__version__)
+        check_method(speculative.get("method"), SpeculativeConfig, vllm.__version__)
         engine = {**engine, "speculative_config": speculative}
     llm = LLM(**engine, **{key: value for key, value in optional.items() if key in known})
+    check_rule(llm.llm_engine.vllm_config, vllm.__version__)
     return llm, {"version": vllm.__version__, "dropped": sorted(set(optional) - known), **described(llm)}
 
 
@@ -93,6 +95,26 @@ def check_keys(name: str, given: Iterable[str], known: set[str], version: str) -
         raise Refused(
             f"{name} {', '.join(unknown)} must be known to vLLM {version}, which is installed; "
             f"use {', '.join(sorted(known))}"
+        )
+
+
+def check_method(method: str | None, kind: Any, version: str) -> None:
+    """Raises Refused for a method that this version's own class does not list, if it lists them."""
+    hint = get_type_hints(kind).get("method")
+    known = {name for part in (hint, *get_args(hint)) for name in get_args(part) if isinstance(name, str)}
+    if known and method is not None and method not in known:
+        raise Refused(
+            f"method={method} must be known to vLLM {version}, which is installed; use {', '.join(sorted(known))}"
+        )
+
+
+def check_rule(config: Any, version: str) -> None:
+    """Raises Refused where vLLM accepts a rule of verification but follows another: only its newer runner has block."""
+    rule = getattr(config.speculative_config, "rejection_sample_method", "standard")
+    if rule == "block" and not getattr(config, "use_v2_model_runner", False):
+        raise Refused(
+            f"rejection_sample_method=block must have a model runner that follows it, which vLLM {version} does not "
+            "use here; use --verification token"
         )
 
 
@@ -125,6 +147,8 @@ def generate(llm: Any, prompts: list[list[int]], sampling: list[dict[str, Any]])
         now_s = time.perf_counter() - start_s
         for output in outputs:
             rows[output.request_id].take(output.outputs[0], now_s)
+            if output.finished and list(output.prompt_token_ids) != prompts[int(output.request_id)]:
+                raise RuntimeError(f"prompt {output.request_id} must be continued as it was given, but vLLM changed it")
     return {
         "results": [dataclasses.asdict(row) for row in rows.values()],
         "counters": difference(counters(llm), before),
