@@ -78,7 +78,7 @@ def _plan(
     method: str,
     gamma: Gamma,
 ) -> Plan:
-    skip = why_not(engine, method, batch_size, config.verification, config.vllm_python)
+    skip = why_not(engine, method, batch_size, config.verification, config.vllm)
     if not skip and method in (*NEEDS, *VLLM_DRAFTS) and pair.draft_for(method) is None:
         skip = f"pair={pair.name} has no draft for method={method}; name one with --pairs target=MODEL,draft=MODEL"
     if skip and method != "autoregressive":

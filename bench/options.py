@@ -14,10 +14,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 
-from bench.engines import ENGINES, METHODS, VLLM_METHODS, Gamma
+from bench.engines import ENGINES, METHODS, VLLM_METHODS, Gamma, VllmOptions
 from bench.pairs import Pair, parse_pairs
 from bench.workloads import parse_workloads
 
@@ -64,6 +65,7 @@ class BenchConfig:
     synthetic_acceptance_rates: tuple[float, ...]
     vllm_python: Path | None
     vllm_options: str
+    server_url: str | None
     journal: Path
     resume: bool
     smoke: bool
@@ -76,6 +78,11 @@ class BenchConfig:
                 f"batch_sizes={largest} must be at most num_prompts={self.num_prompts}; "
                 "raise --num-prompts or lower --batch-sizes"
             )
+
+    @property
+    def vllm(self) -> VllmOptions:
+        """How vLLM is had."""
+        return VllmOptions(self.vllm_python, self.vllm_options, self.server_url)
 
     @property
     def reference_engine(self) -> str:
@@ -188,7 +195,7 @@ OPTIONS = (
     Option(
         "engines",
         _names(tuple(ENGINES)),
-        ",".join(ENGINES),
+        "specdec,transformers,vllm",
         "engines to measure; the first is the reference that the others are compared with",
     ),
     Option(
@@ -265,6 +272,13 @@ OPTIONS = (
         "{}",
         "JSON object of vLLM's engine arguments such as tensor_parallel_size, enforce_eager, gpu_memory_utilization, "
         "max_model_len, max_num_seqs; its speculative_config is of drafting methods, such as draft_sample_method",
+    ),
+    Option(
+        "server-url",
+        lambda name, text: _url(name, text),
+        "",
+        "a vLLM server that is up, for engine vllm-server; none starts one. Its API key, if it asks for one, is read "
+        "from SPECDEC_SERVER_API_KEY",
     ),
     Option("verification", _one_of(VERIFICATIONS), "token", "rule that verifies a draft"),
     Option(
@@ -355,6 +369,16 @@ def _vllm_options(name: str, text: str) -> str:
     for key, remedy in VLLM_RESERVED.items():
         _require(key not in given, f"{name}={key} must be left to the harness; {remedy}")
     return json.dumps(options, sort_keys=True)
+
+
+def _url(name: str, text: str) -> str | None:
+    """A server's address without a key in it: it is printed."""
+    parts = urlsplit(text)
+    _require(
+        not text or (parts.scheme in ("http", "https") and bool(parts.hostname) and not parts.username),
+        f"{name} must be http://HOST:PORT or https://HOST:PORT; an API key goes into SPECDEC_SERVER_API_KEY",
+    )
+    return text or None
 
 
 def _distinct(name: str, values: tuple[Any, ...]) -> tuple[Any, ...]:

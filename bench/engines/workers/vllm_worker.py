@@ -64,13 +64,24 @@ def serve(requests: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
 def start(
     engine: dict[str, Any], speculative: dict[str, Any] | None, optional: dict[str, Any]
 ) -> tuple[Any, dict[str, Any]]:
-    """The engine, and what is to be known of it.
+    """The engine, and what is to be known of it; arguments and errors as for `checked`."""
+    import vllm
 
-    engine, speculative: arguments of vLLM's EngineArgs and SpeculativeConfig; one that this version does not know is
-    an error. optional: EngineArgs that are left out, and told so, where this version does not know them.
+    arguments = checked(engine, speculative, optional)
+    llm = vllm.LLM(**arguments)
+    check_rule(llm.llm_engine.vllm_config, vllm.__version__)
+    dropped = sorted(set(optional) - set(arguments))
+    return llm, {"version": vllm.__version__, "dropped": dropped, **described(llm)}
+
+
+def checked(engine: dict[str, Any], speculative: dict[str, Any] | None, optional: dict[str, Any]) -> dict[str, Any]:
+    """All arguments of the engine.
+
+    engine, speculative: of vLLM's EngineArgs and SpeculativeConfig. optional: EngineArgs that are left out where this
+    version does not know them. Raises Refused for others that it does not know.
     """
     import vllm
-    from vllm import LLM, EngineArgs
+    from vllm import EngineArgs
     from vllm.config import SpeculativeConfig
 
     known = field_names(EngineArgs)
@@ -80,9 +91,7 @@ def start(
         check_keys("speculative_config", speculative, names, vllm.__version__)
         check_method(speculative.get("method"), SpeculativeConfig, vllm.__version__)
         engine = {**engine, "speculative_config": speculative}
-    llm = LLM(**engine, **{key: value for key, value in optional.items() if key in known})
-    check_rule(llm.llm_engine.vllm_config, vllm.__version__)
-    return llm, {"version": vllm.__version__, "dropped": sorted(set(optional) - known), **described(llm)}
+    return {**engine, **{key: value for key, value in optional.items() if key in known}}
 
 
 def field_names(kind: Any) -> set[str]:

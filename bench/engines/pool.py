@@ -1,0 +1,56 @@
+"""What was started for setups: at most two at a time, a candidate and its baseline."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from typing import Generic, Protocol, TypeVar
+
+from bench.engines import Gamma, Setup
+
+MOST = 2
+
+
+class Closable(Protocol):
+    """Something that was started and can be ended."""
+
+    def close(self) -> None: ...
+
+
+T = TypeVar("T", bound=Closable)
+
+
+class Pool(Generic[T]):
+    """Starts what setups need, and ends it when they no longer do. start: makes one; it takes minutes and gigabytes."""
+
+    def __init__(self, start: Callable[[Setup], T]) -> None:
+        self._start = start
+        self._running: dict[Setup, T] = {}
+
+    def __len__(self) -> int:
+        return len(self._running)
+
+    def prepare(self, setups: Collection[Setup]) -> None:
+        """End what these do not need, but keep a baseline while there is room; start what they lack."""
+        idle = [setup for setup in self._running if setup not in setups]
+        for setup in idle:
+            if setup.method != "autoregressive" or len(setups) >= MOST:
+                self._running.pop(setup).close()
+        for setup in setups:
+            if setup not in self._running:
+                self._running[setup] = self._start(setup)
+
+    def find(self, method: str, gamma: Gamma, num_prompts: int) -> tuple[Setup, T]:
+        """What was started for these, and for at least as many prompts."""
+        return next(
+            (setup, each)
+            for setup, each in self._running.items()
+            if (setup.method, setup.gamma) == (method, gamma) and setup.batch_size >= num_prompts
+        )
+
+    def drop(self, setup: Setup) -> None:
+        """End one that failed; the next cell that needs it starts another."""
+        self._running.pop(setup).close()
+
+    def close(self) -> None:
+        while self._running:
+            self._running.popitem()[1].close()

@@ -1,0 +1,229 @@
+"""vLLM as its users run it: a server, one that is up or one that is started here on the loopback interface.
+
+A server that is up (--server-url) has one model and one way to draft, which cells must agree with; what it does not
+tell, such as its number format, is taken on trust. Tokens are counted by the stream: where it brings those of several
+steps at once, the steps cannot be counted, and the cell has no acceptance.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sys
+import time
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bench.engines import EngineError, Gamma, LoadOptions, PromptResult, Run, Setup
+from bench.engines.completions import BusyError, Client
+from bench.engines.pool import Pool
+from bench.engines.process import Child
+from bench.engines.vllm import (
+    CALL_TIMEOUT_S,
+    SCRIPT,
+    START_TIMEOUT_S,
+    acceptance,
+    configuration,
+    preloads,
+    sampling_arguments,
+    stop_tokens,
+)
+from bench.pairs import Pair, folder
+from specdec import AcceptanceCounts, SamplingParams
+from specdec.models.loading import read_vocabulary, resolve
+
+NUM_ATTEMPTS = 3
+FIRST_PAUSE_S = 0.5  # between attempts; each pause is twice the one before
+KEY_VARIABLE = "SPECDEC_SERVER_API_KEY"
+
+
+@dataclass(frozen=True, slots=True)
+class Server:
+    """A server that answers. model: the name of what it serves. child: the process, if it was started here."""
+
+    client: Client
+    model: str
+    child: Child | None = None
+
+    def close(self) -> None:
+        if self.child:
+            self.child.close()
+
+
+class VllmServerEngine:
+    """vLLM's server with a pair's target: the one at `server_url`, or one for each setup, at most two at a time."""
+
+    version = ""
+
+    def __init__(self, pair: Pair, options: LoadOptions, stop_token_ids: Collection[int]) -> None:
+        self._pair, self._options, self.dtype = pair, options, options.dtype
+        self.stop_token_ids = frozenset(stop_token_ids)
+        self._servers: Pool[Server] = Pool(self._found if options.vllm.server_url else self._started)
+
+    @property
+    def tokenizer(self) -> Any:
+        return read_vocabulary(folder(self._pair.target), self._pair.load_format).tokenizer
+
+    def prepare(self, setups: Collection[Setup]) -> None:
+        self._servers.prepare(setups)
+
+    def close(self) -> None:
+        self._servers.close()
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], method: str, gamma: Gamma, sampling: Sequence[SamplingParams]
+    ) -> Run:
+        setup, server = self._servers.find(method, gamma, len(prompts))
+        requests = [
+            request(server.model, prompt, sampling_arguments(params, self.stop_token_ids))
+            for prompt, params in zip(prompts, sampling, strict=True)
+        ]
+        try:
+            return run(server.client, requests)
+        except EngineError as error:
+            has_ended = server.child is not None and server.child.process.poll() is not None
+            failure = (
+                server.child.failure(f"must go on, but {server.child.end()}") if has_ended and server.child else error
+            )
+            self._servers.drop(setup)
+            raise failure from error
+
+    def _found(self, setup: Setup) -> Server:
+        """The server that is up, if it serves the pair's target and drafts as the setup says."""
+        client = Client(str(self._options.vllm.server_url), os.environ.get(KEY_VARIABLE), CALL_TIMEOUT_S)
+        model = client.model()
+        check_model(client.url, model, self._pair)
+        check_drafting(client.url, client.counters(), setup)
+        self.version = client.version()
+        return Server(client, model["id"])
+
+    def _started(self, setup: Setup) -> Server:
+        python = str(self._options.vllm.python or sys.executable)
+        address = {"host": "127.0.0.1", "port": free_port()}
+        config = configuration(self._pair, self._options, setup) | {"address": address}
+        config["engine"].pop("skip_tokenizer_init")
+        config["engine"].pop("disable_log_stats")
+        command = [python, str(SCRIPT.with_name("vllm_server.py")), json.dumps(config)]
+        environment = server_environment(python, self._options.device)
+        child = Child(f"engine=vllm-server, {setup}", command, environment, all_output=True)
+        client = Client("http://{host}:{port}".format(**address), environment.get("VLLM_API_KEY"), CALL_TIMEOUT_S)
+        try:
+            wait_until_healthy(client, child, START_TIMEOUT_S)
+            self.version = client.version()
+            return Server(client, client.model()["id"], child)
+        except BaseException:
+            child.close()
+            raise
+
+
+def load(pair: Pair, options: LoadOptions) -> VllmServerEngine:
+    """The engine; servers are started, or looked at, when they are first needed."""
+    return VllmServerEngine(pair, options, stop_tokens(resolve(folder(pair.target))))
+
+
+def server_environment(python: str, device: str, environment: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """The variables of a server, which binds its threads itself: here to all CPUs, as the other engines have them."""
+    own = {name: value for name, value in environment.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
+    own["VLLM_NO_USAGE_STATS"] = "1"
+    if KEY_VARIABLE in own:
+        own["VLLM_API_KEY"] = own[KEY_VARIABLE]
+    if device.startswith("cuda"):
+        return own
+    cpus = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    binding = {"VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cpus))} if cpus else {}
+    return {"VLLM_CPU_KVCACHE_SPACE": "1", **binding, **own, **preloads(python, own)}
+
+
+def free_port() -> int:
+    """A port of the loopback interface that nobody listens on now."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return int(listener.getsockname()[1])
+
+
+def wait_until_healthy(client: Client, child: Child, timeout_s: float) -> None:
+    """Raises EngineError with its last output if a server ends before it answers, or does not in time."""
+    deadline_s = time.monotonic() + timeout_s
+    while not client.is_healthy():
+        if child.process.poll() is not None:
+            raise child.failure(f"must serve, but {child.end()}")
+        if time.monotonic() > deadline_s:
+            raise child.failure(f"must serve within {timeout_s:g} s, but does not")
+        time.sleep(0.2)
+
+
+def check_model(url: str, model: Mapping[str, Any], pair: Pair) -> None:
+    """Raises EngineError if a server has another model: by its name, its origin, or the last part of either."""
+    served = {str(model["id"]), str(model.get("root") or model["id"])}
+    names = served | {Path(name).name for name in served}
+    if not names & {pair.target, folder(pair.target), resolve(folder(pair.target)), Path(pair.target).name}:
+        raise EngineError(
+            f"server={url} must serve target={pair.target} of pair={pair.name}, but serves {model['id']}; give another "
+            f"--server-url, or --pairs target=MODEL with that model"
+        )
+
+
+def check_drafting(url: str, counters: Mapping[str, Any], setup: Setup) -> None:
+    """Raises EngineError if a server's counters show that it drafts otherwise. By which method it does not tell."""
+    found = len(counters.get("accepted_at", ()))
+    wanted = setup.gamma if setup.method != "autoregressive" else 0
+    if found != wanted:
+        raise EngineError(
+            f"server={url} must draft gamma={wanted} tokens for method={setup.method}, but drafts {found}; "
+            f"use {'--methods with its method and ' if found else ''}"
+            f"{f'--gammas {found}' if found else '--methods autoregressive'}"
+        )
+
+
+def request(model: str, prompt: Sequence[int], sampling: Mapping[str, Any]) -> dict[str, Any]:
+    """A request for a streamed completion, all in token ids."""
+    return {
+        "model": model,
+        "prompt": list(prompt),
+        **sampling,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+        "return_token_ids": True,
+    }
+
+
+def run(client: Client, requests: Sequence[Mapping[str, Any]]) -> Run:
+    """What became of requests that are made side by side; all are made again if the server is busy."""
+    before = client.counters()
+    rows = _attempted(client, requests)
+    after = client.counters()
+    # of this run alone, if nobody else used the server; a lone prompt's are then its own
+    is_ours = after["num_finished"] - before["num_finished"] == len(requests) == 1 and "num_drafts" in after
+    ours = difference(after, before) if is_ours else None
+    return Run(tuple(_result(row, row["drafts"] or ours, "num_drafts" in after) for row in rows))
+
+
+def difference(after: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, Any]:
+    """What counters grew by."""
+    grown = {name: after[name] - before[name] for name in after if name != "accepted_at"}
+    accepted_at = [new - old for new, old in zip(after["accepted_at"], before["accepted_at"], strict=True)]
+    return grown | {"accepted_at": accepted_at}
+
+
+def _attempted(client: Client, requests: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    for attempt in range(1, NUM_ATTEMPTS):
+        try:
+            return client.complete(requests)
+        except BusyError:
+            time.sleep(FIRST_PAUSE_S * 2 ** (attempt - 1))
+    return client.complete(requests)
+
+
+def _result(row: Mapping[str, Any], drafts: Mapping[str, Any] | None, is_drafting: bool) -> PromptResult:
+    counts = None if is_drafting and drafts is None else _counts(row["emitted"], drafts)
+    return PromptResult(tuple(row["token_ids"]), row["first_s"], row["last_s"], counts, row["finish_reason"])
+
+
+def _counts(emitted: Sequence[int], drafts: Mapping[str, Any] | None) -> AcceptanceCounts | None:
+    """None where the stream brought the tokens of several steps at once."""
+    try:
+        return acceptance(emitted, drafts)
+    except EngineError:
+        return None

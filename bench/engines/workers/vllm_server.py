@@ -1,0 +1,42 @@
+"""Starts vLLM's own server: a script for the interpreter that has vLLM.
+
+Its one argument is JSON: the same configuration as a worker's first request, and where to listen. The configuration is
+checked against the installed version first.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import vllm_worker  # beside this file
+
+
+def main() -> None:
+    configuration = json.loads(sys.argv[1])
+    address = configuration.pop("address")
+    try:
+        engine = vllm_worker.checked(**configuration)
+    except vllm_worker.Refused as error:
+        sys.exit(str(error))
+    sys.argv = ["vllm", "serve", engine.pop("model"), *arguments({**engine, **address})]
+    from vllm.entrypoints.cli.main import main as run
+
+    run()
+
+
+def arguments(options: Mapping[str, Any]) -> Iterator[str]:
+    """Options of the command line from keyword arguments."""
+    for key, value in options.items():
+        name = key.replace("_", "-")
+        if isinstance(value, bool):
+            yield f"--{name}" if value else f"--no-{name}"
+        else:
+            yield f"--{name}"
+            yield value if isinstance(value, str) else json.dumps(value)
+
+
+if __name__ == "__main__":  # vLLM starts processes of its own, which read this file again
+    main()
