@@ -7,6 +7,7 @@ checked against the installed version first.
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -21,10 +22,9 @@ def main() -> None:
         engine = vllm_worker.checked(**configuration)
     except vllm_worker.Refused as error:
         sys.exit(str(error))
-    sys.argv = ["vllm", "serve", engine.pop("model"), *arguments({**engine, **address})]
-    from vllm.entrypoints.cli.main import main as run
-
-    run()
+    # not the command `vllm`: it wants the package to be called so, which builds for some hardware are not
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *arguments({**engine, **address})]
+    os.execv(sys.executable, command)
 
 
 def arguments(options: Mapping[str, Any]) -> Iterator[str]:
@@ -38,5 +38,5 @@ def arguments(options: Mapping[str, Any]) -> Iterator[str]:
             yield value if isinstance(value, str) else json.dumps(value)
 
 
-if __name__ == "__main__":  # vLLM starts processes of its own, which read this file again
+if __name__ == "__main__":
     main()
