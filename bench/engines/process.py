@@ -53,12 +53,17 @@ class Child:
         self.process.wait()
         self._reader.join()
 
+    def ends_within(self, timeout_s: float) -> bool:
+        """Whether the process has ended, or does so soon."""
+        with suppress(subprocess.TimeoutExpired):
+            self.process.wait(timeout_s)
+        return self.process.returncode is not None
+
     def end(self) -> str:
         """How the process ended."""
-        try:
-            status = self.process.wait(timeout=10)
-        except subprocess.TimeoutExpired:
+        if not self.ends_within(10):
             return "closed its output"
+        status = self.process.returncode
         return f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with exit status {status}"
 
     def failure(self, text: str) -> EngineError:

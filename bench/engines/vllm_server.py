@@ -37,6 +37,7 @@ from specdec.models.loading import read_vocabulary, resolve
 
 NUM_ATTEMPTS = 3
 FIRST_PAUSE_S = 0.5  # between attempts; each pause is twice the one before
+DEATH_S = 2.0  # a connection breaks a little before its process is gone
 KEY_VARIABLE = "SPECDEC_SERVER_API_KEY"
 
 
@@ -47,6 +48,12 @@ class Server:
     client: Client
     model: str
     child: Child | None = None
+
+    def failure(self) -> EngineError | None:
+        """What became of a process that was started here and has ended."""
+        if self.child and self.child.ends_within(DEATH_S):
+            return self.child.failure(f"must go on, but {self.child.end()}")
+        return None
 
     def close(self) -> None:
         if self.child:
@@ -84,12 +91,9 @@ class VllmServerEngine:
         try:
             return run(server.client, requests)
         except EngineError as error:
-            has_ended = server.child is not None and server.child.process.poll() is not None
-            failure = (
-                server.child.failure(f"must go on, but {server.child.end()}") if has_ended and server.child else error
-            )
+            failure = server.failure() or error
             self._servers.drop(setup)
-            raise failure from error
+            raise failure from None
 
     def _found(self, setup: Setup) -> Server:
         """The server that is up, if it serves the pair's target and drafts as the setup says."""
