@@ -50,13 +50,16 @@ class Measurement:
     rounds_s: list[float]
 
 
-def measure(benchmark: Any, arms: Mapping[str, Arm], num_rounds: int) -> Measurement:
+def measure(
+    benchmark: Any, arms: Mapping[str, Arm], num_rounds: int, settle: Callable[[], None] = lambda: None
+) -> Measurement:
     """Run all arms on every round's prompts; pytest-benchmark times the candidate.
 
     arms: CANDIDATE and, where there is something to compare with, BASELINE and REFERENCE. Their order is turned round
     in every other round, so that neither drift of the machine nor who goes first favours one of them.
+    settle: called between arms, outside of what is timed: returns when none of them still keeps the machine busy.
     """
-    rounds = _Rounds(arms)
+    rounds = _Rounds(arms, settle)
     benchmark.pedantic(rounds.candidate, setup=rounds.before, teardown=rounds.after, rounds=num_rounds)
     return Measurement(rounds.runs, list(benchmark.stats.stats.data))
 
@@ -64,8 +67,8 @@ def measure(benchmark: Any, arms: Mapping[str, Arm], num_rounds: int) -> Measure
 class _Rounds:
     """What pytest-benchmark calls around and inside the timed part of each round."""
 
-    def __init__(self, arms: Mapping[str, Arm]) -> None:
-        self._arms = arms
+    def __init__(self, arms: Mapping[str, Arm], settle: Callable[[], None]) -> None:
+        self._arms, self._settle = arms, settle
         self._order = [arm for arm in ARMS if arm in arms]
         self._round = -1
         self.runs: dict[str, list[Run]] = {arm: [] for arm in self._order}
@@ -75,13 +78,16 @@ class _Rounds:
         self._order.reverse()
         for arm in self._order[: self._order.index(CANDIDATE)]:
             self._run(arm)
+            self._settle()
 
     def candidate(self) -> None:
         self._run(CANDIDATE)
 
     def after(self) -> None:
+        self._settle()
         for arm in self._order[self._order.index(CANDIDATE) + 1 :]:
             self._run(arm)
+            self._settle()
 
     def _run(self, arm: str) -> None:
         self.runs[arm].append(self._arms[arm](self._round))

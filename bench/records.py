@@ -33,7 +33,7 @@ def build(
         **_acceptance(counts),
         **_acceptance_by_prompt(_results(candidate)),
         **_phases(cell.method, counts, times),
-        **_latencies(_results(candidate), measurement.rounds_s),
+        **_latencies(candidate),
         **speedup,
         "reference_engine": config.reference_engine,
         **_comparison("speedup_of_reference", measurement.runs.get(REFERENCE), candidate),
@@ -124,8 +124,14 @@ def _phases(method: str, counts: AcceptanceCounts | None, times: PhaseTimes | No
     }
 
 
-def _latencies(results: Sequence[PromptResult], rounds_s: Sequence[float]) -> dict[str, Any]:
-    """Means over prompts, and the throughput of all rounds together."""
+def _latencies(runs: Sequence[Run]) -> dict[str, Any]:
+    """Means over prompts, and the throughput of all rounds together.
+
+    A round takes from its start to the last token of its prompts, by the engine's clock: what the harness does around
+    it, such as reading a server's counters, is not the engine's.
+    """
+    results = _results(runs)
+    run_s = sum(max(result.latency_s for result in run.results) for run in runs)
     longer = [result for result in results if len(result.token_ids) > 1]
     inter_token_s = [(result.latency_s - result.ttft_s) / (len(result.token_ids) - 1) for result in longer]
     return {
@@ -134,7 +140,7 @@ def _latencies(results: Sequence[PromptResult], rounds_s: Sequence[float]) -> di
         "ttft_s": fmean(result.ttft_s for result in results),
         "latency_s": fmean(result.latency_s for result in results),
         "inter_token_s": fmean(inter_token_s) if inter_token_s else None,
-        "throughput_tok_s": sum(len(result.token_ids) for result in results) / sum(rounds_s),
+        "throughput_tok_s": sum(len(result.token_ids) for result in results) / run_s,
         "per_prompt_latency_s": [result.latency_s for result in results],
         "per_prompt_ttft_s": [result.ttft_s for result in results],
         "per_prompt_tokens": [len(result.token_ids) for result in results],

@@ -122,7 +122,7 @@ class Session:
         self._models.prepare(cells.values(), pair)
         warm_up_s = {name: self._warm_up(each, pair, batches) for name, each in cells.items()}
         arms = {name: self._arm(each, pair, batches) for name, each in cells.items()}
-        measurement = measure(benchmark, arms, len(batches))
+        measurement = measure(benchmark, arms, len(batches), self._models.settle)
         self._check(cells, pair, measurement)
         version = self._models.engine(cell.engine, pair).version
         record = records.build(cell, pair, self.config, version, self.device, measurement)
@@ -294,6 +294,11 @@ class _Models:
             setups = {Setup(cell.method, cell.gamma, cell.batch_size) for cell in cells if cell.engine == name}
             with _failing():
                 self.engine(name, pair).prepare(setups)
+
+    def settle(self) -> None:
+        """Wait until no engine keeps the machine busy."""
+        for engine in self._engines.values():
+            engine.settle()
 
     def drop(self) -> None:
         """Let go of all engines."""

@@ -75,6 +75,10 @@ class BenchEngine(Protocol):
         """
         ...
 
+    def settle(self) -> None:
+        """Return when it no longer keeps the machine busy after a call."""
+        ...
+
     def close(self) -> None:
         """End what it started."""
         ...

@@ -42,6 +42,9 @@ class SpecdecEngine:
     def prepare(self, setups: Collection[Setup]) -> None:
         """Nothing: all setups share the models."""
 
+    def settle(self) -> None:
+        """It does nothing between calls."""
+
     def close(self) -> None:
         """Nothing was started."""
 

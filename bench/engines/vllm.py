@@ -53,6 +53,9 @@ class VllmEngine:
     def prepare(self, setups: Collection[Setup]) -> None:
         self._workers.prepare(setups)
 
+    def settle(self) -> None:
+        """A worker waits for its pipe, its threads for a millisecond."""
+
     def close(self) -> None:
         self._workers.close()
 

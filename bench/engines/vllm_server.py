@@ -38,6 +38,7 @@ from specdec.models.loading import read_vocabulary, resolve
 NUM_ATTEMPTS = 3
 FIRST_PAUSE_S = 0.5  # between attempts; each pause is twice the one before
 DEATH_S = 2.0  # a connection breaks a little before its process is gone
+BUSY_WAIT_S = 1.2  # a server's processes look for more work for a second, each with a CPU to itself
 KEY_VARIABLE = "SPECDEC_SERVER_API_KEY"
 
 
@@ -68,6 +69,7 @@ class VllmServerEngine:
     def __init__(self, pair: Pair, options: LoadOptions, stop_token_ids: Collection[int]) -> None:
         self._pair, self._options, self.dtype = pair, options, options.dtype
         self.stop_token_ids = frozenset(stop_token_ids)
+        self._busy_until_s = 0.0
         self._servers: Pool[Server] = Pool(self._found if options.vllm.server_url else self._started)
 
     @property
@@ -76,6 +78,9 @@ class VllmServerEngine:
 
     def prepare(self, setups: Collection[Setup]) -> None:
         self._servers.prepare(setups)
+
+    def settle(self) -> None:
+        time.sleep(max(0.0, self._busy_until_s - time.monotonic()))
 
     def close(self) -> None:
         self._servers.close()
@@ -94,6 +99,8 @@ class VllmServerEngine:
             failure = server.failure() or error
             self._servers.drop(setup)
             raise failure from None
+        finally:
+            self._busy_until_s = time.monotonic() + BUSY_WAIT_S
 
     def _found(self, setup: Setup) -> Server:
         """The server that is up, if it serves the pair's target and drafts as the setup says."""

@@ -89,7 +89,7 @@ def test_a_record_holds_the_definitions_of_known_numbers(record: dict[str, Any])
         "ttft_s": 0.5,
         "latency_s": 1.0,
         "inter_token_s": 0.5 / 3,
-        "throughput_tok_s": 2.0,
+        "throughput_tok_s": 4.0,
         "speedup": 4.0,
         "speedup_low": 2.0,
         "speedup_high": 8.0,
@@ -155,7 +155,7 @@ def test_the_table_shows_each_cell_in_120_columns(record: dict[str, Any]) -> Non
         "specdec",
         "ngram",
         "2",
-        "2.0",
+        "4.0",
         "1.000",
         "100.0%",
         "3.00",
@@ -186,7 +186,9 @@ def test_arms_are_interleaved_and_turned_round() -> None:
                     step()
 
     arms = {name: arm(name) for name in (CANDIDATE, REFERENCE, BASELINE)}
-    assert measure(Benchmark(), arms, 2).rounds_s == [0.1, 0.2]
+    settled: list[int] = []
+    assert measure(Benchmark(), arms, 2, lambda: settled.append(len(calls))).rounds_s == [0.1, 0.2]
+    assert settled == [1, 2, 3, 4, 5, 6]  # once after each arm
     first, second = calls[:3], calls[3:]
     assert [index for _, index in calls] == [0, 0, 0, 1, 1, 1]
     assert [name for name, _ in first] == [name for name, _ in second][::-1]
