@@ -9,7 +9,10 @@
 
 #include <omp.h>
 
+#include <sched.h>
+
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -35,6 +38,24 @@ inline int64_t worth(int64_t weights, int64_t tokens, int64_t num_threads) {
 // Whether weights are read past the caches: read once, more of them than a cache holds, they would only drive out what
 // others need next, such as a draft's own weights.
 inline bool passing(int64_t bytes, int64_t tokens) { return bytes > (16 << 20) && tokens <= MAX_TILE; }
+
+// Where the threads of a team wait for each other. OpenMP's own barriers spin for milliseconds: where another program
+// holds a processor, a step with hundreds of barriers then takes ten times as long. Here a thread soon yields its own.
+class Barrier {
+    std::atomic<int64_t> arrived{0}, passed{0};
+
+   public:
+    void wait() {
+        const int64_t threads = omp_get_num_threads(), before = passed.load(std::memory_order_relaxed);
+        if (arrived.fetch_add(1, std::memory_order_acq_rel) + 1 == threads) {
+            arrived.store(0, std::memory_order_relaxed);
+            passed.store(before + 1, std::memory_order_release);
+            return;
+        }
+        constexpr int spins = 1000;  // tens of microseconds: more than parts of a layer differ in length
+        for (int i = 0; passed.load(std::memory_order_acquire) == before; i++) i < spins ? _mm_pause() : (void)sched_yield();
+    }
+};
 
 inline __m512 silu(__m512 x) {
     const __m512 bounded = _mm512_min_ps(_mm512_sub_ps(_mm512_setzero_ps(), x), _mm512_set1_ps(87.0f));
@@ -111,19 +132,26 @@ inline int64_t tile_of(int64_t tokens) {
     return (tokens + num_tiles - 1) / num_tiles;
 }
 
-// Calls finish(token, block, sums of 32 outputs) for all tokens and blocks; the threads share the blocks out.
+// Calls finish(token, block, sums of 32 outputs) for all tokens and one block.
+template <class T, class Finish>
+void project_block(const T* weights, const T* inputs, int64_t tokens, int64_t in, int64_t block, bool is_passing,
+                   Finish finish) {
+    const int64_t tile = tile_of(tokens);
+    alignas(64) float acc[MAX_TILE][BLOCK];
+    for (int64_t first = 0; first < tokens; first += tile) {
+        const int64_t count = std::min(tile, tokens - first);
+        products_of<T>(count, is_passing)(weights + block * in * BLOCK, inputs + first * in, in, acc);
+        for (int64_t m = 0; m < count; m++) finish(first + m, block, acc[m]);
+    }
+}
+
+// The same for all blocks, which the threads share out. They do not wait for each other.
 template <class T, class Finish>
 void project(const T* weights, const T* inputs, int64_t tokens, int64_t in, int64_t blocks, bool is_passing,
              Finish finish) {
-    const int64_t tile = tile_of(tokens);
-    alignas(64) float acc[MAX_TILE][BLOCK];
-#pragma omp for schedule(static)
+#pragma omp for schedule(static) nowait
     for (int64_t block = 0; block < blocks; block++)
-        for (int64_t first = 0; first < tokens; first += tile) {
-            const int64_t count = std::min(tile, tokens - first);
-            products_of<T>(count, is_passing)(weights + block * in * BLOCK, inputs + first * in, in, acc);
-            for (int64_t m = 0; m < count; m++) finish(first + m, block, acc[m]);
-        }
+        project_block(weights, inputs, tokens, in, block, is_passing, finish);
 }
 
 template <class T>
@@ -324,7 +352,8 @@ struct Work {
     bool is_passing;
     const T *cos, *sin;
     std::unique_ptr<T[]> memory;
-    T *normed, *qkv, *attended, *activated, *spare[2];
+    T *qkv, *attended, *activated, *spare[2];
+    mutable Barrier barrier;
 
     explicit Work(const Call& given) : call(given) {
         const Layer& layer = *call.layers[0];
@@ -336,47 +365,60 @@ struct Work {
         most = *std::max_element(call.positions, call.positions + tokens) + 1;
         together = queries_together(dim, call.width), num_tiles = (call.width + together - 1) / together;
         cos = static_cast<const T*>(call.cos), sin = static_cast<const T*>(call.sin);
-        memory.reset(new T[tokens * (3 * size + wide + attended_size + mlp_size)]);
-        normed = memory.get(), spare[0] = normed + tokens * size, spare[1] = spare[0] + tokens * size;
+        memory.reset(new T[tokens * (2 * size + wide + attended_size + mlp_size)]);
+        spare[0] = memory.get(), spare[1] = spare[0] + tokens * size;
         qkv = spare[1] + tokens * size, attended = qkv + tokens * wide, activated = attended + tokens * attended_size;
     }
 };
 
+// Every thread normalises all tokens for itself: that takes less time than to wait for the others.
 template <class T>
-void normalise_all(const Work<T>& work, const void* weight, float epsilon, const T* x) {
+void normalise_all(const Work<T>& work, const void* weight, float epsilon, const T* x, T* normed) {
     const int64_t size = work.size;
-#pragma omp for schedule(static)
-    for (int64_t t = 0; t < work.tokens; t++) {
-        if (weight)
-            normalise(x + t * size, static_cast<const T*>(weight), epsilon, size, work.normed + t * size);
-        else
-            std::memcpy(work.normed + t * size, x + t * size, size * sizeof(T));
+    if (!weight) {
+        std::memcpy(normed, x, work.tokens * size * sizeof(T));
+        return;
     }
+    for (int64_t t = 0; t < work.tokens; t++)
+        normalise(x + t * size, static_cast<const T*>(weight), epsilon, size, normed + t * size);
 }
 
-// Turns queries in place; puts turned keys, and values, where they belong in the cache.
+// Turns a query in place; puts a turned key, or a value, where it belongs in the cache.
 template <class T>
-void place_heads(const Work<T>& work, const Layer& layer, T* keys, T* values) {
+void place_head(const Work<T>& work, const Layer& layer, int64_t t, int64_t head, T* keys, T* values) {
     const int64_t dim = work.dim, heads = work.heads, kv_heads = work.kv_heads;
-#pragma omp for schedule(static) collapse(2)
-    for (int64_t t = 0; t < work.tokens; t++)
-        for (int64_t head = 0; head < heads + 2 * kv_heads; head++) {
-            T* x = work.qkv + t * work.wide + head * dim;
-            const bool is_query = head < heads, is_value = head >= heads + kv_heads;
-            const int64_t kv_head = is_value ? head - heads - kv_heads : head - heads;
-            const int64_t block = (t / work.call.width * kv_heads + kv_head) * work.call.capacity;
-            const int64_t place = (block + work.call.positions[t]) * dim;
-            if (is_value) {
-                std::memcpy(values + place, x, dim * sizeof(T));
-                continue;
-            }
-            const void* norm = is_query ? layer.query_norm : layer.key_norm;
-            if (norm) normalise(x, static_cast<const T*>(norm), layer.epsilon, dim, x);
-            alignas(64) T turned[MOST_HEAD_DIM];
-            const int64_t turn = work.call.turns[t] * dim;
-            rotate(x, work.cos + turn, work.sin + turn, dim, turned);
-            std::memcpy(is_query ? x : keys + place, turned, dim * sizeof(T));
-        }
+    T* x = work.qkv + t * work.wide + head * dim;
+    const bool is_query = head < heads, is_value = head >= heads + kv_heads;
+    const int64_t kv_head = is_value ? head - heads - kv_heads : head - heads;
+    const int64_t block = (t / work.call.width * kv_heads + kv_head) * work.call.capacity;
+    const int64_t place = (block + work.call.positions[t]) * dim;
+    if (is_value) {
+        std::memcpy(values + place, x, dim * sizeof(T));
+        return;
+    }
+    const void* norm = is_query ? layer.query_norm : layer.key_norm;
+    if (norm) normalise(x, static_cast<const T*>(norm), layer.epsilon, dim, x);
+    alignas(64) T turned[MOST_HEAD_DIM];
+    const int64_t turn = work.call.turns[t] * dim;
+    rotate(x, work.cos + turn, work.sin + turn, dim, turned);
+    std::memcpy(is_query ? x : keys + place, turned, dim * sizeof(T));
+}
+
+// A thread that has computed a head of queries, keys or values also places it.
+template <class T>
+void project_and_place(const Work<T>& work, const Layer& layer, const T* normed, T* keys, T* values) {
+    const int64_t blocks = work.dim / BLOCK;
+    const auto keep = [&](int64_t t, int64_t block, const float* sums) {
+        T* out = work.qkv + t * work.wide + block * BLOCK;
+        store_block(out, sums, static_cast<const T*>(layer.qkv.bias), block);
+    };
+#pragma omp for schedule(static) nowait
+    for (int64_t head = 0; head < work.heads + 2 * work.kv_heads; head++) {
+        for (int64_t block = head * blocks; block < (head + 1) * blocks; block++)
+            project_block(static_cast<const T*>(layer.qkv.weight), normed, work.tokens, work.size, block,
+                          work.is_passing, keep);
+        for (int64_t t = 0; t < work.tokens; t++) place_head(work, layer, t, head, keys, values);
+    }
 }
 
 template <class T>
@@ -386,7 +428,7 @@ void attend_all(const Work<T>& work, const Layer& layer, const T* keys, const T*
     const std::unique_ptr<float[]> scores(new float[work.together * (work.most + KEYS)]);
     alignas(64) T queries[MOST_TOGETHER * MOST_HEAD_DIM], outputs[MOST_TOGETHER * MOST_HEAD_DIM];
     int64_t seen[MOST_TOGETHER];
-#pragma omp for schedule(static) collapse(3)
+#pragma omp for schedule(static) collapse(3) nowait
     for (int64_t row = 0; row < work.call.rows; row++)
         for (int64_t head = 0; head < work.heads; head++)
             for (int64_t tile = 0; tile < work.num_tiles; tile++) {
@@ -407,17 +449,17 @@ void attend_all(const Work<T>& work, const Layer& layer, const T* keys, const T*
 
 // silu(gate) * up. Each thread computes a block of gates and the same block of ups, so that both are at hand.
 template <class T>
-void gate_and_up(const Work<T>& work, const Projection& gate_up) {
+void gate_and_up(const Work<T>& work, const Projection& gate_up, const T* normed) {
     const T *weights = static_cast<const T*>(gate_up.weight), *bias = static_cast<const T*>(gate_up.bias);
     const int64_t blocks = work.mlp_size / BLOCK, tile = tile_of(work.tokens), size = work.size;
     alignas(64) float gates[MAX_TILE][BLOCK], ups[MAX_TILE][BLOCK];
-#pragma omp for schedule(static)
+#pragma omp for schedule(static) nowait
     for (int64_t block = 0; block < blocks; block++)
         for (int64_t first = 0; first < work.tokens; first += tile) {
             const int64_t count = std::min(tile, work.tokens - first);
             const Products<T> multiply = products_of<T>(count, work.is_passing);
-            multiply(weights + block * size * BLOCK, work.normed + first * size, size, gates);
-            multiply(weights + (blocks + block) * size * BLOCK, work.normed + first * size, size, ups);
+            multiply(weights + block * size * BLOCK, normed + first * size, size, gates);
+            multiply(weights + (blocks + block) * size * BLOCK, normed + first * size, size, ups);
             for (int64_t m = 0; m < count; m++)
                 for (int64_t half = 0; half < BLOCK; half += 16) {
                     __m512 gate = load(gates[m] + half), up = load(ups[m] + half);
@@ -442,22 +484,21 @@ void project_onto(const Work<T>& work, const Projection& projection, const T* x,
             });
 }
 
-// Called by all threads of a team; every loop that they share ends with a barrier.
+// Called by all threads of a team, each with room of its own for normed inputs.
 template <class T>
-void run_layer(const Work<T>& work, const Layer& layer, const T* hidden, T* keys, T* values, T* result) {
-    normalise_all(work, layer.norm_before_attention, layer.epsilon, hidden);
-    project(static_cast<const T*>(layer.qkv.weight), work.normed, work.tokens, work.size, work.wide / BLOCK,
-            work.is_passing,
-            [&](int64_t t, int64_t block, const float* sums) {
-                T* out = work.qkv + t * work.wide + block * BLOCK;
-                store_block(out, sums, static_cast<const T*>(layer.qkv.bias), block);
-            });
-    place_heads(work, layer, keys, values);
+void run_layer(const Work<T>& work, const Layer& layer, const T* hidden, T* keys, T* values, T* normed, T* result) {
+    normalise_all(work, layer.norm_before_attention, layer.epsilon, hidden, normed);
+    project_and_place(work, layer, normed, keys, values);
+    work.barrier.wait();
     attend_all(work, layer, keys, values);
+    work.barrier.wait();
     project_onto(work, layer.output, work.attended, hidden, result);
-    normalise_all(work, layer.norm_before_mlp, layer.epsilon, result);
-    gate_and_up(work, layer.gate_up);
+    work.barrier.wait();
+    normalise_all(work, layer.norm_before_mlp, layer.epsilon, result, normed);
+    gate_and_up(work, layer.gate_up, normed);
+    work.barrier.wait();
     project_onto<T>(work, layer.down, work.activated, result, result);
+    work.barrier.wait();
 }
 
 template <class T>
@@ -465,11 +506,12 @@ void run_layers(const Call& call) {
     const Work<T> work(call);
 #pragma omp parallel num_threads(worth(work.weights, work.tokens, call.num_threads))
     {
+        const std::unique_ptr<T[]> normed(new T[work.tokens * work.size]);
         const T* hidden = static_cast<const T*>(call.hidden);
         for (int64_t i = 0; i < call.num_layers; i++) {
             T* result = i + 1 < call.num_layers ? work.spare[i % 2] : static_cast<T*>(call.result);
             run_layer(work, *call.layers[i], hidden, static_cast<T*>(call.keys[i]), static_cast<T*>(call.values[i]),
-                      result);
+                      normed.get(), result);
             hidden = result;
         }
     }
