@@ -112,7 +112,7 @@ class Worker:
             selector.register(self._requests, selectors.EVENT_WRITE)
             while not answer.endswith(b"\n"):
                 ready = selector.select(deadline_s - time.monotonic())
-                if not ready:
+                if not ready or time.monotonic() > deadline_s:
                     raise self._child.failure(f"must answer within {timeout_s:g} s, but says nothing")
                 for key, _ in ready:
                     if key.fileobj is self._answers:

@@ -32,7 +32,7 @@ from specdec.models.loading import read_vocabulary, resolve
 SCRIPT = Path(__file__).parent / "workers" / "vllm_worker.py"
 START_TIMEOUT_S = 1800.0  # large models are read, compiled and captured
 CALL_TIMEOUT_S = 600.0
-GPU_SHARE = 0.3  # of a GPU's memory for each worker: two of them and another engine must fit
+GPU_SHARE = 0.35  # of a GPU's memory for each worker: two of them and another engine must fit
 LOOKUP_SIZES = {"prompt_lookup_max": 4, "prompt_lookup_min": 2}  # specdec's own
 
 

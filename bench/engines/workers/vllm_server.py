@@ -16,6 +16,7 @@ import vllm_worker  # beside this file
 
 
 def main() -> None:
+    vllm_worker.end_with_parent()
     configuration = json.loads(sys.argv[1])
     address = configuration.pop("address")
     try:

@@ -14,7 +14,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TextIO, get_args, get_type_hints
 
 PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
@@ -31,7 +31,8 @@ class Refused(ValueError):
     """A request that cannot be met; the message says all there is to say."""
 
 
-def main() -> None:
+def main(serve: Callable[[Iterator[dict[str, Any]]], Iterator[dict[str, Any]]]) -> None:
+    """Answer requests until there are no more. serve: makes an answer of each."""
     answers = take_stdout()
     requests = map(json.loads, iter(sys.stdin.readline, ""))
     try:
@@ -48,9 +49,14 @@ def take_stdout() -> TextIO:
     """The standard output, for answers only; from now on file descriptor 1 is the standard error."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
+    end_with_parent()
+    return answers
+
+
+def end_with_parent() -> None:
+    """Have the system kill this process when the one that started it is gone, however that ended."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    return answers
 
 
 def serve(requests: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
@@ -220,4 +226,4 @@ def difference(after: dict[str, Any] | None, before: dict[str, Any] | None) -> d
 
 
 if __name__ == "__main__":
-    main()
+    main(serve)
