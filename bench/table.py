@@ -6,6 +6,7 @@ import textwrap
 from collections.abc import Sequence
 from itertools import groupby
 
+from bench.across import Lead, leads
 from bench.best_gamma import BestGamma, Record, best_gammas
 
 WIDTHS = (12, 14, 5, 6, 7, 8, 6, 17, 9, 20, 5)
@@ -19,7 +20,7 @@ def render(records: Sequence[Record]) -> list[str]:
     for title, group in groupby(records, _title):
         block = list(group)
         lines += [title, _line(_header(records[0])), *[_line(_row(record)) for record in block], ""]
-        lines += [*_attributions(block), *_best_gammas(block)]
+        lines += [*_attributions(block), *_best_gammas(block), *_leads(block)]
     return lines + _notes(records)
 
 
@@ -48,6 +49,22 @@ def _best_gamma(best: BestGamma) -> str:
         f"{measured['engine']} {measured['method']}: predicted best gamma {gamma} ({best.predicted[gamma]:.2f}), "
         f"measured best of {gammas}: {measured['gamma']} ({_interval(measured, 'speedup')})"
     )
+
+
+def _leads(block: Sequence[Record]) -> list[str]:
+    lines = [_lead(lead) for lead in leads(block)]
+    return [*lines, ""] if lines else []
+
+
+def _lead(lead: Lead) -> str:
+    times = lead.times
+    interval = "" if times.low is None else f" [{times.low:.2f}, {times.high:.2f}]"
+    return f"{_cell(lead.ours)} is {times.estimate:.2f}{interval} times as fast as {_cell(lead.theirs)}"
+
+
+def _cell(record: Record) -> str:
+    gamma = "" if record["method"] == "autoregressive" else f" {record['gamma']}"
+    return f"{record['engine']} {record['method']}{gamma}"
 
 
 def _title(record: Record) -> str:
