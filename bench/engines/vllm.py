@@ -179,18 +179,15 @@ def preloads(python: str, environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def _thread_defaults() -> dict[str, str]:
-    """As many threads as the other engines have, each on a CPU of its own.
+    """As many threads as the other engines have, left to the system to place.
 
-    vLLM's attention has threads wait for one another: two on the same CPU take ten times as long. It binds them too,
-    but in processes that it starts itself.
+    Binding them to CPUs (OMP_PLACES, OMP_PROC_BIND) made vLLM's plain decoding five times as slow, see
+    bench/baselines/README.md; with its own defaults it binds them only in processes that it starts itself.
     """
-    cpus = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
-    binding = {"OMP_PLACES": ",".join(f"{{{cpu}}}" for cpu in cpus), "OMP_PROC_BIND": "close"} if cpus else {}
     return {
         "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
         "OMP_NUM_THREADS": str(torch.get_num_threads()),
         "KMP_BLOCKTIME": "1",  # ms that an idle thread keeps its CPU busy; the default is 200
-        **binding,
     }
 
 

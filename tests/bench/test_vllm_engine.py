@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from bench.engines import EngineError, LoadOptions, PromptResult, Run, Setup, VllmOptions, why_not
 from bench.engines import vllm as adapter
@@ -154,7 +155,7 @@ def test_a_gpu_is_chosen_among_the_visible_ones() -> None:
     assert visible("cuda:1", CUDA_VISIBLE_DEVICES="4,6") == "6"
 
 
-def test_on_a_cpu_each_thread_has_a_cpu_unless_the_user_says_otherwise(tmp_path: Path) -> None:
+def test_on_a_cpu_threads_are_as_many_as_the_others_have_and_not_bound(tmp_path: Path) -> None:
     openmp = tmp_path / "lib" / "libiomp5.so"
     openmp.parent.mkdir()
     openmp.touch()
@@ -162,7 +163,9 @@ def test_on_a_cpu_each_thread_has_a_cpu_unless_the_user_says_otherwise(tmp_path:
     given = {"PYTHONPATH": "mine", "OMP_PROC_BIND": "spread", "LD_PRELOAD": "other.so"}
     environment = worker_environment(python, "cpu", given)
     assert "PYTHONPATH" not in environment
-    assert environment["OMP_PROC_BIND"] == "spread"
+    assert environment["OMP_PROC_BIND"] == "spread"  # the user's own
+    assert not {"OMP_PLACES", "OMP_PROC_BIND"} & set(worker_environment(python, "cpu", {}))
+    assert environment["OMP_NUM_THREADS"] == str(torch.get_num_threads())
     assert environment["LD_PRELOAD"] == f"{openmp}:other.so"
     assert environment["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0"
     assert "LD_PRELOAD" not in worker_environment(sys.executable, "cpu", {})
