@@ -21,7 +21,7 @@ from specdec.adaptive import AdaptiveLength
 from specdec.devices import upload
 from specdec.models import Cache, LanguageModel, prefill, score
 from specdec.proposers import Proposer
-from specdec.randomness import Role, UniformSource, uniforms
+from specdec.randomness import Role, UniformSource, noise, uniforms
 from specdec.recording import Recorder
 from specdec.requests import Batch, Generation, Request, Step
 from specdec.sampling import NonFiniteLogitsError, RowParams, SamplingParams, SamplingState
@@ -130,6 +130,7 @@ class Decoder:
             [row.output if row else () for row in rows],
             self.target.vocab_size,
             self.target.device,
+            coupled=getattr(self.rule, "needs_noise", False),
         )
         return Batch(
             rows,
@@ -195,7 +196,10 @@ class Decoder:
         return self.rule(law, draft, *self._draws(rows, origins, draft)), finite
 
     def _draws(self, rows: RowParams, origins: Tensor, draft: Draft) -> tuple[Tensor, Tensor]:
-        """Uniforms for accepting, [rows, k], and for the last token, [rows, k + 1]; origins: where drafts begin."""
+        """Uniforms for accepting, [rows, k], and for the last token, [rows, k + 1]; origins: where drafts begin.
+
+        Coupled rows have noise for the last token, [rows, k + 1, vocab], which decides about accepting, too.
+        """
         num_rows, width = draft.tokens.shape
         if rows.all_greedy and not getattr(self.rule, "always_draws", False):
             # every law is one-hot: no uniform can change anything
@@ -203,6 +207,9 @@ class Decoder:
             return zeros[:, :width], zeros
         offsets, roles = _draws_of_a_step(width, origins.device)
         origins = origins.unsqueeze(1)
+        if rows.coupled:
+            draws = noise(rows.seeds, origins + offsets[width:], rows.vocab_size, self.uniforms)
+            return draws[:, :width, 0], draws
         roles = roles + (roles == Role.RECOVER) * (offsets >= draft.lengths.unsqueeze(1))  # behind the draft: a bonus
         draws = self.uniforms(rows.seeds.unsqueeze(1), origins + offsets, roles, origins)
         return draws[:, :width], draws[:, width:]

@@ -22,7 +22,7 @@ from specdec.requests import Completion, Generation, Request
 from specdec.sampling import SamplingParams
 from specdec.stats import PhaseTimes
 from specdec.synthetic import SyntheticAcceptance
-from specdec.verification import VerificationRule, verify_block, verify_tokens
+from specdec.verification import VerificationRule, verify_block, verify_coupled, verify_tokens
 
 if TYPE_CHECKING:
     from specdec.drafts import AnyDraft
@@ -30,7 +30,11 @@ if TYPE_CHECKING:
 Method = Literal["autoregressive", "draft_model", "eagle", "ngram", "ngram_store", "ngram_table", "hybrid"]
 METHODS: tuple[Method, ...] = get_args(Method)
 HYBRID_MIN_NGRAM = 2  # tokens that must match before the hybrid copies instead of drawing
-VERIFICATIONS: dict[str, VerificationRule] = {"token": verify_tokens, "block": verify_block}
+VERIFICATIONS: dict[str, VerificationRule] = {
+    "token": verify_tokens,
+    "block": verify_block,
+    "coupled": verify_coupled,
+}
 
 
 class Engine:
@@ -46,7 +50,8 @@ class Engine:
         many as pay by costs that are measured now, none included. The law stays the same, but which of its samples a
         seed gives then depends on this machine and on what was decoded before.
     max_batch_size: prompts decoded together.
-    verification: "token" or "block", the rule that verifies a draft; both are lossless.
+    verification: "token", "block" or "coupled", the rule that verifies a draft; all are lossless. With "coupled" a seed
+        gives the same tokens at any temperature, whatever is proposed, and also if nothing is.
     synthetic_acceptance_rates: to time shapes without their weights: accept draft positions with these probabilities
         instead of verifying. The output is then no longer the target's.
     records: whether steps are recorded once for each shape and replayed (CUDA graphs); None: on a GPU.

@@ -29,6 +29,7 @@ class Role(IntEnum):
     ACCEPT = 1
     RECOVER = 2
     BONUS = 3
+    COUPLED = 4
 
 
 class UniformSource(Protocol):
@@ -62,12 +63,24 @@ def uniforms(seeds: Tensor, positions: Tensor, roles: Tensor, origins: Tensor) -
 
     seeds: int64, the request's seed as 64 bits. positions: int64 >= 0, index of the token that the draw decides about.
     roles: int64, a Role. origins: int64 >= 0, position where the current draft began: a position that was drafted,
-    thrown away and drafted again must not meet the same draw twice.
+    thrown away and drafted again must not meet the same draw twice. For COUPLED a token id stands in its place.
     Shapes broadcast; returns float64 of the broadcast shape.
     """
+    if seeds.device.type == "cpu" and kernels.available(torch.float32):
+        return kernels.uniforms(seeds, positions, roles, origins)
     words = torch.stack(torch.broadcast_tensors(positions, origins, roles, torch.zeros_like(roles), seeds))
-    if words.device.type == "cpu" and kernels.available(torch.float32):
-        return kernels.uniforms(words)
     random = philox(words[:4] & _MASK, torch.stack([words[4], words[4] >> 32]) & _MASK)
     bits = (random[0] >> 5 << 26) + (random[1] >> 6)
     return bits.double() * 2.0**-53
+
+
+def noise(seeds: Tensor, positions: Tensor, vocab_size: int, source: UniformSource = uniforms) -> Tensor:
+    """One uniform for each token at each position: the same for whoever draws there, draft or target.
+
+    seeds: int64 [rows]. positions: int64 [rows, n]. Returns float64 [rows, n, vocab].
+    """
+    tokens = torch.arange(vocab_size, device=positions.device)
+    role = torch.full_like(tokens[:1], Role.COUPLED)
+    # one position at a time: without kernels Philox needs many times the memory of what it returns
+    drawn = [source(seeds.unsqueeze(1), column.unsqueeze(1), role, tokens) for column in positions.unbind(1)]
+    return torch.stack(drawn, 1)

@@ -131,8 +131,11 @@ class Dense:
     def draw(self, uniforms: Tensor) -> Tensor:
         """The token where the cumulative law first exceeds the uniform: float64 [...] in [0, 1) -> int64 [...].
 
+        uniforms: or one for each token, float64 [..., vocab]: then a `race` decides.
         A token of probability 0 is never drawn. The sum is taken in float64 and rows need not be normalised.
         """
+        if uniforms.ndim == self.probs.ndim:
+            return race(self.probs, uniforms)
         if self.probs.dtype == torch.float32 and kernels.take(self.probs):
             return kernels.draw(self.probs, uniforms)
         cumulative = self.probs.double().cumsum(-1)
@@ -205,10 +208,27 @@ class Partial:
         return Partial(self.inner.at(columns), self.tokens, self.vocab_size)
 
     def draw(self, uniforms: Tensor) -> Tensor:
-        return self.tokens[self.inner.draw(uniforms)]
+        # noise is known by token: the target meets the same
+        own = uniforms[..., self.tokens] if uniforms.ndim > len(self.shape) else uniforms
+        return self.tokens[self.inner.draw(own)]
 
 
 Law = Dense | OneHot | Partial
+
+
+def race(probs: Tensor, uniforms: Tensor) -> Tensor:
+    """The token whose exponential waiting time, -log(1 - uniform) / probability, is the least; the lowest id in a tie.
+
+    probs: float32 or float64 [..., vocab]. uniforms: float64 [..., vocab] in [0, 1). Returns int64 [...].
+    Its law is `probs`, and a token of probability 0 never wins. Two laws that are close mostly choose the same token
+    by the same uniforms: the probability that they do not is at most 2 d / (1 + d), d being their total variation.
+    This is the Gumbel-max trick: -log of a waiting time is log(probability) plus Gumbel noise.
+    Source: Daliri, Musco and Suresh 2024 (arXiv:2408.07978), who call it Gumbel coupling.
+    """
+    if probs.dtype == torch.float32 and kernels.take(probs):
+        return kernels.race(probs, uniforms)
+    waits = -torch.log1p(-uniforms) / probs.double()
+    return waits.masked_fill(probs <= 0, math.inf).argmin(-1)  # 0/0 at u = 0: an impossible token must lose
 
 
 def stack_laws(laws: Sequence[Law]) -> Law:
@@ -243,6 +263,7 @@ class RowParams:
     What no row uses is None. seeds: int64 [rows]. greedy: bool [rows, 1, 1]. temperature: float32 [rows, 1], 1 in
     greedy rows. top_k: int64 [rows, 1, 1], each row's k, or most_k where it keeps all, which `keeps_all` says; most_k:
     the largest k in use. top_p, min_p: float64 [rows, 1, 1].
+    coupled: whether every draw at a position, draft or target, is by the same noise.
     """
 
     vocab_size: int
@@ -255,9 +276,12 @@ class RowParams:
     keeps_all: Tensor | None = None
     top_p: Tensor | None = None
     min_p: Tensor | None = None
+    coupled: bool = False
 
     @classmethod
-    def of(cls, params: Sequence[SamplingParams], vocab_size: int, device: torch.device) -> RowParams:
+    def of(
+        cls, params: Sequence[SamplingParams], vocab_size: int, device: torch.device, *, coupled: bool = False
+    ) -> RowParams:
         """One SamplingParams per row."""
 
         def column(values: Sequence[float], dtype: torch.dtype) -> Tensor:
@@ -277,6 +301,7 @@ class RowParams:
             column([k == vocab_size for k in top_k], torch.bool) if most_k else None,
             column([p.top_p for p in params], torch.float64) if any(p.top_p < 1 for p in params) else None,
             column([p.min_p for p in params], torch.float64) if any(p.min_p for p in params) else None,
+            coupled,
         )
 
     def law(self, logits: Tensor, tokens: Tensor | None = None) -> tuple[Law, Tensor]:
@@ -329,7 +354,7 @@ class SamplingState:
 
     params: one SamplingParams per row.
     prompts, outputs: the token ids of each row so far.
-    vocab_size: int. device: where the logits live.
+    vocab_size: int. device: where the logits live. coupled: see `RowParams`.
     `rows` are the parameters as tensors; `is_stateless` says that the law of a row depends on them and on its logits
     alone, so not on penalties or biases.
     """
@@ -341,9 +366,11 @@ class SamplingState:
         outputs: Sequence[Sequence[int]],
         vocab_size: int,
         device: torch.device,
+        *,
+        coupled: bool = False,
     ) -> None:
         self.params, self.vocab_size, self.device = list(params), vocab_size, device
-        self.rows = RowParams.of(params, vocab_size, device)
+        self.rows = RowParams.of(params, vocab_size, device, coupled=coupled)
         self._bias = self._stack_bias()
         self._counts = None
         if any(p.has_penalties for p in params):

@@ -9,6 +9,7 @@ gives its laws `target_probs` at those k positions and at the one after. Going f
 * if nothing was rejected draw the **bonus** token from the target's law after the last draft.
 
 That is `verify_tokens`. `verify_block` decides about the draft as a whole, and keeps more of it under the same law.
+`verify_coupled` lets draft and target draw by the same noise, and keeps the draft while they draw the same tokens.
 
 Why the token kept at a position has exactly the target's law (p the target's, q the draft's probabilities):
 
@@ -93,7 +94,11 @@ class Verification:
 
 
 class VerificationRule(Protocol):
-    """Decides about a draft; `verify_tokens` is one."""
+    """Decides about a draft; `verify_tokens` is one.
+
+    One that has a true attribute `needs_noise` gets final_uniforms of [batch, k + 1, vocab], one for each token: noise
+    that depends on seed and position only, by which the draft was drawn, too.
+    """
 
     def __call__(self, target: Law, draft: Draft, accept_uniforms: Tensor, final_uniforms: Tensor) -> Verification: ...
 
@@ -130,6 +135,25 @@ def verify_block(target: Law, draft: Draft, accept_uniforms: Tensor, final_unifo
     accepted = torch.where(passed & (position <= draft.lengths.unsqueeze(1)), position, 0)
     accepted = torch.cat([torch.zeros_like(draft.lengths).unsqueeze(1), accepted], 1).amax(1)
     return draw_last(target, draft, accepted, final_uniforms, weights.gather(1, accepted.unsqueeze(1)))
+
+
+def verify_coupled(target: Law, draft: Draft, accept_uniforms: Tensor, final_uniforms: Tensor) -> Verification:
+    """Coupled verification: the target draws its own token at each position, and the draft is kept while it is that.
+
+    final_uniforms: float64 [batch, k + 1, vocab], the noise of each position; other arguments as for `verify_tokens`,
+    of which accept_uniforms decide nothing.
+    What is emitted is what the target draws by this noise, whatever was drafted. A draft drawn by the same noise is
+    mostly the same token, where the laws are close; a deterministic one is kept as often as by `verify_tokens`.
+    Source: Daliri, Musco and Suresh 2024 (arXiv:2408.07978).
+    """
+    num_drafted = draft.tokens.shape[1]
+    drawn = target.draw(final_uniforms)
+    proposed = torch.arange(num_drafted, device=drawn.device) < draft.lengths.unsqueeze(1)
+    accepted = ((drawn[:, :num_drafted] == draft.tokens) & proposed).long().cumprod(1).sum(1)
+    return Verification(accepted, drawn.gather(1, accepted.unsqueeze(1)).squeeze(1))
+
+
+verify_coupled.needs_noise = True  # type: ignore[attr-defined]  # functions declare no attributes
 
 
 def block_weights(target: Law, draft: Draft) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import re
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import torch
 
 from specdec import kernels, randomness
 from specdec.models.fusion import Norm, Projection
-from specdec.sampling import Dense
+from specdec.sampling import Dense, race
 
 DTYPES = [dtype for dtype in (torch.float32, torch.bfloat16) if kernels.available(dtype)]
 needs_kernels = pytest.mark.skipif(not DTYPES, reason="kernels need Linux, a C++ compiler and AVX-512")
@@ -87,6 +88,32 @@ def test_a_draw_is_the_one_of_the_cumulative_law(size: int) -> None:
     drawn = kernels.draw(probs, uniforms)
     assert torch.equal(drawn, Dense(probs.double()).draw(uniforms))
     assert (probs.gather(1, drawn[:, None]) > 0).all()
+
+
+@needs_kernels
+@pytest.mark.parametrize("size", [1, 7, 64, 1000])
+def test_a_race_is_the_one_by_torch(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With tokens that have no probability, many of one probability, and uniforms of 0 and the largest below 1."""
+    torch.manual_seed(0)
+    probs = torch.rand(3, 200, size).mul(4).round() * torch.rand(3, 200, size).exp()
+    probs[..., torch.randint(size, ())] = 1e-30
+    uniforms = torch.rand(3, 200, size, dtype=torch.float64)
+    uniforms[0, :50], uniforms[1, :50, ::2], uniforms[2, :50] = 0, 1 - 2.0**-53, 1e-300
+    won = race(probs, uniforms)
+    assert (probs.gather(-1, won.unsqueeze(-1)) > 0).all()
+    monkeypatch.setattr(kernels, "take", lambda tensor: False)
+    assert torch.equal(won, race(probs, uniforms))
+
+
+@needs_kernels
+@pytest.mark.parametrize("size", [1, 7, 8, 200])
+def test_uniforms_broadcast_along_every_axis(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes = [(3, 1, 1), (1, 4, 1), (1,), (size,)]
+    arguments = [torch.arange(math.prod(shape)).view(shape) * 7_919 for shape in shapes]
+    fast = randomness.uniforms(*arguments)
+    assert fast.shape == (3, 4, size)
+    monkeypatch.setattr(kernels, "available", lambda dtype: False)
+    assert torch.equal(fast, randomness.uniforms(*arguments))
 
 
 @needs_kernels

@@ -192,6 +192,7 @@ def completions(method: str, device: str, gamma: int, records: bool, batch: int,
         ("ngram", 3, "token", True),
         ("draft_model", 3, "block", False),
         ("eagle", 2, "token", True),
+        ("eagle", 3, "coupled", True),
         ("eagle", "auto", "token", False),
     ],
 )

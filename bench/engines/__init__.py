@@ -107,7 +107,9 @@ class EngineKind:
 
 
 ENGINES = {
-    "specdec": EngineKind("specdec", METHODS, None, ("token", "block"), ("auto gamma", "synthetic acceptance")),
+    "specdec": EngineKind(
+        "specdec", METHODS, None, ("token", "block", "coupled"), ("auto gamma", "synthetic acceptance")
+    ),
     "transformers": EngineKind("transformers", ("autoregressive", "ngram", "draft_model"), max_batch_size=1),
     "vllm": EngineKind(
         "vllm",

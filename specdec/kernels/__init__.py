@@ -172,12 +172,34 @@ def draw(probs: Tensor, uniforms: Tensor) -> Tensor:
     return tokens
 
 
-def uniforms(words: Tensor) -> Tensor:
-    """Philox 4x32-10: int64 [5, ...], the counter's four words and a key of 64 bits -> float64 [...] in [0, 1)."""
-    words = words.contiguous()
-    drawn = torch.empty(words.shape[1:], dtype=torch.float64)
-    _function("uniforms")(words.data_ptr(), drawn.numel(), drawn.data_ptr())
+def race(probs: Tensor, uniforms: Tensor) -> Tensor:
+    """Tokens int64 [...] of laws float32 [..., vocab] with a uniform float64 for each, as `specdec.sampling.race`."""
+    probs, uniforms = probs.contiguous(), uniforms.contiguous()
+    tokens = torch.empty(probs.shape[:-1], dtype=torch.int64)
+    sizes = (tokens.numel(), probs.shape[-1])
+    _function("race")(probs.data_ptr(), *sizes, uniforms.data_ptr(), tokens.data_ptr())
+    return tokens
+
+
+def uniforms(seeds: Tensor, positions: Tensor, roles: Tensor, origins: Tensor) -> Tensor:
+    """Philox 4x32-10 as `specdec.randomness.uniforms`; what broadcasts along the last axis is not copied along it."""
+    words = (positions, origins, roles, seeds)
+    shape = torch.broadcast_shapes(*(word.shape for word in words))
+    drawn = torch.empty(shape, dtype=torch.float64)
+    size = shape[-1] if shape else 1
+    laid_out, strides = zip(*(_laid_out(word, shape) for word in words), strict=True)
+    pointers_to = (c_void_p * 4)(*(word.data_ptr() for word in laid_out))
+    strides_of = (c_int64 * 8)(*(stride for pair in strides for stride in pair))
+    _function("uniforms")(pointers_to, strides_of, drawn.numel() // max(size, 1), size, drawn.data_ptr())
     return drawn
+
+
+def _laid_out(word: Tensor, shape: torch.Size) -> tuple[Tensor, tuple[int, int]]:
+    """An int64 tensor that broadcasts to a shape, and its strides along all axes but the last, and along the last."""
+    size = word.shape[-1] if word.ndim else 1
+    if word.numel() == size:
+        return word.contiguous(), (0, int(size > 1))
+    return word.expand(*shape[:-1], size).contiguous(), (size, int(size > 1))
 
 
 @cache
@@ -238,7 +260,8 @@ _ARGUMENTS = {
     "confidence": (c_void_p, c_int64, c_int64, c_void_p),
     "softmax": (c_void_p, c_int64, c_int64, c_void_p, c_void_p),
     "draw": (c_void_p, c_int64, c_int64, c_void_p, c_void_p),
-    "uniforms": (c_void_p, c_int64, c_void_p),
+    "race": (c_void_p, c_int64, c_int64, c_void_p, c_void_p),
+    "uniforms": (POINTER(c_void_p), POINTER(c_int64), c_int64, c_int64, c_void_p),
 }
 
 

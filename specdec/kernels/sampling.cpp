@@ -106,6 +106,26 @@ void all_confidences(const T* logits, int64_t rows, int64_t size, float* confide
     }
 }
 
+// Philox 4x32-10, the first two words, as 8 numbers in [0, 1) with 53 bits. Of each 64-bit lane of a counter's word
+// the lower half counts; the seed is the key.
+inline __m512d philox(__m512i position, __m512i origin, __m512i role, __m512i seed) {
+    __m512i c[4] = {position, origin, role, _mm512_setzero_si512()};
+    __m512i key[2] = {seed, _mm512_srli_epi64(seed, 32)};
+    for (int round = 0; round < 10; round++) {
+        const __m512i first = _mm512_mul_epu32(c[0], _mm512_set1_epi64(0xD2511F53));
+        const __m512i second = _mm512_mul_epu32(c[2], _mm512_set1_epi64(0xCD9E8D57));
+        c[0] = _mm512_xor_si512(_mm512_xor_si512(_mm512_srli_epi64(second, 32), c[1]), key[0]);
+        c[2] = _mm512_xor_si512(_mm512_xor_si512(_mm512_srli_epi64(first, 32), c[3]), key[1]);
+        c[1] = second, c[3] = first;
+        key[0] = _mm512_add_epi64(key[0], _mm512_set1_epi64(0x9E3779B9));
+        key[1] = _mm512_add_epi64(key[1], _mm512_set1_epi64(0xBB67AE85));
+    }
+    const __m512i half = _mm512_set1_epi64(0xFFFFFFFF);
+    const __m512i high = _mm512_slli_epi64(_mm512_srli_epi64(_mm512_and_si512(c[0], half), 5), 26);
+    const __m512i bits = _mm512_add_epi64(high, _mm512_srli_epi64(_mm512_and_si512(c[1], half), 6));
+    return _mm512_mul_pd(_mm512_cvtepi64_pd(bits), _mm512_set1_pd(0x1p-53));
+}
+
 }  // namespace
 
 // ---- what Python sees; logits are [rows, size]
@@ -157,22 +177,36 @@ void draw(const float* probs, int64_t rows, int64_t size, const double* uniforms
     }
 }
 
-// Philox 4x32-10, the first two words, as numbers in [0, 1) with 53 bits. words: [5, count], the counter's four words
-// of 32 bits and the key.
-void uniforms(const int64_t* words, int64_t count, double* out) {
-    for (int64_t i = 0; i < count; i++) {
-        uint32_t c[4], key[2];
-        for (int w = 0; w < 4; w++) c[w] = static_cast<uint32_t>(words[w * count + i]);
-        const uint64_t seed = static_cast<uint64_t>(words[4 * count + i]);
-        key[0] = static_cast<uint32_t>(seed), key[1] = static_cast<uint32_t>(seed >> 32);
-        for (int round = 0; round < 10; round++) {
-            const uint64_t first = uint64_t{0xD2511F53} * c[0], second = uint64_t{0xCD9E8D57} * c[2];
-            const uint32_t next[4] = {static_cast<uint32_t>(second >> 32) ^ c[1] ^ key[0], static_cast<uint32_t>(second),
-                                      static_cast<uint32_t>(first >> 32) ^ c[3] ^ key[1], static_cast<uint32_t>(first)};
-            std::copy(next, next + 4, c);
-            key[0] += 0x9E3779B9, key[1] += 0xBB67AE85;
+// As `race`: the token with the least -log(1 - uniform) / probability, the first of them. As -log(1 - u) >= u, few
+// tokens need a logarithm; the bound is a little wide, so that rounding never decides who needs one.
+void race(const float* probs, int64_t rows, int64_t size, const double* uniforms, int64_t* tokens) {
+    for (int64_t r = 0; r < rows; r++) {
+        const float* row = probs + r * size;
+        const double* noise = uniforms + r * size;
+        double least = std::numeric_limits<double>::infinity(), bound = least;
+        int64_t first = 0;
+        for (int64_t i = 0; i < size; i++) {
+            // without a probability the right side is 0, or not a number at first: such a token never wins
+            if (!(noise[i] < bound * row[i])) continue;
+            const double wait = -std::log1p(-noise[i]) / row[i];
+            if (wait < least) least = wait, bound = wait * (1 + 0x1p-40), first = i;
         }
-        out[i] = static_cast<double>((static_cast<int64_t>(c[0] >> 5) << 26) + (c[1] >> 6)) * 0x1p-53;
+        tokens[r] = first;
+    }
+}
+
+// [rows, size] numbers. words: position, origin, role and seed, each with its strides along both axes.
+void uniforms(const int64_t* const* words, const int64_t* strides, int64_t rows, int64_t size, double* out) {
+    for (int64_t r = 0; r < rows; r++) {
+        for (int64_t i = 0; i < size; i += 8) {
+            const __mmask8 real = i + 8 <= size ? 0xFF : (1 << (size - i)) - 1;
+            __m512i word[4];
+            for (int w = 0; w < 4; w++) {
+                const int64_t* start = words[w] + r * strides[2 * w];
+                word[w] = strides[2 * w + 1] ? _mm512_maskz_loadu_epi64(real, start + i) : _mm512_set1_epi64(*start);
+            }
+            _mm512_mask_storeu_pd(out + r * size + i, real, philox(word[0], word[1], word[2], word[3]));
+        }
     }
 }
 }

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from specdec.adaptive import AdaptiveLength, confidence
 from specdec.devices import upload
-from specdec.randomness import Role, UniformSource
+from specdec.randomness import Role, UniformSource, noise
 from specdec.requests import Batch
 from specdec.sampling import Law, RowParams, stack_laws
 from specdec.verification import Draft
@@ -77,10 +77,15 @@ def draw_fixed(
 
 
 def draft_uniforms(rows: RowParams, origins: Tensor, num_tokens: int, uniforms: UniformSource) -> Tensor:
-    """Uniforms that draw a draft, float64 [rows, num_tokens]; zeros where nothing is left to chance."""
+    """Uniforms that draw a draft, float64 [rows, num_tokens]; zeros where nothing is left to chance.
+
+    Coupled rows have one for each token, the target's own: float64 [rows, num_tokens, vocab].
+    """
     if rows.all_greedy:
         return torch.zeros(len(origins), num_tokens, dtype=torch.float64, device=origins.device)
     origins = origins.unsqueeze(1)
     positions = origins + torch.arange(num_tokens, device=origins.device)
+    if rows.coupled:
+        return noise(rows.seeds, positions, rows.vocab_size, uniforms)
     roles = torch.full_like(positions, Role.DRAFT)
     return uniforms(rows.seeds.unsqueeze(1), positions, roles, origins)
