@@ -9,11 +9,11 @@ from functools import partial
 import pytest
 import torch
 from gates import distance
-from oracle import exact_law
 from toys import QUARTERS, FeatureTarget, ToyHead, grid_pair, joint_law, table
 
 from specdec import Engine, SamplingParams
 from specdec.adaptive import MOST, AdaptiveLength, StepCosts, confidence, target_costs
+from specdec.conformance.enumeration import exact_law
 from specdec.decoding import Decoder
 from specdec.models.markov import MarkovModel
 from specdec.proposers.draft_model import DraftModelProposer

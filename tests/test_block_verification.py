@@ -5,19 +5,19 @@ from __future__ import annotations
 import itertools
 import math
 
-import mutants
 import pytest
 import torch
 from gates import distance, marginal, passes, radius
 from hypothesis import given
 from hypothesis import strategies as st
-from mutants import maker, with_rule
-from oracle import exact_law
 from strategies import law_rows
 from torch import Tensor
 from toys import joint_law, table
 
 from specdec import Engine, SamplingParams
+from specdec.conformance import mutants
+from specdec.conformance.enumeration import exact_law
+from specdec.conformance.mutants import maker, with_rule
 from specdec.models.markov import MarkovModel
 from specdec.randomness import uniforms
 from specdec.sampling import Dense

@@ -10,12 +10,12 @@ import torch
 from gates import marginal, passes, radius
 from hypothesis import given
 from hypothesis import strategies as st
-from mutants import maker
 from strategies import laws
 from torch import Tensor
 from toys import FeatureTarget, ToyHead, grid_pair, joint_law
 
 from specdec import METHODS, Engine, SamplingParams
+from specdec.conformance.mutants import maker
 from specdec.decoding import Decoder
 from specdec.models.causal import CausalLM
 from specdec.models.eagle import new_head

@@ -8,10 +8,10 @@ import pytest
 import tiny
 import torch
 from gates import distance, passes, radius
-from oracle import exact_law
 from toys import FeatureTarget, ToyHead, grid_pair, joint_law
 
 from specdec import Engine, SamplingParams
+from specdec.conformance.enumeration import exact_law
 from specdec.decoding import Decoder
 from specdec.models import PREFILL_CHUNK
 from specdec.models.causal import CausalLM

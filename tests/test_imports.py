@@ -29,6 +29,7 @@ LAYERS = [
     {"drafts", "decoding"},
     {"engine"},
     {"__init__"},
+    {"conformance", "conformance.enumeration", "conformance.mutants"},
     {"distill", "distill.prompts", "distill.loss", "distill.cost"},
     {"distill.corpus"},
     {"distill.dataset"},

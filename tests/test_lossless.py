@@ -5,15 +5,15 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import partial
 
-import mutants
 import pytest
 import torch
 from gates import distance, marginal, passes, radius
-from mutants import maker, with_rule
-from oracle import exact_law
 from toys import grid_pair, joint_law, table, top_k_law
 
 from specdec import Engine, SamplingParams
+from specdec.conformance import mutants
+from specdec.conformance.enumeration import exact_law
+from specdec.conformance.mutants import maker
 from specdec.decoding import Decoder
 from specdec.models.markov import MarkovModel
 from specdec.proposers.ngram import CountIndex, LookupIndex, NgramProposer
@@ -64,7 +64,7 @@ def test_joint_law_of_ngram_drafts(index: type) -> None:
 def test_a_sampled_draft_may_be_declared_certain() -> None:
     """The other way round from M1 costs acceptance only: the law given each draft token is the target's."""
     target, draft = grid_pair(12)
-    make = maker(target, draft, 1, proposer=mutants.SampledDraftDeclaredOneHot)
+    make = maker(target, draft, 1, break_proposer=mutants.SampledDraftDeclaredOneHot)
     assert distance(exact_law(make, PROMPT, 3, (4, 4, 12)), joint_law(target, PROMPT, 3)) < 1e-12
 
 
@@ -88,21 +88,9 @@ TOP_K = SamplingParams(top_k=1)
 NUM_DRAWS, SUPPORT = 4000, 9
 RADIUS = radius(NUM_DRAWS, SUPPORT)
 
-LOSSY = {
-    "M1 greedy draft declared as sampled": (maker(TARGET, DRAFT, 1, proposer=mutants.GreedyDraftDeclaredSampled), None),
-    "M2 recover from the target": (maker(TARGET, DRAFT, 1, break_rule=with_rule(mutants.recover_from_target)), None),
-    "M3 accept always": (maker(TARGET, DRAFT, 1, break_rule=with_rule(mutants.accept_always)), None),
-    "M4 accept uniform reused": (
-        maker(COIN_TARGET, SURE_DRAFT, 1, break_rule=with_rule(mutants.reuse_accept_uniform)),
-        None,
-    ),
-    "M4 draft stream shared": (maker(TARGET, DRAFT, 1, break_uniforms=mutants.share_draft_stream), None),
-    "M6 argmax for a draw": (maker(TARGET, DRAFT, 1, break_rule=with_rule(mutants.argmax_for_draw)), None),
-    "M7 wrong accept row": (maker(TARGET, DRAFT, 1, break_rule=with_rule(mutants.wrong_accept_row)), None),
-    "M7 wrong bonus row": (maker(TARGET, DRAFT, 1, break_rule=with_rule(mutants.wrong_bonus_row)), None),
-    "M8 top-k on one side": (maker(TARGET, DRAFT, 1, decoder=mutants.TopKOnOneSide), TOP_K),
-    "M9 no rollback": (maker(mutants.ForgetsRollback(TARGET.table), DRAFT, 1), None),
-}
+PAIRS = dict.fromkeys(mutants.MUTANTS, (TARGET, DRAFT)) | {"M4 accept uniform reused": (COIN_TARGET, SURE_DRAFT)}
+SEEN_ELSEWHERE = ("M5", "M10", "M11", "M12")
+LOSSY = [name for name in mutants.MUTANTS if name.split()[0] not in SEEN_ELSEWHERE]
 
 
 def truth(params: SamplingParams | None, target: MarkovModel = TARGET) -> dict[tuple[int, ...], float]:
@@ -126,8 +114,9 @@ def test_gate_passes_the_real_sampler(params: SamplingParams | None) -> None:
 @pytest.mark.parametrize("name", LOSSY)
 def test_mutant_is_caught_exactly_and_by_the_gate(name: str) -> None:
     """The gate misses a mutant with probability at most 1e-6, because its distance exceeds twice the radius."""
-    make, params = LOSSY[name]
-    law = truth(params, COIN_TARGET if name == "M4 accept uniform reused" else TARGET)
+    target, draft = PAIRS[name]
+    make, params = mutants.MUTANTS[name](target, draft, 1), TOP_K if name.startswith("M8") else None
+    law = truth(params, target)
     broken = exact_law(make, PROMPT, 4, GRID, params=params)
     assert distance(broken, law) > 0.01, "the enumeration does not see it"
     distances = [distance(marginal(broken, (i, i + 1)), marginal(law, (i, i + 1))) for i in range(3)]
@@ -205,6 +194,6 @@ def test_greedy_equals_plain_greedy() -> None:
 
 
 def test_every_mutant_of_the_list_has_a_test() -> None:
-    """M5 is in test_verification.py (only u = 0 shows it), M12 in test_block_verification.py."""
-    here = {name.split()[0] for name in LOSSY} | {"M10", "M11", "M5"}
-    assert here == {f"M{i}" for i in range(1, 12)}
+    """M5 is in test_verification.py (only u = 0 shows it), M12 in test_block_verification.py, M10 and M11 above."""
+    assert {name.split()[0] for name in mutants.MUTANTS} == {f"M{i}" for i in range(1, 13)}
+    assert {name.split()[0] for name in LOSSY} | set(SEEN_ELSEWHERE) == {f"M{i}" for i in range(1, 13)}

@@ -12,13 +12,13 @@ import pytest
 import tiny
 import torch
 from gates import distance
-from mutants import maker
-from oracle import exact_law
 from test_lossless import GRID, NUM_DRAWS, PROMPT, TARGET, pairs_passing, truth
 from torch import Tensor
 from toys import FeatureTarget, ToyHead, grid_pair, joint_law
 
 from specdec import Engine, SamplingParams
+from specdec.conformance.enumeration import exact_law
+from specdec.conformance.mutants import maker
 from specdec.decoding import Decoder
 from specdec.models.causal import CausalLM
 from specdec.models.eagle import new_head

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import math
 
-import mutants
 import pytest
 import torch
 from hypothesis import given
@@ -13,6 +12,7 @@ from hypothesis import strategies as st
 from strategies import law_rows, laws
 from torch import Tensor
 
+from specdec.conformance import mutants
 from specdec.sampling import Dense, OneHot
 from specdec.verification import Draft, final_law, residual, verify_tokens
 

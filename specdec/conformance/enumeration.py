@@ -1,0 +1,297 @@
+"""The exact output law of the real decode loop, by feeding it every draw that makes a difference.
+
+What the loop does with a uniform changes only where a law's threshold is passed. So a few uniforms, one from each
+piece between thresholds, weighted by the length of the piece, are as good as all, and the loop's output over them *is*
+its law. If all thresholds of a pair are multiples of 1/N, the pieces are the N cells of a grid.
+
+*Token and block verification.* One step needs k draft uniforms, k accept uniforms and one for the last token; a whole
+run would need the product over its steps. But the loop is deterministic given its uniforms, and what it remembers of
+a step is only what was drafted, accepted and drawn. So the tree of such histories is walked: each node fixes one
+assignment that leads to it, and runs the loop, from the prompt on, over all pieces of the next step (`exact_law`).
+
+*Coupled verification.* The noise of a position is a waiting time for each token. Only their proportions decide a race,
+and those of exponential waiting times are uniform on the simplex. Over three tokens that is a triangle; the token that
+wins a race under a law p changes where the line from a corner through p is crossed. All such lines of the laws in play
+cut the triangle into polygons whose areas are rational numbers: one point of each, weighted by its area, stands for all
+noise (`race_pieces`). A run needs one for each position, whatever is drafted and however often (`exact_coupled_law`).
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from fractions import Fraction
+
+import torch
+from torch import Tensor
+
+from specdec.decoding import Decoder
+from specdec.randomness import Role, UniformSource
+from specdec.requests import Generation, Request
+from specdec.sampling import Law, SamplingParams
+from specdec.verification import Draft, Verification, VerificationRule, verify_coupled, verify_tokens
+
+MakeDecoder = Callable[[UniformSource, VerificationRule, int], Decoder]
+Tokens = tuple[int, ...]
+Pieces = Sequence[tuple[float, float]]  # (a uniform, how much of [0, 1) it stands for)
+
+
+def equal_pieces(count: int) -> Pieces:
+    """For thresholds that are multiples of 1/count: the midpoints."""
+    return [((i + 0.5) / count, 1 / count) for i in range(count)]
+
+
+def pieces_between(thresholds: Iterable[float]) -> Pieces:
+    """For any thresholds; those that differ by less than 1e-9 are taken for one."""
+    edges = [0.0]
+    for threshold in sorted(thresholds):
+        if edges[-1] + 1e-9 < threshold < 1 - 1e-9:
+            edges.append(threshold)
+    return [((low + high) / 2, high - low) for low, high in itertools.pairwise([*edges, 1.0])]
+
+
+@dataclass(frozen=True, slots=True)
+class StepUniforms:
+    """The uniforms of one step: by draft position, by draft position, and for whichever token comes last."""
+
+    draft: tuple[float, ...]
+    accept: tuple[float, ...]
+    last: float
+
+
+class ScriptedUniforms:
+    """A uniform source that reads from scripts: row seed -> the step beginning at an origin -> its uniforms."""
+
+    def __init__(self, scripts: list[dict[int, StepUniforms]]) -> None:
+        self.scripts = scripts
+
+    def __call__(self, seeds: Tensor, positions: Tensor, roles: Tensor, origins: Tensor) -> Tensor:
+        lists = [x.expand(positions.shape).tolist() for x in (seeds, positions, roles, origins)]
+        return torch.tensor(
+            [[self._one(*key) for key in zip(*row, strict=True)] for row in zip(*lists, strict=True)],
+            dtype=torch.float64,
+        )
+
+    def _one(self, seed: int, position: int, role: int, origin: int) -> float:
+        step = self.scripts[seed].get(origin)
+        if step is None:  # a step after the one that is being enumerated
+            return 0.5
+        if role == Role.DRAFT:
+            return step.draft[position - origin]
+        if role == Role.ACCEPT:
+            return step.accept[position - origin]
+        return step.last
+
+
+@dataclass(frozen=True, slots=True)
+class _Node:
+    """A history of the loop: a script that leads to it, the tokens emitted by then, its probability."""
+
+    script: dict[int, StepUniforms]
+    tokens: Tokens
+    probability: float
+
+
+def exact_law(
+    make_decoder: MakeDecoder,
+    prompt: Tokens,
+    num_tokens: int,
+    grid: tuple[int | Pieces, int | Pieces, int | Pieces],
+    params: SamplingParams | None = None,
+    rule: VerificationRule = verify_tokens,
+) -> dict[Tokens, float]:
+    """Law of the first num_tokens tokens that the decoder emits, fewer behind a stop token: {tokens: probability}.
+
+    make_decoder: (uniforms, rule, max_batch_size) -> a fresh decoder. grid: pieces for draft, accept and last
+    uniforms, or the number of equal ones. params: their stop tokens end a request; their seed is not used.
+    """
+    runs = _Runs(make_decoder, prompt, replace(params or SamplingParams(), max_tokens=num_tokens), rule)
+    pieces = [equal_pieces(each) if isinstance(each, int) else each for each in grid]
+    law: dict[Tokens, float] = defaultdict(float)
+    nodes = [_Node({}, (), 1.0)]
+    while nodes:
+        children = [child for node in nodes for child in _expand(runs, node, pieces)]
+        for child in children:
+            if runs.is_over(child.tokens):
+                law[child.tokens] += child.probability
+        nodes = [child for child in children if not runs.is_over(child.tokens)]
+    return dict(law)
+
+
+def _expand(runs: _Runs, node: _Node, pieces: Sequence[Pieces]) -> list[_Node]:
+    """The outcomes of the step after a node, with the weight of the uniforms that lead to each."""
+    origin, number = len(runs.prompt) + len(node.tokens), len(node.script)
+    num_drafted = runs.gamma if number else 0  # the first token comes from the prefill
+    uniforms, weights = zip(*_grid(pieces, num_drafted), strict=True)
+    scripts = [node.script | {origin: each} for each in uniforms]
+    outcomes = runs.step(scripts, number)
+    scripts_to = dict(zip(outcomes, scripts, strict=True))
+    mass: Counter[_Outcome] = Counter()
+    for outcome, weight in zip(outcomes, weights, strict=True):
+        mass[outcome] += weight
+    return [_Node(scripts_to[each], each.tokens, node.probability * weight) for each, weight in mass.items()]
+
+
+def _grid(pieces: Sequence[Pieces], num_drafted: int) -> Iterable[tuple[StepUniforms, float]]:
+    drafts, accepts, lasts = pieces
+    for choice in itertools.product(*[drafts] * num_drafted, *[accepts] * num_drafted, lasts):
+        points, weights = zip(*choice, strict=True)
+        yield StepUniforms(points[:num_drafted], points[num_drafted:-1], points[-1]), math.prod(weights)
+
+
+@dataclass(frozen=True, slots=True)
+class _Outcome:
+    """All tokens emitted up to a step, and what the step drafted."""
+
+    tokens: Tokens
+    drafted: Tokens
+
+
+class _Runs:
+    """Runs the real loop, from the prompt on, once for each script."""
+
+    def __init__(
+        self, make_decoder: MakeDecoder, prompt: Tokens, params: SamplingParams, rule: VerificationRule
+    ) -> None:
+        self.make_decoder, self.prompt, self.params, self.rule = make_decoder, prompt, params, rule
+        self.stop = frozenset(params.stop_token_ids)
+        self.gamma = make_decoder(ScriptedUniforms([]), rule, 1).num_speculative_tokens
+
+    def is_over(self, tokens: Tokens) -> bool:
+        return len(tokens) == self.params.max_tokens or tokens[-1] in self.stop
+
+    def step(self, scripts: list[dict[int, StepUniforms]], number: int) -> list[_Outcome]:
+        """What became of step `number`, the prefill being step 0, in the run of each script."""
+        drafts: list[Tensor] = []
+
+        def recording(target: Law, draft: Draft, accept_uniforms: Tensor, final_uniforms: Tensor) -> Verification:
+            drafts.append(draft.tokens.clone())  # a recorded step's place is used again
+            return self.rule(target, draft, accept_uniforms, final_uniforms)
+
+        decoder = self.make_decoder(ScriptedUniforms(scripts), recording, len(scripts))
+        rows = _run(decoder, self.prompt, self.params, len(scripts))
+        if number == 0:
+            return [_Outcome(tuple(row.output[:1]), ()) for row in rows]
+        drafted = drafts[len(scripts) + number - 1]  # one call for each prefill, then one for each step of the batch
+        return [_outcome(row, number, drafted[index].tolist()) for index, row in enumerate(rows)]
+
+
+def _run(decoder: Decoder, prompt: Tokens, params: SamplingParams, num_rows: int) -> list[Generation]:
+    """The same request in so many rows, row r with the seed r."""
+    stop = frozenset(params.stop_token_ids)
+    requests = [Request(seed, prompt, replace(params, seed=seed), stop) for seed in range(num_rows)]
+    return sorted(decoder.run(requests), key=lambda row: row.request.index)
+
+
+def _outcome(row: Generation, number: int, drafted: list[int]) -> _Outcome:
+    num_emitted = 1 + sum(step.num_accepted + (step.last is not None) for step in row.steps[:number])
+    return _Outcome(tuple(row.output[:num_emitted]), tuple(drafted[: row.steps[number - 1].num_drafted]))
+
+
+# ---- coupled verification
+
+Point = tuple[Fraction, ...]  # shares of three waiting times, which sum to 1
+RacePieces = Sequence[tuple[tuple[float, ...], Fraction]]  # (a uniform for each token, how much noise it stands for)
+
+
+def race_pieces(laws: Iterable[Sequence[float]]) -> RacePieces:
+    """Noise that stands for all noise, as far as races under these laws go; the weights sum to 1.
+
+    laws: of two or three tokens, the same number in each; probabilities are taken for the nearest fractions with a
+    denominator of at most 10,000.
+    Raises ValueError for laws over more tokens.
+    """
+    exact = {tuple(Fraction(prob).limit_denominator(10_000) for prob in law) for law in laws}
+    vocab_size = len(next(iter(exact)))
+    if vocab_size not in (2, 3):
+        raise ValueError(f"laws over {vocab_size} tokens must be over two or three; cut the toy's vocabulary")
+    corners = [tuple(Fraction(int(i == j)) for j in range(3)) for i in range(3)]
+    polygons: list[list[Point]] = [corners]
+    for law, (a, b) in itertools.product(sorted(exact), itertools.combinations(range(vocab_size), 2)):
+        polygons = [half for polygon in polygons for half in _halves(polygon, a, b, law)]
+    return [(_noise_at(_centre(polygon))[:vocab_size], _area(polygon)) for polygon in polygons]
+
+
+def _halves(polygon: list[Point], a: int, b: int, law: Point) -> list[list[Point]]:
+    """A convex polygon cut where tokens a and b wait equally long under a law."""
+    sides = [point[a] * law[b] - point[b] * law[a] for point in polygon]
+    halves = [_clipped(polygon, [sign * side for side in sides]) for sign in (1, -1)]
+    return [half for half in halves if _area(half) > 0]
+
+
+def _clipped(polygon: list[Point], sides: list[Fraction]) -> list[Point]:
+    """What of a convex polygon lies on the side that is not negative."""
+    kept: list[Point] = []
+    for i, (point, side) in enumerate(zip(polygon, sides, strict=True)):
+        before, side_before = polygon[i - 1], sides[i - 1]
+        if side * side_before < 0:
+            share = side_before / (side_before - side)
+            kept.append(tuple(x + share * (y - x) for x, y in zip(before, point, strict=True)))
+        if side >= 0:
+            kept.append(point)
+    return kept
+
+
+def _area(polygon: list[Point]) -> Fraction:
+    """As a part of the whole triangle."""
+    return sum((_determinant(polygon[0], b, c) for b, c in itertools.pairwise(polygon[1:])), Fraction(0))
+
+
+def _determinant(p: Point, q: Point, r: Point) -> Fraction:
+    def minor(i: int, j: int) -> Fraction:
+        return q[i] * r[j] - q[j] * r[i]
+
+    return p[0] * minor(1, 2) - p[1] * minor(0, 2) + p[2] * minor(0, 1)
+
+
+def _centre(polygon: list[Point]) -> Point:
+    return tuple(sum(coordinates, Fraction(0)) / len(polygon) for coordinates in zip(*polygon, strict=True))
+
+
+def _noise_at(shares: Point) -> tuple[float, ...]:
+    """Uniforms whose waiting times, -log(1 - u), are these shares."""
+    return tuple(-math.expm1(-float(share)) for share in shares)
+
+
+class ScriptedNoise:
+    """A uniform source for coupled draws: float64 [rows, positions, vocab], from a first position on, by row seed."""
+
+    def __init__(self, noise: Tensor, first_position: int) -> None:
+        self._noise, self._first_position = noise, first_position
+
+    def __call__(self, seeds: Tensor, positions: Tensor, roles: Tensor, origins: Tensor) -> Tensor:
+        if (roles != Role.COUPLED).any():
+            raise ValueError(f"roles={roles.tolist()} must be {int(Role.COUPLED)}: here all draws are coupled")
+        places = (positions - self._first_position).clamp(max=self._noise.shape[1] - 1)  # padding may stand beyond
+        return self._noise[seeds, places, origins]
+
+
+def coupled_runs(
+    make_decoder: MakeDecoder,
+    prompt: Tokens,
+    num_tokens: int,
+    pieces: RacePieces,
+    params: SamplingParams | None = None,
+    rule: VerificationRule = verify_coupled,
+) -> list[tuple[Tokens, Fraction]]:
+    """What the decoder emits, and its probability, for every choice of noise at num_tokens positions, in one order.
+
+    Arguments as for `exact_law`. pieces: from `race_pieces` of all laws that target or draft may have.
+    """
+    choices = list(itertools.product(pieces, repeat=num_tokens))
+    noise = torch.tensor([[uniforms for uniforms, _ in choice] for choice in choices], dtype=torch.float64)
+    decoder = make_decoder(ScriptedNoise(noise, len(prompt)), rule, len(choices))
+    rows = _run(decoder, prompt, replace(params or SamplingParams(), max_tokens=num_tokens), len(choices))
+    weights = [math.prod((weight for _, weight in choice), start=Fraction(1)) for choice in choices]
+    return [(tuple(row.output), weight) for row, weight in zip(rows, weights, strict=True)]
+
+
+def exact_coupled_law(runs: Iterable[tuple[Tokens, Fraction]]) -> dict[Tokens, float]:
+    """The law of what `coupled_runs` emits: {tokens: probability}."""
+    law: dict[Tokens, Fraction] = defaultdict(Fraction)
+    for tokens, weight in runs:
+        law[tokens] += weight
+    return {tokens: float(weight) for tokens, weight in law.items()}

@@ -1,0 +1,292 @@
+"""Broken samplers, each a bug that a real engine shipped: the negative controls of every instrument.
+
+A mutant is a decoder with one thing wrong. `MUTANTS` names them M1 to M12; where a bug has two shapes, both are here.
+They go with any target and any proposer that draws, so that they can be planted in a real engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from specdec.decoding import Decoder
+from specdec.devices import upload
+from specdec.proposers import Proposer
+from specdec.proposers.draft_model import DraftModelProposer
+from specdec.randomness import Role, UniformSource, uniforms
+from specdec.requests import Batch, Generation
+from specdec.sampling import Dense, Law, RowParams, SamplingState
+from specdec.verification import (
+    Draft,
+    Verification,
+    VerificationRule,
+    draw_last,
+    final_law,
+    verify_block,
+    verify_tokens,
+)
+
+Maker = Callable[[UniformSource, VerificationRule, int], Decoder]
+
+
+class Plant(Protocol):
+    """Makes decoders of a pair in which a bug is planted; see `maker`, `MUTANTS` has them by name."""
+
+    def __call__(self, target: Any, draft: Any, gamma: int, **parts: Any) -> Maker: ...
+
+
+def maker(
+    target: Any,
+    draft: Any,
+    gamma: int,
+    decoder: type[Decoder] = Decoder,
+    proposer: Callable[[Any, UniformSource], Proposer] = DraftModelProposer,
+    break_target: Callable[[Any], Any] = lambda target: target,
+    break_proposer: Callable[[Proposer], Proposer] = lambda proposer: proposer,
+    break_rule: Callable[[VerificationRule], VerificationRule] = lambda rule: rule,
+    break_uniforms: Callable[[UniformSource], UniformSource] = lambda source: source,
+    records: bool | None = None,
+) -> Maker:
+    """A function that makes decoders of this pair from (uniforms, rule, max_batch_size), with parts replaced.
+
+    target: a LanguageModel. draft: what the proposer is made of, with a source of uniforms.
+    gamma: tokens proposed per step.
+    """
+
+    def make(
+        source: UniformSource = uniforms, rule: VerificationRule = verify_tokens, max_batch_size: int = 1
+    ) -> Decoder:
+        source = break_uniforms(source)
+        return decoder(
+            break_target(target),
+            break_proposer(proposer(draft, source)),
+            gamma,
+            max_batch_size=max_batch_size,
+            rule=break_rule(rule),
+            uniforms=source,
+            records=records,
+        )
+
+    return make
+
+
+# ---- what proposes
+
+
+class GreedyDraftDeclaredSampled:
+    """M1: proposes the most probable token but declares the law it did not draw from."""
+
+    def __init__(self, proposer: Proposer) -> None:
+        self._proposer = proposer
+        self.needs_features = getattr(proposer, "needs_features", False)
+
+    def propose(self, batch: Batch, limits: Sequence[int]) -> Draft:
+        draft = self._proposer.propose(batch, limits)
+        return replace(draft, tokens=draft.law.dense().argmax(-1)) if draft.tokens.shape[1] else draft
+
+
+class SampledDraftDeclaredOneHot(GreedyDraftDeclaredSampled):
+    """No bug, though it looks like M1: what is accepted given the draft token has the target's law for any token."""
+
+    def propose(self, batch: Batch, limits: Sequence[int]) -> Draft:
+        draft = self._proposer.propose(batch, limits)
+        return Draft.deterministic(draft.tokens, draft.lengths, batch.sampling.vocab_size)
+
+
+class StaleDraftCache(DraftModelProposer):
+    """M9: after full acceptance the draft model never sees its own last token. Lossless, but the draft is worse."""
+
+    def _catch_up(self, batch: Batch) -> Tensor:
+        for slot, row in zip(self._slots, batch.rows, strict=False):
+            if row and slot.owner is row and slot.num_valid(row) == len(row.tokens) - 2:
+                slot.drafted = [*slot.drafted, row.tokens[-2]]
+        return super()._catch_up(batch)
+
+
+# ---- rules and uniforms
+
+
+def with_rule(broken: VerificationRule) -> Callable[[VerificationRule], VerificationRule]:
+    """Replace the rule, keeping whatever records its calls around it."""
+
+    def break_rule(rule: VerificationRule) -> VerificationRule:
+        def both(target: Law, draft: Draft, accept_uniforms: Tensor, final_uniforms: Tensor) -> Verification:
+            rule(target, draft, accept_uniforms, final_uniforms)
+            return broken(target, draft, accept_uniforms, final_uniforms)
+
+        return both
+
+    return break_rule
+
+
+def recover_from_target(target: Law, draft: Draft, accept_uniforms: Tensor, final_uniforms: Tensor) -> Verification:
+    """M2: after a rejection draws from the target's law, not from the residual."""
+    accepted = verify_tokens(target, draft, accept_uniforms, final_uniforms).accepted
+    uniform = final_uniforms.gather(1, accepted.unsqueeze(1)).squeeze(1)
+    return Verification(accepted, target.at(accepted).draw(uniform))
+
+
+def accept_always(target: Law, draft: Draft, accept_uniforms: Tensor, final_uniforms: Tensor) -> Verification:
+    """M3."""
+    return verify_tokens(target, draft, torch.full_like(accept_uniforms, -1.0), final_uniforms)
+
+
+def reuse_accept_uniform(target: Law, draft: Draft, accept_uniforms: Tensor, final_uniforms: Tensor) -> Verification:
+    """M4: the uniform that rejected also draws the recovered token."""
+    reused = torch.cat([accept_uniforms, final_uniforms[:, -1:]], 1)
+    return verify_tokens(target, draft, accept_uniforms, reused)
+
+
+def share_draft_stream(source: UniformSource) -> UniformSource:
+    """M4: accepting reads the stream that the draft was drawn from."""
+
+    def shared(seeds: Tensor, positions: Tensor, roles: Tensor, origins: Tensor) -> Tensor:
+        return source(seeds, positions, torch.where(roles == Role.ACCEPT, int(Role.DRAFT), roles), origins)
+
+    return shared
+
+
+def accept_at_equality(target: Law, draft: Draft, accept_uniforms: Tensor, final_uniforms: Tensor) -> Verification:
+    """M5: u <= target/draft, which accepts an impossible token at u = 0. Without u = 0 it cannot be seen."""
+    return verify_tokens(target, draft, accept_uniforms - 2.0**-54, final_uniforms)
+
+
+def argmax_for_draw(target: Law, draft: Draft, accept_uniforms: Tensor, final_uniforms: Tensor) -> Verification:
+    """M6: takes the most probable token where a draw is meant."""
+    accepted = verify_tokens(target, draft, accept_uniforms, final_uniforms).accepted
+    return Verification(accepted, final_law(target, draft, accepted).dense().argmax(-1))
+
+
+def wrong_accept_row(target: Law, draft: Draft, accept_uniforms: Tensor, final_uniforms: Tensor) -> Verification:
+    """M7: draft token i is tested against the target's row i + 1."""
+    shifted = Dense(target.dense().roll(-1, 1)) if draft.tokens.shape[1] else target
+    accepted = verify_tokens(shifted, draft, accept_uniforms, final_uniforms).accepted
+    return draw_last(target, draft, accepted, final_uniforms)
+
+
+def wrong_bonus_row(target: Law, draft: Draft, accept_uniforms: Tensor, final_uniforms: Tensor) -> Verification:
+    """M7: the bonus token is drawn from the row before its own."""
+    right = verify_tokens(target, draft, accept_uniforms, final_uniforms)
+    if not draft.tokens.shape[1]:
+        return right
+    bonus = target.at((right.accepted - 1).clamp(min=0)).draw(final_uniforms[:, -1])
+    return Verification(right.accepted, torch.where(right.accepted == draft.lengths, bonus, right.next_token))
+
+
+def block_with_token_residual(
+    target: Law, draft: Draft, accept_uniforms: Tensor, final_uniforms: Tensor
+) -> Verification:
+    """M12: block verification, but the recovered token comes from token verification's residual."""
+    accepted = verify_block(target, draft, accept_uniforms, final_uniforms).accepted
+    return draw_last(target, draft, accepted, final_uniforms)
+
+
+# ---- the loop
+
+
+class TopKOnOneSide(Decoder):
+    """M8: the bonus and recovered tokens come from the law without top-k, whatever was asked."""
+
+    def _verify(self, batch: Batch, logits: Tensor, draft: Draft) -> Verification:
+        outcome = super()._verify(batch, logits, draft)
+        unlimited = [replace(params, top_k=0) for params in batch.sampling.params]
+        nothing: list[tuple[int, ...]] = [()] * len(unlimited)
+        state = SamplingState(unlimited, nothing, nothing, batch.sampling.vocab_size, batch.sampling.device)
+        law = final_law(state.law(logits, draft.tokens), draft, outcome.accepted)
+        final_uniforms = self._draws(batch.sampling.rows, upload(batch.lengths(), logits.device), draft)[1]
+        uniform = final_uniforms.gather(1, outcome.accepted.unsqueeze(1)).squeeze(1)
+        return replace(outcome, next_token=law.draw(uniform))
+
+
+class ForgetsRollback:
+    """M9: a target that appends behind whatever it wrote last, rejected tokens included, while there is room."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        self.vocab_size, self.device = model.vocab_size, model.device
+        self.context_length = model.context_length
+
+    def allocate(self, num_slots: int, capacity: int, **options: Any) -> Any:
+        self._written = [0] * num_slots
+        return self._model.allocate(num_slots, 4 * capacity, **options)
+
+    def forward(self, tokens: Tensor, cache: Any, first_slot: int = 0, last_only: bool = False) -> Tensor:
+        right, width = list(cache.lengths), tokens.shape[1]
+        for slot in range(first_slot, first_slot + len(tokens)):
+            behind = max(right[slot], self._written[slot]) if right[slot] else 0
+            cache.lengths[slot] = behind if behind + width <= cache.capacity else right[slot]
+            self._written[slot] = cache.lengths[slot] + width
+        logits: Tensor = self._model.forward(tokens, cache, first_slot, last_only)
+        cache.lengths[:] = right
+        return logits
+
+
+class _Endless(Generation):
+    """Looks at the last token of a step only, and cuts nothing."""
+
+    __slots__ = ()
+
+    def emit(self, tokens: Sequence[int]) -> int:
+        self.tokens += tokens
+        if tokens[-1] in self.request.stop_token_ids:
+            self.finish_reason = "stop"
+        elif self.num_remaining <= 0:
+            self.finish_reason = "length"
+        return len(tokens)
+
+
+class IgnoredStop(Decoder):
+    """M10: a stop token inside an accepted run is passed over."""
+
+    def _prefill(self, row: Generation, cache: Any, slot: int) -> None:
+        row.__class__ = _Endless
+        super()._prefill(row, cache, slot)
+
+
+class OverlongDraft(IgnoredStop):
+    """M10: forgets that `max_tokens` bounds the draft, and does not cut the output."""
+
+    def _propose(self, batch: Batch) -> Draft:
+        assert self.proposer
+        limits = [self.num_speculative_tokens if row else 0 for row in batch.rows]
+        return self.proposer.propose(batch, limits)
+
+
+class SoftGreedy(Decoder):
+    """M11: at temperature 0 a draft token is tested against the softmax, so that another than the argmax can pass."""
+
+    def _verify(self, batch: Batch, logits: Tensor, draft: Draft) -> Verification:
+        accept_uniforms, final_uniforms = self._draws(
+            batch.sampling.rows, upload(batch.lengths(), logits.device), draft
+        )
+        soft = Dense(logits.to(torch.promote_types(logits.dtype, torch.float32)).softmax(-1))
+        accepted = verify_tokens(soft, draft, accept_uniforms, final_uniforms).accepted
+        law = batch.sampling.law(logits, draft.tokens)
+        return draw_last(law, draft, accepted, final_uniforms)
+
+    def _draws(self, rows: RowParams, origins: Tensor, draft: Draft) -> tuple[Tensor, Tensor]:
+        return super()._draws(replace(rows, all_greedy=False), origins, draft)  # its rule has a use for uniforms
+
+
+MUTANTS: dict[str, Plant] = {
+    "M1 greedy draft declared as sampled": partial(maker, break_proposer=GreedyDraftDeclaredSampled),
+    "M2 recover from the target": partial(maker, break_rule=with_rule(recover_from_target)),
+    "M3 accept always": partial(maker, break_rule=with_rule(accept_always)),
+    "M4 accept uniform reused": partial(maker, break_rule=with_rule(reuse_accept_uniform)),
+    "M4 draft stream shared": partial(maker, break_uniforms=share_draft_stream),
+    "M5 accept at equality": partial(maker, break_rule=with_rule(accept_at_equality)),
+    "M6 argmax for a draw": partial(maker, break_rule=with_rule(argmax_for_draw)),
+    "M7 wrong accept row": partial(maker, break_rule=with_rule(wrong_accept_row)),
+    "M7 wrong bonus row": partial(maker, break_rule=with_rule(wrong_bonus_row)),
+    "M8 top-k on one side": partial(maker, decoder=TopKOnOneSide),
+    "M9 no rollback": partial(maker, break_target=ForgetsRollback, records=False),
+    "M10 stop token ignored": partial(maker, decoder=IgnoredStop),
+    "M10 max_tokens ignored": partial(maker, decoder=OverlongDraft),
+    "M11 soft greedy": partial(maker, decoder=SoftGreedy),
+    "M12 token residual under block": partial(maker, break_rule=with_rule(block_with_token_residual)),
+}
