@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import law_rows
 from torch import Tensor
+from toys import obvious_law
 
 from specdec.sampling import Dense, OneHot, Partial, SamplingParams, SamplingState, stack_laws
 
@@ -27,34 +28,6 @@ params_strategy = st.builds(
     logit_bias=st.dictionaries(st.integers(0, VOCAB - 1), st.sampled_from([-math.inf, -1.0, 2.0]), max_size=2),
 )
 tokens_strategy = st.lists(st.integers(0, VOCAB - 1), max_size=5)
-
-
-def obvious_law(logits: list[float], params: SamplingParams, prompt: list[int], output: list[int]) -> list[float]:
-    """The definition, token by token in plain Python."""
-    x = list(logits)
-    for token, bias in params.logit_bias.items():
-        x[token] += bias
-    for token in range(VOCAB):
-        if token in prompt or token in output:
-            x[token] = x[token] / params.repetition_penalty if x[token] > 0 else x[token] * params.repetition_penalty
-        x[token] -= params.frequency_penalty * output.count(token)
-        x[token] -= params.presence_penalty * (token in output)
-    if params.temperature == 0:
-        return [float(token == x.index(max(x))) for token in range(VOCAB)]
-    x = [value / params.temperature for value in x]
-    if params.top_k:
-        floor = sorted(x, reverse=True)[min(params.top_k, VOCAB) - 1]
-        x = [value if value >= floor else -math.inf for value in x]
-    weights = [math.exp(value - max(x)) for value in x]
-    law = [weight / math.fsum(weights) for weight in weights]
-    kept, mass = set(), 0.0
-    for token in sorted(range(VOCAB), key=lambda t: -law[t]):
-        if mass < params.top_p or params.top_p == 1:
-            kept.add(token)
-        mass += law[token]
-    law = [p if p >= min(law[t] for t in kept) else 0.0 for p in law]
-    law = [p if p >= params.min_p * max(law) else 0.0 for p in law]
-    return [p / math.fsum(law) for p in law]
 
 
 @given(

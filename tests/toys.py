@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from specdec.models.markov import MarkovCache, MarkovModel
+from specdec.sampling import SamplingParams
 
 # Quarters, such that target/draft is 0, 1/2, 1 or more and every residual is made of halves.
 QUARTERS = torch.tensor([[2, 1, 1], [1, 2, 1], [1, 1, 2], [2, 2, 0], [0, 2, 2], [2, 0, 2]]).double() / 4
@@ -87,3 +89,55 @@ def joint_law(
         if probability:
             law[tokens] = probability
     return law
+
+
+def obvious_law(logits: list[float], params: SamplingParams, prompt: list[int], output: list[int]) -> list[float]:
+    """The law after processors, by their definitions, token by token in plain Python."""
+    x, vocab_size = list(logits), len(logits)
+    for token, bias in params.logit_bias.items():
+        x[token] += bias
+    for token in range(vocab_size):
+        if token in prompt or token in output:
+            x[token] = x[token] / params.repetition_penalty if x[token] > 0 else x[token] * params.repetition_penalty
+        x[token] -= params.frequency_penalty * output.count(token)
+        x[token] -= params.presence_penalty * (token in output)
+    if params.temperature == 0:
+        return [float(token == x.index(max(x))) for token in range(vocab_size)]
+    x = [value / params.temperature for value in x]
+    if params.top_k:
+        floor = sorted(x, reverse=True)[min(params.top_k, vocab_size) - 1]
+        x = [value if value >= floor else -math.inf for value in x]
+    weights = [math.exp(value - max(x)) for value in x]
+    law = [weight / math.fsum(weights) for weight in weights]
+    kept, mass = set(), 0.0
+    for token in sorted(range(vocab_size), key=lambda t: -law[t]):
+        if mass < params.top_p or params.top_p == 1:
+            kept.add(token)
+        mass += law[token]
+    law = [p if p >= min(law[t] for t in kept) else 0.0 for p in law]
+    law = [p if p >= params.min_p * max(law) else 0.0 for p in law]
+    return [p / math.fsum(law) for p in law]
+
+
+def law_after(model: MarkovModel, params: SamplingParams, prompt: Sequence[int], output: Sequence[int]) -> list[float]:
+    """What the model says after a prompt and an output under sampling parameters."""
+    context = [0, *prompt, *output]
+    logits = model.table[context[-2], context[-1]].log().tolist()
+    return obvious_law(logits, params, list(prompt), list(output))
+
+
+def processed_law(
+    model: MarkovModel, params: SamplingParams, prompt: Sequence[int], num_tokens: int
+) -> dict[tuple[int, ...], float]:
+    """As `joint_law` under all sampling parameters; a stop token ends an output."""
+    laws, unfinished = {}, {(): 1.0}
+    for _ in range(num_tokens):
+        longer = {
+            (*output, token): probability * each
+            for output, probability in unfinished.items()
+            for token, each in enumerate(law_after(model, params, prompt, output))
+            if each
+        }
+        laws |= {output: p for output, p in longer.items() if output[-1] in params.stop_token_ids}
+        unfinished = {output: p for output, p in longer.items() if output[-1] not in params.stop_token_ids}
+    return laws | unfinished

@@ -37,6 +37,7 @@ from specdec.verification import Draft, Verification, VerificationRule, verify_c
 MakeDecoder = Callable[[UniformSource, VerificationRule, int], Decoder]
 Tokens = tuple[int, ...]
 Pieces = Sequence[tuple[float, float]]  # (a uniform, how much of [0, 1) it stands for)
+Grid = tuple[int | Pieces, int | Pieces, int | Pieces]  # for draft, accept and last uniforms; a number of equal pieces
 
 
 def equal_pieces(count: int) -> Pieces:
@@ -99,21 +100,24 @@ def exact_law(
     make_decoder: MakeDecoder,
     prompt: Tokens,
     num_tokens: int,
-    grid: tuple[int | Pieces, int | Pieces, int | Pieces],
+    grid: Grid | Callable[[Tokens], Grid],
     params: SamplingParams | None = None,
     rule: VerificationRule = verify_tokens,
 ) -> dict[Tokens, float]:
     """Law of the first num_tokens tokens that the decoder emits, fewer behind a stop token: {tokens: probability}.
 
-    make_decoder: (uniforms, rule, max_batch_size) -> a fresh decoder. grid: pieces for draft, accept and last
-    uniforms, or the number of equal ones. params: their stop tokens end a request; their seed is not used.
+    make_decoder: (uniforms, rule, max_batch_size) -> a fresh decoder. grid: pieces for the uniforms of every step, or
+    for those of the step after given tokens, without the prompt. params: their stop tokens end a request; their seed is
+    not used.
     """
     runs = _Runs(make_decoder, prompt, replace(params or SamplingParams(), max_tokens=num_tokens), rule)
-    pieces = [equal_pieces(each) if isinstance(each, int) else each for each in grid]
+    grid_at = grid if callable(grid) else lambda tokens: grid
     law: dict[Tokens, float] = defaultdict(float)
     nodes = [_Node({}, (), 1.0)]
     while nodes:
-        children = [child for node in nodes for child in _expand(runs, node, pieces)]
+        children = [
+            child for node in nodes for child in _expand(runs, node, grid(node.tokens) if callable(grid) else grid)
+        ]
         for child in children:
             if runs.is_over(child.tokens):
                 law[child.tokens] += child.probability
@@ -121,11 +125,11 @@ def exact_law(
     return dict(law)
 
 
-def _expand(runs: _Runs, node: _Node, pieces: Sequence[Pieces]) -> list[_Node]:
+def _expand(runs: _Runs, node: _Node, grid: Grid) -> list[_Node]:
     """The outcomes of the step after a node, with the weight of the uniforms that lead to each."""
     origin, number = len(runs.prompt) + len(node.tokens), len(node.script)
     num_drafted = runs.gamma if number else 0  # the first token comes from the prefill
-    uniforms, weights = zip(*_grid(pieces, num_drafted), strict=True)
+    uniforms, weights = zip(*_choices(grid, num_drafted), strict=True)
     scripts = [node.script | {origin: each} for each in uniforms]
     outcomes = runs.step(scripts, number)
     scripts_to = dict(zip(outcomes, scripts, strict=True))
@@ -135,8 +139,8 @@ def _expand(runs: _Runs, node: _Node, pieces: Sequence[Pieces]) -> list[_Node]:
     return [_Node(scripts_to[each], each.tokens, node.probability * weight) for each, weight in mass.items()]
 
 
-def _grid(pieces: Sequence[Pieces], num_drafted: int) -> Iterable[tuple[StepUniforms, float]]:
-    drafts, accepts, lasts = pieces
+def _choices(grid: Grid, num_drafted: int) -> Iterable[tuple[StepUniforms, float]]:
+    drafts, accepts, lasts = (equal_pieces(each) if isinstance(each, int) else each for each in grid)
     for choice in itertools.product(*[drafts] * num_drafted, *[accepts] * num_drafted, lasts):
         points, weights = zip(*choice, strict=True)
         yield StepUniforms(points[:num_drafted], points[num_drafted:-1], points[-1]), math.prod(weights)

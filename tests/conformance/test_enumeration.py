@@ -1,0 +1,284 @@
+"""The oracle itself, and with it the joint law of every rule under every combination of processors."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections import Counter
+from collections.abc import Sequence
+from fractions import Fraction
+from functools import partial
+
+import pytest
+import torch
+from gates import distance
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from strategies import laws
+from toys import FeatureTarget, ToyHead, grid_pair, joint_law, law_after, processed_law, table
+
+from specdec.adaptive import AdaptiveLength, StepCosts
+from specdec.conformance.enumeration import (
+    Grid,
+    RacePieces,
+    ScriptedNoise,
+    Tokens,
+    coupled_runs,
+    exact_coupled_law,
+    exact_law,
+    pieces_between,
+    race_pieces,
+)
+from specdec.conformance.mutants import maker, with_rule
+from specdec.decoding import Decoder
+from specdec.models.markov import MarkovModel
+from specdec.proposers.eagle import EagleProposer
+from specdec.proposers.hybrid import HybridProposer
+from specdec.proposers.ngram import LookupIndex, NgramProposer
+from specdec.randomness import Role
+from specdec.sampling import Dense, SamplingParams, race
+from specdec.verification import verify_block, verify_coupled, verify_tokens
+
+# -- races over pieces ---------------------------------------------------------------------------------------
+
+
+def frequencies(law: Sequence[float], pieces: RacePieces) -> list[Fraction]:
+    """How much of the noise lets each token win, by the library's own race."""
+    noise = torch.tensor([uniforms for uniforms, _ in pieces], dtype=torch.float64)
+    winners = race(torch.tensor(law, dtype=torch.float64).expand(len(pieces), -1), noise).tolist()
+    won: Counter = Counter()
+    for winner, (_, weight) in zip(winners, pieces, strict=True):
+        won[winner] += weight
+    return [Fraction(won[token]) for token in range(len(law))]
+
+
+@given(st.lists(laws(3), min_size=1, max_size=4) | st.lists(laws(2), min_size=1, max_size=4))
+def test_races_over_pieces_have_the_laws_exactly(several: list) -> None:
+    """Not to a tolerance: the areas are fractions. This is the exact law of one race, by integration."""
+    pieces = race_pieces(law.tolist() for law in several)
+    assert sum(weight for _, weight in pieces) == 1
+    for law in several:
+        assert frequencies(law.tolist(), pieces) == [Fraction(p).limit_denominator(100) for p in law.tolist()]
+
+
+def test_pieces_of_other_laws_are_not_enough() -> None:
+    pieces = race_pieces([[0.5, 0.25, 0.25]])
+    assert frequencies([0.25, 0.25, 0.5], pieces) != [Fraction(1, 4), Fraction(1, 4), Fraction(1, 2)]
+
+
+def test_four_tokens_are_refused() -> None:
+    with pytest.raises(ValueError, match="laws over 4 tokens must be over two or three"):
+        race_pieces([[0.25] * 4])
+
+
+def test_noise_is_for_coupled_draws_only() -> None:
+    source = ScriptedNoise(torch.rand(1, 1, 3), 0)
+    with pytest.raises(ValueError, match="must be 4: here all draws are coupled"):
+        source(*(torch.tensor([[x]]) for x in (0, 0, Role.ACCEPT, 0)))
+
+
+def test_pieces_between_thresholds() -> None:
+    assert pieces_between([0.75, 0.0, 0.25, 0.25 + 1e-13, 1.0]) == [(0.125, 0.25), (0.5, 0.5), (0.875, 0.25)]
+    assert pieces_between([]) == [(0.5, 1.0)]
+
+
+# -- the coupled loop: its joint law, and the same tokens whatever is proposed --------------------------------
+
+HALVES = torch.tensor([[1, 1, 0], [0, 1, 1], [1, 0, 1], [2, 0, 0]]).double() / 2
+TARGET, DRAFT = FeatureTarget(table(0, HALVES)), MarkovModel(table(3, HALVES))
+PROMPT = (0, 1, 2, 0)
+
+
+class WhileSure(AdaptiveLength):
+    """Goes on only behind tokens that the draft had no doubt about, so that rows end their drafts apart."""
+
+    def __init__(self) -> None:
+        super().__init__(StepCosts((1.0,), 0.0))
+
+    def pays(self, reach: Sequence[float], num_drafted: int) -> list[bool]:
+        return [each > 0.6 for each in reach]
+
+
+def plain(source):
+    return None
+
+
+def ngram(source):
+    return NgramProposer(3, TARGET.device, partial(LookupIndex, 1, 2))
+
+
+def head(source):
+    return EagleProposer(ToyHead(DRAFT), source)
+
+
+def ending_early(source):
+    return EagleProposer(ToyHead(DRAFT), source, WhileSure())
+
+
+def hybrid(source):
+    return HybridProposer(NgramProposer(3, TARGET.device, partial(LookupIndex, 2, 2)), head(source))
+
+
+def coupled_decoder(propose, gamma: int, records: bool = False):
+    def make(source, rule, max_batch_size):
+        options = {"max_batch_size": max_batch_size, "rule": rule, "uniforms": source, "records": records}
+        return Decoder(TARGET, propose(source), gamma if propose is not plain else 0, **options)
+
+    return make
+
+
+@pytest.mark.parametrize("stop", [(), (1,)])
+@pytest.mark.parametrize(("propose", "gamma"), [(ngram, 2), (head, 1), (head, 3), (ending_early, 3), (hybrid, 2)])
+def test_joint_law_of_the_coupled_loop(propose, gamma: int, stop: tuple[int, ...]) -> None:
+    """Over all noise: the law is the target's, and each piece of noise gives what it gives without speculation."""
+    params, pieces = SamplingParams(stop_token_ids=stop), race_pieces(HALVES.tolist())
+    runs = coupled_runs(coupled_decoder(propose, gamma), PROMPT, 4, pieces, params)
+    assert runs == coupled_runs(coupled_decoder(plain, 0), PROMPT, 4, pieces, params)
+    assert distance(exact_coupled_law(runs), processed_law(TARGET, params, PROMPT, 4)) < 1e-12
+
+
+def test_joint_law_of_the_recorded_coupled_loop() -> None:
+    pieces = race_pieces(HALVES.tolist())
+    runs = coupled_runs(coupled_decoder(head, 2, records=True), PROMPT, 4, pieces)
+    assert distance(exact_coupled_law(runs), joint_law(TARGET, PROMPT, 4)) < 1e-12
+
+
+def test_joint_law_of_coupled_quarters() -> None:
+    """Laws that share no token's probability, with a draft model."""
+    target, draft = grid_pair(12)
+    pieces = race_pieces(row for model in (target, draft) for row in model.table.flatten(0, 1).tolist())
+    runs = coupled_runs(maker(target, draft, 2), (1, 2), 3, pieces)
+    assert distance(exact_coupled_law(runs), joint_law(target, (1, 2), 3)) < 1e-12
+
+
+def wrong_row(target, draft, accept_uniforms, final_uniforms):
+    """Draft token i is compared with what the target draws at position i + 1."""
+    shifted = Dense(target.dense().roll(-1, 1)) if draft.tokens.shape[1] else target
+    return verify_coupled(shifted, draft, accept_uniforms, final_uniforms)
+
+
+def keep_the_draft(target, draft, accept_uniforms, final_uniforms):
+    """Emits the draft's token where it differs from the target's."""
+    right = verify_coupled(target, draft, accept_uniforms, final_uniforms)
+    if not draft.tokens.shape[1]:
+        return right
+    drafted = draft.tokens.gather(1, right.accepted.clamp(max=draft.tokens.shape[1] - 1).unsqueeze(1)).squeeze(1)
+    next_token = torch.where(right.accepted < draft.lengths, drafted, right.next_token)
+    return type(right)(right.accepted, next_token)
+
+
+@pytest.mark.parametrize("broken", [wrong_row, keep_the_draft])
+def test_the_oracle_sees_broken_coupled_rules(broken) -> None:
+    pieces = race_pieces(HALVES.tolist())
+    broken.needs_noise = True
+    runs = coupled_runs(coupled_decoder(head, 2), PROMPT, 4, pieces, rule=broken)
+    assert distance(exact_coupled_law(runs), joint_law(TARGET, PROMPT, 4)) > 0.01
+
+
+def test_the_oracle_sees_noise_shared_between_positions() -> None:
+    def shared(source):
+        return lambda seeds, positions, *key: source(seeds, torch.full_like(positions, len(PROMPT)), *key)
+
+    make = maker(TARGET, DRAFT, 2, break_uniforms=shared)
+    runs = coupled_runs(make, PROMPT, 4, race_pieces(HALVES.tolist()))
+    assert distance(exact_coupled_law(runs), joint_law(TARGET, PROMPT, 4)) > 0.1
+
+
+# -- every combination of processors, crossing a step boundary and a stop token -------------------------------
+
+# with weights and factors of two all laws are fractions, and no threshold of top-p or min-p lies near a sum or a ratio
+PROCESSORS = {
+    "temperature": {"temperature": 0.5},
+    "top_k": {"top_k": 2},
+    "top_p": {"top_p": 0.77},
+    "min_p": {"min_p": 0.3},
+    "penalties": {"presence_penalty": math.log(2), "frequency_penalty": math.log(2)},
+    "logit_bias": {"logit_bias": {0: math.log(2)}},
+}
+COMBINATIONS = [names for size in range(len(PROCESSORS) + 1) for names in itertools.combinations(PROCESSORS, size)]
+
+
+def with_processors(names: Sequence[str], **others) -> SamplingParams:
+    options = {name: value for each in names for name, value in PROCESSORS[each].items()}
+    return SamplingParams(**options, **others)
+
+
+def model(weights: Sequence[Sequence[int]]) -> MarkovModel:
+    """A table over three (or two) tokens whose rows take turns."""
+    rows = torch.tensor(weights).double()
+    vocab_size = rows.shape[1]
+    index = torch.arange(vocab_size**2) % len(rows)
+    return MarkovModel((rows / rows.sum(1, keepdim=True))[index].view(vocab_size, vocab_size, vocab_size))
+
+
+def token_grid(target: MarkovModel, draft: MarkovModel, params: SamplingParams, prompt: Tokens, output: Tokens) -> Grid:
+    """The thresholds of a step that drafts one token, for token as for block verification, from the definitions."""
+    p, q = (law_after(each, params, prompt, output) for each in (target, draft))
+    after = [law_after(target, params, prompt, (*output, token)) for token in range(len(p))]
+    excess = [max(a - b, 0) for a, b in zip(p, q, strict=True)]
+    residual = [each / (sum(excess) or 1) for each in excess]
+    last = [edge for law in (p, residual, *after) for edge in itertools.accumulate(law)]
+    ratios = [a / b for a, b in zip(p, q, strict=True) if b]
+    return pieces_between(itertools.accumulate(q)), pieces_between(ratios), pieces_between(last)
+
+
+@pytest.mark.parametrize("rule", [verify_tokens, verify_block])
+@pytest.mark.parametrize("names", COMBINATIONS, ids="+".join)
+def test_joint_law_under_processors(names: tuple[str, ...], rule) -> None:
+    """Four tokens: a prefill and two steps or more, token 2 being a stop token."""
+    target, draft = model([[1, 2, 1], [4, 1, 1], [1, 1, 2]]), model([[1, 1, 1], [2, 1, 1], [1, 4, 1], [1, 2, 4]])
+    params, prompt = with_processors(names, stop_token_ids=(2,)), (1, 0)
+    grid = partial(token_grid, target, draft, params, prompt)
+    law = exact_law(maker(target, draft, 1), prompt, 4, grid, params, rule)
+    assert distance(law, processed_law(target, params, prompt, 4)) < 1e-12
+
+
+@pytest.mark.parametrize("names", COMBINATIONS, ids="+".join)
+def test_coupled_joint_law_under_processors(names: tuple[str, ...]) -> None:
+    """Two tokens, the pieces of whose races are few; and the tokens of each piece are those without speculation."""
+    target, draft = model([[1, 2], [4, 1], [1, 1]]), model([[1, 1], [2, 1], [1, 4], [1, 2]])
+    params, prompt, num_tokens = with_processors(names), (1, 0), 3
+    outputs = [each for size in range(num_tokens) for each in itertools.product(range(2), repeat=size)]
+    pieces = race_pieces(law_after(each, params, prompt, output) for each in (target, draft) for output in outputs)
+    runs = coupled_runs(maker(target, draft, 2), prompt, num_tokens, pieces, params)
+    without = partial(Decoder, target)
+    assert runs == coupled_runs(
+        lambda source, rule, n: without(uniforms=source, rule=rule, max_batch_size=n),
+        prompt,
+        num_tokens,
+        pieces,
+        params,
+    )
+    assert distance(exact_coupled_law(runs), processed_law(target, params, prompt, num_tokens)) < 1e-12
+
+
+weights = st.lists(st.integers(1, 4), min_size=3, max_size=3) | st.permutations([0, 1, 3])
+tables = st.lists(weights, min_size=1, max_size=9).map(model)
+
+
+@settings(max_examples=25)
+@given(
+    tables, tables, st.lists(st.sampled_from(list(PROCESSORS)), unique=True, max_size=3), st.sampled_from([(), (1,)])
+)
+def test_joint_law_of_any_pair(target: MarkovModel, draft: MarkovModel, names: set[str], stop: tuple) -> None:
+    """Hypothesis searches tables, processors and stop tokens: three tokens of token and of block verification."""
+    params, prompt = with_processors(sorted(names), stop_token_ids=stop), (1, 0)
+    grid = partial(token_grid, target, draft, params, prompt)
+    for rule in (verify_tokens, verify_block):
+        law = exact_law(maker(target, draft, 1), prompt, 3, grid, params, rule)
+        assert distance(law, processed_law(target, params, prompt, 3)) < 1e-12
+
+
+def test_processors_on_one_side_only_are_seen() -> None:
+    """A target that penalises what the draft does not: the grid is fine enough to see it."""
+    target, draft = model([[1, 2, 1], [4, 1, 1]]), model([[1, 1, 1], [2, 1, 1]])
+    params, prompt = with_processors(["penalties"]), (1, 0)
+
+    def stale(law, draft, accept_uniforms, final_uniforms):
+        """The last token by the law before the draft, as if its tokens were not counted."""
+        right = verify_tokens(law, draft, accept_uniforms, final_uniforms)
+        return type(right)(right.accepted, law[:, 0].draw(final_uniforms[:, 0]))
+
+    grid = partial(token_grid, target, draft, params, prompt)
+    law = exact_law(maker(target, draft, 1, break_rule=with_rule(stale)), prompt, 3, grid, params)
+    assert distance(law, processed_law(target, params, prompt, 3)) > 0.01
