@@ -115,9 +115,7 @@ def exact_law(
     law: dict[Tokens, float] = defaultdict(float)
     nodes = [_Node({}, (), 1.0)]
     while nodes:
-        children = [
-            child for node in nodes for child in _expand(runs, node, grid(node.tokens) if callable(grid) else grid)
-        ]
+        children = [child for node in nodes for child in _expand(runs, node, grid_at(node.tokens))]
         for child in children:
             if runs.is_over(child.tokens):
                 law[child.tokens] += child.probability
