@@ -213,7 +213,8 @@ def race_pieces(laws: Iterable[Sequence[float]]) -> RacePieces:
     corners = [tuple(Fraction(int(i == j)) for j in range(3)) for i in range(3)]
     polygons: list[list[Point]] = [corners]
     for law, (a, b) in itertools.product(sorted(exact), itertools.combinations(range(vocab_size), 2)):
-        polygons = [half for polygon in polygons for half in _halves(polygon, a, b, law)]
+        if law[a] or law[b]:
+            polygons = [half for polygon in polygons for half in _halves(polygon, a, b, law)]
     return [(_noise_at(_centre(polygon))[:vocab_size], _area(polygon)) for polygon in polygons]
 
 

@@ -92,7 +92,7 @@ def test_pairs_may_be_given_by_their_models() -> None:
         ("device", "tpu", "device='tpu' must be auto, cpu, cuda or cuda:N"),
         ("synthetic_acceptance_rates", "0.5,1.5", "synthetic_acceptance_rates=1.5 must be a list of probabilities"),
         ("synthetic_acceptance_rates", "0.5,0.6", "synthetic_acceptance_rates=0.5,0.6 must not rise"),
-        ("verification", "magic", "verification='magic' must be token, block or coupled"),
+        ("verification", "magic", "verification='magic' must be token or block or coupled"),
         ("data_dir", "/no/such/folder", "data_dir='/no/such/folder' must be an existing folder"),
         ("vllm_python", "/no/such/python", "vllm_python='/no/such/python' must be a program that can be run; name a"),
         ("vllm_options", "[]", "vllm_options='\\[\\]' must be a JSON object; try"),
