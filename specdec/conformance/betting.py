@@ -1,0 +1,170 @@
+"""Tests by betting, and how much they can see; finite samples only, nothing asymptotic.
+
+Before each token a bet names a factor for every token that may come, whose mean under the law that ought to hold is 1.
+Stakes that are multiplied so are a martingale, and by Ville's inequality they ever reach 1/alpha with probability at
+most alpha if the law holds. So one may look after each token, and 1 over the largest stake is a p-value.
+
+Sources: Ville 1939; Shafer 2021, "Testing by betting"; Waudby-Smith and Ramdas 2024, "Estimating means of bounded
+random variables by betting" (arXiv:2010.09686); Hoeffding 1963 and Azuma 1967 for the intervals.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+
+_SMALLEST_P = 1e-300
+# a grid of stakes whose neighbours are a factor of 2 apart earns at least this share of what the best stake earns:
+# at x times the best it is x (2 - x), and the nearest x on one side or the other has at least 1/sqrt(2), sqrt(2)
+GRID_SHARE = 2 * math.sqrt(2) - 2
+
+
+def both_signs(*stakes: float) -> Array:
+    """A symmetric grid of stakes."""
+    return np.array([sign * stake for sign in (1, -1) for stake in stakes])
+
+
+DIRECTION_STAKES = both_signs(1, 1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 32, 1 / 64)
+
+
+class Wealth:
+    """Money divided evenly among some bets, each multiplying its own share.
+
+    num_bets: how many. level: the p-value at which `found_after` is noted.
+    """
+
+    def __init__(self, num_bets: int, level: float) -> None:
+        self._log_shares: Array = np.full(num_bets, -math.log(num_bets))
+        self._log_level, self._log_peak, self.num_steps = math.log(1 / level), 0.0, 0
+        self.found_after: int | None = None
+
+    @property
+    def p_value(self) -> float:
+        """Valid whenever it is looked at; numbers below 1e-300 are told as that."""
+        return max(math.exp(-self._log_peak) if self._log_peak < 690 else 0.0, _SMALLEST_P)
+
+    def bet(self, log_factors: Array) -> None:
+        """Place bets on n tokens one after another: float64 [n, num_bets], logarithms of the factors."""
+        if not len(log_factors):
+            return
+        paths = self._log_shares + log_factors.cumsum(0)
+        totals = _log_sum_exp(paths)
+        if self.found_after is None and (totals >= self._log_level).any():
+            self.found_after = self.num_steps + int((totals >= self._log_level).argmax()) + 1
+        self._log_shares, self._log_peak = paths[-1], max(self._log_peak, float(totals.max()))
+        self.num_steps += len(log_factors)
+
+
+class Exchangeability:
+    """Whether two arms that answer the same prompts have one law, by swapping their names.
+
+    If they do, the difference of any statistic of the two answers to a prompt is as likely as its negative, so that
+    exp(stake * difference) / cosh(stake * difference) has mean 1, whatever its variance. No reference is needed.
+    Source: de la Pena 1999, "A general class of exponential inequalities for martingales and ratios".
+    """
+
+    STAKES = both_signs(*(2.0**-k for k in range(8)))
+
+    def __init__(self, num_statistics: int, level: float) -> None:
+        self.wealth = Wealth(num_statistics * len(self.STAKES), level)
+
+    def observe(self, ours: Array, theirs: Array) -> None:
+        """Statistics of both arms' answers to the same prompts, float64 [prompts, statistics]."""
+        exponents = ((ours - theirs)[..., None] * self.STAKES).reshape(len(ours), -1)
+        size = np.abs(exponents)
+        self.wealth.bet(exponents - size - np.log1p(np.exp(-2 * size)) + math.log(2))
+
+
+@dataclass(frozen=True, slots=True)
+class Interval:
+    """An estimate, and bounds that all of an audit's intervals together keep but with probability alpha."""
+
+    estimate: float
+    low: float
+    high: float
+
+
+class Shift:
+    """The mean of a statistic over the tokens of an arm, less what it ought to be.
+
+    span: largest minus smallest value of the statistic.
+    """
+
+    def __init__(self, span: float) -> None:
+        self.span, self._sum, self.num_draws = span, 0.0, 0
+
+    def add(self, values: Array) -> None:
+        self._sum += float(values.sum())
+        self.num_draws += len(values)
+
+    def interval(self, alpha: float) -> Interval:
+        """Azuma's inequality, for the number of draws fixed beforehand: the mean over them of conditional means."""
+        estimate, width = self._sum / self.num_draws, self.span * radius(self.num_draws, alpha)
+        return Interval(estimate, estimate - width, estimate + width)
+
+
+def radius(num_draws: int, alpha: float) -> float:
+    """What the mean of n numbers in [0, 1] leaves its own mean by with probability at most alpha, to either side."""
+    return math.sqrt(math.log(2 / alpha) / (2 * num_draws))
+
+
+def min_detectable_tv(num_draws: int, alpha: float, beta: float) -> float:
+    """The least distance along a direction that n tokens show, at false-alarm rate alpha, missing it with rate beta.
+
+    The mean of f = 1, 0 or -1 must then differ by twice this much from what it ought to be. A stake on the grid wins
+    n * GRID_SHARE * shift**2 / 2 at least, by Hoeffding's lemma; that pays for 1/alpha and the other stakes of the grid
+    where the observed shift/2 is sqrt(ln(stakes/alpha) / (2 n GRID_SHARE)); and chance takes sqrt(ln(1/beta) / (2 n))
+    of the true one.
+    """
+    return _reach(alpha, beta) / math.sqrt(num_draws)
+
+
+def draws_needed(tv: float, alpha: float, beta: float) -> int:
+    """Tokens with which `min_detectable_tv` is at most tv."""
+    return math.ceil((_reach(alpha, beta) / tv) ** 2)
+
+
+def _reach(alpha: float, beta: float) -> float:
+    found = math.sqrt(math.log(len(DIRECTION_STAKES) / alpha) / (2 * GRID_SHARE))
+    return found + math.sqrt(math.log(1 / beta) / 2)
+
+
+def min_detectable_rate(num_draws: int, beta: float) -> float:
+    """The least rate of an event that ought never to be, which n tokens miss with probability at most beta."""
+    return float(-np.expm1(math.log(beta) / num_draws))
+
+
+def draws_needed_for_rate(rate: float, beta: float) -> int:
+    """Tokens with which `min_detectable_rate` is at most rate."""
+    return math.ceil(math.log(beta) / math.log1p(-rate))
+
+
+def rate_upper_bound(num_events: int, num_draws: int, alpha: float) -> float:
+    """A rate of an event that n tokens with so few of them exclude, but with probability alpha (Chernoff)."""
+    observed = num_events / num_draws
+    low, high = observed, 1.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        if num_draws * _divergence(observed, middle) < math.log(1 / alpha):
+            low = middle
+        else:
+            high = middle
+    return high
+
+
+def _divergence(one: float, other: float) -> float:
+    """Of Kullback and Leibler, between two coins, in nats."""
+    parts = ((one, other), (1 - one, 1 - other))
+    return sum(p * math.log(p / q) if q else math.inf for p, q in parts if p)
+
+
+def _log_sum_exp(values: Any) -> Array:
+    peak = values.max(1)
+    result: Array = peak + np.log(np.exp(values - peak[:, None]).sum(1))
+    return result

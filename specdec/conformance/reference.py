@@ -1,0 +1,159 @@
+"""The laws that an engine's tokens should have been drawn from: the target's own, by teacher forcing.
+
+An emitted token is judged given the tokens before it, whatever those are: so nothing of the engine is needed but its
+output, and one wrong token does not spoil the judgement of the next.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from specdec.devices import upload
+from specdec.models import Cache, LanguageModel, prefill
+from specdec.sampling import Law, OneHot, SamplingParams, SamplingState
+
+_CHUNK = 1 << 24  # probabilities held at a time
+_LEAST = -87.0  # log-probability below which float32 has no number
+
+Tokens = Sequence[int]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Positions:
+    """Some positions of several outputs, row by row, each with its law.
+
+    law: laws [n]. tokens: int64 [n], what was emitted. requests, places: int64 [n], which output and where in it.
+    """
+
+    law: Law
+    tokens: Tensor
+    requests: Tensor
+    places: Tensor
+
+
+class Reference:
+    """A model's laws at every position of given outputs, in float32 or wider.
+
+    model: the target, or a draft whose laws are wanted. sampling: processors and truncation, by the road that decoding
+    takes. batch_size: outputs scored together.
+    Raises ValueError for a model in half precision, whose laws would be another engine's opinion.
+    """
+
+    def __init__(self, model: LanguageModel, sampling: SamplingParams, batch_size: int = 8) -> None:
+        dtype = getattr(model, "dtype", torch.float32)
+        if dtype not in (torch.float32, torch.float64):
+            raise ValueError(f"dtype={dtype} of the reference must be float32 or wider; load it with dtype=float32")
+        self.model, self.sampling, self.batch_size = model, sampling, batch_size
+        self._prompts: list[tuple[int, ...]] = []
+        self._cache: Cache | None = None
+
+    @property
+    def vocab_size(self) -> int:
+        return self.model.vocab_size
+
+    @property
+    def stop_token_ids(self) -> frozenset[int]:
+        """Tokens that end an output: those asked for, and the model's own unless they are ignored."""
+        stop = frozenset(self.sampling.stop_token_ids)
+        eos: frozenset[int] = getattr(self.model, "eos_token_ids", frozenset())
+        return stop if self.sampling.ignore_eos else stop | eos
+
+    @torch.inference_mode()
+    def laws(self, prompts: Sequence[Tokens], outputs: Sequence[Tokens]) -> Iterator[Positions]:
+        """The laws of all tokens of outputs that continue prompts; both hold token ids, none may be empty.
+
+        Chunks of two references with the same vocabulary and batch size have the same positions.
+        """
+        for first in range(0, len(prompts), self.batch_size):
+            rows = slice(first, first + self.batch_size)
+            yield from self._batch(prompts[rows], outputs[rows], first)
+
+    def _batch(self, prompts: Sequence[Tokens], outputs: Sequence[Tokens], first: int) -> Iterator[Positions]:
+        longest = max(map(len, outputs))
+        cache = self._prefilled(prompts, longest)
+        width = max(1, _CHUNK // (len(prompts) * self.vocab_size))
+        for start in range(0, longest, width):
+            stop = min(start + width, longest)
+            fed = [[prompt[-1], *output][start:stop] for prompt, output in zip(prompts, outputs, strict=True)]
+            tokens = self._pad(fed, stop - start)
+            law = self._law(self.model.forward(tokens, cache), tokens, prompts, [o[:start] for o in outputs])
+            cache.lengths[:] = [length + stop - start for length in cache.lengths]
+            yield self._positions(law, outputs, first, start, stop)
+
+    def _law(self, logits: Tensor, fed: Tensor, prompts: Sequence[Tokens], before: Sequence[Tokens]) -> Law:
+        state = self._state(self.sampling, prompts, before)
+        law = state.law(logits, fed[:, 1:])
+        if not state.finite().all():
+            raise FloatingPointError("logits of the reference are NaN, +inf or all -inf, so there is no law")
+        return law
+
+    def _state(self, sampling: SamplingParams, prompts: Sequence[Tokens], before: Sequence[Tokens]) -> SamplingState:
+        return SamplingState([sampling] * len(prompts), prompts, before, self.vocab_size, self.model.device)
+
+    def _positions(self, law: Law, outputs: Sequence[Tokens], first: int, start: int, stop: int) -> Positions:
+        lengths = upload([len(output) for output in outputs], self.model.device).unsqueeze(1)
+        places = torch.arange(start, stop, device=self.model.device).expand(len(outputs), -1)
+        requests = torch.arange(len(outputs), device=self.model.device).unsqueeze(1).expand_as(places) + first
+        emitted = self._pad([output[start:stop] for output in outputs], stop - start)
+        real = places < lengths
+        return Positions(law[real], emitted[real], requests[real], places[real])
+
+    def _pad(self, rows: Sequence[Tokens], width: int) -> Tensor:
+        return upload([[*row, *[0] * (width - len(row))] for row in rows], self.model.device)
+
+    def _prefilled(self, prompts: Sequence[Tokens], room: int) -> Cache:
+        """A cache that holds all but the last token of each prompt; that of the last call if the prompts are the same."""
+        keys = [tuple(prompt) for prompt in prompts]
+        capacity = max(map(len, prompts)) + room
+        if self._cache is None or keys != self._prompts or self._cache.capacity < capacity:
+            cache = self.model.allocate(len(prompts), capacity)
+            for slot, prompt in enumerate(keys):
+                if len(prompt) > 1:
+                    prefill(self.model, prompt[:-1], cache, slot)
+            self._prompts, self._cache = keys, cache
+        self._cache.lengths[:] = [len(prompt) - 1 for prompt in keys]
+        return self._cache
+
+    @torch.inference_mode()
+    def gap(self, prompt: Tokens, output: Tokens) -> float:
+        """By how much the last token of an output misses its law's support, in logits; 0 if it does not miss it.
+
+        Rounding may move a token over the edge of a top-k, a nucleus or an argmax: then the gap is small. It is inf for
+        a token that no rounding makes possible.
+        """
+        whole = replace(self.sampling, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0)
+        tokens, state = [*prompt, *output[:-1]], self._state(whole, [prompt], [output[:-1]])
+        logits = prefill(self.model, tokens, self.model.allocate(1, len(tokens)), slot=0)
+        return boundary_gap(state.law(logits).dense()[0, 0].double().log(), output[-1], self.sampling)
+
+
+def boundary_gap(log_probs: Tensor, token: int, sampling: SamplingParams) -> float:
+    """How far a token is outside what sampling keeps, in logits: 0 inside, inf if it is impossible anyhow.
+
+    log_probs: float64 [vocab], at temperature 1 and before truncation; -inf is forbidden.
+    Under top-p it is the mass in front of the token that is too large, as a logarithm; else a distance of logits.
+    """
+    own = float(log_probs[token])
+    if own == -math.inf:
+        return math.inf
+    if sampling.temperature == 0:
+        return float(log_probs.max()) - own
+    log_laws = (log_probs / sampling.temperature).log_softmax(-1)
+    if log_laws[token] < _LEAST:
+        return math.inf
+    gaps = [0.0]
+    if 0 < sampling.top_k < len(log_probs):
+        floor = log_probs.topk(sampling.top_k).values[-1]
+        gaps.append(float(floor) - own)
+        log_laws = log_laws.masked_fill(log_probs < floor, -math.inf).log_softmax(-1)
+    if sampling.top_p < 1:
+        in_front = float(log_laws.exp()[log_probs > own].sum())
+        gaps.append(math.log(max(in_front, sampling.top_p) / sampling.top_p))
+    if sampling.min_p:
+        gaps.append(float(log_probs.max()) + sampling.temperature * math.log(sampling.min_p) - own)
+    return max(gaps)
