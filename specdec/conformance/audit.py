@@ -8,15 +8,21 @@ that silence is not mistaken for proof, it is called lossless only if a distance
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from itertools import cycle, islice
 from typing import Protocol
 
-from specdec.conformance.arms import Arm
+from specdec.conformance.arms import Answers, Arm
 from specdec.conformance.betting import Exchangeability
 from specdec.conformance.certificate import Findings
 from specdec.conformance.reference import Reference, Tokens
-from specdec.conformance.verdicts import Limits, judge
+from specdec.conformance.verdicts import Limits, bounds, judge
+from specdec.sampling import SamplingParams
+
+SEED_STRIDE = 1 << 20  # seeds of requests that an audit's own seed has to itself
+
+Generate = Callable[[Sequence[Tokens], Sequence[int], int], list[list[int]]]
 
 
 class AuditedEngine(Protocol):
@@ -53,8 +59,78 @@ def audit(
         equality. prompts: token ids, taken in turn as often as needed, but once only if decoding is greedy.
     draft: the laws that the draft is thought to be drawn from, for the test that is directed at it.
     batch_size: prompts that an engine is given at a time. seed: of the audit; requests of all arms get seeds of their
-        own, from seed * 2**20 on.
+        own, from seed * SEED_STRIDE on.
     Raises ValueError if the vocabularies differ, or if there are no prompts.
     """
     _check(engine, reference, draft, prompts)
-    ...
+    arms = [Arm(number, reference, draft, num_draws, seed, limits) for number in range(2)]
+    pair = Exchangeability(arms[0].num_statistics, limits.alpha)
+    max_tokens, greedy = reference.sampling.max_tokens, reference.sampling.temperature == 0
+    for questions in _rounds(prompts, batch_size, seed * SEED_STRIDE, once=greedy):
+        answers = [questions.ask(engine.speculative, 0, max_tokens), questions.ask(engine.plain, 1, max_tokens)]
+        sums = [arm.observe(answer, max_tokens) for arm, answer in zip(arms, answers, strict=True)]
+        pair.observe(*sums)
+        if any(arm.has_errors for arm in arms) or min(arm.num_draws for arm in arms) >= num_draws:
+            break
+    return _findings(arms, pair.wealth.p_value, reference.sampling, limits)
+
+
+@dataclass(frozen=True, slots=True)
+class _Questions:
+    """Prompts by their numbers, and the seed of the first in the first arm."""
+
+    numbers: Sequence[int]
+    prompts: Sequence[Tokens]
+    seed: int
+
+    def ask(self, generate: Generate, arm: int, max_tokens: int) -> Answers:
+        """Each arm has seeds of its own: arms that share them would not be independent."""
+        seeds = [self.seed + 2 * index + arm for index in range(len(self.prompts))]
+        outputs = generate(self.prompts, seeds, max_tokens)
+        if len(outputs) != len(self.prompts):
+            raise ValueError(
+                f"the engine gave {len(outputs)} outputs and must give one for each of {len(self.prompts)} prompts"
+            )
+        return Answers(self.numbers, self.prompts, seeds, outputs)
+
+
+def _rounds(prompts: Sequence[Tokens], batch_size: int, seed: int, once: bool) -> Iterator[_Questions]:
+    """Prompts in turn, for ever or once."""
+    numbers = range(len(prompts)) if once else cycle(range(len(prompts)))
+    for count, chosen in enumerate(batched(numbers, batch_size)):
+        yield _Questions(chosen, [prompts[number] for number in chosen], seed + 2 * count * batch_size)
+
+
+def batched(numbers: Iterable[int], size: int) -> Iterator[tuple[int, ...]]:
+    """As itertools.batched, which Python 3.11 has not."""
+    rest = iter(numbers)
+    while chosen := tuple(islice(rest, size)):
+        yield chosen
+
+
+def _check(engine: AuditedEngine, reference: Reference, draft: Reference | None, prompts: Sequence[Tokens]) -> None:
+    if not prompts or not all(prompts):
+        raise ValueError("prompts must be at least one, and none may be empty; give token ids")
+    others = {"engine": getattr(engine, "vocab_size", None), "draft": draft.vocab_size if draft else None}
+    for name, vocab_size in others.items():
+        if vocab_size not in (None, reference.vocab_size):
+            raise ValueError(
+                f"the {name}'s vocabulary of {vocab_size} tokens must be the reference's, {reference.vocab_size}; "
+                "audit an engine against the model that it serves"
+            )
+
+
+def _findings(arms: Sequence[Arm], arms_p_value: float, sampling: SamplingParams, limits: Limits) -> Findings:
+    speculative, control = (arm.findings() for arm in arms)
+    found = bounds(speculative, arms[0].level, limits)
+    verdict, reasons = judge(speculative, control, arms_p_value, found.num_draws_needed, limits)
+    return Findings(
+        verdict=verdict,
+        reasons=reasons,
+        speculative=speculative,
+        control=control,
+        arms_p_value=arms_p_value,
+        **asdict(found),
+        **asdict(limits),
+        sampling=asdict(sampling),
+    )

@@ -27,10 +27,12 @@ Tokens = Sequence[int]
 class Positions:
     """Some positions of several outputs, row by row, each with its law.
 
-    law: laws [n]. tokens: int64 [n], what was emitted. requests, places: int64 [n], which output and where in it.
+    law: laws [n]. logits: float [n, vocab], the model's own. tokens: int64 [n], what was emitted.
+    requests, places: int64 [n], which output and where in it.
     """
 
     law: Law
+    logits: Tensor
     tokens: Tensor
     requests: Tensor
     places: Tensor
@@ -81,9 +83,15 @@ class Reference:
             stop = min(start + width, longest)
             fed = [[prompt[-1], *output][start:stop] for prompt, output in zip(prompts, outputs, strict=True)]
             tokens = self._pad(fed, stop - start)
-            law = self._law(self.model.forward(tokens, cache), tokens, prompts, [o[:start] for o in outputs])
+            logits = self.model.forward(tokens, cache)
+            law = self._law(logits, tokens, prompts, [output[:start] for output in outputs])
             cache.lengths[:] = [length + stop - start for length in cache.lengths]
-            yield self._positions(law, outputs, first, start, stop)
+            lengths = upload([len(output) for output in outputs], self.model.device).unsqueeze(1)
+            places = torch.arange(start, stop, device=self.model.device).expand(len(outputs), -1)
+            requests = torch.arange(len(outputs), device=self.model.device).unsqueeze(1).expand_as(places) + first
+            emitted = self._pad([output[start:stop] for output in outputs], stop - start)
+            real = places < lengths
+            yield Positions(law[real], logits[real], emitted[real], requests[real], places[real])
 
     def _law(self, logits: Tensor, fed: Tensor, prompts: Sequence[Tokens], before: Sequence[Tokens]) -> Law:
         state = self._state(self.sampling, prompts, before)
@@ -94,14 +102,6 @@ class Reference:
 
     def _state(self, sampling: SamplingParams, prompts: Sequence[Tokens], before: Sequence[Tokens]) -> SamplingState:
         return SamplingState([sampling] * len(prompts), prompts, before, self.vocab_size, self.model.device)
-
-    def _positions(self, law: Law, outputs: Sequence[Tokens], first: int, start: int, stop: int) -> Positions:
-        lengths = upload([len(output) for output in outputs], self.model.device).unsqueeze(1)
-        places = torch.arange(start, stop, device=self.model.device).expand(len(outputs), -1)
-        requests = torch.arange(len(outputs), device=self.model.device).unsqueeze(1).expand_as(places) + first
-        emitted = self._pad([output[start:stop] for output in outputs], stop - start)
-        real = places < lengths
-        return Positions(law[real], emitted[real], requests[real], places[real])
 
     def _pad(self, rows: Sequence[Tokens], width: int) -> Tensor:
         return upload([[*row, *[0] * (width - len(row))] for row in rows], self.model.device)
@@ -120,16 +120,16 @@ class Reference:
         return self._cache
 
     @torch.inference_mode()
-    def gap(self, prompt: Tokens, output: Tokens) -> float:
+    def gap(self, prompt: Tokens, output: Tokens, logits: Tensor) -> float:
         """By how much the last token of an output misses its law's support, in logits; 0 if it does not miss it.
 
+        logits: float [vocab], the model's own where that token was drawn.
         Rounding may move a token over the edge of a top-k, a nucleus or an argmax: then the gap is small. It is inf for
         a token that no rounding makes possible.
         """
         whole = replace(self.sampling, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0)
-        tokens, state = [*prompt, *output[:-1]], self._state(whole, [prompt], [output[:-1]])
-        logits = prefill(self.model, tokens, self.model.allocate(1, len(tokens)), slot=0)
-        return boundary_gap(state.law(logits).dense()[0, 0].double().log(), output[-1], self.sampling)
+        law = self._state(whole, [prompt], [output[:-1]]).law(logits[None, None])
+        return boundary_gap(law.dense()[0, 0].double().log(), output[-1], self.sampling)
 
 
 def boundary_gap(log_probs: Tensor, token: int, sampling: SamplingParams) -> float:

@@ -1,0 +1,252 @@
+"""One arm of an audit: everything that is learnt from its outputs, in memory that does not grow with their number."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import repeat
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from specdec.conformance.betting import Shift, Wealth
+from specdec.conformance.certificate import ArmFindings
+from specdec.conformance.facts import Facts
+from specdec.conformance.instruments import INSTRUMENTS, Draws
+from specdec.conformance.reference import Positions, Reference, Tokens
+from specdec.conformance.verdicts import Limits
+from specdec.proposers.ngram import LookupIndex
+from specdec.randomness import uniforms
+
+Array = NDArray[np.float64]
+
+_MOST_ERRORS = 20  # told in words; all are counted
+
+
+@dataclass(frozen=True, slots=True)
+class Answers:
+    """What an arm made of some prompts: numbers name the prompts in messages, seeds are those it was given."""
+
+    numbers: Sequence[int]
+    prompts: Sequence[Tokens]
+    seeds: Sequence[int]
+    outputs: Sequence[Tokens]
+
+    def name(self, index: int) -> str:
+        return f"output of prompt {self.numbers[index]} with seed {self.seeds[index]}"
+
+
+@dataclass(slots=True)
+class _Evidence:
+    """What one instrument holds."""
+
+    wealth: Wealth
+    shift: Shift
+
+
+@dataclass(slots=True)
+class _Repeats:
+    """Outputs so far, to see one come again that is too unlikely to."""
+
+    log_alpha: float
+    num_outputs: int = 0
+    seen: dict[tuple[int, Tokens], int] = field(default_factory=dict)
+
+    def check(self, answers: Answers, log_probs: Array) -> Iterator[str]:
+        """Messages. The k-th output has alpha / (k (k + 1)) of a false alarm at the most, so all together alpha."""
+        for index, output in enumerate(answers.outputs):
+            k, key = max(self.num_outputs, 1), (answers.numbers[index], tuple(output))
+            least = self.log_alpha - math.log(k * k * (k + 1))
+            if key in self.seen and log_probs[index] < least:
+                yield (
+                    f"{answers.name(index)} is that with seed {self.seen[key]} again, whose probability is "
+                    f"e^{log_probs[index]:.0f}: seeds must be independent"
+                )
+            self.seen[key] = answers.seeds[index]
+            self.num_outputs += 1
+
+
+class Arm:
+    """Judges the outputs of one arm.
+
+    number: of the arm, so that its random numbers are its own. num_draws: tokens that count as evidence.
+    """
+
+    def __init__(
+        self, number: int, reference: Reference, draft: Reference | None, num_draws: int, seed: int, limits: Limits
+    ) -> None:
+        self._number, self._reference, self._draft, self._limits = number, reference, draft, limits
+        self._limit, self._key = num_draws, -1 - seed
+        greedy = reference.sampling.temperature == 0
+        self.names = [] if greedy else [name for name in INSTRUMENTS if draft or name != "draft"]
+        self.num_tests = len(self.names) + 1  # that outputs do not come again is one, too
+        self.level = limits.alpha / self.num_tests
+        self._evidence = {
+            name: _Evidence(Wealth(INSTRUMENTS[name].num_bets, self.level), Shift(INSTRUMENTS[name].span))
+            for name in self.names
+        }
+        self.num_statistics = 1 + sum(INSTRUMENTS[name].num_statistics for name in self.names)
+        self._repeats = _Repeats(math.log(self.level))
+        self._errors: list[str] = []
+        self._num_errors = self._num_outputs = self.num_draws = self._num_judged = 0
+        self._outside = {"by rounding": 0, "by more": 0}
+        self._surprise = self._variance = 0.0
+        self._last_place = 0.5
+        self._seeds: tuple[int, int] | None = None
+
+    @property
+    def has_errors(self) -> bool:
+        return self._num_errors > 0
+
+    def observe(self, answers: Answers, max_tokens: int) -> Array:
+        """Judge outputs; returns the sums of each one's statistics, float64 [outputs, statistics].
+
+        Raises ValueError for token ids that the reference does not know.
+        """
+        _check_vocabulary(answers, self._reference.vocab_size)
+        for index in range(len(answers.outputs)):
+            self._note(_wrong_end(answers, index, self._reference.stop_token_ids, max_tokens))
+        self._num_outputs += len(answers.outputs)
+        self._seeds = (self._seeds[0] if self._seeds else answers.seeds[0], answers.seeds[-1])
+        sums, log_probs = np.zeros((len(answers.outputs), self.num_statistics)), np.zeros(len(answers.outputs))
+        if not all(answers.outputs):
+            return sums  # an empty output has been noted
+        guesses = [list(_guesses(*pair)) for pair in zip(answers.prompts, answers.outputs, strict=True)]
+        for positions, draft in self._laws(answers):
+            statistics = self._judge(answers, positions, draft, guesses, log_probs)
+            np.add.at(sums, positions.requests.numpy(force=True), statistics)
+        if self.names:
+            for message in self._repeats.check(answers, log_probs):
+                self._note(message)
+        return sums
+
+    def findings(self) -> ArmFindings:
+        p_values = {name: each.wealth.p_value for name, each in self._evidence.items()}
+        combined = min(1.0, self.num_tests * min(p_values.values(), default=1.0))
+        p_values["support" if self.names else "equality"] = 0.0 if self._outside["by more"] else 1.0
+        hidden = self._num_errors - len(self._errors)
+        return ArmFindings(
+            p_values=p_values,
+            p_value=0.0 if self._outside["by more"] else combined,
+            found_after={name: each.wealth.found_after for name, each in self._evidence.items()},
+            shifts={name: each.shift.interval(self.level) for name, each in self._evidence.items() if self.num_draws},
+            surprise_z=self._surprise / math.sqrt(self._variance) if self._variance > 0 else None,
+            num_draws=self.num_draws,
+            num_outputs=self._num_outputs,
+            seeds=self._seeds or (0, 0),
+            num_outside=dict(self._outside),
+            errors=(*self._errors, *([f"and {hidden} more"] if hidden else [])),
+        )
+
+    def _laws(self, answers: Answers) -> Iterator[tuple[Positions, Positions | None]]:
+        ours = self._reference.laws(answers.prompts, answers.outputs)
+        if self._draft is None or not self.names:
+            return zip(ours, repeat(None), strict=False)
+        return zip(ours, self._draft.laws(answers.prompts, answers.outputs), strict=True)
+
+    def _judge(
+        self,
+        answers: Answers,
+        positions: Positions,
+        draft: Positions | None,
+        guesses: Sequence[Sequence[int]],
+        log_probs: Array,
+    ) -> Array:
+        """Statistics of some positions, float64 [n, statistics]; evidence is taken while there is need of it."""
+        outside = positions.law.prob(positions.tokens) == 0
+        for index in outside.nonzero().flatten().tolist():
+            self._note_outside(answers, positions, index)
+        columns, wanted = [outside.double().numpy(force=True)[:, None]], self._limit - self.num_draws
+        draws = self._draws(positions, draft, guesses) if self.names else None
+        for name in self.names:
+            assert draws is not None
+            reading, evidence = INSTRUMENTS[name].read(draws), self._evidence[name]
+            evidence.wealth.bet(reading.log_factors[:wanted])
+            evidence.shift.add(reading.shifts[:wanted, 0])
+            columns.append(reading.shifts)
+        if draws is not None:
+            self._add_surprise(draws.facts, wanted, positions.requests.numpy(force=True), log_probs)
+        self._num_judged += len(positions.tokens)
+        self.num_draws = min(self._limit, self._num_judged)
+        return np.concatenate(columns, 1)
+
+    def _draws(self, positions: Positions, draft: Positions | None, guesses: Sequence[Sequence[int]]) -> Draws:
+        probs, tokens = positions.law.dense(), positions.tokens
+        facts = Facts.of(probs, tokens, draft.law.dense() if draft else None)
+        cells = zip(positions.requests.tolist(), positions.places.tolist(), strict=True)
+        guess = torch.tensor([guesses[request][place] for request, place in cells], device=tokens.device)
+        guess_prob = probs.gather(1, guess.clamp(min=0).unsqueeze(1)).squeeze(1).double()
+        place = facts.before + self._uniforms(0, len(tokens)) * facts.prob
+        place_before = np.concatenate([[self._last_place], place[:-1]])
+        self._last_place = float(place[-1])
+        return Draws(
+            facts=facts,
+            rank=facts.above + self._uniforms(1, len(tokens)) * facts.prob,
+            place=place,
+            place_before=place_before,
+            guess_prob=torch.where(guess < 0, math.nan, guess_prob).numpy(force=True),
+            hit=(guess == tokens).double().numpy(force=True),
+        )
+
+    def _uniforms(self, role: int, count: int) -> Array:
+        """Numbers that no engine has seen: their key is no request's seed."""
+        key, roles, arm = (torch.tensor([number]) for number in (self._key, role, self._number))
+        places = torch.arange(self._num_judged, self._num_judged + count)
+        return uniforms(key, places, roles, arm).numpy()
+
+    def _add_surprise(self, facts: Facts, wanted: int, requests: NDArray[np.int64], log_probs: Array) -> None:
+        possible = facts.prob > 0
+        logs = np.log(np.where(possible, facts.prob, 1.0))
+        np.add.at(log_probs, requests, logs)
+        self._surprise += float((logs + facts.entropy)[:wanted][possible[:wanted]].sum())
+        self._variance += float(facts.variance[:wanted].sum())
+
+    def _note_outside(self, answers: Answers, positions: Positions, index: int) -> None:
+        request, place = int(positions.requests[index]), int(positions.places[index])
+        output = answers.outputs[request][: place + 1]
+        gap = self._reference.gap(answers.prompts[request], output, positions.logits[index])
+        if gap <= self._limits.logit_noise:
+            self._outside["by rounding"] += 1
+            return
+        self._outside["by more"] += 1
+        self._note(
+            f"{answers.name(request)}: token {output[-1]} at position {place} has probability 0 under the reference "
+            f"and misses what it allows by {gap:.3g} logits"
+        )
+
+    def _note(self, message: str | None) -> None:
+        if message:
+            self._num_errors += 1
+            if len(self._errors) < _MOST_ERRORS:
+                self._errors.append(message)
+
+
+def _check_vocabulary(answers: Answers, vocab_size: int) -> None:
+    for index, output in enumerate(answers.outputs):
+        for place, token in enumerate(output):
+            if not 0 <= token < vocab_size:
+                raise ValueError(
+                    f"{answers.name(index)}: token {token} at position {place} must be below the reference's vocabulary "
+                    f"of {vocab_size}; engine and reference must have the same vocabulary"
+                )
+
+
+def _wrong_end(answers: Answers, index: int, stop_token_ids: Collection[int], max_tokens: int) -> str | None:
+    """What is wrong with where an output ends: it must at its first stop token, else after max_tokens."""
+    output = answers.outputs[index]
+    stop = next((place for place, token in enumerate(output) if token in stop_token_ids), None)
+    end = max_tokens if stop is None else min(stop + 1, max_tokens)
+    if len(output) == end:
+        return None
+    rule = f"max_tokens={max_tokens}" if stop is None or stop >= max_tokens else f"stop token {output[stop]} at {stop}"
+    return f"{answers.name(index)} has {len(output)} tokens and must end after {end}, by {rule}"
+
+
+def _guesses(prompt: Tokens, output: Tokens) -> Iterator[int]:
+    """What prompt lookup guesses for each token of an output; -1 where it knows nothing."""
+    index, tokens = LookupIndex(), list(prompt)
+    for token in output:
+        yield next(iter(index.continuation(tokens, 1)), -1)
+        tokens.append(token)
