@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from itertools import zip_longest
 
 from bench.engines import BenchEngine, PromptResult, Run
-from specdec.models import LanguageModel, prefill
+from specdec.conformance.divergence import first_difference, margin
+from specdec.models import LanguageModel
 
 
 def check_terms(engines: Mapping[str, BenchEngine], dtype: str) -> None:
@@ -26,27 +26,10 @@ def check_ends(runs: Sequence[Run], stop_token_ids: Collection[int], max_tokens:
         assert found == expected, f"an output must end after {expected}, but ended after {found}"
 
 
-def first_difference(ours: Sequence[int], theirs: Sequence[int]) -> int | None:
-    """The first position where two outputs differ, one being longer included; None if they are equal."""
-    pairs = enumerate(zip_longest(ours, theirs))
-    return next((index for index, (mine, other) in pairs if mine != other), None)
-
-
 def differences(ours: Sequence[Run], theirs: Sequence[Run]) -> list[int | None]:
     """For each prompt where the outputs of two arms part."""
     pairs = zip(_results(ours), _results(theirs), strict=True)
     return [first_difference(mine.token_ids, other.token_ids) for mine, other in pairs]
-
-
-def margin(target: LanguageModel, prompt: Sequence[int], output: Sequence[int], position: int) -> float:
-    """By how much the target's likeliest token leads the second at a position of an output, in log-probability.
-
-    A small margin is a near tie, which rounding decides; a large one is a bug of one of the engines.
-    """
-    context = [*prompt, *output[:position]]
-    logits = prefill(target, context, target.allocate(1, len(context)), slot=0)
-    first, second = logits.flatten().float().topk(2).values.tolist()
-    return float(first - second)
 
 
 def margins(

@@ -228,8 +228,8 @@ def _check_vocabulary(answers: Answers, vocab_size: int) -> None:
         for place, token in enumerate(output):
             if not 0 <= token < vocab_size:
                 raise ValueError(
-                    f"{answers.name(index)}: token {token} at position {place} must be below the reference's vocabulary "
-                    f"of {vocab_size}; engine and reference must have the same vocabulary"
+                    f"{answers.name(index)}: token {token} at position {place} must be below the reference's "
+                    f"vocabulary of {vocab_size}; engine and reference must have the same vocabulary"
                 )
 
 

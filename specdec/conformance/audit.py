@@ -17,7 +17,7 @@ from specdec.conformance.arms import Answers, Arm
 from specdec.conformance.betting import Exchangeability
 from specdec.conformance.certificate import Findings
 from specdec.conformance.reference import Reference, Tokens
-from specdec.conformance.verdicts import Limits, bounds, judge
+from specdec.conformance.verdicts import DEFAULT_LIMITS, Limits, bounds, judge
 from specdec.sampling import SamplingParams
 
 SEED_STRIDE = 1 << 20  # seeds of requests that an audit's own seed has to itself
@@ -51,7 +51,7 @@ def audit(
     num_draws: int = 20_000,
     batch_size: int = 8,
     seed: int = 0,
-    limits: Limits = Limits(),
+    limits: Limits = DEFAULT_LIMITS,
 ) -> Findings:
     """Judge an engine by `num_draws` tokens of each arm.
 

@@ -95,7 +95,7 @@ class Certificate:
         return cls(subject, findings, installed_versions())
 
     def record(self) -> dict[str, Any]:
-        """Flat, as JSON takes it; the speculative arm's findings stand by themselves, the control's under `control_`."""
+        """Flat, as JSON takes it; what the control arm gave stands under names with `control_` before them."""
         findings = {f.name: getattr(self.findings, f.name) for f in fields(Findings)}
         arms = {"": findings.pop("speculative"), "control_": findings.pop("control")}
         by_arm = {prefix + name: value for prefix, arm in arms.items() for name, value in asdict(arm).items()}
@@ -119,6 +119,31 @@ class Certificate:
     def save(self, path: Path) -> None:
         path.write_text(json.dumps(self.record(), indent=2, allow_nan=False) + "\n")
 
+    def markdown(self) -> str:
+        """A page to read."""
+        subject, found = self.subject, self.findings
+        names = ("engine", "engine_version", "pair", "method", "gamma", "verification")
+        told = [f"{name} {getattr(subject, name)}" for name in names if getattr(subject, name) is not None]
+        lines = [
+            f"# {found.verdict}: {', '.join(told) or 'an engine'}",
+            "",
+            *(f"- {reason}" for reason in found.reasons),
+            "",
+            *_distances(found),
+            "",
+            *_table(found),
+            "",
+            *_arm_lines("With speculation", found.speculative, found.logit_noise),
+            *_arm_lines("Without speculation (the control arm)", found.control, found.logit_noise),
+            "",
+            f"Sampling: {_told(found.sampling)}.",
+            "",
+            f"Versions: {_told(self.versions)}.",
+        ]
+        if subject.command:
+            lines += ["", "To repeat it:", "", f"    {subject.command}"]
+        return "\n".join(lines) + "\n"
+
     @classmethod
     def load(cls, path: Path) -> Certificate:
         return cls.from_record(json.loads(path.read_text()))
@@ -133,6 +158,60 @@ def installed_versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
+
+
+def _distances(found: Findings) -> list[str]:
+    direction = {
+        "equality": "Of 100 tokens, at most {high:.3g} are not the one that the target decides for",
+        "draft": "Towards or away from the draft the engine's laws differ from the target's by at most {high:.3g} of 100",
+        "lookup": "Towards or away from what the text so far suggests the laws differ by at most {high:.3g} of 100",
+    }[found.direction]
+    return [
+        direction.format(high=100 * found.tv_upper_bound)
+        + f" (and in total by at least {100 * found.tv_lower_bound:.3g} of 100), except with probability "
+        f"{found.alpha:g}.",
+        f"{found.speculative.num_draws} tokens were judged; a difference of {100 * found.min_detectable_tv:.3g} of 100 "
+        f"in that direction would have been found but with probability {found.beta:g}. Asked for were "
+        f"{100 * found.max_tv:g}, which takes {found.num_draws_needed} tokens.",
+    ]
+
+
+def _table(found: Findings) -> list[str]:
+    """One line for each instrument; p-values are those of the single instrument."""
+    lines = [
+        "| instrument | p with speculation | p without | found after | difference with speculation | without |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, p_value in found.speculative.p_values.items():
+        after = found.speculative.found_after.get(name)
+        shifts = [_interval(arm.shifts.get(name)) for arm in (found.speculative, found.control)]
+        after_words = "-" if after is None else f"{after} tokens"
+        control = found.control.p_values[name]
+        lines.append(f"| {name} | {p_value:.2g} | {control:.2g} | {after_words} | {' | '.join(shifts)} |")
+    combined = f"| all, corrected | {found.speculative.p_value:.2g} | {found.control.p_value:.2g} | | | |"
+    return [*lines, combined, "", f"That the two arms have one law: p = {found.arms_p_value:.2g}, without a reference."]
+
+
+def _interval(interval: Interval | None) -> str:
+    if interval is None:
+        return "-"
+    return f"{interval.estimate:+.4f} ({interval.low:+.4f} to {interval.high:+.4f})"
+
+
+def _arm_lines(title: str, arm: ArmFindings, logit_noise: float) -> list[str]:
+    surprise = "" if arm.surprise_z is None else f" Surprise: {arm.surprise_z:+.2f} standard deviations."
+    return [
+        f"{title}: {arm.num_outputs} outputs, {arm.num_draws} tokens judged, seeds {arm.seeds[0]} to {arm.seeds[1]}; "
+        f"{arm.num_outside['by rounding']} tokens that the reference does not allow, by at most {logit_noise:g} logits, "
+        f"and {arm.num_outside['by more']} by more.{surprise}",
+        "",
+        *(f"- {error}" for error in arm.errors),
+        *([""] if arm.errors else []),
+    ]
+
+
+def _told(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in values.items())
 
 
 def _arm(record: Mapping[str, Any], prefix: str) -> ArmFindings:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from specdec.devices import upload
 from specdec.models import Cache, LanguageModel, prefill
-from specdec.sampling import Law, OneHot, SamplingParams, SamplingState
+from specdec.sampling import Law, SamplingParams, SamplingState
 
 _CHUNK = 1 << 24  # probabilities held at a time
 _LEAST = -87.0  # log-probability below which float32 has no number
@@ -107,7 +107,7 @@ class Reference:
         return upload([[*row, *[0] * (width - len(row))] for row in rows], self.model.device)
 
     def _prefilled(self, prompts: Sequence[Tokens], room: int) -> Cache:
-        """A cache that holds all but the last token of each prompt; that of the last call if the prompts are the same."""
+        """A cache that holds all but the last token of each prompt: the last call's, if its prompts were the same."""
         keys = [tuple(prompt) for prompt in prompts]
         capacity = max(map(len, prompts)) + room
         if self._cache is None or keys != self._prompts or self._cache.capacity < capacity:

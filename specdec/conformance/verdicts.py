@@ -40,6 +40,9 @@ class Limits:
             raise ValueError(f"logit_noise={self.logit_noise} must be >= 0; 0 allows no rounding")
 
 
+DEFAULT_LIMITS = Limits()
+
+
 @dataclass(frozen=True, slots=True)
 class Bounds:
     """How far the engine may be from the reference, and what would have been seen; see `Findings`."""
