@@ -163,7 +163,7 @@ def installed_versions() -> dict[str, str]:
 def _distances(found: Findings) -> list[str]:
     direction = {
         "equality": "Of 100 tokens, at most {high:.3g} are not the one that the target decides for",
-        "draft": "Towards or away from the draft the engine's laws differ from the target's by at most {high:.3g} of 100",
+        "draft": "Towards or away from the draft the laws differ from the target's by at most {high:.3g} of 100",
         "lookup": "Towards or away from what the text so far suggests the laws differ by at most {high:.3g} of 100",
     }[found.direction]
     return [
@@ -202,8 +202,8 @@ def _arm_lines(title: str, arm: ArmFindings, logit_noise: float) -> list[str]:
     surprise = "" if arm.surprise_z is None else f" Surprise: {arm.surprise_z:+.2f} standard deviations."
     return [
         f"{title}: {arm.num_outputs} outputs, {arm.num_draws} tokens judged, seeds {arm.seeds[0]} to {arm.seeds[1]}; "
-        f"{arm.num_outside['by rounding']} tokens that the reference does not allow, by at most {logit_noise:g} logits, "
-        f"and {arm.num_outside['by more']} by more.{surprise}",
+        f"{arm.num_outside['by rounding']} tokens that the reference does not allow, by at most {logit_noise:g} "
+        f"logits, and {arm.num_outside['by more']} by more.{surprise}",
         "",
         *(f"- {error}" for error in arm.errors),
         *([""] if arm.errors else []),

@@ -1,0 +1,123 @@
+"""Stakes, intervals and power, by hand and against what they promise."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from specdec.conformance.betting import (
+    DIRECTION_STAKES,
+    GRID_SHARE,
+    Exchangeability,
+    Shift,
+    Wealth,
+    draws_needed,
+    draws_needed_for_rate,
+    min_detectable_rate,
+    min_detectable_tv,
+    radius,
+    rate_upper_bound,
+)
+
+
+def test_wealth_is_the_mean_of_the_products_and_the_p_value_one_over_its_peak() -> None:
+    wealth = Wealth(2, level=0.5)
+    assert wealth.p_value == 1
+    wealth.bet(np.log([[2.0, 0.5]]))
+    assert wealth.p_value == pytest.approx(1 / 1.25)
+    wealth.bet(np.log([[2.0, 0.5], [0.25, 1.0]]))
+    assert wealth.p_value == pytest.approx(1 / 2.125)  # the peak was after two tokens
+    assert (wealth.found_after, wealth.num_steps) == (2, 3)
+
+
+def test_wealth_does_not_depend_on_how_tokens_come() -> None:
+    factors = np.random.default_rng(0).normal(size=(50, 3))
+    whole, parts = Wealth(3, 0.01), Wealth(3, 0.01)
+    whole.bet(factors)
+    for part in np.array_split(factors, 7):
+        parts.bet(part)
+    parts.bet(factors[:0])
+    assert parts.p_value == pytest.approx(whole.p_value)
+    assert parts.found_after == whole.found_after
+
+
+def test_a_p_value_that_float_cannot_hold_is_told_as_the_smallest() -> None:
+    wealth = Wealth(1, 0.01)
+    wealth.bet(np.array([[5000.0]]))
+    assert wealth.p_value == 1e-300
+
+
+def test_swapping_the_arms_costs_what_it_wins() -> None:
+    """If the arms have one law, each difference is as likely as its negative: the mean stake is 1, exactly."""
+    stakes = []
+    for difference in ([3.0, -0.5], [-3.0, 0.5]):
+        wealth = Exchangeability(2, 0.01)
+        wealth.observe(np.array([difference]), np.zeros((1, 2)))
+        stakes.append(np.exp(wealth.wealth._log_shares).sum())
+    assert np.mean(stakes) == pytest.approx(1, abs=1e-12)
+    assert max(stakes) == pytest.approx(1, abs=1e-12)  # a symmetric grid does not know the sign before it has seen any
+
+
+def test_arms_that_differ_are_told_apart_and_equal_arms_never_are() -> None:
+    rng = np.random.default_rng(1)
+    pair = Exchangeability(1, 0.01)
+    pair.observe(rng.normal(1.0, 1.0, size=(200, 1)), rng.normal(0.0, 1.0, size=(200, 1)))
+    assert pair.wealth.p_value < 1e-9
+    same = Exchangeability(1, 0.01)
+    same.observe(rng.normal(size=(200, 1)), rng.normal(size=(200, 1)))
+    assert same.wealth.p_value > 1e-6  # fails falsely with probability at most 1e-6
+
+
+def test_the_interval_is_azumas() -> None:
+    shift = Shift(span=2.0)
+    shift.add(np.array([1.0, 0.0]))
+    shift.add(np.array([-0.5, 0.5]))
+    interval = shift.interval(alpha=2 * math.exp(-2))  # radius sqrt(2 / 8)
+    assert interval.estimate == 0.25
+    assert (interval.low, interval.high) == pytest.approx((0.25 - 1.0, 0.25 + 1.0))
+    assert radius(20_000, 2e-6) == pytest.approx(math.sqrt(13.815510558 / 40_000))
+
+
+def test_draws_needed_by_hand() -> None:
+    """14 stakes, share 0.828427: sqrt(ln(14e6) / 1.656854) = 3.151347; sqrt(ln(1e6) / 2) = 2.628261."""
+    assert draws_needed(0.05, 1e-6, 1e-6) == math.ceil((5.779608 / 0.05) ** 2) == 13362
+    assert min_detectable_tv(20_000, 1e-6, 1e-6) == pytest.approx(5.779608 / math.sqrt(20_000), rel=1e-6)
+    assert min_detectable_tv(13362, 1e-6, 1e-6) <= 0.05 < min_detectable_tv(13361, 1e-6, 1e-6)
+
+
+def test_draws_needed_for_a_rate_by_hand() -> None:
+    """0.95^269 = 1.02e-6, 0.95^270 = 0.97e-6."""
+    assert draws_needed_for_rate(0.05, 1e-6) == 270
+    assert min_detectable_rate(270, 1e-6) <= 0.05 < min_detectable_rate(269, 1e-6)
+
+
+def test_a_rate_is_bounded_by_what_would_have_shown_it() -> None:
+    assert rate_upper_bound(0, 100, 1e-6) == pytest.approx(1 - 1e-6 ** (1 / 100))
+    assert rate_upper_bound(5, 100, 1e-6) > rate_upper_bound(0, 100, 1e-6)
+    assert rate_upper_bound(100, 100, 1e-6) == 1
+
+
+def test_the_grid_earns_its_share_of_the_best_stake() -> None:
+    """At each shift the best of the grid earns stake * shift - stake**2 / 2 of shift**2 / 2."""
+    shifts = np.geomspace(1 / 64, 1, 1000)[:, None]
+    earned = (DIRECTION_STAKES * shifts - DIRECTION_STAKES**2 / 2).max(1)
+    assert (earned >= GRID_SHARE * shifts[:, 0] ** 2 / 2 - 1e-12).all()
+    assert (earned <= shifts[:, 0] ** 2 / 2 + 1e-12).all()
+
+
+def test_the_stated_distance_is_found_as_often_as_stated() -> None:
+    """A fair coin of distance min_detectable_tv at alpha = 1e-3, beta = 0.1: of 400 trials at most 74 may miss it,
+    which happens with probability at most 1e-6 if a trial misses it with probability 0.1 at the most."""
+    num_draws = draws_needed(0.1, 1e-3, 0.1)
+    rng = np.random.default_rng(2)
+    log_mean = np.log(np.cosh(DIRECTION_STAKES))
+    misses = 0
+    for _ in range(400):
+        wealth = Wealth(len(DIRECTION_STAKES), 1e-3)
+        signs = np.where(rng.random(num_draws) < 0.5 + 0.1, 1.0, -1.0)
+        wealth.bet(signs[:, None] * DIRECTION_STAKES - log_mean)
+        misses += wealth.found_after is None
+    assert misses <= 74
+    assert min_detectable_tv(num_draws, 1e-3, 0.1) <= 0.1

@@ -1,0 +1,86 @@
+"""A certificate goes to JSON and back, and reads as a page."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+from audited import PROMPTS, TARGET, ToyEngine
+
+from specdec import SamplingParams
+from specdec.conformance.audit import audit
+from specdec.conformance.certificate import Certificate, Findings, Subject
+from specdec.conformance.reference import Reference
+from specdec.conformance.verdicts import Limits
+
+SUBJECT = Subject("toy", "1.0", "markov", "draft_model", 3, "token", "pytest bench/ -m equivalence --engines toy")
+# what the project's definition of a certificate asks for
+FIELDS = [
+    "verdict",
+    "engine",
+    "engine_version",
+    "pair",
+    "method",
+    "gamma",
+    "verification",
+    "sampling",
+    "p_values",
+    "p_value",
+    "tv_upper_bound",
+    "tv_lower_bound",
+    "min_detectable_tv",
+    "num_draws",
+    "seeds",
+    "command",
+    "versions",
+    "control_p_values",
+    "control_p_value",
+    "reasons",
+    "errors",
+    "arms_p_value",
+]
+
+
+def findings(**sampling) -> Findings:
+    params = SamplingParams(max_tokens=16, **sampling)
+    limits = Limits(max_tv=0.5)
+    return audit(ToyEngine(params), Reference(TARGET, params), PROMPTS, num_draws=300, limits=limits)
+
+
+def test_round_trip(tmp_path: Path) -> None:
+    certificate = Certificate.of(SUBJECT, findings(logit_bias={}))
+    certificate.save(tmp_path / "toy.json")
+    assert Certificate.load(tmp_path / "toy.json").record() == certificate.record()
+    assert Certificate.load(tmp_path / "toy.json").findings.speculative == certificate.findings.speculative
+
+
+def test_the_record_has_the_fields_of_the_definition_and_is_plain_json() -> None:
+    record = Certificate.of(SUBJECT, findings(logit_bias={0: -math.inf})).record()
+    assert not set(FIELDS) - set(record)
+    assert json.loads(json.dumps(record, allow_nan=False)) == record
+    assert record["sampling"]["logit_bias"] == {"0": "-inf"}
+    assert record["versions"].keys() >= {"python", "torch", "transformers"}
+    assert record["num_draws"] == 300
+    assert record["seeds"][0] == 0
+
+
+def test_another_schema_is_refused() -> None:
+    with pytest.raises(ValueError, match="schema_version=99 must be 1; make the certificate again"):
+        Certificate.from_record({"schema_version": 99})
+
+
+def test_the_page_says_what_was_found() -> None:
+    page = Certificate.of(SUBJECT, findings()).markdown()
+    assert page.startswith("# lossless: engine toy, engine_version 1.0, pair markov, method draft_model, gamma 3")
+    assert "| pit_rank |" in page
+    assert "300 tokens were judged" in page
+    assert "    pytest bench/ -m equivalence --engines toy" in page
+    assert "None" not in page
+
+
+def test_the_page_of_greedy_decoding() -> None:
+    page = Certificate.of(Subject(), findings(temperature=0)).markdown()
+    assert page.startswith("# undecided: an engine")  # three prompts are 48 tokens
+    assert "not the one that the target decides for" in page

@@ -1,0 +1,79 @@
+"""Each instrument's bets are fair, and its statistics centred, by adding up every token that may come."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from specdec.conformance.facts import Facts
+from specdec.conformance.instruments import INSTRUMENTS, Draws, Reading
+
+N = 64  # every probability and every threshold is a multiple of 1/N
+LAW = torch.tensor([20, 0, 4, 4, 1, 35]).double() / N
+DRAFT = torch.tensor([4, 10, 4, 30, 6, 10]).double() / N
+
+
+def every_draw(law: torch.Tensor = LAW, emitted: torch.Tensor = LAW) -> tuple[Draws, np.ndarray]:
+    """All tokens under one law, each with the midpoints of its part of [0, 1), and the weights of an emitted law."""
+    cells = [(token, (i + 0.5) / count) for token, count in enumerate((law * N).long().tolist()) for i in range(count)]
+    tokens, inside = torch.tensor([token for token, _ in cells]), np.array([place for _, place in cells])
+    of = Facts.of(law.expand(len(cells), -1), tokens, DRAFT.expand(len(cells), -1))
+    draws = Draws(
+        facts=of,
+        rank=of.above + inside * of.prob,
+        place=of.before + inside * of.prob,
+        place_before=np.full(len(cells), 0.8),
+        guess_prob=np.full(len(cells), float(law[3])),
+        hit=(tokens == 3).double().numpy(),
+    )
+    return draws, (emitted[tokens] / law[tokens] / N).numpy()
+
+
+@pytest.mark.parametrize("name", INSTRUMENTS)
+def test_bets_are_fair_and_statistics_centred(name: str) -> None:
+    instrument = INSTRUMENTS[name]
+    draws, weights = every_draw()
+    reading = instrument.read(draws)
+    # the serial bet's mean is an integral, which 64 midpoints meet to 1e-4
+    tolerance = 1e-4 if name == "serial" else 1e-12
+    assert weights @ np.exp(reading.log_factors) == pytest.approx(np.ones(instrument.num_bets), abs=tolerance)
+    assert weights @ reading.shifts == pytest.approx(np.zeros(instrument.num_statistics), abs=1e-12)
+    assert np.ptp(reading.shifts[:, 0]) <= instrument.span
+
+
+@pytest.mark.parametrize("name", [name for name in INSTRUMENTS if name != "serial"])
+def test_another_law_makes_some_bet_grow(name: str) -> None:
+    draws, weights = every_draw(emitted=(LAW * torch.tensor([0.5, 1, 1, 2, 1, 1])))
+    growth = weights / weights.sum() @ INSTRUMENTS[name].read(draws).log_factors
+    assert growth.max() > 0
+
+
+def test_neighbours_that_share_a_uniform_make_a_serial_bet_grow() -> None:
+    draws, weights = every_draw()
+    shared = Draws(draws.facts, draws.rank, draws.place, draws.place, draws.guess_prob, draws.hit)
+    assert (weights @ INSTRUMENTS["serial"].read(shared).log_factors).max() > 0.02
+
+
+def test_an_impossible_token_ends_no_martingale() -> None:
+    of = Facts.of(LAW[None], torch.tensor([1]))
+    half = np.array([0.5])
+    reading: Reading = INSTRUMENTS["surprise"].read(Draws(of, half, half, half, np.array([np.nan]), half * 0))
+    assert not reading.log_factors.any()
+
+
+def test_no_guess_is_no_bet() -> None:
+    draws, _ = every_draw()
+    unknown = np.full(len(draws.rank), np.nan)
+    silent = Draws(draws.facts, draws.rank, draws.place, draws.place_before, unknown, np.zeros(len(unknown)))
+    reading = INSTRUMENTS["lookup"].read(silent)
+    assert not reading.log_factors.any()
+    assert not reading.shifts.any()
+
+
+def test_sign_statistic_by_hand() -> None:
+    """The draft gives tokens 1, 3 and 4 more, the target 0 and 5: mean 5/64 - 55/64."""
+    draws, _ = every_draw()
+    reading = INSTRUMENTS["draft"].read(draws)
+    assert reading.shifts[0, 0] == pytest.approx(-1 + 50 / 64)
+    assert reading.shifts[20, 0] == pytest.approx(0 + 50 / 64)  # token 2: equal

@@ -1,0 +1,132 @@
+"""Teacher-forced laws are those that decoding draws from, however many positions are scored at a time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+import pytest
+import torch
+from audited import TARGET
+from tiny import SUPPORTED, make
+from toys import top_k_law
+
+from specdec import SamplingParams
+from specdec.conformance import reference
+from specdec.conformance.reference import Reference, boundary_gap
+from specdec.models.causal import CausalLM
+from specdec.sampling import SamplingState
+
+PROMPTS = [[1, 2, 3], [4], [5, 5]]
+OUTPUTS = [[6, 7, 0, 1], [2, 2], [3, 1, 2, 4, 4, 4]]
+EVERYTHING = SamplingParams(
+    temperature=0.7,
+    top_k=5,
+    top_p=0.9,
+    min_p=0.05,
+    presence_penalty=0.3,
+    frequency_penalty=0.2,
+    repetition_penalty=1.2,
+    logit_bias={3: 1.5},
+)
+
+
+def all_laws(of: Reference, prompts=PROMPTS, outputs=OUTPUTS) -> dict[tuple[int, int], torch.Tensor]:
+    """{(output, position): law}, after checking the tokens that they belong to."""
+    found = {}
+    for positions in of.laws(prompts, outputs):
+        cells = zip(positions.requests.tolist(), positions.places.tolist(), strict=True)
+        for index, (request, place) in enumerate(cells):
+            assert positions.tokens[index] == outputs[request][place]
+            found[request, place] = positions.law.dense()[index]
+    assert sorted(found) == [(row, place) for row, output in enumerate(outputs) for place in range(len(output))]
+    return found
+
+
+@pytest.mark.parametrize("chunk", [1, 50, 1 << 24])
+@pytest.mark.parametrize("batch_size", [1, 2, 8])
+def test_laws_are_the_tables_rows(chunk: int, batch_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reference, "_CHUNK", chunk)
+    of = Reference(TARGET, SamplingParams(top_k=3), batch_size)
+    for _ in range(2):  # the second time its cache has the prompts
+        for (request, place), law in all_laws(of).items():
+            text = [0, *PROMPTS[request], *OUTPUTS[request][:place]]
+            assert law == pytest.approx(top_k_law(TARGET.table[text[-2], text[-1]], 3), abs=1e-12)
+
+
+@pytest.mark.parametrize("chunk", [200, 1 << 24])
+def test_laws_of_a_transformer_with_every_processor(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against a forward without a cache and a step of one position at a time."""
+    monkeypatch.setattr(reference, "_CHUNK", chunk)
+    model = make("llama", SUPPORTED["llama"])
+    for (request, place), law in all_laws(Reference(CausalLM(model), EVERYTHING, 2)).items():
+        prompt, before = PROMPTS[request], OUTPUTS[request][:place]
+        with torch.inference_mode():
+            logits = model(input_ids=torch.tensor([[*prompt, *before]]), use_cache=False).logits[:, -1:]
+        state = SamplingState([EVERYTHING], [prompt], [before], model.config.vocab_size, logits.device)
+        assert law == pytest.approx(state.law(logits).dense()[0, 0], abs=1e-5)
+
+
+def test_another_output_of_other_prompts_meets_no_stale_cache() -> None:
+    of = Reference(TARGET, SamplingParams())
+    all_laws(of)
+    again = all_laws(of, PROMPTS[::-1], OUTPUTS[::-1])
+    assert again[0, 1] == pytest.approx(TARGET.table[5, 3], abs=1e-12)
+
+
+def test_half_precision_is_no_reference() -> None:
+    model = CausalLM(make("llama", SUPPORTED["llama"], torch.bfloat16))
+    with pytest.raises(ValueError, match=r"dtype=torch.bfloat16 of the reference must be float32 or wider; load it"):
+        Reference(model, SamplingParams())
+
+
+def test_stop_tokens_are_those_of_decoding() -> None:
+    model = CausalLM(make("llama", SUPPORTED["llama"]))
+    params = SamplingParams(stop_token_ids=(9,))
+    assert Reference(model, params).stop_token_ids == {2, 9}
+    assert Reference(model, replace(params, ignore_eos=True)).stop_token_ids == {9}
+
+
+LOG_PROBS = torch.tensor([0.5, 0.25, 0.125, 0.125 - 1e-6, 1e-6]).double().log()
+
+
+@pytest.mark.parametrize(
+    ("params", "token", "expected"),
+    [
+        (SamplingParams(), 4, 0),
+        (SamplingParams(temperature=0), 0, 0),
+        (SamplingParams(temperature=0), 1, math.log(2)),
+        (SamplingParams(top_k=3), 2, 0),
+        (SamplingParams(top_k=3), 3, 8e-6),
+        (SamplingParams(top_k=2, temperature=0.5), 2, math.log(2)),  # logits, whatever the temperature
+        (SamplingParams(top_p=0.7), 1, 0),
+        (SamplingParams(top_p=0.7), 2, math.log(0.75 / 0.7)),
+        (SamplingParams(min_p=0.5), 1, 0),
+        (SamplingParams(min_p=0.5), 2, math.log(2)),
+        (SamplingParams(top_k=1, top_p=0.9, min_p=0.5), 2, math.log(4)),  # whatever it misses by most
+        (SamplingParams(temperature=0.1), 4, math.inf),  # e^-131 is 0 in float32
+    ],
+)
+def test_gap_by_hand(params: SamplingParams, token: int, expected: float) -> None:
+    assert boundary_gap(LOG_PROBS, token, params) == pytest.approx(expected, abs=1e-8)
+
+
+def test_a_forbidden_token_has_no_finite_gap() -> None:
+    assert boundary_gap(torch.tensor([0.0, -math.inf]).double(), 1, SamplingParams()) == math.inf
+
+
+def outside(params: SamplingParams, output: Sequence[int]) -> float:
+    of = Reference(TARGET, params)
+    positions = list(of.laws([[1, 2]], [output]))[-1]
+    return of.gap([1, 2], output, positions.logits[-1])
+
+
+def test_gap_of_an_emitted_token_knows_penalties_and_biases() -> None:
+    row = TARGET.table[2, 3].log()
+    order = row.argsort(descending=True).tolist()
+    second = order[1]
+    assert outside(SamplingParams(temperature=0), [3, second]) == pytest.approx(float(row[order[0]] - row[second]))
+    favoured = SamplingParams(temperature=0, logit_bias={second: 50.0})
+    assert outside(favoured, [3, second]) == pytest.approx(0, abs=1e-9)
+    assert outside(SamplingParams(logit_bias={second: -math.inf}), [3, second]) == math.inf
