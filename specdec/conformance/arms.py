@@ -92,7 +92,7 @@ class Arm:
         self._errors: list[str] = []
         self._num_errors = self._num_outputs = self.num_draws = self._num_judged = 0
         self._outside = {"by rounding": 0, "by more": 0}
-        self._surprise = self._variance = 0.0
+        self._surprise = self._variance = self._largest_gap = 0.0
         self._last_place = 0.5
         self._seeds: tuple[int, int] | None = None
 
@@ -137,6 +137,7 @@ class Arm:
             num_outputs=self._num_outputs,
             seeds=self._seeds or (0, 0),
             num_outside=dict(self._outside),
+            largest_gap=self._largest_gap,
             errors=(*self._errors, *([f"and {hidden} more"] if hidden else [])),
         )
 
@@ -209,6 +210,7 @@ class Arm:
         gap = self._reference.gap(answers.prompts[request], output, positions.logits[index])
         if gap <= self._limits.logit_noise:
             self._outside["by rounding"] += 1
+            self._largest_gap = max(self._largest_gap, gap)
             return
         self._outside["by more"] += 1
         self._note(

@@ -39,6 +39,7 @@ class ArmFindings:
     shifts: by instrument, what its statistic differs by from its exact mean.
     surprise_z: sum of log p(x) + entropy over its exact standard deviation; for reading, no verdict rests on it.
     num_outside: tokens outside the law's support, by no more than rounding explains, or by more.
+    largest_gap: by how much the former missed it at the most, in logits.
     errors: what no lossless engine does, in words.
     """
 
@@ -51,6 +52,7 @@ class ArmFindings:
     num_outputs: int
     seeds: tuple[int, int]
     num_outside: dict[str, int]
+    largest_gap: float
     errors: tuple[str, ...]
 
 
@@ -202,8 +204,8 @@ def _arm_lines(title: str, arm: ArmFindings, logit_noise: float) -> list[str]:
     surprise = "" if arm.surprise_z is None else f" Surprise: {arm.surprise_z:+.2f} standard deviations."
     return [
         f"{title}: {arm.num_outputs} outputs, {arm.num_draws} tokens judged, seeds {arm.seeds[0]} to {arm.seeds[1]}; "
-        f"{arm.num_outside['by rounding']} tokens that the reference does not allow, by at most {logit_noise:g} "
-        f"logits, and {arm.num_outside['by more']} by more.{surprise}",
+        f"{arm.num_outside['by rounding']} tokens that the reference does not allow, by up to {arm.largest_gap:.3g} "
+        f"logits, and {arm.num_outside['by more']} by more than rounding explains ({logit_noise:g}).{surprise}",
         "",
         *(f"- {error}" for error in arm.errors),
         *([""] if arm.errors else []),

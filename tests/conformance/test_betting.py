@@ -81,9 +81,9 @@ def test_the_interval_is_azumas() -> None:
 
 
 def test_draws_needed_by_hand() -> None:
-    """14 stakes, share 0.828427: sqrt(ln(14e6) / 1.656854) = 3.151347; sqrt(ln(1e6) / 2) = 2.628261."""
-    assert draws_needed(0.05, 1e-6, 1e-6) == math.ceil((5.779608 / 0.05) ** 2) == 13362
-    assert min_detectable_tv(20_000, 1e-6, 1e-6) == pytest.approx(5.779608 / math.sqrt(20_000), rel=1e-6)
+    """14 stakes, share 0.828427: sqrt(ln(14e6) / 1.656854) = 3.151383; sqrt(ln(1e6) / 2) = 2.628261."""
+    assert draws_needed(0.05, 1e-6, 1e-6) == math.ceil((5.779644 / 0.05) ** 2) == 13362
+    assert min_detectable_tv(20_000, 1e-6, 1e-6) == pytest.approx(5.779644 / math.sqrt(20_000), rel=1e-6)
     assert min_detectable_tv(13362, 1e-6, 1e-6) <= 0.05 < min_detectable_tv(13361, 1e-6, 1e-6)
 
 

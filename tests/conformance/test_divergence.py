@@ -15,7 +15,7 @@ NEAR, CLEAR = 1e-3, 2.0
 
 def model(margins: float) -> MarkovModel:
     """Token 0, then token 1, lead all laws, token 1 being this many logits behind."""
-    law = torch.tensor([3.0, 3.0 - margins, -1.0, -2.0]).double().softmax(-1)
+    law = torch.tensor([3.0, 3.0 - margins, -1.0, -2.0], dtype=torch.float64).softmax(-1)
     return MarkovModel(law.expand(4, 4, 4))
 
 

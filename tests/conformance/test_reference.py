@@ -88,7 +88,7 @@ def test_stop_tokens_are_those_of_decoding() -> None:
     assert Reference(model, replace(params, ignore_eos=True)).stop_token_ids == {9}
 
 
-LOG_PROBS = torch.tensor([0.5, 0.25, 0.125, 0.125 - 1e-6, 1e-6]).double().log()
+LOG_PROBS = torch.tensor([0.5, 0.25, 0.125, 0.125 - 1e-6, 1e-6], dtype=torch.float64).log()
 
 
 @pytest.mark.parametrize(
@@ -98,7 +98,7 @@ LOG_PROBS = torch.tensor([0.5, 0.25, 0.125, 0.125 - 1e-6, 1e-6]).double().log()
         (SamplingParams(temperature=0), 0, 0),
         (SamplingParams(temperature=0), 1, math.log(2)),
         (SamplingParams(top_k=3), 2, 0),
-        (SamplingParams(top_k=3), 3, 8e-6),
+        (SamplingParams(top_k=3), 3, -math.log1p(-8e-6)),
         (SamplingParams(top_k=2, temperature=0.5), 2, math.log(2)),  # logits, whatever the temperature
         (SamplingParams(top_p=0.7), 1, 0),
         (SamplingParams(top_p=0.7), 2, math.log(0.75 / 0.7)),
