@@ -113,10 +113,10 @@ class Certificate:
                 f"schema_version={record.get('schema_version')} must be {SCHEMA_VERSION}; make the certificate again"
             )
         subject = Subject(**{f.name: record[f.name] for f in fields(Subject)})
-        arms = {"speculative": _arm(record, ""), "control": _arm(record, "control_")}
-        rest = {f.name: record[f.name] for f in fields(Findings) if f.name not in arms}
-        rest["reasons"] = tuple(rest["reasons"])
-        return cls(subject, Findings(**arms, **rest), dict(record["versions"]))
+        values: dict[str, Any] = {f.name: record.get(f.name) for f in fields(Findings)}
+        values |= {"speculative": _arm(record, ""), "control": _arm(record, "control_")}
+        values["reasons"] = tuple(values["reasons"])
+        return cls(subject, Findings(**values), dict(record["versions"]))
 
     def save(self, path: Path) -> None:
         path.write_text(json.dumps(self.record(), indent=2, allow_nan=False) + "\n")

@@ -109,8 +109,8 @@ def logit_noise(
     """
     if tokens is None:
         tokens = last_logits(model, context).topk(2).indices
-    found = [last_logits(model, context, width)[tokens].tolist() for width in widths]
-    differences = [first - second for first, second in found] + ([] if expected is None else [expected])
+    found = [last_logits(model, context, width)[tokens] for width in widths]
+    differences = [float(pair[0] - pair[1]) for pair in found] + ([] if expected is None else [expected])
     return max(differences) - min(differences)
 
 
