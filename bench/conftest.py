@@ -32,6 +32,16 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError(str(error)) from error
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Audits take minutes: only a run that asks for them by their mark has any."""
+    if "equivalence" in (config.option.markexpr or ""):
+        return
+    left_out = [item for item in items if item.get_closest_marker("equivalence")]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
+
+
 def pytest_unconfigure(config: pytest.Config) -> None:
     session = config.stash.get(SESSION, None)
     if session:
@@ -56,7 +66,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         return
     session = metafunc.config.stash[SESSION]
     parameters = []
+    is_audit = metafunc.definition.get_closest_marker("equivalence") is not None
     for each in session.plans:
+        if is_audit and each.cell.method == "autoregressive":
+            continue  # it is the control arm of the others
         cell, skip = each.cell, session.why_skipped(each)
         group = f"{cell.pair}, {cell.workload}, batch size {cell.batch_size}"
         marks = [pytest.mark.benchmark(timer=session.clock, group=group)]
@@ -112,6 +125,12 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     if session and session.records:
         terminalreporter.section("speculative decoding")
         for line in table.render(session.records):
+            terminalreporter.write_line(line)
+    if session and session.audit_records:
+        from bench import equivalence
+
+        terminalreporter.section("certificates")
+        for line in equivalence.lines(session.audit_records):
             terminalreporter.write_line(line)
     if session and session.cost_records:
         from bench import cost

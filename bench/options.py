@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shlex
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -41,8 +42,9 @@ VERIFICATIONS = tuple(dict.fromkeys(rule for kind in ENGINES.values() for rule i
 class BenchConfig:
     """What to measure.
 
-    The fields are the options of the command line by the same names. `named`: the options that were given, on the
-    command line or elsewhere; what is named and cannot run is an error, what is a default is skipped.
+    The fields are the options of the command line by the same names. command: to repeat the run.
+    `named`: the options that were given, on the command line or elsewhere; what is named and cannot run is an error,
+    what is a default is skipped.
     """
 
     engines: tuple[str, ...]
@@ -66,9 +68,13 @@ class BenchConfig:
     vllm_python: Path | None
     vllm_options: str
     server_url: str | None
+    num_draws: int
+    max_tv: float
+    certificates: Path
     journal: Path
     resume: bool
     smoke: bool
+    command: str = ""
     named: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
@@ -282,6 +288,25 @@ OPTIONS = (
     ),
     Option("verification", _one_of(VERIFICATIONS), "token", "rule that verifies a draft"),
     Option(
+        "num-draws",
+        _integer(1, "an audit needs thousands of tokens"),
+        "20000",
+        "with -m equivalence: tokens of each arm that an audit judges",
+        smoke="300",
+    ),
+    Option(
+        "max-tv",
+        _number(lambda value: 0 < value < 1, "between 0 and 1, a distance of total variation"),
+        "0.05",
+        "with -m equivalence: the least distance that an audit must be able to see to call an engine lossless",
+    ),
+    Option(
+        "certificates",
+        lambda name, text: Path(text),
+        ".benchmarks/certificates",
+        "with -m equivalence: folder for a certificate of each cell, as JSON and as a page to read",
+    ),
+    Option(
         "journal",
         lambda name, text: Path(text),
         ".benchmarks/journal.jsonl",
@@ -318,8 +343,9 @@ def parse_config(config: pytest.Config, environment: Mapping[str, str] = os.envi
         default = option.smoke if is_smoke and option.smoke is not None else option.default
         values[option.field] = option.parse(option.field, default if text is None else text)
     named = frozenset(option.field for option, text in texts.items() if text is not None)
-    journal = values["journal"] if "journal" in named else config.rootpath / values["journal"]
-    return BenchConfig(**values | {"journal": journal}, named=named)
+    paths = {name: values[name] for name in ("journal", "certificates")}
+    values |= {name: path if name in named else config.rootpath / path for name, path in paths.items()}
+    return BenchConfig(**values, command=shlex.join(["pytest", *config.invocation_params.args]), named=named)
 
 
 def _given(option: Option, config: pytest.Config, environment: Mapping[str, str]) -> str | None:

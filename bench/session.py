@@ -8,6 +8,7 @@ import os
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import pytest
@@ -30,7 +31,7 @@ Batch = list[tuple[int, ...]]  # prompts as token ids
 class Session:
     """Prepares everything that can fail before anything expensive is done, then measures cell by cell.
 
-    plans: all cells. records, cost_records: those of the finished cells, in the order of the run.
+    plans: all cells. records, cost_records, audit_records: those of the finished cells, in the order of the run.
     clock: pytest-benchmark's timer.
     Raises ValueError naming what was asked for and cannot be had.
     """
@@ -42,6 +43,7 @@ class Session:
         self.prompts = {workloads.label(name): self._read(name) for name in config.workloads}
         self.records: list[dict[str, Any]] = []
         self.cost_records: list[dict[str, Any]] = []
+        self.audit_records: list[dict[str, Any]] = []
         self.journal: Journal | None = None
         self.num_resumed = 0
         self._models = _Models(config, self.device)
@@ -66,6 +68,13 @@ class Session:
         """The record of a cell, from the journal or measured and then put there."""
         self.records.append(self._record(cell.id, benchmark, lambda: self._measure(cell, benchmark)))
         return self.records[-1]
+
+    def certify(self, cell: Cell, benchmark: Any) -> dict[str, Any]:
+        """The record of a cell's audit, from the journal or made and then put there, and its certificate's files."""
+        self.audit_records.append(
+            self._record(f"equivalence-{cell.id}", benchmark, lambda: self._audit(cell, benchmark))
+        )
+        return self.audit_records[-1]
 
     def run_cost(self, axis: str, size: int, benchmark: Any) -> dict[str, Any]:
         """The record of a cell of `bench.cost`, for the first pair, from the journal or measured and then put there."""
@@ -102,6 +111,28 @@ class Session:
         identity = {"pair": pair.name, "dtype": self.config.dtype_of(pair), "device": self.device}
         return Entry(*cost.measure(benchmark, engine, axis, size, self.roofline(), identity))
 
+    def _audit(self, cell: Cell, benchmark: Any) -> Entry:
+        from bench import equivalence
+
+        pair = self._pair(cell)
+        self._models.prepare([cell, dataclasses.replace(cell, method="autoregressive", gamma=0)], pair)
+        engine = self._models.engine(cell.engine, pair)
+        prompts = [prompt for batch in self._batches(cell, pair) for prompt in batch]
+        audit = partial(equivalence.certify, engine, cell, pair, prompts, self.config, self.device)
+        try:
+            with _failing():
+                certificate = benchmark.pedantic(audit, rounds=1)
+        except ValueError as error:
+            pytest.fail(str(error), pytrace=False)
+        folder = self.config.certificates
+        folder.mkdir(parents=True, exist_ok=True)
+        certificate.save(folder / f"{cell.id}.json")
+        (folder / f"{cell.id}.md").write_text(certificate.markdown())
+        return Entry(certificate.record(), list(benchmark.stats.stats.data))
+
+    def _pair(self, cell: Cell) -> Pair:
+        return next(pair for pair in self.config.pairs if pair.name == cell.pair)
+
     def _keep(self, name: str, entry: Entry) -> None:
         assert self.journal is not None
         try:
@@ -116,7 +147,7 @@ class Session:
     def _measure(self, cell: Cell, benchmark: Any) -> Entry:
         from bench import records
 
-        pair = next(pair for pair in self.config.pairs if pair.name == cell.pair)
+        pair = self._pair(cell)
         batches = self._batches(cell, pair)
         cells = self._arm_cells(cell)
         self._models.prepare(cells.values(), pair)
@@ -243,7 +274,7 @@ class Session:
     def _configuration(self) -> dict[str, Any]:
         """Everything that changes results: cells of different configurations must not be mixed."""
         options = dataclasses.asdict(self.config)
-        for name in ("journal", "resume", "data_dir", "vllm_python", "named"):
+        for name in ("journal", "resume", "data_dir", "vllm_python", "certificates", "command", "named"):
             del options[name]
         texts = "\0".join(
             prompt.text for prompts in self.prompts.values() if not isinstance(prompts, str) for prompt in prompts

@@ -6,13 +6,13 @@ import math
 from dataclasses import replace
 from functools import cache
 
-import mutants
 import pytest
 import torch
 from audited import DRAFT, PROMPTS, TARGET, ToyEngine, laws, leaning
 from toys import grid_pair
 
 from specdec import SamplingParams
+from specdec.conformance import mutants
 from specdec.conformance.audit import audit
 from specdec.conformance.certificate import Findings
 from specdec.conformance.reference import Reference
