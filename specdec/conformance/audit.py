@@ -97,11 +97,11 @@ class _Questions:
 def _rounds(prompts: Sequence[Tokens], batch_size: int, seed: int, once: bool) -> Iterator[_Questions]:
     """Prompts in turn, for ever or once."""
     numbers = range(len(prompts)) if once else cycle(range(len(prompts)))
-    for count, chosen in enumerate(batched(numbers, batch_size)):
+    for count, chosen in enumerate(_batched(numbers, batch_size)):
         yield _Questions(chosen, [prompts[number] for number in chosen], seed + 2 * count * batch_size)
 
 
-def batched(numbers: Iterable[int], size: int) -> Iterator[tuple[int, ...]]:
+def _batched(numbers: Iterable[int], size: int) -> Iterator[tuple[int, ...]]:
     """As itertools.batched, which Python 3.11 has not."""
     rest = iter(numbers)
     while chosen := tuple(islice(rest, size)):

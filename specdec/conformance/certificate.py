@@ -101,9 +101,9 @@ class Certificate:
         findings = {f.name: getattr(self.findings, f.name) for f in fields(Findings)}
         arms = {"": findings.pop("speculative"), "control_": findings.pop("control")}
         by_arm = {prefix + name: value for prefix, arm in arms.items() for name, value in asdict(arm).items()}
-        return _plain(
-            {"schema_version": SCHEMA_VERSION, **asdict(self.subject), **findings, **by_arm, "versions": self.versions}
-        )
+        subject = {"schema_version": SCHEMA_VERSION, **asdict(self.subject)}
+        record: dict[str, Any] = _plain({**subject, **findings, **by_arm, "versions": self.versions})
+        return record
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> Certificate:

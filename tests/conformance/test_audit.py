@@ -108,7 +108,7 @@ BROKEN = {
 
 @pytest.mark.parametrize("name", BROKEN)
 def test_a_broken_engine_is_lossy(name: str) -> None:
-    found = run(ToyEngine(PARAMS, **BROKEN[name]))
+    found = run(ToyEngine(PARAMS, **BROKEN[name]), 8000)
     assert found.verdict == "lossy", found.reasons
     assert found.tv_lower_bound > 0
     assert min(filter(None, found.speculative.found_after.values())) < 4000
