@@ -57,6 +57,20 @@ def rate_interval(numerators: Sequence[int], denominators: Sequence[int]) -> Int
     return Interval(estimate, *_ends(above[below > 0] / below[below > 0]))
 
 
+def mean_difference_interval(ours: Sequence[float], theirs: Sequence[float]) -> Interval:
+    """Mean of paired differences, one for each prompt, and its percentile bootstrap interval over prompts, as above.
+
+    Raises ValueError if there are none, or not as many of both.
+    """
+    if not ours or len(ours) != len(theirs):
+        raise ValueError(f"{len(ours)} values must be as many as those they are compared with, {len(theirs)}, and some")
+    differences = np.asarray(ours, dtype=np.float64) - np.asarray(theirs, dtype=np.float64)
+    if len(differences) == 1:
+        return Interval(float(differences[0]), None, None)
+    drawn = np.random.default_rng(0).choice(differences, (NUM_RESAMPLES, len(differences))).mean(1)
+    return Interval(float(differences.mean()), *_ends(drawn))
+
+
 def _ends(resampled: npt.NDArray[np.float64]) -> tuple[float, float]:
     """Of the middle 95 % of the resamples' values."""
     tail = (1 - CONFIDENCE) / 2

@@ -54,6 +54,10 @@ class BenchConfig:
     placements: tuple[str, ...]
     workloads: tuple[str, ...]
     data_dir: Path | None
+    malformed: str
+    prompt_format: str
+    prompt_lengths: tuple[int, int] | None
+    allow_code_execution: bool
     num_prompts: int
     max_tokens: int
     batch_sizes: tuple[int, ...]
@@ -230,11 +234,33 @@ OPTIONS = (
         "workloads",
         parse_workloads,
         "humaneval",
-        "prompts: humaneval, gsm8k, spec_bench, one category of it such as spec_bench:rag, or a file (JSON lines with "
-        "`prompt`, or one prompt a line)",
+        "prompts: humaneval, gsm8k, spec_bench, sharegpt, xsum, one category such as spec_bench:rag, or a file (JSON "
+        "lines with `prompt`, or one prompt a line)",
         smoke="smoke",
     ),
     Option("data-dir", lambda name, text: _data_dir(name, text), "", "folder with the data sets' files"),
+    Option(
+        "malformed", _one_of(("refuse", "skip")), "refuse", "what is done about malformed rows; skipped are counted"
+    ),
+    Option(
+        "prompt-format",
+        _one_of(("instruct", "raw")),
+        "instruct",
+        "instruct: a request, by the tokenizer's chat template if it has one; raw: a text to go on with",
+    ),
+    Option(
+        "prompt-lengths",
+        lambda name, text: _range(name, text),
+        "",
+        "MIN:MAX, only prompts of so many tokens, template included, in the reference engine's tokenizer",
+    ),
+    Option(
+        "allow-code-execution",
+        _flag,
+        "0",
+        "run the code that models write, shut in, to see whether it is right (humaneval)",
+        is_flag=True,
+    ),
     Option("num-prompts", _integer(1, "name how many prompts to measure"), "8", "prompts per cell", smoke="2"),
     Option(
         "max-tokens",
@@ -366,6 +392,14 @@ def _rates(name: str, text: str) -> tuple[float, ...]:
     rates = tuple(parse_one(name, item.strip()) for item in text.split(",")) if text else ()
     _require(list(rates) == sorted(rates, reverse=True), f"{name}={text} must not rise: a rate counts all steps")
     return rates
+
+
+def _range(name: str, text: str) -> tuple[int, int] | None:
+    """MIN:MAX, both included."""
+    least, _, most = text.partition(":")
+    holds = least.isdecimal() and most.isdecimal() and 1 <= int(least) <= int(most)
+    _require(not text or holds, f"{name}={text!r} must be MIN:MAX with 1 <= MIN <= MAX; for example 128:512")
+    return (int(least), int(most)) if text else None
 
 
 def _data_dir(name: str, text: str) -> Path | None:

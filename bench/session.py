@@ -9,20 +9,21 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import pytest
 
-from bench import fairness, machine, workloads
+from bench import fairness, machine, quality, sandbox, workloads
 from bench.cells import Cell, Plan, plan
 from bench.engines import BenchEngine, EngineError, LoadOptions, Run, Setup, load
 from bench.journal import Entry, Journal
 from bench.measure import BASELINE, CANDIDATE, REFERENCE, Arm, Clock, Measurement, check_counts, measure
 from bench.options import BenchConfig
 from bench.pairs import Pair
-from bench.workloads import Prompt, UnavailableError
+from bench.workloads import Malformed, Prompt, UnavailableError, UnitTest
 from specdec.drafts import NEEDS
-from specdec.prompts import encode
+from specdec.prompts import encode, encode_raw
 
 WARM_UP_TOKENS = 8
 Batch = list[tuple[int, ...]]  # prompts as token ids
@@ -40,7 +41,9 @@ class Session:
         self.config, self.clock = config, Clock()
         self.plans = plan(config)
         self.device = machine.resolve_device(config.device)
+        self.malformed = {workloads.label(name): Malformed(config.malformed) for name in config.workloads}
         self.prompts = {workloads.label(name): self._read(name) for name in config.workloads}
+        self._check_code_execution()
         self.records: list[dict[str, Any]] = []
         self.cost_records: list[dict[str, Any]] = []
         self.audit_records: list[dict[str, Any]] = []
@@ -117,7 +120,8 @@ class Session:
         pair = self._pair(cell)
         self._models.prepare([cell, dataclasses.replace(cell, method="autoregressive", gamma=0)], pair)
         engine = self._models.engine(cell.engine, pair)
-        prompts = [prompt for batch in self._batches(cell, pair) for prompt in batch]
+        chosen = [tokens for _, tokens in self._chosen(cell, pair)]
+        prompts = [prompt for batch in self._batches(cell, pair, chosen) for prompt in batch]
         audit = partial(equivalence.certify, engine, cell, pair, prompts, self.config, self.device)
         try:
             with _failing():
@@ -148,7 +152,8 @@ class Session:
         from bench import records
 
         pair = self._pair(cell)
-        batches = self._batches(cell, pair)
+        chosen = self._chosen(cell, pair)
+        batches = self._batches(cell, pair, [tokens for _, tokens in chosen])
         cells = self._arm_cells(cell)
         self._models.prepare(cells.values(), pair)
         warm_up_s = {name: self._warm_up(each, pair, batches) for name, each in cells.items()}
@@ -158,6 +163,8 @@ class Session:
         version = self._models.engine(cell.engine, pair).version
         record = records.build(cell, pair, self.config, version, self.device, measurement)
         record |= self._partings(pair, batches, measurement) | {"warm_up_time_s": warm_up_s[CANDIDATE]}
+        record |= self._quality(pair, [prompt for prompt, _ in chosen], measurement)
+        record["num_rows_skipped"] = len(self.malformed[cell.workload].skipped)
         return Entry(record, measurement.rounds_s)
 
     def _check(self, cells: Mapping[str, Cell], pair: Pair, measurement: Measurement) -> None:
@@ -185,12 +192,59 @@ class Session:
             "margin_at_difference": fairness.margins(target, prompts, theirs, positions) if target else None,
         }
 
-    def _batches(self, cell: Cell, pair: Pair) -> list[Batch]:
-        """The prompts as token ids, in batches; the last one may be smaller."""
+    def _quality(self, pair: Pair, prompts: list[Prompt], measurement: Measurement) -> dict[str, Any]:
+        """The workload's own score of the outputs, and of plain decoding's."""
+        metric = quality.metric_of(prompts)
+        if reason := self._why_no_quality(pair, metric):
+            return quality.no_quality(metric, reason)
+        if metric is None:
+            return quality.no_quality(None, None)
         tokenizer = self._models.engine(self.config.reference_engine, pair).tokenizer
-        texts = self.prompts[cell.workload]
-        assert not isinstance(texts, str), "a skipped cell is not measured"
-        prompts = [encode(prompt.text, tokenizer) for prompt in texts]
+        texts = {arm: _texts(runs, tokenizer) for arm, runs in measurement.runs.items()}
+        return quality.compare(metric, prompts, texts[CANDIDATE], texts.get(BASELINE))
+
+    def _why_no_quality(self, pair: Pair, metric: str | None) -> str | None:
+        if metric is None:
+            return None
+        if pair.load_format == "dummy":
+            return f"pair={pair.name} has random weights, whose output means nothing"
+        if self.config.synthetic_acceptance_rates:
+            return "acceptance was prescribed, so the output is not the model's"
+        if metric == "pass_at_1" and not self.config.allow_code_execution:
+            return "code that a model wrote is run only with --allow-code-execution"
+        return None
+
+    def _check_code_execution(self) -> None:
+        """Raises ValueError if code is to be run and cannot be shut in here."""
+        prompts = [prompt for some in self.prompts.values() if not isinstance(some, str) for prompt in some]
+        has_code = any(isinstance(prompt.truth, UnitTest) for prompt in prompts)
+        if self.config.allow_code_execution and has_code and (reason := sandbox.why_not()):
+            raise ValueError(
+                f"allow_code_execution=1 must be able to shut code in, but here {reason}; run as root or where users "
+                "have namespaces, in a container with --cap-add SYS_ADMIN, or leave the option out"
+            )
+
+    def _chosen(self, cell: Cell, pair: Pair) -> list[tuple[Prompt, tuple[int, ...]]]:
+        """The cell's prompts with their token ids, those that have the length asked for."""
+        config, prompts = self.config, self.prompts[cell.workload]
+        assert not isinstance(prompts, str), "a skipped cell is not measured"
+        tokenizer = self._models.engine(config.reference_engine, pair).tokenizer
+        encoded = ((prompt, _encode(prompt, tokenizer, config)) for prompt in prompts)
+        if config.prompt_lengths is None:
+            return list(encoded)
+        least, most = config.prompt_lengths
+        fitting = ((prompt, tokens) for prompt, tokens in encoded if least <= len(tokens) <= most)
+        chosen = list(islice(fitting, config.num_prompts))
+        if len(chosen) < config.num_prompts:
+            pytest.fail(
+                f"prompt_lengths={least}:{most} must hold for at least num_prompts={config.num_prompts} of the prompts "
+                f"of workload={cell.workload}, but does for {len(chosen)}; widen it, or lower --num-prompts",
+                pytrace=False,
+            )
+        return chosen
+
+    def _batches(self, cell: Cell, pair: Pair, prompts: Batch) -> list[Batch]:
+        """The prompts, as token ids, in batches; the last one may be smaller."""
         for prompt in prompts:
             if pair.context is not None and len(prompt) + self.config.max_tokens > pair.context:
                 pytest.fail(
@@ -249,7 +303,7 @@ class Session:
         """The sampled prompts; the reason if a workload that nobody named is not available."""
         config = self.config
         try:
-            prompts = workloads.read(workload, config.data_dir)
+            prompts = workloads.read(workload, config.data_dir, self.malformed[workloads.label(workload)])
         except UnavailableError as error:
             if "workloads" in config.named:
                 raise
@@ -260,7 +314,8 @@ class Session:
                 f"num_prompts={num_prompts} must be at most {len(prompts)}, what workload {workload} has, "
                 "and at least the batch size; lower --num-prompts or --batch-sizes"
             )
-        return workloads.sample(prompts, num_prompts, config.seed)
+        # which prompts have the length asked for is known with a tokenizer: all of them are kept, in a drawn order
+        return workloads.sample(prompts, len(prompts) if config.prompt_lengths else num_prompts, config.seed)
 
     def versions(self) -> dict[str, str | None]:
         """Versions of what results depend on; vLLM's is that of the interpreter that runs it."""
@@ -277,7 +332,7 @@ class Session:
         for name in ("journal", "resume", "data_dir", "vllm_python", "certificates", "command", "named"):
             del options[name]
         texts = "\0".join(
-            prompt.text for prompts in self.prompts.values() if not isinstance(prompts, str) for prompt in prompts
+            repr(prompt) for prompts in self.prompts.values() if not isinstance(prompts, str) for prompt in prompts
         )
         return {
             **options,
@@ -288,6 +343,23 @@ class Session:
             "cpu_model": machine.cpu_model(),
             "cpu_count": os.cpu_count(),
         }
+
+
+def _encode(prompt: Prompt, tokenizer: Any, config: BenchConfig) -> tuple[int, ...]:
+    """A prompt's token ids in the format asked for."""
+    if config.prompt_format == "raw":
+        return encode_raw(prompt.raw or prompt.text, tokenizer)
+    if "prompt_format" in config.named and not getattr(tokenizer, "chat_template", None):
+        pytest.fail("prompt_format=instruct must have a tokenizer with a chat template; use raw", pytrace=False)
+    return encode(prompt.text, tokenizer)
+
+
+def _texts(runs: list[Run], tokenizer: Any) -> list[str]:
+    """What each prompt was answered, without special tokens."""
+    outputs = [result.token_ids for run in runs for result in run.results]
+    if tokenizer is None:
+        return [bytes(token % 256 for token in tokens).decode(errors="replace") for tokens in outputs]
+    return [tokenizer.decode(list(tokens), skip_special_tokens=True) for tokens in outputs]
 
 
 @contextmanager

@@ -20,7 +20,7 @@ def render(records: Sequence[Record]) -> list[str]:
     for title, group in groupby(records, _title):
         block = list(group)
         lines += [title, _line(_header(records[0])), *[_line(_row(record)) for record in block], ""]
-        lines += [*_attributions(block), *_best_gammas(block), *_leads(block)]
+        lines += [*_attributions(block), *_best_gammas(block), *_qualities(block), *_leads(block)]
     return lines + _notes(records)
 
 
@@ -67,10 +67,28 @@ def _cell(record: Record) -> str:
     return f"{record['engine']} {record['method']}{gamma}"
 
 
+def _qualities(block: Sequence[Record]) -> list[str]:
+    lines = [_quality(record) for record in block if record.get("quality") is not None]
+    return [*lines, ""] if lines else []
+
+
+def _quality(record: Record) -> str:
+    said = (
+        f"{record['engine']} {record['method']} {record['gamma']}: {record['quality_metric']} {record['quality']:.3f}"
+    )
+    if record["quality_difference"] is None:
+        return said
+    low, high = record["quality_difference_low"], record["quality_difference_high"]
+    interval = f" [{low:+.3f}, {high:+.3f}]" if low is not None else ""
+    difference = f"difference {record['quality_difference']:+.3f}{interval}"
+    return f"{said}, of autoregressive decoding {record['quality_baseline']:.3f}, {difference}"
+
+
 def _title(record: Record) -> str:
     sampling = "greedy" if record["temperature"] == 0 else f"temperature {record['temperature']:g}"
+    workload = record["workload"] + (" as raw text" if record.get("prompt_format") == "raw" else "")
     return (
-        f"{record['pair']}, {record['dtype']} on {record['device']}, {record['workload']}, "
+        f"{record['pair']}, {record['dtype']} on {record['device']}, {workload}, "
         f"{record['num_prompts']} prompts of up to {record['max_tokens']} tokens, "
         f"batch size {record['batch_size']}, {sampling}{_caution(record)}"
     )
@@ -165,6 +183,10 @@ def _notes(records: Sequence[Record]) -> list[str]:
         sentences.append(f"Outside model forwards: {min(overheads):.1f} to {max(overheads):.1f} % of the time.")
     if recording_s := sum(record.get("recording_time_s") or 0 for record in records):
         sentences.append(f"Of the time measured {recording_s:.1f} s went into recording shapes.")
+    for reason in dict.fromkeys(record.get("quality_reason") for record in records):
+        sentences += [f"Quality is not known: {reason}."] if reason else []
+    for workload, number in dict.fromkeys((record["workload"], record.get("num_rows_skipped")) for record in records):
+        sentences += [f"Malformed rows of {workload} that were skipped: {number}."] if number else []
     if any(record.get("speedup_from_averaging") is not None for record in records):
         sentences.append(
             "From predicted to measured, each counted in both arms: tokens cut behind a stop token, bookkeeping, "

@@ -1,23 +1,54 @@
-"""Prompts as they come: rows of files of JSON lines, and questions as token ids and back."""
+"""Prompts as they come: rows of JSON files, and questions as token ids and back."""
 
 from __future__ import annotations
 
 import gzip
 import json
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+OnMalformed = Callable[[ValueError], None]  # what is done about a malformed row: raise, or go on with the next
 
-def rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+
+def refuse(error: ValueError) -> None:
+    """Let no malformed row pass."""
+    raise error
+
+
+def rows(path: Path, on_malformed: OnMalformed = refuse) -> Iterator[tuple[str, dict[str, Any]]]:
     """The rows of a file of JSON lines, which may be gzipped, each with its place `file:line` for messages.
 
-    Raises ValueError for a broken row or file, FileNotFoundError.
+    Raises ValueError for a broken row, unless `on_malformed` lets it pass, and for a broken file, FileNotFoundError.
     """
     for number, line in enumerate(_lines(path), 1):
         if line.strip():
-            yield f"{path}:{number}", _row(f"{path}:{number}", line)
+            try:
+                row = _row(f"{path}:{number}", line)
+            except ValueError as error:
+                on_malformed(error)
+            else:
+                yield f"{path}:{number}", row
+
+
+def array_rows(path: Path, on_malformed: OnMalformed = refuse) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The objects of a file that is one JSON array, each with its place `file:record N`.
+
+    One after the other, as such a file may be cut off inside its last record: that one is malformed, what comes before
+    it is not. Raises ValueError for it, unless `on_malformed` lets it pass, and for a broken file.
+    """
+    text, decoder = "".join(_lines(path)), json.JSONDecoder()
+    position, number = text.find("{"), 1
+    while position >= 0:
+        try:
+            row, end = decoder.raw_decode(text, position)
+        except ValueError as error:
+            message = f"must be whole, but the file is damaged or cut off there ({error}); get it again"
+            on_malformed(ValueError(f"{path}:record {number}: {message}"))
+            return
+        yield f"{path}:record {number}", row
+        position, number = text.find("{", end), number + 1
 
 
 def text_of(row: dict[str, Any], field: str, place: str) -> str:
@@ -30,12 +61,15 @@ def text_of(row: dict[str, Any], field: str, place: str) -> str:
 
 def encode(text: str, tokenizer: Any) -> tuple[int, ...]:
     """Token ids of a question: through the chat template if the tokenizer has one; its bytes without a tokenizer."""
-    if tokenizer is None:
-        return tuple(text.encode())
     if getattr(tokenizer, "chat_template", None):
         chat = [{"role": "user", "content": text}]
         return tuple(tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False))
-    return tuple(tokenizer(text).input_ids)
+    return encode_raw(text, tokenizer)
+
+
+def encode_raw(text: str, tokenizer: Any) -> tuple[int, ...]:
+    """Token ids of a text as it stands, to be gone on with; its bytes without a tokenizer."""
+    return tuple(text.encode()) if tokenizer is None else tuple(tokenizer(text).input_ids)
 
 
 def decode(tokens: Sequence[int], tokenizer: Any) -> str | None:

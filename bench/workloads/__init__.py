@@ -4,19 +4,65 @@ from __future__ import annotations
 
 import importlib
 import random
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-NAMES = ("humaneval", "gsm8k", "spec_bench", "smoke")
+NAMES = ("humaneval", "gsm8k", "spec_bench", "sharegpt", "xsum", "smoke")
+
+
+@dataclass(frozen=True, slots=True)
+class Number:
+    """A prompt that is answered by this number. text: as the source writes it."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """A prompt that is answered by something like this text."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class UnitTest:
+    """A prompt that is answered by a Python function.
+
+    head: code up to the function's body. test: code that defines `check(function)`. entry_point: the function's name.
+    """
+
+    head: str
+    test: str
+    entry_point: str
 
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """One prompt. text: what the user says. category: what the source files it under, or ""."""
+    """One prompt. text: what the user says. category: what the source files it under, or "".
+
+    raw: a text to go on with, for models that are not talked to; "" is `text`. truth: what the output is scored by.
+    """
 
     text: str
     category: str = ""
+    raw: str = ""
+    truth: Number | Summary | UnitTest | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Malformed:
+    """What is done about malformed rows. policy: "refuse" the file, or "skip" the row. skipped: why, row by row."""
+
+    policy: str = "refuse"
+    skipped: list[str] = field(default_factory=list)
+
+    def meet(self, error: ValueError) -> None:
+        """Raise the error, or note it."""
+        if self.policy == "refuse":
+            raise error
+        self.skipped.append(str(error))
 
 
 class UnavailableError(ValueError):
@@ -39,14 +85,19 @@ def label(workload: str) -> str:
     return workload if _split(workload)[0] in NAMES else Path(workload).stem
 
 
-def read(workload: str, data_dir: Path | None) -> list[Prompt]:
+def read(workload: str, data_dir: Path | None, malformed: Malformed | None = None) -> list[Prompt]:
     """All prompts of a workload, or those of one of its categories.
 
-    Raises UnavailableError if its data are nowhere, ValueError naming file and line for a malformed row, and for a
-    category that it does not have.
+    malformed: what is done about malformed rows; refused by default.
+    Raises UnavailableError if its data are nowhere, ValueError naming file and line for a malformed row, for data
+    without prompts, and for a category that they do not have.
     """
     name, category = _split(workload)
-    prompts = _read_all(name, data_dir)
+    malformed = malformed or Malformed()
+    prompts = _read_all(name, data_dir, malformed)
+    if not prompts:
+        reason = f"; all are malformed, such as {malformed.skipped[0]}" if malformed.skipped else ""
+        raise ValueError(f"workloads={workload} must have at least one prompt, but its data have none{reason}")
     chosen = [prompt for prompt in prompts if category in ("", prompt.category)]
     if not chosen:
         known = ", ".join(sorted({prompt.category for prompt in prompts} - {""})) or "none"
@@ -60,12 +111,29 @@ def _split(workload: str) -> tuple[str, str]:
     return (name, category) if name in NAMES else (workload, "")
 
 
-def _read_all(name: str, data_dir: Path | None) -> list[Prompt]:
+def _read_all(name: str, data_dir: Path | None, malformed: Malformed) -> list[Prompt]:
     if name not in NAMES or name == "smoke":
         from bench.workloads import textfile
 
-        return textfile.read(_smoke_file() if name == "smoke" else Path(name))
-    prompts: list[Prompt] = importlib.import_module(f"bench.workloads.{name}").read(data_dir)
+        return textfile.read(_smoke_file() if name == "smoke" else Path(name), malformed)
+    prompts: list[Prompt] = importlib.import_module(f"bench.workloads.{name}").read(data_dir, malformed)
+    return prompts
+
+
+def prompts_of(
+    rows: Iterable[tuple[str, dict[str, Any]]],
+    make: Callable[[dict[str, Any], str], Prompt | None],
+    malformed: Malformed,
+) -> list[Prompt]:
+    """The prompts that `make` makes of rows with their places; None if a row is none, ValueError if malformed."""
+    prompts = []
+    for place, row in rows:
+        try:
+            prompt = make(row, place)
+        except ValueError as error:
+            malformed.meet(error)
+        else:
+            prompts += [prompt] if prompt else []
     return prompts
 
 
@@ -74,9 +142,14 @@ def sample(prompts: Sequence[Prompt], num_prompts: int, seed: int) -> list[Promp
     return random.Random(seed).sample(list(prompts), num_prompts)
 
 
+def find_all(data_dir: Path | None, *patterns: str) -> list[Path]:
+    """The files of the data folder that have such names."""
+    return sorted({path for pattern in patterns for path in data_dir.glob(pattern)}) if data_dir else []
+
+
 def find(data_dir: Path | None, workload: str, *patterns: str) -> Path:
     """The file of a workload in the data folder. Raises UnavailableError if there is none or more than one."""
-    found = sorted({path for pattern in patterns for path in data_dir.glob(pattern)}) if data_dir else []
+    found = find_all(data_dir, *patterns)
     if len(found) != 1:
         names = ", ".join(path.name for path in found) or "none"
         raise UnavailableError(

@@ -3,12 +3,25 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
-from bench.workloads import Prompt, find
-from specdec.prompts import rows, text_of
+from bench.workloads import Malformed, Number, Prompt, find, prompts_of
+from bench.workloads.sources import HubSet, hub_rows, rows_of
+from specdec.prompts import text_of
+
+HUB = HubSet("openai/gsm8k", "main", "test")
+FILES = ("gsm8k*.jsonl", "gsm8k*.parquet", "main/test-*.parquet", "gsm8k/main/test-*.parquet")
 
 
-def read(data_dir: Path | None) -> list[Prompt]:
-    """The questions of the file gsm8k*.jsonl in the data folder."""
-    path = find(data_dir, "gsm8k", "gsm8k*.jsonl")
-    return [Prompt(text_of(row, "question", place), "mathematics") for place, row in rows(path)]
+def read(data_dir: Path | None, malformed: Malformed) -> list[Prompt]:
+    """The questions of the test set: of a file or the hub's layout in the data folder, without one from the hub."""
+    rows = rows_of(find(data_dir, "gsm8k", *FILES), malformed) if data_dir else hub_rows("gsm8k", HUB, FILES[0])
+    return prompts_of(rows, _prompt, malformed)
+
+
+def _prompt(row: dict[str, Any], place: str) -> Prompt:
+    question, answer = text_of(row, "question", place), text_of(row, "answer", place)
+    _, marker, number = answer.rpartition("####")
+    if not marker or not any(each.isdigit() for each in number):
+        raise ValueError(f"{place}: answer={answer[-40:]!r} must end in #### and a number; correct or remove the row")
+    return Prompt(question, "mathematics", raw=f"Question: {question}\nAnswer:", truth=Number(number.strip()))

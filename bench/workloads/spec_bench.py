@@ -9,17 +9,21 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from bench.workloads import Prompt, find
+from bench.workloads import Malformed, Prompt, find, prompts_of
 from specdec.prompts import rows, text_of
 
 MULTI_TURN = "multi_turn"
 OWN = ("translation", "summarization", "qa", "math_reasoning", "rag")
 
 
-def read(data_dir: Path | None) -> list[Prompt]:
-    """The first turns of the file spec-bench*.jsonl or spec_bench*.jsonl in the data folder."""
-    path = find(data_dir, "spec_bench", "spec-bench*.jsonl", "spec_bench*.jsonl")
-    return [Prompt(_first_turn(row, place), _category(row, place)) for place, row in rows(path)]
+def read(data_dir: Path | None, malformed: Malformed) -> list[Prompt]:
+    """The first turns of the file spec-bench*.jsonl, or as its repository has it, in the data folder."""
+    path = find(data_dir, "spec_bench", "spec-bench*.jsonl", "spec_bench*.jsonl", "spec_bench/question.jsonl")
+    return prompts_of(rows(path, malformed.meet), _prompt, malformed)
+
+
+def _prompt(row: dict[str, Any], place: str) -> Prompt:
+    return Prompt(_first_turn(row, place), _category(row, place))
 
 
 def _category(row: dict[str, Any], place: str) -> str:

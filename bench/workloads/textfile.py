@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
-from bench.workloads import Prompt
+from bench.workloads import Malformed, Prompt, prompts_of
 from specdec.prompts import rows, text_of
 
 
-def read(path: Path) -> list[Prompt]:
+def read(path: Path, malformed: Malformed) -> list[Prompt]:
     """All prompts of a file; .jsonl, .json and .gz files are JSON lines, others plain text.
 
-    Raises ValueError naming the line of a malformed row, or a file without prompts.
+    Raises ValueError naming the line of a malformed row.
     """
-    prompts = _json_lines(path) if path.suffix in (".jsonl", ".json", ".gz") else _plain_lines(path)
-    if not prompts:
-        raise ValueError(f"{path}: must hold at least one prompt; name another file")
-    return prompts
+    is_json = path.suffix in (".jsonl", ".json", ".gz")
+    return prompts_of(rows(path, malformed.meet), _prompt, malformed) if is_json else _plain_lines(path)
 
 
-def _json_lines(path: Path) -> list[Prompt]:
-    return [Prompt(text_of(row, "prompt", place), str(row.get("category", ""))) for place, row in rows(path)]
+def _prompt(row: dict[str, Any], place: str) -> Prompt:
+    return Prompt(text_of(row, "prompt", place), str(row.get("category", "")))
 
 
 def _plain_lines(path: Path) -> list[Prompt]:

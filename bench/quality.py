@@ -1,0 +1,123 @@
+"""Quality beside speed: what outputs are worth by the workload's own score, and what speculation changes of it."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from decimal import Decimal
+from functools import lru_cache
+from statistics import fmean
+from typing import Any
+
+from bench import sandbox
+from bench.intervals import mean_difference_interval
+from bench.workloads import Number, Prompt, Summary, UnitTest
+
+METRICS = {Number: "exact_match", UnitTest: "pass_at_1", Summary: "rouge_1"}
+NUMBER = re.compile(r"(?<![A-Za-z0-9.])[-−]?\$?[-−]?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+|(?<=\d))")
+FENCE = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)(?:```|\Z)", re.DOTALL)
+FUNCTION_ENDS = re.compile(r"\n(?=[^\s)\]}])")  # a line that is not indented, or closes a bracket
+
+
+def metric_of(prompts: Sequence[Prompt]) -> str | None:
+    """The name of the score of these prompts' outputs; None if there is none that all have."""
+    names = {METRICS.get(type(prompt.truth)) for prompt in prompts}
+    return names.pop() if len(names) == 1 else None
+
+
+def compare(
+    metric: str, prompts: Sequence[Prompt], texts: Sequence[str], plain_texts: Sequence[str] | None
+) -> dict[str, Any]:
+    """The fields of a record: means over prompts, and the paired difference with its 95 % bootstrap interval.
+
+    texts, plain_texts: each prompt's output, and that of autoregressive decoding by the same engine, if there is one.
+    Raises SandboxError if code would have to be run and cannot be.
+    """
+    scores = [score(prompt, text) for prompt, text in zip(prompts, texts, strict=True)]
+    plain = [score(prompt, text) for prompt, text in zip(prompts, plain_texts, strict=True)] if plain_texts else None
+    difference = mean_difference_interval(scores, plain) if plain else None
+    return {
+        **no_quality(metric, None),
+        "quality": fmean(scores),
+        "quality_baseline": fmean(plain) if plain else None,
+        "quality_difference": difference.estimate if difference else None,
+        "quality_difference_low": difference.low if difference else None,
+        "quality_difference_high": difference.high if difference else None,
+        "per_prompt_quality": scores,
+        "baseline_per_prompt_quality": plain,
+    }
+
+
+def no_quality(metric: str | None, reason: str | None) -> dict[str, Any]:
+    """The fields of a record without quality. reason: why there is none of this metric."""
+    names = ("", "_baseline", "_difference", "_difference_low", "_difference_high")
+    return {
+        "quality_metric": metric,
+        "quality_reason": reason,
+        **{f"quality{name}": None for name in names},
+        "per_prompt_quality": None,
+        "baseline_per_prompt_quality": None,
+    }
+
+
+def score(prompt: Prompt, text: str) -> float:
+    """What an output is worth, from 0 to 1. Raises SandboxError if it is code that cannot be run."""
+    match prompt.truth:
+        case Number(truth):
+            return float(final_number(text) == final_number(truth))
+        case Summary(truth):
+            return rouge_1(text, truth)
+        case UnitTest():
+            return float(_passes(program(prompt.truth, text)))
+    raise ValueError(f"prompt={prompt.text[:40]!r} must have a truth to be scored by; choose another workload")
+
+
+def final_number(text: str) -> Decimal | None:
+    """The number after the last ####, where there is none the last number of all; None without any.
+
+    Commas between thousands, a dollar sign and a final full stop do not count: "$1,234.50." is 1234.5.
+    Source: Cobbe et al. 2021 (arXiv:2110.14168) end their answers with "#### NUMBER"; chat models often do not.
+    """
+    _, marker, after = text.rpartition("####")
+    numbers = NUMBER.findall(after)
+    if not numbers:
+        return None
+    return Decimal(re.sub(r"[,$]", "", numbers[0 if marker else -1]).replace("−", "-"))
+
+
+def rouge_1(text: str, reference: str) -> float:
+    """F measure of the words that two texts share, each as often as in the text that has it less often.
+
+    Words are runs of letters a to z and digits in lower case, as in the package `rouge-score`, without stemming.
+    Source: Lin 2004, ROUGE: a package for automatic evaluation of summaries.
+    """
+    ours, theirs = (Counter(re.findall(r"[a-z0-9]+", each.lower())) for each in (text, reference))
+    num_shared = (ours & theirs).total()
+    return 2 * num_shared / (ours.total() + theirs.total()) if num_shared else 0.0
+
+
+def program(test: UnitTest, text: str) -> str:
+    """What is run: the function that an output holds, or the head gone on with by it, and then its test.
+
+    An answer's function is the fenced block that defines it; what comes before the function in the head (imports,
+    helpers) is put before it. Text that goes on with the head counts up to where its function ends.
+    """
+    defines = re.compile(rf"^def {re.escape(test.entry_point)}\b", re.MULTILINE)
+    written = next((code for code in (*FENCE.findall(text), text) if defines.search(code)), None)
+    if written is None:
+        code = test.head + _body(text)
+    else:
+        code = test.head[: found.start() if (found := defines.search(test.head)) else 0] + written
+    return f"{code}\n{test.test}\ncheck({test.entry_point})\n"
+
+
+def _body(text: str) -> str:
+    """The lines that belong to a function whose head came before."""
+    fenced = FENCE.search(text)
+    return FUNCTION_ENDS.split(fenced.group(1) if fenced else text, maxsplit=1)[0]
+
+
+@lru_cache(maxsize=10_000)  # speculative output is mostly the same as plain output, and comes again in each cell
+def _passes(program: str) -> bool:
+    return sandbox.run(program).passed

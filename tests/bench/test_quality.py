@@ -1,0 +1,235 @@
+"""Scores of outputs, against tables made by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench import quality, sandbox, table, workloads
+from bench.cells import Cell
+from bench.engines import PromptResult, Run
+from bench.intervals import mean_difference_interval
+from bench.measure import BASELINE, CANDIDATE, Measurement
+from bench.options import BenchConfig
+from bench.pairs import Pair
+from bench.sandbox import Outcome
+from bench.session import Session
+from bench.workloads import Number, Prompt, Summary, UnitTest
+
+DATA = Path(__file__).parent / "data"
+CODE = "You can halve it so:\n```python\ndef half(x):\n    return {}\n```\nThis rounds down. def half is short."
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("2 + 3 = 5\n#### 5", "5"),
+        ("#### 70000", "70000"),
+        ("#### 1,234,567", "1234567"),
+        ("#### $1,234.50.", "1234.5"),
+        ("#### -12", "-12"),
+        ("#### −12", "-12"),
+        ("#### -$3", "-3"),
+        ("#### $-3", "-3"),
+        ("#### .5", "0.5"),
+        ("#### 18.00", "18"),
+        ("#### 18 of the 20", "18"),
+        ("first #### 3\nno: #### 4", "4"),
+        ("So she has 18.", "18"),
+        ("She sells 9 eggs for $2 each: $18.", "18"),
+        ("The answer is **1,000**.", "1000"),
+        ("it is _7_", "7"),
+        ("The answer is \\boxed{42}", "42"),
+        ("10-5", "5"),
+        ("pick 1,2,3", "3"),
+        ("3.5 or 2.25", "2.25"),
+        ("room x2", None),
+        ("no number", None),
+        ("5 apples ####", None),
+        ("", None),
+    ],
+)
+def test_the_final_number(text: str, number: str | None) -> None:
+    found = quality.final_number(text)
+    assert (found is None) == (number is None)
+    if number is not None:
+        assert found == quality.final_number(f"#### {number}")
+        assert float(found) == float(number)
+
+
+def test_exact_match_compares_numbers_not_texts() -> None:
+    prompt = Prompt("?", truth=Number("1,750"))
+    assert [quality.score(prompt, text) for text in ("It is 1750.00.", "#### 175", "none")] == [1, 0, 0]
+
+
+def test_rouge_1_by_hand() -> None:
+    """4 words shared ("the" once, as the reference has it once), of 6 and of 5: precision 4/6, recall 4/5, F 8/11."""
+    assert quality.rouge_1("The cat sat on the mat.", "the CAT sat; on rugs") == pytest.approx(8 / 11)
+    assert quality.rouge_1("a b", "a b") == 1
+    assert quality.rouge_1("a b", "c") == quality.rouge_1("", "c") == quality.rouge_1("", "") == 0
+
+
+def test_a_function_is_taken_from_an_answer_or_from_what_goes_on_with_its_head() -> None:
+    test = UnitTest('import math\n\ndef half(x):\n    """Half."""\n', "def check(f):\n    assert f(5) == 2\n", "half")
+    tail = "\ndef check(f):\n    assert f(5) == 2\n\ncheck(half)\n"
+    answer = quality.program(test, CODE.format("x // 2"))
+    assert answer == "import math\n\ndef half(x):\n    return x // 2\n" + tail
+    for text in ("    return x // 2\n", "    return x // 2\n\nprint(half(3))\n", "    return x // 2\n# done\nx"):
+        assert quality.program(test, text).split("\ndef check")[0].rstrip() == test.head + "    return x // 2"
+    several = "```\npip install x\n```\n```python\nfrom os import path\ndef half(x):\n    return 1\n```"
+    assert "pip" not in quality.program(test, several)
+    assert "from os import path\ndef half" in quality.program(test, several)
+    unfinished = "```python\ndef half(x):\n    return x // 2"
+    assert quality.program(test, unfinished).startswith("import math\n\ndef half(x):\n    return x // 2\n")
+
+
+@pytest.mark.skipif(sandbox.why_not() is not None, reason=f"no sandbox here: {sandbox.why_not()}")
+def test_pass_at_1_runs_the_code() -> None:
+    half, fourfold = workloads.read("humaneval", DATA)
+    right = ["    return math.floor(x / 2)\n", CODE.format("math.floor(x / 2)"), CODE.format("x // 2")]
+    wrong = ["    return int(x / 2)\n", CODE.format("x / 2"), "", "```python\nimport sys\nsys.exit(0)\n```"]
+    assert [quality.score(half, text) for text in right] == [1, 1, 1]
+    assert [quality.score(half, text) for text in wrong] == [0, 0, 0, 0]
+    assert quality.score(fourfold, "```python\ndef fourfold(x):\n    return twice(twice(x))\n```") == 1
+
+
+def test_a_difference_is_paired() -> None:
+    """Prompt by prompt the difference is always 0.5, however far the prompts are apart."""
+    interval = mean_difference_interval([0.5, 1.0, 0.5, 1.0], [0.0, 0.5, 0.0, 0.5])
+    assert (interval.estimate, interval.low, interval.high) == (0.5, 0.5, 0.5)
+    mixed = mean_difference_interval([1, 0, 1, 1], [0, 0, 1, 1])
+    # of 4 draws 0, 1, 2, 3 or 4 are the first prompt's, with chances .316, .422, .211, .047, .004
+    assert (mixed.estimate, mixed.low, mixed.high) == (0.25, 0, 0.75)
+    assert mean_difference_interval([1], [0]).low is None
+    with pytest.raises(ValueError, match="2 values must be as many as those they are compared with, 1"):
+        mean_difference_interval([1, 2], [1])
+
+
+def test_the_fields_of_known_outputs() -> None:
+    prompts = [Prompt("a", truth=Number("1")), Prompt("b", truth=Number("2"))]
+    assert quality.metric_of(prompts) == "exact_match"
+    assert quality.compare("exact_match", prompts, ["1", "2"], ["1", "3"]) == {
+        "quality_metric": "exact_match",
+        "quality_reason": None,
+        "quality": 1.0,
+        "quality_baseline": 0.5,
+        "quality_difference": 0.5,
+        "quality_difference_low": 0.0,
+        "quality_difference_high": 1.0,
+        "per_prompt_quality": [1.0, 1.0],
+        "baseline_per_prompt_quality": [1.0, 0.0],
+    }
+    alone = quality.compare("exact_match", prompts, ["1", "3"], None)
+    assert (alone["quality"], alone["quality_baseline"], alone["quality_difference"]) == (0.5, None, None)
+    assert quality.metric_of([Prompt("a"), prompts[0]]) is None
+    assert quality.metric_of([Prompt("a", truth=Summary("x"))]) == "rouge_1"
+
+
+def session_with(config: BenchConfig) -> Session:
+    session = Session(config)
+    session._models = type("", (), {"engine": lambda self, name, pair: type("", (), {"tokenizer": None})})()  # type: ignore[assignment]
+    return session
+
+
+def measured(*texts: str, plain: tuple[str, ...]) -> Measurement:
+    def runs(outputs: tuple[str, ...]) -> list[Run]:
+        return [Run((PromptResult(tuple(text.encode()), 0.1, 0.2, None, "stop"),)) for text in outputs]
+
+    return Measurement({CANDIDATE: runs(texts), BASELINE: runs(plain)}, [])
+
+
+@pytest.mark.parametrize(
+    ("changes", "pair", "reason"),
+    [
+        ({}, Pair("p", "t"), None),
+        ({}, Pair("p", "t", load_format="dummy"), "pair=p has random weights, whose output means nothing"),
+        ({"synthetic_acceptance_rates": (0.5,), "engines": ("specdec",)}, Pair("p", "t"), "acceptance was prescribed"),
+    ],
+)
+def test_what_is_not_a_models_output_has_no_quality(
+    changes: dict[str, Any], pair: Pair, reason: str | None, make_config: Callable[..., BenchConfig]
+) -> None:
+    config = make_config(workloads=("gsm8k",), data_dir=DATA, num_prompts=2, **changes)
+    session = session_with(config)
+    prompts = [Prompt("a", truth=Number("1")), Prompt("b", truth=Number("2"))]
+    fields = session._quality(pair, prompts, measured("#### 1", "#### 2", plain=("#### 1", "#### 3")))
+    assert fields["quality_metric"] == "exact_match"
+    if reason is None:
+        assert (fields["quality"], fields["quality_baseline"], fields["quality_reason"]) == (1.0, 0.5, None)
+    else:
+        assert fields["quality"] is fields["quality_difference"] is None
+        assert reason in fields["quality_reason"]
+
+
+def test_code_is_run_only_if_that_is_allowed(
+    make_config: Callable[..., BenchConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran: list[str] = []
+    monkeypatch.setattr(sandbox, "run", lambda program: ran.append(program) or Outcome(True))
+    monkeypatch.setattr(sandbox, "why_not", lambda: None)
+    config = make_config(workloads=("humaneval",), data_dir=DATA, num_prompts=2)
+    prompts = workloads.read("humaneval", DATA)
+    outputs = measured("    return 1", "    return 2", plain=("    return 1", "    return 3"))
+    refused = session_with(config)._quality(Pair("p", "t"), prompts, outputs)
+    assert refused["quality"] is None
+    assert refused["quality_reason"] == "code that a model wrote is run only with --allow-code-execution"
+    assert not ran
+    allowed = make_config(workloads=("humaneval",), data_dir=DATA, num_prompts=2, allow_code_execution=True)
+    quality._passes.cache_clear()
+    assert session_with(allowed)._quality(Pair("p", "t"), prompts, outputs)["quality"] == 1.0
+    assert len(ran) == 3  # one output is the same in both arms
+    quality._passes.cache_clear()
+
+
+def test_a_machine_that_cannot_shut_code_in_refuses(
+    make_config: Callable[..., BenchConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sandbox, "why_not", lambda: "unshare: Operation not permitted")
+    config = make_config(workloads=("humaneval",), data_dir=DATA, num_prompts=2, allow_code_execution=True)
+    with pytest.raises(ValueError, match="allow_code_execution=1 must be able to shut code in, but here unshare: Oper"):
+        Session(config)
+    Session(make_config(workloads=("gsm8k",), data_dir=DATA, num_prompts=2, allow_code_execution=True))
+
+
+def test_the_table_has_a_line_for_quality(
+    make_config: Callable[..., BenchConfig],
+) -> None:
+    prompts = [Prompt("a", truth=Number("1")), Prompt("b", truth=Number("2"))]
+    fields = quality.compare("exact_match", prompts, ["1", "2"], ["1", "3"])
+    record = {"engine": "specdec", "method": "ngram", "gamma": 4} | fields
+    line = "specdec ngram 4: exact_match 1.000, of autoregressive decoding 0.500, difference +0.500 [+0.000, +1.000]"
+    assert table._qualities([record]) == [line, ""]
+    plain = record | quality.compare("exact_match", prompts, ["1", "2"], None) | {"method": "autoregressive"}
+    assert table._qualities([plain])[0] == "specdec autoregressive 4: exact_match 1.000"
+    assert table._qualities([record | quality.no_quality("exact_match", "x"), {}]) == []
+
+
+def test_lengths_are_counted_in_tokens(make_config: Callable[..., BenchConfig], tmp_path: Path) -> None:
+    path = tmp_path / "mine.txt"
+    path.write_text("".join("x" * length + "\n" for length in range(1, 21)))
+    config = make_config(workloads=(str(path),), prompt_lengths=(5, 8), num_prompts=4)
+    session = session_with(config)
+    cell = Cell("specdec", "p", "autoregressive", 0, "same", "mine", 1)
+    chosen = session._chosen(cell, Pair("p", "t"))
+    assert sorted(len(tokens) for _, tokens in chosen) == [5, 6, 7, 8]
+    assert [bytes(tokens).decode() for _, tokens in chosen] == [prompt.text for prompt, _ in chosen]
+    narrow = session_with(make_config(workloads=(str(path),), prompt_lengths=(5, 6), num_prompts=4))
+    with pytest.raises(
+        pytest.fail.Exception, match=r"prompt_lengths=5:6 must hold for at least num_prompts=4 .* for 2"
+    ):
+        narrow._chosen(cell, Pair("p", "t"))
+
+
+def test_raw_prompts_are_texts_to_go_on_with(make_config: Callable[..., BenchConfig]) -> None:
+    config = make_config(workloads=("humaneval",), data_dir=DATA, prompt_format="raw", num_prompts=2)
+    cell = Cell("specdec", "p", "autoregressive", 0, "same", "humaneval", 1)
+    for prompt, tokens in session_with(config)._chosen(cell, Pair("p", "t")):
+        assert bytes(tokens).decode() == prompt.raw == prompt.truth.head
+    asked = make_config(workloads=("humaneval",), data_dir=DATA, num_prompts=2, named=frozenset({"prompt_format"}))
+    with pytest.raises(
+        pytest.fail.Exception, match="prompt_format=instruct must have a tokenizer with a chat template"
+    ):
+        session_with(asked)._chosen(cell, Pair("p", "t"))
