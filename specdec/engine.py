@@ -48,7 +48,7 @@ class Engine:
     draft: what the method needs besides the target: a LanguageModel, an EagleHead or an NgramTable.
     num_speculative_tokens: tokens proposed per step (gamma), at least 1; "autoregressive" proposes none. "auto": as
         many as pay by costs that are measured now, none included. The law stays the same, but which of its samples a
-        seed gives then depends on this machine and on what was decoded before.
+        seed gives then depends on this machine and on what was decoded before, unless verification is "coupled".
     max_batch_size: prompts decoded together.
     verification: "token", "block" or "coupled", the rule that verifies a draft; all are lossless. With "coupled" a seed
         gives the same tokens at any temperature, whatever is proposed, and also if nothing is.

@@ -63,7 +63,7 @@ def test_races_over_pieces_have_the_laws_exactly(several: list) -> None:
 
 def test_pieces_of_other_laws_are_not_enough() -> None:
     pieces = race_pieces([[0.5, 0.25, 0.25]])
-    assert frequencies([0.25, 0.25, 0.5], pieces) != [Fraction(1, 4), Fraction(1, 4), Fraction(1, 2)]
+    assert frequencies([0.1, 0.3, 0.6], pieces) != [Fraction(1, 10), Fraction(3, 10), Fraction(6, 10)]
 
 
 def test_four_tokens_are_refused() -> None:
