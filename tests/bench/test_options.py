@@ -23,6 +23,7 @@ def config(ini: dict[str, str] | None = None, environment: dict[str, str] | None
         getoption=lambda key, default: given.get(key, default),
         getini=lambda key: (ini or {}).get(key),
         rootpath=Path("/root-folder"),
+        invocation_params=SimpleNamespace(args=("bench/", "-k", "a b")),
     )
     return parse_config(pytest_config, environment or {})
 
