@@ -82,8 +82,9 @@ def _plain(options: LoadOptions, setup: Setup, environment: str) -> Worker:
 
 
 def _own_environment() -> dict[str, str]:
-    """The caller's, without what points its Python to this project."""
-    return {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
+    """The caller's, without what points its Python to this project; three engines must fit into the memory."""
+    own = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
+    return {"VLLM_CPU_KVCACHE_SPACE": "1", **own}
 
 
 def _round(

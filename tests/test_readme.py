@@ -23,8 +23,8 @@ def test_every_test_it_names_exists() -> None:
 
 
 def test_the_results_are_those_of_the_committed_run() -> None:
-    """`python -m bench.report bench/baselines/default-cpu.json` prints what the README shows."""
+    """`python -m bench.report bench/baselines/engines-cpu.json` prints what the README shows."""
     from bench.report import render
 
     shown = re.search(r"<!-- results: begin -->\n```\n(.*?)\n```\n<!-- results: end -->", README, re.DOTALL).group(1)
-    assert shown == render(ROOT / "bench" / "baselines" / "default-cpu.json")
+    assert shown == render(ROOT / "bench" / "baselines" / "engines-cpu.json")

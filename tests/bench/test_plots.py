@@ -14,7 +14,7 @@ from bench import cost, drawing, phases, plots, report
 from bench.plots import Bars, Chart, Series
 
 ROOT = Path(__file__).parents[2]
-BASELINE = ROOT / "bench" / "baselines" / "default-cpu.json"
+BASELINE = ROOT / "bench" / "baselines" / "engines-cpu.json"
 
 
 def size(axis: str, number: int, median_s: float, roofline_s: float | None = None, tokens: int = 1) -> dict[str, Any]:
@@ -157,7 +157,7 @@ def test_a_run_is_drawn_into_files(tmp_path: Path) -> None:
         for engine in ("specdec", "transformers")
         for kind in ("speedup", "acceptance")
     ]
-    assert paths == [tmp_path / "new" / f"default-cpu-{name}.png" for name in names]
+    assert paths == [tmp_path / "new" / f"engines-cpu-{name}.png" for name in names]
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths)
 
 
