@@ -64,8 +64,8 @@ def main() -> None:
         for name in ("latency", "call"):
             interval = geometric_mean_interval([times[name] / times[environment] for times in rounds])
             print(
-                f"{setup}, {len(rounds)} prompts: {name} per token in the harness over a plain script's in {environment} "
-                f"{interval.estimate:.4f} [{interval.low:.4f}, {interval.high:.4f}]"
+                f"{setup}, {len(rounds)} prompts: {name} per token in the harness over a plain script's in "
+                f"{environment} {interval.estimate:.4f} [{interval.low:.4f}, {interval.high:.4f}]"
             )
 
 
