@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import astuple, dataclass, fields
 from itertools import product
 
-from bench.engines import ENGINES, VLLM_DRAFTS, Gamma, why_not
+from bench.engines import ENGINES, VLLM_DRAFTS, Gamma, why_not, why_not_pair
 from bench.options import BenchConfig
 from bench.pairs import Pair
 from bench.workloads import label
@@ -31,6 +31,14 @@ class Cell:
 
 
 CELL_FIELDS = tuple(field.name for field in fields(Cell))
+# options whose every value, if it was named, must be able to run in some cell -> the field of a cell
+NAMED_PARAMETERS = {
+    "engines": "engine",
+    "methods": "method",
+    "batch_sizes": "batch_size",
+    "pairs": "pair",
+    "placements": "placement",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,16 +49,20 @@ class Plan:
     skip: str | None
 
 
-def plan(config: BenchConfig) -> list[Plan]:
-    """All cells, pair by pair so that models are loaded once.
+WhyNot = Callable[[str, Pair, str], str | None]  # (engine, pair, placement) -> why this machine is not enough for it
+
+
+def plan(config: BenchConfig, why_no_room: WhyNot = lambda *_: None) -> list[Plan]:
+    """All cells, pair by pair and placement by placement so that models are loaded once.
 
     Raises ValueError if something that was named on the command line cannot run in any cell.
     """
-    plans = [_plan(config, pair, *rest) for pair in config.pairs for rest in _combinations(config)]
+    plans = [_plan(config, why_no_room, pair, *rest) for pair in config.pairs for rest in _combinations(config)]
     plans = list(dict.fromkeys(plans))
     runnable = [each.cell for each in plans if not each.skip]
-    for option, parameter in (("engines", "engine"), ("methods", "method"), ("batch_sizes", "batch_size")):
-        for value in getattr(config, option) if option in config.named else ():
+    for option, parameter in NAMED_PARAMETERS.items():
+        for each in getattr(config, option) if option in config.named else ():
+            value = each.name if isinstance(each, Pair) else each
             if not any(getattr(cell, parameter) == value for cell in runnable):
                 reason = next(each.skip for each in plans if getattr(each.cell, parameter) == value)
                 raise ValueError(f"{option}={value} is asked for and must be able to run, but {reason}")
@@ -61,8 +73,8 @@ def plan(config: BenchConfig) -> list[Plan]:
 
 def _combinations(config: BenchConfig) -> Iterator[tuple[str, int, str, str, str, Gamma]]:
     """(workload, batch size, placement, engine, method, gamma)."""
-    for workload, batch_size, placement, engine, method in product(
-        config.workloads, config.batch_sizes, config.placements, config.engines, config.methods
+    for placement, workload, batch_size, engine, method in product(
+        config.placements, config.workloads, config.batch_sizes, config.engines, config.methods
     ):
         for gamma in (0,) if method == "autoregressive" else config.gammas:
             yield label(workload), batch_size, placement, engine, method, gamma
@@ -70,6 +82,7 @@ def _combinations(config: BenchConfig) -> Iterator[tuple[str, int, str, str, str
 
 def _plan(
     config: BenchConfig,
+    why_no_room: WhyNot,
     pair: Pair,
     workload: str,
     batch_size: int,
@@ -78,7 +91,11 @@ def _plan(
     method: str,
     gamma: Gamma,
 ) -> Plan:
-    skip = why_not(engine, method, batch_size, config.verification, config.vllm)
+    skip = (
+        why_not_pair(engine, pair, placement)
+        or why_not(engine, method, batch_size, config.verification, config.vllm)
+        or why_no_room(engine, pair, placement)
+    )
     if not skip and method in (*NEEDS, *VLLM_DRAFTS) and pair.draft_for(method) is None:
         skip = f"pair={pair.name} has no draft for method={method}; name one with --pairs target=MODEL,draft=MODEL"
     if skip and method != "autoregressive":

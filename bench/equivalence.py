@@ -84,7 +84,7 @@ def _references(pair: Pair, cell: Cell, sampling: SamplingParams, device: str) -
         sources,
         dtype=torch.float32,
         device=device,
-        attention="sdpa",
+        attention=pair.attention,
         load_format=pair.load_format,
     )
     draft: Any = drafts[sources[0]] if sources else None

@@ -4,10 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import json
 import os
 import platform
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from specdec.devices import free_memories
+from specdec.models.placement import num_devices
+
+if TYPE_CHECKING:
+    from bench.options import BenchConfig
+    from bench.pairs import Pair
 
 PACKAGES = ("specdec", "torch", "transformers", "vllm", "numpy")
 
@@ -64,6 +72,46 @@ def resolve_device(device: str) -> str:
     if int(device.partition(":")[2] or 0) >= num_gpus:
         raise ValueError(f"device={device} must exist, but torch sees {num_gpus} GPUs; use --device cpu or auto")
     return device
+
+
+def gpu_uuids(device: str) -> list[str]:
+    """The GPUs that a run on a device may use: one if it is named, all for "cuda", none for "cpu"."""
+    if not device.startswith("cuda"):
+        return []
+    import torch
+
+    index = device.partition(":")[2]
+    indices = [int(index)] if index else range(torch.cuda.device_count())
+    return [str(torch.cuda.get_device_properties(each).uuid) for each in indices]
+
+
+def why_no_room(engine: str, pair: Pair, placement: str, config: BenchConfig, device: str) -> str | None:
+    """Why this machine is not enough for a pair so placed, and what to do about it; None if it may be.
+
+    Weights alone are counted, once, and nothing of a pair whose sizes are not known. device: as `resolve_device` says.
+    """
+    if engine == "vllm-server" and config.server_url:
+        return None
+    memories, needed_devices = list(free_memories(device).values()), num_devices(placement)
+    if needed_devices > len(memories):
+        return (
+            f"placement={placement} needs {needed_devices} devices, but device={device} has {len(memories)}; "
+            "use --placements same"
+        )
+    is_vllm = engine.startswith("vllm")
+    if is_vllm and "quantization" in json.loads(config.vllm_options):
+        return None
+    quantisation = config.quantisation if config.quantisation != "none" and not is_vllm else None
+    number_format = quantisation or config.dtype_of(pair)
+    # vLLM may spread models by its own options
+    room = sum(memories) if placement != "same" or is_vllm else memories[0]
+    if (needed := pair.weight_bytes(number_format)) <= room:
+        return None
+    return (
+        f"pair={pair.name} needs {needed / 1e9:.1f} GB for its weights in {number_format}, but device={device} has "
+        f"{room / 1e9:.1f} GB free; use a smaller pair or a larger machine, --placements auto where there are several "
+        "GPUs, or --quantisation"
+    )
 
 
 def information() -> dict[str, Any]:

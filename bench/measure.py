@@ -44,10 +44,14 @@ class Clock:
 
 @dataclass(frozen=True, slots=True)
 class Measurement:
-    """Each arm's runs, round by round, and the wall time of the candidate's rounds."""
+    """Each arm's runs, round by round, and the wall time of the candidate's rounds.
+
+    spans: when the candidate ran in each round, beginning and end by time.perf_counter.
+    """
 
     runs: Mapping[str, list[Run]]
     rounds_s: list[float]
+    spans: Sequence[tuple[float, float]] = ()
 
 
 def measure(
@@ -61,7 +65,7 @@ def measure(
     """
     rounds = _Rounds(arms, settle)
     benchmark.pedantic(rounds.candidate, setup=rounds.before, teardown=rounds.after, rounds=num_rounds)
-    return Measurement(rounds.runs, list(benchmark.stats.stats.data))
+    return Measurement(rounds.runs, list(benchmark.stats.stats.data), rounds.spans)
 
 
 class _Rounds:
@@ -72,6 +76,7 @@ class _Rounds:
         self._order = [arm for arm in ARMS if arm in arms]
         self._round = -1
         self.runs: dict[str, list[Run]] = {arm: [] for arm in self._order}
+        self.spans: list[tuple[float, float]] = []
 
     def before(self) -> None:
         self._round += 1
@@ -81,7 +86,9 @@ class _Rounds:
             self._settle()
 
     def candidate(self) -> None:
+        start_s = time.perf_counter()
         self._run(CANDIDATE)
+        self.spans.append((start_s, time.perf_counter()))
 
     def after(self) -> None:
         self._settle()

@@ -22,9 +22,11 @@ import pytest
 from bench.engines import ENGINES, METHODS, VLLM_METHODS, Gamma, VllmOptions
 from bench.pairs import Pair, parse_pairs
 from bench.workloads import parse_workloads
+from specdec.models.loading import QUANTISATIONS as LOADABLE
+from specdec.models.placement import parse as parse_placement
 
+QUANTISATIONS = ("none", *LOADABLE)
 DTYPES = ("auto", "bfloat16", "float16", "float32")
-PLACEMENTS = ("same",)
 VLLM_RESERVED = {  # key of --vllm-options -> what to use instead
     "model": "use --pairs",
     "dtype": "use --dtype",
@@ -75,6 +77,8 @@ class BenchConfig:
     num_draws: int
     max_tv: float
     certificates: Path
+    telemetry_hz: float
+    quantisation: str
     journal: Path
     resume: bool
     smoke: bool
@@ -229,7 +233,13 @@ OPTIONS = (
         "tokens proposed per step; auto: as many as pay",
         smoke="2",
     ),
-    Option("placements", _names(PLACEMENTS), "same", "where draft and target run"),
+    Option(
+        "placements",
+        lambda name, text: _placements(name, text),
+        "same",
+        "where target and draft run: same, separate (on a GPU each), ratio:T:D (T GPUs for the target's layers, D for "
+        "the draft's), auto (as few as hold them)",
+    ),
     Option(
         "workloads",
         parse_workloads,
@@ -287,6 +297,12 @@ OPTIONS = (
     Option("dtype", _one_of(DTYPES), "auto", f"weights: {', '.join(DTYPES)}; auto is the pair's own"),
     Option("device", _device, "auto", "auto, cpu, cuda or cuda:N"),
     Option(
+        "quantisation",
+        _one_of(QUANTISATIONS),
+        "none",
+        f"weights of specdec and transformers in fewer bits: {', '.join(QUANTISATIONS)}; vLLM has options of its own",
+    ),
+    Option(
         "synthetic-acceptance-rates",
         lambda name, text: _rates(name, text),
         "",
@@ -331,6 +347,12 @@ OPTIONS = (
         lambda name, text: Path(text),
         ".benchmarks/certificates",
         "with -m equivalence: folder for a certificate of each cell, as JSON and as a page to read",
+    ),
+    Option(
+        "telemetry-hz",
+        _number(lambda value: 0 <= value <= 100, "from 0 to 100; use 0 to sample nothing"),
+        "10",
+        "samples a second of power, utilisation, memory and temperature; 0 is none",
     ),
     Option(
         "journal",
@@ -385,6 +407,13 @@ def _gammas(name: str, text: str) -> tuple[Gamma, ...]:
     parse_one = _integer(1, "for plain decoding use --methods autoregressive, for as many as pay auto")
     items = (item.strip() for item in text.split(","))
     return _distinct(name, tuple(item if item == "auto" else parse_one(name, item) for item in items))
+
+
+def _placements(name: str, text: str) -> tuple[str, ...]:
+    placements = _distinct(name, tuple(item.strip() for item in text.split(",")))
+    for placement in placements:
+        parse_placement(placement)
+    return placements
 
 
 def _rates(name: str, text: str) -> tuple[float, ...]:

@@ -10,14 +10,33 @@ from pathlib import Path
 
 from bench.engines import VLLM_DRAFTS
 
+KINDS = ("decoder-only", "local-attention", "encoder-decoder")
+_WEIGHT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "torchao-int8": 1, "bitsandbytes-4bit": 0.5}
+
+
+@dataclass(frozen=True, slots=True)
+class Published:
+    """What others measured with a pair: with which method and gamma, in which setting, and where they say so."""
+
+    method: str
+    setting: str
+    source: str
+    gamma: int | None = None
+    speedup: float | None = None
+    acceptance_rate: float | None = None
+    mean_acceptance_length: float | None = None
+
 
 @dataclass(frozen=True, slots=True)
 class Pair:
     """A target and the draft that may speak for it.
 
     target, draft: a bundled name, a hub id or a folder. head, table: likewise, a head on the target's features and an
-    n-gram table. dtype: what `--dtype auto` means.
+    n-gram table. speculator: what vLLM's own methods take instead of the draft. kind: one of KINDS, attention: one of
+    transformers' implementations. dtype: what `--dtype auto` means.
     context: tokens that prompt and output may have together, if known. load_format: "dummy" for random weights.
+    gated: whether the hub wants the licence accepted. target_params, draft_params: numbers of weights, 0 if not known.
+    placement: of the cells that are measured now.
     """
 
     name: str
@@ -30,17 +49,41 @@ class Pair:
     load_format: str = "auto"
     licence: str = ""
     source: str = ""
+    speculator: str | None = None
+    kind: str = "decoder-only"
+    attention: str = "sdpa"
+    gated: bool = False
+    target_params: int = 0
+    draft_params: int = 0
+    published: tuple[Published, ...] = ()
+    placement: str = "same"
+
+    def weight_bytes(self, dtype: str) -> int:
+        """Bytes of the weights of target and draft in a number format, or so quantised at the least; 0: not known."""
+        return int((self.target_params + self.draft_params) * _WEIGHT_BYTES[dtype])
+
+    def published_for(self, method: str) -> Published | None:
+        """What others measured with a method: the first such entry of the catalogue."""
+        return next((each for each in self.published if each.method == method), None)
 
     def draft_for(self, method: str) -> str | None:
         """What proposes tokens under a method that needs more than the target; None if the pair has no such thing."""
-        drafts = {"eagle": self.head, "ngram_table": self.table, "hybrid": self.head or self.draft}
-        return drafts.get(method, self.draft if method in ("draft_model", *VLLM_DRAFTS) else None)
+        drafts = {
+            "draft_model": self.draft,
+            "eagle": self.head,
+            "ngram_table": self.table,
+            "hybrid": self.head or self.draft,
+            **dict.fromkeys(VLLM_DRAFTS, self.speculator or self.draft),
+        }
+        return drafts.get(method)
 
 
 @cache
 def catalogue() -> dict[str, Pair]:
     """The pairs of `pairs.toml` by name."""
     tables = tomllib.loads(Path(__file__).with_name("pairs.toml").read_text())
+    for table in tables.values():
+        table["published"] = tuple(Published(**each) for each in table.pop("published", ()))
     return {name: Pair(name=name, **table) for name, table in tables.items()}
 
 
@@ -71,6 +114,23 @@ def parse_pairs(text: str) -> tuple[Pair, ...]:
             )
     _require_distinct([pair.name for pair in pairs], text)
     return tuple(pairs)
+
+
+def check_vocabulary(pair: Pair) -> None:
+    """Compare what token ids mean to a pair's target and draft model, before any weights are read.
+
+    Raises LoadError if it is not the same, or cannot be had.
+    """
+    from specdec.drafts import check_vocabularies, kind_in
+    from specdec.models.loading import resolve
+    from specdec.wheels import LoadError
+
+    if pair.draft is None or kind_in(resolve(folder(pair.draft))) != "model":
+        return
+    try:
+        check_vocabularies(folder(pair.target), folder(pair.draft), pair.load_format)
+    except ValueError as error:
+        raise LoadError(f"pair={pair.name}: {error}") from error
 
 
 def _named(name: str) -> Pair:

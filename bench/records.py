@@ -70,6 +70,8 @@ def _identity(cell: Cell, pair: Pair, config: BenchConfig, engine_version: str, 
         "verification": config.verification,
         "synthetic_acceptance_rates": list(config.synthetic_acceptance_rates) or None,
         "load_format": pair.load_format,
+        "quantisation": config.quantisation,
+        **_published(pair, cell.method),
         "engine_options": config.vllm_options if cell.engine.startswith("vllm") else None,
         "max_tokens": config.max_tokens,
         "temperature": config.temperature,
@@ -77,6 +79,13 @@ def _identity(cell: Cell, pair: Pair, config: BenchConfig, engine_version: str, 
         "top_k": config.top_k,
         "seed": config.seed,
     }
+
+
+def _published(pair: Pair, method: str) -> dict[str, Any]:
+    """What others measured with the pair and the method, to be shown beside ours."""
+    found = pair.published_for(method)
+    names = ("speedup", "acceptance_rate", "mean_acceptance_length", "setting", "source")
+    return {f"published_{name}": getattr(found, name, None) for name in names}
 
 
 def _acceptance(counts: AcceptanceCounts | None) -> dict[str, Any]:

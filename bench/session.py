@@ -14,13 +14,13 @@ from typing import Any
 
 import pytest
 
-from bench import fairness, machine, quality, sandbox, workloads
+from bench import fairness, machine, quality, sandbox, telemetry, workloads
 from bench.cells import Cell, Plan, plan
 from bench.engines import BenchEngine, EngineError, LoadOptions, Run, Setup, load
 from bench.journal import Entry, Journal
 from bench.measure import BASELINE, CANDIDATE, REFERENCE, Arm, Clock, Measurement, check_counts, measure
 from bench.options import BenchConfig
-from bench.pairs import Pair
+from bench.pairs import Pair, check_vocabulary
 from bench.workloads import Malformed, Prompt, UnavailableError, UnitTest
 from specdec.drafts import NEEDS
 from specdec.prompts import encode, encode_raw
@@ -39,8 +39,8 @@ class Session:
 
     def __init__(self, config: BenchConfig) -> None:
         self.config, self.clock = config, Clock()
-        self.plans = plan(config)
         self.device = machine.resolve_device(config.device)
+        self.plans = plan(config, lambda *cell: machine.why_no_room(*cell, config, self.device))
         self.malformed = {workloads.label(name): Malformed(config.malformed) for name in config.workloads}
         self.prompts = {workloads.label(name): self._read(name) for name in config.workloads}
         self._check_code_execution()
@@ -135,7 +135,8 @@ class Session:
         return Entry(certificate.record(), list(benchmark.stats.stats.data))
 
     def _pair(self, cell: Cell) -> Pair:
-        return next(pair for pair in self.config.pairs if pair.name == cell.pair)
+        pair = next(pair for pair in self.config.pairs if pair.name == cell.pair)
+        return dataclasses.replace(pair, placement=cell.placement)
 
     def _keep(self, name: str, entry: Entry) -> None:
         assert self.journal is not None
@@ -158,14 +159,22 @@ class Session:
         self._models.prepare(cells.values(), pair)
         warm_up_s = {name: self._warm_up(each, pair, batches) for name, each in cells.items()}
         arms = {name: self._arm(each, pair, batches) for name, each in cells.items()}
-        measurement = measure(benchmark, arms, len(batches), self._models.settle)
+        with telemetry.Sampler(self._meters(cell), self.config.telemetry_hz) as sampler:
+            measurement = measure(benchmark, arms, len(batches), self._models.settle)
         self._check(cells, pair, measurement)
         version = self._models.engine(cell.engine, pair).version
         record = records.build(cell, pair, self.config, version, self.device, measurement)
         record |= self._partings(pair, batches, measurement) | {"warm_up_time_s": warm_up_s[CANDIDATE]}
         record |= self._quality(pair, [prompt for prompt, _ in chosen], measurement)
         record["num_rows_skipped"] = len(self.malformed[cell.workload].skipped)
+        num_tokens, num_accepted = record["num_tokens"], record["num_accepted"]
+        record |= telemetry.record(sampler.trace, measurement.spans, self.config.telemetry_hz, num_tokens, num_accepted)
         return Entry(record, measurement.rounds_s)
+
+    def _meters(self, cell: Cell) -> dict[str, telemetry.Meter | str]:
+        if cell.engine == "vllm-server" and self.config.server_url:
+            return dict.fromkeys(("gpu", "cpu"), f"the server at {self.config.server_url} may be another machine")
+        return telemetry.meters(machine.gpu_uuids(self.device))
 
     def _check(self, cells: Mapping[str, Cell], pair: Pair, measurement: Measurement) -> None:
         """Assert that the arms were measured on equal terms, and that what they say of themselves adds up."""
@@ -410,6 +419,8 @@ class _Models:
 
     def _load(self, name: str, pair: Pair) -> BenchEngine:
         """Load; a model that nobody named and that cannot be had (no network) skips the cell."""
+        from specdec.models.causal import UnsupportedModelError
+        from specdec.models.placement import PlacementError
         from specdec.wheels import LoadError
 
         config = self._config
@@ -419,10 +430,17 @@ class _Models:
             config.verification,
             config.synthetic_acceptance_rates,
             config.vllm,
+            None if config.quantisation == "none" else config.quantisation,
         )
         try:
+            check_vocabulary(pair)
             return load(name, pair, options)
-        except LoadError as error:
-            if "pairs" in self._config.named:
-                pytest.fail(str(error), pytrace=False)
-            pytest.skip(str(error))
+        except (LoadError, UnsupportedModelError, PlacementError) as error:
+            gate = (
+                f"; if the hub refused it: accept the licence at https://huggingface.co/{pair.target} (and the "
+                "draft's), then run hf auth login"
+            )
+            message = f"{error}{gate if pair.gated and isinstance(error, LoadError) else ''}"
+            if {"pairs", "placements"} & self._config.named:
+                pytest.fail(message, pytrace=False)
+            pytest.skip(message)

@@ -12,6 +12,7 @@ from bench.best_gamma import BestGamma, Record, best_gammas
 WIDTHS = (12, 14, 5, 6, 7, 8, 6, 17, 9, 20, 5)
 PARTS = ("truncation", "bookkeeping", "prefill", "averaging")
 PART_WIDTHS = (14, 14, 5, 9, 10, 11, 8, 9, 8)
+ENERGY_WIDTHS = (12, 14, 5, 9, 9, 10, 9, 7, 11, 11, 9)
 
 
 def render(records: Sequence[Record]) -> list[str]:
@@ -20,7 +21,8 @@ def render(records: Sequence[Record]) -> list[str]:
     for title, group in groupby(records, _title):
         block = list(group)
         lines += [title, _line(_header(records[0])), *[_line(_row(record)) for record in block], ""]
-        lines += [*_attributions(block), *_best_gammas(block), *_qualities(block), *_leads(block)]
+        lines += [*_published(block), *_attributions(block), *_energies(block), *_best_gammas(block)]
+        lines += [*_qualities(block), *_leads(block)]
     return lines + _notes(records)
 
 
@@ -35,6 +37,48 @@ def _attribution(record: Record) -> list[str]:
     parts = [f"{record[f'speedup_from_{part}']:+z.3f}" for part in PARTS]
     ends = [f"{record[name]:.3f}" for name in ("predicted_speedup", "speedup")]
     return [record["engine"], record["method"], str(record["gamma"]), ends[0], *parts, ends[1]]
+
+
+def _published(block: Sequence[Record]) -> list[str]:
+    """What others measured with the same pair and method."""
+    found = {record["method"]: record for record in block if record.get("published_source")}
+    lines = [line for record in found.values() for line in textwrap.wrap(_publication(record), 118)]
+    return [*lines, ""] if lines else []
+
+
+def _publication(record: Record) -> str:
+    speedup, length = record["published_speedup"], record["published_mean_acceptance_length"]
+    facts = [
+        *([f"speed-up {speedup:g}"] if speedup else []),
+        *([f"{_percent(record['published_acceptance_rate'])} accepted"] if record["published_acceptance_rate"] else []),
+        *([f"length {length:g}"] if length else []),
+    ]
+    where = f"{record['published_setting']} ({record['published_source']})"
+    return f"published with {record['method']}: {', '.join(facts)}; {where}"
+
+
+def _energies(block: Sequence[Record]) -> list[str]:
+    """What each cell took in energy, power and memory; nothing where none of it was measured."""
+    rows = [_energy(record) for record in block if record.get("energy_j") is not None]
+    header = ["energy of", "method", "gamma", "J", "J/token", "J/accepted", "W", "peak W", "utilisation", "peak memory"]
+    return [_line(row, ENERGY_WIDTHS) for row in ([*header, "peak C"], *rows)] + [""] if rows else []
+
+
+def _energy(record: Record) -> list[str]:
+    peak_memory = record["peak_memory_bytes"]
+    return [
+        record["engine"],
+        record["method"],
+        str(record["gamma"]),
+        _number(record["energy_j"], 1),
+        _number(record["energy_per_token_j"], 3),
+        _number(record["energy_per_accepted_token_j"], 3),
+        _number(record["average_power_w"], 1),
+        _number(record["peak_power_w"], 1),
+        _percent(record["average_utilisation_rate"]),
+        "-" if peak_memory is None else f"{peak_memory / 1e9:.1f} GB",
+        _number(record["peak_temperature_c"], 0),
+    ]
 
 
 def _best_gammas(block: Sequence[Record]) -> list[str]:
@@ -90,8 +134,15 @@ def _title(record: Record) -> str:
     return (
         f"{record['pair']}, {record['dtype']} on {record['device']}, {workload}, "
         f"{record['num_prompts']} prompts of up to {record['max_tokens']} tokens, "
-        f"batch size {record['batch_size']}, {sampling}{_caution(record)}"
+        f"batch size {record['batch_size']}, {sampling}{_special(record)}{_caution(record)}"
     )
+
+
+def _special(record: Record) -> str:
+    """How the weights are stored and placed, if otherwise than usual."""
+    placement, quantisation = record.get("placement", "same"), record.get("quantisation", "none")
+    placed = f", placed {placement}" if placement != "same" else ""
+    return placed + (f", {quantisation}" if quantisation != "none" else "")
 
 
 def _caution(record: Record) -> str:
@@ -181,6 +232,11 @@ def _notes(records: Sequence[Record]) -> list[str]:
         )
     if overheads := [100 * rate for record in records if (rate := record["overhead_rate"]) is not None]:
         sentences.append(f"Outside model forwards: {min(overheads):.1f} to {max(overheads):.1f} % of the time.")
+    if any(record.get("energy_j") is not None for record in records):
+        sentences.append(
+            "Energy: of the whole device while the prompts were decoded, GPUs or else processor packages, idle power "
+            "included."
+        )
     if recording_s := sum(record.get("recording_time_s") or 0 for record in records):
         sentences.append(f"Of the time measured {recording_s:.1f} s went into recording shapes.")
     for reason in dict.fromkeys(record.get("quality_reason") for record in records):

@@ -108,10 +108,13 @@ def confidence(logits: Tensor) -> Tensor:
     return (logits - logits.amax(-1, keepdim=True)).exp().sum(-1).reciprocal()
 
 
-def target_costs(target: LanguageModel, rows: int) -> tuple[float, ...]:
-    """Seconds of a target step of 1, ..., MOST + 1 tokens in each of so many rows, the least of a few measurements."""
+def target_costs(target: LanguageModel, rows: int, records: bool | None = None) -> tuple[float, ...]:
+    """Seconds of a target step of 1, ..., MOST + 1 tokens in each of so many rows, the least of a few measurements.
+
+    records: as for `Recorder`.
+    """
     context = max(1, min(64, target.context_length - MOST - 1))
-    cache, recorder = target.allocate(rows, context + MOST + 1), Recorder(target.device)
+    cache, recorder = target.allocate(rows, context + MOST + 1), Recorder(target.device, records)
     tokens = torch.zeros(rows, MOST + 1, dtype=torch.int64, device=target.device)
     for row in range(rows):
         prefill(target, [0] * context, cache, row)

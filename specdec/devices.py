@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,3 +20,21 @@ def upload(values: Sequence[Any], device: torch.device, dtype: torch.dtype = tor
 def fetch_later(tensor: Tensor) -> Tensor:
     """A tensor on the host, to be read once something else has waited for the device."""
     return tensor.to("cpu", non_blocking=True)
+
+
+def free_memories(device: str) -> dict[torch.device, int]:
+    """Bytes that are free on each device that a name stands for: "cuda" is all GPUs, "cuda:1" one, "cpu" the host."""
+    named = torch.device(device)
+    if named.type != "cuda":
+        return {named: free_host_memory()}
+    indices = range(torch.cuda.device_count()) if named.index is None else (named.index,)
+    return {torch.device("cuda", index): torch.cuda.mem_get_info(index)[0] for index in indices}
+
+
+def free_host_memory(meminfo: Path = Path("/proc/meminfo")) -> int:
+    """Bytes of the host's memory that programs may still take, as the system estimates it; else all there is."""
+    try:
+        lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
+        return int(lines["MemAvailable"].split()[0]) * 1024
+    except (OSError, ValueError, KeyError):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

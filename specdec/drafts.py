@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+import torch
+from torch import nn
+
+from specdec.devices import free_memories
 from specdec.models import LanguageModel
-from specdec.models.loading import WEIGHTS, load_pretrained, read_vocabulary, resolve
+from specdec.models.loading import (
+    WEIGHTS,
+    WEIGHTS_SHARE,
+    load_pretrained,
+    read_layer_bytes,
+    read_vocabulary,
+    resolve,
+)
+from specdec.models.placement import plan
 from specdec.proposers.table import NgramTable
 
 if TYPE_CHECKING:
@@ -47,18 +60,60 @@ def kind_in(source: str) -> Kind:
     return found[0] if found else "model"
 
 
-def load_with_drafts(target: str, drafts: Iterable[str], **options: Any) -> tuple[CausalLM, dict[str, AnyDraft]]:
+def load_with_drafts(
+    target: str, drafts: Iterable[str], placement: str = "same", **options: Any
+) -> tuple[CausalLM, dict[str, AnyDraft]]:
     """A target and what may speak for it, by source, fused; options and errors as for `load_pretrained`.
 
     drafts: models' sources, and folders with a head or a table. Vocabularies are compared before weights are read.
+    placement: over which of the devices that `device` stands for they are spread, see `specdec.models.placement`;
+        heads are with the target. What is spread over several devices, quantised or sharded is not fused.
     """
     places = {source: resolve(source) for source in drafts}
     for place in places.values():
         if kind_in(place) == "model":
-            check_same_vocabulary(*(read_vocabulary(source, options["load_format"]) for source in (target, place)))
-    model, tokenizer = load_pretrained(target, **options)
-    loaded = {source: _load(place, model, options) for source, place in places.items()}
+            check_vocabularies(target, place, options["load_format"])
+    models = [place for place in places.values() if kind_in(place) == "model"]
+    target_device, devices = place_models(target, models, placement, options)
+    model, tokenizer = load_pretrained(target, **options | {"device": target_device})
+    loaded = {
+        source: _load(place, model, options | {"device": devices.get(place, options["device"])})
+        for source, place in places.items()
+    }
     return _fused(model, tokenizer), loaded  # fused at last: a head borrows from the target as it was
+
+
+def check_vocabularies(target: str, draft: str, load_format: str = "auto") -> None:
+    """Raise ValueError unless token ids mean the same to both models, whose weights are not read."""
+    check_same_vocabulary(*(read_vocabulary(source, load_format) for source in (target, draft)))
+
+
+Device = str | list[torch.device]  # as `load_pretrained` takes it
+
+
+def place_models(
+    target: str, drafts: Iterable[str], placement: str, options: Mapping[str, Any]
+) -> tuple[Device, dict[str, Device]]:
+    """What `load_pretrained` is to be given as device: for the target, and for each draft model by its source.
+
+    options: those of `load_pretrained`; `device` is a kind of device, "cuda" for all GPUs. Raises PlacementError.
+    """
+    drafts, device = list(drafts), options["device"]
+    if placement == "same":
+        return device, dict.fromkeys(drafts, device)
+    memories = free_memories(device)
+    read = partial(read_layer_bytes, dtype=options["dtype"], load_format=options["load_format"])
+    sizes = {source: read(source) for source in (target, *drafts)}
+    largest = max((sizes[source] for source in drafts), key=lambda each: each.total, default=None)
+    usable = [int(WEIGHTS_SHARE * memory) for memory in memories.values()]
+    devices = list(memories)
+
+    def on(indices: Sequence[int] | None) -> Device:
+        assert indices is not None, "there is a draft"
+        return [devices[index] for index in indices]
+
+    of_target = on(plan(sizes[target], largest, usable, placement).target)
+    return of_target, {source: on(plan(sizes[target], sizes[source], usable, placement).draft) for source in drafts}
 
 
 def _load(place: str, target: Any, options: dict[str, Any]) -> AnyDraft:
@@ -78,8 +133,17 @@ def _fused(model: Any, tokenizer: Any) -> CausalLM:
     from specdec.models.causal import CausalLM
     from specdec.models.fusion import fuse
 
-    fuse(model)
+    if _is_plain(model):
+        fuse(model)
     return CausalLM(model, tokenizer)
+
+
+def _is_plain(model: Any) -> bool:
+    """Whether all weights are ordinary numbers on one device."""
+    weights = list(model.parameters())
+    return all(type(weight) is nn.Parameter and weight.is_floating_point() for weight in weights) and (
+        len({weight.device for weight in weights}) == 1
+    )
 
 
 def check_same_vocabulary(target: HasVocabulary, draft: HasVocabulary) -> None:

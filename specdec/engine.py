@@ -12,6 +12,7 @@ from specdec.adaptive import MOST, AdaptiveLength, StepCosts, target_costs
 from specdec.decoding import Decoder
 from specdec.drafts import NEEDS, Kind, check_same_vocabulary, kind_in, kind_of, load_with_drafts, require
 from specdec.models import LanguageModel
+from specdec.models.elsewhere import is_on_one_device, seen_from
 from specdec.models.loading import packaged_draft
 from specdec.proposers import Proposer
 from specdec.proposers.draft_model import DraftModelProposer
@@ -54,7 +55,8 @@ class Engine:
         gives the same tokens at any temperature, whatever is proposed, and also if nothing is.
     synthetic_acceptance_rates: to time shapes without their weights: accept draft positions with these probabilities
         instead of verifying. The output is then no longer the target's.
-    records: whether steps are recorded once for each shape and replayed (CUDA graphs); None: on a GPU.
+    records: whether steps are recorded once for each shape and replayed (CUDA graphs); None: on a GPU, if target and
+        draft are on that one alone.
     Raises ValueError naming the value, the rule and the remedy.
     """
 
@@ -78,8 +80,10 @@ class Engine:
         self._eos_token_ids: frozenset[int] = getattr(target, "eos_token_ids", frozenset())
         if draft is not None:
             check_same_vocabulary(target, draft)
+        recordable = None if is_on_one_device(target, draft) else False
+        records = recordable if records is None else records
         is_adaptive = num_speculative_tokens == "auto" and method != "autoregressive"
-        adaptive = _adaptive(target, draft, max_batch_size) if is_adaptive else None
+        adaptive = _adaptive(target, draft, max_batch_size, recordable) if is_adaptive else None
         proposer = _make_proposer(target, draft, method, adaptive)
         most = MOST if num_speculative_tokens == "auto" else num_speculative_tokens
         self.num_speculative_tokens = most if proposer else 0
@@ -105,12 +109,18 @@ class Engine:
         device: str = "cpu",
         attention: str = "sdpa",
         load_format: str = "auto",
+        placement: str = "same",
+        quantisation: str | None = None,
+        tp_plan: str | None = None,
         **options: Any,
     ) -> Engine:
         """An engine from model names: a bundled name such as "smollm2-135m", a hub id, a folder or a GGUF file.
 
         draft: likewise a draft model, or a folder with a head or a table; where the method needs one and none is
             named, the one that comes with this package for the target is taken, if there is one.
+        placement: over which of the devices that `device` stands for ("cuda": all GPUs) target and draft are spread:
+            "same", "separate", "ratio:6:2" or "auto", see `specdec.models.placement`.
+        quantisation, tp_plan: of the target's weights and a draft model's, see `load_pretrained`.
         options: as for the constructor. Arguments are checked before any model is loaded.
         """
         method = options.get("method", "autoregressive")
@@ -119,7 +129,15 @@ class Engine:
         _check_verification(options.get("verification", "token"))
         sources = [draft] if draft else []
         model, drafts = load_with_drafts(
-            target, sources, dtype=dtype, device=device, attention=attention, load_format=load_format
+            target,
+            sources,
+            placement,
+            dtype=dtype,
+            device=device,
+            attention=attention,
+            load_format=load_format,
+            quantisation=quantisation,
+            tp_plan=tp_plan,
         )
         return cls(model, draft=drafts[draft] if draft else None, **options)
 
@@ -201,27 +219,29 @@ def _make_proposer(
         return ngram(lambda: Fallback(LookupIndex(), draft))
     if draft is None:
         return None
-    drawn = _drawing_proposer(draft, adaptive)
+    drawn = _drawing_proposer(target, draft, adaptive)
     return drawn if method != "hybrid" else HybridProposer(ngram(partial(LookupIndex, HYBRID_MIN_NGRAM)), drawn)
 
 
-def _drawing_proposer(draft: Any, adaptive: AdaptiveLength | None) -> Proposer:
+def _drawing_proposer(target: LanguageModel, draft: Any, adaptive: AdaptiveLength | None) -> Proposer:
     if kind_of(draft) == "model":
-        return DraftModelProposer(draft, adaptive=adaptive)
+        return DraftModelProposer(seen_from(draft, target.device), adaptive=adaptive)
     from specdec.proposers.eagle import EagleProposer
 
     return EagleProposer(draft, adaptive=adaptive)
 
 
-def _adaptive(target: LanguageModel, draft: AnyDraft | None, rows: int) -> AdaptiveLength:
+def _adaptive(target: LanguageModel, draft: AnyDraft | None, rows: int, records: bool | None) -> AdaptiveLength:
     """By costs measured here; where nothing is drawn, only to verify costs time."""
     draws = draft is not None and not isinstance(draft, NgramTable)
-    return AdaptiveLength(StepCosts(target_costs(target, rows), _draft_cost(target, draft, rows) if draws else 0.0))
+    draft_s = _draft_cost(target, draft, rows, records) if draws else 0.0
+    return AdaptiveLength(StepCosts(target_costs(target, rows, records), draft_s))
 
 
-def _draft_cost(target: LanguageModel, draft: Any, rows: int) -> float:
+def _draft_cost(target: LanguageModel, draft: Any, rows: int, records: bool | None) -> float:
     """Seconds of drawing one draft token in each of so many rows, the least of a few measurements."""
-    decoder = Decoder(target, _drawing_proposer(draft, None), MOST, max_batch_size=rows)
+    proposer = _drawing_proposer(target, draft, None)
+    decoder = Decoder(target, proposer, MOST, max_batch_size=rows, records=records)
     sampling = SamplingParams(temperature=0, max_tokens=2 * MOST)
     requests = [Request(index, (0, 0), sampling) for index in range(rows)]
     seconds = []

@@ -145,7 +145,7 @@ def test_the_engine_copies_while_copies_are_accepted(
 ) -> None:
     """A greedy Markov target repeats itself, so there is always something to copy; what is accepted is prescribed."""
     costs_s = tuple(1 + slope_s * width for width in range(MOST + 1))
-    monkeypatch.setattr("specdec.engine.target_costs", lambda target, rows: costs_s)
+    monkeypatch.setattr("specdec.engine.target_costs", lambda target, rows, records: costs_s)
     options = {"num_speculative_tokens": "auto", "synthetic_acceptance_rates": [rate] * MOST}
     engine = Engine(grid_pair(1)[0], method="ngram", **options)
     completion = engine.generate([[0, 1, 2] * 3], SamplingParams(temperature=0, max_tokens=200))[0]

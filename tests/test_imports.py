@@ -12,12 +12,12 @@ import specdec
 ROOT = Path(specdec.__file__).parent
 # from the bottom to the top; a module may import from layers below its own only
 LAYERS = [
-    {"stats", "wheels", "prompts", "timing", "devices"},
+    {"stats", "wheels", "prompts", "timing", "devices", "models.placement"},
     {"kernels", "recording"},
     {"sampling", "randomness"},
     {"verification", "requests"},
     {"models", "synthetic"},
-    {"cache", "models.markov"},
+    {"cache", "models.markov", "models.elsewhere"},
     {"models.fusion"},
     {"models.causal"},
     {"models.eagle"},

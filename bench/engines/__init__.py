@@ -97,20 +97,30 @@ class BenchEngine(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class EngineKind:
-    """What is known of an engine before it is loaded. max_batch_size: None is unlimited. extras: what few have."""
+    """What is known of an engine before it is loaded.
+
+    max_batch_size: None is unlimited. extras: what few have. kinds: those of pairs that it decodes.
+    """
 
     package: str
     methods: tuple[str, ...]
     max_batch_size: int | None = None
     verifications: tuple[str, ...] = ("token",)
     extras: tuple[str, ...] = ()
+    kinds: tuple[str, ...] = ("decoder-only",)
 
 
 ENGINES = {
     "specdec": EngineKind(
-        "specdec", METHODS, None, ("token", "block", "coupled"), ("auto gamma", "synthetic acceptance")
+        "specdec", METHODS, None, ("token", "block", "coupled"), ("auto gamma", "synthetic acceptance", "placements")
     ),
-    "transformers": EngineKind("transformers", ("autoregressive", "ngram", "draft_model"), max_batch_size=1),
+    "transformers": EngineKind(
+        "transformers",
+        ("autoregressive", "ngram", "draft_model"),
+        max_batch_size=1,
+        extras=("placements",),
+        kinds=("decoder-only", "local-attention"),
+    ),
     "vllm": EngineKind(
         "vllm",
         ("autoregressive", "ngram", "draft_model", "eagle", *VLLM_METHODS),
@@ -159,6 +169,21 @@ def why_not(
     return None
 
 
+def why_not_pair(engine: str, pair: Pair, placement: str) -> str | None:
+    """Why an engine cannot decode a pair, or not so placed, and what to do about it; None if it can."""
+    kind = ENGINES[engine]
+    if pair.kind not in kind.kinds:
+        able = [name for name, each in ENGINES.items() if pair.kind in each.kinds]
+        remedy = f"use --engines {','.join(able)}" if able else "no engine does yet; use another pair"
+        return f"engine={engine} takes no models of kind {pair.kind}, as pair={pair.name} is; {remedy}"
+    if placement != "same" and "placements" not in kind.extras:
+        return (
+            f"engine={engine} places models by itself, not by placement={placement}; use --placements same and "
+            "--vllm-options such as tensor_parallel_size"
+        )
+    return None
+
+
 def _why_missing(engine: str, vllm: VllmOptions) -> str | None:
     package = ENGINES[engine].package
     if engine == "vllm-server" and vllm.server_url:
@@ -174,13 +199,17 @@ def _why_missing(engine: str, vllm: VllmOptions) -> str | None:
 
 @dataclass(frozen=True, slots=True)
 class LoadOptions:
-    """How a pair's models are loaded and its drafts verified. dtype, device: names that torch knows."""
+    """How a pair's models are loaded and its drafts verified.
+
+    dtype, device: names that torch knows. quantisation: as for `specdec.models.loading`.
+    """
 
     dtype: str
     device: str
     verification: str = "token"
     synthetic_acceptance_rates: tuple[float, ...] = ()
     vllm: VllmOptions = field(default_factory=VllmOptions)
+    quantisation: str | None = None
 
 
 def load(engine: str, pair: Pair, options: LoadOptions) -> BenchEngine:

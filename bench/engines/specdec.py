@@ -62,10 +62,12 @@ def load(pair: Pair, options: LoadOptions) -> SpecdecEngine:
     target, drafts = load_with_drafts(
         folder(pair.target),
         set(sources.values()),
+        pair.placement,
         dtype=getattr(torch, options.dtype),
         device=options.device,
-        attention="sdpa",
+        attention=pair.attention,
         load_format=pair.load_format,
+        quantisation=options.quantisation,
     )
     return SpecdecEngine(target, {method: drafts[source] for method, source in sources.items()}, options)
 

@@ -24,6 +24,7 @@ from transformers.generation.streamers import BaseStreamer
 from bench.engines import Gamma, LoadOptions, PromptResult, Run, Setup
 from bench.pairs import Pair, folder
 from specdec import AcceptanceCounts, SamplingParams
+from specdec.drafts import place_models
 from specdec.models.causal import eos_token_ids
 from specdec.models.loading import load_pretrained
 
@@ -70,12 +71,18 @@ def load(pair: Pair, options: LoadOptions) -> TransformersEngine:
     It knows one rule of verification; cells of others are skipped unless they verify nothing.
     """
 
-    def model(source: str) -> tuple[Any, Any]:
-        dtype = getattr(torch, options.dtype)
-        return load_pretrained(folder(source), dtype=dtype, device=options.device, load_format=pair.load_format)
-
-    target, tokenizer = model(pair.target)
-    return TransformersEngine(target, model(pair.draft)[0] if pair.draft else None, tokenizer)
+    arguments: dict[str, Any] = {
+        "dtype": getattr(torch, options.dtype),
+        "device": options.device,
+        "attention": pair.attention,
+        "load_format": pair.load_format,
+        "quantisation": options.quantisation,
+    }
+    drafts = [folder(pair.draft)] if pair.draft else []
+    device, draft_devices = place_models(folder(pair.target), drafts, pair.placement, arguments)
+    target, tokenizer = load_pretrained(folder(pair.target), **arguments | {"device": device})
+    loaded = [load_pretrained(each, **arguments | {"device": draft_devices[each]})[0] for each in drafts]
+    return TransformersEngine(target, loaded[0] if loaded else None, tokenizer)
 
 
 class Observer(BaseStreamer):  # type: ignore[misc]

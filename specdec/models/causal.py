@@ -21,6 +21,7 @@ class CausalLM:
     """A transformers causal language model and its tokenizer.
 
     model: in eval mode, with eager or SDPA attention. tokenizer: transformers tokenizer, or None for token ids only.
+    is_spread: whether the weights are on several devices; tokens then go to the first, and logits come back to it.
     context_length: tokens that prompt and output may have together; a sliding window limits it to the window,
     within which it equals full attention.
     Raises UnsupportedModelError if the model would be decoded wrongly; this is tried out, not only looked up.
@@ -31,6 +32,7 @@ class CausalLM:
         self.config = model.config.get_text_config(decoder=True)
         self.vocab_size: int = self.config.vocab_size
         self.device, self.dtype = model.device, model.dtype
+        self.is_spread = len({weight.device for weight in model.parameters()}) > 1
         self.num_layers, self.context_length = _rollback_limits(model)
         self._last_hidden: Tensor
         self._fused = model.base_model if isinstance(model.base_model, FusedDecoder) else None
@@ -96,8 +98,8 @@ class CausalLM:
                 logits_to_keep=keep,
             ).logits
         if cache.features is not None:
-            cache.write(cache.features.unsqueeze(1), self._last_hidden.unsqueeze(1))
-        return logits  # type: ignore[no-any-return]
+            cache.write(cache.features.unsqueeze(1), self._last_hidden.unsqueeze(1).to(self.device))
+        return logits.to(self.device)  # type: ignore[no-any-return]
 
     def _remember(self, body: Any, inputs: Any, output: Any) -> None:
         self._last_hidden = output[0]

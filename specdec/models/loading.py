@@ -7,16 +7,19 @@ engine that is compared can be handed the very same files. Formats are read by t
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import os
 import re
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
+from specdec.models.placement import LayerBytes
 from specdec.wheels import WheelFile, cache_root, explained, fetch, made_once
 
 if TYPE_CHECKING:
@@ -25,6 +28,8 @@ if TYPE_CHECKING:
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 ATTENTIONS = ("eager", "sdpa")
 LOAD_FORMATS = ("auto", "dummy")
+QUANTISATIONS = {"bitsandbytes-4bit": "bitsandbytes", "torchao-int8": "torchao"}  # name -> package
+WEIGHTS_SHARE = 0.9  # of a device's free memory that weights may fill; keys, values and activations need the rest
 _PATH = "pretrained_model_name_or_path"  # what from_pretrained calls its first argument
 
 
@@ -47,28 +52,38 @@ def load_pretrained(
     source: str,
     *,
     dtype: torch.dtype,
-    device: str | torch.device = "cpu",
+    device: str | torch.device | Sequence[torch.device] = "cpu",
     attention: str = "sdpa",
     load_format: str = "auto",
+    quantisation: str | None = None,
+    tp_plan: str | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     """The model, in eval mode and without gradients, and its tokenizer (None where there is none).
 
     source: a bundled name ("smollm2-135m"), else an existing folder or .gguf file, else a hub id. A GGUF file is
         de-quantised into ordinary dense weights. Code that comes with a model is never run.
     dtype: float16, bfloat16, float32 or float64, of every weight.
+    device: of all weights, or the device of each decoder layer; with the first layer goes what stands before it, with
+        the last what stands behind it.
     attention: "eager" or "sdpa", the transformers implementation.
     load_format: "auto" reads the weights (from a folder or the hub: safetensors only); "dummy" draws random ones,
         the same every time on a kind of device, and needs no more than the configuration (source may then also be
         the path of a config.json).
+    quantisation: None, or one of QUANTISATIONS: weights of linear layers are stored in fewer bits. It is another law
+        then, and as lossless to speculate with.
+    tp_plan: "auto" shards each layer over the processes of `torchrun`, as transformers does for this architecture;
+        each of them then decodes the same. `device` says only of what kind: "cpu" or "cuda".
     Raises ValueError for an argument outside these, FileNotFoundError for a missing folder or file, and
     LoadError for damaged content and for whatever could not be fetched.
     """
     _check_choices(dtype=(dtype, DTYPES), attention=(attention, ATTENTIONS), load_format=(load_format, LOAD_FORMATS))
-    device = _usable_device(device)
-    load = _stored_model if load_format == "auto" else _random_model
+    _check_choices(quantisation=(quantisation, (None, *QUANTISATIONS)), tp_plan=(tp_plan, (None, "auto")))
+    devices = _usable_devices(device)
     place = _locate(source, load_format)
+    special = _special(place, dtype, devices, quantisation, tp_plan, load_format)
+    load = _stored_model if load_format == "auto" else _random_model
     with explained(place.rule, place.remedy):
-        model = load(place, device, dtype=dtype, attn_implementation=attention)
+        model = load(place, devices, dtype=dtype, attn_implementation=attention, **special)
         return model.eval().requires_grad_(False), _tokenizer(place, optional=load_format == "dummy")
 
 
@@ -86,6 +101,13 @@ def read_vocabulary(source: str, load_format: str = "auto") -> Vocabulary:
     with explained(place.rule, place.remedy):
         vocab_size = _config_and_class(place)[0].get_text_config(decoder=True).vocab_size
         return Vocabulary(vocab_size, _tokenizer(place, optional=load_format == "dummy"))
+
+
+def read_layer_bytes(source: str, dtype: torch.dtype, load_format: str = "auto") -> LayerBytes:
+    """Bytes of a model's weights in a dtype, from its configuration alone; errors as for `load_pretrained`."""
+    place = _locate(source, load_format)
+    with explained(place.rule, place.remedy):
+        return _layer_bytes(_skeleton(place, dtype))
 
 
 def resolve(source: str) -> str:
@@ -150,6 +172,11 @@ def _check_choices(**choices: tuple[object, tuple[object, ...]]) -> None:
             raise ValueError(f"{name}={value!r} must be one of these; use {' or '.join(map(str, allowed))}")
 
 
+def _usable_devices(device: str | torch.device | Sequence[torch.device]) -> tuple[torch.device, ...]:
+    given = (device,) if isinstance(device, str | torch.device) else device
+    return tuple(map(_usable_device, given))
+
+
 def _usable_device(device: str | torch.device) -> torch.device:
     try:
         return torch.empty(0, device=device).device
@@ -211,23 +238,126 @@ def _config_and_class(place: _Place) -> tuple[Any, Any]:
     return config, AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
 
 
-def _stored_model(place: _Place, device: torch.device, **options: Any) -> PreTrainedModel:
+def _special(
+    place: _Place,
+    dtype: torch.dtype,
+    devices: Sequence[torch.device],
+    quantisation: str | None,
+    tp_plan: str | None,
+    load_format: str,
+) -> dict[str, Any]:
+    """Arguments of `from_pretrained` for quantised and for sharded weights, which exclude some others."""
+    if not (quantisation or tp_plan):
+        return {}
+    if load_format == "dummy" or "gguf_file" in place.arguments:
+        name, value = ("quantisation", quantisation) if quantisation else ("tp_plan", tp_plan)
+        raise ValueError(f"{name}={value!r} must be of weights that are stored unquantised; name a folder or a hub id")
+    if tp_plan and (len(devices) > 1 or "WORLD_SIZE" not in os.environ):
+        raise ValueError(
+            f"tp_plan={tp_plan!r} must be used by processes that torchrun starts, all with one kind of device; run "
+            "torchrun --nproc-per-node=2 your_script.py, or use placements"
+        )
+    special: dict[str, Any] = {"quantization_config": _quantisation(quantisation, dtype)} if quantisation else {}
+    if tp_plan:
+        from transformers.distributed import DistributedConfig
+
+        special["distributed_config"] = DistributedConfig(tp_plan=tp_plan)
+    return special
+
+
+def _quantisation(name: str, dtype: torch.dtype) -> Any:
+    package = QUANTISATIONS[name]
+    if importlib.util.find_spec(package) is None:
+        raise ValueError(f"quantisation={name!r} must have the package {package}; pip install {package}")
+    if package == "torchao":
+        from torchao.quantization import Int8WeightOnlyConfig
+        from transformers import TorchAoConfig
+
+        return TorchAoConfig(Int8WeightOnlyConfig())
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+
+
+def _skeleton(place: _Place, dtype: torch.dtype) -> PreTrainedModel:
+    """The model without memory for its weights."""
+    config, auto_class = _config_and_class(place)
+    with torch.device("meta"):
+        return cast("PreTrainedModel", auto_class.from_config(config, dtype=dtype))
+
+
+def _parts(model: PreTrainedModel) -> tuple[list[str], list[str], list[str]]:
+    """Names of modules: what stands before the decoder layers, the layers, and what stands behind them.
+
+    Raises ValueError for a model that has no such list of layers.
+    """
+    count, base = model.config.get_text_config(decoder=True).num_hidden_layers, model.base_model
+    prefix = f"{model.base_model_prefix}." if base is not model else ""
+    children = [(f"{prefix}{name}", child) for name, child in base.named_children()]
+    lists = [each for each in children if isinstance(each[1], torch.nn.ModuleList) and len(each[1]) == count]
+    if len(lists) != 1 or model.config.is_encoder_decoder:
+        raise ValueError(f"{type(model).__name__} has no single list of {count} decoder layers to spread over devices")
+    at = children.index(lists[0])
+    # what has no weights, such as rotary angles, serves all layers: it belongs where tokens go in
+    before = [name for name, child in children if not any(True for _ in child.parameters())]
+    before += [name for name, _ in children[:at] if name not in before]
+    behind = [name for name, _ in children[at + 1 :] if name not in before]
+    behind += [name for name, child in model.named_children() if child is not base and prefix]
+    return before, [f"{lists[0][0]}.{index}" for index in range(count)], behind
+
+
+def _layer_bytes(model: PreTrainedModel) -> LayerBytes:
+    before, layers, behind = _parts(model)
+
+    def weights(names: list[str]) -> dict[int, int]:
+        modules = [model.get_submodule(name) for name in names]
+        parameters = [each for module in modules for each in module.parameters()]
+        return {id(each): each.numel() * each.element_size() for each in parameters}
+
+    first, last = weights(before), weights(behind)
+    shared = sum(size for key, size in last.items() if key in first)
+    sizes = tuple(sum(weights([name]).values()) for name in layers)
+    return LayerBytes(sizes, sum(first.values()), sum(last.values()), shared)
+
+
+def _device_map(model: PreTrainedModel, devices: Sequence[torch.device]) -> dict[str, torch.device]:
+    """For accelerate: the device of each module, from that of each layer."""
+    before, layers, behind = _parts(model)
+    if len(devices) != len(layers):
+        raise ValueError(f"device must be one, or one for each of {len(layers)} layers, but there are {len(devices)}")
+    at_ends = dict.fromkeys(before, devices[0]) | dict.fromkeys(behind, devices[-1])
+    return at_ends | dict(zip(layers, devices, strict=True))
+
+
+def _stored_model(place: _Place, devices: Sequence[torch.device], **options: Any) -> PreTrainedModel:
     from transformers import GgufConfig
 
     config, auto_class = _config_and_class(place)
     options |= {"config": config, "use_safetensors": True, "trust_remote_code": False, "output_loading_info": True}
     if "gguf_file" in place.arguments:  # some architectures would else stay packed, where a kernel for it is installed
         options["quantization_config"] = GgufConfig(dequantize=True)
-    if device.type != "cpu":  # each weight goes straight to the device: the host never holds the whole model
-        options["device_map"] = {"": device}
+    # each weight goes straight to its device: the host never holds the whole model
+    if len(set(devices)) > 1:
+        options["device_map"] = _device_map(_skeleton(place, options["dtype"]), devices)
+    elif devices[0].type != "cpu" and "distributed_config" not in options:
+        options["device_map"] = {"": devices[0]}
     model, report = auto_class.from_pretrained(**place.arguments, **options)
     if missing := sorted(report["missing_keys"]):  # transformers only warns, and leaves random numbers there
         raise ValueError(f"{len(missing)} weights are missing, the first is {missing[0]}")
     return cast("PreTrainedModel", model)
 
 
-def _random_model(place: _Place, device: torch.device, **options: Any) -> PreTrainedModel:
+def _random_model(place: _Place, devices: Sequence[torch.device], **options: Any) -> PreTrainedModel:
     config, auto_class = _config_and_class(place)
+    if len(set(devices)) > 1:
+        from accelerate import dispatch_model
+
+        model = _random_model(place, devices[-1:], **options)
+        return cast(
+            "PreTrainedModel",
+            dispatch_model(model, _device_map(model, devices), skip_keys=model._skip_keys_device_placement),
+        )
+    device = devices[0]
     on_gpu = [device] if device.type == "cuda" else []  # drawn where they are used: billions take long on a CPU
     with torch.random.fork_rng(devices=on_gpu), torch.device(device):
         (torch.cuda if on_gpu else torch.default_generator).manual_seed(0)

@@ -51,6 +51,8 @@ def make_config() -> Callable[..., BenchConfig]:
         num_draws=1000,
         max_tv=0.05,
         certificates=Path("certificates"),
+        telemetry_hz=0.0,
+        quantisation="none",
         journal=Path("journal"),
         resume=False,
         smoke=False,

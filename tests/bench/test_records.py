@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 
-from bench import records, table
+from bench import records, table, telemetry
 from bench.cells import Cell
 from bench.engines import PromptResult, Run
 from bench.measure import BASELINE, CANDIDATE, REFERENCE, Measurement, check_counts, measure
@@ -146,6 +147,21 @@ def test_the_table_shows_how_a_prediction_becomes_the_measured_speedup(record: d
     assert not [line for line in table.render([old]) if "redicted best" in line or "averaging" in line]
 
 
+def test_the_table_shows_energy_where_there_is_any(record: dict[str, Any]) -> None:
+    unknown = dict.fromkeys(telemetry.FIELDS)
+    assert table.render([record | unknown]) == table.render([record])  # as were old records
+    known = unknown | {"energy_j": 84.0, "energy_per_token_j": 10.5, "energy_per_accepted_token_j": 21.0}
+    known |= {"average_power_w": 42.0, "peak_power_w": 700.25, "average_utilisation_rate": 0.5}
+    known |= {"peak_memory_bytes": 2.5e9, "peak_temperature_c": 61.0}
+    lines = table.render([record | known, record | unknown])
+    shown = [line.split() for line in lines if "GB" in line]
+    assert shown == [
+        ["specdec", "ngram", "2", "84.0", "10.500", "21.000", "42.0", "700.2", "50.0%", "2.5", "GB", "61"],
+    ]
+    assert max(map(len, lines)) <= 120
+    assert any("idle power" in line for line in lines)
+
+
 def test_the_table_shows_each_cell_in_120_columns(record: dict[str, Any]) -> None:
     plain = {"method": "autoregressive", "gamma": 0, "speedup": None, "step_cost_ratio": None}
     lines = table.render([record, record | plain | {"speedup_from_averaging": None}])
@@ -175,7 +191,13 @@ def test_arms_are_interleaved_and_turned_round() -> None:
     calls: list[tuple[str, int]] = []
 
     def arm(name: str) -> Any:
-        return lambda index: calls.append((name, index))
+        def run(index: int) -> None:
+            calls.append((name, index))
+            at_s[name, index] = time.perf_counter()
+
+        return run
+
+    at_s: dict[tuple[str, int], float] = {}
 
     class Benchmark:
         stats = type("", (), {"stats": type("", (), {"data": [0.1, 0.2]})})
@@ -187,7 +209,12 @@ def test_arms_are_interleaved_and_turned_round() -> None:
 
     arms = {name: arm(name) for name in (CANDIDATE, REFERENCE, BASELINE)}
     settled: list[int] = []
-    assert measure(Benchmark(), arms, 2, lambda: settled.append(len(calls))).rounds_s == [0.1, 0.2]
+    measurement = measure(Benchmark(), arms, 2, lambda: settled.append(len(calls)))
+    assert measurement.rounds_s == [0.1, 0.2]
+    for index, (start_s, end_s) in enumerate(measurement.spans):  # what energy is integrated over: the candidate alone
+        within = {name for name in arms if start_s <= at_s[name, index] <= end_s}
+        assert within == {CANDIDATE}
+    assert len(measurement.spans) == 2
     assert settled == [1, 2, 3, 4, 5, 6]  # once after each arm
     first, second = calls[:3], calls[3:]
     assert [index for _, index in calls] == [0, 0, 0, 1, 1, 1]

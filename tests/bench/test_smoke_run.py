@@ -106,6 +106,8 @@ def test_counts_are_those_of_a_draft_that_is_the_target(resumed: Resumed) -> Non
         record = records[f"{engine}-tiny-random-draft_model-2-same-smoke-1"]
         assert record["acceptance_rate"] == 1
         assert record["num_outputs_equal"] == record["num_prompts"] == 2
+        assert (record["energy_j"] is None) == (record["energy_reason"] is not None)
+        assert record["telemetry_hz"] == 10
     assert len({record["output_sha256"] for record in records.values()}) == 1
 
 

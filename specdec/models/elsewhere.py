@@ -1,0 +1,39 @@
+"""A language model on another device than the one that decides about its tokens."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from specdec.models import Cache, LanguageModel
+
+
+class Elsewhere:
+    """A language model as if it were on `home`: tokens go to where it is, and logits come back.
+
+    This is the one place where they cross. It cannot be recorded: a recording stays on one device.
+    """
+
+    def __init__(self, model: LanguageModel, home: torch.device) -> None:
+        self.model, self.device = model, home
+        self.vocab_size, self.context_length = model.vocab_size, model.context_length
+
+    def allocate(self, num_slots: int, capacity: int, *, keep_features: bool = False) -> Cache:
+        return self.model.allocate(num_slots, capacity, keep_features=keep_features)
+
+    def forward(self, tokens: Tensor, cache: Any, first_slot: int = 0, last_only: bool = False) -> Tensor:
+        logits = self.model.forward(tokens.to(self.model.device), cache, first_slot, last_only)
+        return logits.to(self.device)
+
+
+def seen_from(model: LanguageModel, home: torch.device) -> LanguageModel:
+    """The model, or if it is on another device than `home` its stand-in there."""
+    return model if model.device == home else Elsewhere(model, home)
+
+
+def is_on_one_device(target: Any, draft: Any = None) -> bool:
+    """Whether all that a step computes is on one device, so that it can be recorded."""
+    drafts_at = getattr(draft, "device", target.device)
+    return not any(getattr(model, "is_spread", False) for model in (target, draft)) and drafts_at == target.device

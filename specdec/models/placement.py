@@ -1,0 +1,199 @@
+"""Which device has which layers of a target and of its draft: pure functions of bytes.
+
+A model's layers stay in order and go to devices in order, each device a contiguous run of them; what stands before the
+first layer (embeddings) goes with it, and what stands behind the last (final norm, output head) with that. Runs are
+chosen so that the fullest device has as few bytes as possible, and among those so that devices are filled evenly.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
+
+Devices = tuple[int, ...]  # the device of each layer
+
+
+class PlacementError(ValueError):
+    """A placement is unknown, or the devices do not suffice for it."""
+
+
+@dataclass(frozen=True, slots=True)
+class LayerBytes:
+    """Bytes of a model's weights.
+
+    layers: of each decoder layer, at least one. before, after: of what stands in front of them and behind them.
+    shared: of `before` and `after` both, where they share weights (tied embeddings): counted once on one device, and
+    on two needed twice.
+    """
+
+    layers: tuple[int, ...]
+    before: int = 0
+    after: int = 0
+    shared: int = 0
+    _sums: tuple[int, ...] = field(init=False, repr=False, compare=False)  # of the first 0, 1, ... layers
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_sums", (0, *accumulate(self.layers)))
+        sizes = (*self.layers, self.before, self.after, self.shared)
+        if not self.layers or min(sizes) < 0 or self.shared > min(self.before, self.after):
+            raise ValueError(
+                f"{self} must have layers, no negative bytes, and share no more than there is; count again"
+            )
+
+    @property
+    def total(self) -> int:
+        """On one device."""
+        return self.on(0, len(self.layers))
+
+    def on(self, first: int, end: int) -> int:
+        """Of the layers from `first` to before `end`, and what goes with them; 0 for none."""
+        if first == end:
+            return 0
+        before, after = first == 0, end == len(self.layers)
+        ends = self.before * before + self.after * after - self.shared * (before and after)
+        return ends + self._sums[end] - self._sums[first]
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """The device of each layer of the target, and of the draft, if there is one."""
+
+    target: Devices
+    draft: Devices | None = None
+
+
+def parse(text: str) -> tuple[int, int]:
+    """Devices of the target and of the draft, (0, 1) meaning that it is on the target's; (0, 0) for auto.
+
+    text: "same", "separate", "ratio:T:D" or "auto". Raises PlacementError.
+    """
+    known = {"same": (1, 0), "separate": (1, 1), "auto": (0, 0)}
+    kind, *numbers = text.split(":")
+    if text in known:
+        return known[text]
+    if kind == "ratio" and len(numbers) == 2 and all(each.isdecimal() and int(each) > 0 for each in numbers):
+        return int(numbers[0]), int(numbers[1])
+    raise PlacementError(
+        f"placement={text!r} must be same, separate, auto or ratio:T:D, T devices for the target and D for the draft; "
+        "try ratio:6:2"
+    )
+
+
+def num_devices(text: str) -> int:
+    """How many devices a placement needs at the least."""
+    return max(sum(parse(text)), 1)
+
+
+def plan(target: LayerBytes, draft: LayerBytes | None, memories: Sequence[int], placement: str) -> Placement:
+    """Where the layers go.
+
+    memories: bytes that may be filled with weights on each device. placement: "same": all on the first device.
+    "separate": the target on the first, the draft on the second. "ratio:T:D": the target on the first T, the draft on
+    the D after them. "auto": the first of these that fits, and with as few devices as possible: same, separate,
+    ratio:2:1, ratio:3:1, ratio:2:2 and so on; without a draft the target on the fewest that hold it.
+    Raises PlacementError naming what lacks.
+    """
+    if placement != "auto":
+        return _plan(target, draft, memories, placement)
+    for each in _candidates(len(memories), draft):
+        try:
+            return _plan(target, draft, memories, each)
+        except PlacementError:
+            continue
+    needed = target.total + (draft.total if draft else 0)
+    raise PlacementError(
+        f"placement='auto' must fit into {len(memories)} devices with {_gigabytes(sum(memories))} in all, but target "
+        f"and draft have {_gigabytes(needed)} of weights{_lack(needed, sum(memories))}; quantise, or use smaller models"
+    )
+
+
+def _candidates(count: int, draft: LayerBytes | None) -> Iterator[str]:
+    yield "same"
+    if draft is None:
+        yield from (f"ratio:{each}:1" for each in range(2, count + 1))
+        return
+    yield "separate"
+    yield from (f"ratio:{total - each}:{each}" for total in range(3, count + 1) for each in range(1, total))
+
+
+def _plan(target: LayerBytes, draft: LayerBytes | None, memories: Sequence[int], placement: str) -> Placement:
+    num_target, num_draft = parse(placement)
+    if draft is None:
+        num_draft = 0
+    if len(memories) < num_target + num_draft:
+        raise PlacementError(
+            f"placement={placement!r} must have {num_target + num_draft} devices, but there are {len(memories)}; "
+            "use --placements same or auto"
+        )
+    if num_target + num_draft == 1:
+        return _on_one(target, draft, memories[0])
+    on_target = _spread("target", target, memories[:num_target], placement)
+    if draft is None:
+        return Placement(on_target)
+    on_draft = _spread("draft", draft, memories[num_target : num_target + num_draft], placement)
+    return Placement(on_target, tuple(num_target + each for each in on_draft))
+
+
+def _on_one(target: LayerBytes, draft: LayerBytes | None, memory: int) -> Placement:
+    needed = target.total + (draft.total if draft else 0)
+    if needed > memory:
+        raise PlacementError(
+            f"placement='same' must fit into {_gigabytes(memory)} of one device, but target and draft have "
+            f"{_gigabytes(needed)} of weights{_lack(needed, memory)}; use auto, another placement, or quantise"
+        )
+    return Placement((0,) * len(target.layers), (0,) * len(draft.layers) if draft else None)
+
+
+def _spread(whose: str, model: LayerBytes, memories: Sequence[int], placement: str) -> Devices:
+    """The device of each layer, balanced, within the memories."""
+    loads = _balance(model, memories, max)
+    if loads is None:
+        raise PlacementError(
+            f"placement={placement!r} must fit the {whose}'s {len(model.layers)} layers and "
+            f"{_gigabytes(model.total)} of weights into {len(memories)} devices of {_gigabytes(sum(memories))} in all"
+            f"{_lack(model.total, sum(memories))}; use more devices, auto, or quantise"
+        )
+    fullest = max(model.on(first, end) for first, end in loads)
+    even = _balance(model, [min(memory, fullest) for memory in memories], lambda sofar, load: sofar + load * load)
+    assert even is not None, "the balance just found keeps within these limits"
+    return tuple(device for device, (first, end) in enumerate(even) for _ in range(first, end))
+
+
+def _balance(
+    model: LayerBytes, limits: Sequence[int], combine: Callable[[int, int], int]
+) -> list[tuple[int, int]] | None:
+    """The run of layers of each device that costs least, as (first, end); None if no way keeps within the limits.
+
+    combine: (cost of the devices before, load of this one) -> cost. By dynamic programming over devices.
+    """
+    count = len(model.layers)
+    costs: list[float] = [0.0] + [math.inf] * count  # of placing that many layers on the devices so far
+    choices: list[list[int]] = []
+    for limit in limits:
+        options = [
+            [
+                combine(int(costs[first]), load) if costs[first] < math.inf and load <= limit else math.inf
+                for first in range(end + 1)
+                for load in (model.on(first, end),)
+            ]
+            for end in range(count + 1)
+        ]
+        choices.append([min(range(len(each)), key=each.__getitem__) for each in options])
+        costs = [min(each) for each in options]
+    if costs[count] == math.inf:
+        return None
+    runs, end = [], count
+    for firsts in reversed(choices):
+        runs.append((firsts[end], end))
+        end = firsts[end]
+    return runs[::-1]
+
+
+def _gigabytes(count: int) -> str:
+    return f"{count / 1e9:.1f} GB"
+
+
+def _lack(needed: int, there: int) -> str:
+    return f" ({_gigabytes(needed - there)} lack)" if needed > there else " (no cut between layers fits)"
