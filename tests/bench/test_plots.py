@@ -150,11 +150,11 @@ def test_sizes_are_the_ticks_and_of_many_the_powers_of_two() -> None:
 
 
 def test_a_run_is_drawn_into_files(tmp_path: Path) -> None:
-    """The committed one, which is older than the prediction of the best gamma."""
+    """The committed one."""
     paths = report.draw(BASELINE, tmp_path / "new")
     names = [
         f"{kind}-{engine}-smollm2-135m-humaneval-batch-1"
-        for engine in ("specdec", "transformers")
+        for engine in ("specdec", "transformers", "vllm")
         for kind in ("speedup", "acceptance")
     ]
     assert paths == [tmp_path / "new" / f"engines-cpu-{name}.png" for name in names]
