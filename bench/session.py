@@ -441,6 +441,6 @@ class _Models:
                 "draft's), then run hf auth login"
             )
             message = f"{error}{gate if pair.gated and isinstance(error, LoadError) else ''}"
-            if {"pairs", "placements"} & self._config.named:
-                pytest.fail(message, pytrace=False)
-            pytest.skip(message)
+        if {"pairs", "placements"} & config.named:  # outside of `except`: the message says it all
+            pytest.fail(message, pytrace=False)
+        pytest.skip(message)

@@ -20,7 +20,12 @@ def render(records: Sequence[Record]) -> list[str]:
     lines: list[str] = []
     for title, group in groupby(records, _title):
         block = list(group)
-        lines += [title, _line(_header(records[0])), *[_line(_row(record)) for record in block], ""]
+        lines += [
+            *textwrap.wrap(title, 118),
+            _line(_header(records[0])),
+            *[_line(_row(record)) for record in block],
+            "",
+        ]
         lines += [*_published(block), *_attributions(block), *_energies(block), *_best_gammas(block)]
         lines += [*_qualities(block), *_leads(block)]
     return lines + _notes(records)
