@@ -55,10 +55,6 @@ class Finding:
     num_draws: int
     p_value: float
 
-    @property
-    def is_found(self) -> bool:
-        return bool(self.found_by or self.errors)
-
 
 def judge(
     name: str, decoder: Decoder, references: Sequence[Reference], prompts: Sequence[tuple[int, ...]], num_draws: int

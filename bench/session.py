@@ -27,6 +27,7 @@ from specdec.prompts import encode, encode_raw
 
 WARM_UP_TOKENS = 8
 Batch = list[tuple[int, ...]]  # prompts as token ids
+Encoded = tuple[Prompt, tuple[int, ...]]  # and its token ids
 
 
 class Session:
@@ -120,8 +121,7 @@ class Session:
         pair = self._pair(cell)
         self._models.prepare([cell, dataclasses.replace(cell, method="autoregressive", gamma=0)], pair)
         engine = self._models.engine(cell.engine, pair)
-        chosen = [tokens for _, tokens in self._chosen(cell, pair)]
-        prompts = [prompt for batch in self._batches(cell, pair, chosen) for prompt in batch]
+        prompts = [tokens for _, tokens in self._chosen(cell, pair)]
         audit = partial(equivalence.certify, engine, cell, pair, prompts, self.config, self.device)
         try:
             with _failing():
@@ -154,7 +154,7 @@ class Session:
 
         pair = self._pair(cell)
         chosen = self._chosen(cell, pair)
-        batches = self._batches(cell, pair, [tokens for _, tokens in chosen])
+        batches = self._batches(cell, [tokens for _, tokens in chosen])
         cells = self._arm_cells(cell)
         self._models.prepare(cells.values(), pair)
         warm_up_s = {name: self._warm_up(each, pair, batches) for name, each in cells.items()}
@@ -233,14 +233,30 @@ class Session:
                 "have namespaces, in a container with --cap-add SYS_ADMIN, or leave the option out"
             )
 
-    def _chosen(self, cell: Cell, pair: Pair) -> list[tuple[Prompt, tuple[int, ...]]]:
-        """The cell's prompts with their token ids, those that have the length asked for."""
+    def _chosen(self, cell: Cell, pair: Pair) -> list[Encoded]:
+        """The cell's prompts with their token ids, those that have the length asked for.
+
+        Fails the cell if one does not fit into the pair's context.
+        """
         config, prompts = self.config, self.prompts[cell.workload]
         assert not isinstance(prompts, str), "a skipped cell is not measured"
         tokenizer = self._models.engine(config.reference_engine, pair).tokenizer
         encoded = ((prompt, _encode(prompt, tokenizer, config)) for prompt in prompts)
-        if config.prompt_lengths is None:
-            return list(encoded)
+        chosen = list(encoded) if config.prompt_lengths is None else self._fitting(cell, encoded)
+        for _, prompt in chosen:
+            if pair.context is not None and len(prompt) + config.max_tokens > pair.context:
+                pytest.fail(
+                    f"workload={cell.workload} has a prompt of {len(prompt)} tokens, which with max_tokens="
+                    f"{config.max_tokens} must fit into the context of pair={pair.name}, {pair.context}; "
+                    "lower --max-tokens or choose another workload",
+                    pytrace=False,
+                )
+        return chosen
+
+    def _fitting(self, cell: Cell, encoded: Iterator[Encoded]) -> list[Encoded]:
+        """The first prompts whose length was asked for."""
+        config = self.config
+        assert config.prompt_lengths is not None
         least, most = config.prompt_lengths
         fitting = ((prompt, tokens) for prompt, tokens in encoded if least <= len(tokens) <= most)
         chosen = list(islice(fitting, config.num_prompts))
@@ -252,16 +268,8 @@ class Session:
             )
         return chosen
 
-    def _batches(self, cell: Cell, pair: Pair, prompts: Batch) -> list[Batch]:
+    def _batches(self, cell: Cell, prompts: Batch) -> list[Batch]:
         """The prompts, as token ids, in batches; the last one may be smaller."""
-        for prompt in prompts:
-            if pair.context is not None and len(prompt) + self.config.max_tokens > pair.context:
-                pytest.fail(
-                    f"workload={cell.workload} has a prompt of {len(prompt)} tokens, which with max_tokens="
-                    f"{self.config.max_tokens} must fit into the context of pair={pair.name}, {pair.context}; "
-                    "lower --max-tokens or choose another workload",
-                    pytrace=False,
-                )
         return [prompts[i : i + cell.batch_size] for i in range(0, len(prompts), cell.batch_size)]
 
     def _arm_cells(self, cell: Cell) -> dict[str, Cell]:
