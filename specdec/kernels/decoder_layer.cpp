@@ -303,8 +303,9 @@ Attend<T> attend_of(int64_t head_dim, bool is_narrow) {  // 16 registers hold th
     }
 }
 
-inline int64_t queries_together(int64_t head_dim, int64_t width) {
-    if (width == 1) return 1;
+// Of `queries` that read the same keys and values.
+inline int64_t queries_together(int64_t head_dim, int64_t queries) {
+    if (queries == 1) return 1;
     return head_dim == 32 ? 8 : head_dim == 64 ? 4 : 2;
 }
 
@@ -347,7 +348,8 @@ namespace {
 template <class T>
 struct Work {
     const Call& call;
-    int64_t tokens, size, dim, heads, kv_heads, wide, attended_size, mlp_size, most, together, num_tiles;
+    int64_t tokens, size, dim, heads, kv_heads, wide, attended_size, mlp_size, most;
+    int64_t group, together, num_tiles;  // query heads of a key/value head, and how a row's queries of them are cut
     int64_t weights;  // of a layer
     bool is_passing;
     const T *cos, *sin;
@@ -363,7 +365,8 @@ struct Work {
         weights = size * (wide + attended_size + 3 * mlp_size);
         is_passing = passing(call.num_layers * weights * sizeof(T), tokens);
         most = *std::max_element(call.positions, call.positions + tokens) + 1;
-        together = queries_together(dim, call.width), num_tiles = (call.width + together - 1) / together;
+        group = heads / kv_heads, together = queries_together(dim, call.width * group);
+        num_tiles = (call.width * group + together - 1) / together;
         cos = static_cast<const T*>(call.cos), sin = static_cast<const T*>(call.sin);
         memory.reset(new T[tokens * (2 * size + wide + attended_size + mlp_size)]);
         spare[0] = memory.get(), spare[1] = spare[0] + tokens * size;
@@ -421,28 +424,29 @@ void project_and_place(const Work<T>& work, const Layer& layer, const T* normed,
     }
 }
 
+// All heads of a group read the same keys and values, so that their queries attend together, position by position.
 template <class T>
 void attend_all(const Work<T>& work, const Layer& layer, const T* keys, const T* values) {
-    const int64_t dim = work.dim, width = work.call.width;
-    const Attend<T> attend_tile = attend_of<T>(dim, width == 1);
+    const int64_t dim = work.dim, width = work.call.width, group = work.group, queries_of_head = width * group;
+    const Attend<T> attend_tile = attend_of<T>(dim, queries_of_head == 1);
     const std::unique_ptr<float[]> scores(new float[work.together * (work.most + KEYS)]);
     alignas(64) T queries[MOST_TOGETHER * MOST_HEAD_DIM], outputs[MOST_TOGETHER * MOST_HEAD_DIM];
     int64_t seen[MOST_TOGETHER];
 #pragma omp for schedule(static) collapse(3) nowait
     for (int64_t row = 0; row < work.call.rows; row++)
-        for (int64_t head = 0; head < work.heads; head++)
+        for (int64_t kv_head = 0; kv_head < work.kv_heads; kv_head++)
             for (int64_t tile = 0; tile < work.num_tiles; tile++) {
-                const int64_t first = row * width + tile * work.together;
-                const int64_t count = std::min(work.together, width - tile * work.together);
+                const int64_t first = tile * work.together, count = std::min(work.together, queries_of_head - first);
+                const auto token = [&](int64_t q) { return row * width + (first + q) / group; };
+                const auto place = [&](int64_t q) { return (kv_head * group + (first + q) % group) * dim; };
                 for (int64_t q = 0; q < count; q++) {
-                    seen[q] = work.call.positions[first + q] + 1;
-                    std::memcpy(queries + q * dim, work.qkv + (first + q) * work.wide + head * dim, dim * sizeof(T));
+                    seen[q] = work.call.positions[token(q)] + 1;
+                    std::memcpy(queries + q * dim, work.qkv + token(q) * work.wide + place(q), dim * sizeof(T));
                 }
-                const int64_t kv_head = row * work.kv_heads + head * work.kv_heads / work.heads;
-                const int64_t block = kv_head * work.call.capacity * dim;
+                const int64_t block = (row * work.kv_heads + kv_head) * work.call.capacity * dim;
                 attend_tile(queries, keys + block, values + block, seen, count, layer.scaling, scores.get(), outputs);
                 for (int64_t q = 0; q < count; q++)
-                    std::memcpy(work.attended + (first + q) * work.attended_size + head * dim, outputs + q * dim,
+                    std::memcpy(work.attended + token(q) * work.attended_size + place(q), outputs + q * dim,
                                 dim * sizeof(T));
             }
 }
