@@ -26,7 +26,7 @@ from specdec.recording import Recorder
 from specdec.requests import Batch, Generation, Request, Step
 from specdec.sampling import NonFiniteLogitsError, RowParams, SamplingParams, SamplingState
 from specdec.stats import PhaseTimes
-from specdec.timing import Stopwatch, now_s
+from specdec.timing import Stopwatch, now_s, sleep_until
 from specdec.verification import Draft, Verification, VerificationRule, verify_tokens
 
 _CAPACITY_STEP = 1024  # tokens
@@ -68,25 +68,31 @@ class Decoder:
         return PhaseTimes(**self._stopwatch.seconds(), total_s=self._total_s, recording_s=recording_s)
 
     def run(self, requests: Sequence[Request]) -> Iterator[Generation]:
-        """Decode all requests, yielding each as it finishes. Prompts wait for a slot in the order given.
+        """Decode all requests, yielding each as it finishes. Prompts wait for a slot in the order of their arrival.
 
         Raises NonFiniteLogitsError naming the request, the position and the step.
         """
+        return (row for row in self.advance(requests) if row.finish_reason)
+
+    def advance(self, requests: Sequence[Request]) -> Iterator[Generation]:
+        """As `run`, yielding a row each time that it has emitted tokens, the last time with a finish reason."""
         start_s = time.perf_counter()
         self._stopwatch, self._total_s, self._recorded_s = Stopwatch(self.target.device), 0.0, self.recorder.seconds
         cache = self._reserve(requests)
-        waiting = deque(Generation(request, start_s) for request in requests)
+        arriving = sorted(requests, key=lambda request: request.arrival_s)
+        waiting = deque(Generation(request, start_s + request.arrival_s) for request in arriving)
         slots: list[Generation | None] = [None] * self.max_batch_size
         batch: Batch | None = None
-        while True:
+        while waiting or any(slots):
             yield from self._admit(waiting, slots, cache)
             if not any(slots):
-                break
+                sleep_until(waiting[0].arrival_s if waiting else 0.0)
+                continue
             batch = self._form_batch(slots, cache, batch)
             self._step(batch, cache)
             for slot, row in enumerate(slots):
-                if row and row.finish_reason:
-                    slots[slot] = None
+                if row:
+                    slots[slot] = None if row.finish_reason else row
                     yield row
         self._total_s = now_s(self.target.device) - start_s
 
@@ -103,15 +109,13 @@ class Decoder:
         return self._cache
 
     def _admit(self, waiting: deque[Generation], slots: list[Generation | None], cache: Cache) -> Iterator[Generation]:
-        """Give free slots to waiting requests; yields those that their first token already ends."""
+        """Give free slots to requests that have arrived, and yield them with their first tokens."""
         for slot in range(len(slots)):
-            while slots[slot] is None and waiting:
+            while slots[slot] is None and waiting and waiting[0].arrival_s <= time.perf_counter():
                 row = waiting.popleft()
                 self._prefill(row, cache, slot)
-                if row.finish_reason:
-                    yield row
-                else:
-                    slots[slot] = row
+                slots[slot] = None if row.finish_reason else row
+                yield row
 
     def _form_batch(self, slots: list[Generation | None], cache: Cache, previous: Batch | None) -> Batch:
         """The rows up to the last busy slot, or all where shapes are recorded; the previous batch if unchanged."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -19,7 +20,7 @@ from specdec.proposers.draft_model import DraftModelProposer
 from specdec.proposers.hybrid import HybridProposer
 from specdec.proposers.ngram import CountIndex, LookupIndex, NgramProposer, TokenIndex
 from specdec.proposers.table import Fallback, NgramTable
-from specdec.requests import Completion, Generation, Request
+from specdec.requests import Chunk, Completion, Generation, Request, sources_of
 from specdec.sampling import SamplingParams
 from specdec.stats import PhaseTimes
 from specdec.synthetic import SyntheticAcceptance
@@ -147,25 +148,68 @@ class Engine:
         return self._decoder.times
 
     def generate(
-        self, prompts: Sequence[str | Sequence[int]], sampling: SamplingParams | Sequence[SamplingParams] | None = None
+        self,
+        prompts: Sequence[str | Sequence[int]],
+        sampling: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        arrivals_s: Sequence[float] | None = None,
     ) -> list[Completion]:
         """Continue each prompt, given as text or as token ids; completions come in the order of the prompts.
 
         sampling: one SamplingParams for all prompts or one for each; None is SamplingParams().
+        arrivals_s: seconds after the call at which each prompt arrives, to be decoded with those in flight; None: all
+            are there at once.
         Raises ValueError for an empty prompt, or one that with max_tokens exceeds the context, before decoding any.
         """
+        rows = self._decoder.run(self._requests(prompts, sampling, arrivals_s))
+        return sorted(map(self._complete, rows), key=lambda completion: completion.index)
+
+    def stream(
+        self,
+        prompts: Sequence[str | Sequence[int]],
+        sampling: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> Iterator[Chunk]:
+        """As `generate`, yielding tokens as they are emitted: a prompt's chunks in order, those of others between them.
+
+        Arguments are checked at the call. One stream or call at a time: they share the engine's cache.
+        """
+        requests = self._requests(prompts, sampling, None)
+        texts = [""] * len(requests)
+        return (self._chunk(row, texts) for row in self._decoder.advance(requests))
+
+    def _chunk(self, row: Generation, texts: list[str]) -> Chunk:
+        """What a row has emitted since the last chunk. texts: by request, what has been given so far."""
+        index, steps = row.request.index, row.steps[-1:]
+        sources = sources_of(steps) if steps else ("bonus",)
+        text = None
+        if self._tokenizer:
+            text = self._decode(row)
+            if text.endswith("\N{REPLACEMENT CHARACTER}") and not row.finish_reason:
+                text = texts[index]  # the end of a character is still to come
+            texts[index], text = text, text[len(texts[index]) :]
+        completion = self._complete(row) if row.finish_reason else None
+        return Chunk(index, tuple(row.tokens[-len(sources) :]), sources, text, completion)
+
+    def _requests(
+        self,
+        prompts: Sequence[str | Sequence[int]],
+        sampling: SamplingParams | Sequence[SamplingParams] | None,
+        arrivals_s: Sequence[float] | None,
+    ) -> list[Request]:
         params = [sampling or SamplingParams()] * len(prompts) if not isinstance(sampling, Sequence) else sampling
         require(
             len(params) == len(prompts),
             f"{len(params)} sampling parameters must be one, or one for each of the {len(prompts)} prompts",
         )
-        requests = [
-            self._request(index, prompt, each) for index, (prompt, each) in enumerate(zip(prompts, params, strict=True))
-        ]
-        completions = [self._complete(generation) for generation in self._decoder.run(requests)]
-        return sorted(completions, key=lambda completion: completion.index)
+        arrivals_s = [0.0] * len(prompts) if arrivals_s is None else arrivals_s
+        require(
+            len(arrivals_s) == len(prompts) and all(0 <= each < math.inf for each in arrivals_s),
+            f"arrivals_s={list(arrivals_s)[:8]} must be seconds >= 0, one for each of the {len(prompts)} prompts",
+        )
+        requests = zip(prompts, params, arrivals_s, strict=True)
+        return [self._request(index, *each) for index, each in enumerate(requests)]
 
-    def _request(self, index: int, prompt: str | Sequence[int], sampling: SamplingParams) -> Request:
+    def _request(self, index: int, prompt: str | Sequence[int], sampling: SamplingParams, arrival_s: float) -> Request:
         tokens = self._encode(prompt) if isinstance(prompt, str) else tuple(prompt)
         vocab_size, context = self.target.vocab_size, self.target.context_length
         require(len(tokens) > 0, f"prompt {index} must not be empty: give at least one token")
@@ -184,11 +228,15 @@ class Engine:
             f"logit_bias and stop_token_ids of prompt {index} must be token ids below {vocab_size}, not {out_of_range}",
         )
         stop = frozenset(sampling.stop_token_ids)
-        return Request(index, tokens, sampling, stop if sampling.ignore_eos else stop | self._eos_token_ids)
+        return Request(index, tokens, sampling, stop if sampling.ignore_eos else stop | self._eos_token_ids, arrival_s)
 
     def _encode(self, text: str) -> tuple[int, ...]:
         require(self._tokenizer is not None, "a text prompt needs a model with a tokenizer; give token ids")
         return tuple(self._tokenizer(text).input_ids)
+
+    def _decode(self, row: Generation) -> str:
+        text: str = self._tokenizer.decode(row.output, skip_special_tokens=True)
+        return text
 
     def _complete(self, row: Generation) -> Completion:
         assert row.finish_reason is not None
@@ -196,7 +244,7 @@ class Engine:
             index=row.request.index,
             prompt_token_ids=row.request.prompt,
             token_ids=tuple(row.output),
-            text=self._tokenizer.decode(row.output, skip_special_tokens=True) if self._tokenizer else None,
+            text=self._decode(row) if self._tokenizer else None,
             finish_reason=row.finish_reason,
             logprobs=tuple(row.logprobs) if row.request.sampling.logprobs else None,
             steps=tuple(row.steps),

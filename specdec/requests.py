@@ -22,12 +22,14 @@ class Request:
 
     index: the caller's number for it. prompt: token ids, at least one. sampling: its parameters.
     stop_token_ids: every token that ends it, the model's end-of-sequence tokens included unless they are ignored.
+    arrival_s: seconds after the run's start before which it is not there.
     """
 
     index: int
     prompt: tuple[int, ...]
     sampling: SamplingParams
     stop_token_ids: frozenset[int] = frozenset()
+    arrival_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +43,16 @@ class Step:
     num_drafted: int
     num_accepted: int
     last: TokenSource | None
+
+
+def sources_of(steps: Sequence[Step]) -> tuple[TokenSource, ...]:
+    """Where each token that was emitted by some decode steps came from."""
+    sources: list[TokenSource] = []
+    for step in steps:
+        sources += ["accepted"] * step.num_accepted
+        if step.last is not None:
+            sources.append(step.last)
+    return tuple(sources)
 
 
 @dataclass(slots=True, eq=False)
@@ -126,7 +138,8 @@ class Completion:
     token_ids: emitted tokens, the stop token included. text: decoded, special tokens left out; None without tokenizer.
     logprobs: log-probability of each emitted token under the target's unprocessed logits, if asked for.
     steps: one entry for each decode step; the first token comes from the prefill and belongs to none.
-    ttft_s, latency_s: seconds from the call to the first and to the last token, waiting for a slot included.
+    ttft_s, latency_s: seconds from the call, or from the prompt's arrival, to the first and to the last token, waiting
+    for a slot included.
     """
 
     index: int
@@ -142,12 +155,7 @@ class Completion:
     @property
     def sources(self) -> tuple[TokenSource, ...]:
         """Where each emitted token came from; the prefill's token is a bonus token after an empty draft."""
-        sources: list[TokenSource] = ["bonus"]
-        for step in self.steps:
-            sources += ["accepted"] * step.num_accepted
-            if step.last is not None:
-                sources.append(step.last)
-        return tuple(sources)
+        return ("bonus", *sources_of(self.steps))
 
     @property
     def counts(self) -> AcceptanceCounts:
@@ -156,3 +164,18 @@ class Completion:
         for step in self.steps:
             counts.add_step(step.num_drafted, step.num_accepted, step.num_accepted + (step.last is not None))
         return counts
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Tokens of one prompt as they are emitted: the prefill's first, then those of a decode step.
+
+    text: what they add to the text, empty while a character is not complete; None without tokenizer.
+    completion: the whole, with the last chunk of a prompt; until then None.
+    """
+
+    index: int
+    token_ids: tuple[int, ...]
+    sources: tuple[TokenSource, ...]
+    text: str | None
+    completion: Completion | None

@@ -23,6 +23,11 @@ def now_s(device: torch.device) -> float:
     return time.perf_counter()
 
 
+def sleep_until(moment_s: float) -> None:
+    """Sleep until a clock reading in seconds; not at all if it has passed."""
+    time.sleep(max(0.0, moment_s - time.perf_counter()))
+
+
 def durations_s(run: Callable[[], object], device: torch.device, *, repeats: int, warm_up: int) -> list[float]:
     """Seconds of each of so many calls, after others that are not counted."""
     durations = []

@@ -77,6 +77,7 @@ def test_public_names() -> None:
     assert specdec.__all__ == [
         "METHODS",
         "AcceptanceCounts",
+        "Chunk",
         "Completion",
         "Engine",
         "PhaseTimes",

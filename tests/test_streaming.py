@@ -1,0 +1,112 @@
+"""Tokens as they are emitted, and prompts that arrive while others are decoded."""
+
+from __future__ import annotations
+
+from itertools import groupby
+
+import pytest
+from toys import grid_pair
+
+from specdec import Chunk, Completion, Engine, SamplingParams
+from specdec.decoding import Decoder
+from specdec.requests import Request
+
+TARGET, DRAFT = grid_pair(4)
+PROMPTS = [[0, 1, 2, 0, 1], [2], [1, 1, 1, 1, 1, 1, 1, 2], [0, 2], [2, 0, 1]]
+PARAMS = [SamplingParams(max_tokens=1 + 4 * i, seed=i) for i in range(5)]
+
+
+def engine(max_batch_size: int = 2) -> Engine:
+    return Engine(TARGET, method="draft_model", draft=DRAFT, num_speculative_tokens=3, max_batch_size=max_batch_size)
+
+
+def without_times(completion: Completion) -> tuple:
+    return completion.index, completion.token_ids, completion.steps, completion.finish_reason
+
+
+def test_chunks_are_the_completion_step_by_step() -> None:
+    chunks: list[Chunk] = list(engine().stream(PROMPTS, PARAMS))
+    for index, completion in enumerate(engine().generate(PROMPTS, PARAMS)):
+        own = [chunk for chunk in chunks if chunk.index == index]
+        assert [len(chunk.token_ids) for chunk in own] == [
+            1,
+            *(s.num_accepted + (s.last is not None) for s in completion.steps),
+        ]
+        assert sum((chunk.token_ids for chunk in own), ()) == completion.token_ids
+        assert sum((chunk.sources for chunk in own), ()) == completion.sources
+        assert [chunk.completion is None for chunk in own] == [True] * (len(own) - 1) + [False]
+        assert without_times(own[-1].completion) == without_times(completion)
+        assert {chunk.text for chunk in own} == {None}
+
+
+def test_the_first_chunk_comes_before_the_second_token_is_decoded() -> None:
+    class Counting(Decoder):
+        steps = 0
+
+        def _step(self, *args) -> None:
+            Counting.steps += 1
+            super()._step(*args)
+
+    rows = Counting(TARGET, max_batch_size=2).advance(
+        [Request(i, (i,), SamplingParams(max_tokens=3)) for i in range(2)]
+    )
+    seen = [(row.request.index, len(row.output), Counting.steps) for row in rows]
+    assert seen == [(0, 1, 0), (1, 1, 0), (0, 2, 1), (1, 2, 1), (0, 3, 2), (1, 3, 2)]
+
+
+class Bytes:
+    """A tokenizer whose tokens are the three bytes of a euro sign, so that a character is complete at every third."""
+
+    def decode(self, tokens: list[int], skip_special_tokens: bool) -> str:
+        return b"".join(b"\xe2\x82\xac"[token : token + 1] for token in tokens).decode(errors="replace")
+
+
+def test_text_holds_back_the_end_of_an_unfinished_character() -> None:
+    target, _ = grid_pair(4)
+    target.tokenizer = Bytes()
+    bias = {1: 20.0}
+    for seed in range(5):  # e2 82 ac in any order, and a last one that may be cut
+        params = SamplingParams(max_tokens=11, seed=seed, logit_bias=bias if seed == 0 else {})
+        chunks = list(Engine(target).stream([[0]], params))
+        given = [chunk.text for chunk in chunks]
+        assert "".join(given) == chunks[-1].completion.text
+    never = Engine(target).stream([[0]], SamplingParams(max_tokens=4, logit_bias={0: -30.0, 2: -30.0}))
+    assert [chunk.text for chunk in never] == ["", "", "", "\N{REPLACEMENT CHARACTER}" * 4]
+
+
+def test_arguments_are_checked_at_the_call() -> None:
+    with pytest.raises(ValueError, match="prompt 0 must not be empty"):
+        engine().stream([[]])
+
+
+# -- arrivals ------------------------------------------------------------------------------------------------
+
+
+def test_what_a_prompt_gets_does_not_depend_on_when_it_arrives() -> None:
+    at_once = engine().generate(PROMPTS, PARAMS)
+    arriving = engine().generate(PROMPTS, PARAMS, arrivals_s=[0.02, 0.0, 0.01, 0.0, 0.03])
+    assert [without_times(each) for each in arriving] == [without_times(each) for each in at_once]
+
+
+def test_nobody_is_decoded_before_they_arrive_and_slots_go_by_arrival() -> None:
+    """One slot: rows come out one after the other, in the order of their arrival, waiting where nobody is there."""
+    arrivals = [0.03, 0.0, 0.06]
+    requests = [Request(i, (i,), SamplingParams(max_tokens=4), arrival_s=each) for i, each in enumerate(arrivals)]
+    rows = list(Decoder(TARGET).advance(requests))
+    assert [index for index, _ in groupby(row.request.index for row in rows)] == [1, 0, 2]
+    for row in rows:
+        assert row.arrival_s < row.first_token_s <= row.last_token_s
+    start_s = rows[0].arrival_s
+    assert [row.arrival_s - start_s for row in rows[::4]] == pytest.approx([0.0, 0.03, 0.06])
+
+
+def test_a_row_in_flight_goes_on_while_another_is_awaited() -> None:
+    requests = [Request(i, (i,), SamplingParams(max_tokens=40), arrival_s=10.0 * i) for i in range(2)]
+    rows = Decoder(TARGET, max_batch_size=2).advance(requests)
+    assert [next(rows).request.index for _ in range(40)] == [0] * 40
+
+
+@pytest.mark.parametrize("arrivals", [[0.0], [0.0, -1.0], [0.0, float("inf")], [0.0, float("nan")]])
+def test_bad_arrivals_are_refused(arrivals: list[float]) -> None:
+    with pytest.raises(ValueError, match=r"arrivals_s=.* must be seconds >= 0, one for each of the 2 prompts"):
+        engine().generate([[0], [1]], arrivals_s=arrivals)
