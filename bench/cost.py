@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import cycle, islice
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ import torch
 from bench import phases, roofline
 from bench.engines.specdec import SpecdecEngine
 from bench.journal import SCHEMA_VERSION
+from specdec import Engine
 from specdec.models import score
 from specdec.models.causal import CausalLM
 from specdec.models.eagle import EagleHead
@@ -31,8 +33,10 @@ SWEEPS = {
     "head": (1, 2, 4, 8, 16, 32),
     "vocabulary": (8192, 16384, 32768, 49152, 131072, 262144),
     "ngram": (1000, 3000, 10_000, 30_000, 100_000),
+    "slots": (1, 2, 4, 8, 16),
     **phases.SWEEPS,
 }
+NUM_REQUESTS, REQUEST_TOKENS = 32, 128  # that go through slots, and tokens that each of them is to emit
 SMOKE_SWEEPS = dict.fromkeys(SWEEPS, (16,))
 
 
@@ -50,14 +54,22 @@ class Sized:
 
 
 def measure(
-    benchmark: Any, engine: SpecdecEngine, axis: str, size: int, ceiling: dict[str, Any], identity: dict[str, Any]
+    benchmark: Any,
+    engine: SpecdecEngine,
+    axis: str,
+    size: int,
+    ceiling: dict[str, Any],
+    identity: dict[str, Any],
+    prompts: Sequence[Sequence[int]],
 ) -> tuple[dict[str, Any], list[float]]:
     """The record of a cell and the times of its rounds in seconds. ceiling: the record of `bench.roofline`.
 
+    prompts: token ids, for what is measured with real ones.
     roofline_s: what reading takes at the least. roofline_share: of the median.
     """
-    work = sized(engine, axis, size)
-    benchmark.pedantic(work.run, rounds=_rounds(axis), warmup_rounds=1 if axis in phases.SWEEPS else 2)
+    work = sized(engine, axis, size, prompts)
+    rounds, warm_up = _rounds(axis)
+    benchmark.pedantic(work.run, rounds=rounds, warmup_rounds=warm_up)
     seconds = list(benchmark.stats.stats.data)
     median_s = statistics.median(seconds)
     roofline_s = roofline.read_s(ceiling, work.bytes_read) if work.bytes_read else None
@@ -77,8 +89,11 @@ def measure(
     return record, seconds
 
 
-def _rounds(axis: str) -> int:
-    return 3 if axis in phases.SWEEPS else 5 if axis == "ngram" else 15
+def _rounds(axis: str) -> tuple[int, int]:
+    """How many rounds are measured, after how many that are not."""
+    if axis in phases.SWEEPS:
+        return 3, 1
+    return {"ngram": (5, 2), "slots": (1, 0)}.get(axis, (15, 2))
 
 
 def needs(axis: str) -> str:
@@ -86,8 +101,10 @@ def needs(axis: str) -> str:
     return "eagle" if axis == "head" else phases.parse(axis)[0] if axis in phases.SWEEPS else "autoregressive"
 
 
-def sized(engine: SpecdecEngine, axis: str, size: int) -> Sized:
-    """The work of a cell."""
+def sized(engine: SpecdecEngine, axis: str, size: int, prompts: Sequence[Sequence[int]] = ()) -> Sized:
+    """The work of a cell; `prompts` as for `measure`."""
+    if axis == "slots":
+        return _requests(engine.target, size, prompts)
     if axis in phases.SWEEPS:
         return _phases(engine, axis, size)
     if axis == "head":
@@ -102,7 +119,18 @@ def sized(engine: SpecdecEngine, axis: str, size: int) -> Sized:
 def _phases(engine: SpecdecEngine, axis: str, rows: int) -> Sized:
     """Decoding a prompt, in each of so many rows. Times of the rounds count, not of the warm-up before."""
     run, runs = phases.runner(engine, axis, rows)
-    return Sized(run, None, rows * phases.NUM_TOKENS, lambda: phases.shares(axis, runs[-_rounds(axis) :]))
+    return Sized(run, None, rows * phases.NUM_TOKENS, lambda: phases.shares(axis, runs[-_rounds(axis)[0] :]))
+
+
+def _requests(target: CausalLM, slots: int, prompts: Sequence[Sequence[int]]) -> Sized:
+    """Plain decoding of requests through so many slots, each refilled as its row ends; prompts are read, too."""
+    engine = Engine(target, max_batch_size=slots)
+    requests = list(islice(cycle(prompts), NUM_REQUESTS))
+    longest = target.context_length - max(map(len, requests))
+    sampling = SamplingParams(temperature=0, max_tokens=min(REQUEST_TOKENS, longest), ignore_eos=True)
+    engine.generate(requests[:1], replace(sampling, max_tokens=1))  # warms up
+    facts = {"prompt_tokens": sum(map(len, requests))}
+    return Sized(lambda: engine.generate(requests, sampling), None, NUM_REQUESTS * sampling.max_tokens, lambda: facts)
 
 
 def _step(target: CausalLM, rows: int, width: int, context: int) -> Sized:

@@ -123,6 +123,12 @@ _CHARTS: dict[str, tuple[str, str, str, dict[str, str]]] = {
         "µs per token",
         {"ngram": "index and lookup"},
     ),
+    "slots": (
+        f"{cost.NUM_REQUESTS} requests through slots, plain decoding, prompts read in the same time",
+        "slots",
+        "tokens emitted per second",
+        {"slots": "throughput"},
+    ),
 }
 _LOG_Y = ("batch", "head", "vocabulary")
 
@@ -137,8 +143,9 @@ def _milliseconds(cells: Sequence[Record], label: str, kind: int) -> Iterator[Se
 def _tokens_per_second(cells: Sequence[Record], label: str, kind: int) -> Iterator[Series]:
     x = tuple(float(cell["size"]) for cell in cells)
     yield Series(label, x, tuple(cell["tokens"] / cell["median_s"] for cell in cells), kind)
-    most = tuple(cell["tokens"] / cell["roofline_s"] for cell in cells)
-    yield Series(f"{label}: {LEAST}", x, most, kind, dashed=True)
+    if all(cell["roofline_s"] for cell in cells):
+        most = tuple(cell["tokens"] / cell["roofline_s"] for cell in cells)
+        yield Series(f"{label}: {LEAST}", x, most, kind, dashed=True)
 
 
 def _microseconds_per_token(cells: Sequence[Record], label: str, kind: int) -> Iterator[Series]:
@@ -146,7 +153,7 @@ def _microseconds_per_token(cells: Sequence[Record], label: str, kind: int) -> I
     yield Series(label, tuple(float(cell["size"]) for cell in cells), per_token, kind)
 
 
-_SERIES = {"batch": _tokens_per_second, "ngram": _microseconds_per_token}
+_SERIES = {"batch": _tokens_per_second, "slots": _tokens_per_second, "ngram": _microseconds_per_token}
 
 
 def _bar(record: Record) -> tuple[str, str, tuple[float, ...]]:

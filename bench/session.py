@@ -113,7 +113,9 @@ class Session:
             pytest.skip(f"pair={pair.name} has no draft for method={method}; name a pair that has with --pairs")
         engine: Any = self._models.engine("specdec", pair)
         identity = {"pair": pair.name, "dtype": self.config.dtype_of(pair), "device": self.device}
-        return Entry(*cost.measure(benchmark, engine, axis, size, self.roofline(), identity))
+        texts = next((some for some in self.prompts.values() if not isinstance(some, str)), [])
+        prompts = [_encode(prompt, engine.tokenizer, self.config) for prompt in texts]
+        return Entry(*cost.measure(benchmark, engine, axis, size, self.roofline(), identity, prompts))
 
     def _audit(self, cell: Cell, benchmark: Any) -> Entry:
         from bench import equivalence

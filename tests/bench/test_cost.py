@@ -12,6 +12,8 @@ from bench.engines import LoadOptions, PromptResult, Run, load
 from bench.engines.specdec import SpecdecEngine
 from bench.pairs import catalogue
 from specdec import AcceptanceCounts, PhaseTimes
+from specdec.decoding import Decoder
+from specdec.requests import Batch
 from specdec.sampling import SamplingState
 
 CEILING = {"sizes": [2**20, 2**22, 2**24], "bandwidths": [4e9, 2e9, 1e9], "ways": ["a sum", "a copy", "a sum"]}
@@ -83,6 +85,25 @@ def test_bytes_and_tokens_of_each_axis(engine: SpecdecEngine) -> None:
         work = cost.sized(engine, axis, size)
         assert (work.bytes_read, work.tokens) == (num_bytes, tokens), axis
         work.run()
+
+
+def test_requests_go_through_slots(engine: SpecdecEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The prompts again and again, as many tokens of each as are counted, never more than so many at a time."""
+    widest, step = [], Decoder._step
+
+    def watched(self: Decoder, batch: Batch, cache: Any) -> None:
+        widest.append(len(batch.rows))
+        step(self, batch, cache)
+
+    monkeypatch.setattr(Decoder, "_step", watched)
+    monkeypatch.setattr(cost, "REQUEST_TOKENS", 5)
+    work = cost.sized(engine, "slots", 3, [(1, 2), (3,), (4, 5, 6)])
+    widest.clear()
+    completions = work.run()
+    assert [each.prompt_token_ids for each in completions[:4]] == [(1, 2), (3,), (4, 5, 6), (1, 2)]
+    assert sum(len(each.token_ids) for each in completions) == work.tokens == 32 * 5
+    assert max(widest) == 3
+    assert work.facts() == {"prompt_tokens": 10 * 6 + 2 + 1}
 
 
 def test_sampling_takes_logits_as_the_target_gives_them(monkeypatch: pytest.MonkeyPatch) -> None:
