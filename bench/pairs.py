@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from bench.engines import VLLM_DRAFTS
+from bench.engines import ENGINES, VLLM_DRAFTS
 
 KINDS = ("decoder-only", "local-attention", "encoder-decoder")
 _WEIGHT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "torchao-int8": 1, "bitsandbytes-4bit": 0.5}
@@ -116,10 +116,11 @@ def parse_pairs(text: str) -> tuple[Pair, ...]:
     return tuple(pairs)
 
 
-def check_vocabulary(pair: Pair) -> None:
+def check_vocabulary(pair: Pair, engine: str) -> None:
     """Compare what token ids mean to a pair's target and draft model, before any weights are read.
 
-    Raises LoadError if it is not the same, or cannot be had.
+    Raises LoadError if it is not the same, or for an engine that takes other vocabularies if too little of it is, or
+    if it cannot be had.
     """
     from specdec.drafts import check_vocabularies, kind_in
     from specdec.models.loading import resolve
@@ -128,7 +129,8 @@ def check_vocabulary(pair: Pair) -> None:
     if pair.draft is None or kind_in(resolve(folder(pair.draft))) != "model":
         return
     try:
-        check_vocabularies(folder(pair.target), folder(pair.draft), pair.load_format)
+        same = "other vocabularies" not in ENGINES[engine].extras
+        check_vocabularies(folder(pair.target), folder(pair.draft), pair.load_format, same=same)
     except ValueError as error:
         raise LoadError(f"pair={pair.name}: {error}") from error
 

@@ -443,7 +443,7 @@ class _Models:
             None if config.quantisation == "none" else config.quantisation,
         )
         try:
-            check_vocabulary(pair)
+            check_vocabulary(pair, name)
             return load(name, pair, options)
         except (LoadError, UnsupportedModelError, PlacementError) as error:
             gate = (

@@ -22,6 +22,7 @@ from specdec.models.loading import (
 )
 from specdec.models.placement import plan
 from specdec.proposers.table import NgramTable
+from specdec.vocabularies import SharedVocabulary, check_coverage, share
 
 if TYPE_CHECKING:
     from specdec.models.causal import CausalLM
@@ -83,9 +84,13 @@ def load_with_drafts(
     return _fused(model, tokenizer), loaded  # fused at last: a head borrows from the target as it was
 
 
-def check_vocabularies(target: str, draft: str, load_format: str = "auto") -> None:
-    """Raise ValueError unless token ids mean the same to both models, whose weights are not read."""
-    check_same_vocabulary(*(read_vocabulary(source, load_format) for source in (target, draft)))
+def check_vocabularies(target: str, draft: str, load_format: str = "auto", *, same: bool = False) -> None:
+    """Raise ValueError unless the draft model can speak for the target; weights of neither are read.
+
+    same: whether token ids must mean the same to both.
+    """
+    check = check_same_vocabulary if same else share_vocabulary
+    check(*(read_vocabulary(source, load_format) for source in (target, draft)))
 
 
 Device = str | list[torch.device]  # as `load_pretrained` takes it
@@ -144,6 +149,21 @@ def _is_plain(model: Any) -> bool:
     return all(type(weight) is nn.Parameter and weight.is_floating_point() for weight in weights) and (
         len({weight.device for weight in weights}) == 1
     )
+
+
+def share_vocabulary(target: HasVocabulary, draft: HasVocabulary) -> SharedVocabulary | None:
+    """What the vocabularies of a target and of a draft model share, where they differ; None where they do not.
+
+    Raises ValueError if they share too little, or if there are no tokenizers to tell by.
+    """
+    tokenizers: list[Any] = [getattr(model, "tokenizer", None) for model in (target, draft)]
+    sizes = target.vocab_size, draft.vocab_size
+    if not all(tokenizers) or (sizes[0] == sizes[1] and tokenizers[0].get_vocab() == tokenizers[1].get_vocab()):
+        check_same_vocabulary(target, draft)
+        return None
+    shared = share(tokenizers[0], tokenizers[1], sizes, getattr(target, "device", "cpu"))
+    check_coverage(shared, tokenizers[0], sizes)
+    return shared
 
 
 def check_same_vocabulary(target: HasVocabulary, draft: HasVocabulary) -> None:

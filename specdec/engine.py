@@ -11,7 +11,16 @@ import torch
 
 from specdec.adaptive import MOST, AdaptiveLength, StepCosts, target_costs
 from specdec.decoding import Decoder
-from specdec.drafts import NEEDS, Kind, check_same_vocabulary, kind_in, kind_of, load_with_drafts, require
+from specdec.drafts import (
+    NEEDS,
+    Kind,
+    check_same_vocabulary,
+    kind_in,
+    kind_of,
+    load_with_drafts,
+    require,
+    share_vocabulary,
+)
 from specdec.models import LanguageModel
 from specdec.models.elsewhere import is_on_one_device, seen_from
 from specdec.models.loading import packaged_draft
@@ -47,7 +56,8 @@ class Engine:
         counts. "ngram_table": prompt lookup, else a table counted beforehand. "draft_model": a smaller language model.
         "eagle": a head on the target's features. "hybrid": prompt lookup where the match is long, else a head or a
         draft model.
-    draft: what the method needs besides the target: a LanguageModel, an EagleHead or an NgramTable.
+    draft: what the method needs besides the target: a LanguageModel, an EagleHead or an NgramTable. A model with
+        another tokenizer drafts the tokens that both have, see `specdec.vocabularies`; which these are is logged.
     num_speculative_tokens: tokens proposed per step (gamma), at least 1; "autoregressive" proposes none. "auto": as
         many as pay by costs that are measured now, none included. The law stays the same, but which of its samples a
         seed gives then depends on this machine and on what was decoded before, unless verification is "coupled".
@@ -79,13 +89,12 @@ class Engine:
         self.target, self.draft, self.method = target, draft, method
         self._tokenizer: Any = getattr(target, "tokenizer", None)
         self._eos_token_ids: frozenset[int] = getattr(target, "eos_token_ids", frozenset())
-        if draft is not None:
-            check_same_vocabulary(target, draft)
+        drawing = _drawing(target, draft)
         recordable = None if is_on_one_device(target, draft) else False
         records = recordable if records is None else records
         is_adaptive = num_speculative_tokens == "auto" and method != "autoregressive"
-        adaptive = _adaptive(target, draft, max_batch_size, recordable) if is_adaptive else None
-        proposer = _make_proposer(target, draft, method, adaptive)
+        adaptive = _adaptive(target, drawing, max_batch_size, recordable) if is_adaptive else None
+        proposer = _make_proposer(target, draft, method, drawing, adaptive)
         most = MOST if num_speculative_tokens == "auto" else num_speculative_tokens
         self.num_speculative_tokens = most if proposer else 0
         self._decoder = Decoder(
@@ -253,8 +262,15 @@ class Engine:
         )
 
 
+Drawing = Callable[[AdaptiveLength | None], Proposer]  # makes a proposer that draws its tokens
+
+
 def _make_proposer(
-    target: LanguageModel, draft: AnyDraft | None, method: Method, adaptive: AdaptiveLength | None
+    target: LanguageModel,
+    draft: AnyDraft | None,
+    method: Method,
+    drawing: Drawing | None,
+    adaptive: AdaptiveLength | None,
 ) -> Proposer | None:
     def ngram(new_index: Callable[[], TokenIndex]) -> NgramProposer:
         return NgramProposer(target.vocab_size, target.device, new_index, adaptive)
@@ -265,30 +281,36 @@ def _make_proposer(
         return ngram(CountIndex)
     if isinstance(draft, NgramTable):
         return ngram(lambda: Fallback(LookupIndex(), draft))
-    if draft is None:
+    if drawing is None:
         return None
-    drawn = _drawing_proposer(target, draft, adaptive)
+    drawn = drawing(adaptive)
     return drawn if method != "hybrid" else HybridProposer(ngram(partial(LookupIndex, HYBRID_MIN_NGRAM)), drawn)
 
 
-def _drawing_proposer(target: LanguageModel, draft: Any, adaptive: AdaptiveLength | None) -> Proposer:
-    if kind_of(draft) == "model":
-        return DraftModelProposer(seen_from(draft, target.device), adaptive=adaptive)
+def _drawing(target: LanguageModel, draft: Any) -> Drawing | None:
+    """How the draft's tokens are drawn, if they are. Raises ValueError if the draft cannot speak for the target."""
+    if draft is None:
+        return None
+    kind = kind_of(draft)
+    if kind == "model":
+        shared = share_vocabulary(target, draft)
+        return lambda adaptive: DraftModelProposer(seen_from(draft, target.device), adaptive=adaptive, shared=shared)
+    check_same_vocabulary(target, draft)
+    if kind == "table":
+        return None
     from specdec.proposers.eagle import EagleProposer
 
-    return EagleProposer(draft, adaptive=adaptive)
+    return lambda adaptive: EagleProposer(draft, adaptive=adaptive)
 
 
-def _adaptive(target: LanguageModel, draft: AnyDraft | None, rows: int, records: bool | None) -> AdaptiveLength:
+def _adaptive(target: LanguageModel, drawing: Drawing | None, rows: int, records: bool | None) -> AdaptiveLength:
     """By costs measured here; where nothing is drawn, only to verify costs time."""
-    draws = draft is not None and not isinstance(draft, NgramTable)
-    draft_s = _draft_cost(target, draft, rows, records) if draws else 0.0
+    draft_s = _draft_cost(target, drawing(None), rows, records) if drawing else 0.0
     return AdaptiveLength(StepCosts(target_costs(target, rows, records), draft_s))
 
 
-def _draft_cost(target: LanguageModel, draft: Any, rows: int, records: bool | None) -> float:
+def _draft_cost(target: LanguageModel, proposer: Proposer, rows: int, records: bool | None) -> float:
     """Seconds of drawing one draft token in each of so many rows, the least of a few measurements."""
-    proposer = _drawing_proposer(target, draft, None)
     decoder = Decoder(target, proposer, MOST, max_batch_size=rows, records=records)
     sampling = SamplingParams(temperature=0, max_tokens=2 * MOST)
     requests = [Request(index, (0, 0), sampling) for index in range(rows)]

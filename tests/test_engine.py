@@ -159,11 +159,15 @@ class Tokenizer:
         self.get_vocab = lambda: vocabulary
 
 
-def test_another_tokenizer_is_refused() -> None:
+def test_a_tokenizer_whose_tokens_cannot_be_compared_is_refused() -> None:
     target, draft = grid_pair(4)
     target.tokenizer, draft.tokenizer = Tokenizer({"a": 0, "b": 1, "c": 2}), Tokenizer({"a": 0, "c": 1, "b": 2})
-    with pytest.raises(ValueError, match="token 'b' is 1 for the target and 2 for the draft"):
+    with pytest.raises(ValueError, match="tokenizer Tokenizer must be byte-level or SentencePiece-like for a draft"):
         Engine(target, method="draft_model", draft=draft)
+    table = NgramTable.count([[0, 1, 2]], 3)
+    table.tokenizer = draft.tokenizer
+    with pytest.raises(ValueError, match="token 'b' is 1 for the target and 2 for the draft"):
+        Engine(target, method="ngram_table", draft=table)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import specdec
 ROOT = Path(specdec.__file__).parent
 # from the bottom to the top; a module may import from layers below its own only
 LAYERS = [
-    {"stats", "wheels", "prompts", "timing", "devices", "models.placement"},
+    {"stats", "wheels", "prompts", "timing", "devices", "vocabularies", "models.placement"},
     {"kernels", "recording"},
     {"sampling", "randomness"},
     {"verification", "requests"},

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import pytest
+import tiny
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from toys import grid_pair
 
 from specdec import Engine, SamplingParams
+from specdec.models.causal import CausalLM
+from specdec.proposers.draft_model import DraftModelProposer
 from specdec.proposers.ngram import CountIndex, LookupIndex, pad
+from specdec.requests import Batch, Generation, Request
+from specdec.sampling import SamplingState
 
 texts = st.lists(st.integers(0, 2), min_size=1, max_size=30)
 
@@ -149,3 +154,17 @@ def test_a_row_copies_while_the_others_can_neither_copy_nor_draw() -> None:
     assert [c.token_ids for c in completions] == [c.token_ids for c in Engine(target).generate(prompts, greedy)]
     drafted = zip(*([step.num_drafted for step in c.steps] for c in completions), strict=False)
     assert {tuple(map(bool, each)) for each in drafted} & {(True, False), (False, True)}
+
+
+def test_a_row_that_fell_behind_catches_up_beside_one_that_is_almost_done() -> None:
+    """What a row lacks is fed with the others only as far as all have room for it: here there are two tokens left."""
+    model = CausalLM(tiny.make("llama", tiny.GQA))
+    rows = [Generation(Request(i, (5, 9), SamplingParams(temperature=0, max_tokens=28)), 0.0) for i in range(2)]
+    state = SamplingState([row.request.sampling for row in rows], [], [], model.vocab_size, model.device)
+    batch, proposer = Batch(rows, state, num_slots=2, capacity=32), DraftModelProposer(model)
+    rows[0].emit([7] * 25)
+    rows[1].emit([3])
+    proposer.propose(batch, [2, 2])
+    rows[1].emit([3, 4] * 8)
+    drafted = proposer.propose(batch, [1, 2]).tokens[1].tolist()
+    assert drafted == tiny.reference(model.model, rows[1].tokens)[:2]

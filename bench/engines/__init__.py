@@ -112,7 +112,11 @@ class EngineKind:
 
 ENGINES = {
     "specdec": EngineKind(
-        "specdec", METHODS, None, ("token", "block", "coupled"), ("auto gamma", "synthetic acceptance", "placements")
+        "specdec",
+        METHODS,
+        None,
+        ("token", "block", "coupled"),
+        ("auto gamma", "synthetic acceptance", "placements", "other vocabularies"),
     ),
     "transformers": EngineKind(
         "transformers",

@@ -101,11 +101,11 @@ class SampledDraftDeclaredOneHot(GreedyDraftDeclaredSampled):
 class StaleDraftCache(DraftModelProposer):
     """M9: after full acceptance the draft model never sees its own last token. Lossless, but the draft is worse."""
 
-    def _catch_up(self, batch: Batch) -> Tensor:
-        for slot, row in zip(self._slots, batch.rows, strict=False):
-            if row and slot.owner is row and slot.num_valid(row) == len(row.tokens) - 2:
-                slot.drafted = [*slot.drafted, row.tokens[-2]]
-        return super()._catch_up(batch)
+    def _catch_up(self, batch: Batch, texts: Sequence[list[int]], most: int) -> Tensor:
+        for slot, row, tokens in zip(self._slots, batch.rows, texts, strict=False):
+            if row and slot.owner is row and slot.num_valid(row, tokens) == len(tokens) - 2:
+                slot.drafted = [*slot.drafted, tokens[-2]]
+        return super()._catch_up(batch, texts, most)
 
 
 # ---- rules and uniforms

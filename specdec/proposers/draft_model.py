@@ -18,6 +18,7 @@ from specdec.randomness import UniformSource, uniforms
 from specdec.requests import Batch, Generation
 from specdec.sampling import Law, RowParams
 from specdec.verification import Draft
+from specdec.vocabularies import Rewritten, SharedVocabulary
 
 
 @dataclass(slots=True)
@@ -28,16 +29,16 @@ class _Slot:
     num_committed: int = 0
     drafted: list[int] = field(default_factory=list)
 
-    def num_valid(self, row: Generation) -> int:
-        """How many leading tokens of the row the cache already holds; at least one token is left to feed."""
+    def num_valid(self, row: Generation, tokens: Sequence[int]) -> int:
+        """How many leading tokens of the row's the cache already holds; at least one token is left to feed."""
         if self.owner is not row:
             return 0
         valid = self.num_committed
         for token in self.drafted:
-            if valid >= len(row.tokens) or row.tokens[valid] != token:
+            if valid >= len(tokens) or tokens[valid] != token:
                 break
             valid += 1
-        return min(valid, len(row.tokens) - 1)
+        return min(valid, len(tokens) - 1)
 
 
 class DraftModelProposer:
@@ -46,57 +47,93 @@ class DraftModelProposer:
     The cache is kept in step by comparison: what a slot holds is valid as far as it agrees with the committed tokens.
     This covers rejection (the rejected tail is overwritten), full acceptance (the last draft token was never fed, and
     is fed now with the bonus token) and a slot that changed hands (nothing is valid).
+
+    shared: what the model's vocabulary shares with the target's, where it is another one; the model then reads the text
+    in its own tokens, of which the newest may change as the text goes on, and drafts shared tokens only.
     """
 
     def __init__(
-        self, model: LanguageModel, uniforms: UniformSource = uniforms, adaptive: AdaptiveLength | None = None
+        self,
+        model: LanguageModel,
+        uniforms: UniformSource = uniforms,
+        adaptive: AdaptiveLength | None = None,
+        shared: SharedVocabulary | None = None,
     ) -> None:
-        self._model, self._uniforms, self._adaptive = model, uniforms, adaptive
+        self._model, self._uniforms, self._adaptive, self._shared = model, uniforms, adaptive, shared
+        self._vocabulary = shared.tokens if shared else None
+        self._texts: dict[Generation, Rewritten] = {}
         self._cache: Any = None
         self._slots: list[_Slot] = []
         self._fed: Tensor | None = None  # drafted tokens that the last call fed, [rows, n]
 
     @torch.inference_mode()
     def propose(self, batch: Batch, limits: Sequence[int]) -> Draft:
+        texts = self._read(batch)
         limits = [
-            max(0, min(limit, self._model.context_length - length))
-            for limit, length in zip(limits, batch.lengths(), strict=True)
+            max(0, min(limit, self._model.context_length - len(tokens)))
+            for limit, (tokens, _) in zip(limits, texts, strict=True)
         ]
         if max(limits) == 0:
-            return Draft.empty(len(batch.rows), self._model.vocab_size, self._model.device)
-        self._reserve(batch)
+            return Draft.empty(len(batch.rows), batch.sampling.vocab_size, self._model.device)
+        self._reserve(batch, max(len(tokens) for tokens, _ in texts) + max(limits))
         self._settle()
-        draft = self._recorded(batch, limits) if batch.recording and not self._adaptive else self._drawn(batch, limits)
+        drawn = self._recorded if batch.recording and not self._adaptive else self._drawn
+        draft = drawn(batch, [tokens for tokens, _ in texts], limits)
         if draft.tokens.shape[1] == 0:
             return draft  # nothing was fed
-        self._fed = fetch_later(draft.tokens[:, :-1])
-        for slot, row in zip(self._slots, batch.rows, strict=False):
-            slot.owner, slot.num_committed, slot.drafted = row, len(row.tokens) if row else 0, []
+        self._fed = fetch_later(self._own(draft.tokens[:, :-1]))
+        for slot, row, (tokens, num_settled) in zip(self._slots, batch.rows, texts, strict=False):
+            slot.owner, slot.num_committed, slot.drafted = row, num_settled, tokens[num_settled:]
         return draft
 
-    def _reserve(self, batch: Batch) -> None:
-        if self._cache is None or self._cache.capacity < batch.capacity or len(self._slots) < batch.num_slots:
-            self._cache = self._model.allocate(batch.num_slots, batch.capacity)
+    def _read(self, batch: Batch) -> list[tuple[list[int], int]]:
+        """Each row's tokens as the model is to be fed them, and how many leading ones of them stay as they are."""
+        if self._shared is None:
+            return [(row.tokens, len(row.tokens)) if row else ([0], 0) for row in batch.rows]
+        old = self._texts
+        self._texts = {row: old.get(row) or Rewritten(self._shared) for row in batch.rows if row}
+        for row, text in self._texts.items():
+            text.follow(row.tokens)
+        # a text may be empty, such as that of a token that only begins one
+        read = [self._texts[row] if row else None for row in batch.rows]
+        return [(text.tokens, text.num_settled) if text and text.tokens else ([0], 0) for text in read]
+
+    def _reserve(self, batch: Batch, longest: int) -> None:
+        """A cache for the longest row there may be; its text in the model's own tokens may be longer still."""
+        capacity = self._cache.capacity if self._cache else 0
+        if capacity < max(batch.capacity, longest) or len(self._slots) < batch.num_slots:
+            needed = longest if longest <= batch.capacity else 2 * longest
+            self._cache = self._model.allocate(batch.num_slots, max(batch.capacity, needed))
             self._slots, self._fed = [_Slot() for _ in range(batch.num_slots)], None
 
     def _settle(self) -> None:
         """Enter what the last call fed, which has become known on the host since."""
         if self._fed is not None:
             for slot, fed in zip(self._slots, self._fed.tolist(), strict=False):
-                slot.drafted = fed
+                slot.drafted = slot.drafted + fed
             self._fed = None
 
-    def _drawn(self, batch: Batch, limits: Sequence[int]) -> Draft:
+    def _own(self, tokens: Tensor) -> Tensor:
+        """Drafted tokens by the model's own ids."""
+        return self._shared.to_draft(tokens) if self._shared else tokens
+
+    def _of_target(self, logits: Tensor) -> Tensor:
+        """The model's logits of those tokens that it may draft."""
+        return self._shared.of(logits) if self._shared else logits
+
+    def _drawn(self, batch: Batch, texts: Sequence[list[int]], limits: Sequence[int]) -> Draft:
         def logits_after(drafted: Tensor) -> Tensor:
-            return self._feed(drafted[:, -1:]) if drafted.shape[1] else self._catch_up(batch)
+            if drafted.shape[1]:
+                return self._of_target(self._feed(self._own(drafted[:, -1:])))
+            return self._of_target(self._catch_up(batch, texts, max(limits) + 1))
 
-        return draw_chain(batch, limits, logits_after, self._uniforms, self._adaptive)
+        return draw_chain(batch, limits, logits_after, self._uniforms, self._adaptive, self._vocabulary)
 
-    def _recorded(self, batch: Batch, limits: Sequence[int]) -> Draft:
+    def _recorded(self, batch: Batch, texts: Sequence[list[int]], limits: Sequence[int]) -> Draft:
         """The whole draft as one recording: a row lacks one token, or two where all were accepted."""
         assert batch.recording
         device, most = self._model.device, 2
-        tokens, lengths = pad(self._pending(batch, most), device, most)
+        tokens, lengths = pad(self._pending(batch, texts, most), device, most)
         starts = self._cache.lengths[: len(batch.rows)]
         extent = self._cache.extent_for(max(starts) + most + batch.max_draft)
         places = (upload(starts, device), lengths, upload(batch.lengths(), device))
@@ -122,27 +159,31 @@ class DraftModelProposer:
 
         def logits_after(drafted: Tensor) -> Tensor:
             if drafted.shape[1] == 0:
-                return _at(model.forward_at(tokens, starts, cache, extent), lengths - 1)
-            return model.forward_at(drafted[:, -1:], starts + lengths + drafted.shape[1] - 1, cache, extent)
+                return self._of_target(_at(model.forward_at(tokens, starts, cache, extent), lengths - 1))
+            newest, places = self._own(drafted[:, -1:]), starts + lengths + drafted.shape[1] - 1
+            return self._of_target(model.forward_at(newest, places, cache, extent))
 
-        return draw_fixed(rows, origins, num_tokens, logits_after, self._uniforms)
+        return draw_fixed(rows, origins, num_tokens, logits_after, self._uniforms, self._vocabulary)
 
-    def _pending(self, batch: Batch, most: int | None = None) -> list[list[int]]:
+    def _pending(self, batch: Batch, texts: Sequence[list[int]], most: int) -> list[list[int]]:
         """The committed tokens that each slot lacks, at least one; what is beyond `most` of them is fed now."""
         pending = []
-        for index, (slot, row) in enumerate(zip(self._slots, batch.rows, strict=False)):
-            valid = slot.num_valid(row) if row else 0
+        for index, (slot, row, tokens) in enumerate(zip(self._slots, batch.rows, texts, strict=False)):
+            valid = slot.num_valid(row, tokens) if row else 0
             self._cache.lengths[index] = valid
-            missing = row.tokens[valid:] if row else [0]
-            if row and len(missing) > 1 and (valid == 0 or len(missing) > (most or len(missing))):
+            missing = tokens[valid:]
+            if row and len(missing) > 1 and (valid == 0 or len(missing) > most):
                 prefill(self._model, missing[:-1], self._cache, index, batch.recorder)
                 missing = missing[-1:]
             pending.append(missing)
         return pending
 
-    def _catch_up(self, batch: Batch) -> Tensor:
-        """Feed each row the committed tokens its slot lacks; returns the logits after the last, [rows, 1, vocab]."""
-        pending = self._pending(batch)
+    def _catch_up(self, batch: Batch, texts: Sequence[list[int]], most: int) -> Tensor:
+        """Feed each row the committed tokens its slot lacks; returns the logits after the last, [rows, 1, vocab].
+
+        most: tokens that all rows have room for; a row that lacks more is first fed alone.
+        """
+        pending = self._pending(batch, texts, most)
         tokens, lengths = pad(pending, self._model.device)
         logits = self._model.forward(tokens, self._cache)
         for index, fed in enumerate(pending):

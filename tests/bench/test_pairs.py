@@ -10,6 +10,10 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from tokenizers import Tokenizer
+from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
 
 from bench import machine, records, session, table
 from bench.cells import Cell, plan
@@ -274,9 +278,25 @@ def mismatched(tmp_path: Path) -> Pair:
 
 def test_vocabularies_are_compared_before_weights_are_read(mismatched: Pair) -> None:
     with pytest.raises(LoadError, match="pair=pair: the draft's vocabulary of 97 tokens must be the target's, 96; use"):
-        check_vocabulary(mismatched)
-    check_vocabulary(dataclasses.replace(mismatched, draft=None))
-    check_vocabulary(catalogue()["tiny-random"])
+        check_vocabulary(mismatched, "specdec")
+    check_vocabulary(dataclasses.replace(mismatched, draft=None), "specdec")
+    check_vocabulary(catalogue()["tiny-random"], "vllm")
+
+
+def test_another_tokenizer_is_for_specdec_alone(tmp_path: Path) -> None:
+    """Two byte-level tokenizers that number the same characters in another order."""
+    sources = []
+    for name in ("target", "draft"):
+        sources.append(saved(tmp_path / name, llama(16, 32, 1, 2, 1, 256)))
+        alphabet = sorted(ByteLevel.alphabet(), reverse=name == "draft")
+        tokenizer = Tokenizer(BPE({character: token for token, character in enumerate(alphabet)}, []))
+        tokenizer.pre_tokenizer, tokenizer.decoder = ByteLevel(add_prefix_space=False), ByteLevelDecoder()
+        transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(sources[-1])
+    pair = Pair("pair", sources[0], draft=sources[1], dtype="float32")
+    check_vocabulary(pair, "specdec")
+    for engine in ("transformers", "vllm", "vllm-server"):
+        with pytest.raises(LoadError, match="pair=pair: the draft's tokenizer must be the target's, but token '!' is"):
+            check_vocabulary(pair, engine)
 
 
 @pytest.mark.parametrize("engine", ["specdec", "transformers", "vllm"])
@@ -291,7 +311,7 @@ def test_every_engine_is_spared_a_pair_whose_vocabularies_differ(
 
 
 def test_a_gated_pair_that_cannot_be_had_says_how(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(pair: Pair) -> None:
+    def refuse(pair: Pair, engine: str) -> None:
         raise LoadError("source='meta-llama/...' must be within reach")
 
     monkeypatch.setattr(session, "check_vocabulary", refuse)
