@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import astuple, dataclass, fields
+from dataclasses import astuple, dataclass, fields, replace
 from itertools import product
 
 from bench.engines import ENGINES, VLLM_DRAFTS, Gamma, why_not, why_not_pair
@@ -15,7 +15,10 @@ from specdec.drafts import NEEDS
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """One measurement, under the names of its pytest parameters. gamma: 0 for "autoregressive"."""
+    """One measurement, under the names of its pytest parameters.
+
+    gamma: 0 for "autoregressive". rate: requests a second that arrive; None: a fixed number of prompts.
+    """
 
     engine: str
     pair: str
@@ -24,13 +27,21 @@ class Cell:
     placement: str
     workload: str
     batch_size: int
+    rate: float | None = None
 
     @property
     def id(self) -> str:
-        return "-".join(map(str, astuple(self)))
+        *values, rate = astuple(self)
+        return "-".join(map(str, values if rate is None else [*values, f"{rate:g}"]))
+
+    @property
+    def shard_key(self) -> str:
+        """What decides on its part of a campaign; methods are compared at each rate, so that these share it."""
+        return self.id if self.rate is None else replace(self, method="any", gamma=0).id
 
 
-CELL_FIELDS = tuple(field.name for field in fields(Cell))
+CELL_FIELDS = tuple(field.name for field in fields(Cell) if field.name != "rate")
+LOAD_FIELDS = (*CELL_FIELDS, "rate")
 # options whose every value, if it was named, must be able to run in some cell -> the field of a cell
 NAMED_PARAMETERS = {
     "engines": "engine",
@@ -71,13 +82,13 @@ def plan(config: BenchConfig, why_no_room: WhyNot = lambda *_: None) -> list[Pla
     return plans
 
 
-def _combinations(config: BenchConfig) -> Iterator[tuple[str, int, str, str, str, Gamma]]:
-    """(workload, batch size, placement, engine, method, gamma)."""
-    for placement, workload, batch_size, engine, method in product(
-        config.placements, config.workloads, config.batch_sizes, config.engines, config.methods
+def _combinations(config: BenchConfig) -> Iterator[tuple[str, int, str, str, float | None, str, Gamma]]:
+    """(workload, batch size, placement, engine, rate, method, gamma): what is compared comes one after the other."""
+    for placement, workload, batch_size, engine, rate, method in product(
+        config.placements, config.workloads, config.batch_sizes, config.engines, config.rate or (None,), config.methods
     ):
         for gamma in (0,) if method == "autoregressive" else config.gammas:
-            yield label(workload), batch_size, placement, engine, method, gamma
+            yield label(workload), batch_size, placement, engine, rate, method, gamma
 
 
 def _plan(
@@ -88,20 +99,30 @@ def _plan(
     batch_size: int,
     placement: str,
     engine: str,
+    rate: float | None,
     method: str,
     gamma: Gamma,
 ) -> Plan:
     skip = (
         why_not_pair(engine, pair, placement)
+        or _why_no_arrivals(engine, rate)
         or why_not(engine, method, batch_size, config.verification, config.vllm)
         or why_no_room(engine, pair, placement)
     )
     if not skip and method in (*NEEDS, *VLLM_DRAFTS) and pair.draft_for(method) is None:
         skip = f"pair={pair.name} has no draft for method={method}; name one with --pairs target=MODEL,draft=MODEL"
-    if skip and method != "autoregressive":
-        gamma = config.gammas[0]  # one skipped cell says it for all
+    if skip:  # one skipped cell says it for all
+        rate = config.rate[0] if config.rate else None
+        gamma = gamma if method == "autoregressive" else config.gammas[0]
     if not skip and config.synthetic_acceptance_rates and "synthetic acceptance" not in ENGINES[engine].extras:
         skip = f"engine={engine} has no synthetic acceptance; leave out --synthetic-acceptance-rates"
     if not skip and gamma == "auto" and "auto gamma" not in ENGINES[engine].extras:
         skip = f"engine={engine} has no gamma=auto; use --gammas with numbers"
-    return Plan(Cell(engine, pair.name, method, gamma, placement, workload, batch_size), skip)
+    return Plan(Cell(engine, pair.name, method, gamma, placement, workload, batch_size, rate), skip)
+
+
+def _why_no_arrivals(engine: str, rate: float | None) -> str | None:
+    if rate is None or "arrivals" in ENGINES[engine].extras:
+        return None
+    able = ",".join(name for name, kind in ENGINES.items() if "arrivals" in kind.extras)
+    return f"engine={engine} takes no requests while it decodes others; use --engines {able}, or leave out --rate"

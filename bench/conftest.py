@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from bench import machine, options, table
-from bench.cells import CELL_FIELDS
+from bench import load_table, machine, options, shards, table
+from bench.cells import CELL_FIELDS, LOAD_FIELDS, Cell
 from bench.journal import SCHEMA_VERSION
+from bench.options import BenchConfig
 from bench.session import Session
 
 SESSION = pytest.StashKey[Session]()
@@ -32,14 +34,49 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError(str(error)) from error
 
 
+@pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Audits take minutes: only a run that asks for them by their mark has any."""
-    if "equivalence" in (config.option.markexpr or ""):
-        return
-    left_out = [item for item in items if item.get_closest_marker("equivalence")]
+    """Leave out what was not asked for: audits, which take minutes, without their mark; other machines' cells.
+
+    With a rate there is load alone, without one none.
+    """
+    session = config.stash[SESSION]
+    left_out = {item for item in items if _is_left_out(item, config)}
+    index, number = shards.parse(session.config.shard)
+    keys = {item: _shard_key(item) for item in items if item not in left_out}
+    parts = {item: shards.part_of(key, number) for item, key in keys.items() if key}
+    session.cells_of_shards = [list(parts.values()).count(part) for part in range(1, number + 1)]
+    left_out |= {item for item, part in parts.items() if part != index}
     if left_out:
-        config.hook.pytest_deselected(items=left_out)
+        config.hook.pytest_deselected(items=[item for item in items if item in left_out])
         items[:] = [item for item in items if item not in left_out]
+
+
+def _is_left_out(item: pytest.Item, config: pytest.Config) -> bool:
+    fixtures = getattr(item, "fixturenames", ())
+    if item.get_closest_marker("equivalence"):
+        return "equivalence" not in (config.option.markexpr or "")
+    is_cell = set(CELL_FIELDS) <= set(fixtures)
+    return is_cell and ("rate" in fixtures) != bool(config.stash[SESSION].config.rate)
+
+
+def _shard_key(item: Any) -> str | None:
+    """What decides on a cell's part of a campaign; None for what is no cell."""
+    values = item.callspec.params if hasattr(item, "callspec") else {}
+    if "axis" in values:
+        return "cost"
+    if not set(CELL_FIELDS) <= set(values):
+        return None
+    prefix = "equivalence-" if item.get_closest_marker("equivalence") else ""
+    return prefix + Cell(**{name: values[name] for name in LOAD_FIELDS if name in values}).shard_key
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    """A part of a campaign without a cell is done, too."""
+    cells = session.config.stash[SESSION].cells_of_shards
+    if exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED and len(cells) > 1 and any(cells):
+        session.exitstatus = pytest.ExitCode.OK
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
@@ -54,8 +91,13 @@ def pytest_report_header(config: pytest.Config) -> str:
     kept = f", the earlier one kept as {journal.kept_as.name}" if journal and journal.kept_as else ""
     return (
         f"specdec: {len(session.plans)} cells, {session.num_resumed} of them taken from the journal; "
-        f"journal: {session.config.journal}{kept}{machine.busy()}"
+        f"journal: {session.config.journal}{kept}{machine.busy()}{_ignored(session.config)}"
     )
+
+
+def _ignored(config: BenchConfig) -> str:
+    given = sorted(config.named & {"duration", "arrivals", "drain", "ttft_limit", "inter_token_limit"})
+    return f"; {', '.join(given)} mean nothing without --rate" if given and not config.rate else ""
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -65,18 +107,21 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if not set(CELL_FIELDS) <= set(metafunc.fixturenames):
         return
     session = metafunc.config.stash[SESSION]
-    parameters = []
+    parameters = {}
+    names = LOAD_FIELDS if "rate" in metafunc.fixturenames else CELL_FIELDS
     is_audit = metafunc.definition.get_closest_marker("equivalence") is not None
     for each in session.plans:
         if is_audit and each.cell.method == "autoregressive":
             continue  # it is the control arm of the others
-        cell, skip = each.cell, session.why_skipped(each)
+        skip = session.why_skipped(each)
+        cell = each.cell if names == LOAD_FIELDS else dataclasses.replace(each.cell, rate=None)
         group = f"{cell.pair}, {cell.workload}, batch size {cell.batch_size}"
+        group += f", {cell.rate:g} requests/s" if cell.rate else ""
         marks = [pytest.mark.benchmark(timer=session.clock, group=group)]
         marks += [pytest.mark.skip(reason=skip)] if skip else []
-        values = [getattr(cell, name) for name in CELL_FIELDS]
-        parameters.append(pytest.param(*values, id=cell.id, marks=marks))
-    metafunc.parametrize(CELL_FIELDS, parameters)
+        values = [getattr(cell, name) for name in names]
+        parameters[cell.id] = pytest.param(*values, id=cell.id, marks=marks)
+    metafunc.parametrize(names, parameters.values())
 
 
 def _parametrize_costs(metafunc: pytest.Metafunc) -> None:
@@ -116,7 +161,12 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_benchmark_update_json(config: pytest.Config, output_json: dict[str, Any]) -> None:
+    session = config.stash[SESSION]
     output_json["schema_version"] = SCHEMA_VERSION
+    output_json["command"] = session.config.command
+    output_json["configuration"] = session.configuration()
+    output_json["shard"] = session.config.shard
+    output_json["cells_of_shards"] = session.cells_of_shards
 
 
 @pytest.hookimpl(trylast=True)
@@ -125,6 +175,10 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     if session and session.records:
         terminalreporter.section("speculative decoding")
         for line in table.render(session.records):
+            terminalreporter.write_line(line)
+    if session and session.load_records:
+        terminalreporter.section("under load")
+        for line in load_table.lines(session.load_records):
             terminalreporter.write_line(line)
     if session and session.audit_records:
         from bench import equivalence

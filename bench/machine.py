@@ -74,6 +74,21 @@ def resolve_device(device: str) -> str:
     return device
 
 
+def device_failure(error: RuntimeError, device: str) -> str | None:
+    """What an error says of a GPU that has failed or is full, with the remedy; None if it is about something else."""
+    import torch
+
+    cause = str(error).strip().partition("\n")[0]
+    if isinstance(error, torch.OutOfMemoryError):
+        return f"device={device} must have room for this cell, but {cause}; lower --batch-sizes or --max-tokens"
+    if isinstance(error, torch.AcceleratorError):
+        return (
+            f"device={device} must go on, but {cause}; finished cells are in the journal: see what became of the GPU "
+            "(nvidia-smi), then run again with --resume"
+        )
+    return None
+
+
 def gpu_uuids(device: str) -> list[str]:
     """The GPUs that a run on a device may use: one if it is named, all for "cuda", none for "cpu"."""
     if not device.startswith("cuda"):

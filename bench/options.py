@@ -20,6 +20,7 @@ from urllib.parse import urlsplit
 import pytest
 
 from bench.engines import ENGINES, METHODS, VLLM_METHODS, Gamma, VllmOptions
+from bench.load import PROCESSES, Limits, Process
 from bench.pairs import Pair, parse_pairs
 from bench.workloads import parse_workloads
 from specdec.models.loading import QUANTISATIONS as LOADABLE
@@ -63,6 +64,12 @@ class BenchConfig:
     num_prompts: int
     max_tokens: int
     batch_sizes: tuple[int, ...]
+    rate: tuple[float, ...]
+    duration: float
+    arrivals: Process
+    drain: float
+    ttft_limit: float
+    inter_token_limit: float
     temperature: float
     top_p: float
     top_k: int
@@ -79,6 +86,7 @@ class BenchConfig:
     certificates: Path
     telemetry_hz: float
     quantisation: str
+    shard: str | None
     journal: Path
     resume: bool
     smoke: bool
@@ -87,7 +95,7 @@ class BenchConfig:
 
     def __post_init__(self) -> None:
         largest = max(self.batch_sizes)
-        if largest > self.num_prompts:
+        if largest > self.num_prompts and not self.rate:
             raise ValueError(
                 f"batch_sizes={largest} must be at most num_prompts={self.num_prompts}; "
                 "raise --num-prompts or lower --batch-sizes"
@@ -97,6 +105,11 @@ class BenchConfig:
     def vllm(self) -> VllmOptions:
         """How vLLM is had."""
         return VllmOptions(self.vllm_python, self.vllm_options, self.server_url)
+
+    @property
+    def limits(self) -> Limits:
+        """What a request must keep for the goodput."""
+        return Limits(self.ttft_limit, self.inter_token_limit)
 
     @property
     def reference_engine(self) -> str:
@@ -279,7 +292,51 @@ OPTIONS = (
         "tokens to emit per prompt at the most",
         smoke="8",
     ),
-    Option("batch-sizes", _integers(1, "use 1 for one prompt at a time"), "1", "prompts decoded together"),
+    Option(
+        "batch-sizes",
+        _integers(1, "use 1 for one prompt at a time"),
+        "1",
+        "prompts decoded together; with --rate at the most",
+    ),
+    Option(
+        "rate",
+        lambda name, text: _arrival_rates(name, text),
+        "",
+        "open-loop load: so many requests a second, whether or not earlier ones are done; a list is a sweep. Instead "
+        "of a fixed number of prompts, for engines specdec and vllm-server",
+    ),
+    Option(
+        "duration",
+        _number(lambda value: value > 0, "> 0 seconds and finite"),
+        "30",
+        "with --rate: seconds in which requests arrive",
+        smoke="1",
+    ),
+    Option(
+        "arrivals",
+        _one_of(PROCESSES),
+        "poisson",
+        "with --rate: gaps of an exponential law (poisson), the same for every method, or equal ones (constant)",
+    ),
+    Option(
+        "drain",
+        _number(lambda value: value >= 0, ">= 0 seconds and finite"),
+        "60",
+        "with --rate: seconds after --duration until requests that are not done are given up and counted",
+    ),
+    Option(
+        "ttft-limit",
+        _number(lambda value: value > 0, "> 0 seconds and finite"),
+        "2",
+        "with --rate: seconds to the first token, waiting included, that a request of the goodput takes at the most",
+    ),
+    Option(
+        "inter-token-limit",
+        _number(lambda value: value > 0, "> 0 seconds and finite"),
+        "0.2",
+        "with --rate: likewise seconds from a token to the next, its mean over a request. The defaults of both are "
+        "those of MLPerf Inference for Llama 2 70B (server scenario)",
+    ),
     Option(
         "temperature",
         _number(lambda value: value >= 0, "finite and >= 0; use 0 for greedy decoding"),
@@ -355,6 +412,12 @@ OPTIONS = (
         "samples a second of power, utilisation, memory and temperature; 0 is none",
     ),
     Option(
+        "shard",
+        lambda name, text: _shard(name, text),
+        "",
+        "I/N, the I-th of N parts of the cells, each for a machine of its own; a cell's part depends on nothing else",
+    ),
+    Option(
         "journal",
         lambda name, text: Path(text),
         ".benchmarks/journal.jsonl",
@@ -421,6 +484,20 @@ def _rates(name: str, text: str) -> tuple[float, ...]:
     rates = tuple(parse_one(name, item.strip()) for item in text.split(",")) if text else ()
     _require(list(rates) == sorted(rates, reverse=True), f"{name}={text} must not rise: a rate counts all steps")
     return rates
+
+
+def _arrival_rates(name: str, text: str) -> tuple[float, ...]:
+    parse_one = _number(lambda value: value > 0, "> 0 requests a second and finite; leave it out for a fixed number")
+    return _distinct(name, tuple(parse_one(name, item.strip()) for item in text.split(","))) if text else ()
+
+
+def _shard(name: str, text: str) -> str | None:
+    index, _, number = text.partition("/")
+    holds = index.isdecimal() and number.isdecimal() and 1 <= int(index) <= int(number)
+    _require(
+        not text or holds, f"{name}={text!r} must be I/N with 1 <= I <= N; for example 1/3, and 2/3, 3/3 elsewhere"
+    )
+    return f"{int(index)}/{int(number)}" if text else None
 
 
 def _range(name: str, text: str) -> tuple[int, int] | None:

@@ -61,7 +61,7 @@ class Bars:
 def pictures(records: Sequence[Record]) -> list[Chart | Bars]:
     """All pictures of a run's records, as far as it has measured what they show."""
     costs = [record for record in records if "axis" in record]
-    cells = [record for record in records if "axis" not in record]
+    cells = [record for record in records if "axis" not in record and record.get("rate") is None]
     return [*_of_costs(costs), *_of_speedups(cells)]
 
 

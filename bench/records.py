@@ -9,8 +9,9 @@ from dataclasses import astuple, fields
 from statistics import fmean
 from typing import Any
 
+from bench import load
 from bench.cells import Cell
-from bench.engines import Gamma, PromptResult, Run
+from bench.engines import Gamma, PromptResult, Run, Served
 from bench.intervals import geometric_mean_interval, rate_interval
 from bench.journal import SCHEMA_VERSION
 from bench.measure import BASELINE, CANDIDATE, REFERENCE, Measurement
@@ -43,6 +44,55 @@ def build(
         "output_sha256": output_sha256([result.token_ids for result in _results(candidate)]),
         **_per_prompt(BASELINE, baseline),
         **_per_prompt(REFERENCE, measurement.runs.get(REFERENCE)),
+    }
+
+
+def build_load(
+    cell: Cell,
+    pair: Pair,
+    config: BenchConfig,
+    engine_version: str,
+    device: str,
+    served: Served,
+    arrivals_s: Sequence[float],
+) -> dict[str, Any]:
+    """The record of a load cell, see `bench.load`. What cannot be known is None."""
+    results = [result for result in served.results if result is not None]
+    run = Run(tuple(results), served.phase_times)
+    counts, times = _total_counts([run]), served.phase_times
+    requests = [
+        result and load.Request(at, result.ttft_s, result.latency_s, len(result.token_ids), result.queue_s)
+        for at, result in zip(arrivals_s, served.results, strict=True)
+    ]
+    summary = load.summary(requests, config.duration, config.limits)
+    ends = [each.arrival_s + each.latency_s if each else served.wall_s for each in requests]
+    mean_in_flight, peak_in_flight = load.in_flight(list(zip(arrivals_s, ends, strict=True)))
+    return {
+        "schema_version": SCHEMA_VERSION,
+        **_identity(cell, pair, config, engine_version, device),
+        "rate": cell.rate,
+        "arrivals": config.arrivals,
+        "duration_s": config.duration,
+        "drain_s": config.drain,
+        "ttft_limit_s": config.ttft_limit,
+        "inter_token_limit_s": config.inter_token_limit,
+        **summary,
+        "queue_s": served.queue_s if summary["queue_s"] is None else summary["queue_s"],
+        "num_unfinished": len(requests) - len(results) - served.num_refused,
+        "num_refused": served.num_refused,
+        "mean_num_in_flight": mean_in_flight,
+        "peak_num_in_flight": peak_in_flight,
+        "busy_rate": (times.total_s - times.bookkeeping_s) / times.total_s if times else None,
+        "peak_send_delay_s": served.peak_send_delay_s,
+        **_acceptance(counts),
+        **_phases(cell.method, counts, times),
+        "bookkeeping_time_s": None,  # waiting for arrivals would be part of it
+        "overhead_rate": None,
+        "output_sha256": output_sha256([result.token_ids if result else () for result in served.results]),
+        "per_request_arrival_s": list(arrivals_s),
+        "per_request_ttft_s": [each and each.ttft_s for each in requests],
+        "per_request_latency_s": [each and each.latency_s for each in requests],
+        "per_request_tokens": [each and each.num_tokens for each in requests],
     }
 
 

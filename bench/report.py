@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from bench import cost, plots, table
+from bench import cost, load_table, plots, table
 
 
 def render(run: Path) -> str:
@@ -39,9 +39,14 @@ def _read(run: Path) -> tuple[str, dict[str, Any], list[dict[str, Any]]]:
     try:
         results = json.loads(run.read_text())
         records = [benchmark["extra_info"] for benchmark in results["benchmarks"]]
-        decoding = [record for record in records if "axis" not in record]
+        decoding = [record for record in records if "axis" not in record and record.get("rate") is None]
+        loads = [record for record in records if record.get("rate") is not None]
         costs = [record for record in records if "axis" in record]
-        tables = [*(table.render(decoding) if decoding else []), *(cost.lines(costs) if costs else [])]
+        tables = [
+            *(table.render(decoding) if decoding else []),
+            *(load_table.lines(loads) if loads else []),
+            *(cost.lines(costs) if costs else []),
+        ]
         return "\n".join([_machine(results), "", *tables]), results, records
     except OSError as error:
         raise ValueError(f"{run} must be a file that can be read ({error.strerror}); check the path") from error

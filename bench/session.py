@@ -9,14 +9,15 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from itertools import islice
-from typing import Any
+from itertools import cycle, islice
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from bench import fairness, machine, quality, sandbox, telemetry, workloads
+from bench import fairness, load, machine, quality, sandbox, telemetry, workloads
 from bench.cells import Cell, Plan, plan
-from bench.engines import BenchEngine, EngineError, LoadOptions, Run, Setup, load
+from bench.engines import BenchEngine, EngineError, LoadOptions, Run, Setup
+from bench.engines import load as load_engine
 from bench.journal import Entry, Journal
 from bench.measure import BASELINE, CANDIDATE, REFERENCE, Arm, Clock, Measurement, check_counts, measure
 from bench.options import BenchConfig
@@ -24,6 +25,9 @@ from bench.pairs import Pair, check_vocabulary
 from bench.workloads import Malformed, Prompt, UnavailableError, UnitTest
 from specdec.drafts import NEEDS
 from specdec.prompts import encode, encode_raw
+
+if TYPE_CHECKING:
+    from specdec import SamplingParams
 
 WARM_UP_TOKENS = 8
 Batch = list[tuple[int, ...]]  # prompts as token ids
@@ -33,7 +37,8 @@ Encoded = tuple[Prompt, tuple[int, ...]]  # and its token ids
 class Session:
     """Prepares everything that can fail before anything expensive is done, then measures cell by cell.
 
-    plans: all cells. records, cost_records, audit_records: those of the finished cells, in the order of the run.
+    plans: all cells. records, load_records, cost_records, audit_records: those of the finished cells, in the order of
+    the run. cells_of_shards: how many cells each part of the campaign has.
     clock: pytest-benchmark's timer.
     Raises ValueError naming what was asked for and cannot be had.
     """
@@ -41,21 +46,26 @@ class Session:
     def __init__(self, config: BenchConfig) -> None:
         self.config, self.clock = config, Clock()
         self.device = machine.resolve_device(config.device)
+        self.arrivals = {
+            rate: load.arrivals(rate, config.duration, config.arrivals, config.seed) for rate in config.rate
+        }
         self.plans = plan(config, lambda *cell: machine.why_no_room(*cell, config, self.device))
         self.malformed = {workloads.label(name): Malformed(config.malformed) for name in config.workloads}
         self.prompts = {workloads.label(name): self._read(name) for name in config.workloads}
         self._check_code_execution()
         self.records: list[dict[str, Any]] = []
+        self.load_records: list[dict[str, Any]] = []
         self.cost_records: list[dict[str, Any]] = []
         self.audit_records: list[dict[str, Any]] = []
+        self.cells_of_shards: list[int] = []
         self.journal: Journal | None = None
         self.num_resumed = 0
         self._models = _Models(config, self.device)
 
     def open_journal(self) -> None:
         """Begin or resume the journal; until then nothing has been written."""
-        self.journal = Journal.open(self.config.journal, self._configuration(), resume=self.config.resume)
-        self.num_resumed = sum(each.cell.id in self.journal.cells for each in self.plans)
+        self.journal = Journal.open(self.config.journal, self.configuration(), resume=self.config.resume)
+        self.num_resumed = len(self.journal.cells.keys() & {_journal_name(each.cell) for each in self.plans})
 
     def close(self) -> None:
         """End what was started; the journal has every finished cell."""
@@ -72,6 +82,13 @@ class Session:
         """The record of a cell, from the journal or measured and then put there."""
         self.records.append(self._record(cell.id, benchmark, lambda: self._measure(cell, benchmark)))
         return self.records[-1]
+
+    def run_load(self, cell: Cell, benchmark: Any) -> dict[str, Any]:
+        """The record of a load cell, from the journal or measured and then put there."""
+        self.load_records.append(
+            self._record(_journal_name(cell), benchmark, lambda: self._measure_load(cell, benchmark))
+        )
+        return self.load_records[-1]
 
     def certify(self, cell: Cell, benchmark: Any) -> dict[str, Any]:
         """The record of a cell's audit, from the journal or made and then put there, and its certificate's files."""
@@ -126,7 +143,7 @@ class Session:
         prompts = [tokens for _, tokens in self._chosen(cell, pair)]
         audit = partial(equivalence.certify, engine, cell, pair, prompts, self.config, self.device)
         try:
-            with _failing():
+            with _failing(self.device):
                 certificate = benchmark.pedantic(audit, rounds=1)
         except ValueError as error:
             pytest.fail(str(error), pytrace=False)
@@ -172,6 +189,29 @@ class Session:
         num_tokens, num_accepted = record["num_tokens"], record["num_accepted"]
         record |= telemetry.record(sampler.trace, measurement.spans, self.config.telemetry_hz, num_tokens, num_accepted)
         return Entry(record, measurement.rounds_s)
+
+    def _measure_load(self, cell: Cell, benchmark: Any) -> Entry:
+        from bench import records, serving
+
+        config, pair = self.config, self._pair(cell)
+        arrivals_s = self.arrivals[cell.rate or 0.0]
+        chosen = [tokens for _, tokens in self._chosen(cell, pair)][: len(arrivals_s)]
+        prompts = list(islice(cycle(chosen), len(arrivals_s)))
+        requests = serving.Load(prompts, arrivals_s, self._sampling(0, len(prompts), config.max_tokens))
+        self._models.prepare([cell], pair)
+        engine: Any = self._models.engine(cell.engine, pair)
+        with _failing(self.device):
+            warm_up_s = serving.warm_up(engine, cell, requests, WARM_UP_TOKENS, config.duration + config.drain)
+            self._models.settle()
+            measured = serving.measure(benchmark, engine, cell, requests, config, self._meters(cell))
+            self._models.settle()
+        serving.check(engine, cell, measured.served, config.max_tokens, config.dtype_of(pair))
+        record = records.build_load(cell, pair, config, engine.version, self.device, measured.served, arrivals_s)
+        record |= {"num_prompts": len(chosen), "warm_up_time_s": warm_up_s}
+        record["num_rows_skipped"] = len(self.malformed[cell.workload].skipped)
+        counts = record["num_tokens"], record["num_accepted"]
+        record |= telemetry.record(measured.trace, measured.spans, config.telemetry_hz, *counts)
+        return Entry(record, measured.rounds_s)
 
     def _meters(self, cell: Cell) -> dict[str, telemetry.Meter | str]:
         if cell.engine == "vllm-server" and self.config.server_url:
@@ -301,22 +341,20 @@ class Session:
         return lambda index: self._generate(cell, pair, batches[index], index * cell.batch_size, self.config.max_tokens)
 
     def _generate(self, cell: Cell, pair: Pair, batch: Batch, first: int, max_tokens: int) -> Run:
-        """Decode a batch. first: the index of its first prompt, which gives each prompt a seed of its own."""
+        """Decode a batch. first: the index of its first prompt."""
+        sampling = self._sampling(first, len(batch), max_tokens)
+        with _failing(self.device):
+            return self._models.engine(cell.engine, pair).generate(batch, cell.method, cell.gamma, sampling)
+
+    def _sampling(self, first: int, num_prompts: int, max_tokens: int) -> list[SamplingParams]:
+        """Parameters of the prompts from number `first` on, each with a seed of its own."""
         from specdec import SamplingParams
 
         config = self.config
-        sampling = [
-            SamplingParams(
-                temperature=config.temperature,
-                top_p=config.top_p,
-                top_k=config.top_k,
-                max_tokens=max_tokens,
-                seed=config.seed + first + row,
-            )
-            for row in range(len(batch))
+        law = {"temperature": config.temperature, "top_p": config.top_p, "top_k": config.top_k}
+        return [
+            SamplingParams(**law, max_tokens=max_tokens, seed=config.seed + first + row) for row in range(num_prompts)
         ]
-        with _failing():
-            return self._models.engine(cell.engine, pair).generate(batch, cell.method, cell.gamma, sampling)
 
     def _read(self, workload: str) -> list[Prompt] | str:
         """The sampled prompts; the reason if a workload that nobody named is not available."""
@@ -327,14 +365,21 @@ class Session:
             if "workloads" in config.named:
                 raise
             return str(error)
-        num_prompts = config.num_prompts if "num_prompts" in config.named else min(config.num_prompts, len(prompts))
-        if not max(config.batch_sizes) <= num_prompts <= len(prompts):
+        wanted = config.num_prompts if "num_prompts" in config.named or not config.rate else self._most_requests
+        num_prompts = wanted if "num_prompts" in config.named else min(wanted, len(prompts))
+        least = 1 if config.rate else max(config.batch_sizes)
+        if not least <= num_prompts <= len(prompts):
             raise ValueError(
                 f"num_prompts={num_prompts} must be at most {len(prompts)}, what workload {workload} has, "
                 "and at least the batch size; lower --num-prompts or --batch-sizes"
             )
         # which prompts have the length asked for is known with a tokenizer: all of them are kept, in a drawn order
         return workloads.sample(prompts, len(prompts) if config.prompt_lengths else num_prompts, config.seed)
+
+    @property
+    def _most_requests(self) -> int:
+        """Requests of the highest rate."""
+        return max(map(len, self.arrivals.values()))
 
     def versions(self) -> dict[str, str | None]:
         """Versions of what results depend on; vLLM's is that of the interpreter that runs it."""
@@ -345,7 +390,7 @@ class Session:
 
         return installed | {"vllm": installed_version(self.config.vllm_python)}
 
-    def _configuration(self) -> dict[str, Any]:
+    def configuration(self) -> dict[str, Any]:
         """Everything that changes results: cells of different configurations must not be mixed."""
         options = dataclasses.asdict(self.config)
         for name in ("journal", "resume", "data_dir", "vllm_python", "certificates", "command", "named"):
@@ -362,6 +407,10 @@ class Session:
             "cpu_model": machine.cpu_model(),
             "cpu_count": os.cpu_count(),
         }
+
+
+def _journal_name(cell: Cell) -> str:
+    return cell.id if cell.rate is None else f"load-{cell.id}"
 
 
 def _encode(prompt: Prompt, tokenizer: Any, config: BenchConfig) -> tuple[int, ...]:
@@ -382,12 +431,16 @@ def _texts(runs: list[Run], tokenizer: Any) -> list[str]:
 
 
 @contextmanager
-def _failing() -> Iterator[None]:
-    """An engine that cannot go on fails its cell; the others are measured."""
+def _failing(device: str) -> Iterator[None]:
+    """An engine, or a GPU, that cannot go on fails its cell; the others are measured."""
     try:
         yield
     except EngineError as error:
         raise pytest.fail.Exception(str(error), pytrace=False) from None  # the message says it all
+    except RuntimeError as error:
+        if (failure := machine.device_failure(error, device)) is None:
+            raise
+        raise pytest.fail.Exception(failure, pytrace=False) from None
 
 
 class _Models:
@@ -414,7 +467,7 @@ class _Models:
         """Make each engine ready for the cells that are its own, the others for none."""
         for name in {*self._engines, *(cell.engine for cell in cells)}:
             setups = {Setup(cell.method, cell.gamma, cell.batch_size) for cell in cells if cell.engine == name}
-            with _failing():
+            with _failing(self._device):
                 self.engine(name, pair).prepare(setups)
 
     def settle(self) -> None:
@@ -444,7 +497,7 @@ class _Models:
         )
         try:
             check_vocabulary(pair, name)
-            return load(name, pair, options)
+            return load_engine(name, pair, options)
         except (LoadError, UnsupportedModelError, PlacementError) as error:
             gate = (
                 f"; if the hub refused it: accept the licence at https://huggingface.co/{pair.target} (and the "

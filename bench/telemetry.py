@@ -229,7 +229,7 @@ def record(trace: Trace, spans: Sequence[Span], hz: float, num_tokens: int, num_
     else:
         values["energy_reason"] = trace.reasons.get("gpu") or trace.reasons["cpu"]
     if (energy_j := values["energy_j"]) is not None:
-        values["energy_per_token_j"] = energy_j / num_tokens
+        values["energy_per_token_j"] = energy_j / num_tokens if num_tokens else None
         values["energy_per_accepted_token_j"] = energy_j / num_accepted if num_accepted else None
     return values
 

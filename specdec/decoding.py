@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from functools import lru_cache
 
 import torch
@@ -74,7 +74,7 @@ class Decoder:
         """
         return (row for row in self.advance(requests) if row.finish_reason)
 
-    def advance(self, requests: Sequence[Request]) -> Iterator[Generation]:
+    def advance(self, requests: Sequence[Request]) -> Generator[Generation]:
         """As `run`, yielding a row each time that it has emitted tokens, the last time with a finish reason."""
         start_s = time.perf_counter()
         self._stopwatch, self._total_s, self._recorded_s = Stopwatch(self.target.device), 0.0, self.recorder.seconds
@@ -83,18 +83,20 @@ class Decoder:
         waiting = deque(Generation(request, start_s + request.arrival_s) for request in arriving)
         slots: list[Generation | None] = [None] * self.max_batch_size
         batch: Batch | None = None
-        while waiting or any(slots):
-            yield from self._admit(waiting, slots, cache)
-            if not any(slots):
-                sleep_until(waiting[0].arrival_s if waiting else 0.0)
-                continue
-            batch = self._form_batch(slots, cache, batch)
-            self._step(batch, cache)
-            for slot, row in enumerate(slots):
-                if row:
-                    slots[slot] = None if row.finish_reason else row
-                    yield row
-        self._total_s = now_s(self.target.device) - start_s
+        try:
+            while waiting or any(slots):
+                yield from self._admit(waiting, slots, cache)
+                if not any(slots):
+                    sleep_until(waiting[0].arrival_s if waiting else 0.0)
+                    continue
+                batch = self._form_batch(slots, cache, batch)
+                self._step(batch, cache)
+                for slot, row in enumerate(slots):
+                    if row:
+                        slots[slot] = None if row.finish_reason else row
+                        yield row
+        finally:  # also if its caller has had enough
+            self._total_s = now_s(self.target.device) - start_s
 
     def _reserve(self, requests: Sequence[Request]) -> Cache:
         """A cache that holds the longest request and the draft tokens that may stand behind it."""
@@ -113,6 +115,7 @@ class Decoder:
         for slot in range(len(slots)):
             while slots[slot] is None and waiting and waiting[0].arrival_s <= time.perf_counter():
                 row = waiting.popleft()
+                row.admitted_s = time.perf_counter()
                 self._prefill(row, cache, slot)
                 slots[slot] = None if row.finish_reason else row
                 yield row

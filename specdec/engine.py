@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -170,8 +171,26 @@ class Engine:
             are there at once.
         Raises ValueError for an empty prompt, or one that with max_tokens exceeds the context, before decoding any.
         """
-        rows = self._decoder.run(self._requests(prompts, sampling, arrivals_s))
-        return sorted(map(self._complete, rows), key=lambda completion: completion.index)
+        completions = self.as_completed(prompts, sampling, arrivals_s=arrivals_s)
+        return sorted(completions, key=lambda completion: completion.index)
+
+    def as_completed(
+        self,
+        prompts: Sequence[str | Sequence[int]],
+        sampling: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        arrivals_s: Sequence[float] | None = None,
+    ) -> Generator[Completion]:
+        """As `generate`, yielding each completion when it is finished; closing it drops the prompts that are not.
+
+        Arguments are checked at the call. One stream or call at a time: they share the engine's cache.
+        """
+        rows = self._decoder.advance(self._requests(prompts, sampling, arrivals_s))
+        return self._completing(rows)
+
+    def _completing(self, rows: Generator[Generation]) -> Generator[Completion]:
+        with closing(rows):
+            yield from (self._complete(row) for row in rows if row.finish_reason)
 
     def stream(
         self,
@@ -259,6 +278,7 @@ class Engine:
             steps=tuple(row.steps),
             ttft_s=row.first_token_s - row.arrival_s,
             latency_s=row.last_token_s - row.arrival_s,
+            queue_s=row.admitted_s - row.arrival_s,
         )
 
 

@@ -57,13 +57,17 @@ def sources_of(steps: Sequence[Step]) -> tuple[TokenSource, ...]:
 
 @dataclass(slots=True, eq=False)
 class Generation:
-    """A request in flight: `tokens` is its prompt and what was emitted so far. Times are clock readings in seconds."""
+    """A request in flight: `tokens` is its prompt and what was emitted so far. Times are clock readings in seconds.
+
+    admitted_s: when it got a slot.
+    """
 
     request: Request
     arrival_s: float
     tokens: list[int] = field(init=False)
     steps: list[Step] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
+    admitted_s: float = 0.0
     first_token_s: float = 0.0
     last_token_s: float = 0.0
     finish_reason: FinishReason | None = None
@@ -139,7 +143,7 @@ class Completion:
     logprobs: log-probability of each emitted token under the target's unprocessed logits, if asked for.
     steps: one entry for each decode step; the first token comes from the prefill and belongs to none.
     ttft_s, latency_s: seconds from the call, or from the prompt's arrival, to the first and to the last token, waiting
-    for a slot included.
+    for a slot included. queue_s: the part of both that it waited for a slot.
     """
 
     index: int
@@ -151,6 +155,7 @@ class Completion:
     steps: tuple[Step, ...]
     ttft_s: float
     latency_s: float
+    queue_s: float
 
     @property
     def sources(self) -> tuple[TokenSource, ...]:

@@ -79,6 +79,45 @@ def test_arguments_are_checked_at_the_call() -> None:
         engine().stream([[]])
 
 
+# -- completions as they are finished ------------------------------------------------------------------------
+
+
+def test_completions_come_as_they_are_finished() -> None:
+    finished = list(engine(5).as_completed(PROMPTS, PARAMS))
+    lengths = [len(completion.token_ids) for completion in finished]
+    assert lengths[0] == 1  # the shortest of those that began together
+    assert [each.index for each in finished] != sorted(each.index for each in finished) or lengths == sorted(lengths)
+    by_index = sorted(finished, key=lambda completion: completion.index)
+    assert [without_times(each) for each in by_index] == [
+        without_times(each) for each in engine(5).generate(PROMPTS, PARAMS)
+    ]
+    with pytest.raises(ValueError, match="prompt 0 must not be empty"):
+        engine().as_completed([[]])
+
+
+def test_closing_drops_what_is_not_finished_and_the_engine_goes_on() -> None:
+    ours = engine(2)
+    completions = ours.as_completed(PROMPTS, PARAMS)
+    assert next(completions).index == 0
+    completions.close()
+    total_s = ours.phase_times.total_s
+    assert total_s >= ours.phase_times.prefill_s > 0  # of what was done
+    assert [without_times(each) for each in ours.generate(PROMPTS, PARAMS)] == [
+        without_times(each) for each in engine(2).generate(PROMPTS, PARAMS)
+    ]
+
+
+def test_waiting_for_a_slot_is_told() -> None:
+    """One slot: nobody has it before the one before is done."""
+    params = [SamplingParams(max_tokens=6)] * 3
+    first, second, third = Engine(TARGET).generate(PROMPTS[:3], params)
+    assert 0 <= first.queue_s < first.ttft_s
+    assert first.latency_s <= second.queue_s < second.ttft_s
+    assert second.latency_s <= third.queue_s < third.ttft_s
+    alone = Engine(TARGET, max_batch_size=3).generate(PROMPTS[:3], params)
+    assert all(each.queue_s < alone[0].latency_s for each in alone)
+
+
 # -- arrivals ------------------------------------------------------------------------------------------------
 
 

@@ -42,7 +42,7 @@ class PromptResult:
 
     token_ids: emitted tokens, a stop token included. ttft_s, latency_s: from the request's start to its first and
     last token. counts: acceptance counters by specdec's definitions, or None if the engine does not tell.
-    finish_reason: "stop" or "length".
+    finish_reason: "stop" or "length". queue_s: of both times, what it waited for a slot, if the engine tells.
     """
 
     token_ids: tuple[int, ...]
@@ -50,6 +50,7 @@ class PromptResult:
     latency_s: float
     counts: AcceptanceCounts | None
     finish_reason: str
+    queue_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +59,23 @@ class Run:
 
     results: tuple[PromptResult, ...]
     phase_times: PhaseTimes | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """What became of requests that arrived over time.
+
+    results: one per request, in order, its times from its arrival; None for one that was not finished in time.
+    num_refused: of those, how many were not taken. wall_s: from the beginning until the last was done, or time was up.
+    queue_s: mean wait for a slot, where the engine tells no more. peak_send_delay_s: how late a client was at the most.
+    """
+
+    results: tuple[PromptResult | None, ...]
+    wall_s: float
+    phase_times: PhaseTimes | None = None
+    num_refused: int = 0
+    queue_s: float | None = None
+    peak_send_delay_s: float | None = None
 
 
 class BenchEngine(Protocol):
@@ -95,6 +113,24 @@ class BenchEngine(Protocol):
         ...
 
 
+class ServingEngine(BenchEngine, Protocol):
+    """An engine that takes requests while it decodes others: one that has "arrivals" among its extras."""
+
+    def serve(
+        self,
+        prompts: Sequence[Sequence[int]],
+        arrivals_s: Sequence[float],
+        setup: Setup,
+        sampling: Sequence[SamplingParams],
+        limit_s: float,
+    ) -> Served:
+        """Continue each prompt from its arrival on, in seconds from the call; give up what is not done at `limit_s`.
+
+        setup: prepared for; as many as its batch size are decoded together at the most. Raises EngineError.
+        """
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class EngineKind:
     """What is known of an engine before it is loaded.
@@ -116,7 +152,7 @@ ENGINES = {
         METHODS,
         None,
         ("token", "block", "coupled"),
-        ("auto gamma", "synthetic acceptance", "placements", "other vocabularies"),
+        ("auto gamma", "synthetic acceptance", "placements", "other vocabularies", "arrivals"),
     ),
     "transformers": EngineKind(
         "transformers",
@@ -135,7 +171,7 @@ ENGINES = {
         "vllm",
         ("autoregressive", "ngram", "draft_model", "eagle", *VLLM_METHODS),
         verifications=("token", "block"),
-        extras=("synthetic acceptance", "interpreter"),
+        extras=("synthetic acceptance", "interpreter", "arrivals"),
     ),
 }
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import http.client
 import json
 import re
+import socket
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -17,6 +18,7 @@ from bench.engines import EngineError
 BUSY = (429, 502, 503, 504)  # statuses of a server that may answer if asked again
 SAMPLE = re.compile(r"^(?P<name>[\w:]+)(?:\{(?P<labels>.*)\})? (?P<value>\S+)$")
 POSITION = re.compile(r'position="(\d+)"')
+QUEUE = "vllm:request_queue_time_seconds"
 PREFIX = "vllm:spec_decode_num_"
 COUNTERS = {"num_drafts": "drafts", "num_drafted": "draft_tokens", "num_accepted": "accepted_tokens"}
 
@@ -35,6 +37,7 @@ class Client:
         self.url = url.rstrip("/").removesuffix("/v1")
         self._headers = {"Content-Type": "application/json", **({"Authorization": f"Bearer {key}"} if key else {})}
         self._timeout_s = timeout_s
+        self._connected: set[socket.socket] = set()
 
     def is_healthy(self) -> bool:
         """Whether it is up and has loaded its model."""
@@ -56,13 +59,24 @@ class Client:
         """Its cumulative counters: requests finished, and of drafts if it makes any."""
         return parse_counters(self._read("/metrics"))
 
+    def queue(self) -> tuple[float, int] | None:
+        """Seconds that requests have waited for a slot, and how many requests; None if it does not tell."""
+        return parse_queue(self._read("/metrics"))
+
+    def abort(self) -> None:
+        """Break off the requests that other threads wait for; they raise EngineError."""
+        for connected in list(self._connected):
+            with suppress(OSError):
+                connected.shutdown(socket.SHUT_RDWR)
+
     def complete(self, requests: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         """Continue prompts side by side. Each row is as a worker's; times are from the start of this call."""
         start_s = time.perf_counter()
         with ThreadPoolExecutor(len(requests)) as threads:
-            return list(threads.map(lambda request: self._complete(request, start_s), requests))
+            return list(threads.map(lambda request: self.complete_one(request, start_s), requests))
 
-    def _complete(self, request: Mapping[str, Any], start_s: float) -> dict[str, Any]:
+    def complete_one(self, request: Mapping[str, Any], start_s: float) -> dict[str, Any]:
+        """Continue a prompt; times are from `start_s`, a reading of time.perf_counter."""
         row = new_row()
         with self._request("POST", "/v1/completions", json.dumps(request).encode()) as response:
             for line in response:
@@ -83,8 +97,12 @@ class Client:
         parts = urlsplit(self.url)
         kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
         connection = kind(parts.hostname or "", parts.port, timeout=self._timeout_s)
+        connected: Any = None  # a connection lets go of its socket before the response has ended
         try:
             try:
+                connection.connect()
+                connected = connection.sock
+                self._connected.add(connected)
                 connection.request(method, parts.path + path, body, self._headers)
             except OSError as error:
                 raise BusyError(f"server={self.url} must be reachable ({error}); start it, or check the URL") from error
@@ -98,6 +116,7 @@ class Client:
         except (OSError, http.client.HTTPException) as error:
             raise EngineError(f"server={self.url} must go on, but the connection broke ({error!r})") from error
         finally:
+            self._connected.discard(connected)
             connection.close()
 
     def _check_status(self, response: http.client.HTTPResponse) -> None:
@@ -151,3 +170,13 @@ def parse_counters(page: str) -> dict[str, Any]:
         return finished
     drafts = {name: sums[f"{PREFIX}{key}_total"] for name, key in COUNTERS.items()}
     return finished | drafts | {"accepted_at": [accepted_at[index] for index in sorted(accepted_at)]}
+
+
+def parse_queue(page: str) -> tuple[float, int] | None:
+    """Seconds that requests have waited for a slot and how many requests, of a Prometheus page, summed over engines."""
+    samples = [sample for line in page.splitlines() if (sample := SAMPLE.match(line))]
+    seconds, numbers = (
+        [float(sample["value"]) for sample in samples if sample["name"] == f"{QUEUE}_{part}"]
+        for part in ("sum", "count")
+    )
+    return (sum(seconds), int(sum(numbers))) if seconds and numbers else None

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import closing
 from functools import cache
 from typing import Any
 
 import torch
 
 import specdec
-from bench.engines import Gamma, LoadOptions, PromptResult, Run, Setup
+from bench.engines import Gamma, LoadOptions, PromptResult, Run, Served, Setup
 from bench.pairs import Pair, folder
 from specdec import Completion, Engine, SamplingParams
 from specdec.drafts import NEEDS, load_with_drafts
@@ -55,6 +57,24 @@ class SpecdecEngine:
         completions = engine.generate(prompts, sampling)
         return Run(tuple(map(_result, completions)), engine.phase_times)
 
+    def serve(
+        self,
+        prompts: Sequence[Sequence[int]],
+        arrivals_s: Sequence[float],
+        setup: Setup,
+        sampling: Sequence[SamplingParams],
+        limit_s: float,
+    ) -> Served:
+        engine = self._engine(setup.method, setup.gamma, setup.batch_size)
+        results: list[PromptResult | None] = [None] * len(prompts)
+        start_s = time.perf_counter()
+        with closing(engine.as_completed(prompts, sampling, arrivals_s=arrivals_s)) as completions:
+            for completion in completions:
+                if time.perf_counter() - start_s > limit_s:
+                    break
+                results[completion.index] = _result(completion)
+        return Served(tuple(results), time.perf_counter() - start_s, engine.phase_times)
+
 
 def load(pair: Pair, options: LoadOptions) -> SpecdecEngine:
     """The pair's models, loaded as `specdec.Engine.load` does."""
@@ -74,5 +94,10 @@ def load(pair: Pair, options: LoadOptions) -> SpecdecEngine:
 
 def _result(completion: Completion) -> PromptResult:
     return PromptResult(
-        completion.token_ids, completion.ttft_s, completion.latency_s, completion.counts, completion.finish_reason
+        completion.token_ids,
+        completion.ttft_s,
+        completion.latency_s,
+        completion.counts,
+        completion.finish_reason,
+        completion.queue_s,
     )

@@ -17,8 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.engines import EngineError, Gamma, LoadOptions, PromptResult, Run, Setup
+from bench.engines import EngineError, Gamma, LoadOptions, PromptResult, Run, Served, Setup
 from bench.engines.completions import BusyError, Client
+from bench.engines.open_loop import send_on_time
 from bench.engines.pool import Pool
 from bench.engines.process import Child
 from bench.engines.vllm import (
@@ -95,6 +96,28 @@ class VllmServerEngine:
         ]
         try:
             return run(server.client, requests)
+        except EngineError as error:
+            failure = server.failure() or error
+            self._servers.drop(setup)
+            raise failure from None
+        finally:
+            self._busy_until_s = time.monotonic() + BUSY_WAIT_S
+
+    def serve(
+        self,
+        prompts: Sequence[Sequence[int]],
+        arrivals_s: Sequence[float],
+        setup: Setup,
+        sampling: Sequence[SamplingParams],
+        limit_s: float,
+    ) -> Served:
+        setup, server = self._servers.find(setup.method, setup.gamma, setup.batch_size)
+        requests = [
+            request(server.model, prompt, sampling_arguments(params, self.stop_token_ids))
+            for prompt, params in zip(prompts, sampling, strict=True)
+        ]
+        try:
+            return serve(server.client, requests, arrivals_s, limit_s)
         except EngineError as error:
             failure = server.failure() or error
             self._servers.drop(setup)
@@ -209,6 +232,20 @@ def run(client: Client, requests: Sequence[Mapping[str, Any]]) -> Run:
     is_ours = after["num_finished"] - before["num_finished"] == len(requests) == 1 and "num_drafts" in after
     ours = difference(after, before) if is_ours else None
     return Run(tuple(_result(row, row["drafts"] or ours, "num_drafts" in after) for row in rows))
+
+
+def serve(client: Client, requests: Sequence[Mapping[str, Any]], arrivals_s: Sequence[float], limit_s: float) -> Served:
+    """What became of requests that were sent one by one, each at its time; what a busy server refuses stays refused."""
+    before = client.queue()
+    sent = send_on_time(
+        lambda index, due_s: client.complete_one(requests[index], due_s), arrivals_s, limit_s, client.abort
+    )
+    after, is_drafting = client.queue(), "num_drafts" in client.counters()
+    results = tuple(_result(row, row["drafts"], is_drafting) if row else None for row in sent.results)
+    queue_s = None
+    if before and after and after[1] > before[1]:
+        queue_s = (after[0] - before[0]) / (after[1] - before[1])
+    return Served(results, sent.wall_s, None, sent.num_refused, queue_s, sent.peak_delay_s)
 
 
 def difference(after: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 from bench.cells import Cell, plan
 from bench.options import BenchConfig
 from bench.pairs import Pair
+from bench.shards import parse, part_of
 
 MakeConfig = Callable[..., BenchConfig]
 
@@ -74,3 +76,52 @@ def test_prescribed_acceptance_is_for_engines_that_have_it(make_config: MakeConf
     skips = {each.cell.engine: each.skip for each in plans}
     assert skips["specdec"] is None
     assert str(skips["transformers"]).startswith("engine=transformers has no synthetic acceptance")
+
+
+def test_rates_are_cells_of_engines_that_take_requests_while_they_decode(make_config: MakeConfig) -> None:
+    plans = plan(make_config(rate=(2.0, 0.5), gammas=(2,)))
+    assert [each.cell.id for each in plans if not each.skip] == [
+        f"specdec-tiny-random-{method}-same-smoke-1-{rate}"
+        for rate in ("2", "0.5")
+        for method in ("autoregressive-0", "draft_model-2")
+    ]
+    skips = {each.skip for each in plans if each.skip}
+    assert skips == {
+        "engine=transformers takes no requests while it decodes others; use --engines specdec,vllm-server, or leave "
+        "out --rate"
+    }
+    with pytest.raises(ValueError, match=r"engines=transformers is asked for .* takes no requests while it decodes"):
+        plan(make_config(rate=(2.0,), named=frozenset({"engines"})))
+
+
+# -- parts of a campaign -------------------------------------------------------------------------------------
+
+
+def parts(config: BenchConfig, num_parts: int) -> dict[str, int]:
+    return {each.cell.id: part_of(each.cell.shard_key, num_parts) for each in plan(config)}
+
+
+def test_a_cell_stays_in_its_part_whatever_is_beside_it(make_config: MakeConfig) -> None:
+    few = make_config(gammas=(4,), engines=("specdec",), methods=("draft_model",))
+    many = make_config(gammas=(1, 2, 4, 8, "auto"), engines=("transformers", "specdec"), workloads=("gsm8k", "smoke"))
+    for cell, part in parts(few, 3).items():
+        assert parts(many, 3)[cell] == part
+    assert part_of("specdec-tiny-random-ngram-4-same-smoke-1", 3) == 3  # on every machine, in every version
+    assert [parse(text) for text in (None, "1/1", "2/3")] == [(1, 1), (1, 1), (2, 3)]
+
+
+def test_parts_are_about_equally_large_and_one_part_is_all() -> None:
+    """Of 3,000 ids a part has 1,000 in the mean; by Hoeffding's bound 150 more or fewer have a chance below 1e-6."""
+    found = [part_of(f"cell-{number}", 3) for number in range(3000)]
+    assert {part_of(f"cell-{number}", 1) for number in range(20)} == {1}
+    assert 3 * 2 * math.exp(-2 * 150**2 / 3000) < 2e-6
+    assert all(abs(found.count(part) - 1000) < 150 for part in (1, 2, 3))
+
+
+def test_methods_at_a_rate_stay_together(make_config: MakeConfig) -> None:
+    """They are compared with each other, and a comparison needs one machine."""
+    config = make_config(rate=tuple(float(each) for each in range(1, 30)), engines=("specdec",))
+    found = parts(config, 4)
+    assert set(found.values()) == {1, 2, 3, 4}
+    for rate in config.rate:
+        assert len({part for cell, part in found.items() if cell.endswith(f"-{rate:g}")}) == 1

@@ -45,6 +45,13 @@ def test_the_command_line_wins_over_the_environment_and_that_over_the_ini_file()
     assert given.named == {"seed", "top_k", "max_tokens"}
 
 
+def test_load_has_defaults_and_may_be_a_sweep() -> None:
+    assert config().rate == ()
+    sweep = config(rate="2, 4,8.5", shard="02/03")
+    assert (sweep.rate, sweep.duration, sweep.arrivals, sweep.shard) == ((2.0, 4.0, 8.5), 30, "poisson", "2/3")
+    assert (sweep.limits.ttft_s, sweep.limits.inter_token_s) == (2, 0.2)
+
+
 def test_smoke_replaces_defaults_but_not_what_was_given() -> None:
     smoke = config(smoke="1", gammas="3,auto")
     assert [pair.name for pair in smoke.pairs] == ["tiny-random"]
@@ -92,6 +99,18 @@ def test_pairs_may_be_given_by_their_models() -> None:
         ("max_tokens", "1", "max_tokens=1 must be an integer of at least 2"),
         ("batch_sizes", "0", "batch_sizes=0 must be"),
         ("batch_sizes", "100", "batch_sizes=100 must be at most num_prompts="),
+        ("rate", "0", "rate=0 must be > 0 requests a second and finite; leave it out for a fixed number"),
+        ("rate", "2,-1", "rate=-1 must be > 0 requests a second"),
+        ("rate", "2,nan", "rate=nan must be > 0 requests a second"),
+        ("rate", "2,2.0", "rate must be distinct, but 2.0 is repeated"),
+        ("duration", "0", "duration=0 must be > 0 seconds and finite"),
+        ("arrivals", "gamma", "arrivals='gamma' must be poisson or constant"),
+        ("drain", "-1", "drain=-1 must be >= 0 seconds and finite"),
+        ("ttft_limit", "0", "ttft_limit=0 must be > 0 seconds"),
+        ("inter_token_limit", "inf", "inter_token_limit=inf must be > 0 seconds and finite"),
+        ("shard", "0/3", "shard='0/3' must be I/N with 1 <= I <= N; for example 1/3, and 2/3, 3/3 elsewhere"),
+        ("shard", "4/3", "shard='4/3' must be I/N"),
+        ("shard", "3", "shard='3' must be I/N"),
         ("seed", "-1", "seed=-1 must be"),
         ("seed", str(2**32), "must be an integer of at least 0 and below 4294967296"),
         ("dtype", "int8", "dtype='int8' must be auto or bfloat16"),

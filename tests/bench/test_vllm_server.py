@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from bench.engines import EngineError, LoadOptions, Setup, VllmOptions, vllm_server, why_not
-from bench.engines.completions import BusyError, Client, new_row, parse_counters, take
+from bench.engines.completions import BusyError, Client, new_row, parse_counters, parse_queue, take
 from bench.engines.vllm_server import VllmServerEngine, difference, request, run, server_environment
 from bench.measure import check_counts
 from bench.pairs import Pair, catalogue
@@ -110,6 +110,49 @@ def test_counters_of_the_metrics_page_say_the_same() -> None:
     assert grown["num_drafts"] == sum(histogram)
     assert grown["num_drafted"] == row["drafts"]["num_drafted"]
     assert grown["accepted_at"] == [sum(histogram[1:]), sum(histogram[2:]), sum(histogram[3:])]
+
+
+# -- requests that arrive over time --------------------------------------------------------------------------
+
+
+def test_a_load_counts_from_each_arrival(server: Any) -> None:
+    server.metrics = [BEFORE + "\n" + queue_page(10.0, 5), AFTER + "\n" + queue_page(12.0, 9)]
+    served = vllm_server.serve(client(server), [REQUEST] * 3, [0.0, 0.05, 0.1], 60)
+    assert len(server.seen) == 3
+    assert (served.num_refused, served.queue_s) == (0, 0.5)  # two seconds of four requests
+    assert served.wall_s >= 0.1
+    assert served.peak_send_delay_s is not None
+    for result in served.results:
+        assert result is not None
+        assert 0 < result.ttft_s <= result.latency_s
+        assert result.counts is not None
+        assert (len(result.token_ids), result.counts.num_drafted) == (12, 9)
+
+
+def test_a_load_keeps_refusals_and_breaks_off_what_is_late(server: Any) -> None:
+    server.planned = [503, "silence", "stream"]
+    served = vllm_server.serve(client(server), [REQUEST] * 3, [0.0, 0.1, 0.2], 0.35)
+    assert [result is not None for result in served.results] == [False, False, True]
+    assert served.num_refused == 1
+    assert served.queue_s is None  # its page tells nothing of queues
+    assert served.wall_s < 2  # the silent one was not waited for
+
+
+def test_a_load_ends_with_what_goes_wrong(server: Any) -> None:
+    server.planned = ["stream", 400]
+    with pytest.raises(EngineError, match="must accept the request, but answered 400: no"):
+        vllm_server.serve(client(server), [REQUEST] * 3, [0.0, 0.05, 3600.0], 7200)
+
+
+def queue_page(seconds: float, number: int) -> str:
+    name = "vllm:request_queue_time_seconds"
+    bucket = f'{name}_bucket{{engine="0",le="0.3"}} 3.0'
+    return f'{bucket}\n{name}_sum{{engine="0"}} {seconds}\n{name}_count{{engine="0"}} {float(number)}'
+
+
+def test_queues_of_all_engines_are_added() -> None:
+    assert parse_queue(queue_page(1.5, 3) + "\n" + queue_page(2.0, 4)) == (3.5, 7)
+    assert parse_queue(BEFORE) is None
 
 
 def test_a_page_without_drafts_has_only_finished_requests() -> None:

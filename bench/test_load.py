@@ -1,0 +1,28 @@
+"""Open-loop load: `pytest bench/ --rate 2,4,8 --duration 30` measures each engine and method at each rate."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from bench.cells import Cell
+from bench.session import Session
+
+
+@pytest.mark.filterwarnings("ignore:Benchmark fixture was not used at all")
+def test_load(
+    benchmark: Any,
+    session: Session,
+    engine: str,
+    pair: str,
+    method: str,
+    gamma: int | str,
+    placement: str,
+    workload: str,
+    batch_size: int,
+    rate: float,
+) -> None:
+    """Requests arrive for --duration and are drained: the only round. Counts are asserted, times never."""
+    cell = Cell(engine, pair, method, gamma, placement, workload, batch_size, rate)
+    benchmark.extra_info.update(session.run_load(cell, benchmark))
