@@ -12,7 +12,7 @@ import specdec
 ROOT = Path(specdec.__file__).parent
 # from the bottom to the top; a module may import from layers below its own only
 LAYERS = [
-    {"stats", "wheels", "prompts", "timing", "devices", "vocabularies", "models.placement"},
+    {"stats", "wheels", "prompts", "progress", "timing", "devices", "vocabularies", "models.placement"},
     {"kernels", "recording"},
     {"sampling", "randomness"},
     {"verification", "requests"},
@@ -29,6 +29,8 @@ LAYERS = [
     {"drafts", "decoding"},
     {"engine"},
     {"__init__"},
+    {"screen"},
+    {"__main__"},
     {"conformance", "conformance.enumeration", "conformance.mutants"},
     {"conformance.betting", "conformance.facts", "conformance.reference"},
     {"conformance.instruments", "conformance.certificate", "conformance.divergence"},

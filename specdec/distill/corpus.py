@@ -13,10 +13,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from specdec.distill.prompts import Dialogue, EvaluationText, about_texts
 from specdec.engine import Engine
+from specdec.progress import bar
 from specdec.prompts import decode, encode, rows
 from specdec.sampling import SamplingParams
 
@@ -118,13 +117,13 @@ def write_held_out(texts: Sequence[Text], tokenizer: Any, path: Path) -> None:
 def write(texts: Sequence[Text], engine: Engine, path: Path, *, max_tokens: int) -> None:
     """Let the target complete the texts and write them as JSON lines, behind those that the file already holds."""
     num_done = _drop_broken_end(path)
-    with path.open("a", encoding="utf-8") as out, tqdm(total=len(texts), initial=num_done, unit="text") as bar:
+    with path.open("a", encoding="utf-8") as out, bar(len(texts), "text", initial=num_done) as done:
         for start in range(num_done, len(texts), GROUP):
             group = texts[start : start + GROUP]
             for text in _completed(group, engine, max_tokens):
                 out.write(json.dumps(asdict(text)) + "\n")
             out.flush()
-            bar.update(len(group))
+            done.update(len(group))
 
 
 def read(path: Path) -> Iterator[Text]:

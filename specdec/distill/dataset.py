@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from specdec.distill import corpus
 from specdec.distill.corpus import Text
+from specdec.progress import bar
 
 WINDOW = 256  # texts whose features are in memory at once; what a kill may lose
 
@@ -125,10 +126,10 @@ def score(texts: Sequence[Text], model: Any, folder: Path, *, tokens_per_batch: 
         written = int(ends[num_done - 1]) if num_done else 0
         tokens.truncate(written * 4)  # what a killed run has written beyond its last note
         features.truncate(written * 2 * model.config.hidden_size)
-        with tqdm(total=len(texts), initial=num_done, unit="text") as bar:
+        with bar(len(texts), "text", initial=num_done) as done:
             for start in range(num_done, len(texts), WINDOW):
                 window = texts[start : start + WINDOW]
-                for text, states in zip(window, _features(window, model, tokens_per_batch, bar), strict=True):
+                for text, states in zip(window, _features(window, model, tokens_per_batch, done), strict=True):
                     tokens.write(np.array(text.prompt + text.output, np.int32).tobytes())
                     features.write(states.view(torch.int16).numpy().tobytes())
                 tokens.flush()
@@ -142,7 +143,7 @@ def _num_scored(folder: Path) -> int:
 
 
 @torch.inference_mode()
-def _features(texts: Sequence[Text], model: Any, tokens_per_batch: int, bar: tqdm) -> list[Tensor]:
+def _features(texts: Sequence[Text], model: Any, tokens_per_batch: int, done: tqdm) -> list[Tensor]:
     """The target's features of each text, bfloat16 [tokens, hidden], computed in batches of like length."""
     rows = [text.prompt + text.output for text in texts]
     order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
@@ -154,7 +155,7 @@ def _features(texts: Sequence[Text], model: Any, tokens_per_batch: int, bar: tqd
         hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state.bfloat16().cpu()
         for i, states in zip(group, hidden, strict=True):
             features[i] = states[: len(rows[i])].clone()
-        bar.update(len(group))
+        done.update(len(group))
     return features
 
 

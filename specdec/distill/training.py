@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from specdec.distill.dataset import Dataset, TextBatch
 from specdec.distill.students import Guesser, Student
+from specdec.progress import bar
 
 MAX_DEPTH = 4  # tokens of a draft that evaluation looks at
 EVALUATED = 24  # held-out texts at each temperature
@@ -76,12 +77,12 @@ def train(student: Student, dataset: Dataset, settings: Settings, folder: Path, 
     first = state["step"] if state else 0
     _forget_after(first, folder / "progress.jsonl")
     device = next(student.module.parameters()).device
-    with tqdm(total=settings.num_steps, initial=first, unit="step") as bar:
+    with bar(settings.num_steps, "step", initial=first) as steps:
         for step, indices in _batches(dataset, settings, first):
             random = torch.Generator().manual_seed(settings.seed * 1_000_003 + step)
             loss = _step(student, optimizers, dataset.batch(indices).to(device), settings, step, random)
-            bar.update()
-            bar.set_postfix(loss=f"{loss:.3f}")
+            steps.update()
+            steps.set_postfix(loss=f"{loss:.3f}")
             done = step + 1
             if done % settings.evaluate_every == 0 or done == settings.num_steps:
                 value = _evaluate_and_log(student, dataset, cost_ratio, folder, done, loss)

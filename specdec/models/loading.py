@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from specdec.models.placement import LayerBytes
+from specdec.progress import others_bars
 from specdec.wheels import WheelFile, cache_root, explained, fetch, made_once
 
 if TYPE_CHECKING:
@@ -82,7 +83,7 @@ def load_pretrained(
     place = _locate(source, load_format)
     special = _special(place, dtype, devices, quantisation, tp_plan, load_format)
     load = _stored_model if load_format == "auto" else _random_model
-    with explained(place.rule, place.remedy):
+    with explained(place.rule, place.remedy), others_bars():
         model = load(place, devices, dtype=dtype, attn_implementation=attention, **special)
         return model.eval().requires_grad_(False), _tokenizer(place, optional=load_format == "dummy")
 
@@ -146,7 +147,8 @@ def _with_embeddings(folder: Path) -> Path:
 
     def make(staging: Path) -> dict[str, Any]:
         target = json.loads((folder / "config.json").read_text())["specdec"]["made_with"]["target"]
-        materialise(folder, *load_pretrained(target, dtype=torch.bfloat16), staging / "made")
+        with others_bars():
+            materialise(folder, *load_pretrained(target, dtype=torch.bfloat16), staging / "made")
         return {"name": folder.name, "target": target, "weights_sha256": digest}
 
     rule = f"source={folder.name!r} must be put together once"
@@ -387,7 +389,8 @@ def _has_tokenizer(folder: Path) -> bool:
 
 def _convert(gguf: Path, folder: Path) -> None:
     model, tokenizer = load_pretrained(str(gguf), dtype=torch.bfloat16)
-    model.save_pretrained(folder)
+    with others_bars():
+        model.save_pretrained(folder)
     if tokenizer is not None:
         tokenizer.clean_up_tokenization_spaces = False  # 5.17 has True here, and warns of it when decoding
         tokenizer.save_pretrained(folder)
