@@ -18,6 +18,7 @@ from specdec.models import score
 from specdec.models.causal import CausalLM
 from specdec.models.eagle import EagleHead
 from specdec.proposers.ngram import LookupIndex
+from specdec.proposers.suffix import SAMPLED_DOUBT, OwnText
 from specdec.recording import Recorder
 from specdec.sampling import SamplingParams, SamplingState
 from specdec.timing import synchronise
@@ -33,6 +34,7 @@ SWEEPS = {
     "head": (1, 2, 4, 8, 16, 32),
     "vocabulary": (8192, 16384, 32768, 49152, 131072, 262144),
     "ngram": (1000, 3000, 10_000, 30_000, 100_000),
+    "suffix": (1000, 3000, 10_000, 30_000, 100_000),
     "slots": (1, 2, 4, 8, 16),
     **phases.SWEEPS,
 }
@@ -93,7 +95,7 @@ def _rounds(axis: str) -> tuple[int, int]:
     """How many rounds are measured, after how many that are not."""
     if axis in phases.SWEEPS:
         return 3, 1
-    return {"ngram": (5, 2), "slots": (1, 0)}.get(axis, (15, 2))
+    return {"slots": (1, 0), **dict.fromkeys(COPIES, (5, 2))}.get(axis, (15, 2))
 
 
 def needs(axis: str) -> str:
@@ -109,8 +111,10 @@ def sized(engine: SpecdecEngine, axis: str, size: int, prompts: Sequence[Sequenc
         return _phases(engine, axis, size)
     if axis == "head":
         return _head_step(engine.drafts["eagle"], engine.target, size)
-    if axis in ("vocabulary", "ngram"):
-        return _sampling(engine.target, size) if axis == "vocabulary" else _lookup(size)
+    if axis == "vocabulary":
+        return _sampling(engine.target, size)
+    if axis in COPIES:
+        return _copying(COPIES[axis], size)
     width = size if axis == "width" else WIDTH if axis.endswith(f"-of-{WIDTH}") else 1
     rows, context = (size if axis.startswith("batch") else 1), (size if axis.startswith("context") else CONTEXT)
     return _step(engine.target, rows, width, context)
@@ -177,19 +181,32 @@ def _sampling(target: CausalLM, vocab_size: int) -> Sized:
     return Sized(run, None, WIDTH)
 
 
-def _lookup(num_tokens: int) -> Sized:
-    """Prompt lookup over a text that grows token by token, as decoding does."""
+def _copying(make: Callable[[], Callable[[list[int]], object]], num_tokens: int) -> Sized:
+    """Copies of a few tokens from a text that grows as in decoding. make: -> what copies, from the text so far."""
     generator = torch.Generator().manual_seed(0)
     text = torch.randint(0, 5000, (num_tokens,), generator=generator).tolist()
     step = 8
 
     def run() -> None:
-        index, known = LookupIndex(), []
+        copy, known = make(), []
         for start in range(0, num_tokens, step):
             known += text[start : start + step]
-            index.continuation(known, WIDTH)
+            copy(known)
 
     return Sized(run, None, num_tokens)
+
+
+def _lookup() -> Callable[[list[int]], object]:
+    index = LookupIndex()
+    return lambda known: index.continuation(known, WIDTH)
+
+
+def _suffixes() -> Callable[[list[int]], object]:
+    own = OwnText()
+    return lambda known: own.copy(known, WIDTH, SAMPLED_DOUBT)
+
+
+COPIES = {"ngram": _lookup, "suffix": _suffixes}
 
 
 def lines(records: Sequence[dict[str, Any]]) -> Iterator[str]:

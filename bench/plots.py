@@ -118,10 +118,10 @@ _CHARTS: dict[str, tuple[str, str, str, dict[str, str]]] = {
         {"vocabulary": "law and draw"},
     ),
     "ngram": (
-        "Prompt lookup while a text grows",
+        "Copies while a text grows",
         "length of the text at the end, in tokens",
         "µs per token",
-        {"ngram": "index and lookup"},
+        {"ngram": "prompt lookup", "suffix": "suffix tree"},
     ),
     "slots": (
         f"{cost.NUM_REQUESTS} requests through slots, plain decoding, prompts read in the same time",

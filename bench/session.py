@@ -177,6 +177,7 @@ class Session:
         cells = self._arm_cells(cell)
         self._models.prepare(cells.values(), pair)
         warm_up_s = {name: self._warm_up(each, pair, batches) for name, each in cells.items()}
+        self._models.prepare(cells.values(), pair)  # again: the prompts of the warm-up are to be new
         arms = {name: self._arm(each, pair, batches) for name, each in cells.items()}
         with telemetry.Sampler(self._meters(cell), self.config.telemetry_hz) as sampler:
             measurement = measure(benchmark, arms, len(batches), self._models.settle)

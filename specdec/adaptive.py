@@ -68,11 +68,21 @@ class AdaptiveLength:
 
     def num_copied(self, num_rows: int) -> int:
         """How many tokens to copy in each of so many rows, none included: as many as bring most above their cost."""
-        tokens_per_s = self._tokens / self._seconds / num_rows  # what a row makes in the time that all rows wait
         reach = accumulate((accepted / looked_at for accepted, looked_at in self._copied), mul)
+        return self.best_length(list(reach), num_rows)[0]
+
+    def best_length(self, reach: Sequence[float], num_rows: int, *, drawn: bool = False) -> tuple[int, float]:
+        """How long a draft brings most above its cost, 0 included, and how many tokens more than none it then brings.
+
+        reach: for each of its tokens the probability that it and those before it are accepted. num_rows: rows that
+        share the step. drawn: whether its tokens cost time besides their verification.
+        """
+        tokens_per_s = self._tokens / self._seconds / num_rows  # what a row makes in the time that all rows wait
+        cost_s = self.costs.step_s if drawn else self.costs.verified_s
         brought = accumulate(reach, initial=0.0)
-        gains = [tokens - tokens_per_s * self.costs.verified_s(number) for number, tokens in enumerate(brought)]
-        return gains.index(max(gains))
+        gains = [tokens - tokens_per_s * (cost_s(number) - cost_s(0)) for number, tokens in enumerate(brought)]
+        most = max(gains)
+        return gains.index(most), most
 
     def observe_copy(self, num_copied: int, num_accepted: int) -> None:
         """Learn from a row that had something to copy: how many tokens it did, and how many of them were accepted."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -29,7 +30,9 @@ from specdec.proposers import Proposer
 from specdec.proposers.draft_model import DraftModelProposer
 from specdec.proposers.hybrid import HybridProposer
 from specdec.proposers.ngram import CountIndex, LookupIndex, NgramProposer, TokenIndex
+from specdec.proposers.suffix import SuffixProposer
 from specdec.proposers.table import Fallback, NgramTable
+from specdec.randomness import own_seed
 from specdec.requests import Chunk, Completion, Generation, Request, sources_of
 from specdec.sampling import SamplingParams
 from specdec.stats import PhaseTimes
@@ -39,8 +42,9 @@ from specdec.verification import VerificationRule, verify_block, verify_coupled,
 if TYPE_CHECKING:
     from specdec.drafts import AnyDraft
 
-Method = Literal["autoregressive", "draft_model", "eagle", "ngram", "ngram_store", "ngram_table", "hybrid"]
+Method = Literal["autoregressive", "draft_model", "eagle", "ngram", "ngram_store", "ngram_table", "suffix", "hybrid"]
 METHODS: tuple[Method, ...] = get_args(Method)
+HISTORY_BYTES = 64 << 20
 HYBRID_MIN_NGRAM = 2  # tokens that must match before the hybrid copies instead of drawing
 VERIFICATIONS: dict[str, VerificationRule] = {
     "token": verify_tokens,
@@ -54,7 +58,8 @@ class Engine:
 
     target: a LanguageModel such as CausalLM.
     method: what proposes tokens. "autoregressive": nothing. "ngram": prompt lookup. "ngram_store": online n-gram
-        counts. "ngram_table": prompt lookup, else a table counted beforehand. "draft_model": a smaller language model.
+        counts. "ngram_table": prompt lookup, else a table counted beforehand. "suffix": the likelier copy of two, from
+        the request's own text and from what finished requests said. "draft_model": a smaller language model.
         "eagle": a head on the target's features. "hybrid": prompt lookup where the match is long, else a head or a
         draft model.
     draft: what the method needs besides the target: a LanguageModel, an EagleHead or an NgramTable. A model with
@@ -62,6 +67,9 @@ class Engine:
     num_speculative_tokens: tokens proposed per step (gamma), at least 1; "autoregressive" proposes none. "auto": as
         many as pay by costs that are measured now, none included. The law stays the same, but which of its samples a
         seed gives then depends on this machine and on what was decoded before, unless verification is "coupled".
+    max_history_bytes: memory for what finished requests said, the oldest of which are forgotten first, at least 0. It
+        is for method "suffix", where it makes the sample that a seed gives depend on what was decoded before, as "auto"
+        does; with 0 a request copies from its own text alone.
     max_batch_size: prompts decoded together.
     verification: "token", "block" or "coupled", the rule that verifies a draft; all are lossless. With "coupled" a seed
         gives the same tokens at any temperature, whatever is proposed, and also if nothing is.
@@ -83,8 +91,12 @@ class Engine:
         verification: str = "token",
         synthetic_acceptance_rates: Sequence[float] | None = None,
         records: bool | None = None,
+        max_history_bytes: int = HISTORY_BYTES,
     ) -> None:
         require(max_batch_size >= 1, f"max_batch_size={max_batch_size} must be at least 1")
+        require(
+            max_history_bytes >= 0, f"max_history_bytes={max_history_bytes} must be at least 0; 0 remembers nothing"
+        )
         _check_verification(verification)
         _check_method(method, kind_of(draft) if draft is not None else None, num_speculative_tokens)
         self.target, self.draft, self.method = target, draft, method
@@ -95,7 +107,14 @@ class Engine:
         records = recordable if records is None else records
         is_adaptive = num_speculative_tokens == "auto" and method != "autoregressive"
         adaptive = _adaptive(target, drawing, max_batch_size, recordable) if is_adaptive else None
-        proposer = _make_proposer(target, draft, method, drawing, adaptive)
+        proposer = (
+            SuffixProposer(target.vocab_size, target.device, max_history_bytes, adaptive)
+            if method == "suffix"
+            else _make_proposer(target, draft, method, drawing, adaptive)
+        )
+        remembers = is_adaptive or (method == "suffix" and max_history_bytes > 0)
+        self._has_own_seeds = remembers and verification != "coupled"
+        self._num_requests = 0
         most = MOST if num_speculative_tokens == "auto" else num_speculative_tokens
         self.num_speculative_tokens = most if proposer else 0
         self._decoder = Decoder(
@@ -205,6 +224,13 @@ class Engine:
         texts = [""] * len(requests)
         return (self._chunk(row, texts) for row in self._decoder.advance(requests))
 
+    def forget(self) -> None:
+        """Lose what finished requests said, so that none of it is copied; what "auto" has learned stays."""
+        if isinstance(self._decoder.proposer, SuffixProposer):
+            self._decoder.proposer.forget()
+        if not self._decoder.adaptive:
+            self._num_requests = 0  # nothing tells of the uniforms that were used
+
     def _chunk(self, row: Generation, texts: list[str]) -> Chunk:
         """What a row has emitted since the last chunk. texts: by request, what has been given so far."""
         index, steps = row.request.index, row.steps[-1:]
@@ -256,6 +282,9 @@ class Engine:
             f"logit_bias and stop_token_ids of prompt {index} must be token ids below {vocab_size}, not {out_of_range}",
         )
         stop = frozenset(sampling.stop_token_ids)
+        if self._has_own_seeds:  # what earlier requests left tells of the uniforms that they met
+            sampling = replace(sampling, seed=own_seed(sampling.seed, self._num_requests))
+            self._num_requests += 1
         return Request(index, tokens, sampling, stop if sampling.ignore_eos else stop | self._eos_token_ids, arrival_s)
 
     def _encode(self, text: str) -> tuple[int, ...]:
@@ -339,6 +368,10 @@ def _draft_cost(target: LanguageModel, proposer: Proposer, rows: int, records: b
         num_drafted = sum(step.num_drafted for row in decoder.run(requests) for step in row.steps)
         seconds.append(decoder.times.draft_s * rows / num_drafted)
     return min(seconds[2:])  # the first times warm up
+
+
+def _check_history(max_history_bytes: int) -> None:
+    require(max_history_bytes >= 0, f"max_history_bytes={max_history_bytes} must be at least 0; 0 remembers nothing")
 
 
 def _check_verification(verification: str) -> None:

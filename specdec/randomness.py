@@ -74,6 +74,19 @@ def uniforms(seeds: Tensor, positions: Tensor, roles: Tensor, origins: Tensor) -
     return bits.double() * 2.0**-53
 
 
+def own_seed(seed: int, number: int) -> int:
+    """A seed for a request that others came before, so many of them; the first keeps its own. Both in [0, 2**64).
+
+    For requests whose drafts depend on what others said: an output tells of the uniforms that it was drawn by, and a
+    request that met these uniforms again would not have the target's law.
+    """
+    if number == 0:
+        return seed
+    counter = torch.tensor([number & _MASK, number >> 32, 0, 1])  # the last word is 0 wherever uniforms are drawn
+    low, high = philox(counter, torch.tensor([seed & _MASK, seed >> 32]))[:2].tolist()
+    return int(high) << 32 | int(low)
+
+
 def noise(seeds: Tensor, positions: Tensor, vocab_size: int, source: UniformSource = uniforms) -> Tensor:
     """One uniform for each token at each position: the same for whoever draws there, draft or target.
 

@@ -67,7 +67,7 @@ def test_greedy_equals_transformers(
         assert sum(c.counts.num_accepted for c in completions) > 0
 
 
-@pytest.mark.parametrize("method", ["ngram", "ngram_table", "draft_model", "eagle", "hybrid"])
+@pytest.mark.parametrize("method", ["ngram", "ngram_table", "suffix", "draft_model", "eagle", "hybrid"])
 def test_greedy_equals_transformers_as_people_load_it(method: str, prompts: list, reference: list) -> None:
     """`Engine.load` fuses layers and finds the pair's own drafts; in float32 the tokens stay the same."""
     engine = Engine.load("smollm2-135m", dtype=torch.float32, method=method, num_speculative_tokens=3, max_batch_size=2)

@@ -40,7 +40,8 @@ def engine_for(method: str, **options) -> Engine:
         target, head = features_pair()
         return Engine(target, method="eagle", draft=head, **options)
     drafts = {"draft_model": DRAFT, "hybrid": DRAFT, "ngram_table": TABLE}
-    return Engine(TARGET, method=method, draft=drafts.get(method), **options)
+    history = {"max_history_bytes": 0} if method == "suffix" else {}  # with one only laws do not depend on others
+    return Engine(TARGET, method=method, draft=drafts.get(method), **history, **options)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -138,6 +139,8 @@ def test_counts_sum_over_completions() -> None:
         ({"method": "draft_model"}, 'method="draft_model" needs a draft'),
         ({"method": "ngram", "draft": DRAFT}, "a draft is given but method='ngram' does not use it"),
         ({"max_batch_size": 0}, "max_batch_size=0 must be at least 1"),
+        ({"method": "suffix", "max_history_bytes": -1}, "max_history_bytes=-1 must be at least 0; 0 remembers nothing"),
+        ({"method": "suffix", "draft": DRAFT}, "a draft is given but method='suffix' does not use it, being a model"),
         (
             {"method": "draft_model", "draft": MarkovModel(torch.full((5, 5, 5), 0.2))},
             "the draft's vocabulary of 5 tokens must be the target's, 3",

@@ -14,10 +14,10 @@ if TYPE_CHECKING:
     from specdec import AcceptanceCounts, PhaseTimes, SamplingParams
 
 Gamma = int | Literal["auto"]
-METHODS = ("autoregressive", "ngram", "ngram_store", "ngram_table", "draft_model", "eagle", "hybrid")
+METHODS = ("autoregressive", "ngram", "ngram_store", "ngram_table", "suffix", "draft_model", "eagle", "hybrid")
 # vLLM's own, by its names; whether the installed version has one is seen when its engine starts
 VLLM_DRAFTS = ("eagle3", "medusa", "mlp_speculator", "dflash", "dspark")
-VLLM_METHODS = ("suffix", "ngram_gpu", "mtp", *VLLM_DRAFTS)
+VLLM_METHODS = ("ngram_gpu", "mtp", *VLLM_DRAFTS)
 
 
 class EngineError(RuntimeError):
@@ -89,7 +89,7 @@ class BenchEngine(Protocol):
     def prepare(self, setups: Collection[Setup]) -> None:
         """Be ready for these, which a cell is about to use, and let go of what only others needed.
 
-        Raises EngineError if that cannot be.
+        What earlier prompts left with an engine is forgotten, if it can be. Raises EngineError if it cannot be ready.
         """
         ...
 
@@ -163,13 +163,13 @@ ENGINES = {
     ),
     "vllm": EngineKind(
         "vllm",
-        ("autoregressive", "ngram", "draft_model", "eagle", *VLLM_METHODS),
+        ("autoregressive", "ngram", "suffix", "draft_model", "eagle", *VLLM_METHODS),
         verifications=("token", "block"),
         extras=("synthetic acceptance", "interpreter"),
     ),
     "vllm-server": EngineKind(
         "vllm",
-        ("autoregressive", "ngram", "draft_model", "eagle", *VLLM_METHODS),
+        ("autoregressive", "ngram", "suffix", "draft_model", "eagle", *VLLM_METHODS),
         verifications=("token", "block"),
         extras=("synthetic acceptance", "interpreter", "arrivals"),
     ),

@@ -27,9 +27,11 @@ class SpecdecEngine:
         self.target, self.tokenizer, self.drafts = target, target.tokenizer, drafts
         self.dtype, self.stop_token_ids = str(target.dtype).removeprefix("torch."), target.eos_token_ids
 
+        self._engines: list[Engine] = []
+
         @cache
         def engine(method: Any, gamma: Gamma, batch_size: int) -> Engine:
-            return Engine(
+            made = Engine(
                 target,
                 draft=drafts.get(method),
                 method=method,
@@ -38,11 +40,15 @@ class SpecdecEngine:
                 verification=options.verification,
                 synthetic_acceptance_rates=options.synthetic_acceptance_rates or None,
             )
+            self._engines.append(made)
+            return made
 
         self._engine = engine
 
     def prepare(self, setups: Collection[Setup]) -> None:
-        """Nothing: all setups share the models."""
+        """All setups share the models; what their engines remember of earlier prompts is forgotten."""
+        for engine in self._engines:
+            engine.forget()
 
     def settle(self) -> None:
         """It does nothing between calls."""

@@ -79,6 +79,7 @@ def test_bytes_and_tokens_of_each_axis(engine: SpecdecEngine) -> None:
         ("head", 8): (head + 8 * 256 * 257, 8),
         ("vocabulary", 50): (None, 5),
         ("ngram", 1000): (None, 1000),
+        ("suffix", 1000): (None, 1000),
         ("phases-eagle-sampled", 8): (None, 8 * 64),
     }
     for (axis, size), (num_bytes, tokens) in expected.items():

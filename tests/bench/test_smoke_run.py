@@ -21,7 +21,7 @@ Resumed = tuple[Path, dict[str, Any], str]
 CELLS = [
     f"{engine}-tiny-random-{method}-{0 if method == 'autoregressive' else 2}-same-smoke-1"
     for engine, methods in (
-        ("specdec", ("autoregressive", "ngram", "ngram_store", "ngram_table", "draft_model", "eagle", "hybrid")),
+        ("specdec", METHODS),
         ("transformers", ("autoregressive", "ngram", "draft_model")),
     )
     for method in methods
