@@ -9,7 +9,7 @@ from itertools import product
 from bench.engines import ENGINES, VLLM_DRAFTS, Gamma, why_not, why_not_pair
 from bench.options import BenchConfig
 from bench.pairs import Pair
-from bench.workloads import label
+from bench.workloads import buckets, label
 from specdec.drafts import NEEDS
 
 
@@ -84,11 +84,12 @@ def plan(config: BenchConfig, why_no_room: WhyNot = lambda *_: None) -> list[Pla
 
 def _combinations(config: BenchConfig) -> Iterator[tuple[str, int, str, str, float | None, str, Gamma]]:
     """(workload, batch size, placement, engine, rate, method, gamma): what is compared comes one after the other."""
+    names = [name for workload in config.workloads for name in buckets(label(workload), config.prompt_lengths)]
     for placement, workload, batch_size, engine, rate, method in product(
-        config.placements, config.workloads, config.batch_sizes, config.engines, config.rate or (None,), config.methods
+        config.placements, names, config.batch_sizes, config.engines, config.rate or (None,), config.methods
     ):
         for gamma in (0,) if method == "autoregressive" else config.gammas:
-            yield label(workload), batch_size, placement, engine, rate, method, gamma
+            yield workload, batch_size, placement, engine, rate, method, gamma
 
 
 def _plan(

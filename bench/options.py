@@ -22,7 +22,7 @@ import pytest
 from bench.engines import ENGINES, METHODS, VLLM_METHODS, Gamma, VllmOptions
 from bench.load import PROCESSES, Limits, Process
 from bench.pairs import Pair, parse_pairs
-from bench.workloads import parse_workloads
+from bench.workloads import Lengths, parse_workloads
 from specdec.models.loading import QUANTISATIONS as LOADABLE
 from specdec.models.placement import parse as parse_placement
 
@@ -59,7 +59,7 @@ class BenchConfig:
     data_dir: Path | None
     malformed: str
     prompt_format: str
-    prompt_lengths: tuple[int, int] | None
+    prompt_lengths: tuple[Lengths, ...]
     allow_code_execution: bool
     num_prompts: int
     max_tokens: int
@@ -273,9 +273,10 @@ OPTIONS = (
     ),
     Option(
         "prompt-lengths",
-        lambda name, text: _range(name, text),
+        lambda name, text: _ranges(name, text),
         "",
-        "MIN:MAX, only prompts of so many tokens, template included, in the reference engine's tokenizer",
+        "MIN:MAX, only prompts of so many tokens, template included, in the reference engine's tokenizer; a list gives "
+        "each workload a cell for each of these buckets",
     ),
     Option(
         "allow-code-execution",
@@ -500,12 +501,16 @@ def _shard(name: str, text: str) -> str | None:
     return f"{int(index)}/{int(number)}" if text else None
 
 
-def _range(name: str, text: str) -> tuple[int, int] | None:
+def _ranges(name: str, text: str) -> tuple[Lengths, ...]:
+    return _distinct(name, tuple(_range(name, item.strip()) for item in text.split(","))) if text else ()
+
+
+def _range(name: str, text: str) -> Lengths:
     """MIN:MAX, both included."""
     least, _, most = text.partition(":")
     holds = least.isdecimal() and most.isdecimal() and 1 <= int(least) <= int(most)
-    _require(not text or holds, f"{name}={text!r} must be MIN:MAX with 1 <= MIN <= MAX; for example 128:512")
-    return (int(least), int(most)) if text else None
+    _require(holds, f"{name}={text!r} must be MIN:MAX with 1 <= MIN <= MAX; for example 128:512")
+    return int(least), int(most)
 
 
 def _data_dir(name: str, text: str) -> Path | None:

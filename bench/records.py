@@ -17,6 +17,7 @@ from bench.journal import SCHEMA_VERSION
 from bench.measure import BASELINE, CANDIDATE, REFERENCE, Measurement
 from bench.options import BenchConfig
 from bench.pairs import Pair
+from bench.workloads import bucket
 from specdec import AcceptanceCounts, PhaseTimes
 from specdec.stats import RunTotals, SpeedupParts, attribute_speedup, expected_speedup, predicted_speedup
 
@@ -102,6 +103,7 @@ def output_sha256(outputs: Sequence[Sequence[int]]) -> str:
 
 
 def _identity(cell: Cell, pair: Pair, config: BenchConfig, engine_version: str, device: str) -> dict[str, Any]:
+    _, lengths = bucket(cell.workload, config.prompt_lengths)
     return {
         "engine": cell.engine,
         "engine_version": engine_version,
@@ -113,7 +115,7 @@ def _identity(cell: Cell, pair: Pair, config: BenchConfig, engine_version: str, 
         "placement": cell.placement,
         "workload": cell.workload,
         "prompt_format": config.prompt_format,
-        "prompt_lengths": "{}:{}".format(*config.prompt_lengths) if config.prompt_lengths else None,
+        "prompt_lengths": "{}:{}".format(*lengths) if lengths else None,
         "dtype": config.dtype_of(pair),
         "device": device,
         "batch_size": cell.batch_size,

@@ -22,7 +22,7 @@ from bench.journal import Entry, Journal
 from bench.measure import BASELINE, CANDIDATE, REFERENCE, Arm, Clock, Measurement, check_counts, measure
 from bench.options import BenchConfig
 from bench.pairs import Pair, check_vocabulary
-from bench.workloads import Malformed, Prompt, UnavailableError, UnitTest
+from bench.workloads import Lengths, Malformed, Prompt, UnavailableError, UnitTest
 from specdec.drafts import NEEDS
 from specdec.prompts import encode, encode_raw
 
@@ -75,7 +75,7 @@ class Session:
 
     def why_skipped(self, plan: Plan) -> str | None:
         """Why a cell cannot run here, and the remedy."""
-        prompts = self.prompts[plan.cell.workload]
+        prompts = self.prompts[self._bucket(plan.cell)[0]]
         return plan.skip or (prompts if isinstance(prompts, str) else None)
 
     def run(self, cell: Cell, benchmark: Any) -> dict[str, Any]:
@@ -186,7 +186,7 @@ class Session:
         record = records.build(cell, pair, self.config, version, self.device, measurement)
         record |= self._partings(pair, batches, measurement) | {"warm_up_time_s": warm_up_s[CANDIDATE]}
         record |= self._quality(pair, [prompt for prompt, _ in chosen], measurement)
-        record["num_rows_skipped"] = len(self.malformed[cell.workload].skipped)
+        record["num_rows_skipped"] = len(self.malformed[self._bucket(cell)[0]].skipped)
         num_tokens, num_accepted = record["num_tokens"], record["num_accepted"]
         record |= telemetry.record(sampler.trace, measurement.spans, self.config.telemetry_hz, num_tokens, num_accepted)
         return Entry(record, measurement.rounds_s)
@@ -209,7 +209,7 @@ class Session:
         serving.check(engine, cell, measured.served, config.max_tokens, config.dtype_of(pair))
         record = records.build_load(cell, pair, config, engine.version, self.device, measured.served, arrivals_s)
         record |= {"num_prompts": len(chosen), "warm_up_time_s": warm_up_s}
-        record["num_rows_skipped"] = len(self.malformed[cell.workload].skipped)
+        record["num_rows_skipped"] = len(self.malformed[self._bucket(cell)[0]].skipped)
         counts = record["num_tokens"], record["num_accepted"]
         record |= telemetry.record(measured.trace, measured.spans, config.telemetry_hz, *counts)
         return Entry(record, measured.rounds_s)
@@ -281,11 +281,12 @@ class Session:
 
         Fails the cell if one does not fit into the pair's context.
         """
-        config, prompts = self.config, self.prompts[cell.workload]
+        workload, lengths = self._bucket(cell)
+        config, prompts = self.config, self.prompts[workload]
         assert not isinstance(prompts, str), "a skipped cell is not measured"
         tokenizer = self._models.engine(config.reference_engine, pair).tokenizer
         encoded = ((prompt, _encode(prompt, tokenizer, config)) for prompt in prompts)
-        chosen = list(encoded) if config.prompt_lengths is None else self._fitting(cell, encoded)
+        chosen = list(encoded) if lengths is None else self._fitting(cell, encoded, lengths)
         for _, prompt in chosen:
             if pair.context is not None and len(prompt) + config.max_tokens > pair.context:
                 pytest.fail(
@@ -296,11 +297,14 @@ class Session:
                 )
         return chosen
 
-    def _fitting(self, cell: Cell, encoded: Iterator[Encoded]) -> list[Encoded]:
+    def _bucket(self, cell: Cell) -> tuple[str, Lengths | None]:
+        """Of a cell the workload, and the lengths of its prompts."""
+        return workloads.bucket(cell.workload, self.config.prompt_lengths)
+
+    def _fitting(self, cell: Cell, encoded: Iterator[Encoded], lengths: Lengths) -> list[Encoded]:
         """The first prompts whose length was asked for."""
         config = self.config
-        assert config.prompt_lengths is not None
-        least, most = config.prompt_lengths
+        least, most = lengths
         fitting = ((prompt, tokens) for prompt, tokens in encoded if least <= len(tokens) <= most)
         chosen = list(islice(fitting, config.num_prompts))
         if len(chosen) < config.num_prompts:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import importlib
 import random
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+Lengths = tuple[int, int]  # least and most tokens of a prompt
+BUCKET = re.compile(r"(?P<label>.*)@(?P<least>\d+):(?P<most>\d+)")
 NAMES = ("humaneval", "gsm8k", "spec_bench", "sharegpt", "xsum", "smoke")
 
 
@@ -83,6 +86,20 @@ def parse_workloads(name: str, text: str) -> tuple[str, ...]:
 def label(workload: str) -> str:
     """What a workload is called in results: its name, or its file's without folder and suffix."""
     return workload if _split(workload)[0] in NAMES else Path(workload).stem
+
+
+def buckets(label: str, lengths: Sequence[Lengths]) -> list[str]:
+    """What a workload's cells are called: as the workload, or, of several buckets of lengths, LABEL@LEAST:MOST each."""
+    return [label] if len(lengths) < 2 else [f"{label}@{least}:{most}" for least, most in lengths]
+
+
+def bucket(name: str, lengths: Sequence[Lengths]) -> tuple[str, Lengths | None]:
+    """Of a cell's workload the label and the lengths of its prompts, as `buckets` put them together; None is any."""
+    if len(lengths) < 2:
+        return name, next(iter(lengths), None)
+    found = BUCKET.fullmatch(name)
+    assert found, f"{name} is one of several buckets"
+    return found["label"], (int(found["least"]), int(found["most"]))
 
 
 def read(workload: str, data_dir: Path | None, malformed: Malformed | None = None) -> list[Prompt]:

@@ -32,7 +32,7 @@ def make_config() -> Callable[..., BenchConfig]:
         data_dir=None,
         malformed="refuse",
         prompt_format="instruct",
-        prompt_lengths=None,
+        prompt_lengths=(),
         allow_code_execution=False,
         num_prompts=4,
         max_tokens=8,

@@ -45,6 +45,13 @@ def test_the_command_line_wins_over_the_environment_and_that_over_the_ini_file()
     assert given.named == {"seed", "top_k", "max_tokens"}
 
 
+def test_buckets_of_lengths_are_a_list() -> None:
+    assert config().prompt_lengths == ()
+    assert config(prompt_lengths="1:64, 65:512").prompt_lengths == ((1, 64), (65, 512))
+    with pytest.raises(ValueError, match="prompt_lengths must be distinct"):
+        config(prompt_lengths="1:64,1:64")
+
+
 def test_load_has_defaults_and_may_be_a_sweep() -> None:
     assert config().rate == ()
     sweep = config(rate="2, 4,8.5", shard="02/03")

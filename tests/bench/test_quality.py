@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from bench import quality, sandbox, table, workloads
-from bench.cells import Cell
+from bench.cells import Cell, plan
 from bench.engines import PromptResult, Run
 from bench.intervals import mean_difference_interval
 from bench.measure import BASELINE, CANDIDATE, Measurement
@@ -17,7 +17,7 @@ from bench.options import BenchConfig
 from bench.pairs import Pair
 from bench.sandbox import Outcome
 from bench.session import Session
-from bench.workloads import Number, Prompt, Summary, UnitTest
+from bench.workloads import Number, Prompt, Summary, UnitTest, bucket
 
 DATA = Path(__file__).parent / "data"
 CODE = "You can halve it so:\n```python\ndef half(x):\n    return {}\n```\nThis rounds down. def half is short."
@@ -210,17 +210,39 @@ def test_the_table_has_a_line_for_quality(
 def test_lengths_are_counted_in_tokens(make_config: Callable[..., BenchConfig], tmp_path: Path) -> None:
     path = tmp_path / "mine.txt"
     path.write_text("".join("x" * length + "\n" for length in range(1, 21)))
-    config = make_config(workloads=(str(path),), prompt_lengths=(5, 8), num_prompts=4)
+    config = make_config(workloads=(str(path),), prompt_lengths=((5, 8),), num_prompts=4)
     session = session_with(config)
     cell = Cell("specdec", "p", "autoregressive", 0, "same", "mine", 1)
     chosen = session._chosen(cell, Pair("p", "t"))
     assert sorted(len(tokens) for _, tokens in chosen) == [5, 6, 7, 8]
     assert [bytes(tokens).decode() for _, tokens in chosen] == [prompt.text for prompt, _ in chosen]
-    narrow = session_with(make_config(workloads=(str(path),), prompt_lengths=(5, 6), num_prompts=4))
+    narrow = session_with(make_config(workloads=(str(path),), prompt_lengths=((5, 6),), num_prompts=4))
     with pytest.raises(
         pytest.fail.Exception, match=r"prompt_lengths=5:6 must hold for at least num_prompts=4 .* for 2"
     ):
         narrow._chosen(cell, Pair("p", "t"))
+
+
+def test_each_bucket_of_lengths_is_a_cell_with_prompts_of_its_own(
+    make_config: Callable[..., BenchConfig], tmp_path: Path
+) -> None:
+    path = tmp_path / "mine.txt"
+    path.write_text("".join("x" * length + "\n" for length in range(1, 21)))
+    config = make_config(
+        engines=("specdec",),
+        methods=("autoregressive",),
+        workloads=(str(path),),
+        prompt_lengths=((3, 5), (9, 12)),
+        num_prompts=3,
+    )
+    session = session_with(config)
+    cells = [each.cell for each in plan(config)]
+    assert [cell.workload for cell in cells] == ["mine@3:5", "mine@9:12"]
+    lengths = [[len(tokens) for _, tokens in session._chosen(cell, Pair("p", "t"))] for cell in cells]
+    assert sorted(lengths[0]) == [3, 4, 5]
+    assert len(set(lengths[1]) & {9, 10, 11, 12}) == 3
+    assert bucket("a@b@3:5", config.prompt_lengths) == ("a@b", (3, 5))
+    assert bucket("a@3:5", ((1, 2),)) == ("a@3:5", (1, 2))
 
 
 def test_raw_prompts_are_texts_to_go_on_with(make_config: Callable[..., BenchConfig]) -> None:
