@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from bench.options import BenchConfig, parse_config
+from bench.options import OPTIONS, BenchConfig, parse_config
 
 ROOT = Path(__file__).parents[2]
 
@@ -43,6 +43,11 @@ def test_the_command_line_wins_over_the_environment_and_that_over_the_ini_file()
     given = config(ini, environment, seed="3")
     assert (given.seed, given.top_k, given.max_tokens) == (3, 2, 11)
     assert given.named == {"seed", "top_k", "max_tokens"}
+
+
+def test_the_readme_names_every_option() -> None:
+    readme = (ROOT / "README.md").read_text()
+    assert [option.name for option in OPTIONS if f"`--{option.name}`" not in readme] == []
 
 
 def test_buckets_of_lengths_are_a_list() -> None:

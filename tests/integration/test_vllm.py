@@ -101,6 +101,24 @@ def test_in_process_and_served_count_the_same(records: dict[str, dict[str, Any]]
         assert counts[0] == counts[1], method
 
 
+def test_requests_are_served_as_they_arrive() -> None:
+    """Four requests for two places, the same tokens as at once; then a load that is given up before it can be done."""
+    setup, prompts = Setup("autoregressive", 0, 2), [PROMPT, PROMPT[:4], PROMPT[:6], PROMPT[2:]]
+    with closing(vllm_server.load(PAIR, options())) as engine:
+        engine.prepare({setup})
+        expected = [engine.generate([each], "autoregressive", 0, [GREEDY]).results[0].token_ids for each in prompts]
+        served = engine.serve(prompts, [0.0, 0.0, 0.0, 0.5], setup, [GREEDY] * 4, 600)
+        assert [result and result.token_ids for result in served.results] == expected
+        assert (served.num_refused, served.phase_times) == (0, None)
+        assert served.queue_s is not None
+        long = SamplingParams(temperature=0, max_tokens=4000, ignore_eos=True)
+        late = engine.serve(prompts, [0.0] * 4, setup, [long] * 4, 1.0)
+        assert late.results == (None,) * 4
+        again = engine.serve(prompts[:1], [0.0], setup, [GREEDY], 600)  # what was broken off is not decoded on for ever
+        assert again.results[0] is not None
+        assert again.results[0].token_ids == expected[0]
+
+
 @pytest.fixture
 def engine() -> Iterator[vllm.VllmEngine]:
     with closing(vllm.load(PAIR, options())) as engine:
