@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from specdec.devices import free_memories
-from specdec.models import LanguageModel
+from specdec.models import LanguageModel, is_encoder_decoder
 from specdec.models.loading import (
     WEIGHTS,
     WEIGHTS_SHARE,
@@ -27,6 +27,7 @@ from specdec.vocabularies import SharedVocabulary, check_coverage, share
 if TYPE_CHECKING:
     from specdec.models.causal import CausalLM
     from specdec.models.eagle import EagleHead
+    from specdec.models.seq2seq import Seq2SeqLM
 
     AnyDraft = LanguageModel | EagleHead | NgramTable
 
@@ -63,7 +64,7 @@ def kind_in(source: str) -> Kind:
 
 def load_with_drafts(
     target: str, drafts: Iterable[str], placement: str = "same", **options: Any
-) -> tuple[CausalLM, dict[str, AnyDraft]]:
+) -> tuple[CausalLM | Seq2SeqLM, dict[str, AnyDraft]]:
     """A target and what may speak for it, by source, fused; options and errors as for `load_pretrained`.
 
     drafts: models' sources, and folders with a head or a table. Vocabularies are compared before weights are read.
@@ -72,6 +73,7 @@ def load_with_drafts(
     """
     places = {source: resolve(source) for source in drafts}
     for place in places.values():
+        check_kinds(read_vocabulary(target, options["load_format"]), kind_in(place))
         if kind_in(place) == "model":
             check_vocabularies(target, place, options["load_format"])
     models = [place for place in places.values() if kind_in(place) == "model"]
@@ -134,10 +136,13 @@ def _load(place: str, target: Any, options: dict[str, Any]) -> AnyDraft:
     return head
 
 
-def _fused(model: Any, tokenizer: Any) -> CausalLM:
+def _fused(model: Any, tokenizer: Any) -> CausalLM | Seq2SeqLM:
     from specdec.models.causal import CausalLM
     from specdec.models.fusion import fuse
+    from specdec.models.seq2seq import Seq2SeqLM
 
+    if model.config.is_encoder_decoder:
+        return Seq2SeqLM(model, tokenizer)
     if _is_plain(model):
         fuse(model)
     return CausalLM(model, tokenizer)
@@ -151,14 +156,33 @@ def _is_plain(model: Any) -> bool:
     )
 
 
+_KINDS = ("a decoder-only model", "an encoder-decoder")
+
+
+def check_kinds(target: object, kind: Kind) -> None:
+    """Raise ValueError if no draft of this kind can speak for the target."""
+    require(
+        kind != "head" or not is_encoder_decoder(target),
+        "a head needs the features of a decoder-only target, but this one is an encoder-decoder; use a draft model of "
+        'its family, or method="ngram", which copies from the prompt, too',
+    )
+
+
 def share_vocabulary(target: HasVocabulary, draft: HasVocabulary) -> SharedVocabulary | None:
     """What the vocabularies of a target and of a draft model share, where they differ; None where they do not.
 
-    Raises ValueError if they share too little, or if there are no tokenizers to tell by.
+    Raises ValueError if they share too little, if there are no tokenizers to tell by, or if one is an encoder-decoder
+    and the other is not; both being one, their vocabularies must be the same.
     """
+    kinds = [_KINDS[is_encoder_decoder(model)] for model in (target, draft)]
+    require(kinds[0] == kinds[1], f"the draft model, {kinds[1]}, must be {kinds[0]} as the target is; use such a draft")
     tokenizers: list[Any] = [getattr(model, "tokenizer", None) for model in (target, draft)]
     sizes = target.vocab_size, draft.vocab_size
-    if not all(tokenizers) or (sizes[0] == sizes[1] and tokenizers[0].get_vocab() == tokenizers[1].get_vocab()):
+    if (
+        is_encoder_decoder(target)
+        or not all(tokenizers)
+        or (sizes[0] == sizes[1] and tokenizers[0].get_vocab() == tokenizers[1].get_vocab())
+    ):
         check_same_vocabulary(target, draft)
         return None
     shared = share(tokenizers[0], tokenizers[1], sizes, getattr(target, "device", "cpu"))

@@ -16,6 +16,7 @@ from specdec.decoding import Decoder
 from specdec.drafts import (
     NEEDS,
     Kind,
+    check_kinds,
     check_same_vocabulary,
     kind_in,
     kind_of,
@@ -56,7 +57,7 @@ VERIFICATIONS: dict[str, VerificationRule] = {
 class Engine:
     """Decodes prompts with a target model and one method of proposing tokens; the output law is the target's own.
 
-    target: a LanguageModel such as CausalLM.
+    target: a LanguageModel such as CausalLM or Seq2SeqLM; a prompt of the latter is what its encoder reads.
     method: what proposes tokens. "autoregressive": nothing. "ngram": prompt lookup. "ngram_store": online n-gram
         counts. "ngram_table": prompt lookup, else a table counted beforehand. "suffix": the likelier copy of two, from
         the request's own text and from what finished requests said. "draft_model": a smaller language model.
@@ -344,6 +345,7 @@ def _drawing(target: LanguageModel, draft: Any) -> Drawing | None:
     if kind == "model":
         shared = share_vocabulary(target, draft)
         return lambda adaptive: DraftModelProposer(seen_from(draft, target.device), adaptive=adaptive, shared=shared)
+    check_kinds(target, kind)
     check_same_vocabulary(target, draft)
     if kind == "table":
         return None

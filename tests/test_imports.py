@@ -20,7 +20,7 @@ LAYERS = [
     {"cache", "models.markov", "models.elsewhere"},
     {"models.fusion"},
     {"models.causal"},
-    {"models.eagle"},
+    {"models.eagle", "models.seq2seq"},
     {"models.derived"},
     {"models.loading"},
     {"proposers", "adaptive", "proposers.suffix_tree"},

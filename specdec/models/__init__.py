@@ -65,6 +65,21 @@ class FixedShapeModel(LanguageModel, Protocol):
         ...
 
 
+class EncoderDecoder(LanguageModel, Protocol):
+    """A language model that reads a prompt as a whole before it says anything; `prefill` has it do so."""
+
+    is_encoder_decoder: bool
+
+    def read(self, prompt: Sequence[int], cache: Any, slot: int) -> None:
+        """Encode a prompt for a slot, which then holds all of it but the last token: that is fed as any other."""
+        ...
+
+
+def is_encoder_decoder(model: Any) -> bool:
+    """Whether a model, or what is known of it, is an EncoderDecoder."""
+    return bool(getattr(model, "is_encoder_decoder", False))
+
+
 PREFILL_CHUNK = 512  # tokens; bounds the attention scores and the mask that a long prompt needs at once
 
 
@@ -82,15 +97,24 @@ _PREFILL_WIDTHS = (16, 64, 256, PREFILL_CHUNK)  # those that are recorded; a chu
 
 
 def prefill(
-    model: LanguageModel, tokens: Sequence[int], cache: Cache, slot: int, recorder: Recorder | None = None
+    model: LanguageModel,
+    tokens: Sequence[int],
+    cache: Cache,
+    slot: int,
+    recorder: Recorder | None = None,
+    num_prompt: int | None = None,
 ) -> Tensor:
     """Append tokens to one slot, in chunks, and advance its length; returns the last token's logits [1, 1, vocab].
 
-    recorder: to replay calls of the same shape, if there is one that records.
+    recorder: to replay calls of the same shape, if there is one that records. num_prompt: how many of the first tokens
+    of an empty slot are the prompt, which an encoder reads as a whole; None for all.
     Raises ValueError if there are no tokens.
     """
     if not tokens:
         raise ValueError("tokens=[] must not be empty: a model needs at least one token to continue from")
+    if is_encoder_decoder(model) and cache.lengths[slot] == 0:
+        cast("EncoderDecoder", model).read(tokens[:num_prompt], cache, slot)
+        tokens = tokens[cache.lengths[slot] :]
     for start in range(0, len(tokens), PREFILL_CHUNK):
         chunk = tokens[start : start + PREFILL_CHUNK]
         if recorder and recorder.records:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from specdec.models import Cache, LanguageModel
+from specdec.models import Cache, LanguageModel, is_encoder_decoder
 
 
 class Elsewhere:
@@ -19,9 +20,13 @@ class Elsewhere:
     def __init__(self, model: LanguageModel, home: torch.device) -> None:
         self.model, self.device = model, home
         self.vocab_size, self.context_length = model.vocab_size, model.context_length
+        self.is_encoder_decoder = is_encoder_decoder(model)
 
     def allocate(self, num_slots: int, capacity: int, *, keep_features: bool = False) -> Cache:
         return self.model.allocate(num_slots, capacity, keep_features=keep_features)
+
+    def read(self, prompt: Sequence[int], cache: Any, slot: int) -> None:
+        self.model.read(prompt, cache, slot)  # type: ignore[attr-defined]  # where the model is an EncoderDecoder
 
     def forward(self, tokens: Tensor, cache: Any, first_slot: int = 0, last_only: bool = False) -> Tensor:
         logits = self.model.forward(tokens.to(self.model.device), cache, first_slot, last_only)

@@ -90,18 +90,21 @@ def load_pretrained(
 
 @dataclass(frozen=True, slots=True)
 class Vocabulary:
-    """What a model's token ids mean. tokenizer: None where there is none."""
+    """What a model's token ids mean. tokenizer: None where there is none. is_encoder_decoder: what kind it is of."""
 
     vocab_size: int
     tokenizer: PreTrainedTokenizerBase | None
+    is_encoder_decoder: bool = False
 
 
 def read_vocabulary(source: str, load_format: str = "auto") -> Vocabulary:
     """A model's vocabulary, without reading its weights; arguments and errors as for `load_pretrained`."""
     place = _locate(source, load_format)
     with explained(place.rule, place.remedy):
-        vocab_size = _config_and_class(place)[0].get_text_config(decoder=True).vocab_size
-        return Vocabulary(vocab_size, _tokenizer(place, optional=load_format == "dummy"))
+        config = _config_and_class(place)[0]
+        vocab_size = config.get_text_config(decoder=True).vocab_size
+        tokenizer = _tokenizer(place, optional=load_format == "dummy")
+        return Vocabulary(vocab_size, tokenizer, config.is_encoder_decoder)
 
 
 def read_layer_bytes(source: str, dtype: torch.dtype, load_format: str = "auto") -> LayerBytes:

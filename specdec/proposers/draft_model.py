@@ -173,7 +173,7 @@ class DraftModelProposer:
             self._cache.lengths[index] = valid
             missing = tokens[valid:]
             if row and len(missing) > 1 and (valid == 0 or len(missing) > most):
-                prefill(self._model, missing[:-1], self._cache, index, batch.recorder)
+                prefill(self._model, missing[:-1], self._cache, index, batch.recorder, len(row.request.prompt))
                 missing = missing[-1:]
             pending.append(missing)
         return pending
