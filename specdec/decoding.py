@@ -138,6 +138,7 @@ class Decoder:
             self.target.vocab_size,
             self.target.device,
             coupled=getattr(self.rule, "needs_noise", False),
+            constrained=[row.progress if row else None for row in rows],
         )
         return Batch(
             rows,

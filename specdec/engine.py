@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import torch
 
 from specdec.adaptive import MOST, AdaptiveLength, StepCosts, target_costs
+from specdec.constraints import Constraint
 from specdec.decoding import Decoder
 from specdec.drafts import (
     NEEDS,
@@ -24,6 +25,7 @@ from specdec.drafts import (
     require,
     share_vocabulary,
 )
+from specdec.grammars import GrammarCompiler
 from specdec.models import LanguageModel
 from specdec.models.elsewhere import is_on_one_device, seen_from
 from specdec.models.loading import packaged_draft
@@ -103,6 +105,7 @@ class Engine:
         self.target, self.draft, self.method = target, draft, method
         self._tokenizer: Any = getattr(target, "tokenizer", None)
         self._eos_token_ids: frozenset[int] = getattr(target, "eos_token_ids", frozenset())
+        self._grammars: GrammarCompiler | None = None
         drawing = _drawing(target, draft)
         recordable = None if is_on_one_device(target, draft) else False
         records = recordable if records is None else records
@@ -189,7 +192,9 @@ class Engine:
         sampling: one SamplingParams for all prompts or one for each; None is SamplingParams().
         arrivals_s: seconds after the call at which each prompt arrives, to be decoded with those in flight; None: all
             are there at once.
-        Raises ValueError for an empty prompt, or one that with max_tokens exceeds the context, before decoding any.
+        Raises ValueError for an empty prompt, for one that with max_tokens exceeds the context, and for a constraint
+        that does not compile or cannot be met, before decoding any; DeadEndError, a ValueError, for one that turns out
+        to lead nowhere.
         """
         completions = self.as_completed(prompts, sampling, arrivals_s=arrivals_s)
         return sorted(completions, key=lambda completion: completion.index)
@@ -286,7 +291,19 @@ class Engine:
         if self._has_own_seeds:  # what earlier requests left tells of the uniforms that they met
             sampling = replace(sampling, seed=own_seed(sampling.seed, self._num_requests))
             self._num_requests += 1
-        return Request(index, tokens, sampling, stop if sampling.ignore_eos else stop | self._eos_token_ids, arrival_s)
+        stop = stop if sampling.ignore_eos else stop | self._eos_token_ids
+        return Request(index, tokens, sampling, stop, arrival_s, self._constraint(sampling, stop))
+
+    def _constraint(self, sampling: SamplingParams, stop_token_ids: frozenset[int]) -> Constraint | None:
+        if sampling.constraint is None:
+            return None
+        require(self._tokenizer is not None, f"{sampling.constraint} needs a model with a tokenizer; load one with it")
+        require(
+            not isinstance(self._decoder.rule, SyntheticAcceptance),
+            f"{sampling.constraint} must not go with synthetic_acceptance_rates, by which any token is accepted",
+        )
+        self._grammars = self._grammars or GrammarCompiler(self._tokenizer, self.target.vocab_size)
+        return self._grammars.compile(sampling, stop_token_ids)
 
     def _encode(self, text: str) -> tuple[int, ...]:
         require(self._tokenizer is not None, "a text prompt needs a model with a tokenizer; give token ids")

@@ -8,6 +8,7 @@ from typing import Literal
 
 from torch import Tensor
 
+from specdec.constraints import Constraint, Progress
 from specdec.recording import Recorder
 from specdec.sampling import SamplingParams, SamplingState
 from specdec.stats import AcceptanceCounts
@@ -23,6 +24,7 @@ class Request:
     index: the caller's number for it. prompt: token ids, at least one. sampling: its parameters.
     stop_token_ids: every token that ends it, the model's end-of-sequence tokens included unless they are ignored.
     arrival_s: seconds after the run's start before which it is not there.
+    constraint: what its output may say, made of `sampling`, or None.
     """
 
     index: int
@@ -30,6 +32,7 @@ class Request:
     sampling: SamplingParams
     stop_token_ids: frozenset[int] = frozenset()
     arrival_s: float = 0.0
+    constraint: Constraint | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,12 +62,13 @@ def sources_of(steps: Sequence[Step]) -> tuple[TokenSource, ...]:
 class Generation:
     """A request in flight: `tokens` is its prompt and what was emitted so far. Times are clock readings in seconds.
 
-    admitted_s: when it got a slot.
+    admitted_s: when it got a slot. progress: how far the emitted tokens have come in the request's constraint.
     """
 
     request: Request
     arrival_s: float
     tokens: list[int] = field(init=False)
+    progress: Progress | None = field(init=False)
     steps: list[Step] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     admitted_s: float = 0.0
@@ -74,6 +78,7 @@ class Generation:
 
     def __post_init__(self) -> None:
         self.tokens = list(self.request.prompt)
+        self.progress = Progress(self.request.constraint) if self.request.constraint else None
 
     @property
     def num_remaining(self) -> int:

@@ -20,9 +20,11 @@ import torch
 from torch import Tensor
 
 from specdec import kernels
+from specdec.constraints import Progress, masks
 from specdec.devices import upload
 
 _USUAL_NUCLEUS = 256
+CONSTRAINTS = ("json_schema", "regex", "grammar")
 _BARRED = -1e9  # a logit without probability, yet a law remains if all else has -inf
 
 
@@ -42,8 +44,12 @@ class SamplingParams:
     ignore_eos: do not end at the model's own end-of-sequence tokens.
     seed: selects the request's random stream, 0 <= seed < 2**64. Requests with equal seeds share uniforms.
     logprobs: also return the log-probability of each emitted token under the target's unprocessed logits.
+    json_schema, regex, grammar: what the text before the stop token is to be, at most one of them: JSON of a schema,
+    given as a mapping or as JSON; a text that a regular expression matches as a whole; a text of a grammar in Lark's or
+    GBNF's notation. They are read by llguidance (`pip install 'specdec[grammar]'`), which documents what they may have.
 
-    The order is: logit bias, repetition, frequency and presence penalties, temperature, top-k, top-p, min-p.
+    The order is: logit bias, repetition, frequency and presence penalties, what the constraint allows, temperature,
+    top-k, top-p, min-p.
     Raises ValueError naming the field, its value and the rule.
     """
 
@@ -60,6 +66,9 @@ class SamplingParams:
     ignore_eos: bool = False
     seed: int = 0
     logprobs: bool = False
+    json_schema: str | Mapping[str, Any] | None = None
+    regex: str | None = None
+    grammar: str | None = None
 
     def __post_init__(self) -> None:
         def require(name: str, holds: bool, rule: str) -> None:
@@ -87,6 +96,17 @@ class SamplingParams:
         )
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
         require("stop_token_ids", all(isinstance(t, int) and t >= 0 for t in self.stop_token_ids), "token ids >= 0")
+        require("json_schema", isinstance(self.json_schema, str | Mapping | None), "a mapping, a text of JSON or None")
+        require("regex", isinstance(self.regex, str | None), "a text or None")
+        require("grammar", isinstance(self.grammar, str | None), "a text or None")
+        given = [name for name in CONSTRAINTS if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)} must not be given together; choose one")
+
+    @property
+    def constraint(self) -> str | None:
+        """Which of the fields that constrain the text is given."""
+        return next((name for name in CONSTRAINTS if getattr(self, name) is not None), None)
 
     @property
     def has_penalties(self) -> bool:
@@ -350,13 +370,14 @@ class RowParams:
 
 
 class SamplingState:
-    """The sampling parameters of the rows in flight, and the token counts that penalties need.
+    """The sampling parameters of the rows in flight, the token counts that penalties need, and the constraints.
 
     params: one SamplingParams per row.
     prompts, outputs: the token ids of each row so far.
     vocab_size: int. device: where the logits live. coupled: see `RowParams`.
+    constrained: how far each row's output has come in its constraint, None for a row without one; () if no row has one.
     `rows` are the parameters as tensors; `is_stateless` says that the law of a row depends on them and on its logits
-    alone, so not on penalties or biases.
+    alone, so not on penalties, biases or constraints.
     """
 
     def __init__(
@@ -368,8 +389,10 @@ class SamplingState:
         device: torch.device,
         *,
         coupled: bool = False,
+        constrained: Sequence[Progress | None] = (),
     ) -> None:
         self.params, self.vocab_size, self.device = list(params), vocab_size, device
+        self._constrained = constrained if any(constrained) else ()
         self.rows = RowParams.of(params, vocab_size, device, coupled=coupled)
         self._bias = self._stack_bias()
         self._counts = None
@@ -378,7 +401,7 @@ class SamplingState:
             self._repetition = self._column([p.repetition_penalty for p in params])
             self._frequency = self._column([p.frequency_penalty for p in params])
             self._presence = self._column([p.presence_penalty for p in params])
-        self.is_stateless = self._bias is None and self._counts is None
+        self.is_stateless = self._bias is None and self._counts is None and not self._constrained
         self._finite: list[Tensor] = []
 
     @property
@@ -390,9 +413,16 @@ class SamplingState:
         return self.rows.seeds
 
     def observe(self, row: int, tokens: Sequence[int]) -> None:
-        """Count tokens that row `row` has emitted."""
+        """Count tokens that row `row` has emitted, and go on in its constraint."""
         if self._counts is not None:
             self._counts.add(row, tokens)
+        if self._constrained and (progress := self._constrained[row]):
+            progress.emit(tokens)
+
+    def num_allowed(self, row: int, tokens: Sequence[int]) -> int:
+        """How many leading tokens the constraint of row `row`, if it has one, allows to come next."""
+        progress = self._constrained[row] if self._constrained else None
+        return progress.num_allowed(tokens) if progress else len(tokens)
 
     def law(self, logits: Tensor, drafted: Tensor | None = None, tokens: Tensor | None = None) -> Law:
         """Laws of the next tokens, each given the tokens emitted so far and the drafted ones before its position.
@@ -430,6 +460,9 @@ class SamplingState:
             penalised = torch.where(logits > 0, logits / repetition, logits * repetition)
             logits = torch.where(seen, penalised, logits)
             logits = logits - self._frequency.to(logits.dtype) * counts - self._presence.to(logits.dtype) * (counts > 0)
+        if self._constrained:
+            allowed = masks(self._constrained, drafted, logits.shape[1], self.vocab_size)
+            logits = logits.masked_fill(~allowed.to(logits.device), -math.inf)
         return logits
 
     def _column(self, values: Sequence[float]) -> Tensor:

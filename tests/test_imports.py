@@ -12,10 +12,10 @@ import specdec
 ROOT = Path(specdec.__file__).parent
 # from the bottom to the top; a module may import from layers below its own only
 LAYERS = [
-    {"stats", "wheels", "prompts", "progress", "timing", "devices", "vocabularies", "models.placement"},
+    {"stats", "wheels", "prompts", "progress", "timing", "devices", "constraints", "vocabularies", "models.placement"},
     {"kernels", "recording"},
     {"sampling", "randomness"},
-    {"verification", "requests"},
+    {"verification", "requests", "grammars"},
     {"models", "synthetic"},
     {"cache", "models.markov", "models.elsewhere"},
     {"models.fusion"},

@@ -14,6 +14,12 @@ def test_the_example_runs(capsys) -> None:
     assert "cat" in capsys.readouterr().out
 
 
+def test_the_constrained_example_runs() -> None:
+    (code,) = (each for each in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "json_schema=" in each)
+    assert "assert" in code
+    exec(compile(code, "README.md", "exec"), {})
+
+
 def test_every_test_it_names_exists() -> None:
     named = re.findall(r"`(tests/[\w/]+\.py)(?:::(\w+))?", README)
     assert len(named) >= 5

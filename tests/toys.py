@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -91,7 +91,36 @@ def joint_law(
     return law
 
 
-def obvious_law(logits: list[float], params: SamplingParams, prompt: list[int], output: list[int]) -> list[float]:
+class Automaton:
+    """A constraint by a table: state -> {token: next state}, None being the end; it begins in state 0."""
+
+    def __init__(self, table: Sequence[Mapping[int, int | None]], vocab_size: int = 3) -> None:
+        self.table, self.vocab_size = table, vocab_size
+
+    def start(self) -> int:
+        return 0
+
+    def allowed(self, state: int) -> Tensor:
+        return torch.tensor([token in self.table[state] for token in range(self.vocab_size)])
+
+    def advance(self, state: int, token: int) -> int | None:
+        return self.table[state][token]
+
+    def after(self, output: Sequence[int]) -> Mapping[int, int | None] | None:
+        """What may come next, None if nothing may, walked from the start."""
+        state: int | None = 0
+        for token in output:
+            state = None if state is None else self.table[state].get(token)
+        return None if state is None else self.table[state]
+
+
+def obvious_law(
+    logits: list[float],
+    params: SamplingParams,
+    prompt: list[int],
+    output: list[int],
+    allowed: Collection[int] | None = None,
+) -> list[float]:
     """The law after processors, by their definitions, token by token in plain Python."""
     x, vocab_size = list(logits), len(logits)
     for token, bias in params.logit_bias.items():
@@ -101,6 +130,7 @@ def obvious_law(logits: list[float], params: SamplingParams, prompt: list[int], 
             x[token] = x[token] / params.repetition_penalty if x[token] > 0 else x[token] * params.repetition_penalty
         x[token] -= params.frequency_penalty * output.count(token)
         x[token] -= params.presence_penalty * (token in output)
+        x[token] = x[token] if allowed is None or token in allowed else -math.inf
     if params.temperature == 0:
         return [float(token == x.index(max(x))) for token in range(vocab_size)]
     x = [value / params.temperature for value in x]
@@ -119,15 +149,25 @@ def obvious_law(logits: list[float], params: SamplingParams, prompt: list[int], 
     return [p / math.fsum(law) for p in law]
 
 
-def law_after(model: MarkovModel, params: SamplingParams, prompt: Sequence[int], output: Sequence[int]) -> list[float]:
+def law_after(
+    model: MarkovModel,
+    params: SamplingParams,
+    prompt: Sequence[int],
+    output: Sequence[int],
+    constraint: Automaton | None = None,
+) -> list[float]:
     """What the model says after a prompt and an output under sampling parameters."""
     context = [0, *prompt, *output]
     logits = model.table[context[-2], context[-1]].log().tolist()
-    return obvious_law(logits, params, list(prompt), list(output))
+    return obvious_law(logits, params, list(prompt), list(output), constraint and constraint.after(output))
 
 
 def processed_law(
-    model: MarkovModel, params: SamplingParams, prompt: Sequence[int], num_tokens: int
+    model: MarkovModel,
+    params: SamplingParams,
+    prompt: Sequence[int],
+    num_tokens: int,
+    constraint: Automaton | None = None,
 ) -> dict[tuple[int, ...], float]:
     """As `joint_law` under all sampling parameters; a stop token ends an output."""
     laws, unfinished = {}, {(): 1.0}
@@ -135,7 +175,7 @@ def processed_law(
         longer = {
             (*output, token): probability * each
             for output, probability in unfinished.items()
-            for token, each in enumerate(law_after(model, params, prompt, output))
+            for token, each in enumerate(law_after(model, params, prompt, output, constraint))
             if each
         }
         laws |= {output: p for output, p in longer.items() if output[-1] in params.stop_token_ids}

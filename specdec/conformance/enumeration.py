@@ -28,6 +28,7 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
+from specdec.constraints import Constraint
 from specdec.decoding import Decoder
 from specdec.randomness import Role, UniformSource
 from specdec.requests import Generation, Request
@@ -103,14 +104,15 @@ def exact_law(
     grid: Grid | Callable[[Tokens], Grid],
     params: SamplingParams | None = None,
     rule: VerificationRule = verify_tokens,
+    constraint: Constraint | None = None,
 ) -> dict[Tokens, float]:
     """Law of the first num_tokens tokens that the decoder emits, fewer behind a stop token: {tokens: probability}.
 
     make_decoder: (uniforms, rule, max_batch_size) -> a fresh decoder. grid: pieces for the uniforms of every step, or
     for those of the step after given tokens, without the prompt. params: their stop tokens end a request; their seed is
-    not used.
+    not used. constraint: what the output may say.
     """
-    runs = _Runs(make_decoder, prompt, replace(params or SamplingParams(), max_tokens=num_tokens), rule)
+    runs = _Runs(make_decoder, prompt, replace(params or SamplingParams(), max_tokens=num_tokens), rule, constraint)
     grid_at = grid if callable(grid) else lambda tokens: grid
     law: dict[Tokens, float] = defaultdict(float)
     nodes = [_Node({}, (), 1.0)]
@@ -156,9 +158,15 @@ class _Runs:
     """Runs the real loop, from the prompt on, once for each script."""
 
     def __init__(
-        self, make_decoder: MakeDecoder, prompt: Tokens, params: SamplingParams, rule: VerificationRule
+        self,
+        make_decoder: MakeDecoder,
+        prompt: Tokens,
+        params: SamplingParams,
+        rule: VerificationRule,
+        constraint: Constraint | None,
     ) -> None:
         self.make_decoder, self.prompt, self.params, self.rule = make_decoder, prompt, params, rule
+        self.constraint = constraint
         self.stop = frozenset(params.stop_token_ids)
         self.gamma = make_decoder(ScriptedUniforms([]), rule, 1).num_speculative_tokens
 
@@ -174,17 +182,21 @@ class _Runs:
             return self.rule(target, draft, accept_uniforms, final_uniforms)
 
         decoder = self.make_decoder(ScriptedUniforms(scripts), recording, len(scripts))
-        rows = _run(decoder, self.prompt, self.params, len(scripts))
+        rows = _run(decoder, self.prompt, self.params, len(scripts), self.constraint)
         if number == 0:
             return [_Outcome(tuple(row.output[:1]), ()) for row in rows]
         drafted = drafts[len(scripts) + number - 1]  # one call for each prefill, then one for each step of the batch
         return [_outcome(row, number, drafted[index].tolist()) for index, row in enumerate(rows)]
 
 
-def _run(decoder: Decoder, prompt: Tokens, params: SamplingParams, num_rows: int) -> list[Generation]:
+def _run(
+    decoder: Decoder, prompt: Tokens, params: SamplingParams, num_rows: int, constraint: Constraint | None
+) -> list[Generation]:
     """The same request in so many rows, row r with the seed r."""
     stop = frozenset(params.stop_token_ids)
-    requests = [Request(seed, prompt, replace(params, seed=seed), stop) for seed in range(num_rows)]
+    requests = [
+        Request(seed, prompt, replace(params, seed=seed), stop, constraint=constraint) for seed in range(num_rows)
+    ]
     return sorted(decoder.run(requests), key=lambda row: row.request.index)
 
 
@@ -279,6 +291,7 @@ def coupled_runs(
     pieces: RacePieces,
     params: SamplingParams | None = None,
     rule: VerificationRule = verify_coupled,
+    constraint: Constraint | None = None,
 ) -> list[tuple[Tokens, Fraction]]:
     """What the decoder emits, and its probability, for every choice of noise at num_tokens positions, in one order.
 
@@ -287,7 +300,8 @@ def coupled_runs(
     choices = list(itertools.product(pieces, repeat=num_tokens))
     noise = torch.tensor([[uniforms for uniforms, _ in choice] for choice in choices], dtype=torch.float64)
     decoder = make_decoder(ScriptedNoise(noise, len(prompt)), rule, len(choices))
-    rows = _run(decoder, prompt, replace(params or SamplingParams(), max_tokens=num_tokens), len(choices))
+    params = replace(params or SamplingParams(), max_tokens=num_tokens)
+    rows = _run(decoder, prompt, params, len(choices), constraint)
     weights = [math.prod((weight for _, weight in choice), start=Fraction(1)) for choice in choices]
     return [(tuple(row.output), weight) for row, weight in zip(rows, weights, strict=True)]
 

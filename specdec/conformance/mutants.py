@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from specdec.constraints import Progress, masks
 from specdec.decoding import Decoder
 from specdec.devices import upload
 from specdec.proposers import Proposer
@@ -271,6 +272,67 @@ class SoftGreedy(Decoder):
 
     def _draws(self, rows: RowParams, origins: Tensor, draft: Draft) -> tuple[Tensor, Tensor]:
         return super()._draws(replace(rows, all_greedy=False), origins, draft)  # its rule has a use for uniforms
+
+
+# ---- constraints: these do something only where a request has one, so they are not of the list
+
+
+def unconstrained(batch: Batch) -> Batch:
+    """A batch whose rows may say anything."""
+    sampling = batch.sampling
+    free = SamplingState(
+        sampling.params,
+        [row.request.prompt if row else () for row in batch.rows],
+        [row.output if row else () for row in batch.rows],
+        sampling.vocab_size,
+        sampling.device,
+        coupled=sampling.rows.coupled,
+    )
+    return replace(batch, sampling=free)
+
+
+class UnconstrainedTarget(Decoder):
+    """The constraint is applied to the draft alone."""
+
+    def _verify(self, batch: Batch, logits: Tensor, draft: Draft) -> Verification:
+        return super()._verify(unconstrained(batch), logits, draft)
+
+
+class UnconstrainedDraft(DraftModelProposer):
+    """No bug: the constraint is applied to the target alone, and the draft declares the law that it was drawn from."""
+
+    def propose(self, batch: Batch, limits: Sequence[int]) -> Draft:
+        return super().propose(unconstrained(batch), limits)
+
+
+class UnconstrainedDraw(UnconstrainedDraft):
+    """Declares the law under the constraint, but draws without it."""
+
+    def propose(self, batch: Batch, limits: Sequence[int]) -> Draft:
+        draft, rows = super().propose(batch, limits), [row.progress if row else None for row in batch.rows]
+        if not draft.tokens.shape[1]:
+            return draft
+        allowed = masks(rows, draft.tokens[:, :-1], draft.tokens.shape[1], draft.law.vocab_size)
+        probs = draft.law.dense() * allowed.to(draft.tokens.device)
+        return replace(draft, law=Dense(probs / probs.sum(-1, keepdim=True)))
+
+
+class _KeepsRejected(Progress):
+    """Goes on from the end of the last draft, though a part of it was rejected."""
+
+    def emit(self, tokens: Sequence[int]) -> None:
+        longest = max(map(len, self._states))
+        drafted = next(list(text) for text in self._states if len(text) == longest)
+        super().emit(tokens if list(tokens[: len(drafted)]) == drafted else [*drafted, *tokens[-1:]])
+
+
+class ConstraintNotRolledBack(Decoder):
+    """Rejected tokens stay in a row's progress."""
+
+    def _prefill(self, row: Generation, cache: Any, slot: int) -> None:
+        super()._prefill(row, cache, slot)
+        if row.progress:
+            row.progress.__class__ = _KeepsRejected
 
 
 MUTANTS: dict[str, Plant] = {

@@ -131,13 +131,14 @@ class NgramProposer:
         return Draft.deterministic(*pad(guesses, self._device, width), self._vocab_size)
 
     def guess(self, batch: Batch, limits: Sequence[int]) -> list[list[int]]:
-        """The proposed tokens of each row, none where nothing is known."""
+        """The proposed tokens of each row, none where nothing is known, or where a constraint forbids the first."""
         old = self._indices
         self._indices = {row: old.get(row) or self._new_index() for row in batch.rows if row is not None}
         guesses = [
             self._indices[row].continuation(row.tokens, limit) if row and limit else []
             for row, limit in zip(batch.rows, limits, strict=True)
         ]
+        guesses = [guess[: batch.sampling.num_allowed(index, guess)] for index, guess in enumerate(guesses)]
         return self._cut(guesses, batch.rows, self._adaptive) if self._adaptive else guesses
 
     def _cut(

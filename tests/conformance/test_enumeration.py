@@ -15,9 +15,10 @@ from gates import distance
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import laws
-from toys import FeatureTarget, ToyHead, grid_pair, joint_law, law_after, processed_law, table
+from toys import Automaton, FeatureTarget, ToyHead, grid_pair, joint_law, law_after, processed_law, table
 
 from specdec.adaptive import AdaptiveLength, StepCosts
+from specdec.conformance import mutants
 from specdec.conformance.enumeration import (
     Grid,
     RacePieces,
@@ -99,30 +100,30 @@ class WhileSure(AdaptiveLength):
         return [each > 0.6 for each in reach]
 
 
-def plain(source):
+def plain(source, draft=None):
     return None
 
 
-def ngram(source):
+def ngram(source, draft=None):
     return NgramProposer(3, TARGET.device, partial(LookupIndex, 1, 2))
 
 
-def head(source):
-    return EagleProposer(ToyHead(DRAFT), source)
+def head(source, draft=DRAFT):
+    return EagleProposer(ToyHead(draft), source)
 
 
-def ending_early(source):
-    return EagleProposer(ToyHead(DRAFT), source, WhileSure())
+def hybrid(source, draft=DRAFT):
+    return HybridProposer(NgramProposer(3, TARGET.device, partial(LookupIndex, 2, 2)), head(source, draft))
 
 
-def hybrid(source):
-    return HybridProposer(NgramProposer(3, TARGET.device, partial(LookupIndex, 2, 2)), head(source))
+def ending_early(source, draft=DRAFT):
+    return EagleProposer(ToyHead(draft), source, WhileSure())
 
 
-def coupled_decoder(propose, gamma: int, records: bool = False):
+def decoder_of(propose, gamma: int, records: bool = False, target=TARGET, draft=DRAFT):
     def make(source, rule, max_batch_size):
         options = {"max_batch_size": max_batch_size, "rule": rule, "uniforms": source, "records": records}
-        return Decoder(TARGET, propose(source), gamma if propose is not plain else 0, **options)
+        return Decoder(target, propose(source, draft), gamma if propose is not plain else 0, **options)
 
     return make
 
@@ -132,14 +133,14 @@ def coupled_decoder(propose, gamma: int, records: bool = False):
 def test_joint_law_of_the_coupled_loop(propose, gamma: int, stop: tuple[int, ...]) -> None:
     """Over all noise: the law is the target's, and each piece of noise gives what it gives without speculation."""
     params, pieces = SamplingParams(stop_token_ids=stop), race_pieces(HALVES.tolist())
-    runs = coupled_runs(coupled_decoder(propose, gamma), PROMPT, 4, pieces, params)
-    assert runs == coupled_runs(coupled_decoder(plain, 0), PROMPT, 4, pieces, params)
+    runs = coupled_runs(decoder_of(propose, gamma), PROMPT, 4, pieces, params)
+    assert runs == coupled_runs(decoder_of(plain, 0), PROMPT, 4, pieces, params)
     assert distance(exact_coupled_law(runs), processed_law(TARGET, params, PROMPT, 4)) < 1e-12
 
 
 def test_joint_law_of_the_recorded_coupled_loop() -> None:
     pieces = race_pieces(HALVES.tolist())
-    runs = coupled_runs(coupled_decoder(head, 2, records=True), PROMPT, 4, pieces)
+    runs = coupled_runs(decoder_of(head, 2, records=True), PROMPT, 4, pieces)
     assert distance(exact_coupled_law(runs), joint_law(TARGET, PROMPT, 4)) < 1e-12
 
 
@@ -171,7 +172,7 @@ def keep_the_draft(target, draft, accept_uniforms, final_uniforms):
 def test_the_oracle_sees_broken_coupled_rules(broken) -> None:
     pieces = race_pieces(HALVES.tolist())
     broken.needs_noise = True
-    runs = coupled_runs(coupled_decoder(head, 2), PROMPT, 4, pieces, rule=broken)
+    runs = coupled_runs(decoder_of(head, 2), PROMPT, 4, pieces, rule=broken)
     assert distance(exact_coupled_law(runs), joint_law(TARGET, PROMPT, 4)) > 0.01
 
 
@@ -196,6 +197,9 @@ PROCESSORS = {
     "logit_bias": {"logit_bias": {0: math.log(2)}},
 }
 COMBINATIONS = [names for size in range(len(PROCESSORS) + 1) for names in itertools.combinations(PROCESSORS, size)]
+# a factor that squares probabilities, whose fractions soon become too fine to go into all combinations
+PROCESSORS["repetition"] = {"repetition_penalty": 2.0}
+SQUARED = [("repetition",), ("repetition", "top_k")]
 
 
 def with_processors(names: Sequence[str], **others) -> SamplingParams:
@@ -211,10 +215,23 @@ def model(weights: Sequence[Sequence[int]]) -> MarkovModel:
     return MarkovModel((rows / rows.sum(1, keepdim=True))[index].view(vocab_size, vocab_size, vocab_size))
 
 
-def token_grid(target: MarkovModel, draft: MarkovModel, params: SamplingParams, prompt: Tokens, output: Tokens) -> Grid:
-    """The thresholds of a step that drafts one token, for token as for block verification, from the definitions."""
-    p, q = (law_after(each, params, prompt, output) for each in (target, draft))
-    after = [law_after(target, params, prompt, (*output, token)) for token in range(len(p))]
+def token_grid(
+    target: MarkovModel,
+    draft: MarkovModel,
+    params: SamplingParams,
+    prompt: Tokens,
+    output: Tokens,
+    constraints: tuple[Automaton | None, Automaton | None] = (None, None),
+) -> Grid:
+    """The thresholds of a step that drafts one token, for token as for block verification, from the definitions.
+
+    constraints: the target's and the draft's.
+    """
+    p, q = (
+        law_after(each, params, prompt, output, constraint)
+        for each, constraint in zip((target, draft), constraints, strict=True)
+    )
+    after = [law_after(target, params, prompt, (*output, token), constraints[0]) for token in range(len(p))]
     excess = [max(a - b, 0) for a, b in zip(p, q, strict=True)]
     residual = [each / (sum(excess) or 1) for each in excess]
     last = [edge for law in (p, residual, *after) for edge in itertools.accumulate(law)]
@@ -223,7 +240,7 @@ def token_grid(target: MarkovModel, draft: MarkovModel, params: SamplingParams, 
 
 
 @pytest.mark.parametrize("rule", [verify_tokens, verify_block])
-@pytest.mark.parametrize("names", COMBINATIONS, ids="+".join)
+@pytest.mark.parametrize("names", COMBINATIONS + SQUARED, ids="+".join)
 def test_joint_law_under_processors(names: tuple[str, ...], rule) -> None:
     """Four tokens: a prefill and two steps or more, token 2 being a stop token."""
     target, draft = model([[1, 2, 1], [4, 1, 1], [1, 1, 2]]), model([[1, 1, 1], [2, 1, 1], [1, 4, 1], [1, 2, 4]])
@@ -233,7 +250,7 @@ def test_joint_law_under_processors(names: tuple[str, ...], rule) -> None:
     assert distance(law, processed_law(target, params, prompt, 4)) < 1e-12
 
 
-@pytest.mark.parametrize("names", COMBINATIONS, ids="+".join)
+@pytest.mark.parametrize("names", COMBINATIONS + SQUARED, ids="+".join)
 def test_coupled_joint_law_under_processors(names: tuple[str, ...]) -> None:
     """Two tokens, the pieces of whose races are few; and the tokens of each piece are those without speculation."""
     target, draft = model([[1, 2], [4, 1], [1, 1]]), model([[1, 1], [2, 1], [1, 4], [1, 2]])
@@ -282,3 +299,101 @@ def test_processors_on_one_side_only_are_seen() -> None:
     grid = partial(token_grid, target, draft, params, prompt)
     law = exact_law(maker(target, draft, 1, break_rule=with_rule(stale)), prompt, 3, grid, params)
     assert distance(law, processed_law(target, params, prompt, 3)) > 0.01
+
+
+# -- constraints, alone and with every processor ---------------------------------------------------------------
+
+# an even number of zeros, no two ones in a row; token 2 ends it
+EVEN_ZEROS = Automaton([{0: 2, 1: 1, 2: None}, {0: 2, 2: None}, {0: 0, 1: 3}, {0: 0}])
+EVEN_ENDING = {"stop_token_ids": (2,)}
+EVEN_PAIR = model([[1, 2, 1], [4, 1, 1], [1, 1, 2]]), model([[1, 1, 1], [2, 1, 1], [1, 4, 1], [1, 2, 4]])
+SOME = [(), *((name,) for name in PROCESSORS), COMBINATIONS[-1]]
+
+
+def constrained_law(
+    make, params: SamplingParams, rule, num_tokens: int, forgotten: Sequence[Automaton | None] = (EVEN_ZEROS,)
+) -> dict[Tokens, float]:
+    """What the loop emits under the constraint, over the uniforms that matter.
+
+    forgotten: which constraints either side may have in the end, None being none.
+    """
+    target, draft = EVEN_PAIR
+
+    def grid(output: Tokens) -> Grid:
+        sides = itertools.product(forgotten, repeat=2)
+        grids = [token_grid(target, draft, params, (1, 0), output, each) for each in sides]
+        return tuple(pieces_between(edges(pieces)) for pieces in zip(*grids, strict=True))
+
+    return exact_law(make, (1, 0), num_tokens, grid, params, rule, EVEN_ZEROS)
+
+
+def edges(several: Sequence[Sequence[tuple[float, float]]]) -> list[float]:
+    """Where pieces end."""
+    return [edge for pieces in several for edge in itertools.accumulate(size for _, size in pieces)]
+
+
+@pytest.mark.parametrize("rule", [verify_tokens, verify_block])
+@pytest.mark.parametrize("names", SOME, ids="+".join)
+def test_joint_law_under_a_constraint(names: tuple[str, ...], rule) -> None:
+    """Outputs that are complete, and those that are cut, each with the probability of decoding without a draft."""
+    params = with_processors(names, **EVEN_ENDING)
+    law = constrained_law(maker(*EVEN_PAIR, 1), params, rule, 4)
+    assert distance(law, processed_law(EVEN_PAIR[0], params, (1, 0), 4, EVEN_ZEROS)) < 1e-12
+    assert all(output.count(0) % 2 == 0 for output in law if output[-1] == 2)
+
+
+@pytest.mark.parametrize("names", [(), COMBINATIONS[-1]], ids="+".join)
+def test_coupled_joint_law_under_a_constraint(names: tuple[str, ...]) -> None:
+    """And each piece of noise gives what it gives without speculation."""
+    (target, draft), params, num_tokens = EVEN_PAIR, with_processors(names, **EVEN_ENDING), 2
+    outputs = [each for size in range(num_tokens) for each in itertools.product(range(3), repeat=size)]
+    laws = [law_after(each, params, (1, 0), output, EVEN_ZEROS) for each in (target, draft) for output in outputs]
+    pieces = race_pieces(laws)
+    runs = coupled_runs(maker(target, draft, 1), (1, 0), num_tokens, pieces, params, constraint=EVEN_ZEROS)
+    plainly = coupled_runs(
+        lambda source, rule, n: Decoder(target, uniforms=source, rule=rule, max_batch_size=n),
+        (1, 0),
+        num_tokens,
+        pieces,
+        params,
+        constraint=EVEN_ZEROS,
+    )
+    assert runs == plainly
+    assert distance(exact_coupled_law(runs), processed_law(target, params, (1, 0), num_tokens, EVEN_ZEROS)) < 1e-12
+
+
+# after 1 comes 0 or 2, after 2 comes 1 or 2: of two halves there is always one left
+TURNS = Automaton([{0: 0, 1: 1, 2: 2}, {0: 0, 2: 2}, {1: 1, 2: 2}])
+TURNED, TURNING = FeatureTarget(table(1, HALVES[:3])), MarkovModel(table(2, HALVES[:3]))
+
+
+@pytest.mark.parametrize("records", [False, True])
+@pytest.mark.parametrize(("propose", "gamma"), [(plain, 0), (ngram, 2), (head, 1), (head, 2), (hybrid, 2)])
+def test_joint_law_of_each_proposer_under_a_constraint(propose, gamma: int, records: bool) -> None:
+    """Drafts of two tokens, copied ones cut where they are not allowed, and drafts that are not recorded for it."""
+    make = decoder_of(propose, gamma, records, TURNED, TURNING)
+    law = exact_law(make, PROMPT, 4, (2, 2, 2), constraint=TURNS)
+    assert distance(law, processed_law(TURNED, SamplingParams(), PROMPT, 4, TURNS)) < 1e-12
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        {"decoder": mutants.UnconstrainedTarget},
+        {"proposer": mutants.UnconstrainedDraw},
+        {"decoder": mutants.ConstraintNotRolledBack},
+    ],
+    ids=["constraint on the draft alone", "constraint on the declared law alone", "rejected tokens kept"],
+)
+def test_broken_constraints_are_seen(broken: dict) -> None:
+    params = SamplingParams(**EVEN_ENDING)
+    law = constrained_law(maker(*EVEN_PAIR, 1, **broken), params, verify_tokens, 3, (EVEN_ZEROS, None))
+    assert distance(law, processed_law(EVEN_PAIR[0], params, (1, 0), 3, EVEN_ZEROS)) > 0.01
+
+
+def test_a_constraint_on_the_target_alone_is_lossless() -> None:
+    """Though it looks like a bug: the draft's law is the one it was drawn from, and what is not allowed is rejected."""
+    params = SamplingParams(**EVEN_ENDING)
+    make = maker(*EVEN_PAIR, 1, proposer=mutants.UnconstrainedDraft)
+    law = constrained_law(make, params, verify_tokens, 3, (EVEN_ZEROS, None))
+    assert distance(law, processed_law(EVEN_PAIR[0], params, (1, 0), 3, EVEN_ZEROS)) < 1e-12

@@ -1,0 +1,129 @@
+"""Constraints of JSON schemas, regular expressions and grammars, by llguidance (https://github.com/guidance-ai/llguidance).
+
+A grammar is about bytes; llguidance knows which tokens of a vocabulary may go on with a text. Where the next bytes are
+certain it allows but the tokens that the tokenizer itself would split them into.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from specdec.constraints import fewest_tokens
+from specdec.sampling import CONSTRAINTS, SamplingParams
+
+_KEPT = 64  # constraints that are kept compiled
+_SHOWN = 60  # characters of a constraint that a message repeats
+
+
+@dataclass(frozen=True, slots=True)
+class TokenGrammar:
+    """A `Constraint` whose states are matchers of llguidance.
+
+    name: the sampling parameter and its value, for messages. matcher: at the start. stop_token_ids: at least one; they
+    are allowed where the text is complete, whatever the grammar says of their bytes. eos_token_ids: what llguidance
+    takes for an end; those that are no stop tokens are never allowed. vocab_size: of the model.
+    """
+
+    name: str
+    matcher: Any
+    stop_token_ids: frozenset[int]
+    eos_token_ids: frozenset[int]
+    vocab_size: int
+
+    def __str__(self) -> str:
+        return self.name
+
+    def start(self) -> Any:
+        return self.matcher
+
+    def allowed(self, state: Any) -> Tensor:
+        bits = np.frombuffer(state.compute_bitmask(), np.uint8)
+        mask = torch.from_numpy(np.unpackbits(bits, bitorder="little", count=self.vocab_size)).bool()
+        if state.is_error():  # llguidance's mask is then its end token
+            return torch.zeros_like(mask)
+        mask[list(self.eos_token_ids)] = False
+        mask[list(self.stop_token_ids)] = state.is_accepting()
+        return mask
+
+    def advance(self, state: Any, token: int) -> Any:
+        if token in self.stop_token_ids:
+            return None
+        following = state.deep_copy()
+        following.consume_token(token)
+        return following
+
+
+class GrammarCompiler:
+    """Compiles the constraints of sampling parameters for one model, and keeps what it compiled last.
+
+    tokenizer: a fast transformers tokenizer. vocab_size: of the model, at least the tokenizer's.
+    Raises ValueError for another tokenizer, and without llguidance.
+    """
+
+    def __init__(self, tokenizer: Any, vocab_size: int) -> None:
+        if importlib.util.find_spec("llguidance") is None:
+            raise ValueError(f"{', '.join(CONSTRAINTS)} need the package llguidance; pip install 'specdec[grammar]'")
+        from llguidance.hf import from_tokenizer
+
+        try:
+            self._tokenizer = from_tokenizer(tokenizer, n_vocab=vocab_size)
+        except ValueError as error:
+            kind = type(tokenizer).__name__
+            raise ValueError(f"tokenizer={kind} must be one that llguidance reads: {error}; give a fast one") from None
+        self._compiled = lru_cache(_KEPT)(self._compile)
+
+    def compile(self, sampling: SamplingParams, stop_token_ids: frozenset[int]) -> TokenGrammar:
+        """The constraint of `sampling`, which has one.
+
+        Raises ValueError naming it where it does not compile, where nothing fits it, where there is no stop token, and
+        where it is certain that max_tokens are too few, for which but so much is tried.
+        """
+        name = sampling.constraint
+        assert name is not None
+        value = getattr(sampling, name)
+        if not isinstance(value, str):
+            value = _as_json(name, value)
+        return self._compiled(name, value, stop_token_ids, sampling.max_tokens)
+
+    def _compile(self, field: str, text: str, stop_token_ids: frozenset[int], max_tokens: int) -> TokenGrammar:
+        name = f"{field}={text if len(text) <= _SHOWN else text[:_SHOWN] + '...'!r}"
+        if not stop_token_ids:
+            raise ValueError(f"{name} must have a token to end with; give stop_token_ids, or ignore_eos=False")
+        matcher = self._matcher(name, field, text)
+        eos = frozenset(self._tokenizer.eos_tokens)
+        grammar = TokenGrammar(name, matcher, stop_token_ids, eos, self._tokenizer.vocab_size)
+        if not grammar.allowed(matcher.deep_copy()).any():
+            raise ValueError(f"{name} must be met by some text, but is met by none; correct it")
+        needed = fewest_tokens(grammar, stop_token_ids, max_tokens)
+        if needed > max_tokens:
+            raise ValueError(
+                f"max_tokens={max_tokens} must be at least {needed}, the stop token included, to meet {name}; raise it"
+            )
+        return grammar
+
+    def _matcher(self, name: str, field: str, text: str) -> Any:
+        from llguidance import LLMatcher, grammar_from
+
+        try:
+            matcher = LLMatcher(self._tokenizer, grammar_from(cast("Any", field), text), log_level=0)
+            reason = matcher.get_error()
+        except ValueError as error:
+            reason = str(error)
+        if reason:
+            raise ValueError(f"{name} must be one that llguidance compiles; correct it: {reason.strip()}")
+        return matcher
+
+
+def _as_json(name: str, schema: Any) -> str:
+    try:
+        return json.dumps(dict(schema))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name}={schema!r} must be JSON ({error}); correct it") from None
