@@ -66,8 +66,9 @@ def build_load(
         for at, result in zip(arrivals_s, served.results, strict=True)
     ]
     summary = load.summary(requests, config.duration, config.limits)
+    taken = [index for index in range(len(requests)) if index not in served.refused]
     ends = [each.arrival_s + each.latency_s if each else served.wall_s for each in requests]
-    mean_in_flight, peak_in_flight = load.in_flight(list(zip(arrivals_s, ends, strict=True)))
+    mean_in_flight, peak_in_flight = load.in_flight([(arrivals_s[index], ends[index]) for index in taken])
     return {
         "schema_version": SCHEMA_VERSION,
         **_identity(cell, pair, config, engine_version, device),
@@ -79,8 +80,8 @@ def build_load(
         "inter_token_limit_s": config.inter_token_limit,
         **summary,
         "queue_s": served.queue_s if summary["queue_s"] is None else summary["queue_s"],
-        "num_unfinished": len(requests) - len(results) - served.num_refused,
-        "num_refused": served.num_refused,
+        "num_unfinished": len(taken) - len(results),
+        "num_refused": len(served.refused),
         "mean_num_in_flight": mean_in_flight,
         "peak_num_in_flight": peak_in_flight,
         "busy_rate": (times.total_s - times.bookkeeping_s) / times.total_s if times else None,

@@ -66,14 +66,14 @@ class Served:
     """What became of requests that arrived over time.
 
     results: one per request, in order, its times from its arrival; None for one that was not finished in time.
-    num_refused: of those, how many were not taken. wall_s: from the beginning until the last was done, or time was up.
-    queue_s: mean wait for a slot, where the engine tells no more. peak_send_delay_s: how late a client was at the most.
+    refused: of those, the indices of what was not taken. wall_s: from the beginning until the last was done, or time
+    was up. queue_s: mean wait for a slot, where the engine tells no more. peak_send_delay_s: how late a client was.
     """
 
     results: tuple[PromptResult | None, ...]
     wall_s: float
     phase_times: PhaseTimes | None = None
-    num_refused: int = 0
+    refused: frozenset[int] = frozenset()
     queue_s: float | None = None
     peak_send_delay_s: float | None = None
 

@@ -22,11 +22,11 @@ T = TypeVar("T")
 class Sent(Generic[T]):
     """What became of requests: a result, or None for one that was refused or not done in time.
 
-    wall_s: until the last was done, or time was up. peak_delay_s: how late one was sent at the most.
+    refused: their indices. wall_s: until the last was done, or time was up. peak_delay_s: how late one was sent.
     """
 
     results: tuple[T | None, ...]
-    num_refused: int
+    refused: frozenset[int]
     wall_s: float
     peak_delay_s: float
 
@@ -52,7 +52,7 @@ def send_on_time(
     wall_s = time.perf_counter() - flight.start_s
     if flight.error:
         raise flight.error
-    return Sent(tuple(map(_result, calls)), flight.num_refused, wall_s, flight.peak_delay_s)
+    return Sent(tuple(map(_result, calls)), frozenset(flight.refused), wall_s, flight.peak_delay_s)
 
 
 def _result(call: Future[T | None] | None) -> T | None:
@@ -63,7 +63,8 @@ class _Flight(Generic[T]):
     """The calls that are out."""
 
     def __init__(self, call: Callable[[int, float], T], start_s: float) -> None:
-        self.start_s, self.num_refused, self.peak_delay_s = start_s, 0, 0.0
+        self.start_s, self.peak_delay_s = start_s, 0.0
+        self.refused: set[int] = set()
         self.error: EngineError | None = None
         self._call, self._lock = call, Lock()
         self._free, self._failed = BoundedSemaphore(MOST_IN_FLIGHT), Event()
@@ -81,7 +82,7 @@ class _Flight(Generic[T]):
                     self._num_out += 1
                 calls.append(threads.submit(self._make, index, due_s))
             else:
-                self._refuse()
+                self._refuse(index)
                 calls.append(None)
         return calls
 
@@ -107,7 +108,7 @@ class _Flight(Generic[T]):
         try:
             return None if self._is_over else self._call(index, due_s)
         except BusyError:
-            self._refuse()
+            self._refuse(index)
         except EngineError as error:
             self._fail(error)
         finally:
@@ -116,9 +117,9 @@ class _Flight(Generic[T]):
             self._free.release()
         return None
 
-    def _refuse(self) -> None:
+    def _refuse(self, index: int) -> None:
         with self._lock:
-            self.num_refused += 0 if self._is_over else 1
+            self.refused |= set() if self._is_over else {index}
 
     def _fail(self, error: EngineError) -> None:
         with self._lock:

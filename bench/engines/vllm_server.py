@@ -245,7 +245,7 @@ def serve(client: Client, requests: Sequence[Mapping[str, Any]], arrivals_s: Seq
     queue_s = None
     if before and after and after[1] > before[1]:
         queue_s = (after[0] - before[0]) / (after[1] - before[1])
-    return Served(results, sent.wall_s, None, sent.num_refused, queue_s, sent.peak_delay_s)
+    return Served(results, sent.wall_s, None, sent.refused, queue_s, sent.peak_delay_s)
 
 
 def difference(after: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, Any]:

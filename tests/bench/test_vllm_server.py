@@ -119,7 +119,7 @@ def test_a_load_counts_from_each_arrival(server: Any) -> None:
     server.metrics = [BEFORE + "\n" + queue_page(10.0, 5), AFTER + "\n" + queue_page(12.0, 9)]
     served = vllm_server.serve(client(server), [REQUEST] * 3, [0.0, 0.05, 0.1], 60)
     assert len(server.seen) == 3
-    assert (served.num_refused, served.queue_s) == (0, 0.5)  # two seconds of four requests
+    assert (served.refused, served.queue_s) == (frozenset(), 0.5)  # two seconds of four requests
     assert served.wall_s >= 0.1
     assert served.peak_send_delay_s is not None
     for result in served.results:
@@ -133,7 +133,7 @@ def test_a_load_keeps_refusals_and_breaks_off_what_is_late(server: Any) -> None:
     server.planned = [503, "silence", "stream"]
     served = vllm_server.serve(client(server), [REQUEST] * 3, [0.0, 0.1, 0.2], 0.35)
     assert [result is not None for result in served.results] == [False, False, True]
-    assert served.num_refused == 1
+    assert served.refused == {0}
     assert served.queue_s is None  # its page tells nothing of queues
     assert served.wall_s < 2  # the silent one was not waited for
 

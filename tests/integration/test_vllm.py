@@ -109,7 +109,7 @@ def test_requests_are_served_as_they_arrive() -> None:
         expected = [engine.generate([each], "autoregressive", 0, [GREEDY]).results[0].token_ids for each in prompts]
         served = engine.serve(prompts, [0.0, 0.0, 0.0, 0.5], setup, [GREEDY] * 4, 600)
         assert [result and result.token_ids for result in served.results] == expected
-        assert (served.num_refused, served.phase_times) == (0, None)
+        assert (served.refused, served.phase_times) == (frozenset(), None)
         assert served.queue_s is not None
         long = SamplingParams(temperature=0, max_tokens=4000, ignore_eos=True)
         late = engine.serve(prompts, [0.0] * 4, setup, [long] * 4, 1.0)
