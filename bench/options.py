@@ -257,8 +257,8 @@ OPTIONS = (
         "workloads",
         parse_workloads,
         "humaneval",
-        "prompts: humaneval, gsm8k, spec_bench, sharegpt, xsum, one category such as spec_bench:rag, or a file (JSON "
-        "lines with `prompt`, or one prompt a line)",
+        "prompts: humaneval, gsm8k, spec_bench, sharegpt, xsum, cnn_dailymail, wmt14, one category such as "
+        "spec_bench:rag, or a file (JSON lines with `prompt`, or one prompt a line)",
         smoke="smoke",
     ),
     Option("data-dir", lambda name, text: _data_dir(name, text), "", "folder with the data sets' files"),

@@ -153,13 +153,14 @@ ENGINES = {
         None,
         ("token", "block", "coupled"),
         ("auto gamma", "synthetic acceptance", "placements", "other vocabularies", "arrivals"),
+        ("decoder-only", "encoder-decoder"),
     ),
     "transformers": EngineKind(
         "transformers",
         ("autoregressive", "ngram", "draft_model"),
         max_batch_size=1,
         extras=("placements",),
-        kinds=("decoder-only", "local-attention"),
+        kinds=("decoder-only", "local-attention", "encoder-decoder"),
     ),
     "vllm": EngineKind(
         "vllm",

@@ -27,6 +27,7 @@ from specdec import AcceptanceCounts, SamplingParams
 from specdec.drafts import place_models
 from specdec.models.causal import eos_token_ids
 from specdec.models.loading import load_pretrained
+from specdec.models.seq2seq import start_token
 
 
 class TransformersEngine:
@@ -57,12 +58,14 @@ class TransformersEngine:
         arguments: dict[str, Any] = {"assistant_model": self._draft} if method == "draft_model" else {}
         if method == "ngram":
             config.prompt_lookup_num_tokens = gamma
+        start, num_before = _before_output(self._target, len(prompt))
+        config.decoder_start_token_id = start
         torch.manual_seed(params.seed)
-        with _own_configs(self._target, self._draft, gamma), Observer(self._target, len(prompt)) as observer:
+        with _own_configs(self._target, self._draft, gamma, start), Observer(self._target, num_before) as observer:
             output = self._target.generate(
                 tokens, attention_mask=torch.ones_like(tokens), generation_config=config, streamer=observer, **arguments
             )
-        return Run((_result(output[0, len(prompt) :].tolist(), observer, stop_token_ids),))
+        return Run((_result(output[0, num_before:].tolist(), observer, stop_token_ids),))
 
 
 def load(pair: Pair, options: LoadOptions) -> TransformersEngine:
@@ -88,6 +91,7 @@ def load(pair: Pair, options: LoadOptions) -> TransformersEngine:
 class Observer(BaseStreamer):  # type: ignore[misc]
     """Watches one `generate` call on a model: when tokens come out, and what became of each draft.
 
+    prompt_length: tokens before the output; of an encoder-decoder the one that its decoder starts from.
     counts: acceptance counters by specdec's definitions; an accepted token that truncation removed is not counted.
     times_s: a clock reading for each target call that emitted something. emitted: the token ids.
     """
@@ -109,7 +113,8 @@ class Observer(BaseStreamer):  # type: ignore[misc]
 
     def _before_forward(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         """Keep the draft: what follows the prompt, or later what follows the one token that is not in the cache."""
-        self._draft = kwargs["input_ids"][0, 1 if self.times_s else self._prompt_length :]
+        tokens = kwargs["decoder_input_ids" if "decoder_input_ids" in kwargs else "input_ids"]
+        self._draft = tokens[0, 1 if self.times_s else self._prompt_length :]
 
     def put(self, value: Tensor) -> None:
         """Take what a target call emitted; the first call of all is given the prompt."""
@@ -124,6 +129,13 @@ class Observer(BaseStreamer):  # type: ignore[misc]
 
     def end(self) -> None:
         """Nothing is left to do when `generate` ends."""
+
+
+def _before_output(target: Any, num_prompt: int) -> tuple[int | None, int]:
+    """The token that a decoder starts from, None if it goes on from a prompt, and how many stand before the output."""
+    if not target.config.is_encoder_decoder:
+        return None, num_prompt
+    return start_token(target), 1
 
 
 def _result(emitted: list[int], observer: Observer, stop_token_ids: Sequence[int]) -> PromptResult:
@@ -154,10 +166,13 @@ def _generation_config(params: SamplingParams, stop_token_ids: list[int]) -> Gen
 
 
 @contextmanager
-def _own_configs(target: Any, draft: Any, gamma: int) -> Iterator[None]:
+def _own_configs(target: Any, draft: Any, gamma: Gamma, start: int | None) -> Iterator[None]:
     """Replace both models' generation configs, whose defaults would change the law, and put them back as found."""
     constant = GenerationConfig(
-        num_assistant_tokens=gamma, num_assistant_tokens_schedule="constant", assistant_confidence_threshold=0.0
+        num_assistant_tokens=gamma,
+        num_assistant_tokens_schedule="constant",
+        assistant_confidence_threshold=0.0,
+        decoder_start_token_id=start,
     )
     replaced = [(model, model.generation_config) for model in (target, draft) if model is not None]
     target.generation_config = GenerationConfig()

@@ -12,7 +12,7 @@ from typing import Any
 
 Lengths = tuple[int, int]  # least and most tokens of a prompt
 BUCKET = re.compile(r"(?P<label>.*)@(?P<least>\d+):(?P<most>\d+)")
-NAMES = ("humaneval", "gsm8k", "spec_bench", "sharegpt", "xsum", "smoke")
+NAMES = ("humaneval", "gsm8k", "spec_bench", "sharegpt", "xsum", "cnn_dailymail", "wmt14", "smoke")
 
 
 @dataclass(frozen=True, slots=True)

@@ -70,7 +70,7 @@ class Seq2SeqLM:
         self.context_length = 1 << 30
         self._layers = _decoder_layers(model)
         self.num_layers = len(self._layers)
-        self._start = _start_token(model)
+        self._start = start_token(model)
         self._biases = [_biases_by_distance(layer.own) for layer in self._layers]
         _check_ragged_equals_plain(self)
 
@@ -215,7 +215,8 @@ def _decoder_layers(model: PreTrainedModel) -> list[_Layer]:
         ) from error
 
 
-def _start_token(model: PreTrainedModel) -> int:
+def start_token(model: PreTrainedModel) -> int:
+    """The token that a decoder starts from. Raises UnsupportedModelError if neither of the model's configs has it."""
     for config in (model.generation_config, model.config):
         token = getattr(config, "decoder_start_token_id", None)
         if token is not None:

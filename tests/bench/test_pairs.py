@@ -17,7 +17,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 
 from bench import machine, records, session, table
 from bench.cells import Cell, plan
-from bench.engines import ENGINES, LoadOptions, PromptResult, Run, Setup, load
+from bench.engines import ENGINES, LoadOptions, PromptResult, Run, Setup, load, why_not_pair
 from bench.measure import CANDIDATE, Measurement
 from bench.options import BenchConfig
 from bench.pairs import KINDS, Pair, catalogue, check_vocabulary
@@ -25,7 +25,8 @@ from specdec import SamplingParams
 from specdec.wheels import LoadError
 
 MakeConfig = Callable[..., BenchConfig]
-LITERATURE = [name for name in catalogue() if name not in ("smollm2-135m", "tiny-random", "llama-8b-1b-shape")]
+OWN = ("smollm2-135m", "tiny-random", "tiny-t5-random", "llama-8b-1b-shape")
+LITERATURE = [name for name in catalogue() if name not in OWN]
 
 
 def test_the_pairs_of_the_literature_are_there() -> None:
@@ -40,7 +41,9 @@ def test_the_pairs_of_the_literature_are_there() -> None:
         ("gpt-neo-1.3B-xsum-roya", "gpt-neo-125m-xsum-roya"),
         ("deepseek-coder-6.7b-instruct", "deepseek-coder-1.3b-instruct"),
         ("deepseek-coder-6.7b-base", "deepseek-coder-1.3b-base"),
-        ("t5-11b", "t5-small"),
+        *(("t5-11b", f"t5-{size}") for size in ("small", "base", "large")),
+        ("t5-3b", "t5-small"),
+        ("t5-large", "t5-small"),
     }
     for pair in pairs():
         assert pair.context, pair.name
@@ -98,6 +101,8 @@ LLAMA_8B, LLAMA_70B = llama(4096, 14336, 32, 32, 8, 128256), llama(8192, 28672, 
 LLAMA_1B = llama(2048, 8192, 16, 32, 8, 128256, tied=True)
 DEEPSEEK = (llama(4096, 11008, 32, 32, 32, 32256), llama(2048, 5504, 24, 16, 16, 32256))
 QWEN3_1_7B = qwen3(2048, 6144, 28, 16, tied=True)
+T5_11B, T5_LARGE = t5(1024, 128, 65536, 24, 128), t5(1024, 64, 4096, 24, 16)
+T5_SMALL = t5(512, 64, 2048, 6, 8)
 DIMENSIONS = {  # as their configurations on the hub have them
     "llama-3.1-70b-1b": (LLAMA_70B, LLAMA_1B),
     "llama-3.1-70b-1b-misaligned": (LLAMA_70B, LLAMA_1B),
@@ -108,7 +113,11 @@ DIMENSIONS = {  # as their configurations on the hub have them
     "gpt-neo-1.3b-125m-xsum": (gpt_neo(2048, 24, 16), gpt_neo(768, 12, 12)),
     "deepseek-coder-6.7b-1.3b": DEEPSEEK,
     "deepseek-coder-6.7b-1.3b-base": DEEPSEEK,
-    "t5-11b-small": (t5(1024, 128, 65536, 24, 128), t5(512, 64, 2048, 6, 8)),
+    "t5-11b-small": (T5_11B, T5_SMALL),
+    "t5-11b-base": (T5_11B, t5(768, 64, 3072, 12, 12)),
+    "t5-11b-large": (T5_11B, T5_LARGE),
+    "t5-3b-small": (t5(1024, 128, 16384, 24, 32), T5_SMALL),
+    "t5-large-small": (T5_LARGE, T5_SMALL),
 }
 
 
@@ -229,8 +238,8 @@ def test_models_are_loaded_once_for_each_placement(make_config: MakeConfig) -> N
     [
         (
             "t5-11b-small",
-            ("specdec", "transformers"),
-            "engine=specdec takes no models of kind encoder-decoder, as pair=t5-11b-small is; no engine does yet",
+            ("vllm",),
+            "engine=vllm takes no models of kind encoder-decoder, .*; use --engines specdec,transformers",
         ),
         (
             "gpt-neo-1.3b-125m-xsum",
@@ -251,6 +260,15 @@ def test_engines_that_place_by_themselves_say_so(make_config: MakeConfig) -> Non
     config = make_config(engines=("vllm",), placements=("separate",))
     with pytest.raises(ValueError, match="engine=vllm places models by itself, not by placement=separate; use --pl"):
         plan(config)
+
+
+def test_the_experiments_of_leviathan_et_al_are_there() -> None:
+    """Translation and summarisation with each of three drafts, for the engines that take encoder-decoders."""
+    for size in ("small", "base", "large"):
+        pair = catalogue()[f"t5-11b-{size}"]
+        assert [each.setting.split(",")[0] for each in pair.published] == ["WMT En-De", "CNN/DM"]
+        assert all(each.gamma and each.speedup and each.acceptance_rate for each in pair.published)
+        assert [name for name in ENGINES if why_not_pair(name, pair, "same") is None] == ["specdec", "transformers"]
 
 
 def test_every_kind_of_the_engines_is_known() -> None:

@@ -11,24 +11,35 @@ from transformers.generation.candidate_generator import AssistedCandidateGenerat
 from bench.engines import BenchEngine, LoadOptions, Run, load
 from bench.engines.transformers import Observer
 from bench.measure import check_counts
-from bench.pairs import catalogue
+from bench.pairs import Pair, catalogue
 from specdec import SamplingParams
 
 PROMPT = tuple(b"abc abc abc abc ab")
 GREEDY = SamplingParams(temperature=0, max_tokens=24)
 
 
+@pytest.fixture(scope="module", params=["tiny-random", "tiny-t5-random"])
+def pair(request: pytest.FixtureRequest) -> Pair:
+    """Decoder-only, and an encoder-decoder."""
+    return catalogue()[request.param]
+
+
 @pytest.fixture(scope="module")
-def engine() -> BenchEngine:
+def engine(pair: Pair) -> BenchEngine:
     """A tiny random model whose draft is another instance of itself."""
-    return load("transformers", catalogue()["tiny-random"], LoadOptions("float32", "cpu"))
+    return load("transformers", pair, LoadOptions("float32", "cpu"))
 
 
 @pytest.fixture(scope="module")
-def reference() -> Run:
+def own(pair: Pair) -> BenchEngine:
+    """specdec with the same weights."""
+    return load("specdec", pair, LoadOptions("float32", "cpu"))
+
+
+@pytest.fixture(scope="module")
+def reference(own: BenchEngine) -> Run:
     """What specdec decodes from the same weights."""
-    engine = load("specdec", catalogue()["tiny-random"], LoadOptions("float32", "cpu"))
-    return engine.generate([PROMPT], "autoregressive", 0, [GREEDY])
+    return own.generate([PROMPT], "autoregressive", 0, [GREEDY])
 
 
 @pytest.mark.parametrize(("method", "gamma"), [("autoregressive", 0), ("ngram", 3), ("draft_model", 3)])
@@ -37,6 +48,16 @@ def test_greedy_outputs_are_those_of_specdec(engine: BenchEngine, reference: Run
     assert run.results[0].token_ids == reference.results[0].token_ids
     assert run.results[0].finish_reason == reference.results[0].finish_reason
     check_counts([run], method, GREEDY.max_tokens)
+
+
+@pytest.mark.parametrize("method", ["ngram", "draft_model"])
+def test_speculative_outputs_of_specdec_are_its_plain_ones(own: BenchEngine, reference: Run, method: str) -> None:
+    """In a batch of two, as the harness calls it; the draft is the target itself."""
+    run = own.generate([PROMPT, PROMPT[:5]], method, 3, [GREEDY, GREEDY])
+    assert run.results[0].token_ids == reference.results[0].token_ids
+    counts = run.results[0].counts
+    assert counts is not None
+    assert method == "ngram" or counts.acceptance_rate == 1
 
 
 def test_a_model_that_assists_itself_is_always_accepted(engine: BenchEngine) -> None:

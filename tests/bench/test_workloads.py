@@ -52,6 +52,13 @@ def test_the_fixtures_are_read_whole() -> None:
     assert article.text.startswith("Summarize this article in one sentence.\n\nThe bridge")
     assert article.raw.startswith("The bridge")
     assert article.raw.endswith("\n\nSummary:")
+    (news,) = workloads.read("cnn_dailymail", DATA)
+    assert news.text.startswith("summarize: The bridge over the river")
+    assert news.truth == Summary("A lorry has damaged a bridge.")
+    assert [prompt.text for prompt in workloads.read("wmt14", DATA)] == [
+        "translate English to German: The bridge is closed.",
+        "translate English to German: Pupils have planted trees.",
+    ]
     assert {prompt.category for prompt in workloads.read("spec_bench", DATA)} == {"qa", "multi_turn", "rag"}
 
 
@@ -150,7 +157,17 @@ def test_without_a_folder_rows_come_from_the_hub(monkeypatch: pytest.MonkeyPatch
         workloads.read("xsum", None)
 
 
-@pytest.mark.parametrize("workload", ["gsm8k", "xsum"])
+def test_a_translation_without_its_source_is_malformed(tmp_path: Path) -> None:
+    for row, message in [
+        ({"translation": "x"}, "translation='x' must be an object with `en`; correct or remove the row"),
+        ({"translation": {"de": "x"}}, "en=None must be a text that is not empty"),
+    ]:
+        write_rows(tmp_path / "wmt14.jsonl", row)
+        with pytest.raises(ValueError, match=rf"wmt14\.jsonl:1: {message}"):
+            workloads.read("wmt14", tmp_path)
+
+
+@pytest.mark.parametrize("workload", ["gsm8k", "xsum", "cnn_dailymail", "wmt14"])
 def test_a_hub_that_cannot_be_had_names_the_remedy(workload: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*names: Any, **options: Any) -> None:
         raise ConnectionError("offline\nand more")
