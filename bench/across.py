@@ -62,11 +62,14 @@ def _gains(record: Record) -> list[float]:
 
 def _ratios(above: Record, its_arm: str, below: Record, other_arm: str) -> list[float]:
     """Of seconds per emitted token, for each round."""
-    return [a / b for a, b in zip(_time_per_token(above, its_arm), _time_per_token(below, other_arm), strict=True)]
+    return [a / b for a, b in zip(time_per_token(above, its_arm), time_per_token(below, other_arm), strict=True)]
 
 
-def _time_per_token(record: Record, arm: str) -> list[float]:
-    """One number for a batch, whose rows are not independent."""
+def time_per_token(record: Record, arm: str) -> list[float]:
+    """Seconds per emitted token of each round; one number for a batch, whose rows are not independent.
+
+    arm: "", "baseline_" or "reference_".
+    """
     latencies, tokens = (_batches(record[f"{arm}per_prompt_{name}"], record) for name in ("latency_s", "tokens"))
     return [sum(batch_s) / sum(numbers) for batch_s, numbers in zip(latencies, tokens, strict=True)]
 

@@ -39,6 +39,24 @@ def geometric_mean_interval(ratios: Sequence[float]) -> Interval:
     return Interval(math.exp(logs.mean()), math.exp(low), math.exp(high))
 
 
+def unpaired_ratio_interval(above: Sequence[float], below: Sequence[float]) -> Interval:
+    """Ratio of two geometric means of values that do not belong together, each resampled for itself, as above.
+
+    above, below: > 0. Raises ValueError if one of them is empty or has a value that is not > 0.
+    """
+    for values in (above, below):
+        if not values or not all(math.isfinite(value) and value > 0 for value in values):
+            raise ValueError(f"values={list(values)} must be finite, > 0 and at least one; check the clock")
+    logs = [np.log(values) for values in (above, below)]
+    estimate = math.exp(logs[0].mean() - logs[1].mean())
+    if min(len(above), len(below)) == 1:
+        return Interval(estimate, None, None)
+    random = np.random.default_rng(0)
+    drawn = [random.choice(each, (NUM_RESAMPLES, len(each))).mean(1) for each in logs]
+    low, high = _ends(drawn[0] - drawn[1])
+    return Interval(estimate, math.exp(low), math.exp(high))
+
+
 def rate_interval(numerators: Sequence[int], denominators: Sequence[int]) -> Interval | None:
     """Ratio of two sums over prompts, and its percentile bootstrap interval over the prompts, as above.
 

@@ -168,8 +168,8 @@ def in_flight(spans: Sequence[tuple[float, float]]) -> tuple[float, int]:
 
 def ratios(plain: Sequence[dict[str, Any]], method: Sequence[dict[str, Any]]) -> dict[float, float | None]:
     """By rate: the median latency of plain decoding over that of a method; None where one has none. Above 1 it pays."""
-    theirs = {record["rate"]: record["latency_p50_s"] for record in plain}
-    ours = {record["rate"]: record["latency_p50_s"] for record in method}
+    theirs = {record["rate"]: record.get("latency_p50_s") for record in plain}
+    ours = {record["rate"]: record.get("latency_p50_s") for record in method}
     return {
         rate: theirs[rate] / ours[rate] if theirs[rate] and ours[rate] else None
         for rate in sorted(theirs.keys() & ours.keys())

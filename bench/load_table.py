@@ -52,8 +52,8 @@ def _block(block: Sequence[Record]) -> Iterator[str]:
         ratio = curves[record["method"], record["gamma"]].get(record["rate"])
         yield _line(_row(record, ratio if record["method"] != "autoregressive" else None))
     yield ""
-    for arm, found in by_arm.items():
-        yield from textwrap.wrap(_verdict(arm, found, curves[arm]), 118)
+    for line in verdicts(block):
+        yield from textwrap.wrap(line, 118)
     yield ""
 
 
@@ -85,6 +85,13 @@ def _row(record: Record, ratio: float | None) -> list[str]:
 def _percentiles(record: Record, name: str, scale: float, digits: int) -> str:
     values = [record[f"{name}_p{percent}_s"] for percent in PERCENTILES]
     return " ".join("-" if value is None else f"{scale * value:.{digits}f}" for value in values)
+
+
+def verdicts(block: Sequence[Record]) -> Iterator[str]:
+    """A sentence for each method and gamma of a block."""
+    by_arm = arms(block)
+    plain = by_arm.get(("autoregressive", 0), [])
+    return (_verdict(arm, found, ratios(plain, found)) for arm, found in by_arm.items())
 
 
 def _verdict(arm: tuple[str, Any], found: Sequence[Record], curve: dict[float, float | None]) -> str:

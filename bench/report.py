@@ -1,16 +1,20 @@
-"""Results as text and pictures: `python -m bench.report RUN.json [OTHER.json ...] [--plots FOLDER]`.
+"""Results as text, tables, a page and pictures: `python -m bench.report RUN.json [OTHER.json ...]`.
 
-The tables of each run are printed; with --plots its pictures are drawn into FOLDER/RUN-*.png.
+The tables of each run are printed, and of several runs what the later ones changed against the first. Shards of one
+campaign (--shard) are one run.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
-from bench import cost, load_table, plots, table
+from bench import changes, chapters, cost, flat, load_table, markdown, page, plots, results, table
+from bench.document import Document
+from bench.results import Results
 
 
 def render(run: Path) -> str:
@@ -18,61 +22,114 @@ def render(run: Path) -> str:
 
     Raises ValueError if the file holds no such run.
     """
-    return _read(run)[0]
+    return text(results.read(run))
 
 
-def draw(run: Path, folder: Path) -> list[Path]:
-    """Draw a run's pictures; returns their files.
+def text(run: Results) -> str:
+    """The tables of a run, for a terminal."""
+    return "\n".join([run.described(), "", *_tables(run)])
 
-    Raises ValueError if the file holds no run of these benchmarks, or matplotlib is missing.
+
+def _tables(run: Results) -> Iterator[str]:
+    if run.missing_shards:
+        yield f"not the whole campaign: shards {', '.join(map(str, run.missing_shards))} are missing"
+    yield from table.render(run.cells) if run.cells else ()
+    yield from load_table.lines(run.loads) if run.loads else ()
+    if run.certificates:
+        from bench import equivalence  # imports transformers
+
+        yield from equivalence.lines(run.certificates)
+    yield from cost.lines(run.costs) if run.costs else ()
+
+
+def document(runs: Sequence[Results]) -> Document:
+    """What the reports say: of several runs first what the later ones changed against the first."""
+    first = [changes.chapter(runs[0], after, f"changes{index}") for index, after in enumerate(runs[1:], 1)]
+    return chapters.document(runs, first)
+
+
+def draw(run: Results, folder: Path) -> list[Path]:
+    """Draw a run's pictures into FOLDER/RUN-*.png; returns their files.
+
+    Raises ValueError if matplotlib is missing, or the folder cannot be written.
     """
-    _, results, records = _read(run)
     try:
         from bench import drawing
     except ImportError as error:
         raise ValueError(f"plots={folder} needs matplotlib ({error}); pip install 'specdec[bench]'") from error
-    return drawing.write(plots.pictures(records), folder, run.stem, _machine(results))
-
-
-def _read(run: Path) -> tuple[str, dict[str, Any], list[dict[str, Any]]]:
-    """(table, results, records) of a run."""
     try:
-        results = json.loads(run.read_text())
-        records = [benchmark["extra_info"] for benchmark in results["benchmarks"]]
-        decoding = [record for record in records if "axis" not in record and record.get("rate") is None]
-        loads = [record for record in records if record.get("rate") is not None]
-        costs = [record for record in records if "axis" in record]
-        tables = [
-            *(table.render(decoding) if decoding else []),
-            *(load_table.lines(loads) if loads else []),
-            *(cost.lines(costs) if costs else []),
-        ]
-        return "\n".join([_machine(results), "", *tables]), results, records
+        return drawing.write(plots.pictures(run.pictured), folder, run.file_name, run.described())
     except OSError as error:
-        raise ValueError(f"{run} must be a file that can be read ({error.strerror}); check the path") from error
-    except (KeyError, TypeError, IndexError, ValueError) as error:
-        raise ValueError(f"{run} must be written by `pytest bench/ --benchmark-json`; {error!r} is amiss") from error
+        raise ValueError(f"plots={folder} must be a folder that can be written ({error.strerror}); {REMEDY}") from error
 
 
-def _machine(results: dict) -> str:
-    machine = results["machine_info"]
-    hardware = ", ".join(machine["gpus"]) or f"{machine['cpu_count']} cores of {machine['cpu_model']}"
-    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items() if version)
-    return f"{results['datetime'][:10]}, {hardware}, Python {machine['python_version']}, {versions}"
+REMEDY = "free space there, or name another"
+
+
+def write(option: str, path: Path, content: str) -> None:
+    """Write a file whole or not at all: where it cannot be, what was there before is kept.
+
+    Raises ValueError naming the option.
+    """
+    try:
+        if path.exists() and not path.is_file():  # a device or a pipe
+            path.write_text(content, encoding="utf-8")
+        else:
+            _replace(path, content)
+    except OSError as error:
+        raise ValueError(f"{option}={path} must be a file that can be written ({error.strerror}); {REMEDY}") from error
+
+
+def _replace(path: Path, content: str) -> None:
+    descriptor, beside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with open(descriptor, "w", encoding="utf-8", newline="") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(beside, 0o666 & ~umask)  # as any other file; a temporary one is its owner's alone
+        os.replace(beside, path)
+    except BaseException:
+        os.unlink(beside)
+        raise
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__)
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN.json")
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN.json", help="of `pytest bench/ --benchmark-json`")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="a page with tables and pictures; needs nothing else")
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="the same without pictures")
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="a row for each cell, with all fields, in SI units")
     parser.add_argument("--plots", type=Path, metavar="FOLDER", help="draw pictures into this folder; needs matplotlib")
     arguments = parser.parse_args()
     try:
-        for run in arguments.runs:
-            print(render(run))
-            for path in draw(run, arguments.plots) if arguments.plots else ():
-                print(f"drawn: {path}")
+        _report(arguments)
     except ValueError as error:
         parser.error(str(error))
+
+
+def _report(arguments: argparse.Namespace) -> None:
+    runs = results.read_all(arguments.runs)
+    try:
+        texts = [text(run) for run in runs]
+        differences = [line for after in runs[1:] for line in ("", *changes.lines(runs[0], after))]
+        told = document(runs)
+        pages = page.render(told) if arguments.html else ""
+    except (KeyError, TypeError, AttributeError, ArithmeticError, IndexError) as error:
+        names = ", ".join(map(str, arguments.runs))
+        raise ValueError(f"{names} must be written by `pytest bench/ --benchmark-json`; {error!r} is amiss") from error
+    print("\n\n".join(texts))
+    print(*differences, sep="\n") if differences else None
+    contents = {"html": pages, "markdown": markdown.render(told), "csv": flat.render(runs)}
+    for option, content in contents.items():
+        if path := getattr(arguments, option):
+            write(option, path, content)
+            print(f"written: {path}")
+    for run in runs if arguments.plots else ():
+        for path in draw(run, arguments.plots):
+            print(f"drawn: {path}")
 
 
 if __name__ == "__main__":

@@ -6,8 +6,9 @@ import textwrap
 from collections.abc import Sequence
 from itertools import groupby
 
-from bench.across import Lead, leads
-from bench.best_gamma import BestGamma, Record, best_gammas
+from bench.across import leads
+from bench.best_gamma import Record, best_gammas
+from bench.texts import best_gamma, interval, lead, number, percent
 
 WIDTHS = (12, 14, 5, 6, 7, 8, 6, 17, 9, 20, 5)
 PARTS = ("truncation", "bookkeeping", "prefill", "averaging")
@@ -55,7 +56,7 @@ def _publication(record: Record) -> str:
     speedup, length = record["published_speedup"], record["published_mean_acceptance_length"]
     facts = [
         *([f"speed-up {speedup:g}"] if speedup else []),
-        *([f"{_percent(record['published_acceptance_rate'])} accepted"] if record["published_acceptance_rate"] else []),
+        *([f"{percent(record['published_acceptance_rate'])} accepted"] if record["published_acceptance_rate"] else []),
         *([f"length {length:g}"] if length else []),
     ]
     where = f"{record['published_setting']} ({record['published_source']})"
@@ -75,45 +76,25 @@ def _energy(record: Record) -> list[str]:
         record["engine"],
         record["method"],
         str(record["gamma"]),
-        _number(record["energy_j"], 1),
-        _number(record["energy_per_token_j"], 3),
-        _number(record["energy_per_accepted_token_j"], 3),
-        _number(record["average_power_w"], 1),
-        _number(record["peak_power_w"], 1),
-        _percent(record["average_utilisation_rate"]),
+        number(record["energy_j"], 1),
+        number(record["energy_per_token_j"], 3),
+        number(record["energy_per_accepted_token_j"], 3),
+        number(record["average_power_w"], 1),
+        number(record["peak_power_w"], 1),
+        percent(record["average_utilisation_rate"]),
         "-" if peak_memory is None else f"{peak_memory / 1e9:.1f} GB",
-        _number(record["peak_temperature_c"], 0),
+        number(record["peak_temperature_c"], 0),
     ]
 
 
 def _best_gammas(block: Sequence[Record]) -> list[str]:
-    lines = [_best_gamma(best) for best in best_gammas(block)]
+    lines = [best_gamma(best) for best in best_gammas(block)]
     return [*lines, ""] if lines else []
-
-
-def _best_gamma(best: BestGamma) -> str:
-    measured, gamma = best.measured, best.predicted_gamma
-    gammas = ", ".join(str(record["gamma"]) for record in best.records)
-    return (
-        f"{measured['engine']} {measured['method']}: predicted best gamma {gamma} ({best.predicted[gamma]:.2f}), "
-        f"measured best of {gammas}: {measured['gamma']} ({_interval(measured, 'speedup')})"
-    )
 
 
 def _leads(block: Sequence[Record]) -> list[str]:
-    lines = [_lead(lead) for lead in leads(block)]
+    lines = [lead(found) for found in leads(block)]
     return [*lines, ""] if lines else []
-
-
-def _lead(lead: Lead) -> str:
-    times = lead.times
-    interval = "" if times.low is None else f" [{times.low:.2f}, {times.high:.2f}]"
-    return f"{_cell(lead.ours)} is {times.estimate:.2f}{interval} times as fast as {_cell(lead.theirs)}"
-
-
-def _cell(record: Record) -> str:
-    gamma = "" if record["method"] == "autoregressive" else f" {record['gamma']}"
-    return f"{record['engine']} {record['method']}{gamma}"
 
 
 def _qualities(block: Sequence[Record]) -> list[str]:
@@ -180,13 +161,13 @@ def _row(record: Record) -> list[str]:
         record["engine"],
         record["method"],
         str(record["gamma"]),
-        _number(record["throughput_tok_s"], 1),
-        _number(record["latency_s"], 3),
-        _percent(record["acceptance_rate"]),
-        _number(record["mean_acceptance_length"], 2),
-        _interval(record, "speedup"),
-        _number(record["predicted_speedup"], 2),
-        _interval(record, "speedup_of_reference"),
+        number(record["throughput_tok_s"], 1),
+        number(record["latency_s"], 3),
+        percent(record["acceptance_rate"]),
+        number(record["mean_acceptance_length"], 2),
+        interval(record, "speedup"),
+        number(record["predicted_speedup"], 2),
+        interval(record, "speedup_of_reference"),
         _equal(record),
     ]
 
@@ -197,25 +178,10 @@ def _line(cells: Sequence[str], widths: Sequence[int] = WIDTHS) -> str:
     return " ".join(columns).rstrip()
 
 
-def _interval(record: Record, name: str) -> str:
-    value, low, high = (record[f"{name}{end}"] for end in ("", "_low", "_high"))
-    if value is None:
-        return "-"
-    return f"{value:.2f}" if low is None else f"{value:.2f} [{low:.2f}, {high:.2f}]"
-
-
 def _equal(record: Record) -> str:
     equal = record["num_outputs_equal"]
     equal = record["num_outputs_equal_reference"] if equal is None else equal
     return "-" if equal is None else f"{equal}/{record['num_prompts']}"
-
-
-def _number(value: float | None, digits: int) -> str:
-    return "-" if value is None else f"{value:.{digits}f}"
-
-
-def _percent(rate: float | None) -> str:
-    return "-" if rate is None else f"{100 * rate:.1f}%"
 
 
 def _notes(records: Sequence[Record]) -> list[str]:
@@ -246,8 +212,8 @@ def _notes(records: Sequence[Record]) -> list[str]:
         sentences.append(f"Of the time measured {recording_s:.1f} s went into recording shapes.")
     for reason in dict.fromkeys(record.get("quality_reason") for record in records):
         sentences += [f"Quality is not known: {reason}."] if reason else []
-    for workload, number in dict.fromkeys((record["workload"], record.get("num_rows_skipped")) for record in records):
-        sentences += [f"Malformed rows of {workload} that were skipped: {number}."] if number else []
+    for workload, rows in dict.fromkeys((record["workload"], record.get("num_rows_skipped")) for record in records):
+        sentences += [f"Malformed rows of {workload} that were skipped: {rows}."] if rows else []
     if any(record.get("speedup_from_averaging") is not None for record in records):
         sentences.append(
             "From predicted to measured, each counted in both arms: tokens cut behind a stop token, bookkeeping, "

@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from bench_runs import loaded
 
-from bench import cost, drawing, phases, plots, report
-from bench.plots import Bars, Chart, Series
+from bench import cost, drawing, phases, plots, report, results
+from bench.plots import Bars, Chart, Line, Rows, Series
+from bench.results import complete
 
 ROOT = Path(__file__).parents[2]
 BASELINE = ROOT / "bench" / "baselines" / "engines-cpu.json"
@@ -19,7 +21,7 @@ BASELINE = ROOT / "bench" / "baselines" / "engines-cpu.json"
 
 def size(axis: str, number: int, median_s: float, roofline_s: float | None = None, tokens: int = 1) -> dict[str, Any]:
     record = {"axis": axis, "size": number, "median_s": median_s, "roofline_s": roofline_s, "tokens": tokens}
-    return record | {"pair": "tiny", "dtype": "float32", "device": "cpu"}
+    return complete(record) | {"schema_version": 1, "pair": "tiny", "dtype": "float32", "device": "cpu"}
 
 
 def shares(axis: str, rows: int, *parts: float) -> dict[str, Any]:
@@ -30,7 +32,11 @@ def shares(axis: str, rows: int, *parts: float) -> dict[str, Any]:
 
 def cell(method: str, gamma: int | str, speedup: float, **changes: Any) -> dict[str, Any]:
     """Ten steps that draft all tokens, each for 0.1 plain steps, verified for one."""
-    record = {"engine": "specdec", "pair": "tiny", "placement": "same", "workload": "spec_bench:rag", "batch_size": 2}
+    record = complete({"engine": "specdec", "pair": "tiny"}) | {
+        "placement": "same",
+        "workload": "spec_bench:rag",
+        "batch_size": 2,
+    }
     record |= {"dtype": "float32", "device": "cpu", "temperature": 1.0, "method": method, "gamma": gamma}
     num_drafted = 10 * (gamma if isinstance(gamma, int) else 3)
     record |= {"num_steps": 10, "num_drafted": num_drafted, "cost_ratio": 0.1, "step_cost_ratio": 1.0}
@@ -95,14 +101,21 @@ def test_phases_are_stacked_bars() -> None:
 def test_speedups_are_shown_with_their_intervals_and_the_prediction() -> None:
     plain = cell("autoregressive", 0, 1.0) | {"speedup": None, "step_cost_ratio": None}
     cells = [plain, cell("eagle", 4, 1.25), cell("eagle", "auto", 1.5), cell("eagle", 2, 1.375)]
-    chart, acceptance = plots.pictures(cells)
+    cells[2]["predicted_speedup"] = 1.75
+    overview, chart = plots.sections(cells)["speedup"]
+    (acceptance,) = plots.sections(cells)["acceptance"]
+    assert isinstance(overview, Rows)
+    assert overview.lines == (Line("specdec eagle, gamma auto", 1.5, 1.3, 1.8, 0, 1.75),)
     assert isinstance(chart, Chart)
     assert chart.name == "speedup-specdec-tiny-spec_bench-rag-batch-2"  # can be a file's name
-    assert chart.title.endswith("specdec, tiny, float32 on cpu, spec_bench:rag, batch size 2, temperature 1")
+    assert chart.title == (
+        "Speed-up over plain decoding: specdec\ntiny, float32 on cpu, spec_bench:rag, batch size 2, temperature 1"
+    )
     assert chart.ticks == ((0.0, "0"), (2.0, "2"), (4.0, "4"), (5.0, "auto"))
     plain_decoding, measured, predicted = chart.series
     assert (plain_decoding.x, plain_decoding.y) == ((0.0, 5.0), (1.0, 1.0))
     assert (measured.x, measured.y) == ((2.0, 4.0, 5.0), (1.375, 1.25, 1.5))
+    assert measured.num_loose == 1  # "auto" is no number
     assert measured.low == pytest.approx((1.175, 1.05, 1.3))
     assert measured.high == pytest.approx((1.675, 1.55, 1.8))
     assert predicted.dashed
@@ -114,10 +127,117 @@ def test_speedups_are_shown_with_their_intervals_and_the_prediction() -> None:
 def test_engines_that_tell_less_have_fewer_lines() -> None:
     """One round gives no interval, no phase times no prediction, and no counts no acceptance."""
     silent = {"speedup_low": None, "speedup_high": None, "step_cost_ratio": None, "acceptance_rate_at": None}
-    (chart,) = plots.pictures([cell("ngram", 2, 1.5, **silent)])
+    overview, chart = plots.pictures([cell("ngram", 2, 1.5, **silent)])
+    assert isinstance(overview, Rows)
+    assert (overview.lines[0].low, overview.lines[0].high, overview.lines[0].predicted) == (1.5, 1.5, None)
     assert isinstance(chart, Chart)
     assert [series.label for series in chart.series] == ["plain decoding", "ngram"]
     assert chart.series[1].low == chart.series[1].high == chart.series[1].y
+
+
+def test_numbers_are_shown_against_gamma_in_readable_units() -> None:
+    told = {"acceptance_rate": 0.5, "acceptance_rate_low": 0.25, "acceptance_rate_high": 0.75, "system_efficiency": 0.6}
+    told |= {"draft_time_per_token_s": 0.002, "scoring_time_s": 0.5, "verification_time_s": 0.05, "num_tokens": 100}
+    told |= {"latency_s": 1.5, "energy_per_token_j": 2.0, "energy_per_accepted_token_j": 5.0, "throughput_tok_s": 64.0}
+    plain = {"scoring_time_s": 1.0, "verification_time_s": 0.1, "num_tokens": 100, "latency_s": 3.0}
+    plain |= {"energy_per_token_j": 4.0, "throughput_tok_s": 32.0, "speedup": None, "acceptance_rate_at": None}
+    cells = [cell("autoregressive", 0, 1.0) | plain, cell("eagle", 2, 1.5, **told), cell("eagle", "auto", 2.0, **told)]
+    sections = plots.sections(cells)
+    measured = {
+        chart.name.partition("-specdec")[0]: chart.series[-1]
+        for name in sections
+        for chart in sections[name][-8:]
+        if isinstance(chart, Chart)
+    }
+    expected = {"acceptance-rate": 0.5, "system-efficiency": 0.6, "draft-time": 2.0, "scoring-time": 5.0}
+    expected |= {"verification-time": 0.5, "latency": 1.5, "energy-per-token": 2.0, "energy-per-accepted": 5.0}
+    assert {name: measured[name].y for name in expected} == {name: (y, y) for name, y in expected.items()}
+    assert all(measured[name].x == (2.0, 3.0) for name in expected)
+    assert (measured["acceptance-rate"].low, measured["acceptance-rate"].high) == ((0.25, 0.25), (0.75, 0.75))
+    across = {"scoring-time": 10.0, "verification-time": 1.0, "latency": 3.0, "energy-per-token": 4.0}
+    charts = {chart.name.partition("-specdec")[0]: chart for name in sections for chart in sections[name]}
+    for name, y in across.items():
+        assert charts[name].series[0] == Series("plain decoding", (0.0, 3.0), (y, y), -1, dashed=True)
+    assert charts["throughput"].series == (
+        Series("plain decoding", (3.0,), (32.0,), -1, line=False, names=("gamma 0, batch size 2",)),
+        Series(
+            "eagle",
+            (1.5, 1.5),
+            (64.0, 64.0),
+            0,
+            line=False,
+            names=("gamma 2, batch size 2", "gamma auto, batch size 2"),
+        ),
+    )
+
+
+def test_batch_sizes_are_joined_where_there_are_several() -> None:
+    told = {"throughput_tok_s": 10.0, "latency_s": 1.0}
+    cells = [cell("eagle", 2, 1.5, **told), cell("eagle", 2, 1.5, **told | {"latency_s": 4.0, "batch_size": 8})]
+    (chart,) = plots.sections(cells)["throughput"]
+    names = ("gamma 2, batch size 2", "gamma 2, batch size 8")
+    assert chart.series == (Series("eagle", (1.0, 4.0), (10.0, 10.0), 0, names=names),)
+
+
+def test_a_draft_of_nothing_is_not_called_efficient() -> None:
+    idle = cell("eagle", "auto", 1.0, num_drafted=0, system_efficiency=1.0, acceptance_rate_at=[])
+    assert plots.sections([idle])["acceptance"] == []
+
+
+def test_a_method_has_one_colour_in_all_pictures() -> None:
+    cells = [cell("ngram", 2, 1.5), cell("eagle", 2, 1.5), cell("eagle", 2, 1.2, engine="vllm")]
+    charts = [chart for chart in plots.sections(cells)["speedup"] if isinstance(chart, Chart)]
+    kinds = [{series.label: series.kind for series in chart.series if not series.dashed} for chart in charts]
+    assert kinds == [{"ngram": 0, "eagle": 1}, {"eagle": 1}]
+
+
+def test_engines_have_the_same_axis() -> None:
+    cells = [cell("eagle", 2, 1.5), cell("eagle", 2, 9.0, engine="vllm")]
+    charts = [chart for chart in plots.sections(cells)["speedup"] if isinstance(chart, Chart)]
+    assert [chart.y_most for chart in charts] == [9.3, 9.3]
+
+
+def test_load_is_shown_by_rate_with_the_tail_dashed() -> None:
+    """Twice as fast as plain decoding at one request a second, half as fast at two."""
+    loads = [
+        *(loaded(2.0, "ngram", 4, 8.0), loaded(1.0, "ngram", 4, 1.0)),
+        *(loaded(1.0, "autoregressive", 0, 2.0), loaded(2.0, "autoregressive", 0, 4.0)),
+    ]
+    charts = plots.sections([*map(complete, loads)])["load"]
+    pays, latency, ttft, inter_token, tokens, goodput, crossed = charts
+    assert pays.title.startswith("Up to which rate it pays: specdec\n")
+    assert [(line.label, line.x, line.y) for line in pays.series] == [
+        ("plain decoding", (1.0, 2.0), (1.0, 1.0)),
+        ("ngram, gamma 4", (1.0, 2.0), (2.0, 0.5)),
+    ]
+    assert [(line.label, line.x, line.y, line.dashed) for line in latency.series] == [
+        ("ngram, gamma 4: 50 % of requests", (1.0, 2.0), (1.0, 8.0), False),
+        ("plain decoding: 50 % of requests", (1.0, 2.0), (2.0, 4.0), False),
+        ("ngram, gamma 4: 95 % of requests", (1.0, 2.0), (2.0, 16.0), True),
+        ("plain decoding: 95 % of requests", (1.0, 2.0), (4.0, 8.0), True),
+    ]
+    assert [chart.series[0].y for chart in (ttft, inter_token)] == [(0.5, 4.0), (0.125, 1.0)]
+    assert [line.y for line in tokens.series] == [(8.0, 16.0), (8.0, 16.0)]
+    assert [line.y for line in goodput.series] == [(0.5, 1.0), (0.5, 1.0)]
+    assert [(line.x, line.y) for line in crossed.series] == [((1.0, 8.0), (8.0, 16.0)), ((2.0, 4.0), (8.0, 16.0))]
+
+
+def test_an_unknown_axis_has_a_picture_too() -> None:
+    (chart,) = plots.pictures([size("depth of tree", 2, 0.003), size("depth of tree", 4, 0.005)])
+    assert isinstance(chart, Chart)
+    assert (chart.name, chart.series[0].y) == ("depth-of-tree", (3.0, 5.0))
+
+
+def test_rows_are_drawn() -> None:
+    rows = Rows("name", "title", "speed-up", (Line("a", 1.5, 1.25, 2.0, 0, 1.75), Line("b", 0.5, 0.5, 0.5, 1)))
+    (axes,) = drawing.draw(rows).axes
+    values = [container.lines[0].get_xdata().tolist() for container in axes.containers]
+    ends = [container.lines[2][0].get_segments()[0][:, 0].tolist() for container in axes.containers]
+    assert values == [[1.5], [0.5]]
+    assert ends == [[1.25, 2.0], [0.5, 0.5]]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["a", "b"]
+    (predicted,) = [line for line in axes.lines if line.get_label().startswith("predicted")]
+    assert predicted.get_xdata() == [1.75]
 
 
 def test_what_is_drawn_is_the_data() -> None:
@@ -150,14 +270,14 @@ def test_sizes_are_the_ticks_and_of_many_the_powers_of_two() -> None:
 
 
 def test_a_run_is_drawn_into_files(tmp_path: Path) -> None:
-    """The committed one."""
-    paths = report.draw(BASELINE, tmp_path / "new")
-    names = [
-        f"{kind}-{engine}-smollm2-135m-humaneval-batch-1"
-        for engine in ("specdec", "transformers", "vllm")
-        for kind in ("speedup", "acceptance")
-    ]
-    assert paths == [tmp_path / "new" / f"engines-cpu-{name}.png" for name in names]
+    """A committed one."""
+    run = results.read(BASELINE.with_name("drafts-heldout-sampled.json"))
+    paths = report.draw(run, tmp_path / "new")
+    kinds = ["overview", *(f"{kind}-specdec" for kind in ("speedup", "system-efficiency", "acceptance", "draft-time"))]
+    kinds += [f"{kind}-specdec" for kind in ("scoring-time", "verification-time", "latency", "throughput")]
+    kinds.insert(2, "acceptance-rate-specdec")
+    names = [f"{kind}-smollm2-135m-held_out" + ("-batch-1" if "throughput" not in kind else "") for kind in kinds]
+    assert [path.name for path in paths] == [f"drafts-heldout-sampled-{name}.png" for name in names]
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths)
 
 
@@ -189,7 +309,7 @@ def test_a_missing_matplotlib_is_said(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     monkeypatch.delattr("bench.drawing")
     with pytest.raises(ValueError, match=r"plots=.* needs matplotlib .*; pip install 'specdec\[bench\]'"):
-        report.draw(BASELINE, tmp_path)
+        report.draw(results.read(BASELINE), tmp_path)
 
 
 def test_tables_need_no_matplotlib() -> None:
@@ -201,8 +321,8 @@ def test_tables_need_no_matplotlib() -> None:
 def test_the_printed_run_tells_what_was_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     machine = {"gpus": [], "cpu_count": 2, "cpu_model": "CPU", "versions": {}, "python_version": "3"}
     width = size("width", 1, 0.004, 0.002) | {"read_bandwidth": 3e10, "roofline_share": 0.5}
-    results = {"machine_info": machine, "datetime": "2026-01-01T00", "benchmarks": [{"extra_info": width}]}
-    (tmp_path / "cost.json").write_text(json.dumps(results))
+    run = {"machine_info": machine, "datetime": "2026-01-01T00", "benchmarks": [{"extra_info": width}]}
+    (tmp_path / "cost.json").write_text(json.dumps(run | {"schema_version": 1}))
     monkeypatch.setattr(sys, "argv", ["report", str(tmp_path / "cost.json"), "--plots", str(tmp_path)])
     report.main()
     assert f"drawn: {tmp_path / 'cost-width.png'}" in capsys.readouterr().out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import signal
 import subprocess
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from bench import page, report, results
 from bench.cost import SMOKE_SWEEPS
 from bench.engines import METHODS
 
@@ -98,6 +100,17 @@ def test_results_say_where_they_come_from_but_not_the_host(resumed: Resumed) -> 
     assert output["schema_version"] == 1
     assert "node" not in output["machine_info"]
     assert {"versions", "cpu_model", "torch_num_threads"} <= set(output["machine_info"])
+    assert output["command"].startswith("pytest bench/ --smoke --device cpu ")
+    assert output["configuration"]["gammas"] == [2]
+    assert len(output["configuration"]["prompts_sha256"]) == 64
+
+
+def test_a_run_can_be_reported(resumed: Resumed) -> None:
+    (run,) = results.read_all([resumed[0] / "out.json"])
+    told = page.render(report.document([run]))
+    assert "Random weights: only times mean anything" in told
+    assert told.count('class="point"') > 100
+    assert run.command in html.unescape(told)
 
 
 def test_counts_are_those_of_a_draft_that_is_the_target(resumed: Resumed) -> None:

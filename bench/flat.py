@@ -1,0 +1,29 @@
+"""Records as CSV: a row for each cell, a column for each field that is one value, in SI units."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Sequence
+
+from bench import columns
+from bench.results import Results, kind_of
+
+
+def render(runs: Sequence[Results]) -> str:
+    """All cells of all runs. The order of the columns is the glossary's, then that of the alphabet.
+
+    run: the file's name. kind: of the record, in the singular. A field that a cell does not have, or that is not known,
+    is empty.
+    """
+    rows = [
+        {"run": run.name, "kind": kind_of(record).removesuffix("s"), **columns.scalars(record)}
+        for run in runs
+        for record in run.records
+    ]
+    names = ["run", "kind", *columns.ordered({name for row in rows for name in row} - {"run", "kind"})]
+    stream = io.StringIO(newline="")
+    writer = csv.DictWriter(stream, names, restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return stream.getvalue()

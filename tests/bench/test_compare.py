@@ -1,0 +1,198 @@
+"""What two runs differ in, from times worked out by hand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from bench_runs import MACHINE, audited, decoded, loaded, sized, write
+
+from bench import changes, compare, results
+from bench.compare import Difference
+from bench.intervals import Interval, geometric_mean_interval, unpaired_ratio_interval
+
+
+def pair_of_runs(folder: Path, before: list[Any], after: list[Any], **changes: Any) -> tuple[Any, Any]:
+    paths = [write(folder / "before.json", before), write(folder / "after.json", after, **changes)]
+    first, second = results.read_all(paths)
+    return first, second
+
+
+def only(folder: Path, before: Any, after: Any, **changes: Any) -> Difference:
+    (found,) = compare.differences(*pair_of_runs(folder, [before], [after], **changes))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("latency_s", "verdict", "times"),
+    [
+        ((0.5, 1.0), "faster", Interval(2.0, 2.0, 2.0)),
+        ((4.0, 8.0), "slower", Interval(0.25, 0.25, 0.25)),
+        ((0.5, 4.0), "no difference seen", Interval(1.0, 0.5, 2.0)),
+        ((1.0, 2.0), "no difference seen", Interval(1.0, 1.0, 1.0)),
+    ],
+)
+def test_a_verdict_is_by_the_interval(
+    latency_s: tuple[float, ...], verdict: str, times: Interval, tmp_path: Path
+) -> None:
+    """Two prompts: an interval over their resamples ends at the less and the greater ratio."""
+    found = only(tmp_path, decoded("ngram", 2), decoded("ngram", 2, latency_s))
+    assert found.verdict == verdict
+    assert found.times is not None
+    assert [found.times.estimate, found.times.low, found.times.high] == pytest.approx(
+        [times.estimate, times.low, times.high]
+    )
+    assert found.reasons == ()
+
+
+def test_times_are_per_token(tmp_path: Path) -> None:
+    """Twice as long for twice as many tokens is as fast."""
+    after = decoded("ngram", 2, (2.0, 4.0), per_prompt_tokens=[20, 20], baseline_per_prompt_tokens=[20, 20])
+    found = only(tmp_path, decoded("ngram", 2), after)
+    assert (found.verdict, found.times) == ("no difference seen", Interval(1.0, 1.0, 1.0))
+
+
+def test_rounds_of_a_batch_are_one_observation(tmp_path: Path) -> None:
+    """(1 + 3) / 20 seconds per token against (1 + 1) / 20."""
+    found = only(tmp_path, decoded("ngram", 2, (1.0, 3.0), batch_size=2), decoded("ngram", 2, (1.0, 1.0), batch_size=2))
+    assert (found.times, found.verdict) == (Interval(2.0, None, None), "no difference seen")
+    assert found.reasons == ("one round has no interval",)
+
+
+def test_what_the_machine_did_is_seen_beside_it(tmp_path: Path) -> None:
+    after = decoded("ngram", 2, (0.5, 1.0), baseline_per_prompt_latency_s=[1.0, 2.0])
+    found = only(tmp_path, decoded("ngram", 2), after)
+    assert (found.times, found.plain) == (Interval(2.0, 2.0, 2.0), Interval(2.0, 2.0, 2.0))
+    assert only(tmp_path, decoded("autoregressive"), decoded("autoregressive")).plain is None
+
+
+@pytest.mark.parametrize(("digest", "equal"), [("a" * 64, True), ("b" * 64, False), (None, None)])
+def test_outputs_are_compared_by_their_digests(digest: str | None, equal: bool | None, tmp_path: Path) -> None:
+    assert only(tmp_path, decoded("ngram", 2), decoded("ngram", 2, output_sha256=digest)).outputs_equal is equal
+
+
+@pytest.mark.parametrize(
+    ("cell", "run", "reason"),
+    [
+        ({"max_tokens": 20}, {}, "options: max_tokens was 10 and is 20"),
+        ({"temperature": 1.0}, {}, "options: temperature was 0.0 and is 1.0"),
+        ({"draft": "another"}, {}, "options: draft was None and is another"),
+        ({"seed": 1}, {}, "prompts: seed was 0 and is 1"),
+        ({"prompt_lengths": "1:9"}, {}, "prompts: prompt_lengths was None and is 1:9"),
+        ({"per_prompt_latency_s": None}, {}, "prompts: times of single prompts were not kept, or not of as many"),
+        ({}, {"cpu_model": "another"}, "machine: cpu_model was a processor and is another"),
+        ({}, {"gpus": ["a GPU"]}, "machine: gpus was [] and is ['a GPU']"),
+        ({}, {"python_version": "3.12"}, "versions: python was 3.11.7 and is 3.12"),
+        ({}, {"versions": MACHINE["versions"] | {"torch": "2"}}, "versions: torch was 2.13.0 and is 2"),
+    ],
+)
+def test_what_cannot_be_compared_says_why(cell: Any, run: Any, reason: str, tmp_path: Path) -> None:
+    found = only(tmp_path, decoded("ngram", 2), decoded("ngram", 2, **cell), machine_info=MACHINE | run)
+    assert (found.verdict, found.times, found.reasons) == ("not comparable", None, (reason,))
+    assert found.outputs_equal is True
+
+
+def test_other_numbers_of_prompts_are_named(tmp_path: Path) -> None:
+    found = only(tmp_path, decoded("ngram", 2), decoded("ngram", 2, (1.0, 1.0, 1.0)))
+    assert found.reasons[0] == "prompts: num_prompts was 2 and is 3"
+
+
+def test_versions_that_are_compared_may_differ(tmp_path: Path) -> None:
+    """specdec's own is what two runs are for; vLLM's matters to vLLM only."""
+    versions = MACHINE["versions"] | {"specdec": "0.2.0", "vllm": "1"}
+    changed = {"machine_info": MACHINE | {"versions": versions}}
+    found = only(tmp_path, decoded("ngram", 2), decoded("ngram", 2, engine_version="0.2.0"), **changed)
+    assert found.verdict == "no difference seen"
+    arms = [decoded("ngram", 2, engine="vllm", engine_version=version) for version in ("0", "1")]
+    assert only(tmp_path, *arms, **changed).reasons == ("versions: engine was 0 and is 1",)
+
+
+def test_other_texts_of_the_same_workload_are_seen(tmp_path: Path) -> None:
+    told = {"workloads": ["smoke"], "num_prompts": 2, "seed": 0, "prompt_lengths": None}
+    before, after = [
+        results.read(
+            write(tmp_path / f"{name}.json", [decoded("ngram", 2)], configuration=told | {"prompts_sha256": name})
+        )
+        for name in "ab"
+    ]
+    (found,) = compare.differences(before, after)
+    assert found.reasons == ("prompts: the workload's texts are others",)
+    (found,) = compare.differences(before, before)
+    assert found.verdict == "no difference seen"
+
+
+def test_cells_of_one_run_only_are_told(tmp_path: Path) -> None:
+    before, after = [decoded("ngram", 1), decoded("ngram", 2)], [decoded("ngram", 2), decoded("ngram", 3)]
+    found = compare.differences(*pair_of_runs(tmp_path, before, after))
+    assert [(each.record["gamma"], each.verdict) for each in found] == [
+        (2, "no difference seen"),
+        (3, "only in after"),
+        (1, "only in before"),
+    ]
+
+
+def test_load_is_one_observation(tmp_path: Path) -> None:
+    found = only(tmp_path, loaded(2.0, "ngram", 2), loaded(2.0, "ngram", 2))
+    assert (found.verdict, len(found.reasons)) == ("not comparable", 1)
+    assert found.reasons[0].startswith("load: requests wait for each other")
+
+
+def test_costs_are_compared_by_their_rounds(tmp_path: Path) -> None:
+    """Rounds of 0.5 and 0.25 s against themselves: the ratio of resampled means lies between 1/2 and 2."""
+    found = only(tmp_path, sized("width", 1, 0.5), sized("width", 1, 0.5))
+    assert (found.verdict, found.times) == ("no difference seen", Interval(1.0, 0.5, 2.0))
+
+
+def test_unpaired_ratios_have_an_interval() -> None:
+    found = unpaired_ratio_interval([8.0] * 4, [2.0] * 3)
+    assert [found.estimate, found.low, found.high] == pytest.approx([4.0, 4.0, 4.0])
+    assert unpaired_ratio_interval([8.0], [2.0]) == Interval(pytest.approx(4.0), None, None)
+    with pytest.raises(ValueError, match=r"values=\[0\.0\] must be finite, > 0"):
+        unpaired_ratio_interval([1.0], [0.0])
+
+
+def test_without_a_difference_few_verdicts_say_so() -> None:
+    """300 comparisons of 30 prompts with noise of 10 % and no difference: 5 % look like one, or 7 % as a percentile
+    bootstrap is somewhat too narrow; more than 45 of 300 then have a probability of 1e-6. The negative controls: ends
+    half as far away give 90 and more, and a real difference of 10 % is nearly always found.
+    """
+    random = np.random.default_rng(1)
+    noise = random.normal(0, 0.1, (300, 30))
+    intervals = [geometric_mean_interval(np.exp(row).tolist()) for row in noise]
+    assert sum(compare.verdict(each) != "no difference seen" for each in intervals) <= 45
+    halved = [
+        Interval(each.estimate, *np.sqrt([each.low * each.estimate, each.high * each.estimate])) for each in intervals
+    ]
+    assert sum(compare.verdict(each) != "no difference seen" for each in halved) > 45
+    real = [compare.verdict(geometric_mean_interval((1.1 * np.exp(row)).tolist())) for row in noise[:50]]
+    assert real.count("faster") >= 45
+
+
+def test_the_terminal_says_what_changed(tmp_path: Path) -> None:
+    before = [decoded("ngram", 2), decoded("ngram", 3), decoded("eagle", 2), audited("lossless")]
+    after = [decoded("ngram", 2, (0.5, 1.0)), decoded("ngram", 3, top_k=5), audited("lossy")]
+    lines = list(changes.lines(*pair_of_runs(tmp_path, before, after)))
+    assert lines[0] == "after against before: 1 faster, 1 not comparable, 1 only in before"
+    faster = next(line for line in lines if line.startswith("specdec ngram 2"))
+    assert " ".join(faster.split()) == "specdec ngram 2 faster 2.000 [2.000, 2.000] 2.000 [2.000, 2.000] equal"
+    assert "    options: top_k was 0 and is 5" in lines
+    assert all(len(line) <= 120 for line in lines)
+
+
+def test_the_chapter_counts_and_tells_audits(tmp_path: Path) -> None:
+    before = [decoded("ngram", 2), decoded("ngram", 3), decoded("eagle", 2), audited("lossless")]
+    after = [decoded("ngram", 2, (0.5, 1.0)), decoded("ngram", 3, top_k=5), audited("lossy")]
+    chapter = changes.chapter(*pair_of_runs(tmp_path, before, after), "changes")
+    assert [(card.number, card.sentence) for card in chapter.cards] == [
+        ("1", "of 3 cells: faster"),
+        ("1", "of 3 cells: not comparable"),
+        ("1", "of 3 cells: only in one of the runs"),
+        ("2 of 2", "cells whose outputs are equal, token for token"),
+    ]
+    cells, audits = chapter.sections[0].parts[-2:]
+    assert cells.rows[0] == (
+        *("specdec", "ngram", "2", "faster", "2.000 [2.000, 2.000]", "2.000 [2.000, 2.000]", "equal", "-"),
+    )
+    assert audits.rows == (("equivalence-specdec-tiny-ngram-2", "lossless", "lossy"),)
