@@ -40,12 +40,14 @@ if "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; th
   sweep=(--pairs llama-8b-1b-shape)
   shape=(--pairs llama-8b-1b-shape --num-prompts 3 --max-tokens 64)
   real=(--num-prompts 8 --max-tokens 128)
+  load=(--rate 8,64 --duration 10 --batch-sizes 32 --num-prompts 32 --max-tokens 128)
 else
   echo "no GPU: everything is scaled down"
   budget=1500 limit=600 batches=(2)
   sweep=(--smoke)
   shape=(--pairs tiny-random --num-prompts 2 --max-tokens 8)
   real=(--num-prompts 2 --max-tokens 8)
+  load=(--rate 2 --duration 2 --batch-sizes 2 --num-prompts 2 --max-tokens 8)
 fi
 # random weights and prescribed acceptance: what the shapes cost, and whether the prediction holds
 shape+=(bench/ --workloads bench/tiny/smoke.txt --methods autoregressive,draft_model --gammas 2,4
@@ -61,6 +63,7 @@ for batch in "${batches[@]}"; do
   measure "pair-batch-$batch" "$limit" bench/ --engines specdec --methods autoregressive,ngram,hybrid --gammas 4 \
     "${real[@]}" --num-prompts "$batch" --batch-sizes "$batch"
 done
+measure load "$limit" bench/ --engines specdec --methods autoregressive,hybrid --gammas 4 "${load[@]}"
 if [ -n "${SPECDEC_VLLM_PYTHON:-}" ] || "$python" -c 'import vllm' 2>/dev/null; then  # last: its starts take minutes
   measure pair-vllm $((2 * limit)) bench/ --engines specdec,vllm --methods autoregressive,ngram --gammas 4 "${real[@]}"
   measure shapes-vllm $((2 * limit)) "${shape[@]}" --engines specdec,vllm --gammas 4

@@ -38,13 +38,12 @@ def setup_of(cell: Cell) -> Setup:
     return Setup(cell.method, cell.gamma, cell.batch_size)
 
 
-def warm_up(engine: ServingEngine, cell: Cell, load: Load, max_tokens: int, limit_s: float) -> float:
-    """Serve the longest prompt in every slot, all at once. Returns the seconds that it took, compilation included."""
+def warm_up(
+    engine: ServingEngine, cell: Cell, prompts: Sequence[Sequence[int]], sampling: SamplingParams, limit_s: float
+) -> float:
+    """Serve prompts all at once. Returns the seconds that it took, compilation included."""
     start_s = time.perf_counter()
-    longest = max(load.prompts, key=len)
-    sampling = SamplingParams(temperature=load.sampling[0].temperature, max_tokens=max_tokens)
-    number = cell.batch_size
-    engine.serve([longest] * number, [0.0] * number, setup_of(cell), [sampling] * number, limit_s)
+    engine.serve(prompts, [0.0] * len(prompts), setup_of(cell), [sampling] * len(prompts), limit_s)
     return time.perf_counter() - start_s
 
 

@@ -202,7 +202,7 @@ class Session:
         self._models.prepare([cell], pair)
         engine: Any = self._models.engine(cell.engine, pair)
         with _failing(self.device):
-            warm_up_s = serving.warm_up(engine, cell, requests, WARM_UP_TOKENS, config.duration + config.drain)
+            warm_up_s = self._warm_up_serving(cell, engine, chosen)
             self._models.settle()
             measured = serving.measure(benchmark, engine, cell, requests, config, self._meters(cell))
             self._models.settle()
@@ -213,6 +213,18 @@ class Session:
         counts = record["num_tokens"], record["num_accepted"]
         record |= telemetry.record(measured.trace, measured.spans, config.telemetry_hz, *counts)
         return Entry(record, measured.rounds_s)
+
+    def _warm_up_serving(self, cell: Cell, engine: Any, prompts: Batch) -> float:
+        """The longest prompt in every slot; on a GPU, where steps are recorded by shape, all of them twice, too."""
+        from bench import serving
+
+        longest, limit_s = [max(prompts, key=len)] * cell.batch_size, self.config.duration + self.config.drain
+        (sampling,) = self._sampling(0, 1, WARM_UP_TOKENS)
+        warm_up_s = serving.warm_up(engine, cell, longest, sampling, limit_s)
+        if self.device.startswith("cuda"):
+            (sampling,) = self._sampling(0, 1, self.config.max_tokens)
+            warm_up_s += serving.warm_up(engine, cell, 2 * prompts, sampling, limit_s)
+        return warm_up_s
 
     def _meters(self, cell: Cell) -> dict[str, telemetry.Meter | str]:
         if cell.engine == "vllm-server" and self.config.server_url:

@@ -13,6 +13,7 @@ from bench.engines import LoadOptions, PromptResult, Served, Setup
 from bench.engines.specdec import SpecdecEngine, load
 from bench.options import BenchConfig
 from bench.pairs import catalogue
+from bench.session import Session
 from specdec import AcceptanceCounts, PhaseTimes, SamplingParams
 
 PAIR = catalogue()["tiny-random"]
@@ -51,7 +52,10 @@ def test_what_is_not_done_in_time_is_given_up_and_the_next_load_is_served(engine
     assert after.results[0].token_ids == expected.token_ids
 
 
-def test_a_warm_up_fills_every_slot(engine: SpecdecEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_warm_up_fills_every_slot_and_on_a_gpu_meets_every_shape(
+    device: str, make_config: Callable[..., BenchConfig], engine: SpecdecEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
     seen: list[Any] = []
     serve = SpecdecEngine.serve
 
@@ -60,9 +64,11 @@ def test_a_warm_up_fills_every_slot(engine: SpecdecEngine, monkeypatch: pytest.M
         return serve(self, prompts, *arguments)
 
     monkeypatch.setattr(SpecdecEngine, "serve", noted)
-    requests = serving.Load([[1, 2], [1, 2, 3, 4], [5]], [0.0, 1.0, 2.0], [GREEDY] * 3)
-    assert serving.warm_up(engine, CELL, requests, 4, 60.0) > 0
-    assert seen == [([[1, 2, 3, 4]] * 2, 4)]
+    session = Session(make_config(rate=(2.0,), duration=1.0, max_tokens=12))
+    session.device = device
+    assert session._warm_up_serving(CELL, engine, [(1, 2), (1, 2, 3, 4), (5,)]) > 0
+    slots, shapes = ([(1, 2, 3, 4)] * 2, 8), (2 * [(1, 2), (1, 2, 3, 4), (5,)], 12)
+    assert seen == ([slots] if device == "cpu" else [slots, shapes])
 
 
 def result(ttft_s: float, latency_s: float, accepted: int, queue_s: float | None) -> PromptResult:
