@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -71,12 +72,23 @@ def _shard_key(item: Any) -> str | None:
     return prefix + Cell(**{name: values[name] for name in LOAD_FIELDS if name in values}).shard_key
 
 
-@pytest.hookimpl(trylast=True)
-def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
-    """A part of a campaign without a cell is done, too."""
-    cells = session.config.stash[SESSION].cells_of_shards
-    if exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED and len(cells) > 1 and any(cells):
+@pytest.hookimpl(
+    wrapper=True
+)  # around pytest-benchmark's, and inside of the terminal's, which prints tables afterwards
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> Generator[None, object, object]:
+    """Results that cannot be written are no loss: the journal has them. A part without a cell is done, too."""
+    ours = session.config.stash[SESSION]
+    if exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED and len(ours.cells_of_shards) > 1:
         session.exitstatus = pytest.ExitCode.OK
+    try:
+        return (yield)
+    except OSError as error:
+        session.exitstatus = pytest.ExitCode.INTERNAL_ERROR
+        ours.failure = (
+            f"benchmark_json={session.config.getoption('benchmark_json')} must be writable ({error.strerror}); all "
+            f"finished cells are in {ours.config.journal}: free space and run again with --resume"
+        )
+        return None
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
@@ -172,6 +184,8 @@ def pytest_benchmark_update_json(config: pytest.Config, output_json: dict[str, A
 @pytest.hookimpl(trylast=True)
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     session = config.stash.get(SESSION, None)
+    if session and session.failure:
+        terminalreporter.write_line(f"ERROR: {session.failure}", red=True)
     if session and session.records:
         terminalreporter.section("speculative decoding")
         for line in table.render(session.records):

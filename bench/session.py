@@ -58,6 +58,7 @@ class Session:
         self.cost_records: list[dict[str, Any]] = []
         self.audit_records: list[dict[str, Any]] = []
         self.cells_of_shards: list[int] = []
+        self.failure: str | None = None  # to write the results
         self.journal: Journal | None = None
         self.num_resumed = 0
         self._models = _Models(config, self.device)

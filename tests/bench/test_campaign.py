@@ -72,6 +72,18 @@ def test_a_full_disk_ends_the_run_and_keeps_what_was_finished(campaign: Any) -> 
     assert finished(folder)[: len(found["kept"])] == found["kept"]
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's /dev/full")
+def test_results_that_cannot_be_written_are_no_loss(campaign: Any, environment: dict[str, str]) -> None:
+    folder, found = campaign
+    before = finished(folder)
+    again = run(folder, environment, f"{found['larger']}/2", "--resume", "--benchmark-json=/dev/full")
+    assert again.returncode == 3, again.stdout
+    expected = "benchmark_json=/dev/full must be writable (No space left on device); all finished cells are in "
+    assert f"{expected}{folder / 'journal.jsonl'}: free space and run again with --resume" in again.stdout
+    assert "under load" in again.stdout  # the tables are printed all the same
+    assert finished(folder) == before
+
+
 def test_a_part_has_its_cells_and_tells_which_it_is(campaign: Any) -> None:
     folder, found = campaign
     larger, output = found["larger"], json.loads((folder / "out.json").read_text())
@@ -84,13 +96,14 @@ def test_a_part_has_its_cells_and_tells_which_it_is(campaign: Any) -> None:
         assert cell["params"]["rate"] == cell["extra_info"]["rate"]
 
 
-def test_another_part_does_not_resume_it(campaign: Any, environment: dict[str, str]) -> None:
-    folder, found = campaign
-    other = 3 - found["larger"]
-    refused = run(folder, environment, f"{other}/2", "--resume")
-    assert refused.returncode == pytest.ExitCode.USAGE_ERROR
-    expected = f"shard was '{found['larger']}/2' and is '{other}/2'"
-    assert f"must be of this configuration to resume it, but {expected}" in refused.stderr
+def test_another_part_does_not_resume_it(make_config: Callable[..., BenchConfig], tmp_path: Path) -> None:
+    config = make_config(shard="1/2", journal=tmp_path / "journal.jsonl")
+    with closing(Session(config)) as first:
+        first.open_journal()
+    with closing(Session(dataclasses.replace(config, shard="2/2", resume=True))) as other:
+        expected = "must be of this configuration to resume it, but shard was '1/2' and is '2/2'"
+        with pytest.raises(ValueError, match=expected):
+            other.open_journal()
 
 
 def test_records_are_of_the_same_arrivals_and_add_up(campaign: Any) -> None:
