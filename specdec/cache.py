@@ -72,6 +72,15 @@ class RaggedCache(Cache):  # type: ignore[misc]  # transformers has no complete 
         """A bound for sequences of this length, one of few, so that few shapes occur."""
         return min(max(_LEAST_EXTENT, 1 << (length - 1).bit_length()), self.capacity)
 
+    def copy_slot(self, source: int, slot: int, num_tokens: int) -> None:
+        """Let a slot hold the first num_tokens of another's sequence, or of its own."""
+        blocks = [block for layer in self.layers if layer.is_initialized for block in (layer.keys, layer.values)]
+        for block in blocks:
+            block[slot, :, :num_tokens] = block[source, :, :num_tokens]
+        if self.features is not None:
+            self.features[slot, :num_tokens] = self.features[source, :num_tokens]
+        self.lengths[slot] = num_tokens
+
     def write(self, block: Tensor, states: Tensor) -> Tensor:
         """Put states [rows, heads, width, dim] into a block [slots, heads, capacity, dim] where the open window is.
 

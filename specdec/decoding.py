@@ -60,6 +60,7 @@ class Decoder:
         self.recorder = Recorder(target.device, records)
         self._stopwatch, self._total_s, self._recorded_s = Stopwatch(target.device), 0.0, 0.0
         self._cache: Cache | None = None
+        self._prompts: dict[int, tuple[int, Tensor]] = {}  # by slot: whose prompt it still holds, and its last logits
 
     @property
     def times(self) -> PhaseTimes:
@@ -79,6 +80,7 @@ class Decoder:
         start_s = time.perf_counter()
         self._stopwatch, self._total_s, self._recorded_s = Stopwatch(self.target.device), 0.0, self.recorder.seconds
         cache = self._reserve(requests)
+        self._prompts.clear()
         arriving = sorted(requests, key=lambda request: request.arrival_s)
         waiting = deque(Generation(request, start_s + request.arrival_s) for request in arriving)
         slots: list[Generation | None] = [None] * self.max_batch_size
@@ -155,17 +157,35 @@ class Decoder:
         """Score the prompt and emit the first token: a step with an empty draft that is not counted as one."""
         batch = self._batch_of([row], cache)
         with self._stopwatch.phase("prefill_s"):
-            cache.lengths[slot] = 0
-            logits = prefill(self.target, row.tokens, cache, slot, self.recorder)
+            logits = self._read(row, cache, slot)
         draft = Draft.empty(1, self.target.vocab_size, self.target.device)
         with self._stopwatch.phase("verification_s"):
             outcome = self._verify(batch, logits, draft)
         self._commit(batch, draft, outcome, logits)
         row.steps.clear()
 
+    def _read(self, row: Generation, cache: Cache, slot: int) -> Tensor:
+        """Logits behind a row's prompt, [1, 1, vocab], which the slot then holds; its samples need it read but once."""
+        request, num_prompt = row.request, len(row.tokens)
+        held = (each for each, (index, _) in self._prompts.items() if index == request.index and request.sample)
+        source = next(held, None)
+        if source is None:
+            cache.lengths[slot] = 0
+            logits = prefill(self.target, row.tokens, cache, slot, self.recorder)
+        else:
+            cache.copy_slot(source, slot, num_prompt)
+            logits = self._prompts[source][1]
+        self._prompts.pop(slot, None)
+        if request.sampling.n > 1:
+            self._prompts[slot] = (request.index, logits.clone())  # a recorded call's place is used again
+        return logits
+
     @torch.inference_mode()
     def _step(self, batch: Batch, cache: Cache) -> None:
         """One target call for the whole batch."""
+        for slot, row in enumerate(batch.rows):
+            if row is None:  # what it holds is about to be written over
+                self._prompts.pop(slot, None)
         with self._stopwatch.phase("draft_s"):
             draft = self._propose(batch)
         with self._stopwatch.phase("scoring_s"):
@@ -240,7 +260,7 @@ class Decoder:
             emitted = [*values[:num_accepted], next_token]
             num_kept = row.emit(emitted)
             if row.request.sampling.logprobs:
-                row.logprobs += _logprobs(logits[index], emitted[:num_kept])
+                _add_logprobs(row, logits[index], emitted[:num_kept])
             batch.sampling.observe(index, emitted[:num_kept])
             row.steps.append(_step(num_drafted, num_accepted, num_kept))
             row.last_token_s = time.perf_counter()
@@ -262,10 +282,13 @@ def _step(num_drafted: int, num_accepted: int, num_kept: int) -> Step:
     return Step(num_drafted, num_accepted, "recovered" if num_accepted < num_drafted else "bonus")
 
 
-def _logprobs(logits: Tensor, tokens: Sequence[int]) -> list[float]:
-    """log-softmax of the unprocessed logits [width, vocab] at the tokens, which stand at the first positions."""
-    index = torch.tensor(tokens, device=logits.device).unsqueeze(1)
-    return logits[: len(tokens)].double().log_softmax(-1).gather(1, index).squeeze(1).tolist()
+def _add_logprobs(row: Generation, logits: Tensor, tokens: Sequence[int]) -> None:
+    """Log-softmax of the unprocessed logits [width, vocab] at the tokens, which stand at the first positions."""
+    logprobs = logits[: len(tokens)].double().log_softmax(-1)
+    row.logprobs += logprobs.gather(1, upload(tokens, logits.device).unsqueeze(1)).squeeze(1).tolist()
+    if num_top := min(row.request.sampling.top_logprobs, logits.shape[-1]):
+        values, indices = (each.tolist() for each in logprobs.topk(num_top, -1))
+        row.top_logprobs += [dict(zip(*place, strict=True)) for place in zip(indices, values, strict=True)]
 
 
 def _check_laws(row: Generation, index: int, are_laws: Sequence[int], width: int) -> None:

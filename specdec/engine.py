@@ -35,7 +35,7 @@ from specdec.proposers.hybrid import HybridProposer
 from specdec.proposers.ngram import CountIndex, LookupIndex, NgramProposer, TokenIndex
 from specdec.proposers.suffix import SuffixProposer
 from specdec.proposers.table import Fallback, NgramTable
-from specdec.randomness import own_seed
+from specdec.randomness import own_seed, sample_seed
 from specdec.requests import Chunk, Completion, Generation, Request, sources_of
 from specdec.sampling import SamplingParams
 from specdec.stats import PhaseTimes
@@ -187,7 +187,8 @@ class Engine:
         *,
         arrivals_s: Sequence[float] | None = None,
     ) -> list[Completion]:
-        """Continue each prompt, given as text or as token ids; completions come in the order of the prompts.
+        """Continue each prompt, given as text or as token ids; completions come in the order of the prompts, and of a
+        prompt's samples.
 
         sampling: one SamplingParams for all prompts or one for each; None is SamplingParams().
         arrivals_s: seconds after the call at which each prompt arrives, to be decoded with those in flight; None: all
@@ -197,7 +198,7 @@ class Engine:
         to lead nowhere.
         """
         completions = self.as_completed(prompts, sampling, arrivals_s=arrivals_s)
-        return sorted(completions, key=lambda completion: completion.index)
+        return sorted(completions, key=lambda completion: (completion.index, completion.sample))
 
     def as_completed(
         self,
@@ -227,7 +228,7 @@ class Engine:
         Arguments are checked at the call. One stream or call at a time: they share the engine's cache.
         """
         requests = self._requests(prompts, sampling, None)
-        texts = [""] * len(requests)
+        texts: dict[tuple[int, int], str] = {}
         return (self._chunk(row, texts) for row in self._decoder.advance(requests))
 
     def forget(self) -> None:
@@ -237,18 +238,18 @@ class Engine:
         if not self._decoder.adaptive:
             self._num_requests = 0  # nothing tells of the uniforms that were used
 
-    def _chunk(self, row: Generation, texts: list[str]) -> Chunk:
-        """What a row has emitted since the last chunk. texts: by request, what has been given so far."""
-        index, steps = row.request.index, row.steps[-1:]
+    def _chunk(self, row: Generation, texts: dict[tuple[int, int], str]) -> Chunk:
+        """What a row has emitted since the last chunk. texts: by prompt and sample, what has been given so far."""
+        key, steps = (row.request.index, row.request.sample), row.steps[-1:]
         sources = sources_of(steps) if steps else ("bonus",)
         text = None
         if self._tokenizer:
-            text = self._decode(row)
+            text, given = self._decode(row), texts.get(key, "")
             if text.endswith("\N{REPLACEMENT CHARACTER}") and not row.finish_reason:
-                text = texts[index]  # the end of a character is still to come
-            texts[index], text = text, text[len(texts[index]) :]
+                text = given  # the end of a character is still to come
+            texts[key], text = text, text[len(given) :]
         completion = self._complete(row) if row.finish_reason else None
-        return Chunk(index, tuple(row.tokens[-len(sources) :]), sources, text, completion)
+        return Chunk(key[0], tuple(row.tokens[-len(sources) :]), sources, text, completion, key[1])
 
     def _requests(
         self,
@@ -267,9 +268,13 @@ class Engine:
             f"arrivals_s={list(arrivals_s)[:8]} must be seconds >= 0, one for each of the {len(prompts)} prompts",
         )
         requests = zip(prompts, params, arrivals_s, strict=True)
-        return [self._request(index, *each) for index, each in enumerate(requests)]
+        return [
+            self._request(index, sample, *each) for index, each in enumerate(requests) for sample in range(each[1].n)
+        ]
 
-    def _request(self, index: int, prompt: str | Sequence[int], sampling: SamplingParams, arrival_s: float) -> Request:
+    def _request(
+        self, index: int, sample: int, prompt: str | Sequence[int], sampling: SamplingParams, arrival_s: float
+    ) -> Request:
         tokens = self._encode(prompt) if isinstance(prompt, str) else tuple(prompt)
         vocab_size, context = self.target.vocab_size, self.target.context_length
         require(len(tokens) > 0, f"prompt {index} must not be empty: give at least one token")
@@ -288,11 +293,12 @@ class Engine:
             f"logit_bias and stop_token_ids of prompt {index} must be token ids below {vocab_size}, not {out_of_range}",
         )
         stop = frozenset(sampling.stop_token_ids)
+        sampling = replace(sampling, seed=sample_seed(sampling.seed, sample))
         if self._has_own_seeds:  # what earlier requests left tells of the uniforms that they met
             sampling = replace(sampling, seed=own_seed(sampling.seed, self._num_requests))
             self._num_requests += 1
         stop = stop if sampling.ignore_eos else stop | self._eos_token_ids
-        return Request(index, tokens, sampling, stop, arrival_s, self._constraint(sampling, stop))
+        return Request(index, tokens, sampling, stop, arrival_s, self._constraint(sampling, stop), sample)
 
     def _constraint(self, sampling: SamplingParams, stop_token_ids: frozenset[int]) -> Constraint | None:
         if sampling.constraint is None:
@@ -326,6 +332,8 @@ class Engine:
             ttft_s=row.first_token_s - row.arrival_s,
             latency_s=row.last_token_s - row.arrival_s,
             queue_s=row.admitted_s - row.arrival_s,
+            sample=row.request.sample,
+            top_logprobs=tuple(row.top_logprobs) if row.request.sampling.top_logprobs else None,
         )
 
 

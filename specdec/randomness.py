@@ -80,9 +80,19 @@ def own_seed(seed: int, number: int) -> int:
     For requests whose drafts depend on what others said: an output tells of the uniforms that it was drawn by, and a
     request that met these uniforms again would not have the target's law.
     """
+    return _derived(seed, number, 1)
+
+
+def sample_seed(seed: int, sample: int) -> int:
+    """The seed of one of several samples of a request; the first has the request's own. Both in [0, 2**64)."""
+    return _derived(seed, sample, 2)
+
+
+def _derived(seed: int, number: int, purpose: int) -> int:
+    """Another seed for each number but 0 and each purpose > 0, which is 0 wherever uniforms are drawn."""
     if number == 0:
         return seed
-    counter = torch.tensor([number & _MASK, number >> 32, 0, 1])  # the last word is 0 wherever uniforms are drawn
+    counter = torch.tensor([number & _MASK, number >> 32, 0, purpose])
     low, high = philox(counter, torch.tensor([seed & _MASK, seed >> 32]))[:2].tolist()
     return int(high) << 32 | int(low)
 

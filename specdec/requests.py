@@ -24,7 +24,8 @@ class Request:
     index: the caller's number for it. prompt: token ids, at least one. sampling: its parameters.
     stop_token_ids: every token that ends it, the model's end-of-sequence tokens included unless they are ignored.
     arrival_s: seconds after the run's start before which it is not there.
-    constraint: what its output may say, made of `sampling`, or None.
+    constraint: what its output may say, made of `sampling`, or None. sample: which of the samples of its prompt it is;
+    those of one prompt have its index, and `sampling.n` is their number.
     """
 
     index: int
@@ -33,6 +34,7 @@ class Request:
     stop_token_ids: frozenset[int] = frozenset()
     arrival_s: float = 0.0
     constraint: Constraint | None = None
+    sample: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +73,7 @@ class Generation:
     progress: Progress | None = field(init=False)
     steps: list[Step] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
+    top_logprobs: list[dict[int, float]] = field(default_factory=list)
     admitted_s: float = 0.0
     first_token_s: float = 0.0
     last_token_s: float = 0.0
@@ -142,13 +145,14 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """What became of one prompt.
+    """What became of one prompt, or of one of its samples.
 
     token_ids: emitted tokens, the stop token included. text: decoded, special tokens left out; None without tokenizer.
-    logprobs: log-probability of each emitted token under the target's unprocessed logits, if asked for.
+    logprobs: log-probability of each emitted token under the target's unprocessed logits, if asked for. top_logprobs:
+    in each of their places, those of the likeliest tokens, the likeliest first, if asked for.
     steps: one entry for each decode step; the first token comes from the prefill and belongs to none.
     ttft_s, latency_s: seconds from the call, or from the prompt's arrival, to the first and to the last token, waiting
-    for a slot included. queue_s: the part of both that it waited for a slot.
+    for a slot included. queue_s: the part of both that it waited for a slot. sample: from 0 to `SamplingParams.n` - 1.
     """
 
     index: int
@@ -161,6 +165,8 @@ class Completion:
     ttft_s: float
     latency_s: float
     queue_s: float
+    sample: int = 0
+    top_logprobs: tuple[dict[int, float], ...] | None = None
 
     @property
     def sources(self) -> tuple[TokenSource, ...]:
@@ -181,7 +187,7 @@ class Chunk:
     """Tokens of one prompt as they are emitted: the prefill's first, then those of a decode step.
 
     text: what they add to the text, empty while a character is not complete; None without tokenizer.
-    completion: the whole, with the last chunk of a prompt; until then None.
+    completion: the whole, with the last chunk of a prompt; until then None. sample: as in the completion.
     """
 
     index: int
@@ -189,3 +195,4 @@ class Chunk:
     sources: tuple[TokenSource, ...]
     text: str | None
     completion: Completion | None
+    sample: int = 0

@@ -43,7 +43,10 @@ class SamplingParams:
     stop_token_ids: token ids that end the request; the stop token is emitted.
     ignore_eos: do not end at the model's own end-of-sequence tokens.
     seed: selects the request's random stream, 0 <= seed < 2**64. Requests with equal seeds share uniforms.
+    n: how many samples of a prompt; each is a completion of its own, by a seed of its own, and the first is what n=1
+    gives. The target reads the prompt once.
     logprobs: also return the log-probability of each emitted token under the target's unprocessed logits.
+    top_logprobs: with logprobs, also those of so many likeliest tokens in each place.
     json_schema, regex, grammar: what the text before the stop token is to be, at most one of them: JSON of a schema,
     given as a mapping or as JSON; a text that a regular expression matches as a whole; a text of a grammar in Lark's or
     GBNF's notation. They are read by llguidance (`pip install 'specdec[grammar]'`), which documents what they may have.
@@ -66,6 +69,8 @@ class SamplingParams:
     ignore_eos: bool = False
     seed: int = 0
     logprobs: bool = False
+    n: int = 1
+    top_logprobs: int = 0
     json_schema: str | Mapping[str, Any] | None = None
     regex: str | None = None
     grammar: str | None = None
@@ -96,6 +101,9 @@ class SamplingParams:
         )
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
         require("stop_token_ids", all(isinstance(t, int) and t >= 0 for t in self.stop_token_ids), "token ids >= 0")
+        require("n", isinstance(self.n, int) and self.n >= 1, "an integer >= 1")
+        require("top_logprobs", isinstance(self.top_logprobs, int) and self.top_logprobs >= 0, "an integer >= 0")
+        require("top_logprobs", self.logprobs or not self.top_logprobs, "0 without logprobs; set logprobs=True")
         require("json_schema", isinstance(self.json_schema, str | Mapping | None), "a mapping, a text of JSON or None")
         require("regex", isinstance(self.regex, str | None), "a text or None")
         require("grammar", isinstance(self.grammar, str | None), "a text or None")

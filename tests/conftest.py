@@ -1,12 +1,14 @@
 """The real model, loaded once for all tests that need it."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 
+from specdec.drafts import load_with_drafts
 from specdec.models.causal import CausalLM
-from specdec.models.loading import load_pretrained
+from specdec.models.loading import load_pretrained, packaged_draft, resolve
 
 ALL_THREADS = torch.get_num_threads()
 
@@ -14,7 +16,8 @@ ALL_THREADS = torch.get_num_threads()
 @pytest.fixture(autouse=True)
 def _threads(request: pytest.FixtureRequest) -> Iterator[None]:
     """One thread for toys, whose operations are too small to share; all of them for the real model."""
-    torch.set_num_threads(ALL_THREADS if "default_model" in request.fixturenames else 1)
+    is_real = {"default_model", "default_pair"} & set(request.fixturenames)
+    torch.set_num_threads(ALL_THREADS if is_real else 1)
     yield
     torch.set_num_threads(ALL_THREADS)
 
@@ -23,3 +26,13 @@ def _threads(request: pytest.FixtureRequest) -> Iterator[None]:
 def default_model() -> CausalLM:
     """The default pair's target in float32, where equal means equal."""
     return CausalLM(*load_pretrained("smollm2-135m", dtype=torch.float32))
+
+
+@pytest.fixture(scope="session")
+def default_pair() -> tuple[CausalLM, dict[str, Any]]:
+    """The default target as people load it, in float32, and its drafts by method."""
+    names = {method: packaged_draft("smollm2-135m", method) for method in ("eagle", "draft_model", "hybrid")}
+    sources = {method: resolve(name) for method, name in names.items() if name}
+    options = {"dtype": torch.float32, "device": "cpu", "attention": "sdpa", "load_format": "auto"}
+    target, drafts = load_with_drafts("smollm2-135m", set(sources.values()), **options)
+    return target, {method: drafts[source] for method, source in sources.items()}

@@ -6,18 +6,14 @@ import importlib.util
 import json
 import random
 import re
-from collections.abc import Iterator
-from typing import Any
 
 import pytest
-import torch
 from toys import grid_pair
 
 from specdec import Completion, Engine, SamplingParams
 from specdec.constraints import Progress
-from specdec.drafts import load_with_drafts
 from specdec.grammars import GrammarCompiler
-from specdec.models.loading import Vocabulary, packaged_draft, read_vocabulary, resolve
+from specdec.models.loading import Vocabulary, read_vocabulary
 
 PERSON = {
     "type": "object",
@@ -198,51 +194,41 @@ REQUESTS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def pair() -> Iterator[tuple[Any, dict[str, Any]]]:
-    """The default target and its drafts by method."""
-    names = {method: packaged_draft("smollm2-135m", method) for method in METHODS}
-    sources = {method: resolve(name) for method, name in names.items() if name}
-    options = {"dtype": torch.float32, "device": "cpu", "attention": "sdpa", "load_format": "auto"}
-    target, drafts = load_with_drafts("smollm2-135m", set(sources.values()), **options)
-    return target, {method: drafts[source] for method, source in sources.items()}
-
-
-def generate(pair: tuple, method: str, verification: str, requests: list) -> list[Completion]:
-    target, drafts = pair
+def generate(default_pair: tuple, method: str, verification: str, requests: list) -> list[Completion]:
+    target, drafts = default_pair
     options = {"num_speculative_tokens": 3, "max_batch_size": 3, "verification": verification}
     engine = Engine(target, method=method, draft=drafts.get(method), **options)
     return engine.generate(*map(list, zip(*requests, strict=True)))
 
 
 @pytest.fixture(scope="module")
-def plainly(pair: tuple) -> list[Completion]:
-    return generate(pair, "autoregressive", "coupled", REQUESTS)
+def plainly(default_pair: tuple) -> list[Completion]:
+    return generate(default_pair, "autoregressive", "coupled", REQUESTS)
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_constrained_output_is_the_same_with_any_draft(method: str, pair: tuple, plainly: list) -> None:
+def test_constrained_output_is_the_same_with_any_draft(method: str, default_pair: tuple, plainly: list) -> None:
     """Greedy, and by the same noise above temperature 0; beside a row that may say anything."""
-    outputs = generate(pair, method, "coupled", REQUESTS)
+    outputs = generate(default_pair, method, "coupled", REQUESTS)
     assert [c.token_ids for c in outputs] == [c.token_ids for c in plainly]
     assert sum(c.counts.num_accepted for c in outputs) > 0
-    greedy = generate(pair, method, "token", REQUESTS[:1])
+    greedy = generate(default_pair, method, "token", REQUESTS[:1])
     assert [c.token_ids for c in greedy] == [plainly[0].token_ids]
 
 
-def test_constrained_samples_fit(pair: tuple) -> None:
+def test_constrained_samples_fit(default_pair: tuple) -> None:
     """By token verification at temperature 1, all of them ended by their stop token."""
     requests = [
         (QUESTIONS[i % 2], SamplingParams(seed=i, max_tokens=40, **{field: FITS[field][0]}))
         for i, field in enumerate(["json_schema", "regex"] * 3)
     ]
-    for completion, (_, params) in zip(generate(pair, "eagle", "token", requests), requests, strict=True):
+    for completion, (_, params) in zip(generate(default_pair, "eagle", "token", requests), requests, strict=True):
         assert completion.finish_reason == "stop"
         assert FITS[params.constraint][1](completion.text)
 
 
-def test_what_max_tokens_cut_says_so(pair: tuple) -> None:
+def test_what_max_tokens_cut_says_so(default_pair: tuple) -> None:
     params = SamplingParams(temperature=0, regex="[0-9]{30}", max_tokens=6)
-    (completion,) = generate(pair, "ngram", "token", [(QUESTIONS[1], params)])
+    (completion,) = generate(default_pair, "ngram", "token", [(QUESTIONS[1], params)])
     assert (completion.finish_reason, len(completion.token_ids)) == ("length", 6)
     assert re.fullmatch("[0-9]{6}", completion.text)

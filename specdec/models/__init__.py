@@ -25,6 +25,10 @@ class Cache(Protocol):
     capacity: int
     features: Tensor | None
 
+    def copy_slot(self, source: int, slot: int, num_tokens: int) -> None:
+        """Let a slot hold the first num_tokens of another's sequence, at least one, or of its own."""
+        ...
+
 
 class LanguageModel(Protocol):
     """A causal language model over a ragged cache."""

@@ -32,6 +32,12 @@ class MarkovCache:
     def extent_for(self, length: int) -> int:
         return self.capacity
 
+    def copy_slot(self, source: int, slot: int, num_tokens: int) -> None:
+        self.tokens[slot, :num_tokens] = self.tokens[source, :num_tokens]
+        if self.features is not None:
+            self.features[slot, :num_tokens] = self.features[source, :num_tokens]
+        self.lengths[slot] = num_tokens
+
 
 class MarkovModel:
     """Next-token laws from a table.

@@ -50,6 +50,15 @@ class Seq2SeqCache:
         """A bound for sequences of this length, one of few, so that few shapes occur."""
         return self.decoder.extent_for(length)
 
+    def copy_slot(self, source: int, slot: int, num_tokens: int) -> None:
+        """Let a slot hold the first num_tokens of another's sequence, all of its prompt among them, or of its own."""
+        num_prompt = self.num_prompt[source]
+        for block in (block for layer in self.prompts for block in layer):
+            block[slot, :, :num_prompt] = block[source, :, :num_prompt]
+        self.decoder.copy_slot(source, slot, num_tokens - (num_prompt - 1))
+        self.num_prompt[slot], self.lengths[slot] = num_prompt, num_tokens
+        self.prompt_lengths[slot] = num_prompt
+
 
 class Seq2SeqLM:
     """A transformers encoder-decoder with T5's layers and its tokenizer: T5, T5 1.1, Flan-T5, mT5, UMT5.
