@@ -123,7 +123,7 @@ def test_a_question_goes_through_the_chat_template(
 
 
 def completion(tokens: tuple[int, ...], steps: tuple[Step, ...] = ()) -> Completion:
-    return Completion(0, (1,), tokens, None, "length", None, steps, 0.0, 0.0)
+    return Completion(0, (1,), tokens, None, "length", None, steps, 0.0, 0.0, 0.0)
 
 
 def test_summary_by_hand() -> None:
