@@ -237,7 +237,10 @@ def test_greedy_output_is_the_targets_own(target: str, draft: str, method: str) 
 
 
 def test_a_sampled_row_does_not_depend_on_its_batch() -> None:
-    params = [SamplingParams(temperature=0.5 + 0.2 * i, top_p=0.9, max_tokens=9 + 4 * i, seed=i) for i in range(4)]
+    params = [
+        SamplingParams(temperature=0.5 + 0.2 * i, top_p=0.9, frequency_penalty=0.1 * i, max_tokens=9 + 4 * i, seed=i)
+        for i in range(4)
+    ]
     target, draft = llama("byte-level", 1), llama("prepending", 2)
 
     def outputs(rows: Sequence[int], size: int) -> list[tuple[int, ...]]:
