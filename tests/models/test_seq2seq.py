@@ -26,6 +26,7 @@ from specdec.models import prefill
 from specdec.models import seq2seq as module
 from specdec.models.causal import CausalLM, UnsupportedModelError
 from specdec.models.elsewhere import Elsewhere, seen_from
+from specdec.models.placement import PlacementError
 from specdec.models.seq2seq import Seq2SeqCache, Seq2SeqLM, distance_buckets
 from specdec.sampling import Dense
 from specdec.verification import residual
@@ -352,6 +353,12 @@ def test_kinds_are_compared_before_weights_are_read(tmp_path: Path) -> None:
 
 
 # ---- bad input
+
+
+def test_placements_over_devices_are_refused(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "t5", make("t5"), damaged=True)
+    with pytest.raises(PlacementError, match="placement='separate' must be \"same\" for an encoder-decoder"):
+        Engine.load(folder, placement="separate")
 
 
 def test_models_of_different_kinds_are_refused() -> None:
