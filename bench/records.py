@@ -183,7 +183,7 @@ def _phases(method: str, counts: AcceptanceCounts | None, times: PhaseTimes | No
         "bookkeeping_time_s": times.bookkeeping_s if times else None,
         "recording_time_s": times.recording_s if times else None,
         "overhead_rate": overhead_s / times.total_s
-        if times and method not in ("draft_model", "eagle", "hybrid")
+        if times and method not in ("draft_model", "eagle", "early_exit", "hybrid")
         else None,
     }
 

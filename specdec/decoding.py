@@ -150,6 +150,7 @@ class Decoder:
             cache.features,
             self.recorder,
             self.num_speculative_tokens,
+            cache,
         )
 
     @torch.inference_mode()

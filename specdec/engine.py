@@ -6,8 +6,7 @@ import math
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
-from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 import torch
 
@@ -31,10 +30,11 @@ from specdec.models.elsewhere import is_on_one_device, seen_from
 from specdec.models.loading import packaged_draft
 from specdec.proposers import Proposer
 from specdec.proposers.draft_model import DraftModelProposer
-from specdec.proposers.hybrid import HybridProposer
+from specdec.proposers.early_exit import EarlyExitProposer
+from specdec.proposers.hybrid import BetterCopies, HybridProposer
 from specdec.proposers.ngram import CountIndex, LookupIndex, NgramProposer, TokenIndex
 from specdec.proposers.suffix import SuffixProposer
-from specdec.proposers.table import Fallback, NgramTable
+from specdec.proposers.table import Fallback
 from specdec.randomness import own_seed, sample_seed
 from specdec.requests import Chunk, Completion, Generation, Request, sources_of
 from specdec.sampling import SamplingParams
@@ -45,10 +45,11 @@ from specdec.verification import VerificationRule, verify_block, verify_coupled,
 if TYPE_CHECKING:
     from specdec.drafts import AnyDraft
 
-Method = Literal["autoregressive", "draft_model", "eagle", "ngram", "ngram_store", "ngram_table", "suffix", "hybrid"]
+Method = Literal[
+    "autoregressive", "draft_model", "eagle", "early_exit", "ngram", "ngram_store", "ngram_table", "suffix", "hybrid"
+]
 METHODS: tuple[Method, ...] = get_args(Method)
-HISTORY_BYTES = 64 << 20
-HYBRID_MIN_NGRAM = 2  # tokens that must match before the hybrid copies instead of drawing
+REMEMBERING = {"suffix": 64 << 20, "hybrid": 0}  # methods that can copy from finished requests, and how many bytes do
 VERIFICATIONS: dict[str, VerificationRule] = {
     "token": verify_tokens,
     "block": verify_block,
@@ -63,16 +64,17 @@ class Engine:
     method: what proposes tokens. "autoregressive": nothing. "ngram": prompt lookup. "ngram_store": online n-gram
         counts. "ngram_table": prompt lookup, else a table counted beforehand. "suffix": the likelier copy of two, from
         the request's own text and from what finished requests said. "draft_model": a smaller language model.
-        "eagle": a head on the target's features. "hybrid": prompt lookup where the match is long, else a head or a
-        draft model.
+        "eagle": a head on the target's features. "early_exit": the target's own first layers, with its norm and head.
+        "hybrid": as "suffix" where that is expected to bring more than the draft, else a head or a draft model.
     draft: what the method needs besides the target: a LanguageModel, an EagleHead or an NgramTable. A model with
         another tokenizer drafts the tokens that both have, see `specdec.vocabularies`; which these are is logged.
     num_speculative_tokens: tokens proposed per step (gamma), at least 1; "autoregressive" proposes none. "auto": as
         many as pay by costs that are measured now, none included. The law stays the same, but which of its samples a
         seed gives then depends on this machine and on what was decoded before, unless verification is "coupled".
-    max_history_bytes: memory for what finished requests said, the oldest of which are forgotten first, at least 0. It
-        is for method "suffix", where it makes the sample that a seed gives depend on what was decoded before, as "auto"
-        does; with 0 a request copies from its own text alone.
+    max_history_bytes: memory for what finished requests said, the oldest of which are forgotten first, at least 0;
+        None: 64 MiB with "suffix", nothing with "hybrid". It makes the sample that a seed gives depend on what was
+        decoded before, as "auto" does; with 0 a request copies from its own text alone.
+    exit_layer: with "early_exit" the layers that draft, below the target's number; None: a quarter of them.
     max_batch_size: prompts decoded together.
     verification: "token", "block" or "coupled", the rule that verifies a draft; all are lossless. With "coupled" a seed
         gives the same tokens at any temperature, whatever is proposed, and also if nothing is.
@@ -94,30 +96,33 @@ class Engine:
         verification: str = "token",
         synthetic_acceptance_rates: Sequence[float] | None = None,
         records: bool | None = None,
-        max_history_bytes: int = HISTORY_BYTES,
+        max_history_bytes: int | None = None,
+        exit_layer: int | None = None,
     ) -> None:
         require(max_batch_size >= 1, f"max_batch_size={max_batch_size} must be at least 1")
-        require(
-            max_history_bytes >= 0, f"max_history_bytes={max_history_bytes} must be at least 0; 0 remembers nothing"
-        )
+        _check_history(max_history_bytes, method)
         _check_verification(verification)
         _check_method(method, kind_of(draft) if draft is not None else None, num_speculative_tokens)
         self.target, self.draft, self.method = target, draft, method
         self._tokenizer: Any = getattr(target, "tokenizer", None)
         self._eos_token_ids: frozenset[int] = getattr(target, "eos_token_ids", frozenset())
         self._grammars: GrammarCompiler | None = None
-        drawing = _drawing(target, draft)
+        require(
+            exit_layer is None or method == "early_exit",
+            f'exit_layer={exit_layer} must be left out with method={method!r}; use method="early_exit"',
+        )
+        drawing = _drawing(target, draft) if method != "early_exit" else _early_exit(target, exit_layer)
         recordable = None if is_on_one_device(target, draft) else False
         records = recordable if records is None else records
         is_adaptive = num_speculative_tokens == "auto" and method != "autoregressive"
         adaptive = _adaptive(target, drawing, max_batch_size, recordable) if is_adaptive else None
-        proposer = (
-            SuffixProposer(target.vocab_size, target.device, max_history_bytes, adaptive)
-            if method == "suffix"
-            else _make_proposer(target, draft, method, drawing, adaptive)
-        )
-        remembers = is_adaptive or (method == "suffix" and max_history_bytes > 0)
-        self._has_own_seeds = remembers and verification != "coupled"
+        self._suffixes: SuffixProposer | None = None
+        if method in REMEMBERING:
+            history_bytes = REMEMBERING[method] if max_history_bytes is None else max_history_bytes
+            self._suffixes = SuffixProposer(target.vocab_size, target.device, history_bytes, adaptive)
+        proposer = _make_proposer(target, method, drawing, adaptive, self._suffixes or draft)
+        remembers = self._suffixes is not None and self._suffixes.history.max_bytes > 0
+        self._has_own_seeds = (remembers or is_adaptive) and verification != "coupled"
         self._num_requests = 0
         most = MOST if num_speculative_tokens == "auto" else num_speculative_tokens
         self.num_speculative_tokens = most if proposer else 0
@@ -233,8 +238,8 @@ class Engine:
 
     def forget(self) -> None:
         """Lose what finished requests said, so that none of it is copied; what "auto" has learned stays."""
-        if isinstance(self._decoder.proposer, SuffixProposer):
-            self._decoder.proposer.forget()
+        if self._suffixes:
+            self._suffixes.forget()
         if not self._decoder.adaptive:
             self._num_requests = 0  # nothing tells of the uniforms that were used
 
@@ -342,11 +347,13 @@ Drawing = Callable[[AdaptiveLength | None], Proposer]  # makes a proposer that d
 
 def _make_proposer(
     target: LanguageModel,
-    draft: AnyDraft | None,
     method: Method,
     drawing: Drawing | None,
     adaptive: AdaptiveLength | None,
+    source: Any,
 ) -> Proposer | None:
+    """source: what is copied from besides the request's text: a table or a SuffixProposer, if anything."""
+
     def ngram(new_index: Callable[[], TokenIndex]) -> NgramProposer:
         return NgramProposer(target.vocab_size, target.device, new_index, adaptive)
 
@@ -354,12 +361,14 @@ def _make_proposer(
         return ngram(LookupIndex)
     if method == "ngram_store":
         return ngram(CountIndex)
-    if isinstance(draft, NgramTable):
-        return ngram(lambda: Fallback(LookupIndex(), draft))
+    if method == "ngram_table":
+        return ngram(lambda: Fallback(LookupIndex(), source))
+    if method == "suffix":
+        return cast("SuffixProposer", source)
     if drawing is None:
         return None
     drawn = drawing(adaptive)
-    return drawn if method != "hybrid" else HybridProposer(ngram(partial(LookupIndex, HYBRID_MIN_NGRAM)), drawn)
+    return drawn if method != "hybrid" else HybridProposer(BetterCopies(source, adaptive), drawn)
 
 
 def _drawing(target: LanguageModel, draft: Any) -> Drawing | None:
@@ -377,6 +386,16 @@ def _drawing(target: LanguageModel, draft: Any) -> Drawing | None:
     from specdec.proposers.eagle import EagleProposer
 
     return lambda adaptive: EagleProposer(draft, adaptive=adaptive)
+
+
+def _early_exit(target: Any, exit_layer: int | None) -> Drawing:
+    require(
+        hasattr(target, "first_layers"),
+        f"target={type(target).__name__} must be a model that can be left behind its first layers, as CausalLM is, for "
+        'method="early_exit"',
+    )
+    first_layers = target.first_layers(max(1, target.num_layers // 4) if exit_layer is None else exit_layer)
+    return lambda adaptive: EarlyExitProposer(first_layers, adaptive=adaptive)
 
 
 def _adaptive(target: LanguageModel, drawing: Drawing | None, rows: int, records: bool | None) -> AdaptiveLength:
@@ -397,8 +416,15 @@ def _draft_cost(target: LanguageModel, proposer: Proposer, rows: int, records: b
     return min(seconds[2:])  # the first times warm up
 
 
-def _check_history(max_history_bytes: int) -> None:
+def _check_history(max_history_bytes: int | None, method: str) -> None:
+    if max_history_bytes is None:
+        return
     require(max_history_bytes >= 0, f"max_history_bytes={max_history_bytes} must be at least 0; 0 remembers nothing")
+    require(
+        method in REMEMBERING,
+        f"max_history_bytes={max_history_bytes} must be left out with method={method!r}; use "
+        f"method={' or '.join(map(repr, REMEMBERING))}",
+    )
 
 
 def _check_verification(verification: str) -> None:

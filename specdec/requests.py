@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -115,6 +115,7 @@ class Batch:
     features: float [slots, capacity, hidden], the target's after each token of a row but its last; None unless the
     proposer needs them.
     recorder: replays work of fixed shapes, if it records at all. max_draft: tokens that a row's draft may have.
+    cache: the target's, which holds all tokens of each row but the last; what stands behind them is free to be written.
     """
 
     rows: list[Generation | None]
@@ -124,6 +125,7 @@ class Batch:
     features: Tensor | None = None
     recorder: Recorder | None = None
     max_draft: int = 0
+    cache: Any = None
 
     @property
     def recording(self) -> Recorder | None:

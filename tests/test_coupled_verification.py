@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import laws
 from torch import Tensor
-from toys import FeatureTarget, ToyHead, grid_pair, joint_law
+from toys import ExitTarget, FeatureTarget, ToyHead, grid_pair, joint_law
 
 from specdec import METHODS, Engine, SamplingParams
 from specdec.conformance.mutants import maker
@@ -149,7 +149,7 @@ def drafts_for(method: str, target) -> dict:
 @pytest.mark.parametrize("method", [method for method in METHODS if method != "autoregressive"])
 def test_toys_say_the_same_whatever_is_proposed(method: str, gamma: int | str, max_batch_size: int) -> None:
     """To the last token, with every sampling parameter, in any batch, in slots that change hands."""
-    target = FeatureTarget(TARGET.table)
+    target = ExitTarget(TARGET.table, DRAFT.table)
     plain = Engine(target, verification="coupled")
     engine = Engine(
         target,

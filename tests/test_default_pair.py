@@ -79,6 +79,14 @@ def test_greedy_equals_transformers_as_people_load_it(method: str, prompts: list
         assert counts.acceptance_rate_at[0] > 0.25
 
 
+def test_the_first_layers_draft_and_change_nothing(default_model: CausalLM, prompts: list, reference: list) -> None:
+    """Most of the layers, so that something is accepted: this model was not trained to be left early."""
+    options = {"exit_layer": 27, "num_speculative_tokens": 2, "max_batch_size": 2}
+    completions = Engine(default_model, method="early_exit", **options).generate(prompts, GREEDY)
+    assert [list(c.token_ids) for c in completions] == reference
+    assert sum(c.counts.num_accepted for c in completions) > 0
+
+
 def test_self_draft_is_accepted_always(default_model: CausalLM, prompts: list, reference: list) -> None:
     engine = Engine(default_model, method="draft_model", draft=default_model, num_speculative_tokens=3)
     completions = engine.generate(prompts[:2], GREEDY)

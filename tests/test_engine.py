@@ -8,7 +8,7 @@ from functools import cache
 import pytest
 import tiny
 import torch
-from toys import grid_pair
+from toys import ExitTarget, grid_pair
 
 from specdec import METHODS, AcceptanceCounts, Engine, SamplingParams
 from specdec.models.causal import CausalLM
@@ -39,6 +39,8 @@ def engine_for(method: str, **options) -> Engine:
     if method == "eagle":
         target, head = features_pair()
         return Engine(target, method="eagle", draft=head, **options)
+    if method == "early_exit":
+        return Engine(ExitTarget(TARGET.table, DRAFT.table), method="early_exit", **options)
     drafts = {"draft_model": DRAFT, "hybrid": DRAFT, "ngram_table": TABLE}
     history = {"max_history_bytes": 0} if method == "suffix" else {}  # with one only laws do not depend on others
     return Engine(TARGET, method=method, draft=drafts.get(method), **history, **options)
@@ -131,7 +133,7 @@ def test_counts_sum_over_completions() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"method": "magic"}, "method='magic' must be one of autoregressive, draft_model, eagle, ngram"),
+        ({"method": "magic"}, "method='magic' must be one of autoregressive, draft_model, eagle, early_exit"),
         (
             {"method": "ngram", "num_speculative_tokens": 0},
             'num_speculative_tokens=0 must be at least 1, or "auto"; for plain decoding use method="autoregressive"',
@@ -140,6 +142,12 @@ def test_counts_sum_over_completions() -> None:
         ({"method": "ngram", "draft": DRAFT}, "a draft is given but method='ngram' does not use it"),
         ({"max_batch_size": 0}, "max_batch_size=0 must be at least 1"),
         ({"method": "suffix", "max_history_bytes": -1}, "max_history_bytes=-1 must be at least 0; 0 remembers nothing"),
+        (
+            {"max_history_bytes": 9},
+            "max_history_bytes=9 must be left out with method='autoregressive'; use method='suff",
+        ),
+        ({"method": "early_exit"}, "target=MarkovModel must be a model that can be left behind its first layers"),
+        ({"exit_layer": 2}, "exit_layer=2 must be left out with method='autoregressive'; use method=\"early_exit\""),
         ({"method": "suffix", "draft": DRAFT}, "a draft is given but method='suffix' does not use it, being a model"),
         (
             {"method": "draft_model", "draft": MarkovModel(torch.full((5, 5, 5), 0.2))},

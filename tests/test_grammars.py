@@ -185,7 +185,7 @@ def test_what_a_constraint_needs_is_said(monkeypatch: pytest.MonkeyPatch, vocabu
 # -- the real model, in float32 --------------------------------------------------------------------------------
 
 QUESTIONS = ["Describe Ada, who is 36, as JSON: ", "Ada is 36. Ada is 36. A licence plate: AB-123. Another one: "]
-METHODS = ["ngram", "eagle", "draft_model", "hybrid"]
+METHODS = ["ngram", "suffix", "eagle", "draft_model", "hybrid"]
 REQUESTS = [
     (QUESTIONS[0], SamplingParams(temperature=0, json_schema=PERSON, max_tokens=30)),
     (QUESTIONS[0], SamplingParams(temperature=1, json_schema=PERSON, max_tokens=30)),

@@ -70,6 +70,19 @@ class ToyHead:
         return self.table[code // self.vocab_size, code % self.vocab_size].log()
 
 
+class ExitTarget(FeatureTarget):
+    """A Markov model of two layers, the first of which says what a draft's table says, over the same cache."""
+
+    num_layers = 2
+
+    def __init__(self, table: Tensor, first: Tensor) -> None:
+        super().__init__(table)
+        self.first = first
+
+    def first_layers(self, number: int) -> MarkovModel:
+        return MarkovModel(self.first)
+
+
 def top_k_law(row: Tensor, k: int) -> Tensor:
     """A law cut to its k largest probabilities, ties with the k-th included; k = 0 keeps all."""
     kept = row * (row >= row.sort(descending=True).values[k - 1]) if k else row

@@ -14,7 +14,10 @@ if TYPE_CHECKING:
     from specdec import AcceptanceCounts, PhaseTimes, SamplingParams
 
 Gamma = int | Literal["auto"]
-METHODS = ("autoregressive", "ngram", "ngram_store", "ngram_table", "suffix", "draft_model", "eagle", "hybrid")
+METHODS = (
+    *("autoregressive", "ngram", "ngram_store", "ngram_table", "suffix"),
+    *("draft_model", "eagle", "early_exit", "hybrid"),
+)
 # vLLM's own, by its names; whether the installed version has one is seen when its engine starts
 VLLM_DRAFTS = ("eagle3", "medusa", "mlp_speculator", "dflash", "dspark")
 VLLM_METHODS = ("ngram_gpu", "mtp", *VLLM_DRAFTS)

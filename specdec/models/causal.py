@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from specdec.cache import RaggedCache
+from specdec.models.early_exit import first_layers
 from specdec.models.fusion import FusedDecoder, weight_bytes
 
 
@@ -56,6 +57,25 @@ class CausalLM:
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         return int(2 * self.num_layers * heads * head_dim * self.dtype.itemsize)
+
+    def first_layers(self, number: int) -> CausalLM:
+        """The model that ends behind so many layers, with the same norm, head and weights; it takes the same caches.
+
+        Raises ValueError unless 1 <= number < the model's, and UnsupportedModelError if it cannot be cut.
+        """
+        name = type(self.model).__name__
+        if not 1 <= number < self.num_layers:
+            raise ValueError(
+                f"exit_layer={number} must be at least 1 and below the layers of {name}, {self.num_layers}"
+            )
+        if self.is_spread or any(hasattr(module, "_hf_hook") for module in self.model.modules()):
+            raise UnsupportedModelError(f"{name} is spread over devices; to draft with its first layers put it on one")
+        shorter = first_layers(self.model, self.num_layers, number)
+        if shorter is None:
+            raise UnsupportedModelError(
+                f"{name} must have its {self.num_layers} layers in one list to be cut behind one"
+            )
+        return CausalLM(shorter, self.tokenizer)
 
     def allocate(self, num_slots: int, capacity: int, *, keep_features: bool = False) -> RaggedCache:
         shape = (num_slots, capacity, self.config.hidden_size)

@@ -3,25 +3,93 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
+from specdec.adaptive import AdaptiveLength
 from specdec.proposers import Proposer
-from specdec.proposers.ngram import NgramProposer, pad
-from specdec.requests import Batch
+from specdec.proposers.ngram import pad
+from specdec.proposers.suffix import Copy, SuffixProposer
+from specdec.requests import Batch, Generation
 from specdec.sampling import Dense, Law, OneHot
 from specdec.verification import Draft
+
+_DRAWN_PRIOR = (2.0, 4.0)  # tokens accepted of tokens looked at, of a row's drawn drafts before it had any
+
+
+class Lookup(Protocol):
+    """What a hybrid copies from; `NgramProposer` is one."""
+
+    def guess(self, batch: Batch, limits: Sequence[int]) -> list[list[int]]:
+        """The tokens to copy in each row, at most limits[r]; none where the row's draft is rather to be drawn."""
+        ...
+
+
+@dataclass(slots=True)
+class _Drawn:
+    """What became of a row's drawn drafts. step: the number of the last one's step, if it is not counted yet."""
+
+    accepted: float = _DRAWN_PRIOR[0]
+    looked_at: float = _DRAWN_PRIOR[1]
+    step: int | None = None
+
+    def reach(self, limit: int) -> list[float]:
+        """The probability that verification comes so far in a drawn draft, expected, for each of its tokens."""
+        return [(self.accepted / self.looked_at) ** number for number in range(1, limit + 1)]
+
+    def observe(self, row: Generation) -> None:
+        if self.step is not None and self.step < len(row.steps):
+            step = row.steps[self.step]
+            self.accepted += step.num_accepted
+            self.looked_at += min(step.num_accepted + 1, step.num_drafted)
+            self.step = None
+
+
+class BetterCopies:
+    """Copies that are expected to bring more tokens than a drawn draft, by the row's own past; above their costs,
+    where these are known.
+
+    A row's choice is made before anything is drawn, by committed tokens and by what became of past steps: a choice
+    that looked at the drawn draft would change its law.
+    """
+
+    def __init__(self, copier: SuffixProposer, adaptive: AdaptiveLength | None = None) -> None:
+        self.copier, self._adaptive = copier, adaptive
+        self._drawn: dict[Generation, _Drawn] = {}
+
+    def guess(self, batch: Batch, limits: Sequence[int]) -> list[list[int]]:
+        """See `Lookup`."""
+        copies = self.copier.copies(batch, limits)
+        self._drawn = {row: self._drawn.get(row) or _Drawn() for row in batch.rows if row is not None}
+        num_rows = len(self._drawn)
+        return [
+            self._choose(row, copy, limit, num_rows) if row and limit else []
+            for row, copy, limit in zip(batch.rows, copies, limits, strict=True)
+        ]
+
+    def _choose(self, row: Generation, copy: Copy, limit: int, num_rows: int) -> list[int]:
+        drawn = self._drawn[row]
+        drawn.observe(row)
+        length, gain, least = len(copy.tokens), copy.score, sum(drawn.reach(limit))
+        if self._adaptive:
+            length, gain = self._adaptive.best_length(copy.reach, num_rows)
+            _, least = self._adaptive.best_length(drawn.reach(limit), num_rows, drawn=True)
+        if length and gain >= least:
+            return list(copy.tokens[:length])
+        drawn.step = len(row.steps)
+        return []
 
 
 class HybridProposer:
     """Each row's draft comes from `lookup` where it has a guess, else from `fallback`.
 
     Which of the two speaks depends on committed tokens only, so either's law is the law that its tokens are drawn
-    from. lookup: how long a match must be is its own min_ngram. max_fallback_tokens: limit to the fallback's drafts,
-    which cost time; None for none.
+    from. max_fallback_tokens: limit to the fallback's drafts, which cost time; None for none.
     """
 
-    def __init__(self, lookup: NgramProposer, fallback: Proposer, max_fallback_tokens: int | None = None) -> None:
+    def __init__(self, lookup: Lookup, fallback: Proposer, max_fallback_tokens: int | None = None) -> None:
         self._lookup, self._fallback, self._max_fallback_tokens = lookup, fallback, max_fallback_tokens
         self.needs_features = getattr(fallback, "needs_features", False)
 

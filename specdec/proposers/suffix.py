@@ -161,9 +161,10 @@ class SuffixProposer:
         return Draft.deterministic(*pad(guesses, self._device, width), self._vocab_size)
 
     def copies(self, batch: Batch, limits: Sequence[int]) -> list[Copy]:
-        """The best copy for each row, none where nothing is known."""
+        """The best copy for each row, none where nothing is known; up to where a constraint forbids it."""
         self._settle(batch.rows)
-        return [self._copy(row, limit) if row else Copy() for row, limit in zip(batch.rows, limits, strict=True)]
+        copies = [self._copy(row, limit) if row else Copy() for row, limit in zip(batch.rows, limits, strict=True)]
+        return [copy.cut(batch.sampling.num_allowed(index, copy.tokens)) for index, copy in enumerate(copies)]
 
     def forget(self) -> None:
         """Lose what finished requests left."""
