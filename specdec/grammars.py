@@ -64,7 +64,8 @@ class TokenGrammar:
 class GrammarCompiler:
     """Compiles the constraints of sampling parameters for one model, and keeps what it compiled last.
 
-    tokenizer: a fast transformers tokenizer. vocab_size: of the model, at least the tokenizer's.
+    tokenizer: a fast transformers tokenizer, byte-level or with bytes to fall back on. vocab_size: of the model, at
+    least the tokenizer's.
     Raises ValueError for another tokenizer, and without llguidance.
     """
 
@@ -77,7 +78,9 @@ class GrammarCompiler:
             self._tokenizer = from_tokenizer(tokenizer, n_vocab=vocab_size)
         except ValueError as error:
             kind = type(tokenizer).__name__
-            raise ValueError(f"tokenizer={kind} must be one that llguidance reads: {error}; give a fast one") from None
+            raise ValueError(
+                f"tokenizer={kind} must be one that llguidance reads: {error}; use a byte-level one"
+            ) from None
         self._compiled = lru_cache(_KEPT)(self._compile)
 
     def compile(self, sampling: SamplingParams, stop_token_ids: frozenset[int]) -> TokenGrammar:

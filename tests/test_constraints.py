@@ -17,6 +17,7 @@ from specdec.proposers.draft_model import DraftModelProposer
 from specdec.proposers.eagle import EagleProposer
 from specdec.proposers.hybrid import HybridProposer
 from specdec.proposers.ngram import LookupIndex, NgramProposer
+from specdec.proposers.suffix import SuffixProposer
 from specdec.requests import Request
 
 # an even number of zeros, no two ones in a row; token 2 ends it
@@ -89,6 +90,7 @@ PROPOSERS = {
     "ngram": copies,
     "draft_model": lambda: DraftModelProposer(DRAFT),
     "eagle": lambda: EagleProposer(ToyHead(DRAFT)),
+    "suffix": lambda: SuffixProposer(3, TARGET.device),
     "hybrid": lambda: HybridProposer(copies(), EagleProposer(ToyHead(DRAFT))),
 }
 
@@ -136,19 +138,31 @@ class AlwaysOnes:
         return [1] * limit
 
 
+NO_TWO_ONES = Automaton([{0: 0, 1: 1, 2: 0}, {0: 0, 2: 0}])
+
+
 def test_copies_end_before_the_first_token_that_is_not_allowed() -> None:
     """Of ones, no two of which are allowed in a row, one is proposed, and behind a one none."""
-    no_two_ones = Automaton([{0: 0, 1: 1, 2: 0}, {0: 0, 2: 0}])
     decoder = Decoder(TARGET, NgramProposer(3, TARGET.device, AlwaysOnes), 3)
     (free,) = decoder.run([Request(0, (0, 1), SamplingParams(max_tokens=30))])
     assert {step.num_drafted for step in free.steps[:-3]} == {3}
-    (row,) = decoder.run([Request(0, (0, 1), SamplingParams(max_tokens=30), constraint=no_two_ones)])
+    (row,) = decoder.run([Request(0, (0, 1), SamplingParams(max_tokens=30), constraint=NO_TWO_ONES)])
     output, places = row.output, [1]
     for step in row.steps:
         places.append(places[-1] + step.num_accepted + (step.last is not None))
     expected = [int(output[place - 1] != 1 and place < 29) for place in places[:-1]]
     assert [step.num_drafted for step in row.steps] == expected
     assert {0, 1} == set(expected)
+
+
+def test_suffix_copies_end_there_too() -> None:
+    """A text of ones goes on with ones: three are copied, or behind the first none, as no two are allowed in a row."""
+    decoder = Decoder(TARGET, SuffixProposer(3, TARGET.device), 3)
+    params = SamplingParams(max_tokens=9, logit_bias={1: 99.0})
+    for constraint, expected in ((None, 3), (NO_TWO_ONES, 0)):
+        (row,) = decoder.run([Request(0, (1,) * 9, params, constraint=constraint)])
+        assert row.output[0] == 1
+        assert row.steps[0].num_drafted == expected
 
 
 def test_a_dead_end_is_an_error_where_an_output_runs_into_it_only() -> None:

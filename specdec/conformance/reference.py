@@ -43,13 +43,17 @@ class Reference:
 
     model: the target, or a draft whose laws are wanted. sampling: processors and truncation, by the road that decoding
     takes. batch_size: outputs scored together.
-    Raises ValueError for a model in half precision, whose laws would be another engine's opinion.
+    Raises ValueError for a model in half precision, whose laws would be another engine's opinion, and for a constraint.
     """
 
     def __init__(self, model: LanguageModel, sampling: SamplingParams, batch_size: int = 8) -> None:
         dtype = getattr(model, "dtype", torch.float32)
         if dtype not in (torch.float32, torch.float64):
             raise ValueError(f"dtype={dtype} of the reference must be float32 or wider; load it with dtype=float32")
+        if sampling.constraint:
+            raise ValueError(
+                f"{sampling.constraint} must not be in the reference's sampling; audit without a constraint"
+            )
         self.model, self.sampling, self.batch_size = model, sampling, batch_size
         self._prompts: list[tuple[int, ...]] = []
         self._cache: Cache | None = None

@@ -81,6 +81,12 @@ def test_half_precision_is_no_reference() -> None:
         Reference(model, SamplingParams())
 
 
+def test_a_constraint_is_refused() -> None:
+    """Its laws are not made here: leaving it out would call a right engine lossy."""
+    with pytest.raises(ValueError, match="regex must not be in the reference's sampling; audit without a constraint"):
+        Reference(TARGET, SamplingParams(regex="a"))
+
+
 def test_stop_tokens_are_those_of_decoding() -> None:
     model = CausalLM(make("llama", SUPPORTED["llama"]))
     params = SamplingParams(stop_token_ids=(9,))
