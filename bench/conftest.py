@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import sys
 from collections.abc import Generator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from bench import load_table, machine, options, shards, table
 from bench.cells import CELL_FIELDS, LOAD_FIELDS, Cell
 from bench.journal import SCHEMA_VERSION
 from bench.options import BenchConfig
+from bench.progress import line_below
 from bench.session import Session
 
 SESSION = pytest.StashKey[Session]()
@@ -31,6 +33,7 @@ def pytest_configure(config: pytest.Config) -> None:
         if not config.option.collectonly:
             _check_output(config)
             config.stash[SESSION].open_journal()
+            config.stash[SESSION].progress = line_below(sys.stdout)
     except (ValueError, OSError) as error:
         raise pytest.UsageError(str(error)) from error
 

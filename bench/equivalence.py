@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,14 +21,20 @@ Record = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Audited:
-    """A cell's engine as an audit asks it: the two arms are its method and its own plain decoding."""
+    """A cell's engine as an audit asks it: the two arms are its method and its own plain decoding.
+
+    on_tokens: is told how many tokens the speculative arm has emitted since it was told last.
+    """
 
     engine: BenchEngine
     cell: Cell
     sampling: SamplingParams
+    on_tokens: Callable[[int], object] = int
 
     def speculative(self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], max_tokens: int) -> list[list[int]]:
-        return self._outputs(self.cell.method, self.cell.gamma, prompts, seeds, max_tokens)
+        outputs = self._outputs(self.cell.method, self.cell.gamma, prompts, seeds, max_tokens)
+        self.on_tokens(sum(map(len, outputs)))
+        return outputs
 
     def plain(self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], max_tokens: int) -> list[list[int]]:
         return self._outputs("autoregressive", 0, prompts, seeds, max_tokens)
@@ -41,9 +47,16 @@ class Audited:
 
 
 def certify(
-    engine: BenchEngine, cell: Cell, pair: Pair, prompts: Sequence[Sequence[int]], config: BenchConfig, device: str
+    engine: BenchEngine,
+    cell: Cell,
+    pair: Pair,
+    prompts: Sequence[Sequence[int]],
+    config: BenchConfig,
+    device: str,
+    *,
+    on_tokens: Callable[[int], object] = int,
 ) -> Certificate:
-    """Audit a cell's engine against the pair's target in float32.
+    """Audit a cell's engine against the pair's target in float32; on_tokens: as for `Audited`.
 
     Raises ValueError where acceptance is prescribed: such an engine does not even try.
     """
@@ -56,7 +69,7 @@ def certify(
     )
     reference, draft = _references(pair, cell, sampling, device)
     findings = audit(
-        Audited(engine, cell, sampling),
+        Audited(engine, cell, sampling, on_tokens),
         reference,
         prompts,
         draft=draft,

@@ -26,6 +26,7 @@ from specdec.conformance.reference import Reference
 from specdec.conformance.verdicts import Limits
 from specdec.decoding import Decoder
 from specdec.drafts import load_with_drafts
+from specdec.progress import bar
 from specdec.prompts import encode
 from specdec.randomness import uniforms
 from specdec.requests import Request
@@ -66,14 +67,16 @@ def judge(
     target, draft = references
     limits = Limits()
     arm = Arm(0, target, draft, num_draws, 0, limits)
-    for numbers, seeds in _rounds(len(prompts), once=target.sampling.temperature == 0):
-        rows = [prompts[number] for number in numbers]
-        outputs = _outputs(decoder, rows, seeds, target)
-        arm.observe(Answers(numbers, rows, seeds, outputs), MAX_TOKENS)
-        found = arm.findings()
-        found_by = {instrument: after for instrument, after in found.found_after.items() if after is not None}
-        if found_by or found.errors or arm.num_draws >= num_draws:
-            break
+    with bar(num_draws, "token", name) as done:
+        for numbers, seeds in _rounds(len(prompts), once=target.sampling.temperature == 0):
+            rows = [prompts[number] for number in numbers]
+            outputs = _outputs(decoder, rows, seeds, target)
+            arm.observe(Answers(numbers, rows, seeds, outputs), MAX_TOKENS)
+            found = arm.findings()
+            found_by = {instrument: after for instrument, after in found.found_after.items() if after is not None}
+            done.update(arm.num_draws - done.n)
+            if found_by or found.errors or arm.num_draws >= num_draws:
+                break
     return Finding(name, found_by, found.errors, found.num_draws, found.p_value)
 
 

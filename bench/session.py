@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from itertools import cycle, islice
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 import pytest
 
@@ -22,6 +22,7 @@ from bench.journal import Entry, Journal
 from bench.measure import BASELINE, CANDIDATE, REFERENCE, Arm, Clock, Measurement, check_counts, measure
 from bench.options import BenchConfig
 from bench.pairs import Pair, check_vocabulary
+from bench.progress import NOWHERE, cell_bar
 from bench.workloads import Lengths, Malformed, Prompt, UnavailableError, UnitTest
 from specdec.drafts import NEEDS
 from specdec.prompts import encode, encode_raw
@@ -39,7 +40,7 @@ class Session:
 
     plans: all cells. records, load_records, cost_records, audit_records: those of the finished cells, in the order of
     the run. cells_of_shards: how many cells each part of the campaign has.
-    clock: pytest-benchmark's timer.
+    clock: pytest-benchmark's timer. progress: where bars are drawn.
     Raises ValueError naming what was asked for and cannot be had.
     """
 
@@ -61,6 +62,7 @@ class Session:
         self.failure: str | None = None  # to write the results
         self.journal: Journal | None = None
         self.num_resumed = 0
+        self.progress: TextIO = NOWHERE
         self._models = _Models(config, self.device)
 
     def open_journal(self) -> None:
@@ -71,6 +73,8 @@ class Session:
     def close(self) -> None:
         """End what was started; the journal has every finished cell."""
         self._models.drop()
+        if self.progress is not NOWHERE:
+            self.progress.close()
         if self.journal:
             self.journal.close()
 
@@ -144,8 +148,8 @@ class Session:
         prompts = [tokens for _, tokens in self._chosen(cell, pair)]
         audit = partial(equivalence.certify, engine, cell, pair, prompts, self.config, self.device)
         try:
-            with _failing(self.device):
-                certificate = benchmark.pedantic(audit, rounds=1)
+            with _failing(self.device), cell_bar(cell, self.config.num_draws, "token", self.progress) as done:
+                certificate = benchmark.pedantic(partial(audit, on_tokens=done.update), rounds=1)
         except ValueError as error:
             pytest.fail(str(error), pytrace=False)
         folder = self.config.certificates
@@ -180,8 +184,14 @@ class Session:
         warm_up_s = {name: self._warm_up(each, pair, batches) for name, each in cells.items()}
         self._models.prepare(cells.values(), pair)  # again: the prompts of the warm-up are to be new
         arms = {name: self._arm(each, pair, batches) for name, each in cells.items()}
-        with telemetry.Sampler(self._meters(cell), self.config.telemetry_hz) as sampler:
-            measurement = measure(benchmark, arms, len(batches), self._models.settle)
+        sampler = telemetry.Sampler(self._meters(cell), self.config.telemetry_hz)
+        with cell_bar(cell, len(batches) * len(arms), "run", self.progress) as done, sampler:
+
+            def settle() -> None:  # after each run of an arm, outside of what is timed
+                self._models.settle()
+                done.update()
+
+            measurement = measure(benchmark, arms, len(batches), settle)
         self._check(cells, pair, measurement)
         version = self._models.engine(cell.engine, pair).version
         record = records.build(cell, pair, self.config, version, self.device, measurement)
