@@ -22,6 +22,10 @@ class LineBelow(io.TextIOBase):
     def __init__(self, terminal: TextIO) -> None:
         self._terminal = terminal
 
+    @property
+    def encoding(self) -> str:  # type: ignore[override]  # by which tqdm chooses its characters
+        return self._terminal.encoding
+
     def write(self, text: str) -> int:
         # down and up again makes room at the screen's end; then the place is saved, the line drawn, the place restored
         self._terminal.write(f"\033D\033M\0337\033[B{text}\0338")
