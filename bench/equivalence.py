@@ -85,10 +85,10 @@ def certify(
 
 
 def _references(pair: Pair, cell: Cell, sampling: SamplingParams, device: str) -> tuple[Reference, Reference | None]:
-    """The target's laws, and the draft's where it is a model: a head's need the target's features."""
+    """The target's laws, and those of a draft model with the same tokens: a head's need the target's features."""
     import torch
 
-    from specdec.drafts import kind_in, load_with_drafts
+    from specdec.drafts import kind_in, load_with_drafts, share_vocabulary
 
     source = pair.draft_for(cell.method)
     sources = [folder(source)] if source and kind_in(folder(source)) == "model" else []
@@ -101,6 +101,7 @@ def _references(pair: Pair, cell: Cell, sampling: SamplingParams, device: str) -
         load_format=pair.load_format,
     )
     draft: Any = drafts[sources[0]] if sources else None
+    draft = draft if draft and share_vocabulary(target, draft) is None else None
     return Reference(target, sampling), Reference(draft, sampling) if draft else None
 
 

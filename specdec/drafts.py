@@ -20,7 +20,7 @@ from specdec.models.loading import (
     read_vocabulary,
     resolve,
 )
-from specdec.models.placement import plan
+from specdec.models.placement import PlacementError, plan
 from specdec.proposers.table import NgramTable
 from specdec.vocabularies import SharedVocabulary, check_coverage, share
 
@@ -108,6 +108,11 @@ def place_models(
     drafts, device = list(drafts), options["device"]
     if placement == "same":
         return device, dict.fromkeys(drafts, device)
+    if read_vocabulary(target, options["load_format"]).is_encoder_decoder:
+        raise PlacementError(
+            f'placement={placement!r} must be "same" for an encoder-decoder, whose layers stay together; use that, or '
+            "a smaller model"
+        )
     memories = free_memories(device)
     read = partial(read_layer_bytes, dtype=options["dtype"], load_format=options["load_format"])
     sizes = {source: read(source) for source in (target, *drafts)}

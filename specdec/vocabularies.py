@@ -53,7 +53,8 @@ class SharedVocabulary:
     tokens: int64 [n], ascending, the target's ids. draft_tokens: int64 [n], the draft's ids of the same tokens.
     target_pieces: what the target's tokens spell, by id; what is missing is left out of the text.
     encode: a text's tokens in the draft's vocabulary, with nothing added. prefix: what the draft wants a text to begin
-    with. Raises ValueError if nothing is shared.
+    with. beginning: the target's token that is left out where a text begins with it, or None.
+    Raises ValueError if nothing is shared.
     """
 
     def __init__(
@@ -62,9 +63,11 @@ class SharedVocabulary:
         draft_pieces: Mapping[int, Piece],
         encode: Encode,
         prefix: Sequence[int] = (),
+        beginning: int | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
-        self.target_pieces, self.encode, self.prefix = target_pieces, encode, tuple(prefix)
+        self.target_pieces, self.encode = target_pieces, encode
+        self.prefix, self.beginning = tuple(prefix), beginning
         ids = _by_piece(draft_pieces)
         pairs = sorted((token, ids[piece]) for piece, token in _by_piece(target_pieces).items() if piece in ids)
         if not pairs:
@@ -107,10 +110,11 @@ class Rewritten:
         self._num_read, self._rest, self._is_first = 0, "", True
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
-    def follow(self, tokens: Sequence[int]) -> None:
+    def follow(self, tokens: list[int]) -> None:
         """Take in what was appended to the target's tokens since the last call."""
-        new = tokens[self._num_read :]
-        self._num_read += len(new)
+        begins = self._num_read == 0 and tokens[:1] == [self._shared.beginning]
+        new = tokens[self._num_read + begins :]
+        self._num_read = len(tokens)
         self._rest += "".join(map(self._text, new))
         del self.tokens[self.num_settled :]
         place = self._shared.split.place(self._rest)
@@ -180,23 +184,26 @@ def share(target: Any, draft: Any, sizes: tuple[int, int], device: torch.device 
     Raises ValueError if they share nothing, or if a tokenizer is of a kind whose tokens cannot be spelled out.
     """
     ours, theirs = (pieces_of(each, size) for each, size in zip((target, draft), sizes, strict=True))
-    ours.pop(target.bos_token_id, None)  # the draft has its own
     probe = draft("a").input_ids
     prefix = probe[:1] if probe and probe[0] == draft.bos_token_id else []
+    # a draft that knows the token and adds none of its own is to read it, as in the midst of a text
+    beginning = target.bos_token_id if prefix or ours.get(target.bos_token_id) not in theirs.values() else None
 
     def encode(text: str) -> list[int]:
         return list(draft(text, add_special_tokens=False).input_ids)
 
-    return SharedVocabulary(ours, theirs, encode, prefix, device)
+    return SharedVocabulary(ours, theirs, encode, prefix, beginning, device)
 
 
 def check_coverage(shared: SharedVocabulary, tokenizer: Any, sizes: tuple[int, int]) -> None:
     """Raise ValueError unless most of what the target may say is shared; say once what is, as speed depends on it.
 
     tokenizer: the target's. A token that is not shared can never be accepted, so that at a coverage of c no draft,
-    however good, has a target call emit more than about 1 / (1 - c) tokens on the average: at 0.5 two. Numbers of
-    tokens do not tell: the tokenizers of SmolLM2 (49,152), Mistral 7B (32,000), Tekken (130,072) and Claude 2
-    (65,000) have 22 to 91 % of each other's tokens, which make up 89 to 99 % of the sample.
+    however good, has a target call emit more than about 1 / (1 - c) tokens on the average: at 0.5 two. Measured with
+    SmolLM2-135M as its own draft, restricted to its first n tokens, 4 drafted: 4.3 at a coverage of 0.96, 2.7 at 0.71,
+    2.0 at 0.52, 1.7 at 0.41. Numbers of tokens do not tell: the tokenizers of SmolLM2 (49,152), Mistral 7B (32,000),
+    Tekken (130,072) and Claude 2 (65,000) have 22 to 91 % of each other's tokens, which make up 89 to 99 % of the
+    sample.
     """
     coverage = shared.coverage(tokenizer(SAMPLE, add_special_tokens=False).input_ids)
     what = (

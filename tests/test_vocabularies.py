@@ -15,7 +15,7 @@ import torch
 from gates import distance
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from toys import joint_law, table
 from transformers import PreTrainedTokenizerFast
 
@@ -197,14 +197,35 @@ def test_reading_on_costs_the_same_however_long_the_text_is() -> None:
     assert sum(lengths) < 12 * len(SAMPLE * 4)
 
 
-def test_special_tokens_are_read_as_what_the_draft_makes_of_them() -> None:
-    """The target's beginning of a text is dropped, the draft has its own; other special tokens are read as text."""
-    tokenizer = trained("byte-level", SIZES["byte-level"])
-    shared = shared_between("byte-level", "metaspace")
+def read(shared: SharedVocabulary, tokens: list[int]) -> list[int]:
     text = Rewritten(shared)
-    text.follow([tokenizer.bos_token_id, *tokenizer("the keeper").input_ids, tokenizer.eos_token_id])
-    assert text.tokens == shared.encode("the keeper</s>")
-    assert text.tokens[-1] == trained("metaspace", SIZES["metaspace"]).eos_token_id
+    text.follow(tokens)
+    return text.tokens
+
+
+def test_special_tokens_are_read_as_what_the_draft_makes_of_them() -> None:
+    """Those that it has as its own, others as text; some models use the one that begins a text within it, too."""
+    tokenizer, other = trained("byte-level", SIZES["byte-level"]), trained("metaspace", SIZES["metaspace"])
+    shared, bos = shared_between("byte-level", "metaspace"), tokenizer.bos_token_id
+    keeper = tokenizer("the keeper").input_ids
+    assert read(shared, [bos, *keeper, tokenizer.eos_token_id, bos]) == shared.encode("<s>the keeper</s><s>")
+    assert shared.encode("<s></s>") == [other.bos_token_id, other.eos_token_id]
+
+
+def test_the_beginning_of_a_text_is_the_drafts_own() -> None:
+    """It adds its own, or does not know the target's."""
+    tokenizer = trained("byte-level", SIZES["byte-level"])
+    state = trained("metaspace", SIZES["metaspace"]).backend_tokenizer.to_str()
+    adds = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(state), bos_token="<s>")
+    adds.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", adds.bos_token_id)]
+    )
+    lacks = wrapped(Tokenizer.from_str(state.replace('"<s>"', '"<b>"')), ["<unk>", "<b>", "</s>"])
+    keeper, sizes = tokenizer("the keeper").input_ids, (SIZES["byte-level"], SIZES["metaspace"])
+    for draft, prefix in ((adds, [adds.bos_token_id]), (lacks, [])):
+        shared = share(tokenizer, draft, sizes)
+        assert read(shared, [tokenizer.bos_token_id, *keeper]) == [*prefix, *shared.encode("the keeper")]
+        assert read(shared, keeper) == [*prefix, *shared.encode("the keeper")]
 
 
 # ---- real models
@@ -237,7 +258,10 @@ def test_greedy_output_is_the_targets_own(target: str, draft: str, method: str) 
 
 
 def test_a_sampled_row_does_not_depend_on_its_batch() -> None:
-    params = [SamplingParams(temperature=0.5 + 0.2 * i, top_p=0.9, max_tokens=9 + 4 * i, seed=i) for i in range(4)]
+    params = [
+        SamplingParams(temperature=0.5 + 0.2 * i, top_p=0.9, frequency_penalty=0.1 * i, max_tokens=9 + 4 * i, seed=i)
+        for i in range(4)
+    ]
     target, draft = llama("byte-level", 1), llama("prepending", 2)
 
     def outputs(rows: Sequence[int], size: int) -> list[tuple[int, ...]]:

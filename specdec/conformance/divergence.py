@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from specdec.devices import upload
-from specdec.models import LanguageModel, prefill
+from specdec.models import LanguageModel, hold, is_encoder_decoder, prefill
 
 WIDTHS = (1, 2, 4, 8)  # tokens per step
 _TAIL = 64  # tokens at the end that are scored in steps; those before them at once
@@ -64,12 +64,12 @@ def explain(
     if position is None:
         return None
     context = [*prompt, *ours[:position]]
-    logits = last_logits(reference, context)
+    logits = last_logits(reference, context, num_prompt=len(prompt))
     top = logits.topk(2)
     margin = float(top.values[0] - top.values[1])
     tokens = tuple(output[position] if position < len(output) else None for output in (ours, theirs))
     gaps = [float("inf") if token is None else float(top.values[0] - logits[token]) for token in tokens]
-    noise = logit_noise(model or reference, context, margin, top.indices)
+    noise = logit_noise(model or reference, context, margin, top.indices, num_prompt=len(prompt))
     return Divergence(
         position=position,
         tokens=(tokens[0], tokens[1]),
@@ -91,7 +91,8 @@ def margin(target: LanguageModel, prompt: Sequence[int], output: Sequence[int], 
 
     A small margin is a near tie, which rounding decides; a large one is a bug of one of the engines.
     """
-    first, second = last_logits(target, [*prompt, *output[:position]]).topk(2).values.tolist()
+    logits = last_logits(target, [*prompt, *output[:position]], num_prompt=len(prompt))
+    first, second = logits.topk(2).values.tolist()
     return float(first - second)
 
 
@@ -101,28 +102,38 @@ def logit_noise(
     expected: float | None = None,
     tokens: Tensor | None = None,
     widths: Sequence[int] = WIDTHS,
+    num_prompt: int | None = None,
 ) -> float:
     """Spread of the difference of two logits after a context, scored in steps of several widths, in logits.
 
     tokens: int64 [2], whose logits; the two leading ones if None. expected: the difference in float32, if it is known:
-    the spread then includes the error of the model's dtype.
+    the spread then includes the error of the model's dtype. num_prompt: tokens of the context that are the prompt; None
+    for all.
     """
     if tokens is None:
-        tokens = last_logits(model, context).topk(2).indices
-    found = [last_logits(model, context, width)[tokens] for width in widths]
+        tokens = last_logits(model, context, num_prompt=num_prompt).topk(2).indices
+    found = [last_logits(model, context, width, num_prompt)[tokens] for width in widths]
     differences = [float(pair[0] - pair[1]) for pair in found] + ([] if expected is None else [expected])
     return max(differences) - min(differences)
 
 
 @torch.inference_mode()
-def last_logits(model: LanguageModel, context: Sequence[int], width: int | None = None) -> Tensor:
-    """Logits after a context, float [vocab]; its end is scored in steps of `width` tokens, or all at once if None."""
+def last_logits(
+    model: LanguageModel, context: Sequence[int], width: int | None = None, num_prompt: int | None = None
+) -> Tensor:
+    """Logits after a context, float [vocab]; its end is scored in steps of `width` tokens, or all at once if None.
+
+    num_prompt: tokens of the context that are the prompt, which an encoder reads as a whole; None for all.
+    """
     cache = model.allocate(1, len(context))
     if width is None:
-        return _wide(prefill(model, context, cache, slot=0).flatten())
+        return _wide(prefill(model, context, cache, slot=0, num_prompt=num_prompt).flatten())
     start = max(0, len(context) - _TAIL)
-    if start:
-        prefill(model, context[:start], cache, slot=0)
+    if is_encoder_decoder(model):  # what is scored in steps is behind the prompt
+        hold(model, context[:num_prompt], cache, slot=0)
+        start = max(start, cache.lengths[0])
+    if start > cache.lengths[0]:
+        prefill(model, context[cache.lengths[0] : start], cache, slot=0, num_prompt=num_prompt)
     # the short step comes first: it is the last one whose width is asked about
     for stop in range(start + ((len(context) - start) % width or width), len(context) + 1, width):
         logits = model.forward(upload([context[cache.lengths[0] : stop]], model.device), cache, last_only=True)

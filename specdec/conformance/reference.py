@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from specdec.devices import upload
-from specdec.models import Cache, LanguageModel, prefill
+from specdec.models import Cache, LanguageModel, hold
 from specdec.sampling import Law, SamplingParams, SamplingState
 
 _CHUNK = 1 << 24  # probabilities held at a time
@@ -117,8 +117,7 @@ class Reference:
         if self._cache is None or keys != self._prompts or self._cache.capacity < capacity:
             cache = self.model.allocate(len(prompts), capacity)
             for slot, prompt in enumerate(keys):
-                if len(prompt) > 1:
-                    prefill(self.model, prompt[:-1], cache, slot)
+                hold(self.model, prompt, cache, slot)
             self._prompts, self._cache = keys, cache
         self._cache.lengths[:] = [len(prompt) - 1 for prompt in keys]
         return self._cache

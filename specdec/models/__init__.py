@@ -129,6 +129,14 @@ def prefill(
     return logits
 
 
+def hold(model: LanguageModel, prompt: Sequence[int], cache: Cache, slot: int) -> None:
+    """Have an empty slot hold a prompt but for its last token, which is then fed as any other."""
+    if is_encoder_decoder(model):
+        cast("EncoderDecoder", model).read(prompt, cache, slot)
+    elif len(prompt) > 1:
+        prefill(model, prompt[:-1], cache, slot)
+
+
 def _prefill_chunk(model: Any, chunk: Sequence[int], cache: Any, slot: int, recorder: Recorder) -> Tensor:
     width = next(width for width in _PREFILL_WIDTHS if width >= len(chunk))
     start, extent = cache.lengths[slot], cache.extent_for(cache.lengths[slot] + width)

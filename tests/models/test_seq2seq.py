@@ -18,12 +18,15 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import Tensor
 
 from specdec import Engine, SamplingParams
+from specdec.conformance.divergence import last_logits
 from specdec.conformance.enumeration import exact_law, pieces_between
 from specdec.conformance.mutants import maker
+from specdec.conformance.reference import Reference
 from specdec.models import prefill
 from specdec.models import seq2seq as module
 from specdec.models.causal import CausalLM, UnsupportedModelError
 from specdec.models.elsewhere import Elsewhere, seen_from
+from specdec.models.placement import PlacementError
 from specdec.models.seq2seq import Seq2SeqCache, Seq2SeqLM, distance_buckets
 from specdec.sampling import Dense
 from specdec.verification import residual
@@ -207,6 +210,19 @@ def test_joint_law_of_a_draft_model() -> None:
     assert distance(law, joint(3)) < 1e-6
 
 
+@pytest.mark.parametrize("prompt", [PROMPTS[1], PROMPTS[2]])
+def test_audits_score_behind_the_whole_prompt(prompt: list[int]) -> None:
+    """The laws of teacher forcing, and the logits that a divergence is explained by, in steps of any width."""
+    model, output = make("t5"), [8, 7, 6, 5, 3]
+    expected = torch.stack([scored(model, prompt, output[:i]) for i in range(len(output))])
+    target = Seq2SeqLM(model)
+    (found,) = Reference(target, SamplingParams()).laws([prompt, PROMPTS[0]], [output, output[:2]])
+    torch.testing.assert_close(found.law.dense()[:5], expected.softmax(-1), rtol=1e-4, atol=1e-5)
+    for width in (None, 1, 2, 8):
+        logits = last_logits(target, [*prompt, *output[:4]], width, len(prompt))
+        torch.testing.assert_close(logits, expected[4], rtol=1e-4, atol=1e-4)
+
+
 class StalePrompt(Seq2SeqLM):
     """A slot keeps the keys of the first prompt that it was given."""
 
@@ -337,6 +353,12 @@ def test_kinds_are_compared_before_weights_are_read(tmp_path: Path) -> None:
 
 
 # ---- bad input
+
+
+def test_placements_over_devices_are_refused(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "t5", make("t5"), damaged=True)
+    with pytest.raises(PlacementError, match="placement='separate' must be \"same\" for an encoder-decoder"):
+        Engine.load(folder, placement="separate")
 
 
 def test_models_of_different_kinds_are_refused() -> None:
