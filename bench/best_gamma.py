@@ -41,12 +41,12 @@ def best_gammas(records: Sequence[Record]) -> list[BestGamma]:
     gamma is then its own `predicted_speedup`. Where tokens that are accepted come in runs, as copies do, a smaller
     gamma begins more of its steps inside a run, and is somewhat better than a larger one's acceptance predicts.
     Costs are those of all numeric gammas. "auto" has drafts of many lengths, and so no cost of one: it is left out of
-    the prediction, but may be the best measured. Left out are engines that tell no phase times, and what was measured
-    with "auto" only.
+    the prediction, but may be the best measured. Left out are engines that tell no phase times, what was measured
+    with "auto" only, and trees: one of fewer nodes is another tree, not the beginning of a larger one.
     """
     groups: dict[tuple[Any, ...], list[Record]] = {}
     for record in records:
-        if record.get("step_cost_ratio") is not None:
+        if record.get("step_cost_ratio") is not None and record["method"] != "tree":
             key = tuple(record[name] for name in CELL_FIELDS if name != "gamma")
             groups.setdefault(key, []).append(record)
     ordered = [sorted(group, key=lambda record: _order(record["gamma"])) for group in groups.values()]

@@ -73,6 +73,7 @@ class Pair:
             "eagle": self.head,
             "ngram_table": self.table,
             "hybrid": self.head or self.draft,
+            "tree": self.head or self.draft,
             **dict.fromkeys(VLLM_DRAFTS, self.speculator or self.draft),
         }
         return drafts.get(method)

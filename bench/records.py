@@ -39,7 +39,10 @@ def build(
         **speedup,
         "reference_engine": config.reference_engine,
         **_comparison("speedup_of_reference", measurement.runs.get(REFERENCE), candidate),
-        **_predictions(cell.gamma, speedup["speedup"], _totals(candidate), _totals(baseline)),
+        # the closed form is of chains
+        **_predictions(
+            "auto" if cell.method == "tree" else cell.gamma, speedup["speedup"], _totals(candidate), _totals(baseline)
+        ),
         "num_outputs_equal": _num_equal(candidate, baseline, config),
         "num_outputs_equal_reference": _num_equal(candidate, measurement.runs.get(REFERENCE), config),
         "output_sha256": output_sha256([result.token_ids for result in _results(candidate)]),
@@ -183,7 +186,7 @@ def _phases(method: str, counts: AcceptanceCounts | None, times: PhaseTimes | No
         "bookkeeping_time_s": times.bookkeeping_s if times else None,
         "recording_time_s": times.recording_s if times else None,
         "overhead_rate": overhead_s / times.total_s
-        if times and method not in ("draft_model", "eagle", "early_exit", "hybrid")
+        if times and method not in ("draft_model", "eagle", "early_exit", "hybrid", "tree")
         else None,
     }
 
@@ -227,6 +230,11 @@ def _comparison(name: str, faster: list[Run] | None, slower: list[Run] | None) -
 def _time_per_token(run: Run) -> float:
     """Seconds per emitted token; one number for a batch, whose rows are not independent."""
     return sum(result.latency_s for result in run.results) / sum(len(result.token_ids) for result in run.results)
+
+
+def _chain_length(cell: Cell) -> Gamma:
+    """What the closed form of the speed-up can be computed for; it knows no trees."""
+    return "auto" if cell.method == "tree" else cell.gamma
 
 
 def _predictions(

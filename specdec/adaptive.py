@@ -118,14 +118,16 @@ def confidence(logits: Tensor) -> Tensor:
     return (logits - logits.amax(-1, keepdim=True)).exp().sum(-1).reciprocal()
 
 
-def target_costs(target: LanguageModel, rows: int, records: bool | None = None) -> tuple[float, ...]:
-    """Seconds of a target step of 1, ..., MOST + 1 tokens in each of so many rows, the least of a few measurements.
+def target_costs(
+    target: LanguageModel, rows: int, records: bool | None = None, widths: Sequence[int] = range(1, MOST + 2)
+) -> tuple[float, ...]:
+    """Seconds of a target step of so many tokens in each of so many rows, for each width the least of a few.
 
     records: as for `Recorder`.
     """
-    context = max(1, min(64, target.context_length - MOST - 1))
-    cache, recorder = target.allocate(rows, context + MOST + 1), Recorder(target.device, records)
-    tokens = torch.zeros(rows, MOST + 1, dtype=torch.int64, device=target.device)
+    context = max(1, min(64, target.context_length - max(widths)))
+    cache, recorder = target.allocate(rows, context + max(widths)), Recorder(target.device, records)
+    tokens = torch.zeros(rows, max(widths), dtype=torch.int64, device=target.device)
     for row in range(rows):
         prefill(target, [0] * context, cache, row)
 
@@ -133,6 +135,4 @@ def target_costs(target: LanguageModel, rows: int, records: bool | None = None) 
         cache.lengths[:] = [context] * rows
         score(target, tokens[:, :width], cache, recorder)
 
-    return tuple(
-        min(durations_s(partial(step, width), target.device, repeats=5, warm_up=3)) for width in range(1, MOST + 2)
-    )
+    return tuple(min(durations_s(partial(step, width), target.device, repeats=5, warm_up=3)) for width in widths)

@@ -101,11 +101,18 @@ def _behind(token: int, known: dict[tuple[int, ...], Any]) -> dict[tuple[int, ..
     return {text[1:]: value for text, value in known.items() if text[:1] == (token,)}
 
 
-def masks(rows: Sequence[Progress | None], drafted: Tensor | None, num_positions: int, vocab_size: int) -> Tensor:
+def masks(
+    rows: Sequence[Progress | None],
+    drafted: Tensor | None,
+    num_positions: int,
+    vocab_size: int,
+    lineage: Sequence[Sequence[int]] | None = None,
+) -> Tensor:
     """The tokens that may stand at the last n of the positions behind 0, 1, ..., m drafted ones, bool [rows, n, vocab].
 
     rows: None for a row that may say anything. drafted: int64 [rows, m] with m >= n - 1, or None for m = 0; where it is
-    on a device, this waits for it. The answer is on the host.
+    on a device, this waits for it. lineage: of a tree, which drafted tokens stand before each position.
+    The answer is on the host.
     """
     drafts = [[]] * len(rows) if drafted is None else drafted.tolist()
     allowed = torch.ones(len(rows), num_positions, vocab_size, dtype=torch.bool)
@@ -113,7 +120,8 @@ def masks(rows: Sequence[Progress | None], drafted: Tensor | None, num_positions
         if progress is None:
             continue
         for position in range(num_positions):
-            mask = progress.allowed_after(tuple(draft[: len(draft) - num_positions + 1 + position]))
+            before = lineage[position] if lineage else range(len(draft) - num_positions + 1 + position)
+            mask = progress.allowed_after(tuple(draft[place] for place in before))
             if mask is not None:
                 allowed[row, position] = mask
     return allowed

@@ -5,6 +5,9 @@ stops on its own, and its slot goes to the next waiting request.
 
 Invariant between steps: a row's target cache holds all its tokens but the last. A step feeds that token and the draft,
 so position i of the logits is the law of the token that draft token i proposes.
+
+A draft may be a tree: its nodes are fed behind each other, see their ancestors only, and the logits after a node are
+the law of its children. What is accepted is a path, whose cache entries are then moved to where a chain's would be.
 """
 
 from __future__ import annotations
@@ -13,20 +16,22 @@ import time
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from functools import lru_cache
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from specdec.adaptive import AdaptiveLength
 from specdec.devices import upload
-from specdec.models import Cache, LanguageModel, prefill, score
+from specdec.models import Cache, LanguageModel, TreeCache, prefill, score
 from specdec.proposers import Proposer
-from specdec.randomness import Role, UniformSource, noise, uniforms
+from specdec.randomness import Role, UniformSource, noise, on_branch, uniforms
 from specdec.recording import Recorder
 from specdec.requests import Batch, Generation, Request, Step
 from specdec.sampling import NonFiniteLogitsError, RowParams, SamplingParams, SamplingState
 from specdec.stats import PhaseTimes
 from specdec.timing import Stopwatch, now_s, sleep_until
+from specdec.trees import Branches, Tree, tree_of
 from specdec.verification import Draft, Verification, VerificationRule, verify_tokens
 
 _CAPACITY_STEP = 1024  # tokens
@@ -193,6 +198,8 @@ class Decoder:
             logits = self._score(batch, draft, cache)
         with self._stopwatch.phase("verification_s"):
             outcome = self._verify(batch, logits, draft)
+            if outcome.path is not None:
+                self.recorder(self._compact, cache, upload(batch.lengths(), self.target.device), outcome.path)
         decided = self._commit(batch, draft, outcome, logits)
         if self.adaptive:
             self.adaptive.observe(decided)
@@ -208,7 +215,8 @@ class Decoder:
         """Logits after each row's newest token and after each of its draft, [rows, k + 1, vocab]."""
         cache.lengths[: len(batch.rows)] = [length - 1 for length in batch.lengths()]
         tokens = torch.cat([upload(batch.last_tokens(), self.target.device).unsqueeze(1), draft.tokens], 1)
-        return score(self.target, tokens, cache, self.recorder)
+        branches = None if draft.parents is None else Branches.behind_root(draft.parents)
+        return score(self.target, tokens, cache, self.recorder, branches)
 
     def _verify(self, batch: Batch, logits: Tensor, draft: Draft) -> Verification:
         origins = upload(batch.lengths(), self.target.device)
@@ -216,7 +224,7 @@ class Decoder:
             outcome, finite = self.recorder(self._decide, logits, draft, batch.sampling.rows, origins)
             batch.sampling.note(finite)
             return outcome
-        law = batch.sampling.law(logits, draft.tokens)
+        law = batch.sampling.law(logits, draft.tokens, lineage=_lineage(draft))
         return self.rule(law, draft, *self._draws(batch.sampling.rows, origins, draft))
 
     def _decide(self, logits: Tensor, draft: Draft, rows: RowParams, origins: Tensor) -> tuple[Verification, Tensor]:
@@ -225,23 +233,28 @@ class Decoder:
         return self.rule(law, draft, *self._draws(rows, origins, draft)), finite
 
     def _draws(self, rows: RowParams, origins: Tensor, draft: Draft) -> tuple[Tensor, Tensor]:
-        """Uniforms for accepting, [rows, k], and for the last token, [rows, k + 1]; origins: where drafts begin.
+        """Uniforms for accepting, [rows, k], and for the last token, [rows, depth + 1]; origins: where drafts begin.
 
-        Coupled rows have noise for the last token, [rows, k + 1, vocab], which decides about accepting, too.
+        Coupled rows have noise for the last token, [rows, depth + 1, vocab], which decides about accepting, too.
         """
         num_rows, width = draft.tokens.shape
+        offsets, roles, depths = _draws_of_a_step(width, draft.parents, origins.device)
         if rows.all_greedy and not getattr(self.rule, "always_draws", False):
             # every law is one-hot: no uniform can change anything
-            zeros = torch.zeros(num_rows, width + 1, dtype=torch.float64, device=origins.device)
-            return zeros[:, :width], zeros
-        offsets, roles = _draws_of_a_step(width, origins.device)
+            zeros = torch.zeros(num_rows, len(offsets), dtype=torch.float64, device=origins.device)
+            return zeros[:, :width], zeros[:, width:]
         origins = origins.unsqueeze(1)
         if rows.coupled:
             draws = noise(rows.seeds, origins + offsets[width:], rows.vocab_size, self.uniforms)
-            return draws[:, :width, 0], draws
-        roles = roles + (roles == Role.RECOVER) * (offsets >= draft.lengths.unsqueeze(1))  # behind the draft: a bonus
+            return draws[:, :1, 0].expand(-1, width), draws
+        # behind the draft: a bonus
+        roles = roles + (roles == Role.RECOVER) * (offsets >= depths[draft.lengths].unsqueeze(1))
         draws = self.uniforms(rows.seeds.unsqueeze(1), origins + offsets, roles, origins)
         return draws[:, :width], draws[:, width:]
+
+    def _compact(self, cache: Cache, origins: Tensor, path: Tensor) -> None:
+        """Put what the cache has of a tree's accepted nodes, path int64 [rows, depth], where a chain's would be."""
+        cast("TreeCache", cache).keep(origins, path)
 
     def _commit(self, batch: Batch, draft: Draft, outcome: Verification, logits: Tensor) -> list[tuple[int, int]]:
         """Append what was decided to each row and record it. The one transfer from the device to the host.
@@ -249,56 +262,83 @@ class Decoder:
         Returns how many tokens were drafted and accepted in each row that is not idle, truncation apart.
         """
         decided = []
-        columns = [draft.tokens, draft.lengths[:, None], outcome.accepted[:, None], outcome.next_token[:, None]]
+        tree = None if draft.parents is None else tree_of(draft.parents)
+        path = draft.tokens[:, :0] if outcome.path is None else outcome.path
+        columns = [draft.tokens, path, draft.lengths[:, None], outcome.accepted[:, None], outcome.next_token[:, None]]
         columns.append(batch.sampling.finite().long())
-        width = draft.tokens.shape[1]
+        width, depth = draft.tokens.shape[1], path.shape[1]
         for index, (row, values) in enumerate(zip(batch.rows, torch.cat(columns, 1).tolist(), strict=True)):
             if row is None:
                 continue
-            _check_laws(row, index, values[width + 3 :], width)
-            num_drafted, num_accepted, next_token = values[width : width + 3]
+            num_drafted, num_accepted, next_token, *are_laws = values[width + depth :]
+            _check_laws(row, index, are_laws, width, tree)
             decided.append((num_drafted, num_accepted))
-            emitted = [*values[:num_accepted], next_token]
+            accepted = values[width : width + num_accepted] if tree else range(num_accepted)
+            emitted = [*(values[place] for place in accepted), next_token]
             num_kept = row.emit(emitted)
             if row.request.sampling.logprobs:
-                _add_logprobs(row, logits[index], emitted[:num_kept])
+                _add_logprobs(row, logits[index], [0, *(place + 1 for place in accepted)], emitted[:num_kept])
             batch.sampling.observe(index, emitted[:num_kept])
-            row.steps.append(_step(num_drafted, num_accepted, num_kept))
+            row.steps.append(_step(num_drafted, accepted, num_kept, tree))
             row.last_token_s = time.perf_counter()
             row.first_token_s = row.first_token_s or row.last_token_s
         return decided
 
 
 @lru_cache(maxsize=64)
-def _draws_of_a_step(width: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Offsets and roles of the uniforms for accepting `width` tokens and for the last token, int64 [2 * width + 1]."""
-    offsets = torch.tensor([*range(width), *range(width + 1)], device=device)
-    return offsets, torch.tensor([Role.ACCEPT] * width + [Role.RECOVER] * (width + 1), device=device)
+def _draws_of_a_step(
+    width: int, parents: tuple[int, ...] | None, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Offsets and roles of the uniforms for accepting `width` tokens and for the last one, int64 [width + depth + 1].
+
+    The nodes of a level are at one position, each on a branch of its own. The third are the levels that a draft has
+    whose first 0, 1, ..., width tokens are proposed.
+    """
+    widths = [1] * width if parents is None else tree_of(parents).widths
+    depths = [0, *(depth for depth, size in enumerate(widths, 1) for _ in range(size))]
+    branches = [place for size in widths for place in range(size)]
+    offsets = [*(depth - 1 for depth in depths[1:]), *range(len(widths) + 1)]
+    roles = [*(on_branch(Role.ACCEPT, branch) for branch in branches), *[Role.RECOVER] * (len(widths) + 1)]
+    as_offsets, as_roles, as_depths = (torch.tensor(each, device=device) for each in (offsets, roles, depths))
+    return as_offsets, as_roles, as_depths
 
 
-def _step(num_drafted: int, num_accepted: int, num_kept: int) -> Step:
-    """The record of a step that decided about num_accepted + 1 tokens, of which num_kept were emitted."""
-    if num_kept <= num_accepted:
-        return Step(num_drafted, num_kept, None)
-    return Step(num_drafted, num_accepted, "recovered" if num_accepted < num_drafted else "bonus")
+def _lineage(draft: Draft) -> list[list[int]] | None:
+    """The draft's tokens before each position of the logits, where it is a tree."""
+    if draft.parents is None:
+        return None
+    tree = tree_of(draft.parents)
+    return [tree.lineage(node) for node in range(-1, len(tree))]
 
 
-def _add_logprobs(row: Generation, logits: Tensor, tokens: Sequence[int]) -> None:
-    """Log-softmax of the unprocessed logits [width, vocab] at the tokens, which stand at the first positions."""
-    logprobs = logits[: len(tokens)].double().log_softmax(-1)
+def _step(num_drafted: int, accepted: Sequence[int], num_kept: int, tree: Tree | None) -> Step:
+    """The record of a step that accepted the draft tokens at these places, and drew one more; num_kept were emitted."""
+    depth = tree.depths[num_drafted - 1] if tree and num_drafted else None
+    if num_kept <= len(accepted):
+        return Step(num_drafted, num_kept, None, depth)
+    end = accepted[-1] if accepted else -1
+    is_last = not tree.num_children(end, num_drafted) if tree else len(accepted) == num_drafted
+    return Step(num_drafted, len(accepted), "bonus" if is_last else "recovered", depth)
+
+
+def _add_logprobs(row: Generation, logits: Tensor, positions: Sequence[int], tokens: Sequence[int]) -> None:
+    """Log-softmax of the unprocessed logits [width, vocab] at the tokens, each by its position's logits."""
+    logprobs = logits[upload(positions[: len(tokens)], logits.device)].double().log_softmax(-1)
     row.logprobs += logprobs.gather(1, upload(tokens, logits.device).unsqueeze(1)).squeeze(1).tolist()
     if num_top := min(row.request.sampling.top_logprobs, logits.shape[-1]):
         values, indices = (each.tolist() for each in logprobs.topk(num_top, -1))
         row.top_logprobs += [dict(zip(*place, strict=True)) for place in zip(indices, values, strict=True)]
 
 
-def _check_laws(row: Generation, index: int, are_laws: Sequence[int], width: int) -> None:
+def _check_laws(row: Generation, index: int, are_laws: Sequence[int], width: int, tree: Tree | None) -> None:
     """Say which request and step had logits without a law: the last width + 1 laws are the target's."""
     if all(are_laws):
         return
     place, num_drafts = are_laws.index(0), len(are_laws) - width - 1
     whose = "the draft model's" if place < num_drafts else "the target's"
     position = place if place < num_drafts else place - num_drafts
+    if tree:  # after a node, of the draft's laws one that has children; -1 is the root
+        position = (0, *tree.depths)[(tree.families[position] if place < num_drafts else position - 1) + 1]
     raise NonFiniteLogitsError(
         index,
         position,

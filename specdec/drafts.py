@@ -22,6 +22,7 @@ from specdec.models.loading import (
 )
 from specdec.models.placement import PlacementError, plan
 from specdec.proposers.table import NgramTable
+from specdec.trees import Rates
 from specdec.vocabularies import SharedVocabulary, check_coverage, share
 
 if TYPE_CHECKING:
@@ -37,7 +38,9 @@ NEEDS: dict[str, tuple[Kind, ...]] = {  # by method
     "eagle": ("head",),
     "ngram_table": ("table",),
     "hybrid": ("head", "model"),
+    "tree": ("head", "model"),
 }
+RATES_FILE = "acceptance.json"  # in a draft's folder, what was measured of it
 _FILES: dict[Kind, str] = {"head": "draft_vocabulary.json", "table": "table.safetensors"}
 
 
@@ -138,6 +141,8 @@ def _load(place: str, target: Any, options: dict[str, Any]) -> AnyDraft:
         return _fused(*load_pretrained(place, **options))
     head = load_head(place, target, options["load_format"])
     head.fuse()
+    if (rates := Path(place) / RATES_FILE).is_file():
+        head.rates = Rates.load(rates)
     return head
 
 

@@ -6,8 +6,10 @@ import math
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal, cast, get_args
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol, cast, get_args
 
+import numpy as np
 import torch
 
 from specdec.adaptive import MOST, AdaptiveLength, StepCosts, target_costs
@@ -40,13 +42,32 @@ from specdec.requests import Chunk, Completion, Generation, Request, sources_of
 from specdec.sampling import SamplingParams
 from specdec.stats import PhaseTimes
 from specdec.synthetic import SyntheticAcceptance
+from specdec.trees import (
+    USUAL_RATES,
+    Rates,
+    Tree,
+    as_tree,
+    optimal_tree,
+    tree_that_pays,
+    verify_coupled_tree,
+    verify_tree,
+)
 from specdec.verification import VerificationRule, verify_block, verify_coupled, verify_tokens
 
 if TYPE_CHECKING:
     from specdec.drafts import AnyDraft
 
 Method = Literal[
-    "autoregressive", "draft_model", "eagle", "early_exit", "ngram", "ngram_store", "ngram_table", "suffix", "hybrid"
+    "autoregressive",
+    "draft_model",
+    "eagle",
+    "early_exit",
+    "ngram",
+    "ngram_store",
+    "ngram_table",
+    "suffix",
+    "hybrid",
+    "tree",
 ]
 METHODS: tuple[Method, ...] = get_args(Method)
 REMEMBERING = {"suffix": 64 << 20, "hybrid": 0}  # methods that can copy from finished requests, and how many bytes do
@@ -55,6 +76,8 @@ VERIFICATIONS: dict[str, VerificationRule] = {
     "block": verify_block,
     "coupled": verify_coupled,
 }
+TREE_VERIFICATIONS: dict[str, VerificationRule] = {"token": verify_tree, "coupled": verify_coupled_tree}
+_TREE_WIDTHS = (1, 2, 3, 5, 7, 9, 12, 13, 16, 20, 24, 25, 32, 36, 48)  # whose costs "auto" measures, before it chooses
 
 
 class Engine:
@@ -66,11 +89,16 @@ class Engine:
         the request's own text and from what finished requests said. "draft_model": a smaller language model.
         "eagle": a head on the target's features. "early_exit": the target's own first layers, with its norm and head.
         "hybrid": as "suffix" where that is expected to bring more than the draft, else a head or a draft model.
+        "tree": a head or a draft model, which proposes several continuations at once.
     draft: what the method needs besides the target: a LanguageModel, an EagleHead or an NgramTable. A model with
         another tokenizer drafts the tokens that both have, see `specdec.vocabularies`; which these are is logged.
     num_speculative_tokens: tokens proposed per step (gamma), at least 1; "autoregressive" proposes none. "auto": as
         many as pay by costs that are measured now, none included. The law stays the same, but which of its samples a
         seed gives then depends on this machine and on what was decoded before, unless verification is "coupled".
+        With "tree" it is the number of nodes, of which the best tree by what was measured of the draft is made; "auto"
+        chooses the tree that pays best, once.
+    tree: the shape of the drafts instead, for method "tree": a `specdec.trees.Tree`, rank paths such as
+        [(0,), (1,), (0, 0)], or a JSON file with them.
     max_history_bytes: memory for what finished requests said, the oldest of which are forgotten first, at least 0;
         None: 64 MiB with "suffix", nothing with "hybrid". It makes the sample that a seed gives depend on what was
         decoded before, as "auto" does; with 0 a request copies from its own text alone.
@@ -98,11 +126,13 @@ class Engine:
         records: bool | None = None,
         max_history_bytes: int | None = None,
         exit_layer: int | None = None,
+        tree: Tree | Sequence[Sequence[int]] | str | Path | None = None,
     ) -> None:
         require(max_batch_size >= 1, f"max_batch_size={max_batch_size} must be at least 1")
         _check_history(max_history_bytes, method)
         _check_verification(verification)
         _check_method(method, kind_of(draft) if draft is not None else None, num_speculative_tokens)
+        _check_tree(method, tree, verification, synthetic_acceptance_rates)
         self.target, self.draft, self.method = target, draft, method
         self._tokenizer: Any = getattr(target, "tokenizer", None)
         self._eos_token_ids: frozenset[int] = getattr(target, "eos_token_ids", frozenset())
@@ -114,17 +144,27 @@ class Engine:
         drawing = _drawing(target, draft) if method != "early_exit" else _early_exit(target, exit_layer)
         recordable = None if is_on_one_device(target, draft) else False
         records = recordable if records is None else records
-        is_adaptive = num_speculative_tokens == "auto" and method != "autoregressive"
+        is_adaptive = num_speculative_tokens == "auto" and method not in ("autoregressive", "tree")
         adaptive = _adaptive(target, drawing, max_batch_size, recordable) if is_adaptive else None
+        self.tree: Tree | None = None
+        if method == "tree":
+            _check_scoring(target, draft)
+            self.tree = (
+                as_tree(tree)
+                if tree is not None
+                else _best_tree(target, draft, drawing, num_speculative_tokens, max_batch_size, recordable)
+            )
+            _check_ranks(self.tree, draft)
         self._suffixes: SuffixProposer | None = None
         if method in REMEMBERING:
             history_bytes = REMEMBERING[method] if max_history_bytes is None else max_history_bytes
             self._suffixes = SuffixProposer(target.vocab_size, target.device, history_bytes, adaptive)
-        proposer = _make_proposer(target, method, drawing, adaptive, self._suffixes or draft)
+        proposer = _make_proposer(target, method, drawing, adaptive, self._suffixes or draft, self.tree)
         remembers = self._suffixes is not None and self._suffixes.history.max_bytes > 0
         self._has_own_seeds = (remembers or is_adaptive) and verification != "coupled"
         self._num_requests = 0
         most = MOST if num_speculative_tokens == "auto" else num_speculative_tokens
+        most = len(self.tree) if self.tree else most
         self.num_speculative_tokens = most if proposer else 0
         self._decoder = Decoder(
             target,
@@ -133,7 +173,7 @@ class Engine:
             max_batch_size=max_batch_size,
             rule=SyntheticAcceptance(tuple(synthetic_acceptance_rates))
             if synthetic_acceptance_rates is not None
-            else VERIFICATIONS[verification],
+            else (TREE_VERIFICATIONS if self.tree else VERIFICATIONS)[verification],
             adaptive=adaptive,
             records=records,
         )
@@ -166,6 +206,14 @@ class Engine:
         draft = draft or packaged_draft(target, method)
         _check_method(method, kind_in(draft) if draft else None, options.get("num_speculative_tokens", 4))
         _check_verification(options.get("verification", "token"))
+        if options.get("tree") is not None:
+            options["tree"] = as_tree(options["tree"])
+        _check_tree(
+            method,
+            options.get("tree"),
+            options.get("verification", "token"),
+            options.get("synthetic_acceptance_rates"),
+        )
         sources = [draft] if draft else []
         model, drafts = load_with_drafts(
             target,
@@ -342,7 +390,10 @@ class Engine:
         )
 
 
-Drawing = Callable[[AdaptiveLength | None], Proposer]  # makes a proposer that draws its tokens
+class Drawing(Protocol):
+    """Makes a proposer that draws its tokens, as chains or as trees."""
+
+    def __call__(self, adaptive: AdaptiveLength | None, tree: Tree | None = None) -> Proposer: ...
 
 
 def _make_proposer(
@@ -351,6 +402,7 @@ def _make_proposer(
     drawing: Drawing | None,
     adaptive: AdaptiveLength | None,
     source: Any,
+    tree: Tree | None = None,
 ) -> Proposer | None:
     """source: what is copied from besides the request's text: a table or a SuffixProposer, if anything."""
 
@@ -367,7 +419,7 @@ def _make_proposer(
         return cast("SuffixProposer", source)
     if drawing is None:
         return None
-    drawn = drawing(adaptive)
+    drawn = drawing(adaptive, tree)
     return drawn if method != "hybrid" else HybridProposer(BetterCopies(source, adaptive), drawn)
 
 
@@ -378,14 +430,16 @@ def _drawing(target: LanguageModel, draft: Any) -> Drawing | None:
     kind = kind_of(draft)
     if kind == "model":
         shared = share_vocabulary(target, draft)
-        return lambda adaptive: DraftModelProposer(seen_from(draft, target.device), adaptive=adaptive, shared=shared)
+        return lambda adaptive, tree=None: DraftModelProposer(
+            seen_from(draft, target.device), adaptive=adaptive, shared=shared, tree=tree
+        )
     check_kinds(target, kind)
     check_same_vocabulary(target, draft)
     if kind == "table":
         return None
     from specdec.proposers.eagle import EagleProposer
 
-    return lambda adaptive: EagleProposer(draft, adaptive=adaptive)
+    return lambda adaptive, tree=None: EagleProposer(draft, adaptive=adaptive, tree=tree)
 
 
 def _early_exit(target: Any, exit_layer: int | None) -> Drawing:
@@ -395,13 +449,34 @@ def _early_exit(target: Any, exit_layer: int | None) -> Drawing:
         'method="early_exit"',
     )
     first_layers = target.first_layers(max(1, target.num_layers // 4) if exit_layer is None else exit_layer)
-    return lambda adaptive: EarlyExitProposer(first_layers, adaptive=adaptive)
+    return lambda adaptive, tree=None: EarlyExitProposer(first_layers, adaptive=adaptive)
 
 
 def _adaptive(target: LanguageModel, drawing: Drawing | None, rows: int, records: bool | None) -> AdaptiveLength:
     """By costs measured here; where nothing is drawn, only to verify costs time."""
     draft_s = _draft_cost(target, drawing(None), rows, records) if drawing else 0.0
     return AdaptiveLength(StepCosts(target_costs(target, rows, records), draft_s))
+
+
+def _best_tree(
+    target: LanguageModel,
+    draft: Any,
+    drawing: Drawing | None,
+    num_nodes: int | Literal["auto"],
+    rows: int,
+    records: bool | None,
+) -> Tree:
+    """The best tree of so many nodes by what was measured of the draft; "auto": that pays, by costs measured now."""
+    assert drawing
+    rates: Rates = getattr(draft, "rates", None) or USUAL_RATES
+    acceptance = [level[: _num_draftable(draft)] for level in rates.acceptance]
+    if num_nodes != "auto":
+        return optimal_tree(acceptance, num_nodes, rates.level_cost)
+    widths = [width for width in _TREE_WIDTHS if width < target.context_length]
+    costs_s = target_costs(target, rows, records, widths)
+    step_s = np.interp(range(1, max(widths) + 1), widths, costs_s).tolist()
+    tree = tree_that_pays(acceptance, step_s, _draft_cost(target, drawing(None), rows, records))
+    return tree or Tree.chain(1)  # to propose nothing is not this method's
 
 
 def _draft_cost(target: LanguageModel, proposer: Proposer, rows: int, records: bool | None) -> float:
@@ -429,6 +504,42 @@ def _check_history(max_history_bytes: int | None, method: str) -> None:
 
 def _check_verification(verification: str) -> None:
     require(verification in VERIFICATIONS, f"verification={verification!r} must be one of {', '.join(VERIFICATIONS)}")
+
+
+def _check_tree(method: str, tree: Any, verification: str, synthetic_acceptance_rates: Any) -> None:
+    require(tree is None or method == "tree", f'a tree is given but method={method!r} drafts none; use method="tree"')
+    require(
+        method != "tree" or verification in TREE_VERIFICATIONS,
+        f'verification={verification!r} must be {" or ".join(TREE_VERIFICATIONS)} with method="tree"',
+    )
+    require(
+        method != "tree" or synthetic_acceptance_rates is None,
+        'synthetic_acceptance_rates are of chains; leave them out with method="tree"',
+    )
+
+
+def _check_scoring(target: Any, draft: Any) -> None:
+    """Raise ValueError if a model that must score trees cannot."""
+    for model in (target, draft):
+        require(
+            not hasattr(model, "read"),
+            f'{type(model).__name__} is an encoder-decoder, which scores no token trees; use method="draft_model"',
+        )
+        if hasattr(model, "check_tree"):
+            model.check_tree()
+
+
+def _check_ranks(tree: Tree, draft: Any) -> None:
+    num_tokens = _num_draftable(draft)
+    require(
+        max(tree.ranks) < num_tokens,
+        f"a tree with {max(tree.ranks) + 1} siblings must have at most {num_tokens}, the tokens that the draft knows",
+    )
+
+
+def _num_draftable(draft: Any) -> int:
+    """Different tokens that a draft can propose."""
+    return len(getattr(draft, "draft_vocabulary", range(draft.vocab_size)))
 
 
 def _check_method(method: str, kind: Kind | None, num_speculative_tokens: int | str) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from enum import IntEnum
 from functools import cache
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -30,6 +30,22 @@ class Role(IntEnum):
     RECOVER = 2
     BONUS = 3
     COUPLED = 4
+
+
+_BRANCH_SHIFT = 8  # the role takes the low bits of its word of the counter, the branch those above
+
+
+def on_branch(role: int | Tensor, branch: int | Tensor) -> Any:
+    """A role's draws on a branch of a tree, which no two nodes of a level share: branch 0 is the role's own.
+
+    branch: integer in [0, 2**24), a node's place in its level. Returns what stands for the role.
+    """
+    return role + (branch << _BRANCH_SHIFT)
+
+
+def off_branch(role: int | Tensor) -> tuple[Any, Any]:
+    """(role, branch) of what `on_branch` returned."""
+    return role & (1 << _BRANCH_SHIFT) - 1, role >> _BRANCH_SHIFT
 
 
 class UniformSource(Protocol):
@@ -62,8 +78,9 @@ def uniforms(seeds: Tensor, positions: Tensor, roles: Tensor, origins: Tensor) -
     """Uniforms in [0, 1) with 53 random bits.
 
     seeds: int64, the request's seed as 64 bits. positions: int64 >= 0, index of the token that the draw decides about.
-    roles: int64, a Role. origins: int64 >= 0, position where the current draft began: a position that was drafted,
-    thrown away and drafted again must not meet the same draw twice. For COUPLED a token id stands in its place.
+    roles: int64, a Role, on a branch or not. origins: int64 >= 0, position where the current draft began: a position
+    that was drafted, thrown away and drafted again must not meet the same draw twice. For COUPLED a token id stands in
+    its place.
     Shapes broadcast; returns float64 of the broadcast shape.
     """
     if seeds.device.type == "cpu" and kernels.available(torch.float32):

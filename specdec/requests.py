@@ -43,11 +43,13 @@ class Step:
 
     num_drafted: tokens proposed. num_accepted: proposed tokens emitted.
     last: where the token after them came from; None if truncation removed it.
+    depth: of a tree, its levels, so how many tokens could have been accepted; None for a chain, where all could.
     """
 
     num_drafted: int
     num_accepted: int
     last: TokenSource | None
+    depth: int | None = None
 
 
 def sources_of(steps: Sequence[Step]) -> tuple[TokenSource, ...]:
@@ -180,7 +182,8 @@ class Completion:
         """The acceptance counters of this completion."""
         counts = AcceptanceCounts()
         for step in self.steps:
-            counts.add_step(step.num_drafted, step.num_accepted, step.num_accepted + (step.last is not None))
+            num_emitted = step.num_accepted + (step.last is not None)
+            counts.add_step(step.num_drafted, step.num_accepted, num_emitted, step.depth)
         return counts
 
 

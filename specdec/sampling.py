@@ -432,19 +432,26 @@ class SamplingState:
         progress = self._constrained[row] if self._constrained else None
         return progress.num_allowed(tokens) if progress else len(tokens)
 
-    def law(self, logits: Tensor, drafted: Tensor | None = None, tokens: Tensor | None = None) -> Law:
+    def law(
+        self,
+        logits: Tensor,
+        drafted: Tensor | None = None,
+        tokens: Tensor | None = None,
+        lineage: Sequence[Sequence[int]] | None = None,
+    ) -> Law:
         """Laws of the next tokens, each given the tokens emitted so far and the drafted ones before its position.
 
         logits: float [rows, n, vocab]; the n positions are the last n of those after 0, 1, ..., m drafted tokens.
         drafted: int64 [rows, m] with m >= n - 1, or None for m = 0.
         tokens: int64, ascending, whose logits these are, or None for all; others get probability 0.
+        lineage: of a tree, which of the drafted tokens stand before each of the n positions.
         Returns laws [rows, n]. Logits without a law raise nothing here, where it would cost a wait for the device:
         `finite` tells.
         """
         if not self.is_stateless:
             if tokens is not None:
                 logits, tokens = spread(logits, tokens, self.vocab_size, _BARRED), None
-            logits = self._shift(logits.to(_at_least_float32(logits), copy=True), drafted)
+            logits = self._shift(logits.to(_at_least_float32(logits), copy=True), drafted, lineage)
         law, finite = self.rows.law(logits, tokens)
         self.note(finite)
         return law
@@ -458,18 +465,18 @@ class SamplingState:
         noted, self._finite = self._finite, []
         return torch.cat([torch.ones(len(self.params), 0, dtype=torch.bool, device=self.device), *noted], 1)
 
-    def _shift(self, logits: Tensor, drafted: Tensor | None) -> Tensor:
+    def _shift(self, logits: Tensor, drafted: Tensor | None, lineage: Sequence[Sequence[int]] | None) -> Tensor:
         if self._bias is not None:
             rows, tokens, values = self._bias
             logits[rows, :, tokens] += values.unsqueeze(1).to(logits.dtype)
         if self._counts is not None:
-            seen, counts = self._counts.before(drafted, logits.shape[1])
+            seen, counts = self._counts.before(drafted, logits.shape[1], lineage)
             repetition = self._repetition.to(logits.dtype)
             penalised = torch.where(logits > 0, logits / repetition, logits * repetition)
             logits = torch.where(seen, penalised, logits)
             logits = logits - self._frequency.to(logits.dtype) * counts - self._presence.to(logits.dtype) * (counts > 0)
         if self._constrained:
-            allowed = masks(self._constrained, drafted, logits.shape[1], self.vocab_size)
+            allowed = masks(self._constrained, drafted, logits.shape[1], self.vocab_size, lineage)
             logits = logits.masked_fill(~allowed.to(logits.device), -math.inf)
         return logits
 
@@ -504,15 +511,17 @@ class _TokenCounts:
         index = torch.tensor(tokens, dtype=torch.int64, device=self._emitted.device)
         self._emitted[row].index_add_(0, index, torch.ones_like(index, dtype=torch.int32))
 
-    def before(self, drafted: Tensor | None, num_positions: int) -> tuple[Tensor, Tensor]:
+    def before(
+        self, drafted: Tensor | None, num_positions: int, lineage: Sequence[Sequence[int]] | None = None
+    ) -> tuple[Tensor, Tensor]:
         """(seen, emitted) before each of the last `num_positions` positions: bool and int32 [rows, n, vocab]."""
         num_drafted = 0 if drafted is None else drafted.shape[1]
-        counts = self._emitted.unsqueeze(1).repeat(1, num_drafted + 1, 1)
-        for i in range(num_drafted):
-            assert drafted is not None
-            token = drafted[:, i, None, None].expand(-1, num_drafted - i, 1)
-            counts[:, i + 1 :].scatter_add_(2, token, torch.ones_like(token, dtype=torch.int32))
-        counts = counts[:, -num_positions:]
+        lineage = lineage or [range(i) for i in range(num_drafted + 1)][-num_positions:]
+        counts = self._emitted.unsqueeze(1).repeat(1, num_positions, 1)
+        for position, places in enumerate(lineage):
+            if drafted is not None and len(places):
+                token = drafted[:, list(places)]
+                counts[:, position].scatter_add_(1, token, torch.ones_like(token, dtype=torch.int32))
         return self._in_prompt.unsqueeze(1) | (counts > 0), counts
 
 

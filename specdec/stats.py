@@ -21,6 +21,7 @@ class AcceptanceCounts:
 
     num_steps: S. num_drafted: D. num_accepted: A. num_emitted: tokens emitted by decode steps, E_decode.
     accepted_at: steps in which draft position i was accepted. num_slots: sum of k + 1, what perfect drafts had emitted.
+    Of a tree D counts all nodes, of which A are accepted; position i is its level i, and k the number of its levels.
     """
 
     num_steps: int = 0
@@ -30,19 +31,24 @@ class AcceptanceCounts:
     num_slots: int = 0
     accepted_at: list[int] = field(default_factory=list)
 
-    def add_step(self, num_drafted: int, num_accepted: int, num_emitted: int) -> None:
-        """Count one row's step, after truncation. Raises ValueError if the numbers contradict each other."""
-        if not 0 <= num_accepted <= num_drafted or not num_accepted <= num_emitted <= num_accepted + 1:
+    def add_step(self, num_drafted: int, num_accepted: int, num_emitted: int, depth: int | None = None) -> None:
+        """Count one row's step, after truncation. Raises ValueError if the numbers contradict each other.
+
+        depth: of a tree, how many tokens could have been accepted; None: num_drafted.
+        """
+        depth = num_drafted if depth is None else depth
+        if not 0 <= num_accepted <= depth <= num_drafted or not num_accepted <= num_emitted <= num_accepted + 1:
             raise ValueError(
-                f"num_accepted={num_accepted} must lie in [0, num_drafted={num_drafted}] and "
+                f"num_accepted={num_accepted} must lie in [0, num_drafted={num_drafted}], of a tree in "
+                f"[0, depth={depth}], and "
                 f"num_emitted={num_emitted} be num_accepted or one more"
             )
         self.num_steps += 1
         self.num_drafted += num_drafted
         self.num_accepted += num_accepted
         self.num_emitted += num_emitted
-        self.num_slots += num_drafted + 1
-        self.accepted_at += [0] * (num_drafted - len(self.accepted_at))
+        self.num_slots += depth + 1
+        self.accepted_at += [0] * (depth - len(self.accepted_at))
         for position in range(num_accepted):
             self.accepted_at[position] += 1
 
@@ -79,7 +85,10 @@ class AcceptanceCounts:
 
     @property
     def system_efficiency(self) -> float | None:
-        """E_decode / sum(k + 1): emitted over what perfect drafts would have emitted; None without a step."""
+        """E_decode / sum(k + 1): emitted over what perfect drafts would have emitted; None without a step.
+
+        A perfect tree has one token of each level accepted, so that k is its depth.
+        """
         return self.num_emitted / self.num_slots if self.num_slots else None
 
 

@@ -44,12 +44,16 @@ class Draft:
 
     tokens: int64 [batch, k]. lengths: int64 [batch], how many of a row's tokens are really proposed, 0 <= length <= k;
     what stands after them is padding. law: the draft's laws [batch, k].
+    parents: of a tree, which token each one follows, -1 for those that come first; level by level, siblings together,
+    as `specdec.trees.Tree` has them. The law then has a row for each family of siblings, in their order, from which
+    they were drawn without replacement. None: a chain, each token following the one before.
     Raises ValueError if the shapes do not belong together.
     """
 
     tokens: Tensor
     lengths: Tensor
     law: Law
+    parents: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.tokens.ndim != 2 or self.lengths.shape != self.tokens.shape[:1]:
@@ -57,10 +61,14 @@ class Draft:
                 f"tokens of shape {tuple(self.tokens.shape)} must be [batch, k] and lengths, here of "
                 f"shape {tuple(self.lengths.shape)}, [batch]"
             )
-        if self.law.shape != self.tokens.shape:
+        num_rows, num_tokens = self.tokens.shape
+        if self.parents is not None and len(self.parents) != num_tokens:
+            raise ValueError(f"{len(self.parents)} parents must be one for each of {num_tokens} tokens")
+        num_laws = num_tokens if self.parents is None else len(set(self.parents))
+        if self.law.shape != (num_rows, num_laws):
+            whose = "tokens" if self.parents is None else "tokens' families"
             raise ValueError(
-                f"law of shape {tuple(self.law.shape)} must have one row for each of the "
-                f"{tuple(self.tokens.shape)} tokens"
+                f"law of shape {tuple(self.law.shape)} must have one row for each of the {(num_rows, num_laws)} {whose}"
             )
 
     @classmethod
@@ -87,10 +95,13 @@ class Verification:
 
     accepted: int64 [batch], 0 <= accepted <= the draft's length.
     next_token: int64 [batch]; recovered where accepted < length, bonus where accepted == length.
+    path: of a tree, int64 [batch, levels]: the tokens' places in the draft, where a chain's are 0, 1, ...; behind the
+    accepted ones so, too.
     """
 
     accepted: Tensor
     next_token: Tensor
+    path: Tensor | None = None
 
 
 class VerificationRule(Protocol):

@@ -140,8 +140,9 @@ def drafts_for(method: str, target) -> dict:
     if isinstance(target, CausalLM):
         model = CausalLM(tiny.make("gpt2", tiny.SMALL))
         head = new_head(target.model, torch.arange(0, 61, 2)).eval()
-        return {"draft": {"draft_model": model, "hybrid": head, "eagle": head}.get(method)}
-    return {"draft": {"draft_model": DRAFT, "hybrid": DRAFT, "ngram_table": TABLE, "eagle": ToyHead(DRAFT)}.get(method)}
+        return {"draft": {"draft_model": model, "hybrid": head, "eagle": head, "tree": head}.get(method)}
+    drafts = {"draft_model": DRAFT, "hybrid": DRAFT, "tree": DRAFT, "ngram_table": TABLE, "eagle": ToyHead(DRAFT)}
+    return {"draft": drafts.get(method)}
 
 
 @pytest.mark.parametrize("max_batch_size", [1, 5])

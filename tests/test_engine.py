@@ -41,7 +41,9 @@ def engine_for(method: str, **options) -> Engine:
         return Engine(target, method="eagle", draft=head, **options)
     if method == "early_exit":
         return Engine(ExitTarget(TARGET.table, DRAFT.table), method="early_exit", **options)
-    drafts = {"draft_model": DRAFT, "hybrid": DRAFT, "ngram_table": TABLE}
+    if method == "tree":
+        options = {"tree": [(0,), (1,), (0, 0), (0, 1), (1, 0)]} | options
+    drafts = {"draft_model": DRAFT, "hybrid": DRAFT, "tree": DRAFT, "ngram_table": TABLE}
     history = {"max_history_bytes": 0} if method == "suffix" else {}  # with one only laws do not depend on others
     return Engine(TARGET, method=method, draft=drafts.get(method), **history, **options)
 
@@ -78,7 +80,10 @@ def test_counts_and_sources_agree_with_what_was_emitted(method: str) -> None:
         assert completion.finish_reason == "length"
         assert 0 < completion.ttft_s <= completion.latency_s
         rejections = sum(step.num_accepted < step.num_drafted and step.last is not None for step in completion.steps)
-        assert completion.sources.count("recovered") == rejections
+        if method == "tree":  # of which most nodes are never accepted, also where a path comes to its end
+            assert completion.sources.count("recovered") <= rejections
+        else:
+            assert completion.sources.count("recovered") == rejections
         if method == "autoregressive":
             assert set(completion.sources) == {"bonus"}
 
@@ -223,3 +228,38 @@ def test_logits_without_a_law_name_request_position_and_step(broken: str, value:
     message = rf"logits of {whose} request 1 at token position \d+ \(decode step \d+\) are NaN, \+inf or all -inf"
     with pytest.raises(NonFiniteLogitsError, match=message):
         engine.generate([[0, 1], [1, 2]], SamplingParams(max_tokens=40))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"tree": [(0,), (1, 0)]}, r"tree path \(1, 0\) must have its parent"),
+        ({"tree": "no-such-file.json"}, "tree='no-such-file.json' must be a JSON file with rank paths"),
+        (
+            {"tree": [(0,), (1,), (2,), (3,)]},
+            "a tree with 4 siblings must have at most 3, the tokens that the draft knows",
+        ),
+        ({"num_speculative_tokens": 600}, r"num_nodes=600 must lie in \[1, 512\]"),
+        ({"verification": "block"}, "verification='block' must be token or coupled with method=\"tree\""),
+        ({"synthetic_acceptance_rates": [0.5]}, "synthetic_acceptance_rates are of chains"),
+        ({"method": "draft_model", "tree": [(0,)]}, "a tree is given but method='draft_model' drafts none"),
+    ],
+)
+def test_trees_that_cannot_be_drafted_are_refused(options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Engine(TARGET, draft=DRAFT, **{"method": "tree"} | options)
+
+
+def test_a_tree_of_so_many_nodes_is_made_and_auto_takes_one_that_pays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By what is usual where nothing was measured, with no more siblings than the draft has tokens."""
+    assert len(Engine(TARGET, method="tree", draft=DRAFT, num_speculative_tokens=9).tree) == 9
+    free = {width: 1.0 if width <= 6 else 9.0 for width in range(1, 99)}
+    monkeypatch.setattr("specdec.engine.target_costs", lambda target, rows, records, widths: [free[w] for w in widths])
+    monkeypatch.setattr("specdec.engine._draft_cost", lambda *_: 0.0)
+    assert len(Engine(TARGET, method="tree", draft=DRAFT, num_speculative_tokens="auto").tree) in (4, 5)
+
+
+def test_a_model_whose_positions_are_those_of_the_cache_drafts_no_trees() -> None:
+    model = CausalLM(tiny.make("mpt", tiny.SUPPORTED["mpt"], attention="eager"))
+    with pytest.raises(ValueError, match="MptForCausalLM gives other logits for a token tree than for its paths"):
+        Engine(model, method="tree", draft=model)

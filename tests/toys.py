@@ -36,12 +36,13 @@ class FeatureTarget(MarkovModel):
         cache.features = torch.full((num_slots, capacity, 1), -1.0) if keep_features else None
         return cache
 
-    def forward_at(self, tokens, starts, cache, extent, first_slot=0, last=None):
-        logits = super().forward_at(tokens, starts, cache, extent, first_slot, last)
+    def forward_at(self, tokens, starts, cache, extent, first_slot=0, last=None, branches=None):
+        logits = super().forward_at(tokens, starts, cache, extent, first_slot, last, branches)
         if cache.features is not None:
-            slots = slice(first_slot, first_slot + len(tokens))
-            places = (starts.unsqueeze(1) + torch.arange(tokens.shape[1])).clamp(max=cache.capacity - 1)
-            previous = torch.where(places > 0, cache.tokens[slots].gather(1, (places - 1).clamp(min=0)), 0)
+            slots, columns = slice(first_slot, first_slot + len(tokens)), torch.arange(tokens.shape[1])
+            before = columns - 1 if branches is None else torch.tensor(branches.parents)
+            places, before = ((starts.unsqueeze(1) + each).clamp(max=cache.capacity - 1) for each in (columns, before))
+            previous = torch.where(before >= 0, cache.tokens[slots].gather(1, before.clamp(min=0)), 0)
             codes = (previous * self.vocab_size + tokens).float()
             cache.features[slots, :, 0] = cache.features[slots, :, 0].scatter(1, places, codes)
         return logits
@@ -58,7 +59,7 @@ class ToyHead:
     def allocate(self, num_slots: int, capacity: int) -> MarkovCache:
         return MarkovCache(torch.zeros(num_slots, capacity, dtype=torch.int64))
 
-    def __call__(self, features: Tensor, tokens: Tensor, cache: MarkovCache, first_slot: int = 0) -> Tensor:
+    def __call__(self, features: Tensor, tokens: Tensor, cache: MarkovCache, first_slot: int = 0, branches=None):
         self.num_fed += tokens.numel()
         return features % self.vocab_size * self.vocab_size + tokens.unsqueeze(-1)
 

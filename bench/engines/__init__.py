@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 Gamma = int | Literal["auto"]
 METHODS = (
     *("autoregressive", "ngram", "ngram_store", "ngram_table", "suffix"),
-    *("draft_model", "eagle", "early_exit", "hybrid"),
+    *("draft_model", "eagle", "early_exit", "hybrid", "tree"),
 )
 # vLLM's own, by its names; whether the installed version has one is seen when its engine starts
 VLLM_DRAFTS = ("eagle3", "medusa", "mlp_speculator", "dflash", "dspark")
@@ -201,6 +201,8 @@ def why_not(
         return missing
     if method not in kind.methods:
         return f"engine={engine} has no method={method}; use {', '.join(kind.methods)}"
+    if method == "tree" and verification == "block":
+        return "method=tree has no verification=block; use --verification token or coupled"
     if method != "autoregressive" and verification not in kind.verifications:
         return (
             f"engine={engine} has no verification={verification}; use --verification {' or '.join(kind.verifications)}"

@@ -8,6 +8,7 @@ its law. If all thresholds of a pair are multiples of 1/N, the pieces are the N 
 run would need the product over its steps. But the loop is deterministic given its uniforms, and what it remembers of
 a step is only what was drafted, accepted and drawn. So the tree of such histories is walked: each node fixes one
 assignment that leads to it, and runs the loop, from the prompt on, over all pieces of the next step (`exact_law`).
+A token tree needs a draft and an accept uniform for each of its nodes.
 
 *Coupled verification.* The noise of a position is a waiting time for each token. Only their proportions decide a race,
 and those of exponential waiting times are uniform on the simplex. Over three tokens that is a triangle; the token that
@@ -30,15 +31,26 @@ from torch import Tensor
 
 from specdec.constraints import Constraint
 from specdec.decoding import Decoder
-from specdec.randomness import Role, UniformSource
+from specdec.randomness import Role, UniformSource, off_branch
 from specdec.requests import Generation, Request
 from specdec.sampling import Law, SamplingParams
+from specdec.trees import Tree
 from specdec.verification import Draft, Verification, VerificationRule, verify_coupled, verify_tokens
 
 MakeDecoder = Callable[[UniformSource, VerificationRule, int], Decoder]
 Tokens = tuple[int, ...]
 Pieces = Sequence[tuple[float, float]]  # (a uniform, how much of [0, 1) it stands for)
-Grid = tuple[int | Pieces, int | Pieces, int | Pieces]  # for draft, accept and last uniforms; a number of equal pieces
+
+
+@dataclass(frozen=True, slots=True)
+class Each:
+    """Pieces, or a number of equal pieces, for the uniform of each draft position; of a tree, of each node."""
+
+    pieces: tuple[int | Pieces, ...]
+
+
+# for draft, accept and last uniforms; a number of equal pieces
+Grid = tuple[int | Pieces | Each, int | Pieces | Each, int | Pieces]
 
 
 def equal_pieces(count: int) -> Pieces:
@@ -57,7 +69,7 @@ def pieces_between(thresholds: Iterable[float]) -> Pieces:
 
 @dataclass(frozen=True, slots=True)
 class StepUniforms:
-    """The uniforms of one step: by draft position, by draft position, and for whichever token comes last."""
+    """The uniforms of one step: by draft position, or node of a tree, twice, and for whichever token comes last."""
 
     draft: tuple[float, ...]
     accept: tuple[float, ...]
@@ -65,10 +77,13 @@ class StepUniforms:
 
 
 class ScriptedUniforms:
-    """A uniform source that reads from scripts: row seed -> the step beginning at an origin -> its uniforms."""
+    """A uniform source that reads from scripts: row seed -> the step beginning at an origin -> its uniforms.
 
-    def __init__(self, scripts: list[dict[int, StepUniforms]]) -> None:
-        self.scripts = scripts
+    tree: the shape of the drafts, or None for chains.
+    """
+
+    def __init__(self, scripts: list[dict[int, StepUniforms]], tree: Tree | None = None) -> None:
+        self.scripts, self.tree = scripts, tree
 
     def __call__(self, seeds: Tensor, positions: Tensor, roles: Tensor, origins: Tensor) -> Tensor:
         lists = [x.expand(positions.shape).tolist() for x in (seeds, positions, roles, origins)]
@@ -81,10 +96,12 @@ class ScriptedUniforms:
         step = self.scripts[seed].get(origin)
         if step is None:  # a step after the one that is being enumerated
             return 0.5
-        if role == Role.DRAFT:
-            return step.draft[position - origin]
-        if role == Role.ACCEPT:
-            return step.accept[position - origin]
+        kind, branch = off_branch(role)
+        place: int = branch + (self.tree.num_within(position - origin) if self.tree else position - origin)
+        if kind == Role.DRAFT:
+            return step.draft[place]
+        if kind == Role.ACCEPT:
+            return step.accept[place]
         return step.last
 
 
@@ -105,14 +122,16 @@ def exact_law(
     params: SamplingParams | None = None,
     rule: VerificationRule = verify_tokens,
     constraint: Constraint | None = None,
+    tree: Tree | None = None,
 ) -> dict[Tokens, float]:
     """Law of the first num_tokens tokens that the decoder emits, fewer behind a stop token: {tokens: probability}.
 
     make_decoder: (uniforms, rule, max_batch_size) -> a fresh decoder. grid: pieces for the uniforms of every step, or
     for those of the step after given tokens, without the prompt. params: their stop tokens end a request; their seed is
-    not used. constraint: what the output may say.
+    not used. constraint: what the output may say. tree: the shape of the drafts, or None for chains.
     """
-    runs = _Runs(make_decoder, prompt, replace(params or SamplingParams(), max_tokens=num_tokens), rule, constraint)
+    params = replace(params or SamplingParams(), max_tokens=num_tokens)
+    runs = _Runs(make_decoder, prompt, params, rule, constraint, tree)
     grid_at = grid if callable(grid) else lambda tokens: grid
     law: dict[Tokens, float] = defaultdict(float)
     nodes = [_Node({}, (), 1.0)]
@@ -140,10 +159,15 @@ def _expand(runs: _Runs, node: _Node, grid: Grid) -> list[_Node]:
 
 
 def _choices(grid: Grid, num_drafted: int) -> Iterable[tuple[StepUniforms, float]]:
-    drafts, accepts, lasts = (equal_pieces(each) if isinstance(each, int) else each for each in grid)
-    for choice in itertools.product(*[drafts] * num_drafted, *[accepts] * num_drafted, lasts):
+    drafts, accepts = (_for_each(each, num_drafted) for each in grid[:2])
+    for choice in itertools.product(*drafts, *accepts, *_for_each(grid[2], 1)):
         points, weights = zip(*choice, strict=True)
         yield StepUniforms(points[:num_drafted], points[num_drafted:-1], points[-1]), math.prod(weights)
+
+
+def _for_each(pieces: int | Pieces | Each, count: int) -> list[Pieces]:
+    each = pieces.pieces[:count] if isinstance(pieces, Each) else [pieces] * count
+    return [equal_pieces(one) if isinstance(one, int) else one for one in each]
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,9 +188,10 @@ class _Runs:
         params: SamplingParams,
         rule: VerificationRule,
         constraint: Constraint | None,
+        tree: Tree | None,
     ) -> None:
         self.make_decoder, self.prompt, self.params, self.rule = make_decoder, prompt, params, rule
-        self.constraint = constraint
+        self.constraint, self.tree = constraint, tree
         self.stop = frozenset(params.stop_token_ids)
         self.gamma = make_decoder(ScriptedUniforms([]), rule, 1).num_speculative_tokens
 
@@ -181,7 +206,7 @@ class _Runs:
             drafts.append(draft.tokens.clone())  # a recorded step's place is used again
             return self.rule(target, draft, accept_uniforms, final_uniforms)
 
-        decoder = self.make_decoder(ScriptedUniforms(scripts), recording, len(scripts))
+        decoder = self.make_decoder(ScriptedUniforms(scripts, self.tree), recording, len(scripts))
         rows = _run(decoder, self.prompt, self.params, len(scripts), self.constraint)
         if number == 0:
             return [_Outcome(tuple(row.output[:1]), ()) for row in rows]

@@ -1,6 +1,7 @@
 """Broken samplers, each a bug that a real engine shipped: the negative controls of every instrument.
 
 A mutant is a decoder with one thing wrong. `MUTANTS` names them M1 to M12; where a bug has two shapes, both are here.
+`TREE_MUTANTS`, T1 to T4, are what can go wrong with token trees beside those.
 They go with any target and any proposer that draws, so that they can be planted in a real engine.
 """
 
@@ -17,11 +18,14 @@ from torch import Tensor
 from specdec.constraints import Progress, masks
 from specdec.decoding import Decoder
 from specdec.devices import upload
+from specdec.models import score
 from specdec.proposers import Proposer
 from specdec.proposers.draft_model import DraftModelProposer
+from specdec.proposers.tree import tree_uniforms
 from specdec.randomness import Role, UniformSource, uniforms
 from specdec.requests import Batch, Generation
 from specdec.sampling import Dense, Law, RowParams, SamplingState
+from specdec.trees import Tree, tree_of, verify_tree
 from specdec.verification import (
     Draft,
     Verification,
@@ -334,6 +338,68 @@ class ConstraintNotRolledBack(Decoder):
         if row.progress:
             row.progress.__class__ = _KeepsRejected
 
+
+# ---- token trees
+
+
+def tree_maker(target: Any, draft: Any, tree: Tree, **parts: Any) -> Maker:
+    """As `maker`, with drafts of a tree; the rule is to be `verify_tree`. parts: as for `maker`."""
+    proposer: Any = parts.pop("proposer", DraftModelProposer)
+    return maker(target, draft, len(tree), proposer=partial(proposer, tree=tree), **parts)
+
+
+class SiblingsWithReplacement:
+    """T1: draws each sibling from the whole law of its family, but verifies as if those before were left out."""
+
+    def __init__(self, proposer: Any) -> None:
+        self._proposer = proposer
+        self.needs_features = getattr(proposer, "needs_features", False)
+
+    def propose(self, batch: Batch, limits: Sequence[int]) -> Draft:
+        draft: Draft = self._proposer.propose(batch, limits)
+        if draft.parents is None:
+            return draft
+        tree, origins = tree_of(draft.parents), upload(batch.lengths(), draft.tokens.device)
+        draws = tree_uniforms(batch.sampling.rows, origins, tree, self._proposer._uniforms)
+        return replace(draft, tokens=draft.law[:, list(map(tree.families.index, tree.parents))].draw(draws))
+
+
+def wrong_parent_row(target: Law, draft: Draft, accept_uniforms: Tensor, final_uniforms: Tensor) -> Verification:
+    """T2: what follows a node is verified by the target's law after the node before it."""
+    before = [0, *range(draft.tokens.shape[1])]
+    return verify_tree(Dense(target.dense()[:, before]), draft, accept_uniforms, final_uniforms)
+
+
+class StaleMask(Decoder):
+    """T3: scores a tree as if its nodes followed each other, each seeing all before it."""
+
+    def _score(self, batch: Batch, draft: Draft, cache: Any) -> Tensor:
+        cache.lengths[: len(batch.rows)] = [length - 1 for length in batch.lengths()]
+        tokens = torch.cat([upload(batch.last_tokens(), self.target.device).unsqueeze(1), draft.tokens], 1)
+        return score(self.target, tokens, cache, self.recorder)
+
+
+class CompactsOffByOne(Decoder):
+    """T4: keeps the cache entry of the node before the one that was accepted."""
+
+    def _compact(self, cache: Any, origins: Tensor, path: Tensor) -> None:
+        super()._compact(cache, origins, (path - 1).clamp(min=0))
+
+
+class NeverCompacts(Decoder):
+    """T4: leaves a tree's cache entries where they are."""
+
+    def _compact(self, cache: Any, origins: Tensor, path: Tensor) -> None:
+        pass
+
+
+TREE_MUTANTS: dict[str, Callable[..., Maker]] = {  # as `tree_maker`
+    "T1 siblings with replacement": partial(tree_maker, break_proposer=SiblingsWithReplacement),
+    "T2 wrong parent row": partial(tree_maker, break_rule=with_rule(wrong_parent_row)),
+    "T3 stale mask": partial(tree_maker, decoder=StaleMask),
+    "T4 compaction off by one": partial(tree_maker, decoder=CompactsOffByOne),
+    "T4 no compaction": partial(tree_maker, decoder=NeverCompacts),
+}
 
 MUTANTS: dict[str, Plant] = {
     "M1 greedy draft declared as sampled": partial(maker, break_proposer=GreedyDraftDeclaredSampled),

@@ -14,6 +14,7 @@ import shutil
 import subprocess
 from collections.abc import Sequence
 from ctypes import POINTER, Structure, c_float, c_int64, c_void_p
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -51,12 +52,24 @@ class Call(Structure):
     """The arrays of one call."""
 
     _fields_ = (
-        *((name, c_void_p) for name in ("hidden", "cos", "sin", "turns", "positions")),
+        *((name, c_void_p) for name in ("hidden", "cos", "sin", "turns", "positions", "places", "starts", "ways")),
         ("layers", POINTER(POINTER(Layer))),
         *((name, POINTER(c_void_p)) for name in ("keys", "values")),
         ("result", c_void_p),
-        *((name, c_int64) for name in ("num_layers", "rows", "width", "capacity", "num_threads")),
+        *((name, c_int64) for name in ("num_layers", "rows", "width", "capacity", "longest_way", "num_threads")),
     )
+
+
+@dataclass(frozen=True, slots=True)
+class TreePlaces:
+    """Where the tokens of a tree stand in the cache: places int64 [rows, width], and starts int64 [rows] of the tree.
+
+    ways: int64 [width, n], by position the columns on the way to each token, itself last, as `specdec.trees.ways`.
+    """
+
+    places: Tensor
+    starts: Tensor
+    ways: Tensor
 
 
 def available(dtype: torch.dtype) -> bool:
@@ -102,21 +115,36 @@ def run_layers(
     positions: Tensor,
     blocks: tuple[Pointers, Pointers],
     capacity: int,
+    tree: TreePlaces | None = None,
 ) -> Tensor:
     """Decoder layers of one shape, one after the other: hidden [rows, width, hidden] -> the same.
 
     layers: to `Layer`s. angles: tables of cos and sin [n, head_dim], and the place of each token in them, int64
     [rows, width]. positions: int64 [rows, width].
     blocks: to each layer's keys and values [rows, heads, capacity, head_dim], where those at the positions are put.
+    tree: where instead, if the tokens are a tree's, which then see their ancestors only.
     """
     rows, width, _ = hidden.shape
     hidden = hidden.contiguous()
     result = torch.empty_like(hidden)
     arrays = [hidden, *(each.contiguous() for each in (*angles, positions))]
-    sizes = (len(layers), rows, width, capacity, torch.get_num_threads())
-    call = Call(*(each.data_ptr() for each in arrays), layers, *blocks, result.data_ptr(), *sizes)
+    arrays += [each.contiguous() for each in (tree.places, tree.starts, tree.ways)] if tree else arrays[-1:]
+    given = [each.data_ptr() for each in arrays] + ([] if tree else [None, None])
+    sizes = (len(layers), rows, width, capacity, tree.ways.shape[1] if tree else 0, torch.get_num_threads())
+    call = Call(*given, layers, *blocks, result.data_ptr(), *sizes)
     _function("layers", hidden.dtype)(call)
     return result
+
+
+def keep(blocks: Sequence[Tensor], starts: Tensor, path: Tensor) -> None:
+    """Move entries of blocks [slots, heads, capacity, dim] of one shape and dtype, as `specdec.cache.RaggedCache.keep`.
+
+    starts: int64 [rows]. path: int64 [rows, n], path[r, i] >= i and ascending.
+    """
+    _, heads, capacity, dim = blocks[0].shape
+    starts, path = starts.contiguous(), path.contiguous()
+    sizes = (len(blocks), len(path), heads, capacity, dim * blocks[0].element_size(), path.shape[1])
+    _function("keep")(pointers(blocks), starts.data_ptr(), path.data_ptr(), *sizes)
 
 
 def run_projection(projection: Projection, inputs: Tensor, outputs: Tensor) -> None:
@@ -254,6 +282,7 @@ def _say(reason: str) -> None:
 
 _ARGUMENTS = {
     "layers": (POINTER(Call),),
+    "keep": (POINTER(c_void_p), c_void_p, c_void_p, *(c_int64,) * 6),
     "project": (POINTER(Projection), c_void_p, c_void_p, c_int64, c_int64),
     "normalise": (c_void_p, c_void_p, c_float, c_int64, c_int64, c_void_p),
     "largest": (c_void_p, c_int64, c_int64, c_void_p, c_void_p),

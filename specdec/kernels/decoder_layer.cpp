@@ -234,11 +234,23 @@ struct Query<bf16, VECTORS> {  // in pairs, without a conversion
 };
 #endif
 
-// One head's output for up to TILE consecutive queries of one row; query q sees positions up to seen[q] - 1.
+// What some queries of one row see: query q the positions up to seen[q] - 1. A position is its own place in the cache,
+// but for the nodes of a tree, from position `shared` on: the places of those on the way to q are ways[q], from there.
+struct Sight {
+    int64_t seen[MOST_TOGETHER], shared;
+    const int64_t* ways[MOST_TOGETHER];
+    int64_t place(int64_t q, int64_t position) const {
+        return position < shared ? position : shared + ways[q][position - shared];
+    }
+};
+
+// One head's output for up to TILE consecutive queries of one row. The sums over positions are in their order, wherever
+// a position's place is: so a node of a tree has the bits that it has in plain decoding.
 // queries, outputs: [count][head_dim]. scores: room for TILE times (most + KEYS) numbers.
 template <class T, int VECTORS, int TILE>
-void attend(const T* queries, const T* keys, const T* values, const int64_t* seen, int64_t count, float scaling,
+void attend(const T* queries, const T* keys, const T* values, const Sight& sight, int64_t count, float scaling,
             float* scores, T* outputs) {
+    const int64_t* seen = sight.seen;
     constexpr int64_t size = VECTORS * 16;
     const int64_t most = *std::max_element(seen, seen + count), room = (most + KEYS - 1) / KEYS * KEYS;
     const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
@@ -251,7 +263,11 @@ void attend(const T* queries, const T* keys, const T* values, const int64_t* see
         peak[q] = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
         for (int64_t j = 0; j < room; j += KEYS) {
             __m512 dots[KEYS];
-            for (int64_t i = 0; i < KEYS; i++) dots[i] = query.products(keys + std::min(j + i, most - 1) * size);
+            if (most <= sight.shared || j + KEYS <= sight.shared)
+                for (int64_t i = 0; i < KEYS; i++) dots[i] = query.products(keys + std::min(j + i, most - 1) * size);
+            else
+                for (int64_t i = 0; i < KEYS; i++)
+                    dots[i] = query.products(keys + sight.place(q, std::min(j + i, seen[q] - 1)) * size);
             const __m512 score = _mm512_mul_ps(sums(dots), _mm512_set1_ps(scaling));
             peak[q] = _mm512_mask_max_ps(peak[q], sees(q, j), peak[q], score);
             store(scores + q * room + j, score);
@@ -273,7 +289,7 @@ void attend(const T* queries, const T* keys, const T* values, const int64_t* see
             store(row, weight);
         }
     }
-    for (int64_t j = 0; j < most; j++) {
+    for (int64_t j = 0; j < std::min(most, sight.shared); j++) {
         __m512 value[VECTORS];
         for (int v = 0; v < VECTORS; v++) value[v] = load(values + j * size + v * 16);
 #pragma GCC unroll 8
@@ -283,6 +299,16 @@ void attend(const T* queries, const T* keys, const T* values, const int64_t* see
             for (int v = 0; v < VECTORS; v++) sum[q][v] = _mm512_fmadd_ps(weight, value[v], sum[q][v]);
         }
     }
+    for (int64_t j = sight.shared; j < most; j++) {
+#pragma GCC unroll 8
+        for (int q = 0; q < TILE; q++) {
+            if (q >= count || j >= seen[q]) continue;
+            const __m512 weight = _mm512_set1_ps(scores[q * room + j]);
+            const T* value = values + sight.place(q, j) * size;
+#pragma GCC unroll 8
+            for (int v = 0; v < VECTORS; v++) sum[q][v] = _mm512_fmadd_ps(weight, load(value + v * 16), sum[q][v]);
+        }
+    }
     for (int64_t q = 0; q < count; q++) {
         const __m512 scale = _mm512_set1_ps(1.0f / _mm512_reduce_add_ps(total[q]));
         for (int v = 0; v < VECTORS; v++) store(outputs + q * size + v * 16, _mm512_mul_ps(sum[q][v], scale));
@@ -290,7 +316,7 @@ void attend(const T* queries, const T* keys, const T* values, const int64_t* see
 }
 
 template <class T>
-using Attend = void (*)(const T*, const T*, const T*, const int64_t*, int64_t, float, float*, T*);
+using Attend = void (*)(const T*, const T*, const T*, const Sight&, int64_t, float, float*, T*);
 
 template <class T>
 Attend<T> attend_of(int64_t head_dim, bool is_narrow) {  // 16 registers hold the sums
@@ -331,14 +357,16 @@ struct Layer {
 
 // Layers of one shape, one after the other. hidden, result [rows * width, hidden]; cos, sin [n, head_dim], turns int64
 // [rows * width] the tokens' places in them; positions int64 [rows * width]; keys, values: each layer's [rows,
-// num_kv_heads, capacity, head_dim], the rows' own.
+// num_kv_heads, capacity, head_dim], the rows' own. places: int64 [rows * width], where in them the tokens are put, which
+// is at their positions, but for a tree's. starts: int64 [rows], where a tree begins, and ways: int64 [width *
+// longest_way], the columns on the way to each token; null without a tree.
 struct Call {
     const void *hidden, *cos, *sin;
-    const int64_t *turns, *positions;
+    const int64_t *turns, *positions, *places, *starts, *ways;
     const Layer* const* layers;
     void *const *keys, *const *values;
     void* result;
-    int64_t num_layers, rows, width, capacity, num_threads;
+    int64_t num_layers, rows, width, capacity, longest_way, num_threads;
 };
 }
 
@@ -394,7 +422,7 @@ void place_head(const Work<T>& work, const Layer& layer, int64_t t, int64_t head
     const bool is_query = head < heads, is_value = head >= heads + kv_heads;
     const int64_t kv_head = is_value ? head - heads - kv_heads : head - heads;
     const int64_t block = (t / work.call.width * kv_heads + kv_head) * work.call.capacity;
-    const int64_t place = (block + work.call.positions[t]) * dim;
+    const int64_t place = (block + work.call.places[t]) * dim;
     if (is_value) {
         std::memcpy(values + place, x, dim * sizeof(T));
         return;
@@ -431,7 +459,7 @@ void attend_all(const Work<T>& work, const Layer& layer, const T* keys, const T*
     const Attend<T> attend_tile = attend_of<T>(dim, queries_of_head == 1);
     const std::unique_ptr<float[]> scores(new float[work.together * (work.most + KEYS)]);
     alignas(64) T queries[MOST_TOGETHER * MOST_HEAD_DIM], outputs[MOST_TOGETHER * MOST_HEAD_DIM];
-    int64_t seen[MOST_TOGETHER];
+    Sight sight;
 #pragma omp for schedule(static) collapse(3) nowait
     for (int64_t row = 0; row < work.call.rows; row++)
         for (int64_t kv_head = 0; kv_head < work.kv_heads; kv_head++)
@@ -439,12 +467,14 @@ void attend_all(const Work<T>& work, const Layer& layer, const T* keys, const T*
                 const int64_t first = tile * work.together, count = std::min(work.together, queries_of_head - first);
                 const auto token = [&](int64_t q) { return row * width + (first + q) / group; };
                 const auto place = [&](int64_t q) { return (kv_head * group + (first + q) % group) * dim; };
+                sight.shared = work.call.starts ? work.call.starts[row] : work.most;
                 for (int64_t q = 0; q < count; q++) {
-                    seen[q] = work.call.positions[token(q)] + 1;
+                    sight.seen[q] = work.call.positions[token(q)] + 1;
+                    if (work.call.ways) sight.ways[q] = work.call.ways + (first + q) / group * work.call.longest_way;
                     std::memcpy(queries + q * dim, work.qkv + token(q) * work.wide + place(q), dim * sizeof(T));
                 }
                 const int64_t block = (row * work.kv_heads + kv_head) * work.call.capacity * dim;
-                attend_tile(queries, keys + block, values + block, seen, count, layer.scaling, scores.get(), outputs);
+                attend_tile(queries, keys + block, values + block, sight, count, layer.scaling, scores.get(), outputs);
                 for (int64_t q = 0; q < count; q++)
                     std::memcpy(work.attended + token(q) * work.attended_size + place(q), outputs + q * dim,
                                 dim * sizeof(T));
@@ -537,6 +567,19 @@ void run_projection(const Projection& projection, const T* inputs, T* outputs, i
 extern "C" {
 void layers_float32(const Call* call) { run_layers<float>(*call); }
 void layers_bfloat16(const Call* call) { run_layers<bf16>(*call); }
+
+// Moves, in blocks [slots, heads, capacity, bytes], row r's entry at starts[r] + path[r, i] to starts[r] + i, in order:
+// path [rows, num] ascends, so that nothing is overwritten before it has been moved.
+void keep(void* const* blocks, const int64_t* starts, const int64_t* path, int64_t num_blocks, int64_t rows,
+          int64_t heads, int64_t capacity, int64_t bytes, int64_t num) {
+    for (int64_t block = 0; block < num_blocks; block++)
+        for (int64_t r = 0; r < rows; r++)
+            for (int64_t head = 0; head < heads; head++) {
+                char* row = static_cast<char*>(blocks[block]) + ((r * heads + head) * capacity + starts[r]) * bytes;
+                for (int64_t i = 0; i < num; i++)
+                    if (path[r * num + i] != i) std::memcpy(row + i * bytes, row + path[r * num + i] * bytes, bytes);
+            }
+}
 
 // outputs: [tokens, out rounded up to a multiple of 32]
 void project_float32(const Projection* p, const float* x, float* y, int64_t tokens, int64_t num_threads) {

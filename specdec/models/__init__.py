@@ -10,6 +10,7 @@ from torch import Tensor
 
 from specdec.devices import upload
 from specdec.recording import Recorder
+from specdec.trees import Branches
 
 
 class Cache(Protocol):
@@ -27,6 +28,18 @@ class Cache(Protocol):
 
     def copy_slot(self, source: int, slot: int, num_tokens: int) -> None:
         """Let a slot hold the first num_tokens of another's sequence, at least one, or of its own."""
+        ...
+
+
+class TreeCache(Cache, Protocol):
+    """A cache that can keep the accepted nodes of a token tree."""
+
+    def keep(self, starts: Tensor, path: Tensor) -> None:
+        """Move row r's entry at place starts[r] + path[r, i] to starts[r] + i, i = 0, 1, ...; int64 [rows], [rows, n].
+
+        Rows are those of the first slots; path[r, i] >= i ascends. So the accepted nodes of a tree come to stand behind
+        each other.
+        """
         ...
 
 
@@ -55,11 +68,36 @@ class LanguageModel(Protocol):
         ...
 
 
+class TreeModel(LanguageModel, Protocol):
+    """A language model that can score token trees."""
+
+    def forward(
+        self,
+        tokens: Tensor,
+        cache: Any,
+        first_slot: int = 0,
+        last_only: bool = False,
+        branches: Branches | None = None,
+    ) -> Tensor:
+        """As without branches, but the tokens are a tree's: each follows its parent, and sees its ancestors only.
+
+        They are written behind each other all the same; `TreeCache.keep` then brings together what is accepted.
+        """
+        ...
+
+
 class FixedShapeModel(LanguageModel, Protocol):
     """A language model whose calls can be recorded: nothing in them depends on what the host knows."""
 
     def forward_at(
-        self, tokens: Tensor, starts: Tensor, cache: Any, extent: int, first_slot: int = 0, last: Tensor | None = None
+        self,
+        tokens: Tensor,
+        starts: Tensor,
+        cache: Any,
+        extent: int,
+        first_slot: int = 0,
+        last: Tensor | None = None,
+        branches: Branches | None = None,
     ) -> Tensor:
         """As `forward`, where row r begins at position starts[r], int64 [rows], whatever `cache.lengths` says.
 
@@ -87,13 +125,18 @@ def is_encoder_decoder(model: Any) -> bool:
 PREFILL_CHUNK = 512  # tokens; bounds the attention scores and the mask that a long prompt needs at once
 
 
-def score(model: LanguageModel, tokens: Tensor, cache: Cache, recorder: Recorder) -> Tensor:
+def score(
+    model: LanguageModel, tokens: Tensor, cache: Cache, recorder: Recorder, branches: Branches | None = None
+) -> Tensor:
     """Logits after tokens [rows, width], which follow what the first slots hold, [rows, width, vocab]."""
     if not recorder.records:
-        return model.forward(tokens, cache)
+        if branches is None:
+            return model.forward(tokens, cache)
+        return cast("TreeModel", model).forward(tokens, cache, branches=branches)
     fixed_model, fixed_cache, starts = cast("Any", model), cast("Any", cache), cache.lengths[: len(tokens)]
     extent = fixed_cache.extent_for(max(starts) + tokens.shape[1])
-    logits: Tensor = recorder(fixed_model.forward_at, tokens, upload(starts, model.device), cache, extent)
+    further = () if branches is None else (0, None, branches)
+    logits: Tensor = recorder(fixed_model.forward_at, tokens, upload(starts, model.device), cache, extent, *further)
     return logits
 
 

@@ -12,6 +12,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from specdec.cache import RaggedCache
 from specdec.models.early_exit import first_layers
 from specdec.models.fusion import FusedDecoder, weight_bytes
+from specdec.trees import Branches, Tree
 
 
 class UnsupportedModelError(ValueError):
@@ -83,9 +84,16 @@ class CausalLM:
         return RaggedCache(self.num_layers, num_slots, capacity, features)
 
     @torch.inference_mode()
-    def forward(self, tokens: Tensor, cache: RaggedCache, first_slot: int = 0, last_only: bool = False) -> Tensor:
+    def forward(
+        self,
+        tokens: Tensor,
+        cache: RaggedCache,
+        first_slot: int = 0,
+        last_only: bool = False,
+        branches: Branches | None = None,
+    ) -> Tensor:
         rows, width = tokens.shape
-        cache.open(first_slot, rows, width, self.device)
+        cache.open(first_slot, rows, width, self.device, branches)
         return self._logits(tokens, cache, 1 if last_only else 0)
 
     @torch.inference_mode()
@@ -97,8 +105,9 @@ class CausalLM:
         extent: int,
         first_slot: int = 0,
         last: Tensor | None = None,
+        branches: Branches | None = None,
     ) -> Tensor:
-        cache.open_at(first_slot, starts, tokens.shape[1], extent)
+        cache.open_at(first_slot, starts, tokens.shape[1], extent, branches)
         return self._logits(tokens, cache, 0 if last is None else last)
 
     def _logits(self, tokens: Tensor, cache: RaggedCache, keep: int | Tensor) -> Tensor:
@@ -120,6 +129,10 @@ class CausalLM:
         if cache.features is not None:
             cache.write(cache.features.unsqueeze(1), self._last_hidden.unsqueeze(1).to(self.device))
         return logits.to(self.device)  # type: ignore[no-any-return]
+
+    def check_tree(self) -> None:
+        """Raise UnsupportedModelError if tokens do not stand at the positions and see the tokens that a tree says."""
+        _check_tree_equals_plain(self)
 
     def _remember(self, body: Any, inputs: Any, output: Any) -> None:
         self._last_hidden = output[0]
@@ -203,3 +216,25 @@ def check_logits(actual: Tensor, expected: Tensor, name: str) -> None:
             f"{name} gives other logits with per-row positions than without (relative difference {difference:.2g} "
             f"must be <= {tolerance:g}): it would be decoded wrongly, so it is refused"
         )
+
+
+@torch.inference_mode()
+def _check_tree_equals_plain(lm: CausalLM) -> None:
+    """Compare logits after the nodes of a small tree with those of a plain forward along each path."""
+    name = type(lm.model).__name__
+    text, nodes = [1, 2, 3, 4, 5], [6, 7, 8, 9, 10]
+    tree = Tree(((0,), (1,), (0, 0), (1, 0), (1, 1)))
+    tokens = torch.tensor([[*text[-1:], *nodes]], device=lm.device) % lm.vocab_size
+    cache = lm.allocate(1, len(text) + len(nodes))
+    lm.forward(torch.tensor([text[:-1]], device=lm.device) % lm.vocab_size, cache)
+    cache.lengths[0] = len(text) - 1
+    logits = lm.forward(tokens, cache, branches=Branches.behind_root(tree.parents))[0].float()
+    for node in (2, 4):
+        way = torch.tensor([[*text, *(nodes[i] for i in tree.lineage(node))]], device=lm.device) % lm.vocab_size
+        expected = lm.forward(way, lm.allocate(1, way.shape[1]))[0, -1].float()
+        difference = (logits[node + 1] - expected).norm() / expected.norm()
+        if not difference <= (1e-3 if lm.dtype in (torch.float32, torch.float64) else 5e-2):
+            raise UnsupportedModelError(
+                f"{name} gives other logits for a token tree than for its paths (relative difference "
+                f"{difference:.2g}), so it would be decoded wrongly; use a method that drafts chains, such as eagle"
+            )

@@ -27,6 +27,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRot
 
 from specdec.cache import RaggedCache
 from specdec.models.fusion import FusedLayer, Projection, Shared, Stack, weight_bytes
+from specdec.trees import Branches, Rates
 from specdec.wheels import explained
 
 
@@ -35,6 +36,7 @@ class EagleHead(nn.Module):
 
     config: of the layer; hidden_size and vocab_size are the target's.
     embedding, output: float [vocab, hidden]. draft_vocabulary: int64 [draft vocab], ascending.
+    rates: how often its siblings are accepted, by level and rank, if that was measured.
     """
 
     embedding: Tensor
@@ -52,6 +54,7 @@ class EagleHead(nn.Module):
         layer.input_layernorm = nn.Identity()
         self.layers = nn.ModuleList([layer])
         self.rotary: nn.Module = LlamaRotaryEmbedding(config)
+        self.rates: Rates | None = None
         self._stack: Stack | None = None
         self._project: Callable[[Tensor], Tensor] = lambda features: linear(features, self.output)
 
@@ -80,14 +83,21 @@ class EagleHead(nn.Module):
         mixed: Tensor = self.fc(torch.cat([embedding(tokens, self.embedding).to(features.dtype), features], -1))
         return mixed
 
-    def forward(self, features: Tensor, tokens: Tensor, cache: RaggedCache, first_slot: int = 0) -> Tensor:
+    def forward(
+        self,
+        features: Tensor,
+        tokens: Tensor,
+        cache: RaggedCache,
+        first_slot: int = 0,
+        branches: Branches | None = None,
+    ) -> Tensor:
         """Guessed features of the tokens, [rows, width, hidden]; the cache's lengths are left to the caller.
 
         features: float [rows, width, hidden], of the token before each. tokens: int64 [rows, width].
-        Row r belongs to slot first_slot + r.
+        Row r belongs to slot first_slot + r. branches: of a tree, as for a LanguageModel.
         """
         rows, width = tokens.shape
-        cache.open(first_slot, rows, width, tokens.device)
+        cache.open(first_slot, rows, width, tokens.device, branches)
         return self._guess(self.mix(features, tokens), cache)
 
     def forward_at(self, features: Tensor, tokens: Tensor, starts: Tensor, cache: RaggedCache, extent: int) -> Tensor:

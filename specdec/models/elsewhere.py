@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from specdec.models import Cache, LanguageModel, is_encoder_decoder
+from specdec.trees import Branches
 
 
 class Elsewhere:
@@ -28,8 +29,16 @@ class Elsewhere:
     def read(self, prompt: Sequence[int], cache: Any, slot: int) -> None:
         self.model.read(prompt, cache, slot)  # type: ignore[attr-defined]  # where the model is an EncoderDecoder
 
-    def forward(self, tokens: Tensor, cache: Any, first_slot: int = 0, last_only: bool = False) -> Tensor:
-        logits = self.model.forward(tokens.to(self.model.device), cache, first_slot, last_only)
+    def forward(
+        self,
+        tokens: Tensor,
+        cache: Any,
+        first_slot: int = 0,
+        last_only: bool = False,
+        branches: Branches | None = None,
+    ) -> Tensor:
+        options = {} if branches is None else {"branches": branches}
+        logits = self.model.forward(tokens.to(self.model.device), cache, first_slot, last_only, **options)
         return logits.to(self.device)
 
 

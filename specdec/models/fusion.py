@@ -24,6 +24,7 @@ from torch.nn.functional import embedding, linear, scaled_dot_product_attention,
 from specdec import kernels
 from specdec.cache import RaggedCache
 from specdec.recording import Compiled
+from specdec.trees import ways
 
 FUSABLE = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer")
 _BODIES = ("LlamaModel", "MistralModel", "Qwen2Model", "Qwen3Model")
@@ -101,8 +102,11 @@ class Stack:
 
     def __call__(self, hidden: Tensor, cache: RaggedCache) -> Tensor:
         """hidden [rows, width, hidden] at the open window of the cache -> the same behind the last layer."""
-        angles, blocks = self._angles_of(hidden, cache), self._blocks(cache, hidden.dtype)
-        return kernels.run_layers(self._pointers, hidden, angles, cache.window.positions, blocks, cache.capacity)
+        angles, blocks, window = self._angles_of(hidden, cache), self._blocks(cache, hidden.dtype), cache.window
+        tree = None
+        if window.branches is not None:
+            tree = kernels.TreePlaces(window.places, window.starts, ways(window.branches, hidden.device))
+        return kernels.run_layers(self._pointers, hidden, angles, window.positions, blocks, cache.capacity, tree)
 
     def _angles_of(self, hidden: Tensor, cache: RaggedCache) -> tuple[Tensor, Tensor, Tensor]:
         """Tables of cos and sin [n, head_dim] and the place of each token in them, int64 [rows, width].

@@ -46,7 +46,7 @@ SMOLLM2_135M = WheelFile(
 )
 BUNDLED = (SMOLLM2_135M,)
 WEIGHTS = Path(__file__).parents[1] / "weights"  # drafts that come with the package, by name
-_DRAFT_NAMES = {"draft_model": "draft", "eagle": "eagle", "hybrid": "eagle", "ngram_table": "ngrams"}
+_DRAFT_NAMES = {"draft_model": "draft", "eagle": "eagle", "hybrid": "eagle", "ngram_table": "ngrams", "tree": "eagle"}
 
 
 def load_pretrained(

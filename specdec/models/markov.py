@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from specdec.devices import upload
+from specdec.trees import Branches
 
 
 @dataclass(slots=True, eq=False)
@@ -38,6 +39,11 @@ class MarkovCache:
             self.features[slot, :num_tokens] = self.features[source, :num_tokens]
         self.lengths[slot] = num_tokens
 
+    def keep(self, starts: Tensor, path: Tensor) -> None:
+        for block in [self.tokens] if self.features is None else [self.tokens, self.features]:
+            row, places = torch.arange(len(path)).unsqueeze(1), torch.arange(path.shape[1])
+            block[row, starts.unsqueeze(1) + places] = block[row, starts.unsqueeze(1) + path]
+
 
 class MarkovModel:
     """Next-token laws from a table.
@@ -59,9 +65,16 @@ class MarkovModel:
             raise ValueError("keep_features=True needs a model with features; a Markov table has none")
         return MarkovCache(torch.zeros(num_slots, capacity, dtype=torch.int64, device=self.device))
 
-    def forward(self, tokens: Tensor, cache: MarkovCache, first_slot: int = 0, last_only: bool = False) -> Tensor:
+    def forward(
+        self,
+        tokens: Tensor,
+        cache: MarkovCache,
+        first_slot: int = 0,
+        last_only: bool = False,
+        branches: Branches | None = None,
+    ) -> Tensor:
         starts = upload(cache.lengths[first_slot : first_slot + len(tokens)], self.device)
-        logits = self.forward_at(tokens, starts, cache, cache.capacity, first_slot)
+        logits = self.forward_at(tokens, starts, cache, cache.capacity, first_slot, branches=branches)
         return logits[:, -1:] if last_only else logits
 
     def forward_at(
@@ -72,11 +85,14 @@ class MarkovModel:
         extent: int,
         first_slot: int = 0,
         last: Tensor | None = None,
+        branches: Branches | None = None,
     ) -> Tensor:
-        positions = starts.unsqueeze(1) + torch.arange(tokens.shape[1], device=self.device)
-        positions = positions.clamp(max=cache.capacity - 1)  # padding may stand beyond
+        first = branches.first if branches else 0
+        columns = torch.arange(first, first + tokens.shape[1], device=self.device)
+        before = columns - 1 if branches is None else torch.tensor(branches.parents[first:], device=self.device)
+        places, before = ((starts.unsqueeze(1) + each).clamp(max=cache.capacity - 1) for each in (columns, before))
         stored = cache.tokens[first_slot : first_slot + len(tokens)]
-        stored.scatter_(1, positions, tokens)
-        previous = torch.where(positions > 0, stored.gather(1, (positions - 1).clamp(min=0)), 0)
-        logits = self.table[previous, stored.gather(1, positions)].log()
+        stored.scatter_(1, places, tokens)  # padding may stand beyond the end
+        previous = torch.where(before >= 0, stored.gather(1, before.clamp(min=0)), 0)
+        logits = self.table[previous, stored.gather(1, places)].log()
         return logits if last is None else logits[:, last]

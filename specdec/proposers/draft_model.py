@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -11,12 +12,14 @@ from torch import Tensor
 
 from specdec.adaptive import AdaptiveLength
 from specdec.devices import fetch_later, upload
-from specdec.models import Cache, FixedShapeModel, LanguageModel, prefill
+from specdec.models import Cache, FixedShapeModel, LanguageModel, TreeModel, prefill
 from specdec.proposers.chain import draw_chain, draw_fixed
 from specdec.proposers.ngram import pad
+from specdec.proposers.tree import Level, draw_tree
 from specdec.randomness import UniformSource, uniforms
 from specdec.requests import Batch, Generation
 from specdec.sampling import Law, RowParams
+from specdec.trees import Tree
 from specdec.verification import Draft
 from specdec.vocabularies import Rewritten, SharedVocabulary
 
@@ -46,10 +49,12 @@ class DraftModelProposer:
 
     The cache is kept in step by comparison: what a slot holds is valid as far as it agrees with the committed tokens.
     This covers rejection (the rejected tail is overwritten), full acceptance (the last draft token was never fed, and
-    is fed now with the bonus token) and a slot that changed hands (nothing is valid).
+    is fed now with the bonus token) and a slot that changed hands (nothing is valid). The nodes of a tree do not stand
+    where accepted ones would: they are fed again, in the call that is made for the newest token anyway.
 
     shared: what the model's vocabulary shares with the target's, where it is another one; the model then reads the text
     in its own tokens, of which the newest may change as the text goes on, and drafts shared tokens only.
+    tree: the shape of the drafts; None draws chains.
     """
 
     def __init__(
@@ -58,9 +63,10 @@ class DraftModelProposer:
         uniforms: UniformSource = uniforms,
         adaptive: AdaptiveLength | None = None,
         shared: SharedVocabulary | None = None,
+        tree: Tree | None = None,
     ) -> None:
         self._model, self._uniforms, self._adaptive, self._shared = model, uniforms, adaptive, shared
-        self._vocabulary = shared.tokens if shared else None
+        self._vocabulary, self._tree = shared.tokens if shared else None, tree
         self._texts: dict[Generation, Rewritten] = {}
         self._cache: Any = None
         self._slots: list[_Slot] = []
@@ -75,16 +81,30 @@ class DraftModelProposer:
         ]
         if max(limits) == 0:
             return Draft.empty(len(batch.rows), batch.sampling.vocab_size, self._model.device)
-        self._reserve(batch, max(len(tokens) for tokens, _ in texts) + max(limits))
+        num_drafted = len(self._tree) if self._tree else max(limits)
+        self._reserve(batch, max(len(tokens) for tokens, _ in texts) + num_drafted)
         self._settle()
-        drawn = self._recorded if batch.recording and not self._adaptive else self._drawn
-        draft = drawn(batch, [tokens for tokens, _ in texts], limits)
+        draft = self._draft(batch, [tokens for tokens, _ in texts], limits)
         if draft.tokens.shape[1] == 0:
             return draft  # nothing was fed
-        self._fed = fetch_later(self._own(draft.tokens[:, :-1]))
+        self._fed = fetch_later(self._own(draft.tokens[:, : 0 if self._tree else -1]))
         for slot, row, (tokens, num_settled) in zip(self._slots, batch.rows, texts, strict=False):
             slot.owner, slot.num_committed, slot.drafted = row, num_settled, tokens[num_settled:]
         return draft
+
+    def _draft(self, batch: Batch, texts: Sequence[list[int]], limits: Sequence[int]) -> Draft:
+        if self._tree:
+            logits_at = partial(self._branch, batch, texts, self._tree.depth + 1)
+            return draw_tree(batch, limits, self._tree, logits_at, self._uniforms, self._vocabulary)
+        drawn = self._recorded if batch.recording and not self._adaptive else self._drawn
+        return drawn(batch, texts, limits)
+
+    def _branch(self, batch: Batch, texts: Sequence[list[int]], most: int, level: Level, parents: Tensor) -> Tensor:
+        """Logits of a level's children, from the tokens of its parents."""
+        if level.number == 0:
+            return self._of_target(self._catch_up(batch, texts, most))
+        model = cast("TreeModel", self._model)
+        return self._of_target(model.forward(self._own(parents), self._cache, branches=level.branches))
 
     def _read(self, batch: Batch) -> list[tuple[list[int], int]]:
         """Each row's tokens as the model is to be fed them, and how many leading ones of them stay as they are."""

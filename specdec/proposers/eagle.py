@@ -15,10 +15,12 @@ from specdec.models import PREFILL_CHUNK
 from specdec.models.eagle import EagleHead
 from specdec.proposers.chain import draw_chain, draw_fixed
 from specdec.proposers.ngram import pad
+from specdec.proposers.tree import Level, draw_tree
 from specdec.randomness import UniformSource, uniforms
 from specdec.recording import InPlace
 from specdec.requests import Batch, Generation
 from specdec.sampling import Law, RowParams
+from specdec.trees import Tree
 from specdec.verification import Draft
 
 
@@ -26,15 +28,19 @@ class EagleProposer:
     """An EagleHead with its own ragged cache.
 
     The cache holds what was computed from the target's features; what was computed from guessed ones while drafting
-    is overwritten at the next step, accepted or not.
+    is overwritten at the next step, accepted or not. tree: the shape of its drafts; None draws chains.
     """
 
     needs_features = True
 
     def __init__(
-        self, head: EagleHead, uniforms: UniformSource = uniforms, adaptive: AdaptiveLength | None = None
+        self,
+        head: EagleHead,
+        uniforms: UniformSource = uniforms,
+        adaptive: AdaptiveLength | None = None,
+        tree: Tree | None = None,
     ) -> None:
-        self._head, self._uniforms, self._adaptive = head, uniforms, adaptive
+        self._head, self._uniforms, self._adaptive, self._tree = head, uniforms, adaptive, tree
         self._cache: Any = None
         self._owners: list[tuple[Generation | None, int]] = []  # of each slot, and how much of the cache is valid
 
@@ -43,6 +49,8 @@ class EagleProposer:
         if max(limits) == 0:
             return Draft.empty(len(batch.rows), self._head.vocab_size, self._head.device)
         self._reserve(batch)
+        if self._tree:
+            return self._branching(batch, limits, self._tree)
         if batch.recording and not self._adaptive:
             return self._recorded(batch, limits)
         return self._drawn(batch, limits)
@@ -65,6 +73,21 @@ class EagleProposer:
             return self._head.logits(guessed)
 
         return draw_chain(batch, limits, logits_after, self._uniforms, self._adaptive, self._head.draft_vocabulary)
+
+    def _branching(self, batch: Batch, limits: Sequence[int], tree: Tree) -> Draft:
+        """A tree, each level fed with the features guessed for its parents' parents."""
+        guessed = torch.empty(0)
+
+        def logits_at(level: Level, parents: Tensor) -> Tensor:
+            nonlocal guessed
+            if level.number:
+                above = guessed[:, level.above]
+                guessed = self._head(above, parents, self._cache, branches=level.branches)
+            else:
+                guessed = self._catch_up(batch, tree.depth + 1)
+            return self._head.logits(guessed)
+
+        return draw_tree(batch, limits, tree, logits_at, self._uniforms, self._head.draft_vocabulary)
 
     def _recorded(self, batch: Batch, limits: Sequence[int]) -> Draft:
         """The whole draft as one recording: a row lacks as many tokens as a step can emit, at the most."""
