@@ -97,7 +97,7 @@ def exact(make, tree: Tree, num_tokens: int = 3, target=TARGET, draft=DRAFT, pro
         return law_after(model, params or SamplingParams(), prompt, output)
 
     grid = partial(tree_grid, target, draft, tree, law_of)
-    return exact_law(make, prompt, num_tokens, grid, params, verify_tree, tree)
+    return exact_law(make, prompt, num_tokens, grid, params, verify_tree, tree=tree)
 
 
 @pytest.mark.parametrize("stop", [(), (1,)])
@@ -135,7 +135,7 @@ def test_joint_law_of_one_hot_trees() -> None:
     """Under top-k 1 draft and target are certain, and every further sibling is: the draft's next choice."""
     rows, params = TARGET_LAWS[[0, 1, 2]], SamplingParams(top_k=1)
     target, draft = MarkovModel(table(1, rows)), MarkovModel(table(2, rows))
-    law = exact_law(tree_maker(target, draft, FORK), PROMPT, 5, (1, 1, 1), params, verify_tree, FORK)
+    law = exact_law(tree_maker(target, draft, FORK), PROMPT, 5, (1, 1, 1), params, verify_tree, tree=FORK)
     assert law == joint_law(target, PROMPT, 5, partial(top_k_law, k=1))
 
 
