@@ -484,7 +484,8 @@ class _Models:
             self.drop()
             self._pair = pair
         if name not in self._engines:
-            self._engines[name] = self._load(name, pair)
+            with _failing(self._device):
+                self._engines[name] = self._load(name, pair)
         return self._engines[name]
 
     def loaded(self, name: str) -> BenchEngine | None:

@@ -191,6 +191,16 @@ def test_a_gpu_that_fails_mid_run_marks_its_cell_and_loses_no_other(
 
 
 @pytest.mark.filterwarnings("ignore:Benchmark fixture was not used at all")
+def test_a_gpu_without_room_for_the_weights_is_told(session: Session, benchmark: Any, monkeypatch: Any) -> None:
+    def full(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 130.00 GiB")
+
+    monkeypatch.setattr("bench.session.load_engine", full)
+    with pytest.raises(pytest.fail.Exception, match=r"must have room for this cell, but CUDA out of memory\."):
+        session.run(session.plans[0].cell, benchmark)
+
+
+@pytest.mark.filterwarnings("ignore:Benchmark fixture was not used at all")
 def test_another_error_is_no_failure_of_the_gpu(session: Session, benchmark: Any, monkeypatch: Any) -> None:
     from bench.engines.specdec import SpecdecEngine
 
