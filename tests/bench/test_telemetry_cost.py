@@ -72,12 +72,12 @@ def test_where_nothing_can_be_read_files_take_its_place() -> None:
 
 
 def test_the_command_prints_an_interval(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    arguments = ["--pair", "tiny-random", "--rounds", "2", "--max-tokens", "4", "--hz", "100"]
+    arguments = ["--pair", "tiny-random", "--rounds", "2", "--max-tokens", "4", "--hz", "100", "--clock", "processor"]
     monkeypatch.setattr(sys, "argv", ["telemetry_cost", *arguments])
     telemetry_cost.main()
     printed = capsys.readouterr().out
     assert "2 pairs of 4 tokens, " in printed
-    assert "time with over without: " in printed
+    assert "processor time with over without: " in printed
     monkeypatch.setattr(sys, "argv", ["telemetry_cost", "--rounds", "1"])
     with pytest.raises(SystemExit):
         telemetry_cost.main()
