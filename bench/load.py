@@ -176,16 +176,29 @@ def ratios(plain: Sequence[dict[str, Any]], method: Sequence[dict[str, Any]]) ->
     }
 
 
-def stops_paying(curve: dict[float, float | None]) -> tuple[float | None, float | None]:
+def pays(plain: Sequence[dict[str, Any]], method: Sequence[dict[str, Any]]) -> dict[float, bool | None]:
+    """By rate: whether the median latency of a method is below that of plain decoding.
+
+    A median that is not known, as half of the requests were not finished, is longer than any; None if neither is known.
+    """
+    theirs = {record["rate"]: record["latency_p50_s"] or math.inf for record in plain}
+    ours = {record["rate"]: record["latency_p50_s"] or math.inf for record in method}
+    return {
+        rate: ours[rate] < theirs[rate] if min(ours[rate], theirs[rate]) < math.inf else None
+        for rate in sorted(theirs.keys() & ours.keys())
+    }
+
+
+def stops_paying(paid: dict[float, bool | None]) -> tuple[float | None, float | None]:
     """The rates between which a method stops paying: the last at which it does, all before it too, and the next.
 
-    None for the first if it pays at none, for the second if at all.
+    None for the first if it pays at none, for the second if it does not stop; rates that tell nothing are passed over.
     """
     last = None
-    for rate, ratio in sorted(curve.items()):
-        if ratio is None or ratio <= 1:
+    for rate, is_paid in sorted(paid.items()):
+        if is_paid is False:
             return last, rate
-        last = rate
+        last = rate if is_paid else last
     return last, None
 
 

@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from bench.load import PERCENTILES, highest_rate, ratios, stops_paying
+from bench.load import PERCENTILES, highest_rate, pays, ratios, stops_paying
 
 Record = dict[str, Any]
 COLUMNS = (
@@ -91,10 +91,10 @@ def verdicts(block: Sequence[Record]) -> Iterator[str]:
     """A sentence for each method and gamma of a block."""
     by_arm = arms(block)
     plain = by_arm.get(("autoregressive", 0), [])
-    return (_verdict(arm, found, ratios(plain, found)) for arm, found in by_arm.items())
+    return (_verdict(arm, found, pays(plain, found)) for arm, found in by_arm.items())
 
 
-def _verdict(arm: tuple[str, Any], found: Sequence[Record], curve: dict[float, float | None]) -> str:
+def _verdict(arm: tuple[str, Any], found: Sequence[Record], paid: dict[float, bool | None]) -> str:
     """Up to which rate an arm pays, and keeps the limits."""
     method, gamma = arm
     name = "plain decoding" if method == "autoregressive" else f"{method} {gamma}"
@@ -103,11 +103,14 @@ def _verdict(arm: tuple[str, Any], found: Sequence[Record], curve: dict[float, f
         f"{percent} % up to {'no rate' if rate is None else f'{rate:g}'}" for percent, rate in rates.items()
     )
     limits = f"{name}: limits kept by {kept}"
-    if method == "autoregressive" or not curve:
-        return limits
-    last, first = stops_paying(curve)
-    pays = "pays at every rate measured" if first is None else f"does not pay at {first:g} requests/s"
-    return f"{limits}; {pays}{f', does at {last:g}' if last is not None and first is not None else ''}"
+    return limits if method == "autoregressive" or not paid else f"{limits}; {_said(*stops_paying(paid))}"
+
+
+def _said(last: float | None, first: float | None) -> str:
+    """last, first: the last rate at which a method pays, and the first at which it does not."""
+    if first is not None:
+        return f"does not pay at {first:g} requests/s{'' if last is None else f', does at {last:g}'}"
+    return "whether it pays cannot be told" if last is None else f"pays at every rate up to {last:g} requests/s"
 
 
 def _notes(records: Sequence[Record]) -> list[str]:

@@ -11,7 +11,18 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from bench.load import Limits, Request, arrivals, highest_rate, in_flight, percentile, ratios, stops_paying, summary
+from bench.load import (
+    Limits,
+    Request,
+    arrivals,
+    highest_rate,
+    in_flight,
+    pays,
+    percentile,
+    ratios,
+    stops_paying,
+    summary,
+)
 from bench.load_table import lines
 
 LIMITS = Limits(ttft_s=1.0, inter_token_s=0.25)
@@ -173,12 +184,18 @@ def cell(rate: float, latency_p50_s: float | None, within: float = 1.0, **change
 def test_the_curve_is_the_ratio_at_equal_rates_and_ends_where_it_falls_below_one() -> None:
     plain = [cell(8, 4.0), cell(2, 1.0), cell(4, 2.0), cell(16, None)]
     method = [cell(2, 0.5), cell(4, 1.0), cell(8, 5.0), cell(16, 9.0), cell(32, 1.0)]
-    curve = ratios(plain, method)
-    assert curve == {2: 2.0, 4: 2.0, 8: 0.8, 16: None}
-    assert stops_paying(curve) == (4, 8)
-    assert stops_paying({2: 0.9, 4: 1.2}) == (None, 2)
-    assert stops_paying({2: 1.1, 4: 1.2}) == (4, None)
-    assert stops_paying({2: 1.0}) == (None, 2)  # equal is no gain
+    assert ratios(plain, method) == {2: 2.0, 4: 2.0, 8: 0.8, 16: None}
+    paid = pays(plain, method)
+    assert paid == {2: True, 4: True, 8: False, 16: True}  # at 16 plain decoding did not finish half of them
+    assert stops_paying(paid) == (4, 8)
+    assert pays([cell(1, 1.0), cell(2, 1.0), cell(3, None)], [cell(1, 1.0), cell(2, None), cell(3, None)]) == {
+        1: False,  # equal is no gain
+        2: False,
+        3: None,
+    }
+    assert stops_paying({2: False, 4: True}) == (None, 2)
+    assert stops_paying({2: True, 4: None, 8: True, 16: None}) == (8, None)
+    assert stops_paying({2: None}) == (None, None)
 
 
 def test_the_highest_rate_within_the_limits_has_all_lower_ones_within_them() -> None:
@@ -217,4 +234,10 @@ def test_the_table_tells_the_curve_and_the_limits() -> None:
         "ngram 4: limits kept by 50 % up to 8, 95 % up to 2, 99 % up to 2; does not pay at 8 requests/s, does at 2"
         in text
     )
+    stalled = [full(4, "autoregressive", None, 0.0), full(4, "ngram", 9.0, 0.1), full(4, "eagle", None, 0.0)]
+    text = " ".join(" ".join(lines(stalled)).split())
+    assert (
+        "ngram 4: limits kept by 50 % up to no rate, 95 % up to no rate, 99 % up to no rate; pays at every rate" in text
+    )
+    assert "eagle 4: limits kept by 50 % up to no rate, 95 % up to no rate, 99 % up to no rate; whether it pays" in text
     assert "finished within 60 s after the last arrivals" in text
