@@ -31,7 +31,7 @@ def default_model() -> CausalLM:
 @pytest.fixture(scope="session")
 def default_pair() -> tuple[CausalLM, dict[str, Any]]:
     """The default target as people load it, in float32, and its drafts by method."""
-    names = {method: packaged_draft("smollm2-135m", method) for method in ("eagle", "draft_model", "hybrid")}
+    names = {method: packaged_draft("smollm2-135m", method) for method in ("eagle", "draft_model", "hybrid", "tree")}
     sources = {method: resolve(name) for method, name in names.items() if name}
     options = {"dtype": torch.float32, "device": "cpu", "attention": "sdpa", "load_format": "auto"}
     target, drafts = load_with_drafts("smollm2-135m", set(sources.values()), **options)

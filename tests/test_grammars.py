@@ -185,7 +185,7 @@ def test_what_a_constraint_needs_is_said(monkeypatch: pytest.MonkeyPatch, vocabu
 # -- the real model, in float32 --------------------------------------------------------------------------------
 
 QUESTIONS = ["Describe Ada, who is 36, as JSON: ", "Ada is 36. Ada is 36. A licence plate: AB-123. Another one: "]
-METHODS = ["ngram", "suffix", "eagle", "draft_model", "hybrid"]
+METHODS = ["ngram", "suffix", "eagle", "draft_model", "hybrid", "tree"]
 REQUESTS = [
     (QUESTIONS[0], SamplingParams(temperature=0, json_schema=PERSON, max_tokens=30)),
     (QUESTIONS[0], SamplingParams(temperature=1, json_schema=PERSON, max_tokens=30)),
@@ -196,7 +196,8 @@ REQUESTS = [
 
 def generate(default_pair: tuple, method: str, verification: str, requests: list) -> list[Completion]:
     target, drafts = default_pair
-    options = {"num_speculative_tokens": 3, "max_batch_size": 3, "verification": verification}
+    shape = {"tree": [(0,), (1,), (0, 0)]} if method == "tree" else {"num_speculative_tokens": 3}
+    options = {"max_batch_size": 3, "verification": verification, **shape}
     engine = Engine(target, method=method, draft=drafts.get(method), **options)
     return engine.generate(*map(list, zip(*requests, strict=True)))
 

@@ -11,8 +11,10 @@ from specdec import METHODS, Completion, Engine, SamplingParams
 PROCESSED = {"temperature": 0.7, "top_k": 2, "frequency_penalty": 0.4, "logit_bias": {1: 0.5}}
 
 
-@pytest.mark.parametrize("verification", ["token", "block", "coupled"])
-@pytest.mark.parametrize("method", [method for method in METHODS if method != "eagle"])
+RULES = [(method, rule) for method in METHODS if method != "eagle" for rule in ("token", "block", "coupled")]
+
+
+@pytest.mark.parametrize(("method", "verification"), [rule for rule in RULES if rule != ("tree", "block")])
 def test_they_are_those_of_the_table_before_any_processor(method: str, verification: str) -> None:
     """Of accepted tokens as of recovered ones and bonuses, in rows that accept different numbers of tokens."""
     params = [SamplingParams(max_tokens=9 + i, logprobs=True, seed=i, **PROCESSED) for i in range(5)]

@@ -12,7 +12,7 @@ import pytest
 import tiny
 import torch
 from gates import distance, marginal, passes, radius
-from toys import FeatureTarget, ToyHead, joint_law, law_after, processed_law, table, top_k_law
+from toys import Automaton, FeatureTarget, ToyHead, joint_law, law_after, processed_law, table, top_k_law
 
 from specdec import SamplingParams, kernels
 from specdec.conformance import mutants
@@ -137,6 +137,21 @@ def test_joint_law_of_one_hot_trees() -> None:
     target, draft = MarkovModel(table(1, rows)), MarkovModel(table(2, rows))
     law = exact_law(tree_maker(target, draft, FORK), PROMPT, 5, (1, 1, 1), params, verify_tree, tree=FORK)
     assert law == joint_law(target, PROMPT, 5, partial(top_k_law, k=1))
+
+
+# after 1 comes 0 or 2, after 2 comes 1 or 2: of two halves there is always one left
+TURNS = Automaton([{0: 0, 1: 1, 2: 2}, {0: 0, 2: 2}, {1: 1, 2: 2}])
+
+
+@pytest.mark.parametrize("tree", [FORK, SECOND_FORK], ids=lambda tree: str(tree.paths))
+def test_joint_law_under_a_constraint(tree: Tree) -> None:
+    """Each node has its own state, by the tokens on the way to it; siblings that are not allowed are rejected."""
+    target, draft = (MarkovModel(table(seed, COINS[:3])) for seed in (1, 2))
+    make = tree_maker(target, draft, tree)
+    law = exact_law(make, PROMPT, 4, (2, 2, 2), rule=verify_tree, tree=tree, constraint=TURNS)
+    truth = processed_law(target, SamplingParams(), PROMPT, 4, TURNS)
+    assert distance(law, truth) < 1e-12
+    assert distance(truth, joint_law(target, PROMPT, 4)) > 0.1
 
 
 # -- mutants -------------------------------------------------------------------------------------------------
