@@ -10,7 +10,7 @@ position then, and it sees its ancestors only. What is accepted of them is moved
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -89,6 +89,17 @@ class RaggedCache(Cache):  # type: ignore[misc]  # transformers has no complete 
         positions = starts.unsqueeze(1) + offsets(branches, starts.device) if branches else places
         self.window = _Window(slots, positions, extent, start, places, starts, branches)
         return positions
+
+    def seen_positions(self) -> Tensor:
+        """The position of each place that the open window's queries may see, int64 [rows or 1, 1, extent]."""
+        window = self.window
+        places = torch.arange(window.extent, device=window.positions.device)
+        if window.branches is None:
+            return places.view(1, 1, -1)
+        depths, starts = offsets(replace(window.branches, first=0), places.device), window.starts.unsqueeze(1)
+        columns = places - starts
+        of_nodes = starts + depths[columns.clamp(0, len(depths) - 1)]
+        return torch.where(columns < 0, places, of_nodes).unsqueeze(1)
 
     def keep(self, starts: Tensor, path: Tensor) -> None:
         """Move each row's entry at starts[r] + path[r, i] to starts[r] + i, i = 0, 1, ..., as accepted nodes of a tree.

@@ -521,10 +521,6 @@ def _check_tree(method: str, tree: Any, verification: str, synthetic_acceptance_
 def _check_scoring(target: Any, draft: Any) -> None:
     """Raise ValueError if a model that must score trees cannot."""
     for model in (target, draft):
-        require(
-            not hasattr(model, "read"),
-            f'{type(model).__name__} is an encoder-decoder, which scores no token trees; use method="draft_model"',
-        )
         if hasattr(model, "check_tree"):
             model.check_tree()
 

@@ -245,7 +245,7 @@ def llama(kind: str, seed: int) -> CausalLM:
 PROMPTS = ["The old lighthouse keeper", "x = 5", 'Dear Dr. Williams, "thank you" for the salt. ' * 3, "Der Vertrag"]
 
 
-@pytest.mark.parametrize("method", ["draft_model", "hybrid"])
+@pytest.mark.parametrize("method", ["draft_model", "hybrid", "tree"])
 @pytest.mark.parametrize(("target", "draft"), [("byte-level", "prepending"), ("metaspace", "byte-level")])
 def test_greedy_output_is_the_targets_own(target: str, draft: str, method: str) -> None:
     """Four prompts in two slots, float32; the draft is a random model with a tokenizer of another kind."""

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from specdec.cache import RaggedCache
+from specdec.models import prefill
 from specdec.models.early_exit import first_layers
 from specdec.models.fusion import FusedDecoder, weight_bytes
 from specdec.trees import Branches, Tree
@@ -132,7 +133,7 @@ class CausalLM:
 
     def check_tree(self) -> None:
         """Raise UnsupportedModelError if tokens do not stand at the positions and see the tokens that a tree says."""
-        _check_tree_equals_plain(self)
+        check_tree_equals_plain(self)
 
     def _remember(self, body: Any, inputs: Any, output: Any) -> None:
         self._last_hidden = output[0]
@@ -219,19 +220,21 @@ def check_logits(actual: Tensor, expected: Tensor, name: str) -> None:
 
 
 @torch.inference_mode()
-def _check_tree_equals_plain(lm: CausalLM) -> None:
-    """Compare logits after the nodes of a small tree with those of a plain forward along each path."""
+def check_tree_equals_plain(lm: Any) -> None:
+    """Compare logits after the nodes of a small tree with those of a plain forward along each path.
+
+    lm: a CausalLM or a Seq2SeqLM. Raises UnsupportedModelError if they differ.
+    """
     name = type(lm.model).__name__
-    text, nodes = [1, 2, 3, 4, 5], [6, 7, 8, 9, 10]
+    text, nodes = ([token % lm.vocab_size for token in tokens] for tokens in ([1, 2, 3, 4, 5], [6, 7, 8, 9, 10]))
     tree = Tree(((0,), (1,), (0, 0), (1, 0), (1, 1)))
-    tokens = torch.tensor([[*text[-1:], *nodes]], device=lm.device) % lm.vocab_size
-    cache = lm.allocate(1, len(text) + len(nodes))
-    lm.forward(torch.tensor([text[:-1]], device=lm.device) % lm.vocab_size, cache)
-    cache.lengths[0] = len(text) - 1
+    cache, num_prompt = lm.allocate(1, len(text) + len(nodes)), 2
+    prefill(lm, text[:-1], cache, 0, num_prompt=num_prompt)
+    tokens = torch.tensor([[text[-1], *nodes]], device=lm.device)
     logits = lm.forward(tokens, cache, branches=Branches.behind_root(tree.parents))[0].float()
     for node in (2, 4):
-        way = torch.tensor([[*text, *(nodes[i] for i in tree.lineage(node))]], device=lm.device) % lm.vocab_size
-        expected = lm.forward(way, lm.allocate(1, way.shape[1]))[0, -1].float()
+        way = [*text, *(nodes[i] for i in tree.lineage(node))]
+        expected = prefill(lm, way, lm.allocate(1, len(way)), 0, num_prompt=num_prompt)[0, -1].float()
         difference = (logits[node + 1] - expected).norm() / expected.norm()
         if not difference <= (1e-3 if lm.dtype in (torch.float32, torch.float64) else 5e-2):
             raise UnsupportedModelError(

@@ -22,8 +22,9 @@ from transformers import PreTrainedModel
 
 from specdec.cache import RaggedCache
 from specdec.devices import upload
-from specdec.models.causal import UnsupportedModelError, check_logits, eos_token_ids
+from specdec.models.causal import UnsupportedModelError, check_logits, check_tree_equals_plain, eos_token_ids
 from specdec.models.fusion import weight_bytes
+from specdec.trees import Branches
 
 
 @dataclass(slots=True, eq=False)
@@ -49,6 +50,10 @@ class Seq2SeqCache:
     def extent_for(self, length: int) -> int:
         """A bound for sequences of this length, one of few, so that few shapes occur."""
         return self.decoder.extent_for(length)
+
+    def keep(self, starts: Tensor, path: Tensor) -> None:
+        """See `TreeCache`; no prompt has a node of a tree."""
+        self.decoder.keep((starts - (self.prompt_lengths[: len(starts)] - 1)).clamp(min=0), path)
 
     def copy_slot(self, source: int, slot: int, num_tokens: int) -> None:
         """Let a slot hold the first num_tokens of another's sequence, all of its prompt among them, or of its own."""
@@ -128,12 +133,19 @@ class Seq2SeqLM:
         cache.prompt_lengths[slot] = len(prompt)
 
     @torch.inference_mode()
-    def forward(self, tokens: Tensor, cache: Seq2SeqCache, first_slot: int = 0, last_only: bool = False) -> Tensor:
+    def forward(
+        self,
+        tokens: Tensor,
+        cache: Seq2SeqCache,
+        first_slot: int = 0,
+        last_only: bool = False,
+        branches: Branches | None = None,
+    ) -> Tensor:
         rows, width = tokens.shape
         slots = slice(first_slot, first_slot + rows)
         lengths = zip(cache.lengths[slots], cache.num_prompt[slots], strict=True)
         cache.decoder.lengths[slots] = [max(0, length - (num_prompt - 1)) for length, num_prompt in lengths]
-        cache.decoder.open(first_slot, rows, width, self.device)
+        cache.decoder.open(first_slot, rows, width, self.device, branches)
         hidden = self._decode(tokens, cache, max(cache.num_prompt[slots]))
         return self._head(hidden[:, -1:] if last_only else hidden)
 
@@ -146,11 +158,17 @@ class Seq2SeqLM:
         extent: int,
         first_slot: int = 0,
         last: Tensor | None = None,
+        branches: Branches | None = None,
     ) -> Tensor:
         num_prompt = cache.prompt_lengths[first_slot : first_slot + len(tokens)]
-        cache.decoder.open_at(first_slot, (starts - (num_prompt - 1)).clamp(min=0), tokens.shape[1], extent)
+        starts = (starts - (num_prompt - 1)).clamp(min=0)
+        cache.decoder.open_at(first_slot, starts, tokens.shape[1], extent, branches)
         hidden = self._decode(tokens, cache, extent)
         return self._head(hidden if last is None else hidden[:, last])
+
+    def check_tree(self) -> None:
+        """Raise UnsupportedModelError if tokens do not stand at the positions and see the tokens that a tree says."""
+        check_tree_equals_plain(self)
 
     def _decode(self, tokens: Tensor, cache: Seq2SeqCache, longest_prompt: int) -> Tensor:
         """What the decoder makes of tokens at its cache's open window, [rows, width, hidden].
@@ -160,7 +178,7 @@ class Seq2SeqLM:
         window, own = cache.decoder.window, cache.decoder.mask(self.dtype)
         hidden = self.model.decoder.embed_tokens(torch.where(window.positions == 0, self._start, tokens))
         of_prompt = _hiding(cache.prompt_lengths[window.slots], longest_prompt, self.dtype)
-        distances = window.positions.unsqueeze(-1) - torch.arange(window.extent, device=self.device)
+        distances = window.positions.unsqueeze(-1) - cache.decoder.seen_positions()
         bias = own
         for index, (layer, biases) in enumerate(zip(self._layers, self._biases, strict=True)):
             if biases is not None:  # in most models the first layer's serve all

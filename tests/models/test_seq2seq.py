@@ -18,6 +18,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import Tensor
 
 from specdec import Engine, SamplingParams
+from specdec.cache import RaggedCache
 from specdec.conformance.divergence import last_logits
 from specdec.conformance.enumeration import exact_law, pieces_between
 from specdec.conformance.mutants import maker
@@ -53,6 +54,7 @@ SUPPORTED = {
 }
 # in two slots or three: a long prompt, then short ones where it was
 PROMPTS = [[11, 4, 11, 4, 11, 4, 11, 4, 11, 4, 11, 4, 1], [5, 9, 8, 7, 5, 9, 8, 1], [3], [7, 7, 30, 1]]
+TREE = [(0,), (1,), (0, 0), (0, 1), (1, 0), (0, 0, 0)]
 GREEDY = SamplingParams(temperature=0, max_tokens=30, ignore_eos=True)
 
 
@@ -86,6 +88,28 @@ def test_greedy_output_equals_generate(kind: str, attention: str) -> None:
         drafts = {"draft": draft} if method in ("draft_model", "hybrid") else {}
         engine = Engine(target, method=method, max_batch_size=size, **drafts)
         assert [list(c.token_ids) for c in engine.generate(PROMPTS, GREEDY)] == expected, (method, size)
+
+
+@pytest.mark.parametrize("records", [False, True])
+def test_trees_say_what_generate_says(records: bool) -> None:
+    """Siblings have the same distance to what is before them; the paths of rows that accept much are moved together."""
+    model = make("t5")
+    expected, target = [generated(model, prompt) for prompt in PROMPTS], Seq2SeqLM(model)
+    accepted = []
+    for draft in (target, Seq2SeqLM(make("t5", 1))):
+        engine = Engine(target, method="tree", draft=draft, tree=TREE, max_batch_size=3, records=records)
+        completions = engine.generate(PROMPTS, GREEDY)
+        assert [list(c.token_ids) for c in completions] == expected
+        accepted.append(sum(c.counts.num_accepted for c in completions))
+    assert accepted[0] > accepted[1]
+
+
+def test_a_tree_whose_siblings_stand_behind_each_other_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Biases by place instead of by position."""
+    target = Seq2SeqLM(make("t5"))
+    monkeypatch.setattr(RaggedCache, "seen_positions", lambda self: torch.arange(self.window.extent))
+    with pytest.raises(UnsupportedModelError, match="T5ForConditionalGeneration gives other logits for a token tree"):
+        Engine(target, method="tree", draft=target, tree=TREE)
 
 
 @pytest.mark.parametrize("method", ["autoregressive", "ngram", "draft_model"])
