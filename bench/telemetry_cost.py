@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import machine, telemetry
-from bench.intervals import Interval, geometric_mean_interval
+from bench.intervals import Interval, geometric_mean_interval, mean_difference_interval
 
 CLOCKS = {"wall": time.perf_counter, "processor": time.process_time}
 PROMPT = "Write a short story about a clockmaker who repairs the same clock every year."
@@ -25,12 +25,13 @@ PROMPT = "Write a short story about a clockmaker who repairs the same clock ever
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """times: of rounds with the sampler over those without, paired. num_samples: of all meters, in all rounds.
-
-    cpu_share: the sampling thread's own processor time over the time that it ran.
+    """times: of rounds with the sampler over those without, paired. per_sample_s: seconds that a sample of all meters
+    added. num_samples: of all meters, in all rounds. cpu_share: the sampling thread's own processor time over the time
+    that it ran.
     """
 
     times: Interval
+    per_sample_s: Interval
     num_samples: int
     cpu_share: float
 
@@ -42,7 +43,8 @@ def measure(
 
     meters: as for `telemetry.Sampler`. clock: seconds.
     """
-    ratios, num_samples, cpu_s, wall_s = [], 0, 0.0, 0.0
+    both: list[tuple[float, float]] = []
+    num_samples, cpu_s, wall_s = 0, 0.0, 0.0
 
     def timed() -> float:
         start_s = clock()
@@ -54,10 +56,13 @@ def measure(
         with telemetry.Sampler(meters, hz) as sampler:
             with_s = timed()
         without_s = timed() if without_s is None else without_s
-        ratios.append(with_s / without_s)
+        both.append((with_s, without_s))
         num_samples += sum(map(len, sampler.trace.samples.values()))
         cpu_s, wall_s = cpu_s + sampler.trace.cpu_s, wall_s + sampler.trace.wall_s
-    return Cost(geometric_mean_interval(ratios), num_samples, cpu_s / wall_s)
+    added, each = mean_difference_interval(*zip(*both, strict=True)), rounds * len(meters) / num_samples
+    low, high = (None if end is None else end * each for end in (added.low, added.high))
+    times = geometric_mean_interval([with_s / without_s for with_s, without_s in both])
+    return Cost(times, Interval(added.estimate * each, low, high), num_samples, cpu_s / wall_s)
 
 
 @contextlib.contextmanager
@@ -108,6 +113,11 @@ def main() -> None:
         f"{arguments.rounds} pairs of {arguments.max_tokens} tokens, {cost.num_samples} samples at {arguments.hz:g} Hz"
     )
     print(f"{arguments.clock} time with over without: {times.estimate:.4f} [{times.low:.4f}, {times.high:.4f}]")
+    each = cost.per_sample_s
+    print(
+        f"a sample of all meters adds {1e3 * each.estimate:.3f} ms [{1e3 * each.low:.3f}, {1e3 * each.high:.3f}], which"
+    )
+    print(f"ten times a second, the default, is {10 * each.estimate:.2%} of the time")
     print(f"the sampling thread's share of a processor: {cost.cpu_share:.5f}")
 
 

@@ -40,6 +40,8 @@ def test_rounds_are_paired_and_take_turns_in_going_first() -> None:
     assert cost.times.estimate == pytest.approx(1.1)
     assert cost.times.low == pytest.approx(1.1)
     assert cost.num_samples == meter.num_reads == 8
+    # a tenth more of 1, 2, 4 and 8, each by two samples
+    assert cost.per_sample_s.estimate == pytest.approx(0.1 * (1 + 2 + 4 + 8) / 4 / 2)
 
 
 def test_sampling_that_takes_processor_time_is_seen() -> None:
