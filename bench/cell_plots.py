@@ -14,7 +14,7 @@ from bench.load import ratios
 from bench.pictures import Chart, Line, Picture, Rows, Series
 
 Record = dict[str, Any]
-Kinds = dict[str, int]  # of each method: its colour, the same in all pictures of a run
+Kinds = dict[Any, int]  # of each method, under load with its gamma: its colour, the same in all pictures of a run
 GAMMA = "gamma: tokens drafted per step"
 
 
@@ -129,7 +129,7 @@ def sections(records: Sequence[Record]) -> dict[str, list[Picture]]:
         "acceptance": [*by_metric["acceptance"], *positions],
         "time": by_metric["time"],
         "throughput": list(_throughputs(cells, kinds)),
-        "load": list(_loads(loads, kinds)),
+        "load": list(_loads(loads)),
         "energy": by_metric["energy"],
     }
 
@@ -202,15 +202,21 @@ def _likeliest(block: Sequence[Sequence[Record]]) -> float:
 
 
 def _places(cells: Sequence[Record]) -> tuple[dict[Any, float], tuple[tuple[float, str], ...]]:
-    """Where each gamma stands on the axis, and its ticks; "auto" stands one place behind the largest number.
+    """Where each gamma stands on the axis, and its ticks; what is no number stands behind the largest one.
 
     0 is plain decoding.
     """
-    numbers = sorted({cell["gamma"] for cell in cells if cell["gamma"] != "auto"})
-    place = {gamma: float(gamma) for gamma in numbers} | {"auto": max(numbers, default=0) + 1.0}
-    used = {gamma for cell in cells for gamma in (0, cell["gamma"])}
-    shown = dict.fromkeys((0, *numbers, "auto"))
-    return place, tuple((place.get(gamma, 0.0), str(gamma)) for gamma in shown if gamma in used)
+    numbers = sorted({cell["gamma"] for cell in cells if _is_number(cell["gamma"])})
+    words = list(dict.fromkeys(cell["gamma"] for cell in cells if not _is_number(cell["gamma"])))
+    place = {gamma: float(gamma) for gamma in numbers}
+    place |= {word: max(numbers, default=0) + index for index, word in enumerate(words, 1)}
+    shown = dict.fromkeys((0, *numbers, *words))
+    return place, tuple((float(place.get(gamma, 0)), str(gamma)) for gamma in shown)
+
+
+def _is_number(gamma: Any) -> bool:
+    """Whether a gamma is one; others are "auto", or name what an engine does."""
+    return isinstance(gamma, int | float)
 
 
 def _end(cell: Record, name: str, end: str | None) -> float:
@@ -248,15 +254,15 @@ def _metric_series(metric: Metric, cells: Sequence[Record], place: dict[Any, flo
 
 
 def _num_loose(ordered: Sequence[Record]) -> int:
-    """ "auto" is no number, and not joined to those that are."""
-    return int(len(ordered) > 1 and ordered[-1]["gamma"] == "auto")
+    """What is no number is not joined to what is."""
+    return sum(not _is_number(cell["gamma"]) for cell in ordered) if _is_number(ordered[0]["gamma"]) else 0
 
 
 def _by_position(cells: Sequence[Record], kinds: Kinds, most: float) -> Iterator[Chart]:
     """Of the longest fixed drafts of each method; of "auto" where there are no others."""
     series = []
     for method, group in grouped(cells, "method").items():
-        longest = max(group, key=lambda cell: -1 if cell["gamma"] == "auto" else cell["gamma"])
+        longest = max(group, key=lambda cell: cell["gamma"] if _is_number(cell["gamma"]) else -1)
         rates = tuple(longest["acceptance_rate_at"] or ())
         if rates and method in kinds:
             x = tuple(float(position) for position in range(1, len(rates) + 1))
@@ -292,8 +298,10 @@ def _throughput(cells: Sequence[Record], kinds: Kinds) -> Series:
     return Series(label, x, y, kinds.get(method, -1), line=len(batch_sizes) > 1 and len(gammas) == 1, names=names)
 
 
-def _loads(records: Sequence[Record], kinds: Kinds) -> Iterator[Chart]:
+def _loads(records: Sequence[Record]) -> Iterator[Chart]:
     """Of each engine: how long requests take at each rate, what is done of them, and the one against the other."""
+    arms = [arm for arm in grouped(records, "method", "gamma") if arm[0] != "autoregressive"]
+    kinds = {arm: kind for kind, arm in enumerate(arms)}
     for block in grouped(records, "pair", "workload", "placement", "engine").values():
         about = f"{block[0]['engine']}\n{_about(block[0], with_batch=False)}"
         fields = percentiles(block)
@@ -315,7 +323,7 @@ def _pays(block: Sequence[Record], kinds: Kinds) -> Iterator[_Told]:
     for (method, gamma), curve in curves.items():
         known = {rate: ratio for rate, ratio in curve.items() if ratio is not None}
         if known and method != "autoregressive":
-            series.append(Series(_arm(method, gamma), tuple(known), tuple(known.values()), kinds[method]))
+            series.append(Series(_arm(method, gamma), tuple(known), tuple(known.values()), kinds[method, gamma]))
     if series:
         rates = [rate for each in series for rate in each.x]
         plain = Series("plain decoding", (min(rates), max(rates)), (1.0, 1.0), -1, dashed=True)
@@ -370,7 +378,7 @@ def _by_rate(
     for (method, gamma), group in grouped(known, "method", "gamma").items():
         ordered = sorted(group, key=lambda record: record["rate"])
         x, y = (tuple(float(record[each]) for record in ordered) for each in ("rate", name))
-        series.append(Series(_arm(method, gamma) + suffix, x, y, kinds.get(method, -1), dashed=dashed))
+        series.append(Series(_arm(method, gamma) + suffix, x, y, kinds.get((method, gamma), -1), dashed=dashed))
     return series
 
 
@@ -383,7 +391,7 @@ def _crossed(block: Sequence[Record], fields: dict[str, dict[int, str]], kinds: 
         ordered = sorted(group, key=lambda record: record["rate"])
         x, y = (tuple(float(record[each]) for record in ordered) for each in (name, "throughput_tok_s"))
         names = tuple(f"{record['rate']:g} requests/s" for record in ordered)
-        series.append(Series(_arm(method, gamma), x, y, kinds.get(method, -1), names=names))
+        series.append(Series(_arm(method, gamma), x, y, kinds.get((method, gamma), -1), names=names))
     return series
 
 

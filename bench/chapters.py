@@ -5,25 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from bench import cell_plots, columns, load_table, plots
-from bench.across import Lead, leads
+from bench import answers, cell_plots, columns, load_table, plots
+from bench.across import leads
 from bench.best_gamma import best_gammas
 from bench.cell_plots import BLOCK, WITHOUT_ENGINE, drafting, fastest, grouped
-from bench.document import Card, Chapter, Command, Document, Facts, Heading, Section, Table, section, table
+from bench.document import Chapter, Command, Document, Facts, Heading, Section, Table, section, table
 from bench.results import Record, Results
 from bench.shown import PARTS, heading, labels_of, shown, text
 from bench.texts import between, cell_name, interval, percent
-
-MAX_CARDS = 6
-FEW_ROUNDS = 10
-FREE = 1.25  # times the time of a step of one token
 
 
 def chapter(run: Results, name: str) -> Chapter:
     """A run. name: for links."""
     pictures = plots.sections(run.pictured)
     sections = [
-        *section("short", "In short", *_cautions(run), _fastest(run.cells)),
+        *section("short", "In short", *answers.cautions(run), _fastest(run.cells)),
         *_speedups(run, pictures["speedup"]),
         *section("acceptance", "How much is accepted", _ACCEPTANCE, *pictures["acceptance"])[
             : bool(pictures["acceptance"])
@@ -40,7 +36,7 @@ def chapter(run: Results, name: str) -> Chapter:
         *section("machine", "How it was measured", *_machine(run)),
     ]
     about = (*_subject(run.cells), run.described())
-    return Chapter(name, run.name, about, tuple(_cards(run)), tuple(sections))
+    return Chapter(name, run.name, about, tuple(answers.cards(run)), tuple(sections))
 
 
 def _subject(cells: Sequence[Record]) -> Iterator[str]:
@@ -69,116 +65,6 @@ _THROUGHPUT = "Up and to the left is better. One point for each cell; point at i
 def _told(sentence: str, pictures: Sequence[Any]) -> list[Any]:
     """A sentence about pictures, if there are any."""
     return [sentence, *pictures] if pictures else []
-
-
-def _cards(run: Results) -> Iterator[Card]:
-    """The answers: how much faster, than what, and whether the output is the same."""
-    blocks = list(grouped(run.cells, *WITHOUT_ENGINE).values())
-    bests = [max(found, key=lambda cell: cell["speedup"]) for block in blocks if (found := _own(run, block))]
-    for best in bests[:MAX_CARDS]:
-        where = f" on {best['workload']}" if len({each["workload"] for each in bests}) > 1 else ""
-        where += f", batch size {best['batch_size']}" if len({each["batch_size"] for each in bests}) > 1 else ""
-        yield Card(f"{best['speedup']:.2f}×", f"{_arm(best)} over its plain decoding{where}, {_certainty(best)}")
-    if len(blocks) == 1:
-        yield from (Card(f"{each.times.estimate:.2f}×", _lead_sentence(each)) for each in _best_leads(blocks[0]))
-    if same := _same_card(bests):
-        yield same
-    yield from _other_cards(run)
-
-
-def _best_leads(block: Sequence[Record]) -> list[Lead]:
-    """Over each other engine at its best, or at plain decoding if that is all it has."""
-    by_engine = {each.theirs["engine"]: each for each in leads(block)}  # the last one is that over its best
-    return list(by_engine.values())
-
-
-def _arm(record: Record) -> str:
-    if record["method"] == "autoregressive":
-        return f"{record['engine']}, plain decoding,"
-    return f"{record['engine']} with {record['method']}, gamma {record['gamma']},"
-
-
-def _own(run: Results, block: Sequence[Record]) -> list[Record]:
-    """Cells of the engine that the run is about; of all if it has none."""
-    own = [cell for cell in drafting(block) if cell["engine"] == run.reference]
-    return own or drafting(block)
-
-
-def _certainty(record: Record) -> str:
-    low, high = record["speedup_low"], record["speedup_high"]
-    if low is None:
-        return "from one round, without an interval"
-    caution = "; within it is 1, so this may be chance" if low <= 1 <= high else ""
-    return f"95 % interval {low:.2f} to {high:.2f}{caution}"
-
-
-def _lead_sentence(found: Lead) -> str:
-    times = found.times
-    ends = "" if times.low is None else f", 95 % interval {times.low:.2f} to {times.high:.2f}"
-    return f"{_arm(found.ours)} over {_arm(found.theirs).removesuffix(',')}{ends}"
-
-
-def _same_card(bests: Sequence[Record]) -> Card | None:
-    known = [cell for cell in bests if cell["num_outputs_equal"] is not None]
-    if not known:
-        return None
-    same, total = (sum(cell[name] for cell in known) for name in ("num_outputs_equal", "num_prompts"))
-    return Card(f"{same} of {total}", "outputs with speculation are those of plain decoding, token for token")
-
-
-def _other_cards(run: Results) -> Iterator[Card]:
-    if run.certificates:
-        lossless = sum(record["verdict"] == "lossless" for record in run.certificates)
-        yield Card(f"{lossless} of {len(run.certificates)}", "audits found speculation to be lossless")
-    steps = [record for record in run.costs if record["axis"] == "width"]
-    if steps:
-        one = min(steps, key=lambda record: record["size"])
-        yield Card(f"{1e3 * one['median_s']:.1f} ms", f"a step of {one['size']} token of {one['pair']}, {one['dtype']}")
-        free = max(
-            (each for each in steps if each["median_s"] <= 1.25 * one["median_s"]), key=lambda each: each["size"]
-        )
-        if free is not one:
-            times = free["median_s"] / one["median_s"]
-            yield Card(f"{free['size']} tokens", f"are scored in {times:.2f} times the time of one")
-
-
-def _cautions(run: Results) -> Iterator[str]:
-    """What a reader must know before the numbers."""
-    if run.missing_shards:
-        yield f"Not the whole campaign: shards {', '.join(map(str, run.missing_shards))} are missing."
-    if any(cell["load_format"] == "dummy" for cell in run.cells):
-        yield "Random weights: only times mean anything, and no output or acceptance does."
-    if any(cell.get("synthetic_acceptance_rates") for cell in run.cells):
-        yield "Acceptance was prescribed: only times mean anything."
-    rounds = [-(-cell["num_prompts"] // cell["batch_size"]) for cell in run.cells]
-    if rounds and min(rounds) < FEW_ROUNDS:
-        told = "was 1 round" if min(rounds) == 1 else f"were {min(rounds)} rounds"
-        yield f"There {told}: few, so that the intervals are somewhat too narrow."
-    if any(len(group) > 1 for group in grouped(drafting(run.cells), *WITHOUT_ENGINE, "engine", "method").values()):
-        yield "The fastest gamma of a method is chosen by the same measurement, which flatters it a little."
-    if idle := [cell for cell in run.cells if cell["method"] != "autoregressive" and cell["num_drafted"] == 0]:
-        yield f"Nothing was drafted by {', '.join(map(cell_name, idle))}: its speed-up is 1 but for noise."
-    yield from _partings(run.cells)
-    for workload, rows in dict.fromkeys((cell["workload"], cell["num_rows_skipped"]) for cell in run.cells):
-        if rows:
-            yield f"Of {workload} {rows} malformed rows were skipped."
-
-
-def _partings(cells: Sequence[Record]) -> Iterator[str]:
-    """Outputs that are not plain decoding's, and how near a tie that is."""
-    parted = [cell for cell in cells if cell["num_outputs_equal"] not in (None, cell["num_prompts"])]
-    if not parted:
-        return
-    engines = ", ".join(dict.fromkeys(cell["engine"] for cell in parted))
-    margins = [each for cell in cells for each in cell.get("margin_at_difference") or () if each is not None]
-    near = (
-        f" Where outputs part, the two likeliest tokens' logits are {min(margins):.3f} to {max(margins):.3f} apart: in "
-        "16 bits a near tie may fall either way."
-        if margins
-        else ""
-    )
-    verb = "differs" if len(parted) == 1 else "differ"
-    yield f"In {len(parted)} of {len(cells)} cells ({engines}) some output {verb} from plain decoding's.{near}"
 
 
 _FASTEST = (

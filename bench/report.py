@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -31,8 +32,8 @@ def text(run: Results) -> str:
 
 
 def _tables(run: Results) -> Iterator[str]:
-    if run.missing_shards:
-        yield f"not the whole campaign: shards {', '.join(map(str, run.missing_shards))} are missing"
+    if run.shortage:
+        yield from (run.shortage, "")
     yield from table.render(run.cells) if run.cells else ()
     yield from load_table.lines(run.loads) if run.loads else ()
     if run.certificates:
@@ -108,6 +109,8 @@ def main() -> None:
         _report(arguments)
     except ValueError as error:
         parser.error(str(error))
+    except BrokenPipeError:  # `| head` has read enough; files have been written before
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _report(arguments: argparse.Namespace) -> None:
@@ -120,16 +123,14 @@ def _report(arguments: argparse.Namespace) -> None:
     except (KeyError, TypeError, AttributeError, ArithmeticError, IndexError) as error:
         names = ", ".join(map(str, arguments.runs))
         raise ValueError(f"{names} must be written by `pytest bench/ --benchmark-json`; {error!r} is amiss") from error
-    print("\n\n".join(texts))
-    print(*differences, sep="\n") if differences else None
     contents = {"html": pages, "markdown": markdown.render(told), "csv": flat.render(runs)}
+    written = [path for option in contents if (path := getattr(arguments, option))]
     for option, content in contents.items():
         if path := getattr(arguments, option):
             write(option, path, content)
-            print(f"written: {path}")
-    for run in runs if arguments.plots else ():
-        for path in draw(run, arguments.plots):
-            print(f"drawn: {path}")
+    drawn = [path for run in runs if arguments.plots for path in draw(run, arguments.plots)]
+    lines = ["\n\n".join(texts), *differences, *(f"written: {path}" for path in written)]
+    print(*lines, *(f"drawn: {path}" for path in drawn), sep="\n", flush=True)
 
 
 if __name__ == "__main__":

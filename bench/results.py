@@ -84,6 +84,14 @@ class Results:
         """The engine that the others are compared with; "" if nothing was decoded."""
         return str(self.cells[0].get("reference_engine") or self.cells[0]["engine"]) if self.cells else ""
 
+    @property
+    def shortage(self) -> str:
+        """That parts of the campaign are missing, and which; "" if none is."""
+        told = ", ".join(map(str, self.missing_shards))
+        verb = "is" if len(self.missing_shards) == 1 else "are"
+        parts = "part" if len(self.missing_shards) == 1 else "parts"
+        return f"Not the whole campaign: {parts} {told} of it {verb} missing" if told else ""
+
     def described(self) -> str:
         """When, on what and with which versions, in a line."""
         machine = self.machine
@@ -293,7 +301,6 @@ def _missing(run: Results, shards: Collection[int]) -> tuple[int, ...]:
 def _joined(names: Sequence[str]) -> str:
     """What the names of shards have in common, and how many there are."""
     common = next(_common_starts(names)).rstrip("-_. 0123456789")
-    common = re.sub(r"[-_.]?(shard|part|of)$", "", common)
     return f"{common or names[0]}, {len(names)} shards"
 
 

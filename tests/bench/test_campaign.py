@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench import load
+from bench import load, page, report, results
 from bench.options import BenchConfig
 from bench.session import Session
 from bench.shards import part_of
@@ -94,6 +94,15 @@ def test_a_part_has_its_cells_and_tells_which_it_is(campaign: Any) -> None:
     assert "under load" in found["rest"].stdout
     for cell in output["benchmarks"]:
         assert cell["params"]["rate"] == cell["extra_info"]["rate"]
+
+
+def test_a_part_can_be_reported_and_says_what_is_missing(campaign: Any) -> None:
+    folder, found = campaign
+    (run,) = results.read_all([folder / "out.json"])
+    assert run.missing_shards == (3 - found["larger"],)
+    told = page.render(report.document([run]))
+    assert f"{run.shortage}." in told
+    assert told.count("Up to which rate it pays: specdec") >= 1
 
 
 def test_another_part_does_not_resume_it(make_config: Callable[..., BenchConfig], tmp_path: Path) -> None:

@@ -112,6 +112,9 @@ def test_energy_quality_audits_and_published_results_are_told(tmp_path: Path) ->
 def test_load_is_told_by_rate(tmp_path: Path) -> None:
     loads = [loaded(rate, *arm) for rate in (1.0, 2.5) for arm in (("autoregressive", 0, 2.0), ("ngram", 2, rate))]
     parsed = Parsed(page_of(tmp_path, *loads))
+    assert parsed.texts[parsed.texts.index("1 requests/s") + 1] == (
+        "up to this rate specdec with ngram, gamma 2, pays, by median latency; at 2.5 it does not"
+    )
     rows = parsed.table("Each rate")
     told = dict(zip(rows[0], rows[4], strict=True))
     assert {name: told[name] for name in ("rate", "method", "requests", "goodput", "latency 95 %, s")} == {

@@ -179,6 +179,15 @@ def test_batch_sizes_are_joined_where_there_are_several() -> None:
     assert chart.series == (Series("eagle", (1.0, 4.0), (10.0, 10.0), 0, names=names),)
 
 
+def test_gammas_in_words_stand_behind_the_numbers() -> None:
+    cells = [cell("ngram", gamma, 1.5) for gamma in (4, "auto", 2)] + [cell("ngram", "2x2", 1.5, step_cost_ratio=None)]
+    _, chart = plots.sections(cells)["speedup"]
+    assert isinstance(chart, Chart)
+    assert chart.ticks == ((0.0, "0"), (2.0, "2"), (4.0, "4"), (5.0, "auto"), (6.0, "2x2"))
+    (measured,) = [series for series in chart.series if not series.dashed]
+    assert (measured.x, measured.num_loose) == ((2.0, 4.0, 5.0, 6.0), 2)
+
+
 def test_a_draft_of_nothing_is_not_called_efficient() -> None:
     idle = cell("eagle", "auto", 1.0, num_drafted=0, system_efficiency=1.0, acceptance_rate_at=[])
     assert plots.sections([idle])["acceptance"] == []

@@ -7,6 +7,7 @@ import errno
 import io
 import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from bench_runs import audited, decoded, loaded, sized, write
 
 from bench import columns, flat, markdown, report, results
 
+ROOT = Path(__file__).parents[2]
 HOSTILE = '<script>alert("x")</script> | a `b` *c* [d](http://e)\n& "f"'
 
 
@@ -110,6 +112,19 @@ def test_the_command_writes_everything(tmp_path: Path, monkeypatch: pytest.Monke
     assert len(rows_of(targets["csv"].read_text())) == 4
     assert {path.name for path in tmp_path.iterdir()} == {"a.json", "b.json", "out.html", "out.markdown", "out.csv"}
     assert os.stat(targets["csv"]).st_mode & 0o777 == os.stat(runs[0]).st_mode & 0o777
+
+
+def test_files_are_written_whether_or_not_anybody_reads_the_tables(tmp_path: Path) -> None:
+    run, target = write(tmp_path / "a.json", [decoded("ngram", 2)]), tmp_path / "out.csv"
+    line = f"set -o pipefail; {sys.executable} -m bench.report {run} --csv {target} | true"
+    done = subprocess.run(["bash", "-c", line], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert len(rows_of(target.read_text())) == 1
+
+
+def test_a_missing_part_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    command(monkeypatch, write(tmp_path / "a.json", [decoded("ngram", 2)], shard="2/3", configuration={}))
+    assert "Not the whole campaign: parts 1, 3 of it are missing" in capsys.readouterr().out
 
 
 def test_a_run_of_audits_alone_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:

@@ -118,6 +118,7 @@ def test_a_missing_shard_is_said(tmp_path: Path) -> None:
     assert run.missing_shards == (2,)
     (run,) = results.read_all([shard(tmp_path, 2, [1], 3)])
     assert run.missing_shards == (1, 3)
+    assert run.shortage == "Not the whole campaign: parts 1, 3 of it are missing"
 
 
 def test_a_shard_without_cells_is_not_missed(tmp_path: Path) -> None:
