@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from bench.across import Lead, leads
 from bench.cell_plots import BLOCK, WITHOUT_ENGINE, drafting, grouped
 from bench.document import Card
-from bench.load import ratios, stops_paying
+from bench.load import pays, stops_paying
 from bench.results import Record, Results
 from bench.texts import cell_name
 
@@ -37,18 +37,19 @@ def _load_cards(loads: Sequence[Record]) -> Iterator[Card]:
     for block in grouped(loads, *BLOCK).values():
         arms = grouped(block, "method", "gamma")
         plain = arms.pop(("autoregressive", 0), [])
-        curves = {arm: ratios(plain, found) for arm, found in arms.items()}
-        ends = {arm: stops_paying(curve) for arm, curve in curves.items() if curve}
+        ends = {arm: stops_paying(pays(plain, found)) for arm, found in arms.items() if pays(plain, found)}
         if ends:
             best = max(ends, key=lambda arm: (ends[arm][0] or 0.0, ends[arm][1] is None))
-            yield _load_card(_arm(arms[best][0]), *ends[best])
+            yield from _load_card(_arm(arms[best][0]), *ends[best])
 
 
-def _load_card(arm: str, last: float | None, first: float | None) -> Card:
-    if last is None:
-        return Card("0 requests/s", f"{arm} does not pay even at {first:g} requests/s, by median latency")
-    end = "the highest rate measured" if first is None else f"at {first:g} it does not"
-    return Card(f"{last:g} requests/s", f"up to this rate {arm} pays, by median latency; {end}")
+def _load_card(arm: str, last: float | None, first: float | None) -> Iterator[Card]:
+    """last, first: the last rate at which it pays, and the first at which it does not; nothing if that is not known."""
+    if last is not None:
+        end = "the highest rate measured" if first is None else f"at {first:g} it does not"
+        yield Card(f"{last:g} requests/s", f"up to this rate {arm} pays, by median latency; {end}")
+    elif first is not None:
+        yield Card("0 requests/s", f"{arm} does not pay even at {first:g} requests/s, by median latency")
 
 
 def _best_leads(block: Sequence[Record]) -> list[Lead]:
