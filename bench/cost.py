@@ -19,9 +19,11 @@ from specdec.models.causal import CausalLM
 from specdec.models.eagle import EagleHead
 from specdec.proposers.ngram import LookupIndex
 from specdec.proposers.suffix import SAMPLED_DOUBT, OwnText
+from specdec.proposers.tree import levels_of
 from specdec.recording import Recorder
 from specdec.sampling import SamplingParams, SamplingState
 from specdec.timing import synchronise
+from specdec.trees import USUAL_RATES, Branches, expected_accepted, optimal_tree
 
 CONTEXT = 256  # tokens that a sequence has where the sweep is not over contexts
 WIDTH = 5  # tokens of a step that verifies four
@@ -32,6 +34,7 @@ SWEEPS = {
     "batch": (1, 2, 4, 8, 16, 32),
     "batch-of-5": (1, 2, 4, 8, 16, 32),
     "head": (1, 2, 4, 8, 16, 32),
+    "tree": (1, 2, 3, 4, 6, 8, 11, 12, 16, 24, 32, 48, 64),
     "vocabulary": (8192, 16384, 32768, 49152, 131072, 262144),
     "ngram": (1000, 3000, 10_000, 30_000, 100_000),
     "suffix": (1000, 3000, 10_000, 30_000, 100_000),
@@ -100,7 +103,9 @@ def _rounds(axis: str) -> tuple[int, int]:
 
 def needs(axis: str) -> str:
     """The method whose draft an axis measures; "autoregressive" for one that measures none."""
-    return "eagle" if axis == "head" else phases.parse(axis)[0] if axis in phases.SWEEPS else "autoregressive"
+    if axis in ("head", "tree"):
+        return "eagle" if axis == "head" else axis
+    return phases.parse(axis)[0] if axis in phases.SWEEPS else "autoregressive"
 
 
 def sized(engine: SpecdecEngine, axis: str, size: int, prompts: Sequence[Sequence[int]] = ()) -> Sized:
@@ -111,6 +116,8 @@ def sized(engine: SpecdecEngine, axis: str, size: int, prompts: Sequence[Sequenc
         return _phases(engine, axis, size)
     if axis == "head":
         return _head_step(engine.drafts["eagle"], engine.target, size)
+    if axis == "tree":
+        return _tree_step(engine.drafts["tree"], engine.target, size)
     if axis == "vocabulary":
         return _sampling(engine.target, size)
     if axis in COPIES:
@@ -167,6 +174,35 @@ def _head_step(head: EagleHead, target: CausalLM, rows: int) -> Sized:
     return Sized(run, head.step_bytes + rows * (CONTEXT + 1) * token_bytes, rows)
 
 
+def _tree_step(head: EagleHead, target: CausalLM, num_nodes: int) -> Sized:
+    """The best tree of so many nodes, drawn by the head level by level and scored in one call, without verifying it.
+
+    expected_tokens: that a step emits, by what was measured of the draft. depth: the tree's levels.
+    """
+    rates = head.rates or USUAL_RATES
+    tree = optimal_tree(rates.acceptance, num_nodes, rates.level_cost)
+    own, cache = (model.allocate(1, CONTEXT + len(tree) + 1) for model in (head, target))
+    features = torch.zeros(1, 1, target.config.hidden_size, dtype=target.dtype, device=target.device)
+    tokens = torch.ones(1, len(tree) + 1, dtype=torch.int64, device=target.device)
+
+    @torch.inference_mode()
+    def run() -> None:
+        own.lengths[0] = cache.lengths[0] = CONTEXT
+        guessed = head(features, tokens[:, :1], own)
+        own.lengths[0] += 1
+        for level in levels_of(tree):
+            if level.number:
+                fed = tokens[:, : len(level.parents)]
+                guessed = head(guessed[:, level.above], fed, own, branches=level.branches)
+            head.logits(guessed)
+        target.forward(tokens, cache, branches=Branches.behind_root(tree.parents))
+        synchronise(target.device)
+
+    num_bytes = target.step_bytes + tree.depth * head.step_bytes + CONTEXT * target.token_bytes
+    expected = 1 + expected_accepted(tree, rates.acceptance)
+    return Sized(run, num_bytes, len(tree) + 1, lambda: {"depth": tree.depth, "expected_tokens": expected})
+
+
 def _sampling(target: CausalLM, vocab_size: int) -> Sized:
     """The law of five positions at temperature 1, of logits as the target gives them, and a draw from each."""
     generator = torch.Generator().manual_seed(0)
@@ -220,9 +256,26 @@ def lines(records: Sequence[dict[str, Any]]) -> Iterator[str]:
         )
         yield f"{'axis':14}{'size':>8}{'ms':>10}{'us/token':>10}{'of roofline':>13}"
         yield from map(_line, sizes)
+        yield from _worth_of_trees(sizes)
     if steps:
         yield f"{'a decode step':16}{'':10}{'rows':>5}{'ms':>9}" + "".join(f"{phase:>14}" for phase in phases.PHASES)
         yield from map(_line_of_shares, steps)
+
+
+def _worth_of_trees(records: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """Where trees pay, by their costs and by how often the draft's nodes were accepted where that was measured."""
+    trees = [record for record in records if record["axis"] == "tree"]
+    plain = next((record for record in records if (record["axis"], record["size"]) == ("width", 1)), None)
+    if not trees or not plain:
+        return
+    speedups = [each["expected_tokens"] * plain["median_s"] / each["median_s"] for each in trees]
+    best = max(zip(speedups, trees, strict=True), key=lambda pair: pair[0])
+    paying = [each["size"] for speedup, each in zip(speedups, trees, strict=True) if speedup > 1]
+    yield (
+        f"trees expect {best[0]:.2f} times the tokens per second of plain decoding with {best[1]['size']} nodes in "
+        f"{best[1]['depth']} levels; "
+        + (f"the largest measured that pays has {max(paying)}" if paying else "none measured pays")
+    )
 
 
 def _line(record: dict[str, Any]) -> str:

@@ -58,7 +58,7 @@ _CHARTS: dict[str, tuple[str, str, str, dict[str, str]]] = {
         f"A step by its width, behind {cost.CONTEXT} tokens",
         "tokens scored in a step",
         "ms per step",
-        {"width": "one row"},
+        {"width": "one row", "tree": "a tree, drawn and scored"},
     ),
     "context": (
         "A step by its context",

@@ -472,11 +472,22 @@ def _best_tree(
     acceptance = [level[: _num_draftable(draft)] for level in rates.acceptance]
     if num_nodes != "auto":
         return optimal_tree(acceptance, num_nodes, rates.level_cost)
+    tree = tree_that_pays(acceptance, *_tree_costs(target, drawing, rows, records))
+    return tree or Tree.chain(1)  # to propose nothing is not this method's
+
+
+def tree_costs(target: LanguageModel, draft: Any, rows: int = 1) -> tuple[list[float], float]:
+    """Measured seconds of a target step over 1, 2, ... tokens in each of so many rows, and of drawing one level."""
+    drawing = _drawing(target, draft)
+    assert drawing, "a draft that draws"
+    return _tree_costs(target, drawing, rows, None if is_on_one_device(target, draft) else False)
+
+
+def _tree_costs(target: LanguageModel, drawing: Drawing, rows: int, records: bool | None) -> tuple[list[float], float]:
     widths = [width for width in _TREE_WIDTHS if width < target.context_length]
     costs_s = target_costs(target, rows, records, widths)
     step_s = np.interp(range(1, max(widths) + 1), widths, costs_s).tolist()
-    tree = tree_that_pays(acceptance, step_s, _draft_cost(target, drawing(None), rows, records))
-    return tree or Tree.chain(1)  # to propose nothing is not this method's
+    return step_s, _draft_cost(target, drawing(None), rows, records)
 
 
 def _draft_cost(target: LanguageModel, proposer: Proposer, rows: int, records: bool | None) -> float:

@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from specdec import AcceptanceCounts, Engine, SamplingParams
+from specdec import AcceptanceCounts, Engine, SamplingParams, kernels
 from specdec.models.causal import CausalLM
 
 MAX_TOKENS = 20
@@ -67,7 +67,7 @@ def test_greedy_equals_transformers(
         assert sum(c.counts.num_accepted for c in completions) > 0
 
 
-@pytest.mark.parametrize("method", ["ngram", "ngram_table", "suffix", "draft_model", "eagle", "hybrid"])
+@pytest.mark.parametrize("method", ["ngram", "ngram_table", "suffix", "draft_model", "eagle", "hybrid", "tree"])
 def test_greedy_equals_transformers_as_people_load_it(method: str, prompts: list, reference: list) -> None:
     """`Engine.load` fuses layers and finds the pair's own drafts; in float32 the tokens stay the same."""
     engine = Engine.load("smollm2-135m", dtype=torch.float32, method=method, num_speculative_tokens=3, max_batch_size=2)
@@ -75,7 +75,7 @@ def test_greedy_equals_transformers_as_people_load_it(method: str, prompts: list
     assert [list(c.token_ids) for c in completions] == reference
     counts = AcceptanceCounts.total(c.counts for c in completions)
     assert counts.num_accepted > 0
-    if method in ("eagle", "draft_model", "hybrid"):  # trained for this target, and fed the right features
+    if method in ("eagle", "draft_model", "hybrid", "tree"):  # trained for this target, and fed the right features
         assert counts.acceptance_rate_at[0] > 0.25
 
 
@@ -85,6 +85,20 @@ def test_the_first_layers_draft_and_change_nothing(default_model: CausalLM, prom
     completions = Engine(default_model, method="early_exit", **options).generate(prompts, GREEDY)
     assert [list(c.token_ids) for c in completions] == reference
     assert sum(c.counts.num_accepted for c in completions) > 0
+
+
+@pytest.mark.skipif(not kernels.available(torch.bfloat16), reason="kernels need Linux, a C++ compiler and AVX512-BF16")
+def test_trees_say_in_bf16_what_plain_decoding_says(prompts: list) -> None:
+    """Near ties included: a node's logits are the same bits, of a head's tree and of a draft model's."""
+    tree = [(0,), (1,), (2,), (0, 0), (0, 1), (1, 0), (0, 0, 0)]
+    plain = None
+    for draft in ("smollm2-135m-eagle", "smollm2-135m-draft"):
+        engine = Engine.load("smollm2-135m", method="tree", draft=draft, tree=tree, max_batch_size=2)
+        completions = engine.generate(prompts, GREEDY)
+        plain = plain or [c.token_ids for c in Engine(engine.target).generate(prompts, GREEDY)]
+        assert [c.token_ids for c in completions] == plain
+        counts = AcceptanceCounts.total(c.counts for c in completions)
+        assert counts.num_accepted > 0.2 * counts.num_steps
 
 
 def test_self_draft_is_accepted_always(default_model: CausalLM, prompts: list, reference: list) -> None:

@@ -41,7 +41,7 @@ LAYERS = [
     {"conformance.arms"},
     {"conformance.audit"},
     {"distill", "distill.prompts", "distill.loss", "distill.cost"},
-    {"distill.corpus"},
+    {"distill.corpus", "distill.tree"},
     {"distill.dataset"},
     {"distill.students"},
     {"distill.training"},

@@ -6,6 +6,7 @@ python -m specdec.distill head   --target smollm2-135m --folder work --out my-he
 python -m specdec.distill draft  --target smollm2-135m --folder work --out my-draft
 python -m specdec.distill table  --target smollm2-135m --folder work --out my-table
 python -m specdec.distill compare --target smollm2-135m --folder work --head my-head
+python -m specdec.distill tree   --target smollm2-135m --prompts held_out.jsonl --out my-tree
 """
 
 from __future__ import annotations
@@ -27,12 +28,15 @@ def parser() -> argparse.ArgumentParser:
         verb = verbs.add_parser(name, help=(run.__doc__ or "").splitlines()[0])
         verb.set_defaults(run=run)
         verb.add_argument("--target", required=True, help="a bundled name, a hub id or a folder")
-        verb.add_argument("--folder", type=Path, required=True, help="where the corpus is")
+        if name != "tree":
+            verb.add_argument("--folder", type=Path, required=True, help="where the corpus is")
         verb.add_argument("--device", default="cpu")
         verb.add_argument("--seed", type=int, default=0)
         if name == "corpus":
             _corpus_options(verb)
-        if name in ("head", "draft", "table"):
+        if name == "tree":
+            _tree_options(verb)
+        if name in ("head", "draft", "table", "tree"):
             verb.add_argument("--out", type=Path, required=True, help="where the result is written")
         if name == "compare":
             verb.add_argument("--head", type=Path, required=True, help="a head that was trained")
@@ -55,6 +59,17 @@ def _corpus_options(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--temperatures", type=float, nargs="+", default=[0.0, 0.7, 1.0])
     verb.add_argument("--max-tokens", type=int, default=256, help="of an answer")
     verb.add_argument("--batch-size", type=int, default=64)
+
+
+def _tree_options(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("--draft", help="a head or a draft model (default: the head that comes with the target)")
+    verb.add_argument("--prompts", default="sharegpt", help="sharegpt, or a file of JSON lines with prompt")
+    verb.add_argument("--num-prompts", type=int, default=32)
+    verb.add_argument("--max-tokens", type=int, default=64, help="of an answer")
+    verb.add_argument("--temperatures", type=float, nargs="+", default=[0.0, 1.0])
+    verb.add_argument("--widths", type=int, nargs="+", default=[6, 3, 2, 1], help="children by level, to measure with")
+    verb.add_argument("--nodes", type=int, help="of the tree (default: as many as pay by costs measured here)")
+    verb.add_argument("--batch-size", type=int, default=1)
 
 
 def _training_options(verb: argparse.ArgumentParser) -> None:

@@ -20,11 +20,17 @@ from specdec.distill.comparison import compare
 from specdec.distill.cost import draft_cost_ratio, head_cost_ratio
 from specdec.distill.dataset import Dataset
 from specdec.distill.students import DraftStudent, HeadGuesser, HeadStudent, Student, unscale
-from specdec.engine import Engine
+from specdec.distill.tree import count
+from specdec.drafts import RATES_FILE, kind_of, load_with_drafts
+from specdec.engine import Engine, tree_costs
 from specdec.models.derived import materialise, save_derived
 from specdec.models.eagle import fingerprint, load_head, new_head, write_config
-from specdec.models.loading import load_pretrained, read_vocabulary
+from specdec.models.loading import load_pretrained, packaged_draft, read_vocabulary
+from specdec.prompts import encode
+from specdec.proposers.draft_model import DraftModelProposer
+from specdec.proposers.eagle import EagleProposer
 from specdec.proposers.table import NgramTable
+from specdec.trees import Tree, expected_accepted, optimal_tree, tree_that_pays
 from specdec.wheels import LoadError as LoadError
 
 FREQUENT = 4096  # tokens whose probabilities count at every training step
@@ -121,6 +127,44 @@ def compare_with_lookup(options: Namespace) -> None:
             print(f"{name:8} {row.match:5} {row.positions:10}", *(f"{number:12.3f}" for number in numbers))
 
 
+def best_tree(options: Namespace) -> None:
+    """Measure how often a draft's siblings are accepted, and write the best tree (method tree)."""
+    source = options.draft or packaged_draft(options.target, "tree")
+    if source is None:
+        raise ValueError(f"draft={options.draft!r} must be named: none comes with the target {options.target!r}")
+    loading = {"dtype": torch.bfloat16, "device": options.device, "load_format": "auto", "attention": "sdpa"}
+    target, drafts = load_with_drafts(options.target, [source], **loading)
+    draft: Any = drafts[source]
+    tree = Tree.balanced(options.widths)
+    proposer = (EagleProposer if kind_of(draft) == "head" else DraftModelProposer)(draft, tree=tree)
+    asked = [encode(each.prompt, target.tokenizer) for each in prompts.read(options.prompts)[: options.num_prompts]]
+    sizes = {"max_tokens": options.max_tokens, "batch_size": options.batch_size, "seed": options.seed}
+    counts = count(target, proposer, asked, tree, options.temperatures, **sizes)
+    acceptance, (step_s, level_s) = counts.acceptance(), tree_costs(target, draft)
+    level_cost = level_s / step_s[0]
+    facts = {"acceptance": acceptance, "level_cost": level_cost, "tried": counts.tried} | _about(options)
+    options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / RATES_FILE).write_text(json.dumps(facts, indent=1) + "\n")
+    for level, (rates, tried) in enumerate(zip(acceptance, counts.tried, strict=False), 1):
+        print(f"level {level}, {tried[0]:6} times:", *(f"{rate:6.3f}" for rate in rates))
+    best = tree_that_pays(acceptance, step_s, level_s)
+    print(
+        f"one level costs {facts['level_cost']:.3f} of a step; " + _described("best by these costs", best, acceptance)
+    )
+    if options.nodes:
+        best = optimal_tree(acceptance, options.nodes, level_cost)
+        print(_described("asked for", best, acceptance))
+    if best:
+        best.save(options.out / "tree.json", **_about(options))
+
+
+def _described(name: str, tree: Tree | None, acceptance: list[list[float]]) -> str:
+    if tree is None:
+        return f"{name}: none, plain decoding is faster"
+    tokens = 1 + expected_accepted(tree, acceptance)
+    return f"{name}: {len(tree)} nodes in levels of {', '.join(map(str, tree.widths))}, {tokens:.2f} tokens a step"
+
+
 def _prepare(options: Namespace) -> tuple[Any, Any, Dataset, Tensor]:
     """The target, its tokenizer, the data set, and how often each token occurs in it."""
     model, tokenizer = load_pretrained(options.target, dtype=torch.bfloat16, device=options.device)
@@ -177,4 +221,5 @@ VERBS: dict[str, Callable[[Namespace], None]] = {
     "draft": train_draft,
     "table": count_table,
     "compare": compare_with_lookup,
+    "tree": best_tree,
 }

@@ -120,6 +120,32 @@ def test_what_an_axis_needs() -> None:
     assert needs["width"] == needs["ngram"] == needs["phases-autoregressive-greedy"] == "autoregressive"
     assert needs["head"] == needs["phases-eagle-sampled"] == "eagle"
     assert needs["phases-hybrid-greedy"] == "hybrid"
+    assert needs["tree"] == "tree"
+
+
+def test_a_tree_is_drawn_and_scored(engine: SpecdecEngine) -> None:
+    """Each node that has children is fed to the head once, and all of them and the newest token to the target."""
+    work = cost.sized(engine, "tree", 9)
+    work.run()
+    facts = work.facts()
+    assert work.tokens == 10
+    assert 1 < facts["expected_tokens"] < 1 + facts["depth"]
+
+
+def test_where_trees_pay_is_told() -> None:
+    def record(axis: str, size: int, median_s: float, **facts: float) -> dict[str, Any]:
+        return {"axis": axis, "size": size, "median_s": median_s, "tokens": size, "roofline_share": None} | facts
+
+    plain = record("width", 1, 1.0, read_bandwidth=1e9)
+    trees = [
+        record("tree", size, median_s, expected_tokens=tokens, depth=2)
+        for size, median_s, tokens in ((2, 1.25, 1.5), (8, 1.25, 2.0), (16, 2.0, 2.25), (64, 5.0, 2.5))
+    ]
+    assert list(cost.lines([plain, *trees]))[-1] == (
+        "trees expect 1.60 times the tokens per second of plain decoding with 8 nodes in 2 levels; "
+        "the largest measured that pays has 16"
+    )
+    assert list(cost.lines([plain, trees[-1]]))[-1].endswith("; none measured pays")
 
 
 def decoded(num_steps: list[int], times: PhaseTimes) -> Run:
