@@ -37,8 +37,9 @@ def together(engine: Engine, prompts: list, params: list[SamplingParams]) -> lis
     return [(c.index, c.sample, c.token_ids) for c in engine.generate(prompts, params)]
 
 
-@pytest.mark.parametrize("verification", ["token", "coupled"])
-@pytest.mark.parametrize("method", FORGETFUL)
+@pytest.mark.parametrize(
+    ("method", "verification"), [*((method, "token") for method in FORGETFUL), ("draft_model", "coupled")]
+)
 def test_samples_are_what_their_seeds_give(method: str, verification: str) -> None:
     """In any batch, beside other prompts, in slots that change hands; the first is what one sample gives."""
     expected = alone(engine_for(method, verification=verification), PROMPTS, PARAMS)
