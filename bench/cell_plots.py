@@ -192,8 +192,10 @@ def _speedups(cells: Sequence[Record], kinds: Kinds, most: float) -> Iterator[Ch
 
 
 def _highest(block: Sequence[Sequence[Record]]) -> float:
-    """Of the speed-ups of some engines, with the ends of their intervals."""
-    return max((_end(cell, "speedup", "speedup_high") for cells in block for cell in drafting(cells)), default=0.0)
+    """Of the speed-ups of some engines, with the ends of their intervals, but for those that are far longer."""
+    measured = [cell for cells in block for cell in drafting(cells)]
+    most = max((cell["speedup"] for cell in measured), default=0.0)
+    return max((min(_end(cell, "speedup", "speedup_high"), 3 * most) for cell in measured), default=0.0)
 
 
 def _likeliest(block: Sequence[Sequence[Record]]) -> float:

@@ -58,7 +58,8 @@ def _numbers(found: Difference) -> tuple[str, str, str]:
 
 def _counted(found: Sequence[Difference]) -> str:
     counts = Counter(each.verdict for each in found)
-    return ", ".join(f"{count} {verdict}" for verdict, count in counts.most_common())
+    told = ", ".join(f"{count} {verdict}" for verdict, count in counts.most_common())
+    return told or "no times that could be compared"
 
 
 def chapter(before: Results, after: Results, name: str) -> Chapter:
@@ -69,11 +70,13 @@ def chapter(before: Results, after: Results, name: str) -> Chapter:
     others = len(found) - sum(counts[verdict] for verdict in shown)
     cards = [Card(str(counts[verdict]), f"of {len(found)} cells: {verdict}") for verdict in shown]
     cards += [Card(str(others), f"of {len(found)} cells: only in one of the runs")] if others else []
-    told = [each for each in found if each.outputs_equal is not None]
-    same = sum(each.outputs_equal is True for each in told)
-    cards += [Card(f"{same} of {len(told)}", "cells whose outputs are equal, token for token")] if told else []
+    known = [each for each in found if each.outputs_equal is not None]
+    same = sum(each.outputs_equal is True for each in known)
+    cards += [Card(f"{same} of {len(known)}", "cells whose outputs are equal, token for token")] if known else []
     about = (f"the earlier: {before.name}: {before.described()}", f"the later: {after.name}: {after.described()}")
-    parts = section("cells", "Cell by cell", MEANING, *_reasons(found), _table(found), *_audits(before, after))
+    parts = section(
+        "cells", "Cell by cell", MEANING if found else "", *_reasons(found), _table(found), *_audits(before, after)
+    )
     return Chapter(name, f"What changed: {after.name} against {before.name}", about, tuple(cards), tuple(parts))
 
 

@@ -149,6 +149,7 @@ control_largest_gap | logits | The same of plain decoding.
 alpha | 1 | The probability that a lossless engine is called lossy, at the most.
 beta | 1 | The probability that a detectable distance is missed, at the most.
 logit_noise | logits | What rounding explains.
+options | | Options of the engine that was audited.
 command | | How to do it again.
 schema_version | | Of the record's form.
 """

@@ -20,6 +20,7 @@ LETTER = 6.3  # mean width of one at 11 px
 ROW = 36.0
 NUM_KINDS = 8
 NUM_TICKS = 5
+LONGEST = 3.0  # times the largest value: intervals are shown up to there, and their ends are told in words
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,10 +96,17 @@ def _grid_line(left: float, y: float, label: str) -> Markup:
 
 def _y_ticks(chart: Chart) -> list[tuple[float, str]]:
     """From 0, or in powers of ten, up to what holds all values and the ends of their intervals."""
-    values = [value for series in chart.series for value in (*series.y, *(series.high or ()))]
+    values = [value for series in chart.series for value in series.y]
     if chart.log_y:
         return _log_ticks(min(values), max(values))
-    return ticks(max([*values, chart.y_most]))
+    highs = [high for series in chart.series for high in series.high or ()]
+    return ticks(most_shown([*values, chart.y_most], highs))
+
+
+def most_shown(values: Sequence[float], highs: Sequence[float]) -> float:
+    """What an axis must reach: one interval that is far longer than others must not press all else together."""
+    most = max(values, default=1.0)
+    return max([most, *(min(high, LONGEST * most) for high in highs)])
 
 
 def ticks(most: float) -> list[tuple[float, str]]:
@@ -162,10 +170,9 @@ def _point(index: int, series: Series, y_scale: Scale, x: float, y: float, told:
     label, place, value = told
     parts = [element("title", f"{label}, {place}: {value}")]
     if series.low is not None and series.high is not None:
-        low, high = y_scale(series.low[index]), y_scale(series.high[index])
-        parts.append(
-            element("path", d=f"M{x:.1f} {low:.1f}V{high:.1f}M{x - 3:.1f} {low:.1f}h6M{x - 3:.1f} {high:.1f}h6")
-        )
+        low, high = y_scale(series.low[index]), y_scale(min(series.high[index], y_scale.most))
+        cap = f"M{x - 3:.1f} {high:.1f}h6" if series.high[index] <= y_scale.most else ""  # else it goes on
+        parts.append(element("path", d=f"M{x:.1f} {low:.1f}V{high:.1f}M{x - 3:.1f} {low:.1f}h6{cap}"))
     return element("g", *parts, marker(series.kind, x, y))
 
 
@@ -210,8 +217,8 @@ def marker(kind: int, x: float, y: float) -> Markup:
 
 def _rows(rows: Rows) -> Markup:
     """Each with its name and number above it."""
-    most = max(max(line.high, line.predicted or 0, rows.reference) for line in rows.lines)
-    told = ticks(most)
+    values = [value for line in rows.lines for value in (line.value, line.predicted or 0.0)]
+    told = ticks(most_shown([*values, rows.reference], [line.high for line in rows.lines]))
     scale = Scale(0, told[-1][0], 12, WIDTH - 20)
     bottom = 14 + ROW * len(rows.lines)
     reference = scale(rows.reference)
@@ -229,12 +236,13 @@ def _rows(rows: Rows) -> Markup:
 def _row(line: Line, y: float, scale: Scale) -> Markup:
     ends = f" [{line.low:.2f}, {line.high:.2f}]" if line.low < line.high else ""
     predicted = "" if line.predicted is None else f", predicted {line.predicted:.2f}"
-    middle, low, high = y + 12, scale(line.low), scale(line.high)
+    middle, low, high = y + 12, scale(line.low), scale(min(line.high, scale.most))
     mark = Markup()
     if line.predicted is not None:
         place = scale(line.predicted)
         mark = element("line", x1=place, x2=place, y1=middle - 7, y2=middle + 7, class_="predicted")
-    whiskers = f"M{low:.1f} {middle:g}H{high:.1f}M{low:.1f} {middle - 4:g}v8M{high:.1f} {middle - 4:g}v8"
+    cap = f"M{high:.1f} {middle - 4:g}v8" if line.high <= scale.most else ""
+    whiskers = f"M{low:.1f} {middle:g}H{high:.1f}M{low:.1f} {middle - 4:g}v8{cap}"
     return element(
         "g",
         element("title", f"{line.label}: {line.value:.2f}{ends}{predicted}"),

@@ -200,6 +200,21 @@ def test_what_is_drawn_stands_where_its_numbers_are() -> None:
     assert sorted((kind, path.count("L")) for path, kind in lines) == [("dash", 1), ("line", 1), ("line", 1)]
 
 
+def test_one_long_interval_does_not_press_all_else_together() -> None:
+    """It goes on beyond the axis, without a cap; its end is told in words."""
+    series = Series("a", (1.0, 2.0), (1.0, 2.0), 0, (0.5, 1.0), (1.5, 90.0))
+    drawn = svg.draw(Chart("", "", "gamma", "", (series,)))
+    labels = [float(label) for label in re.findall(r'class="end">([\d.]+)</text>', drawn)]
+    assert max(labels) == 6
+    assert "a, gamma 2: 2 [1, 90]" in drawn
+    whiskers = re.findall(r'd="(M[\d. ]+V[^"]+)"', drawn)
+    assert [path.count("h6") for path in whiskers] == [2, 1]
+    assert float(whiskers[1].partition("V")[2].partition("M")[0]) == svg.TOP
+    rows = svg.draw(Rows("", "", "", (Line("a", 2.0, 1.0, 90.0), Line("b", 1.0, 0.5, 1.5))))
+    assert max(float(label) for label in re.findall(r'class="mid">([\d.]+)</text>', rows)) == 6
+    assert "2.00 [1.00, 90.00]" in rows
+
+
 def test_rows_and_bars_are_drawn_to_scale() -> None:
     rows = Rows("name", "title", "speed-up", (Line("a", 1.5, 1.25, 2.0, 0, 1.75), Line("b", 0.5, 0.5, 0.5, 1)))
     drawn = svg.draw(rows)
