@@ -87,7 +87,7 @@ def config(make_config: Callable[..., BenchConfig]) -> BenchConfig:
 def test_a_record_by_hand(config: BenchConfig) -> None:
     # from 0 to 4, from 2 to the end at 12 (not finished), refused at 4 and so never there, from 6 to 10
     results = (result(1.0, 4.0, 4, 0.5), None, None, result(2.0, 4.0, 2, 1.5))
-    times = PhaseTimes(prefill_s=1.0, draft_s=0.5, scoring_s=4.0, verification_s=0.5, total_s=12.0)
+    times = PhaseTimes(prefill_s=1.0, draft_s=0.5, scoring_s=7.0, verification_s=0.5, total_s=12.0)
     served = Served(results, wall_s=12.0, phase_times=times, refused=frozenset({2}))
     record = records.build_load(CELL, PAIR, config, "1.0", "cpu", served, [0.0, 2.0, 4.0, 6.0])
     expected = {
@@ -109,7 +109,7 @@ def test_a_record_by_hand(config: BenchConfig) -> None:
         "queue_s": 1.0,
         "mean_num_in_flight": 18 / 12,
         "peak_num_in_flight": 2,
-        "busy_rate": 0.5,
+        "busy_rate": 0.75,
         "num_drafted": 16,
         "num_accepted": 6,
         "acceptance_rate": 6 / 16,
