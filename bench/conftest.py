@@ -167,6 +167,12 @@ def session(pytestconfig: pytest.Config) -> Session:
     return pytestconfig.stash[SESSION]
 
 
+@pytest.fixture
+def cell(engine: str, pair: str, method: str, gamma: int | str, placement: str, workload: str, batch_size: int) -> Cell:
+    """The test's cell, from its parameters."""
+    return Cell(engine, pair, method, gamma, placement, workload, batch_size)
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
     for private in ("node", "release"):  # the host's name and its kernel are nobody's business

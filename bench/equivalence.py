@@ -1,9 +1,15 @@
-"""Whether an engine's speculation is lossless: audits of `specdec.conformance` over the engines of the benchmarks."""
+"""Whether an engine's speculation is lossless: audits of `specdec.conformance` over the engines of the benchmarks.
+
+`python -m bench.equivalence FOLDER` prints the certificates of a folder as a table.
+"""
 
 from __future__ import annotations
 
+import argparse
+import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from bench.cells import Cell
@@ -17,6 +23,10 @@ from specdec.conformance.reference import Reference
 from specdec.conformance.verdicts import Limits
 
 Record = dict[str, Any]
+PLAIN = {"temperature": 1.0, "top_k": 0, "top_p": 1.0}  # what goes without saying in the name of a certificate
+
+
+PlainOutputs = dict[Any, list[list[int]]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,12 +34,14 @@ class Audited:
     """A cell's engine as an audit asks it: the two arms are its method and its own plain decoding.
 
     on_tokens: is told how many tokens the speculative arm has emitted since it was told last.
+    plain_outputs: of plain decoding, by what was asked: all methods of a run have the same, and are given them once.
     """
 
     engine: BenchEngine
     cell: Cell
     sampling: SamplingParams
     on_tokens: Callable[[int], object] = int
+    plain_outputs: PlainOutputs = field(default_factory=dict)
 
     def speculative(self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], max_tokens: int) -> list[list[int]]:
         outputs = self._outputs(self.cell.method, self.cell.gamma, prompts, seeds, max_tokens)
@@ -37,7 +49,11 @@ class Audited:
         return outputs
 
     def plain(self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], max_tokens: int) -> list[list[int]]:
-        return self._outputs("autoregressive", 0, prompts, seeds, max_tokens)
+        whose = (self.cell.engine, self.cell.pair, self.cell.placement, self.sampling)
+        key = (repr(whose), tuple(map(tuple, prompts)), tuple(seeds), max_tokens)
+        if key not in self.plain_outputs:
+            self.plain_outputs[key] = self._outputs("autoregressive", 0, prompts, seeds, max_tokens)
+        return self.plain_outputs[key]
 
     def _outputs(
         self, method: str, gamma: Gamma, prompts: Sequence[Sequence[int]], seeds: Sequence[int], max_tokens: int
@@ -53,10 +69,12 @@ def certify(
     prompts: Sequence[Sequence[int]],
     config: BenchConfig,
     device: str,
+    plain_outputs: PlainOutputs | None = None,
     *,
     on_tokens: Callable[[int], object] = int,
 ) -> Certificate:
-    """Audit a cell's engine against the pair's target in float32; on_tokens: as for `Audited`.
+    """Audit a cell's engine against the pair's target in float32; plain_outputs, those of this run, and on_tokens: as
+    for `Audited`.
 
     Raises ValueError where acceptance is prescribed: such an engine does not even try.
     """
@@ -69,7 +87,7 @@ def certify(
     )
     reference, draft = _references(pair, cell, sampling, device)
     findings = audit(
-        Audited(engine, cell, sampling, on_tokens),
+        Audited(engine, cell, sampling, on_tokens, {} if plain_outputs is None else plain_outputs),
         reference,
         prompts,
         draft=draft,
@@ -78,10 +96,7 @@ def certify(
         seed=config.seed,
         limits=Limits(max_tv=config.max_tv),
     )
-    subject = Subject(
-        cell.engine, engine.version, cell.pair, cell.method, cell.gamma, config.verification, config.command
-    )
-    return Certificate.of(subject, findings)
+    return Certificate.of(subject(cell, engine.version, config), findings)
 
 
 def _references(pair: Pair, cell: Cell, sampling: SamplingParams, device: str) -> tuple[Reference, Reference | None]:
@@ -105,6 +120,33 @@ def _references(pair: Pair, cell: Cell, sampling: SamplingParams, device: str) -
     return Reference(target, sampling), Reference(draft, sampling) if draft else None
 
 
+def subject(cell: Cell, version: str, config: BenchConfig) -> Subject:
+    return Subject(
+        cell.engine,
+        version,
+        cell.pair,
+        cell.method,
+        cell.gamma,
+        config.verification,
+        config.command,
+        _options(cell, config),
+    )
+
+
+def _options(cell: Cell, config: BenchConfig) -> str | None:
+    """What the engine was told beside that which all engines are told."""
+    return config.vllm_options if cell.engine == "vllm" and json.loads(config.vllm_options) else None
+
+
+def file_name(certificate: Certificate) -> str:
+    """Of a certificate, without its suffix: what tells it from the others of its engine."""
+    subject, sampling = certificate.subject, certificate.findings.sampling
+    told = {name: sampling[name] for name in ("temperature", "top_k", "top_p")}
+    given = json.loads(subject.options or "{}").get("speculative_config", {})
+    whose = (subject.engine, subject.pair, subject.method, subject.gamma, subject.verification, *given.values())
+    return "-".join(map(str, (*whose, *(f"{name}={value:g}" for name, value in told.items() if value != PLAIN[name]))))
+
+
 def lines(records: Sequence[Record]) -> list[str]:
     """A line for each certificate."""
     return [_line(record) for record in records]
@@ -116,3 +158,48 @@ def _line(record: Record) -> str:
         f"p = {record['p_value']:.2g} (plain decoding {record['control_p_value']:.2g}), {record['num_draws']} tokens, "
         f"would have shown a distance of {record['min_detectable_tv']:.3f}"
     )
+
+
+HEAD = (
+    "| engine | method | verification | sampling | verdict | p with speculation | p without | tokens | "
+    "would have been found | differs by at most |\n|---|---|---|---|---|---|---|---|---|---|"
+)
+
+
+def row(path: Path) -> str:
+    """A certificate in a table, with a link to its page. Distances are in hundredths of probability."""
+    record = Certificate.load(path).record()
+    draft = " ".join(json.loads(record["options"] or "{}").get("speculative_config", {}).values())
+    method = " ".join(filter(None, (record["method"], str(record["gamma"]), draft)))
+    cells = (
+        f"{record['engine']} {record['engine_version']}",
+        method,
+        record["verification"],
+        _sampling(record["sampling"]),
+        f"[{record['verdict']}]({path.name.removesuffix('.json')}.md)",
+        f"{record['p_value']:.2g}",
+        f"{record['control_p_value']:.2g}",
+        record["num_draws"],
+        f"{100 * record['min_detectable_tv']:.3g}",
+        f"{100 * record['tv_upper_bound']:.3g}",
+    )
+    return f"| {' | '.join(map(str, cells))} |"
+
+
+def _sampling(sampling: Record) -> str:
+    if sampling["temperature"] == 0:
+        return "greedy"
+    others = [f"{name} {sampling[name]:g}" for name in ("top_k", "top_p") if sampling[name] != PLAIN[name]]
+    return ", ".join([f"T = {sampling['temperature']:g}", *others])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.equivalence", description=__doc__)
+    parser.add_argument("folder", type=Path, help="where certificates are, as JSON")
+    print(HEAD)
+    for path in sorted(parser.parse_args().folder.glob("*.json")):
+        print(row(path))
+
+
+if __name__ == "__main__":
+    main()

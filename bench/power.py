@@ -2,7 +2,8 @@
 
 Each mutant of `specdec.conformance.mutants` is planted in this library's own engine with a real pair, and its output is
 judged as an audit judges one: against the target's laws in float32, at the audit's own false-alarm rate. The engine
-without a bug comes first: it must be found innocent by the same tokens.
+without a bug comes first: it must be found innocent by the same tokens. How far a mutant is from the target is told
+where there is a formula for the first token of a step, as a mean over tokens that the sound engine emitted.
 """
 
 from __future__ import annotations
@@ -22,8 +23,9 @@ from bench.pairs import catalogue, folder
 from specdec import SamplingParams
 from specdec.conformance.arms import Answers, Arm
 from specdec.conformance.mutants import MUTANTS, maker
-from specdec.conformance.reference import Reference
-from specdec.conformance.verdicts import Limits
+from specdec.conformance.reference import Reference, Tokens
+from specdec.conformance.sizes import BROKEN_LAWS, total_variation
+from specdec.conformance.verdicts import Limits, bounds
 from specdec.decoding import Decoder
 from specdec.drafts import load_with_drafts
 from specdec.progress import bar
@@ -41,16 +43,22 @@ SAMPLING = {  # of mutants that show only so
 }
 STOPPING = ("M10 stop token ignored",)  # which need tokens to stop at that come often
 NEVER = {"M5 accept at equality": "only a uniform of exactly 0 shows it, one draw in 2^53; the exact tests do"}
+FEW = 2048  # tokens are enough to be no wiser about those
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
     """What became of a mutant. found_by: instrument -> tokens after which it alone rejects. num_draws: tokens judged.
 
-    errors: what is wrong beyond doubt. p_value: the least, corrected for their number.
+    sampling: what of it is not plain. size: total variation between the law of a step's first token and the target's,
+    None where no formula has it. tv_lower_bound: of all tokens, by those judged. errors: what is wrong beyond doubt.
+    p_value: the least, corrected for their number.
     """
 
     mutant: str
+    sampling: dict[str, Any]
+    size: float | None
+    tv_lower_bound: float
     found_by: dict[str, int]
     errors: tuple[str, ...]
     num_draws: int
@@ -58,7 +66,12 @@ class Finding:
 
 
 def judge(
-    name: str, decoder: Decoder, references: Sequence[Reference], prompts: Sequence[tuple[int, ...]], num_draws: int
+    name: str,
+    decoder: Decoder,
+    references: Sequence[Reference],
+    prompts: Sequence[tuple[int, ...]],
+    num_draws: int,
+    size: float | None = None,
 ) -> Finding:
     """Judge a decoder's output until an instrument finds it wrong, or `num_draws` tokens are used up.
 
@@ -77,7 +90,17 @@ def judge(
             done.update(arm.num_draws - done.n)
             if found_by or found.errors or arm.num_draws >= num_draws:
                 break
-    return Finding(name, found_by, found.errors, found.num_draws, found.p_value)
+    plain, given = (asdict(params) for params in (SAMPLED, target.sampling))
+    return Finding(
+        mutant=name,
+        sampling={key: value for key, value in given.items() if value != plain[key]},
+        size=size,
+        tv_lower_bound=bounds(found, arm.level, limits).tv_lower_bound,
+        found_by=found_by,
+        errors=found.errors,
+        num_draws=found.num_draws,
+        p_value=found.p_value,
+    )
 
 
 def _rounds(num_prompts: int, *, once: bool) -> Iterator[tuple[list[int], list[int]]]:
@@ -106,6 +129,16 @@ def _sampling(name: str, prompts: Sequence[tuple[int, ...]]) -> SamplingParams:
     return replace(SAMPLED, stop_token_ids=tuple(commonest))
 
 
+def sizes(references: Sequence[Reference], prompts: Sequence[Tokens], outputs: Sequence[Tokens]) -> dict[str, float]:
+    """Mean distance of each mutant that has a formula, over the tokens of outputs, by its name."""
+    sums, num_tokens = dict.fromkeys(BROKEN_LAWS, 0.0), sum(map(len, outputs))
+    for both in zip(*(each.laws(prompts, outputs) for each in references), strict=True):
+        target_probs, draft_probs = (positions.law.dense().double() for positions in both)
+        for name, broken_law in BROKEN_LAWS.items():
+            sums[name] += float(total_variation(broken_law(target_probs, draft_probs), target_probs).sum())
+    return {name: total / num_tokens for name, total in sums.items()}
+
+
 def findings(num_prompts: int, num_draws: int, dtype: torch.dtype) -> Iterator[Finding]:
     """Of the engine as it is, then of each mutant."""
     draft = folder(str(PAIR.draft))
@@ -117,13 +150,16 @@ def findings(num_prompts: int, num_draws: int, dtype: torch.dtype) -> Iterator[F
         return target, drafts[draft]
 
     engine, exact = load(dtype), load(torch.float32)
-    texts = workloads.sample(workloads.read("humaneval", None), num_prompts, 0)
-    prompts = [tuple(encode(prompt.text, exact[0].tokenizer)) for prompt in texts]
+    encoded = (tuple(encode(text.text, exact[0].tokenizer)) for text in workloads.read("humaneval", None))
+    prompts = sorted(encoded, key=len)[:num_prompts]  # what a prompt takes to read is no evidence
+    plain = [Reference(model, SAMPLED) for model in exact]
+    sound, rows = maker(*engine, GAMMA)(uniforms, verify_tokens, ROWS), prompts[:ROWS]
+    known = sizes(plain, rows, _outputs(sound, rows, range(len(rows)), plain[0]))
     for name, plant in {"none": maker, **MUTANTS}.items():
         sampling = _sampling(name, prompts)
-        references = [Reference(model, sampling) for model in exact]
+        references = plain if sampling == SAMPLED else [Reference(model, sampling) for model in exact]
         decoder = plant(*engine, GAMMA)(uniforms, verify_tokens, ROWS)
-        yield judge(name, decoder, references, prompts, num_draws)
+        yield judge(name, decoder, references, prompts, FEW if name in NEVER else num_draws, known.get(name))
 
 
 def line(found: Finding) -> str:
@@ -133,17 +169,23 @@ def line(found: Finding) -> str:
         told.append(f"by name: {found.errors[0]}")
     unseen = f"no (p = {found.p_value:.2g}){f'; {NEVER[found.mutant]}' if found.mutant in NEVER else ''}"
     said = "; ".join(told) or unseen
-    return f"| {found.mutant} | {said} | {found.num_draws} |"
+    size = "" if found.size is None else f"{found.size:.3f}"
+    return f"| {found.mutant} | {_told(found.sampling)} | {size} | {said} | {found.num_draws} |"
+
+
+def _told(sampling: dict[str, Any]) -> str:
+    values = {name: len(value) if name == "stop_token_ids" else value for name, value in sampling.items()}
+    return ", ".join(f"{name} {value:g}" for name, value in values.items()) or "T = 1"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.power", description=__doc__)
-    parser.add_argument("--num-prompts", type=int, default=64)
+    parser.add_argument("--num-prompts", type=int, default=16)
     parser.add_argument("--num-draws", type=int, default=20_000, help="tokens of each mutant at the most")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the findings here, too")
     given = parser.parse_args()
-    print("| mutant | found by, tokens | tokens judged |\n|---|---|---|", flush=True)
+    print("| mutant | sampling | size | found by, tokens | tokens judged |\n|---|---|---|---|---|", flush=True)
     found = []
     for each in findings(given.num_prompts, given.num_draws, getattr(torch, given.dtype)):
         found.append(asdict(each))

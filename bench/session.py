@@ -64,6 +64,7 @@ class Session:
         self.num_resumed = 0
         self.progress: TextIO = NOWHERE
         self._models = _Models(config, self.device)
+        self._plain_outputs: dict[Any, list[list[int]]] = {}  # of audits
 
     def open_journal(self) -> None:
         """Begin or resume the journal; until then nothing has been written."""
@@ -146,7 +147,7 @@ class Session:
         self._models.prepare([cell, dataclasses.replace(cell, method="autoregressive", gamma=0)], pair)
         engine = self._models.engine(cell.engine, pair)
         prompts = [tokens for _, tokens in self._chosen(cell, pair)]
-        audit = partial(equivalence.certify, engine, cell, pair, prompts, self.config, self.device)
+        audit = partial(equivalence.certify, engine, cell, pair, prompts, self.config, self.device, self._plain_outputs)
         try:
             with _failing(self.device), cell_bar(cell, self.config.num_draws, "token", self.progress) as done:
                 certificate = benchmark.pedantic(partial(audit, on_tokens=done.update), rounds=1)
@@ -154,8 +155,9 @@ class Session:
             pytest.fail(str(error), pytrace=False)
         folder = self.config.certificates
         folder.mkdir(parents=True, exist_ok=True)
-        certificate.save(folder / f"{cell.id}.json")
-        (folder / f"{cell.id}.md").write_text(certificate.markdown())
+        path = folder / equivalence.file_name(certificate)
+        certificate.save(path.with_name(f"{path.name}.json"))
+        path.with_name(f"{path.name}.md").write_text(certificate.markdown())
         return Entry(certificate.record(), list(benchmark.stats.stats.data))
 
     def _pair(self, cell: Cell) -> Pair:

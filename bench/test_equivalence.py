@@ -12,19 +12,8 @@ from bench.session import Session
 
 @pytest.mark.equivalence
 @pytest.mark.filterwarnings("ignore:Benchmark fixture was not used at all")
-def test_equivalence(
-    benchmark: Any,
-    session: Session,
-    engine: str,
-    pair: str,
-    method: str,
-    gamma: int | str,
-    placement: str,
-    workload: str,
-    batch_size: int,
-) -> None:
+def test_equivalence(benchmark: Any, session: Session, cell: Cell) -> None:
     """The audit of a cell is its only round. A lossy engine fails; what is undecided says how many draws it needs."""
-    cell = Cell(engine, pair, method, gamma, placement, workload, batch_size)
     record = session.certify(cell, benchmark)
     benchmark.extra_info.update(record)
     assert record["verdict"] != "lossy", "; ".join(record["reasons"])

@@ -12,19 +12,8 @@ from bench.session import Session
 
 # a cell that fails before it measures should say only why
 @pytest.mark.filterwarnings("ignore:Benchmark fixture was not used at all")
-def test_speedup(
-    benchmark: Any,
-    session: Session,
-    engine: str,
-    pair: str,
-    method: str,
-    gamma: int | str,
-    placement: str,
-    workload: str,
-    batch_size: int,
-) -> None:
+def test_speedup(benchmark: Any, session: Session, cell: Cell) -> None:
     """A round is a prompt, or a batch of them. Beside the candidate, which pytest-benchmark times, the same engine's
     autoregressive decoding and the reference engine run on the same prompt; counts are asserted, times never.
     """
-    cell = Cell(engine, pair, method, gamma, placement, workload, batch_size)
     benchmark.extra_info.update(session.run(cell, benchmark))

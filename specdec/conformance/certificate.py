@@ -19,7 +19,10 @@ SCHEMA_VERSION = 1
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """What was audited, and how to do it again. Any of these may be unknown: None."""
+    """What was audited, and how to do it again. Any of these may be unknown: None.
+
+    options: what the engine was told beside, as JSON.
+    """
 
     engine: str | None = None
     engine_version: str | None = None
@@ -28,6 +31,7 @@ class Subject:
     gamma: int | str | None = None
     verification: str | None = None
     command: str | None = None
+    options: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +116,7 @@ class Certificate:
             raise ValueError(
                 f"schema_version={record.get('schema_version')} must be {SCHEMA_VERSION}; make the certificate again"
             )
-        subject = Subject(**{f.name: record[f.name] for f in fields(Subject)})
+        subject = Subject(**{f.name: record.get(f.name) for f in fields(Subject)})
         values: dict[str, Any] = {f.name: record.get(f.name) for f in fields(Findings)}
         values |= {"speculative": _arm(record, ""), "control": _arm(record, "control_")}
         values["reasons"] = tuple(values["reasons"])
@@ -142,6 +146,8 @@ class Certificate:
             "",
             f"Versions: {_told(self.versions)}.",
         ]
+        if subject.options:
+            lines += ["", f"The engine was told: `{subject.options}`."]
         if subject.command:
             lines += ["", "To repeat it:", "", f"    {subject.command}"]
         return "\n".join(lines) + "\n"
@@ -213,7 +219,8 @@ def _arm_lines(title: str, arm: ArmFindings, logit_noise: float) -> list[str]:
 
 
 def _told(values: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name} {value}" for name, value in values.items())
+    plain: dict[str, Any] = _plain(values)  # as a certificate that was read back tells it
+    return ", ".join(f"{name} {value}" for name, value in plain.items() if value is not None)
 
 
 def _arm(record: Mapping[str, Any], prefix: str) -> ArmFindings:

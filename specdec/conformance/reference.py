@@ -7,6 +7,7 @@ output, and one wrong token does not spoil the judgement of the next.
 from __future__ import annotations
 
 import math
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -15,9 +16,10 @@ from torch import Tensor
 
 from specdec.devices import upload
 from specdec.models import Cache, LanguageModel, hold
-from specdec.sampling import Law, SamplingParams, SamplingState
+from specdec.sampling import Dense, Law, SamplingParams, SamplingState
 
-_CHUNK = 1 << 24  # probabilities held at a time
+_CHUNK = 1 << 22  # probabilities held at a time: as few as keep a step wide, for fresh memory costs more than a sum
+_REMEMBERED = 1 << 14  # positions of prompts whose keys and values are kept for the next outputs
 _LEAST = -87.0  # log-probability below which float32 has no number
 
 Tokens = Sequence[int]
@@ -55,8 +57,7 @@ class Reference:
                 f"{sampling.constraint} must not be in the reference's sampling; audit without a constraint"
             )
         self.model, self.sampling, self.batch_size = model, sampling, batch_size
-        self._prompts: list[tuple[int, ...]] = []
-        self._cache: Cache | None = None
+        self._caches: OrderedDict[tuple[tuple[int, ...], ...], Cache] = OrderedDict()  # by prompts, the last used last
 
     @property
     def vocab_size(self) -> int:
@@ -95,7 +96,8 @@ class Reference:
             requests = torch.arange(len(outputs), device=self.model.device).unsqueeze(1).expand_as(places) + first
             emitted = self._pad([output[start:stop] for output in outputs], stop - start)
             real = places < lengths
-            yield Positions(law[real], logits[real], emitted[real], requests[real], places[real])
+            chosen = [_chosen(each, real) for each in (logits, emitted, requests, places)]
+            yield Positions(_chosen_laws(law, real), *chosen)
 
     def _law(self, logits: Tensor, fed: Tensor, prompts: Sequence[Tokens], before: Sequence[Tokens]) -> Law:
         state = self._state(self.sampling, prompts, before)
@@ -111,16 +113,25 @@ class Reference:
         return upload([[*row, *[0] * (width - len(row))] for row in rows], self.model.device)
 
     def _prefilled(self, prompts: Sequence[Tokens], room: int) -> Cache:
-        """A cache that holds all but the last token of each prompt: the last call's, if its prompts were the same."""
-        keys = [tuple(prompt) for prompt in prompts]
+        """A cache that holds all but the last token of each prompt: an earlier call's, if its prompts were the same."""
+        keys = tuple(map(tuple, prompts))
         capacity = max(map(len, prompts)) + room
-        if self._cache is None or keys != self._prompts or self._cache.capacity < capacity:
+        cache = self._caches.pop(keys, None)
+        if cache is None or cache.capacity < capacity:
+            self._forget(len(prompts) * capacity)
             cache = self.model.allocate(len(prompts), capacity)
             for slot, prompt in enumerate(keys):
                 hold(self.model, prompt, cache, slot)
-            self._prompts, self._cache = keys, cache
-        self._cache.lengths[:] = [len(prompt) - 1 for prompt in keys]
-        return self._cache
+        self._caches[keys] = cache
+        cache.lengths[:] = [len(prompt) - 1 for prompt in keys]
+        return cache
+
+    def _forget(self, room: int) -> None:
+        """Drop caches, the least recently used first, until there is room for so many positions more."""
+        kept = sum(len(cache.lengths) * cache.capacity for cache in self._caches.values())
+        while self._caches and kept + room > _REMEMBERED:
+            cache = self._caches.popitem(last=False)[1]
+            kept -= len(cache.lengths) * cache.capacity
 
     @torch.inference_mode()
     def gap(self, prompt: Tokens, output: Tokens, logits: Tensor) -> float:
@@ -133,6 +144,15 @@ class Reference:
         whole = replace(self.sampling, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0)
         law = self._state(whole, [prompt], [output[:-1]]).law(logits[None, None])
         return boundary_gap(law.dense()[0, 0].double().log(), output[-1], self.sampling)
+
+
+def _chosen(rows: Tensor, real: Tensor) -> Tensor:
+    """Those of rows [batch, width, ...] that are real, bool [batch, width]: without a copy if all of them are."""
+    return rows.flatten(0, 1) if real.all() else rows[real]
+
+
+def _chosen_laws(law: Law, real: Tensor) -> Law:
+    return Dense(_chosen(law.probs, real)) if isinstance(law, Dense) else law[real]
 
 
 def boundary_gap(log_probs: Tensor, token: int, sampling: SamplingParams) -> float:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from audited import PROMPTS, ToyEngine
 
 from bench import equivalence
 from bench.cells import Cell
@@ -18,7 +19,9 @@ from bench.engines import PromptResult, Run
 from bench.options import BenchConfig
 from bench.pairs import catalogue
 from specdec import SamplingParams
+from specdec.conformance.audit import audit
 from specdec.conformance.certificate import Certificate
+from specdec.conformance.reference import Reference
 
 ROOT = Path(__file__).parents[2]
 CELL = Cell("specdec", "tiny-random", "ngram", 2, "same", "smoke", 2)
@@ -48,6 +51,42 @@ def test_both_arms_are_the_cell_s_engine_with_its_sampling_and_seeds_of_their_ow
         ("ngram", 2, [replace(params, seed=seed, max_tokens=12) for seed in (8, 9)]),
         ("autoregressive", 0, [replace(params, seed=1, max_tokens=6)]),
     ]
+
+
+def test_plain_decoding_is_asked_once_for_all_methods_of_a_run() -> None:
+    engine, outputs, params = Recorded(), {}, SamplingParams()
+    for method in ("ngram", "draft_model"):
+        audited = equivalence.Audited(engine, replace(CELL, method=method), params, plain_outputs=outputs)  # type: ignore[arg-type]
+        assert audited.plain([[5]], [1], 6) == [[5]]
+    assert len(engine.calls) == 1
+    other = equivalence.Audited(engine, CELL, replace(params, top_k=2), plain_outputs=outputs)  # type: ignore[arg-type]
+    for each, seed in ((audited, 2), (other, 1)):
+        assert each.plain([[5]], [seed], 6) == [[5]]
+    assert len(engine.calls) == 3
+
+
+@pytest.mark.parametrize(
+    ("sampling", "options", "name"),
+    [
+        ({}, "{}", "vllm-tiny-random-ngram-2-block"),
+        ({"temperature": 0.0, "top_k": 20}, "{}", "vllm-tiny-random-ngram-2-block-temperature=0-top_k=20"),
+        (
+            {},
+            '{"speculative_config": {"draft_sample_method": "probabilistic"}}',
+            "vllm-tiny-random-ngram-2-block-probabilistic",
+        ),
+    ],
+)
+def test_certificates_that_differ_have_names_that_differ(
+    sampling: dict, options: str, name: str, make_config: Callable[..., BenchConfig]
+) -> None:
+    engine = ToyEngine(SamplingParams(max_tokens=4))
+    found = audit(engine, Reference(engine.target, SamplingParams(max_tokens=4, **sampling)), PROMPTS, num_draws=8)
+    config, cell = make_config(vllm_options=options, verification="block"), replace(CELL, engine="vllm")
+    certificate = Certificate.of(equivalence.subject(cell, "1", config), found)
+    assert equivalence.file_name(certificate) == name
+    assert Certificate.from_record(certificate.record()).record() == certificate.record()
+    assert ("The engine was told: " in certificate.markdown()) == (options != "{}")
 
 
 def test_prescribed_acceptance_is_refused(make_config: Callable[..., BenchConfig]) -> None:

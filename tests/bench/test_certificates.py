@@ -1,0 +1,66 @@
+"""The committed verdicts: their page shows what their files say, and says it of all of them."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from bench import divergences, equivalence, power
+from specdec.conformance.certificate import Certificate
+from specdec.conformance.divergence import Divergence
+from specdec.conformance.mutants import MUTANTS
+
+BASELINES = Path(__file__).parents[2] / "bench" / "baselines"
+FOLDER = BASELINES / "certificates"
+PAGE = (FOLDER / "README.md").read_text()
+PATHS = sorted(FOLDER.glob("*.json"))
+
+
+def found_mutants() -> list[power.Finding]:
+    return [power.Finding(**record) for record in json.loads((BASELINES / "power.json").read_text())]
+
+
+@pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
+def test_a_certificate_is_in_the_table_and_has_its_page(path: Path) -> None:
+    certificate = Certificate.load(path)
+    assert equivalence.row(path) in PAGE
+    assert path.with_name(f"{path.name[: -len('.json')]}.md").read_text() == certificate.markdown()
+    assert equivalence.file_name(certificate) == path.name[: -len(".json")]
+    assert certificate.subject.command.startswith("pytest bench/ -m equivalence")
+    assert not re.search(r"(^|[\s='\"])/\w", certificate.subject.command), "a path of one machine"
+
+
+def test_the_table_has_no_others() -> None:
+    assert len(PATHS) >= 24
+    assert len(re.findall(r"\]\([\w=.-]+-4-[\w=.-]+\.md\)", PAGE)) == len(PATHS)
+
+
+def test_specdec_is_lossless_by_every_method_and_rule() -> None:
+    records = [Certificate.load(path).record() for path in PATHS]
+    ours = {(each["method"], each["verification"]): each["verdict"] for each in records if each["engine"] == "specdec"}
+    assert set(ours.values()) == {"lossless"}
+    assert len(ours) == 12
+
+
+def test_the_page_has_the_table_of_mutants() -> None:
+    found = found_mutants()
+    assert [each.mutant for each in found] == ["none", *MUTANTS]
+    for each in found:
+        assert power.line(each) in PAGE
+
+
+def test_mutants_of_a_twentieth_are_found_and_the_sound_engine_is_not() -> None:
+    sound, *mutants = found_mutants()
+    assert (sound.found_by, sound.errors, sound.num_draws) == ({}, [], 20_000)
+    large = [each for each in mutants if each.size is not None and each.size >= 0.05]
+    assert len(large) >= 4
+    assert all(each.found_by and min(each.found_by.values()) <= 20_000 for each in large)
+
+
+def test_the_page_has_the_divergences() -> None:
+    for record in json.loads((BASELINES / "divergences.json").read_text()):
+        parting = divergences.Parting(**record | {"divergence": Divergence(**record["divergence"])})
+        assert divergences.line(parting) in PAGE
