@@ -34,7 +34,7 @@ LAYERS = [
     {"__init__"},
     {"screen"},
     {"__main__"},
-    {"conformance", "conformance.enumeration", "conformance.mutants"},
+    {"conformance", "conformance.enumeration", "conformance.mutants", "conformance.sizes"},
     {"conformance.betting", "conformance.facts", "conformance.reference"},
     {"conformance.instruments", "conformance.certificate", "conformance.divergence"},
     {"conformance.verdicts"},
