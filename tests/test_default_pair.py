@@ -94,6 +94,7 @@ def test_trees_say_in_bf16_what_plain_decoding_says(prompts: list) -> None:
     plain = None
     for draft in ("smollm2-135m-eagle", "smollm2-135m-draft"):
         engine = Engine.load("smollm2-135m", method="tree", draft=draft, tree=tree, max_batch_size=2)
+        assert (getattr(engine.draft, "rates", None) is not None) == draft.endswith("eagle")  # measured of the head
         completions = engine.generate(prompts, GREEDY)
         plain = plain or [c.token_ids for c in Engine(engine.target).generate(prompts, GREEDY)]
         assert [c.token_ids for c in completions] == plain

@@ -7,6 +7,7 @@ import shutil
 import time
 from argparse import Namespace
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -142,20 +143,21 @@ def best_tree(options: Namespace) -> None:
     counts = count(target, proposer, asked, tree, options.temperatures, **sizes)
     acceptance, (step_s, level_s) = counts.acceptance(), tree_costs(target, draft)
     level_cost = level_s / step_s[0]
-    facts = {"acceptance": acceptance, "level_cost": level_cost, "tried": counts.tried} | _about(options)
+    about = _about(Namespace(**vars(options) | {"draft": Path(source).name, "prompts": Path(options.prompts).name}))
+    rounded = [[round(rate, 4) for rate in rates] for rates in acceptance]
+    facts = {"acceptance": rounded, "level_cost": round(level_cost, 4), "tried": counts.tried} | about
     options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / RATES_FILE).write_text(json.dumps(facts, indent=1) + "\n")
+    lines = (f" {json.dumps(name)}: {json.dumps(value)}" for name, value in facts.items())
+    (options.out / RATES_FILE).write_text("{\n" + ",\n".join(lines) + "\n}\n")
     for level, (rates, tried) in enumerate(zip(acceptance, counts.tried, strict=False), 1):
         print(f"level {level}, {tried[0]:6} times:", *(f"{rate:6.3f}" for rate in rates))
     best = tree_that_pays(acceptance, step_s, level_s)
-    print(
-        f"one level costs {facts['level_cost']:.3f} of a step; " + _described("best by these costs", best, acceptance)
-    )
+    print(f"one level costs {level_cost:.3f} of a step; " + _described("best by these costs", best, acceptance))
     if options.nodes:
         best = optimal_tree(acceptance, options.nodes, level_cost)
         print(_described("asked for", best, acceptance))
     if best:
-        best.save(options.out / "tree.json", **_about(options))
+        best.save(options.out / "tree.json", **about)
 
 
 def _described(name: str, tree: Tree | None, acceptance: list[list[float]]) -> str:
