@@ -156,7 +156,7 @@ def test_joint_law_under_a_constraint(tree: Tree) -> None:
 
 # -- mutants -------------------------------------------------------------------------------------------------
 
-NUM_DRAWS, SUPPORT = 4000, 9
+NUM_DRAWS, SUPPORT = 2600, 9
 RADIUS = radius(NUM_DRAWS, SUPPORT)
 SHARP = torch.tensor([[4, 0, 0], [0, 4, 0], [0, 0, 4], [3, 1, 0], [0, 3, 1], [1, 0, 3], [2, 1, 1]]).double() / 4
 SHARP_PAIR = MarkovModel(table(6, SHARP)), MarkovModel(table(106, COINS))
