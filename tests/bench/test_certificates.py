@@ -20,7 +20,7 @@ PATHS = sorted(FOLDER.glob("*.json"))
 
 
 def found_mutants() -> list[power.Finding]:
-    return [power.Finding(**record) for record in json.loads((BASELINES / "power.json").read_text())]
+    return [power.Finding(**record) for record in json.loads((BASELINES / "audits" / "power.json").read_text())]
 
 
 @pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
@@ -61,6 +61,6 @@ def test_mutants_of_a_twentieth_are_found_and_the_sound_engine_is_not() -> None:
 
 
 def test_the_page_has_the_divergences() -> None:
-    for record in json.loads((BASELINES / "divergences.json").read_text()):
+    for record in json.loads((BASELINES / "audits" / "divergences.json").read_text()):
         parting = divergences.Parting(**record | {"divergence": Divergence(**record["divergence"])})
         assert divergences.line(parting) in PAGE
