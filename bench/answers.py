@@ -143,5 +143,4 @@ def _partings(cells: Sequence[Record]) -> Iterator[str]:
         if margins
         else ""
     )
-    verb = "differs" if len(parted) == 1 else "differ"
-    yield f"In {len(parted)} of {len(cells)} cells ({engines}) some output {verb} from plain decoding's.{near}"
+    yield f"In {len(parted)} of {len(cells)} cells ({engines}) some outputs differ from plain decoding's.{near}"

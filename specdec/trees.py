@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 from specdec.sampling import Dense, Law, OneHot, Partial
-from specdec.verification import Draft, Verification, verify_coupled, verify_tokens
+from specdec.verification import Draft, Verification, residual, verify_coupled, verify_tokens
 
 MOST_NODES = 512
 MOST_LEVELS = 24
@@ -402,7 +402,7 @@ class _Walk:
 
     def _reject(self, sibling: Law, rejected: Tensor) -> None:
         if not _is_none(rejected):
-            self.probs = torch.where(rejected.unsqueeze(1), _residual(self.probs, sibling), self.probs)
+            self.probs = torch.where(rejected.unsqueeze(1), residual(self.probs, sibling), self.probs)
 
     def _enter(self, level: int, chosen: Tensor) -> None:
         self.going = chosen >= 0
@@ -412,12 +412,6 @@ class _Walk:
         if not _is_none(self.going):
             here = self.target.at(self.column).dense()
             self.probs = torch.where(self.going.unsqueeze(1), here, self.probs)
-
-
-def _residual(target_probs: Tensor, draft_law: Law) -> Tensor:
-    excess = draft_law.excess(target_probs)
-    mass = excess.sum(-1, keepdim=True)
-    return torch.where(mass > 0, excess / mass, target_probs)
 
 
 def _follow(tokens: Tensor, draft: Draft) -> Verification:
