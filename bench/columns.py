@@ -119,6 +119,7 @@ tokens | tokens | Tokens that this work handles.
 median_s | s | Median time of doing it once.
 bytes_read | bytes | What must be read from memory, at the least.
 read_bandwidth | bytes/s | At which this machine reads memory, measured in the same run.
+prompt_tokens | tokens | Of all prompts together that went through the slots.
 roofline_s | s | What reading takes at the least.
 roofline_share | 1 | The same over the time measured.
 step_s | s | Time of a decode step of the whole batch.
