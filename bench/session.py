@@ -50,7 +50,7 @@ class Session:
         self.arrivals = {
             rate: load.arrivals(rate, config.duration, config.arrivals, config.seed) for rate in config.rate
         }
-        self.plans = plan(config, lambda *cell: machine.why_no_room(*cell, config, self.device))
+        self.plans = plan(config, lambda *cell: machine.why_no_room(*cell, config, self.device), self.device)
         self.malformed = {workloads.label(name): Malformed(config.malformed) for name in config.workloads}
         self.prompts = {workloads.label(name): self._read(name) for name in config.workloads}
         self._check_code_execution()

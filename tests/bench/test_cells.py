@@ -78,6 +78,18 @@ def test_prescribed_acceptance_is_for_engines_that_have_it(make_config: MakeConf
     assert str(skips["transformers"]).startswith("engine=transformers has no synthetic acceptance")
 
 
+@pytest.mark.parametrize(("device", "drafts"), [("cpu", False), ("cuda:0", True)])
+def test_vllm_has_prescribed_acceptance_on_gpus_only(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, device: str, drafts: bool
+) -> None:
+    monkeypatch.setattr("bench.engines.vllm.why_no_interpreter", lambda *_: None)
+    config = make_config(engines=("vllm",), methods=("autoregressive", "ngram"), synthetic_acceptance_rates=(0.5,))
+    skips = {each.cell.method: each.skip for each in plan(config, device=device)}
+    assert skips["autoregressive"] is None
+    assert (skips["ngram"] is None) == drafts
+    assert drafts or str(skips["ngram"]).startswith("engine=vllm has synthetic acceptance on GPUs only")
+
+
 def test_rates_are_cells_of_engines_that_take_requests_while_they_decode(make_config: MakeConfig) -> None:
     plans = plan(make_config(rate=(2.0, 0.5), gammas=(2,)))
     assert [each.cell.id for each in plans if not each.skip] == [
