@@ -301,11 +301,19 @@ def _places(law: Partial, tokens: Tensor) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class _Layout:
-    """A tree as tensors, by column: the root, then the nodes. int64 [nodes + 1]: first_child, num_children, family."""
+    """A tree as tensors. By column, the root's and then the nodes': first_child, num_children, family, int64 [k + 1].
+
+    By node: number, parent, the column of its parent, and depth, int64 [k]; lineage: float [k, k], 1 where the node of
+    the row stands on the way to that of the column, or is it.
+    """
 
     first_child: Tensor
     num_children: Tensor
     family: Tensor
+    number: Tensor
+    parent: Tensor
+    depth: Tensor
+    lineage: Tensor
     most_children: tuple[int, ...]  # by level of the parent
 
     @classmethod
@@ -318,8 +326,9 @@ class _Layout:
             max(count for count, level in zip(counts, levels, strict=True) if level == depth)
             for depth in range(tree.depth)
         )
-        first_child, num_children, family = (torch.tensor(each, device=device) for each in (firsts, counts, families))
-        return cls(first_child, num_children, family, most)
+        before = [parent + 1 for parent in tree.parents]
+        arrays = (firsts, counts, families, range(len(tree)), before, tree.depths)
+        return cls(*(torch.tensor(each, device=device) for each in arrays), tree.ancestors.T.float().to(device), most)
 
 
 @lru_cache(maxsize=256)
@@ -355,7 +364,8 @@ def verify_coupled_tree(target: Law, draft: Draft, accept_uniforms: Tensor, fina
     """
     if draft.parents is None:
         return verify_coupled(target, draft, accept_uniforms, final_uniforms)
-    levels = torch.tensor([0, *tree_of(draft.parents).depths], device=draft.tokens.device)
+    depths = _layout(draft.parents, draft.tokens.device).depth
+    levels = torch.cat([depths.new_zeros(1), depths])
     return _follow(target.draw(final_uniforms[:, levels]), draft)
 
 
@@ -417,23 +427,16 @@ class _Walk:
 def _follow(tokens: Tensor, draft: Draft) -> Verification:
     """Keep the nodes that are what the target says: tokens int64 [batch, k + 1], after the text and after each node."""
     assert draft.parents is not None
-    tree = tree_of(draft.parents)
-    before = torch.tensor(tree.parents, device=tokens.device) + 1
-    proposed = torch.arange(len(tree), device=tokens.device) < draft.lengths.unsqueeze(1)
-    agrees = (draft.tokens == tokens[:, before]) & proposed
-    on_path = torch.ones_like(tokens, dtype=torch.bool)
-    path, end = _own_places(draft, tree.depth), torch.zeros_like(draft.lengths)
-    accepted, start = end, 0
-    for level, width in enumerate(tree.widths):
-        nodes = slice(start, start + width)
-        on_path[:, start + 1 : start + width + 1] = here = agrees[:, nodes] & on_path.gather(
-            1, before[nodes].expand(len(tokens), -1)
-        )
-        found, node = here.any(1), start + here.long().argmax(1)
-        path[:, level] = torch.where(found, node, level)
-        accepted, end = accepted + found, torch.where(found, node + 1, end)
-        start += width
-    return Verification(accepted, tokens.gather(1, end.unsqueeze(1)).squeeze(1), path)
+    layout = _layout(draft.parents, tokens.device)
+    proposed = layout.number < draft.lengths.unsqueeze(1)
+    agrees = (draft.tokens == tokens[:, layout.parent]) & proposed
+    on_path = agrees.float() @ layout.lineage == layout.depth  # the node and all before it; siblings are different
+    accepted = on_path.sum(1)
+    places = torch.where(on_path, layout.number, len(layout.number)).sort(1).values
+    own = _own_places(draft, len(layout.most_children))
+    path = torch.where(own < accepted.unsqueeze(1), places[:, : own.shape[1]], own)
+    end = torch.where(on_path, layout.number + 1, 0).amax(1, keepdim=True)
+    return Verification(accepted, tokens.gather(1, end).squeeze(1), path)
 
 
 def _own_places(draft: Draft, num_levels: int) -> Tensor:

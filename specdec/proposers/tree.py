@@ -11,7 +11,7 @@ from torch import Tensor
 from specdec.devices import upload
 from specdec.randomness import Role, UniformSource, noise, on_branch
 from specdec.requests import Batch
-from specdec.sampling import Law, RowParams, largest, stack_laws
+from specdec.sampling import Law, OneHot, RowParams, largest, stack_laws
 from specdec.trees import Branches, Tree, without
 from specdec.verification import Draft
 
@@ -88,6 +88,9 @@ def draw_siblings(
     draws: float64 [rows, sum of counts], or [rows, sum of counts, vocab] for races.
     Where a law has no token left the most probable by the logits is taken.
     """
+    if isinstance(law, OneHot):
+        children = [(node, rank) for node, count in enumerate(counts) for rank in range(count)]
+        return _ranked(law.tokens, logits, max(counts), vocabulary)[:, *zip(*children, strict=True)]
     first = torch.tensor(counts, device=draws.device).cumsum(0) - torch.tensor(counts, device=draws.device)
     drawn = torch.empty(draws.shape[:2], dtype=torch.int64, device=draws.device)
     for rank in range(max(counts)):
@@ -100,6 +103,15 @@ def draw_siblings(
             token = torch.where(mass.squeeze(-1) > 0, token, likeliest)
         drawn[:, first[nodes] + rank] = token
     return drawn
+
+
+def _ranked(first: Tensor, logits: Tensor, most: int, vocabulary: Tensor | None) -> Tensor:
+    """Certain tokens, int64 [rows, nodes], and behind each the largest others by the logits: [rows, nodes, most]."""
+    places = logits.topk(most).indices
+    others = places if vocabulary is None else vocabulary[places]
+    is_first = others == first.unsqueeze(-1)  # nowhere where a bias or a constraint chose it
+    order = is_first.int().argsort(stable=True, dim=-1)[..., : most - 1]
+    return torch.cat([first.unsqueeze(-1), others.gather(-1, order)], -1)
 
 
 def _likeliest(logits: Tensor, taken: Tensor, vocabulary: Tensor | None) -> Tensor:
