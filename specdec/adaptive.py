@@ -12,10 +12,10 @@ earlier copies came.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import accumulate
+from itertools import accumulate, zip_longest
 from operator import mul
 
 import torch
@@ -49,40 +49,63 @@ class StepCosts:
 
 
 class AdaptiveLength:
-    """Decides, while a draft is drawn, whether another token pays; a function of the costs and of the past only."""
+    """Decides, while a draft is drawn, whether another token pays; a function of the costs and of the past only.
 
-    def __init__(self, costs: StepCosts) -> None:
-        self.costs = costs
-        self._tokens, self._seconds = 1.0, costs.step_s(0)
+    The rows of a batch share a step, which is as wide as its longest draft: what one more token of it costs is set
+    against what all rows expect of one more, and all of them draft it or none.
+
+    costs: of steps by how many rows they have, between which they are interpolated; or the same for any number.
+    """
+
+    def __init__(self, costs: StepCosts | Mapping[int, StepCosts]) -> None:
+        self._costs = dict(costs) if isinstance(costs, Mapping) else {1: costs}
+        self._tokens, self._seconds = 1.0, 1.0  # emitted in a row's step, and its time over that of one without a draft
         self._accepted, self._looked_at = _PRIOR
         self._copied = [_COPIED_PRIOR] * MOST  # (accepted, looked at) by position, those before it being accepted
 
+    def costs(self, num_rows: int) -> StepCosts:
+        """Of a step of so many rows."""
+        if num_rows not in self._costs:
+            self._costs[num_rows] = _between(self._costs, num_rows)
+        return self._costs[num_rows]
+
     def pays(self, reach: Sequence[float], num_drafted: int) -> list[bool]:
-        """Whether to draw one more token, for each row; rows share the cost of a step.
+        """Whether to draw one more token, for each row.
 
-        reach: the probability that all tokens drafted so far are accepted, for each row.
+        reach: the probability that all tokens drafted so far are accepted, for each row that is decoded; 0 where the
+        draft has ended.
         """
-        cost_s = self.costs.step_s(num_drafted + 1) - self.costs.step_s(num_drafted)
-        least = cost_s * self._tokens / (self._seconds * len(reach) * self._accepted / self._looked_at)
-        return [each > least for each in reach]
+        costs = self.costs(len(reach))
+        cost_s = costs.step_s(num_drafted + 1) - costs.step_s(num_drafted)
+        more = sum(reach) * self._accepted / self._looked_at > cost_s * self._tokens_per_s(len(reach))
+        return [more and each > 0 for each in reach]
 
-    def num_copied(self, num_rows: int) -> int:
-        """How many tokens to copy in each of so many rows, none included: as many as bring most above their cost."""
-        reach = accumulate((accepted / looked_at for accepted, looked_at in self._copied), mul)
-        return self.best_length(list(reach), num_rows)[0]
+    def num_copied(self, lengths: Sequence[int], num_rows: int) -> int:
+        """How many tokens to copy, none included: as many as bring most above their cost.
 
-    def best_length(self, reach: Sequence[float], num_rows: int, *, drawn: bool = False) -> tuple[int, float]:
-        """How long a draft brings most above its cost, 0 included, and how many tokens more than none it then brings.
-
-        reach: for each of its tokens the probability that it and those before it are accepted. num_rows: rows that
-        share the step. drawn: whether its tokens cost time besides their verification.
+        lengths: how many could be copied, for each row that could. num_rows: rows that share the step.
         """
-        tokens_per_s = self._tokens / self._seconds / num_rows  # what a row makes in the time that all rows wait
-        cost_s = self.costs.step_s if drawn else self.costs.verified_s
-        brought = accumulate(reach, initial=0.0)
+        reach = list(accumulate((accepted / looked_at for accepted, looked_at in self._copied), mul))
+        return self.best_length([reach[:length] for length in lengths], num_rows)[0]
+
+    def best_length(
+        self, reaches: Sequence[Sequence[float]], num_rows: int, *, drawn: bool = False
+    ) -> tuple[int, float]:
+        """How long drafts bring most above their cost, 0 included, and how many tokens more than none they then bring.
+
+        reaches: of each row that could have a draft, for each of its tokens the probability that it and those before
+        it are accepted. num_rows: rows that share the step. drawn: whether tokens cost time besides their verification.
+        """
+        tokens_per_s, costs = self._tokens_per_s(num_rows), self.costs(num_rows)
+        cost_s = costs.step_s if drawn else costs.verified_s
+        brought = accumulate((sum(each) for each in zip_longest(*reaches, fillvalue=0.0)), initial=0.0)
         gains = [tokens - tokens_per_s * (cost_s(number) - cost_s(0)) for number, tokens in enumerate(brought)]
         most = max(gains)
         return gains.index(most), most
+
+    def _tokens_per_s(self, num_rows: int) -> float:
+        """What so many rows make with drafts as they were."""
+        return num_rows * self._tokens / (self._seconds * self.costs(num_rows).step_s(0))
 
     def observe_copy(self, num_copied: int, num_accepted: int) -> None:
         """Learn from a row that had something to copy: how many tokens it did, and how many of them were accepted."""
@@ -101,8 +124,23 @@ class AdaptiveLength:
         looked_at = sum(min(num_accepted + 1, num_drafted) for num_drafted, num_accepted in decided)
         self._accepted = _faded(self._accepted, _PRIOR[0]) + accepted
         self._looked_at = _faded(self._looked_at, _PRIOR[1]) + looked_at
-        self._tokens = _MEMORY * self._tokens + accepted + len(decided)
-        self._seconds = _MEMORY * self._seconds + self.costs.step_s(max(num_drafted for num_drafted, _ in decided))
+        costs, num_drafted = self.costs(len(decided)), max(num_drafted for num_drafted, _ in decided)
+        self._tokens = _MEMORY * self._tokens + 1 + accepted / len(decided)
+        self._seconds = _MEMORY * self._seconds + costs.step_s(num_drafted) / costs.step_s(0)
+
+
+def _between(costs: Mapping[int, StepCosts], num_rows: int) -> StepCosts:
+    """Costs interpolated between the numbers of rows that they are known for; outside of these the nearest ones."""
+    known = sorted(costs)
+    less = max((rows for rows in known if rows <= num_rows), default=known[0])
+    more = min((rows for rows in known if rows >= num_rows), default=known[-1])
+    share = (num_rows - less) / (more - less) if more > less else 0.0
+
+    def mixed(a: float, b: float) -> float:
+        return a + share * (b - a)
+
+    few, many = costs[less], costs[more]
+    return StepCosts(tuple(map(mixed, few.target_s, many.target_s)), mixed(few.draft_s, many.draft_s))
 
 
 def _faded(count: float, prior: float) -> float:

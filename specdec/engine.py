@@ -39,6 +39,7 @@ from specdec.proposers.ngram import CountIndex, LookupIndex, NgramProposer, Toke
 from specdec.proposers.suffix import SuffixProposer
 from specdec.proposers.table import Fallback
 from specdec.randomness import own_seed, sample_seed
+from specdec.recording import Recorder
 from specdec.requests import Chunk, Completion, Generation, Request, sources_of
 from specdec.sampling import SamplingParams
 from specdec.stats import PhaseTimes
@@ -455,10 +456,15 @@ def _early_exit(target: Any, exit_layer: int | None) -> Drawing:
     return lambda adaptive, tree=None: EarlyExitProposer(first_layers, adaptive=adaptive)
 
 
-def _adaptive(target: LanguageModel, drawing: Drawing | None, rows: int, records: bool | None) -> AdaptiveLength:
+def _adaptive(target: LanguageModel, drawing: Drawing | None, most_rows: int, records: bool | None) -> AdaptiveLength:
     """By costs measured here; where nothing is drawn, only to verify costs time."""
-    draft_s = _draft_cost(target, drawing(None), rows, records) if drawing else 0.0
-    return AdaptiveLength(StepCosts(target_costs(target, rows, records), draft_s))
+
+    def measured(rows: int) -> StepCosts:
+        draft_s = _draft_cost(target, drawing(None), rows, records) if drawing else 0.0
+        return StepCosts(target_costs(target, rows, records), draft_s)
+
+    fewer = [] if Recorder(target.device, records).records else [1 << i for i in range((most_rows - 1).bit_length())]
+    return AdaptiveLength({rows: measured(rows) for rows in [*fewer, most_rows]})  # a recorded step has all rows
 
 
 def _best_tree(

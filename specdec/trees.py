@@ -327,8 +327,10 @@ class _Layout:
             for depth in range(tree.depth)
         )
         before = [parent + 1 for parent in tree.parents]
-        arrays = (firsts, counts, families, range(len(tree)), before, tree.depths)
-        return cls(*(torch.tensor(each, device=device) for each in arrays), tree.ancestors.T.float().to(device), most)
+        lists = (firsts, counts, families, range(len(tree)), before, tree.depths)
+        first_child, num_children, family, number, parent, depth = (torch.tensor(each, device=device) for each in lists)
+        lineage = tree.ancestors.T.float().to(device)
+        return cls(first_child, num_children, family, number, parent, depth, lineage, most)
 
 
 @lru_cache(maxsize=256)

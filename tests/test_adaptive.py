@@ -59,7 +59,7 @@ def test_joint_law_of_drafts_that_end_early(mutated: bool) -> None:
     assert lengths >= {1, 2}
 
 
-COPY_COSTS = StepCosts((1.0, 1.6, 2.36), 0.0)  # at first two tokens pay, after rejections one or none
+COPY_COSTS = StepCosts((1.0, 1.6, 2.2), 0.0)  # at first two tokens pay, after rejections one or none
 
 
 class EachRowAlone(NgramProposer):
@@ -111,32 +111,36 @@ def test_joint_law_of_copies_that_end_early(hybrid: bool, mutated: bool) -> None
 def test_the_rule_for_copies() -> None:
     """A step of one second and a twentieth for each further token; four of five are accepted at first."""
     adaptive = AdaptiveLength(StepCosts(tuple(1 + 0.05 * width for width in range(MOST + 1)), 0.0))
-    assert adaptive.num_copied(1) == MOST, "0.8 ** 8 tokens are more than the 0.05 that the time would make"
+    assert adaptive.num_copied([MOST], 1) == MOST, "0.8 ** 8 tokens are more than the 0.05 that the time would make"
     costly = AdaptiveLength(StepCosts(tuple(1 + 0.3 * width for width in range(MOST + 1)), 0.0))
-    assert costly.num_copied(1) == 5, "0.8 ** 5 > 0.3 > 0.8 ** 6"
-    assert costly.num_copied(2) == MOST, "a row of two makes 0.15 tokens in that time"
+    assert costly.num_copied([MOST], 1) == 5, "0.8 ** 5 > 0.3 > 0.8 ** 6"
+    assert costly.num_copied([3], 1) == 3, "there is no more"
+    assert costly.num_copied([MOST, MOST], 2) == 5, "two rows make 0.6 tokens in that time, and 1.6 if both copy"
+    assert costly.num_copied([MOST], 2) == 2, "0.8 ** 2 > 0.6 > 0.8 ** 3 if one does: the other waits for it"
+    assert costly.num_copied([MOST, 2], 2) == 2
+    assert costly.num_copied([MOST], 8) == costly.num_copied([], 1) == 0
 
 
 def test_copies_follow_what_became_of_those_before() -> None:
     adaptive = AdaptiveLength(StepCosts(tuple(1 + 0.3 * width for width in range(MOST + 1)), 0.0))
     for _ in range(300):
         adaptive.observe_copy(5, 2)
-    assert adaptive.num_copied(1) == 2, "two are always accepted, the third never"
+    assert adaptive.num_copied([MOST], 1) == 2, "two are always accepted, the third never"
     for _ in range(300):
         adaptive.observe_copy(2, 0)
-    assert adaptive.num_copied(1) == 0, "none is"
+    assert adaptive.num_copied([MOST], 1) == 0, "none is"
     for _ in range(300):
         adaptive.observe_copy(0, 0)
-    assert adaptive.num_copied(1) == 5, "it is tried again"
+    assert adaptive.num_copied([MOST], 1) == 5, "it is tried again"
 
 
 def test_a_jump_of_the_cost_is_passed_where_enough_lies_behind_it() -> None:
     """The second token costs half a step, those behind it nothing: as with kernels that take tokens by the block."""
     adaptive = AdaptiveLength(StepCosts((1.0, 1.0, *(1.5,) * (MOST - 1)), 0.0))
-    assert adaptive.num_copied(1) == MOST
+    assert adaptive.num_copied([MOST], 1) == MOST
     for _ in range(60):
         adaptive.observe_copy(3, 1)
-    assert adaptive.num_copied(1) == 1
+    assert adaptive.num_copied([MOST], 1) == 1
 
 
 @pytest.mark.parametrize(("rate", "slope_s"), [(1.0, 0.02), (0.0, 0.3)])
@@ -185,6 +189,29 @@ def test_the_rule() -> None:
         adaptive.observe([(4, 4)])
     assert not adaptive.pays([0.3], 4)[0], "five tokens in 1.4 s are the rate to beat"
     assert adaptive.pays([0.6], 4)[0]
+
+
+def test_rows_share_the_cost_of_a_step() -> None:
+    """A further token of the step costs 0.2 s; three of five are accepted at first."""
+    adaptive = AdaptiveLength(StepCosts(tuple(1 + 0.2 * width for width in range(MOST + 1)), 0.0))
+    assert adaptive.pays([0.34], 0) == [True], "0.6 times 0.34 is more than the 0.2 that the time would make"
+    assert adaptive.pays([0.32], 0) == [False]
+    assert adaptive.pays([0.32, 0.36], 0) == [True, True], "the sure row pays for the other"
+    assert adaptive.pays([0.5, 0.1], 0) == [False, False]
+    assert adaptive.pays([0.8, 0.0], 0) == [True, False], "the other's draft has ended"
+    assert adaptive.pays([1.0, 0.0, 0.0, 0.0], 0) == [False] * 4, "four rows make 0.8 tokens in that time"
+
+
+def test_costs_depend_on_how_many_rows_there_are() -> None:
+    """Between what was measured they are interpolated; three rows whose drafts double the step have none."""
+    few, many = StepCosts((1.0, 1.0), 0.0), StepCosts((2.0, 4.0), 0.4)
+    adaptive = AdaptiveLength({1: few, 5: many})
+    assert [adaptive.costs(rows) for rows in (1, 3, 5, 9)] == [few, StepCosts((1.5, 2.5), 0.2), many, many]
+    assert adaptive.num_copied([1], 1) == 1
+    assert adaptive.num_copied([1] * 5, 5) == 0, "0.8 for each of them is less than what a second step would make"
+    for _ in range(300):
+        adaptive.observe([(0, 0)] * 5)
+    assert adaptive.num_copied([1], 1) == 1, "what all five made of their steps says nothing of the time of one's"
 
 
 def test_confidence_is_the_largest_probability() -> None:

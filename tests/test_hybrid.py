@@ -26,7 +26,7 @@ from specdec.verification import Draft
 CPU = torch.device("cpu")
 TARGET, DRAFT = FeatureTarget(table(0, HALVES)), MarkovModel(table(10, HALVES))
 PROMPT = (0, 1, 2, 0, 1, 2)
-COSTS = StepCosts((1.0, 1.1, 1.2), 0.1)
+COSTS = StepCosts((1.0, 1.1, 1.2), 0.01)
 
 
 class Afterwards:

@@ -32,12 +32,13 @@ def draw_chain(
     device, lengths = batch.sampling.device, list(limits)
     draws = draft_uniforms(batch.sampling.rows, upload(batch.lengths(), device), max(limits), uniforms)
     drafted = torch.empty(len(batch.rows), 0, dtype=torch.int64, device=device)
-    reach = [1.0] * len(lengths)
+    busy, reach = [slot for slot, row in enumerate(batch.rows) if row], [1.0] * len(lengths)
     steps: list[tuple[Tensor, Law]] = []
     for i in range(max(limits)):
         if adaptive:
-            pays = adaptive.pays(reach, i)
-            lengths = [length if more else min(length, i) for length, more in zip(lengths, pays, strict=True)]
+            pays = adaptive.pays([reach[slot] if lengths[slot] > i else 0.0 for slot in busy], i)
+            for slot, more in zip(busy, pays, strict=True):
+                lengths[slot] = lengths[slot] if more else min(lengths[slot], i)
             if max(lengths) <= i:
                 break
         logits = logits_after(drafted)

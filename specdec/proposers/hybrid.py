@@ -64,22 +64,27 @@ class BetterCopies:
         copies = self.copier.copies(batch, limits)
         self._drawn = {row: self._drawn.get(row) or _Drawn() for row in batch.rows if row is not None}
         num_rows = len(self._drawn)
-        return [
-            self._choose(row, copy, limit, num_rows) if row and limit else []
+        chosen = [
+            copy if row and limit and self._is_better(row, copy, limit, num_rows) else Copy()
             for row, copy, limit in zip(batch.rows, copies, limits, strict=True)
         ]
+        if self._adaptive:
+            length, _ = self._adaptive.best_length([copy.reach for copy in chosen], num_rows)
+            chosen = [copy.cut(length) for copy in chosen]
+        for row, copy, limit in zip(batch.rows, chosen, limits, strict=True):
+            if row and limit and not copy.tokens:
+                self._drawn[row].step = len(row.steps)
+        return [list(copy.tokens) for copy in chosen]
 
-    def _choose(self, row: Generation, copy: Copy, limit: int, num_rows: int) -> list[int]:
+    def _is_better(self, row: Generation, copy: Copy, limit: int, num_rows: int) -> bool:
+        """Whether a copy brings more than a drawn draft would, all rows of the step being taken to be alike."""
         drawn = self._drawn[row]
         drawn.observe(row)
-        length, gain, least = len(copy.tokens), copy.score, sum(drawn.reach(limit))
-        if self._adaptive:
-            length, gain = self._adaptive.best_length(copy.reach, num_rows)
-            _, least = self._adaptive.best_length(drawn.reach(limit), num_rows, drawn=True)
-        if length and gain >= least:
-            return list(copy.tokens[:length])
-        drawn.step = len(row.steps)
-        return []
+        if not self._adaptive:
+            return bool(copy.tokens) and copy.score >= sum(drawn.reach(limit))
+        _, gain = self._adaptive.best_length([copy.reach] * num_rows, num_rows)
+        _, least = self._adaptive.best_length([drawn.reach(limit)] * num_rows, num_rows, drawn=True)
+        return gain > 0 and gain >= least
 
 
 class HybridProposer:

@@ -148,7 +148,7 @@ class NgramProposer:
         for row, number, num_copied in self._pending:
             if number < len(row.steps):
                 adaptive.observe_copy(num_copied, min(row.steps[number].num_accepted, num_copied))
-        most = adaptive.num_copied(sum(row is not None for row in rows))
+        most = adaptive.num_copied([len(guess) for guess in guesses if guess], sum(row is not None for row in rows))
         kept = [guess[:most] for guess in guesses]
         self._pending = [
             (row, len(row.steps), len(copied))

@@ -155,7 +155,8 @@ class SuffixProposer:
         copies = self.copies(batch, limits)
         if self._adaptive:
             num_rows = sum(row is not None for row in batch.rows)
-            copies = [copy.cut(self._adaptive.best_length(copy.reach, num_rows)[0]) for copy in copies]
+            length, _ = self._adaptive.best_length([copy.reach for copy in copies], num_rows)
+            copies = [copy.cut(length) for copy in copies]
         guesses = [copy.tokens for copy in copies]
         width = batch.width(max(map(len, guesses)))
         return Draft.deterministic(*pad(guesses, self._device, width), self._vocab_size)

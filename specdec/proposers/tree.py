@@ -89,8 +89,9 @@ def draw_siblings(
     Where a law has no token left the most probable by the logits is taken.
     """
     if isinstance(law, OneHot):
-        children = [(node, rank) for node, count in enumerate(counts) for rank in range(count)]
-        return _ranked(law.tokens, logits, max(counts), vocabulary)[:, *zip(*children, strict=True)]
+        nodes = [node for node, count in enumerate(counts) for _ in range(count)]
+        ranks = [rank for count in counts for rank in range(count)]
+        return _ranked(law.tokens, logits, max(counts), vocabulary)[:, nodes, ranks]
     first = torch.tensor(counts, device=draws.device).cumsum(0) - torch.tensor(counts, device=draws.device)
     drawn = torch.empty(draws.shape[:2], dtype=torch.int64, device=draws.device)
     for rank in range(max(counts)):

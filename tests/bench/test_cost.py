@@ -65,18 +65,18 @@ def test_a_block_is_read_as_fast_as_blocks_of_its_size() -> None:
 
 
 def test_bytes_and_tokens_of_each_axis(engine: SpecdecEngine) -> None:
-    """float32: a layer of the tiny target has 36,992 weights, its last norm and head 16,448; a token of context 512 B
+    """float32: a layer of the tiny target has 49,280 weights, its last norm and head 16,448; a token of context 1,024 B
     in two layers. The head has as much as a layer but one norm, and 8,192 to mix features with embeddings.
     """
-    weights, head = 4 * (2 * 36_992 + 16_448), 4 * (36_928 + 8_192 + 64 * 256)
+    weights, head = 4 * (2 * 49_280 + 16_448), 4 * (49_216 + 8_192 + 64 * 256)
     expected = {
-        ("width", 64): (weights + 512 * (256 + 64), 64),
-        ("context", 300): (weights + 512 * 301, 1),
-        ("context", 8192): (weights + 512 * 512, 1),  # all that the tiny target has
-        ("context-of-5", 300): (weights + 512 * 305, 5),
-        ("batch", 8): (weights + 8 * 512 * 257, 8),
-        ("batch-of-5", 8): (weights + 8 * 512 * 261, 40),
-        ("head", 8): (head + 8 * 256 * 257, 8),
+        ("width", 64): (weights + 1024 * (256 + 64), 64),
+        ("context", 300): (weights + 1024 * 301, 1),
+        ("context", 8192): (weights + 1024 * 512, 1),  # all that the tiny target has
+        ("context-of-5", 300): (weights + 1024 * 305, 5),
+        ("batch", 8): (weights + 8 * 1024 * 257, 8),
+        ("batch-of-5", 8): (weights + 8 * 1024 * 261, 40),
+        ("head", 8): (head + 8 * 512 * 257, 8),
         ("vocabulary", 50): (None, 5),
         ("ngram", 1000): (None, 1000),
         ("suffix", 1000): (None, 1000),
