@@ -34,10 +34,14 @@ _COPIED_PRIOR = (4.0, 5.0)  # the same for each position of a copy: where one to
 
 @dataclass(frozen=True, slots=True)
 class StepCosts:
-    """Seconds. target_s: of a target step by its width, from one token up. draft_s: of drawing one draft token."""
+    """Seconds. target_s: of a target step by its width, from one token up. draft_s: of drawing one draft token.
+
+    start_s: of drawing a draft, however short: what was emitted since the last one must be read first.
+    """
 
     target_s: tuple[float, ...]
     draft_s: float
+    start_s: float = 0.0
 
     def verified_s(self, num_drafted: int) -> float:
         """A target step that verifies that many draft tokens."""
@@ -45,7 +49,7 @@ class StepCosts:
 
     def step_s(self, num_drafted: int) -> float:
         """A step that draws that many draft tokens and verifies them."""
-        return self.verified_s(num_drafted) + num_drafted * self.draft_s
+        return self.verified_s(num_drafted) + (self.start_s + num_drafted * self.draft_s if num_drafted else 0.0)
 
 
 class AdaptiveLength:
@@ -140,7 +144,8 @@ def _between(costs: Mapping[int, StepCosts], num_rows: int) -> StepCosts:
         return a + share * (b - a)
 
     few, many = costs[less], costs[more]
-    return StepCosts(tuple(map(mixed, few.target_s, many.target_s)), mixed(few.draft_s, many.draft_s))
+    target_s = tuple(map(mixed, few.target_s, many.target_s))
+    return StepCosts(target_s, mixed(few.draft_s, many.draft_s), mixed(few.start_s, many.start_s))
 
 
 def _faded(count: float, prior: float) -> float:

@@ -460,8 +460,12 @@ def _adaptive(target: LanguageModel, drawing: Drawing | None, most_rows: int, re
     """By costs measured here; where nothing is drawn, only to verify costs time."""
 
     def measured(rows: int) -> StepCosts:
-        draft_s = _draft_cost(target, drawing(None), rows, records) if drawing else 0.0
-        return StepCosts(target_costs(target, rows, records), draft_s)
+        costs_s = target_costs(target, rows, records)
+        if drawing is None:
+            return StepCosts(costs_s, 0.0)
+        one_s, most_s = (_draft_cost(target, drawing(None), rows, records, length) for length in (1, MOST))
+        draft_s = max(0.0, (MOST * most_s - one_s) / (MOST - 1))
+        return StepCosts(costs_s, draft_s, max(0.0, one_s - draft_s))
 
     fewer = [] if Recorder(target.device, records).records else [1 << i for i in range((most_rows - 1).bit_length())]
     return AdaptiveLength({rows: measured(rows) for rows in [*fewer, most_rows]})  # a recorded step has all rows
@@ -499,10 +503,12 @@ def _tree_costs(target: LanguageModel, drawing: Drawing, rows: int, records: boo
     return step_s, _draft_cost(target, drawing(None), rows, records)
 
 
-def _draft_cost(target: LanguageModel, proposer: Proposer, rows: int, records: bool | None) -> float:
-    """Seconds of drawing one draft token in each of so many rows, the least of a few measurements."""
-    decoder = Decoder(target, proposer, MOST, max_batch_size=rows, records=records)
-    sampling = SamplingParams(temperature=0, max_tokens=2 * MOST)
+def _draft_cost(
+    target: LanguageModel, proposer: Proposer, rows: int, records: bool | None, length: int = MOST
+) -> float:
+    """Seconds for each token of drafts of this length in each of so many rows, the least of a few measurements."""
+    decoder = Decoder(target, proposer, length, max_batch_size=rows, records=records)
+    sampling = SamplingParams(temperature=0, max_tokens=2 * length + 2)
     requests = [Request(index, (0, 0), sampling) for index in range(rows)]
     seconds = []
     for _ in range(5):

@@ -191,6 +191,14 @@ def test_the_rule() -> None:
     assert adaptive.pays([0.6], 4)[0]
 
 
+def test_a_draft_costs_time_to_begin_with() -> None:
+    """Half a second for the first token, nothing for the others: none pays that does not pay that."""
+    adaptive = AdaptiveLength(StepCosts((1.0,) * (MOST + 1), 0.0, 0.5))
+    assert [adaptive.costs(1).step_s(number) for number in (0, 1, 2)] == [1.0, 1.5, 1.5]
+    assert adaptive.pays([0.8], 0) == [False], "0.6 times 0.8 is less than the 0.5 that the time would make"
+    assert adaptive.pays([0.9], 0) == adaptive.pays([0.1], 1) == [True]
+
+
 def test_rows_share_the_cost_of_a_step() -> None:
     """A further token of the step costs 0.2 s; three of five are accepted at first."""
     adaptive = AdaptiveLength(StepCosts(tuple(1 + 0.2 * width for width in range(MOST + 1)), 0.0))
@@ -204,9 +212,9 @@ def test_rows_share_the_cost_of_a_step() -> None:
 
 def test_costs_depend_on_how_many_rows_there_are() -> None:
     """Between what was measured they are interpolated; three rows whose drafts double the step have none."""
-    few, many = StepCosts((1.0, 1.0), 0.0), StepCosts((2.0, 4.0), 0.4)
+    few, many = StepCosts((1.0, 1.0), 0.0), StepCosts((2.0, 4.0), 0.4, 0.2)
     adaptive = AdaptiveLength({1: few, 5: many})
-    assert [adaptive.costs(rows) for rows in (1, 3, 5, 9)] == [few, StepCosts((1.5, 2.5), 0.2), many, many]
+    assert [adaptive.costs(rows) for rows in (1, 3, 5, 9)] == [few, StepCosts((1.5, 2.5), 0.2, 0.1), many, many]
     assert adaptive.num_copied([1], 1) == 1
     assert adaptive.num_copied([1] * 5, 5) == 0, "0.8 for each of them is less than what a second step would make"
     for _ in range(300):
