@@ -17,13 +17,14 @@ from specdec import Engine
 from specdec.models import score
 from specdec.models.causal import CausalLM
 from specdec.models.eagle import EagleHead
+from specdec.optimal_trees import USUAL_RATES, expected_accepted, optimal_tree
 from specdec.proposers.ngram import LookupIndex
 from specdec.proposers.suffix import SAMPLED_DOUBT, OwnText
 from specdec.proposers.tree import levels_of
 from specdec.recording import Recorder
 from specdec.sampling import SamplingParams, SamplingState
 from specdec.timing import synchronise
-from specdec.trees import USUAL_RATES, Branches, expected_accepted, optimal_tree
+from specdec.trees import Branches
 
 CONTEXT = 256  # tokens that a sequence has where the sweep is not over contexts
 WIDTH = 5  # tokens of a step that verifies four

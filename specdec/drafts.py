@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import torch
 from torch import nn
 
+from specdec.checks import require
 from specdec.devices import free_memories
 from specdec.models import LanguageModel, is_encoder_decoder
 from specdec.models.loading import (
@@ -21,8 +22,8 @@ from specdec.models.loading import (
     resolve,
 )
 from specdec.models.placement import PlacementError, plan
+from specdec.optimal_trees import Rates
 from specdec.proposers.table import NgramTable
-from specdec.trees import Rates
 from specdec.vocabularies import SharedVocabulary, check_coverage, share
 
 if TYPE_CHECKING:
@@ -217,9 +218,3 @@ def check_same_vocabulary(target: HasVocabulary, draft: HasVocabulary) -> None:
             f"{ours.get(different)} for the target and {theirs.get(different)} for the draft; "
             "use a draft of the same family",
         )
-
-
-def require(holds: bool, message: str) -> None:
-    """Raise ValueError with the message unless it holds."""
-    if not holds:
-        raise ValueError(message)

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from specdec.adaptive import MOST, AdaptiveLength, StepCosts, target_costs
+from specdec.checks import require
 from specdec.constraints import Constraint
 from specdec.decoding import Decoder
 from specdec.drafts import (
@@ -24,13 +25,13 @@ from specdec.drafts import (
     kind_in,
     kind_of,
     load_with_drafts,
-    require,
     share_vocabulary,
 )
 from specdec.grammars import GrammarCompiler
 from specdec.models import LanguageModel
 from specdec.models.elsewhere import is_on_one_device, seen_from
 from specdec.models.loading import packaged_draft
+from specdec.optimal_trees import USUAL_RATES, Rates, optimal_tree, tree_that_pays
 from specdec.proposers import Proposer
 from specdec.proposers.draft_model import DraftModelProposer
 from specdec.proposers.early_exit import EarlyExitProposer
@@ -44,16 +45,8 @@ from specdec.requests import Chunk, Completion, Generation, Request, sources_of
 from specdec.sampling import SamplingParams
 from specdec.stats import PhaseTimes
 from specdec.synthetic import SyntheticAcceptance
-from specdec.trees import (
-    USUAL_RATES,
-    Rates,
-    Tree,
-    as_tree,
-    optimal_tree,
-    tree_that_pays,
-    verify_coupled_tree,
-    verify_tree,
-)
+from specdec.tree_verification import verify_coupled_tree, verify_tree
+from specdec.trees import Tree, as_tree
 from specdec.verification import VerificationRule, verify_block, verify_coupled, verify_tokens
 
 if TYPE_CHECKING:
@@ -150,13 +143,7 @@ class Engine:
         adaptive = _adaptive(target, drawing, max_batch_size, recordable) if is_adaptive else None
         self.tree: Tree | None = None
         if method == "tree":
-            _check_scoring(target, draft)
-            self.tree = (
-                as_tree(tree)
-                if tree is not None
-                else _best_tree(target, draft, drawing, num_speculative_tokens, max_batch_size, recordable)
-            )
-            _check_ranks(self.tree, draft)
+            self.tree = _tree_for(target, draft, drawing, tree, num_speculative_tokens, max_batch_size, recordable)
         self._suffixes: SuffixProposer | None = None
         if method in REMEMBERING:
             history_bytes = REMEMBERING[method] if max_history_bytes is None else max_history_bytes
@@ -173,9 +160,7 @@ class Engine:
             proposer,
             self.num_speculative_tokens,
             max_batch_size=max_batch_size,
-            rule=SyntheticAcceptance(tuple(synthetic_acceptance_rates))
-            if synthetic_acceptance_rates is not None
-            else (TREE_VERIFICATIONS if self.tree else VERIFICATIONS)[verification],
+            rule=_rule(verification, synthetic_acceptance_rates, self.tree),
             adaptive=adaptive,
             records=records,
         )
@@ -469,6 +454,28 @@ def _adaptive(target: LanguageModel, drawing: Drawing | None, most_rows: int, re
 
     fewer = [] if Recorder(target.device, records).records else [1 << i for i in range((most_rows - 1).bit_length())]
     return AdaptiveLength({rows: measured(rows) for rows in [*fewer, most_rows]})  # a recorded step has all rows
+
+
+def _rule(verification: str, synthetic_acceptance_rates: Sequence[float] | None, tree: Tree | None) -> VerificationRule:
+    if synthetic_acceptance_rates is not None:
+        return SyntheticAcceptance(tuple(synthetic_acceptance_rates))
+    return (TREE_VERIFICATIONS if tree else VERIFICATIONS)[verification]
+
+
+def _tree_for(
+    target: LanguageModel,
+    draft: Any,
+    drawing: Drawing | None,
+    given: Tree | Sequence[Sequence[int]] | str | Path | None,
+    num_nodes: int | Literal["auto"],
+    rows: int,
+    records: bool | None,
+) -> Tree:
+    """The tree that is given, else the best one. Raises ValueError if the models cannot score or draw it."""
+    _check_scoring(target, draft)
+    tree = as_tree(given) if given is not None else _best_tree(target, draft, drawing, num_nodes, rows, records)
+    _check_ranks(tree, draft)
+    return tree
 
 
 def _best_tree(

@@ -12,11 +12,12 @@ import specdec
 ROOT = Path(specdec.__file__).parent
 # from the bottom to the top; a module may import from layers below its own only
 LAYERS = [
+    {"checks"},
     {"stats", "wheels", "prompts", "progress", "timing", "devices", "constraints", "vocabularies", "models.placement"},
-    {"kernels", "recording"},
-    {"sampling", "randomness"},
+    {"kernels", "recording", "trees"},
+    {"sampling", "randomness", "optimal_trees"},
     {"verification", "requests", "grammars"},
-    {"trees"},
+    {"tree_verification"},
     {"models", "synthetic"},
     {"cache", "models.markov", "models.elsewhere"},
     {"models.fusion"},

@@ -28,7 +28,8 @@ from specdec.proposers.eagle import EagleProposer
 from specdec.randomness import uniforms
 from specdec.requests import Generation, Request, Step
 from specdec.sampling import NonFiniteLogitsError
-from specdec.trees import Branches, Tree, verify_coupled_tree, verify_tree
+from specdec.tree_verification import verify_coupled_tree, verify_tree
+from specdec.trees import Branches, Tree
 from specdec.verification import verify_coupled, verify_tokens
 
 # -- the joint law, exactly ----------------------------------------------------------------------------------

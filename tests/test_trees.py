@@ -14,24 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import law_rows, laws
 
-from specdec import trees as trees_module
+from specdec import tree_verification
 from specdec.conformance.enumeration import pieces_between
+from specdec.optimal_trees import expected_accepted, optimal_tree, optimal_trees
 from specdec.sampling import Dense, OneHot, Partial
-from specdec.trees import (
-    Branches,
-    Tree,
-    as_tree,
-    expected_accepted,
-    offsets,
-    optimal_tree,
-    optimal_trees,
-    sibling_law,
-    verify_coupled_tree,
-    verify_tree,
-    visible,
-    ways,
-    without,
-)
+from specdec.tree_verification import sibling_law, verify_coupled_tree, verify_tree, without
+from specdec.trees import Branches, Tree, as_tree, offsets, visible, ways
 from specdec.verification import Draft, verify_coupled, verify_tokens
 
 # -- shapes --------------------------------------------------------------------------------------------------
@@ -259,7 +247,7 @@ def test_the_sum_sees_a_wrong_rule(monkeypatch: pytest.MonkeyPatch) -> None:
         return verify_tree(Dense(target.probs.roll(1, 1)), draft, *uniforms)
 
     assert total_variation(emitted_law(tree, target, table, shifted), truth) > 0.05
-    monkeypatch.setattr(trees_module, "sibling_law", lambda law, taken, tokens: law)
+    monkeypatch.setattr(tree_verification, "sibling_law", lambda law, taken, tokens: law)
     assert total_variation(emitted_law(tree, target, table), truth) > 0.05
 
 

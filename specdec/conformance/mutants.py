@@ -25,7 +25,8 @@ from specdec.proposers.tree import tree_uniforms
 from specdec.randomness import Role, UniformSource, uniforms
 from specdec.requests import Batch, Generation
 from specdec.sampling import Dense, Law, RowParams, SamplingState
-from specdec.trees import Tree, tree_of, verify_tree
+from specdec.tree_verification import verify_tree
+from specdec.trees import Tree, tree_of
 from specdec.verification import (
     Draft,
     Verification,

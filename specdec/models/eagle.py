@@ -27,7 +27,8 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRot
 
 from specdec.cache import RaggedCache
 from specdec.models.fusion import FusedLayer, Projection, Shared, Stack, weight_bytes
-from specdec.trees import Branches, Rates
+from specdec.optimal_trees import Rates
+from specdec.trees import Branches
 from specdec.wheels import explained
 
 

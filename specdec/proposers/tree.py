@@ -12,7 +12,8 @@ from specdec.devices import upload
 from specdec.randomness import Role, UniformSource, noise, on_branch
 from specdec.requests import Batch
 from specdec.sampling import Law, OneHot, RowParams, largest, stack_laws
-from specdec.trees import Branches, Tree, without
+from specdec.tree_verification import without
+from specdec.trees import Branches, Tree
 from specdec.verification import Draft
 
 LogitsAt = Callable[["Level", Tensor], Tensor]

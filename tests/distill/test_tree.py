@@ -12,8 +12,9 @@ from toys import table
 from specdec.distill.__main__ import main
 from specdec.distill.tree import LEAST_TRIED, Counts, count
 from specdec.models.markov import MarkovModel
+from specdec.optimal_trees import Rates
 from specdec.proposers.draft_model import DraftModelProposer
-from specdec.trees import MOST_LEVELS, Rates, Tree
+from specdec.trees import MOST_LEVELS, Tree
 
 FALLING = torch.tensor([[4, 2, 1], [1, 4, 2], [2, 1, 4], [4, 1, 2]]).double() / 7
 TARGET, TREE = MarkovModel(table(3, FALLING)), Tree.balanced([3, 2])
