@@ -122,6 +122,8 @@ read_bandwidth | bytes/s | At which this machine reads memory, measured in the s
 prompt_tokens | tokens | Of all prompts together that went through the slots.
 roofline_s | s | What reading takes at the least.
 roofline_share | 1 | The same over the time measured.
+depth | 1 | Levels of the tree that was drawn and scored.
+expected_tokens | 1 | Tokens that a step with this tree emits, by what was measured of the draft.
 step_s | s | Time of a decode step of the whole batch.
 draft_share | 1 | Share of a step spent proposing.
 scoring_share | 1 | Share of a step in target forward passes.

@@ -210,7 +210,11 @@ def test_an_interrupt_ends_it(
 ) -> None:
     stdout = Interrupting()
     monkeypatch.setattr(sys, "stdout", stdout)
-    assert main(COUPLED) == 130
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    try:
+        assert main(COUPLED) == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert stdout.getvalue().split() == plain_text.split()[:3]
     assert "tokens:" not in capsys.readouterr().err
 

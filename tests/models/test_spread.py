@@ -261,6 +261,8 @@ greedy = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
 tokens = [each.token_ids for each in engine.generate(json.loads(prompts), greedy)]
 found = pathlib.Path(folder) / f"{tp_plan}{os.environ.get('RANK', '')}.json"  # their prints would run together
 found.write_text(json.dumps(["DTensor" in kinds, tokens]))
+if torch.distributed.is_initialized():  # else its threads may outlive the interpreter
+    torch.distributed.destroy_process_group()
 """
 
 
