@@ -62,7 +62,8 @@ class AdaptiveLength:
     """
 
     def __init__(self, costs: StepCosts | Mapping[int, StepCosts]) -> None:
-        self._costs = dict(costs) if isinstance(costs, Mapping) else {1: costs}
+        self._measured = costs if isinstance(costs, Mapping) else {1: costs}
+        self._costs: dict[int, StepCosts] = {}  # by rows that occurred
         self._tokens, self._seconds = 1.0, 1.0  # emitted in a row's step, and its time over that of one without a draft
         self._accepted, self._looked_at = _PRIOR
         self._copied = [_COPIED_PRIOR] * MOST  # (accepted, looked at) by position, those before it being accepted
@@ -70,7 +71,7 @@ class AdaptiveLength:
     def costs(self, num_rows: int) -> StepCosts:
         """Of a step of so many rows."""
         if num_rows not in self._costs:
-            self._costs[num_rows] = _between(self._costs, num_rows)
+            self._costs[num_rows] = _between(self._measured, num_rows)
         return self._costs[num_rows]
 
     def pays(self, reach: Sequence[float], num_drafted: int) -> list[bool]:
@@ -90,19 +91,17 @@ class AdaptiveLength:
         lengths: how many could be copied, for each row that could. num_rows: rows that share the step.
         """
         reach = list(accumulate((accepted / looked_at for accepted, looked_at in self._copied), mul))
-        return self.best_length([reach[:length] for length in lengths], num_rows)[0]
+        return self.best_length(together([reach[:length] for length in lengths]), num_rows)[0]
 
-    def best_length(
-        self, reaches: Sequence[Sequence[float]], num_rows: int, *, drawn: bool = False
-    ) -> tuple[int, float]:
+    def best_length(self, reach: Sequence[float], num_rows: int, *, drawn: bool = False) -> tuple[int, float]:
         """How long drafts bring most above their cost, 0 included, and how many tokens more than none they then bring.
 
-        reaches: of each row that could have a draft, for each of its tokens the probability that it and those before
-        it are accepted. num_rows: rows that share the step. drawn: whether tokens cost time besides their verification.
+        reach: for each place in the rows' drafts, how many of these are expected to be accepted so far. num_rows: rows
+        that share the step. drawn: whether tokens cost time besides their verification.
         """
         tokens_per_s, costs = self._tokens_per_s(num_rows), self.costs(num_rows)
         cost_s = costs.step_s if drawn else costs.verified_s
-        brought = accumulate((sum(each) for each in zip_longest(*reaches, fillvalue=0.0)), initial=0.0)
+        brought = accumulate(reach, initial=0.0)
         gains = [tokens - tokens_per_s * (cost_s(number) - cost_s(0)) for number, tokens in enumerate(brought)]
         most = max(gains)
         return gains.index(most), most
@@ -131,6 +130,14 @@ class AdaptiveLength:
         costs, num_drafted = self.costs(len(decided)), max(num_drafted for num_drafted, _ in decided)
         self._tokens = _MEMORY * self._tokens + 1 + accepted / len(decided)
         self._seconds = _MEMORY * self._seconds + costs.step_s(num_drafted) / costs.step_s(0)
+
+
+def together(reaches: Sequence[Sequence[float]]) -> list[float]:
+    """How many of several drafts are expected to be accepted so far, for each place.
+
+    reaches: of each draft, for each of its tokens the probability that it and those before it are accepted.
+    """
+    return [sum(each) for each in zip_longest(*reaches, fillvalue=0.0)]
 
 
 def _between(costs: Mapping[int, StepCosts], num_rows: int) -> StepCosts:

@@ -211,7 +211,7 @@ def test_rows_share_the_cost_of_a_step() -> None:
 
 
 def test_costs_depend_on_how_many_rows_there_are() -> None:
-    """Between what was measured they are interpolated; three rows whose drafts double the step have none."""
+    """Between what was measured they are interpolated; five rows whose drafts double the step have none."""
     few, many = StepCosts((1.0, 1.0), 0.0), StepCosts((2.0, 4.0), 0.4, 0.2)
     adaptive = AdaptiveLength({1: few, 5: many})
     assert [adaptive.costs(rows) for rows in (1, 3, 5, 9)] == [few, StepCosts((1.5, 2.5), 0.2, 0.1), many, many]

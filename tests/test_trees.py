@@ -17,6 +17,7 @@ from strategies import law_rows, laws
 from specdec import tree_verification
 from specdec.conformance.enumeration import pieces_between
 from specdec.optimal_trees import expected_accepted, optimal_tree, optimal_trees
+from specdec.proposers.tree import draw_siblings
 from specdec.sampling import Dense, OneHot, Partial
 from specdec.tree_verification import sibling_law, verify_coupled_tree, verify_tree, without
 from specdec.trees import Branches, Tree, as_tree, offsets, visible, ways
@@ -270,6 +271,21 @@ def test_a_chain_gives_exactly_what_verify_tokens_gives(num_tokens: int, data: s
             assert torch.equal(chain.accepted, tree.accepted)
             assert torch.equal(chain.next_token, tree.next_token)
             assert torch.equal(tree.path, torch.arange(num_tokens).expand(batch, -1))
+
+
+@pytest.mark.parametrize("vocabulary", [None, torch.tensor([1, 4, 5, 9, 11])])
+@pytest.mark.parametrize("place", range(5))
+def test_greedy_siblings_are_the_law_s_token_and_the_largest_others(
+    vocabulary: torch.Tensor | None, place: int
+) -> None:
+    """Also where a bias chose the first, whatever its logit; ties of forbidden tokens give different ones."""
+    logits = torch.tensor([[[0.5, 2.0, -torch.inf, 1.0, -torch.inf]]])
+    names = list(range(5)) if vocabulary is None else vocabulary.tolist()
+    law = OneHot(torch.tensor([[names[place]]]), 12)
+    drawn = draw_siblings(law, logits, [4], torch.zeros(1, 4, dtype=torch.float64), vocabulary)[0].tolist()
+    others = [names[each] for each in (1, 3, 0) if each != place]
+    assert drawn[: 1 + len(others)] == [names[place], *others][:4]
+    assert len({*drawn}) == 4
 
 
 @settings(max_examples=60, deadline=None)

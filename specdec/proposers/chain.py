@@ -38,7 +38,8 @@ def draw_chain(
         if adaptive:
             pays = adaptive.pays([reach[slot] if lengths[slot] > i else 0.0 for slot in busy], i)
             for slot, more in zip(busy, pays, strict=True):
-                lengths[slot] = lengths[slot] if more else min(lengths[slot], i)
+                if not more:
+                    lengths[slot] = min(lengths[slot], i)
             if max(lengths) <= i:
                 break
         logits = logits_after(drafted)

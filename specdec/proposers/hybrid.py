@@ -11,7 +11,7 @@ import torch
 from specdec.adaptive import AdaptiveLength
 from specdec.proposers import Proposer
 from specdec.proposers.ngram import pad
-from specdec.proposers.suffix import Copy, SuffixProposer
+from specdec.proposers.suffix import Copy, SuffixProposer, cut_together
 from specdec.requests import Batch, Generation
 from specdec.sampling import Dense, Law, OneHot
 from specdec.verification import Draft
@@ -69,8 +69,7 @@ class BetterCopies:
             for row, copy, limit in zip(batch.rows, copies, limits, strict=True)
         ]
         if self._adaptive:
-            length, _ = self._adaptive.best_length([copy.reach for copy in chosen], num_rows)
-            chosen = [copy.cut(length) for copy in chosen]
+            chosen = cut_together(chosen, num_rows, self._adaptive)
         for row, copy, limit in zip(batch.rows, chosen, limits, strict=True):
             if row and limit and not copy.tokens:
                 self._drawn[row].step = len(row.steps)
@@ -82,8 +81,8 @@ class BetterCopies:
         drawn.observe(row)
         if not self._adaptive:
             return bool(copy.tokens) and copy.score >= sum(drawn.reach(limit))
-        _, gain = self._adaptive.best_length([copy.reach] * num_rows, num_rows)
-        _, least = self._adaptive.best_length([drawn.reach(limit)] * num_rows, num_rows, drawn=True)
+        _, gain = self._adaptive.best_length([num_rows * each for each in copy.reach], num_rows)
+        _, least = self._adaptive.best_length([num_rows * each for each in drawn.reach(limit)], num_rows, drawn=True)
         return gain > 0 and gain >= least
 
 

@@ -22,7 +22,7 @@ from operator import mul
 
 import torch
 
-from specdec.adaptive import AdaptiveLength
+from specdec.adaptive import AdaptiveLength, together
 from specdec.proposers.ngram import pad
 from specdec.proposers.suffix_tree import TOKEN_BYTES, Place, SuffixTree
 from specdec.requests import Batch, Generation
@@ -48,6 +48,12 @@ class Copy:
     def cut(self, length: int) -> Copy:
         """Its first tokens."""
         return Copy(self.tokens[:length], self.reach[:length])
+
+
+def cut_together(copies: Sequence[Copy], num_rows: int, adaptive: AdaptiveLength) -> list[Copy]:
+    """As much of the rows' copies as pays, in a step that so many rows share."""
+    length, _ = adaptive.best_length(together([copy.reach for copy in copies]), num_rows)
+    return [copy.cut(length) for copy in copies]
 
 
 def doubt(sampling: SamplingParams) -> float:
@@ -154,9 +160,7 @@ class SuffixProposer:
     def propose(self, batch: Batch, limits: Sequence[int]) -> Draft:
         copies = self.copies(batch, limits)
         if self._adaptive:
-            num_rows = sum(row is not None for row in batch.rows)
-            length, _ = self._adaptive.best_length([copy.reach for copy in copies], num_rows)
-            copies = [copy.cut(length) for copy in copies]
+            copies = cut_together(copies, sum(row is not None for row in batch.rows), self._adaptive)
         guesses = [copy.tokens for copy in copies]
         width = batch.width(max(map(len, guesses)))
         return Draft.deterministic(*pad(guesses, self._device, width), self._vocab_size)
