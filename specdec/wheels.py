@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
-import importlib.util
 import json
 import os
 import shutil
@@ -133,16 +132,18 @@ def _check_sha256(file: Path, expected: str) -> None:
 
 def _pip_download(requirement: str, folder: Path) -> Path:
     """Let pip fetch one wheel; its progress bar shows if stderr is a terminal."""
-    if importlib.util.find_spec("pip") is None:
-        raise LoadError(
-            f"requirement={requirement} must be fetched with pip, which {sys.executable} lacks; "
-            "run `python -m ensurepip` (with uv: `uv pip install pip`)"
-        )
     command = [sys.executable, "-m", "pip", "download", "--no-input", "--no-deps", "--only-binary", ":all:"]
     bar = sys.stderr if sys.stderr.isatty() else subprocess.DEVNULL
     done = subprocess.run(
         [*command, "--dest", str(folder), requirement], stdout=bar, stderr=subprocess.PIPE, text=True, check=False
     )
+    # told by the process: looking for pip in this one (importlib.util.find_spec) makes setuptools' stand-in for
+    # distutils, and with it torch's compiler, behave differently from then on
+    if "No module named pip" in done.stderr:
+        raise LoadError(
+            f"requirement={requirement} must be fetched with pip, which {sys.executable} lacks; "
+            "run `python -m ensurepip` (with uv: `uv pip install pip`)"
+        )
     wheels = list(folder.glob("*.whl"))
     if done.returncode or len(wheels) != 1:
         raise LoadError(

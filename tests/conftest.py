@@ -1,5 +1,6 @@
 """The real model, loaded once for all tests that need it."""
 
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,6 +12,27 @@ from specdec.models.causal import CausalLM
 from specdec.models.loading import load_pretrained, packaged_draft, resolve
 
 ALL_THREADS = torch.get_num_threads()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Shuffle modules and the tests of each, so that none can rest on another; the header says by which seed.
+
+    `--random-order-seed=N` repeats an order, `--random-order-bucket=none` is the order of the files. Not in
+    pytest.ini: the cells of bench/ keep theirs.
+    """
+    if config.pluginmanager.hasplugin("random_order"):
+        config.option.random_order_enabled = True
+    elif os.environ.get("CI"):
+        raise pytest.UsageError("pytest-random-order must be installed; pip install -e '.[test]'")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """Start each test, its fixtures included, from one state of torch's generator, in any order.
+
+    Not seed 0, by which dummy weights are drawn: a random model of a test must differ from them.
+    """
+    torch.manual_seed(1)
 
 
 @pytest.fixture(autouse=True)

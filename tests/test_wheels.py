@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 import errno
 import hashlib
-import importlib.util
 import json
 import os
 import shutil
 import subprocess
 import sys
+import venv
 import zipfile
 from pathlib import Path
 
@@ -216,10 +216,40 @@ def test_pip_without_the_wheel_is_quoted(tiny, cache):
     assert all(name.endswith(".lock") for name in names(cache))
 
 
-def test_pip_is_missing(tiny, monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+@pytest.fixture
+def without_pip(tmp_path, monkeypatch):
+    """An interpreter that has no pip, as `uv venv` makes them."""
+    venv.EnvBuilder(with_pip=False, symlinks=True).create(tmp_path / "venv")
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "venv" / "bin" / "python"))
+
+
+@pytest.mark.usefixtures("without_pip")
+def test_pip_is_missing(tiny):
     with pytest.raises(LoadError, match=r"requirement=specdec-tiny==0.1 must be .* lacks; run `python -m ensurep"):
         fetch(tiny, shutil.copytree)
+
+
+LOOKING = """
+import importlib.util, sys
+from pathlib import Path
+from specdec.wheels import _pip_download
+
+def who():
+    return type(importlib.util.find_spec("distutils").loader)
+
+before = who()
+_pip_download("specdec-tiny==0.1", Path(sys.argv[1]))
+print(before.__name__, who() is before)
+"""
+
+
+@pytest.mark.usefixtures("offline_pip", "wheel")
+def test_fetching_leaves_the_import_system_alone(tmp_path):
+    """setuptools' finder of distutils takes itself out of a process that looks for pip; torch's compiler imports it."""
+    environment = os.environ | {"PYTHONPATH": str(Path(wheels.__file__).parents[1]), "PYTHONWARNINGS": ""}
+    command = [sys.executable, "-c", LOOKING, str(tmp_path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.stdout == "DistutilsLoader True\n", done.stderr
 
 
 # ---- where the cache is
