@@ -219,7 +219,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 
 def _check_plugins(config: pytest.Config) -> None:
     if not config.pluginmanager.hasplugin("benchmark"):
-        raise ValueError("pytest-benchmark must be installed and active; pip install 'specdec[bench]'")
+        raise ValueError("pytest-benchmark must be installed and active; pip install pytest-benchmark")
     if config.getoption("dist", "no") != "no" or config.getoption("numprocesses", None):
         raise ValueError(
             f"numprocesses={config.getoption('numprocesses')} must be 0: xdist runs tests side by side "

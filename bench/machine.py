@@ -10,6 +10,7 @@ import platform
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import specdec
 from specdec.devices import free_memories
 from specdec.models.placement import num_devices
 
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from bench.options import BenchConfig
     from bench.pairs import Pair
 
-PACKAGES = ("specdec", "torch", "transformers", "vllm", "numpy")
+PACKAGES = ("torch", "transformers", "vllm", "numpy")
 
 
 def versions() -> dict[str, str | None]:
@@ -29,7 +30,7 @@ def versions() -> dict[str, str | None]:
         except importlib.metadata.PackageNotFoundError:
             return None
 
-    return {package: version(package) for package in PACKAGES}
+    return {"specdec": specdec.__version__} | {package: version(package) for package in PACKAGES}
 
 
 def source_sha256() -> str:

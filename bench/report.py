@@ -57,7 +57,7 @@ def draw(run: Results, folder: Path) -> list[Path]:
     try:
         from bench import drawing
     except ImportError as error:
-        raise ValueError(f"plots={folder} needs matplotlib ({error}); pip install 'specdec[bench]'") from error
+        raise ValueError(f"plots={folder} needs matplotlib ({error}); pip install matplotlib") from error
     try:
         return drawing.write(plots.pictures(run.pictured), folder, run.file_name, run.described())
     except OSError as error:

@@ -71,7 +71,7 @@ class GrammarCompiler:
 
     def __init__(self, tokenizer: Any, vocab_size: int) -> None:
         if importlib.util.find_spec("llguidance") is None:
-            raise ValueError(f"{', '.join(CONSTRAINTS)} need the package llguidance; pip install 'specdec[grammar]'")
+            raise ValueError(f"{', '.join(CONSTRAINTS)} need the package llguidance; pip install llguidance")
         from llguidance.hf import from_tokenizer
 
         try:

@@ -49,7 +49,7 @@ class SamplingParams:
     top_logprobs: with logprobs, also those of so many likeliest tokens in each place.
     json_schema, regex, grammar: what the text before the stop token is to be, at most one of them: JSON of a schema,
     given as a mapping or as JSON; a text that a regular expression matches as a whole; a text of a grammar in Lark's or
-    GBNF's notation. They are read by llguidance (`pip install 'specdec[grammar]'`), which documents what they may have.
+    GBNF's notation. They are read by llguidance (`pip install llguidance`), which documents what they may have.
 
     The order is: logit bias, repetition, frequency and presence penalties, what the constraint allows, temperature,
     top-k, top-p, min-p.

@@ -33,7 +33,7 @@ def _parquet_rows(path: Path) -> Rows:
     try:
         from pyarrow import ArrowException, parquet
     except ImportError as error:
-        raise UnavailableError(f"{path} must be read with pyarrow ({error}); pip install 'specdec[data]'") from None
+        raise UnavailableError(f"{path} must be read with pyarrow ({error}); pip install pyarrow") from None
     try:
         batches = parquet.ParquetFile(path).iter_batches()
         for number, row in enumerate((row for batch in batches for row in batch.to_pylist()), 1):
@@ -54,7 +54,7 @@ def hub_rows(workload: str, hub: HubSet, file: str) -> Rows:
     except ImportError as error:
         raise UnavailableError(
             f"workloads={workload} must be read from the hub with datasets ({error}); "
-            f"pip install 'specdec[data]', or put it into a folder as {file} and name that with --data-dir"
+            f"pip install datasets, or put it into a folder as {file} and name that with --data-dir"
         ) from None
     try:
         _require_connection(hub)

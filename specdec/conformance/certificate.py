@@ -11,6 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
+from specdec import __version__
 from specdec.conformance.betting import Interval
 
 Verdict = Literal["lossless", "lossy", "undecided"]
@@ -159,8 +160,8 @@ class Certificate:
 
 def installed_versions() -> dict[str, str]:
     """Of Python and of what an engine may be made of."""
-    found = {"python": platform.python_version()}
-    for name in ("specdec", "torch", "transformers", "vllm", "numpy"):
+    found = {"python": platform.python_version(), "specdec": __version__}
+    for name in ("torch", "transformers", "vllm", "numpy"):
         try:
             found[name] = version(name)
         except PackageNotFoundError:
