@@ -13,6 +13,7 @@ import pytest
 
 from bench import load_table, machine, options, shards, table
 from bench.cells import CELL_FIELDS, LOAD_FIELDS, Cell
+from bench.interrupts import Interrupts
 from bench.journal import SCHEMA_VERSION
 from bench.options import BenchConfig
 from bench.progress import line_below
@@ -92,6 +93,16 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> Generator[
             f"finished cells are in {ours.config.journal}: free space and run again with --resume"
         )
         return None
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)  # around pytest's own, which makes failures of what was only reported
+def pytest_runtest_call() -> Generator[None, object, object]:
+    """Ctrl-C ends the run, whatever became of the cell."""
+    with Interrupts():
+        return (yield)
+
+
+pytest_runtest_setup = pytest_runtest_teardown = pytest_runtest_call
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

@@ -6,6 +6,7 @@ A run that is interrupted loses the cell that was running and nothing else; --re
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,7 +14,10 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
+from filelock import BaseFileLock, FileLock, Timeout
+
 SCHEMA_VERSION = 1  # of a record
+HEAD = b'{"schema_version": '  # what a journal begins with
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,11 +29,16 @@ class Entry:
 
 
 class Journal:
-    """An open journal. cells: finished cells by id. kept_as: where an earlier journal was moved to, if any."""
+    """An open journal, which no other run can open meanwhile.
 
-    def __init__(self, path: Path, stream: FileIO, cells: dict[str, Entry], kept_as: Path | None = None) -> None:
+    cells: finished cells by id. kept_as: where an earlier journal was moved to, if any.
+    """
+
+    def __init__(
+        self, path: Path, stream: FileIO, lock: BaseFileLock, cells: dict[str, Entry], kept_as: Path | None = None
+    ) -> None:
         self.path, self.cells, self.kept_as = path, cells, kept_as
-        self._stream = stream
+        self._stream, self._lock = stream, lock
 
     @classmethod
     def open(cls, path: Path, configuration: Mapping[str, Any], *, resume: bool) -> Journal:
@@ -37,16 +46,23 @@ class Journal:
 
         resume: continue an existing journal; where there is none, a new one is begun. Otherwise an existing journal
         that has finished cells is kept beside the new one, as the first free of NAME.bak, NAME.bak2, ...
-        Raises ValueError if the journal cannot be written, or is to be resumed but damaged or of another configuration.
+        Raises ValueError if the journal cannot be written, is another run's at the moment, is a file that is no
+        journal, or is to be resumed but damaged or of another configuration or version.
         """
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             if path.exists() and not path.is_file():
                 raise ValueError(f"journal={path} must be a regular file; name another with --journal")
-            if resume and path.exists() and path.stat().st_size:
-                return cls._continue(path, configuration)
-            kept_as = _keep(path)
-            return cls(path, path.open("wb", buffering=0), {}, kept_as)._begin(configuration)
+            lock = _locked(path)
+            try:
+                _check_header(path)
+                if resume and path.exists() and path.stat().st_size:
+                    return cls._continue(path, lock, configuration)
+                kept_as = _keep(path)
+                return cls(path, path.open("wb", buffering=0), lock, {}, kept_as)._begin(configuration)
+            except BaseException:
+                lock.release()
+                raise
         except OSError as error:
             raise ValueError(
                 f"journal={path} must be writable ({error.strerror}); free space there, or name another "
@@ -54,20 +70,26 @@ class Journal:
             ) from error
 
     @classmethod
-    def _continue(cls, path: Path, configuration: Mapping[str, Any]) -> Journal:
+    def _continue(cls, path: Path, lock: BaseFileLock, configuration: Mapping[str, Any]) -> Journal:
         lines, num_bytes = _complete_lines(path)
         if not lines:  # killed while writing the first line
             num_bytes = 0
-        elif differing := _differing(lines[0].get("configuration", {}), configuration):
+        elif (version := lines[0]["schema_version"]) != SCHEMA_VERSION:
+            raise ValueError(
+                f"journal={path} must have schema_version={SCHEMA_VERSION} to be resumed, but has {version!r}: another "
+                "version of the benchmarks wrote it; use that one, or leave out --resume to begin anew (the old "
+                "journal is then kept)"
+            )
+        elif differing := _differing(lines[0]["configuration"], configuration):
             raise ValueError(
                 f"journal={path} must be of this configuration to resume it, but {differing}; repeat that "
                 "command line, or leave out --resume to begin anew (the old journal is then kept)"
             )
+        cells = {line["cell"]: Entry(line["record"], line["rounds_s"]) for line in lines[1:]}
         stream = path.open("r+b", buffering=0)
         stream.truncate(num_bytes)
         stream.seek(num_bytes)
-        cells = {line["cell"]: Entry(line["record"], line["rounds_s"]) for line in lines[1:]}
-        journal = cls(path, stream, cells)
+        journal = cls(path, stream, lock, cells)
         return journal if lines else journal._begin(configuration)
 
     def _begin(self, configuration: Mapping[str, Any]) -> Journal:
@@ -87,6 +109,7 @@ class Journal:
 
     def close(self) -> None:
         self._stream.close()
+        self._lock.release()
 
     def _write(self, line: Mapping[str, Any]) -> None:
         end = self._stream.tell()
@@ -101,19 +124,60 @@ class Journal:
             raise
 
 
+def _locked(path: Path) -> BaseFileLock:
+    """A lock on a journal, under whatever name, for as long as its run lives. Raises ValueError if it is taken."""
+    real = path.resolve()
+    lock = FileLock(real.with_name(f"{real.name}.lock"), timeout=0)
+    try:
+        return lock.acquire().lock
+    except Timeout:
+        raise ValueError(
+            f"journal={path} must be of one run at a time, but another one writes it; wait for its end, or name "
+            "another file with --journal"
+        ) from None
+
+
+def _check_header(path: Path) -> None:
+    """Raises ValueError for a file that is no journal: it would be lost. A header that a kill cut off is one."""
+    start = b""
+    if path.exists():
+        with path.open("rb") as stream:
+            start = stream.readline()
+    try:
+        is_journal = _is_header(json.loads(start)) if start.endswith(b"\n") else start.startswith(HEAD[: len(start)])
+    except (ValueError, RecursionError):
+        is_journal = False
+    if not is_journal:
+        raise ValueError(f"journal={path} must be a journal or a new file, but holds something else; name another file")
+
+
+def _is_header(line: Any) -> bool:
+    return isinstance(line, dict) and "schema_version" in line and isinstance(line.get("configuration"), dict)
+
+
+def _is_cell(line: Any) -> bool:
+    if not (isinstance(line, dict) and isinstance(line.get("cell"), str) and isinstance(line.get("record"), dict)):
+        return False
+    rounds = line.get("rounds_s")
+    return isinstance(rounds, list) and all(isinstance(each, int | float) and 0 <= each < math.inf for each in rounds)
+
+
 def _complete_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
     """The lines of a journal and how many bytes they have; a last line without its end is left out."""
     content = path.read_bytes()
     num_bytes = content.rfind(b"\n") + 1
-    lines = []
-    for number, line in enumerate(content[:num_bytes].splitlines(), 1):
+    lines: list[dict[str, Any]] = []
+    for number, text in enumerate(content[:num_bytes].splitlines(), 1):
         try:
-            lines.append(json.loads(line))
-        except ValueError:
+            line = json.loads(text)
+        except (ValueError, RecursionError):
+            line = None
+        if not (_is_cell(line) if lines else _is_header(line)):
             raise ValueError(
                 f"journal={path} must be JSON lines, but line {number} is damaged; leave out --resume to "
                 "begin anew (the old journal is then kept)"
-            ) from None
+            )
+        lines.append(line)
     return lines, num_bytes
 
 
@@ -129,5 +193,5 @@ def _keep(path: Path) -> Path | None:
     if not path.exists() or path.read_bytes().count(b"\n") < 2:
         return None
     names = (f"{path.name}.bak{number if number > 1 else ''}" for number in range(1, 10_000))
-    free = next(place for place in map(path.with_name, names) if not place.exists())
+    free = next(place for place in map(path.with_name, names) if not os.path.lexists(place))
     return path.rename(free)

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import errno
 import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -24,11 +27,14 @@ def path(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def opened(path: Path) -> Iterator[Callable[..., Journal]]:
-    """Open the journal at `path`; every journal is closed at the end."""
+    """Open the journal at `path`, after whatever this opened before was closed."""
     with ExitStack() as stack:
-        yield lambda configuration=CONFIGURATION, place=path, *, resume: stack.enter_context(
-            closing(Journal.open(place, configuration, resume=resume))
-        )
+
+        def open_(configuration: object = CONFIGURATION, place: Path = path, *, resume: bool) -> Journal:
+            stack.close()
+            return stack.enter_context(closing(Journal.open(place, configuration, resume=resume)))
+
+        yield open_
 
 
 def written(path: Path, *cells: str) -> Path:
@@ -103,7 +109,87 @@ def test_a_full_disk_leaves_the_journal_whole(opened: Opened, path: Path, monkey
             journal.append("b", ENTRY)
         assert path.read_bytes() == content
         with pytest.raises(ValueError, match=r"must be writable \(No space left on device\); free space there"):
-            opened(place=path.with_name("other"), resume=False)
+            Journal.open(path.with_name("other"), CONFIGURATION, resume=False)
         assert not path.with_name("other").exists()
     journal.append("c", ENTRY)
     assert set(opened(resume=True).cells) == {"a", "c"}
+
+
+# ---- what is not this run's
+
+
+def test_a_journal_is_one_runs_at_a_time(opened: Opened, path: Path, tmp_path: Path) -> None:
+    """Under another name, too; the second run is refused before it writes anything."""
+    opened(resume=False).append("a", ENTRY)
+    content = path.read_bytes()
+    (tmp_path / "link.jsonl").symlink_to(path)
+    for place, resume in product((path, tmp_path / "link.jsonl"), (False, True)):
+        with pytest.raises(ValueError, match=r"must be of one run at a time, but another one writes it; wait for"):
+            Journal.open(place, CONFIGURATION, resume=resume)
+    assert path.read_bytes() == content
+    assert set(opened(resume=True).cells) == {"a"}  # it has ended
+
+
+def test_a_killed_run_holds_no_journal(opened: Opened, path: Path) -> None:
+    code = "import os, sys\nfrom pathlib import Path\nfrom bench.journal import Journal\n"
+    code += f"journal = Journal.open(Path(sys.argv[1]), {CONFIGURATION}, resume=False)\nos.kill(os.getpid(), 9)"
+    done = subprocess.run([sys.executable, "-c", code, str(path)], cwd=Path(__file__).parents[2], check=False)
+    assert done.returncode == -9
+    assert opened(resume=True).cells == {}
+
+
+@pytest.mark.parametrize("resume", [False, True])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "my thesis\n",
+        "my thesis",
+        '{"prompt": "Hello"}\n',
+        "[1, 2]\n",
+        '{"schema_version": 1}\n{}\n',
+        "\n",
+        "[" * 100_000 + "\n",
+        '{"schema_version": 1, "configuration": 5}\n',
+    ],
+)
+def test_what_is_no_journal_is_not_overwritten(opened: Opened, path: Path, content: str, resume: bool) -> None:
+    path.parent.mkdir()
+    path.write_text(content)
+    with pytest.raises(ValueError, match="must be a journal or a new file, but holds something else; name another"):
+        opened(resume=resume)
+    assert path.read_text() == content
+
+
+def test_an_empty_file_is_a_new_one(opened: Opened, path: Path) -> None:
+    path.parent.mkdir()
+    path.touch()
+    assert opened(resume=False).kept_as is None
+
+
+def test_a_journal_of_another_version_is_not_resumed(opened: Opened, path: Path) -> None:
+    content = written(path, "a").read_text().replace('"schema_version": 1', '"schema_version": 2', 1)
+    path.write_text(content)
+    with pytest.raises(ValueError, match=r"must have schema_version=1 to be resumed, but has 2: another version of"):
+        opened(resume=True)
+    assert path.read_text() == content
+    assert opened(resume=False).kept_as is not None
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "5",
+        "{}",
+        "[" * 100_000,
+        '{"cell": "b", "rounds_s": [0.1], "record": null}',
+        '{"cell": "b", "rounds_s": ["0.1"], "record": {}}',
+        '{"cell": "b", "rounds_s": [NaN], "record": {}}',
+        '{"cell": 3, "rounds_s": [0.1], "record": {}}',
+    ],
+)
+def test_a_line_of_another_shape_is_damage(opened: Opened, path: Path, line: str) -> None:
+    content = written(path, "a").read_text() + line + "\n"
+    path.write_text(content)
+    with pytest.raises(ValueError, match="line 3 is damaged; leave out --resume"):
+        opened(resume=True)
+    assert path.read_text() == content

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import pytest
 from bench import page, report, results
 from bench.cost import SMOKE_SWEEPS
 from bench.engines import METHODS
+from bench.journal import Entry, Journal
 
 ROOT = Path(__file__).parents[2]
 Killed = tuple[Path, list[str]]
@@ -150,6 +152,52 @@ def test_another_configuration_is_not_mixed_in(resumed: Resumed, environment: di
     done = finish(resumed[0], environment, "--resume", "--seed", "1")
     assert done.returncode == pytest.ExitCode.USAGE_ERROR
     assert "must be of this configuration to resume it, but seed was 0 and is 1" in done.stderr
+
+
+PLANTED = """
+import signal, weakref
+import pytest
+from bench.session import Session
+
+class Thing: pass
+
+def lost():
+    thing = Thing()
+    kept = weakref.ref(thing, lambda _: signal.raise_signal(signal.SIGINT))
+    del thing
+    return kept
+
+def measured(self, *_):
+    lost()
+    {then}
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+Session._measure = measured
+"""
+
+
+@pytest.mark.parametrize("then", ["pass", "pytest.fail('a worker has ended')"])
+def test_an_interrupt_that_python_loses_ends_the_run_and_fails_nothing(
+    then: str, tmp_path: Path, environment: dict[str, str]
+) -> None:
+    """In a callback of a weak reference KeyboardInterrupt is only reported; the report looked like a failure."""
+    (tmp_path / "planted.py").write_text(PLANTED.format(then=then))
+    paths = f"{tmp_path}:{environment.get('PYTHONPATH', '')}"
+    done = finish(tmp_path, environment | {"PYTHONPATH": paths}, "-p", "planted", "--engines=specdec")
+    assert done.returncode == pytest.ExitCode.INTERRUPTED, done.stdout
+    assert "KeyboardInterrupt" in done.stdout
+    assert "failed" not in done.stdout
+    assert finished_cells(tmp_path) == []
+
+
+def test_two_runs_with_one_journal(tmp_path: Path, environment: dict[str, str]) -> None:
+    """The second is refused before it measures anything, and the first one's cells stay."""
+    with closing(Journal.open(tmp_path / "journal.jsonl", {}, resume=False)) as journal:
+        journal.append("a", Entry({}, [0.1]))
+        done = finish(tmp_path, environment)
+    assert done.returncode == pytest.ExitCode.USAGE_ERROR
+    assert "must be of one run at a time, but another one writes it" in done.stderr
+    assert len(finished_cells(tmp_path)) == 1
 
 
 def test_costs_are_measured_and_printed(tmp_path: Path, environment: dict[str, str]) -> None:
