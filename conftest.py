@@ -1,9 +1,10 @@
-"""Shared by tests/ and bench/: Hypothesis profiles, and quiet libraries."""
+"""Shared by tests/ and bench/: Hypothesis profiles, quiet libraries, and no slower way that is taken unnoticed."""
 
 import os
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("SPECDEC_STRICT", "1")  # see specdec/fallbacks.py
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 

@@ -149,7 +149,8 @@ def _step(target: CausalLM, rows: int, width: int, context: int) -> Sized:
     """A decode step of `width` tokens in each row, behind `context` tokens."""
     context = min(context, target.context_length - width)  # prompt and step together must fit
     tokens = torch.ones(rows, width, dtype=torch.int64, device=target.device)
-    cache, recorder = target.allocate(rows, context + width), Recorder(target.device)
+    recorder = Recorder(target.device)
+    cache = target.allocate(rows, recorder.capacity(context + width))
 
     def run() -> None:
         cache.lengths[:] = [context] * rows

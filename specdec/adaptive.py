@@ -176,7 +176,8 @@ def target_costs(
     records: as for `Recorder`.
     """
     context = max(1, min(64, target.context_length - max(widths)))
-    cache, recorder = target.allocate(rows, context + max(widths)), Recorder(target.device, records)
+    recorder = Recorder(target.device, records)
+    cache = target.allocate(rows, recorder.capacity(context + max(widths)))
     tokens = torch.zeros(rows, max(widths), dtype=torch.int64, device=target.device)
     for row in range(rows):
         prefill(target, [0] * context, cache, row)

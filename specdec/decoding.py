@@ -15,7 +15,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
-from functools import lru_cache
+from functools import cache
 from typing import cast
 
 import torch
@@ -33,8 +33,6 @@ from specdec.stats import PhaseTimes
 from specdec.timing import Stopwatch, now_s, sleep_until
 from specdec.trees import Branches, Tree, tree_of
 from specdec.verification import Draft, Verification, VerificationRule, verify_tokens
-
-_CAPACITY_STEP = 1024  # tokens
 
 
 class Decoder:
@@ -111,9 +109,9 @@ class Decoder:
         capacity = longest + self.num_speculative_tokens
         if self._cache is None or self._cache.capacity < capacity:
             keep_features = getattr(self.proposer, "needs_features", False)
-            if self.recorder.records:  # what was recorded ends with its cache: let it be a while
-                capacity = -(-capacity // _CAPACITY_STEP) * _CAPACITY_STEP
-                self.recorder.forget()
+            self.recorder.forget()
+            self._cache = None  # before there is another
+            capacity = self.recorder.capacity(capacity)
             self._cache = self.target.allocate(self.max_batch_size, capacity, keep_features=keep_features)
         return self._cache
 
@@ -285,7 +283,7 @@ class Decoder:
         return decided
 
 
-@lru_cache(maxsize=64)
+@cache  # without a limit: recordings read these tensors where they are
 def _draws_of_a_step(
     width: int, parents: tuple[int, ...] | None, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor]:

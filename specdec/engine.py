@@ -29,7 +29,7 @@ from specdec.drafts import (
 )
 from specdec.grammars import GrammarCompiler
 from specdec.models import LanguageModel
-from specdec.models.elsewhere import is_on_one_device, seen_from
+from specdec.models.elsewhere import can_be_recorded, seen_from
 from specdec.models.loading import packaged_draft
 from specdec.optimal_trees import USUAL_RATES, Rates, optimal_tree, tree_that_pays
 from specdec.proposers import Proposer
@@ -104,7 +104,7 @@ class Engine:
     synthetic_acceptance_rates: to time shapes without their weights: accept draft positions with these probabilities
         instead of verifying. The output is then no longer the target's.
     records: whether steps are recorded once for each shape and replayed (CUDA graphs); None: on a GPU, if target and
-        draft are on that one alone.
+        draft are on that one alone and neither has dynamic or "longrope" angles of positions.
     Raises ValueError naming the value, the rule and the remedy.
     """
 
@@ -137,7 +137,12 @@ class Engine:
             f'exit_layer={exit_layer} must be left out with method={method!r}; use method="early_exit"',
         )
         drawing = _drawing(target, draft) if method != "early_exit" else _early_exit(target, exit_layer)
-        recordable = None if is_on_one_device(target, draft) else False
+        recordable = None if can_be_recorded(target, draft) else False
+        require(
+            not records or recordable is None,
+            "records=True must be left out: target and draft must be on one device, and their angles of positions must "
+            "not depend on the longest one (dynamic or longrope)",
+        )
         records = recordable if records is None else records
         is_adaptive = num_speculative_tokens == "auto" and method not in ("autoregressive", "tree")
         adaptive = _adaptive(target, drawing, max_batch_size, recordable) if is_adaptive else None
@@ -500,7 +505,7 @@ def tree_costs(target: LanguageModel, draft: Any, rows: int = 1) -> tuple[list[f
     """Measured seconds of a target step over 1, 2, ... tokens in each of so many rows, and of drawing one level."""
     drawing = _drawing(target, draft)
     assert drawing, "a draft that draws"
-    return _tree_costs(target, drawing, rows, None if is_on_one_device(target, draft) else False)
+    return _tree_costs(target, drawing, rows, None if can_be_recorded(target, draft) else False)
 
 
 def _tree_costs(target: LanguageModel, drawing: Drawing, rows: int, records: bool | None) -> tuple[list[float], float]:

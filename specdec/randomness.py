@@ -60,7 +60,7 @@ def philox(counter: Tensor, key: Tensor) -> Tensor:
     Every word is an int64 holding an unsigned 32-bit value; the axes behind the first broadcast.
     """
     multipliers, weyl = (words.view(2, *[1] * (counter.ndim - 1)) for words in _constants(counter.device))
-    even, odd = counter[[0, 2]], counter[[1, 3]]
+    even, odd = counter[0::2], counter[1::2]  # a list of numbers would be uploaded
     for i in range(_ROUNDS):
         # an int64 product wraps, but its bits are those of the unsigned product
         product = (even * multipliers).flip(0)

@@ -1,26 +1,30 @@
-"""Work of fixed shapes, recorded once on a GPU and replayed: CUDA graphs, and functions compiled by torch.
+"""Work of fixed shapes, recorded once on a GPU and replayed: CUDA graphs.
 
 A decode step of a small model is bound by the host, which launches hundreds of kernels for it. A graph launches them
 at once. What is recorded must not touch the host: no transfer, no decision about a tensor's content.
+
+The graphs of a recorder compute in one pool of memory, so that together they need no more than the largest of them.
+Replaying one overwrites whatever another has left there: all that is read after a replay, the inputs and outputs of
+recordings, has memory of its own outside the pool.
 """
 
 from __future__ import annotations
 
-import logging
-import os
 import time
 from collections.abc import Callable, Hashable, Iterator
-from dataclasses import dataclass, fields, is_dataclass
-from functools import cache
-from typing import Any, TypeVar, cast
+from contextlib import AbstractContextManager, nullcontext, suppress
+from dataclasses import fields, is_dataclass
+from typing import Any, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor
 
+from specdec.fallbacks import fall_back
 from specdec.timing import synchronise
-from specdec.wheels import cache_root
 
 T = TypeVar("T")
+Work = Callable[[], None]
+_CAPACITY_STEP = 1024  # tokens
 
 
 class Recorder:
@@ -28,7 +32,7 @@ class Recorder:
 
     device: where the tensors are. records: None for "if it is a GPU"; True on a CPU goes through the same motions,
     fixed inputs and outputs included, which is how they are tested.
-    What a call returns is overwritten by the next call of the same function with the same shapes.
+    What a call returns is overwritten by the next call of the same function with the same shapes, and by nothing else.
     `seconds` is the time that first and recording calls took, compilation included.
     """
 
@@ -36,38 +40,49 @@ class Recorder:
         self.device, self.records = device, device.type == "cuda" if records is None else records
         self.seconds = 0.0
         self._recordings: dict[Hashable, Recording | None] = {}
-        self._pool: Any = None
+        self._graphs: Graphs = CudaGraphs(device) if device.type == "cuda" else Repetition()
 
     def __call__(self, function: Callable[..., T], *args: Any) -> T:
         """function(*args), the arguments being tensors, hashable values, and tuples and frozen dataclasses of them."""
         if not self.records:
             return function(*args)
-        tensors: list[Tensor] = []
-        key = (function, _structure(args, tensors))
-        recording = self._recordings.get(key)
-        if recording is not None:
-            return cast("T", recording(tensors))
-        start_s = time.perf_counter()
-        try:
-            return self._first(key, function, args)
-        finally:
-            synchronise(self.device)
-            self.seconds += time.perf_counter() - start_s
+        with torch.inference_mode(), on_device(self.device):
+            tensors: list[Tensor] = []
+            key = (function, _structure(args, tensors))
+            recording = self._recordings.get(key)
+            if recording is not None:
+                return cast("T", recording(tensors))
+            start_s = time.perf_counter()
+            try:
+                return self._first(key, function, args)
+            finally:
+                synchronise(self.device)
+                self.seconds += time.perf_counter() - start_s
+
+    def capacity(self, num_tokens: int) -> int:
+        """How large a cache to allocate for so many tokens: in large steps, since recordings end with their cache.
+
+        The extents that are seen follow from it, so that there are few of them, and all are even.
+        """
+        return -(-num_tokens // _CAPACITY_STEP) * _CAPACITY_STEP if self.records else num_tokens
 
     def forget(self) -> None:
-        """Let go of everything that was recorded."""
+        """Let go of everything that was recorded, and of its memory."""
         self._recordings.clear()
+        self._graphs.forget()
 
     def _first(self, key: Hashable, function: Callable[..., T], args: tuple[Any, ...]) -> T:
-        """The first call runs as it is, which also readies libraries and compiles; the second is recorded."""
+        """The first call runs as it is, which also readies libraries and allocates caches; the second is recorded."""
         if key not in self._recordings:
             self._recordings[key] = None
             return function(*args)
-        if self._pool is None and self.device.type == "cuda":
-            self._pool = torch.cuda.graph_pool_handle()
-        recording = Recording(function, args, self.device, self._pool)
-        self._recordings[key] = recording
-        return cast("T", recording(_tensors(args)))
+        recording = self._recordings[key] = Recording(function, args, self._graphs)
+        return cast("T", recording.outputs)
+
+
+def on_device(device: torch.device) -> AbstractContextManager[Any]:
+    """Where a GPU must be the current one: streams, graphs and their memory are the current device's."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 class InPlace:
@@ -86,72 +101,119 @@ class InPlace:
 class Recording:
     """One function at fixed places in memory.
 
-    Where it cannot be recorded it is called instead, which is said once.
+    It runs once as it is recorded: `outputs` are then what it said, in the places where every call leaves them.
     """
 
-    def __init__(self, function: Callable[..., Any], args: tuple[Any, ...], device: torch.device, pool: Any) -> None:
+    def __init__(self, function: Callable[..., Any], args: tuple[Any, ...], graphs: Graphs) -> None:
         self._inputs = [tensor.clone() for tensor in _tensors(args)]
         fixed = _replaced(args, iter(self._inputs))
-        self._run: Callable[[], Any] = lambda: function(*fixed)
-        self._graph: torch.cuda.CUDAGraph | None = None
-        self._outputs: Any = None
-        if device.type == "cuda":
-            self._graph, self._outputs = _capture(self._run, pool)
+        self._run = lambda: function(*fixed)
+        said = graphs.prepare(self._run)
+        self.outputs = _replaced(said, iter([_copy(tensor) for tensor in _tensors(said)]))
+        self._replay = graphs.capture(self._leave_outputs)
 
     def __call__(self, tensors: list[Tensor]) -> Any:
         for fixed, tensor in zip(self._inputs, tensors, strict=True):
             fixed.copy_(tensor, non_blocking=True)
-        if self._graph:
-            self._graph.replay()
-        elif self._outputs is None:
-            self._outputs = self._run()
-        else:
-            for fixed, tensor in zip(_tensors(self._outputs), _tensors(self._run()), strict=True):
-                fixed.copy_(tensor)
-        return self._outputs
+        self._replay()
+        return self.outputs
+
+    def _leave_outputs(self) -> None:
+        for fixed, tensor in zip(_tensors(self.outputs), _tensors(self._run()), strict=True):
+            fixed.copy_(tensor)
 
 
-def _capture(run: Callable[[], Any], pool: Any) -> tuple[torch.cuda.CUDAGraph | None, Any]:
-    """A graph and what it leaves where; twice None where it cannot be recorded, which is said once."""
-    graph = torch.cuda.CUDAGraph()
-    try:
-        with torch.cuda.graph(graph, pool=pool):
-            outputs = run()
-        return graph, outputs
-    except RuntimeError as error:
-        _say_once("a step could not be recorded as a CUDA graph", _reason(error))
-        return None, None
+def _copy(tensor: Tensor) -> Tensor:
+    return tensor.clone(memory_format=torch.contiguous_format)
 
 
-@dataclass(slots=True)
-class Compiled:
-    """A function by torch.compile, as one graph; as it is where there is no compiler, or it does not compile.
+class Graphs(Protocol):
+    """How work on tensors at fixed places is done again."""
 
-    What was compiled is kept in the cache folder, for the next start.
-    """
+    def prepare(self, run: Callable[[], T]) -> T:
+        """Do work that is captured next, so that nothing is left to be set up, and return what it says."""
+        ...
 
-    function: Callable[..., Any]
-    _compiled: Callable[..., Any] | None = None
+    def capture(self, run: Work) -> Work:
+        """What does the work again. Capturing it does not do it."""
+        ...
 
-    def __call__(self, *args: Any) -> Any:
-        if self._compiled is None:
-            os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_root() / "inductor"))
-            self._compiled = torch.compile(self.function, fullgraph=True)
+    def forget(self) -> None:
+        """Nothing that was captured is called any more."""
+        ...
+
+
+class Repetition:
+    """What there is instead of graphs on a CPU: the work itself."""
+
+    def prepare(self, run: Callable[[], T]) -> T:
+        return run()
+
+    def capture(self, run: Work) -> Work:
+        return run
+
+    def forget(self) -> None:
+        pass
+
+
+class CudaGraphs:
+    """CUDA graphs of one device, which must be the current one, with one memory pool and one stream for capturing."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._pool: Any = None
+        self._stream: Any = None
+
+    def prepare(self, run: Callable[[], T]) -> T:
+        """On the capturing stream: the libraries' workspaces, one a stream, then come from outside the pool."""
+        self._stream = self._stream or torch.cuda.Stream(self._device)
+        before = torch.cuda.current_stream(self._device)
+        self._stream.wait_stream(before)
+        with torch.cuda.stream(self._stream):
+            said = run()
+        before.wait_stream(self._stream)
+        return said
+
+    def capture(self, run: Work) -> Work:
+        """A graph's replay; the work itself where there can be no graph, which is a fallback.
+
+        Raises torch.OutOfMemoryError.
+        """
+        graph = torch.cuda.CUDAGraph()
+        failure = self._failure(graph, run)
+        if failure is None:
+            return graph.replay
+        self._abandon_pool()
+        if isinstance(failure, torch.OutOfMemoryError):
+            raise failure
+        fall_back("a step cannot be recorded as a CUDA graph and runs as it is, which is slower", failure)
+        return run
+
+    def _failure(self, graph: torch.cuda.CUDAGraph, run: Work) -> RuntimeError | None:
+        """Capture work, and return why it was not captured. The current stream is afterwards what it was before."""
+        self._pool = self._pool or torch.cuda.graph_pool_handle()
+        before, failure = torch.cuda.current_stream(self._device), None
         try:
-            return self._compiled(*args)
-        except (torch._dynamo.exc.TorchDynamoException, ImportError, OSError) as error:
-            _say_once(f"{self.function.__name__} does not compile", _reason(error))
-            self._compiled = self.function
-            return self.function(*args)
+            # thread_local: what other threads do with the device is no part of it, and is not forbidden meanwhile
+            with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
+                try:
+                    run()
+                except RuntimeError as error:  # to end such a capture raises another error, which says less
+                    failure = error
+        except RuntimeError as error:
+            failure = failure or error
+        finally:  # torch 2.11 stays on the capturing stream where a capture does not end well
+            torch.cuda.set_stream(before)
+        return failure
 
+    def _abandon_pool(self) -> None:
+        """After a failed capture: the allocator may go on as if it were in progress, and refuses this pool."""
+        with suppress(RuntimeError):  # it did end
+            torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), self._pool)
+        self._pool = None
 
-@cache
-def _say_once(what: str, reason: str) -> None:
-    logging.getLogger("specdec").warning("%s and runs as it is, which is slower: %s", what, reason)
-
-
-def _reason(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    def forget(self) -> None:
+        self._pool = None
 
 
 # ---- tensors in nested tuples and dataclasses

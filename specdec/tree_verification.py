@@ -20,7 +20,7 @@ arXiv:2402.12374), sampling without replacement.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -108,7 +108,7 @@ class _Layout:
         return cls(first_child, num_children, family, number, parent, depth, lineage, most)
 
 
-@lru_cache(maxsize=256)
+@cache  # without a limit: recordings read these tensors where they are
 def _layout(parents: tuple[int, ...], device: torch.device) -> _Layout:
     return _Layout.of(tree_of(parents), device)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cache, lru_cache
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -209,7 +209,7 @@ class Branches:
         return len(self.parents) - self.first
 
 
-@lru_cache(maxsize=512)
+@cache  # without a limit: recordings read these tensors where they are
 def offsets(branches: Branches, device: torch.device) -> Tensor:
     """How far each fed column's position is behind the first one's that follows the valid tokens: int64 [width]."""
     depths: list[int] = []
@@ -218,13 +218,13 @@ def offsets(branches: Branches, device: torch.device) -> Tensor:
     return torch.tensor(depths[branches.first :], device=device)
 
 
-@lru_cache(maxsize=512)
+@cache  # without a limit: recordings read these tensors where they are
 def visible(branches: Branches, device: torch.device) -> Tensor:
     """Which of all columns each fed column sees: bool [width, columns]."""
     return torch.tensor(_lineage_mask(branches.parents)[branches.first :], dtype=torch.bool, device=device)
 
 
-@lru_cache(maxsize=512)
+@cache  # without a limit: recordings read these tensors where they are
 def ways(branches: Branches, device: torch.device) -> Tensor:
     """The columns on the way to each fed column, itself last, by position: int64 [width, most positions]."""
     lines = [[i for i, sees in enumerate(row) if sees] for row in _lineage_mask(branches.parents)[branches.first :]]

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from specdec import kernels, randomness
+from specdec.fallbacks import FallbackError
 from specdec.models.fusion import Norm, Projection
 from specdec.sampling import Dense, race
 
@@ -137,6 +138,9 @@ def test_without_a_working_compiler_it_is_said_and_torch_is_used(
 ) -> None:
     monkeypatch.setenv("CXX", compiler)
     monkeypatch.setenv("SPECDEC_CACHE", str(tmp_path))
+    with pytest.raises(FallbackError, match=message):
+        kernels._library.__wrapped__()
+    monkeypatch.setenv("SPECDEC_STRICT", "0")
     assert kernels._library.__wrapped__() is None
     (record,) = caplog.records
     assert record.getMessage().startswith("kernels for this CPU are not used, decoding is slower: ")

@@ -27,7 +27,7 @@ from specdec.proposers.draft_model import DraftModelProposer
 from specdec.proposers.eagle import EagleProposer
 from specdec.proposers.hybrid import HybridProposer
 from specdec.proposers.ngram import LookupIndex, NgramProposer
-from specdec.recording import Compiled, Recorder, Recording
+from specdec.recording import Recorder, Recording
 from specdec.synthetic import SyntheticAcceptance
 from specdec.verification import verify_block
 
@@ -61,6 +61,14 @@ def test_a_recorded_function_says_what_the_function_says(device: str) -> None:
     assert recorder.seconds > 0
 
 
+def test_a_recorded_function_is_run_once_for_each_call() -> None:
+    """Also where it is recorded: some work, such as moving a tree's accepted nodes, is not to be done twice."""
+    recorder, numbers = Recorder(CPU, records=True), torch.zeros(1)
+    for call in range(1, 5):
+        recorder(numbers.add_, torch.ones(1))
+        assert numbers.item() == call
+
+
 def test_outputs_stand_at_fixed_places_from_the_second_call_on() -> None:
     recorder = Recorder(CPU, records=True)
     outputs = [recorder(scaled, Pair(torch.ones(2), 1), torch.ones(1))[1] for _ in range(4)]
@@ -74,19 +82,6 @@ def test_nothing_is_recorded_where_it_does_not_pay() -> None:
     outputs = [recorder(scaled, Pair(torch.ones(2), 1), torch.ones(1))[1] for _ in range(3)]
     assert outputs[1] is not outputs[2]
     assert recorder.seconds == 0
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_compiled_is_the_function_and_falls_back_with_one_warning(caplog: pytest.LogCaptureFixture) -> None:
-    def breaks_the_graph(x: Tensor) -> Tensor:
-        return x + 1 if x.sum().item() > 0 else x
-
-    compiled = Compiled(breaks_the_graph)
-    for _ in range(2):
-        assert compiled(torch.ones(2)).tolist() == [2, 2]
-    assert [r.message.split(":")[0] for r in caplog.records if r.name == "specdec"] == [
-        "breaks_the_graph does not compile and runs as it is, which is slower"
-    ]
 
 
 # -- laws --------------------------------------------------------------------------------------------------

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
-import logging
 import os
 import platform
 import shutil
@@ -22,12 +21,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from specdec.fallbacks import fall_back
 from specdec.wheels import LoadError, cache_root, made_once
 
 BLOCK = 32  # outputs that a projection computes together
 HEAD_DIMS = (32, 64, 96, 128)
 _FOLDER = Path(__file__).parent
 _SOURCES = tuple(_FOLDER / name for name in ("decoder_layer.cpp", "sampling.cpp"))
+_UNUSED = "kernels for this CPU are not used, decoding is slower"
 _FLAGS = ("-O3", "-std=c++17", "-fPIC", "-fopenmp", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl")
 
 
@@ -244,7 +245,7 @@ def _library() -> Any:
     """The compiled kernels, or None where they cannot be compiled, which is said once."""
     compiler = shutil.which(os.environ.get("CXX", "g++"))
     if compiler is None:
-        _say("no C++ compiler was found (install g++, or name one in CXX)")
+        fall_back(_UNUSED, "no C++ compiler was found (install g++, or name one in CXX)")
         return None
     flags = [*_FLAGS, *(["-mavx512bf16"] if torch.bfloat16 in _usable_dtypes() else [])]
     texts = [path.read_bytes() for path in (*_SOURCES, _FOLDER / "vectors.h")]
@@ -266,7 +267,7 @@ def _library() -> Any:
         )
         return ctypes.CDLL(str(folder / "kernels.so"))
     except (LoadError, OSError) as error:
-        _say(str(error))
+        fall_back(_UNUSED, error)
         return None
 
 
@@ -274,10 +275,6 @@ def _run(command: Sequence[str]) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{Path(command[0]).name} failed: {(done.stderr.strip().splitlines() or ['?'])[-1]}")
-
-
-def _say(reason: str) -> None:
-    logging.getLogger("specdec").warning("kernels for this CPU are not used, decoding is slower: %s", reason)
 
 
 _ARGUMENTS = {

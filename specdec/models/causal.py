@@ -12,7 +12,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from specdec.cache import RaggedCache
 from specdec.models import prefill
 from specdec.models.early_exit import first_layers
-from specdec.models.fusion import FusedDecoder, weight_bytes
+from specdec.models.fusion import FusedDecoder, depends_on_length, weight_bytes
 from specdec.trees import Branches, Tree
 
 
@@ -46,6 +46,11 @@ class CausalLM:
     def eos_token_ids(self) -> frozenset[int]:
         """Tokens that end a sequence."""
         return eos_token_ids(self.model)
+
+    @property
+    def is_recordable(self) -> bool:
+        """Whether its calls can be recorded: they stay on one device and need nothing that only the host can tell."""
+        return not self.is_spread and not any(map(depends_on_length, self.model.modules()))
 
     @property
     def step_bytes(self) -> int:

@@ -130,7 +130,7 @@ class EagleHead(nn.Module):
     def fuse(self) -> None:
         """Fewer, larger steps, see `specdec.models.fusion`; a fused head can no longer be trained or saved."""
         self.fc, self._project = Projection(_linear(self.fc.weight)), Projection(_linear(self.output))
-        layer = FusedLayer(self.layers[0], Shared(compiles=self.device.type == "cuda"))
+        layer = FusedLayer(self.layers[0], Shared())
         self.layers[0], self._stack = layer, Stack([layer], self.rotary) if layer.kernel else None
 
     def save(self, folder: Path, fingerprint: str, about: dict[str, Any]) -> None:

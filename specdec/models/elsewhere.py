@@ -47,7 +47,7 @@ def seen_from(model: LanguageModel, home: torch.device) -> LanguageModel:
     return model if model.device == home else Elsewhere(model, home)
 
 
-def is_on_one_device(target: Any, draft: Any = None) -> bool:
-    """Whether all that a step computes is on one device, so that it can be recorded."""
+def can_be_recorded(target: Any, draft: Any = None) -> bool:
+    """Whether all that a step computes is on one device, and needs nothing that only the host can tell."""
     drafts_at = getattr(draft, "device", target.device)
-    return not any(getattr(model, "is_spread", False) for model in (target, draft)) and drafts_at == target.device
+    return all(getattr(model, "is_recordable", True) for model in (target, draft)) and drafts_at == target.device

@@ -4,8 +4,7 @@ A decode step of a small model is bound by reading weights and by the number of 
 query, key and value projections become one, and the gate and up projections, and grouped query heads attend to their
 key/value head directly instead of to copies of it. On a CPU with `specdec.kernels` all layers together are one call,
 and what is computed for a token does not depend on how many others are computed beside it; without them bf16 weights
-are laid out once in oneDNN's own format, which is read about twice as fast as the row-major one. On a GPU what stands
-before and behind attention is compiled, once for all layers.
+are laid out once in oneDNN's own format, which is read about twice as fast as the row-major one.
 
 What is computed is what transformers computes, in another order of rounding.
 """
@@ -23,7 +22,6 @@ from torch.nn.functional import embedding, linear, scaled_dot_product_attention,
 
 from specdec import kernels
 from specdec.cache import RaggedCache
-from specdec.recording import Compiled
 from specdec.trees import ways
 
 FUSABLE = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer")
@@ -31,30 +29,46 @@ _BODIES = ("LlamaModel", "MistralModel", "Qwen2Model", "Qwen3Model")
 _NORMS = ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm")
 
 
-def fuse(model: Any, *, compiles: bool | None = None) -> int:
+def fuse(model: Any) -> int:
     """Replace a transformers model's decoder layers and head by fused and packed ones, in place; returns how many.
 
     Leaves layers of an architecture that it does not know. A fused model can run, but no longer be saved or trained.
-    compiles: whether parts of the layers are compiled by torch; None: on a GPU.
+    The weights of a layer are let go of before the next is fused.
     """
-    shared = Shared(compiles=model.device.type == "cuda" if compiles is None else compiles)
-    num_replaced, body = 0, model.base_model
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if type(child).__name__ in FUSABLE:
-                setattr(parent, name, FusedLayer(child, shared))
-            elif type(child) is nn.Linear and parent is model:
-                setattr(parent, name, Projection(child))
-            elif type(child).__name__ in _NORMS and parent is body:
-                setattr(parent, name, Norm(child))
-                continue
-            else:
-                continue
-            num_replaced += 1
+    shared, body = Shared(), model.base_model
+    num_replaced = _fuse_below(model, model, body, shared)
     layers = getattr(body, "layers", [])
     if type(body).__name__ in _BODIES and all(isinstance(layer, FusedLayer) and layer.kernel for layer in layers):
         setattr(model, model.base_model_prefix, FusedDecoder(body))
     return num_replaced
+
+
+def _fuse_below(parent: Any, model: Any, body: Any, shared: Shared) -> int:
+    """Fuse what stands below a module of the model; returns how many layers and heads."""
+    num_replaced = 0
+    for name in [name for name, _ in parent.named_children()]:  # to hold the layers themselves would keep all weights
+        child = getattr(parent, name)
+        if type(child).__name__ in FUSABLE:
+            setattr(parent, name, FusedLayer(child, shared))
+            num_replaced += 1
+        elif type(child) is nn.Linear and parent is model:
+            setattr(parent, name, Projection(child))
+            num_replaced += 1
+        elif type(child).__name__ in _NORMS and parent is body:
+            setattr(parent, name, Norm(child))
+        else:
+            num_replaced += _fuse_below(child, model, body, shared)
+    return num_replaced
+
+
+def depends_on_length(rotary: Any) -> bool:
+    """Whether transformers' module of rotary angles chooses them by the longest position of a call.
+
+    It then asks the device for that position, so that no call can be recorded.
+    """
+    kinds = getattr(rotary, "rope_type", "default")
+    by_layer = kinds.values() if isinstance(kinds, dict) else [kinds]
+    return any("dynamic" in kind or kind == "longrope" for kind in by_layer)
 
 
 def weight_bytes(modules: Iterable[nn.Module]) -> int:
@@ -92,7 +106,7 @@ class Stack:
 
     def __init__(self, layers: Sequence[FusedLayer], rotary: Any) -> None:
         self._indices, self._rotary = [layer.index for layer in layers], rotary
-        self._angles_depend_on_length = getattr(rotary, "rope_type", "default") in ("dynamic", "longrope")
+        self._angles_depend_on_length = depends_on_length(rotary)
         self._angles: tuple[Tensor, Tensor] | None = None
         self._cache: Callable[[], RaggedCache | None] = lambda: None  # whose blocks are known
         self._known: tuple[kernels.Pointers, kernels.Pointers] | None = None
@@ -116,9 +130,10 @@ class Stack:
         positions = cache.window.positions
         if self._angles_depend_on_length:
             cos, sin = (each.expand(*positions.shape, -1).flatten(0, 1) for each in self._rotary(hidden, positions))
-            return cos, sin, torch.arange(positions.numel())
+            return cos, sin, torch.arange(positions.numel(), device=hidden.device)
         if self._angles is None or len(self._angles[0]) < cache.window.extent or self._angles[0].dtype != hidden.dtype:
-            cos, sin = self._rotary(hidden, torch.arange(max(2 * cache.window.extent, 512)).unsqueeze(0))
+            longest = max(2 * cache.window.extent, 512)
+            cos, sin = self._rotary(hidden, torch.arange(longest, device=hidden.device).unsqueeze(0))
             self._angles = (cos[0].contiguous(), sin[0].contiguous())
         return *self._angles, positions
 
@@ -202,16 +217,10 @@ class Norm(nn.Module):
 
 
 class Shared:
-    """What the layers of a model have in common: the mask of the call in progress, and compiled parts.
+    """What the layers of a model have in common: the mask of the call in progress."""
 
-    compiles: whether what stands before and behind attention is compiled.
-    """
-
-    def __init__(self, *, compiles: bool = False) -> None:
+    def __init__(self) -> None:
         self._mask: Tensor | None = None
-        make: Callable[[Any], Any] = Compiled if compiles else lambda part: part
-        self.before = make(FusedLayer.before_attention)
-        self.behind = make(FusedLayer.behind_attention)
 
     def repeated(self, mask: Tensor, times: int) -> Tensor:
         """For the query heads of a group: [rows, 1, width, extent] -> [rows, 1, times * width, extent]."""
@@ -256,12 +265,11 @@ class FusedLayer(nn.Module):
         **kwargs: Any,
     ) -> Tensor:
         assert position_embeddings is not None
-        queries, keys, values = self.shared.before(self, hidden_states, *position_embeddings)
+        queries, keys, values = self.before_attention(hidden_states, *position_embeddings)
         if past_key_values is not None:
             keys, values = past_key_values.update(keys, values, self.index)
         attended = self._attend(queries, keys, values, attention_mask)
-        behind: Tensor = self.shared.behind(self, hidden_states, attended)
-        return behind
+        return self.behind_attention(hidden_states, attended)
 
     def before_attention(self, hidden_states: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values, [rows, heads, width, head_dim] each, the first two turned by their positions."""
@@ -315,7 +323,8 @@ class FusedLayer(nn.Module):
         attended = scaled_dot_product_attention(
             queries, keys, values, attn_mask=self.shared.repeated(mask, groups), scale=self.scaling
         )
-        return attended.view(rows, self.num_heads, width, self.head_dim).transpose(1, 2).reshape(rows, width, -1)
+        # reshape: the kernels that there are lay out what they return in different ways
+        return attended.reshape(rows, self.num_heads, width, self.head_dim).transpose(1, 2).reshape(rows, width, -1)
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -123,6 +123,11 @@ class DraftModelProposer:
         capacity = self._cache.capacity if self._cache else 0
         if capacity < max(batch.capacity, longest) or len(self._slots) < batch.num_slots:
             needed = longest if longest <= batch.capacity else 2 * longest
+            if batch.recorder:
+                needed = batch.recorder.capacity(needed)
+                if self._cache:
+                    batch.recorder.forget()  # what was recorded with the old one
+            self._cache = None  # before there is another
             self._cache = self._model.allocate(batch.num_slots, max(batch.capacity, needed))
             self._slots, self._fed = [_Slot() for _ in range(batch.num_slots)], None
 

@@ -57,6 +57,7 @@ class EagleProposer:
 
     def _reserve(self, batch: Batch) -> None:
         if self._cache is None or self._cache.capacity < batch.capacity or len(self._owners) < batch.num_slots:
+            self._cache = None  # before there is another
             self._cache = self._head.allocate(batch.num_slots, batch.capacity)
             self._owners = [(None, 0)] * batch.num_slots
 

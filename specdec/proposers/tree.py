@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import cache, lru_cache
 
 import torch
 from torch import Tensor
@@ -141,7 +141,7 @@ def tree_uniforms(rows: RowParams, origins: Tensor, tree: Tree, uniforms: Unifor
     return uniforms(rows.seeds.unsqueeze(1), origins + offsets, roles.expand(len(origins), -1), origins)
 
 
-@lru_cache(maxsize=64)
+@cache  # without a limit: recordings read these tensors where they are
 def _draws_of_nodes(tree: Tree, device: torch.device) -> tuple[Tensor, Tensor]:
     """Offsets and roles of the uniforms that draw the nodes, int64 [nodes]."""
     places = [place for width in tree.widths for place in range(width)]

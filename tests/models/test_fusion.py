@@ -122,28 +122,6 @@ def test_with_kernels_speculation_gives_the_bits_of_plain_decoding() -> None:
     assert sum(c.counts.num_drafted for c in completions) > 5
 
 
-def test_compiled_parts_are_compiled_once_for_all_layers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a GPU, here by torch's compiler for CPUs: steps of several widths and batches, behind a rollback."""
-    monkeypatch.setattr(kernels, "available", lambda dtype: False)
-    torch.compiler.reset()
-    counters = torch._dynamo.utils.counters
-    counters.clear()
-    plain, fused = (make("qwen3", GQA | {"num_hidden_layers": 3}) for _ in range(2))
-    fuse(fused, compiles=True)
-    plain, fused = CausalLM(plain), CausalLM(fused)
-    tokens = torch.arange(40).view(2, 20) % 61
-    caches = [lm.allocate(2, 30) for lm in (plain, fused)]
-    for start, width in ((0, 5), (3, 1), (2, 4), (6, 4), (9, 5)):
-        logits = []
-        for lm, cache in zip((plain, fused), caches, strict=True):
-            cache.lengths[:] = [start, start]
-            logits.append(lm.forward(tokens[:, start : start + width], cache))
-        torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-4)
-    # two parts, each for one token, for some number of tokens, and for one row (the trial at the start has two)
-    assert 2 <= counters["stats"]["unique_graphs"] <= 8
-    assert not counters["graph_break"]
-
-
 def test_other_activations_are_left_to_torch() -> None:
     model = make("llama", WIDE | {"hidden_act": "gelu"})
     fuse(model)

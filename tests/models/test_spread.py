@@ -17,7 +17,7 @@ from specdec import Engine, SamplingParams, devices
 from specdec.drafts import load_with_drafts, place_models
 from specdec.models import loading
 from specdec.models.causal import CausalLM
-from specdec.models.elsewhere import Elsewhere, is_on_one_device, seen_from
+from specdec.models.elsewhere import Elsewhere, can_be_recorded, seen_from
 from specdec.models.loading import load_pretrained, read_layer_bytes
 from specdec.models.placement import LayerBytes, PlacementError
 
@@ -144,11 +144,11 @@ def test_nothing_is_recorded_across_devices(folders: dict[str, Path]) -> None:
     target, draft = (
         CausalLM(load_pretrained(str(folders[each]), dtype=torch.float32)[0]) for each in ("llama", "tied")
     )
-    assert is_on_one_device(target)
-    assert is_on_one_device(target, draft)
-    assert not is_on_one_device(target, Far(draft.model))
+    assert can_be_recorded(target)
+    assert can_be_recorded(target, draft)
+    assert not can_be_recorded(target, Far(draft.model))
     draft.is_spread = True
-    assert not is_on_one_device(target, draft)
+    assert not can_be_recorded(target, draft)
 
 
 def options(**changes: object) -> dict[str, object]:
