@@ -162,6 +162,9 @@ def _faded(count: float, prior: float) -> float:
 
 def confidence(logits: Tensor) -> Tensor:
     """Largest probability under logits [rows, vocab], float32 [rows]."""
+    if fast := kernels.for_gpu(logits):
+        largest: Tensor = fast.confidence(logits)
+        return largest
     if kernels.take(logits):
         return kernels.confidence(logits)
     logits = logits.float()

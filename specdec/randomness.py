@@ -83,6 +83,9 @@ def uniforms(seeds: Tensor, positions: Tensor, roles: Tensor, origins: Tensor) -
     its place.
     Shapes broadcast; returns float64 of the broadcast shape.
     """
+    if fast := kernels.for_gpu(seeds):
+        drawn: Tensor = fast.uniforms(seeds, positions, roles, origins)
+        return drawn
     if seeds.device.type == "cpu" and kernels.available(torch.float32):
         return kernels.uniforms(seeds, positions, roles, origins)
     words = torch.stack(torch.broadcast_tensors(positions, origins, roles, torch.zeros_like(roles), seeds))
@@ -121,6 +124,8 @@ def noise(seeds: Tensor, positions: Tensor, vocab_size: int, source: UniformSour
     """
     tokens = torch.arange(vocab_size, device=positions.device)
     role = torch.full_like(tokens[:1], Role.COUPLED)
+    if kernels.for_gpu(positions):
+        return source(seeds.view(-1, 1, 1), positions.unsqueeze(2), role, tokens)
     # one position at a time: without kernels Philox needs many times the memory of what it returns
     drawn = [source(seeds.unsqueeze(1), column.unsqueeze(1), role, tokens) for column in positions.unbind(1)]
     return torch.stack(drawn, 1)

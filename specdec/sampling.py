@@ -164,6 +164,9 @@ class Dense:
         """
         if uniforms.ndim == self.probs.ndim:
             return race(self.probs, uniforms)
+        if fast := kernels.for_gpu(self.probs):
+            drawn: Tensor = fast.draw(self.probs, uniforms)
+            return drawn
         if self.probs.dtype == torch.float32 and kernels.take(self.probs):
             return kernels.draw(self.probs, uniforms)
         cumulative = self.probs.double().cumsum(-1)
@@ -253,6 +256,9 @@ def race(probs: Tensor, uniforms: Tensor) -> Tensor:
     This is the Gumbel-max trick: -log of a waiting time is log(probability) plus Gumbel noise.
     Source: Daliri, Musco and Suresh 2024 (arXiv:2408.07978), who call it Gumbel coupling.
     """
+    if fast := kernels.for_gpu(probs):
+        won: Tensor = fast.race(probs, uniforms)
+        return won
     if probs.dtype == torch.float32 and kernels.take(probs):
         return kernels.race(probs, uniforms)
     waits = -torch.log1p(-uniforms) / probs.double()
@@ -341,12 +347,20 @@ class RowParams:
         if self.all_greedy:
             peak, argmax = largest(logits)
             return OneHot(argmax if tokens is None else tokens[argmax], self.vocab_size), peak.isfinite()
+        if fast := kernels.for_gpu(logits):
+            truncation = (self.top_k, self.keeps_all, self.top_p, self.min_p)
+            probs, finite = fast.probabilities(logits, self.temperature, self.greedy, *truncation)
+        else:
+            probs, finite = self._probabilities(logits)
+        return Dense(probs) if tokens is None else Partial(Dense(probs), tokens, self.vocab_size), finite
+
+    def _probabilities(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         probs = self._soften(logits)
         finite = probs[..., 0].isfinite()  # one bad logit spoils all probabilities of its row
         if self.greedy is not None:
             certain = torch.zeros_like(probs).scatter_(-1, largest(logits)[1].unsqueeze(-1), 1.0)
             probs = torch.where(self.greedy, certain, probs)
-        return Dense(probs) if tokens is None else Partial(Dense(probs), tokens, self.vocab_size), finite
+        return probs, finite
 
     def _soften(self, logits: Tensor) -> Tensor:
         """Top-k, which temperature does not change, temperature, top-p and min-p; greedy rows come out unused."""
@@ -527,6 +541,9 @@ class _TokenCounts:
 
 def largest(logits: Tensor) -> tuple[Tensor, Tensor]:
     """The largest of each row of logits [..., n], NaN where any is, and where the first of them stands, int64 [...]."""
+    if fast := kernels.for_gpu(logits):
+        peak, argmax = fast.largest(logits)
+        return peak, argmax
     if kernels.take(logits):
         return kernels.largest(logits)
     if logits.device.type == "cuda":

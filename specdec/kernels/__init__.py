@@ -1,12 +1,14 @@
 """Decoder layers and sampling for CPUs, compiled once on each machine and kept in the cache folder.
 
 They need Linux, a C++ compiler and AVX-512 (for bfloat16 AVX512-BF16); elsewhere torch's own operations are used.
+Those for GPUs are in modules of their own, imported when first used; see `for_gpu`.
 """
 
 from __future__ import annotations
 
 import ctypes
 import hashlib
+import importlib
 import os
 import platform
 import shutil
@@ -83,6 +85,31 @@ def available(dtype: torch.dtype) -> bool:
 def take(tensor: Tensor) -> bool:
     """Whether there are kernels for a tensor, by its device and dtype."""
     return tensor.device.type == "cpu" and available(tensor.dtype)
+
+
+def for_gpu(tensor: Tensor) -> Any:
+    """The sampling kernels in Triton where they run on a tensor, else None.
+
+    They run on CUDA tensors, and with TRITON_INTERPRET=1 on all. float64 probabilities, which only tests have, are left
+    to torch. Where Triton is missing, torch is used and this is logged once.
+    """
+    if tensor.device.type != "cuda" and not _interprets():
+        return None
+    return None if tensor.dtype == torch.float64 else _triton_sampling()
+
+
+@cache
+def _interprets() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@cache
+def _triton_sampling() -> Any:
+    try:
+        return importlib.import_module("specdec.kernels.triton_sampling")
+    except ModuleNotFoundError:
+        fall_back(_UNUSED, "Triton is missing (it comes with torch for CUDA on Linux; else: pip install triton)")
+        return None
 
 
 def whole_blocks(outputs: int) -> int:
