@@ -14,8 +14,9 @@ ROOT = Path(specdec.__file__).parent
 LAYERS = [
     {"checks"},
     {"stats", "wheels", "prompts", "progress", "timing", "devices", "constraints", "vocabularies", "models.placement"},
-    {"kernels", "recording", "trees"},
+    {"kernels", "kernels.triton_sampling", "recording", "trees"},
     {"sampling", "randomness", "optimal_trees"},
+    {"fused_verification"},
     {"verification", "requests", "grammars"},
     {"tree_verification"},
     {"models", "synthetic"},

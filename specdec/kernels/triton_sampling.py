@@ -1,8 +1,8 @@
 """Sampling and verification on GPUs: Triton kernels behind the entry points of `specdec.sampling` and others.
 
 Imported when first used: it needs Triton, which comes with CUDA builds of torch. TRITON_INTERPRET=1 runs the kernels on
-CPU tensors. Every entry point is a torch operator, so that fake tensors pass through it too; none reads anything back to
-the host or chooses a shape by values, so all of them can be captured in a CUDA graph.
+CPU tensors. Every entry point is a torch operator, so that fake tensors pass through it too; none reads anything back
+to the host or chooses a shape by values, so all of them can be captured in a CUDA graph.
 
 A row of the vocabulary is cut into chunks of one size, and most entry points are two kernels: one program per row and
 chunk leaves a number for each chunk, and the next combines them. Chunks depend on the vocabulary only and
@@ -277,7 +277,9 @@ def _floor_kernel(
 
 
 @triton.jit
-def _kept(probs, floors, places, min_ps, row, per_row, at, mask, vocab, HAS_TOP_P: tl.constexpr, HAS_MIN_P: tl.constexpr):
+def _kept(
+    probs, floors, places, min_ps, row, per_row, at, mask, vocab, HAS_TOP_P: tl.constexpr, HAS_MIN_P: tl.constexpr
+):
     """A row's probabilities that top-p and min-p keep, 0 for others."""
     p = tl.load(probs + row * vocab + at, mask=mask, other=0.0)
     kept = p
@@ -528,10 +530,12 @@ def _broadcast(*words: Tensor) -> list[Tensor]:
     return [view[(None,) * missing] for view in views]
 
 
-@uniforms.register_fake
 def _uniforms_like(seeds: Tensor, positions: Tensor, roles: Tensor, origins: Tensor) -> Tensor:
     shape = torch.broadcast_shapes(seeds.shape, positions.shape, roles.shape, origins.shape)
     return torch.empty(shape, dtype=torch.float64, device=seeds.device)
+
+
+uniforms.register_fake(_uniforms_like)
 
 
 class _Rows:
@@ -567,12 +571,13 @@ def largest(logits: Tensor) -> tuple[Tensor, Tensor]:
 
 def confidence(logits: Tensor) -> Tensor:
     """The largest probability of each row of logits [..., n], float32 [...]."""
-    return summaries(logits)[2]
+    largest_probs: Tensor = summaries(logits)[2]
+    return largest_probs
 
 
 @torch.library.custom_op("specdec::summaries", mutates_args=())
 def summaries(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Of each row of logits [..., n]: the largest, NaN where any is; where the first of them stands; its probability."""
+    """Of each row of logits [..., n]: the largest, NaN if any is; where the first of them stands; its probability."""
     out = _summaries_like(logits)
     if out[0].numel():
         rows = _Rows(logits)
@@ -583,10 +588,12 @@ def summaries(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return out
 
 
-@summaries.register_fake
 def _summaries_like(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     peaks = logits.new_empty(logits.shape[:-1])
     return peaks, torch.empty_like(peaks, dtype=torch.int64), torch.empty_like(peaks, dtype=torch.float32)
+
+
+summaries.register_fake(_summaries_like)
 
 
 @torch.library.custom_op("specdec::probabilities", mutates_args=())
@@ -623,7 +630,6 @@ def probabilities(
     return probs, finite
 
 
-@probabilities.register_fake
 def _probabilities_like(
     logits: Tensor,
     temperature: Tensor,
@@ -635,6 +641,9 @@ def _probabilities_like(
 ) -> tuple[Tensor, Tensor]:
     probs = torch.empty(logits.shape, dtype=torch.float32, device=logits.device)
     return probs, torch.empty(logits.shape[:-1], dtype=torch.bool, device=logits.device)
+
+
+probabilities.register_fake(_probabilities_like)
 
 
 def _search(rows: _Rows, values: Tensor, bounds: Tensor, keeps_all: Tensor | None, per_row: int) -> Tensor:
@@ -696,9 +705,11 @@ def draw(probs: Tensor, uniforms: Tensor) -> Tensor:
     return out
 
 
-@draw.register_fake
 def _draw_like(probs: Tensor, uniforms: Tensor) -> Tensor:
     return torch.empty(probs.shape[:-1], dtype=torch.int64, device=probs.device)
+
+
+draw.register_fake(_draw_like)
 
 
 @torch.library.custom_op("specdec::race", mutates_args=())
@@ -744,7 +755,6 @@ def num_accepted(
     return out
 
 
-@num_accepted.register_fake
 def _num_accepted_like(
     target: Sequence[Tensor | None],
     draft: Sequence[Tensor | None],
@@ -753,6 +763,9 @@ def _num_accepted_like(
     uniforms: Tensor,
 ) -> Tensor:
     return torch.empty_like(lengths)
+
+
+num_accepted.register_fake(_num_accepted_like)
 
 
 @torch.library.custom_op("specdec::last_token", mutates_args=())
@@ -775,6 +788,7 @@ def last_token(
     masses = torch.empty(num_rows, 2, chunks, dtype=torch.float64, device=target.device)
     weight = None if weight is None else weight.contiguous()
     form = {"FORM": _form(draft), "STEPS": size.bit_length(), "HAS_WEIGHT": weight is not None, **_blocks(vocab)}
+    form["enable_fp_fusion"] = False  # weight * target is rounded, as by torch, before the draft is subtracted
     sizes = (num_drafted, vocab, size, chunks)
     with _on(target):
         _last_masses_kernel[(num_rows, chunks)](target, probs, tokens, accepted, weight, masses, *sizes, **form)
@@ -785,7 +799,6 @@ def last_token(
     return out
 
 
-@last_token.register_fake
 def _last_token_like(
     target: Tensor,
     draft: Sequence[Tensor | None],
@@ -795,6 +808,9 @@ def _last_token_like(
     weight: Tensor | None,
 ) -> Tensor:
     return torch.empty_like(accepted)
+
+
+last_token.register_fake(_last_token_like)
 
 
 def _contiguous(law: Sequence[Tensor | None]) -> tuple[Tensor | None, Tensor | None]:
