@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -154,3 +155,12 @@ def test_kernels_are_compiled_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert kernels._library.__wrapped__() is not None
     monkeypatch.setenv("CXX", "false")  # exists, so it would be called
     assert kernels._library.__wrapped__() is not None
+
+
+def test_without_triton_it_is_said_and_torch_is_used(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(sys.modules, "specdec.kernels.triton_sampling", None)  # as if it could not be imported
+    assert kernels._triton_sampling.__wrapped__() is None
+    (record,) = caplog.records
+    assert re.search("kernels for this GPU are not used, .*pip install triton", record.getMessage())

@@ -494,8 +494,8 @@ def _num_chunks(size: int) -> int:
 
 
 def _power(number: int) -> int:
-    """The least power of two that is not less."""
-    return 1 << max(number - 1, 0).bit_length()
+    """The least power of two that is not less, and at least 16, so that few variants are compiled."""
+    return max(16, 1 << (number - 1).bit_length())
 
 
 def _on(tensor: Tensor) -> Any:
@@ -511,7 +511,7 @@ def _shift(dtype: torch.dtype) -> int:
 @torch.library.custom_op("specdec::uniforms", mutates_args=())
 def uniforms(seeds: Tensor, positions: Tensor, roles: Tensor, origins: Tensor) -> Tensor:
     """As `specdec.randomness.uniforms`; nothing that broadcasts is copied."""
-    words = [word.reshape(-1, *word.shape[-2:]) for word in _broadcast(seeds, positions, roles, origins)]
+    words = [word.flatten(0, word.ndim - 3) for word in _broadcast(seeds, positions, roles, origins)]
     out = _uniforms_like(seeds, positions, roles, origins)
     grid = (-(-out.numel() // _UNIFORMS_PER_PROGRAM),)
     if out.numel():
