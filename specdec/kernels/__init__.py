@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import importlib
+import importlib.util
 import os
 import platform
 import shutil
@@ -31,6 +32,7 @@ HEAD_DIMS = (32, 64, 96, 128)
 _FOLDER = Path(__file__).parent
 _SOURCES = tuple(_FOLDER / name for name in ("decoder_layer.cpp", "sampling.cpp"))
 _UNUSED = "kernels for this CPU are not used, decoding is slower"
+_UNUSED_ON_GPU = "kernels for this GPU are not used, decoding is slower"
 _FLAGS = ("-O3", "-std=c++17", "-fPIC", "-fopenmp", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl")
 
 
@@ -87,15 +89,19 @@ def take(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu" and available(tensor.dtype)
 
 
-def for_gpu(tensor: Tensor) -> Any:
-    """The sampling kernels in Triton where they run on a tensor, else None.
+def on_gpu(tensor: Tensor) -> bool:
+    """Whether the Triton kernels take a tensor: on a GPU, and with TRITON_INTERPRET=1 anywhere; not in float64.
 
-    They run on CUDA tensors, and with TRITON_INTERPRET=1 on all. float64 probabilities, which only tests have, are left
-    to torch. Where Triton is missing, torch is used and this is logged once.
+    Where a GPU cannot run them torch's operations are used, and the reason is logged once.
     """
-    if tensor.device.type != "cuda" and not _interprets():
-        return None
-    return None if tensor.dtype == torch.float64 else _triton_sampling()
+    if tensor.dtype == torch.float64:
+        return False
+    return _triton_takes(tensor.device) if tensor.device.type == "cuda" else _interprets()
+
+
+def for_gpu(tensor: Tensor) -> Any:
+    """The sampling kernels in Triton where they take a tensor, see `on_gpu`, else None."""
+    return importlib.import_module("specdec.kernels.triton_sampling") if on_gpu(tensor) else None
 
 
 @cache
@@ -104,12 +110,15 @@ def _interprets() -> bool:
 
 
 @cache
-def _triton_sampling() -> Any:
-    try:
-        return importlib.import_module("specdec.kernels.triton_sampling")
-    except ModuleNotFoundError:
-        fall_back(_UNUSED, "Triton is missing (it comes with torch for CUDA on Linux; else: pip install triton)")
-        return None
+def _triton_takes(device: torch.device) -> bool:
+    major, minor = torch.cuda.get_device_capability(device)
+    if major < 8:
+        fall_back(_UNUSED_ON_GPU, f"its compute capability of {major}.{minor} must be at least 8.0")
+        return False
+    if importlib.util.find_spec("triton") is None:
+        fall_back(_UNUSED_ON_GPU, "Triton is missing (it comes with torch for CUDA on Linux; else: pip install triton)")
+        return False
+    return True
 
 
 def whole_blocks(outputs: int) -> int:

@@ -26,7 +26,7 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
 from specdec.cache import RaggedCache
-from specdec.models.fusion import FusedLayer, Projection, Shared, Stack, weight_bytes
+from specdec.models.fusion import FusedLayer, GpuStack, Projection, Shared, Stack, stack_of, weight_bytes
 from specdec.optimal_trees import Rates
 from specdec.trees import Branches
 from specdec.wheels import explained
@@ -56,7 +56,7 @@ class EagleHead(nn.Module):
         self.layers = nn.ModuleList([layer])
         self.rotary: nn.Module = LlamaRotaryEmbedding(config)
         self.rates: Rates | None = None
-        self._stack: Stack | None = None
+        self._stack: Stack | GpuStack | None = None
         self._project: Callable[[Tensor], Tensor] = lambda features: linear(features, self.output)
 
     @property
@@ -107,7 +107,7 @@ class EagleHead(nn.Module):
         return self._guess(self.mix(features, tokens), cache)
 
     def _guess(self, hidden: Tensor, cache: RaggedCache) -> Tensor:
-        if self._stack:
+        if self._stack and self._stack.takes(hidden.shape[1]):
             return self._stack(hidden, cache)
         guessed: Tensor = self.layers[0](
             hidden,
@@ -131,7 +131,7 @@ class EagleHead(nn.Module):
         """Fewer, larger steps, see `specdec.models.fusion`; a fused head can no longer be trained or saved."""
         self.fc, self._project = Projection(_linear(self.fc.weight)), Projection(_linear(self.output))
         layer = FusedLayer(self.layers[0], Shared())
-        self.layers[0], self._stack = layer, Stack([layer], self.rotary) if layer.kernel else None
+        self.layers[0], self._stack = layer, stack_of([layer], self.rotary) if layer.kernel else None
 
     def save(self, folder: Path, fingerprint: str, about: dict[str, Any]) -> None:
         """Write the folder that `load_head` reads. fingerprint: the target's. about: further facts for its card."""

@@ -87,15 +87,72 @@ class FusedDecoder(nn.Module):
     def __init__(self, body: Any) -> None:
         super().__init__()
         self.body, self.layers = body, body.layers
-        self._stack = Stack(list(body.layers), body.rotary_emb)
+        self._stack = stack_of(list(body.layers), body.rotary_emb)
 
     def forward(self, **options: Any) -> Any:
         return self.body(**options)
 
     def features(self, tokens: Tensor, cache: RaggedCache) -> Tensor:
         """Last hidden states [rows, width, hidden] of tokens int64 [rows, width] at the open window of the cache."""
-        features: Tensor = self.body.norm(self._stack(embedding(tokens, self.body.embed_tokens.weight), cache))
+        hidden, width = embedding(tokens, self.body.embed_tokens.weight), tokens.shape[1]
+        if self._stack.takes(width):
+            states = self._stack(hidden, cache)
+        else:
+            states = layer_by_layer(self.layers, self.body.rotary_emb, hidden, cache)
+        features: Tensor = self.body.norm(states)
         return features
+
+
+def layer_by_layer(layers: Iterable[nn.Module], rotary: Any, hidden: Tensor, cache: RaggedCache) -> Tensor:
+    """hidden [rows, width, hidden] at the cache's open window -> the same after the last layer, without kernels."""
+    mask, angles = cache.mask(hidden.dtype), rotary(hidden, cache.window.positions)
+    for layer in layers:
+        hidden = layer(hidden, attention_mask=mask, position_embeddings=angles, past_key_values=cache)
+    return hidden
+
+
+def stack_of(layers: Sequence[FusedLayer], rotary: Any) -> Stack | GpuStack:
+    """Fused layers that all have a kernel, as the kernels of their device want them."""
+    return Stack(layers, rotary) if isinstance(layers[0].kernel, kernels.Layer) else GpuStack(layers, rotary)
+
+
+class GpuStack:
+    """Fused layers of one shape that follow each other, as `specdec.kernels.triton_layers` wants them.
+
+    rotary: transformers' module of rotary angles.
+    """
+
+    def __init__(self, layers: Sequence[FusedLayer], rotary: Any) -> None:
+        from specdec.kernels import triton_layers
+
+        self._run, self._max_width = triton_layers.run_layers, triton_layers.MAX_WIDTH
+        self._places = triton_layers.Places
+        self._layers, self._rotary = layers, rotary
+        self._kernels: list[Any] = [layer.kernel for layer in layers]
+        self._angles: dict[int, tuple[Tensor, Tensor]] = {}  # kept: recorded graphs read them where they are
+
+    def takes(self, width: int) -> bool:
+        """Whether calls of so many tokens in a row go through the kernels."""
+        return width <= self._max_width and not depends_on_length(self._rotary)
+
+    def __call__(self, hidden: Tensor, cache: RaggedCache) -> Tensor:
+        """hidden [rows, width, hidden] at the open window of the cache -> the same behind the last layer."""
+        window, first = cache.window, self._layers[0]
+        shape = (first.num_kv_heads, first.head_dim, hidden.dtype)
+        blocks = [cache.blocks(layer.index, *shape) for layer in self._layers]
+        tree = None if window.branches is None else ways(window.branches, hidden.device)
+        at = self._places(
+            window.positions.contiguous(), window.places.contiguous(), window.starts.contiguous(), tree, window.extent
+        )
+        return self._run(self._kernels, hidden, self._angles_up_to(cache.capacity, hidden), blocks, at)
+
+    def _angles_up_to(self, capacity: int, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Tables of cos and sin [capacity, head_dim]."""
+        if capacity not in self._angles:
+            positions = torch.arange(capacity, device=hidden.device).unsqueeze(0)
+            cos, sin = self._rotary(hidden, positions)
+            self._angles[capacity] = (cos[0].contiguous(), sin[0].contiguous())
+        return self._angles[capacity]
 
 
 class Stack:
@@ -113,6 +170,10 @@ class Stack:
         self._kernels = [layer.kernel for layer in layers if layer.kernel]
         self._num_kv_heads, self._head_dim = layers[0].num_kv_heads, layers[0].head_dim
         self._pointers = (POINTER(kernels.Layer) * len(layers))(*map(pointer, self._kernels))
+
+    def takes(self, width: int) -> bool:
+        """Whether calls of so many tokens in a row go through the kernels."""
+        return True
 
     def __call__(self, hidden: Tensor, cache: RaggedCache) -> Tensor:
         """hidden [rows, width, hidden] at the open window of the cache -> the same behind the last layer."""
@@ -164,7 +225,10 @@ class Projection(nn.Module):
         self.kernel: kernels.Projection | None = None
         self.is_packed = False
         self.weight: Tensor = weight
-        if kernels.take(weight) and self.num_inputs % 2 == 0:
+        self.on_gpu = kernels.on_gpu(weight)
+        if self.on_gpu:
+            self.weight = weight.contiguous()
+        elif kernels.take(weight) and self.num_inputs % 2 == 0:
             self.weight = kernels.pack(weight)
             if self.bias is not None:
                 self.bias = nn.functional.pad(self.bias, (0, kernels.whole_blocks(self.num_outputs) - self.num_outputs))
@@ -177,6 +241,14 @@ class Projection(nn.Module):
             self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
 
     def forward(self, inputs: Tensor) -> Tensor:
+        if self.on_gpu:
+            from specdec.kernels import triton_layers
+
+            if inputs.shape[-2] <= triton_layers.MAX_WIDTH:
+                product = triton_layers.product(
+                    inputs.reshape(-1, self.num_inputs).contiguous(), self.weight, self.bias
+                )
+                return product.view(*inputs.shape[:-1], self.num_outputs)
         if self.kernel is not None:
             outputs: Tensor = inputs.new_empty(*inputs.shape[:-1], kernels.whole_blocks(self.num_outputs))
             kernels.run_projection(self.kernel, inputs.contiguous(), outputs)
@@ -203,11 +275,16 @@ class Norm(nn.Module):
         self.has_kernel = False
         if type(norm) is not nn.Identity:
             self.weight, self.epsilon = norm.weight.detach(), float(norm.variance_epsilon)
-            self.has_kernel = kernels.take(self.weight) and len(self.weight) % 16 == 0
+            self.on_gpu = kernels.on_gpu(self.weight)
+            self.has_kernel = not self.on_gpu and kernels.take(self.weight) and len(self.weight) % 16 == 0
 
     def forward(self, x: Tensor) -> Tensor:
         if self.weight is None:
             return x
+        if self.on_gpu:
+            from specdec.kernels import triton_layers
+
+            return triton_layers.normalise(x, self.weight, self.epsilon)
         if self.has_kernel and x.dtype == self.weight.dtype:
             return kernels.normalise(x, self.weight, self.epsilon)
         # for a few rows twice as fast as torch's own composite
@@ -288,8 +365,43 @@ class FusedLayer(nn.Module):
         gate, up = self.gate_up(self.norm_before_mlp(hidden_states)).chunk(2, -1)
         return self.down.add_to(hidden_states, self.activation(gate) * up)
 
-    def _describe(self) -> kernels.Layer | None:
-        """This layer for `specdec.kernels`; None where they cannot compute it."""
+    def _describe(self) -> Any:
+        """This layer as its device's kernels want it; None where they cannot compute it."""
+        return self._describe_for_gpu() if self.qkv.on_gpu else self._describe_for_cpu()
+
+    def _describe_for_gpu(self) -> Any:
+        from specdec.kernels import triton_layers
+
+        norms = [self.norm_before_attention, self.norm_before_mlp, self.q_norm, self.k_norm]
+        epsilons = {norm.epsilon for norm in norms if norm.weight is not None}
+        if (
+            self.activation is not silu
+            or len(epsilons) != 1
+            or self.head_dim % 2
+            or self.norm_before_mlp.weight is None
+        ):
+            return None
+
+        def both(projection: Projection) -> tuple[Tensor, Tensor | None]:
+            return projection.weight, projection.bias
+
+        return triton_layers.Layer(
+            qkv=both(self.qkv),
+            output=both(self.output),
+            gate_up=both(self.gate_up),
+            down=both(self.down),
+            norm_before_attention=self.norm_before_attention.weight,
+            norm_before_mlp=self.norm_before_mlp.weight,
+            query_norm=self.q_norm.weight,
+            key_norm=self.k_norm.weight,
+            epsilon=epsilons.pop(),
+            scaling=self.scaling,
+            num_heads=self.num_heads,
+            num_kv_heads=self.num_kv_heads,
+            head_dim=self.head_dim,
+        )
+
+    def _describe_for_cpu(self) -> kernels.Layer | None:
         projections = [each.kernel for each in (self.qkv, self.output, self.gate_up, self.down)]
         sizes = (self.qkv.num_inputs, self.qkv.num_outputs, self.down.num_inputs)
         norms = [self.norm_before_attention, self.norm_before_mlp, self.q_norm, self.k_norm]

@@ -1,0 +1,612 @@
+"""Decoder layers for decode steps on NVIDIA GPUs, seven Triton kernels each.
+
+A decode step reads all weights for a few tokens, so its time is the bytes over the bandwidth plus what it costs to
+start kernels. Per layer: RMSNorm + QKV product; rotary embedding + cache write; attention over splits of the context;
+combination of the splits; output product + residual; RMSNorm + gate/up product + SiLU; down product + residual.
+
+**One order of summation whatever is computed beside a token.** A product runs over the inputs in blocks whose size
+depends on the weight's shape and type only, and each token is a row of its own in the tensor cores' tiles. Attention is
+split at fixed places of the context, `split_places` apart, whatever the length of a row, and the splits are combined in
+order. So a token's numbers are bit-identical alone, in a batch, in a speculative step of any width and as a node of a
+tree, which is why greedy speculation emits exactly what plain decoding emits.
+
+Needs Triton, which every CUDA build of torch brings. With TRITON_INTERPRET=1 the kernels run on CPU tensors, for tests.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+MAX_WIDTH = 64  # tokens of a row; for more, as in prompts, large matrix products are faster
+_LOG2_E = 1.4426950408889634
+_INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+_PREFETCHED_BYTES = 1 << 10  # of each of a program's rows of weights, while the kernel before it ends
+_SPLIT_BYTES = 32 << 10  # of keys, and of values, that one program holds
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """A decoder layer's weights: products [out, in] with biases [out] or None, norms [in].
+
+    gate_up: [2 * intermediate, hidden], gates first. query_norm, key_norm: [head_dim], or None both.
+    """
+
+    qkv: tuple[Tensor, Tensor | None]
+    output: tuple[Tensor, Tensor | None]
+    gate_up: tuple[Tensor, Tensor | None]
+    down: tuple[Tensor, Tensor | None]
+    norm_before_attention: Tensor | None
+    norm_before_mlp: Tensor
+    query_norm: Tensor | None
+    key_norm: Tensor | None
+    epsilon: float
+    scaling: float
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+
+
+@dataclass(frozen=True, slots=True)
+class Places:
+    """Where the tokens of a call stand, int64 all.
+
+    positions, places: [rows, width], in the text and in the cache. starts: [rows], valid places before the call.
+    ways: of a tree [width, n], see `specdec.trees.ways`, else None. extent: a bound on the places that are seen.
+    """
+
+    positions: Tensor
+    places: Tensor
+    starts: Tensor
+    ways: Tensor | None
+    extent: int
+
+
+@dataclass(frozen=True, slots=True)
+class Blocks:
+    """How a product is divided: a function of the weight and its type, never of the number of tokens."""
+
+    outputs: int
+    inputs: int
+    num_stages: int
+    num_warps: int
+
+
+def run_layers(
+    layers: Sequence[Layer],
+    hidden: Tensor,
+    angles: tuple[Tensor, Tensor],
+    blocks: Sequence[tuple[Tensor, Tensor]],
+    at: Places,
+) -> Tensor:
+    """Decoder layers one after the other: hidden [rows, width, hidden] -> the same shape, a new tensor.
+
+    angles: tables of cos and sin [positions, head_dim]. blocks: each layer's keys and values
+    [rows, kv heads, capacity, head_dim], written at the places of the call.
+    """
+    shape = hidden.shape
+    hidden = hidden.reshape(-1, shape[-1]).contiguous()
+    states = torch.empty_like(hidden)
+    scratch = _Scratch.of(layers[0], at, hidden)
+    for layer, (keys, values) in zip(layers, blocks, strict=True):
+        qkv = product(hidden, *layer.qkv, norm=layer.norm_before_attention, epsilon=layer.epsilon)
+        _place_heads(layer, qkv, angles, keys, values, at, scratch)
+        attended = _attend(layer, keys, values, at, scratch)
+        product(attended, *layer.output, residual=hidden, out=states)
+        inner = product(states, *layer.gate_up, norm=layer.norm_before_mlp, epsilon=layer.epsilon, gated=True)
+        product(inner, *layer.down, residual=states, out=states)
+        hidden = states
+    return states.view(shape)
+
+
+def product(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    norm: Tensor | None = None,
+    epsilon: float = 0.0,
+    residual: Tensor | None = None,
+    gated: bool = False,
+    out: Tensor | None = None,
+    blocks: Blocks | None = None,
+) -> Tensor:
+    """x [tokens, in] times weight [out, in] transposed, with float32 sums: [tokens, out].
+
+    norm: weight of an RMSNorm of x that comes first. residual: [tokens, out], added; may be `out` itself.
+    gated: weight is [2 * out, in], gates before the others: SiLU(gate) * other.
+    blocks: other than the usual division, for measurements.
+    """
+    num_tokens, num_inputs = x.shape
+    num_outputs = weight.shape[0] // 2 if gated else weight.shape[0]
+    out = x.new_empty(num_tokens, num_outputs) if out is None else out
+    blocks = blocks or usual_blocks(num_outputs, num_inputs, weight.dtype, gated)
+    block_tokens = _block_tokens(num_tokens)
+    grid = (triton.cdiv(num_tokens, block_tokens), triton.cdiv(num_outputs, blocks.outputs))
+    _product_kernel[grid](
+        x,
+        weight,
+        norm,
+        bias,
+        residual,
+        out,
+        num_tokens,
+        epsilon,
+        NUM_INPUTS=num_inputs,
+        NUM_OUTPUTS=num_outputs,
+        GATED=gated,
+        NORM_FIRST=x.dtype == torch.float16,
+        PRECISION=_precision(x.dtype),
+        BLOCK_TOKENS=block_tokens,
+        BLOCK_OUTPUTS=blocks.outputs,
+        BLOCK_INPUTS=blocks.inputs,
+        PREFETCHED=_PREFETCHED_BYTES // weight.element_size(),
+        **overlap(x),
+        num_stages=blocks.num_stages,
+        num_warps=blocks.num_warps,
+    )
+    return out
+
+
+def normalise(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    """RMSNorm over the last dimension of x [..., n]."""
+    x = x.contiguous()
+    out, size = torch.empty_like(x), x.shape[-1]
+    block = triton.next_power_of_2(size)
+    _norm_kernel[(x.numel() // size,)](x, weight, out, epsilon, SIZE=size, BLOCK=block, **overlap(x), num_warps=4)
+    return out
+
+
+def usual_blocks(num_outputs: int, num_inputs: int, dtype: torch.dtype, gated: bool) -> Blocks:
+    """How a product is divided that nobody measured: enough programs for all multiprocessors, deep pipelines."""
+    if dtype == torch.float32:
+        return Blocks(32, 32, 2, 4)
+    return Blocks(16 if num_outputs < 4096 or gated else 32, 128, 5, 4)
+
+
+def split_places(head_dim: int, dtype: torch.dtype) -> int:
+    """Places of the context that one program attends to: the same for every call, as the order of sums rests on it."""
+    limit = _SPLIT_BYTES // 2 if dtype == torch.float32 else _SPLIT_BYTES  # more would spill registers
+    return max(16, min(128, limit // (_padded(head_dim) * dtype.itemsize)))
+
+
+def overlap(x: Tensor) -> dict[str, Any]:
+    """Launch options by which a kernel starts while the one before it ends, and fetches its weights (since Hopper)."""
+    if not x.is_cuda or torch.cuda.get_device_capability(x.device) < (9, 0):
+        return {"OVERLAPS": False}
+    return {"OVERLAPS": True, "launch_pdl": True}
+
+
+def _block_tokens(num_tokens: int) -> int:
+    """Tokens that share a program's weights: any number gives each token the same bits."""
+    return 16 if num_tokens <= 16 else 32
+
+
+def _precision(dtype: torch.dtype) -> str:
+    return "ieee" if dtype == torch.float32 else "tf32"  # of float32 products only
+
+
+def _padded(head_dim: int) -> int:
+    """The smallest size that the tensor cores take."""
+    return max(16, int(triton.next_power_of_2(head_dim)))
+
+
+@dataclass(frozen=True, slots=True)
+class _Scratch:
+    """What all layers write anew: queries [tokens, heads, head_dim]; of each split, token and head the unnormalised sum
+    of values, the largest score and the sum of weights, float32 [tokens, heads, splits, head_dim] and without the last.
+    """
+
+    queries: Tensor
+    sums: Tensor
+    peaks: Tensor
+    totals: Tensor
+    split: int
+
+    @classmethod
+    def of(cls, layer: Layer, at: Places, hidden: Tensor) -> _Scratch:
+        split = split_places(layer.head_dim, hidden.dtype)
+        heads = (at.positions.numel(), layer.num_heads)
+        shape = (*heads, triton.cdiv(at.extent, split))
+        wide: dict[str, Any] = {"dtype": torch.float32, "device": hidden.device}
+        return cls(
+            hidden.new_empty(*heads, layer.head_dim),
+            torch.empty(*shape, layer.head_dim, **wide),
+            torch.empty(shape, **wide),
+            torch.empty(shape, **wide),
+            split,
+        )
+
+
+def _place_heads(
+    layer: Layer,
+    qkv: Tensor,
+    angles: tuple[Tensor, Tensor],
+    keys: Tensor,
+    values: Tensor,
+    at: Places,
+    scratch: _Scratch,
+) -> None:
+    """Turn queries and keys by their positions; keys and values go into the cache."""
+    cos, sin = angles
+    num_programs = (len(qkv), layer.num_heads + 2 * layer.num_kv_heads)
+    _place_kernel[num_programs](
+        qkv,
+        cos,
+        sin,
+        layer.query_norm,
+        layer.key_norm,
+        at.positions,
+        at.places,
+        scratch.queries,
+        keys,
+        values,
+        at.positions.shape[1],
+        len(cos) - 1,
+        keys.stride(0),
+        keys.stride(1),
+        layer.epsilon,
+        NUM_HEADS=layer.num_heads,
+        NUM_KV_HEADS=layer.num_kv_heads,
+        HEAD_DIM=layer.head_dim,
+        BLOCK=triton.next_power_of_2(layer.head_dim // 2),
+        **overlap(qkv),
+        num_warps=1,
+    )
+
+
+def _attend(layer: Layer, keys: Tensor, values: Tensor, at: Places, scratch: _Scratch) -> Tensor:
+    """Attention of the placed queries: [tokens, heads * head_dim]."""
+    (rows, width), group = at.positions.shape, layer.num_heads // layer.num_kv_heads
+    is_tree = at.ways is not None
+    num_tiles = width * triton.cdiv(group, 16) if is_tree else triton.cdiv(width * group, 16)
+    num_splits = scratch.peaks.shape[2]
+    _attend_kernel[(num_splits, layer.num_kv_heads, rows * num_tiles)](
+        scratch.queries,
+        keys,
+        values,
+        at.positions,
+        at.starts,
+        at.ways,
+        scratch.sums,
+        scratch.peaks,
+        scratch.totals,
+        width,
+        num_tiles,
+        at.ways.shape[1] if at.ways is not None else 0,
+        num_splits,
+        keys.shape[2],
+        keys.stride(0),
+        keys.stride(1),
+        layer.scaling * _LOG2_E,
+        NUM_HEADS=layer.num_heads,
+        HEAD_DIM=layer.head_dim,
+        GROUP=group,
+        IS_TREE=is_tree,
+        SPLIT=scratch.split,
+        BLOCK_DIM=_padded(layer.head_dim),
+        PRECISION=_precision(keys.dtype),
+        **overlap(keys),
+        num_warps=8 if 2 * scratch.split * _padded(layer.head_dim) * keys.element_size() > _SPLIT_BYTES else 4,
+        num_stages=1,
+    )
+    attended = scratch.queries.new_empty(len(scratch.queries), layer.num_heads * layer.head_dim)
+    _combine_kernel[(len(scratch.queries), layer.num_heads)](
+        scratch.sums,
+        scratch.peaks,
+        scratch.totals,
+        at.positions,
+        attended,
+        num_splits,
+        NUM_HEADS=layer.num_heads,
+        HEAD_DIM=layer.head_dim,
+        SPLIT=scratch.split,
+        BLOCK_DIM=_padded(layer.head_dim),
+        BLOCK_SPLITS=16,
+        **overlap(attended),
+        num_warps=4,
+    )
+    return attended
+
+
+# ---- kernels. Numbers of tokens are not specialised: one compiled kernel, so one order of sums, for all of them.
+
+
+@triton.jit
+def _dot(a, b, sums, PRECISION: tl.constexpr):
+    if _INTERPRETED:  # the interpreter multiplies the bit patterns of bfloat16; as float32 the products are the same
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, sums, input_precision=PRECISION)
+
+
+@triton.jit
+def _prefetch_rows(rows, SIZE: tl.constexpr, PREFETCHED: tl.constexpr):
+    """Have the first elements of rows, pointers [n], fetched into the L2 cache."""
+    line: tl.constexpr = 1024 // rows.dtype.element_ty.primitive_bitwidth
+    lines = tl.minimum(tl.arange(0, PREFETCHED // line) * line, SIZE - 1)
+    at = (rows[:, None] + lines[None, :]).to(tl.int64, bitcast=True)
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [at], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def _product_kernel(
+    x,
+    weight,
+    norm,
+    bias,
+    residual,
+    out,
+    num_tokens,
+    epsilon,
+    NUM_INPUTS: tl.constexpr,
+    NUM_OUTPUTS: tl.constexpr,
+    GATED: tl.constexpr,
+    NORM_FIRST: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+    BLOCK_OUTPUTS: tl.constexpr,
+    BLOCK_INPUTS: tl.constexpr,
+    PREFETCHED: tl.constexpr,
+    OVERLAPS: tl.constexpr,
+):
+    tokens = tl.program_id(0) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
+    columns = tl.program_id(1) * BLOCK_OUTPUTS + tl.arange(0, BLOCK_OUTPUTS)
+    inputs = tl.arange(0, BLOCK_INPUTS)
+    is_token, is_column = tokens < num_tokens, columns < NUM_OUTPUTS
+    x_at = x + tokens[:, None].to(tl.int64) * NUM_INPUTS + inputs[None, :]
+    weight_at = weight + columns[None, :].to(tl.int64) * NUM_INPUTS + inputs[:, None]
+    if OVERLAPS:
+        gdc_launch_dependents()
+        rows = weight + tl.minimum(columns, NUM_OUTPUTS - 1).to(tl.int64) * NUM_INPUTS
+        _prefetch_rows(rows, NUM_INPUTS, PREFETCHED)
+        if GATED:
+            _prefetch_rows(rows + NUM_OUTPUTS * NUM_INPUTS, NUM_INPUTS, PREFETCHED)
+        gdc_wait()
+    sums = tl.zeros((BLOCK_TOKENS, BLOCK_OUTPUTS), tl.float32)
+    others = tl.zeros((BLOCK_TOKENS, BLOCK_OUTPUTS), tl.float32)
+    squares = tl.zeros((BLOCK_TOKENS, BLOCK_INPUTS), tl.float32)
+    scale = tl.full((BLOCK_TOKENS,), 1.0, tl.float32)
+    if norm is not None and NORM_FIRST:  # float16 would overflow if it were normalised after the product
+        for start in range(0, NUM_INPUTS, BLOCK_INPUTS):
+            is_input = start + inputs < NUM_INPUTS
+            wide = tl.load(x_at + start, mask=is_token[:, None] & is_input[None, :], other=0.0).to(tl.float32)
+            squares += wide * wide
+        scale = tl.rsqrt(tl.sum(squares, 1) / NUM_INPUTS + epsilon)
+    for start in range(0, NUM_INPUTS, BLOCK_INPUTS):
+        is_input = start + inputs < NUM_INPUTS
+        is_weight = is_input[:, None] & is_column[None, :]
+        w = tl.load(weight_at + start, mask=is_weight, other=0.0)
+        values = tl.load(x_at + start, mask=is_token[:, None] & is_input[None, :], other=0.0)
+        if norm is not None:
+            wide = values.to(tl.float32)
+            if NORM_FIRST:
+                wide = wide * scale[:, None]
+            else:
+                squares += wide * wide
+            wide = wide * tl.load(norm + start + inputs, mask=is_input, other=0.0).to(tl.float32)[None, :]
+            values = wide.to(x.dtype.element_ty)
+        sums = _dot(values, w, sums, PRECISION)
+        if GATED:
+            w = tl.load(weight_at + NUM_OUTPUTS * NUM_INPUTS + start, mask=is_weight, other=0.0)
+            others = _dot(values, w, others, PRECISION)
+    if norm is not None and not NORM_FIRST:
+        scale = tl.rsqrt(tl.sum(squares, 1) / NUM_INPUTS + epsilon)
+        sums *= scale[:, None]
+        others *= scale[:, None]
+    if bias is not None:
+        sums += tl.load(bias + columns, mask=is_column, other=0.0).to(tl.float32)[None, :]
+        if GATED:
+            others += tl.load(bias + NUM_OUTPUTS + columns, mask=is_column, other=0.0).to(tl.float32)[None, :]
+    if GATED:
+        sums = sums / (1.0 + tl.exp(-sums)) * others
+    at = tokens[:, None].to(tl.int64) * NUM_OUTPUTS + columns[None, :]
+    is_output = is_token[:, None] & is_column[None, :]
+    if residual is not None:
+        sums += tl.load(residual + at, mask=is_output, other=0.0).to(tl.float32)
+    tl.store(out + at, sums.to(out.dtype.element_ty), mask=is_output)
+
+
+@triton.jit
+def _wait(OVERLAPS: tl.constexpr):
+    """Let the next kernel start, and wait for what the one before wrote."""
+    if OVERLAPS:
+        gdc_launch_dependents()
+        gdc_wait()
+
+
+@triton.jit
+def _norm_kernel(x, weight, out, epsilon, SIZE: tl.constexpr, BLOCK: tl.constexpr, OVERLAPS: tl.constexpr):
+    _wait(OVERLAPS)
+    at = tl.arange(0, BLOCK)
+    first, inside = tl.program_id(0).to(tl.int64) * SIZE, at < SIZE
+    values = tl.load(x + first + at, mask=inside, other=0.0).to(tl.float32)
+    scale = tl.rsqrt(tl.sum(values * values, 0) / SIZE + epsilon)
+    values = values * scale * tl.load(weight + at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + first + at, values.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["width"])
+def _place_kernel(
+    qkv,
+    cos,
+    sin,
+    query_norm,
+    key_norm,
+    positions,
+    places,
+    queries,
+    keys,
+    values,
+    width,
+    last_position,
+    slot_stride,
+    head_stride,
+    epsilon,
+    NUM_HEADS: tl.constexpr,
+    NUM_KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK: tl.constexpr,
+    OVERLAPS: tl.constexpr,
+):
+    """One head of one token; head: queries, then keys, then values."""
+    _wait(OVERLAPS)
+    token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    half: tl.constexpr = HEAD_DIM // 2
+    at = tl.arange(0, BLOCK)
+    inside = at < half
+    source = qkv + (token * (NUM_HEADS + 2 * NUM_KV_HEADS) + head) * HEAD_DIM + at
+    low = tl.load(source, mask=inside, other=0.0).to(tl.float32)
+    high = tl.load(source + half, mask=inside, other=0.0).to(tl.float32)
+    if head < NUM_HEADS + NUM_KV_HEADS:
+        if query_norm is not None:
+            norm = query_norm
+            if head >= NUM_HEADS:
+                norm = key_norm
+            scale = tl.rsqrt((tl.sum(low * low, 0) + tl.sum(high * high, 0)) / HEAD_DIM + epsilon)
+            low = low * scale * tl.load(norm + at, mask=inside, other=0.0).to(tl.float32)
+            high = high * scale * tl.load(norm + half + at, mask=inside, other=0.0).to(tl.float32)
+        angle = tl.minimum(tl.load(positions + token), last_position) * HEAD_DIM + at
+        cos_low = tl.load(cos + angle, mask=inside, other=0.0).to(tl.float32)
+        sin_low = tl.load(sin + angle, mask=inside, other=0.0).to(tl.float32)
+        cos_high = tl.load(cos + angle + half, mask=inside, other=0.0).to(tl.float32)
+        sin_high = tl.load(sin + angle + half, mask=inside, other=0.0).to(tl.float32)
+        turned = low * cos_low - high * sin_low
+        high = high * cos_high + low * sin_high
+        low = turned
+    if head < NUM_HEADS:
+        target = queries + (token * NUM_HEADS + head) * HEAD_DIM + at
+    else:
+        within = (token // width) * slot_stride + tl.load(places + token) * HEAD_DIM + at
+        if head < NUM_HEADS + NUM_KV_HEADS:
+            target = keys + within + (head - NUM_HEADS) * head_stride
+        else:
+            target = values + within + (head - NUM_HEADS - NUM_KV_HEADS) * head_stride
+    tl.store(target, low.to(queries.dtype.element_ty), mask=inside)
+    tl.store(target + half, high.to(queries.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["width", "num_tiles", "way_length", "num_splits"])
+def _attend_kernel(
+    queries,
+    keys,
+    values,
+    positions,
+    starts,
+    ways,
+    sums,
+    peaks,
+    totals,
+    width,
+    num_tiles,
+    way_length,
+    num_splits,
+    capacity,
+    slot_stride,
+    head_stride,
+    scale,
+    NUM_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    GROUP: tl.constexpr,
+    IS_TREE: tl.constexpr,
+    SPLIT: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+    PRECISION: tl.constexpr,
+    OVERLAPS: tl.constexpr,
+):
+    """One split of one key/value head, for up to 16 of a row's queries: of a tree, those of one node."""
+    _wait(OVERLAPS)
+    split, kv_head, tile = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    row = (tile // num_tiles).to(tl.int64)
+    tile = tile % num_tiles
+    item = tl.arange(0, 16)
+    if IS_TREE:
+        tiles_per_node: tl.constexpr = (GROUP + 15) // 16
+        node = tile // tiles_per_node
+        member = tile % tiles_per_node * 16 + item
+        column = node + 0 * item
+        is_query = member < GROUP
+    else:
+        node = 0
+        member = (tile * 16 + item) % GROUP
+        column = (tile * 16 + item) // GROUP
+        is_query = column < width
+    token = row * width + column
+    position = tl.load(positions + token, mask=is_query, other=-1).to(tl.int32)
+    last, first = tl.max(position, 0), split * SPLIT
+    if first <= last:
+        place = first + tl.arange(0, SPLIT)
+        exists = (place <= last) & (place < capacity)
+        stored = place
+        if IS_TREE:  # by position: what is valid, then the nodes on the way to this one, which see no others
+            start = tl.load(starts + row).to(tl.int32)
+            behind = place - start
+            on_way = tl.load(ways + node * way_length + tl.maximum(behind, 0), mask=exists & (behind >= 0), other=0)
+            stored = tl.where(behind >= 0, start + on_way.to(tl.int32), place)
+        dim = tl.arange(0, BLOCK_DIM)
+        has_dim = dim < HEAD_DIM
+        head = token * NUM_HEADS + kv_head * GROUP + member
+        query_at = queries + head[:, None] * HEAD_DIM + dim[None, :]
+        query = tl.load(query_at, mask=is_query[:, None] & has_dim[None, :], other=0.0)
+        head_at, state_at = row * slot_stride + kv_head * head_stride, stored[:, None] * HEAD_DIM + dim[None, :]
+        key = tl.load(keys + head_at + state_at, mask=exists[:, None] & has_dim[None, :], other=0.0)
+        scores = _dot(query, tl.trans(key), tl.zeros((16, SPLIT), tl.float32), PRECISION) * scale
+        scores = tl.where(place[None, :] <= position[:, None], scores, float("-inf"))
+        peak = tl.max(scores, 1)
+        weights = tl.exp2(scores - tl.where(peak == float("-inf"), 0.0, peak)[:, None])
+        value = tl.load(values + head_at + state_at, mask=exists[:, None] & has_dim[None, :], other=0.0)
+        attended = _dot(weights.to(value.dtype), value, tl.zeros((16, BLOCK_DIM), tl.float32), PRECISION)
+        at, is_seen = head * num_splits + split, is_query & (first <= position)
+        tl.store(peaks + at, peak, mask=is_seen)
+        tl.store(totals + at, tl.sum(weights, 1), mask=is_seen)
+        tl.store(sums + at[:, None] * HEAD_DIM + dim[None, :], attended, mask=is_seen[:, None] & has_dim[None, :])
+
+
+@triton.jit(do_not_specialize=["num_splits"])
+def _combine_kernel(
+    sums,
+    peaks,
+    totals,
+    positions,
+    out,
+    num_splits,
+    NUM_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    SPLIT: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+    BLOCK_SPLITS: tl.constexpr,
+    OVERLAPS: tl.constexpr,
+):
+    """One head of one token: its splits in order, up to the one with its own place."""
+    _wait(OVERLAPS)
+    token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    number = tl.minimum(tl.load(positions + token) // SPLIT + 1, num_splits)
+    dim = tl.arange(0, BLOCK_DIM)
+    has_dim = dim < HEAD_DIM
+    first = (token * NUM_HEADS + head) * num_splits
+    attended = tl.zeros((BLOCK_DIM,), tl.float32)
+    total, peak = 0.0, float("-inf")
+    start = 0
+    while start < number:  # the interpreter takes no range of tensors
+        split = start + tl.arange(0, BLOCK_SPLITS)
+        is_split = split < number
+        highest = tl.load(peaks + first + split, mask=is_split, other=float("-inf"))
+        new_peak = tl.maximum(peak, tl.max(highest, 0))
+        weights, faded = tl.exp2(highest - new_peak), tl.exp2(peak - new_peak)
+        total = total * faded + tl.sum(weights * tl.load(totals + first + split, mask=is_split, other=0.0), 0)
+        at = (first + split)[:, None] * HEAD_DIM + dim[None, :]
+        part = tl.load(sums + at, mask=is_split[:, None] & has_dim[None, :], other=0.0)
+        attended = attended * faded + tl.sum(weights[:, None] * part, 0)
+        peak = new_peak
+        start += BLOCK_SPLITS
+    at = (token * NUM_HEADS + head) * HEAD_DIM + dim
+    tl.store(out + at, (attended / total).to(out.dtype.element_ty), mask=has_dim)

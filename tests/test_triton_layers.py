@@ -1,0 +1,173 @@
+"""Triton kernels for decode steps, against float64 and against the layers that they replace.
+
+On a GPU they run there; without one in Triton's interpreter: TRITON_INTERPRET=1 pytest tests/test_triton_layers.py
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from tiny import GQA, GREEDY, PROMPTS, make, reference
+
+from specdec import Engine
+from specdec.models.causal import CausalLM
+from specdec.models.eagle import new_head
+from specdec.models.fusion import FusedDecoder, Norm, fuse
+from specdec.trees import Branches, Tree
+
+ON_GPU = torch.cuda.is_available()
+if not ON_GPU and os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("needs a GPU, or TRITON_INTERPRET=1", allow_module_level=True)
+pytest.importorskip("triton", reason="needs Triton: pip install triton==3.6.0")
+
+from specdec.kernels import triton_layers  # noqa: E402  # only where it can be imported
+
+DEVICE = torch.device("cuda" if ON_GPU else "cpu")
+TOLERANCES = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}
+DTYPES = list(TOLERANCES)
+WIDE = GQA | {"hidden_size": 64, "intermediate_size": 96, "head_dim": 32, "max_position_embeddings": 1024}
+KINDS = {
+    "llama 32": WIDE,
+    "llama 8": GQA | {"max_position_embeddings": 1024},
+    "mistral 64, one key/value head": WIDE | {"head_dim": 64, "num_key_value_heads": 1, "sliding_window": None},
+    "qwen2 24, with biases": WIDE | {"head_dim": 24},
+    "qwen3 96, with norms of q and k": WIDE | {"head_dim": 96},
+    "llama 128, all biases": WIDE | {"head_dim": 128, "attention_bias": True, "mlp_bias": True},
+    "llama 32, 20 heads of one group": WIDE | {"hidden_size": 80, "num_attention_heads": 20, "num_key_value_heads": 1},
+}
+
+
+def error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((actual.double() - expected.double()).norm() / expected.double().norm())
+
+
+def rms(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.rms_norm(x.double(), x.shape[-1:], weight.double(), 1e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("num_tokens", "num_inputs", "num_outputs"), [(1, 64, 96), (5, 100, 33), (35, 300, 70)])
+def test_products(num_tokens: int, num_inputs: int, num_outputs: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, device=DEVICE).to(dtype)
+
+    x, norm, tolerance = random(num_tokens, num_inputs) * 3, random(num_inputs), TOLERANCES[dtype]
+    weight, bias = random(num_outputs, num_inputs), random(num_outputs)
+    residual, both = random(num_tokens, num_outputs), random(2 * num_outputs, num_inputs) / 10
+    product, exact = triton_layers.product, weight.double().T
+    assert error(product(x, weight), x.double() @ exact) < tolerance
+    expected = rms(x, norm) @ exact + bias.double() + residual.double()
+    assert error(product(x, weight, bias, norm=norm, epsilon=1e-5, residual=residual), expected) < tolerance
+    gate, up = (rms(x, norm) @ both.double().T + torch.cat([bias, bias]).double()).chunk(2, -1)
+    actual = product(x, both, torch.cat([bias, bias]), norm=norm, epsilon=1e-5, gated=True)
+    assert error(actual, torch.nn.functional.silu(gate) * up) < tolerance
+    product(x, weight, residual=residual, out=residual)
+    assert error(triton_layers.normalise(x, norm, 1e-5), rms(x, norm)) < tolerance
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_layers_are_those_of_the_original(kind: str, dtype: torch.dtype) -> None:
+    """Ragged rows across splits of the context, behind a rollback, into a cache that is then full."""
+    plain, fused = (make(kind.split()[0].strip(","), KINDS[kind], dtype).to(DEVICE) for _ in range(2))
+    fuse(fused)
+    assert isinstance(fused.model, FusedDecoder)
+    lm, exact = CausalLM(fused), plain.double().requires_grad_(False)
+    torch.manual_seed(1)
+    tokens = torch.randint(3, 61, (3, 300), device=DEVICE)
+    cache, starts = lm.allocate(3, 300), [297, 130, 1]
+    for slot, start in enumerate(starts):
+        cache.lengths[slot] = 0
+        lm.forward(tokens[slot : slot + 1, : min(300, start + 7)], cache, first_slot=slot)
+    cache.lengths[:] = starts
+    actual = lm.forward(torch.stack([row[start : start + 3] for row, start in zip(tokens, starts, strict=True)]), cache)
+    for row, start, logits in zip(tokens, starts, actual, strict=True):
+        expected = exact(row[None, : start + 3], use_cache=False).logits[0, start:]
+        assert error(logits, expected) < 3 * TOLERANCES[dtype]
+
+
+@pytest.mark.parametrize("kind", ["llama 32", "qwen3 96, with norms of q and k", "llama 32, 20 heads of one group"])
+def test_a_node_of_a_tree_is_the_token_of_a_chain(kind: str) -> None:
+    model = make(kind.split()[0].strip(","), KINDS[kind]).to(DEVICE)
+    fuse(model)
+    lm = CausalLM(model)
+    torch.manual_seed(1)
+    text, tree = torch.randint(3, 61, (140,)).tolist(), Tree(((0,), (1,), (0, 0), (1, 0), (1, 1), (1, 1, 0)))
+    nodes = [7, 8, 9, 10, 11, 12]
+    for length in (1, 63, 127, 128, 140):
+        cache = lm.allocate(1, length + len(nodes))
+        if length > 1:
+            lm.forward(torch.tensor([text[: length - 1]], device=DEVICE), cache)
+        cache.lengths[0] = length - 1
+        fed = torch.tensor([[text[length - 1], *nodes]], device=DEVICE)
+        logits = lm.forward(fed, cache, branches=Branches.behind_root(tree.parents))[0]
+        for node in range(len(nodes)):
+            way = [*text[:length], *(nodes[i] for i in tree.lineage(node))]
+            chain = lm.allocate(1, len(way))
+            lm.forward(torch.tensor([way[: length - 1] or way[:1]], device=DEVICE), chain)
+            chain.lengths[0] = length - 1
+            expected = lm.forward(torch.tensor([way[length - 1 :]], device=DEVICE), chain)[0, -1]
+            assert_same(logits[node + 1], expected)
+
+
+def assert_same(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    """Bit-identical; the interpreter's own products have no order of sums, so there nearly."""
+    if ON_GPU:
+        assert torch.equal(actual, expected)
+    else:
+        assert error(actual, expected) < 2e-6
+
+
+@pytest.mark.skipif(not ON_GPU, reason="the order of sums is the hardware's: needs a GPU")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_token_does_not_depend_on_its_neighbours(kind: str, dtype: torch.dtype) -> None:
+    """The same bits however many tokens a call has, whatever the rows beside it hold."""
+    model = make(kind.split()[0].strip(","), KINDS[kind], dtype).to(DEVICE)
+    fuse(model)
+    lm = CausalLM(model)
+    torch.manual_seed(1)
+    tokens = torch.randint(3, 61, (3, 200), device=DEVICE)
+    alone = torch.cat([step for _, step in in_pieces(lm, tokens[:1], 1, [0])], 1)
+    for width in (2, 3, 5, 9, 16, 33, 64):
+        pieces = torch.cat([step for _, step in in_pieces(lm, tokens, width, [0, 7, 11])], 1)
+        assert torch.equal(pieces[:1], alone)
+
+
+def in_pieces(lm: CausalLM, tokens: torch.Tensor, width: int, starts: list[int]):
+    cache = lm.allocate(len(tokens), tokens.shape[1] + max(starts))
+    cache.lengths[:] = starts
+    for start in range(0, tokens.shape[1], width):
+        piece = tokens[:, start : start + width]
+        yield start, lm.forward(piece, cache)
+        cache.lengths[:] = [length + piece.shape[1] for length in cache.lengths]
+
+
+@pytest.mark.parametrize("kind", ["llama 8", "qwen3 96, with norms of q and k"])
+def test_greedy_tokens_are_those_of_transformers(kind: str) -> None:
+    model = make(kind.split()[0].strip(","), KINDS[kind])
+    expected = [reference(model, prompt) for prompt in PROMPTS]
+    model = model.to(DEVICE)
+    head = new_head(model, torch.arange(0, 61, 2, device=DEVICE)).placed(model.device, model.dtype).eval()
+    head.requires_grad_(False)
+    fuse(model)
+    head.fuse()
+    assert head._stack is not None
+    for method, draft in (("autoregressive", None), ("ngram", None), ("eagle", head), ("tree", head)):
+        engine = Engine(CausalLM(model), method=method, draft=draft, max_batch_size=3, num_speculative_tokens=4)
+        completions = engine.generate(PROMPTS, GREEDY)
+        assert [list(c.token_ids) for c in completions] == expected
+
+
+def test_norm_modules_use_the_kernel() -> None:
+    norm = torch.nn.RMSNorm(48, eps=1e-5).to(DEVICE)
+    norm.variance_epsilon = norm.eps
+    torch.nn.init.normal_(norm.weight)
+    x = torch.randn(2, 3, 48, device=DEVICE)
+    module = Norm(norm)
+    assert module.on_gpu
+    assert error(module(x), rms(x, norm.weight)) < 2e-6
