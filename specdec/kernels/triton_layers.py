@@ -28,6 +28,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 MAX_WIDTH = 64  # tokens of a row; for more, as in prompts, large matrix products are faster
 _LOG2_E = 1.4426950408889634
+# the interpreter multiplies the bit patterns of bfloat16; widened to float32 first, the products are the same
 _INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 _PREFETCHED_BYTES = 1 << 10  # of each of a program's rows of weights, while the kernel before it ends
 _SPLIT_BYTES = 32 << 10  # of keys, and of values, that one program holds
@@ -321,13 +322,6 @@ def _attend(layer: Layer, keys: Tensor, values: Tensor, at: Places, scratch: _Sc
 
 
 @triton.jit
-def _dot(a, b, sums, PRECISION: tl.constexpr):
-    if _INTERPRETED:  # the interpreter multiplies the bit patterns of bfloat16; as float32 the products are the same
-        a, b = a.to(tl.float32), b.to(tl.float32)
-    return tl.dot(a, b, sums, input_precision=PRECISION)
-
-
-@triton.jit
 def _prefetch_rows(rows, SIZE: tl.constexpr, PREFETCHED: tl.constexpr):
     """Have the first elements of rows, pointers [n], fetched into the L2 cache."""
     line: tl.constexpr = 1024 // rows.dtype.element_ty.primitive_bitwidth
@@ -395,10 +389,12 @@ def _product_kernel(
                 squares += wide * wide
             wide = wide * tl.load(norm + start + inputs, mask=is_input, other=0.0).to(tl.float32)[None, :]
             values = wide.to(x.dtype.element_ty)
-        sums = _dot(values, w, sums, PRECISION)
+        if _INTERPRETED:
+            values, w = values.to(tl.float32), w.to(tl.float32)
+        sums = tl.dot(values, w, sums, input_precision=PRECISION)
         if GATED:
             w = tl.load(weight_at + NUM_OUTPUTS * NUM_INPUTS + start, mask=is_weight, other=0.0)
-            others = _dot(values, w, others, PRECISION)
+            others = tl.dot(values, w.to(values.dtype), others, input_precision=PRECISION)
     if norm is not None and not NORM_FIRST:
         scale = tl.rsqrt(tl.sum(squares, 1) / NUM_INPUTS + epsilon)
         sums *= scale[:, None]
@@ -417,16 +413,10 @@ def _product_kernel(
 
 
 @triton.jit
-def _wait(OVERLAPS: tl.constexpr):
-    """Let the next kernel start, and wait for what the one before wrote."""
+def _norm_kernel(x, weight, out, epsilon, SIZE: tl.constexpr, BLOCK: tl.constexpr, OVERLAPS: tl.constexpr):
     if OVERLAPS:
         gdc_launch_dependents()
         gdc_wait()
-
-
-@triton.jit
-def _norm_kernel(x, weight, out, epsilon, SIZE: tl.constexpr, BLOCK: tl.constexpr, OVERLAPS: tl.constexpr):
-    _wait(OVERLAPS)
     at = tl.arange(0, BLOCK)
     first, inside = tl.program_id(0).to(tl.int64) * SIZE, at < SIZE
     values = tl.load(x + first + at, mask=inside, other=0.0).to(tl.float32)
@@ -459,7 +449,9 @@ def _place_kernel(
     OVERLAPS: tl.constexpr,
 ):
     """One head of one token; head: queries, then keys, then values."""
-    _wait(OVERLAPS)
+    if OVERLAPS:
+        gdc_launch_dependents()
+        gdc_wait()
     token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     half: tl.constexpr = HEAD_DIM // 2
     at = tl.arange(0, BLOCK)
@@ -524,7 +516,9 @@ def _attend_kernel(
     OVERLAPS: tl.constexpr,
 ):
     """One split of one key/value head, for up to 16 of a row's queries: of a tree, those of one node."""
-    _wait(OVERLAPS)
+    if OVERLAPS:
+        gdc_launch_dependents()
+        gdc_wait()
     split, kv_head, tile = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     row = (tile // num_tiles).to(tl.int64)
     tile = tile % num_tiles
@@ -559,12 +553,17 @@ def _attend_kernel(
         query = tl.load(query_at, mask=is_query[:, None] & has_dim[None, :], other=0.0)
         head_at, state_at = row * slot_stride + kv_head * head_stride, stored[:, None] * HEAD_DIM + dim[None, :]
         key = tl.load(keys + head_at + state_at, mask=exists[:, None] & has_dim[None, :], other=0.0)
-        scores = _dot(query, tl.trans(key), tl.zeros((16, SPLIT), tl.float32), PRECISION) * scale
+        if _INTERPRETED:
+            query, key = query.to(tl.float32), key.to(tl.float32)
+        scores = tl.dot(query, tl.trans(key), input_precision=PRECISION) * scale
         scores = tl.where(place[None, :] <= position[:, None], scores, float("-inf"))
         peak = tl.max(scores, 1)
         weights = tl.exp2(scores - tl.where(peak == float("-inf"), 0.0, peak)[:, None])
         value = tl.load(values + head_at + state_at, mask=exists[:, None] & has_dim[None, :], other=0.0)
-        attended = _dot(weights.to(value.dtype), value, tl.zeros((16, BLOCK_DIM), tl.float32), PRECISION)
+        weights_of_values = weights.to(value.dtype)
+        if _INTERPRETED:
+            weights_of_values, value = weights_of_values.to(tl.float32), value.to(tl.float32)
+        attended = tl.dot(weights_of_values, value, input_precision=PRECISION)
         at, is_seen = head * num_splits + split, is_query & (first <= position)
         tl.store(peaks + at, peak, mask=is_seen)
         tl.store(totals + at, tl.sum(weights, 1), mask=is_seen)
@@ -587,7 +586,9 @@ def _combine_kernel(
     OVERLAPS: tl.constexpr,
 ):
     """One head of one token: its splits in order, up to the one with its own place."""
-    _wait(OVERLAPS)
+    if OVERLAPS:
+        gdc_launch_dependents()
+        gdc_wait()
     token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     number = tl.minimum(tl.load(positions + token) // SPLIT + 1, num_splits)
     dim = tl.arange(0, BLOCK_DIM)
