@@ -7,6 +7,9 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
+import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -67,12 +70,40 @@ def resolve_device(device: str) -> str:
         return device
     import torch
 
-    num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    reason = why_no_gpu()
     if device == "auto":
-        return "cuda" if num_gpus else "cpu"
+        return "cpu" if reason else "cuda"
+    num_gpus = 0 if reason else torch.cuda.device_count()
     if int(device.partition(":")[2] or 0) >= num_gpus:
-        raise ValueError(f"device={device} must exist, but torch sees {num_gpus} GPUs; use --device cpu or auto")
+        seen = f"{num_gpus} GPUs ({reason})" if reason else f"{num_gpus} GPUs"
+        raise ValueError(f"device={device} must exist, but torch sees {seen}; use --device cpu or auto")
     return device
+
+
+def why_no_gpu() -> str | None:
+    """Why torch can use no GPU here, with the remedy where there is one; None if it can."""
+    import torch
+
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is built without CUDA"
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None and visible.strip() in ("", "-1"):
+        return f"CUDA_VISIBLE_DEVICES={visible!r} hides every GPU; unset it"
+    with warnings.catch_warnings(record=True) as told:  # a driver that is too old is only warned of
+        warnings.simplefilter("always")
+        if not torch.cuda.is_available():
+            return str(told[0].message).partition("\n")[0] if told else "no driver, or no GPU"
+    capability, oldest = torch.cuda.get_device_capability(), _oldest_capability(torch.cuda.get_arch_list())
+    if capability < oldest:
+        have, need = (".".join(map(str, each)) for each in (capability, oldest))
+        return f"compute capability {have} must be at least {need} for torch {torch.__version__}"
+    return None
+
+
+def _oldest_capability(architectures: Sequence[str]) -> tuple[int, int]:
+    """(major, minor) of the oldest GPU that torch was compiled for. architectures: such as sm_75, sm_90a."""
+    numbers = [int(found[1]) for each in architectures if (found := re.match(r"(?:sm|compute)_(\d+)", each))]
+    return divmod(min(numbers, default=0), 10)
 
 
 def device_failure(error: RuntimeError, device: str) -> str | None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from bench.journal import SCHEMA_VERSION
 from specdec.models.fusion import Projection
-from specdec.timing import durations_s
+from specdec.timing import durations_in_queue_s
 
 SIZES = tuple(2**n for n in (22, 24, 26, 28, 29))  # bytes; the last is memory, whatever the caches
 Way = tuple[Callable[[], object], int]  # goes through a block once; the bytes that it reads and writes
@@ -58,7 +58,8 @@ def _fastest(device: torch.device, size: int, repeats: int) -> tuple[float, str]
     """(bytes/s, name) of the fastest way to go through a block."""
     ways = _ways(torch.ones(size // 2, dtype=torch.bfloat16, device=device))
     return max(
-        (moved / min(durations_s(run, device, repeats=repeats, warm_up=2)), name) for name, (run, moved) in ways.items()
+        (moved / min(durations_in_queue_s(run, device, repeats=repeats, warm_up=2)), name)
+        for name, (run, moved) in ways.items()
     )
 
 

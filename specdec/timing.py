@@ -38,6 +38,28 @@ def durations_s(run: Callable[[], object], device: torch.device, *, repeats: int
     return durations[warm_up:]
 
 
+def durations_in_queue_s(
+    run: Callable[[], object], device: torch.device, *, repeats: int, warm_up: int, calls: int = 20
+) -> list[float]:
+    """Seconds of a call, so many times: on a GPU the mean of `calls` calls between two marks in its queue.
+
+    So the host is not waited for between calls: it must be quicker to launch one than the GPU to do it.
+    """
+    if device.type != "cuda":
+        return durations_s(run, device, repeats=repeats, warm_up=warm_up)
+    durations = []
+    with torch.cuda.device(device):
+        for _ in range(warm_up + repeats):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            for _ in range(calls):
+                run()
+            end.record()
+            end.synchronize()
+            durations.append(start.elapsed_time(end) / 1e3 / calls)
+    return durations[warm_up:]
+
+
 class Stopwatch:
     """Adds up seconds by name. On a GPU marks go into its queue, so that nothing waits until the sums are asked for."""
 

@@ -25,7 +25,7 @@ from specdec import SamplingParams
 from specdec.wheels import LoadError
 
 MakeConfig = Callable[..., BenchConfig]
-OWN = ("smollm2-135m", "tiny-random", "tiny-t5-random", "llama-8b-1b-shape")
+OWN = ("smollm2-135m", "tiny-random", "tiny-t5-random", "llama-8b-1b-shape", "smollm2-135m-shape")
 LITERATURE = [name for name in catalogue() if name not in OWN]
 
 

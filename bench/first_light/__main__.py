@@ -1,0 +1,81 @@
+"""`python -m bench.first_light FOLDER`: see the package."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+import time
+from pathlib import Path
+from types import FrameType
+
+from bench.first_light.report import FACTS_FILE, Report, num_failed, read, table
+from bench.first_light.running import part, run_parts
+
+LIMITS_S = {
+    "facts": 25,
+    "correctness": 80,
+    "shapes-8b": 75,
+    "shapes-135m": 60,
+    "kernels": 50,
+    "transformers": 40,
+}
+CPU_LIMIT_S = 600.0  # of a part without a GPU, whose import of torch alone may take a minute on a busy machine
+TABLE_FILE = "first_light.txt"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the parts and print the table; 1 if a check failed."""
+    options = _parse(arguments)
+    signal.signal(signal.SIGTERM, _interrupt)
+    options.folder.mkdir(parents=True, exist_ok=True)
+    facts, start_s = options.folder / FACTS_FILE, time.monotonic()
+    facts.unlink(missing_ok=True)
+    device, reason = _device(options.device)
+    if reason:
+        print(f"no GPU: everything is scaled down ({reason})", flush=True)
+        Report("visit", facts).skip("GPU", reason)
+    try:
+        limits_s = LIMITS_S if device == "cuda" else dict.fromkeys(LIMITS_S, CPU_LIMIT_S)
+        parts = [part(name, limits_s[name], device) for name in options.parts]
+        run_parts(parts, options.folder, options.budget - (time.monotonic() - start_s))
+    except KeyboardInterrupt:
+        print("interrupted", flush=True)
+    told = f"{table(read(facts))}\n== {time.monotonic() - start_s:.0f} s on {device}"
+    (options.folder / TABLE_FILE).write_text(told + "\n")
+    print(told, flush=True)
+    return int(num_failed(read(facts)) > 0)
+
+
+def _parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m bench.first_light", description=__doc__)
+    parser.add_argument("folder", nargs="?", type=Path, default=Path("first-light"), help="where results go")
+    parser.add_argument("--parts", type=_names, default=tuple(LIMITS_S), help=f"of {','.join(LIMITS_S)}, comma between")
+    parser.add_argument("--budget", type=float, default=900.0, metavar="SECONDS", help="for all parts together")
+    parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto", help="auto: a GPU if there is one")
+    return parser.parse_args(arguments)
+
+
+def _names(text: str) -> tuple[str, ...]:
+    names = tuple(text.split(","))
+    if unknown := [name for name in names if name not in LIMITS_S]:
+        raise argparse.ArgumentTypeError(f"parts={','.join(unknown)} must be of {','.join(LIMITS_S)}")
+    return names
+
+
+def _device(wanted: str) -> tuple[str, str]:
+    """The device to run on, and why it is no GPU, if it is none. A GPU that is asked for is seen to by each part."""
+    if wanted != "auto":
+        return wanted, "--device cpu" if wanted == "cpu" else ""
+    from bench.machine import why_no_gpu
+
+    reason = why_no_gpu()
+    return ("cpu", reason) if reason else ("cuda", "")
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,146 @@
+"""Facts: one JSON line each, on the disk as soon as they are known; and the table that people read."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import time
+import traceback
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+FACTS_FILE = "first_light.jsonl"
+_TRACEBACK_CHARS = 1500  # of a traceback's end that are kept
+_TABLE_CHARS = 11_000
+_PART_CHARS = 2400  # of the table, for each part
+_LAST = ("transformers", "real", "shapes-135m", "shapes-8b", "correctness")  # what matters most is printed last
+
+Fact = dict[str, Any]
+
+
+class Report:
+    """Appends facts of one part to a file; several processes may share the file.
+
+    part: its name. path: of the JSON lines.
+    """
+
+    def __init__(self, part: str, path: Path) -> None:
+        self.part, self.path = part, path
+        self._doing = "start"
+
+    def fact(self, name: str, text: str = "", **values: Any) -> None:
+        """One fact. text: how the table tells it; nothing for a fact that it leaves out."""
+        self._write({"fact": name, **({"text": text} if text else {}), **values})
+
+    def check(self, name: str, ok: bool, detail: str = "", **values: Any) -> None:
+        """Whether something holds that must."""
+        self._write({"check": name, "ok": ok, "detail": detail, **values})
+
+    def skip(self, name: str, reason: str) -> None:
+        """Something that cannot be done on this machine."""
+        self._write({"skipped": name, "detail": reason})
+
+    @contextmanager
+    def attempt(self, name: str) -> Iterator[None]:
+        """Record an exception raised inside as a failed check called `name`, and go on.
+
+        A card that is lost is recorded, too, but ends the part: nothing else can be found out in this process.
+        """
+        import torch
+
+        self._doing, start_s = name, time.perf_counter()
+        try:
+            yield
+        except Exception as error:
+            self.check(name, False, _reason(error), traceback=traceback.format_exc()[-_TRACEBACK_CHARS:])
+            if isinstance(error, torch.AcceleratorError):
+                raise SystemExit(f"{name}: the device failed: {_reason(error)}") from error
+            if isinstance(error, torch.OutOfMemoryError):
+                torch.cuda.empty_cache()
+        finally:
+            self._write({"took": name, "seconds": round(time.perf_counter() - start_s, 3)})
+
+    def watch_fallbacks(self) -> None:
+        """From now on whatever specdec warns of is a failed check: it warns where something runs slower than it could.
+
+        That is how a capture or a compilation that failed is told.
+        """
+        logging.getLogger("specdec").addHandler(_Fallbacks(self))
+
+    def fallback(self, message: str) -> None:
+        """A warning of specdec's."""
+        self.check(f"no fallback during {self._doing}", False, message)
+
+    def _write(self, values: Fact) -> None:
+        line = json.dumps({"part": self.part, "at_s": round(time.time(), 2), **values}, default=str)
+        with self.path.open("ab", buffering=0) as stream:  # one write call: lines of other processes stay whole
+            stream.write(line.encode() + b"\n")
+            os.fsync(stream.fileno())
+
+
+class _Fallbacks(logging.Handler):
+    def __init__(self, report: Report) -> None:
+        super().__init__(logging.WARNING)
+        self._report = report
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._report.fallback(record.getMessage())
+
+
+def read(path: Path) -> list[Fact]:
+    """All facts of a file; a line that was cut off while it was written is left out."""
+    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+    facts = []
+    for line in lines:
+        try:
+            facts.append(json.loads(line))
+        except ValueError:
+            continue
+    return facts
+
+
+def table(facts: Sequence[Fact]) -> str:
+    """What was found, part by part, failed checks last in each, at most 11,000 characters."""
+    parts = list(dict.fromkeys(fact["part"] for fact in facts))
+    parts.sort(key=lambda part: _LAST.index(part) if part in _LAST else -1)
+    told = [_clipped(_lines([fact for fact in facts if fact["part"] == part]), _PART_CHARS) for part in parts]
+    return "\n".join([*told, _summary(facts)])[-_TABLE_CHARS:]
+
+
+def num_failed(facts: Iterable[Fact]) -> int:
+    """Failed checks."""
+    return sum(fact.get("ok") is False for fact in facts)
+
+
+def _lines(facts: Sequence[Fact]) -> list[str]:
+    checks = [fact for fact in facts if "check" in fact]
+    failed = [fact for fact in checks if not fact["ok"]]
+    title = f"== {facts[0]['part']}" + (f": {len(checks) - len(failed)} of {len(checks)} checks hold" if checks else "")
+    skipped = [f"skipped {fact['skipped']}: {fact['detail']}" for fact in facts if "skipped" in fact]
+    told = [fact["text"] for fact in facts if "text" in fact]
+    return [title, *told, *skipped, *(f"FAILED {fact['check']}: {fact['detail']}"[:240] for fact in failed)]
+
+
+def _clipped(lines: Sequence[str], num_chars: int) -> str:
+    """The lines without those in the middle that are too many."""
+    kept = list(lines)
+    while sum(map(len, kept)) + len(kept) > num_chars and len(kept) > 2:
+        kept.pop(len(kept) // 2)
+    if len(kept) < len(lines):
+        kept.insert(len(kept) // 2, f"... {len(lines) - len(kept)} more lines in {FACTS_FILE}")
+    return "\n".join(kept)
+
+
+def _summary(facts: Sequence[Fact]) -> str:
+    ends = [fact for fact in facts if fact.get("fact") == "end"]
+    told = ", ".join(f"{fact['of']} {fact['outcome']} in {fact['seconds']:.0f} s" for fact in ends)
+    num_checks = sum("check" in fact for fact in facts)
+    return f"== parts: {told}\n== {num_checks - num_failed(facts)} of {num_checks} checks hold"
+
+
+def _reason(error: Exception) -> str:
+    first = next(iter(str(error).strip().splitlines()), "")
+    return f"{type(error).__name__}: {first}"

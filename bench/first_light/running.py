@@ -1,0 +1,110 @@
+"""Parts as processes: each with a time limit, none able to take another's findings with it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from bench.first_light.report import FACTS_FILE, Report
+
+ARCHIVE_FILE = "logs.tar.gz"
+_GRACE_S = 8.0  # between asking a part to stop and killing it
+_LEAST_S = 5.0  # a part that has less time is not begun
+_LOG_CHARS = 1500  # of a failed part's log that become a fact
+ROOT = Path(__file__).parents[2]
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A command with a time limit in seconds; {facts} in it stands for the file that takes the facts."""
+
+    name: str
+    command: tuple[str, ...]
+    limit_s: float
+
+
+def part(name: str, limit_s: float, device: str) -> Part:
+    """One of this package's own parts."""
+    return Part(name, (sys.executable, "-m", "bench.first_light.part", name, "{facts}", device), limit_s)
+
+
+def run_parts(parts: Sequence[Part], folder: Path, budget_s: float) -> None:
+    """Run the parts one after the other, within a budget for all; their facts are in `folder` when this returns.
+
+    The folder holds FACTS_FILE, ARCHIVE_FILE with the logs of finished parts, and the log of the part in progress.
+    An interrupt stops the part in progress in the same way as its limit, and is then raised again.
+    """
+    report, ends_s = Report("visit", folder / FACTS_FILE), time.monotonic() + budget_s
+    for each in parts:
+        limit_s = min(each.limit_s, ends_s - time.monotonic())
+        if limit_s < _LEAST_S:
+            report.skip(each.name, f"{limit_s:.0f} s were left of the budget of {budget_s:.0f} s")
+            continue
+        _run(each, limit_s, folder, report)
+
+
+def _run(part: Part, limit_s: float, folder: Path, report: Report) -> None:
+    log, start_s, outcome = folder / f"{part.name}.log", time.monotonic(), "was interrupted"
+    command = [word.format(facts=folder / FACTS_FILE) for word in part.command]
+    try:
+        with log.open("wb") as stream:
+            process = subprocess.Popen(
+                command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=stream, stderr=stream, start_new_session=True
+            )
+            try:
+                outcome = _outcome(process.wait(limit_s))
+            except subprocess.TimeoutExpired:
+                outcome = f"was stopped at its limit of {limit_s:.0f} s"
+            finally:
+                _stop(process)
+    finally:
+        seconds = round(time.monotonic() - start_s, 1)
+        report.fact("end", of=part.name, outcome=outcome, seconds=seconds)
+        if outcome != "ended":
+            tail = log.read_text(errors="replace")[-_LOG_CHARS:] if log.exists() else ""
+            last = next(reversed(tail.strip().splitlines()), "")
+            report.check(f"{part.name} ends by itself", False, f"{outcome}; {last}", log=tail)
+        _archive(log, folder / ARCHIVE_FILE)
+
+
+def _outcome(status: int) -> str:
+    if status == 0:
+        return "ended"
+    return f"died of {signal.Signals(-status).name}" if status < 0 else f"failed with exit status {status}"
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    """Interrupt a part and all that it started, so that it can write what it has; then kill what is left of it."""
+    if process.poll() is None:
+        _signal(process, signal.SIGINT)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(_GRACE_S)
+    _signal(process, signal.SIGKILL)  # also what outlived a part that has ended
+    process.wait()
+
+
+def _signal(process: subprocess.Popen[bytes], number: signal.Signals) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, number)
+
+
+def _archive(log: Path, archive: Path) -> None:
+    """Move a log into the archive, which is replaced in one step: it is whole at any time."""
+    staging = archive.with_suffix(".new")
+    with tarfile.open(staging, "w:gz") as new:
+        if archive.exists():
+            with tarfile.open(archive) as old:
+                for member in old:
+                    new.addfile(member, old.extractfile(member))
+        if log.exists():
+            new.add(log, log.name)
+    os.replace(staging, archive)
+    log.unlink(missing_ok=True)

@@ -1,0 +1,276 @@
+"""Models of real dimensions with random weights: what a step costs, where its time goes, what methods then gain.
+
+Acceptance is prescribed, as it was measured with real weights on a CPU; so tokens mean nothing here, and times all.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from bench import roofline
+from bench.first_light.report import Report
+from bench.pairs import Pair, catalogue, folder
+from specdec import AcceptanceCounts, Completion, Engine, PhaseTimes, SamplingParams
+from specdec.drafts import NEEDS, load_with_drafts
+from specdec.models import score
+from specdec.models.causal import CausalLM
+from specdec.models.loading import read_layer_bytes
+from specdec.recording import Recorder
+from specdec.stats import RunTotals, predicted_speedup
+from specdec.timing import durations_in_queue_s, durations_s, synchronise
+
+PAIRS = {"8b": "llama-8b-1b-shape", "135m": "smollm2-135m-shape", "tiny": "tiny-random"}
+RATES = (0.75, 0.6, 0.5, 0.4)  # acceptance of each draft position
+WIDTHS, CONTEXTS, MIDDLE = (1, 5, 2, 3, 9), (2048, 256, 8192), 2048
+_METHODS = ("draft_model", "eagle", "hybrid", "ngram", "suffix", "early_exit")
+_TOP_KERNELS = 20
+_CAPACITY_STEP = 1024
+_DTYPE = torch.bfloat16
+
+
+def run(report: Report, device: torch.device, size: str = "tiny") -> None:
+    """size: "8b" or "135m". The most wanted facts come first: a part may run out of time."""
+    on_gpu = device.type == "cuda"
+    size = size if on_gpu else "tiny"
+    if (models := loaded(report, catalogue()[PAIRS[size]], device)) is None:
+        return
+    measured = roofline.measure(device, sizes=(2**29 if on_gpu else 2**22,), repeats=5)
+    {"8b": _large, "135m": _small, "tiny": _tiny}[size](Work(report, models, measured["bandwidths"][-1]))
+
+
+def _large(work: Work) -> None:
+    work.steps("target", (1, 5), (MIDDLE,))
+    work.profile("target", 1, MIDDLE)
+    work.methods((0.0,), ("draft_model",))
+    work.steps("draft", (1, 5), (MIDDLE,))
+    work.profile("draft", 1, MIDDLE)
+    work.methods((1.0,), ("draft_model",))
+    work.steps("target", WIDTHS, CONTEXTS)
+    work.steps("draft", WIDTHS, CONTEXTS)
+    work.methods((0.0,), ("early_exit", "ngram"))
+
+
+def _small(work: Work) -> None:
+    work.steps("target", (1, 5), (256,))
+    work.profile("target", 1, 256)
+    work.methods((0.0, 1.0), _METHODS)
+    work.tree()
+    work.profile("target", 5, 256)
+    work.steps("target", WIDTHS, CONTEXTS)
+
+
+def _tiny(work: Work) -> None:
+    work.steps("target", (1, 5), (64,))
+    work.profile("target", 1, 64)
+    work.methods((0.0, 1.0), ("draft_model", "eagle", "ngram"), num_tokens=12)
+    work.tree(4, num_tokens=12)
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A pair's target and its drafts by method."""
+
+    name: str
+    target: CausalLM
+    drafts: dict[str, Any]
+
+    def model(self, role: str) -> CausalLM:
+        """role: "target" or "draft"."""
+        model: CausalLM = self.target if role == "target" else self.drafts["draft_model"]
+        return model
+
+
+def loaded(report: Report, pair: Pair, device: torch.device) -> Loaded | None:
+    """A pair with random weights, and what loading it took; None, with the reason as a fact, if it does not fit."""
+    num_bytes = _weight_bytes(pair)
+    if device.type == "cuda" and (free := torch.cuda.mem_get_info(device)[0]) < 1.2 * num_bytes + 2e9:
+        report.skip(pair.name, f"{num_bytes / 1e9:.1f} GB of weights need more than the {free / 1e9:.1f} GB free here")
+        return None
+    models, start_s = None, time.perf_counter()
+    with report.attempt(f"{pair.name} is loaded"):
+        models = load(pair, device)
+        synchronise(device)
+        seconds = time.perf_counter() - start_s
+        peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+        memory = f", peak memory {peak / num_bytes:.2f} of its weights" if peak else ""
+        told = f"{pair.name} loaded in {seconds:.1f} s{memory}"
+        report.fact("loaded", text=told, pair=pair.name, seconds=seconds, peak_bytes=peak, weight_bytes=num_bytes)
+    return models
+
+
+def load(pair: Pair, device: torch.device) -> Loaded:
+    """A pair as `specdec.Engine.load` has it."""
+    sources = {method: folder(source) for method in NEEDS if (source := pair.draft_for(method))}
+    options = {"dtype": _DTYPE, "device": str(device), "attention": "sdpa", "load_format": pair.load_format}
+    target, drafts = load_with_drafts(folder(pair.target), set(sources.values()), **options)
+    assert isinstance(target, CausalLM)
+    return Loaded(pair.name, target, {method: drafts[source] for method, source in sources.items()})
+
+
+def _weight_bytes(pair: Pair) -> int:
+    sources = [folder(source) for source in (pair.target, pair.draft) if source]
+    return sum(read_layer_bytes(source, _DTYPE, pair.load_format).total for source in sources)
+
+
+@dataclass(slots=True)
+class Decoded:
+    """What decoding took. completions: of one call. times: of its phases."""
+
+    completions: list[Completion]
+    times: PhaseTimes
+
+    @property
+    def totals(self) -> RunTotals:
+        counts = AcceptanceCounts.total(each.counts for each in self.completions)
+        return RunTotals(counts, self.times, sum(len(each.token_ids) for each in self.completions))
+
+    @property
+    def token_s(self) -> float:
+        """Seconds of decoding for each token that decode steps emitted."""
+        return self.totals.decode_s / self.totals.counts.num_emitted
+
+
+class Work:
+    """What is measured of a pair. ceiling: the bandwidth of the memory in bytes/s."""
+
+    def __init__(self, report: Report, models: Loaded, ceiling: float) -> None:
+        self._report, self._models, self._ceiling = report, models, ceiling
+        self._plain: dict[float, Decoded] = {}
+        self._measured: set[tuple[str, int, int]] = set()
+
+    def steps(self, role: str, widths: Sequence[int], contexts: Sequence[int]) -> None:
+        """Recorded steps by width and context: replayed back to back, and with a wait for each."""
+        for context in contexts:
+            missing = [width for width in widths if (role, width, context) not in self._measured]
+            told = []
+            with self._report.attempt(f"{self._models.name} {role} steps over {context}"):
+                for width in missing:
+                    told.append(self._step(role, width, context))
+                    self._measured.add((role, width, context))
+            if told:
+                title = f"{self._models.name} {role} step over {context}"
+                self._report.fact("steps", text=f"{title}, width: ms in a row, share of bandwidth: {'; '.join(told)}")
+
+    def _step(self, role: str, width: int, context: int) -> str:
+        model = self._models.model(role)
+        run = _runner(model, width, context)
+        wall_s = statistics.median(durations_s(run, model.device, repeats=7, warm_up=3))
+        in_queue_s = statistics.median(durations_in_queue_s(run, model.device, repeats=3, warm_up=0, calls=10))
+        share = (model.step_bytes + context * model.token_bytes) / in_queue_s / self._ceiling
+        values = {"wall_s": wall_s, "in_queue_s": in_queue_s, "share_of_bandwidth": share}
+        self._report.fact("step", pair=self._models.name, role=role, width=width, context=context, **values)
+        return f"{width}: {1e3 * in_queue_s:.3f} ({1e3 * wall_s:.3f} with a wait), {share:.0%}"
+
+    def profile(self, role: str, width: int, context: int) -> None:
+        """The kernels of one step, those that take most time first, and what the host adds to them."""
+        name = f"{self._models.name} {role} step of {width} over {context}"
+        with self._report.attempt(f"profile of {name}"):
+            model = self._models.model(role)
+            run = _runner(model, width, context)
+            wall_s = statistics.median(durations_s(run, model.device, repeats=7, warm_up=3))
+            kernels = _kernels(run, model.device)
+            busy_s, count = sum(each["us"] for each in kernels) / 1e6, sum(each["count"] for each in kernels)
+            self._report.fact("profile", of=name, wall_s=wall_s, busy_s=busy_s, kernels=kernels[:_TOP_KERNELS])
+            head = f"{name}: {count} kernels, busy {1e3 * busy_s:.3f} of {1e3 * wall_s:.3f} ms"
+            most = "; ".join(f"{each['count']} x {each['name'][:32]} {each['us']:.0f} us" for each in kernels[:6])
+            self._report.fact("profile in short", text=f"{head}; {most}")
+
+    def methods(self, temperatures: Sequence[float], methods: Sequence[str], num_tokens: int = 64) -> None:
+        """Methods with prescribed acceptance, end to end, beside what the acceptance and the phases' times predict."""
+        for temperature in temperatures:
+            sampling = SamplingParams(temperature=temperature, max_tokens=num_tokens, ignore_eos=True)
+            name = f"{self._models.name} T={temperature:g}"
+            if temperature not in self._plain:
+                with self._report.attempt(f"{name} plain"):
+                    self._plain[temperature] = decoded(self._engine("autoregressive"), sampling)
+                    self._tell(name, "autoregressive", self._plain[temperature], None)
+            for method in methods if temperature in self._plain else ():
+                with self._report.attempt(f"{name} {method}"):
+                    self._tell(name, method, decoded(self._engine(method), sampling), self._plain[temperature])
+
+    def tree(self, num_nodes: int = 12, num_tokens: int = 32) -> None:
+        """A tree's steps: its acceptance cannot be prescribed, so only what a step costs is told."""
+        if 0.0 not in self._plain:
+            return
+        with self._report.attempt(f"{self._models.name} tree"):
+            engine = self._engine("tree", num_speculative_tokens=num_nodes, synthetic_acceptance_rates=None)
+            sampling = SamplingParams(temperature=0, max_tokens=num_tokens, ignore_eos=True)
+            self._tell(f"{self._models.name} T=0", "tree", decoded(engine, sampling), self._plain[0.0])
+
+    def _engine(self, method: Any, **options: Any) -> Engine:
+        if method != "autoregressive":
+            options = {"synthetic_acceptance_rates": RATES, **options}
+        return Engine(self._models.target, method=method, draft=self._models.drafts.get(method), **options)
+
+    def _tell(self, name: str, method: str, run: Decoded, plain: Decoded | None) -> None:
+        totals, steps = run.totals, run.totals.counts.num_steps
+        phases = ("draft", "scoring", "verification", "bookkeeping")
+        per_step_s = {phase: getattr(run.times, f"{phase}_s") / steps for phase in phases}
+        values: dict[str, Any] = {
+            "tokens_per_s": 1 / run.token_s,
+            "tokens_per_step": totals.counts.mean_acceptance_length,
+            "acceptance_rate": totals.counts.acceptance_rate,
+            "recording_s": run.times.recording_s,
+            **{f"{phase}_s": seconds for phase, seconds in per_step_s.items()},
+        }
+        told = " + ".join(f"{1e3 * seconds:.2f} {phase}" for phase, seconds in per_step_s.items())
+        if plain:
+            values["speedup"] = plain.token_s / run.token_s
+            costs_s = {f"{phase}_s": per_step_s[phase] for phase in phases[:3]}
+            rates = totals.counts.acceptance_rate_at
+            values["predicted_speedup"] = predicted_speedup(rates, step_s=plain.totals.step_s, **costs_s)
+        self._report.fact("method", of=name, method=method, **values)
+        gain = f", {values['speedup']:.2f} times plain, predicted {values['predicted_speedup']:.2f}" if plain else ""
+        pace = f"{values['tokens_per_s']:.0f} tokens/s, {values['tokens_per_step']:.2f} a step{gain}"
+        self._report.fact("methods", text=f"{name} {method}: {pace}; ms of a step: {told}")
+
+
+def decoded(engine: Engine, sampling: SamplingParams, num_prompt: int = 128) -> Decoded:
+    """One request, decoded until all is recorded and then a few times more, of which the median counts."""
+    length = min(num_prompt, engine.target.context_length - sampling.max_tokens)
+    prompt = [token * 7919 % engine.target.vocab_size for token in range(3, 3 + length)]
+    runs = []
+    for _ in range(5):
+        completions = engine.generate([prompt], sampling)
+        runs.append(Decoded(completions, engine.phase_times))
+    return sorted(runs[2:], key=lambda run: run.token_s)[1]
+
+
+def _runner(model: CausalLM, width: int, context: int) -> Callable[[], object]:
+    """A step of `width` tokens of one row, of which the last is the context's last; it does not wait."""
+    context = min(context, model.context_length)
+    capacity = min(-(-context // _CAPACITY_STEP) * _CAPACITY_STEP, model.context_length)
+    tokens = torch.ones(1, width, dtype=torch.int64, device=model.device)
+    cache, recorder = model.allocate(1, capacity), Recorder(model.device)
+
+    @torch.inference_mode()
+    def run() -> None:
+        cache.lengths[:] = [context - width]
+        score(model, tokens, cache, recorder)
+
+    return run
+
+
+def _kernels(run: Callable[[], object], device: torch.device) -> list[dict[str, Any]]:
+    """Name, number and microseconds of what runs on the device, the longest first."""
+    from torch.autograd import DeviceType
+    from torch.profiler import ProfilerActivity, profile
+
+    on_gpu = device.type == "cuda"
+    synchronise(device)
+    with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as profiled:
+        run()
+        synchronise(device)
+    field, wanted = ("self_device_time_total", DeviceType.CUDA) if on_gpu else ("self_cpu_time_total", DeviceType.CPU)
+    found = [
+        {"name": event.key, "count": event.count, "us": round(us, 2)}
+        for event in profiled.key_averages()
+        if event.device_type == wanted and (us := getattr(event, field)) > 0
+    ]
+    return sorted(found, key=lambda each: -each["us"])
