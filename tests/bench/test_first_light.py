@@ -1,4 +1,4 @@
-"""The first visit to a GPU, rehearsed without one: it goes through to its last line, and no part takes facts with it."""
+"""The first visit to a GPU, rehearsed without one: it comes to its last line, and no part takes facts with it."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import sys
 import tarfile
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +18,9 @@ from bench.first_light import correctness, tiny
 from bench.first_light.__main__ import LIMITS_S, main
 from bench.first_light.report import FACTS_FILE, Report, num_failed, read, table
 from bench.first_light.running import ARCHIVE_FILE, Part, run_parts
+from specdec import engine
+from specdec.models.causal import CausalLM
+from specdec.verification import verify_tokens
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
@@ -52,7 +56,7 @@ def test_without_a_gpu_all_parts_run_to_the_last_line(parts: str | None, tmp_pat
 
 
 def test_parts_that_die_or_hang_lose_no_facts(tmp_path: Path) -> None:
-    """One is killed, one raises, one ends only if it is killed, one stops when it is asked to; others run after them."""
+    """One is killed, one raises, one ends only if it is killed, one when it is asked to; the last runs after them."""
     parts = [
         part("killed", "os.kill(os.getpid(), 9)"),
         part("raises", "1 / 0"),
@@ -213,27 +217,36 @@ def test_tiny_drafts_are_accepted_and_rejected(models: correctness.Models, tmp_p
         assert 0 < accepted < drafted, method
 
 
-def test_a_wrong_recording_is_found(
+def test_what_only_recorded_decoding_gets_wrong_is_found(
     models: correctness.Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A recording that reads its inputs late by one call, as a replay without its copies would."""
-    from specdec.recording import Recording
+    """Logits of another token, from a place on that only the second phase reaches."""
+    forward_at = CausalLM.forward_at
 
-    call = Recording.__call__
+    def wrong(self: CausalLM, tokens: torch.Tensor, starts: torch.Tensor, *others: Any) -> torch.Tensor:
+        logits = forward_at(self, tokens, starts, *others)
+        return torch.where(starts.max() > 250, logits.roll(1, -1), logits)
 
-    def stale(self: Recording, tensors: list[torch.Tensor]) -> object:
-        kept = getattr(self, "kept", tensors)
-        self.kept = [tensor.clone() for tensor in tensors]  # type: ignore[attr-defined]
-        return call(self, kept)
-
-    monkeypatch.setattr(Recording, "__call__", stale)
+    monkeypatch.setattr(CausalLM, "forward_at", wrong)
     failed = [fact for fact in checks(tmp_path, models, ("autoregressive",)) if not fact["ok"]]
     assert {fact["check"] for fact in failed} == {
         "llama float32 T=0 autoregressive token = CPU",
         "llama float32 T=0 autoregressive token recorded = unrecorded",
     }
-    assert "first difference at phase 0, row" in failed[0]["detail"]
-    assert "whose logits differ by" in failed[0]["detail"]
+    for fact in failed:
+        assert "first difference at phase 1, row 0, token " in fact["detail"]
+        assert "whose logits differ by" in fact["detail"]
+
+
+def test_a_rule_that_accepts_always_is_found(
+    models: correctness.Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def accept_always(target: Any, draft: Any, accept_uniforms: torch.Tensor, final_uniforms: torch.Tensor) -> Any:
+        return verify_tokens(target, draft, torch.zeros_like(accept_uniforms) - 1, final_uniforms)
+
+    monkeypatch.setitem(engine.VERIFICATIONS, "token", accept_always)
+    failed = [fact for fact in checks(tmp_path, models, ("autoregressive", "draft_model")) if not fact["ok"]]
+    assert [fact["check"] for fact in failed] == ["llama float32 T=0 draft_model token = plain"]
 
 
 def test_all_shares_have_names_and_different_work() -> None:
