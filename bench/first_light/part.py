@@ -15,6 +15,7 @@ MODULES: dict[str, tuple[str, ...]] = {  # by part: its module, and what this is
     "shapes-135m": ("shapes", "135m"),
     "kernels": ("kernels",),
     "transformers": ("beside_transformers",),
+    "real": ("real",),
 }
 
 

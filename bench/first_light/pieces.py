@@ -106,7 +106,9 @@ def _packed_weights(gguf: Path, made: Path) -> Iterator[Entry]:
         stored = torch.from_numpy(tensor.data.copy())
         stored = next((each for each in _orders(stored, name) if _equal(each, kind, expected[name])), None)
         if stored is None:
-            raise LoadError(f"{name}, stored as {kind}, must give the weights in {made}; use transformers' 5.17 or newer")
+            raise LoadError(
+                f"{name}, stored as {kind}, must give the weights in {made}; use transformers' 5.17 or newer"
+            )
         del expected[name]
         yield f"{kind}:{name}", stored
     if missing := sorted(set(expected) - {"lm_head.weight"}):
@@ -136,7 +138,10 @@ def _equal(stored: Tensor, kind: str, expected: Tensor) -> bool:
 def _packed_files(made: Path) -> Iterator[Entry]:
     for path in sorted(made.iterdir()):
         if path.name not in (WEIGHTS_FILE, "specdec.json"):
-            yield f"file:{path.name}", torch.frombuffer(bytearray(zlib.compress(path.read_bytes(), 9)), dtype=torch.uint8)
+            yield (
+                f"file:{path.name}",
+                torch.frombuffer(bytearray(zlib.compress(path.read_bytes(), 9)), dtype=torch.uint8),
+            )
 
 
 def _split(entries: Sequence[Entry], piece_bytes: int) -> list[list[Entry]]:
@@ -181,5 +186,3 @@ def _unpack(paths: Sequence[Path], folder: Path) -> None:
             else:
                 weights[name] = dequantised(stored, kind)
     save_file(weights, folder / WEIGHTS_FILE, {"format": "pt"})
-
-

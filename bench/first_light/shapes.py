@@ -5,6 +5,7 @@ Acceptance is prescribed, as it was measured with real weights on a CPU; so toke
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -28,8 +29,8 @@ from specdec.timing import durations_in_queue_s, durations_s, synchronise
 PAIRS = {"8b": "llama-8b-1b-shape", "135m": "smollm2-135m-shape", "tiny": "tiny-random"}
 RATES = (0.75, 0.6, 0.5, 0.4)  # acceptance of each draft position
 WIDTHS, CONTEXTS, MIDDLE = (1, 5, 2, 3, 9), (2048, 256, 8192), 2048
-_METHODS = ("draft_model", "eagle", "hybrid", "ngram", "suffix", "early_exit")
-_TOP_KERNELS = 20
+_METHODS = ("draft_model", "eagle", "hybrid", "ngram", "suffix", "early_exit", "tree")
+_TOP_KERNELS, _TREE_NODES = 20, 12
 _CAPACITY_STEP = 1024
 _DTYPE = torch.bfloat16
 
@@ -60,7 +61,6 @@ def _small(work: Work) -> None:
     work.steps("target", (1, 5), (256,))
     work.profile("target", 1, 256)
     work.methods((0.0, 1.0), _METHODS)
-    work.tree()
     work.profile("target", 5, 256)
     work.steps("target", WIDTHS, CONTEXTS)
 
@@ -68,8 +68,7 @@ def _small(work: Work) -> None:
 def _tiny(work: Work) -> None:
     work.steps("target", (1, 5), (64,))
     work.profile("target", 1, 64)
-    work.methods((0.0, 1.0), ("draft_model", "eagle", "ngram"), num_tokens=12)
-    work.tree(4, num_tokens=12)
+    work.methods((0.0, 1.0), ("draft_model", "eagle", "ngram", "tree"), num_tokens=12)
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,10 +136,22 @@ class Decoded:
 
 
 class Work:
-    """What is measured of a pair. ceiling: the bandwidth of the memory in bytes/s."""
+    """What is measured of a pair. ceiling: the bandwidth of the memory in bytes/s.
 
-    def __init__(self, report: Report, models: Loaded, ceiling: float) -> None:
-        self._report, self._models, self._ceiling = report, models, ceiling
+    prompts: token ids that methods continue, one after the other. rates: prescribed acceptance, or None to verify.
+    """
+
+    def __init__(
+        self,
+        report: Report,
+        models: Loaded,
+        ceiling: float = math.inf,
+        *,
+        prompts: Sequence[Sequence[int]] = (),
+        rates: Sequence[float] | None = RATES,
+    ) -> None:
+        self._report, self._models, self._ceiling, self._rates = report, models, ceiling, rates
+        self._prompts = prompts or [_any_prompt(models.target, 128)]
         self._plain: dict[float, Decoded] = {}
         self._measured: set[tuple[str, int, int]] = set()
 
@@ -182,30 +193,26 @@ class Work:
             self._report.fact("profile in short", text=f"{head}; {most}")
 
     def methods(self, temperatures: Sequence[float], methods: Sequence[str], num_tokens: int = 64) -> None:
-        """Methods with prescribed acceptance, end to end, beside what the acceptance and the phases' times predict."""
+        """Methods end to end, beside what their acceptance and the times of their phases predict."""
         for temperature in temperatures:
             sampling = SamplingParams(temperature=temperature, max_tokens=num_tokens, ignore_eos=True)
             name = f"{self._models.name} T={temperature:g}"
             if temperature not in self._plain:
                 with self._report.attempt(f"{name} plain"):
-                    self._plain[temperature] = decoded(self._engine("autoregressive"), sampling)
+                    self._plain[temperature] = decoded(self._engine("autoregressive"), self._prompts, sampling)
                     self._tell(name, "autoregressive", self._plain[temperature], None)
             for method in methods if temperature in self._plain else ():
                 with self._report.attempt(f"{name} {method}"):
-                    self._tell(name, method, decoded(self._engine(method), sampling), self._plain[temperature])
+                    self._tell(
+                        name, method, decoded(self._engine(method), self._prompts, sampling), self._plain[temperature]
+                    )
 
-    def tree(self, num_nodes: int = 12, num_tokens: int = 32) -> None:
-        """A tree's steps: its acceptance cannot be prescribed, so only what a step costs is told."""
-        if 0.0 not in self._plain:
-            return
-        with self._report.attempt(f"{self._models.name} tree"):
-            engine = self._engine("tree", num_speculative_tokens=num_nodes, synthetic_acceptance_rates=None)
-            sampling = SamplingParams(temperature=0, max_tokens=num_tokens, ignore_eos=True)
-            self._tell(f"{self._models.name} T=0", "tree", decoded(engine, sampling), self._plain[0.0])
-
-    def _engine(self, method: Any, **options: Any) -> Engine:
-        if method != "autoregressive":
-            options = {"synthetic_acceptance_rates": RATES, **options}
+    def _engine(self, method: Any) -> Engine:
+        options: dict[str, Any] = {"synthetic_acceptance_rates": self._rates}
+        if method == "tree":  # whose acceptance cannot be prescribed: with random weights a step's cost is all it tells
+            options = {"num_speculative_tokens": _TREE_NODES}
+        elif method == "autoregressive":
+            options = {}
         return Engine(self._models.target, method=method, draft=self._models.drafts.get(method), **options)
 
     def _tell(self, name: str, method: str, run: Decoded, plain: Decoded | None) -> None:
@@ -231,15 +238,17 @@ class Work:
         self._report.fact("methods", text=f"{name} {method}: {pace}; ms of a step: {told}")
 
 
-def decoded(engine: Engine, sampling: SamplingParams, num_prompt: int = 128) -> Decoded:
-    """One request, decoded until all is recorded and then a few times more, of which the median counts."""
-    length = min(num_prompt, engine.target.context_length - sampling.max_tokens)
-    prompt = [token * 7919 % engine.target.vocab_size for token in range(3, 3 + length)]
+def decoded(engine: Engine, prompts: Sequence[Sequence[int]], sampling: SamplingParams) -> Decoded:
+    """Prompts decoded until all is recorded and then a few times more, of which the median counts."""
     runs = []
     for _ in range(5):
-        completions = engine.generate([prompt], sampling)
+        completions = engine.generate(prompts, sampling)
         runs.append(Decoded(completions, engine.phase_times))
     return sorted(runs[2:], key=lambda run: run.token_s)[1]
+
+
+def _any_prompt(model: CausalLM, length: int) -> list[int]:
+    return [token * 7919 % model.vocab_size for token in range(3, 3 + min(length, model.context_length // 2))]
 
 
 def _runner(model: CausalLM, width: int, context: int) -> Callable[[], object]:

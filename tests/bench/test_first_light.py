@@ -261,4 +261,4 @@ def test_all_shares_have_names_and_different_work() -> None:
 
 
 def test_parts_have_time_for_one_visit() -> None:
-    assert sum(LIMITS_S.values()) <= 360
+    assert sum(LIMITS_S.values()) <= 400
