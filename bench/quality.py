@@ -5,19 +5,16 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Sequence
-from decimal import Decimal
 from functools import lru_cache
 from statistics import fmean
 from typing import Any
 
 from bench import sandbox
+from bench.extraction import final_number, function_of
 from bench.intervals import mean_difference_interval
 from bench.workloads import Number, Prompt, Summary, UnitTest
 
 METRICS = {Number: "exact_match", UnitTest: "pass_at_1", Summary: "rouge_1"}
-NUMBER = re.compile(r"(?<![A-Za-z0-9.])[-−]?\$?[-−]?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+|(?<=\d))")
-FENCE = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)(?:```|\Z)", re.DOTALL)
-FUNCTION_ENDS = re.compile(r"\n(?=[^\s)\]}])")  # a line that is not indented, or closes a bracket
 
 
 def metric_of(prompts: Sequence[Prompt]) -> str | None:
@@ -65,25 +62,12 @@ def score(prompt: Prompt, text: str) -> float:
     """What an output is worth, from 0 to 1. Raises SandboxError if it is code that cannot be run."""
     match prompt.truth:
         case Number(truth):
-            return float(final_number(text) == final_number(truth))
+            return float((found := final_number(text)) is not None and found == final_number(truth))
         case Summary(truth):
             return rouge_1(text, truth)
         case UnitTest():
             return float(_passes(program(prompt.truth, text)))
     raise ValueError(f"prompt={prompt.text[:40]!r} must have a truth to be scored by; choose another workload")
-
-
-def final_number(text: str) -> Decimal | None:
-    """The number after the last ####, where there is none the last number of all; None without any.
-
-    Commas between thousands, a dollar sign and a final full stop do not count: "$1,234.50." is 1234.5.
-    Source: Cobbe et al. 2021 (arXiv:2110.14168) end their answers with "#### NUMBER"; chat models often do not.
-    """
-    _, marker, after = text.rpartition("####")
-    numbers = NUMBER.findall(after)
-    if not numbers:
-        return None
-    return Decimal(re.sub(r"[,$]", "", numbers[0 if marker else -1]).replace("−", "-"))
 
 
 def rouge_1(text: str, reference: str) -> float:
@@ -98,24 +82,9 @@ def rouge_1(text: str, reference: str) -> float:
 
 
 def program(test: UnitTest, text: str) -> str:
-    """What is run: the function that an output holds, or the head gone on with by it, and then its test.
-
-    An answer's function is the fenced block that defines it; what comes before the function in the head (imports,
-    helpers) is put before it. Text that goes on with the head counts up to where its function ends.
-    """
-    defines = re.compile(rf"^def {re.escape(test.entry_point)}\b", re.MULTILINE)
-    written = next((code for code in (*FENCE.findall(text), text) if defines.search(code)), None)
-    if written is None:
-        code = test.head + _body(text)
-    else:
-        code = test.head[: found.start() if (found := defines.search(test.head)) else 0] + written
+    """What is run: the function that an output holds, or the head gone on with by it, and then its test."""
+    code = function_of(text, test.entry_point, test.head)
     return f"{code}\n{test.test}\ncheck({test.entry_point})\n"
-
-
-def _body(text: str) -> str:
-    """The lines that belong to a function whose head came before."""
-    fenced = FENCE.search(text)
-    return FUNCTION_ENDS.split(fenced.group(1) if fenced else text, maxsplit=1)[0]
 
 
 @lru_cache(maxsize=10_000)  # speculative output is mostly the same as plain output, and comes again in each cell

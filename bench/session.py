@@ -279,7 +279,10 @@ class Session:
             return quality.no_quality(None, None)
         tokenizer = self._models.engine(self.config.reference_engine, pair).tokenizer
         texts = {arm: _texts(runs, tokenizer) for arm, runs in measurement.runs.items()}
-        return quality.compare(metric, prompts, texts[CANDIDATE], texts.get(BASELINE))
+        try:
+            return quality.compare(metric, prompts, texts[CANDIDATE], texts.get(BASELINE))
+        except sandbox.SandboxError as error:  # what was measured is worth keeping without a score
+            return quality.no_quality(metric, f"code could not be run: {error}")
 
     def _why_no_quality(self, pair: Pair, metric: str | None) -> str | None:
         if metric is None:
@@ -454,11 +457,14 @@ def _encode(prompt: Prompt, tokenizer: Any, config: BenchConfig) -> tuple[int, .
 
 
 def _texts(runs: list[Run], tokenizer: Any) -> list[str]:
-    """What each prompt was answered, without special tokens."""
+    """What each prompt was answered, without special tokens: texts that go on with something, first spaces included."""
     outputs = [result.token_ids for run in runs for result in run.results]
     if tokenizer is None:
         return [bytes(token % 256 for token in tokens).decode(errors="replace") for tokens in outputs]
-    return [tokenizer.decode(list(tokens), skip_special_tokens=True) for tokens in outputs]
+    # decoded alone, an output loses the space that SentencePiece puts before a text's first word
+    before = list(tokenizer("a", add_special_tokens=False).input_ids)
+    start = len(tokenizer.decode(before, skip_special_tokens=True))
+    return [tokenizer.decode([*before, *tokens], skip_special_tokens=True)[start:] for tokens in outputs]
 
 
 @contextmanager

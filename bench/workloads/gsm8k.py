@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from bench.extraction import is_number
 from bench.workloads import Malformed, Number, Prompt, find, prompts_of
 from bench.workloads.sources import HubSet, hub_rows, rows_of
 from specdec.prompts import text_of
@@ -22,6 +23,6 @@ def read(data_dir: Path | None, malformed: Malformed) -> list[Prompt]:
 def _prompt(row: dict[str, Any], place: str) -> Prompt:
     question, answer = text_of(row, "question", place), text_of(row, "answer", place)
     _, marker, number = answer.rpartition("####")
-    if not marker or not any(each.isdigit() for each in number):
+    if not marker or not is_number(number):
         raise ValueError(f"{place}: answer={answer[-40:]!r} must end in #### and a number; correct or remove the row")
     return Prompt(question, "mathematics", raw=f"Question: {question}\nAnswer:", truth=Number(number.strip()))

@@ -7,8 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import Tokenizer, decoders
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import Metaspace
+from transformers import PreTrainedTokenizerFast
 
 from bench import quality, sandbox, table, workloads
+from bench import session as session_module
 from bench.cells import Cell, plan
 from bench.engines import PromptResult, Run
 from bench.intervals import mean_difference_interval
@@ -17,47 +22,10 @@ from bench.options import BenchConfig
 from bench.pairs import Pair
 from bench.sandbox import Outcome
 from bench.session import Session
-from bench.workloads import Number, Prompt, Summary, UnitTest, bucket
+from bench.workloads import Number, Prompt, Summary, bucket
 
 DATA = Path(__file__).parent / "data"
 CODE = "You can halve it so:\n```python\ndef half(x):\n    return {}\n```\nThis rounds down. def half is short."
-
-
-@pytest.mark.parametrize(
-    ("text", "number"),
-    [
-        ("2 + 3 = 5\n#### 5", "5"),
-        ("#### 70000", "70000"),
-        ("#### 1,234,567", "1234567"),
-        ("#### $1,234.50.", "1234.5"),
-        ("#### -12", "-12"),
-        ("#### −12", "-12"),
-        ("#### -$3", "-3"),
-        ("#### $-3", "-3"),
-        ("#### .5", "0.5"),
-        ("#### 18.00", "18"),
-        ("#### 18 of the 20", "18"),
-        ("first #### 3\nno: #### 4", "4"),
-        ("So she has 18.", "18"),
-        ("She sells 9 eggs for $2 each: $18.", "18"),
-        ("The answer is **1,000**.", "1000"),
-        ("it is _7_", "7"),
-        ("The answer is \\boxed{42}", "42"),
-        ("10-5", "5"),
-        ("pick 1,2,3", "3"),
-        ("3.5 or 2.25", "2.25"),
-        ("room x2", None),
-        ("no number", None),
-        ("5 apples ####", None),
-        ("", None),
-    ],
-)
-def test_the_final_number(text: str, number: str | None) -> None:
-    found = quality.final_number(text)
-    assert (found is None) == (number is None)
-    if number is not None:
-        assert found == quality.final_number(f"#### {number}")
-        assert float(found) == float(number)
 
 
 def test_exact_match_compares_numbers_not_texts() -> None:
@@ -70,20 +38,6 @@ def test_rouge_1_by_hand() -> None:
     assert quality.rouge_1("The cat sat on the mat.", "the CAT sat; on rugs") == pytest.approx(8 / 11)
     assert quality.rouge_1("a b", "a b") == 1
     assert quality.rouge_1("a b", "c") == quality.rouge_1("", "c") == quality.rouge_1("", "") == 0
-
-
-def test_a_function_is_taken_from_an_answer_or_from_what_goes_on_with_its_head() -> None:
-    test = UnitTest('import math\n\ndef half(x):\n    """Half."""\n', "def check(f):\n    assert f(5) == 2\n", "half")
-    tail = "\ndef check(f):\n    assert f(5) == 2\n\ncheck(half)\n"
-    answer = quality.program(test, CODE.format("x // 2"))
-    assert answer == "import math\n\ndef half(x):\n    return x // 2\n" + tail
-    for text in ("    return x // 2\n", "    return x // 2\n\nprint(half(3))\n", "    return x // 2\n# done\nx"):
-        assert quality.program(test, text).split("\ndef check")[0].rstrip() == test.head + "    return x // 2"
-    several = "```\npip install x\n```\n```python\nfrom os import path\ndef half(x):\n    return 1\n```"
-    assert "pip" not in quality.program(test, several)
-    assert "from os import path\ndef half" in quality.program(test, several)
-    unfinished = "```python\ndef half(x):\n    return x // 2"
-    assert quality.program(test, unfinished).startswith("import math\n\ndef half(x):\n    return x // 2\n")
 
 
 @pytest.mark.skipif(sandbox.why_not() is not None, reason=f"no sandbox here: {sandbox.why_not()}")
@@ -182,6 +136,42 @@ def test_code_is_run_only_if_that_is_allowed(
     assert session_with(allowed)._quality(Pair("p", "t"), prompts, outputs)["quality"] == 1.0
     assert len(ran) == 3  # one output is the same in both arms
     quality._passes.cache_clear()
+
+
+def test_code_that_cannot_be_run_loses_no_measurement(
+    make_config: Callable[..., BenchConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(program: str) -> Outcome:
+        raise sandbox.SandboxError("no namespaces left")
+
+    monkeypatch.setattr(sandbox, "why_not", lambda: None)
+    config = make_config(workloads=("humaneval",), data_dir=DATA, num_prompts=2, allow_code_execution=True)
+    monkeypatch.setattr(sandbox, "run", fail)
+    quality._passes.cache_clear()
+    prompts, outputs = workloads.read("humaneval", DATA), measured("a", "b", plain=("a", "b"))
+    fields = session_with(config)._quality(Pair("p", "t"), prompts, outputs)
+    assert fields["quality_reason"] == "code could not be run: no namespaces left"
+    assert fields["quality"] is None
+
+
+def sentencepiece() -> PreTrainedTokenizerFast:
+    """As Llama 2's: a text's first space is not its own, and is left out where a text is decoded."""
+    marks = ["▁", "▁▁", "▁▁▁▁"]
+    tokens = ["<unk>", "<s>", "</s>", *map(chr, range(32, 127)), "\n", *marks]
+    merges = [("▁", "▁"), ("▁▁", "▁▁")]
+    whole = Tokenizer(BPE({token: i for i, token in enumerate(tokens)}, merges, unk_token="<unk>"))
+    whole.pre_tokenizer = Metaspace(prepend_scheme="first", split=False)
+    whole.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    return PreTrainedTokenizerFast(tokenizer_object=whole, eos_token="</s>", unk_token="<unk>")
+
+
+def test_an_output_keeps_the_spaces_that_it_begins_with() -> None:
+    tokenizer, head, body = sentencepiece(), "def add(a, b):\n", "    c = a + b\n    return c\n"
+    before, whole = (tokenizer(text, add_special_tokens=False).input_ids for text in (head, head + body))
+    assert whole[: len(before)] == before
+    emitted = (*whole[len(before) :], tokenizer.eos_token_id)
+    assert tokenizer.decode(emitted, skip_special_tokens=True) != body
+    assert session_module._texts([Run((PromptResult(emitted, 0.0, 0.0, None, "stop"),))], tokenizer) == [body]
 
 
 def test_a_machine_that_cannot_shut_code_in_refuses(

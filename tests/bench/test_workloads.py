@@ -203,7 +203,7 @@ def test_malformed_rows_are_skipped_only_if_that_is_asked_for_and_counted(
         workloads.read(str(path), None, Malformed("skip"))
 
 
-@pytest.mark.parametrize("answer", ["7", "#### none", "####"])
+@pytest.mark.parametrize("answer", ["7", "#### none", "####", "#### ²", "#### 5 or 6"])
 def test_an_answer_without_its_number_is_malformed(answer: str, tmp_path: Path) -> None:
     write_rows(tmp_path / "gsm8k.jsonl", {"question": "?", "answer": answer})
     with pytest.raises(ValueError, match=r"gsm8k\.jsonl:1: answer='.*' must end in #### and a number"):
