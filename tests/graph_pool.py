@@ -16,10 +16,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from specdec import kernels, sampling
+from specdec import kernels, sampling, tree_verification
 from specdec.proposers import tree
 
-KiB, MiB = 1 << 10, 1 << 20
+MiB = 1 << 20
+OF_THE_HOST = ("lift_fresh", "_local_scalar_dense", "nonzero", "masked_select")  # a constant or a read of the host
 
 
 @dataclass(frozen=True)
@@ -90,12 +91,12 @@ class Allocation:
 class Capture(TorchDispatchMode):
     """Gives each storage made inside a place in the pool, and undoes what is written to storages made outside.
 
-    touched: all blocks that were written. left: what is still held.
+    touched: all blocks that were written. left: what is still held. host: what a GPU would have had to wait for.
     """
 
     def __init__(self, pool: Pool) -> None:
         super().__init__()
-        self._pool, self.touched = pool, []
+        self._pool, self.touched, self.host = pool, [], []
         self._made: dict[int, Allocation] = {}
         self._undone: list[tuple[torch.Tensor, torch.Tensor]] = []
 
@@ -105,11 +106,17 @@ class Capture(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"):
+        if func.name().startswith("aten::") and torch._C._dispatch_has_kernel_for_dispatch_key(
+            func.name(), "CompositeImplicitAutograd"
+        ):
             with self:
                 result = func.decompose(*args, **kwargs)
             if result is not NotImplemented:
                 return result
+        name = func._schema.name.removeprefix("aten::")
+        has_mask = name.startswith("index") and any(each.dtype == torch.bool for each in _tensors(args[1:2]))
+        if name in OF_THE_HOST or has_mask:
+            self.host.append(name)
         self._remember_written(func, args, kwargs)
         given = {_key(tensor) for tensor in _tensors((args, kwargs))}
         result = func(*args, **kwargs)
@@ -153,11 +160,13 @@ def _key(tensor: torch.Tensor) -> int:
 class EmulatedGraphs:
     """As `specdec.recording.CudaGraphs`.
 
-    num_captured: so far. num_poisoned: how often a replay overwrote something that was still held.
+    num_captured: so far. num_poisoned: how often a replay overwrote something that was still held. host: what captured
+    work did that needs the host, which no graph can.
     """
 
     num_captured: int = 0
     num_poisoned: int = 0
+    host: list[str] = field(default_factory=list)
     _pool: Pool = field(default_factory=Pool)
     _captures: list[Capture] = field(default_factory=list)
 
@@ -171,6 +180,7 @@ class EmulatedGraphs:
         capture.undo()
         self._captures.append(capture)
         self.num_captured += 1
+        self.host += capture.host
 
         def replay() -> None:
             run()
@@ -198,4 +208,5 @@ def compute_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "available", lambda dtype: False)
     for module in (sampling, tree):
         monkeypatch.setattr(module, "largest", lambda logits: tuple(logits.max(-1)))
+    monkeypatch.setattr(tree_verification, "_is_none", lambda mask: False)
     monkeypatch.setattr(sampling, "_nucleus", lambda probs, top_p: probs.sort(dim=-1, descending=True).values)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -71,6 +72,7 @@ def test_no_replay_overwrites_what_is_read_behind_it(method: str, temperature: f
     assert recorded.logprobs == pytest.approx(plain.logprobs, abs=1e-4)
     assert [list(each) for each in recorded.top_logprobs] == [list(each) for each in plain.top_logprobs]
     assert graphs.num_captured >= 3
+    assert graphs.host == []
 
 
 @pytest.mark.parametrize(("method", "temperature"), [("draft_model", 0), ("eagle", 1)])
@@ -90,6 +92,20 @@ def test_it_is_seen_where_logits_are_overwritten(
     monkeypatch.setattr("specdec.recording.Recording", OutputsInThePool)
     recorded, plain = (completion(method, 1, records) for records in (True, False))
     assert recorded.logprobs != pytest.approx(plain.logprobs, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    "work",
+    [
+        lambda numbers: numbers[[0, 2]],
+        lambda numbers: numbers + torch.tensor([1, 2, 3]),
+        lambda numbers: numbers[numbers > 0],
+        lambda numbers: numbers.sum().item(),
+    ],
+)
+def test_it_is_seen_where_the_host_is_needed(work: Callable[[torch.Tensor], object], graphs: EmulatedGraphs) -> None:
+    graphs.capture(lambda: work(torch.zeros(3)))
+    assert graphs.host != []
 
 
 def test_a_capture_does_nothing(graphs: EmulatedGraphs) -> None:

@@ -5,6 +5,8 @@ On a CPU the recorder goes through all motions but the graph itself; on a GPU th
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -17,6 +19,8 @@ from torch import Tensor
 from toys import FeatureTarget, ToyHead, grid_pair, joint_law
 
 from specdec import Engine, SamplingParams
+from specdec.adaptive import target_costs
+from specdec.cache import RaggedCache
 from specdec.conformance.enumeration import exact_law
 from specdec.conformance.mutants import maker
 from specdec.decoding import Decoder
@@ -27,7 +31,7 @@ from specdec.proposers.draft_model import DraftModelProposer
 from specdec.proposers.eagle import EagleProposer
 from specdec.proposers.hybrid import HybridProposer
 from specdec.proposers.ngram import LookupIndex, NgramProposer
-from specdec.recording import Recorder, Recording
+from specdec.recording import Recorder, Recording, Repetition
 from specdec.synthetic import SyntheticAcceptance
 from specdec.verification import verify_block
 
@@ -75,6 +79,75 @@ def test_outputs_stand_at_fixed_places_from_the_second_call_on() -> None:
     assert outputs[0] is not outputs[1]
     assert outputs[1] is outputs[2] is outputs[3]
     assert recorder(scaled, Pair(torch.ones(3), 1), torch.ones(1))[1] is not outputs[3]
+
+
+def test_a_gpu_is_the_current_device_while_it_is_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a graph of another GPU's stream is captured, which is empty, and replayed on the wrong one."""
+    current = [0]
+
+    @contextmanager
+    def device(other: torch.device) -> Iterator[None]:
+        current.append(other.index)
+        yield
+        current.pop()
+
+    class Graphs(Repetition):
+        def prepare(self, run):
+            assert current == [0, 1]
+            return run()
+
+        def capture(self, run):
+            return lambda: self.prepare(run)
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr("specdec.recording.synchronise", lambda device: None)
+    monkeypatch.setattr("specdec.recording.CudaGraphs", lambda device: Graphs())
+    recorder = Recorder(torch.device("cuda", 1))
+    for i in range(4):
+        _, total = recorder(scaled, Pair(torch.ones(2), 1), torch.ones(1) * i)
+        assert total.tolist() == [1 + i] * 2
+    assert current == [0]
+
+
+def test_capacities_are_large_and_even_where_calls_are_recorded() -> None:
+    assert [Recorder(CPU, records=True).capacity(size) for size in (1, 1024, 1025)] == [1024, 1024, 2048]
+    assert Recorder(CPU).capacity(1025) == 1025
+
+
+def test_every_recorded_cache_has_such_a_capacity(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the target and of the draft, and while costs are measured."""
+    capacities = []
+
+    class Watched(RaggedCache):
+        def extent_for(self, length: int) -> int:
+            capacities.append(self.capacity)
+            return super().extent_for(length)
+
+    monkeypatch.setattr("specdec.models.causal.RaggedCache", Watched)
+    target, draft = (CausalLM(tiny.make("llama", tiny.GQA | {"max_position_embeddings": 4096})) for _ in range(2))
+    engine = Engine(target, method="draft_model", draft=draft, records=True, num_speculative_tokens="auto")
+    engine.generate([[5, 9, 8, 7]], SamplingParams(max_tokens=4))
+    target_costs(target, 1, records=True, widths=(1, 3))
+    assert capacities
+    assert not any(capacity % 1024 for capacity in capacities)
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_angles_that_depend_on_the_longest_position_are_not_recorded(kind: str) -> None:
+    """To know it the device is asked, and what stands behind a row's tokens would count as well."""
+    rope = {"rope_type": kind, "rope_theta": 10_000.0, "factor": 2.0, "original_max_position_embeddings": 64}
+    if kind == "longrope":
+        rope |= {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+    model = CausalLM(tiny.make("llama", tiny.GQA | {"rope_parameters": rope, "max_position_embeddings": 128}))
+    plain = CausalLM(tiny.make("llama", tiny.GQA))
+    assert plain.is_recordable
+    assert not model.is_recordable
+    with pytest.raises(ValueError, match=r"records=True must be left out: .*dynamic or longrope"):
+        Engine(model, records=True)
+    with pytest.raises(ValueError, match="records=True must be left out"):
+        Engine(plain, method="draft_model", draft=model, records=True)
+    for engine in (Engine(model), Engine(plain, method="draft_model", draft=model)):
+        assert not engine._decoder.recorder.records
 
 
 def test_nothing_is_recorded_where_it_does_not_pay() -> None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from live_bytes import LiveBytes
 from tiny import GQA, GREEDY, PROMPTS, SUPPORTED, make, reference
 
 from specdec import Engine, kernels
 from specdec.models.causal import CausalLM
-from specdec.models.fusion import FusedLayer, fuse
+from specdec.models.fusion import FusedLayer, fuse, weight_bytes
 
 WIDE = GQA | {"hidden_size": 64, "intermediate_size": 96, "head_dim": 32}  # shapes that the kernels take
 KERNEL_KINDS = {
@@ -120,6 +121,17 @@ def test_with_kernels_speculation_gives_the_bits_of_plain_decoding() -> None:
     completions = drafted.generate(PROMPTS, GREEDY)
     assert [c.token_ids for c in completions] == [c.token_ids for c in plain]
     assert sum(c.counts.num_drafted for c in completions) > 5
+
+
+def test_fusing_needs_little_more_memory_than_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is joined is copied, so a layer's old weights must go before the next layer's are joined."""
+    monkeypatch.setattr(kernels, "available", lambda dtype: False)
+    model = make("llama", WIDE | {"num_hidden_layers": 16})
+    num_bytes = weight_bytes(model.modules())
+    with LiveBytes(list(model.parameters())) as live:
+        fuse(model)
+    assert live.peak <= 1.1 * num_bytes
+    assert live.now <= 1.01 * num_bytes
 
 
 def test_other_activations_are_left_to_torch() -> None:
