@@ -171,9 +171,20 @@ def attention(backend: str) -> Callable[..., Tensor]:
     return attend
 
 
+def _launch(kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+    """A Triton kernel's launch, which only looks at where the tensors are."""
+    for value in (*args, *kwargs.values()):
+        assert not isinstance(value, Tensor) or value.is_cuda, f"{kernel} is given a tensor on {value.device}"
+
+
 @contextlib.contextmanager
-def fake_gpu(backend: str = "cudnn") -> Iterator[Watch]:
-    """Inside, CUDA tensors are fake, and what the host and the device say to each other is watched."""
+def fake_gpu(backend: str = "cudnn", *, triton: bool = False) -> Iterator[Watch]:
+    """Inside, CUDA tensors are fake, and what the host and the device say to each other is watched.
+
+    backend: of torch's attention. triton: whether it is a GPU that the Triton kernels are for; they compute nothing.
+    """
+    from triton.runtime.jit import JITFunction
+
     from specdec.models import causal, fusion
 
     watch = Watch()
@@ -184,6 +195,9 @@ def fake_gpu(backend: str = "cudnn") -> Iterator[Watch]:
         return _ones(tuple(tensor.shape))
 
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(JITFunction, "run", _launch)
+        patch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0) if triton else (7, 5))
+        patch.setenv("SPECDEC_STRICT", "1" if triton else "0")  # without them one kind of fallback is meant
         patch.setattr("specdec.timing.synchronise", lambda device: None)
         patch.setattr("specdec.recording.synchronise", lambda device: None)
         patch.setattr("specdec.recording.CudaGraphs", lambda device: WatchedGraphs(watch))

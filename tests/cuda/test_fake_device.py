@@ -24,6 +24,13 @@ pytestmark = pytest.mark.skipif(
     reason="needs the CUDA build of torch: tox -e cuda-fake",
 )
 
+
+@pytest.fixture(params=[False, True], ids=["torch", "triton"])
+def triton(request: pytest.FixtureRequest) -> bool:
+    """Whether what is computed goes through the Triton kernels or through torch."""
+    return bool(request.param)
+
+
 SHAPE = tiny.GQA | {
     "vocab_size": 512,
     "hidden_size": 96,
@@ -104,15 +111,17 @@ def check_waits(watch: Watch, completions: list[Completion], extra: int = 0) -> 
 
 @pytest.mark.parametrize("params", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
 @pytest.mark.parametrize("method", CHAINS)
-def test_a_step_of_chains_waits_once_and_uploads_without_waiting(method: str, params: dict[str, Any]) -> None:
-    with fake_gpu() as watch:
+def test_a_step_of_chains_waits_once_and_uploads_without_waiting(
+    method: str, params: dict[str, Any], triton: bool
+) -> None:
+    with fake_gpu(triton=triton) as watch:
         check_waits(watch, steady(watch, engine(method), **params))
         assert watch.of_kind("blocking upload", "host index") == []
 
 
 @pytest.mark.parametrize("params", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
-def test_a_step_of_trees_waits_once(params: dict[str, Any]) -> None:
-    with fake_gpu() as watch:
+def test_a_step_of_trees_waits_once(params: dict[str, Any], triton: bool) -> None:
+    with fake_gpu(triton=triton) as watch:
         check_waits(watch, steady(watch, engine("tree"), **params))
 
 
@@ -120,21 +129,21 @@ def test_a_step_of_trees_waits_once(params: dict[str, Any]) -> None:
     ("method", "verification"),
     [("eagle", "block"), ("eagle", "coupled"), ("draft_model", "coupled"), ("autoregressive", "coupled")],
 )
-def test_other_rules(method: str, verification: str) -> None:
-    with fake_gpu() as watch:
+def test_other_rules(method: str, verification: str, triton: bool) -> None:
+    with fake_gpu(triton=triton) as watch:
         check_waits(watch, steady(watch, engine(method, verification=verification), **SAMPLED))
         assert watch.of_kind("blocking upload", "host index") == []
 
 
-def test_coupled_trees() -> None:
-    with fake_gpu() as watch:
+def test_coupled_trees(triton: bool) -> None:
+    with fake_gpu(triton=triton) as watch:
         check_waits(watch, steady(watch, engine("tree", verification="coupled"), **SAMPLED))
 
 
 @pytest.mark.parametrize("params", STATELESS, ids=lambda params: "-".join(params))
 @pytest.mark.parametrize("method", ["autoregressive", "eagle"])
-def test_sampling_parameters(method: str, params: dict[str, Any]) -> None:
-    with fake_gpu() as watch:
+def test_sampling_parameters(method: str, params: dict[str, Any], triton: bool) -> None:
+    with fake_gpu(triton=triton) as watch:
         completions = steady(watch, engine(method), **params)
         num_logprobs = sum(len(each.steps) + 1 for each in completions) if "logprobs" in params else 0
         check_waits(watch, completions, num_logprobs * (3 if "top_logprobs" in params else 1))
@@ -142,8 +151,8 @@ def test_sampling_parameters(method: str, params: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("params", STATEFUL, ids=lambda params: "-".join(params))
 @pytest.mark.parametrize("method", ["autoregressive", "ngram", "draft_model", "eagle", "tree"])
-def test_parameters_that_look_at_the_text(method: str, params: dict[str, Any]) -> None:
-    with fake_gpu() as watch:
+def test_parameters_that_look_at_the_text(method: str, params: dict[str, Any], triton: bool) -> None:
+    with fake_gpu(triton=triton) as watch:
         check_waits(watch, steady(watch, engine(method), **params))
 
 
@@ -161,8 +170,8 @@ class Anything:
 
 
 @pytest.mark.parametrize("method", ["autoregressive", "ngram", "draft_model", "eagle", "tree"])
-def test_constrained_rows(method: str) -> None:
-    with fake_gpu() as watch:
+def test_constrained_rows(method: str, triton: bool) -> None:
+    with fake_gpu(triton=triton) as watch:
         decoder = engine(method)._decoder
         request = Request(0, (5, 6, 7, 5, 6, 7), SamplingParams(max_tokens=12), frozenset(), constraint=Anything())
         for _ in range(3):
@@ -173,8 +182,8 @@ def test_constrained_rows(method: str) -> None:
 
 
 @pytest.mark.parametrize("method", ["autoregressive", "draft_model", "eagle", "tree"])
-def test_several_rows(method: str) -> None:
-    with fake_gpu() as watch:
+def test_several_rows(method: str, triton: bool) -> None:
+    with fake_gpu(triton=triton) as watch:
         check_waits(watch, steady(watch, engine(method, batch=3), batch=3, **SAMPLED))
 
 
@@ -188,8 +197,8 @@ def test_whatever_way_attention_is_laid_out(backend: str, dtype: torch.dtype) ->
 
 # the others are not captured: Mixtral asks which experts are needed, GPT-Neo uploads a constant in each layer
 @pytest.mark.parametrize("kind", sorted(tiny.SUPPORTED.keys() - {"mixtral", "gpt_neo"}))
-def test_other_architectures(kind: str) -> None:
-    with fake_gpu() as watch:
+def test_other_architectures(kind: str, triton: bool) -> None:
+    with fake_gpu(triton=triton) as watch:
         longer = {name: 4096 for name in ("max_position_embeddings", "max_seq_len") if name in tiny.SUPPORTED[kind]}
         target = model(kind, tiny.SUPPORTED[kind] | longer)
         fuse(target)
