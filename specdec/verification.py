@@ -125,8 +125,8 @@ def verify_tokens(target: Law, draft: Draft, accept_uniforms: Tensor, final_unif
     num_drafted = draft.tokens.shape[1]
     if num_drafted == 0:
         return draw_last(target, draft, draft.lengths, final_uniforms)
-    accepted = fused.num_accepted(target, draft, accept_uniforms)  # a kernel of what follows, on GPUs
-    if accepted is not None:
+    accepted = fused.num_accepted(target, draft.law, draft.tokens, draft.lengths, accept_uniforms)
+    if accepted is not None:  # a kernel of what follows, on GPUs
         return draw_last(target, draft, accepted, final_uniforms)
     target_prob, draft_prob = target[:, :num_drafted].prob(draft.tokens), draft.law.prob(draft.tokens)
     # u < target/draft without the division; strict <: at u = 0 an impossible token must lose
@@ -204,8 +204,8 @@ def draw_last(
     target: Law, draft: Draft, accepted: Tensor, final_uniforms: Tensor, weight: Tensor | None = None
 ) -> Verification:
     """Draw the token after the accepted ones, with the uniform of its position; arguments as for `final_law`."""
-    token = fused.last_token(target, draft, accepted, final_uniforms, weight)  # kernels of what follows, on GPUs
-    if token is not None:
+    token = fused.last_token(target, draft.law, accepted, draft.lengths, final_uniforms, weight)
+    if token is not None:  # two kernels of what follows, on GPUs
         return Verification(accepted, token)
     uniform = final_uniforms.gather(1, accepted.unsqueeze(1)).squeeze(1)
     return Verification(accepted, final_law(target, draft, accepted, weight).draw(uniform))

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import math
 import re
-import sys
 from pathlib import Path
 
 import pytest
@@ -157,10 +157,24 @@ def test_kernels_are_compiled_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert kernels._library.__wrapped__() is not None
 
 
-def test_without_triton_it_is_said_and_torch_is_used(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize(
+    ("capability", "spec", "message"),
+    [((7, 5), "found", "compute capability of 7.5 must be at least 8.0"), ((9, 0), None, "pip install triton")],
+)
+def test_a_gpu_that_cannot_run_triton_is_told_and_torch_is_used(
+    capability: tuple[int, int],
+    spec: str | None,
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setitem(sys.modules, "specdec.kernels.triton_sampling", None)  # as if it could not be imported
-    assert kernels._triton_sampling.__wrapped__() is None
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec)
+    device = torch.device("cuda")
+    with pytest.raises(FallbackError, match=message):
+        kernels._triton_takes.__wrapped__(device)
+    monkeypatch.setenv("SPECDEC_STRICT", "0")
+    assert not kernels._triton_takes.__wrapped__(device)
     (record,) = caplog.records
-    assert re.search("kernels for this GPU are not used, .*pip install triton", record.getMessage())
+    assert record.getMessage().startswith("kernels for this GPU are not used, decoding is slower: ")
+    assert message in record.getMessage()
