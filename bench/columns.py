@@ -100,6 +100,8 @@ average_utilisation_rate | 1 | Mean share of the time in which the GPUs worked.
 peak_memory_bytes | bytes | Most memory in use on the GPUs.
 peak_temperature_c | °C | Highest temperature of a GPU.
 energy_reason | | Why there is no energy.
+counted_energy_j | J | The same by the GPUs' own counters; empty where they have none.
+energy_difference_rate | 1 | By how much the counters say more than the integral of sampled power, over the latter.
 cpu_energy_j | J | Energy of the processor packages over the same time.
 cpu_energy_reason | | Why there is none of the processors.
 telemetry_hz | 1/s | Samples a second.

@@ -32,6 +32,8 @@ FIELDS = (
     "peak_memory_bytes",
     "peak_temperature_c",
     "energy_reason",
+    "counted_energy_j",
+    "energy_difference_rate",
     "cpu_energy_j",
     "cpu_energy_reason",
     "telemetry_hz",
@@ -56,12 +58,16 @@ class Meter(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class GpuReading:
-    """All GPUs of a run together: the sums of power and memory, the mean utilisation, the highest temperature."""
+    """All GPUs of a run together: the sums of power and memory, the mean utilisation, the highest temperature.
+
+    energy_j: what their own counters have, which began with the driver; None if one of them has none.
+    """
 
     power_w: float
     utilisation_rate: float
     memory_bytes: float
     temperature_c: float
+    energy_j: float | None = None
 
 
 class GpuMeter:
@@ -85,9 +91,17 @@ class GpuMeter:
                 sum(utilisations) / len(handles),
                 sum(nvml.nvmlDeviceGetMemoryInfo(each).used for each in handles),
                 max(nvml.nvmlDeviceGetTemperature(each, sensor) for each in handles),
+                self._counted_j(),
             )
         except nvml.NVMLError as error:  # it fell off the bus, for instance
             raise UnavailableError(f"NVML could not read the GPU: {error}") from error
+
+    def _counted_j(self) -> float | None:
+        """GPUs count their energy from Volta on."""
+        try:
+            return sum(self._nvml.nvmlDeviceGetTotalEnergyConsumption(each) for each in self._handles) / 1000
+        except self._nvml.NVMLError_NotSupported:
+            return None
 
     def _power_w(self, handle: Any) -> float:
         """At this moment where the GPU tells; else as nvidia-smi has it, on newer GPUs the mean of the last second."""
@@ -235,9 +249,11 @@ def record(trace: Trace, spans: Sequence[Span], hz: float, num_tokens: int, num_
 
 
 def _of_gpus(samples: Sequence[tuple[float, GpuReading]], spans: Sequence[Span], duration_s: float) -> dict[str, Any]:
-    series = {
+    series: dict[str, list[tuple[float, Any]]] = {
         each.name: [(time_s, getattr(reading, each.name)) for time_s, reading in samples] for each in fields(GpuReading)
     }
+    counts = all(counted is not None for _, counted in series["energy_j"])
+    counted_j = sum(_rise(series["energy_j"], span) for span in spans) if counts else None
     energy_j = sum(integral(clip(series["power_w"], span)) for span in spans)
     busy_s = sum(integral(clip(series["utilisation_rate"], span)) for span in spans)
     return {
@@ -247,6 +263,8 @@ def _of_gpus(samples: Sequence[tuple[float, GpuReading]], spans: Sequence[Span],
         "average_utilisation_rate": busy_s / duration_s,
         "peak_memory_bytes": _peak(series["memory_bytes"], spans),
         "peak_temperature_c": _peak(series["temperature_c"], spans),
+        "counted_energy_j": counted_j,
+        "energy_difference_rate": counted_j / energy_j - 1 if counted_j is not None and energy_j else None,
     }
 
 

@@ -49,6 +49,8 @@ def test_a_recorded_trace_gives_what_was_integrated_by_hand() -> None:
         "peak_memory_bytes": 2e9 + 0.25 * 7e9,
         "peak_temperature_c": 67.5,
         "energy_reason": None,
+        "counted_energy_j": None,  # the GPU that was recorded had no counter
+        "energy_difference_rate": None,
         "cpu_energy_j": 40.0 + 7.5,  # 40 J/s for one second, 10 J/s for three quarters
         "cpu_energy_reason": None,
         "telemetry_hz": 10,
@@ -96,10 +98,13 @@ class FakeNvml:
     class NVMLError(Exception):
         pass
 
+    class NVMLError_NotSupported(NVMLError):
+        pass
+
     NVML_FI_DEV_POWER_INSTANT, NVML_TEMPERATURE_GPU = 186, 0
 
-    def __init__(self, lost_at: int | None = None, tells_instant: bool = True) -> None:
-        self.lost_at, self.tells_instant, self.num_reads = lost_at, tells_instant, 0
+    def __init__(self, lost_at: int | None = None, tells_instant: bool = True, counts: bool = True) -> None:
+        self.lost_at, self.tells_instant, self.counts, self.num_reads = lost_at, tells_instant, counts, 0
 
     def nvmlInit(self) -> None:
         pass
@@ -120,6 +125,12 @@ class FakeNvml:
             raise self.NVMLError("Function Not Found")
         return [type("", (), {"nvmlReturn": 0, "value": type("", (), {"uiVal": 250_000})})]
 
+    def nvmlDeviceGetTotalEnergyConsumption(self, handle: str) -> int:
+        """In millijoules; 30 J more at each read."""
+        if not self.counts:
+            raise self.NVMLError_NotSupported("Not Supported")
+        return 1_000_000 + 30_000 * self.num_reads
+
     def nvmlDeviceGetPowerUsage(self, handle: str) -> int:
         return 240_000
 
@@ -131,8 +142,26 @@ class FakeNvml:
 
 
 def test_a_gpu_is_read_in_si_units() -> None:
-    assert GpuMeter(["1234"], FakeNvml()).read() == GpuReading(250.0, 0.8, 3000, 55)
-    assert GpuMeter(["GPU-1234"] * 2, FakeNvml(tells_instant=False)).read() == GpuReading(480.0, 0.8, 6000, 55)
+    assert GpuMeter(["1234"], FakeNvml()).read() == GpuReading(250.0, 0.8, 3000, 55, 1030.0)
+    older = FakeNvml(tells_instant=False, counts=False)
+    assert GpuMeter(["GPU-1234"] * 2, older).read() == GpuReading(480.0, 0.8, 6000, 55, None)
+
+
+def test_the_gpus_own_counter_stands_beside_the_integral_of_its_power() -> None:
+    """At 250 W, read every tenth of a second, a counter that rises by 30 J says a fifth more than 25 J."""
+    meter = GpuMeter(["1234"], FakeNvml())
+    samples = [(10.0 + 0.1 * number, meter.read()) for number in range(31)]
+    values = record(Trace({"gpu": samples}), [(10.45, 11.2), (12.0, 12.25)], 10, num_tokens=50, num_accepted=None)
+    assert values["energy_j"] == pytest.approx(250.0)
+    assert values["counted_energy_j"] == pytest.approx(300.0)
+    assert values["energy_difference_rate"] == pytest.approx(0.2)
+
+
+def test_one_gpu_without_a_counter_leaves_no_count() -> None:
+    samples = [(10.0, GpuReading(250.0, 0.8, 3000, 55, 5.0)), (11.0, GpuReading(250.0, 0.8, 3000, 55))]
+    values = record(Trace({"gpu": samples}), [(10.0, 11.0)], 10, num_tokens=50, num_accepted=None)
+    assert values["energy_j"] == 250.0
+    assert values["counted_energy_j"] is values["energy_difference_rate"] is None
 
 
 def test_a_gpu_that_vanishes_leaves_a_reason_and_no_part_of_an_energy() -> None:
@@ -246,5 +275,6 @@ def test_the_integral_agrees_with_the_gpus_own_counter() -> None:
         after_mj, end_s = nvml.nvmlDeviceGetTotalEnergyConsumption(handle), time.perf_counter()
     values = record(sampler.trace, [(start_s, end_s)], 10, 1, None)
     assert values["energy_j"] == pytest.approx((after_mj - before_mj) / 1000, rel=0.05)
+    assert abs(values["energy_difference_rate"]) < 0.05
     assert values["average_utilisation_rate"] > 0.5
     assert values["telemetry_overhead_rate"] < 0.01
