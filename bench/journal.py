@@ -71,7 +71,7 @@ class Journal:
 
     @classmethod
     def _continue(cls, path: Path, lock: BaseFileLock, configuration: Mapping[str, Any]) -> Journal:
-        lines, num_bytes = _complete_lines(path)
+        lines, num_bytes = complete_lines(path)
         if not lines:  # killed while writing the first line
             num_bytes = 0
         elif (version := lines[0]["schema_version"]) != SCHEMA_VERSION:
@@ -162,7 +162,7 @@ def _is_cell(line: Any) -> bool:
     return isinstance(rounds, list) and all(isinstance(each, int | float) and 0 <= each < math.inf for each in rounds)
 
 
-def _complete_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
+def complete_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
     """The lines of a journal and how many bytes they have; a last line without its end is left out."""
     content = path.read_bytes()
     num_bytes = content.rfind(b"\n") + 1

@@ -7,13 +7,14 @@ import math
 import re
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from bench.cells import CELL_FIELDS
 from bench.columns import COLUMNS
-from bench.journal import SCHEMA_VERSION
+from bench.journal import SCHEMA_VERSION, complete_lines
 
 Record = dict[str, Any]
 # fields that records had not always, with what held before they were told
@@ -116,15 +117,36 @@ def read_all(paths: Sequence[Path]) -> list[Results]:
 
 
 def read(path: Path) -> Results:
-    """The run of a pytest-benchmark JSON file. Raises ValueError if the file holds none of these benchmarks'."""
+    """The run of a pytest-benchmark JSON file, or of a journal, which a run that was cut off leaves.
+
+    Raises ValueError if the file holds none of these benchmarks'.
+    """
     try:
-        return _parse(path.stem, json.loads(path.read_text(encoding="utf-8")))
+        is_journal = path.suffix == ".jsonl"
+        return _parse(path.stem, _of_journal(path) if is_journal else json.loads(path.read_text(encoding="utf-8")))
     except OSError as error:
         raise ValueError(f"{path} must be a file that can be read ({error.strerror}); check the path") from error
     except UnreadableError as error:
         raise ValueError(f"{path} {error}") from error
     except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} must be written by `pytest bench/ --benchmark-json`; {error!r} is amiss") from error
+
+
+def _of_journal(path: Path) -> dict[str, Any]:
+    """A journal in the form of a pytest-benchmark file, as far as it goes."""
+    first, *cells = complete_lines(path)[0] or [{}]
+    configuration = first["configuration"]
+    return {
+        "schema_version": first["schema_version"],
+        "configuration": configuration,
+        "datetime": datetime.fromtimestamp(path.stat().st_mtime, UTC).isoformat(),
+        "machine_info": {name: configuration.get(name) for name in ("versions", "cpu_model", "cpu_count")},
+        "benchmarks": [
+            {"name": line["cell"], "extra_info": line["record"], "stats": {"data": line["rounds_s"]}}
+            for line in cells
+            if line["cell"] != "roofline"
+        ],
+    }
 
 
 class UnreadableError(Exception):

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from bench.first_light.pieces import unpack
 from bench.first_light.report import Report
 from bench.first_light.shapes import Loaded, Work, load
 from bench.pairs import catalogue
@@ -35,7 +36,12 @@ _QUESTIONS = (
 
 def run(report: Report, device: torch.device) -> None:
     """Loads the pair, compares its tokens with those of the CPU, and times its methods."""
-    if not _is_there(report):
+    try:
+        if reason := why_not_there():
+            report.skip("the default pair", reason)
+            return
+    except LoadError as error:
+        report.check("the default pair is unpacked", False, str(error))
         return
     models = None
     with report.attempt("the default pair is loaded"):
@@ -55,23 +61,17 @@ def run(report: Report, device: torch.device) -> None:
         _against_cpu(report, models, prompts[:2])
 
 
-def _is_there(report: Report) -> bool:
-    """Whether the model is in the cache, put there from its pieces if need be."""
-    if is_complete(folder_of(SMOLLM2_135M)):
-        return True
-    if not (pieces := os.environ.get(WEIGHTS)):
-        report.skip("the default pair", f"its weights are not in the cache, and {WEIGHTS} names no folder with pieces")
-        return False
-    from bench.first_light.pieces import unpack
+def why_not_there() -> str | None:
+    """Why the default model is not in the cache, where its pieces are put together if need be; None if it is.
 
-    try:
-        start_s = time.perf_counter()
-        unpack(Path(pieces))
-    except LoadError as error:
-        report.check("the default pair is unpacked", False, str(error))
-        return False
-    report.fact("unpacked", text=f"the default model was put together in {time.perf_counter() - start_s:.1f} s")
-    return True
+    Raises LoadError for pieces that are not whole.
+    """
+    if is_complete(folder_of(SMOLLM2_135M)):
+        return None
+    if not (pieces := os.environ.get(WEIGHTS)):
+        return f"its weights are not in the cache, and {WEIGHTS} names no folder with pieces of them"
+    unpack(Path(pieces))
+    return None
 
 
 def _tokens(
@@ -111,3 +111,8 @@ def _first(ours: list[Any], theirs: list[Any]) -> str:
             )
             return f"first difference in row {row} at token {at}"
     return "none"
+
+
+if __name__ == "__main__":  # for scripts: whether the pair can be used here
+    if told := why_not_there():
+        raise SystemExit(f"the default pair is left out: {told}")

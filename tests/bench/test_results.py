@@ -10,6 +10,7 @@ import pytest
 from bench_runs import audited, decoded, document, loaded, sized, write
 
 from bench import results
+from bench.journal import Entry, Journal
 
 ROOT = Path(__file__).parents[2]
 
@@ -24,6 +25,23 @@ def test_records_are_sorted_by_what_was_measured(tmp_path: Path) -> None:
     assert run.described() == (
         "2026-01-02, 2 cores of a processor, Python 3.11.7, specdec 0.1.0, torch 2.13.0, transformers 5.23.0"
     )
+
+
+def test_a_journal_is_a_run_as_far_as_it_goes(tmp_path: Path) -> None:
+    """Of a run that was killed: its last line is cut off, and the ceiling is no cell."""
+    configuration = {"versions": {"torch": "2.11.0"}, "cpu_model": "a processor", "cpu_count": 16, "gammas": [2]}
+    journal = Journal.open(tmp_path / "run.jsonl", configuration, resume=False)
+    journal.append("roofline", Entry({"bandwidths": [1.0]}, []))
+    journal.append("cost-width-1", Entry(sized("width", 1, 0.5), [0.5, 0.6]))
+    journal.append("specdec-ngram", Entry(decoded("ngram", 2), [1.0]))
+    journal.close()
+    with (tmp_path / "run.jsonl").open("a") as stream:
+        stream.write('{"cell": "cut o')
+    run = results.read(tmp_path / "run.jsonl")
+    assert [record["axis"] for record in run.costs] == ["width"]
+    assert [record["per_round_s"] for record in run.records] == [[1.0], [0.5, 0.6]]
+    assert run.configuration == configuration
+    assert run.described().endswith(", 16 cores of a processor, Python ?, torch 2.11.0")
 
 
 def test_an_audit_is_named_by_its_cell(tmp_path: Path) -> None:
