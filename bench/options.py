@@ -20,6 +20,7 @@ from urllib.parse import urlsplit
 import pytest
 
 from bench.engines import ENGINES, METHODS, VLLM_METHODS, Gamma, VllmOptions
+from bench.engines.process import SECRET
 from bench.load import PROCESSES, Limits, Process
 from bench.pairs import Pair, parse_pairs
 from bench.workloads import Lengths, parse_workloads
@@ -533,10 +534,16 @@ def _vllm_options(name: str, text: str) -> str:
     """As canonical JSON. What other options say, and what keeps the comparison fair, cannot be said here."""
     try:
         options = json.loads(text)
-    except ValueError:
-        options = None
-    _require(isinstance(options, dict), f"{name}={text!r} must be a JSON object; try '{{\"enforce_eager\": true}}'")
+        holds = isinstance(options, dict) and isinstance(options.get("speculative_config", {}), dict)
+    except (ValueError, RecursionError):
+        holds = False
+    _require(holds, f"{name} must be a JSON object, as is its speculative_config; try '{{\"enforce_eager\": true}}'")
     given = {**options, **{f"speculative_config.{key}": "" for key in options.get("speculative_config", {})}}
+    for key in given:
+        _require(
+            not SECRET.search(key) or not isinstance(given[key], str),
+            f"{name}={key} must be left out, as options are printed and kept; set a variable such as HF_TOKEN",
+        )
     for key, remedy in VLLM_RESERVED.items():
         _require(key not in given, f"{name}={key} must be left to the harness; {remedy}")
     return json.dumps(options, sort_keys=True)
@@ -544,10 +551,19 @@ def _vllm_options(name: str, text: str) -> str:
 
 def _url(name: str, text: str) -> str | None:
     """A server's address without a key in it: it is printed."""
-    parts = urlsplit(text)
+    text = text.strip()
+    try:
+        parts = urlsplit(text)
+        host = f"[{parts.hostname}]" if ":" in (parts.hostname or "") else parts.hostname
+        allowed = {f"{host}:{parts.port}", host, f"{host}:"}
+        holds = parts.scheme in ("http", "https") and bool(host) and parts.netloc.lower() in allowed
+        holds = holds and not (parts.query or parts.fragment or "?" in text or "#" in text)
+    except ValueError:  # of the port
+        holds = False
     _require(
-        not text or (parts.scheme in ("http", "https") and bool(parts.hostname) and not parts.username),
-        f"{name} must be http://HOST:PORT or https://HOST:PORT; an API key goes into SPECDEC_SERVER_API_KEY",
+        not text or holds,
+        f"{name} must be http://HOST:PORT or https://HOST:PORT, without a user, a password or a query; an API key goes "
+        "into SPECDEC_SERVER_API_KEY",
     )
     return text or None
 

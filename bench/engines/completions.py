@@ -4,23 +4,30 @@ from __future__ import annotations
 
 import http.client
 import json
-import re
 import socket
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from threading import Event, Timer
 from typing import Any
 from urllib.parse import urlsplit
 
 from bench.engines import EngineError
+from bench.engines.server_answers import (
+    MOST_SHOWN,
+    Row,
+    parse_counters,
+    parse_model,
+    parse_object,
+    parse_queue,
+    parse_version,
+)
 
 BUSY = (429, 502, 503, 504)  # statuses of a server that may answer if asked again
-SAMPLE = re.compile(r"^(?P<name>[\w:]+)(?:\{(?P<labels>.*)\})? (?P<value>\S+)$")
-POSITION = re.compile(r'position="(\d+)"')
-QUEUE = "vllm:request_queue_time_seconds"
-PREFIX = "vllm:spec_decode_num_"
-COUNTERS = {"num_drafts": "drafts", "num_drafted": "draft_tokens", "num_accepted": "accepted_tokens"}
+MOST_OF_PAGE = 1 << 24  # bytes
+MOST_OF_LINE = 1 << 20
+DEADLINE_S = 3600.0  # of one request
 
 
 class BusyError(EngineError):
@@ -30,13 +37,18 @@ class BusyError(EngineError):
 class Client:
     """Talks to one server. url: http(s)://host:port, with or without /v1. key: the API key, if it asks for one.
 
-    timeout_s: how long the server may say nothing. Every method raises EngineError if it fails.
+    vocab_size: of the model; an answer with other tokens is an error. timeout_s: how long the server may say nothing.
+    deadline_s: how long a completion may take; a page may take timeout_s.
+    Every method raises EngineError if it fails. No message has the key in it, even if the server says it.
     """
 
-    def __init__(self, url: str, key: str | None, timeout_s: float) -> None:
+    def __init__(
+        self, url: str, key: str | None, timeout_s: float, vocab_size: int, deadline_s: float = DEADLINE_S
+    ) -> None:
         self.url = url.rstrip("/").removesuffix("/v1")
+        self._key, self._vocab_size = key, vocab_size
         self._headers = {"Content-Type": "application/json", **({"Authorization": f"Bearer {key}"} if key else {})}
-        self._timeout_s = timeout_s
+        self._timeout_s, self._deadline_s = timeout_s, deadline_s
         self._connected: set[socket.socket] = set()
 
     def is_healthy(self) -> bool:
@@ -47,13 +59,12 @@ class Client:
         except EngineError:
             return False
 
-    def model(self) -> dict[str, Any]:
-        """The model that it serves; `id` is its name."""
-        models: list[dict[str, Any]] = json.loads(self._read("/v1/models"))["data"]
-        return models[0]
+    def model(self) -> dict[str, str]:
+        """The model that it serves: its name `id`, and where it is from, `root`."""
+        return parse_model(self._read("/v1/models"))
 
     def version(self) -> str:
-        return str(json.loads(self._read("/version"))["version"])
+        return parse_version(self._read("/version"))
 
     def counters(self) -> dict[str, Any]:
         """Its cumulative counters: requests finished, and of drafts if it makes any."""
@@ -66,117 +77,100 @@ class Client:
     def abort(self) -> None:
         """Break off the requests that other threads wait for; they raise EngineError."""
         for connected in list(self._connected):
-            with suppress(OSError):
-                connected.shutdown(socket.SHUT_RDWR)
+            _shut(connected)
 
-    def complete(self, requests: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-        """Continue prompts side by side. Each row is as a worker's; times are from the start of this call."""
+    def complete(self, requests: Sequence[Mapping[str, Any]]) -> list[Row]:
+        """Continue prompts side by side; times are from the start of this call."""
         start_s = time.perf_counter()
         with ThreadPoolExecutor(len(requests)) as threads:
             return list(threads.map(lambda request: self.complete_one(request, start_s), requests))
 
-    def complete_one(self, request: Mapping[str, Any], start_s: float) -> dict[str, Any]:
+    def complete_one(self, request: Mapping[str, Any], start_s: float) -> Row:
         """Continue a prompt; times are from `start_s`, a reading of time.perf_counter."""
-        row = new_row()
-        with self._request("POST", "/v1/completions", json.dumps(request).encode()) as response:
-            for line in response:
+        row = Row(int(request["max_tokens"]), self._vocab_size)
+        with self._request("POST", "/v1/completions", json.dumps(request).encode(), self._deadline_s) as response:
+            while line := response.readline(MOST_OF_LINE + 1):
                 now_s = time.perf_counter() - start_s
-                if line.startswith(b"data: {"):
-                    take(row, json.loads(line[len(b"data: ") :]), now_s)
-        if row["finish_reason"] is None:
+                if len(line) > MOST_OF_LINE:
+                    raise EngineError(f"server={self.url} must send lines of at most {MOST_OF_LINE} bytes")
+                if line.startswith(b"data: ") and line.strip() != b"data: [DONE]":
+                    row.take(parse_object(self._redacted(line[len(b"data: ") :]), "an event"), now_s)
+        if row.finish_reason is None:
             raise EngineError(f"server={self.url} must finish what it began, but ended the stream; see its own log")
+        if row.first_s is None:
+            raise EngineError(f"server={self.url} must continue the prompt, but emitted no token; see its own log")
         return row
 
     def _read(self, path: str) -> str:
         with self._request("GET", path) as response:
-            return response.read().decode()
+            content = response.read(MOST_OF_PAGE + 1)
+        if len(content) > MOST_OF_PAGE:
+            raise EngineError(f"server={self.url} must answer {path} with at most {MOST_OF_PAGE} bytes")
+        return self._redacted(content).decode(errors="replace")
+
+    def _redacted(self, content: bytes) -> bytes:
+        """What the server sent, without the API key: it may be printed, or kept in a record."""
+        for key in (self._key, self._key.replace("/", "\\/")) if self._key else ():  # the other as some write JSON
+            content = content.replace(key.encode(), b"(API key)")
+        return content
 
     @contextmanager
-    def _request(self, method: str, path: str, body: bytes | None = None) -> Iterator[http.client.HTTPResponse]:
-        """The response to a request, if its status says that it is one."""
+    def _request(
+        self, method: str, path: str, body: bytes | None = None, deadline_s: float | None = None
+    ) -> Iterator[http.client.HTTPResponse]:
+        """The response to a request, if its status says that it is one; the deadline is of all of it."""
         parts = urlsplit(self.url)
         kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
         connection = kind(parts.hostname or "", parts.port, timeout=self._timeout_s)
         connected: Any = None  # a connection lets go of its socket before the response has ended
+        late = Event()
+        # a server that sends a byte now and then is never silent
+        clock = Timer(deadline_s or self._timeout_s, lambda: (late.set(), _shut(connected)))
+        clock.daemon = True
         try:
             try:
                 connection.connect()
                 connected = connection.sock
                 self._connected.add(connected)
+                clock.start()
                 connection.request(method, parts.path + path, body, self._headers)
             except OSError as error:
-                raise BusyError(f"server={self.url} must be reachable ({error}); start it, or check the URL") from error
-            response = connection.getresponse()
-            self._check_status(response)
-            yield response
-        except TimeoutError as error:
-            raise EngineError(
-                f"server={self.url} must answer within {self._timeout_s:g} s, but says nothing; see its own log"
-            ) from error
-        except (OSError, http.client.HTTPException) as error:
-            raise EngineError(f"server={self.url} must go on, but the connection broke ({error!r})") from error
+                raise BusyError(f"server={self.url} must be reachable ({error}); start it, or check the URL") from None
+            with connection.getresponse() as response:  # it may own the socket by now
+                self._check_status(response)
+                yield response
+            if late.is_set():  # what was read may end anywhere
+                raise TimeoutError
+        except (OSError, http.client.HTTPException, EngineError) as error:
+            raise self._failure(error, clock.interval if late.is_set() else None) from None
         finally:
+            clock.cancel()
             self._connected.discard(connected)
             connection.close()
+
+    def _failure(self, error: Exception, missed_s: float | None) -> EngineError:
+        """What to say of a request that went wrong. missed_s: the deadline, if that was why."""
+        if missed_s is not None:
+            return EngineError(f"server={self.url} must be done within {missed_s:g} s, but is not; see its own log")
+        if isinstance(error, EngineError):
+            return error
+        if isinstance(error, TimeoutError):
+            return EngineError(
+                f"server={self.url} must answer within {self._timeout_s:g} s, but says nothing; see its own log"
+            )
+        return EngineError(f"server={self.url} must go on, but the connection broke ({error!r})")
 
     def _check_status(self, response: http.client.HTTPResponse) -> None:
         if response.status == 200:
             return
         if response.status in (401, 403):
             raise EngineError(f"server={self.url} must accept the API key; put it into SPECDEC_SERVER_API_KEY")
-        text = response.read(2000).decode(errors="replace")
+        text = self._redacted(response.read(2 * MOST_SHOWN)).decode(errors="replace")[:MOST_SHOWN]
         kind = BusyError if response.status in BUSY else EngineError
         raise kind(f"server={self.url} must accept the request, but answered {response.status}: {text}")
 
 
-def new_row() -> dict[str, Any]:
-    return {"token_ids": [], "emitted": [], "first_s": None, "last_s": None, "finish_reason": None, "drafts": None}
-
-
-def take(row: dict[str, Any], event: Mapping[str, Any], now_s: float) -> None:
-    """Add an event of a stream to what became of its prompt. Raises EngineError if the event says so."""
-    if "error" in event:
-        raise EngineError(f"the server must continue the prompt, but says: {event['error']}")
-    for choice in event.get("choices", ()):
-        tokens = choice.get("token_ids")
-        if tokens is None:
-            raise EngineError("the server must return token ids, which vLLM does since 0.11; use a newer version")
-        if tokens:
-            row["token_ids"] += tokens
-            row["emitted"].append(len(tokens))
-            row["first_s"] = now_s if row["first_s"] is None else row["first_s"]
-            row["last_s"] = now_s
-        row["finish_reason"] = choice["finish_reason"] or row["finish_reason"]
-    drafts = (event.get("metrics") or {}).get("speculative_decoding")
-    if drafts:
-        row["drafts"] = {"histogram": drafts["acceptance_histogram"], "num_drafted": drafts["num_draft_tokens"]}
-
-
-def parse_counters(page: str) -> dict[str, Any]:
-    """Counters of a Prometheus page, summed over engines: `num_finished`, and of drafts if there are any."""
-    sums: dict[str, int] = {}
-    accepted_at: dict[int, int] = {}
-    for line in page.splitlines():
-        if sample := SAMPLE.match(line):
-            name, value = sample["name"], float(sample["value"])
-            position = POSITION.search(sample["labels"] or "")
-            if name == f"{PREFIX}accepted_tokens_per_pos_total" and position:
-                index = int(position[1])
-                accepted_at[index] = accepted_at.get(index, 0) + int(value)
-            elif name.startswith((PREFIX, "vllm:request_success")) and name.endswith("_total"):
-                sums[name] = sums.get(name, 0) + int(value)
-    finished = {"num_finished": sums.get("vllm:request_success_total", 0)}
-    if f"{PREFIX}drafts_total" not in sums:
-        return finished
-    drafts = {name: sums[f"{PREFIX}{key}_total"] for name, key in COUNTERS.items()}
-    return finished | drafts | {"accepted_at": [accepted_at[index] for index in sorted(accepted_at)]}
-
-
-def parse_queue(page: str) -> tuple[float, int] | None:
-    """Seconds that requests have waited for a slot and how many requests, of a Prometheus page, summed over engines."""
-    samples = [sample for line in page.splitlines() if (sample := SAMPLE.match(line))]
-    seconds, numbers = (
-        [float(sample["value"]) for sample in samples if sample["name"] == f"{QUEUE}_{part}"]
-        for part in ("sum", "count")
-    )
-    return (sum(seconds), int(sum(numbers))) if seconds and numbers else None
+def _shut(connected: socket.socket) -> None:
+    """End a connection; whoever waits for it wakes up."""
+    with suppress(OSError):
+        connected.shutdown(socket.SHUT_RDWR)

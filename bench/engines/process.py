@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import selectors
 import signal
 import subprocess
@@ -16,6 +17,7 @@ from typing import IO, Any
 
 from bench.engines import EngineError
 
+SECRET = re.compile("KEY$|TOKEN$|SECRET|PASSWORD", re.IGNORECASE)  # of variables whose values are nobody's business
 NUM_LAST_LINES = 25  # of a worker's standard error: what an error message shows
 MAX_LINE = 300  # characters
 PIPE_BYTES = 1 << 16
@@ -39,6 +41,7 @@ class Child:
             start_new_session=True,
         )
         self._is_closed = False
+        self._secrets = [value for name, value in environment.items() if SECRET.search(name) and len(value) > 3]
         self._last_lines: deque[str] = deque(maxlen=NUM_LAST_LINES)
         kept = opened(self.process.stdout if all_output else self.process.stderr)
         self._reader = Thread(target=_keep_lines, args=(kept, self._last_lines), daemon=True)
@@ -69,7 +72,10 @@ class Child:
     def failure(self, text: str) -> EngineError:
         """An error with what it said at last; the process is killed, so that all of it is there."""
         self.close()
-        lines = "\n".join(line[:MAX_LINE] for line in self._last_lines or ["(nothing)"])
+        lines = "\n".join(self._last_lines or ["(nothing)"])
+        for secret in self._secrets:  # some programs print their options
+            lines = lines.replace(secret, "(secret)")
+        lines = "\n".join(line[:MAX_LINE] for line in lines.split("\n"))
         return EngineError(f"{self.name} {text}; its last output was:\n{lines}")
 
 

@@ -217,6 +217,8 @@ def acceptance(emitted: Sequence[int], drafts: Mapping[str, Any] | None) -> Acce
         raise EngineError(
             f"accepted_at={accepted_at} must account for emitted={list(emitted)}; is vLLM's step another?"
         )
+    if emitted[-1] + num_cut - 1 > len(accepted_at):
+        raise EngineError(f"accepted_at={accepted_at[:80]} must be of the steps that emitted; is vLLM's step another?")
     for position in range(emitted[-1], emitted[-1] + num_cut - 1):
         accepted_at[position] -= 1
     return AcceptanceCounts(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import sys
 import time
@@ -22,6 +23,7 @@ from bench.engines.completions import BusyError, Client
 from bench.engines.open_loop import send_on_time
 from bench.engines.pool import Pool
 from bench.engines.process import Child
+from bench.engines.server_answers import Row, difference
 from bench.engines.vllm import (
     CALL_TIMEOUT_S,
     SCRIPT,
@@ -77,6 +79,10 @@ class VllmServerEngine:
     def tokenizer(self) -> Any:
         return read_vocabulary(folder(self._pair.target), self._pair.load_format).tokenizer
 
+    @property
+    def _vocab_size(self) -> int:
+        return read_vocabulary(folder(self._pair.target), self._pair.load_format).vocab_size
+
     def prepare(self, setups: Collection[Setup]) -> None:
         self._servers.prepare(setups)
 
@@ -127,7 +133,7 @@ class VllmServerEngine:
 
     def _found(self, setup: Setup) -> Server:
         """The server that is up, if it serves the pair's target and drafts as the setup says."""
-        client = Client(str(self._options.vllm.server_url), os.environ.get(KEY_VARIABLE), CALL_TIMEOUT_S)
+        client = Client(str(self._options.vllm.server_url), api_key(), CALL_TIMEOUT_S, self._vocab_size)
         model = client.model()
         check_model(client.url, model, self._pair)
         check_drafting(client.url, client.counters(), setup)
@@ -143,7 +149,8 @@ class VllmServerEngine:
         command = [python, str(SCRIPT.with_name("vllm_server.py")), json.dumps(config)]
         environment = server_environment(python, self._options.device)
         child = Child(f"engine=vllm-server, {setup}", command, environment, all_output=True)
-        client = Client("http://{host}:{port}".format(**address), environment.get("VLLM_API_KEY"), CALL_TIMEOUT_S)
+        url, key = "http://{host}:{port}".format(**address), environment.get("VLLM_API_KEY")
+        client = Client(url, key, CALL_TIMEOUT_S, self._vocab_size)
         try:
             wait_until_healthy(client, child, START_TIMEOUT_S)
             self.version = client.version()
@@ -158,12 +165,20 @@ def load(pair: Pair, options: LoadOptions) -> VllmServerEngine:
     return VllmServerEngine(pair, options, stop_tokens(resolve(folder(pair.target))))
 
 
+def api_key(environment: Mapping[str, str] = os.environ, variable: str = KEY_VARIABLE) -> str | None:
+    """The key for a server, without the line's end that files of keys have. Raises EngineError, without the key."""
+    key = environment.get(variable, "").strip()
+    if not re.fullmatch(r"[\w.~+/=-]*", key, re.ASCII):
+        raise EngineError(f"{variable} must be letters, digits and -._~+/= alone, as keys in headers are; set it again")
+    return key or None
+
+
 def server_environment(python: str, device: str, environment: Mapping[str, str] = os.environ) -> dict[str, str]:
     """The variables of a server, which binds its threads itself: here to all CPUs, as the other engines have them."""
     own = {name: value for name, value in environment.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
     own["VLLM_NO_USAGE_STATS"] = "1"
-    if KEY_VARIABLE in own:
-        own["VLLM_API_KEY"] = own[KEY_VARIABLE]
+    if key := api_key(environment) or api_key(environment, "VLLM_API_KEY"):
+        own["VLLM_API_KEY"] = key
     if device.startswith("cuda"):
         return own
     cpus = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
@@ -231,7 +246,7 @@ def run(client: Client, requests: Sequence[Mapping[str, Any]]) -> Run:
     # of this run alone, if nobody else used the server; a lone prompt's are then its own
     is_ours = after["num_finished"] - before["num_finished"] == len(requests) == 1 and "num_drafts" in after
     ours = difference(after, before) if is_ours else None
-    return Run(tuple(_result(row, row["drafts"] or ours, "num_drafts" in after) for row in rows))
+    return Run(tuple(_result(row, row.drafts or ours, "num_drafts" in after) for row in rows))
 
 
 def serve(client: Client, requests: Sequence[Mapping[str, Any]], arrivals_s: Sequence[float], limit_s: float) -> Served:
@@ -241,21 +256,14 @@ def serve(client: Client, requests: Sequence[Mapping[str, Any]], arrivals_s: Seq
         lambda index, due_s: client.complete_one(requests[index], due_s), arrivals_s, limit_s, client.abort
     )
     after, is_drafting = client.queue(), "num_drafts" in client.counters()
-    results = tuple(_result(row, row["drafts"], is_drafting) if row else None for row in sent.results)
+    results = tuple(_result(row, row.drafts, is_drafting) if row else None for row in sent.results)
     queue_s = None
     if before and after and after[1] > before[1]:
         queue_s = (after[0] - before[0]) / (after[1] - before[1])
     return Served(results, sent.wall_s, None, sent.refused, queue_s, sent.peak_delay_s)
 
 
-def difference(after: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, Any]:
-    """What counters grew by."""
-    grown = {name: after[name] - before[name] for name in after if name != "accepted_at"}
-    accepted_at = [new - old for new, old in zip(after["accepted_at"], before["accepted_at"], strict=True)]
-    return grown | {"accepted_at": accepted_at}
-
-
-def _attempted(client: Client, requests: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def _attempted(client: Client, requests: Sequence[Mapping[str, Any]]) -> list[Row]:
     for attempt in range(1, NUM_ATTEMPTS):
         try:
             return client.complete(requests)
@@ -264,9 +272,11 @@ def _attempted(client: Client, requests: Sequence[Mapping[str, Any]]) -> list[di
     return client.complete(requests)
 
 
-def _result(row: Mapping[str, Any], drafts: Mapping[str, Any] | None, is_drafting: bool) -> PromptResult:
-    counts = None if is_drafting and drafts is None else _counts(row["emitted"], drafts)
-    return PromptResult(tuple(row["token_ids"]), row["first_s"], row["last_s"], counts, row["finish_reason"])
+def _result(row: Row, drafts: Mapping[str, Any] | None, is_drafting: bool) -> PromptResult:
+    counts = None if is_drafting and drafts is None else _counts(row.emitted, drafts)
+    assert row.first_s is not None
+    assert row.last_s is not None
+    return PromptResult(tuple(row.token_ids), row.first_s, row.last_s, counts, str(row.finish_reason))
 
 
 def _counts(emitted: Sequence[int], drafts: Mapping[str, Any] | None) -> AcceptanceCounts | None:

@@ -138,7 +138,7 @@ def test_pairs_may_be_given_by_their_models() -> None:
         ("allow_code_execution", "perhaps", "allow_code_execution='perhaps' must be true or false"),
         ("data_dir", "/no/such/folder", "data_dir='/no/such/folder' must be an existing folder"),
         ("vllm_python", "/no/such/python", "vllm_python='/no/such/python' must be a program that can be run; name a"),
-        ("vllm_options", "[]", "vllm_options='\\[\\]' must be a JSON object; try"),
+        ("vllm_options", "[]", "vllm_options must be a JSON object, as is its speculative_config; try"),
         ("vllm_options", '{"dtype": "half"}', "vllm_options=dtype must be left to the harness; use --dtype"),
         (
             "vllm_options",

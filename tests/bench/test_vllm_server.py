@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 
 from bench.engines import EngineError, LoadOptions, Setup, VllmOptions, vllm_server, why_not
-from bench.engines.completions import BusyError, Client, new_row, parse_counters, parse_queue, take
-from bench.engines.vllm_server import VllmServerEngine, difference, request, run, server_environment
+from bench.engines.completions import BusyError, Client
+from bench.engines.server_answers import Row, difference, parse_counters, parse_queue
+from bench.engines.vllm_server import VllmServerEngine, request, run, server_environment
 from bench.measure import check_counts
 from bench.pairs import Pair, catalogue
 from specdec import SamplingParams
@@ -77,7 +78,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
 
 def client(server: Any, key: str | None = None) -> Client:
-    return Client(f"{server.url}/v1/", key, timeout_s=0.5)
+    return Client(f"{server.url}/v1/", key, timeout_s=0.5, vocab_size=100_000)
 
 
 REQUEST = request("model", [1, 2, 3], {"max_tokens": 12})
@@ -101,14 +102,15 @@ def test_a_stream_gives_tokens_times_and_counters(server: Any) -> None:
 
 def test_counters_of_the_metrics_page_say_the_same() -> None:
     grown = difference(parse_counters(AFTER), parse_counters(BEFORE))
-    row = new_row()
+    row = Row(12, 100_000)
     for line in RECORDED["stream"]:
         if line.startswith("data: {"):
-            take(row, json.loads(line[6:]), 1.0)
-    histogram = row["drafts"]["histogram"]
+            row.take(json.loads(line[6:]), 1.0)
+    assert row.drafts is not None
+    histogram = row.drafts["histogram"]
     assert grown["num_finished"] == 1
     assert grown["num_drafts"] == sum(histogram)
-    assert grown["num_drafted"] == row["drafts"]["num_drafted"]
+    assert grown["num_drafted"] == row.drafts["num_drafted"]
     assert grown["accepted_at"] == [sum(histogram[1:]), sum(histogram[2:]), sum(histogram[3:])]
 
 
@@ -197,7 +199,7 @@ def test_what_goes_wrong_is_told_and_not_tried_again(server: Any, plan: Any, mes
 
 def test_an_older_server_without_token_ids_is_an_error() -> None:
     with pytest.raises(EngineError, match="must return token ids"):
-        take(new_row(), {"choices": [{"text": "a", "finish_reason": None}]}, 1.0)
+        Row(12, 100).take({"choices": [{"text": "a", "finish_reason": None}]}, 1.0)
 
 
 def served(server: Any, pair: Pair = PAIR) -> VllmServerEngine:
