@@ -100,7 +100,7 @@ def run(program: str, limits: Limits = Limits()) -> Outcome:
 @cache
 def why_not() -> str | None:
     """Why no code can be run here, by trying; None if it can."""
-    home = Path.home()
+    home = _home()
     holds_python = any(Path(bind).is_relative_to(home) for bind in _binds())
     probe = PROBE.format(home=str(home), holds_python=holds_python)
     try:
@@ -110,6 +110,14 @@ def why_not() -> str | None:
     except SandboxError as error:
         return str(error)
     return None if outcome.passed else outcome.detail.splitlines()[-1]
+
+
+def _home() -> Path:
+    """Where this user's files are; of a user without a home the folder that is none, as such users have it."""
+    try:
+        return Path.home()
+    except RuntimeError:
+        return Path("/nonexistent")
 
 
 def _binds() -> list[str]:

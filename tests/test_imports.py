@@ -12,7 +12,7 @@ import specdec
 ROOT = Path(specdec.__file__).parent
 # from the bottom to the top; a module may import from layers below its own only
 LAYERS = [
-    {"checks", "fallbacks"},
+    {"checks", "fallbacks", "private_files"},
     {"stats", "wheels", "prompts", "progress", "timing", "devices", "constraints", "vocabularies", "models.placement"},
     {"kernels", "kernels.triton_layers", "kernels.triton_sampling", "recording", "trees"},
     {"sampling", "randomness", "optimal_trees"},

@@ -148,6 +148,36 @@ def test_without_a_working_compiler_it_is_said_and_torch_is_used(
     assert re.search(message, record.getMessage())
 
 
+needs_any = pytest.mark.skipif(not DTYPES, reason="kernels need Linux, a C++ compiler and AVX-512")
+
+
+@needs_any
+def test_kernels_that_were_replaced_are_compiled_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a file of the same size, in a folder that nobody else can write."""
+    monkeypatch.setenv("SPECDEC_CACHE", str(tmp_path))
+    assert kernels._library.__wrapped__() is not None
+    (library,) = tmp_path.glob("kernels-*/kernels.so")
+    content = library.read_bytes()
+    library.unlink()
+    library.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    assert kernels._library.__wrapped__() is not None
+    assert library.read_bytes() == content
+
+
+@needs_any
+def test_kernels_that_others_could_have_written_are_not_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("SPECDEC_CACHE", str(tmp_path / "cache"))
+    assert kernels._library.__wrapped__() is not None
+    (library,) = tmp_path.glob("cache/kernels-*/kernels.so")
+    library.write_bytes(b"loading this would raise OSError, which is said, too")
+    (tmp_path / "cache").chmod(0o777)
+    assert kernels._library.__wrapped__() is None
+    (record,) = caplog.records
+    assert re.search(r"cache can be written by others .* set SPECDEC_CACHE", record.getMessage())
+
+
 def test_kernels_are_compiled_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if not DTYPES:
         pytest.skip("this machine has no kernels: they need Linux, a C++ compiler and AVX-512")

