@@ -15,6 +15,7 @@ from toys import obvious_law
 from specdec.sampling import Dense, OneHot, Partial, SamplingParams, SamplingState, stack_laws
 
 VOCAB = 6
+HALVES = [math.log(4), math.log(2), 0.0, 0.0]  # 1/2, 1/4, 1/8, 1/8, exactly
 CPU = torch.device("cpu")
 params_strategy = st.builds(
     SamplingParams,
@@ -63,6 +64,37 @@ def test_drafted_positions_have_their_own_penalties(
         assert torch.equal(together[:, i], plain.law(logits[:, i : i + 1]).dense()[:, 0])
         one = state.law(logits[:, i : i + 1], torch.tensor([drafted[:i]], dtype=torch.int64)).dense()
         assert torch.equal(together[:, i], one[:, 0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("processor", "kept"),
+    [
+        ({"top_p": 0.5}, 1),
+        ({"top_p": 0.5 + 2**-20}, 2),
+        ({"top_p": 0.75}, 2),
+        ({"top_p": 0.75 + 2**-20}, 4),
+        ({"top_p": 0.875}, 4),  # ties with the last are kept
+        ({"top_k": 3}, 4),
+        ({"top_k": 2}, 2),
+        ({"min_p": 0.5}, 2),
+        ({"min_p": 0.5 + 2**-20}, 1),
+        ({"min_p": 0.25}, 4),
+    ],
+    ids=str,
+)
+def test_what_stands_exactly_at_a_threshold(processor: dict, kept: int, dtype: torch.dtype) -> None:
+    """A mass equal to top_p is enough; a probability equal to min_p's, and one that ties with top_k's, are kept.
+
+    In a large vocabulary, too, where the rest has no probability.
+    """
+    for num_others in (0, 1000):
+        logits = torch.tensor([[[*HALVES, *[-math.inf] * num_others]]], dtype=dtype)
+        plain = SamplingState([SamplingParams()], [[]], [[]], logits.shape[-1], CPU).law(logits).dense()[0, 0]
+        assert plain[:4].tolist() == [0.5, 0.25, 0.125, 0.125], "the case is not exact"
+        law = SamplingState([SamplingParams(**processor)], [[]], [[]], logits.shape[-1], CPU).law(logits).dense()[0, 0]
+        assert law.nonzero().flatten().tolist() == list(range(kept))
+        assert law[:kept].tolist() == pytest.approx((plain[:kept] / plain[:kept].sum()).tolist(), abs=1e-7)
 
 
 @pytest.mark.parametrize("spread", [0.0, 0.01, 3.0])
