@@ -12,7 +12,7 @@ from bench.cell_plots import BLOCK, WITHOUT_ENGINE, drafting, fastest, grouped
 from bench.document import Chapter, Command, Document, Facts, Heading, Section, Table, section, table
 from bench.results import Record, Results
 from bench.shown import PARTS, heading, labels_of, shown, text
-from bench.texts import between, cell_name, interval, percent
+from bench.texts import between, cell_name, interval, percent, verdict
 
 
 def chapter(run: Results, name: str) -> Chapter:
@@ -242,7 +242,7 @@ def _certificates(run: Results) -> list[Section]:
         "tv_upper_bound",
         "min_detectable_tv",
     )
-    audits = shown(run.certificates, names, "Audits")
+    audits = shown([{**record, "verdict": verdict(record)} for record in run.certificates], names, "Audits")
     reasons = [
         f"{record.get('engine')} {record.get('method')} {record.get('gamma')}: {'; '.join(map(str, told))}."
         for record in run.certificates
@@ -250,7 +250,7 @@ def _certificates(run: Results) -> list[Section]:
     ]
     sentence = (
         "Every emitted token is compared with the target's exact law. Lossy is only what is wrong and differs from the "
-        "engine's own plain decoding; undecided says how many tokens a verdict takes."
+        "engine's own plain decoding; inconclusive says what a verdict takes."
     )
     return section("certificates", "Is it lossless", sentence, audits, *reasons)
 

@@ -133,7 +133,7 @@ verification_share | 1 | Share of a step in accepting, recovering and drawing.
 bookkeeping_share | 1 | Share of a step in everything else.
 """
 _CERTIFICATES = """
-verdict | | Of an audit: lossless, lossy or undecided.
+verdict | | Of an audit: lossless, lossy or inconclusive, with the distance that it rests on.
 p_value | 1 | How likely such outputs are under the target's law; the least of all instruments, corrected.
 control_p_value | 1 | The same of the engine's own plain decoding.
 arms_p_value | 1 | That speculation and plain decoding have one law, without a reference.

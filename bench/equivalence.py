@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from bench.cells import Cell
-from bench.engines import BenchEngine, Gamma
+from bench.engines import BenchEngine, Gamma, PromptResult
 from bench.options import BenchConfig
 from bench.pairs import Pair, folder
-from specdec import SamplingParams
+from bench.texts import verdict
+from specdec import AcceptanceCounts, SamplingParams
 from specdec.conformance.audit import audit
 from specdec.conformance.certificate import Certificate, Subject
 from specdec.conformance.reference import Reference
@@ -33,6 +34,7 @@ PlainOutputs = dict[Any, list[list[int]]]
 class Audited:
     """A cell's engine as an audit asks it: the two arms are its method and its own plain decoding.
 
+    counts: of each output of the speculative arm, None where its engine does not tell.
     on_tokens: is told how many tokens the speculative arm has emitted since it was told last.
     plain_outputs: of plain decoding, by what was asked: all methods of a run have the same, and are given them once.
     """
@@ -42,24 +44,37 @@ class Audited:
     sampling: SamplingParams
     on_tokens: Callable[[int], object] = int
     plain_outputs: PlainOutputs = field(default_factory=dict)
+    counts: list[AcceptanceCounts | None] = field(default_factory=list)
+
+    @property
+    def num_drafted(self) -> int | None:
+        """Tokens drafted by the speculative arm so far, None if its engine does not tell."""
+        return None if None in self.counts else sum(each.num_drafted for each in self.counts if each)
+
+    @property
+    def num_accepted(self) -> int | None:
+        """As `num_drafted`, of those that were accepted."""
+        return None if None in self.counts else sum(each.num_accepted for each in self.counts if each)
 
     def speculative(self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], max_tokens: int) -> list[list[int]]:
-        outputs = self._outputs(self.cell.method, self.cell.gamma, prompts, seeds, max_tokens)
-        self.on_tokens(sum(map(len, outputs)))
-        return outputs
+        results = self._results(self.cell.method, self.cell.gamma, prompts, seeds, max_tokens)
+        self.counts.extend(result.counts for result in results)
+        self.on_tokens(sum(len(result.token_ids) for result in results))
+        return [list(result.token_ids) for result in results]
 
     def plain(self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], max_tokens: int) -> list[list[int]]:
         whose = (self.cell.engine, self.cell.pair, self.cell.placement, self.sampling)
         key = (repr(whose), tuple(map(tuple, prompts)), tuple(seeds), max_tokens)
         if key not in self.plain_outputs:
-            self.plain_outputs[key] = self._outputs("autoregressive", 0, prompts, seeds, max_tokens)
+            results = self._results("autoregressive", 0, prompts, seeds, max_tokens)
+            self.plain_outputs[key] = [list(result.token_ids) for result in results]
         return self.plain_outputs[key]
 
-    def _outputs(
+    def _results(
         self, method: str, gamma: Gamma, prompts: Sequence[Sequence[int]], seeds: Sequence[int], max_tokens: int
-    ) -> list[list[int]]:
+    ) -> tuple[PromptResult, ...]:
         sampling = [replace(self.sampling, seed=seed, max_tokens=max_tokens) for seed in seeds]
-        return [list(result.token_ids) for result in self.engine.generate(prompts, method, gamma, sampling).results]
+        return self.engine.generate(prompts, method, gamma, sampling).results
 
 
 def certify(
@@ -154,7 +169,7 @@ def lines(records: Sequence[Record]) -> list[str]:
 
 def _line(record: Record) -> str:
     return (
-        f"{record['verdict']:<10} {record['engine']} {record['method']} {record['gamma']}, {record['verification']}: "
+        f"{verdict(record):<20} {record['engine']} {record['method']} {record['gamma']}, {record['verification']}: "
         f"p = {record['p_value']:.2g} (plain decoding {record['control_p_value']:.2g}), {record['num_draws']} tokens, "
         f"would have shown a distance of {record['min_detectable_tv']:.3f}"
     )
@@ -176,7 +191,7 @@ def row(path: Path) -> str:
         method,
         record["verification"],
         _sampling(record["sampling"]),
-        f"[{record['verdict']}]({path.name.removesuffix('.json')}.md)",
+        f"[{verdict(record)}]({path.name.removesuffix('.json')}.md)",
         f"{record['p_value']:.2g}",
         f"{record['control_p_value']:.2g}",
         record["num_draws"],

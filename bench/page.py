@@ -170,7 +170,7 @@ VERDICTS = {"faster": "good", "slower": "bad", "lossless": "good", "lossy": "bad
 
 
 def _cell(text: str) -> Markup:
-    return element("td", text, class_="long" if len(text) > LONG else VERDICTS.get(text))
+    return element("td", text, class_="long" if len(text) > LONG else VERDICTS.get(text.partition(" (")[0]))
 
 
 def _glossary(glossary: Table) -> Markup:

@@ -13,7 +13,7 @@ from bench.session import Session
 @pytest.mark.equivalence
 @pytest.mark.filterwarnings("ignore:Benchmark fixture was not used at all")
 def test_equivalence(benchmark: Any, session: Session, cell: Cell) -> None:
-    """The audit of a cell is its only round. A lossy engine fails; what is undecided says how many draws it needs."""
+    """The audit of a cell is its only round. A lossy engine fails; what is inconclusive says what it needs."""
     record = session.certify(cell, benchmark)
     benchmark.extra_info.update(record)
     assert record["verdict"] != "lossy", "; ".join(record["reasons"])

@@ -47,3 +47,12 @@ def best_gamma(best: BestGamma) -> str:
         f"{measured['engine']} {measured['method']}: predicted best gamma {gamma} ({best.predicted[gamma]:.2f}), "
         f"measured best of {gammas}: {measured['gamma']} ({interval(measured, 'speedup')})"
     )
+
+
+def verdict(record: Record) -> str:
+    """An audit's verdict with the distance in total variation that it rests on, where the record has it."""
+    if record["verdict"] == "lossless" and record.get("max_tv"):
+        return f"lossless (TV < {record['max_tv']:g})"
+    if record["verdict"] == "lossy" and record.get("tv_lower_bound"):
+        return f"lossy (TV > {record['tv_lower_bound']:.2g})"
+    return str(record["verdict"])

@@ -13,7 +13,7 @@ from specdec.decoding import Decoder
 from specdec.models.markov import MarkovModel
 from specdec.proposers.draft_model import DraftModelProposer
 from specdec.randomness import uniforms
-from specdec.requests import Request
+from specdec.requests import Generation, Request
 from specdec.verification import verify_tokens
 
 PROMPTS = [[1, 2], [3], [4, 0, 2]]
@@ -46,26 +46,33 @@ class ToyEngine:
         rule=verify_tokens,
         speculative_target: MarkovModel | None = None,
         stop: frozenset[int] = frozenset(),
+        proposer=DraftModelProposer,
     ) -> None:
         self.params, self.target, self.draft, self.stop = params, target, draft, stop
         self.decoder, self.rule, self.speculative_target = decoder, rule, speculative_target or target
+        self.proposer, self.num_drafted, self.num_accepted = proposer, 0, 0
 
     def speculative(self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], max_tokens: int) -> list[list[int]]:
         decoder = self.decoder(
             self.speculative_target,
-            DraftModelProposer(self.draft, uniforms),
+            self.proposer(self.draft, uniforms),
             3,
             max_batch_size=len(prompts),
             rule=self.rule,
         )
-        return self._run(decoder, prompts, seeds, max_tokens)
+        rows = self._run(decoder, prompts, seeds, max_tokens)
+        steps = [step for row in rows for step in row.steps]
+        self.num_drafted += sum(step.num_drafted for step in steps)
+        self.num_accepted += sum(step.num_accepted for step in steps)
+        return [row.output for row in rows]
 
     def plain(self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], max_tokens: int) -> list[list[int]]:
-        return self._run(Decoder(self.target, max_batch_size=len(prompts)), prompts, seeds, max_tokens)
+        rows = self._run(Decoder(self.target, max_batch_size=len(prompts)), prompts, seeds, max_tokens)
+        return [row.output for row in rows]
 
-    def _run(self, decoder: Decoder, prompts, seeds, max_tokens: int) -> list[list[int]]:
+    def _run(self, decoder: Decoder, prompts, seeds, max_tokens: int) -> list[Generation]:
         requests = [
             Request(index, tuple(prompt), replace(self.params, seed=seed, max_tokens=max_tokens), self.stop)
             for index, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True))
         ]
-        return [row.output for row in sorted(decoder.run(requests), key=lambda row: row.request.index)]
+        return sorted(decoder.run(requests), key=lambda row: row.request.index)

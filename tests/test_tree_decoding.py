@@ -155,17 +155,65 @@ def test_joint_law_under_a_constraint(tree: Tree) -> None:
     assert distance(truth, joint_law(target, PROMPT, 4)) > 0.1
 
 
+# two tokens that the target has more of than the draft: else a second sibling's own law decides nothing
+FLAT_PAIR = tuple(MarkovModel((torch.tensor(row).double() / 8).expand(3, 3, 3)) for row in ([0, 5, 3], [5, 3, 0]))
+
+
+def test_joint_law_where_later_siblings_matter_below_the_first_level() -> None:
+    """The target has two tokens that the draft has less of: a second sibling's own law decides what is emitted."""
+    law = exact(tree_maker(*FLAT_PAIR, LATE_FORK), LATE_FORK, 4, *FLAT_PAIR)
+    assert distance(law, joint_law(FLAT_PAIR[0], PROMPT, 4)) < 1e-12
+
+
+DEEP = Tree.balanced([2, 2, 2])
+UNEVEN = [5, 4, 3]  # of 12
+PAIRS_OF_SIBLINGS = {
+    (a, b): UNEVEN[a] / 12 * UNEVEN[b] / (12 - UNEVEN[a]) for a, b in itertools.permutations(range(3), 2)
+}
+T1 = {  # name: the levels whose siblings are wrong
+    None: set(),
+    "T1 siblings with replacement": {1, 2, 3},
+    "T1 late siblings with replacement": {2, 3},
+}
+
+
+@pytest.mark.parametrize("proposer", [DraftModelProposer, EagleProposer])
+@pytest.mark.parametrize("mutant", T1)
+def test_siblings_of_every_level_are_drawn_without_replacement(proposer: type, mutant: str | None) -> None:
+    """Pairs as they are drawn: different, and the second from what the first left of the draft's law.
+
+    Each of the seven families fails falsely with probability at most 1e-6.
+    """
+    rows, drafts = (torch.tensor(UNEVEN).double() / 12).expand(3, 3, 3), []
+    target = FeatureTarget(rows)
+    draft = ToyHead(target) if proposer is EagleProposer else target
+
+    def recording(target, draft, *draws):
+        drafts.append(draft)
+        return verify_tree(target, draft, *draws)
+
+    make = mutants.TREE_MUTANTS[mutant] if mutant else tree_maker
+    decoder = make(target, draft, DEEP, proposer=proposer)(uniforms, recording, 1500)
+    list(decoder.run([Request(i, PROMPT, SamplingParams(max_tokens=5, seed=i)) for i in range(1500)]))
+    tokens = next(each for each in drafts if each.parents is not None).tokens
+    wrong = set()
+    for parent in DEEP.families:
+        nodes = [node for node, each in enumerate(DEEP.parents) if each == parent]
+        if not passes(map(tuple, tokens[:, nodes].tolist()), PAIRS_OF_SIBLINGS, 9):
+            wrong.add(DEEP.depths[nodes[0]])
+    assert wrong == T1[mutant]
+
+
 # -- mutants -------------------------------------------------------------------------------------------------
 
 NUM_DRAWS, SUPPORT = 2600, 9
 RADIUS = radius(NUM_DRAWS, SUPPORT)
 SHARP = torch.tensor([[4, 0, 0], [0, 4, 0], [0, 0, 4], [3, 1, 0], [0, 3, 1], [1, 0, 3], [2, 1, 1]]).double() / 4
 SHARP_PAIR = MarkovModel(table(6, SHARP)), MarkovModel(table(106, COINS))
-# two tokens that the target has more of than the draft: else a second sibling's own law decides nothing
-FLAT_PAIR = tuple(MarkovModel((torch.tensor(row).double() / 8).expand(3, 3, 3)) for row in ([0, 5, 3], [5, 3, 0]))
 # name: tree, pair, the greatest distance of two neighbouring tokens' law, by the enumeration of four tokens
 MUTANTS = {
     "T1 siblings with replacement": (PAIR, FLAT_PAIR, 0.25),
+    "T1 late siblings with replacement": (LATE_FORK, FLAT_PAIR, 0.25),
     "T2 wrong parent row": (SECOND_FORK, SHARP_PAIR, 0.5),
     "T3 stale mask": (SECOND_FORK, SHARP_PAIR, 0.3125),
     "T4 compaction off by one": (SECOND_FORK, SHARP_PAIR, 0.125),
@@ -180,7 +228,7 @@ def pairs_passing(make, law: dict) -> list[bool]:
     return [passes([output[i : i + 2] for output in outputs], marginal(law, (i, i + 1)), SUPPORT) for i in range(3)]
 
 
-@pytest.mark.parametrize(("tree", "pair"), [(PAIR, FLAT_PAIR), (SECOND_FORK, SHARP_PAIR)])
+@pytest.mark.parametrize(("tree", "pair"), [(PAIR, FLAT_PAIR), (LATE_FORK, FLAT_PAIR), (SECOND_FORK, SHARP_PAIR)])
 def test_gate_passes_real_trees(tree: Tree, pair: tuple[MarkovModel, MarkovModel]) -> None:
     """Fails falsely with probability at most 3e-6, for any seeds."""
     assert pairs_passing(tree_maker(*pair, tree), joint_law(pair[0], PROMPT, 4)) == [True] * 3

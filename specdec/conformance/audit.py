@@ -1,9 +1,10 @@
 """Audits of an engine from what it emits: lossless, lossy, or not enough to tell.
 
-An engine is two methods: the same prompts and seeds, with speculation and without. Both arms are judged against the
-target's exact laws, and against each other. So that arithmetic in half precision is not mistaken for a bug in
-speculation, an engine is called lossy only if the speculative arm is wrong *and* differs from the plain one; and so
-that silence is not mistaken for proof, it is called lossless only if a distance of `max_tv` would have been seen.
+An engine is two methods, the same prompts with speculation and without, and two counts of what it drafted. Both arms
+are judged against the target's exact laws, and against each other. So that arithmetic in half precision is not mistaken
+for a bug in speculation, an engine is called lossy only if the speculative arm is wrong *and* differs from the plain
+one. So that silence is not mistaken for proof, it is called lossless only if a distance of `max_tv` would have been
+seen, and only if it drafted tokens and accepted some: with speculation silently off it says what plain decoding does.
 """
 
 from __future__ import annotations
@@ -11,11 +12,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import cycle, islice
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from specdec.conformance.arms import Answers, Arm
 from specdec.conformance.betting import Exchangeability
-from specdec.conformance.certificate import Findings
+from specdec.conformance.certificate import Findings, Speculation
 from specdec.conformance.reference import Reference, Tokens
 from specdec.conformance.verdicts import DEFAULT_LIMITS, Limits, bounds, judge
 from specdec.sampling import SamplingParams
@@ -40,6 +41,19 @@ class AuditedEngine(Protocol):
     def plain(self, prompts: Sequence[Tokens], seeds: Sequence[int], max_tokens: int) -> list[list[int]]:
         """The same engine without: the control arm."""
         ...
+
+
+@runtime_checkable
+class CountsDrafts(Protocol):
+    """An audited engine that counts what its speculative arm has drafted and accepted so far, in tokens.
+
+    None is unknown. Without these counts, or where one is 0, no engine is called lossless.
+    """
+
+    @property
+    def num_drafted(self) -> int | None: ...
+    @property
+    def num_accepted(self) -> int | None: ...
 
 
 def audit(
@@ -72,7 +86,12 @@ def audit(
         pair.observe(*sums)
         if any(arm.has_errors for arm in arms) or min(arm.num_draws for arm in arms) >= num_draws:
             break
-    return _findings(arms, pair.wealth.p_value, reference.sampling, limits)
+    return _findings(arms, pair.wealth.p_value, reference.sampling, limits, _speculation(engine))
+
+
+def _speculation(engine: AuditedEngine) -> Speculation | None:
+    counts = (engine.num_drafted, engine.num_accepted) if isinstance(engine, CountsDrafts) else (None, None)
+    return None if counts[0] is None or counts[1] is None else Speculation(counts[0], counts[1])
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,10 +139,16 @@ def _check(engine: AuditedEngine, reference: Reference, draft: Reference | None,
             )
 
 
-def _findings(arms: Sequence[Arm], arms_p_value: float, sampling: SamplingParams, limits: Limits) -> Findings:
+def _findings(
+    arms: Sequence[Arm],
+    arms_p_value: float,
+    sampling: SamplingParams,
+    limits: Limits,
+    speculation: Speculation | None,
+) -> Findings:
     speculative, control = (arm.findings() for arm in arms)
     found = bounds(speculative, arms[0].level, limits)
-    verdict, reasons = judge(speculative, control, arms_p_value, found.num_draws_needed, limits)
+    verdict, reasons = judge(speculative, control, arms_p_value, found.num_draws_needed, limits, speculation)
     return Findings(
         verdict=verdict,
         reasons=reasons,
@@ -133,4 +158,6 @@ def _findings(arms: Sequence[Arm], arms_p_value: float, sampling: SamplingParams
         **asdict(found),
         **asdict(limits),
         sampling=asdict(sampling),
+        num_drafted=speculation.num_drafted if speculation else None,
+        num_accepted=speculation.num_accepted if speculation else None,
     )

@@ -14,7 +14,7 @@ from typing import Any, Literal
 from specdec import __version__
 from specdec.conformance.betting import Interval
 
-Verdict = Literal["lossless", "lossy", "undecided"]
+Verdict = Literal["lossless", "lossy", "inconclusive"]
 SCHEMA_VERSION = 1
 
 
@@ -62,6 +62,23 @@ class ArmFindings:
 
 
 @dataclass(frozen=True, slots=True)
+class Speculation:
+    """What the speculative arm drafted for its outputs, in tokens, and how many of them it accepted."""
+
+    num_drafted: int
+    num_accepted: int
+
+
+def bounded(verdict: Verdict, max_tv: float, tv_lower_bound: float) -> str:
+    """A verdict with the distance in total variation that it rests on: "lossless (TV < 0.1)"."""
+    if verdict == "lossless":
+        return f"lossless (TV < {max_tv:g})"
+    if verdict == "lossy" and tv_lower_bound > 0:
+        return f"lossy (TV > {tv_lower_bound:.2g})"
+    return verdict
+
+
+@dataclass(frozen=True, slots=True)
 class Findings:
     """What an audit found, without whom.
 
@@ -69,6 +86,8 @@ class Findings:
     tv_lower_bound: of the distance in total variation, the mean over the tokens of the speculative arm.
     tv_upper_bound: along the direction `direction` only; another direction may hide more.
     min_detectable_tv: the least distance along the direction that would have been found but with probability beta.
+    num_drafted, num_accepted: of the speculative arm, in tokens; None if the engine does not count them, or did not
+    when the certificate was made.
     """
 
     verdict: Verdict
@@ -86,6 +105,15 @@ class Findings:
     beta: float
     logit_noise: float
     sampling: dict[str, Any]
+    num_drafted: int | None = None
+    num_accepted: int | None = None
+
+    @property
+    def headline(self) -> str:
+        """The verdict with its bound, or with the first reason why there is none."""
+        if self.verdict == "inconclusive":
+            return f"inconclusive: {self.reasons[0]}"
+        return bounded(self.verdict, self.max_tv, self.tv_lower_bound)
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,11 +160,12 @@ class Certificate:
         names = ("engine", "engine_version", "pair", "method", "gamma", "verification")
         told = [f"{name} {getattr(subject, name)}" for name in names if getattr(subject, name) is not None]
         lines = [
-            f"# {found.verdict}: {', '.join(told) or 'an engine'}",
+            f"# {bounded(found.verdict, found.max_tv, found.tv_lower_bound)}: {', '.join(told) or 'an engine'}",
             "",
             *(f"- {reason}" for reason in found.reasons),
             "",
             *_distances(found),
+            *_speculation(found),
             "",
             *_table(found),
             "",
@@ -183,6 +212,12 @@ def _distances(found: Findings) -> list[str]:
         f"in that direction would have been found but with probability {found.beta:g}. Asked for were "
         f"{100 * found.max_tv:g}, which takes {found.num_draws_needed} tokens.",
     ]
+
+
+def _speculation(found: Findings) -> list[str]:
+    if found.num_drafted is None:
+        return ["", "How many tokens were drafted and accepted was not counted."]
+    return ["", f"{found.num_drafted} tokens were drafted, {found.num_accepted} of them accepted."]
 
 
 def _table(found: Findings) -> list[str]:

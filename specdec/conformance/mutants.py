@@ -1,6 +1,6 @@
 """Broken samplers, each a bug that a real engine shipped: the negative controls of every instrument.
 
-A mutant is a decoder with one thing wrong. `MUTANTS` names them M1 to M12; where a bug has two shapes, both are here.
+A mutant is a decoder with one thing wrong. `MUTANTS` names them M1 to M13; where a bug has two shapes, both are here.
 `TREE_MUTANTS`, T1 to T4, are what can go wrong with token trees beside those.
 They go with any target and any proposer that draws, so that they can be planted in a real engine.
 """
@@ -102,6 +102,13 @@ class SampledDraftDeclaredOneHot(GreedyDraftDeclaredSampled):
     def propose(self, batch: Batch, limits: Sequence[int]) -> Draft:
         draft = self._proposer.propose(batch, limits)
         return Draft.deterministic(draft.tokens, draft.lengths, batch.sampling.vocab_size)
+
+
+class NeverProposes(GreedyDraftDeclaredSampled):
+    """M13: speculation is silently off. Lossless, and yet no evidence about speculation: counts alone show it."""
+
+    def propose(self, batch: Batch, limits: Sequence[int]) -> Draft:
+        return Draft.empty(len(batch.rows), batch.sampling.vocab_size, batch.sampling.device)
 
 
 class StaleDraftCache(DraftModelProposer):
@@ -358,11 +365,24 @@ class SiblingsWithReplacement:
 
     def propose(self, batch: Batch, limits: Sequence[int]) -> Draft:
         draft: Draft = self._proposer.propose(batch, limits)
-        if draft.parents is None:
-            return draft
+        return draft if draft.parents is None else self._with_replacement(batch, draft)
+
+    def _with_replacement(self, batch: Batch, draft: Draft) -> Draft:
+        assert draft.parents is not None
         tree, origins = tree_of(draft.parents), upload(batch.lengths(), draft.tokens.device)
         draws = tree_uniforms(batch.sampling.rows, origins, tree, self._proposer._uniforms)
         return replace(draft, tokens=draft.law[:, list(map(tree.families.index, tree.parents))].draw(draws))
+
+
+class LateSiblingsWithReplacement(SiblingsWithReplacement):
+    """T1 below the first level only, where few tests look."""
+
+    def propose(self, batch: Batch, limits: Sequence[int]) -> Draft:
+        right: Draft = self._proposer.propose(batch, limits)
+        if right.parents is None:
+            return right
+        late = torch.tensor(tree_of(right.parents).depths, device=right.tokens.device) > 1
+        return replace(right, tokens=torch.where(late, self._with_replacement(batch, right).tokens, right.tokens))
 
 
 def wrong_parent_row(target: Law, draft: Draft, accept_uniforms: Tensor, final_uniforms: Tensor) -> Verification:
@@ -396,6 +416,7 @@ class NeverCompacts(Decoder):
 
 TREE_MUTANTS: dict[str, Callable[..., Maker]] = {  # as `tree_maker`
     "T1 siblings with replacement": partial(tree_maker, break_proposer=SiblingsWithReplacement),
+    "T1 late siblings with replacement": partial(tree_maker, break_proposer=LateSiblingsWithReplacement),
     "T2 wrong parent row": partial(tree_maker, break_rule=with_rule(wrong_parent_row)),
     "T3 stale mask": partial(tree_maker, decoder=StaleMask),
     "T4 compaction off by one": partial(tree_maker, decoder=CompactsOffByOne),
@@ -418,4 +439,5 @@ MUTANTS: dict[str, Plant] = {
     "M10 max_tokens ignored": partial(maker, decoder=OverlongDraft),
     "M11 soft greedy": partial(maker, decoder=SoftGreedy),
     "M12 token residual under block": partial(maker, break_rule=with_rule(block_with_token_residual)),
+    "M13 speculation silently off": partial(maker, break_proposer=NeverProposes),
 }

@@ -12,7 +12,7 @@ from specdec.conformance.betting import (
     radius,
     rate_upper_bound,
 )
-from specdec.conformance.certificate import ArmFindings, Verdict
+from specdec.conformance.certificate import ArmFindings, Speculation, Verdict
 from specdec.conformance.instruments import INSTRUMENTS
 
 
@@ -80,45 +80,70 @@ def bounds(arm: ArmFindings, level: float, limits: Limits) -> Bounds:
 
 
 def judge(
-    speculative: ArmFindings, control: ArmFindings, arms_p_value: float, num_draws_needed: int, limits: Limits
+    speculative: ArmFindings,
+    control: ArmFindings,
+    arms_p_value: float,
+    num_draws_needed: int,
+    limits: Limits,
+    speculation: Speculation | None,
 ) -> tuple[Verdict, tuple[str, ...]]:
-    """The verdict and why."""
+    """The verdict and why. speculation: of the speculative arm, None if its engine does not count what it drafts."""
     differ = arms_p_value <= limits.alpha
     wrong, plain_wrong = (_faults(arm, limits.alpha) for arm in (speculative, control))
     if wrong and (differ or (speculative.errors and not control.errors)):
         return "lossy", (*wrong, *_comparison(differ))
     if wrong and plain_wrong:
-        return "undecided", (
+        return "inconclusive", (
             *wrong,
             "the engine without speculation is wrong in the same way: its arithmetic, its sampling parameters or its "
             "weights are not the reference's, and speculation cannot be blamed; make them the same",
         )
     if wrong:
-        return "undecided", (
+        return "inconclusive", (
             *wrong,
             "the engine without speculation is not found wrong, but the two are not far enough apart yet to blame "
             "speculation; audit it with more draws",
         )
     if plain_wrong:
-        return "undecided", ("only the engine without speculation is found wrong", *plain_wrong)
+        return "inconclusive", ("only the engine without speculation is found wrong", *plain_wrong)
     if differ:
-        return "undecided", (
+        return "inconclusive", (
             f"the engine with and without speculation differ (p = {arms_p_value:.2g}), though neither is found to "
             "differ from the reference; audit it with more draws",
         )
-    return _silent(min(speculative.num_draws, control.num_draws), num_draws_needed, limits)
+    return _silent(min(speculative.num_draws, control.num_draws), num_draws_needed, limits, speculation)
 
 
-def _silent(num_draws: int, num_draws_needed: int, limits: Limits) -> tuple[Verdict, tuple[str, ...]]:
-    """Where nothing was found: was there enough to find it in?"""
+def _silent(
+    num_draws: int, num_draws_needed: int, limits: Limits, speculation: Speculation | None
+) -> tuple[Verdict, tuple[str, ...]]:
+    """Where nothing was found: was there speculation to find it in, and enough of it?"""
+    missing = _unconfirmed(speculation)
     if num_draws < num_draws_needed:
-        return "undecided", (
+        missing = (
+            *missing,
             f"num_draws={num_draws} must be at least {num_draws_needed} to see a distance of "
             f"max_tv={limits.max_tv:g}; give more prompts or draws",
         )
+    if missing:
+        return "inconclusive", missing
     return "lossless", (
         f"nothing was found in {num_draws} tokens, which would have shown a distance of {limits.max_tv:g}",
     )
+
+
+def _unconfirmed(speculation: Speculation | None) -> tuple[str, ...]:
+    """Why it is not known that the engine speculated at all: plain decoding under another name is lossless, too."""
+    if speculation is None:
+        return ("speculation not confirmed: the engine has no num_drafted and num_accepted; let it count them",)
+    if speculation.num_drafted == 0:
+        return ("speculation not confirmed: no token was drafted; check that it is switched on",)
+    if speculation.num_accepted == 0:
+        return (
+            f"speculation not confirmed: of {speculation.num_drafted} drafted tokens none was accepted; "
+            "check the draft, or give it more prompts",
+        )
+    return ()
 
 
 def _faults(arm: ArmFindings, alpha: float) -> tuple[str, ...]:

@@ -110,13 +110,13 @@ def test_a_run_leaves_certificates(tmp_path: Path) -> None:
     assert "1 passed" in done.stdout
     (cell,) = json.loads(output.read_text())["benchmarks"]
     record = cell["extra_info"]
-    assert (record["verdict"], record["num_draws"]) == ("undecided", 300)
+    assert (record["verdict"], record["num_draws"]) == ("inconclusive", 300)
     assert record["num_draws_needed"] > 10_000
     assert "num_draws=300 must be at least" in record["reasons"][0]
     assert "-m equivalence --temperature 1" in record["command"]
     (path,) = (tmp_path / "certificates").glob("*.json")
     assert Certificate.load(path).record() == record
-    assert "undecided" in path.with_suffix(".md").read_text()
+    assert "inconclusive" in path.with_suffix(".md").read_text()
 
 
 def test_other_runs_have_no_audits(tmp_path: Path) -> None:

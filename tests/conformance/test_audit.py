@@ -18,7 +18,8 @@ from specdec.conformance.certificate import Findings
 from specdec.conformance.reference import Reference
 from specdec.conformance.verdicts import Limits
 from specdec.models.markov import MarkovModel
-from specdec.verification import verify_block
+from specdec.proposers.draft_model import DraftModelProposer
+from specdec.verification import verify_block, verify_tokens
 
 PARAMS = SamplingParams(max_tokens=32)
 NUM_RUNS, NUM_DRAWS = 200, 480
@@ -50,7 +51,7 @@ def correct_runs() -> list[Findings]:
 
 def test_no_false_alarm_in_200_audits() -> None:
     """Each audit calls a lossless engine lossy with probability at most alpha = 1e-6, so 200 of them at most 2e-4; that
-    one is undecided, because an arm rejects or the arms differ, has at most three times that."""
+    one is inconclusive, because an arm rejects or the arms differ, has at most three times that."""
     assert [found.verdict for found in correct_runs()] == ["lossless"] * NUM_RUNS
     assert all(not found.speculative.errors for found in correct_runs())
 
@@ -138,7 +139,7 @@ def test_a_distance_of_a_twentieth_is_found_in_20_000_tokens_and_bounded() -> No
 # -- the control arm -------------------------------------------------------------------------------------------
 
 
-def test_an_engine_that_is_wrong_without_speculation_too_is_undecided() -> None:
+def test_an_engine_that_is_wrong_without_speculation_too_is_inconclusive() -> None:
     """As low precision is: both arms draw from slightly wrong laws, and speculation is not to blame."""
     engine = ToyEngine(PARAMS, MarkovModel(leaning(TARGET.table, DRAFT.table, 0.1)))
     found = audit(
@@ -150,7 +151,7 @@ def test_an_engine_that_is_wrong_without_speculation_too_is_undecided() -> None:
         draft=Reference(DRAFT, PARAMS, 64),
     )
     assert found.speculative.p_value <= 1e-6
-    assert found.verdict == "undecided"
+    assert found.verdict == "inconclusive"
     assert "wrong in the same way" in found.reasons[-1]
 
 
@@ -161,12 +162,68 @@ def test_a_bug_beside_low_precision_is_lossy() -> None:
     assert found.verdict == "lossy"
 
 
+# -- speculation that does not happen --------------------------------------------------------------------------
+
+
+class Uncounted:
+    """An engine that does not say what it drafts."""
+
+    def __init__(self, engine: ToyEngine) -> None:
+        self.speculative, self.plain = engine.speculative, engine.plain
+
+
+def accept_never(target, draft, accept_uniforms, final_uniforms):
+    """Lossless: every draft token is thrown away, and the target draws its own."""
+    outcome = verify_tokens(target, draft, torch.ones_like(accept_uniforms) + 1e9, final_uniforms)
+    return replace(outcome, next_token=target.at(outcome.accepted).draw(final_uniforms[:, 0]))
+
+
+def silent(draft, source):
+    return mutants.NeverProposes(DraftModelProposer(draft, source))
+
+
+@pytest.mark.parametrize(
+    ("engine", "reason"),
+    [
+        (ToyEngine(PARAMS, proposer=silent), "no token was drafted; check that it is switched on"),
+        (ToyEngine(PARAMS, rule=accept_never), "drafted tokens none was accepted; check the draft"),
+    ],
+    ids=["off", "never accepts"],
+)
+def test_an_engine_that_does_not_speculate_is_not_called_lossless(engine: ToyEngine, reason: str) -> None:
+    found = run(engine)
+    assert found.verdict == "inconclusive"
+    assert found.reasons[0].startswith("speculation not confirmed: ")
+    assert reason in found.reasons[0]
+    assert found.headline.startswith("inconclusive: speculation not confirmed")
+    assert found.num_accepted == 0
+
+
+def test_without_counts_no_engine_is_called_lossless() -> None:
+    params = replace(PARAMS, max_tokens=16)
+    engine, reference = ToyEngine(params), Reference(TARGET, params, 64)
+    found = audit(Uncounted(engine), reference, PROMPTS, num_draws=1000, batch_size=64, limits=ROUGH)
+    assert found.verdict == "inconclusive"
+    assert found.headline == (
+        "inconclusive: speculation not confirmed: the engine has no num_drafted and num_accepted; let it count them"
+    )
+    assert (found.num_drafted, found.num_accepted) == (None, None)
+    again = audit(engine, reference, PROMPTS, num_draws=1000, batch_size=64, limits=ROUGH)
+    assert again.headline == "lossless (TV < 0.3)"
+    assert again.num_drafted > again.num_accepted > 0
+
+
+def test_both_reasons_are_told_where_draws_are_missing_too() -> None:
+    found = run(ToyEngine(PARAMS, proposer=silent), 300, Limits())
+    assert [reason.split(" must")[0] for reason in found.reasons[1:]] == ["num_draws=300"]
+
+
 # -- power -----------------------------------------------------------------------------------------------------
 
 
 def test_too_few_draws_give_no_verdict_and_say_how_many_it_takes() -> None:
     found = run(ToyEngine(PARAMS), 300, Limits())
-    assert found.verdict == "undecided"
+    assert found.verdict == "inconclusive"
     needed = found.num_draws_needed
     assert found.reasons == (
         f"num_draws=300 must be at least {needed} to see a distance of max_tv=0.05; give more prompts or draws",
@@ -203,7 +260,7 @@ def test_greedy_is_judged_by_equality() -> None:
 
 def test_greedy_with_too_few_prompts_says_so() -> None:
     found = run(ToyEngine(GREEDY), limits=Limits())
-    assert found.verdict == "undecided"
+    assert found.verdict == "inconclusive"
     assert "num_draws=48 must be at least 270" in found.reasons[0]
 
 
@@ -220,13 +277,13 @@ def test_near_ties_that_rounding_swaps_in_both_arms_are_no_bug() -> None:
 
     def verdict(logit_noise: float) -> Findings:
         return audit(
-            ToyEngine(GREEDY, swapped, tie), Reference(tie, GREEDY), prompts, limits=Limits(logit_noise=logit_noise)
+            ToyEngine(GREEDY, swapped, swapped), Reference(tie, GREEDY), prompts, limits=Limits(logit_noise=logit_noise)
         )
 
     assert verdict(1e-2).verdict == "lossless"
     assert verdict(1e-2).speculative.num_outside == {"by rounding": 27 * 16, "by more": 0}
     assert verdict(1e-2).speculative.largest_gap == pytest.approx(math.log(0.4 / (0.4 - 1e-4)), rel=1e-6)
-    assert verdict(1e-6).verdict == "undecided"  # the plain arm does the same
+    assert verdict(1e-6).verdict == "inconclusive"  # the plain arm does the same
 
 
 # -- errors that are named at once -----------------------------------------------------------------------------
@@ -279,7 +336,7 @@ class Stops(ToyEngine):
 
 def test_ends_that_are_wrong_in_both_arms_are_not_speculations() -> None:
     found = run(Stops(PARAMS))
-    assert found.verdict == "undecided"
+    assert found.verdict == "inconclusive"
     assert "has 31 tokens and must end after 32, by max_tokens=32" in found.speculative.errors[0]
 
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
 from audited import PROMPTS, TARGET, ToyEngine
 
+from bench import texts
 from specdec import SamplingParams
 from specdec.conformance.audit import audit
-from specdec.conformance.certificate import Certificate, Findings, Subject
+from specdec.conformance.certificate import Certificate, Findings, Subject, bounded
 from specdec.conformance.reference import Reference
 from specdec.conformance.verdicts import Limits
 
@@ -40,6 +42,8 @@ FIELDS = [
     "reasons",
     "errors",
     "arms_p_value",
+    "num_drafted",
+    "num_accepted",
 ]
 
 
@@ -71,16 +75,34 @@ def test_another_schema_is_refused() -> None:
         Certificate.from_record({"schema_version": 99})
 
 
+@pytest.mark.parametrize(
+    ("verdict", "low", "told"),
+    [
+        ("lossless", 0.0, "lossless (TV < 0.1)"),
+        ("lossy", 0.03, "lossy (TV > 0.03)"),
+        ("lossy", 0.0, "lossy"),
+        ("inconclusive", 0.0, "inconclusive"),
+    ],
+)
+def test_a_verdict_is_told_with_its_bound(verdict: str, low: float, told: str) -> None:
+    """In reports, too, which are read without what audits need."""
+    assert bounded(verdict, 0.1, low) == told
+    assert texts.verdict({"verdict": verdict, "max_tv": 0.1, "tv_lower_bound": low}) == told
+
+
 def test_the_page_says_what_was_found() -> None:
     page = Certificate.of(SUBJECT, findings()).markdown()
-    assert page.startswith("# lossless: engine toy, engine_version 1.0, pair markov, method draft_model, gamma 3")
+    assert page.startswith(
+        "# lossless (TV < 0.5): engine toy, engine_version 1.0, pair markov, method draft_model, gamma 3"
+    )
     assert "| pit_rank |" in page
     assert "300 tokens were judged" in page
+    assert re.search(r"\n\d+ tokens were drafted, \d+ of them accepted\.\n", page)
     assert "    pytest bench/ -m equivalence --engines toy" in page
     assert "None" not in page
 
 
 def test_the_page_of_greedy_decoding() -> None:
     page = Certificate.of(Subject(), findings(temperature=0)).markdown()
-    assert page.startswith("# lossless: an engine")  # three prompts are 48 tokens, enough for max_tv=0.5
+    assert page.startswith("# lossless (TV < 0.5): an engine")  # three prompts are 48 tokens, enough for max_tv=0.5
     assert "not the one that the target decides for" in page
