@@ -9,16 +9,18 @@ from bench.cell_plots import BLOCK, WITHOUT_ENGINE, drafting, grouped
 from bench.document import Card
 from bench.load import pays, stops_paying
 from bench.results import Record, Results
-from bench.texts import cell_name
+from bench.texts import cell_name, verdict
 
 MAX_CARDS = 6
 FEW_ROUNDS = 10
+HEADLINE_ROUNDS = 5  # below, a factor is in the tables with its interval, but no answer
 FREE = 1.25  # times the time of a step of one token
 
 
 def cards(run: Results) -> Iterator[Card]:
     """The answers: how much faster, than what, and whether the output is the same."""
-    blocks = list(grouped(run.cells, *WITHOUT_ENGINE).values())
+    cells = [cell for cell in run.cells if _is_telling(cell)]
+    blocks = list(grouped(cells, *WITHOUT_ENGINE).values())
     bests = [max(found, key=lambda cell: cell["speedup"]) for block in blocks if (found := _own(run, block))]
     for best in bests[:MAX_CARDS]:
         where = f" on {best['workload']}" if len({each["workload"] for each in bests}) > 1 else ""
@@ -26,10 +28,20 @@ def cards(run: Results) -> Iterator[Card]:
         yield Card(f"{best['speedup']:.2f}×", f"{_arm(best)} over its plain decoding{where}, {_certainty(best)}")
     if len(blocks) == 1:
         yield from (Card(f"{each.times.estimate:.2f}×", _lead_sentence(each)) for each in _best_leads(blocks[0]))
-    if same := _same_card(bests):
+    if same := _same_card(bests or drafting(run.cells)):
         yield same
     yield from _load_cards(run.loads)
     yield from _other_cards(run)
+
+
+def _is_telling(cell: Record) -> bool:
+    """Whether a cell's times may stand at the head of a page: of a model's own output, over more than a few rounds."""
+    is_real = cell["load_format"] != "dummy" and not cell.get("synthetic_acceptance_rates")
+    return is_real and _num_rounds(cell) >= HEADLINE_ROUNDS
+
+
+def _num_rounds(cell: Record) -> int:
+    return int(-(-cell["num_prompts"] // cell["batch_size"]))
 
 
 def _load_cards(loads: Sequence[Record]) -> Iterator[Card]:
@@ -94,8 +106,10 @@ def _same_card(bests: Sequence[Record]) -> Card | None:
 
 def _other_cards(run: Results) -> Iterator[Card]:
     if run.certificates:
-        lossless = sum(record["verdict"] == "lossless" for record in run.certificates)
-        yield Card(f"{lossless} of {len(run.certificates)}", "audits found speculation to be lossless")
+        lossless = [record for record in run.certificates if record["verdict"] == "lossless"]
+        loosest = max(lossless, key=lambda record: record.get("max_tv") or 0.0, default={"verdict": "lossless"})
+        told = f"audits found speculation to be {verdict(loosest)}"
+        yield Card(f"{len(lossless)} of {len(run.certificates)}", told)
     steps = [record for record in run.costs if record["axis"] == "width"]
     if steps:
         one = min(steps, key=lambda record: record["size"])
@@ -116,10 +130,11 @@ def cautions(run: Results) -> Iterator[str]:
         yield "Random weights: only times mean anything, and no output or acceptance does."
     if any(cell.get("synthetic_acceptance_rates") for cell in run.cells):
         yield "Acceptance was prescribed: only times mean anything."
-    rounds = [-(-cell["num_prompts"] // cell["batch_size"]) for cell in run.cells]
+    rounds = [_num_rounds(cell) for cell in run.cells]
     if rounds and min(rounds) < FEW_ROUNDS:
         told = "was 1 round" if min(rounds) == 1 else f"were {min(rounds)} rounds"
-        yield f"There {told}: few, so that the intervals are somewhat too narrow."
+        short = ", and too few for a speed-up to be the answer" if min(rounds) < HEADLINE_ROUNDS else ""
+        yield f"There {told}: few, so that the intervals are somewhat too narrow{short}."
     if any(len(group) > 1 for group in grouped(drafting(run.cells), *WITHOUT_ENGINE, "engine", "method").values()):
         yield "The fastest gamma of a method is chosen by the same measurement, which flatters it a little."
     if idle := [cell for cell in run.cells if cell["method"] != "autoregressive" and cell["num_drafted"] == 0]:

@@ -6,19 +6,22 @@ import textwrap
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
-from bench.compare import FASTER, INCOMPARABLE, NO_DIFFERENCE, SLOWER, Difference, differences
+from bench.compare import INCOMPARABLE, VERDICTS, Difference, differences
 from bench.document import Card, Chapter, Heading, Table, section, table
 from bench.results import Record, Results, cell_id
 from bench.shown import heading, labels_of, text
 from bench.texts import between
+from bench.texts import verdict as audited
 
 WIDTHS = (41, 19, 23, 23, 8)
 MEANING = (
-    "Times as fast: time per emitted token of the earlier run over that of the later, prompt by prompt, geometric mean "
-    "with a 95 % bootstrap interval over prompts; it is called a difference if 1 is outside. Of cells without any "
-    "difference one in twenty looks like one, with few prompts somewhat more. Plain decoding: the same of what ran "
-    "beside each cell: if it changed as much, the machine or the engine as a whole did. Outputs: whether all emitted "
-    "tokens are the same."
+    "Times as fast: the speed-up over plain decoding of the later run over that of the earlier, prompt by prompt, "
+    "geometric mean with a 95 % bootstrap interval over prompts; it is called a difference if 1 is outside. Both arms "
+    "of a speed-up ran by turns, so that the machine's load cancels. Of cells without any difference one in twenty "
+    "looks like one, with few prompts somewhat more. Plain decoding: how many times as fast it was beside each cell: "
+    "if not once, the machine or the engine as a whole changed. A cell with nothing beside it (plain decoding itself, "
+    "costs) is told by its times, and other times then only say that the machine changed, or all that runs on it. "
+    "Outputs: whether all emitted tokens are the same."
 )
 
 
@@ -66,7 +69,7 @@ def chapter(before: Results, after: Results, name: str) -> Chapter:
     """The answer first: how many cells changed which way."""
     found = differences(before, after)
     counts = Counter(each.verdict for each in found)
-    shown = [verdict for verdict in (FASTER, SLOWER, NO_DIFFERENCE, INCOMPARABLE) if counts[verdict]]
+    shown = [verdict for verdict in VERDICTS if counts[verdict]]
     others = len(found) - sum(counts[verdict] for verdict in shown)
     cards = [Card(str(counts[verdict]), f"of {len(found)} cells: {verdict}") for verdict in shown]
     cards += [Card(str(others), f"of {len(found)} cells: only in one of the runs")] if others else []
@@ -111,5 +114,5 @@ def _labels(record: Record, labels: Sequence[str]) -> tuple[str, ...]:
 def _audits(before: Results, after: Results) -> Iterator[Table]:
     """Verdicts of audits that both runs made."""
     earlier, later = ({cell_id(each): each for each in run.certificates} for run in (before, after))
-    rows = [(name, earlier[name]["verdict"], record["verdict"]) for name, record in later.items() if name in earlier]
+    rows = [(name, audited(earlier[name]), audited(record)) for name, record in later.items() if name in earlier]
     yield table(["audit", "was", "is"], rows, "Audits")

@@ -1,4 +1,9 @@
-"""What differs between two runs, cell by cell: faster, slower, no difference seen, or why they cannot be compared."""
+"""What differs between two runs, cell by cell: faster, slower, no difference seen, or why they cannot be compared.
+
+Times of two runs differ with whatever else the machine does, so a verdict rests on what is paired inside each run: the
+ratio to plain decoding of the same prompts, measured by turns. Where a cell has nothing beside it (plain decoding
+itself, costs of steps) other times say that the machine changed, or everything on it, and no more.
+"""
 
 from __future__ import annotations
 
@@ -30,6 +35,8 @@ CONDITIONS = (
 PROMPTS = ("num_prompts", "prompt_format", "prompt_lengths", "seed")
 MACHINE = ("cpu_model", "cpu_count", "gpus", "torch_num_threads", "cuda", "driver")
 FASTER, SLOWER, NO_DIFFERENCE, INCOMPARABLE = "faster", "slower", "no difference seen", "not comparable"
+MACHINE_CHANGED = "the machine changed"
+VERDICTS = (FASTER, SLOWER, NO_DIFFERENCE, MACHINE_CHANGED, INCOMPARABLE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +44,8 @@ class Difference:
     """A cell in two runs.
 
     record: in the run in which it is, the later one if in both. verdict: on the later one, as above, or "only in NAME".
-    times: how many times as fast the later one is. plain: the same of plain decoding beside it, which shows what the
+    times: how many times as fast the later one is: by its ratio to plain decoding where both runs have that beside it,
+    else by its times as they are. plain: how many times as fast plain decoding beside it is, which shows what the
     machine, or a change of the engine as a whole, has done. reasons: why no interval, or no verdict, can be had.
     outputs_equal: whether all emitted tokens are the same; None if that is not known.
     """
@@ -52,7 +60,7 @@ class Difference:
     @property
     def is_lone(self) -> bool:
         """Whether only one of the runs has the cell."""
-        return self.verdict not in (FASTER, SLOWER, NO_DIFFERENCE, INCOMPARABLE)
+        return self.verdict not in VERDICTS
 
 
 def differences(before: Results, after: Results) -> list[Difference]:
@@ -80,9 +88,14 @@ def _difference(before: Results, after: Results, earlier: Record, later: Record)
         return Difference(later, INCOMPARABLE, reasons=reasons, outputs_equal=outputs_equal)
     if later["axis"] is not None:
         times = unpaired_ratio_interval(earlier["per_round_s"], later["per_round_s"])
-        return Difference(later, verdict(times), times, reasons=_few(times))
-    times = _paired(earlier, later, "")
-    plain = _paired(earlier, later, "baseline_") if _has_times(earlier, later, "baseline_") else None
+        return Difference(later, _unpaired_verdict(times), times, reasons=_few(times))
+    ratios = _ratios(earlier, later, "")
+    if not _has_times(earlier, later, "baseline_"):
+        times = geometric_mean_interval(ratios)
+        return Difference(later, _unpaired_verdict(times), times, None, _few(times), outputs_equal)
+    plain_ratios = _ratios(earlier, later, "baseline_")
+    plain = geometric_mean_interval(plain_ratios)
+    times = geometric_mean_interval([ours / plain for ours, plain in zip(ratios, plain_ratios, strict=True)])
     return Difference(later, verdict(times), times, plain, _few(times), outputs_equal)
 
 
@@ -93,15 +106,18 @@ def verdict(times: Interval) -> str:
     return SLOWER if times.high is not None and times.high < 1 else NO_DIFFERENCE
 
 
+def _unpaired_verdict(times: Interval) -> str:
+    """Of times that nothing was measured beside: whether the machine, or all that runs on it, is as fast as it was."""
+    return NO_DIFFERENCE if verdict(times) == NO_DIFFERENCE else MACHINE_CHANGED
+
+
 def _few(times: Interval) -> tuple[str, ...]:
     return ("one round has no interval",) if times.low is None else ()
 
 
-def _paired(earlier: Record, later: Record, arm: str) -> Interval:
+def _ratios(earlier: Record, later: Record, arm: str) -> list[float]:
     """Time per emitted token of the earlier over that of the later, round by round."""
-    return geometric_mean_interval(
-        [old / new for old, new in zip(time_per_token(earlier, arm), time_per_token(later, arm), strict=True)]
-    )
+    return [old / new for old, new in zip(time_per_token(earlier, arm), time_per_token(later, arm), strict=True)]
 
 
 def _outputs_equal(earlier: Record, later: Record) -> bool | None:

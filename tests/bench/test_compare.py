@@ -20,6 +20,10 @@ def pair_of_runs(folder: Path, before: list[Any], after: list[Any], **changes: A
     return first, second
 
 
+SAME = Interval(1.0, 1.0, 1.0)
+PLAIN = {"baseline_per_prompt_latency_s": [2.0, 4.0]}  # as of `decoded` without other times
+
+
 def only(folder: Path, before: Any, after: Any, **changes: Any) -> Difference:
     (found,) = compare.differences(*pair_of_runs(folder, [before], [after], **changes))
     return found
@@ -38,7 +42,7 @@ def test_a_verdict_is_by_the_interval(
     latency_s: tuple[float, ...], verdict: str, times: Interval, tmp_path: Path
 ) -> None:
     """Two prompts: an interval over their resamples ends at the less and the greater ratio."""
-    found = only(tmp_path, decoded("ngram", 2), decoded("ngram", 2, latency_s))
+    found = only(tmp_path, decoded("ngram", 2), decoded("ngram", 2, latency_s, **PLAIN))
     assert found.verdict == verdict
     assert found.times is not None
     assert [found.times.estimate, found.times.low, found.times.high] == pytest.approx(
@@ -56,16 +60,51 @@ def test_times_are_per_token(tmp_path: Path) -> None:
 
 def test_rounds_of_a_batch_are_one_observation(tmp_path: Path) -> None:
     """(1 + 3) / 20 seconds per token against (1 + 1) / 20."""
-    found = only(tmp_path, decoded("ngram", 2, (1.0, 3.0), batch_size=2), decoded("ngram", 2, (1.0, 1.0), batch_size=2))
+    cells = [decoded("ngram", 2, latency_s, batch_size=2, **PLAIN) for latency_s in ((1.0, 3.0), (1.0, 1.0))]
+    found = only(tmp_path, *cells)
     assert (found.times, found.verdict) == (Interval(2.0, None, None), "no difference seen")
     assert found.reasons == ("one round has no interval",)
 
 
 def test_what_the_machine_did_is_seen_beside_it(tmp_path: Path) -> None:
-    after = decoded("ngram", 2, (0.5, 1.0), baseline_per_prompt_latency_s=[1.0, 2.0])
-    found = only(tmp_path, decoded("ngram", 2), after)
-    assert (found.times, found.plain) == (Interval(2.0, 2.0, 2.0), Interval(2.0, 2.0, 2.0))
+    """Twice as fast, as plain decoding beside it is: nothing that the cell has done."""
+    found = only(tmp_path, decoded("ngram", 2), decoded("ngram", 2, (0.5, 1.0)))
+    assert (found.verdict, found.times, found.plain) == ("no difference seen", SAME, Interval(2.0, 2.0, 2.0))
     assert only(tmp_path, decoded("autoregressive"), decoded("autoregressive")).plain is None
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (decoded("autoregressive"), decoded("autoregressive", 0, (0.5, 1.0))),
+        (decoded("autoregressive"), decoded("autoregressive", 0, (4.0, 8.0))),
+    ],
+)
+def test_times_with_nothing_beside_them_tell_of_the_machine_only(before: Any, after: Any, tmp_path: Path) -> None:
+    assert only(tmp_path, before, after).verdict == "the machine changed"
+
+
+def test_costs_have_nothing_beside_them(tmp_path: Path) -> None:
+    before = write(tmp_path / "before.json", [sized("width", 1, 0.5)])
+    after = tmp_path / "after.json"
+    after.write_text(before.read_text().replace("[0.5, 0.25]", "[8.0, 4.0]"))
+    (found,) = compare.differences(*results.read_all([before, after]))
+    assert found.verdict == "the machine changed"
+
+
+def test_one_commit_measured_twice_under_different_load_is_no_difference(tmp_path: Path) -> None:
+    """Load slows both arms of a cell by the same, prompt by prompt, up to noise of 5 %."""
+    random = np.random.default_rng(3)
+    cells = []
+    for load in (1.0, 3.0):
+        slower = load * np.exp(random.normal(0, 0.3, 30))
+        times = (slower * np.exp(random.normal(0, 0.05, 30))).tolist()
+        cells.append(decoded("ngram", 2, times, baseline_per_prompt_latency_s=(2 * slower).tolist()))
+    found = only(tmp_path, *cells)
+    assert found.verdict == "no difference seen"
+    assert found.plain.high < 0.5
+    faster = cells[1] | {"per_prompt_latency_s": [0.9 * each for each in cells[1]["per_prompt_latency_s"]]}
+    assert only(tmp_path, cells[0], faster).verdict == "faster"
 
 
 @pytest.mark.parametrize(("digest", "equal"), [("a" * 64, True), ("b" * 64, False), (None, None)])
@@ -172,18 +211,18 @@ def test_without_a_difference_few_verdicts_say_so() -> None:
 
 def test_the_terminal_says_what_changed(tmp_path: Path) -> None:
     before = [decoded("ngram", 2), decoded("ngram", 3), decoded("eagle", 2), audited("lossless")]
-    after = [decoded("ngram", 2, (0.5, 1.0)), decoded("ngram", 3, top_k=5), audited("lossy")]
+    after = [decoded("ngram", 2, (0.5, 1.0), **PLAIN), decoded("ngram", 3, top_k=5), audited("lossy")]
     lines = list(changes.lines(*pair_of_runs(tmp_path, before, after)))
     assert lines[0] == "after against before: 1 faster, 1 not comparable, 1 only in before"
     faster = next(line for line in lines if line.startswith("specdec ngram 2"))
-    assert " ".join(faster.split()) == "specdec ngram 2 faster 2.000 [2.000, 2.000] 2.000 [2.000, 2.000] equal"
+    assert " ".join(faster.split()) == "specdec ngram 2 faster 2.000 [2.000, 2.000] 1.000 [1.000, 1.000] equal"
     assert "    options: top_k was 0 and is 5" in lines
     assert all(len(line) <= 120 for line in lines)
 
 
 def test_the_chapter_counts_and_tells_audits(tmp_path: Path) -> None:
     before = [decoded("ngram", 2), decoded("ngram", 3), decoded("eagle", 2), audited("lossless")]
-    after = [decoded("ngram", 2, (0.5, 1.0)), decoded("ngram", 3, top_k=5), audited("lossy")]
+    after = [decoded("ngram", 2, (0.5, 1.0), **PLAIN), decoded("ngram", 3, top_k=5), audited("lossy")]
     chapter = changes.chapter(*pair_of_runs(tmp_path, before, after), "changes")
     assert [(card.number, card.sentence) for card in chapter.cards] == [
         ("1", "of 3 cells: faster"),
@@ -193,6 +232,6 @@ def test_the_chapter_counts_and_tells_audits(tmp_path: Path) -> None:
     ]
     cells, audits = chapter.sections[0].parts[-2:]
     assert cells.rows[0] == (
-        *("specdec", "ngram", "2", "faster", "2.000 [2.000, 2.000]", "2.000 [2.000, 2.000]", "equal", "-"),
+        *("specdec", "ngram", "2", "faster", "2.000 [2.000, 2.000]", "1.000 [1.000, 1.000]", "equal", "-"),
     )
     assert audits.rows == (("equivalence-specdec-tiny-ngram-2", "lossless", "lossy"),)

@@ -81,8 +81,28 @@ def test_tables_say_what_the_records_say(tmp_path: Path) -> None:
     assert parsed.table("The fastest method")[1][:5] == ["specdec", "eagle", "4", "6.7", "3.00 [1.50, 3.50]"]
 
 
+MANY = (1.0, 2.0) * 5  # prompts enough for an answer
+
+
+@pytest.mark.parametrize(
+    ("latency_s", "changes"),
+    [((1.0, 2.0), {}), (MANY, {"load_format": "dummy"}), (MANY, {"synthetic_acceptance_rates": [0.9]})],
+)
+def test_no_factor_of_random_weights_or_of_two_prompts_is_the_answer(
+    latency_s: Any, changes: Any, tmp_path: Path
+) -> None:
+    """It stands in the table, with its interval, and the page says why it is no more."""
+    fast = decoded("ngram", 2, latency_s, speedup=86.55, **changes)
+    other = decoded("ngram", 2, latency_s, engine="vllm", speedup=1.0, **changes)
+    told = page_of(tmp_path, fast, other)
+    assert "86.55" in told
+    assert "×" not in told.split("<table")[0]
+    assert any(word in told for word in ("too few for a speed-up", "Random weights", "Acceptance was prescribed"))
+
+
 def test_the_answer_comes_first(tmp_path: Path) -> None:
-    text = page_of(tmp_path, decoded("ngram", 2), decoded("eagle", 4, speedup=3.0, speedup_low=0.5))
+    cells = decoded("ngram", 2, MANY), decoded("eagle", 4, MANY, speedup=3.0, speedup_low=0.5)
+    text = page_of(tmp_path, *cells)
     first = text.index("3.00×")
     assert first < text.index("<table")
     assert "specdec with eagle, gamma 4, over its plain decoding, 95 % interval 0.50 to 2.50; within it is 1" in text

@@ -82,9 +82,10 @@ def markdown_rows(text: str) -> list[list[str]]:
 
 
 def test_markdown_has_the_tables(tmp_path: Path) -> None:
-    told = markdown.render(report.document([run_of(tmp_path, decoded("ngram", 2), decoded("autoregressive"))]))
+    cells = decoded("ngram", 2, 3 * [1, 2]), decoded("autoregressive")
+    told = markdown.render(report.document([run_of(tmp_path, *cells)]))
     rows = markdown_rows(told)
-    assert ["specdec", "ngram", "2", "6.7", "2.00 [1.50, 2.50]", "2.25", "50.0%", "3.00", "2 of 2"] in rows
+    assert ["specdec", "ngram", "2", "6.7", "2.00 [1.50, 2.50]", "2.25", "50.0%", "3.00", "6 of 6"] in rows
     assert "- **2.00×** specdec with ngram, gamma 2, over its plain decoding, 95 % interval 1.50 to 2.50" in told
     width: dict[int, int] = {}
     for number, line in enumerate(told.splitlines()):
@@ -129,7 +130,7 @@ def test_a_missing_part_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
 
 def test_a_run_of_audits_alone_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     command(monkeypatch, write(tmp_path / "a.json", [audited("lossy"), audited("lossless", gamma=4)]))
-    assert "lossy      specdec ngram 2, token: p = 0.5" in capsys.readouterr().out
+    assert "lossy                specdec ngram 2, token: p = 0.5" in capsys.readouterr().out
 
 
 def test_load_is_printed_as_a_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
