@@ -371,7 +371,8 @@ class RowParams:
             probs = self._keep_top_p(probs)
         if self.min_p is not None:
             floor = self.min_p.to(probs.dtype) * probs.amax(-1, keepdim=True)
-            probs = _normalise(probs.masked_fill(probs < floor, 0))
+            kept = _normalise(probs.masked_fill(probs < floor, 0))
+            probs = torch.where(self.min_p > 0, kept, probs)  # a row that keeps all has the bits that it has alone
         return probs
 
     def _keep_top_k(self, logits: Tensor) -> Tensor:
@@ -388,7 +389,8 @@ class RowParams:
         highest = _nucleus(probs, top_p)
         before = highest.cumsum(-1) - highest
         last = ((before < top_p).sum(-1, keepdim=True) - 1).clamp(min=0)  # -1 for a NaN, which is found elsewhere
-        return _normalise(probs.masked_fill((probs < highest.gather(-1, last)) & (top_p < 1), 0))
+        kept = _normalise(probs.masked_fill(probs < highest.gather(-1, last), 0))
+        return torch.where(top_p < 1, kept, probs)
 
 
 class SamplingState:

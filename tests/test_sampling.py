@@ -111,6 +111,18 @@ def test_nucleus_of_a_large_vocabulary(spread: float, top_p: float) -> None:
     assert law[kept].tolist() == pytest.approx((probs[kept] / probs[kept].sum()).tolist())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("options", [{"top_k": 5}, {"top_p": 0.9}, {"min_p": 0.1}])
+def test_the_bits_of_a_row_do_not_depend_on_its_batch_mates(options: dict, dtype: torch.dtype) -> None:
+    """One row that keeps all tokens, one that does not, one that is greedy: together and each alone."""
+    params = [SamplingParams(), SamplingParams(**options), SamplingParams(temperature=0)]
+    logits = torch.randn(3, 2, 1000, generator=torch.Generator().manual_seed(0), dtype=dtype)
+    together = SamplingState(params, [[]] * 3, [[]] * 3, 1000, CPU).law(logits).dense()
+    for row in range(3):
+        alone = SamplingState(params[row : row + 1], [[]], [[]], 1000, CPU).law(logits[row : row + 1]).dense()
+        assert torch.equal(alone[0].to(dtype), together[row])
+
+
 def test_observed_tokens_count_like_the_ones_given() -> None:
     params = SamplingParams(frequency_penalty=0.5, repetition_penalty=1.2)
     logits = torch.randn(2, 1, VOCAB, dtype=torch.float64)

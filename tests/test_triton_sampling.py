@@ -303,12 +303,13 @@ def test_logits_of_some_tokens_only() -> None:
 
 
 def test_a_row_does_not_depend_on_its_batch_mates() -> None:
-    params = [SamplingParams(temperature=t, top_k=k, top_p=p) for t, k, p in ((0.7, 30, 0.9), (0.0, 0, 1), (1, 0, 1))]
-    logits, draws = random(3, 4, 5000), random_uniforms(3, 4)
+    several = [{"top_k": 30, "top_p": 0.9}, {"min_p": 0.1}, {"temperature": 0.0}, {"temperature": 1.3}]
+    params = [SamplingParams(**each) for each in several]
+    logits, draws = random(4, 2, 5000), random_uniforms(4, 2)
     together = rows_of(params, 5000).law(logits)[0]
-    for row in range(3):
+    for row in range(4):
         alone = rows_of(params[row : row + 1], 5000)
-        for column in range(4):
+        for column in range(2):
             law = alone.law(logits[row : row + 1, column : column + 1])[0]
             assert torch.equal(law.dense()[0, 0], together.dense()[row, column])
             token = law.draw(draws[row : row + 1, column : column + 1])

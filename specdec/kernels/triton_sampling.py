@@ -305,7 +305,7 @@ def _kept_kernel(
 
 @triton.jit
 def _normalise_kernel(
-    probs, floors, places, min_ps, masses, out, vocab, per_row, chunks,
+    probs, floors, places, top_ps, min_ps, masses, out, vocab, per_row, chunks,
     BLOCK: tl.constexpr, CHUNKS: tl.constexpr, HAS_TOP_P: tl.constexpr, HAS_MIN_P: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -313,8 +313,13 @@ def _normalise_kernel(
     chunk = tl.arange(0, CHUNKS)
     mass = tl.sum(tl.load(masses + row * chunks + chunk, mask=chunk < chunks, other=0), 0)
     kept = _kept(probs, floors, places, min_ps, row, per_row, at, mask, vocab, HAS_TOP_P, HAS_MIN_P)
-    # NaN throughout, where mass is 0: 0 / 0
-    total = tl.where(mass > 0, mass.to(tl.float32) / _UNIT, float("nan"))
+    total = tl.where(mass > 0, mass.to(tl.float32) / _UNIT, float("nan"))  # NaN throughout where it is no distribution
+    is_cut = mass < 0  # never
+    if HAS_TOP_P:
+        is_cut = is_cut | (tl.load(top_ps + row // per_row).to(tl.float32) < 1.0)
+    if HAS_MIN_P:
+        is_cut = is_cut | (tl.load(min_ps + row // per_row) > 0.0)
+    total = tl.where(is_cut, total, 1.0)  # the bits of a row that keeps all are those that it has alone
     tl.store(out + row * vocab + at, tl.div_rn(kept, total), mask=mask)
 
 
@@ -683,7 +688,7 @@ def _truncated(
     constants = {"HAS_TOP_P": top_p is not None, "HAS_MIN_P": min_p is not None, **rows.blocks}
     _kept_kernel[rows.grid](probs, floors, place, min_p, masses, *sizes, **constants)
     chunks = _power(rows.num_chunks)
-    _normalise_kernel[rows.grid](probs, floors, place, min_p, masses, out, *sizes, CHUNKS=chunks, **constants)
+    _normalise_kernel[rows.grid](probs, floors, place, top_p, min_p, masses, out, *sizes, CHUNKS=chunks, **constants)
     return out
 
 
