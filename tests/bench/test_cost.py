@@ -32,7 +32,7 @@ def test_the_fastest_way_through_a_block_counts(monkeypatch: pytest.MonkeyPatch)
     ways = {"slow": ("slow", 100), "copy": ("copy", 200), "fast": ("fast", 100)}
     times = {"slow": [9.0, 4.0], "copy": [1.0, 1.5], "fast": [3.0, 0.8]}
     monkeypatch.setattr(roofline, "_ways", lambda block: ways)
-    monkeypatch.setattr(roofline, "durations_s", lambda run, *_, **__: times[run])
+    monkeypatch.setattr(roofline, "durations_in_queue_s", lambda run, *_, **__: times[run])
     record = roofline.measure(torch.device("cpu"), (8192, 16384))
     assert record["bandwidths"] == [200.0, 200.0]
     assert record["ways"] == ["copy", "copy"]
