@@ -25,8 +25,8 @@ from typing import Any, TextIO
 import torch
 from torch import Tensor
 
-CANDIDATES = ((16, 128, 5, 4), (16, 256, 4, 4), (16, 512, 3, 4), (16, 128, 8, 2), (32, 128, 5, 4), (32, 256, 3, 4))
-CANDIDATES += ((32, 64, 8, 4), (64, 128, 4, 4), (64, 64, 6, 4), (32, 128, 6, 8), (64, 128, 5, 8), (16, 64, 8, 2))
+CANDIDATES = ((16, 128, 8, 2), (16, 256, 8, 4), (32, 256, 3, 4), (64, 128, 4, 4), (16, 128, 5, 4), (16, 64, 8, 2))
+CANDIDATES += ((32, 128, 8, 4), (16, 512, 4, 4), (32, 128, 5, 4), (16, 256, 6, 2), (64, 128, 6, 8), (32, 128, 8, 2))
 _ROTATED_BYTES = 200 << 20  # of weights that a timed graph goes through
 
 
@@ -103,27 +103,27 @@ class Sweep:
         print(line, file=self._file, flush=True)
 
     def _rows(self, shapes: list[Shape]) -> None:
-        """Whether a token's bits depend on how many tokens share a program."""
+        """Whether a token's bits depend on how many tokens share a program: two products with a norm between them."""
         from specdec.kernels import triton_layers as layers
+
+        def two(states: Tensor) -> Tensor:
+            _, normed = layers.added_product(states, square, None, states, norm, 1e-5)
+            return layers.product(normed, weight, gated=True)
 
         usual = layers._block_tokens
         for dtype in (torch.bfloat16, torch.float16, torch.float32):
-            x, weight, norm = (
-                torch.randn(*size, device="cuda").to(dtype) for size in ((128, 2048), (4096, 2048), (2048,))
-            )
-            same, seconds = {}, {}
-            expected = torch.cat([layers.product(row[None], weight, norm=norm, epsilon=1e-5) for row in x])
+            sizes = ((128, 2048), (4096, 2048), (2048, 2048), (2048,))
+            x, weight, square, norm = (torch.randn(*size, device="cuda").to(dtype) for size in sizes)
+            same: dict[int, Any] = {}
+            expected = torch.cat([two(row[None]) for row in x])
             for block in (16, 32, 64, 128):
                 layers._block_tokens = lambda num_tokens, block=block: block  # type: ignore[assignment]
                 try:
-                    actual = layers.product(x, weight, norm=norm, epsilon=1e-5)
-                    same[block] = bool(torch.equal(actual, expected))
-                    run = partial(layers.product, x, weight, norm=norm, epsilon=1e-5)
-                    seconds[block] = graph_s(run, 20)
+                    same[block] = bool(torch.equal(two(x), expected)), graph_s(partial(two, x), 20)
                 except Exception as error:
-                    same[block] = f"{type(error).__name__}: {error}"[:200]  # type: ignore[assignment]
+                    same[block] = f"{type(error).__name__}: {error}"[:200]
             layers._block_tokens = usual
-            self.write(fact="rows", dtype=str(dtype), bit_identical=same, seconds_of_128_tokens=seconds)
+            self.write(fact="rows", dtype=str(dtype), bit_identical_and_seconds=same)
 
     def _products(self, shapes: list[Shape]) -> None:
         from specdec.kernels import triton_layers as layers
@@ -140,25 +140,19 @@ class Sweep:
             for num_tokens in (1, 5):
                 if time.monotonic() > self._deadline_s:
                     return
-                x, norm = torch.randn(num_tokens, inputs, device="cuda").bfloat16(), weights[0][0].contiguous()
+                x = torch.randn(num_tokens, inputs, device="cuda").bfloat16()
                 residual = torch.randn(num_tokens, outputs, device="cuda").bfloat16() if added else None
                 num_bytes = weights[0].numel() * 2
                 times: dict[str, float] = {}
                 for candidate in self._candidates if num_tokens == 1 else self._candidates[:6]:
-                    arguments = {
-                        "norm": norm if normed else None,
-                        "epsilon": 1e-5,
-                        "residual": residual,
-                        "gated": gated,
-                    }
-                    run = over(weights, partial(layers.product, x, **arguments, blocks=layers.Blocks(*candidate)))
+                    run = over(weights, partial(one_product, x, normed, gated, residual, candidate))
                     try:
                         times[str(candidate)] = graph_s(run, len(weights))
                     except Exception as error:
                         self.write(fact="failed", product=name, candidate=candidate, error=str(error)[:200])
                 cublas_s = graph_s(over(weights, partial(torch.nn.functional.linear, x)), len(weights))
                 best = min(times, key=lambda key: times[key])
-                usual = layers.usual_blocks(outputs, inputs, torch.bfloat16, gated)
+                usual = layers.usual_blocks(weights[0].shape[0], inputs, torch.bfloat16, gated)
                 self.write(
                     fact="product",
                     shape=names[shape],
@@ -218,28 +212,21 @@ class Sweep:
                 for _ in stack
             ]
             angles = tuple(torch.randn(8448, shape.head_dim, device="cuda").bfloat16() for _ in "cs")
-            for overlaps in (True, False):
-                usual = layers.overlap
-                if not overlaps:
-                    layers.overlap = lambda x: {"OVERLAPS": False}
-                for width, context in ((1, 256), (5, 256), (1, 2048), (9, 2048), (1, 8192), (5, 8192)):
+            for overlaps, prefetched in ((False, 0), (True, 0), (True, 1024)):
+                usual, usual_bytes = layers.overlap, layers._PREFETCHED_BYTES
+                options = {"OVERLAPS": True, "launch_pdl": True} if overlaps else {"OVERLAPS": False}
+                layers.overlap, layers._PREFETCHED_BYTES = (lambda x, options=options: options), prefetched
+                for width, context in ((1, 256), (5, 256), (1, 2048), (9, 2048), (1, 8192))[: 2 if overlaps else 5]:
                     if time.monotonic() > self._deadline_s:
-                        layers.overlap = usual
-                        return
+                        break
                     hidden = torch.randn(1, width, shape.hidden, device="cuda").bfloat16()
                     at = places(1, width, context - width, 1 << (context - 1).bit_length())
                     step_s = graph_s(partial(layers.run_layers, stack, hidden, angles, blocks, at), 1)
                     share = shape.layer_bytes * shape.num_layers / step_s / self._bandwidth
-                    self.write(
-                        fact="stack",
-                        shape=names[shape],
-                        width=width,
-                        context=context,
-                        overlaps=overlaps,
-                        ms=step_s * 1e3,
-                        share=share,
-                    )
-                layers.overlap = usual
+                    mode = f"overlaps={overlaps} prefetched={prefetched}"
+                    values = {"width": width, "context": context, "ms": step_s * 1e3, "share": share}
+                    self.write(fact="stack", shape=names[shape], mode=mode, **values)
+                layers.overlap, layers._PREFETCHED_BYTES = usual, usual_bytes
 
 
 def measured_bandwidth() -> float:
@@ -306,22 +293,29 @@ def places(rows: int, width: int, start: int, extent: int) -> Any:
     return Places(positions, positions, torch.full((rows,), start, device="cuda"), None, extent)
 
 
-def compile_product(task: tuple[Any, ...]) -> str | None:
-    """Compile one product for the cache on the disk; returns why not."""
+def one_product(
+    x: Tensor, normed: bool, gated: bool, residual: Tensor | None, candidate: tuple[int, ...], weight: Tensor
+) -> None:
+    """As a layer has it: behind a norm, or with a residual and a norm that follows."""
     from specdec.kernels import triton_layers as layers
 
+    blocks = layers.Blocks(*candidate)
+    if residual is not None:
+        layers.added_product(x, weight, None, residual, weight.view(-1)[: residual.shape[1]], 1e-5, blocks)
+        return
+    squares = torch.ones(len(x), x.shape[1] // 16, device=x.device) if normed else None
+    layers.product(layers.Normed(x, squares, 1e-5), weight, gated=gated, blocks=blocks)
+
+
+def compile_product(task: tuple[Any, ...]) -> str | None:
+    """Compile one product for the cache on the disk; returns why not."""
     outputs, inputs, normed, gated, added, candidate = task
-    rows = outputs * (2 if gated else 1)
     try:
         with torch.device("cuda"):
-            x, weight, norm = (
-                torch.empty(size, dtype=torch.bfloat16) for size in ((1, inputs), (rows, inputs), (inputs,))
-            )
+            x = torch.empty(1, inputs, dtype=torch.bfloat16)
+            weight = torch.empty(outputs * (2 if gated else 1), inputs, dtype=torch.bfloat16)
             residual = torch.empty(1, outputs, dtype=torch.bfloat16) if added else None
-        norm = norm if normed else None
-        layers.product(
-            x, weight, norm=norm, epsilon=1e-5, residual=residual, gated=gated, blocks=layers.Blocks(*candidate)
-        )
+        one_product(x, normed, gated, residual, candidate, weight)
         torch.cuda.synchronize()
     except Exception as error:
         return f"{task}: {error}"[:300]

@@ -1,8 +1,12 @@
 """Decoder layers for decode steps on NVIDIA GPUs, seven Triton kernels each.
 
 A decode step reads all weights for a few tokens, so its time is the bytes over the bandwidth plus what it costs to
-start kernels. Per layer: RMSNorm + QKV product; rotary embedding + cache write; attention over splits of the context;
-combination of the splits; output product + residual; RMSNorm + gate/up product + SiLU; down product + residual.
+start kernels. Per layer: QKV product; rotary embedding + cache write; attention over splits of the context; combination
+of the splits; output product + residual; gate/up product + SiLU; down product + residual.
+
+An RMSNorm has no kernel of its own in bfloat16: whoever writes the residual stream also writes it times the norm's
+weight, and the squares' sums; the product that follows divides by their root when it is done. (Normalising within the
+product's loop was measured on an H100: it breaks the pipeline of loads and takes two to four times as long.)
 
 **One order of summation whatever is computed beside a token.** A product runs over the inputs in blocks whose size
 depends on the weight's shape and type only, and each token is a row of its own in the tensor cores' tiles. Attention is
@@ -17,7 +21,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -93,68 +99,165 @@ def run_layers(
     angles: tables of cos and sin [positions, head_dim]. blocks: each layer's keys and values
     [rows, kv heads, capacity, head_dim], written at the places of the call.
     """
-    shape = hidden.shape
-    hidden = hidden.reshape(-1, shape[-1]).contiguous()
-    states = torch.empty_like(hidden)
+    with _on(hidden):
+        return _run_layers(layers, hidden.reshape(-1, hidden.shape[-1]).contiguous(), angles, blocks, at).view_as(
+            hidden
+        )
+
+
+def _run_layers(
+    layers: Sequence[Layer],
+    hidden: Tensor,
+    angles: tuple[Tensor, Tensor],
+    blocks: Sequence[tuple[Tensor, Tensor]],
+    at: Places,
+) -> Tensor:
     scratch = _Scratch.of(layers[0], at, hidden)
-    for layer, (keys, values) in zip(layers, blocks, strict=True):
-        qkv = product(hidden, *layer.qkv, norm=layer.norm_before_attention, epsilon=layer.epsilon)
+    states, normed = hidden, normed_states(hidden, layers[0].norm_before_attention, layers[0].epsilon)
+    following = [*(layer.norm_before_attention for layer in layers[1:]), None]
+    for layer, (keys, values), next_norm in zip(layers, blocks, following, strict=True):
+        qkv = product(normed, *layer.qkv)
         _place_heads(layer, qkv, angles, keys, values, at, scratch)
         attended = _attend(layer, keys, values, at, scratch)
-        product(attended, *layer.output, residual=hidden, out=states)
-        inner = product(states, *layer.gate_up, norm=layer.norm_before_mlp, epsilon=layer.epsilon, gated=True)
-        product(inner, *layer.down, residual=states, out=states)
-        hidden = states
-    return states.view(shape)
+        states, normed = added_product(attended, *layer.output, states, layer.norm_before_mlp, layer.epsilon)
+        inner = product(normed, *layer.gate_up, gated=True)
+        states, normed = added_product(inner, *layer.down, states, next_norm, layer.epsilon)
+    return states
+
+
+@dataclass(frozen=True, slots=True)
+class Normed:
+    """States after an RMSNorm, [tokens, n]; if `squares` is given, the products of them are still to be scaled.
+
+    squares: float32 [tokens, parts], sums of the squares of the states before the norm.
+    """
+
+    states: Tensor
+    squares: Tensor | None = None
+    epsilon: float = 0.0
+
+
+def normed_states(states: Tensor, norm: Tensor | None, epsilon: float) -> Normed:
+    """States [tokens, n] after an RMSNorm with this weight, or as they are."""
+    if norm is None:
+        return Normed(states)
+    if not _defers_norm(states):
+        return Normed(normalise(states, norm, epsilon))
+    scaled, squares = torch.empty_like(states), _float32(states, len(states), 1)
+    size = states.shape[1]
+    block = triton.next_power_of_2(size)
+    _scale_kernel[(len(states),)](states, norm, scaled, squares, SIZE=size, BLOCK=block, **overlap(states), num_warps=4)
+    return Normed(scaled, squares, epsilon)
+
+
+def added_product(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor,
+    norm: Tensor | None,
+    epsilon: float,
+    blocks: Blocks | None = None,
+) -> tuple[Tensor, Normed]:
+    """residual + product of x, [tokens, out], and the same after an RMSNorm with this weight."""
+    out, blocks = torch.empty_like(residual), blocks or usual_blocks(len(weight), weight.shape[1], x.dtype)
+    if norm is None or not _defers_norm(x):
+        _launch_product(Normed(x), weight, bias, out, residual=residual, blocks=blocks)
+        return out, normed_states(out, norm, epsilon)
+    scaled, squares = torch.empty_like(out), _float32(out, len(out), triton.cdiv(len(weight), blocks.outputs))
+    _launch_product(
+        Normed(x), weight, bias, out, residual=residual, norm=norm, scaled=scaled, squares_out=squares, blocks=blocks
+    )
+    return out, Normed(scaled, squares, epsilon)
 
 
 def product(
-    x: Tensor,
+    x: Tensor | Normed,
     weight: Tensor,
     bias: Tensor | None = None,
     *,
-    norm: Tensor | None = None,
-    epsilon: float = 0.0,
-    residual: Tensor | None = None,
     gated: bool = False,
-    out: Tensor | None = None,
     blocks: Blocks | None = None,
 ) -> Tensor:
     """x [tokens, in] times weight [out, in] transposed, with float32 sums: [tokens, out].
 
-    norm: weight of an RMSNorm of x that comes first. residual: [tokens, out], added; may be `out` itself.
     gated: weight is [2 * out, in], gates before the others: SiLU(gate) * other.
     blocks: other than the usual division, for measurements.
     """
-    num_tokens, num_inputs = x.shape
-    num_outputs = weight.shape[0] // 2 if gated else weight.shape[0]
-    out = x.new_empty(num_tokens, num_outputs) if out is None else out
+    x = x if isinstance(x, Normed) else Normed(x)
+    out = x.states.new_empty(len(x.states), len(weight) // 2 if gated else len(weight))
+    with _on(out):
+        _launch_product(x, weight, bias, out, gated=gated, blocks=blocks)
+    return out
+
+
+def _launch_product(
+    x: Normed,
+    weight: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    *,
+    residual: Tensor | None = None,
+    norm: Tensor | None = None,
+    scaled: Tensor | None = None,
+    squares_out: Tensor | None = None,
+    gated: bool = False,
+    blocks: Blocks | None = None,
+) -> None:
+    num_tokens, num_inputs = x.states.shape
+    num_outputs, num_parts = out.shape[1], 0 if x.squares is None else x.squares.shape[1]
     blocks = blocks or usual_blocks(num_outputs, num_inputs, weight.dtype, gated)
     block_tokens = _block_tokens(num_tokens)
     grid = (triton.cdiv(num_tokens, block_tokens), triton.cdiv(num_outputs, blocks.outputs))
     _product_kernel[grid](
-        x,
+        x.states,
         weight,
-        norm,
         bias,
+        x.squares,
         residual,
+        norm,
         out,
+        scaled,
+        squares_out,
         num_tokens,
-        epsilon,
+        x.epsilon,
         NUM_INPUTS=num_inputs,
         NUM_OUTPUTS=num_outputs,
+        NUM_PARTS=num_parts,
+        BLOCK_PARTS=max(16, triton.next_power_of_2(num_parts)),
         GATED=gated,
-        NORM_FIRST=x.dtype == torch.float16,
-        PRECISION=_precision(x.dtype),
+        PRECISION=_precision(weight.dtype),
         BLOCK_TOKENS=block_tokens,
         BLOCK_OUTPUTS=blocks.outputs,
         BLOCK_INPUTS=blocks.inputs,
         PREFETCHED=_PREFETCHED_BYTES // weight.element_size(),
-        **overlap(x),
-        num_stages=blocks.num_stages,
+        **overlap(weight),
+        num_stages=_fitting_stages(blocks, block_tokens, weight, gated),
         num_warps=blocks.num_warps,
     )
-    return out
+
+
+def _fitting_stages(blocks: Blocks, block_tokens: int, weight: Tensor, gated: bool) -> int:
+    """Stages of the pipeline that shared memory holds; how many there are changes no bit."""
+    stage_bytes = (block_tokens + blocks.outputs * (1 + gated)) * blocks.inputs * weight.element_size()
+    return max(2, min(blocks.num_stages, _shared_bytes(weight.device) // stage_bytes - 1))
+
+
+@cache
+def _shared_bytes(device: torch.device) -> int:
+    """Shared memory that a program may have."""
+    if device.type != "cuda":
+        return 1 << 30
+    return int(torch.cuda.get_device_properties(device).shared_memory_per_block_optin)  # type: ignore[attr-defined]
+
+
+def _defers_norm(x: Tensor) -> bool:
+    """Whether products scale when they are done: the sum of squares is exact then, and nothing overflows."""
+    return x.dtype == torch.bfloat16
+
+
+def _float32(like: Tensor, *shape: int) -> Tensor:
+    return torch.empty(shape, dtype=torch.float32, device=like.device)
 
 
 def normalise(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
@@ -162,15 +265,21 @@ def normalise(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     x = x.contiguous()
     out, size = torch.empty_like(x), x.shape[-1]
     block = triton.next_power_of_2(size)
-    _norm_kernel[(x.numel() // size,)](x, weight, out, epsilon, SIZE=size, BLOCK=block, **overlap(x), num_warps=4)
+    with _on(x):
+        _norm_kernel[(x.numel() // size,)](x, weight, out, epsilon, SIZE=size, BLOCK=block, **overlap(x), num_warps=4)
     return out
 
 
-def usual_blocks(num_outputs: int, num_inputs: int, dtype: torch.dtype, gated: bool) -> Blocks:
+def _on(tensor: Tensor) -> AbstractContextManager[Any]:
+    """Where kernels are launched: on the current device, whatever the tensors' is."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+
+
+def usual_blocks(num_outputs: int, num_inputs: int, dtype: torch.dtype, gated: bool = False) -> Blocks:
     """How a product is divided that nobody measured: enough programs for all multiprocessors, deep pipelines."""
     if dtype == torch.float32:
         return Blocks(32, 32, 2, 4)
-    return Blocks(16 if num_outputs < 4096 or gated else 32, 128, 5, 4)
+    return Blocks(32, 256, 3, 4) if gated else Blocks(16, 128, 8, 2)
 
 
 def split_places(head_dim: int, dtype: torch.dtype) -> int:
@@ -180,15 +289,13 @@ def split_places(head_dim: int, dtype: torch.dtype) -> int:
 
 
 def overlap(x: Tensor) -> dict[str, Any]:
-    """Launch options by which a kernel starts while the one before it ends, and fetches its weights (since Hopper)."""
-    if not x.is_cuda or torch.cuda.get_device_capability(x.device) < (9, 0):
-        return {"OVERLAPS": False}
-    return {"OVERLAPS": True, "launch_pdl": True}
+    """Launch options by which a kernel starts while the one before it ends, where that pays: nowhere yet."""
+    return {"OVERLAPS": False}
 
 
 def _block_tokens(num_tokens: int) -> int:
     """Tokens that share a program's weights: any number gives each token the same bits."""
-    return 16 if num_tokens <= 16 else 32
+    return 16 if num_tokens <= 16 else 32 if num_tokens <= 32 else 64
 
 
 def _precision(dtype: torch.dtype) -> str:
@@ -336,16 +443,20 @@ def _prefetch_rows(rows, SIZE: tl.constexpr, PREFETCHED: tl.constexpr):
 def _product_kernel(
     x,
     weight,
-    norm,
     bias,
+    squares,
     residual,
+    norm,
     out,
+    scaled_out,
+    squares_out,
     num_tokens,
     epsilon,
     NUM_INPUTS: tl.constexpr,
     NUM_OUTPUTS: tl.constexpr,
+    NUM_PARTS: tl.constexpr,
+    BLOCK_PARTS: tl.constexpr,
     GATED: tl.constexpr,
-    NORM_FIRST: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
     BLOCK_OUTPUTS: tl.constexpr,
@@ -362,41 +473,30 @@ def _product_kernel(
     if OVERLAPS:
         gdc_launch_dependents()
         rows = weight + tl.minimum(columns, NUM_OUTPUTS - 1).to(tl.int64) * NUM_INPUTS
-        _prefetch_rows(rows, NUM_INPUTS, PREFETCHED)
-        if GATED:
+        if PREFETCHED > 0:
+            _prefetch_rows(rows, NUM_INPUTS, PREFETCHED)
+        if GATED and PREFETCHED > 0:
             _prefetch_rows(rows + NUM_OUTPUTS * NUM_INPUTS, NUM_INPUTS, PREFETCHED)
         gdc_wait()
+    if squares is not None:
+        part = tl.arange(0, BLOCK_PARTS)
+        part_at = squares + tokens[:, None] * NUM_PARTS + part[None, :]
+        parts = tl.load(part_at, mask=is_token[:, None] & (part[None, :] < NUM_PARTS), other=0.0)
     sums = tl.zeros((BLOCK_TOKENS, BLOCK_OUTPUTS), tl.float32)
     others = tl.zeros((BLOCK_TOKENS, BLOCK_OUTPUTS), tl.float32)
-    squares = tl.zeros((BLOCK_TOKENS, BLOCK_INPUTS), tl.float32)
-    scale = tl.full((BLOCK_TOKENS,), 1.0, tl.float32)
-    if norm is not None and NORM_FIRST:  # float16 would overflow if it were normalised after the product
-        for start in range(0, NUM_INPUTS, BLOCK_INPUTS):
-            is_input = start + inputs < NUM_INPUTS
-            wide = tl.load(x_at + start, mask=is_token[:, None] & is_input[None, :], other=0.0).to(tl.float32)
-            squares += wide * wide
-        scale = tl.rsqrt(tl.sum(squares, 1) / NUM_INPUTS + epsilon)
     for start in range(0, NUM_INPUTS, BLOCK_INPUTS):
         is_input = start + inputs < NUM_INPUTS
         is_weight = is_input[:, None] & is_column[None, :]
-        w = tl.load(weight_at + start, mask=is_weight, other=0.0)
         values = tl.load(x_at + start, mask=is_token[:, None] & is_input[None, :], other=0.0)
-        if norm is not None:
-            wide = values.to(tl.float32)
-            if NORM_FIRST:
-                wide = wide * scale[:, None]
-            else:
-                squares += wide * wide
-            wide = wide * tl.load(norm + start + inputs, mask=is_input, other=0.0).to(tl.float32)[None, :]
-            values = wide.to(x.dtype.element_ty)
+        w = tl.load(weight_at + start, mask=is_weight, other=0.0)
         if _INTERPRETED:
             values, w = values.to(tl.float32), w.to(tl.float32)
         sums = tl.dot(values, w, sums, input_precision=PRECISION)
         if GATED:
             w = tl.load(weight_at + NUM_OUTPUTS * NUM_INPUTS + start, mask=is_weight, other=0.0)
             others = tl.dot(values, w.to(values.dtype), others, input_precision=PRECISION)
-    if norm is not None and not NORM_FIRST:
-        scale = tl.rsqrt(tl.sum(squares, 1) / NUM_INPUTS + epsilon)
+    if squares is not None:
+        scale = tl.rsqrt(_row_sums(parts, BLOCK_PARTS) / NUM_INPUTS + epsilon)
         sums *= scale[:, None]
         others *= scale[:, None]
     if bias is not None:
@@ -409,7 +509,47 @@ def _product_kernel(
     is_output = is_token[:, None] & is_column[None, :]
     if residual is not None:
         sums += tl.load(residual + at, mask=is_output, other=0.0).to(tl.float32)
-    tl.store(out + at, sums.to(out.dtype.element_ty), mask=is_output)
+    states = sums.to(out.dtype.element_ty)
+    tl.store(out + at, states, mask=is_output)
+    if norm is not None:
+        wide = states.to(tl.float32)
+        scaled = wide * tl.load(norm + columns, mask=is_column, other=0.0).to(tl.float32)[None, :]
+        tl.store(scaled_out + at, scaled.to(out.dtype.element_ty), mask=is_output)
+        part_at = squares_out + tokens * tl.num_programs(1) + tl.program_id(1)
+        tl.store(part_at, _row_sums_of_squares(wide, BLOCK_OUTPUTS), mask=is_token)
+
+
+@triton.jit
+def _row_sums(values, SIZE: tl.constexpr):
+    """Sums float32 [n] of values float32 [n, SIZE], in one order however many rows there are: those of a product."""
+    sums = tl.dot(values, tl.full((SIZE, 16), 1.0, tl.float32), input_precision="ieee")
+    return tl.max(sums, 1)  # of equal columns
+
+
+@triton.jit
+def _row_sums_of_squares(values, SIZE: tl.constexpr):
+    """The same of the squares of bfloat16 numbers [n, SIZE], exactly: a square's 16 bits are two such numbers."""
+    squares = values * values
+    if _INTERPRETED:  # which rounds to bfloat16 otherwise
+        return _row_sums(squares, SIZE)
+    ones = tl.full((SIZE, 16), 1.0, tl.bfloat16)
+    high = squares.to(tl.bfloat16)
+    low = (squares - high.to(tl.float32)).to(tl.bfloat16)
+    return tl.max(tl.dot(low, ones, tl.dot(high, ones)), 1)
+
+
+@triton.jit
+def _scale_kernel(x, weight, scaled, squares, SIZE: tl.constexpr, BLOCK: tl.constexpr, OVERLAPS: tl.constexpr):
+    """A token's states times a norm's weight, and the sum of the states' squares."""
+    if OVERLAPS:
+        gdc_launch_dependents()
+        gdc_wait()
+    at = tl.arange(0, BLOCK)
+    token, inside = tl.program_id(0).to(tl.int64), at < SIZE
+    values = tl.load(x + token * SIZE + at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(squares + token, tl.sum(values * values, 0))
+    values *= tl.load(weight + at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(scaled + token * SIZE + at, values.to(scaled.dtype.element_ty), mask=inside)
 
 
 @triton.jit
