@@ -10,9 +10,10 @@ recordings, has memory of its own outside the pool.
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable, Hashable, Iterator
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import fields, is_dataclass
 from typing import Any, Protocol, TypeVar, cast
 
@@ -156,6 +157,18 @@ class Repetition:
         pass
 
 
+@contextmanager
+def without_garbage_collection() -> Iterator[None]:
+    """Collect no garbage inside: destroying a graph of an engine that is gone would end a capture in progress."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
 class CudaGraphs:
     """CUDA graphs of one device, which must be the current one, with one memory pool and one stream for capturing."""
 
@@ -195,7 +208,10 @@ class CudaGraphs:
         before, failure = torch.cuda.current_stream(self._device), None
         try:
             # thread_local: what other threads do with the device is no part of it, and is not forbidden meanwhile
-            with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
+            with (
+                without_garbage_collection(),
+                torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"),
+            ):
                 try:
                     run()
                 except RuntimeError as error:  # to end such a capture raises another error, which says less

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -130,3 +131,13 @@ def test_running_out_of_memory_is_no_fallback(for_users: None, cuda: Cuda, at_th
     with pytest.raises(torch.OutOfMemoryError):
         CudaGraphs(GPU).capture(nothing if at_the_end else fails(out_of_memory))
     assert cuda.streams[-1] == "main"
+
+
+def test_no_garbage_is_collected_during_a_capture(cuda: Cuda, for_users: None) -> None:
+    """It may hold graphs of engines that are gone, and to destroy one ends the capture (seen on an H100)."""
+    cuda.failures, seen = [None, RuntimeError("cannot")], []
+    graphs = CudaGraphs(GPU)
+    for _ in range(2):
+        graphs.capture(lambda: seen.append(gc.isenabled()))
+        assert gc.isenabled()
+    assert seen == [False, False]
