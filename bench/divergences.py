@@ -19,6 +19,7 @@ import torch
 
 from bench import workloads
 from bench.engines import BenchEngine, Gamma, LoadOptions, Setup, VllmOptions, load
+from bench.foreign import loads
 from bench.pairs import Pair, catalogue, folder
 from specdec import SamplingParams
 from specdec.conformance.divergence import Divergence, explain
@@ -104,7 +105,7 @@ def main() -> None:
     parser.add_argument("--vllm-python", type=Path, help="the interpreter that runs vLLM")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the findings here, too")
     given = parser.parse_args()
-    run = [each["extra_info"] for each in json.loads(given.run.read_text())["benchmarks"]]
+    run = [each["extra_info"] for each in loads(given.run.read_text())["benchmarks"]]
     records = [record for record in run if record["engine"] in given.engines.split(",")]
     first = records[0]
     engines = Engines(catalogue()[first["pair"]], first["dtype"], VllmOptions(given.vllm_python))

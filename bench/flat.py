@@ -5,9 +5,10 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Sequence
+from typing import Any
 
 from bench import columns
-from bench.results import Results, kind_of
+from bench.results import Record, Results, kind_of
 
 
 def render(runs: Sequence[Results]) -> str:
@@ -17,7 +18,7 @@ def render(runs: Sequence[Results]) -> str:
     is empty.
     """
     rows = [
-        {"run": run.name, "kind": kind_of(record).removesuffix("s"), **columns.scalars(record)}
+        {"run": inert(run.name), "kind": kind_of(record).removesuffix("s"), **_scalars(record)}
         for run in runs
         for record in run.records
     ]
@@ -27,3 +28,14 @@ def render(runs: Sequence[Results]) -> str:
     writer.writeheader()
     writer.writerows(rows)
     return stream.getvalue()
+
+
+def inert(text: str) -> str:
+    """A text that no spreadsheet takes for a formula, of names that others wrote."""
+    return f"'{text}" if text.startswith(("=", "+", "-", "@")) else text
+
+
+def _scalars(record: Record) -> dict[str, Any]:
+    """Single values; numbers may begin with a minus."""
+    fields = columns.scalars(record).items()
+    return {inert(name): inert(value) if isinstance(value, str) else value for name, value in fields}

@@ -23,6 +23,7 @@ from bench.engines import ENGINES, METHODS, VLLM_METHODS, Gamma, VllmOptions
 from bench.engines.process import SECRET
 from bench.load import PROCESSES, Limits, Process
 from bench.pairs import Pair, parse_pairs
+from bench.shards import MOST_PARTS
 from bench.workloads import Lengths, parse_workloads
 from specdec.models.loading import QUANTISATIONS as LOADABLE
 from specdec.models.placement import parse as parse_placement
@@ -495,9 +496,10 @@ def _arrival_rates(name: str, text: str) -> tuple[float, ...]:
 
 def _shard(name: str, text: str) -> str | None:
     index, _, number = text.partition("/")
-    holds = index.isdecimal() and number.isdecimal() and 1 <= int(index) <= int(number)
+    are_numbers = all(part.isdecimal() and len(part) <= len(str(MOST_PARTS)) for part in (index, number))
     _require(
-        not text or holds, f"{name}={text!r} must be I/N with 1 <= I <= N; for example 1/3, and 2/3, 3/3 elsewhere"
+        not text or (are_numbers and 1 <= int(index) <= int(number) <= MOST_PARTS),
+        f"{name}={text!r} must be I/N with 1 <= I <= N <= {MOST_PARTS}; for example 1/3, and 2/3, 3/3 elsewhere",
     )
     return f"{int(index)}/{int(number)}" if text else None
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Collection, Iterator, Sequence
@@ -14,7 +13,9 @@ from typing import Any
 
 from bench.cells import CELL_FIELDS
 from bench.columns import COLUMNS
+from bench.foreign import harmless, loads, printable
 from bench.journal import SCHEMA_VERSION, complete_lines
+from bench.shards import MOST_PARTS
 
 Record = dict[str, Any]
 # fields that records had not always, with what held before they were told
@@ -122,19 +123,19 @@ def read(path: Path) -> Results:
     Raises ValueError if the file holds none of these benchmarks'.
     """
     try:
-        is_journal = path.suffix == ".jsonl"
-        return _parse(path.stem, _of_journal(path) if is_journal else json.loads(path.read_text(encoding="utf-8")))
+        document = _of_journal(path) if path.suffix == ".jsonl" else loads(path.read_text(encoding="utf-8"))
+        return _parse(printable(path.stem), document)
     except OSError as error:
         raise ValueError(f"{path} must be a file that can be read ({error.strerror}); check the path") from error
     except UnreadableError as error:
         raise ValueError(f"{path} {error}") from error
-    except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError, OverflowError, RecursionError) as error:
         raise ValueError(f"{path} must be written by `pytest bench/ --benchmark-json`; {error!r} is amiss") from error
 
 
 def _of_journal(path: Path) -> dict[str, Any]:
     """A journal in the form of a pytest-benchmark file, as far as it goes."""
-    first, *cells = complete_lines(path)[0] or [{}]
+    first, *cells = harmless(complete_lines(path)[0]) or [{}]
     configuration = first["configuration"]
     return {
         "schema_version": first["schema_version"],
@@ -167,7 +168,7 @@ def _parse(name: str, document: dict[str, Any]) -> Results:
     configuration, command = document.get("configuration"), document.get("command")
     shard = _shard(document.get("shard") or (configuration or {}).get("shard"))
     told = {kind: tuple(records) for kind, records in kinds.items()}
-    told["cells_of_shards"] = tuple(document.get("cells_of_shards") or ())
+    told["cells_of_shards"] = tuple(map(int, document.get("cells_of_shards") or ()))
     return Results(name, dict(machine), str(document["datetime"]), commit[:10], command, configuration, shard, **told)
 
 
@@ -192,8 +193,10 @@ def _shard(text: Any) -> tuple[int, int] | None:
     """ "2/3" or [2, 3]."""
     if not text:
         return None
-    index, number = text.split("/") if isinstance(text, str) else text
-    return int(index), int(number)
+    index, number = map(int, text.split("/") if isinstance(text, str) else text)
+    if not 1 <= index <= number <= MOST_PARTS:
+        raise UnreadableError(f"must be of shard I/N with 1 <= I <= N <= {MOST_PARTS}, and is of {index}/{number}")
+    return index, number
 
 
 def kind_of(record: Record) -> str:

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import hashlib
 
+MOST_PARTS = 10_000  # of a campaign
+
 
 def part_of(key: str, num_parts: int) -> int:
     """The part that a cell belongs to, from 1 to `num_parts`. key: its id, or what those that stay together share."""

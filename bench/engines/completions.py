@@ -23,6 +23,7 @@ from bench.engines.server_answers import (
     parse_queue,
     parse_version,
 )
+from bench.foreign import printable
 
 BUSY = (429, 502, 503, 504)  # statuses of a server that may answer if asked again
 MOST_OF_PAGE = 1 << 24  # bytes
@@ -166,6 +167,7 @@ class Client:
         if response.status in (401, 403):
             raise EngineError(f"server={self.url} must accept the API key; put it into SPECDEC_SERVER_API_KEY")
         text = self._redacted(response.read(2 * MOST_SHOWN)).decode(errors="replace")[:MOST_SHOWN]
+        text = printable(text)
         kind = BusyError if response.status in BUSY else EngineError
         raise kind(f"server={self.url} must accept the request, but answered {response.status}: {text}")
 

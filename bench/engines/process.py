@@ -16,6 +16,7 @@ from threading import Thread
 from typing import IO, Any
 
 from bench.engines import EngineError
+from bench.foreign import printable
 
 SECRET = re.compile("KEY$|TOKEN$|SECRET|PASSWORD", re.IGNORECASE)  # of variables whose values are nobody's business
 NUM_LAST_LINES = 25  # of a worker's standard error: what an error message shows
@@ -75,7 +76,7 @@ class Child:
         lines = "\n".join(self._last_lines or ["(nothing)"])
         for secret in self._secrets:  # some programs print their options
             lines = lines.replace(secret, "(secret)")
-        lines = "\n".join(line[:MAX_LINE] for line in lines.split("\n"))
+        lines = "\n".join(printable(line[:MAX_LINE]) for line in lines.split("\n"))
         return EngineError(f"{self.name} {text}; its last output was:\n{lines}")
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from bench.engines import EngineError
+from bench.foreign import printable
 
 MOST = 1 << 53  # of any counter; beyond it floating-point numbers of a metrics page are not exact
 MOST_OF_VERSION = 100  # characters
@@ -45,7 +46,9 @@ class Row:
     def take(self, event: Mapping[str, Any], now_s: float) -> None:
         """Add an event of a stream. Raises EngineError if the event says so, or is not what was asked for."""
         if "error" in event:
-            raise EngineError(f"the server must continue the prompt, but says: {str(event['error'])[:MOST_SHOWN]}")
+            raise EngineError(
+                f"the server must continue the prompt, but says: {printable(str(event['error'])[:MOST_SHOWN])}"
+            )
         for choice in _list(event, "choices", ()):
             self._take_choice(_mapping(choice, "choices"), now_s)
         metrics = event.get("metrics")
@@ -87,14 +90,14 @@ def parse_model(text: str) -> dict[str, str]:
     name, root = model.get("id"), model.get("root")
     if not isinstance(name, str) or not isinstance(root, str | None):
         raise EngineError(f"the id of a served model must be a text, but is {shown(name)}; is this a vLLM server?")
-    return {"id": name, "root": root or name}
+    return {"id": printable(name), "root": printable(root or name)}
 
 
 def parse_version(text: str) -> str:
     version = parse_object(text, "/version").get("version")
     if not isinstance(version, str):
         raise EngineError(f"version={shown(version)} must be a text; is this a vLLM server?")
-    return version[:MOST_OF_VERSION]
+    return printable(version[:MOST_OF_VERSION])
 
 
 def parse_counters(page: str) -> dict[str, Any]:
@@ -158,7 +161,7 @@ def _amount(text: str, name: str) -> float:
     except ValueError:
         value = -1.0
     if not 0 <= value < MOST:  # nor NaN
-        raise EngineError(f"{name}={text[:80]} must be a number from 0 to 2**53; is this a vLLM server's page?")
+        raise EngineError(f"{name}={shown(text)} must be a number from 0 to 2**53; is this a vLLM server's page?")
     return value
 
 

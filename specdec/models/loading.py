@@ -31,6 +31,8 @@ ATTENTIONS = ("eager", "sdpa")
 LOAD_FORMATS = ("auto", "dummy")
 QUANTISATIONS = {"bitsandbytes-4bit": "bitsandbytes", "torchao-int8": "torchao"}  # name -> package
 WEIGHTS_SHARE = 0.9  # of a device's free memory that weights may fill; keys, values and activations need the rest
+COUNTED = re.compile(r"(layers?|experts?|blocks?|depth)$")  # fields of a configuration by which modules are made
+MOST_PARTS = 10_000  # of one kind, in a model
 _PATH = "pretrained_model_name_or_path"  # what from_pretrained calls its first argument
 
 
@@ -239,8 +241,40 @@ def _file(source: str, path: Path, load_format: str) -> _Place:
 def _config_and_class(place: _Place) -> tuple[Any, Any]:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
+    _check_counts(place)
     config = AutoConfig.from_pretrained(**place.arguments, trust_remote_code=False)
     return config, AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+
+
+def _check_counts(place: _Place) -> None:
+    """Raises ValueError for more layers or experts than any model has: making them one by one would never end."""
+    from transformers import PreTrainedConfig
+
+    if "gguf_file" in place.arguments:
+        return  # its configuration is made of the tensors that are there
+    parts = [PreTrainedConfig.get_config_dict(**place.arguments)[0]]
+    while parts:
+        for name, value in parts.pop().items():
+            if isinstance(value, dict):
+                parts.append(value)
+            elif COUNTED.search(name) and isinstance(value, int) and value > MOST_PARTS:
+                raise ValueError(f"{name}={value} must be at most {MOST_PARTS}")
+
+
+def _check_weight_files(place: _Place, config: Any) -> None:
+    """Raises ValueError where a model names weights that are not safetensors, in its configuration or its index."""
+    from transformers.utils import cached_file
+
+    named = getattr(config, "transformers_weights", None) or "model.safetensors.index.json"
+    if not str(named).endswith((".safetensors", ".safetensors.index.json")):
+        raise ValueError(f"transformers_weights={named} must be .safetensors, as other formats can hold code")
+    if not str(named).endswith(".json"):
+        return
+    quiet = {f"_raise_exceptions_for_{what}": False for what in ("missing_entries", "connection_errors", "gated_repo")}
+    index = cached_file(place.arguments[_PATH], named, **quiet)
+    files = set(json.loads(Path(index).read_text())["weight_map"].values()) if index else set()
+    if others := sorted(str(name) for name in files if not str(name).endswith(".safetensors")):
+        raise ValueError(f"{named} must name .safetensors alone, as other formats can hold code, but names {others[0]}")
 
 
 def _special(
@@ -338,6 +372,8 @@ def _stored_model(place: _Place, devices: Sequence[torch.device], **options: Any
     from transformers import GgufConfig
 
     config, auto_class = _config_and_class(place)
+    if "gguf_file" not in place.arguments:
+        _check_weight_files(place, config)
     options |= {"config": config, "use_safetensors": True, "trust_remote_code": False, "output_loading_info": True}
     if "gguf_file" in place.arguments:  # some architectures would else stay packed, where a kernel for it is installed
         options["quantization_config"] = GgufConfig(dequantize=True)

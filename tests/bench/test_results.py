@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
-from bench_runs import audited, decoded, document, loaded, sized, write
+from bench_runs import MACHINE, audited, decoded, document, loaded, sized, write
 
-from bench import results
+from bench import flat, foreign, markdown, page, report, results
 from bench.journal import Entry, Journal
 
 ROOT = Path(__file__).parents[2]
@@ -60,6 +63,55 @@ def test_unknown_fields_stay_and_missing_ones_are_none(tmp_path: Path) -> None:
     (record,) = results.read(write(tmp_path / "run.json", [old])).cells
     assert (record["tree_width"], record["branching"]) == ([1, 2], 3)
     assert (record["prompt_format"], record["placement"], record["predicted_speedup"]) == ("instruct", "same", None)
+
+
+ESCAPES = "\x1b]0;gone\x07\x1b[2J\r\u202e\u2028\x9b\ud800"
+
+
+def test_nothing_of_somebody_elses_reaches_the_terminal(tmp_path: Path) -> None:
+    """Nor the Markdown, page or CSV: control characters are shown as escapes."""
+    record = decoded("ngram", 2, device=f"cpu{ESCAPES}", **{f"field{ESCAPES}": ESCAPES})
+    machine = MACHINE | {"cpu_model": f"CPU{ESCAPES}"}
+    changes = {"machine_info": machine, "command": f"pytest{ESCAPES}", "datetime": f"2026{ESCAPES}"}
+    run = results.read(write(tmp_path / f"run{ESCAPES[:4]}.json", [record, decoded("ngram", 4)], **changes))
+    told = report.document([run])
+    texts = (report.text(run), markdown.render(told), page.render(told), flat.render([run]))
+    assert all(not foreign.UNPRINTABLE.search(text.replace("\n", "").replace("\t", "")) for text in texts)
+    assert "\\x1b" in texts[0]
+
+
+def test_a_journal_is_made_harmless_too(tmp_path: Path) -> None:
+    path = tmp_path / "journal.jsonl"
+    with closing(Journal.open(path, {"cpu_model": ESCAPES}, resume=False)) as journal:
+        journal.append("a", Entry(decoded("ngram", 2, device=ESCAPES), [0.1]))
+    assert not foreign.UNPRINTABLE.search(report.text(results.read(path)).replace("\n", ""))
+
+
+def test_no_cell_of_the_csv_is_a_formula(tmp_path: Path) -> None:
+    formulas = {"device": "=cmd|' /C calc'!A0", "dtype": "+1", "draft": "@x", "=field": "-2+3"}
+    run = results.read(write(tmp_path / "=run.json", [decoded("ngram", 2, **formulas)]))
+    (row,) = csv.DictReader(io.StringIO(flat.render([run])))
+    assert (row["run"], row["device"], row["dtype"]) == ("'=run", "'=cmd|' /C calc'!A0", "'+1")
+    assert (row["draft"], row["'=field"]) == ("'@x", "'-2+3")
+    assert not any(cell.startswith(("=", "+", "@")) for cell in (*row, *row.values()))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"shard": "1/1000000000"}, "must be of shard I/N with 1 <= I <= N <= 10000, and is of 1/1000000000"),
+        ({"shard": "0/0"}, "must be of shard I/N"),
+        ({"shard": [3, 2]}, "must be of shard I/N"),
+        ({"shard": "1/2/3"}, "is amiss"),
+        ({"cells_of_shards": [int("9" * 400)]}, "an integer must be below 2\\*\\*64"),
+        ({"cells_of_shards": [None]}, "is amiss"),
+        ({"schema_version": int("9" * 400)}, "an integer must be below 2\\*\\*64"),
+        ({"cells_of_shards": [1e400]}, "is amiss"),
+    ],
+)
+def test_numbers_that_no_run_has_are_refused_at_once(tmp_path: Path, changes: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        results.read(write(tmp_path / "run.json", [decoded("ngram", 2)], **changes))
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "bench" / "baselines").glob("*.json")), ids=lambda path: path.stem)

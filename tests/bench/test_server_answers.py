@@ -238,6 +238,16 @@ def test_a_server_that_echoes_the_key_gets_it_into_no_error(asked: Any, answer: 
     assert "Hush" not in "".join(traceback.format_exception(caught.value))
 
 
+def test_what_a_server_says_moves_no_cursor(asked: Any) -> None:
+    for answer, action in (
+        (sent("\x1b[2J", status=500), complete),
+        (sent("data: " + json.dumps({"error": "\x1b[2J"})), complete),
+        (sent("vllm:request_success_total \x1b[2J"), Client.counters),
+    ):
+        with pytest.raises(EngineError, match=r"\\x1b\[2J"):
+            asked(answer, action)
+
+
 def test_nor_into_a_record(asked: Any) -> None:
     assert asked(sent(json.dumps({"version": f"1.{KEY}"})), Client.version) == "1.(API key)"
     assert asked(sent(json.dumps({"data": [{"id": KEY}]})), Client.model)["id"] == "(API key)"

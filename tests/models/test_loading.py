@@ -249,6 +249,53 @@ def test_pickled_weights_beside_other_safetensors_are_not_read(copy):
         load(copy)
 
 
+@pytest.mark.parametrize("other", ["pytorch_model.bin", "weights.pt", "model.safetensors.bin", 3])
+def test_an_index_that_names_pickled_weights_is_refused(copy, other):
+    """transformers reads whatever the index names, and only the index is called safetensors."""
+    weights = load(copy)[0].state_dict()
+    torch.save(weights, copy / str(other))
+    (copy / "model.safetensors").rename(copy / "adapter.safetensors")
+    index = {"metadata": {}, "weight_map": dict.fromkeys(weights, other)}
+    (copy / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(LoadError, match=r"\(model.safetensors.index.json must name .safetensors alone.*but names"):
+        load(copy)
+
+
+def test_a_configuration_that_names_pickled_weights_is_refused(copy):
+    torch.save(load(copy)[0].state_dict(), copy / "adapter_model.bin")
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"transformers_weights": "adapter_model.bin"}))
+    with pytest.raises(LoadError, match=r"\(transformers_weights=adapter_model.bin must be .safetensors"):
+        load(copy)
+
+
+def test_an_index_of_safetensors_is_read(copy):
+    model, _ = load(copy)
+    model.save_pretrained(copy, max_shard_size="20KB")
+    (copy / "model.safetensors").unlink(missing_ok=True)
+    assert (copy / "model.safetensors.index.json").exists()
+    assert torch.equal(logits(load(copy)[0]), logits(model))
+
+
+@pytest.mark.parametrize("load_format", ["auto", "dummy"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"num_hidden_layers": 10**9},
+        {"num_hidden_layers": int("9" * 400)},
+        {"model_type": "gpt2", "n_layer": 10**9},
+        {"model_type": "t5", "num_layers": 10**9},
+        {"model_type": "mixtral", "num_local_experts": 10**9},
+        {"text_config": {"num_hidden_layers": 10**9}},
+    ],
+)
+def test_a_configuration_that_would_never_end_is_refused(copy, load_format, changes):
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | changes))
+    with pytest.raises(LoadError, match=r"=\d+ must be at most 10000\)"):
+        load(copy, load_format=load_format)
+
+
 def test_weights_file_given_instead_of_its_folder(copy):
     with pytest.raises(ValueError, match=r"must be a .gguf file if it is a file; name the folder that holds it"):
         load(copy / "model.safetensors")
