@@ -3,8 +3,10 @@
 The program gets namespaces of its own (files, processes, network, System V memory; users, too, if the caller is not
 root). In them are the interpreter and the system's libraries, read-only, an empty folder in memory to work in, a
 loopback that is down, and nothing else: no home, no /proc, no device, no road to another user or to more processes. It
-is process 1 of its namespace, so that all of it ends with it. All this is done before it runs, and what cannot be done
-is an error instead. It is no defence against a hole in the kernel.
+is process 1 of its namespace, so that all of it ends with it. What namespaces do not part, such as keyrings, sockets of
+virtual machines and memory that no limit counts, a filter of system calls (seccomp) refuses; so it does what would let
+the program outlive its caller. All this is done before it runs, and what cannot be done is an error instead. It is no
+defence against a hole in the kernel.
 
 This file is run as a script, needs no package, and runs only what it is told to by `bench.sandbox`.
 """
@@ -13,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import json
 import os
 import resource
@@ -30,6 +33,39 @@ MOUNT_SETATTR, AT_FDCWD, AT_RECURSIVE = 442, -100, 1 << 15
 MOUNT_ATTR_RDONLY, MOUNT_ATTR_NOSUID, MOUNT_ATTR_NODEV = 1, 2, 4
 PR_SET_PDEATHSIG, PR_SET_SECUREBITS, PR_SET_NO_NEW_PRIVS = 1, 28, 38
 SECBIT_NOROOT, SECBIT_NOROOT_LOCKED = 1, 2
+PR_SET_SECCOMP, SECCOMP_MODE_FILTER = 22, 2
+# as the machine names itself: how the kernel names its calls' kind, and the numbers of calls that are refused. By hand:
+# this file is run without any package, and the bindings on the index (pyseccomp, of 2021) need a system's libseccomp
+ARCHITECTURES = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
+REFUSED = {
+    # keyrings, which are neither files nor parted by namespaces
+    "add_key": (248, 217),
+    "request_key": (249, 218),
+    "keyctl": (250, 219),
+    # memory that neither RLIMIT_AS nor the size of a mount counts
+    "memfd_create": (319, 279),
+    "memfd_secret": (447, 447),
+    "shmget": (29, 194),
+    "msgget": (68, 186),
+    "semget": (64, 190),
+    # calls by another road, which no filter sees
+    "io_uring_setup": (425, 425),
+    "io_uring_enter": (426, 426),
+    "io_uring_register": (427, 427),
+    # other processes, other namespaces, and parts of the kernel that no such program needs
+    "ptrace": (101, 117),
+    "process_vm_readv": (310, 270),
+    "process_vm_writev": (311, 271),
+    "pidfd_getfd": (438, 438),
+    "unshare": (272, 97),
+    "setns": (308, 268),
+    "bpf": (321, 280),
+    "perf_event_open": (298, 241),
+    "userfaultfd": (323, 282),
+    "open_by_handle_at": (304, 265),
+}
+PRCTL, SOCKET, SOCKETPAIR = (157, 167), (41, 198), (53, 199)
+FAMILIES = (1, 2, 10, 16)  # AF_UNIX, AF_INET, AF_INET6 and AF_NETLINK, which the network's namespace parts
 OUTPUT, VERDICT = 1, 3  # the program's file descriptors
 OUTPUT_BYTES = 2000  # of what the program wrote, its end is reported
 ROOT, JAIL, WORK = "/tmp", "/tmp/jail", "/tmp/jail/work"  # mounted over whatever is there
@@ -145,6 +181,43 @@ def _drop_privileges(is_root: bool) -> None:
         os.setresuid(NOBODY, NOBODY, NOBODY)
     _call("prctl", PR_SET_NO_NEW_PRIVS, *map(ctypes.c_ulong, (1, 0, 0, 0)))
     _call("prctl", PR_SET_PDEATHSIG, *map(ctypes.c_ulong, (signal.SIGKILL, 0, 0, 0)))
+    _refuse_calls()
+
+
+def _refuse_calls() -> None:
+    """Install the filter, for good; privileges can no longer come, so it needs none."""
+    program = b"".join(_filter(os.uname().machine))
+    instructions = ctypes.create_string_buffer(program, len(program))
+    told = struct.pack("HxxxxxxP", len(program) // 8, ctypes.addressof(instructions))
+    _call("prctl", PR_SET_SECCOMP, ctypes.c_ulong(SECCOMP_MODE_FILTER), ctypes.c_char_p(told), 0, 0)
+
+
+def _filter(machine: str) -> list[bytes]:
+    """The instructions of classic BPF by which the kernel looks at each call: its number, kind and first argument."""
+    if machine not in ARCHITECTURES:
+        raise OSError(f"a filter of system calls must be known for this machine, and {machine} is not")
+    column = list(ARCHITECTURES).index(machine)
+    refuse, allow, kill = (_bpf(0x06, value) for value in (0x50000 | errno.EPERM, 0x7FFF0000, 0x80000000))
+    argument = _bpf(0x20, 16)  # the first, whose lower half is all that the kernel takes
+    families = [_bpf(0x15, family, len(FAMILIES) - place) for place, family in enumerate(FAMILIES)]
+    lines = [_bpf(0x20, 4), _bpf(0x15, ARCHITECTURES[machine], 1), kill, _bpf(0x20, 0)]
+    lines += [_bpf(0x35, 0x40000000, 0, 1), kill]  # x32, another set of numbers
+    for numbers in REFUSED.values():
+        lines += _when(numbers[column], [refuse])
+    lines += _when(PRCTL[column], [argument, _bpf(0x15, PR_SET_PDEATHSIG, 0, 1), refuse, allow])
+    for numbers in (SOCKET, SOCKETPAIR):
+        lines += _when(numbers[column], [argument, *families, refuse, allow])
+    return [*lines, allow]
+
+
+def _when(number: int, body: list[bytes]) -> list[bytes]:
+    """The body for one call."""
+    return [_bpf(0x15, number, 0, len(body)), *body]
+
+
+def _bpf(code: int, value: int, if_true: int = 0, if_false: int = 0) -> bytes:
+    """0x20 loads a word, 0x15 and 0x35 jump ahead where it is equal or no less, 0x06 ends."""
+    return struct.pack("HBBI", code, if_true, if_false, value)
 
 
 def _wait(child: int, wall_s: float) -> int | None:

@@ -17,7 +17,7 @@ SYSTEM = ("/usr", "/bin", "/lib", "/lib32", "/lib64", "/nix/store", "/etc/ld.so.
 
 # run before anything else is: raises unless the walls hold
 PROBE = """
-import os, socket
+import ctypes, os, socket
 assert socket.if_nameindex() in ([], [(1, "lo")]), "it must have no network"
 assert sorted(os.listdir(".")) == ["program.py"], "it must have an empty folder"
 assert not os.path.exists({home!r}) or not os.listdir({home!r}) or {holds_python}, "it must not see the home folder"
@@ -31,6 +31,20 @@ def must_fail(rule, action, *arguments):
 must_fail("it must reach no network", socket.create_connection, ("192.0.2.1", 80), 1)
 must_fail("it must start no process", os.fork)
 must_fail("it must have no privileges", os.chroot, ".")
+libc = ctypes.CDLL(None, use_errno=True)
+def must_be_refused(rule, call, *arguments):
+    assert getattr(libc, call)(*arguments) == -1 and ctypes.get_errno() == 1, rule
+add_key, request_key, keyctl = (248, 249, 250) if os.uname().machine == "x86_64" else (217, 218, 219)
+for call in (add_key, request_key, keyctl):
+    must_be_refused("it must reach no keyring", "syscall", call, 0, ctypes.c_long(-3), 0, 0, 0)
+must_be_refused("it must end with its caller", "prctl", 1, 0, 0, 0, 0)
+for family in (38, 40):  # the kernel's cryptography, and sockets of virtual machines
+    must_be_refused("it must reach no other machine", "socket", family, 1, 0)
+    must_be_refused("it must reach no other machine", "socketpair", family, 1, 0, None)
+must_be_refused("its memory must be counted", "memfd_create", b"x", 0)
+must_be_refused("its memory must be counted", "shmget", 0, 4096, 0o1600)
+for call in (425, 426, 427):
+    must_be_refused("its calls must be seen", "syscall", call, 1, None, 0, 0, 0, 0)
 """
 
 

@@ -165,9 +165,56 @@ def test_there_is_no_road_back_to_privileges(action: str) -> None:
     assert "PermissionError" in said or "ValueError: not allowed to raise" in said
 
 
-def test_whoever_kills_the_jail_kills_the_program(tmp_path: Path) -> None:
+ATTACKS = {
+    "read a keyring": "check(libc.syscall(KEYCTL, 0, ctypes.c_long(-3), 0))",  # the session's
+    "find the user's keyring": "check(libc.syscall(KEYCTL, 0, ctypes.c_long(-4), 0))",
+    "revoke a keyring": "check(libc.syscall(KEYCTL, 3, ctypes.c_long(-3)))",
+    "leave a keyring": "check(libc.syscall(KEYCTL, 1, None))",
+    "add a key": "check(libc.syscall(ADD_KEY, b'user', b'left', b'x', 1, ctypes.c_long(-4)))",
+    "ask for a key": "check(libc.syscall(REQUEST_KEY, b'user', b'left', None, 0))",
+    "clear its death signal": "check(libc.prctl(1, 0, 0, 0, 0))",
+    "clear it with a dirty upper half": "check(libc.prctl(ctypes.c_ulong(1 + (1 << 32)), 0, 0, 0, 0))",
+    "talk to the host of a virtual machine": "check(libc.socket(40, 1, 0))",
+    "talk to it with a dirty upper half": "check(libc.syscall(SOCKET, ctypes.c_ulong(40 + (1 << 32)), 1, 0))",
+    "open a raw socket of packets": "check(libc.socket(17, 3, 0))",
+    "use the kernel's cryptography": "check(libc.socket(38, 5, 0))",
+    "hoard memory in a file that is none": "os.memfd_create('x')",
+    "hoard memory in shared memory": "check(libc.shmget(0, 4096, 0o1600))",
+    "hoard memory in messages": "check(libc.msgget(0, 0o1600))",
+    "make calls by a ring": "check(libc.syscall(425, 1, ctypes.create_string_buffer(120)))",
+    "look into another process": "check(libc.ptrace(0, 0, None, None))",
+}
+NUMBERS = {"x86_64": (250, 248, 249, 41), "aarch64": (219, 217, 218, 198)}
+
+
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_an_attack_is_refused(attack: str) -> None:
+    """By the filter: each is no matter of namespaces or limits, but answered with "not permitted"."""
+    program = f"import ctypes, os\nKEYCTL, ADD_KEY, REQUEST_KEY, SOCKET = {NUMBERS[os.uname().machine]}\n"
+    program += "libc = ctypes.CDLL(None, use_errno=True)\ndef check(status):\n    if status == -1:\n"
+    program += "        raise PermissionError(os.strerror(ctypes.get_errno()))\n"
+    assert "Operation not permitted" in failing(program + ATTACKS[attack])
+
+
+@pytest.mark.skipif(os.uname().machine != "x86_64", reason="other machines have no second set of calls")
+@pytest.mark.parametrize("number", [0x40000000 + 39, 0x40000000 + 250])
+def test_calls_by_other_numbers_end_the_program(number: int) -> None:
+    assert "exit status -31" in failing(f"import ctypes\nctypes.CDLL(None).syscall({number})")
+
+
+def test_a_machine_without_a_known_filter_runs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    jail = tmp_path / "jail.py"
+    jail.write_text(sandbox.JAIL.read_text().replace("_filter(os.uname().machine)", "_filter('z80')"))
+    monkeypatch.setattr(sandbox, "JAIL", jail)
+    with pytest.raises(SandboxError, match="a filter of system calls must be known for this machine, and z80 is not"):
+        run("pass")
+
+
+@pytest.mark.parametrize("first", ["", "import ctypes\nctypes.CDLL(None).prctl(1, 0, 0, 0, 0)\n"])
+def test_whoever_kills_the_jail_kills_the_program(first: str, tmp_path: Path) -> None:
+    """Also one that means to clear the signal by which it would end."""
     request = {
-        "program": "import time\ntime.sleep(1000)",
+        "program": first + "import time\ntime.sleep(1000)",
         "word": "w",
         "python": os.path.realpath(sys.executable),
         "binds": sandbox._binds(),
@@ -220,6 +267,12 @@ def test_a_wall_that_cannot_be_built_stops_everything(
         (" | CLONE_NEWNET", "", "it must have no network"),
         ('_call("prctl", PR_SET_SECUREBITS', 'str("prctl"', "it must have no privileges"),
         ("os.setresuid(NOBODY, NOBODY, NOBODY)", "pass", "it must"),
+        ("    _refuse_calls()\n", "", "it must reach no keyring"),
+        ('"keyctl": (250, 219)', '"keyctl": (999, 999)', "it must reach no keyring"),
+        ("PRCTL, SOCKET, SOCKETPAIR = (157, 167)", "PRCTL, SOCKET, SOCKETPAIR = (999, 999)", "it must end with its"),
+        ("FAMILIES = (1, 2, 10, 16)", "FAMILIES = (1, 2, 10, 16, 40)", "it must reach no other machine"),
+        ('"memfd_create": (319, 279)', '"memfd_create": (999, 999)', "its memory must be counted"),
+        ('"io_uring_setup": (425, 425)', '"io_uring_setup": (999, 999)', "its calls must be seen"),
         ("resource.setrlimit(getattr(resource, name), (value, value))", "pass", "it must start no process"),
     ],
 )
