@@ -45,7 +45,7 @@ def installed_by(text: str) -> list[str]:
     found = []
     for match in INSTALLS.finditer(text):
         for argument in match["arguments"].split():
-            name = NAME.fullmatch(argument)
+            name = None if argument in ("it", "them") else NAME.fullmatch(argument)
             if name is None and not re.match(r"[\"']*[-.$/{]|dist/", argument):
                 break  # the sentence goes on
             found += [normal(name["name"])] if name else []
@@ -61,6 +61,7 @@ def test_what_is_installed_is_read_from_a_text() -> None:
         "torchaudio",
     ]
     assert installed_by('({error}); pip install matplotlib"') == ["matplotlib"]
+    assert installed_by("let pip install it from PyPI") == []
 
 
 def test_no_text_tells_anybody_to_install_what_is_not_known_to_be_meant() -> None:
