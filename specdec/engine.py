@@ -131,6 +131,7 @@ class Engine:
         self.target, self.draft, self.method = target, draft, method
         self._tokenizer: Any = getattr(target, "tokenizer", None)
         self._eos_token_ids: frozenset[int] = getattr(target, "eos_token_ids", frozenset())
+        self._context_name: str = getattr(target, "context_name", "model's context")
         self._grammars: GrammarCompiler | None = None
         require(
             exit_layer is None or method == "early_exit",
@@ -332,7 +333,7 @@ class Engine:
         require(
             len(tokens) + sampling.max_tokens <= context,
             f"prompt {index} has {len(tokens)} tokens, which with max_tokens={sampling.max_tokens} exceeds the "
-            f"model's context of {context}; shorten the prompt or lower max_tokens",
+            f"{self._context_name} of {context}, up to which it is decoded; shorten the prompt or lower max_tokens",
         )
         out_of_range = [t for t in (*sampling.logit_bias, *sampling.stop_token_ids) if t >= vocab_size]
         require(

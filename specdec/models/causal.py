@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +15,7 @@ from specdec.cache import RaggedCache
 from specdec.models import prefill
 from specdec.models.early_exit import first_layers
 from specdec.models.fusion import FusedDecoder, depends_on_length, weight_bytes
+from specdec.models.length_factors import LengthCache, length_factors
 from specdec.trees import Branches, Tree
 
 
@@ -26,21 +29,25 @@ class CausalLM:
     model: in eval mode, with eager or SDPA attention. tokenizer: transformers tokenizer, or None for token ids only.
     is_spread: whether the weights are on several devices; tokens then go to the first, and logits come back to it.
     context_length: tokens that prompt and output may have together; a sliding window limits it to the window,
-    within which it equals full attention.
+    within which it equals full attention; `context_name` is the name of what limits it in the model's config.
     Raises UnsupportedModelError if the model would be decoded wrongly; this is tried out, not only looked up.
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: Any = None) -> None:
+        self._describe(model, tokenizer)
+        _check_ragged_equals_plain(self)
+
+    def _describe(self, model: PreTrainedModel, tokenizer: Any) -> None:
         self.model, self.tokenizer = model, tokenizer
         self.config = model.config.get_text_config(decoder=True)
         self.vocab_size: int = self.config.vocab_size
         self.device, self.dtype = model.device, model.dtype
         self.is_spread = len({weight.device for weight in model.parameters()}) > 1
-        self.num_layers, self.context_length = _rollback_limits(model)
+        self.num_layers, self.context_length, self.context_name = _rollback_limits(model)
+        self._factors = length_factors(model, self.context_length)
         self._last_hidden: Tensor
         self._fused = model.base_model if isinstance(model.base_model, FusedDecoder) else None
         model.base_model.register_forward_hook(self._remember)
-        _check_ragged_equals_plain(self)
 
     @property
     def eos_token_ids(self) -> frozenset[int]:
@@ -77,6 +84,11 @@ class CausalLM:
             )
         if self.is_spread or any(hasattr(module, "_hf_hook") for module in self.model.modules()):
             raise UnsupportedModelError(f"{name} is spread over devices; to draft with its first layers put it on one")
+        if self._factors:
+            raise UnsupportedModelError(
+                f"{name} has rotary factors that depend on the length (longrope), for which its first layers cannot "
+                'share its cache; use another method, such as "ngram"'
+            )
         shorter = first_layers(self.model, self.num_layers, number)
         if shorter is None:
             raise UnsupportedModelError(
@@ -87,6 +99,8 @@ class CausalLM:
     def allocate(self, num_slots: int, capacity: int, *, keep_features: bool = False) -> RaggedCache:
         shape = (num_slots, capacity, self.config.hidden_size)
         features = torch.zeros(shape, dtype=self.dtype, device=self.device) if keep_features else None
+        if self._factors:
+            return LengthCache(self.num_layers, num_slots, capacity, self.device, features)
         return RaggedCache(self.num_layers, num_slots, capacity, features)
 
     @torch.inference_mode()
@@ -97,6 +111,14 @@ class CausalLM:
         first_slot: int = 0,
         last_only: bool = False,
         branches: Branches | None = None,
+    ) -> Tensor:
+        if self._factors:
+            assert isinstance(cache, LengthCache), "allocated by this model"
+            return self._factors.forward(self._forward, tokens, cache, first_slot, last_only, branches)
+        return self._forward(tokens, cache, first_slot, last_only, branches)
+
+    def _forward(
+        self, tokens: Tensor, cache: RaggedCache, first_slot: int, last_only: bool, branches: Branches | None
     ) -> Tensor:
         rows, width = tokens.shape
         cache.open(first_slot, rows, width, self.device, branches)
@@ -113,6 +135,11 @@ class CausalLM:
         last: Tensor | None = None,
         branches: Branches | None = None,
     ) -> Tensor:
+        if self._factors:
+            raise UnsupportedModelError(
+                f"{type(self.model).__name__} has rotary factors that depend on the length (longrope), so its steps "
+                "cannot be recorded; use records=False"
+            )
         cache.open_at(first_slot, starts, tokens.shape[1], extent, branches)
         return self._logits(tokens, cache, 0 if last is None else last)
 
@@ -152,8 +179,11 @@ def eos_token_ids(model: PreTrainedModel) -> frozenset[int]:
     return frozenset([eos] if isinstance(eos, int) else eos or [])
 
 
-def _rollback_limits(model: PreTrainedModel) -> tuple[int, int]:
-    """(number of cache layers, context length up to which every layer is full attention)."""
+_CONTEXT_NAMES = ("max_position_embeddings", "max_seq_len", "n_positions", "n_ctx", "max_sequence_length")
+
+
+def _rollback_limits(model: PreTrainedModel) -> tuple[int, int, str]:
+    """(number of cache layers, context length up to which every layer is full attention, what limits it)."""
     name, config = type(model).__name__, model.config.get_text_config(decoder=True)
     if model.config.is_encoder_decoder:
         raise UnsupportedModelError(
@@ -169,47 +199,131 @@ def _rollback_limits(model: PreTrainedModel) -> tuple[int, int]:
         raise UnsupportedModelError(
             f"attention={attention!r} of {name} must be 'eager' or 'sdpa': others take no mask for each row"
         )
-    limit = getattr(config, "max_position_embeddings", None) or 1 << 30
+    named = (name for name in _CONTEXT_NAMES if isinstance(getattr(config, name, None), int))
+    context_name = next(named, "max_position_embeddings")
+    stated = getattr(config, context_name, None) or 0
+    limit = stated if stated > 0 else 1 << 30  # XLNet says -1
     layers = DynamicCache(config=config).layers
     for index, layer in enumerate(layers):
         window = getattr(layer, "sliding_window", None)
         if window is not None:
-            limit = min(limit, window)
+            limit, context_name = min((limit, context_name), (window, "sliding window"))
         elif type(layer) is not DynamicLayer:
             raise UnsupportedModelError(
                 f"layer {index} of {name} keeps a {type(layer).__name__}, which cannot be "
                 "rolled back after a rejection; give a model with full attention in every layer"
             )
-    return len(layers) or config.num_hidden_layers, limit
+    return len(layers) or config.num_hidden_layers, limit, context_name
 
 
-def _probe_length(lm: CausalLM) -> int:
-    """Tokens that reach beyond every attention window that the config names (some models mask by themselves)."""
-    windows = [value for name, value in lm.config.to_dict().items() if "window" in name and isinstance(value, int)]
-    return max([12, *(2 * window + 4 for window in windows if window < lm.context_length)])
+def _thresholds(lm: CausalLM) -> list[int]:
+    """Lengths at which the model may begin to compute otherwise, as its config names them, those of a trial first."""
+    named = {6, *_named_lengths(lm.config.to_dict())}
+    most = max(2, lm.context_length - 4)
+    return sorted({min(length, most) for length in named if length < lm.context_length})
+
+
+def _named_lengths(config: Mapping[str, Any]) -> Iterator[int]:
+    """Windows, chunks and the like, also twice as long: there may be a second one; and where rotary factors change."""
+    for name, value in config.items():
+        if isinstance(value, Mapping):
+            yield from _named_lengths(value)
+        elif type(value) is int and value > 1 and _LENGTHS.search(name) and not _is_about_fixed_factors(config, name):
+            yield from (value, 2 * value) if "window" in name or "chunk" in name else (value,)
+
+
+_LENGTHS = re.compile(r"window(?!_layers)|chunk|block_size|block_length|floor_scale|index_topk|original_max_position")
+_FIXED_FACTORS = {"default", "linear", "yarn", "llama3", "proportional"}  # rotary factors computed once for all lengths
+
+
+def _is_about_fixed_factors(config: Mapping[str, Any], name: str) -> bool:
+    """Whether a length only says how the rotary factors were made, which no longer depend on it."""
+    rope = config if "rope_type" in config else config.get("rope_parameters") or {}
+    return (
+        name.startswith("original_max") and rope.get("rope_type") in _FIXED_FACTORS and "scaling_beta" not in str(rope)
+    )
+
+
+def _for_trial(lm: CausalLM, length: int) -> CausalLM:
+    """The model, or for long texts its first layers, as many as have one of each kind, over the same weights."""
+    kinds = getattr(lm.config, "layer_types", None) or ()
+    kept = next((n for n in range(2, len(kinds)) if set(kinds[:n]) == set(kinds)), 2)
+    if length <= _LONG_TRIAL or kept >= lm.num_layers or lm.is_spread:
+        return lm
+    shorter = first_layers(lm.model, lm.num_layers, kept)
+    if shorter is None:
+        return lm
+    twin = CausalLM.__new__(CausalLM)
+    twin._describe(shorter, None)
+    return twin
+
+
+_LONG_TRIAL = 256  # tokens, from which on a trial of all layers would take long
 
 
 @torch.inference_mode()
 def _check_ragged_equals_plain(lm: CausalLM) -> None:
-    """Compare logits through the ragged cache, with a rollback and rows of unequal length, with a plain forward."""
-    name = type(lm.model).__name__
-    length = min(_probe_length(lm), lm.context_length)
-    tokens = torch.arange(length, device=lm.device).mul(7919).remainder(lm.vocab_size).unsqueeze(0)
-    cut = length // 2
-    cache = lm.allocate(2, length + 3)
-    try:
-        expected = lm.model(input_ids=tokens, use_cache=False).logits[0, cut:]
-        lm.forward(tokens[:, : cut + 3].flip(1), cache, first_slot=0)
-        lm.forward(tokens[:, :cut].flip(1), cache, first_slot=1)
-        cache.lengths[:] = [0, 0]
-        lm.forward(tokens[:, :cut], cache, first_slot=1)
-        cache.lengths[:] = [cut + 3, cut]  # the row that is looked at is the shorter one
-        actual = lm.forward(tokens[:, cut:].expand(2, -1), cache)[1]
-    except (TypeError, ValueError, RuntimeError, IndexError) as error:
-        raise UnsupportedModelError(
-            f"{name} does not take per-row position ids, a 4-D mask and a cache: {error}"
-        ) from error
-    check_logits(actual, expected, name)
+    """Compare logits through the ragged cache with those of plain forward calls, at each length that may matter."""
+    for threshold in _thresholds(lm):
+        name, ends = type(lm.model).__name__, _ends(threshold, lm.context_length)
+        tried = _for_trial(lm, threshold)
+        tokens = torch.arange(ends[-1], device=lm.device).mul(7919).remainder(lm.vocab_size).tolist()
+        try:
+            expected = _plain_logits(tried, tokens, ends)
+            actual = _ragged_logits(tried, tokens, threshold)[[end - ends[-1] - 1 for end in ends]]
+        except Exception as error:  # whatever an architecture raises: it is not made for this
+            raise UnsupportedModelError(_why_refused(lm, error)) from error
+        check_logits(actual, expected, name)
+
+
+def _ends(threshold: int, context_length: int) -> list[int]:
+    """Lengths of text whose last logits are compared: below a threshold, at it, and beyond."""
+    ends = (
+        range(threshold - 1, threshold + 4) if threshold <= _LONG_TRIAL else (threshold, threshold + 1, threshold + 3)
+    )
+    return [end for end in ends if 0 < end <= context_length]
+
+
+def _plain_logits(lm: CausalLM, tokens: Sequence[int], ends: Sequence[int]) -> Tensor:
+    """Logits after the first so many tokens, each by a call of its own without cache, [len(ends), vocab]."""
+
+    def after(end: int) -> Tensor:
+        inputs = torch.tensor([tokens[:end]], device=lm.device)
+        return lm.model(input_ids=inputs, use_cache=False, logits_to_keep=1).logits[0, -1].to(lm.device)  # type: ignore[no-any-return]
+
+    return torch.stack([after(end) for end in ends])
+
+
+def _ragged_logits(lm: CausalLM, tokens: list[int], threshold: int) -> Tensor:
+    """Logits after each of the last tokens, from the one before the threshold on, [positions, vocab].
+
+    They are fed to a slot that has been rolled back, in pieces, the last one beside a longer and a shorter row.
+    """
+    cut = max(0, threshold - 2)
+    longer, shorter = tokens[::-1][: cut + 3], tokens[:1]
+    cache = lm.allocate(3, max(len(tokens), len(longer) + len(tokens) - cut))
+    for slot, text in enumerate((longer, tokens[::-1], shorter)):
+        prefill(lm, text, cache, slot)
+    cache.lengths[1] = 0
+    for piece in (tokens[: cut // 2], tokens[cut // 2 : cut]):
+        if piece:
+            prefill(lm, piece, cache, 1)
+    last = torch.tensor([tokens[cut:]] * 3, device=lm.device)
+    return lm.forward(last, cache)[1]
+
+
+def _why_refused(lm: CausalLM, error: Exception) -> str:
+    """Which of the things that decoding needs the model does not take, as far as its config tells."""
+    name, config = type(lm.model).__name__, lm.config
+    if getattr(config, "alibi", False) or config.model_type == "bloom":
+        return (
+            f"{name} has ALiBi biases, which it makes of a 2-D mask for all rows alike; give a model with rotary or "
+            "learnt positions"
+        )
+    return (
+        f"{name} does not take per-row position ids, a 4-D mask and a cache as ragged batches need them (its forward "
+        f"ended in a {type(error).__name__}); give a decoder-only model whose attention takes them, such as Llama's"
+    )
 
 
 def check_logits(actual: Tensor, expected: Tensor, name: str) -> None:

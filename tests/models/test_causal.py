@@ -42,7 +42,16 @@ def test_bf16_runs_through_the_same_road(attention: str) -> None:
 
 
 REFUSED = {
-    "bloom": ({"hidden_size": 32, "n_head": 4, "n_layer": 2, "vocab_size": 61}, "BloomForCausalLM"),
+    "bloom": ({"hidden_size": 32, "n_head": 4, "n_layer": 2, "vocab_size": 61}, "BloomForCausalLM has ALiBi biases"),
+    "falcon": (
+        {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2, "alibi": True},
+        "has ALiBi biases",
+    ),
+    "xlnet": (
+        {"vocab_size": 61, "d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 48},
+        "XLNetLMHeadModel does not take per-row position ids, a 4-D mask and a cache as ragged batches need them",
+    ),
+    "xlm": ({"vocab_size": 61, "emb_dim": 32, "n_layers": 2, "n_heads": 4}, "XLMWithLMHeadModel does not take per-row"),
     "mamba": ({"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 61, "state_size": 4}, "recurrent state"),
     "gpt_neo": (
         SMALL | {"num_layers": 2, "num_heads": 4, "window_size": 8, "attention_types": [[["local"], 2]]},
@@ -59,8 +68,9 @@ REFUSED = {
 @pytest.mark.parametrize("kind", REFUSED)
 def test_models_that_would_be_decoded_wrongly_are_refused(kind: str) -> None:
     options, message = REFUSED[kind]
-    with pytest.raises(UnsupportedModelError, match=message):
+    with pytest.raises(UnsupportedModelError, match=message) as refusal:
         CausalLM(make(kind, options, attention="eager"))
+    assert "sizes" not in str(refusal.value), "torch's words for what went wrong inside tell nobody what to do"
 
 
 def test_encoder_decoders_are_refused() -> None:
@@ -86,8 +96,18 @@ def test_a_sliding_window_bounds_the_context() -> None:
     engine = Engine(target, method="ngram")
     inside = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
     assert list(engine.generate([PROMPTS[3]], inside)[0].token_ids) == reference(model, PROMPTS[3])
-    with pytest.raises(ValueError, match="exceeds the model's context of 16"):
+    with pytest.raises(ValueError, match=r"exceeds the sliding window of 16, up to which it is decoded; shorten"):
         engine.generate([PROMPTS[2]], inside)
+
+
+@pytest.mark.parametrize(("kind", "name"), [("mpt", "max_seq_len"), ("gpt2", "n_positions|max_position_embeddings")])
+def test_the_context_is_known_by_the_name_that_the_config_has(kind: str, name: str) -> None:
+    target = CausalLM(make(kind, SUPPORTED[kind], attention="eager"))
+    assert target.context_length == 64
+    with pytest.raises(
+        ValueError, match=rf"prompt 0 has 60 tokens, which with max_tokens=12 exceeds the ({name}) of 64"
+    ):
+        Engine(target).generate([[1] * 60], GREEDY)
 
 
 def test_a_call_beyond_the_capacity_is_refused() -> None:

@@ -1,0 +1,174 @@
+"""LongRoPE: rotary factors that depend on how long a sequence is, row by row.
+
+A LongRoPE model has two sets of rotary factors: one for sequences of up to `original_max_position_embeddings` tokens,
+one for longer ones. transformers chooses the set by the largest position of a call, for all of its rows, so that the
+logits after a token depend on its neighbours in the batch, on drafted tokens behind it and on how a prompt was cut.
+
+Here the logits after n tokens are those of the factors for n tokens, whatever else is computed: what the model gives
+without a cache. `transformers.generate` does the same where it starts over when a sequence crosses the threshold
+(Phi-3, Phi-3.5-MoE); for other architectures it keeps what was computed by the short factors.
+
+As keys and values of all layers depend on the factors, a sequence that crosses the threshold is computed anew, once; a
+step whose draft crosses it is computed by both. A prompt beyond the threshold so costs at most that many tokens more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from specdec.cache import RaggedCache
+from specdec.trees import Branches, offsets
+
+Forward = Callable[..., Tensor]  # `CausalLM`'s own, see there
+_CHUNK = 512  # tokens that are computed anew at once
+
+
+class LengthCache(RaggedCache):
+    """A ragged cache that can be computed anew.
+
+    tokens: int64 [slots, capacity], where their keys and values are. is_long: by slot, which factors its valid tokens
+    were computed with.
+    """
+
+    def __init__(
+        self, num_layers: int, num_slots: int, capacity: int, device: torch.device, features: Tensor | None = None
+    ) -> None:
+        super().__init__(num_layers, num_slots, capacity, features)
+        self.tokens = torch.zeros(num_slots, capacity, dtype=torch.int64, device=device)
+        self.is_long = [False] * num_slots
+
+    def copy_slot(self, source: int, slot: int, num_tokens: int) -> None:
+        super().copy_slot(source, slot, num_tokens)
+        self.tokens[slot, :num_tokens] = self.tokens[source, :num_tokens]
+        self.is_long[slot] = self.is_long[source]
+
+    def keep(self, starts: Tensor, path: Tensor) -> None:
+        super().keep(starts, path)
+        row, starts = torch.arange(len(path), device=path.device).unsqueeze(1), starts.unsqueeze(1)
+        to = (starts + torch.arange(path.shape[1], device=path.device)).clamp(max=self.capacity - 1)
+        self.tokens[row, to] = self.tokens[row, (starts + path).clamp(max=self.capacity - 1)]
+
+    def note(self, tokens: Tensor) -> None:
+        """Remember the tokens [rows, width] that were written where the open window is."""
+        self.tokens[self.window.slots].scatter_(1, self.window.places, tokens)
+
+
+class LengthFactors:
+    """Chooses the rotary factors of each row by its own length.
+
+    threshold: tokens up to which a sequence has the short factors. rotaries: the model's rotary modules, whose forward
+    is wrapped; where this object is not at work they do what they did.
+    """
+
+    def __init__(self, threshold: int, rotaries: Sequence[nn.Module]) -> None:
+        self.threshold = threshold
+        self._is_long: Sequence[bool] | None = None  # of the rows of the call in progress
+        for rotary in rotaries:
+            rotary.forward = self._by_row(rotary.forward)
+            rotary.length_factors = self  # type: ignore[assignment]
+
+    def forward(
+        self,
+        plain: Forward,
+        tokens: Tensor,
+        cache: LengthCache,
+        first_slot: int = 0,
+        last_only: bool = False,
+        branches: Branches | None = None,
+    ) -> Tensor:
+        """What `plain`, the model's forward with these arguments, gives with each position's own factors."""
+        reach = int(offsets(branches, torch.device("cpu")).max()) + 1 if branches else tokens.shape[1]
+        lengths = cache.lengths[first_slot : first_slot + len(tokens)]
+        ends = [length + reach for length in lengths]
+        is_long = [
+            (end if last_only else length + 1) > self.threshold for end, length in zip(ends, lengths, strict=True)
+        ]
+        logits = self._run(plain, tokens, cache, first_slot, is_long, last_only, branches)
+        for row, end in enumerate(ends):
+            if end > self.threshold and not is_long[row]:
+                longer = self._run(plain, tokens[row : row + 1], cache, first_slot + row, [True], last_only, branches)
+                is_beyond = cache.window.positions[0] >= self.threshold
+                logits[row] = torch.where(is_beyond.to(logits.device).unsqueeze(1), longer[0], logits[row])
+        return logits
+
+    def _run(
+        self,
+        plain: Forward,
+        tokens: Tensor,
+        cache: LengthCache,
+        first_slot: int,
+        is_long: Sequence[bool],
+        last_only: bool,
+        branches: Branches | None,
+    ) -> Tensor:
+        """One call with these rows' factors, all that they read in the cache being of the same."""
+        for slot, wanted in enumerate(is_long, first_slot):
+            if cache.is_long[slot] != wanted:
+                self._compute_anew(plain, cache, slot, wanted)
+        self._is_long = is_long
+        try:
+            logits = plain(tokens, cache, first_slot, last_only, branches)
+        finally:
+            self._is_long = None
+        cache.note(tokens)
+        return logits
+
+    def _compute_anew(self, plain: Forward, cache: LengthCache, slot: int, is_long: bool) -> None:
+        cache.is_long[slot] = is_long
+        tokens, cache.lengths[slot] = cache.tokens[slot : slot + 1, : cache.lengths[slot]].clone(), 0
+        for chunk in tokens.split(_CHUNK, 1) if tokens.numel() else ():
+            self._run(plain, chunk, cache, slot, [is_long], True, None)
+            cache.lengths[slot] += chunk.shape[1]
+
+    def _by_row(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+        """A rotary module's forward, (hidden, positions [rows, width]) -> cos and sin [rows, width, dim], by row."""
+
+        def short(hidden: Tensor, positions: Tensor, *args: Any, **kwargs: Any) -> Sequence[Tensor]:
+            angles: Sequence[Tensor] = forward(hidden, positions.clamp(max=self.threshold - 1), *args, **kwargs)
+            return angles
+
+        def long(hidden: Tensor, positions: Tensor, *args: Any, **kwargs: Any) -> Sequence[Tensor]:
+            beyond = positions.new_full((*positions.shape[:-1], 1), self.threshold)  # so that the largest one is
+            angles = forward(hidden, torch.cat([positions, beyond], -1), *args, **kwargs)
+            return [each[..., :-1, :] for each in angles]
+
+        def by_row(x: Tensor, position_ids: Tensor, *args: Any, **kwargs: Any) -> Any:  # transformers' names
+            if self._is_long is None:
+                return forward(x, position_ids, *args, **kwargs)
+            if len(set(self._is_long)) == 1:
+                return tuple((long if self._is_long[0] else short)(x, position_ids, *args, **kwargs))
+            chosen = torch.tensor(self._is_long, device=position_ids.device).view(-1, 1, 1)
+            both = [each(x, position_ids, *args, **kwargs) for each in (long, short)]
+            return tuple(torch.where(chosen, *pair) for pair in zip(*both, strict=True))
+
+        return by_row
+
+
+def length_factors(model: nn.Module, context_length: int) -> LengthFactors | None:
+    """For a LongRoPE model whose context is longer than its threshold; None for any other.
+
+    Raises ValueError if its layers have several thresholds.
+    """
+    rotaries = [module for module in model.modules() if "longrope" in _rope_types(module)]
+    thresholds = {threshold for module in rotaries for threshold in _thresholds(module)}
+    if not thresholds or min(thresholds) >= context_length:
+        return None
+    if len(thresholds) > 1:
+        raise ValueError(f"original_max_position_embeddings={sorted(thresholds)} must be the same in all layers")
+    known: LengthFactors | None = getattr(rotaries[0], "length_factors", None)
+    return known or LengthFactors(thresholds.pop(), rotaries)
+
+
+def _rope_types(module: nn.Module) -> Sequence[str]:
+    types = getattr(module, "rope_type", ())
+    return list(types.values()) if isinstance(types, dict) else [types] if isinstance(types, str) else ()
+
+
+def _thresholds(module: Any) -> list[int]:
+    parameters = module.config.rope_parameters
+    each = [parameters] if "rope_type" in parameters else parameters.values()
+    return [int(p["original_max_position_embeddings"]) for p in each if p and p.get("rope_type") == "longrope"]

@@ -1,0 +1,127 @@
+"""LongRoPE: the factors of a token are those of its own text, whatever is computed beside, behind or before it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny import GQA, PROMPTS, make, reference
+
+from specdec import Engine, SamplingParams
+from specdec.models.causal import CausalLM, UnsupportedModelError
+
+THRESHOLD = 14  # the shortest prompt crosses it late, the longest one early
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 1e4,
+    "short_factor": [1.0] * 4,
+    "long_factor": [3.0, 2.0, 1.5, 4.0],
+    "original_max_position_embeddings": THRESHOLD,
+    "short_mscale": 1.0,
+    "long_mscale": 1.3,
+}
+KINDS = {
+    "phi3": GQA,
+    "phimoe": GQA | {"num_local_experts": 2, "sliding_window": None},
+    "llama": GQA,
+}
+GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+
+
+def longrope(kind: str, threshold: int = THRESHOLD):
+    rope = LONGROPE | {"original_max_position_embeddings": threshold}
+    options = KINDS[kind] | {"rope_parameters": rope, "max_position_embeddings": 64}
+    if kind != "llama":
+        options["original_max_position_embeddings"] = threshold
+    return make(kind, options)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_output_is_that_of_plain_forwards_whatever_is_computed_beside_it(kind: str, monkeypatch) -> None:
+    """Any draft, any batch, prompts on both sides of the threshold and in chunks: each row has its own factors."""
+    model = longrope(kind)
+    prompts = [*PROMPTS, list(range(3, 25)), [9] * THRESHOLD, [8] * (THRESHOLD - 1)]
+    expected = [reference(model, prompt) for prompt in prompts]
+    never = longrope(kind, threshold=60)
+    never.load_state_dict(model.state_dict())
+    assert [reference(never, prompt) for prompt in prompts] != expected  # the factors matter
+    target = CausalLM(model)
+    engines = {
+        "plain": Engine(target),
+        "ngram": Engine(target, method="ngram", num_speculative_tokens=5, max_batch_size=4),
+        "self": Engine(target, method="draft_model", draft=target, num_speculative_tokens=4, max_batch_size=2),
+        "tree": Engine(target, method="tree", draft=target, tree=[(0,), (1,), (0, 0), (1, 0), (0, 0, 0)]),
+    }
+    for chunk in (512, 5):
+        monkeypatch.setattr("specdec.models.PREFILL_CHUNK", chunk)
+        for name, engine in engines.items():
+            assert [list(c.token_ids) for c in engine.generate(prompts, GREEDY)] == expected, (name, chunk)
+
+
+@pytest.mark.parametrize("kind", ["phi3", "phimoe"])
+def test_generate_gives_the_same(kind: str) -> None:
+    """These start over where a text crosses the threshold, so that `generate` is what plain forwards give."""
+    model = longrope(kind)
+    prompt = PROMPTS[2]
+    ours = Engine(CausalLM(model), method="ngram").generate([prompt], GREEDY)[0].token_ids
+    theirs = model.generate(
+        torch.tensor([prompt]), max_new_tokens=GREEDY.max_tokens, do_sample=False, eos_token_id=None
+    )
+    assert list(ours) == theirs[0, len(prompt) :].tolist()
+
+
+def test_samples_copy_what_a_slot_was_computed_with() -> None:
+    engine = Engine(CausalLM(longrope("phi3")), method="ngram", max_batch_size=2)
+    prompt = list(range(3, 25))
+    first, second = engine.generate([prompt], SamplingParams(n=2, temperature=0, max_tokens=8, ignore_eos=True))
+    assert first.token_ids == second.token_ids
+
+
+def test_the_wrapped_model_itself_stays_as_it_was() -> None:
+    model = longrope("phi3")
+    prompt = torch.tensor([list(range(3, 25))])
+    with torch.inference_mode():
+        before = model(input_ids=prompt, use_cache=False).logits
+        CausalLM(model)
+        Engine(CausalLM(model)).generate([[1, 2, 3]], GREEDY)
+        assert torch.equal(model(input_ids=prompt, use_cache=False).logits, before)
+
+
+def test_what_cannot_go_with_it_is_refused() -> None:
+    target = CausalLM(longrope("llama"))
+    with pytest.raises(UnsupportedModelError, match=r"rotary factors that depend on the length.*use another method"):
+        Engine(target, method="early_exit", exit_layer=1)
+    with pytest.raises(UnsupportedModelError, match=r"its steps cannot be recorded; use records=False"):
+        Engine(target, records=True).generate([[1, 2]], GREEDY)
+
+
+@pytest.mark.parametrize("name", ["local_window", "chunk_length", "floor_scale", "block_size", "index_topk"])
+@pytest.mark.parametrize("length", [9, 20, 40])
+def test_a_model_that_computes_by_the_longest_row_from_some_length_on_is_refused(name: str, length: int) -> None:
+    """The config names the length, so it is tried there: what a call's longest row changes, changes in no other row."""
+    model = make("llama", GQA)
+    setattr(model.config, name, length)
+    rotary = model.model.rotary_emb
+    plain = rotary.forward
+
+    def by_the_longest(x, position_ids):
+        cos, sin = plain(x, position_ids)
+        return (cos, sin) if position_ids.max() < length else (cos * 0.5, sin * 2)
+
+    rotary.forward = by_the_longest
+    with pytest.raises(UnsupportedModelError, match="LlamaForCausalLM gives other logits with per-row positions"):
+        CausalLM(model)
+
+
+def test_long_thresholds_are_tried_with_the_first_layers(monkeypatch) -> None:
+    """A text as long as that costs much: as many layers as have one of each kind are enough to see it."""
+    seen = []
+    monkeypatch.setattr("specdec.models.causal.check_logits", lambda actual, expected, name: seen.append(actual))
+    options = GQA | {"num_hidden_layers": 4, "max_position_embeddings": 1000}
+    model = make("llama", options)
+    model.config.chunk_length = 300
+    calls = []
+    model.model.layers[2].register_forward_hook(lambda layer, inputs, output: calls.append(inputs[0].shape[1]))
+    CausalLM(model)
+    assert len(seen) == 3  # the base trial, one chunk, two chunks
+    assert calls
+    assert max(calls) < 20
