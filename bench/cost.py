@@ -22,7 +22,8 @@ from specdec.proposers.ngram import LookupIndex
 from specdec.proposers.suffix import SAMPLED_DOUBT, OwnText
 from specdec.proposers.tree import levels_of
 from specdec.recording import Recorder
-from specdec.sampling import SamplingParams, SamplingState
+from specdec.sampling import SamplingState
+from specdec.sampling_params import SamplingParams
 from specdec.timing import synchronise
 from specdec.trees import Branches
 

@@ -26,7 +26,8 @@ from bench.pairs import Pair, check_vocabulary
 from bench.progress import NOWHERE, cell_bar
 from bench.workloads import Lengths, Malformed, Prompt, UnavailableError, UnitTest
 from specdec.drafts import NEEDS
-from specdec.prompts import encode, encode_raw
+from specdec.prompts import encode, encode_bytes, encode_raw
+from specdec.texts import continuation
 
 if TYPE_CHECKING:
     from specdec import SamplingParams
@@ -138,7 +139,7 @@ class Session:
         engine: Any = self._models.engine("specdec", pair)
         identity = {"pair": pair.name, "dtype": self.config.dtype_of(pair), "device": self.device}
         texts = next((some for some in self.prompts.values() if not isinstance(some, str)), [])
-        prompts = [_encode(prompt, engine.tokenizer, self.config) for prompt in texts]
+        prompts = [_encode(prompt, engine.tokenizer, self.config, pair) for prompt in texts]
         return Entry(*cost.measure(benchmark, engine, axis, size, self.roofline(), identity, prompts))
 
     def _audit(self, cell: Cell, benchmark: Any) -> Entry:
@@ -314,7 +315,7 @@ class Session:
         config, prompts = self.config, self.prompts[workload]
         assert not isinstance(prompts, str), "a skipped cell is not measured"
         tokenizer = self._models.engine(config.reference_engine, pair).tokenizer
-        encoded = ((prompt, _encode(prompt, tokenizer, config)) for prompt in prompts)
+        encoded = ((prompt, _encode(prompt, tokenizer, config, pair)) for prompt in prompts)
         chosen = list(encoded) if lengths is None else self._fitting(cell, encoded, lengths)
         for _, prompt in chosen:
             if pair.context is not None and len(prompt) + config.max_tokens > pair.context:
@@ -447,8 +448,12 @@ def _journal_name(cell: Cell) -> str:
     return cell.id if cell.rate is None else f"load-{cell.id}"
 
 
-def _encode(prompt: Prompt, tokenizer: Any, config: BenchConfig) -> tuple[int, ...]:
-    """A prompt's token ids in the format asked for."""
+def _encode(prompt: Prompt, tokenizer: Any, config: BenchConfig, pair: Pair) -> tuple[int, ...]:
+    """A prompt's token ids in the format asked for; of random weights without a tokenizer the bytes will do."""
+    if tokenizer is None and pair.load_format == "dummy" and "prompt_format" not in config.named:
+        return encode_bytes(prompt.text)
+    if tokenizer is None:
+        pytest.fail(f"pair={pair.name} must have a tokenizer to read prompts; name a target with one", pytrace=False)
     if config.prompt_format == "raw":
         return encode_raw(prompt.raw or prompt.text, tokenizer)
     if "prompt_format" in config.named and not getattr(tokenizer, "chat_template", None):
@@ -461,10 +466,7 @@ def _texts(runs: list[Run], tokenizer: Any) -> list[str]:
     outputs = [result.token_ids for run in runs for result in run.results]
     if tokenizer is None:
         return [bytes(token % 256 for token in tokens).decode(errors="replace") for tokens in outputs]
-    # decoded alone, an output loses the space that SentencePiece puts before a text's first word
-    before = list(tokenizer("a", add_special_tokens=False).input_ids)
-    start = len(tokenizer.decode(before, skip_special_tokens=True))
-    return [tokenizer.decode([*before, *tokens], skip_special_tokens=True)[start:] for tokens in outputs]
+    return [continuation(tokenizer, tokens) for tokens in outputs]
 
 
 @contextmanager

@@ -8,32 +8,39 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
-import torch
+from specdec.checks import nearest
+from specdec.methods import DTYPE_NAMES, LOAD_FORMATS, METHODS, VERIFICATION_NAMES
+from specdec.progress import show_what_can_be_shown
+from specdec.prompts import encode, encode_bytes, encode_raw
+from specdec.sampling_params import SamplingParams
 
-from specdec.engine import METHODS, VERIFICATIONS, Engine
-from specdec.models.loading import LOAD_FORMATS
-from specdec.progress import bar
-from specdec.prompts import encode, encode_raw
-from specdec.requests import Chunk, Completion
-from specdec.sampling import SamplingParams
-from specdec.screen import SOURCES, Paint, has_colours, pieces
-from specdec.wheels import LoadError
+if TYPE_CHECKING:  # torch takes seconds: wrong arguments are named before it is imported
+    from specdec.engine import Engine
+    from specdec.requests import Chunk, Completion
+    from specdec.screen import Paint
 
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 INTERRUPTED, PIPE_CLOSED = 130, 141  # what a shell says of a program that ends by SIGINT, and by SIGPIPE
 WARM_UP_TOKENS = 4
 
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        """Say in one line what is wrong."""
-        self.exit(2, f"error: {message}; see --help\n")
+        """Say in one line what is wrong, and which name is near to one that is unknown."""
+        self.exit(2, f"error: {message}{self._nearest(message)}; see --help\n")
+
+    def _nearest(self, message: str) -> str:
+        if unknown := re.match(r"unrecognized arguments: (--[\w-]+)", message):
+            return nearest(unknown[1], self._option_string_actions)
+        if wrong := re.search(r"invalid choice: '([^']*)' \(choose from (.*)\)", message):
+            return nearest(wrong[1], re.findall(r"[\w-]+", wrong[2]))
+        return ""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -54,8 +61,8 @@ def _model_options(group: Any) -> None:
     group.add_argument("--draft", help="likewise, for the methods that need one (default: the one that comes with it)")
     group.add_argument("--method", default="ngram", choices=METHODS, metavar="NAME", help=", ".join(METHODS))
     group.add_argument("--gamma", type=_gamma, default=4, help="tokens proposed per step, or auto: as many as pay")
-    group.add_argument("--verification", default="token", choices=VERIFICATIONS, help="rule that verifies a draft")
-    group.add_argument("--dtype", default="bfloat16", choices=DTYPES)
+    group.add_argument("--verification", default="token", choices=VERIFICATION_NAMES, help="rule that verifies a draft")
+    group.add_argument("--dtype", default="bfloat16", choices=DTYPE_NAMES)
     group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     group.add_argument("--load-format", default="auto", choices=LOAD_FORMATS, help="dummy: random weights")
 
@@ -83,15 +90,16 @@ def _sampling(options: argparse.Namespace) -> SamplingParams:
 
 
 def _load(options: argparse.Namespace) -> Engine:
-    device = options.device if options.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    from specdec.engine import Engine
+
     return Engine.load(
         options.target,
         draft=options.draft,
         method=options.method,
         num_speculative_tokens=options.gamma,
         verification=options.verification,
-        dtype=DTYPES[options.dtype],
-        device=device,
+        dtype=options.dtype,
+        device=options.device,
         load_format=options.load_format,
     )
 
@@ -131,6 +139,8 @@ class Decoded:
 
 def show(chunks: Iterator[Chunk], tokenizer: Any, paint: Paint) -> Decoded:
     """Write the tokens of one prompt to standard output as they are emitted."""
+    from specdec.screen import pieces
+
     stream = _Clocked(chunks)
     for text, source in pieces(stream, _decoder(tokenizer)):
         print(paint(text, source), end="", flush=True)
@@ -141,6 +151,9 @@ def show(chunks: Iterator[Chunk], tokenizer: Any, paint: Paint) -> Decoded:
 
 def decode_plainly(target: Any, prompt: Sequence[int], sampling: SamplingParams, verification: str) -> Decoded:
     """The same prompt with the same target and nothing proposed."""
+    from specdec.engine import Engine
+    from specdec.progress import bar
+
     plain = Engine(target, method="autoregressive", verification=verification)
     _warm_up(plain, prompt, sampling)
     stream = _Clocked(plain.stream([prompt], sampling))
@@ -165,6 +178,8 @@ def _decoder(tokenizer: Any) -> Callable[[Sequence[int]], str]:
 
 def summary(completion: Completion, paint: Paint) -> list[str]:
     """What became of the tokens, in lines."""
+    from specdec.screen import SOURCES
+
     counts = completion.counts
     by_source = {source: completion.sources.count(source) for source in SOURCES}
     legend = paint.legend({source: f"{number} {source}" for source, number in by_source.items()})
@@ -204,10 +219,13 @@ def run(options: argparse.Namespace) -> None:
     """Decode a prompt and show it: the text on standard output, what is said about it on standard error."""
     text, sampling = _prompt(options), _sampling(options)
     engine = _load(options)
-    tokenizer = getattr(engine.target, "tokenizer", None)
-    prompt = (encode_raw if options.raw else encode)(text, tokenizer)
-    chunks = engine.stream([prompt], sampling)
+    from specdec.screen import Paint, has_colours
+
+    tokenizer = engine.tokenizer
+    prompt = _encoded(text, tokenizer, options)
+    engine.stream([prompt], sampling).close()  # checks them before anything is decoded
     _warm_up(engine, prompt, sampling)
+    chunks = engine.stream([prompt], sampling)
     about = Paint(has_colours(sys.stderr), options.marks)
     if about.shows:
         _say([about.legend()])
@@ -219,6 +237,12 @@ def run(options: argparse.Namespace) -> None:
         _say(comparison(decoded, plain, must_agree=must_agree))
 
 
+def _encoded(text: str, tokenizer: Any, options: argparse.Namespace) -> tuple[int, ...]:
+    if tokenizer is None and options.load_format == "dummy":
+        return encode_bytes(text)
+    return encode_raw(text, tokenizer) if options.raw else encode(text, tokenizer)
+
+
 def _say(lines: Sequence[str]) -> None:
     print("\n".join(lines), file=sys.stderr, flush=True)
 
@@ -226,6 +250,7 @@ def _say(lines: Sequence[str]) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status: 0; 2 for what the user got wrong, said in one line; as a shell says of what ended it by a signal."""
     options = parser().parse_args(arguments)
+    show_what_can_be_shown(sys.stdout, sys.stderr)
     try:
         run(options)
     except KeyboardInterrupt:
@@ -234,10 +259,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         _leave_pipes()
         return PIPE_CLOSED
-    except (ValueError, OSError, ImportError, FloatingPointError, LoadError) as error:
+    except (ValueError, OSError, ImportError, FloatingPointError, RuntimeError) as error:
+        if not isinstance(error, _expected_errors()):
+            raise
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def _expected_errors() -> tuple[type[Exception], ...]:
+    """What a user can do something about."""
+    from specdec.wheels import LoadError
+
+    return ValueError, OSError, ImportError, FloatingPointError, LoadError
 
 
 def _leave_pipes() -> None:

@@ -2,8 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from difflib import get_close_matches
+from typing import Any
+
 
 def require(holds: bool, message: str) -> None:
     """Raise ValueError with the message unless it holds."""
     if not holds:
         raise ValueError(message)
+
+
+def require_choice(name: str, value: object, allowed: Iterable[str]) -> None:
+    """Raise ValueError naming the nearest spelling unless a value is one of those allowed."""
+    known = list(allowed)
+    require(value in known, f"{name}={value!r} must be one of {', '.join(known)}{nearest(value, known)}")
+
+
+def require_integer(name: str, value: Any, least: int, remedy: str = "") -> None:
+    """Raise ValueError unless a value is an integer of at least `least`; remedy: what to do else, with a semicolon."""
+    is_integer = isinstance(value, int) and not isinstance(value, bool)
+    require(is_integer, f"{name}={value!r} must be an integer of at least {least}{remedy}")
+    require(value >= least, f"{name}={value!r} must be at least {least}{remedy}")
+
+
+def nearest(value: object, known: Iterable[str]) -> str:
+    """A question to append to a message where a name is likely misspelt; else nothing."""
+    found = get_close_matches(str(value), list(known), n=1, cutoff=0.6)
+    return f"; did you mean {found[0]!r}?" if found else ""

@@ -132,15 +132,20 @@ def fewest_tokens(constraint: Constraint, stop_token_ids: frozenset[int], most: 
 
     It is the least that is enough if that is found by looking at few states, else a bound from below.
     """
+    return least_length(constraint, stop_token_ids, most)[0]
+
+
+def least_length(constraint: Constraint, stop_token_ids: frozenset[int], most: int) -> tuple[int, bool]:
+    """As `fewest_tokens`, and whether an output of so many tokens is known to be complete."""
     states, num_looked_at = [constraint.start()], 0
     for length in range(1, most + 1):
         allowed = [constraint.allowed(state).nonzero().squeeze(1).tolist() for state in states]
         if not all(map(stop_token_ids.isdisjoint, allowed)):
-            return length
+            return length, True
         num_looked_at += sum(map(len, allowed))
         if num_looked_at > _MOST_LOOKED_AT:
-            return length + 1
+            return length + 1, False
         states = [
             constraint.advance(state, token) for state, tokens in zip(states, allowed, strict=True) for token in tokens
         ]
-    return most + 1
+    return most + 1, False

@@ -28,7 +28,8 @@ from specdec.proposers import Proposer
 from specdec.randomness import Role, UniformSource, noise, on_branch, uniforms
 from specdec.recording import Recorder
 from specdec.requests import Batch, Generation, Request, Step
-from specdec.sampling import NonFiniteLogitsError, RowParams, SamplingParams, SamplingState
+from specdec.sampling import NonFiniteLogitsError, RowParams, SamplingState
+from specdec.sampling_params import SamplingParams
 from specdec.stats import PhaseTimes
 from specdec.timing import Stopwatch, now_s, sleep_until
 from specdec.trees import Branches, Tree, tree_of

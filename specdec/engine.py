@@ -1,20 +1,25 @@
-"""What people call: prompts in, completions out."""
+"""Public entry point: prompts in, completions out."""
 
 from __future__ import annotations
 
 import gc
+import inspect
+import logging
 import math
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol, cast, get_args
+from threading import Lock
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar, cast
 
 import numpy as np
 import torch
 
 from specdec.adaptive import MOST, AdaptiveLength, StepCosts, target_costs
-from specdec.checks import require
+from specdec.bans import AtLeast, Without, all_of
+from specdec.checks import nearest, require, require_choice, require_integer
 from specdec.constraints import Constraint
 from specdec.decoding import Decoder
 from specdec.drafts import (
@@ -28,10 +33,12 @@ from specdec.drafts import (
     share_vocabulary,
 )
 from specdec.grammars import GrammarCompiler
-from specdec.models import LanguageModel
+from specdec.methods import METHODS, VERIFICATION_NAMES, Method
+from specdec.models import LanguageModel, is_encoder_decoder
 from specdec.models.elsewhere import can_be_recorded, seen_from
-from specdec.models.loading import packaged_draft
+from specdec.models.loading import as_device, as_dtype, packaged_draft, with_revision
 from specdec.optimal_trees import USUAL_RATES, Rates, optimal_tree, tree_that_pays
+from specdec.prompts import Message, Prompt, as_messages, as_prompts, as_token_ids, encode_raw, render
 from specdec.proposers import Proposer
 from specdec.proposers.draft_model import DraftModelProposer
 from specdec.proposers.early_exit import EarlyExitProposer
@@ -42,43 +49,43 @@ from specdec.proposers.table import Fallback
 from specdec.randomness import own_seed, sample_seed
 from specdec.recording import Recorder
 from specdec.requests import Chunk, Completion, Generation, Request, sources_of
-from specdec.sampling import SamplingParams
+from specdec.sampling_params import SamplingParams
 from specdec.stats import PhaseTimes
 from specdec.synthetic import SyntheticAcceptance
+from specdec.texts import GrowingText
 from specdec.tree_verification import verify_coupled_tree, verify_tree
 from specdec.trees import Tree, as_tree
 from specdec.verification import VerificationRule, verify_block, verify_coupled, verify_tokens
+from specdec.vocabularies import pieces_of
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from specdec.drafts import AnyDraft
 
-Method = Literal[
-    "autoregressive",
-    "draft_model",
-    "eagle",
-    "early_exit",
-    "ngram",
-    "ngram_store",
-    "ngram_table",
-    "suffix",
-    "hybrid",
-    "tree",
-]
-METHODS: tuple[Method, ...] = get_args(Method)
 REMEMBERING = {"suffix": 64 << 20, "hybrid": 0}  # methods that can copy from finished requests, and how many bytes do
 VERIFICATIONS: dict[str, VerificationRule] = {
     "token": verify_tokens,
     "block": verify_block,
     "coupled": verify_coupled,
 }
+assert tuple(VERIFICATIONS) == VERIFICATION_NAMES
 TREE_VERIFICATIONS: dict[str, VerificationRule] = {"token": verify_tree, "coupled": verify_coupled_tree}
 _TREE_WIDTHS = (1, 2, 3, 5, 7, 9, 12, 13, 16, 20, 24, 25, 32, 36, 48)  # whose costs "auto" measures, before it chooses
+T = TypeVar("T")
+
+
+class EngineBusyError(RuntimeError):
+    """An engine is asked to decode while another call of it is not finished."""
 
 
 class Engine:
     """Decodes prompts with a target model and one method of proposing tokens; the output law is the target's own.
 
-    target: a LanguageModel such as CausalLM or Seq2SeqLM; a prompt of the latter is what its encoder reads.
+    target: a LanguageModel such as CausalLM or Seq2SeqLM, a prompt of the latter being what its encoder reads; or a
+        loaded transformers model, which is wrapped in one of them and put into eval mode.
+    tokenizer: of a transformers model; None: prompts are token ids. A draft that is a transformers model has it, too;
+        one with another tokenizer is to be given as CausalLM(model, its tokenizer).
     method: what proposes tokens. "autoregressive": nothing. "ngram": prompt lookup. "ngram_store": online n-gram
         counts. "ngram_table": prompt lookup, else a table counted beforehand. "suffix": the likelier copy of two, from
         the request's own text and from what finished requests said. "draft_model": a smaller language model.
@@ -110,10 +117,11 @@ class Engine:
 
     def __init__(
         self,
-        target: LanguageModel,
+        target: LanguageModel | PreTrainedModel,
         *,
+        tokenizer: Any = None,
         method: Method = "autoregressive",
-        draft: AnyDraft | None = None,
+        draft: AnyDraft | PreTrainedModel | None = None,
         num_speculative_tokens: int | Literal["auto"] = 4,
         max_batch_size: int = 1,
         verification: str = "token",
@@ -123,20 +131,19 @@ class Engine:
         exit_layer: int | None = None,
         tree: Tree | Sequence[Sequence[int]] | str | Path | None = None,
     ) -> None:
-        require(max_batch_size >= 1, f"max_batch_size={max_batch_size} must be at least 1")
-        _check_history(max_history_bytes, method)
-        _check_verification(verification)
+        target, draft = _wrapped(target, tokenizer), _wrapped_draft(draft, tokenizer)
+        _check_options(method, max_batch_size, max_history_bytes, exit_layer, verification)
         _check_method(method, kind_of(draft) if draft is not None else None, num_speculative_tokens)
         _check_tree(method, tree, verification, synthetic_acceptance_rates)
         self.target, self.draft, self.method = target, draft, method
         self._tokenizer: Any = getattr(target, "tokenizer", None)
         self._eos_token_ids: frozenset[int] = getattr(target, "eos_token_ids", frozenset())
+        _name_ignored(getattr(getattr(target, "model", None), "generation_config", None))
+        self._verification, self._max_batch_size = verification, max_batch_size
+        self._busy = Lock()
+        self._pieces: dict[int, bytes | str] | None = None
         self._context_name: str = getattr(target, "context_name", "model's context")
         self._grammars: GrammarCompiler | None = None
-        require(
-            exit_layer is None or method == "early_exit",
-            f'exit_layer={exit_layer} must be left out with method={method!r}; use method="early_exit"',
-        )
         drawing = _drawing(target, draft) if method != "early_exit" else _early_exit(target, exit_layer)
         recordable = None if can_be_recorded(target, draft) else False
         require(
@@ -177,28 +184,38 @@ class Engine:
         target: str,
         *,
         draft: str | None = None,
-        dtype: torch.dtype = torch.bfloat16,
-        device: str = "cpu",
-        attention: str = "sdpa",
+        dtype: str | torch.dtype = torch.bfloat16,
+        device: str = "auto",
+        attention: str = "auto",
         load_format: str = "auto",
         placement: str = "same",
         quantisation: str | None = None,
         tp_plan: str | None = None,
+        revision: str | None = None,
         **options: Any,
     ) -> Engine:
         """An engine from model names: a bundled name such as "smollm2-135m", a hub id, a folder or a GGUF file.
 
         draft: likewise a draft model, or a folder with a head or a table; where the method needs one and none is
             named, the one that comes with this package for the target is taken, if there is one.
+        dtype: of the weights, "bfloat16", "float16", "float32", "float64" or torch's. device: "auto" is "cuda" where
+            there is a GPU, else "cpu". attention: "auto" is "sdpa", and "eager" for architectures that have no other.
+        revision: a branch, tag or commit of a target on the hub; of any hub id also "organisation/model@revision".
         placement: over which of the devices that `device` stands for ("cuda": all GPUs) target and draft are spread:
             "same", "separate", "ratio:6:2" or "auto", see `specdec.models.placement`.
         quantisation, tp_plan: of the target's weights and a draft model's, see `load_pretrained`.
         options: as for the constructor. Arguments are checked before any model is loaded.
         """
+        known = inspect.signature(cls.__init__).parameters
+        for name in options:
+            if name not in known or name in ("self", "target", "tokenizer"):
+                raise TypeError(f"{name}= must be an option of Engine.load or of Engine{nearest(name, known)}")
+        dtype, device, target = as_dtype(dtype), as_device(device), with_revision(target, revision)
         method = options.get("method", "autoregressive")
+        checked = ("max_batch_size", "max_history_bytes", "exit_layer", "verification")
+        _check_options(method, *(options.get(name, known[name].default) for name in checked))
         draft = draft or packaged_draft(target, method)
         _check_method(method, kind_in(draft) if draft else None, options.get("num_speculative_tokens", 4))
-        _check_verification(options.get("verification", "token"))
         if options.get("tree") is not None:
             options["tree"] = as_tree(options["tree"])
         _check_tree(
@@ -224,88 +241,146 @@ class Engine:
         return engine
 
     @property
+    def tokenizer(self) -> Any:
+        """The target's transformers tokenizer, or None."""
+        return self._tokenizer
+
+    def default_sampling(self, **changes: Any) -> SamplingParams:
+        """What the model's generation_config.json says of sampling, as `transformers.generate` takes it, with changes.
+
+        Without do_sample it is greedy. SamplingParams() does not ask the model.
+        """
+        config = getattr(getattr(self.target, "model", None), "generation_config", None)
+        named = {name: getattr(config, name, None) for name in _OF_GENERATION}
+        found = {name: value for name, value in named.items() if value is not None}
+        if getattr(config, "do_sample", False):
+            found.setdefault("top_k", 50)  # transformers' default
+        else:
+            found = {"temperature": 0.0, "repetition_penalty": found.get("repetition_penalty", 1.0)}
+        return SamplingParams(**found | changes)
+
+    def __repr__(self) -> str:
+        def name(model: Any) -> str:
+            config = getattr(model, "config", None)
+            source = getattr(config, "_name_or_path", "") or ""
+            return f"{type(getattr(model, 'model', model)).__name__}{f' {source!r}' if source else ''}"
+
+        target: Any = self.target
+        kind = f"{str(getattr(target, 'dtype', '')).removeprefix('torch.')} on {target.device}".strip()
+        parts = [f"{name(target)}, {kind}", f"method={self.method!r}"]
+        parts += [f"draft={name(self.draft)}"] if self.draft is not None else []
+        parts += [f"num_speculative_tokens={self.num_speculative_tokens}"] if self.num_speculative_tokens else []
+        parts += [f"verification={self._verification!r}", f"max_batch_size={self._max_batch_size}"]
+        return f"Engine({', '.join(parts)})"
+
+    @property
     def phase_times(self) -> PhaseTimes:
         """Where the time of the last `generate` went."""
         return self._decoder.times
 
     def generate(
         self,
-        prompts: Sequence[str | Sequence[int]],
+        prompts: Prompt | Sequence[Prompt],
         sampling: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         arrivals_s: Sequence[float] | None = None,
     ) -> list[Completion]:
-        """Continue each prompt, given as text or as token ids; completions come in the order of the prompts, and of a
-        prompt's samples.
+        """Continue each prompt; completions come in the order of the prompts, and of a prompt's samples.
 
+        prompts: each a text, token ids, or the messages of a chat, which go through the chat template; or one of these
+            alone, which is one prompt.
         sampling: one SamplingParams for all prompts or one for each; None is SamplingParams().
         arrivals_s: seconds after the call at which each prompt arrives, to be decoded with those in flight; None: all
             are there at once.
         Raises ValueError for an empty prompt, for one that with max_tokens exceeds the context, and for a constraint
         that does not compile or cannot be met, before decoding any; DeadEndError, a ValueError, for one that turns out
-        to lead nowhere.
+        to lead nowhere; EngineBusyError while another call or stream of this engine is not finished.
         """
         completions = self.as_completed(prompts, sampling, arrivals_s=arrivals_s)
         return sorted(completions, key=lambda completion: (completion.index, completion.sample))
 
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        sampling: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> list[Completion]:
+        """Answer a chat, or several: as `generate` for messages such as {"role": "user", "content": "Hi"}.
+
+        Raises ValueError for what are no messages, and without a chat template.
+        """
+        chats = as_prompts(messages)
+        for chat in chats:
+            require(as_messages(chat) is not None, f"messages={chat!r} must be a list with roles and contents")
+        return self.generate(chats, sampling)
+
     def as_completed(
         self,
-        prompts: Sequence[str | Sequence[int]],
+        prompts: Prompt | Sequence[Prompt],
         sampling: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         arrivals_s: Sequence[float] | None = None,
     ) -> Generator[Completion]:
         """As `generate`, yielding each completion when it is finished; closing it drops the prompts that are not.
 
-        Arguments are checked at the call. One stream or call at a time: they share the engine's cache.
+        Arguments are checked at the call. One stream or call at a time: they share the engine's cache, so that another
+        one raises EngineBusyError until this one is finished or closed.
         """
-        rows = self._decoder.advance(self._requests(prompts, sampling, arrivals_s))
-        return self._completing(rows)
+        return _Run(self._busy, lambda: self._completing(self._requests(prompts, sampling, arrivals_s)))
 
-    def _completing(self, rows: Generator[Generation]) -> Generator[Completion]:
-        with closing(rows):
+    def _completing(self, requests: Sequence[Request]) -> Generator[Completion]:
+        with closing(self._decoder.advance(requests)) as rows:
             yield from (self._complete(row) for row in rows if row.finish_reason)
 
     def stream(
         self,
-        prompts: Sequence[str | Sequence[int]],
+        prompts: Prompt | Sequence[Prompt],
         sampling: SamplingParams | Sequence[SamplingParams] | None = None,
-    ) -> Iterator[Chunk]:
+    ) -> Generator[Chunk]:
         """As `generate`, yielding tokens as they are emitted: a prompt's chunks in order, those of others between them.
 
-        Arguments are checked at the call. One stream or call at a time: they share the engine's cache.
+        Arguments are checked at the call. One stream or call at a time, as for `as_completed`.
         """
-        requests = self._requests(prompts, sampling, None)
-        texts: dict[tuple[int, int], str] = {}
-        return (self._chunk(row, texts) for row in self._decoder.advance(requests))
+        return _Run(self._busy, lambda: self._streaming(self._requests(prompts, sampling, None)))
+
+    def _streaming(self, requests: Sequence[Request]) -> Generator[Chunk]:
+        lengths: dict[tuple[int, int], int] = {}
+        with closing(self._decoder.advance(requests)) as rows:
+            yield from (self._chunk(row, lengths) for row in rows)
 
     def forget(self) -> None:
-        """Lose what finished requests said, so that none of it is copied; what "auto" has learned stays."""
-        if self._suffixes:
-            self._suffixes.forget()
-        if not self._decoder.adaptive:
-            self._num_requests = 0  # nothing tells of the uniforms that were used
+        """Lose what finished requests said, so that none of it is copied; what "auto" has learned stays.
 
-    def _chunk(self, row: Generation, texts: dict[tuple[int, int], str]) -> Chunk:
-        """What a row has emitted since the last chunk. texts: by prompt and sample, what has been given so far."""
+        Raises EngineBusyError while a call or stream of this engine is not finished.
+        """
+        with closing(_Run(self._busy, lambda: self._completing([]))):
+            if self._suffixes:
+                self._suffixes.forget()
+            if not self._decoder.adaptive:
+                self._num_requests = 0  # nothing tells of the uniforms that were used
+
+    def _chunk(self, row: Generation, lengths: dict[tuple[int, int], int]) -> Chunk:
+        """What a row has emitted since the last chunk. lengths: of the text given so far, by prompt and sample."""
         key, steps = (row.request.index, row.request.sample), row.steps[-1:]
         sources = sources_of(steps) if steps else ("bonus",)
-        text = None
-        if self._tokenizer:
-            text, given = self._decode(row), texts.get(key, "")
-            if text.endswith("\N{REPLACEMENT CHARACTER}") and not row.finish_reason:
-                text = given  # the end of a character is still to come
-            texts[key], text = text, text[len(given) :]
+        text = row.visible_text()
+        if text is not None:
+            text, lengths[key] = text[lengths.get(key, 0) :], max(len(text), lengths.get(key, 0))
         completion = self._complete(row) if row.finish_reason else None
         return Chunk(key[0], tuple(row.tokens[-len(sources) :]), sources, text, completion, key[1])
 
     def _requests(
         self,
-        prompts: Sequence[str | Sequence[int]],
+        prompts: Prompt | Sequence[Prompt],
         sampling: SamplingParams | Sequence[SamplingParams] | None,
         arrivals_s: Sequence[float] | None,
     ) -> list[Request]:
-        params = [sampling or SamplingParams()] * len(prompts) if not isinstance(sampling, Sequence) else sampling
+        prompts = as_prompts(prompts)
+        sampling = SamplingParams() if sampling is None else sampling
+        params = [sampling] * len(prompts) if isinstance(sampling, SamplingParams) else sampling
+        require(
+            isinstance(params, Sequence) and all(isinstance(each, SamplingParams) for each in params),
+            f"sampling={sampling!r} must be a SamplingParams, or a list of them; use SamplingParams(temperature=0)",
+        )
         require(
             len(params) == len(prompts),
             f"{len(params)} sampling parameters must be one, or one for each of the {len(prompts)} prompts",
@@ -320,10 +395,8 @@ class Engine:
             self._request(index, sample, *each) for index, each in enumerate(requests) for sample in range(each[1].n)
         ]
 
-    def _request(
-        self, index: int, sample: int, prompt: str | Sequence[int], sampling: SamplingParams, arrival_s: float
-    ) -> Request:
-        tokens = self._encode(prompt) if isinstance(prompt, str) else tuple(prompt)
+    def _request(self, index: int, sample: int, prompt: Any, sampling: SamplingParams, arrival_s: float) -> Request:
+        tokens = self._encode(prompt, index)
         vocab_size, context = self.target.vocab_size, self.target.context_length
         require(len(tokens) > 0, f"prompt {index} must not be empty: give at least one token")
         require(
@@ -346,26 +419,41 @@ class Engine:
             sampling = replace(sampling, seed=own_seed(sampling.seed, self._num_requests))
             self._num_requests += 1
         stop = stop if sampling.ignore_eos else stop | self._eos_token_ids
-        return Request(index, tokens, sampling, stop, arrival_s, self._constraint(sampling, stop), sample)
+        self._check_needs(sampling)
+        before = () if is_encoder_decoder(self.target) else tokens
+        new_text = partial(GrowingText, self._tokenizer, before) if self._tokenizer else None
+        return Request(index, tokens, sampling, stop, arrival_s, self._constraint(sampling, stop), sample, new_text)
+
+    def _check_needs(self, sampling: SamplingParams) -> None:
+        """Raise ValueError if the engine lacks what a parameter needs."""
+        of_text = [name for name in (sampling.constraint, "stop", "bad_words") if name and getattr(sampling, name)]
+        if of_text:
+            require(self._tokenizer is not None, f"{of_text[0]} needs a model with a tokenizer; load one with it")
+        limiting = [*filter(None, [sampling.constraint]), *(["bad_words"] if sampling.bad_words else [])]
+        limiting += ["min_tokens"] if sampling.min_tokens else []
+        require(
+            not limiting or not isinstance(self._decoder.rule, SyntheticAcceptance),
+            f"{' and '.join(limiting)} must not go with synthetic_acceptance_rates, by which any token is accepted",
+        )
 
     def _constraint(self, sampling: SamplingParams, stop_token_ids: frozenset[int]) -> Constraint | None:
-        if sampling.constraint is None:
-            return None
-        require(self._tokenizer is not None, f"{sampling.constraint} needs a model with a tokenizer; load one with it")
-        require(
-            not isinstance(self._decoder.rule, SyntheticAcceptance),
-            f"{sampling.constraint} must not go with synthetic_acceptance_rates, by which any token is accepted",
-        )
-        self._grammars = self._grammars or GrammarCompiler(self._tokenizer, self.target.vocab_size)
-        return self._grammars.compile(sampling, stop_token_ids)
+        """What limits the tokens of a request: a grammar, texts that must not occur, a least number of tokens."""
+        vocab_size, limits = self.target.vocab_size, list[Constraint]()
+        if sampling.constraint is not None:
+            self._grammars = self._grammars or GrammarCompiler(self._tokenizer, vocab_size)
+            limits.append(self._grammars.compile(sampling, stop_token_ids))
+        if sampling.bad_words:
+            self._pieces = self._pieces or pieces_of(self._tokenizer, vocab_size)
+            limits.append(Without(sampling.bad_words, self._pieces, stop_token_ids, vocab_size))
+        if sampling.min_tokens and stop_token_ids:
+            limits.append(AtLeast(sampling.min_tokens, stop_token_ids, vocab_size))
+        return all_of(limits)
 
-    def _encode(self, text: str) -> tuple[int, ...]:
-        require(self._tokenizer is not None, "a text prompt needs a model with a tokenizer; give token ids")
-        return tuple(self._tokenizer(text).input_ids)
-
-    def _decode(self, row: Generation) -> str:
-        text: str = self._tokenizer.decode(row.output, skip_special_tokens=True)
-        return text
+    def _encode(self, prompt: Any, index: int) -> tuple[int, ...]:
+        if isinstance(prompt, str):
+            return encode_raw(prompt, self._tokenizer)
+        messages = as_messages(prompt)
+        return render(messages, self._tokenizer) if messages else as_token_ids(prompt, index)
 
     def _complete(self, row: Generation) -> Completion:
         assert row.finish_reason is not None
@@ -373,7 +461,7 @@ class Engine:
             index=row.request.index,
             prompt_token_ids=row.request.prompt,
             token_ids=tuple(row.output),
-            text=self._decode(row) if self._tokenizer else None,
+            text=row.visible_text(),
             finish_reason=row.finish_reason,
             logprobs=tuple(row.logprobs) if row.request.sampling.logprobs else None,
             steps=tuple(row.steps),
@@ -382,7 +470,96 @@ class Engine:
             queue_s=row.admitted_s - row.arrival_s,
             sample=row.request.sample,
             top_logprobs=tuple(row.top_logprobs) if row.request.sampling.top_logprobs else None,
+            stop_reason=row.stop_reason,
         )
+
+
+class _Run(Generator[T]):
+    """What one call of an engine yields; it has the engine for itself until it is finished, closed or dropped."""
+
+    def __init__(self, busy: Lock, start: Callable[[], Generator[T]]) -> None:
+        self._busy: Lock | None = None
+        if not busy.acquire(blocking=False):
+            raise EngineBusyError(
+                "this engine is decoding for another call, whose stream is not finished or which is in another thread; "
+                "finish or close() that one first, give all prompts in one call, or load another engine"
+            )
+        self._busy = busy
+        try:
+            self._items = start()
+        except BaseException:
+            self._release()
+            raise
+
+    def send(self, value: Any) -> T:
+        try:
+            return self._items.send(value)
+        except BaseException:
+            self.close()
+            raise
+
+    def throw(self, *error: Any) -> T:
+        try:
+            return self._items.throw(*error)
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        if self._busy:
+            self._items.close()
+            self._release()
+
+    def __del__(self) -> None:
+        self.close()
+
+    def _release(self) -> None:
+        busy, self._busy = self._busy, None
+        if busy:
+            busy.release()
+
+
+_OF_GENERATION = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")  # that SamplingParams have, too
+_NEUTRAL: dict[str, Any] = {  # what else changes what `transformers.generate` says, and where it does not
+    "repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "bad_words_ids": None,
+    "suppress_tokens": None,
+    "begin_suppress_tokens": None,
+    "forced_bos_token_id": None,
+    "forced_eos_token_id": None,
+    "min_new_tokens": None,
+    "min_length": 0,
+    "exponential_decay_length_penalty": None,
+    "sequence_bias": None,
+}
+
+
+def _name_ignored(config: Any) -> None:
+    """Log what a generation config has that changes greedy output in `transformers.generate`, and not here."""
+    found = {name: getattr(config, name, None) for name in _NEUTRAL}
+    named = [f"{name}={value!r}" for name, value in found.items() if value not in (None, _NEUTRAL[name], [])]
+    if named:
+        logging.getLogger("specdec").warning(
+            "the model's generation_config has %s, which transformers.generate applies and SamplingParams() does not; "
+            "engine.default_sampling() has its temperature, top_k, top_p, min_p and repetition_penalty",
+            ", ".join(named),
+        )
+
+
+def _wrapped(model: Any, tokenizer: Any) -> Any:
+    """A LanguageModel of a loaded transformers model; anything else as it is."""
+    if not hasattr(model, "get_input_embeddings") or hasattr(model, "draft_vocabulary"):
+        require(tokenizer is None, f"tokenizer= is of a transformers model; {type(model).__name__} has its own")
+        return model
+    from specdec.models.causal import CausalLM
+    from specdec.models.seq2seq import Seq2SeqLM
+
+    return (Seq2SeqLM if model.config.is_encoder_decoder else CausalLM)(model.eval(), tokenizer)
+
+
+def _wrapped_draft(draft: Any, tokenizer: Any) -> Any:
+    return _wrapped(draft, tokenizer) if hasattr(draft, "get_input_embeddings") else draft
 
 
 class Drawing(Protocol):
@@ -530,19 +707,31 @@ def _draft_cost(
     return min(seconds[2:])  # the first times warm up
 
 
+def _check_options(
+    method: str, max_batch_size: Any, max_history_bytes: Any, exit_layer: Any, verification: Any
+) -> None:
+    """What can be said of an engine's options before any model is there."""
+    require_choice("method", method, METHODS)
+    require_choice("verification", verification, VERIFICATION_NAMES)
+    require_integer("max_batch_size", max_batch_size, 1)
+    _check_history(max_history_bytes, method)
+    if exit_layer is not None:
+        require_integer("exit_layer", exit_layer, 1)
+        require(
+            method == "early_exit",
+            f'exit_layer={exit_layer} must be left out with method={method!r}; use method="early_exit"',
+        )
+
+
 def _check_history(max_history_bytes: int | None, method: str) -> None:
     if max_history_bytes is None:
         return
-    require(max_history_bytes >= 0, f"max_history_bytes={max_history_bytes} must be at least 0; 0 remembers nothing")
+    require_integer("max_history_bytes", max_history_bytes, 0, "; 0 remembers nothing")
     require(
         method in REMEMBERING,
         f"max_history_bytes={max_history_bytes} must be left out with method={method!r}; use "
         f"method={' or '.join(map(repr, REMEMBERING))}",
     )
-
-
-def _check_verification(verification: str) -> None:
-    require(verification in VERIFICATIONS, f"verification={verification!r} must be one of {', '.join(VERIFICATIONS)}")
 
 
 def _check_tree(method: str, tree: Any, verification: str, synthetic_acceptance_rates: Any) -> None:
@@ -578,7 +767,6 @@ def _num_draftable(draft: Any) -> int:
 
 
 def _check_method(method: str, kind: Kind | None, num_speculative_tokens: int | str) -> None:
-    require(method in METHODS, f"method={method!r} must be one of {', '.join(METHODS)}")
     needed = NEEDS.get(method, ())
     require(
         kind is not None or not needed,
@@ -589,9 +777,8 @@ def _check_method(method: str, kind: Kind | None, num_speculative_tokens: int | 
         f"a draft is given but method={method!r} does not use it, being a {kind}; use "
         f"method={' or '.join(repr(name) for name, kinds in NEEDS.items() if kind in kinds)}",
     )
-    is_length = (
-        num_speculative_tokens == "auto" if isinstance(num_speculative_tokens, str) else num_speculative_tokens > 0
-    )
+    is_number = isinstance(num_speculative_tokens, int) and not isinstance(num_speculative_tokens, bool)
+    is_length = num_speculative_tokens == "auto" or (is_number and int(num_speculative_tokens) > 0)
     require(
         method == "autoregressive" or is_length,
         f'num_speculative_tokens={num_speculative_tokens!r} must be at least 1, or "auto"; for plain decoding use '

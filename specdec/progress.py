@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import TextIOWrapper
 from typing import TextIO
 
 from tqdm import tqdm
@@ -26,6 +27,13 @@ def bar(total: int, unit: str, label: str = "", *, initial: int = 0, file: TextI
         leave=False,
         dynamic_ncols=True,
     )
+
+
+def show_what_can_be_shown(*streams: TextIO) -> None:
+    """Let streams that are not UTF-8 write ? for characters that they do not have, instead of ending the program."""
+    for stream in streams:
+        if isinstance(stream, TextIOWrapper) and (stream.encoding or "").lower().replace("-", "") != "utf8":
+            stream.reconfigure(errors="replace")
 
 
 @contextmanager

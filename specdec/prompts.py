@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import gzip
 import json
+import logging
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -60,22 +62,38 @@ def text_of(row: dict[str, Any], field: str, place: str) -> str:
 
 
 def encode(text: str, tokenizer: Any) -> tuple[int, ...]:
-    """Token ids of a question: through the chat template if the tokenizer has one; its bytes without a tokenizer."""
+    """Token ids of a question: through the chat template if the tokenizer has one. Raises ValueError without one."""
     if getattr(tokenizer, "chat_template", None):
-        chat = [{"role": "user", "content": text}]
-        return tuple(tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False))
+        return render([{"role": "user", "content": text}], tokenizer)
     return encode_raw(text, tokenizer)
 
 
 def encode_raw(text: str, tokenizer: Any) -> tuple[int, ...]:
-    """Token ids of a text as it stands, to be gone on with; its bytes without a tokenizer."""
-    return tuple(text.encode()) if tokenizer is None else tuple(tokenizer(text).input_ids)
+    """Token ids of a text as it stands, to be continued.
+
+    Raises ValueError without a tokenizer. Where the text begins with the token that the tokenizer puts first, as a chat
+    template rendered before does, so that it is there twice, that is logged.
+    """
+    if tokenizer is None:
+        raise ValueError("a text prompt needs a model with a tokenizer; load one with it, or give token ids")
+    tokens = tuple(tokenizer(text).input_ids)
+    bos = getattr(tokenizer, "bos_token_id", None)
+    if bos is not None and tokens[:2] == (bos, bos):
+        logging.getLogger("specdec").warning(
+            "a prompt begins with %s twice: the text has it, as rendered chat templates do, and the tokenizer adds it; "
+            "give the messages instead, or the token ids",
+            tokenizer.bos_token,
+        )
+    return tokens
+
+
+def encode_bytes(text: str) -> tuple[int, ...]:
+    """A text's bytes as token ids, for models of random weights without a tokenizer: what they read means nothing."""
+    return tuple(text.encode())
 
 
 def decode(tokens: Sequence[int], tokenizer: Any) -> str | None:
     """The question whose token ids these are, or None if there is none that is encoded so."""
-    if tokenizer is None:
-        return bytes(tokens).decode()
     one, other = encode("a", tokenizer), encode("b", tokenizer)
     start = next(i for i, (ours, theirs) in enumerate(zip(one, other, strict=True)) if ours != theirs)
     text: str = tokenizer.decode(tokens[start : len(tokens) - (len(one) - start - 1)])
@@ -101,3 +119,84 @@ def _row(place: str, line: str) -> dict[str, Any]:
     if not isinstance(row, dict):
         raise ValueError(f"{place}: {line.strip()[:40]!r} must be a JSON object; correct or remove the row")
     return row
+
+
+# ---- prompts as they are given to an engine
+
+Message = Mapping[str, Any]  # of a chat: {"role": "user", "content": "..."}
+Prompt = str | Sequence[int] | Sequence[Message]
+
+
+def as_prompts(prompts: Any) -> list[Any]:
+    """A list of prompts, which may be given alone: a text, token ids, or the messages of a chat.
+
+    Arrays and tensors are taken as lists. Raises ValueError naming what is given where it is none of these.
+    """
+    prompts = _as_list(prompts)
+    if isinstance(prompts, str):
+        return [prompts]
+    if not isinstance(prompts, list):
+        raise ValueError(f"prompts={_shown(prompts)} must be {_FORMS}, or a list of them")
+    found = [_as_list(prompt) for prompt in prompts]
+    is_one = found and (all(_is_number(each) for each in found) or all(isinstance(each, Mapping) for each in found))
+    return [found] if is_one else found
+
+
+def as_messages(prompt: Any) -> list[Message] | None:
+    """The messages that a prompt is, or None if it is none. Raises ValueError where a message lacks its role."""
+    if not isinstance(prompt, list) or not prompt or not all(isinstance(each, Mapping) for each in prompt):
+        return None
+    for each in prompt:
+        if not isinstance(each.get("role"), str) or "content" not in each:
+            raise ValueError(f'message={_shown(each)} must be such as {{"role": "user", "content": "Hi"}}')
+    return prompt
+
+
+def as_token_ids(prompt: Any, index: int) -> tuple[int, ...]:
+    """The token ids that prompt number `index` is. Raises ValueError where it is none, naming the first bad one."""
+    if not isinstance(prompt, list):
+        raise ValueError(f"prompt {index} is {_shown(prompt)} and must be {_FORMS}")
+    ids = [_as_list(token) for token in prompt]
+    for wrong in (token for token in ids if not _is_number(token) or not isinstance(token, Integral)):
+        raise ValueError(
+            f"prompt {index} has {_shown(wrong)} among its token ids, which must be integers; or give a text"
+        )
+    return tuple(map(int, ids))
+
+
+def render(messages: Sequence[Message], tokenizer: Any) -> tuple[int, ...]:
+    """Token ids of a chat, by the tokenizer's template, up to where the answer begins.
+
+    Raises ValueError without a template, and where the template refuses the messages.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        raise ValueError("messages need a model whose tokenizer has a chat template; give the text as it is to be read")
+    from jinja2 import TemplateError
+
+    try:
+        return tuple(tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=False))
+    except (TemplateError, TypeError) as error:
+        raise ValueError(
+            f"messages={_shown(list(messages))} must be such as the chat template takes: {error}"
+        ) from None
+
+
+_FORMS = 'a text, a list of token ids, or a list of messages such as {"role": "user", "content": "Hi"}'
+
+
+def _as_list(value: Any) -> Any:
+    """A list or number of what is a tuple, array, tensor or generator; everything else as it is."""
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    if isinstance(value, str | bytes | Mapping | set | frozenset) or not isinstance(value, Iterable):
+        return value
+    return list(value)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def _shown(value: Any) -> str:
+    shown = repr(value)
+    return f"{shown if len(shown) <= 60 else shown[:60] + '...'} ({type(value).__name__})"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -10,8 +10,10 @@ from torch import Tensor
 
 from specdec.constraints import Constraint, Progress
 from specdec.recording import Recorder
-from specdec.sampling import SamplingParams, SamplingState
+from specdec.sampling import SamplingState
+from specdec.sampling_params import SamplingParams
 from specdec.stats import AcceptanceCounts
+from specdec.texts import GrowingText
 
 TokenSource = Literal["accepted", "recovered", "bonus"]
 FinishReason = Literal["stop", "length"]
@@ -26,6 +28,7 @@ class Request:
     arrival_s: seconds after the run's start before which it is not there.
     constraint: what its output may say, made of `sampling`, or None. sample: which of the samples of its prompt it is;
     those of one prompt have its index, and `sampling.n` is their number.
+    new_text: makes what its output's text is put together by, which stop strings need; None without a tokenizer.
     """
 
     index: int
@@ -35,6 +38,7 @@ class Request:
     arrival_s: float = 0.0
     constraint: Constraint | None = None
     sample: int = 0
+    new_text: Callable[[], GrowingText] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +71,8 @@ class Generation:
     """A request in flight: `tokens` is its prompt and what was emitted so far. Times are clock readings in seconds.
 
     admitted_s: when it got a slot. progress: how far the emitted tokens have come in the request's constraint.
+    text: of the emitted tokens, as far as it was asked for; it ends at `text_end`, or where it ends if that is None.
+    stop_reason: the stop token or stop string that ended it.
     """
 
     request: Request
@@ -80,9 +86,13 @@ class Generation:
     first_token_s: float = 0.0
     last_token_s: float = 0.0
     finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+    text: GrowingText | None = field(init=False)
+    text_end: int | None = None
 
     def __post_init__(self) -> None:
         self.tokens = list(self.request.prompt)
+        self.text = self.request.new_text() if self.request.new_text else None
         self.progress = Progress(self.request.constraint) if self.request.constraint else None
 
     @property
@@ -96,16 +106,55 @@ class Generation:
         return self.tokens[len(self.request.prompt) :]
 
     def emit(self, tokens: Sequence[int]) -> int:
-        """Append tokens up to the first stop token or `max_tokens`; returns how many were kept."""
+        """Append tokens up to the first stop token, the one that completes a stop string or `max_tokens`.
+
+        Returns how many were kept.
+        """
         for kept, token in enumerate(tokens, 1):
             self.tokens.append(token)
             if token in self.request.stop_token_ids:
+                self.finish_reason, self.stop_reason = "stop", token
+            elif self.request.sampling.stop and self._completes_stop_string(token):
                 self.finish_reason = "stop"
             elif self.num_remaining == 0:
                 self.finish_reason = "length"
             if self.finish_reason:
                 return kept
         return len(tokens)
+
+    def visible_text(self) -> str | None:
+        """The text of the emitted tokens that will not be taken back, all of it at the end; None without tokenizer."""
+        if self.text is None:
+            return None
+        self.text.follow(self.output)
+        if self.finish_reason and self.text_end is None:
+            self.text.finish()
+        whole, stop = self.text.text[: self.text_end], self.request.sampling.stop
+        if self.finish_reason or not stop or self.request.sampling.include_stop_str_in_output:
+            return whole
+        return whole[: len(whole) - _begun(whole, stop)]
+
+    def _completes_stop_string(self, token: int) -> bool:
+        assert self.text is not None, "stop strings are refused without a tokenizer"
+        added, sampling = self.text.append(token), self.request.sampling
+        if len(self.tokens) - len(self.request.prompt) < sampling.min_tokens:
+            return False
+        ends: list[tuple[int, int, str]] = []
+        for stop in sampling.stop:
+            start = self.text.text.find(stop, max(0, len(self.text.text) - len(added) - len(stop) + 1))
+            if start >= 0:
+                ends.append((start + len(stop), start, stop))
+        if not ends:
+            return False
+        end, start, self.stop_reason = min(ends)  # the one that is complete first; of several the longest
+        self.text_end = end if sampling.include_stop_str_in_output else start
+        return True
+
+
+def _begun(text: str, stops: Sequence[str]) -> int:
+    """Characters at the end of a text that may be the beginning of a stop string."""
+    sizes = (size for stop in stops for size in range(1, len(stop)) if text.endswith(stop[:size]))
+    return max(sizes, default=0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,12 +200,14 @@ class Batch:
 class Completion:
     """What became of one prompt, or of one of its samples.
 
-    token_ids: emitted tokens, the stop token included. text: decoded, special tokens left out; None without tokenizer.
+    token_ids: emitted tokens, the stop token included. text: of them as they continue the prompt, up to a stop string,
+    special tokens left out; None without tokenizer.
     logprobs: log-probability of each emitted token under the target's unprocessed logits, if asked for. top_logprobs:
     in each of their places, those of the likeliest tokens, the likeliest first, if asked for.
     steps: one entry for each decode step; the first token comes from the prefill and belongs to none.
     ttft_s, latency_s: seconds from the call, or from the prompt's arrival, to the first and to the last token, waiting
     for a slot included. queue_s: the part of both that it waited for a slot. sample: from 0 to `SamplingParams.n` - 1.
+    stop_reason: the stop token or stop string that ended it, if one did.
     """
 
     index: int
@@ -171,6 +222,7 @@ class Completion:
     queue_s: float
     sample: int = 0
     top_logprobs: tuple[dict[int, float], ...] | None = None
+    stop_reason: int | str | None = None
 
     @property
     def sources(self) -> tuple[TokenSource, ...]:
@@ -191,7 +243,8 @@ class Completion:
 class Chunk:
     """Tokens of one prompt as they are emitted: the prefill's first, then those of a decode step.
 
-    text: what they add to the text, empty while a character is not complete; None without tokenizer.
+    text: what they add to the text, empty while a character is not complete or while it may be the beginning of a stop
+    string; None without tokenizer.
     completion: the whole, with the last chunk of a prompt; until then None. sample: as in the completion.
     """
 

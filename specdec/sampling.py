@@ -12,8 +12,8 @@ So no vocabulary-sized tensor exists where none is needed.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,104 +22,10 @@ from torch import Tensor
 from specdec import kernels
 from specdec.constraints import Progress, masks
 from specdec.devices import upload
+from specdec.sampling_params import SamplingParams
 
 _USUAL_NUCLEUS = 256
-CONSTRAINTS = ("json_schema", "regex", "grammar")
 _BARRED = -1e9  # a logit without probability, yet a law remains if all else has -inf
-
-
-@dataclass(frozen=True, slots=True)
-class SamplingParams:
-    """How one request is sampled. Defaults follow vLLM: temperature 1, no truncation, no penalty.
-
-    temperature: float >= 0; 0 is greedy decoding (the argmax; the lowest id wins a tie).
-    top_k: keep the k largest logits, ties with the k-th included; 0 keeps all.
-    top_p: keep the fewest largest probabilities whose sum reaches top_p, in (0, 1], ties with the last included.
-    min_p: drop tokens less probable than min_p times the most probable one, in [0, 1].
-    presence_penalty, frequency_penalty: subtracted from the logits of emitted tokens, once or per occurrence.
-    repetition_penalty: > 0; logits of prompt and emitted tokens are divided (positive) or multiplied (negative).
-    logit_bias: token id -> float added to its logit; -inf forbids the token.
-    max_tokens: tokens to emit at the most, the stop token included.
-    stop_token_ids: token ids that end the request; the stop token is emitted.
-    ignore_eos: do not end at the model's own end-of-sequence tokens.
-    seed: selects the request's random stream, 0 <= seed < 2**64. Requests with equal seeds share uniforms.
-    n: how many samples of a prompt; each is a completion of its own, by a seed of its own, and the first is what n=1
-    gives. The target reads the prompt once.
-    logprobs: also return the log-probability of each emitted token under the target's unprocessed logits.
-    top_logprobs: with logprobs, also those of so many likeliest tokens in each place.
-    json_schema, regex, grammar: what the text before the stop token is to be, at most one of them: JSON of a schema,
-    given as a mapping or as JSON; a text that a regular expression matches as a whole; a text of a grammar in Lark's or
-    GBNF's notation. They are read by llguidance (`pip install llguidance`), which documents what they may have.
-
-    The order is: logit bias, repetition, frequency and presence penalties, what the constraint allows, temperature,
-    top-k, top-p, min-p.
-    Raises ValueError naming the field, its value and the rule.
-    """
-
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    repetition_penalty: float = 1.0
-    logit_bias: Mapping[int, float] = field(default_factory=dict)
-    max_tokens: int = 128
-    stop_token_ids: tuple[int, ...] = ()
-    ignore_eos: bool = False
-    seed: int = 0
-    logprobs: bool = False
-    n: int = 1
-    top_logprobs: int = 0
-    json_schema: str | Mapping[str, Any] | None = None
-    regex: str | None = None
-    grammar: str | None = None
-
-    def __post_init__(self) -> None:
-        def require(name: str, holds: bool, rule: str) -> None:
-            if not holds:
-                raise ValueError(f"{name}={getattr(self, name)!r} must be {rule}")
-
-        finite = math.isfinite
-        require("temperature", finite(self.temperature) and self.temperature >= 0, "finite and >= 0; 0 is greedy")
-        require("top_k", isinstance(self.top_k, int) and self.top_k >= 0, "an integer >= 0; 0 keeps all tokens")
-        require("top_p", 0 < self.top_p <= 1, "in (0, 1]; 1 keeps all tokens")
-        require("min_p", 0 <= self.min_p <= 1, "in [0, 1]; 0 keeps all tokens")
-        require("presence_penalty", finite(self.presence_penalty), "finite; 0 is off")
-        require("frequency_penalty", finite(self.frequency_penalty), "finite; 0 is off")
-        require(
-            "repetition_penalty",
-            finite(self.repetition_penalty) and self.repetition_penalty > 0,
-            "finite and > 0; 1 is off",
-        )
-        require("max_tokens", isinstance(self.max_tokens, int) and self.max_tokens >= 1, "an integer >= 1")
-        require("seed", isinstance(self.seed, int) and 0 <= self.seed < 2**64, "an integer in [0, 2**64)")
-        require(
-            "logit_bias",
-            all(isinstance(t, int) and t >= 0 and v < math.inf for t, v in self.logit_bias.items()),
-            "a mapping of token ids >= 0 to floats below +inf",
-        )
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
-        require("stop_token_ids", all(isinstance(t, int) and t >= 0 for t in self.stop_token_ids), "token ids >= 0")
-        require("n", isinstance(self.n, int) and self.n >= 1, "an integer >= 1")
-        require("top_logprobs", isinstance(self.top_logprobs, int) and self.top_logprobs >= 0, "an integer >= 0")
-        require("top_logprobs", self.logprobs or not self.top_logprobs, "0 without logprobs; set logprobs=True")
-        require("json_schema", isinstance(self.json_schema, str | Mapping | None), "a mapping, a text of JSON or None")
-        require("regex", isinstance(self.regex, str | None), "a text or None")
-        require("grammar", isinstance(self.grammar, str | None), "a text or None")
-        given = [name for name in CONSTRAINTS if getattr(self, name) is not None]
-        if len(given) > 1:
-            raise ValueError(f"{' and '.join(given)} must not be given together; choose one")
-
-    @property
-    def constraint(self) -> str | None:
-        """Which of the fields that constrain the text is given."""
-        return next((name for name in CONSTRAINTS if getattr(self, name) is not None), None)
-
-    @property
-    def has_penalties(self) -> bool:
-        """Whether the law depends on which tokens came before, beyond what the model sees."""
-        return (self.presence_penalty, self.frequency_penalty, self.repetition_penalty) != (0.0, 0.0, 1.0)
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,6 +29,10 @@ Download = Callable[[str, Path], Path]  # (requirement, folder) -> the wheel in 
 Convert = Callable[[Path, Path], None]  # (the file, folder to make of it)
 
 
+class WrongArgumentError(ValueError):
+    """An argument that turns out not to fit sound content; the message says what to use instead."""
+
+
 class LoadError(RuntimeError):
     """Something could not be fetched, or what is stored is damaged; the message says what to do."""
 
@@ -179,7 +183,7 @@ def explained(rule: str, remedy: str) -> Iterator[None]:
     """Turn what libraries raise about bad content, a network or a disk into one LoadError with a remedy."""
     try:
         yield
-    except (LoadError, ImportError, MemoryError, torch.OutOfMemoryError):
+    except (LoadError, WrongArgumentError, ImportError, MemoryError, torch.OutOfMemoryError):
         raise  # these speak for themselves
     except Exception as error:  # GGUF readers alone raise ValueError, struct.error, KeyError and IndexError
         cause = (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -12,12 +12,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 from test_progress import Terminal
 
 from specdec import Completion, Engine, SamplingParams, Step
 from specdec.__main__ import Decoded, comparison, main, summary
-from specdec.prompts import encode, encode_raw
+from specdec.prompts import encode, encode_bytes, encode_raw
 from specdec.screen import Paint
 
 ROOT = Path(__file__).parents[1]
@@ -34,7 +35,7 @@ def plain_text() -> str:
     """What the tiny model says without speculation, token by token: it has no tokenizer."""
     engine = Engine.load(TINY, load_format="dummy", dtype=torch.float32, verification="coupled")
     sampling = SamplingParams(max_tokens=11, ignore_eos=True)
-    tokens = engine.generate([encode("Hello", None)], sampling)[0].token_ids
+    tokens = engine.generate([encode_bytes("Hello")], sampling)[0].token_ids
     assert len(set(tokens)) > 5
     return "".join(f"{token} " for token in tokens)
 
@@ -178,6 +179,8 @@ def test_what_is_wrong_is_said_in_one_line(
     ("arguments", "message"),
     [
         (["x", "--method", "magic"], "argument --method: invalid choice: 'magic'"),
+        (["x", "--method", "egale"], "argument --method: invalid choice: 'egale'"),
+        (["x", "--temprature", "1"], "unrecognized arguments: --temprature 1; did you mean '--temperature'?; see"),
         (["x", "--gamma", "many"], "argument --gamma: gamma='many' must be an integer of at least 1, or auto"),
         ([], "the following arguments are required: prompt"),
     ],
@@ -191,6 +194,38 @@ def test_so_is_what_the_options_do_not_allow(
     assert ended.value.code == 2
     assert err.startswith(f"error: {message}")
     assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["x", "--method", "egale"], "did you mean 'eagle'"),
+        (["x", "--top-p", "2"], "top_p=2.0 must be in (0, 1]"),
+        ([" "], "prompt=' ' must not be empty"),
+    ],
+)
+def test_wrong_arguments_are_named_without_torch(arguments: list[str], message: str, tmp_path: Path) -> None:
+    """It takes seconds to import: one that cannot be is put in its place."""
+    (tmp_path / "torch.py").write_text("raise SystemExit('torch is imported')")
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    command = [sys.executable, "-m", "specdec", *arguments]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert ended.returncode == 2
+    assert message in ended.stderr
+
+
+def test_a_model_without_a_tokenizer_is_not_fed_bytes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny.make("llama", tiny.GQA).save_pretrained(tmp_path)
+    assert main(["Hello", "--target", str(tmp_path)]) == 2
+    assert capsys.readouterr().err.startswith("error: a text prompt needs a model with a tokenizer; load one with it")
+
+
+def test_a_stream_that_lacks_characters_ends_in_no_traceback(plain_text: str) -> None:
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "ascii"}
+    code = "import sys; from specdec.__main__ import main; status = main(); print(chr(233)); sys.exit(status)"
+    command = [sys.executable, "-c", code, "Hello", *MODELS, "--ignore-eos", "--max-tokens", "3", "--no-plain"]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stdout.splitlines()[-1]) == (0, "?"), ended.stderr
 
 
 class Interrupting(io.StringIO):

@@ -7,21 +7,24 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import specdec
 
 ROOT = Path(specdec.__file__).parent
 # from the bottom to the top; a module may import from layers below its own only
 LAYERS = [
-    {"checks", "fallbacks", "private_files"},
-    {"stats", "wheels", "prompts", "progress", "timing", "devices", "constraints", "vocabularies", "models.placement"},
+    {"checks", "fallbacks", "json_files", "methods", "private_files", "sampling_params"},
+    {"texts", "stats", "wheels", "prompts", "progress", "timing", "devices", "constraints", "vocabularies"},
+    {"models.placement"},
     {"kernels", "kernels.triton_layers", "kernels.triton_sampling", "recording", "trees"},
-    {"sampling", "randomness", "optimal_trees"},
+    {"bans", "sampling", "randomness", "optimal_trees"},
     {"fused_verification"},
     {"verification", "requests", "grammars"},
     {"tree_verification"},
     {"models", "synthetic"},
     {"cache", "models.markov", "models.elsewhere"},
-    {"models.fusion"},
+    {"models.fusion", "models.length_factors"},
     {"models.early_exit"},
     {"models.causal"},
     {"models.eagle", "models.seq2seq"},
@@ -74,8 +77,15 @@ def test_imports_go_strictly_downwards() -> None:
         assert not back_edges, f"{name} imports {back_edges}, which are not below it"
 
 
-def test_importing_specdec_loads_torch_only() -> None:
-    code = "import sys, specdec; print([m for m in ('transformers', 'scipy', 'datasets', 'vllm') if m in sys.modules])"
+@pytest.mark.parametrize(
+    ("code", "unloaded"),
+    [
+        ("import specdec", ("torch", "transformers", "scipy", "datasets", "vllm")),
+        ("from specdec import Engine, SamplingParams", ("transformers", "scipy", "datasets", "vllm")),
+    ],
+)
+def test_importing_specdec_loads_little(code: str, unloaded: tuple[str, ...]) -> None:
+    code = f"{code}; import sys; print([m for m in {unloaded} if m in sys.modules])"
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert output.strip() == "[]"
 
@@ -84,10 +94,14 @@ def test_public_names() -> None:
     assert specdec.__all__ == [
         "METHODS",
         "AcceptanceCounts",
+        "CausalLM",
         "Chunk",
         "Completion",
         "Engine",
+        "EngineBusyError",
         "PhaseTimes",
         "SamplingParams",
+        "Seq2SeqLM",
         "Step",
     ]
+    assert all(getattr(specdec, name) is not None for name in specdec.__all__)

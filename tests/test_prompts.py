@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from specdec.prompts import encode, rows, text_of
+from specdec.prompts import encode, encode_bytes, rows, text_of
 
 
 @pytest.mark.parametrize("name", ["p.jsonl", "p.jsonl.gz"])
@@ -39,5 +39,7 @@ def test_a_text_must_have_something_in_it() -> None:
         text_of({"prompt": 7}, "prompt", "f:1")
 
 
-def test_without_a_tokenizer_a_prompt_is_its_bytes() -> None:
-    assert encode("aé", None) == (97, 195, 169)
+def test_without_a_tokenizer_a_text_is_refused_and_its_bytes_are_asked_for_by_name() -> None:
+    with pytest.raises(ValueError, match="a text prompt needs a model with a tokenizer; load one"):
+        encode("aé", None)
+    assert encode_bytes("aé") == (97, 195, 169)

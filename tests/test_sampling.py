@@ -12,7 +12,8 @@ from strategies import law_rows
 from torch import Tensor
 from toys import obvious_law
 
-from specdec.sampling import Dense, OneHot, Partial, SamplingParams, SamplingState, stack_laws
+from specdec.sampling import Dense, OneHot, Partial, SamplingState, stack_laws
+from specdec.sampling_params import SamplingParams
 
 VOCAB = 6
 HALVES = [math.log(4), math.log(2), 0.0, 0.0]  # 1/2, 1/4, 1/8, 1/8, exactly

@@ -27,7 +27,8 @@ from specdec.decoding import Decoder
 from specdec.models.markov import MarkovModel
 from specdec.proposers.draft_model import DraftModelProposer
 from specdec.randomness import Role, on_branch
-from specdec.sampling import Dense, Law, OneHot, Partial, RowParams, SamplingParams, largest, race
+from specdec.sampling import Dense, Law, OneHot, Partial, RowParams, largest, race
+from specdec.sampling_params import SamplingParams
 from specdec.verification import Draft, verify_block, verify_coupled, verify_tokens
 
 if importlib.util.find_spec("triton") is None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from specdec.models.markov import MarkovCache, MarkovModel
-from specdec.sampling import SamplingParams
+from specdec.sampling_params import SamplingParams
 
 # Quarters, such that target/draft is 0, 1/2, 1 or more and every residual is made of halves.
 QUARTERS = torch.tensor([[2, 1, 1], [1, 2, 1], [1, 1, 2], [2, 2, 0], [0, 2, 2], [2, 0, 2]]).double() / 4

@@ -33,7 +33,8 @@ from specdec.constraints import Constraint
 from specdec.decoding import Decoder
 from specdec.randomness import Role, UniformSource, off_branch
 from specdec.requests import Generation, Request
-from specdec.sampling import Law, SamplingParams
+from specdec.sampling import Law
+from specdec.sampling_params import SamplingParams
 from specdec.trees import Tree
 from specdec.verification import Draft, Verification, VerificationRule, verify_coupled, verify_tokens
 

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from specdec.devices import upload
 from specdec.models import Cache, LanguageModel, hold
-from specdec.sampling import Dense, Law, SamplingParams, SamplingState
+from specdec.sampling import Dense, Law, SamplingState
+from specdec.sampling_params import SamplingParams
 
 _CHUNK = 1 << 22  # probabilities held at a time: as few as keep a step wide, for fresh memory costs more than a sum
 _REMEMBERED = 1 << 14  # positions of prompts whose keys and values are kept for the next outputs

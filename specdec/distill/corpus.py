@@ -17,7 +17,7 @@ from specdec.distill.prompts import Dialogue, EvaluationText, about_texts
 from specdec.engine import Engine
 from specdec.progress import bar
 from specdec.prompts import decode, encode, rows
-from specdec.sampling import SamplingParams
+from specdec.sampling_params import SamplingParams
 
 HELD_OUT = 40
 MOST_PROMPT_TOKENS, MOST_TEXT_TOKENS = 256, 1280  # of questions, and of questions about a text

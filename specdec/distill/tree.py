@@ -11,7 +11,8 @@ from torch import Tensor
 from specdec.decoding import Decoder
 from specdec.proposers import Proposer
 from specdec.requests import Request
-from specdec.sampling import Law, SamplingParams
+from specdec.sampling import Law
+from specdec.sampling_params import SamplingParams
 from specdec.tree_verification import verify_tree
 from specdec.trees import MOST_LEVELS, Tree, tree_of
 from specdec.verification import Draft, Verification

@@ -52,7 +52,7 @@ class CausalLM:
     @property
     def eos_token_ids(self) -> frozenset[int]:
         """Tokens that end a sequence."""
-        return eos_token_ids(self.model)
+        return eos_token_ids(self.model, self.tokenizer)
 
     @property
     def is_recordable(self) -> bool:
@@ -171,11 +171,13 @@ class CausalLM:
         self._last_hidden = output[0]
 
 
-def eos_token_ids(model: PreTrainedModel) -> frozenset[int]:
-    """Tokens that end a model's sequences: from its generation config, else from its config."""
+def eos_token_ids(model: PreTrainedModel, tokenizer: Any = None) -> frozenset[int]:
+    """Tokens that end a model's sequences: from its generation config, else from its config, else its tokenizer's."""
     eos = getattr(model.generation_config, "eos_token_id", None)
     if eos is None:
-        eos = model.config.get_text_config(decoder=True).eos_token_id
+        eos = getattr(model.config.get_text_config(decoder=True), "eos_token_id", None)
+    if eos is None:
+        eos = getattr(tokenizer, "eos_token_id", None)
     return frozenset([eos] if isinstance(eos, int) else eos or [])
 
 

@@ -9,26 +9,29 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import logging
 import os
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
+from specdec.checks import nearest, require_choice
+from specdec.methods import DTYPE_NAMES, LOAD_FORMATS
 from specdec.models.placement import LayerBytes
 from specdec.progress import others_bars
-from specdec.wheels import WheelFile, cache_root, explained, fetch, made_once
+from specdec.wheels import LoadError, WheelFile, WrongArgumentError, cache_root, explained, fetch, made_once
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-ATTENTIONS = ("eager", "sdpa")
-LOAD_FORMATS = ("auto", "dummy")
+ATTENTIONS = ("eager", "sdpa", "auto")
 QUANTISATIONS = {"bitsandbytes-4bit": "bitsandbytes", "torchao-int8": "torchao"}  # name -> package
 WEIGHTS_SHARE = 0.9  # of a device's free memory that weights may fill; keys, values and activations need the rest
 COUNTED = re.compile(r"(layers?|experts?|blocks?|depth)$")  # fields of a configuration by which modules are made
@@ -56,7 +59,7 @@ def load_pretrained(
     *,
     dtype: torch.dtype,
     device: str | torch.device | Sequence[torch.device] = "cpu",
-    attention: str = "sdpa",
+    attention: str = "auto",
     load_format: str = "auto",
     quantisation: str | None = None,
     tp_plan: str | None = None,
@@ -68,7 +71,8 @@ def load_pretrained(
     dtype: float16, bfloat16, float32 or float64, of every weight.
     device: of all weights, or the device of each decoder layer; with the first layer goes what stands before it, with
         the last what stands behind it.
-    attention: "eager" or "sdpa", the transformers implementation.
+    attention: "eager" or "sdpa", the transformers implementation; "auto" is "sdpa" where the architecture has it, else
+        "eager", which is logged.
     load_format: "auto" reads the weights (from a folder or the hub: safetensors only); "dummy" draws random ones,
         the same every time on a kind of device, and needs no more than the configuration (source may then also be
         the path of a config.json).
@@ -86,7 +90,7 @@ def load_pretrained(
     special = _special(place, dtype, devices, quantisation, tp_plan, load_format)
     load = _stored_model if load_format == "auto" else _random_model
     with explained(place.rule, place.remedy), others_bars():
-        model = load(place, devices, dtype=dtype, attn_implementation=attention, **special)
+        model = _with_attention(attention, partial(load, place, devices, dtype=dtype, **special))
         return model.eval().requires_grad_(False), _tokenizer(place, optional=load_format == "dummy")
 
 
@@ -114,6 +118,48 @@ def read_layer_bytes(source: str, dtype: torch.dtype, load_format: str = "auto")
     place = _locate(source, load_format)
     with explained(place.rule, place.remedy):
         return _layer_bytes(_skeleton(place, dtype))
+
+
+def _with_attention(attention: str, load: Callable[..., PreTrainedModel]) -> PreTrainedModel:
+    """The model with the attention asked for. Raises ValueError if its architecture does not have it."""
+    try:
+        return load(attn_implementation="sdpa" if attention == "auto" else attention)
+    except ValueError as error:
+        if "scaled_dot_product_attention" not in str(error):
+            raise
+        name = str(error).split(" ", 1)[0]
+        if attention != "auto":
+            raise WrongArgumentError(
+                f"attention={attention!r} must be one that {name} has in transformers; use attention='eager', or 'auto'"
+            ) from None
+    logging.getLogger("specdec").warning("%s has no SDPA in transformers: its eager attention is used", name)
+    return load(attn_implementation="eager")
+
+
+def as_dtype(dtype: str | torch.dtype) -> torch.dtype:
+    """A number format by its name, or as it is. Raises ValueError for a name that is none."""
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    require_choice("dtype", dtype, DTYPE_NAMES)
+    return cast("torch.dtype", getattr(torch, dtype))
+
+
+def as_device(device: str) -> str:
+    """The device that "auto" stands for: all GPUs where there are any, else the CPU; any other name as it is."""
+    if device != "auto":
+        return device
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def with_revision(source: str, revision: str | None) -> str:
+    """A hub id with a revision, as `load_pretrained` takes it. Raises ValueError for a source that is no hub id."""
+    if revision is None:
+        return source
+    if not isinstance(source, str) or source in _names() or Path(source).exists() or "@" in source:
+        raise ValueError(
+            f"revision={revision!r} must be left out: {source!r} is not an id on the hub without a revision"
+        )
+    return f"{source}@{revision}"
 
 
 def resolve(source: str) -> str:
@@ -167,7 +213,7 @@ def _with_embeddings(folder: Path) -> Path:
 class _Place:
     """Where a source is, in the arguments of `from_pretrained`, and the words for when that fails."""
 
-    arguments: dict[str, str]
+    arguments: dict[str, Any]
     rule: str
     remedy: str
     folder: Path | None = None  # None: on the hub
@@ -193,8 +239,11 @@ def _usable_device(device: str | torch.device) -> torch.device:
 
 
 def _remedy() -> str:
-    names = ", ".join([*(entry.name for entry in BUNDLED), *packaged()])
-    return f"name a bundled model ({names}), a folder, a .gguf file or a hub id"
+    return f"name a bundled model ({', '.join(_names())}), a folder, a .gguf file or a hub id"
+
+
+def _names() -> list[str]:
+    return [*(entry.name for entry in BUNDLED), *packaged()]
 
 
 def _locate(source: str, load_format: str) -> _Place:
@@ -203,12 +252,42 @@ def _locate(source: str, load_format: str) -> _Place:
         return _folder(source, path, load_format)
     if path.is_file():
         return _file(source, path, load_format)
-    looks_like_hub_id = re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", source)  # "gpt2", "organisation/model"
+    looks_like_hub_id = _HUB_ID.fullmatch(source)
     if path.suffix in (".gguf", ".json", ".safetensors") or not looks_like_hub_id:
         raise FileNotFoundError(f"source={source!r} must exist; check the path, or {_remedy()}")
     rule = f"source={source!r} must be a bundled name, an existing path, or a hub id that is cached or within reach"
     remedy = f"check the spelling and the network, or set HF_HUB_OFFLINE=1 to use the hub's cache, or {_remedy()}"
-    return _Place({_PATH: source}, rule, remedy)
+    name, revision = looks_like_hub_id["name"], looks_like_hub_id["revision"]
+    arguments = {_PATH: name} | ({"revision": revision} if revision else {})
+    return _Place(arguments | _within_reach(name, revision, rule, remedy), rule, remedy)
+
+
+_HUB_ID = re.compile(r"(?P<name>[\w-][\w.-]*(/[\w-][\w.-]*)?)(@(?P<revision>[\w./-]+))?")  # "gpt2", "org/model@main"
+
+
+def _within_reach(name: str, revision: str | None, rule: str, remedy: str) -> dict[str, Any]:
+    """Further arguments where the hub does not answer: its cache alone. It is asked once; transformers would ask on.
+
+    Raises LoadError if it does not answer and the cache has nothing of the name.
+    """
+    from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+    from huggingface_hub.errors import HfHubHTTPError
+
+    if constants.HF_HUB_OFFLINE:
+        return {}
+    try:
+        get_hf_file_metadata(hf_hub_url(name, "config.json", revision=revision), timeout=_PATIENCE_S)
+    except HfHubHTTPError:
+        return {}  # it answers, and transformers says best what
+    except Exception as error:  # of whichever HTTP client the hub's library uses
+        if isinstance(try_to_load_from_cache(name, "config.json", revision=revision), str):
+            return {"local_files_only": True}
+        known = nearest(name, _names())
+        raise LoadError(f"{rule} (the hub does not answer: {error}); {remedy}{known}") from error
+    return {}
+
+
+_PATIENCE_S = 10.0
 
 
 def _folder(source: str, path: Path, load_format: str) -> _Place:

@@ -91,7 +91,7 @@ class Seq2SeqLM:
     @property
     def eos_token_ids(self) -> frozenset[int]:
         """Tokens that end a sequence."""
-        return eos_token_ids(self.model)
+        return eos_token_ids(self.model, self.tokenizer)
 
     @property
     def step_bytes(self) -> int:

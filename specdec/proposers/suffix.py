@@ -26,7 +26,7 @@ from specdec.adaptive import AdaptiveLength, together
 from specdec.proposers.ngram import pad
 from specdec.proposers.suffix_tree import TOKEN_BYTES, Place, SuffixTree
 from specdec.requests import Batch, Generation
-from specdec.sampling import SamplingParams
+from specdec.sampling_params import SamplingParams
 from specdec.verification import Draft
 
 LEAST_REACH = 0.1  # a copy ends where it is less likely than this that verification comes so far

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from functools import partial
 
@@ -18,6 +18,7 @@ from strategies import laws
 from toys import Automaton, FeatureTarget, ToyHead, grid_pair, joint_law, law_after, processed_law, table
 
 from specdec.adaptive import AdaptiveLength, StepCosts
+from specdec.bans import AllOf, AtLeast, Without
 from specdec.conformance import mutants
 from specdec.conformance.enumeration import (
     Grid,
@@ -31,13 +32,15 @@ from specdec.conformance.enumeration import (
     race_pieces,
 )
 from specdec.conformance.mutants import maker, with_rule
+from specdec.constraints import Constraint
 from specdec.decoding import Decoder
 from specdec.models.markov import MarkovModel
 from specdec.proposers.eagle import EagleProposer
 from specdec.proposers.hybrid import HybridProposer
 from specdec.proposers.ngram import LookupIndex, NgramProposer
 from specdec.randomness import Role
-from specdec.sampling import Dense, SamplingParams, race
+from specdec.sampling import Dense, race
+from specdec.sampling_params import SamplingParams
 from specdec.verification import verify_block, verify_coupled, verify_tokens
 
 # -- races over pieces ---------------------------------------------------------------------------------------
@@ -311,7 +314,12 @@ SOME = [(), ("top_p",), ("penalties",), ("repetition",), COMBINATIONS[-1]]
 
 
 def constrained_law(
-    make, params: SamplingParams, rule, num_tokens: int, forgotten: Sequence[Automaton | None] = (EVEN_ZEROS,)
+    make,
+    params: SamplingParams,
+    rule,
+    num_tokens: int,
+    forgotten: Sequence[Constraint | None] = (EVEN_ZEROS,),
+    constraint: Constraint = EVEN_ZEROS,
 ) -> dict[Tokens, float]:
     """What the loop emits under the constraint, over the uniforms that matter.
 
@@ -324,7 +332,7 @@ def constrained_law(
         grids = [token_grid(target, draft, params, (1, 0), output, each) for each in sides]
         return tuple(pieces_between(edges(pieces)) for pieces in zip(*grids, strict=True))
 
-    return exact_law(make, (1, 0), num_tokens, grid, params, rule, EVEN_ZEROS)
+    return exact_law(make, (1, 0), num_tokens, grid, params, rule, constraint)
 
 
 def edges(several: Sequence[Sequence[tuple[float, float]]]) -> list[float]:
@@ -340,6 +348,52 @@ def test_joint_law_under_a_constraint(names: tuple[str, ...], rule) -> None:
     law = constrained_law(maker(*EVEN_PAIR, 1), params, rule, 4)
     assert distance(law, processed_law(EVEN_PAIR[0], params, (1, 0), 4, EVEN_ZEROS)) < 1e-12
     assert all(output.count(0) % 2 == 0 for output in law if output[-1] == 2)
+
+
+class Obvious:
+    """Which tokens may follow, by what the whole output then is; nothing may behind a stop token, which is 2."""
+
+    def __init__(self, fits: Callable[[Tokens], bool]) -> None:
+        self.fits = fits
+
+    def after(self, output: Tokens) -> set[int] | None:
+        prefixes = (output[:end] for end in range(1, len(output) + 1))
+        if 2 in output or not all(map(self.fits, prefixes)):
+            return None
+        return {token for token in range(3) if self.fits((*output, token))}
+
+
+def has_no_bad_word(output: Tokens) -> bool:
+    text = "".join("ab."[token] for token in output)
+    return "aba" not in text and "bb" not in text
+
+
+STOP = frozenset({2})
+WITHOUT = Without(("aba", "bb"), {0: b"a", 1: b"b"}, STOP, 3)
+LIMITS = {  # as the library has them, and by definition
+    "min_tokens": (AtLeast(2, STOP, 3), Obvious(lambda output: 2 not in output[:2])),
+    "bad_words": (WITHOUT, Obvious(has_no_bad_word)),
+    "both": (
+        AllOf((AtLeast(2, STOP, 3), WITHOUT)),
+        Obvious(lambda output: 2 not in output[:2] and has_no_bad_word(output)),
+    ),
+    "with an automaton": (
+        AllOf((EVEN_ZEROS, AtLeast(3, STOP, 3))),
+        Obvious(lambda output: 2 not in output[:3] and output[-1] in (EVEN_ZEROS.after(output[:-1]) or ())),
+    ),
+}
+
+
+@pytest.mark.parametrize("rule", [verify_tokens, verify_block])
+@pytest.mark.parametrize("limit", LIMITS)
+@pytest.mark.parametrize("names", [(), COMBINATIONS[-1]], ids="+".join)
+def test_joint_law_under_bad_words_and_min_tokens(names: tuple[str, ...], limit: str, rule) -> None:
+    """At each drafted position what is forbidden is so given the tokens drafted before it, as without a draft."""
+    params, (constraint, oracle) = with_processors(names, **EVEN_ENDING), LIMITS[limit]
+    law = constrained_law(maker(*EVEN_PAIR, 1), params, rule, 4, (oracle,), constraint)
+    assert distance(law, processed_law(EVEN_PAIR[0], params, (1, 0), 4, oracle)) < 1e-12
+    if not names:  # else truncation may have taken what is forbidden
+        assert distance(law, processed_law(EVEN_PAIR[0], params, (1, 0), 4)) > 0.01
 
 
 @pytest.mark.parametrize("names", [(), COMBINATIONS[-1]], ids="+".join)

@@ -90,8 +90,8 @@ def test_what_cannot_go_with_it_is_refused() -> None:
     target = CausalLM(longrope("llama"))
     with pytest.raises(UnsupportedModelError, match=r"rotary factors that depend on the length.*use another method"):
         Engine(target, method="early_exit", exit_layer=1)
-    with pytest.raises(UnsupportedModelError, match=r"its steps cannot be recorded; use records=False"):
-        Engine(target, records=True).generate([[1, 2]], GREEDY)
+    with pytest.raises(ValueError, match=r"records=True must be left out"):
+        Engine(target, records=True)
 
 
 @pytest.mark.parametrize("name", ["local_window", "chunk_length", "floor_scale", "block_size", "index_topk"])

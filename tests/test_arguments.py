@@ -1,0 +1,339 @@
+"""What is given to an engine: forms of prompts, types of parameters, names, and calls at once."""
+
+from __future__ import annotations
+
+import logging
+import threading
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from toys import grid_pair
+
+from specdec import CausalLM, Engine, EngineBusyError, SamplingParams
+
+TARGET, DRAFT = grid_pair(4)
+GREEDY = SamplingParams(temperature=0, max_tokens=3)
+
+
+# -- prompts -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "prompts",
+    [
+        [1, 2, 0],
+        (1, 2, 0),
+        [[1, 2, 0]],
+        np.array([1, 2, 0]),
+        np.array([[1, 2, 0]]),
+        [np.int64(1), np.int32(2), 0],
+        [torch.tensor([1, 2, 0])],
+        torch.tensor([1, 2, 0]),
+        (token for token in (1, 2, 0)),
+    ],
+)
+def test_token_ids_are_one_prompt_in_whatever_they_come(prompts) -> None:
+    (completion,) = Engine(TARGET).generate(prompts, GREEDY)
+    assert completion.prompt_token_ids == (1, 2, 0)
+    assert all(type(token) is int for token in completion.prompt_token_ids)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [
+        ([1.5, 2], r"prompt 0 has 1\.5 \(float\) among its token ids, which must be integers"),
+        ([[1, 2.0]], r"prompt 0 has 2\.0 \(float\) among its token ids"),
+        ([[1, "2"]], r"prompt 0 has '2' \(str\) among its token ids"),
+        ([[1, None]], r"prompt 0 has None \(NoneType\) among its token ids"),
+        ([[True]], r"prompt 0 has True \(bool\) among its token ids"),
+        ([[[1, 2]]], r"prompt 0 has \[1, 2\] \(list\) among its token ids"),
+        ([0, [1]], r"prompt 0 is 0 \(int\) and must be a text, a list of token ids, or a list of messages"),
+        (7, r"prompts=7 \(int\) must be a text, a list of token ids"),
+        (b"hello", r"prompts=b'hello' \(bytes\) must be a text"),
+        ({"input_ids": [1]}, r"prompts=\{'input_ids': \[1\]\} \(dict\) must be a text"),
+        ({1, 2}, r"prompts=\{1, 2\} \(set\) must be a text"),
+        ([b"hello"], r"prompt 0 is b'hello' \(bytes\) and must be a text"),
+        (None, r"prompts=None \(NoneType\) must be a text"),
+        ([{"content": "Hi"}], r"message=.* must be such as \{\"role\": \"user\", \"content\": \"Hi\"\}"),
+        ([{"role": "user", "content": "Hi"}], "messages need a model whose tokenizer has a chat template"),
+    ],
+)
+def test_what_is_no_prompt_gets_a_sentence(prompts, message: str) -> None:
+    for call in (Engine(TARGET).generate, Engine(TARGET).stream, Engine(TARGET).as_completed):
+        with pytest.raises(ValueError, match=message):
+            call(prompts, GREEDY)
+
+
+def test_a_text_is_one_prompt_and_messages_go_through_the_template(default_model) -> None:
+    engine = Engine(default_model, method="ngram")
+    text, messages = "The capital of France is", [{"role": "user", "content": "What is the capital of France?"}]
+    (alone,), (listed,) = engine.generate(text, GREEDY), engine.generate([text], GREEDY)
+    assert alone.token_ids == listed.token_ids
+    rendered = default_model.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    answers = [engine.chat(messages, GREEDY), engine.generate(messages, GREEDY), engine.generate([messages], GREEDY)]
+    for (answer,) in answers:
+        assert answer.prompt_token_ids == tuple(rendered)
+    both = engine.chat([messages, messages], GREEDY)
+    assert [each.token_ids for each in both] == [answers[0][0].token_ids] * 2
+    with pytest.raises(ValueError, match=r"messages='Hi' must be a list with roles and contents"):
+        engine.chat("Hi")
+    assert engine.tokenizer is default_model.tokenizer
+
+
+# -- sampling parameters ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"temperature": "0.5"}, r"temperature='0\.5' must be finite and >= 0"),
+        ({"temperature": True}, "temperature=True must be finite"),
+        ({"temperature": None}, "temperature=None must be finite"),
+        ({"top_p": "x"}, "top_p='x' must be in"),
+        ({"top_p": float("nan")}, "top_p=nan must be in"),
+        ({"min_p": [0.1]}, r"min_p=\[0\.1\] must be in"),
+        ({"top_k": 2.0}, r"top_k=2\.0 must be an integer"),
+        ({"top_k": True}, "top_k=True must be an integer"),
+        ({"max_tokens": "8"}, "max_tokens='8' must be an integer >= 1"),
+        ({"max_tokens": 2.5}, r"max_tokens=2\.5 must be an integer >= 1"),
+        ({"seed": None}, "seed=None must be an integer"),
+        ({"n": 1.0}, r"n=1\.0 must be an integer"),
+        ({"stop_token_ids": 3}, r"stop_token_ids=3 must be a list or tuple of token ids >= 0, such as \(2,\)"),
+        ({"stop_token_ids": "ab"}, "stop_token_ids='ab' must be a list or tuple"),
+        ({"stop_token_ids": [1.0]}, r"stop_token_ids=\[1\.0\] must be a list"),
+        ({"stop": 3}, "stop=3 must be a text or a list of texts"),
+        ({"stop": [""]}, r"stop=\[''\] must be a text or a list of texts that are not empty"),
+        ({"bad_words": [3]}, r"bad_words=\[3\] must be a text or a list of texts"),
+        ({"min_tokens": 9, "max_tokens": 8}, "min_tokens=9 must be an integer from 0 to max_tokens=8"),
+        ({"logit_bias": [1]}, r"logit_bias=\[1\] must be a mapping"),
+        ({"logit_bias": {"a": 1.0}}, "logit_bias=.* must be a mapping of token ids"),
+        ({"logit_bias": {1: "2"}}, "logit_bias=.* must be a mapping of token ids"),
+        ({"ignore_eos": 1}, "ignore_eos=1 must be True or False"),
+        ({"logprobs": 5}, "logprobs=5 must be True or False"),
+        ({"repetition_penalty": "1"}, "repetition_penalty='1' must be finite and > 0"),
+        ({"presence_penalty": []}, r"presence_penalty=\[\] must be finite"),
+    ],
+)
+def test_parameters_of_another_type_get_a_sentence(options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        SamplingParams(**options)
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    params = SamplingParams(
+        temperature=np.float32(0.5),
+        top_k=np.int64(3),
+        stop_token_ids=[np.int64(1)],
+        logit_bias={np.int64(1): np.float64(2)},
+    )
+    assert params == SamplingParams(temperature=0.5, top_k=3, stop_token_ids=(1,), logit_bias={1: 2.0})
+    assert type(params.top_k) is int
+
+
+@pytest.mark.parametrize("sampling", [{"temperature": 0}, "greedy", [GREEDY, {"n": 1}], 3])
+def test_what_are_no_sampling_parameters_gets_a_sentence(sampling) -> None:
+    with pytest.raises(ValueError, match=r"sampling=.* must be a SamplingParams, or a list of them"):
+        Engine(TARGET).generate([[0], [1]], sampling)
+
+
+# -- options -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"method": "ngrams"}, "method='ngrams' must be one of .*; did you mean 'ngram'"),
+        ({"method": "egale"}, "did you mean 'eagle'"),
+        ({"verification": "blok"}, "verification='blok' must be one of token, block, coupled; did you mean 'block'"),
+        ({"max_batch_size": "2"}, "max_batch_size='2' must be an integer of at least 1"),
+        ({"max_batch_size": 1.0}, r"max_batch_size=1\.0 must be an integer of at least 1"),
+        ({"method": "ngram", "num_speculative_tokens": 2.5}, r"num_speculative_tokens=2\.5 must be at least 1"),
+        ({"method": "ngram", "num_speculative_tokens": True}, "num_speculative_tokens=True must be at least 1"),
+        ({"method": "ngram", "num_speculative_tokens": "four"}, "num_speculative_tokens='four' must be at least 1"),
+        ({"method": "suffix", "max_history_bytes": 1.5}, r"max_history_bytes=1\.5 must be an integer of at least 0"),
+        ({"method": "early_exit", "exit_layer": "1"}, "exit_layer='1' must be an integer of at least 1"),
+    ],
+)
+def test_bad_options_are_named_before_a_model_is_loaded(options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Engine(TARGET, **options)
+    with pytest.raises(ValueError, match=message):
+        Engine.load("no/such-model", **options)
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        (
+            {"max_batchsize": 2},
+            "max_batchsize= must be an option .*; did you mean 'max_batch_size'",
+        ),
+        ({"gamma": 2}, "gamma= must be an option of Engine.load or of Engine"),
+        ({"tokenizer": 2}, "tokenizer= must be an option"),
+    ],
+)
+def test_unknown_options_are_named_before_a_model_is_loaded(option: dict, message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        Engine.load("no/such-model", **option)
+
+
+@pytest.mark.parametrize("name", ["bf16", "bfloat", torch.int8])
+def test_unknown_number_formats_are_named(name) -> None:
+    with pytest.raises(ValueError, match=r"dtype=.* must be one of"):
+        Engine.load("smollm2-135m", dtype=name)
+
+
+# -- loaded models ---------------------------------------------------------------------------------------------
+
+
+def test_loaded_transformers_models_are_wrapped() -> None:
+    model, draft = tiny.make("llama", tiny.GQA), tiny.make("qwen2", tiny.GQA)
+    engine = Engine(model.train(), draft=draft, method="draft_model")
+    assert not model.training
+    assert [list(c.token_ids) for c in engine.generate(tiny.PROMPTS, tiny.GREEDY)] == [
+        tiny.reference(model, prompt) for prompt in tiny.PROMPTS
+    ]
+    assert repr(engine).startswith(
+        "Engine(LlamaForCausalLM, float32 on cpu, method='draft_model', draft=Qwen2ForCausalLM,"
+    )
+    assert "num_speculative_tokens=4, verification='token', max_batch_size=1)" in repr(engine)
+    with pytest.raises(ValueError, match="tokenizer= is of a transformers model; CausalLM has its own"):
+        Engine(CausalLM(model), tokenizer=object())
+
+
+def test_a_loaded_model_has_the_tokenizer_that_is_given(default_model) -> None:
+    engine = Engine(default_model.model, tokenizer=default_model.tokenizer, method="ngram")
+    assert engine.generate("One two three one two", GREEDY)[0].text
+    assert "LlamaForCausalLM '" in repr(engine)
+
+
+def test_an_encoder_decoder_is_wrapped_as_such() -> None:
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    sizes = {"vocab_size": 40, "d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2}
+    engine = Engine(T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0)), method="ngram")
+    assert type(engine.target).__name__ == "Seq2SeqLM"
+    assert engine.generate([[3, 4, 5]], GREEDY)
+
+
+# -- what a model's files say --------------------------------------------------------------------------------------
+
+
+class Ends:
+    """A tokenizer that alone knows how a text ends."""
+
+    eos_token_id = 7
+
+    def decode(self, tokens: list[int], skip_special_tokens: bool) -> str:
+        return "".join(map(chr, tokens))
+
+
+def test_an_end_that_only_the_tokenizer_knows_ends_a_text() -> None:
+    model = tiny.make("llama", tiny.GQA)
+    model.generation_config.eos_token_id = model.config.eos_token_id = None
+    favoured = SamplingParams(temperature=0, max_tokens=5, logit_bias={7: 100.0})
+    (completion,) = Engine(model, tokenizer=Ends()).generate([[3, 4]], favoured)
+    assert (completion.token_ids, completion.finish_reason, completion.stop_reason) == ((7,), "stop", 7)
+    model.generation_config.eos_token_id = 9  # the model's own word comes first, as in transformers
+    assert Engine(model, tokenizer=Ends()).generate([[3, 4]], favoured)[0].finish_reason == "length"
+
+
+def test_what_generate_would_apply_is_named_and_offered(caplog: pytest.LogCaptureFixture) -> None:
+    model = tiny.make("llama", tiny.GQA)
+    Engine(model)
+    assert not caplog.records
+    model.generation_config.repetition_penalty = 1.7
+    with caplog.at_level(logging.WARNING):
+        engine = Engine(model, method="ngram")
+    assert "generation_config has repetition_penalty=1.7, which transformers.generate applies" in caplog.text
+    params = engine.default_sampling(max_tokens=12, ignore_eos=True)
+    assert params == SamplingParams(temperature=0, repetition_penalty=1.7, max_tokens=12, ignore_eos=True)
+    ours = engine.generate([tiny.PROMPTS[2]], params)[0].token_ids
+    inputs = torch.tensor([tiny.PROMPTS[2]])
+    theirs = model.generate(inputs, max_new_tokens=12, eos_token_id=None, do_sample=False)[0, inputs.shape[1] :]
+    assert list(ours) == theirs.tolist()
+    model.generation_config.update(do_sample=True, temperature=0.6, top_p=0.9)
+    assert engine.default_sampling() == SamplingParams(temperature=0.6, top_p=0.9, top_k=50, repetition_penalty=1.7)
+
+
+def test_a_beginning_that_is_there_twice_is_named(default_model, caplog: pytest.LogCaptureFixture, monkeypatch) -> None:
+    from specdec.prompts import encode_raw
+
+    class AddsBos:
+        bos_token_id, bos_token = 1, "<s>"
+
+        def __call__(self, text: str):
+            ids = [1, *(1 if piece == "<s>" else 9 for piece in text.split())]
+            return type("Encoded", (), {"input_ids": ids})
+
+    with caplog.at_level(logging.WARNING):
+        assert encode_raw("hi", AddsBos()) == (1, 9)
+        assert not caplog.records
+        assert encode_raw("<s> hi", AddsBos()) == (1, 1, 9)
+    assert "a prompt begins with <s> twice" in caplog.text
+
+
+# -- two calls at once ---------------------------------------------------------------------------------------------
+
+
+def test_a_second_call_is_refused_until_the_first_is_finished() -> None:
+    engine = Engine(TARGET, method="draft_model", draft=DRAFT)
+    plain = [c.token_ids for c in engine.generate([[0], [1]], SamplingParams(max_tokens=8))]
+    stream = engine.stream([[0], [1]], SamplingParams(max_tokens=8))  # from the call on, not from the first chunk on
+    for _ in range(2):
+        for call in (engine.generate, engine.stream, engine.as_completed):
+            with pytest.raises(
+                EngineBusyError, match=r"this engine is decoding for another call.*close\(\) that one first"
+            ):
+                call([[0]], GREEDY)
+        with pytest.raises(EngineBusyError):
+            engine.forget()
+        chunk = next(stream)
+    rest = [chunk, *stream]
+    assert [c.completion.token_ids for c in rest if c.completion] == plain
+    assert [c.token_ids for c in engine.generate([[0], [1]], SamplingParams(max_tokens=8))] == plain
+
+
+@pytest.mark.parametrize("end", ["closed", "dropped", "failed", "refused", "never begun"])
+def test_an_engine_is_free_again_however_a_call_ends(end: str) -> None:
+    engine = Engine(TARGET)
+    if end == "refused":
+        with pytest.raises(ValueError, match="must not be empty"):
+            engine.generate([[]])
+    else:
+        stream = engine.stream([[0]], SamplingParams(max_tokens=8))
+        if end != "never begun":
+            next(stream)
+        if end == "failed":
+            with pytest.raises(RuntimeError, match="boom"):
+                stream.throw(RuntimeError("boom"))
+        elif end == "closed":
+            stream.close()
+        else:
+            del stream
+    assert engine.generate([[0]], GREEDY)
+
+
+def test_of_two_threads_one_is_refused_and_the_other_is_right() -> None:
+    engine, params = Engine(TARGET, method="draft_model", draft=DRAFT), SamplingParams(max_tokens=60)
+    expected = engine.generate([[0]], params)[0].token_ids
+    results: list = []
+
+    def work() -> None:
+        for _ in range(5):
+            try:
+                results.append(engine.generate([[0]], params)[0].token_ids)
+            except EngineBusyError as error:
+                results.append(error)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    decoded = [each for each in results if not isinstance(each, EngineBusyError)]
+    assert len(results) == 20
+    assert decoded
+    assert set(decoded) == {expected}
