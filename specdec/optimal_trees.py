@@ -5,15 +5,16 @@ Source: Chen et al. 2024 (Sequoia, arXiv:2402.12374).
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from specdec.checks import require
+from specdec.json_files import fields, finite_number, probabilities, read_json
 from specdec.trees import MOST_LEVELS, MOST_NODES, RankPath, Tree
 
 Acceptance = Sequence[Sequence[float]]
@@ -103,13 +104,15 @@ class Rates:
     @classmethod
     def load(cls, path: Path) -> Rates:
         """From JSON with these two. Raises ValueError for anything else."""
-        try:
-            content = json.loads(path.read_text())
-            return cls(tuple(map(tuple, content["acceptance"])), float(content["level_cost"]))
-        except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
-            raise ValueError(
-                f"acceptance={str(path)!r} must be JSON with acceptance and level_cost: {error!r}"
-            ) from error
+
+        def make(content: Any) -> Rates:
+            levels = fields(content)["acceptance"]
+            if not isinstance(levels, list):
+                raise ValueError("acceptance must be a list of levels")
+            acceptance = tuple(probabilities(level, "each level of acceptance") for level in levels)
+            return cls(acceptance, finite_number(content["level_cost"], "level_cost"))
+
+        return read_json(path, "acceptance must be JSON with acceptance and level_cost", make)
 
 
 def _family(rates: Values, below: Values) -> tuple[Values, list[npt.NDArray[np.int64]]]:

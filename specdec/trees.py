@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from specdec.checks import require
+from specdec.json_files import integers, read_json
 
 MOST_NODES = 512
 MOST_LEVELS = 24
@@ -128,14 +129,14 @@ class Tree:
     @classmethod
     def load(cls, path: Path) -> Tree:
         """A tree from JSON: an object with `paths`, or a list of them. Raises ValueError for anything else."""
-        try:
-            content = json.loads(path.read_text())
+
+        def make(content: Any) -> Tree:
             paths = content["paths"] if isinstance(content, dict) else content
-            return cls(tuple(tuple(each) for each in paths))
-        except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
-            raise ValueError(
-                f"tree={str(path)!r} must be a JSON file with rank paths such as [[0], [1], [0, 0]]: {error!r}"
-            ) from error
+            if not isinstance(paths, list):
+                raise ValueError(f"a {type(paths).__name__} is no list of paths")
+            return cls(tuple(tuple(integers(each, "a path")) for each in paths))
+
+        return read_json(path, "tree must be a JSON file with rank paths such as [[0], [1], [0, 0]]", make)
 
 
 def as_tree(tree: Tree | Iterable[Sequence[int]] | str | Path) -> Tree:

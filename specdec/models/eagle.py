@@ -26,6 +26,7 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
 from specdec.cache import RaggedCache
+from specdec.json_files import integers, read_json
 from specdec.models.fusion import FusedLayer, GpuStack, Projection, Shared, Stack, stack_of, weight_bytes
 from specdec.optimal_trees import Rates
 from specdec.trees import Branches
@@ -38,6 +39,7 @@ class EagleHead(nn.Module):
     config: of the layer; hidden_size and vocab_size are the target's.
     embedding, output: float [vocab, hidden]. draft_vocabulary: int64 [draft vocab], ascending.
     rates: how often its siblings are accepted, by level and rank, if that was measured.
+    Raises ValueError for a draft vocabulary that does not ascend or is outside the target's.
     """
 
     embedding: Tensor
@@ -47,6 +49,7 @@ class EagleHead(nn.Module):
     def __init__(self, config: LlamaConfig, embedding: Tensor, output: Tensor, draft_vocabulary: Tensor) -> None:
         super().__init__()
         self.config = config
+        check_draft_vocabulary(draft_vocabulary, len(output))
         self.register_buffer("embedding", embedding, persistent=False)
         self.register_buffer("output", output[draft_vocabulary], persistent=False)
         self.register_buffer("draft_vocabulary", draft_vocabulary, persistent=False)
@@ -174,7 +177,8 @@ def load_head(source: str, model: Any, load_format: str = "auto") -> EagleHead:
     folder, is_dummy = Path(source), load_format == "dummy"
     with explained(f"source={source!r} must be a folder with an undamaged head", "train or copy it again"):
         config = LlamaConfig.from_pretrained(folder, attn_implementation="sdpa")
-        vocabulary = torch.tensor(json.loads((folder / "draft_vocabulary.json").read_text()), device=model.device)
+        tokens = read_json(folder / "draft_vocabulary.json", _VOCABULARY_RULE, lambda value: integers(value, "it"))
+        vocabulary = check_draft_vocabulary(torch.tensor(tokens, dtype=torch.int64), config.vocab_size)
         weights = {} if is_dummy else load_file(folder / "model.safetensors")
         recorded = None if is_dummy else config.specdec["target"]
     theirs = model.config.get_text_config(decoder=True)
@@ -189,9 +193,29 @@ def load_head(source: str, model: Any, load_format: str = "auto") -> EagleHead:
     with explained(f"source={source!r} must hold the weights of one layer", "train or copy it again"):
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(0)
-            head = EagleHead(config, *_borrowed(model), vocabulary)
+            head = EagleHead(config, *_borrowed(model), vocabulary.to(model.device))
         head.load_state_dict(weights or head.state_dict())
         return head.placed(model.device, model.dtype).eval().requires_grad_(False)
+
+
+_VOCABULARY_RULE = "draft_vocabulary must be a JSON list of token ids"
+
+
+def check_draft_vocabulary(tokens: Tensor, vocab_size: int) -> Tensor:
+    """The token ids that a head drafts, int64 [n], n >= 1, if they ascend within [0, vocab_size); else ValueError.
+
+    Distributions over some of the tokens are looked up by bisection: in another order, or with a token twice, what is
+    verified would not be what was drawn from, and the output no longer the target's.
+    """
+    if tokens.ndim != 1 or not len(tokens) or int(tokens[0]) < 0 or int(tokens[-1]) >= vocab_size:
+        raise ValueError(f"draft_vocabulary must be a list of token ids in [0, {vocab_size}); write it anew")
+    if bool((tokens[1:] <= tokens[:-1]).any()):
+        place = int((tokens[1:] <= tokens[:-1]).nonzero()[0])
+        raise ValueError(
+            f"draft_vocabulary has {int(tokens[place + 1])} after {int(tokens[place])} and must ascend, each token "
+            "once; write it anew, with the head that was trained for it"
+        )
+    return tokens
 
 
 def fingerprint(model: Any) -> str:

@@ -23,11 +23,31 @@ class NgramTable:
     contexts: for each context length n, from 1 up, the known contexts sorted, uint64 [entries]: the tokens' bits,
     one after another.
     tokens: for each, the token that follows, int32 [entries]. vocab_size: of the model.
+    Raises ValueError where they do not fit together: another order, lengths, or tokens that there are none of.
     """
 
     def __init__(self, contexts: Sequence[Array], tokens: Sequence[Array], vocab_size: int) -> None:
         self._contexts, self._tokens, self.vocab_size = list(contexts), list(tokens), vocab_size
         self._bits = _bits(vocab_size)
+        self._check()
+
+    def _check(self) -> None:
+        if len(self._contexts) != len(self._tokens) or not 1 <= len(self._contexts) <= 64 // self._bits:
+            raise ValueError(f"an n-gram table must have contexts of 1 to {64 // self._bits} tokens; count it anew")
+        for size, (contexts, tokens) in enumerate(zip(self._contexts, self._tokens, strict=True), 1):
+            if contexts.ndim != 1 or contexts.shape != tokens.shape or contexts.dtype != np.uint64:
+                raise ValueError(f"contexts.{size} must be uint64, with a token for each; count the table anew")
+            if (contexts[1:] <= contexts[:-1]).any():
+                raise ValueError(f"contexts.{size} must ascend, each once; count the table anew")
+            if any((part >= self.vocab_size).any() for part in self._split(contexts, size)):
+                raise ValueError(f"contexts.{size} must be of tokens in [0, {self.vocab_size}); count the table anew")
+            if not np.issubdtype(tokens.dtype, np.integer) or ((tokens < 0) | (tokens >= self.vocab_size)).any():
+                raise ValueError(f"tokens.{size} must lie in [0, {self.vocab_size}); count the table anew")
+
+    def _split(self, contexts: Array, size: int) -> list[Array]:
+        """The tokens of contexts of so many, the last one first; the first one with all bits before it."""
+        shifted = [contexts >> np.uint64(self._bits * place) for place in range(size)]
+        return [*(each & np.uint64((1 << self._bits) - 1) for each in shifted[:-1]), shifted[-1]]
 
     def continuation(self, tokens: list[int], limit: int) -> list[int]:
         """At most `limit` tokens; none are guessed behind an unknown context."""
@@ -77,10 +97,17 @@ class NgramTable:
         """Raises LoadError for a missing or damaged file."""
         rule = f"table={str(path)!r} must be an undamaged n-gram table"
         with explained(rule, "count or copy it again"), safe_open(path, "numpy") as file:
-            sizes = range(1, len(file.keys()) // 2 + 1)
+            sizes = range(1, (len(file.keys()) + 1) // 2 + 1)  # of an odd number one lacks its other half
             contexts = [file.get_tensor(f"contexts.{n}") for n in sizes]
             tokens = [file.get_tensor(f"tokens.{n}") for n in sizes]
-            return cls(contexts, tokens, int(file.metadata()["vocab_size"]))
+            return cls(contexts, tokens, _vocab_size(file.metadata()))
+
+
+def _vocab_size(metadata: dict[str, str] | None) -> int:
+    size = int((metadata or {}).get("vocab_size", "0"))
+    if not 1 <= size < 1 << 32:
+        raise ValueError(f"vocab_size={size} of the table must be a number of tokens")
+    return size
 
 
 class Fallback:
