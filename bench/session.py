@@ -450,15 +450,15 @@ def _journal_name(cell: Cell) -> str:
 
 def _encode(prompt: Prompt, tokenizer: Any, config: BenchConfig, pair: Pair) -> tuple[int, ...]:
     """A prompt's token ids in the format asked for; of random weights without a tokenizer the bytes will do."""
-    if tokenizer is None and pair.load_format == "dummy" and "prompt_format" not in config.named:
-        return encode_bytes(prompt.text)
+    is_raw = config.prompt_format == "raw"
+    if not is_raw and "prompt_format" in config.named and not getattr(tokenizer, "chat_template", None):
+        pytest.fail("prompt_format=instruct must have a tokenizer with a chat template; use raw", pytrace=False)
+    text = (prompt.raw or prompt.text) if is_raw else prompt.text
+    if tokenizer is None and pair.load_format == "dummy":
+        return encode_bytes(text)
     if tokenizer is None:
         pytest.fail(f"pair={pair.name} must have a tokenizer to read prompts; name a target with one", pytrace=False)
-    if config.prompt_format == "raw":
-        return encode_raw(prompt.raw or prompt.text, tokenizer)
-    if "prompt_format" in config.named and not getattr(tokenizer, "chat_template", None):
-        pytest.fail("prompt_format=instruct must have a tokenizer with a chat template; use raw", pytrace=False)
-    return encode(prompt.text, tokenizer)
+    return encode_raw(text, tokenizer) if is_raw else encode(text, tokenizer)
 
 
 def _texts(runs: list[Run], tokenizer: Any) -> list[str]:

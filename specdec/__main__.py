@@ -260,18 +260,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _leave_pipes()
         return PIPE_CLOSED
     except (ValueError, OSError, ImportError, FloatingPointError, RuntimeError) as error:
-        if not isinstance(error, _expected_errors()):
+        if isinstance(error, RuntimeError) and not _is_load_error(error):
             raise
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
 
 
-def _expected_errors() -> tuple[type[Exception], ...]:
-    """What a user can do something about."""
-    from specdec.wheels import LoadError
+def _is_load_error(error: RuntimeError) -> bool:
+    from specdec.wheels import LoadError  # imports torch, as whatever raised it has done
 
-    return ValueError, OSError, ImportError, FloatingPointError, LoadError
+    return isinstance(error, LoadError)
 
 
 def _leave_pipes() -> None:

@@ -20,6 +20,16 @@ def test_the_constrained_example_runs() -> None:
     exec(compile(code, "README.md", "exec"), {})
 
 
+def test_the_example_of_an_own_pair_runs(capsys) -> None:
+    """As it stands, for the bundled pair and a short answer."""
+    (code,) = (each for each in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if '"TARGET"' in each)
+    names = {"TARGET": "smollm2-135m", "DRAFT": "smollm2-135m-draft", "temperature=0": "temperature=0, max_tokens=8"}
+    for name, ours in names.items():
+        code = code.replace(name, ours)
+    exec(compile(code, "README.md", "exec"), {})
+    assert capsys.readouterr().out.startswith("Engine(LlamaForCausalLM ")
+
+
 def test_every_test_it_names_exists() -> None:
     named = re.findall(r"`(tests/[\w/]+\.py)(?:::(\w+))?", README)
     assert len(named) >= 5

@@ -53,12 +53,22 @@ class Reference:
         dtype = getattr(model, "dtype", torch.float32)
         if dtype not in (torch.float32, torch.float64):
             raise ValueError(f"dtype={dtype} of the reference must be float32 or wider; load it with dtype=float32")
-        if sampling.constraint:
-            raise ValueError(
-                f"{sampling.constraint} must not be in the reference's sampling; audit without a constraint"
-            )
+        limits = [name for name in (sampling.constraint, "bad_words", "min_tokens") if name and getattr(sampling, name)]
+        if limits:
+            raise ValueError(f"{limits[0]} must not be in the reference's sampling; audit without a constraint")
         self.model, self.sampling, self.batch_size = model, sampling, batch_size
         self._caches: OrderedDict[tuple[tuple[int, ...], ...], Cache] = OrderedDict()  # by prompts, the last used last
+
+    @classmethod
+    def load(cls, target: str, sampling: SamplingParams, *, device: str = "auto", batch_size: int = 8) -> Reference:
+        """The reference of a model by its name, in float32; names and errors as for `Engine.load`."""
+        from specdec.models.causal import CausalLM
+        from specdec.models.loading import as_device, load_pretrained
+        from specdec.models.seq2seq import Seq2SeqLM
+
+        model, tokenizer = load_pretrained(target, dtype=torch.float32, device=as_device(device))
+        wrapped = (Seq2SeqLM if model.config.is_encoder_decoder else CausalLM)(model, tokenizer)
+        return cls(wrapped, sampling, batch_size)
 
     @property
     def vocab_size(self) -> int:

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from specdec.distill import commands
+from specdec.progress import show_what_can_be_shown
 
 
 def parser() -> argparse.ArgumentParser:
@@ -83,6 +84,7 @@ def _training_options(verb: argparse.ArgumentParser) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one step; what a user got wrong is said in one line."""
     options = parser().parse_args(arguments)
+    show_what_can_be_shown(sys.stdout, sys.stderr)
     try:
         options.run(options)
     except (ValueError, OSError, commands.LoadError) as error:

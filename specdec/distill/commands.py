@@ -73,12 +73,16 @@ def make_corpus(options: Namespace) -> None:
         | _machine()
     )
     (options.folder / "corpus.json").write_text(json.dumps(facts, indent=1) + "\n")
+    num_tokens = sum(len(text.output) for text in made)
+    print(f"corpus: {len(made)} texts with {num_tokens} tokens of output in {options.folder}; next: score")
 
 
 def score(options: Namespace) -> None:
     """Run the target over the corpus and keep its features."""
     model, _ = load_pretrained(options.target, dtype=torch.bfloat16, device=options.device)
-    dataset.score(list(corpus.read(options.folder / "texts.jsonl")), model, options.folder)
+    texts = list(corpus.read(options.folder / "texts.jsonl"))
+    dataset.score(texts, model, options.folder)
+    print(f"score: features of {len(texts)} texts in {options.folder}; next: head, draft or table")
 
 
 def train_head(options: Namespace) -> None:
@@ -89,7 +93,9 @@ def train_head(options: Namespace) -> None:
     head = new_head(model, vocabulary).float()
     student = HeadStudent(head, model, _largest(counts[vocabulary], FREQUENT), data.feature_sizes().to(model.device))
     _train(student, data, options, cost_ratio)
-    head.save(options.out, fingerprint(model), _about(options) | _best(options))
+    best = _best(options)
+    head.save(options.out, fingerprint(model), _about(options) | best)
+    _say_trained("head", best, options)
 
 
 def train_draft(options: Namespace) -> None:
@@ -101,8 +107,10 @@ def train_draft(options: Namespace) -> None:
     cost_ratio = options.cost_ratio or draft_cost_ratio(options.target, config, options.device)
     student = DraftStudent(config, model, _largest(counts, FREQUENT))
     _train(student, data, options, cost_ratio)
-    save_derived(options.out / "derived", config, student.module.state_dict(), model, _about(options) | _best(options))
+    best = _best(options)
+    save_derived(options.out / "derived", config, student.module.state_dict(), model, _about(options) | best)
     materialise(options.out / "derived", model, tokenizer, options.out)
+    _say_trained("draft", best, options)
 
 
 def count_table(options: Namespace) -> None:
@@ -115,6 +123,7 @@ def count_table(options: Namespace) -> None:
     write_config(options.out, {"vocab_size": vocab_size, "specdec": _about(options)})
     table.save(options.out / "table.safetensors")
     shutil.copymode(options.out / "config.json", options.out / "table.safetensors")
+    print(f"table: counted from {len(spoken)} texts, in {options.out}")
 
 
 def compare_with_lookup(options: Namespace) -> None:
@@ -202,6 +211,13 @@ def _best(options: Namespace) -> dict[str, Any]:
     step = torch.load(folder / "best.pt", weights_only=True)["step"]
     seen = [json.loads(line) for line in (folder / "progress.jsonl").read_text().splitlines()]
     return {"held_out": next(line for line in seen if line["step"] == step)}
+
+
+def _say_trained(what: str, best: dict[str, Any], options: Namespace) -> None:
+    """One line: what was seen of the weights that were kept, on texts that were held out."""
+    numbers = {name: value for name, value in best["held_out"].items() if isinstance(value, int | float)}
+    seen = ", ".join(f"{name}={value:.3g}" for name, value in numbers.items())
+    print(f"{what}: in {options.out}; held-out texts at the best step: {seen}")
 
 
 def _about(options: Namespace) -> dict[str, Any]:

@@ -197,20 +197,30 @@ def test_the_table_has_a_line_for_quality(
     assert table._qualities([record | quality.no_quality("exact_match", "x"), {}]) == []
 
 
+RANDOM = Pair("p", "t", load_format="dummy")  # whose prompts are bytes without a tokenizer
+
+
+def test_a_model_that_is_measured_for_what_it_says_needs_a_tokenizer(make_config: Callable[..., BenchConfig]) -> None:
+    config = make_config(workloads=("humaneval",), data_dir=DATA, num_prompts=2)
+    cell = Cell("specdec", "p", "autoregressive", 0, "same", "humaneval", 1)
+    with pytest.raises(pytest.fail.Exception, match="pair=p must have a tokenizer to read prompts; name a target with"):
+        session_with(config)._chosen(cell, Pair("p", "t"))
+
+
 def test_lengths_are_counted_in_tokens(make_config: Callable[..., BenchConfig], tmp_path: Path) -> None:
     path = tmp_path / "mine.txt"
     path.write_text("".join("x" * length + "\n" for length in range(1, 21)))
     config = make_config(workloads=(str(path),), prompt_lengths=((5, 8),), num_prompts=4)
     session = session_with(config)
     cell = Cell("specdec", "p", "autoregressive", 0, "same", "mine", 1)
-    chosen = session._chosen(cell, Pair("p", "t"))
+    chosen = session._chosen(cell, RANDOM)
     assert sorted(len(tokens) for _, tokens in chosen) == [5, 6, 7, 8]
     assert [bytes(tokens).decode() for _, tokens in chosen] == [prompt.text for prompt, _ in chosen]
     narrow = session_with(make_config(workloads=(str(path),), prompt_lengths=((5, 6),), num_prompts=4))
     with pytest.raises(
         pytest.fail.Exception, match=r"prompt_lengths=5:6 must hold for at least num_prompts=4 .* for 2"
     ):
-        narrow._chosen(cell, Pair("p", "t"))
+        narrow._chosen(cell, RANDOM)
 
 
 def test_each_bucket_of_lengths_is_a_cell_with_prompts_of_its_own(
@@ -228,7 +238,7 @@ def test_each_bucket_of_lengths_is_a_cell_with_prompts_of_its_own(
     session = session_with(config)
     cells = [each.cell for each in plan(config)]
     assert [cell.workload for cell in cells] == ["mine@3:5", "mine@9:12"]
-    lengths = [[len(tokens) for _, tokens in session._chosen(cell, Pair("p", "t"))] for cell in cells]
+    lengths = [[len(tokens) for _, tokens in session._chosen(cell, RANDOM)] for cell in cells]
     assert sorted(lengths[0]) == [3, 4, 5]
     assert len(set(lengths[1]) & {9, 10, 11, 12}) == 3
     assert bucket("a@b@3:5", config.prompt_lengths) == ("a@b", (3, 5))
@@ -238,10 +248,10 @@ def test_each_bucket_of_lengths_is_a_cell_with_prompts_of_its_own(
 def test_raw_prompts_are_texts_to_go_on_with(make_config: Callable[..., BenchConfig]) -> None:
     config = make_config(workloads=("humaneval",), data_dir=DATA, prompt_format="raw", num_prompts=2)
     cell = Cell("specdec", "p", "autoregressive", 0, "same", "humaneval", 1)
-    for prompt, tokens in session_with(config)._chosen(cell, Pair("p", "t")):
+    for prompt, tokens in session_with(config)._chosen(cell, RANDOM):
         assert bytes(tokens).decode() == prompt.raw == prompt.truth.head
     asked = make_config(workloads=("humaneval",), data_dir=DATA, num_prompts=2, named=frozenset({"prompt_format"}))
     with pytest.raises(
         pytest.fail.Exception, match="prompt_format=instruct must have a tokenizer with a chat template"
     ):
-        session_with(asked)._chosen(cell, Pair("p", "t"))
+        session_with(asked)._chosen(cell, RANDOM)

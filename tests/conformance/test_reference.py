@@ -136,3 +136,12 @@ def test_gap_of_an_emitted_token_knows_penalties_and_biases() -> None:
     favoured = SamplingParams(temperature=0, logit_bias={second: 50.0})
     assert outside(favoured, [3, second]) == pytest.approx(0, abs=1e-9)
     assert outside(SamplingParams(logit_bias={second: -math.inf}), [3, second]) == math.inf
+
+
+def test_a_reference_is_loaded_by_its_name() -> None:
+    """In float32, and not by what decoding forbids beyond it."""
+    reference = Reference.load("smollm2-135m", SamplingParams(max_tokens=4), device="cpu")
+    assert reference.model.dtype == torch.float32
+    for limits in ({"min_tokens": 2}, {"bad_words": "a"}):
+        with pytest.raises(ValueError, match=rf"{next(iter(limits))} must not be in the reference's sampling"):
+            Reference(reference.model, SamplingParams(**limits))

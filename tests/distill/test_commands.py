@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 
 import pytest
@@ -22,13 +24,23 @@ def work(target_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     common = ["--target", str(target_folder), "--folder", str(folder)]
     counts = ["--num-prompts", "45", "--num-replies", "5", "--max-tokens", "16"]
-    assert main(["corpus", *common, "--prompts", str(folder / "prompts.jsonl"), *counts]) == 0
-    assert main(["score", *common]) == 0
     steps = ["--steps", "3", "--tokens-per-batch", "500"]
-    assert main(["head", *common, "--out", str(folder / "head"), "--vocabulary", "300", *steps]) == 0
-    assert main(["draft", *common, "--out", str(folder / "draft"), *steps]) == 0
-    assert main(["table", *common, "--out", str(folder / "table")]) == 0
+    printed = StringIO()
+    with redirect_stdout(printed):
+        assert main(["corpus", *common, "--prompts", str(folder / "prompts.jsonl"), *counts]) == 0
+        assert main(["score", *common]) == 0
+        assert main(["head", *common, "--out", str(folder / "head"), "--vocabulary", "300", *steps]) == 0
+        assert main(["draft", *common, "--out", str(folder / "draft"), *steps]) == 0
+        assert main(["table", *common, "--out", str(folder / "table")]) == 0
+    (folder / "printed.txt").write_text(printed.getvalue())
     return folder
+
+
+def test_each_step_prints_a_line_of_result(work: Path) -> None:
+    lines = (work / "printed.txt").read_text().splitlines()
+    assert [line.split(":")[0] for line in lines] == ["corpus", "score", "head", "draft", "table"]
+    assert lines[0].startswith("corpus: 50 texts with ")
+    assert "held-out texts at the best step: step=3" in lines[2]
 
 
 def test_the_corpus_says_how_it_was_made(work: Path) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from specdec import Engine
 from specdec.models import loading
 from specdec.models.loading import SMOLLM2_135M, load_pretrained, resolve
 from specdec.wheels import LoadError
@@ -404,3 +405,74 @@ def test_a_draft_with_another_vocabulary_is_refused_before_any_weights_are_read(
     (tmp_path / "draft" / "model.safetensors").write_bytes(b"not weights")
     with pytest.raises(ValueError, match="the draft's vocabulary of 7 tokens must be the target's"):
         Engine.load(str(llama), draft=str(tmp_path / "draft"), method="draft_model")
+
+
+# ---- what is asked of the hub, and which attention an architecture has
+
+
+def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch, tmp_path, llama) -> None:
+    """Then its cache alone is looked at, and a name that is near a bundled one is a question."""
+    import huggingface_hub
+
+    asked = []
+
+    def unreachable(url, **options):
+        asked.append(url)
+        raise ConnectionError("no network here")
+
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", unreachable)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    start = time.perf_counter()
+    message = r"source='smolm2-135m' must be .*the hub does not answer: no network here.*name a bundled model \(smoll"
+    with pytest.raises(LoadError, match=message + r".*did you mean 'smollm2-135m'\?"):
+        load("smolm2-135m")
+    assert time.perf_counter() - start < 5
+    assert len(asked) == 1
+    snapshot = tmp_path / "hub" / "models--org--cached" / "snapshots" / ("0" * 40)
+    shutil.copytree(llama, snapshot)
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text("0" * 40)
+    assert load("org/cached", load_format="dummy")[0].config.vocab_size == len(WORDS)
+
+
+def test_a_revision_is_asked_for(monkeypatch, tmp_path) -> None:
+    import huggingface_hub
+
+    asked = []
+
+    def unreachable(url, **options):
+        asked.append(url)
+        raise ConnectionError("none")
+
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", unreachable)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(LoadError, match="source='org/model@refs/pr/3' must be"):
+        Engine.load("org/model", revision="refs/pr/3")
+    assert "/org/model/resolve/refs%2Fpr%2F3/config.json" in asked[0]
+    for source in ("smollm2-135m", str(tmp_path), "org/model@main"):
+        with pytest.raises(ValueError, match="revision='main' must be left out"):
+            Engine.load(source, revision="main")
+
+
+GEMMA2 = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+ONLY_EAGER = {
+    "gemma2": GEMMA2 | {"num_key_value_heads": 1, "head_dim": 16, "intermediate_size": 32},
+    "gptj": {"vocab_size": 64, "n_embd": 32, "n_layer": 2, "n_head": 2, "rotary_dim": 4, "n_positions": 64},
+}
+
+
+@pytest.mark.parametrize("kind", ONLY_EAGER)
+def test_an_architecture_without_sdpa_is_not_called_damaged(kind, tmp_path, caplog) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(kind, **ONLY_EAGER[kind])
+    AutoModelForCausalLM.from_config(config, attn_implementation="eager").save_pretrained(tmp_path)
+    for load_format in ("auto", "dummy"):
+        caplog.clear()
+        engine = Engine.load(str(tmp_path), dtype="float32", device="cpu", load_format=load_format)
+        assert engine.target.config._attn_implementation == "eager"
+        assert "ForCausalLM has no SDPA in transformers: its eager attention is used" in caplog.text
+        with pytest.raises(ValueError, match=r"attention='sdpa' must be one that \w+ has in .* use attention='eager'"):
+            load(tmp_path, attention="sdpa", load_format=load_format)
