@@ -8,7 +8,7 @@ from typing import Any
 
 from bench.engines import BenchEngine, Run
 from specdec import PhaseTimes, SamplingParams
-from specdec.prompts import encode
+from specdec.prompts import encode_to_time
 
 GAMMA = 4
 NUM_TOKENS = 64
@@ -32,7 +32,7 @@ def runner(engine: BenchEngine, axis: str, rows: int) -> tuple[Callable[[], None
     """What decodes the prompt in each of so many rows, each with its own seed, and the runs that this has made."""
     method, temperature = parse(axis)
     gamma = 0 if method == "autoregressive" else GAMMA
-    prompts = [encode(PROMPT, engine.tokenizer)] * rows
+    prompts = [encode_to_time(PROMPT, engine.tokenizer)] * rows
     sampling = [
         SamplingParams(temperature=temperature, max_tokens=NUM_TOKENS, ignore_eos=True, seed=row) for row in range(rows)
     ]

@@ -85,7 +85,7 @@ def main() -> None:
     from bench.engines import LoadOptions, specdec
     from bench.pairs import catalogue
     from specdec import SamplingParams
-    from specdec.prompts import encode
+    from specdec.prompts import encode_to_time
 
     parser = argparse.ArgumentParser(prog="python -m bench.telemetry_cost", description=__doc__)
     parser.add_argument("--pair", default="smollm2-135m", choices=sorted(catalogue()), help="what decodes, plainly")
@@ -98,7 +98,7 @@ def main() -> None:
         parser.error("rounds must be at least 2, max-tokens at least 1, and hz above 0 and at most 100")
     pair, device = catalogue()[arguments.pair], machine.resolve_device("auto")
     engine = specdec.load(pair, LoadOptions(pair.dtype, device))
-    prompt = encode(PROMPT, engine.tokenizer)
+    prompt = encode_to_time(PROMPT, engine.tokenizer)
     sampling = [SamplingParams(temperature=0, max_tokens=arguments.max_tokens, ignore_eos=True)]
 
     def work() -> None:

@@ -92,6 +92,11 @@ def encode_bytes(text: str) -> tuple[int, ...]:
     return tuple(text.encode())
 
 
+def encode_to_time(text: str, tokenizer: Any) -> tuple[int, ...]:
+    """Token ids of a question where only times are taken, which do not depend on what is read: else its bytes."""
+    return encode_bytes(text) if tokenizer is None else encode(text, tokenizer)
+
+
 def decode(tokens: Sequence[int], tokenizer: Any) -> str | None:
     """The question whose token ids these are, or None if there is none that is encoded so."""
     one, other = encode("a", tokenizer), encode("b", tokenizer)
