@@ -143,6 +143,9 @@ def cautions(run: Results) -> Iterator[str]:
     for workload, rows in dict.fromkeys((cell["workload"], cell["num_rows_skipped"]) for cell in run.cells):
         if rows:
             yield f"Of {workload} {rows} malformed rows were skipped."
+    for workload, rows in dict.fromkeys((cell["workload"], cell.get("num_rows_passed_over")) for cell in run.cells):
+        if rows:
+            yield f"Of {workload} {rows} rows hold no prompt."
 
 
 def _partings(cells: Sequence[Record]) -> Iterator[str]:

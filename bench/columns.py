@@ -39,6 +39,7 @@ ttft_limit_s | s | The longest time to a first token of a request that counts as
 inter_token_limit_s | s | The longest time from token to token of a request that counts as good.
 num_prompts | prompts | Prompts that were decoded.
 num_rows_skipped | rows | Malformed rows of the workload that were left out.
+num_rows_passed_over | rows | Sound rows of the workload without a prompt, as a dialogue that begins with an answer.
 reference_engine | | The engine that the others are compared with.
 """
 _RESULTS = """
@@ -47,8 +48,8 @@ latency_s | s | From a request's start to its last token, mean over prompts.
 ttft_s | s | From a request's start to its first token, mean over prompts.
 inter_token_s | s | From a token to the next, mean over prompts.
 speedup | 1 | Time per emitted token of the same engine's plain decoding beside it, over its own; geometric mean.
-speedup_low | 1 | Lower end of its 95 % bootstrap interval over prompts.
-speedup_high | 1 | Upper end of its 95 % bootstrap interval over prompts.
+speedup_low | 1 | Lower end of the 95 % bootstrap interval of the speed-up, over prompts.
+speedup_high | 1 | Upper end of the 95 % bootstrap interval of the speed-up, over prompts.
 predicted_speedup | 1 | What measured acceptance by position and times of drafting, scoring and verifying imply.
 expected_speedup | 1 | What the closed form of Leviathan et al. 2023 gives with the first position's acceptance rate.
 speedup_from_truncation | 1 | Measured less predicted that is due to tokens cut behind a stop token.
@@ -56,13 +57,13 @@ speedup_from_bookkeeping | 1 | Measured less predicted that is due to bookkeepin
 speedup_from_prefill | 1 | Measured less predicted that is due to the prompt, which speculation does not shorten.
 speedup_from_averaging | 1 | The rest: means over prompts against ratios of total times.
 speedup_of_reference | 1 | How many times as fast the reference engine is beside it, with the same method and gamma.
-speedup_of_reference_low | 1 | Lower end of its 95 % interval.
-speedup_of_reference_high | 1 | Upper end of its 95 % interval.
+speedup_of_reference_low | 1 | Lower end of the 95 % interval of the speed-up of the reference engine.
+speedup_of_reference_high | 1 | Upper end of the 95 % interval of the speed-up of the reference engine.
 cost_ratio | 1 | One drafted token over one plain step of the target.
 step_cost_ratio | 1 | Scoring and verifying a step over one plain step.
 acceptance_rate | 1 | Accepted over drafted tokens.
-acceptance_rate_low | 1 | Lower end of its 95 % bootstrap interval over prompts.
-acceptance_rate_high | 1 | Upper end of its 95 % bootstrap interval over prompts.
+acceptance_rate_low | 1 | Lower end of the 95 % bootstrap interval of the acceptance rate, over prompts.
+acceptance_rate_high | 1 | Upper end of the 95 % bootstrap interval of the acceptance rate, over prompts.
 mean_acceptance_length | tokens | Tokens out per target call, the recovered or bonus token included.
 system_efficiency | 1 | Emitted tokens over what a perfect draft would have emitted.
 num_steps | steps | Decode steps, that is target calls, of all prompts.
@@ -86,24 +87,24 @@ quality_metric | | The workload's own score: exact_match, pass_at_1 or rouge_1.
 quality | 1 | Mean score of the outputs, from 0 to 1.
 quality_baseline | 1 | Mean score of plain decoding's outputs.
 quality_difference | 1 | Mean of the paired differences between the two.
-quality_difference_low | 1 | Lower end of its 95 % bootstrap interval over prompts.
-quality_difference_high | 1 | Upper end of its 95 % bootstrap interval over prompts.
+quality_difference_low | 1 | Lower end of the 95 % bootstrap interval of the difference in quality, over prompts.
+quality_difference_high | 1 | Upper end of the 95 % bootstrap interval of the difference in quality, over prompts.
 quality_reason | | Why there is no score.
 """
 _ENERGY = """
 energy_j | J | Energy of the whole device while the prompts were decoded, idle power included.
-energy_per_token_j | J | The same over emitted tokens.
-energy_per_accepted_token_j | J | The same over accepted tokens.
-average_power_w | W | Mean power over the same time.
+energy_per_token_j | J | Energy of the GPUs over emitted tokens.
+energy_per_accepted_token_j | J | Energy of the GPUs over accepted tokens.
+average_power_w | W | Mean power of the GPUs over the time of the measured rounds.
 peak_power_w | W | Highest power sampled.
 average_utilisation_rate | 1 | Mean share of the time in which the GPUs worked.
 peak_memory_bytes | bytes | Most memory in use on the GPUs.
 peak_temperature_c | °C | Highest temperature of a GPU.
 energy_reason | | Why there is no energy.
-counted_energy_j | J | The same by the GPUs' own counters; empty where they have none.
+counted_energy_j | J | Energy by the GPUs' own counters; empty where they have none.
 energy_difference_rate | 1 | By how much the counters say more than the integral of sampled power, over the latter.
-cpu_energy_j | J | Energy of the processor packages over the same time.
-cpu_energy_reason | | Why there is none of the processors.
+cpu_energy_j | J | Energy of the processor packages over the time of the measured rounds.
+cpu_energy_reason | | Why there is no energy of the processors.
 telemetry_hz | 1/s | Samples a second.
 telemetry_overhead_rate | 1 | Share of the time that sampling took.
 """
@@ -123,7 +124,7 @@ bytes_read | bytes | What must be read from memory, at the least.
 read_bandwidth | bytes/s | At which this machine reads memory, measured in the same run.
 prompt_tokens | tokens | Of all prompts together that went through the slots.
 roofline_s | s | What reading takes at the least.
-roofline_share | 1 | The same over the time measured.
+roofline_share | 1 | The time that the machine could take at best over the time measured.
 depth | 1 | Levels of the tree that was drawn and scored.
 expected_tokens | 1 | Tokens that a step with this tree emits, by what was measured of the draft.
 step_s | s | Time of a decode step of the whole batch.
@@ -135,7 +136,7 @@ bookkeeping_share | 1 | Share of a step in everything else.
 _CERTIFICATES = """
 verdict | | Of an audit: lossless, lossy or inconclusive, with the distance that it rests on.
 p_value | 1 | How likely such outputs are under the target's law; the least of all instruments, corrected.
-control_p_value | 1 | The same of the engine's own plain decoding.
+control_p_value | 1 | Corrected p-value of the engine's own plain decoding.
 arms_p_value | 1 | That speculation and plain decoding have one law, without a reference.
 tv_lower_bound | 1 | The distance to the target's law in total variation is at least this.
 tv_upper_bound | 1 | Along the direction looked at it is at most this.
@@ -148,9 +149,9 @@ num_outputs | outputs | Outputs that were judged.
 control_num_draws | tokens | Tokens of plain decoding that were judged.
 control_num_outputs | outputs | Outputs of plain decoding that were judged.
 surprise_z | 1 | Surprise of the tokens in standard deviations, for reading only.
-control_surprise_z | 1 | The same of plain decoding.
+control_surprise_z | 1 | Surprise of plain decoding, in standard deviations.
 largest_gap | logits | The most by which a token missed the law's support.
-control_largest_gap | logits | The same of plain decoding.
+control_largest_gap | logits | The most by which a token of plain decoding missed the law's support.
 alpha | 1 | The probability that a lossless engine is called lossy, at the most.
 beta | 1 | The probability that a detectable distance is missed, at the most.
 logit_noise | logits | What rounding explains.
@@ -160,28 +161,28 @@ schema_version | | Of the record's form.
 """
 _LOAD = """
 num_requests | requests | Requests that arrived.
-num_finished | requests | Those that were done in time.
-num_unfinished | requests | Those that were not, when duration and drain were over.
-num_refused | requests | Those that the server, or a client with too much in flight, did not take.
+num_finished | requests | Requests that were done in time.
+num_unfinished | requests | Requests that were not done when duration and drain were over.
+num_refused | requests | Requests that the server, or a client with too much in flight, did not take.
 offered_rate | requests/s | Requests that arrived, over the duration.
 achieved_rate | requests/s | Finished requests over the time until the last token.
 goodput | requests/s | Finished requests that kept both limits, over the time until the last token.
 within_limits_rate | 1 | Share of all requests that kept both limits.
 ttft_p50_s | s | Half of all requests have their first token within this time of their arrival.
-ttft_p95_s | s | So have 95 % of them.
-ttft_p99_s | s | So have 99 % of them.
+ttft_p95_s | s | Of all requests 95 % have their first token within this time of their arrival.
+ttft_p99_s | s | Of all requests 99 % have their first token within this time of their arrival.
 inter_token_p50_s | s | Half of all requests have at most this time from token to token.
-inter_token_p95_s | s | So have 95 % of them.
-inter_token_p99_s | s | So have 99 % of them.
+inter_token_p95_s | s | Of all requests 95 % have at most this time from token to token.
+inter_token_p99_s | s | Of all requests 99 % have at most this time from token to token.
 latency_p50_s | s | Half of all requests are done within this time of their arrival; unfinished ones are the slowest.
-latency_p95_s | s | So are 95 % of them.
-latency_p99_s | s | So are 99 % of them.
+latency_p95_s | s | Of all requests 95 % are done within this time of their arrival; unfinished ones are the slowest.
+latency_p99_s | s | Of all requests 99 % are done within this time of their arrival; unfinished ones are the slowest.
 queue_s | s | From the arrival to the slot, mean over finished requests.
 queue_p50_s | s | Half of all requests wait at most so long for a slot.
-queue_p95_s | s | So do 95 % of them.
-queue_p99_s | s | So do 99 % of them.
+queue_p95_s | s | Of all requests 95 % wait at most so long for a slot.
+queue_p99_s | s | Of all requests 99 % wait at most so long for a slot.
 mean_num_in_flight | requests | Requests that have arrived and are not done, on the average.
-peak_num_in_flight | requests | The most of them.
+peak_num_in_flight | requests | The most requests that had arrived and were not done at any time.
 busy_rate | 1 | Share of the time that was not spent waiting for an arrival.
 peak_send_delay_s | s | How late a client was at the most; empty where nothing is sent.
 """

@@ -194,6 +194,8 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
 @pytest.hookimpl(optionalhook=True)
 def pytest_benchmark_update_json(config: pytest.Config, output_json: dict[str, Any]) -> None:
     session = config.stash[SESSION]
+    for benchmark in output_json["benchmarks"]:  # costs, too, have what runs are grouped by: --group-by takes any file
+        benchmark["params"] = {**dict.fromkeys(CELL_FIELDS), **(benchmark["params"] or {})}
     output_json["schema_version"] = SCHEMA_VERSION
     output_json["command"] = session.config.command
     output_json["configuration"] = session.configuration()

@@ -201,7 +201,7 @@ class Session:
         record = records.build(cell, pair, self.config, version, self.device, measurement)
         record |= self._partings(pair, batches, measurement) | {"warm_up_time_s": warm_up_s[CANDIDATE]}
         record |= self._quality(pair, [prompt for prompt, _ in chosen], measurement)
-        record["num_rows_skipped"] = len(self.malformed[self._bucket(cell)[0]].skipped)
+        record |= self._rows_left_out(cell)
         num_tokens, num_accepted = record["num_tokens"], record["num_accepted"]
         record |= telemetry.record(sampler.trace, measurement.spans, self.config.telemetry_hz, num_tokens, num_accepted)
         return Entry(record, measurement.rounds_s)
@@ -224,7 +224,7 @@ class Session:
         serving.check(engine, cell, measured.served, config.max_tokens, config.dtype_of(pair))
         record = records.build_load(cell, pair, config, engine.version, self.device, measured.served, arrivals_s)
         record |= {"num_prompts": len(chosen), "warm_up_time_s": warm_up_s}
-        record["num_rows_skipped"] = len(self.malformed[self._bucket(cell)[0]].skipped)
+        record |= self._rows_left_out(cell)
         counts = record["num_tokens"], record["num_accepted"]
         record |= telemetry.record(measured.trace, measured.spans, config.telemetry_hz, *counts)
         return Entry(record, measured.rounds_s)
@@ -326,6 +326,11 @@ class Session:
                     pytrace=False,
                 )
         return chosen
+
+    def _rows_left_out(self, cell: Cell) -> dict[str, int]:
+        """How many rows of the cell's workload are malformed, and how many no prompts."""
+        read = self.malformed[self._bucket(cell)[0]]
+        return {"num_rows_skipped": len(read.skipped), "num_rows_passed_over": len(read.passed_over)}
 
     def _bucket(self, cell: Cell) -> tuple[str, Lengths | None]:
         """Of a cell the workload, and the lengths of its prompts."""

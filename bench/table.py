@@ -214,6 +214,8 @@ def _notes(records: Sequence[Record]) -> list[str]:
         sentences += [f"Quality is not known: {reason}."] if reason else []
     for workload, rows in dict.fromkeys((record["workload"], record.get("num_rows_skipped")) for record in records):
         sentences += [f"Malformed rows of {workload} that were skipped: {rows}."] if rows else []
+    for workload, rows in dict.fromkeys((record["workload"], record.get("num_rows_passed_over")) for record in records):
+        sentences += [f"Rows of {workload} that hold no prompt: {rows}."] if rows else []
     if any(record.get("speedup_from_averaging") is not None for record in records):
         sentences.append(
             "From predicted to measured, each counted in both arms: tokens cut behind a stop token, bookkeeping, "

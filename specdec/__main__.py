@@ -1,6 +1,6 @@
 """Continue a prompt, and show which tokens were drafted and accepted.
 
-python -m specdec "Why is the sky blue?" --method ngram
+python -m specdec "Repeat this twice: def mean(values): return sum(values) / len(values)" --method hybrid --gamma auto
 echo "Why is the sky blue?" | python -m specdec - --method hybrid --temperature 0.8 --marks
 """
 
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from specdec.checks import nearest
 from specdec.methods import DTYPE_NAMES, LOAD_FORMATS, METHODS, VERIFICATION_NAMES
 from specdec.progress import show_what_can_be_shown
-from specdec.prompts import encode, encode_bytes, encode_raw
+from specdec.prompts import encode, encode_bytes, encode_raw, whole
 from specdec.sampling_params import SamplingParams
 
 if TYPE_CHECKING:  # torch takes seconds: wrong arguments are named before it is imported
@@ -51,7 +51,7 @@ def parser() -> argparse.ArgumentParser:
     _model_options(top.add_argument_group("models and method"))
     _sampling_options(top.add_argument_group("sampling"))
     top.add_argument("--raw", action="store_true", help="the prompt as it stands, without the model's chat template")
-    top.add_argument("--marks", action="store_true", help="mark tokens as [+accepted][~recovered][*bonus]")
+    top.add_argument("--marks", action="store_true", help="mark tokens as [+accepted][~recovered][*bonus]plain")
     top.add_argument("--no-plain", action="store_true", help="do not decode again without speculation, to compare")
     return top
 
@@ -108,7 +108,7 @@ def _prompt(options: argparse.Namespace) -> str:
     text: str = sys.stdin.read() if options.prompt == "-" else options.prompt
     if not text.strip():
         raise ValueError(f"prompt={text!r} must not be empty; give a text, or - to read it from standard input")
-    return text
+    return whole(text, "prompt")
 
 
 class _Clocked:

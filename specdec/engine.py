@@ -361,7 +361,7 @@ class Engine:
     def _chunk(self, row: Generation, lengths: dict[tuple[int, int], int]) -> Chunk:
         """What a row has emitted since the last chunk. lengths: of the text given so far, by prompt and sample."""
         key, steps = (row.request.index, row.request.sample), row.steps[-1:]
-        sources = sources_of(steps) if steps else ("bonus",)
+        sources = sources_of(steps) if steps else ("plain",)
         text = row.visible_text()
         if text is not None:
             text, lengths[key] = text[lengths.get(key, 0) :], max(len(text), lengths.get(key, 0))

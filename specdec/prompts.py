@@ -58,7 +58,24 @@ def text_of(row: dict[str, Any], field: str, place: str) -> str:
     value = row.get(field)
     if not isinstance(value, str) or not value.strip():
         raise ValueError(f"{place}: {field}={value!r} must be a text that is not empty; correct or remove the row")
-    return value
+    return whole(value, f"{place}: {field}")
+
+
+def whole(text: str, name: str) -> str:
+    """The text. Raises ValueError if it has half of a surrogate pair, as escapes of JSON and odd terminals may."""
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise ValueError(
+            f"{name}={text[:40]!r} must have no half of a surrogate pair, which no tokenizer takes; remove it"
+        )
+    return text
+
+
+def text_lines(path: Path) -> Iterator[str]:
+    """The lines of a text file, which end at a line feed alone (U+2028, form feeds and the like are text), without it.
+
+    Raises ValueError unless it is UTF-8, FileNotFoundError.
+    """
+    yield from (line.removesuffix("\n").removesuffix("\r") for line in _lines(path))
 
 
 def encode(text: str, tokenizer: Any) -> tuple[int, ...]:
@@ -108,7 +125,7 @@ def decode(tokens: Sequence[int], tokenizer: Any) -> str | None:
 def _lines(path: Path) -> Iterator[str]:
     opened = gzip.open if path.suffix == ".gz" else open
     try:
-        with opened(path, "rt", encoding="utf-8", newline="\n") as lines:
+        with opened(path, "rt", encoding="utf-8-sig", newline="\n") as lines:  # a byte order mark is no text
             yield from lines
     except FileNotFoundError:
         raise

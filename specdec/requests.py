@@ -15,7 +15,7 @@ from specdec.sampling_params import SamplingParams
 from specdec.stats import AcceptanceCounts
 from specdec.texts import GrowingText
 
-TokenSource = Literal["accepted", "recovered", "bonus"]
+TokenSource = Literal["accepted", "recovered", "bonus", "plain"]
 FinishReason = Literal["stop", "length"]
 
 
@@ -46,7 +46,7 @@ class Step:
     """One decode step of one request, after truncation.
 
     num_drafted: tokens proposed. num_accepted: proposed tokens emitted.
-    last: where the token after them came from; None if truncation removed it.
+    last: where the token after them came from; None if truncation removed it. Without a draft it is called a bonus.
     depth: of a tree, its levels, so how many tokens could have been accepted; None for a chain, where all could.
     """
 
@@ -57,12 +57,12 @@ class Step:
 
 
 def sources_of(steps: Sequence[Step]) -> tuple[TokenSource, ...]:
-    """Where each token that was emitted by some decode steps came from."""
+    """Where each token that was emitted by some decode steps came from; without a draft it is plain decoding's."""
     sources: list[TokenSource] = []
     for step in steps:
         sources += ["accepted"] * step.num_accepted
         if step.last is not None:
-            sources.append(step.last)
+            sources.append(step.last if step.num_drafted else "plain")
     return tuple(sources)
 
 
@@ -226,8 +226,8 @@ class Completion:
 
     @property
     def sources(self) -> tuple[TokenSource, ...]:
-        """Where each emitted token came from; the prefill's token is a bonus token after an empty draft."""
-        return ("bonus", *sources_of(self.steps))
+        """Where each emitted token came from; the prefill's is plain, as those of steps without a draft are."""
+        return ("plain", *sources_of(self.steps))
 
     @property
     def counts(self) -> AcceptanceCounts:

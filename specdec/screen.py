@@ -12,17 +12,22 @@ from specdec.requests import Chunk, TokenSource
 # underlined, too: colours alone are not for everybody
 ANSI: dict[TokenSource, str] = {"accepted": "32", "recovered": "4;35", "bonus": "36"}
 MARKS: dict[TokenSource, str] = {"accepted": "+", "recovered": "~", "bonus": "*"}
-SOURCES: tuple[TokenSource, ...] = tuple(ANSI)
+SOURCES: tuple[TokenSource, ...] = (*ANSI, "plain")
 
 
 @dataclass(frozen=True, slots=True)
 class Paint:
-    """How a token's text is shown. colours: as ANSI escapes. marks: as [+accepted][~recovered][*bonus]."""
+    """How a token's text is shown. colours: as ANSI escapes. marks: as [+accepted][~recovered][*bonus].
+
+    Plain text is that of steps without a draft.
+    """
 
     colours: bool = False
     marks: bool = False
 
     def __call__(self, text: str, source: TokenSource) -> str:
+        if source == "plain":
+            return text
         shown = f"[{MARKS[source]}{text}]" if self.marks else text
         return f"\033[{ANSI[source]}m{shown}\033[0m" if self.colours and shown else shown
 
@@ -32,7 +37,7 @@ class Paint:
         return self.colours or self.marks
 
     def legend(self, texts: Mapping[TokenSource, str] | None = None) -> str:
-        """The three sources, each as its tokens are shown. texts: what stands for a source instead of its name."""
+        """The four sources, each as its tokens are shown. texts: what stands for a source instead of its name."""
         return ", ".join(self((texts or {}).get(source, source), source) for source in SOURCES)
 
 

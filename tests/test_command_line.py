@@ -26,8 +26,8 @@ TINY = str(ROOT / "bench" / "tiny")
 # the draft is the target itself, so that every draft token is accepted: 1, then 4 + 1 and 4 + 1
 MODELS = ["--target", TINY, "--draft", TINY, "--method", "draft_model", "--load-format", "dummy", "--dtype", "float32"]
 COUPLED = ["Hello", *MODELS, "--max-tokens", "11", "--ignore-eos", "--temperature", "1", "--verification", "coupled"]
-SHAPE = "*++++*++++*"
-ESCAPES = {"\033[32m": "+", "\033[4;35m": "~", "\033[36m": "*"}
+SHAPE = "-++++*++++*"  # the first token is the prefill's, and plain
+ESCAPES = {"\033[32m": "+", "\033[4;35m": "~", "\033[36m": "*", "": "-"}
 
 
 @pytest.fixture
@@ -43,10 +43,10 @@ def plain_text() -> str:
 def test_marks_are_those_of_the_tokens(capsys: pytest.CaptureFixture[str], plain_text: str) -> None:
     assert main([*COUPLED, "--marks"]) == 0
     out, err = capsys.readouterr()
-    assert re.sub(r"\[(.)\d+ \]", r"\1", out) == f"{SHAPE}\n"
+    assert re.sub(r"\d+ ", "-", re.sub(r"\[(.)\d+ \]", r"\1", out)) == f"{SHAPE}\n"
     assert re.sub(r"\[.(\d+ )\]", r"\1", out) == f"{plain_text}\n"
-    assert err.splitlines()[0] == "[+accepted], [~recovered], [*bonus]"
-    assert "11 tokens: [+8 accepted], [~0 recovered], [*3 bonus]\n" in err
+    assert err.splitlines()[0] == "[+accepted], [~recovered], [*bonus], plain"
+    assert "11 tokens: [+8 accepted], [~0 recovered], [*2 bonus], 1 plain\n" in err
     assert "8 of 8 drafted tokens accepted: 100.0%, 5.00 tokens per target call\n" in err
     assert re.search(r"^\d+\.\d\d times as fast as plain decoding \(one prompt,", err, re.MULTILINE)
     assert err.endswith("the same tokens as plain decoding\n")
@@ -56,7 +56,7 @@ def test_without_a_terminal_there_is_nothing_but_text(capsys: pytest.CaptureFixt
     assert main([*COUPLED, "--no-plain"]) == 0
     out, err = capsys.readouterr()
     assert out == f"{plain_text}\n"
-    assert err.startswith("\n11 tokens: 8 accepted, 0 recovered, 3 bonus\n")
+    assert err.startswith("\n11 tokens: 8 accepted, 0 recovered, 2 bonus, 1 plain\n")
     assert not {"\033", "\r"} & {*out, *err}
     assert "plain decoding" not in err
 
@@ -78,8 +78,8 @@ def test_on_a_terminal_sources_are_colours(monkeypatch: pytest.MonkeyPatch, plai
     monkeypatch.delenv("NO_COLOR", raising=False)
     shown = on_a_terminal([*COUPLED, "--no-plain"], monkeypatch)
     legend, text = shown.splitlines()[:2]
-    assert legend == "\033[32maccepted\033[0m, \033[4;35mrecovered\033[0m, \033[36mbonus\033[0m"
-    tokens = re.findall(r"(\033\[[\d;]+m)(\d+ )\033\[0m", text)
+    assert legend == "\033[32maccepted\033[0m, \033[4;35mrecovered\033[0m, \033[36mbonus\033[0m, plain"
+    tokens = re.findall(r"(\033\[[1-9][\d;]*m)?(\d+ )(?:\033\[0m)?", text)
     assert "".join(ESCAPES[escape] for escape, _ in tokens) == SHAPE
     assert "".join(token for _, token in tokens) == plain_text
 
@@ -130,7 +130,7 @@ def completion(tokens: tuple[int, ...], steps: tuple[Step, ...] = ()) -> Complet
 def test_summary_by_hand() -> None:
     steps = (Step(4, 2, "recovered"), Step(3, 3, "bonus"), Step(0, 0, "bonus"), Step(2, 1, None))
     assert summary(completion(tuple(range(11)), steps), Paint()) == [
-        "11 tokens: 6 accepted, 1 recovered, 3 bonus",
+        "11 tokens: 6 accepted, 1 recovered, 1 bonus, 2 plain",
         "6 of 9 drafted tokens accepted: 66.7%, 2.25 tokens per target call",
     ]
     assert summary(completion((5,)), Paint())[1] == "nothing was drafted"

@@ -85,7 +85,7 @@ def test_counts_and_sources_agree_with_what_was_emitted(method: str) -> None:
         else:
             assert completion.sources.count("recovered") == rejections
         if method == "autoregressive":
-            assert set(completion.sources) == {"bonus"}
+            assert set(completion.sources) == {"plain"}
 
 
 def test_phase_times_add_up() -> None:

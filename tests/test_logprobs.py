@@ -28,7 +28,7 @@ def test_they_are_those_of_the_table_before_any_processor(method: str, verificat
         assert completion.logprobs == pytest.approx(expected, abs=1e-12)
         assert completion.top_logprobs is None
     sources = {source for completion in completions for source in completion.sources}
-    assert method == "autoregressive" or sources == {"accepted", "recovered", "bonus"}
+    assert method == "autoregressive" or sources == {"accepted", "recovered", "bonus", "plain"}
 
 
 def test_the_likeliest_tokens_are_told_if_asked_for() -> None:

@@ -29,9 +29,9 @@ def test_each_source_is_shown_in_its_own_way(paint: Paint, shown: str) -> None:
 
 
 def test_the_legend_is_shown_as_tokens_are() -> None:
-    assert Paint(marks=True).legend() == "[+accepted], [~recovered], [*bonus]"
+    assert Paint(marks=True).legend() == "[+accepted], [~recovered], [*bonus], plain"
     assert Paint(colours=True).legend({"accepted": "3"}) == (
-        "\033[32m3\033[0m, \033[4;35mrecovered\033[0m, \033[36mbonus\033[0m"
+        "\033[32m3\033[0m, \033[4;35mrecovered\033[0m, \033[36mbonus\033[0m, plain"
     )
     assert [paint.shows for paint in (Paint(), Paint(True), Paint(marks=True))] == [False, True, True]
 

@@ -56,10 +56,14 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True)
 class Malformed:
-    """What is done about malformed rows. policy: "refuse" the file, or "skip" the row. skipped: why, row by row."""
+    """What is done about malformed rows. policy: "refuse" the file, or "skip" the row. skipped: why, row by row.
+
+    passed_over: the places of sound rows that hold no prompt, such as a dialogue that begins with an answer.
+    """
 
     policy: str = "refuse"
     skipped: list[str] = field(default_factory=list)
+    passed_over: list[str] = field(default_factory=list)
 
     def meet(self, error: ValueError) -> None:
         """Raise the error, or note it."""
@@ -114,6 +118,7 @@ def read(workload: str, data_dir: Path | None, malformed: Malformed | None = Non
     prompts = _read_all(name, data_dir, malformed)
     if not prompts:
         reason = f"; all are malformed, such as {malformed.skipped[0]}" if malformed.skipped else ""
+        reason = reason or (f"; its {len(malformed.passed_over)} rows are none" if malformed.passed_over else "")
         raise ValueError(f"workloads={workload} must have at least one prompt, but its data have none{reason}")
     chosen = [prompt for prompt in prompts if category in ("", prompt.category)]
     if not chosen:
@@ -150,7 +155,10 @@ def prompts_of(
         except ValueError as error:
             malformed.meet(error)
         else:
-            prompts += [prompt] if prompt else []
+            if prompt:
+                prompts.append(prompt)
+            else:
+                malformed.passed_over.append(place)
     return prompts
 
 

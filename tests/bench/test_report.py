@@ -17,6 +17,8 @@ from bench_runs import audited, decoded, loaded, sized, write
 
 from bench import columns, flat, markdown, report, results
 
+BASELINES = Path(__file__).parents[2] / "bench" / "baselines"
+
 ROOT = Path(__file__).parents[2]
 HOSTILE = '<script>alert("x")</script> | a `b` *c* [d](http://e)\n& "f"'
 
@@ -66,6 +68,23 @@ def test_every_field_of_the_committed_runs_has_a_sentence() -> None:
             assert set(columns.scalars(record)) <= set(columns.COLUMNS)
     for column in columns.COLUMNS.values():
         assert re.fullmatch(r"[A-Z].*\.", column.meaning), column
+
+
+def test_each_meaning_stands_alone() -> None:
+    """Readers look one field up: no sentence refers to that of the field before."""
+    leaning = re.compile(r"^(So|Those|The same|Lower end of its|Upper end of its)\b|\bof them\b|the same time")
+    assert [name for name, column in columns.COLUMNS.items() if leaning.search(column.meaning)] == []
+
+
+def test_runs_are_grouped_by_method_with_costs_among_them() -> None:
+    """README's own command, over committed files of both kinds."""
+    files = [str(BASELINES / name) for name in ("engines-float32-cpu.json", "slots-cpu.json")]
+    command = [sys.executable, "-m", "pytest_benchmark", "compare", *files, "--columns=median"]
+    done = subprocess.run(
+        [*command, "--group-by=param:method,param:gamma"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "method=ngram" in done.stdout
 
 
 def test_fields_of_a_family_are_explained_by_their_names() -> None:

@@ -33,6 +33,46 @@ def test_a_text_file_has_one_prompt_a_line(tmp_path: Path) -> None:
     assert workloads.label(str(path)) == "mine"
 
 
+@pytest.mark.parametrize("name", ["mine.txt", "mine.jsonl"])
+def test_a_byte_order_mark_is_no_text(name: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    lines = {"mine.txt": "one\ntwo\n", "mine.jsonl": '{"prompt": "one"}\n{"prompt": "two"}\n'}
+    path.write_text(lines[name], encoding="utf-8-sig")
+    assert [prompt.text for prompt in workloads.read(str(path), None)] == ["one", "two"]
+
+
+def test_only_a_line_feed_ends_a_prompt(tmp_path: Path) -> None:
+    """Separators that str.splitlines knows are text; a carriage return before the line feed is not."""
+    inside = "a\u2028b\u2029c\x85d\x0be\x0cf\x1cg"
+    path = tmp_path / "mine.txt"
+    path.write_bytes(f"{inside}\r\nsecond\n".encode())
+    assert [prompt.text for prompt in workloads.read(str(path), None)] == [inside, "second"]
+    write_rows(tmp_path / "mine.jsonl", {"prompt": inside}, {"prompt": "second"})
+    assert [prompt.text for prompt in workloads.read(str(tmp_path / "mine.jsonl"), None)] == [inside, "second"]
+
+
+def test_halves_of_characters_are_malformed(tmp_path: Path) -> None:
+    """JSON may hold them, and no tokenizer takes them: a row is named, not every cell lost."""
+    path = write_rows(tmp_path / "mine.jsonl", {"prompt": "a\ud800b"}, {"prompt": "b \U0001f600"})
+    with pytest.raises(ValueError, match=r"mine\.jsonl:1: prompt='a\\ud800b' must have no half of a surrogate pair"):
+        workloads.read(str(path), None)
+    assert workloads.read(str(path), None, Malformed("skip")) == [Prompt("b \U0001f600")]
+    turns = [{"from": "human", "value": "\udfff"}, {"from": "gpt", "value": "x"}]
+    write_rows(tmp_path / "sharegpt_gpt4.jsonl", {"conversations": turns})
+    with pytest.raises(ValueError, match=r"gpt4\.jsonl:1: value='\\udfff' must have no half"):
+        workloads.read("sharegpt", tmp_path)
+
+
+def test_dialogues_that_begin_with_another_speaker_are_counted(tmp_path: Path) -> None:
+    question, answer = {"from": "human", "value": "Why?"}, {"from": "gpt", "value": "So."}
+    rows = [[answer, question], [question, answer], [{"from": "system", "value": "Be brief."}, question, answer], []]
+    write_rows(tmp_path / "sharegpt_gpt4.jsonl", *({"conversations": row} for row in rows))
+    malformed = Malformed()
+    assert workloads.read("sharegpt", tmp_path, malformed) == [Prompt("Why?", "gpt4")]
+    assert [place.rpartition(":")[2] for place in malformed.passed_over] == ["1", "3", "4"]
+    assert not malformed.skipped
+
+
 def test_json_lines_have_a_prompt_and_perhaps_a_category(tmp_path: Path) -> None:
     path = write_rows(tmp_path / "mine.jsonl", {"prompt": "a", "category": "x"}, {"prompt": "b"})
     assert workloads.read(str(path), None) == [Prompt("a", "x"), Prompt("b")]
