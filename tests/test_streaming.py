@@ -9,6 +9,7 @@ from toys import grid_pair
 
 from specdec import Chunk, Completion, Engine, SamplingParams
 from specdec.decoding import Decoder
+from specdec.models.markov import MarkovModel
 from specdec.requests import Request
 
 TARGET, DRAFT = grid_pair(4)
@@ -72,6 +73,45 @@ def test_text_holds_back_the_end_of_an_unfinished_character() -> None:
         assert "".join(given) == chunks[-1].completion.text
     never = Engine(target).stream([[0]], SamplingParams(max_tokens=4, logit_bias={0: -30.0, 2: -30.0}))
     assert [chunk.text for chunk in never] == ["", "", "", "\N{REPLACEMENT CHARACTER}" * 4]
+
+
+class Letters:
+    """A tokenizer whose tokens are letters, which are never special."""
+
+    def decode(self, tokens: list[int], skip_special_tokens: bool) -> str:
+        return "".join("abc"[token] for token in tokens)
+
+    def get_vocab(self) -> dict[str, int]:
+        return {"a": 0, "b": 1, "c": 2}
+
+
+@pytest.mark.parametrize("draft", ["other", "same"])
+@pytest.mark.parametrize("stop", [0, 1, 2])
+def test_a_stream_that_ends_by_a_stop_token_is_whole(stop: int, draft: str) -> None:
+    """Its last tokens come with their text and the completion; with a draft that is the target inside accepted runs."""
+    target = MarkovModel(grid_pair(4)[0].table)
+    target.tokenizer = Letters()
+    ours = Engine(
+        target,
+        method="draft_model",
+        draft=target if draft == "same" else DRAFT,
+        num_speculative_tokens=3,
+        max_batch_size=2,
+    )
+    params = [SamplingParams(max_tokens=20, seed=seed, stop_token_ids=(stop,)) for seed in range(20)]
+    prompts = [PROMPTS[seed % 5] for seed in range(20)]
+    chunks, completions = list(ours.stream(prompts, params)), ours.generate(prompts, params)
+    for index, completion in enumerate(completions):
+        own = [chunk for chunk in chunks if chunk.index == index]
+        assert sum((chunk.token_ids for chunk in own), ()) == completion.token_ids
+        assert "".join(chunk.text for chunk in own) == completion.text == Letters().decode(completion.token_ids, True)
+        assert [chunk.completion is None for chunk in own] == [True] * (len(own) - 1) + [False]
+        assert without_times(own[-1].completion) == without_times(completion)
+    stopped = [each for each in completions if each.finish_reason == "stop"]
+    assert len(stopped) > 10
+    assert all(each.token_ids[-1] == stop for each in stopped)
+    if draft == "same":
+        assert any(each.steps and each.steps[-1].last is None for each in stopped), "none ends inside an accepted run"
 
 
 def test_arguments_are_checked_at_the_call() -> None:

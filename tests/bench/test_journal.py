@@ -8,12 +8,17 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
+from copy import copy
+from dataclasses import fields, replace
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from bench.journal import Entry, Journal
+from bench.options import BenchConfig
+from bench.session import Session
 
 CONFIGURATION = {"seed": 0, "gammas": (2, 4)}
 Opened = Callable[..., Journal]
@@ -78,6 +83,56 @@ def test_another_configuration_is_an_error_that_names_what_differs(opened: Opene
     with pytest.raises(ValueError, match="seed was 0 and is 1, dtype was None and is 'float32'; repeat"):
         opened({"seed": 1, "gammas": [2, 4], "dtype": "float32"}, resume=True)
     assert path.read_bytes() == content
+
+
+BESIDE = {  # what changes no result: where things are written, what is resumed, and how files are found
+    *("journal", "resume", "data_dir", "vllm_python", "certificates", "command", "named"),
+}
+
+
+def other(value: Any) -> Any:
+    """Another value of the same type."""
+    match value:
+        case bool():
+            return not value
+        case int() | float():
+            return value + 1
+        case str():
+            return f"{value}x"
+        case tuple():
+            return (*value, "x")
+        case Path():
+            return value / "x"
+        case frozenset():
+            return value | {"x"}
+        case None:
+            return "x"
+    return replace(value, **{fields(value)[0].name: other(getattr(value, fields(value)[0].name))})
+
+
+@pytest.mark.parametrize("field", [field.name for field in fields(BenchConfig)])
+def test_every_field_of_a_configuration_matters_but_those_listed(
+    field: str, make_config: Callable[..., BenchConfig], path: Path
+) -> None:
+    """A cell of another dtype, say, is not taken for this run's."""
+    session = Session(make_config())
+    before = session.configuration()
+    Journal.open(path, before, resume=False).close()
+    session.config = replace_unchecked(session.config, field)
+    if field == "device":  # "auto" stands for one
+        session.device = other(session.device)
+    if field in BESIDE:
+        assert session.configuration() == before
+    else:
+        with pytest.raises(ValueError, match=f"{field} was .* and is "):
+            Journal.open(path, session.configuration(), resume=True)
+
+
+def replace_unchecked(config: BenchConfig, field: str) -> BenchConfig:
+    """With another value of a field, which need not make sense."""
+    changed = copy(config)
+    object.__setattr__(changed, field, other(getattr(config, field)))
+    return changed
 
 
 def test_damage_in_the_middle_is_an_error(opened: Opened, path: Path) -> None:

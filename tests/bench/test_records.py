@@ -120,6 +120,21 @@ def test_a_record_is_flat(record: dict[str, Any]) -> None:
     assert all(item is None or isinstance(item, str | int | float) for item in values)
 
 
+def test_a_speedup_is_paired_round_by_round(config: BenchConfig) -> None:
+    """Prompts a hundred times apart, each decoded twice as fast: unpaired, the interval would be as wide as that."""
+    seconds = [0.1, 10.0, 1.0, 3.0, 0.3, 7.0]
+    plain, fast = counted((0, 0, 1), (0, 0, 1), (0, 0, 1)), counted((2, 2, 3))
+    arms = {
+        CANDIDATE: [run([1, 2, 3, 4], each, fast) for each in seconds],
+        BASELINE: [run([1, 2, 3, 4], 2 * each, plain) for each in seconds],
+        REFERENCE: [run([1, 2, 3, 4], each / 4, plain) for each in seconds],
+    }
+    cell = Cell("specdec", TINY.name, "ngram", 2, "same", "smoke", 1)
+    record = records.build(cell, TINY, config, "1", "cpu", Measurement(arms, seconds))
+    for name, times in (("speedup", 2.0), ("speedup_of_reference", 4.0)):
+        assert [record[f"{name}{end}"] for end in ("", "_low", "_high")] == pytest.approx([times] * 3)
+
+
 def test_what_stops_sooner_is_not_called_faster(config: BenchConfig) -> None:
     plain, short = counted((0, 0, 1), (0, 0, 1), (0, 0, 1)), counted((0, 0, 1))
     measurement = Measurement({BASELINE: [run([1, 2, 3, 4], 4.0, plain)], CANDIDATE: [run([1, 2], 2.0, short)]}, [2.0])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -11,6 +12,8 @@ from bench import records, serving
 from bench.cells import Cell
 from bench.engines import LoadOptions, PromptResult, Served, Setup
 from bench.engines.specdec import SpecdecEngine, load
+from bench.load import Limits, Request
+from bench.load import summary as load_summary
 from bench.options import BenchConfig
 from bench.pairs import catalogue
 from bench.session import Session
@@ -39,6 +42,22 @@ def test_requests_are_served_as_they_arrive(engine: SpecdecEngine) -> None:
         assert each is not None
         assert each.queue_s is not None
         assert 0 <= each.queue_s < each.ttft_s <= each.latency_s
+
+
+def test_latency_is_from_the_arrival_not_from_the_slot(engine: SpecdecEngine) -> None:
+    """40 that arrive at once into one slot: whoever comes last has waited for all others."""
+    one = SamplingParams(temperature=0, max_tokens=2, ignore_eos=True)
+    prompts = [PROMPTS[index % 6] for index in range(40)]
+    served = engine.serve(prompts, [0.0] * 40, Setup("autoregressive", 0, 1), [one] * 40, 600)
+    waits = sorted((each.queue_s, each.ttft_s, each.latency_s) for each in served.results if each)
+    assert len(waits) == 40
+    for (_, _, before_s), (queue_s, ttft_s, latency_s) in pairwise(waits):
+        assert before_s <= queue_s < ttft_s <= latency_s
+    assert waits[-1][2] > 0.8 * served.wall_s
+    table = load_summary(
+        [Request(0.0, ttft, latency, 2, queue) for queue, ttft, latency in waits], 1.0, Limits(1e9, 1e9)
+    )
+    assert table["latency_p50_s"] > 0.3 * waits[-1][2]
 
 
 def test_what_is_not_done_in_time_is_given_up_and_the_next_load_is_served(engine: SpecdecEngine) -> None:

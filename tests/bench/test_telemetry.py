@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bench import machine
+from bench.measure import measure
 from bench.telemetry import (
     FIELDS,
     GpuMeter,
@@ -82,6 +84,31 @@ def test_the_integral_of_a_straight_line_is_exact_and_spans_add_up(
     assert integral(clip(points, (start, end))) == pytest.approx(slope * (end**2 - start**2) / 2, abs=1e-9)
     parts = integral(clip(points, (0, start))) + integral(clip(points, (start, 10)))
     assert parts == pytest.approx(integral(points), abs=1e-9)
+
+
+class Benchmark:
+    """Calls what is measured as pytest-benchmark does."""
+
+    stats = SimpleNamespace(stats=SimpleNamespace(data=[]))
+
+    def pedantic(self, target: Any, setup: Any, teardown: Any, rounds: int) -> None:
+        for _ in range(rounds):
+            setup()
+            target()
+            teardown()
+
+
+def test_energy_is_of_the_candidates_rounds_alone() -> None:
+    """Not of what comes before or after, nor of the other arms, which take most of the time: at 100 W throughout."""
+    start_s, lasts_s = time.perf_counter(), {"baseline": 0.02, "candidate": 0.001, "reference": 0.02}
+    arms: Any = {name: lambda index, pause_s=pause_s: time.sleep(pause_s) for name, pause_s in lasts_s.items()}
+    spans = measure(Benchmark(), arms, 5).spans
+    whole_s = time.perf_counter() - start_s
+    trace = Trace({"cpu": [(start_s - 60, 0.0), (start_s + 60, 12_000.0)]}, cpu_s=0.01, wall_s=120.0)
+    found = record(trace, spans, 10, num_tokens=10, num_accepted=None)
+    assert found["energy_j"] == pytest.approx(100 * sum(end - begin for begin, end in spans))
+    assert 0.5 <= found["energy_j"] < 100 * (whole_s - 5 * 0.04)
+    assert found["average_power_w"] == pytest.approx(100)
 
 
 def test_outside_of_the_samples_the_line_is_level() -> None:
