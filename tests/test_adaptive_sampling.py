@@ -134,3 +134,38 @@ def test_the_gate_sees_a_draft_that_looks_at_its_own_token(monkeypatch: pytest.M
     assert away > 2 * RADIUS, f"{NUM_DRAWS} draws are too few to see {away}"
     monkeypatch.setattr("specdec.proposers.draft_model.draw_chain", plants)
     assert not pairs_passing(engine_for("draft_model", monkeypatch))[0]
+
+
+# -- seeds -----------------------------------------------------------------------------------------------------
+
+
+def emitted(engine: Engine, num_requests: int, seed: int = 0) -> list[tuple[int, ...]]:
+    params = SamplingParams(max_tokens=24, seed=seed)
+    return [completion.token_ids for completion in engine.generate([PROMPT] * num_requests, params)]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_under_auto_each_request_has_uniforms_of_its_own_for_ever(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lengths of drafts tell of earlier uniforms, so none is used again: not by a later call, nor behind `forget`."""
+    engine = engine_for(method, monkeypatch)
+    outputs = emitted(engine, 2) + emitted(engine, 1)
+    engine.forget()
+    outputs += emitted(engine, 1) + emitted(engine, 1, seed=1)
+    assert len(set(outputs)) == 5, "24 tokens are the same by chance with probability below 1e-3 each"
+    assert emitted(engine_for(method, monkeypatch), 2) == outputs[:2], "a fresh engine repeats itself"
+
+
+def test_under_coupled_verification_a_seed_gives_the_same_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There the output does not depend on the drafts, so that nothing needs protection."""
+    monkeypatch.setattr("specdec.engine.target_costs", lambda target, rows, records: COSTS.target_s)
+    monkeypatch.setattr("specdec.engine._draft_cost", lambda *arguments: DRAW_S)
+    options = {"method": "draft_model", "draft": SAME, "num_speculative_tokens": "auto", "verification": "coupled"}
+    assert len({*emitted(Engine(SAME, **options), 2)}) == 1
+
+
+def test_without_auto_forgetting_begins_the_seeds_again() -> None:
+    engine = Engine(SAME, method="suffix", max_history_bytes=1 << 16)
+    first, second = emitted(engine, 2)
+    engine.forget()
+    assert first != second
+    assert emitted(engine, 2) == [first, second]

@@ -111,6 +111,52 @@ def test_with_kernels_a_token_does_not_depend_on_its_neighbours(kind: str, dtype
         assert torch.equal(torch.cat(pieces, 1)[:1], alone)
 
 
+LONG = 700  # tokens: beyond the blocks of 512 keys that a kernel may take at once
+HEADS = {f"head of {size}": WIDE | {"head_dim": size, "max_position_embeddings": 1024} for size in (32, 64, 96, 128)}
+
+
+def calm(options: dict, dtype: torch.dtype) -> torch.nn.Module:
+    """A model whose weights do not amplify roundings over a long context."""
+    model = make("llama", options, dtype)
+    for weight in model.parameters():
+        weight.data *= 0.5 if weight.ndim > 1 else 1
+    return model
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", HEADS)
+def test_kernels_over_long_contexts_are_the_original_layers(name: str, dtype: torch.dtype) -> None:
+    """Of every head size, as one prefill and as steps of 1, 3 and 9 tokens behind it; log-probabilities by position.
+
+    In bf16 errors are transformers' own; a query that does not see itself from position 512 on would be seen.
+    """
+    exact, plain, fused = (calm(HEADS[name], each) for each in (torch.float32, dtype, dtype))
+    fuse(fused)
+    assert all(layer.kernel is not None for layer in fused.model.layers)
+    tokens = torch.randint(3, 61, (1, LONG), generator=torch.Generator().manual_seed(2))
+    for weight in exact.parameters():  # not its buffers: rotary frequencies are float32 in every model
+        weight.data = weight.data.to(dtype).float()
+    lm = CausalLM(fused)
+    with torch.inference_mode():
+        expected, own = (model(tokens, use_cache=False).logits.double().log_softmax(-1) for model in (exact, plain))
+        seen = torch.ones(1, 1, LONG, LONG).tril().bool()
+        seen[..., range(512, LONG), range(512, LONG)] = False
+        blind = exact(tokens, use_cache=False, attention_mask=seen).logits.double().log_softmax(-1)
+        whole = lm.forward(tokens, lm.allocate(1, LONG))
+        cache, start = lm.allocate(1, LONG), 500
+        pieces = [lm.forward(tokens[:, :start], cache)]
+        while start < LONG:
+            cache.lengths[:] = [start]
+            pieces.append(lm.forward(tokens[:, start : start + (1, 3, 9)[start % 3]], cache))
+            start += pieces[-1].shape[1]
+    assert torch.equal(torch.cat(pieces, 1), whole)
+    errors = ((each - expected).abs().amax(-1)[0, 512:] for each in (whole.double().log_softmax(-1), own, blind))
+    away, usual, without_itself = (each.mean() for each in errors)
+    bound = 1e-5 if dtype == torch.float32 else 1.25 * usual
+    assert away < bound < without_itself
+
+
 @needs_kernels
 def test_with_kernels_speculation_gives_the_bits_of_plain_decoding() -> None:
     """In bf16, where other engines differ at near ties."""
