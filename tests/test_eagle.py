@@ -19,6 +19,7 @@ from specdec.models.eagle import new_head
 from specdec.proposers.eagle import EagleProposer
 from specdec.proposers.hybrid import HybridProposer
 from specdec.proposers.ngram import LookupIndex, NgramProposer
+from specdec.trees import Tree
 
 
 @pytest.mark.parametrize("hybrid", [False, True])
@@ -134,3 +135,31 @@ def test_a_step_of_the_head_reads_its_layer_and_the_tokens_that_it_drafts() -> N
     assert head.step_bytes == 2 * (trained + 32 * 32)
     head.fuse()
     assert head.step_bytes == 2 * (trained + 32 * 32)
+
+
+@pytest.mark.parametrize("tree", [None, Tree.balanced([2, 1])], ids=["chain", "tree"])
+def test_what_a_head_keeps_is_what_a_fresh_one_computes(tree: Tree | None) -> None:
+    """At accepted positions, too, where features were guessed while drafting: only acceptance would suffer."""
+    model = tiny.make("llama", tiny.GQA)
+    head = new_head(model, torch.arange(61)).eval()
+    for parameter in head.parameters():
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=0.2)
+    options = {"method": "tree", "tree": tree} if tree else {"method": "eagle", "num_speculative_tokens": 3}
+    engine = Engine(CausalLM(model), draft=head, **options)
+    seen = 0
+    for seed in range(4):
+        params = SamplingParams(temperature=8, max_tokens=24, seed=seed, ignore_eos=True)
+        (completion,) = engine.generate([[5, 9, 8, 7]], params)
+        seen += completion.counts.num_accepted
+        text = [*completion.prompt_token_ids, *completion.token_ids]
+        proposer, features = engine._decoder.proposer, engine._decoder._cache.features
+        _, valid = proposer._owners[0]
+        fresh = head.allocate(1, proposer._cache.capacity)
+        with torch.inference_mode():
+            head(features[:1, :valid], torch.tensor([text[1 : valid + 1]]), fresh)
+        assert valid > 20
+        (kept,), (computed,) = proposer._cache.layers, fresh.layers
+        for ours, theirs in ((kept.keys, computed.keys), (kept.values, computed.values)):
+            torch.testing.assert_close(ours[:1, :, :valid], theirs[:1, :, :valid])
+    assert seen > 10, "hardly anything was accepted"

@@ -165,6 +165,30 @@ def test_shared_tokens_spell_the_same(target: str, draft: str) -> None:
     assert shared.to_draft(shared.tokens.view(1, -1)).tolist() == [shared.draft_tokens.tolist()]
 
 
+@pytest.mark.parametrize(("target", "draft"), [(a, b) for a in KINDS for b in KINDS if a != b])
+def test_all_tokens_that_spell_the_same_are_shared(target: str, draft: str) -> None:
+    """By brute force, from texts: words with a leading space and without are other tokens, and both are shared.
+
+    A token's text is what it adds behind another, so that no decoder takes its space away.
+    """
+
+    def spelled(kind: str) -> dict[str, int]:
+        tokenizer = trained(kind, SIZES[kind])
+        before = tokenizer("x", add_special_tokens=False).input_ids
+        start, special = len(tokenizer.decode(before)), set(tokenizer.all_special_ids)
+        texts = {token: tokenizer.decode([*before, token])[start:] for token in range(SIZES[kind])}
+        return {text: token for token, text in texts.items() if token not in special and "\ufffd" not in text and text}
+
+    ours, theirs = spelled(target), spelled(draft)
+    expected = {(ours[text], theirs[text]) for text in ours.keys() & theirs.keys()}
+    shared = shared_between(target, draft)
+    found = set(zip(shared.tokens.tolist(), shared.draft_tokens.tolist(), strict=True))
+    assert expected <= found
+    spaced = [text for text in ours.keys() & theirs.keys() if text[0] == " " and text[1:].isalpha()]
+    assert len(spaced) > 20
+    assert sum(text[1:] in ours.keys() & theirs.keys() for text in spaced) > 5, "both with the space and without"
+
+
 WORDS = ["the", " keeper", " ", "  ", "\n", "é", "你", "1987", ' "No', ".", " x"]
 
 
