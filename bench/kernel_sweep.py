@@ -27,6 +27,7 @@ from torch import Tensor
 
 CANDIDATES = ((16, 128, 8, 2), (16, 256, 8, 4), (32, 256, 3, 4), (64, 128, 4, 4), (16, 128, 5, 4), (16, 64, 8, 2))
 CANDIDATES += ((32, 128, 8, 4), (16, 512, 4, 4), (32, 128, 5, 4), (16, 256, 6, 2), (64, 128, 6, 8), (32, 128, 8, 2))
+OVERLAPS = ((0, 0, 0), (1, 0, 0), (1, 1, 0), (1, 1, 1024), (2, 0, 0), (2, 0, 1024), (2, 1, 1024), (2, 2, 1024))
 _ROTATED_BYTES = 200 << 20  # of weights that a timed graph goes through
 
 
@@ -212,21 +213,20 @@ class Sweep:
                 for _ in stack
             ]
             angles = tuple(torch.randn(8448, shape.head_dim, device="cuda").bfloat16() for _ in "cs")
-            for overlaps, prefetched in ((False, 0), (True, 0), (True, 1024)):
-                usual, usual_bytes = layers.overlap, layers._PREFETCHED_BYTES
-                options = {"OVERLAPS": True, "launch_pdl": True} if overlaps else {"OVERLAPS": False}
-                layers.overlap, layers._PREFETCHED_BYTES = (lambda x, options=options: options), prefetched
-                for width, context in ((1, 256), (5, 256), (1, 2048), (9, 2048), (1, 8192))[: 2 if overlaps else 5]:
+            for products, others, prefetched in OVERLAPS:
+                usual = layers._PRODUCT_OVERLAP, layers._OTHER_OVERLAP, layers._PREFETCHED_BYTES
+                layers._PRODUCT_OVERLAP, layers._OTHER_OVERLAP, layers._PREFETCHED_BYTES = products, others, prefetched
+                for width, context in ((1, 256), (5, 256), (1, 2048), (9, 2048))[: 2 if products or others else 4]:
                     if time.monotonic() > self._deadline_s:
                         break
                     hidden = torch.randn(1, width, shape.hidden, device="cuda").bfloat16()
                     at = places(1, width, context - width, 1 << (context - 1).bit_length())
                     step_s = graph_s(partial(layers.run_layers, stack, hidden, angles, blocks, at), 1)
                     share = shape.layer_bytes * shape.num_layers / step_s / self._bandwidth
-                    mode = f"overlaps={overlaps} prefetched={prefetched}"
                     values = {"width": width, "context": context, "ms": step_s * 1e3, "share": share}
-                    self.write(fact="stack", shape=names[shape], mode=mode, **values)
-                layers.overlap, layers._PREFETCHED_BYTES = usual, usual_bytes
+                    mode = [products, others, prefetched]
+                    self.write(fact="stack", shape=names[shape], overlap=mode, **values)
+                layers._PRODUCT_OVERLAP, layers._OTHER_OVERLAP, layers._PREFETCHED_BYTES = usual
 
 
 def measured_bandwidth() -> float:
