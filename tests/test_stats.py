@@ -58,6 +58,11 @@ def test_expected_length_is_the_sum_of_its_series(rate: float, gamma: int) -> No
     assert expected_length(rate, gamma) == pytest.approx(sum(rate**i for i in range(gamma + 1)), rel=1e-6)
 
 
+def test_expected_length_at_the_ends() -> None:
+    """Where the closed form is 0/0, and where nothing is accepted."""
+    assert [expected_length(rate, 4) for rate in (0, 1)] == [1, 5]
+
+
 def test_expected_length_by_simulation() -> None:
     """Independent coins: the mean over 200,000 steps, within six standard errors."""
     passed = torch.rand(200_000, 4, generator=torch.Generator().manual_seed(1)) < 0.7
