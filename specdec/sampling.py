@@ -276,9 +276,9 @@ class RowParams:
         if self.top_p is not None:
             probs = self._keep_top_p(probs)
         if self.min_p is not None:
-            floor = self.min_p.to(probs.dtype) * probs.amax(-1, keepdim=True)
-            kept = _normalise(probs.masked_fill(probs < floor, 0))
-            probs = torch.where(self.min_p > 0, kept, probs)  # a row that keeps all has the bits that it has alone
+            min_p = self.min_p.to(probs.dtype)
+            floor = min_p * probs.amax(-1, keepdim=True)
+            probs = _normalise(probs.masked_fill(probs < floor, 0), min_p > 0)
         return probs
 
     def _keep_top_k(self, logits: Tensor) -> Tensor:
@@ -292,11 +292,11 @@ class RowParams:
     def _keep_top_p(self, probs: Tensor) -> Tensor:
         assert self.top_p is not None
         top_p = self.top_p.to(probs.dtype)
-        highest = _nucleus(probs, top_p)
-        before = highest.cumsum(-1) - highest
+        highest, reached = _nucleus(probs, top_p)
+        before = torch.nn.functional.pad(reached[..., :-1], (1, 0))
         last = ((before < top_p).sum(-1, keepdim=True) - 1).clamp(min=0)  # -1 for a NaN, which is found elsewhere
-        kept = _normalise(probs.masked_fill(probs < highest.gather(-1, last), 0))
-        return torch.where(top_p < 1, kept, probs)
+        is_cut = top_p < 1
+        return _normalise(probs.masked_fill((probs < highest.gather(-1, last)) & is_cut, 0), is_cut)
 
 
 class SamplingState:
@@ -469,21 +469,36 @@ def _softmax(logits: Tensor, temperature: Tensor) -> Tensor:
     return (logits.to(_at_least_float32(logits)) / temperature.unsqueeze(-1)).softmax(-1)
 
 
-def _nucleus(probs: Tensor, top_p: Tensor) -> Tensor:
-    """The largest probabilities of each row in order, at least as many as top-p keeps."""
+def _nucleus(probs: Tensor, top_p: Tensor) -> tuple[Tensor, Tensor]:
+    """The largest probabilities of each row in order, at least as many as top-p keeps, and their cumulative sums."""
     if probs.device.type == "cpu":  # a sort costs thirty times as much as the largest entries, which are mostly enough
         highest = probs.topk(min(_USUAL_NUCLEUS, probs.shape[-1]), -1).values
-        if not ((highest.sum(-1, keepdim=True) < top_p) & (top_p < 1)).any():
-            return highest
-    return probs.sort(dim=-1, descending=True).values
+        reached = highest.cumsum(-1)
+        # by the very sums that decide what is kept: a row keeps the same, whether a batch mate needs the sort or not
+        if not ((reached[..., -1:] < top_p) & (top_p < 1)).any():
+            return highest, reached
+    highest = probs.sort(dim=-1, descending=True).values
+    return highest, highest.cumsum(-1)
 
 
 def _at_least_float32(logits: Tensor) -> torch.dtype:
     return torch.promote_types(logits.dtype, torch.float32)
 
 
-def _normalise(probs: Tensor) -> Tensor:
-    return probs / probs.sum(-1, keepdim=True)
+def _normalise(probs: Tensor, is_cut: Tensor) -> Tensor:
+    """Rows [..., vocab] divided by their sums where `is_cut`, bool [rows, 1, 1]; others come out bit for bit.
+
+    Their softmax has rounded sums too, and they must not change because a batch mate is cut.
+    """
+    return probs / torch.where(is_cut, row_sums(probs), 1.0)
+
+
+def row_sums(values: Tensor) -> Tensor:
+    """Sums of rows [..., n] -> [..., 1], each in the order of its entries.
+
+    torch's `sum` shares a long row that is alone among threads, so that it would depend on how many rows there are.
+    """
+    return values.cumsum(-1)[..., -1:]
 
 
 def _signed(seed: int) -> int:

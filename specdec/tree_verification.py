@@ -25,7 +25,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from specdec.sampling import Dense, Law, OneHot, Partial
+from specdec.sampling import Dense, Law, OneHot, Partial, row_sums
 from specdec.trees import Tree, tree_of
 from specdec.verification import Draft, Verification, residual, verify_coupled, verify_tokens
 
@@ -44,7 +44,7 @@ def without(law: Law, taken: Tensor) -> tuple[Law, Tensor]:
         assert isinstance(inner, Dense)
         return Partial(inner, law.tokens, law.vocab_size), mass
     probs = law.probs.scatter(-1, taken, 0.0)
-    return Dense(probs), probs.sum(-1, keepdim=True)
+    return Dense(probs), row_sums(probs)
 
 
 def sibling_law(law: Law, taken: Tensor, tokens: Tensor) -> Law:

@@ -36,7 +36,7 @@ import torch
 from torch import Tensor
 
 from specdec import fused_verification as fused
-from specdec.sampling import Dense, Law, OneHot, stack_laws
+from specdec.sampling import Dense, Law, OneHot, row_sums, stack_laws
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,7 +193,7 @@ def block_acceptance(target: Law, draft: Draft, weights: Tensor) -> Tensor:
     """
     num_drafted = draft.tokens.shape[1]
     inner, scale = weights[:, 1:num_drafted], weights[:, 1:num_drafted, None]
-    excess = draft.law[:, 1:].excess(scale * target[:, 1:num_drafted].dense()).sum(-1)
+    excess = row_sums(draft.law[:, 1:].excess(scale * target[:, 1:num_drafted].dense())).squeeze(-1)
     # 0/0: weight 1 and equal laws behind it; then the next position passes at least as surely, and decides
     passes = (excess / (excess + 1 - inner)).nan_to_num(1.0)
     is_last = torch.arange(1, num_drafted + 1, device=weights.device) == draft.lengths.unsqueeze(1)
@@ -240,5 +240,5 @@ def residual(target_probs: Tensor, draft_law: Law, weight: Tensor | None = None)
             f"{(*draft_law.shape, draft_law.vocab_size)}"
         )
     excess = draft_law.excess(target_probs if weight is None else weight * target_probs)
-    mass = excess.sum(-1, keepdim=True)
+    mass = row_sums(excess)
     return torch.where(mass > 0, excess / mass, target_probs)

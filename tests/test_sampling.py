@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import law_rows
 from torch import Tensor
-from toys import obvious_law
+from toys import BATCH_MATES, obvious_law
 
+from specdec import kernels
 from specdec.sampling import Dense, OneHot, Partial, SamplingState, stack_laws
 from specdec.sampling_params import SamplingParams
 
@@ -122,6 +123,69 @@ def test_the_bits_of_a_row_do_not_depend_on_its_batch_mates(options: dict, dtype
     for row in range(3):
         alone = SamplingState(params[row : row + 1], [[]], [[]], 1000, CPU).law(logits[row : row + 1]).dense()
         assert torch.equal(alone[0].to(dtype), together[row])
+
+
+@pytest.fixture(params=[False, True], ids=["torch", "kernels"])
+def _with_kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In torch's operations, and with the kernels for CPUs."""
+    if not request.param:
+        monkeypatch.setattr(kernels, "available", lambda dtype: False)
+    elif not kernels.available(torch.float32):
+        pytest.skip("kernels need Linux, a C++ compiler and AVX-512")
+
+
+@pytest.mark.usefixtures("_with_kernels")
+@pytest.mark.parametrize(("vocab_size", "seed"), [(61, 0), (61, 1), (5000, 2), (5000, 3), (50_257, 4)])
+def test_a_row_does_not_depend_on_its_batch_mates(vocab_size: int, seed: int) -> None:
+    """Bit for bit, each row alone, two by two and all together; the last vocabulary is one that torch's sums divide."""
+    logits = torch.randn(len(BATCH_MATES), 8, vocab_size, generator=torch.Generator().manual_seed(seed)).mul(2)
+
+    def law(*rows: int) -> Tensor:
+        params = [BATCH_MATES[row] for row in rows]
+        return SamplingState(params, [[]] * len(rows), [[]] * len(rows), vocab_size, CPU).law(logits[[*rows]]).dense()
+
+    together = law(*range(len(BATCH_MATES)))
+    assert (together[:2] / together[:2].sum(-1, keepdim=True) != together[:2]).any(), (
+        "to normalise again would not show"
+    )
+    for row in range(len(BATCH_MATES)):
+        assert torch.equal(law(row)[0], together[row])
+        for mate in range(len(BATCH_MATES)) if vocab_size == 61 else ():
+            assert torch.equal(law(row, mate)[0], together[row])
+    params = [BATCH_MATES[4]]
+    one = SamplingState(params, [[]], [[]], vocab_size, CPU).law(logits[4:5, 3:4]).dense()
+    assert torch.equal(one[0, 0], together[4, 3])  # a sum that is alone
+
+
+@pytest.mark.usefixtures("_with_kernels")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "mate", [{"logit_bias": {3: 2.0}}, {"repetition_penalty": 1.3, "frequency_penalty": 0.2}], ids=str
+)
+def test_a_row_does_not_depend_on_a_mate_whose_logits_are_changed(mate: dict, dtype: torch.dtype) -> None:
+    """For a mate's sake the logits are widened to float32; its own are all as they were."""
+    logits = torch.randn(1, 3, 1000, generator=torch.Generator().manual_seed(1)).to(dtype)
+    alone = SamplingState([SamplingParams()], [[3]], [[5]], 1000, CPU)
+    beside = SamplingState([SamplingParams(), SamplingParams(**mate)], [[3]] * 2, [[5]] * 2, 1000, CPU)
+    drafted = torch.tensor([[7, 8]])
+    expected = alone.law(logits, drafted).dense()
+    law = beside.law(logits.expand(2, -1, -1), drafted.expand(2, -1)).dense()
+    assert torch.equal(law[0], expected[0])
+    assert not torch.equal(law[1], expected[0])
+
+
+def test_a_nucleus_that_just_fits_is_the_same_beside_one_that_does_not() -> None:
+    """top_p is what the 256 entries that are looked at first sum up to, one by one or by torch's own sum."""
+    for seed in range(20):
+        logits = torch.randn(1, 1, 2000, generator=torch.Generator().manual_seed(seed))
+        highest = logits.softmax(-1).topk(256).values
+        for reached in (highest.cumsum(-1)[0, 0, -1], highest.sum()):
+            params = [SamplingParams(top_p=float(reached)), SamplingParams(top_p=0.999)]
+            alone, beside = (
+                SamplingState(rows, [[]] * len(rows), [[]] * len(rows), 2000, CPU).law(logits.expand(len(rows), -1, -1))
+                for rows in (params[:1], params)
+            )
+            assert torch.equal(alone.dense()[0], beside.dense()[0])
 
 
 def test_observed_tokens_count_like_the_ones_given() -> None:

@@ -8,6 +8,8 @@ from __future__ import annotations
 import importlib.util
 import math
 import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -18,7 +20,7 @@ import torch
 from gates import distance
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from toys import joint_law, processed_law, table
+from toys import BATCH_MATES, joint_law, processed_law, table
 
 from specdec import kernels, randomness
 from specdec.adaptive import confidence
@@ -303,18 +305,50 @@ def test_logits_of_some_tokens_only() -> None:
         torch.testing.assert_close(law.dense(), expected.dense())
 
 
-def test_a_row_does_not_depend_on_its_batch_mates() -> None:
-    several = [{"top_k": 30, "top_p": 0.9}, {"min_p": 0.1}, {"temperature": 0.0}, {"temperature": 1.3}]
-    params = [SamplingParams(**each) for each in several]
-    logits, draws = random(4, 2, 5000), random_uniforms(4, 2)
-    together = rows_of(params, 5000).law(logits)[0]
-    for row in range(4):
-        alone = rows_of(params[row : row + 1], 5000)
-        for column in range(2):
-            law = alone.law(logits[row : row + 1, column : column + 1])[0]
-            assert torch.equal(law.dense()[0, 0], together.dense()[row, column])
-            token = law.draw(draws[row : row + 1, column : column + 1])
-            assert token.item() == together.draw(draws)[row, column].item()
+@pytest.mark.parametrize(("size", "num_rows"), [(61, len(BATCH_MATES)), (1000, 5), (5001, 5)])
+def test_a_row_does_not_depend_on_its_batch_mates(size: int, num_rows: int) -> None:
+    """Bit for bit, distributions and draws, each row by itself and one position of it by itself."""
+    logits, draws = random(num_rows, 6, size, seed=size).mul(2), random_uniforms(num_rows, 6)
+    together = rows_of(BATCH_MATES[:num_rows], size).law(logits)[0].dense()
+    drawn = Dense(together).draw(draws)
+    assert (together[:2] / together[:2].sum(-1, keepdim=True) != together[:2]).any(), (
+        "to normalise again would not show"
+    )
+    for row in range(num_rows):
+        rows = rows_of(BATCH_MATES[row : row + 1], size)
+        for here in (slice(1, 2), slice(0, 6))[: 2 if row < 2 else 1]:
+            law = rows.law(logits[row : row + 1, here])[0]
+            assert torch.equal(law.dense()[0], together[row, here])
+            assert torch.equal(law.draw(draws[row : row + 1, here])[0], drawn[row, here])
+            if isinstance(law, Dense):  # as a part of what was computed together, wherever that begins in memory
+                assert torch.equal(
+                    Dense(together[row : row + 1, here]).draw(draws[row : row + 1, here])[0], drawn[row, here]
+                )
+
+
+@pytest.mark.parametrize("size", [61, 1000, 5000])
+def test_a_row_does_not_depend_on_the_dtype_that_a_mate_needs(size: int) -> None:
+    """A bias or a penalty of one row widens the logits of all to float32."""
+    logits = random(2, 2, size).mul(3).bfloat16()
+    rows = rows_of([SamplingParams(), SamplingParams(temperature=0.7)], size)
+    assert torch.equal(rows.law(logits.float())[0].dense(), rows.law(logits)[0].dense())
+
+
+def test_sizes_that_change_with_the_batch_are_not_compiled_in() -> None:
+    """Triton compiles another kernel where an argument is 1 or a multiple of 16, unless it is named."""
+    script = """
+from specdec.kernels import triton_sampling as fast
+for name in [name for name in vars(fast) if name.endswith("_kernel")]:
+    for param in getattr(fast, name).params:
+        if not param.is_constexpr and not param.do_not_specialize:
+            print(param.name)
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+    compiled_in = set(done.stdout.split())
+    assert {"vocab", "size"} <= compiled_in  # a model's and a draft head's
+    strides = {f"{word}_{axis}" for word in ("seed", "position", "role", "origin", "uniform") for axis in range(3)}
+    assert not compiled_in & {"per_row", "chunks", "num_drafted", "dim_1", "dim_2", *strides}
 
 
 # -- draws ---------------------------------------------------------------------------------------------------

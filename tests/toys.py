@@ -15,6 +15,17 @@ from specdec.sampling_params import SamplingParams
 # Quarters, such that target/draft is 0, 1/2, 1 or more and every residual is made of halves.
 QUARTERS = torch.tensor([[2, 1, 1], [1, 2, 1], [1, 1, 2], [2, 2, 0], [0, 2, 2], [2, 0, 2]]).double() / 4
 
+BATCH_MATES = [  # each kind of row, so that every step of the way from logits to a distribution is done for some row
+    SamplingParams(),
+    SamplingParams(temperature=0.6),
+    SamplingParams(temperature=0),
+    SamplingParams(top_k=30),
+    SamplingParams(top_p=0.9),
+    SamplingParams(min_p=0.05),
+    SamplingParams(top_p=0.8, min_p=0.02, temperature=1.3),
+    SamplingParams(top_k=3, top_p=0.99),
+]
+
 
 def table(seed: int, rows: Tensor = QUARTERS) -> Tensor:
     """A table [vocab, vocab, vocab] whose rows are chosen at random from the given laws."""

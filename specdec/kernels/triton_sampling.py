@@ -5,19 +5,23 @@ CPU tensors. Every entry point is a torch operator, so that fake tensors pass th
 to the host or chooses a shape by values, so all of them can be captured in a CUDA graph.
 
 A row of the vocabulary is cut into chunks of one size, and most entry points are two kernels: one program per row and
-chunk leaves a number for each chunk, and the next combines them. Chunks depend on the vocabulary only and
-each sum is taken in one order, so what a row gives does not depend on its batch mates.
+chunk leaves a number for each chunk, and the next combines them. What a row gives does not depend on its batch mates,
+bit for bit: chunks depend on the vocabulary only; a row that truncation leaves whole is not divided by its sum because
+another row is cut; and no sum depends on how the compiler orders it, which may change with whatever it knows of the
+arguments: their dtype, whether they are 1 or multiples of 16, and where a tensor begins in memory.
 
-Sums of exponentials are float32. Integers stand for sums of probabilities in top-p and min-p, in units of 2**-61:
-they are exact, whatever the order. float64 is used where probabilities meet a uniform, which has 53 bits: in cumulative
-sums, acceptance tests and waiting times. In float32 draws would be of 24 bits, and a token rarer than 6e-8 in
-the wrong place would be drawn too often or never.
+So integers stand for sums of exponentials within a chunk, in units of 2**-50, and for sums of probabilities in top-p
+and min-p, in units of 2**-61: they are exact, whatever the order. float64 is used where probabilities meet a uniform,
+which has 53 bits: in cumulative sums, acceptance tests and waiting times. In float32 draws would be of 24 bits, and a
+token rarer than 6e-8 in the wrong place would be drawn too often or never. Their tensors begin at multiples of 16
+bytes, and sizes that change with the batch are not compiled in, so that each sum has one order.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,9 +31,13 @@ from torch import Tensor
 
 _WAYS = tl.constexpr(16)  # a pass of a search divides its range by this
 _UNIT = tl.constexpr(2.0**61)  # of sums of probabilities as integers
+_EXPONENTIAL_UNIT = tl.constexpr(2.0**50)  # of sums of up to 4096 exponentials, each at most 1
 _DENSE, _ONE_HOT, _PARTIAL = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # forms of a draft's distribution
 _LEAST_TEMPERATURE = tl.constexpr(2.0**-126)  # the least normal float32; below it some units take numbers for 0
 _UNIFORMS_PER_PROGRAM = 512
+_ALIGNMENT = 16  # bytes, at a multiple of which Triton takes a tensor to begin, or compiles another kernel
+_VARYING = ("per_row", "chunks", "num_drafted", "uniform_0", "uniform_1")  # by batch or draft: one kernel for all
+_jit = partial(triton.jit, do_not_specialize=_VARYING)
 
 
 # ---- shared by the kernels
@@ -50,9 +58,9 @@ def _key(x, SHIFT: tl.constexpr):
 
 
 @triton.jit
-def _units(probs):
-    """Probabilities as integers; NaN is 0."""
-    return tl.where(probs == probs, probs * _UNIT, 0.0).to(tl.int64)
+def _units(x, UNIT: tl.constexpr):
+    """Numbers as integers, multiples of 1 / UNIT; NaN is 0."""
+    return tl.where(x == x, x * UNIT, 0.0).to(tl.int64)
 
 
 @triton.jit
@@ -82,8 +90,13 @@ def _place_of(token, tokens, size, mask, STEPS: tl.constexpr):
 
 # ---- uniforms
 
+_UNIFORMS_SIZES = (
+    *("size", "dim_1", "dim_2"),
+    *(f"{word}_{axis}" for word in ("seed", "position", "role", "origin") for axis in range(3)),
+)
 
-@triton.jit
+
+@triton.jit(do_not_specialize=_UNIFORMS_SIZES)
 def _uniforms_kernel(
     seeds, positions, roles, origins, out, size, dim_1, dim_2,
     seed_0, seed_1, seed_2, position_0, position_1, position_2,
@@ -133,7 +146,7 @@ def _exponentials(x, peak, temperature):
     return tl.exp((x - tl.where(peak == -float("inf"), 0.0, peak)) / temperature)
 
 
-@triton.jit
+@_jit
 def _scan_kernel(
     logits, temperatures, floors, peaks, places, sums, vocab, per_row, chunks,
     BLOCK: tl.constexpr, SHIFT: tl.constexpr, HAS_FLOOR: tl.constexpr, HAS_TEMPERATURE: tl.constexpr,
@@ -149,7 +162,8 @@ def _scan_kernel(
     here = row * chunks + tl.program_id(1)
     tl.store(peaks + here, tl.where(is_bad, float("nan"), peak))
     tl.store(places + here, place)
-    tl.store(sums + here, tl.sum(_exponentials(x, peak, temperature), 0))
+    total = tl.sum(_units(_exponentials(x, peak, temperature), _EXPONENTIAL_UNIT), 0)
+    tl.store(sums + here, total.to(tl.float32) / _EXPONENTIAL_UNIT)
 
 
 @triton.jit
@@ -166,7 +180,7 @@ def _combined(peaks, places, sums, row, vocab, chunks, temperature, CHUNKS: tl.c
     return peak, tl.minimum(first, vocab - 1), total, tl.max((x != x).to(tl.int32), 0) > 0
 
 
-@triton.jit
+@_jit
 def _largest_kernel(peaks, places, sums, peak_out, place_out, confidence_out, vocab, chunks, CHUNKS: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     peak, place, total, is_bad = _combined(peaks, places, sums, row, vocab, chunks, 1.0, CHUNKS)
@@ -175,7 +189,7 @@ def _largest_kernel(peaks, places, sums, peak_out, place_out, confidence_out, vo
     tl.store(confidence_out + row, tl.div_rn(1.0, total))
 
 
-@triton.jit
+@_jit
 def _softmax_kernel(
     logits, temperatures, greedy, floors, peaks, places, sums, probs, finite, place_out, vocab, per_row, chunks,
     BLOCK: tl.constexpr, CHUNKS: tl.constexpr, SHIFT: tl.constexpr, HAS_FLOOR: tl.constexpr, HAS_GREEDY: tl.constexpr,
@@ -228,12 +242,12 @@ def _bound(bounds, keeps_all, row, IS_TOP_K: tl.constexpr):
         is_all = tl.load(keeps_all + row) != 0
     else:
         top_p = tl.load(bounds + row).to(tl.float32)  # compared with float32 probabilities
-        bound = tl.maximum(_units(top_p), 1)
+        bound = tl.maximum(_units(top_p, _UNIT), 1)
         is_all = top_p >= 1.0
     return bound, is_all
 
 
-@triton.jit
+@_jit
 def _search_kernel(
     values, bounds, keeps_all, state_before, partials_before, state, partials, vocab, per_row, chunks,
     LOW: tl.constexpr, HIGH: tl.constexpr, BLOCK: tl.constexpr, CHUNKS: tl.constexpr, SHIFT: tl.constexpr,
@@ -257,13 +271,13 @@ def _search_kernel(
         if IS_TOP_K:
             counted = mask.to(tl.int32)
         else:
-            counted = _units(x)
+            counted = _units(x, _UNIT)
         for number in tl.static_range(_WAYS - 1):
             above = tl.sum(tl.where(keys > _probe(least, most, number).to(tl.int32), counted, 0), 0)
             tl.store(partials + (row * _WAYS + number) * chunks + tl.program_id(1), above.to(tl.int64))
 
 
-@triton.jit
+@_jit
 def _floor_kernel(
     bounds, keeps_all, state_before, partials_before, state, per_row, chunks,
     CHUNKS: tl.constexpr, IS_TOP_K: tl.constexpr,
@@ -291,7 +305,7 @@ def _kept(
     return kept
 
 
-@triton.jit
+@_jit
 def _kept_kernel(
     probs, floors, places, min_ps, masses, vocab, per_row, chunks,
     BLOCK: tl.constexpr, HAS_TOP_P: tl.constexpr, HAS_MIN_P: tl.constexpr,
@@ -300,27 +314,37 @@ def _kept_kernel(
     row = tl.program_id(0).to(tl.int64)
     at, mask = _chunk(vocab, BLOCK)
     kept = _kept(probs, floors, places, min_ps, row, per_row, at, mask, vocab, HAS_TOP_P, HAS_MIN_P)
-    tl.store(masses + row * chunks + tl.program_id(1), tl.sum(_units(kept), 0))
+    tl.store(masses + row * chunks + tl.program_id(1), tl.sum(_units(kept, _UNIT), 0))
 
 
 @triton.jit
+def _is_cut(top_ps, min_ps, row, HAS_TOP_P: tl.constexpr, HAS_MIN_P: tl.constexpr):
+    """Whether top-p or min-p may take something from a row, and not only from one beside it."""
+    is_cut = tl.full([], 0, tl.int1)
+    if HAS_TOP_P:
+        is_cut |= tl.load(top_ps + row).to(tl.float32) < 1.0
+    if HAS_MIN_P:
+        is_cut |= tl.load(min_ps + row).to(tl.float32) > 0.0
+    return is_cut
+
+
+@_jit
 def _normalise_kernel(
     probs, floors, places, top_ps, min_ps, masses, out, vocab, per_row, chunks,
     BLOCK: tl.constexpr, CHUNKS: tl.constexpr, HAS_TOP_P: tl.constexpr, HAS_MIN_P: tl.constexpr,
 ):  # fmt: skip
+    """Rows that are cut, divided by what is kept; others as they are."""
     row = tl.program_id(0).to(tl.int64)
     at, mask = _chunk(vocab, BLOCK)
     chunk = tl.arange(0, CHUNKS)
     mass = tl.sum(tl.load(masses + row * chunks + chunk, mask=chunk < chunks, other=0), 0)
     kept = _kept(probs, floors, places, min_ps, row, per_row, at, mask, vocab, HAS_TOP_P, HAS_MIN_P)
-    total = tl.where(mass > 0, mass.to(tl.float32) / _UNIT, float("nan"))  # NaN throughout where it is no distribution
-    is_cut = mass < 0  # never
-    if HAS_TOP_P:
-        is_cut = is_cut | (tl.load(top_ps + row // per_row).to(tl.float32) < 1.0)
-    if HAS_MIN_P:
-        is_cut = is_cut | (tl.load(min_ps + row // per_row) > 0.0)
-    total = tl.where(is_cut, total, 1.0)  # the bits of a row that keeps all are those that it has alone
-    tl.store(out + row * vocab + at, tl.div_rn(kept, total), mask=mask)
+    # NaN throughout, where mass is 0: 0 / 0
+    total = tl.where(mass > 0, mass.to(tl.float32) / _UNIT, float("nan"))
+    whole = tl.load(probs + row * vocab + at, mask=mask, other=0.0)
+    is_cut = _is_cut(top_ps, min_ps, row // per_row, HAS_TOP_P, HAS_MIN_P)
+    p = tl.where(is_cut, tl.div_rn(kept, total), whole)
+    tl.store(out + row * vocab + at, p, mask=mask)
 
 
 # ---- draws
@@ -344,7 +368,7 @@ def _excess(target, draft, tokens, draft_row, size, weight, at, mask, FORM: tl.c
     return tl.where(excess > 0.0, excess, 0.0).to(tl.float64)
 
 
-@triton.jit
+@_jit
 def _mass_kernel(probs, masses, vocab, chunks, BLOCK: tl.constexpr):
     """Of each chunk the sum in float64."""
     row = tl.program_id(0).to(tl.int64)
@@ -362,7 +386,7 @@ def _chosen_chunk(masses, uniform, chunks, CHUNKS: tl.constexpr):
     return chunk, tl.sum(tl.where(at < chunk, masses, 0.0), 0), threshold
 
 
-@triton.jit
+@_jit
 def _draw_kernel(probs, uniforms, masses, out, vocab, chunks, BLOCK: tl.constexpr, CHUNKS: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     every = tl.arange(0, CHUNKS)
@@ -373,7 +397,7 @@ def _draw_kernel(probs, uniforms, masses, out, vocab, chunks, BLOCK: tl.constexp
     tl.store(out + row, _first_above(p, before, threshold, at, vocab).to(tl.int64))
 
 
-@triton.jit
+@_jit
 def _wait_kernel(probs, uniforms, waits, places, vocab, chunks, BLOCK: tl.constexpr):
     """Of each chunk the least waiting time, -log(1 - uniform) / probability, and whose it is."""
     row = tl.program_id(0).to(tl.int64)
@@ -390,7 +414,7 @@ def _wait_kernel(probs, uniforms, waits, places, vocab, chunks, BLOCK: tl.conste
     tl.store(places + here, tl.min(tl.where(mask & (wait == least), at, vocab), 0))
 
 
-@triton.jit
+@_jit
 def _race_kernel(waits, places, out, vocab, chunks, CHUNKS: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, CHUNKS)
@@ -418,7 +442,7 @@ def _prob_of(probs, tokens, size, row, token, mask, FORM: tl.constexpr, STEPS: t
     return prob
 
 
-@triton.jit
+@_jit
 def _accept_kernel(
     target, target_tokens, draft, draft_tokens, tokens, lengths, uniforms, out, num_drafted, vocab, size,
     uniform_0, uniform_1, WIDTH: tl.constexpr, TARGET: tl.constexpr, DRAFT: tl.constexpr, STEPS: tl.constexpr,
@@ -437,7 +461,7 @@ def _accept_kernel(
     tl.store(out + row, tl.min(tl.where(mask & (passed == 0), at, num_drafted), 0).to(tl.int64))
 
 
-@triton.jit
+@_jit
 def _last_masses_kernel(
     target, draft, draft_tokens, accepted, weights, masses, num_drafted, vocab, size, chunks,
     BLOCK: tl.constexpr, FORM: tl.constexpr, STEPS: tl.constexpr, HAS_WEIGHT: tl.constexpr,
@@ -457,7 +481,7 @@ def _last_masses_kernel(
     tl.store(out + chunks, tl.sum(tl.load(here + at, mask=mask, other=0.0).to(tl.float64), 0))
 
 
-@triton.jit
+@_jit
 def _last_draw_kernel(
     target, draft, draft_tokens, accepted, lengths, weights, uniforms, masses, out, num_drafted, vocab, size, chunks,
     uniform_0, uniform_1, BLOCK: tl.constexpr, CHUNKS: tl.constexpr, FORM: tl.constexpr, STEPS: tl.constexpr,
@@ -506,6 +530,12 @@ def _power(number: int) -> int:
 def _on(tensor: Tensor) -> Any:
     """Triton launches on the current device, whatever the tensors are on."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+
+
+def _aligned(tensor: Tensor) -> Tensor:
+    """Contiguous, and beginning where Triton need not compile another kernel, whose sums may have another order."""
+    tensor = tensor.contiguous()
+    return tensor if tensor.data_ptr() % _ALIGNMENT == 0 else tensor.clone()
 
 
 def _shift(dtype: torch.dtype) -> int:
@@ -699,7 +729,7 @@ def draw(probs: Tensor, uniforms: Tensor) -> Tensor:
     Sums are float64: within chunks of up to 4096 tokens first, then over chunks. Where rounding within a chunk hides
     the token it is the last one of the chunk that has a probability; without a distribution it is some token.
     """
-    probs, uniforms, out = probs.contiguous(), uniforms.contiguous(), _draw_like(probs, uniforms)
+    probs, uniforms, out = _aligned(probs), uniforms.contiguous(), _draw_like(probs, uniforms)
     if out.numel():
         vocab = probs.shape[-1]
         chunks, blocks = _num_chunks(vocab), _blocks(vocab)
@@ -787,7 +817,7 @@ def last_token(
     target: [batch, k + 1, vocab], k > 0. draft: as for `num_accepted`. uniforms: float64 [batch, k + 1].
     The residual is nowhere written out. Sums are taken as by `draw`.
     """
-    target, out, (probs, tokens) = target.contiguous(), torch.empty_like(accepted), _contiguous(draft)
+    target, out, (probs, tokens) = _aligned(target), torch.empty_like(accepted), _contiguous(draft)
     num_rows, num_drafted, vocab = target.shape[0], target.shape[1] - 1, target.shape[2]
     size, chunks = 1 if probs is None else probs.shape[-1], _num_chunks(vocab)
     masses = torch.empty(num_rows, 2, chunks, dtype=torch.float64, device=target.device)
@@ -819,7 +849,7 @@ last_token.register_fake(_last_token_like)
 
 
 def _contiguous(law: Sequence[Tensor | None]) -> tuple[Tensor | None, Tensor | None]:
-    probs, tokens = (None if each is None else each.contiguous() for each in law)
+    probs, tokens = (None if each is None else _aligned(each) for each in law)
     return probs, tokens
 
 
