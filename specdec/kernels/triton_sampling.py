@@ -785,7 +785,7 @@ def num_accepted(
         _accept_kernel[(len(tokens),)](
             target_probs, target_tokens, draft_probs, draft_tokens, tokens.contiguous(), lengths.contiguous(), uniforms,
             out, num_drafted, 1 if target_probs is None else target_probs.shape[-1], size, *uniforms.stride(),
-            WIDTH=_power(num_drafted), TARGET=_form(target), DRAFT=_form(draft), STEPS=size.bit_length(), num_warps=1,
+            WIDTH=_power(num_drafted), TARGET=_form(target), DRAFT=_form(draft), STEPS=_steps(draft), num_warps=1,
         )  # fmt: skip
     return out
 
@@ -822,7 +822,7 @@ def last_token(
     size, chunks = 1 if probs is None else probs.shape[-1], _num_chunks(vocab)
     masses = torch.empty(num_rows, 2, chunks, dtype=torch.float64, device=target.device)
     weight = None if weight is None else weight.contiguous()
-    form = {"FORM": _form(draft), "STEPS": size.bit_length(), "HAS_WEIGHT": weight is not None, **_blocks(vocab)}
+    form = {"FORM": _form(draft), "STEPS": _steps(draft), "HAS_WEIGHT": weight is not None, **_blocks(vocab)}
     form["enable_fp_fusion"] = False  # weight * target is rounded, as by torch, before the draft is subtracted
     sizes = (num_drafted, vocab, size, chunks)
     with _on(target):
@@ -857,3 +857,9 @@ def _form(law: Sequence[Tensor | None]) -> int:
     probs, tokens = law
     form = _DENSE if tokens is None else _ONE_HOT if probs is None else _PARTIAL
     return int(form.value)
+
+
+def _steps(law: Sequence[Tensor | None]) -> int:
+    """Halvings to find a token among some; none where they are all there, so that one kernel is compiled for all."""
+    probs, tokens = law
+    return 0 if probs is None or tokens is None else probs.shape[-1].bit_length()
