@@ -26,7 +26,6 @@ from specdec.kernels import triton_layers  # noqa: E402  # only where it can be 
 
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 TOLERANCES = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}
-DTYPES = list(TOLERANCES)
 WIDE = GQA | {"hidden_size": 64, "intermediate_size": 96, "head_dim": 32, "max_position_embeddings": 1024}
 KINDS = {
     "llama 32": WIDE,
@@ -37,6 +36,17 @@ KINDS = {
     "llama 128, all biases": WIDE | {"head_dim": 128, "attention_bias": True, "mlp_bias": True},
     "llama 32, 20 heads of one group": WIDE | {"hidden_size": 80, "num_attention_heads": 20, "num_key_value_heads": 1},
 }
+FEW = ("llama 32", "qwen3 96, with norms of q and k")  # kinds that stand for all where the dtype is what matters
+# compiling takes most of the time on a GPU, which uses bfloat16; the interpreter takes its time for each kind alike
+CASES = [
+    *((kind, torch.bfloat16 if ON_GPU else torch.float32) for kind in KINDS),
+    *(
+        (kind, dtype)
+        for kind in (FEW if ON_GPU else FEW[:1])
+        for dtype in (torch.float16, torch.float32, torch.bfloat16)
+    ),
+]
+CASES = list(dict.fromkeys(CASES))
 
 
 @pytest.fixture(autouse=True)
@@ -54,8 +64,13 @@ def rms(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.rms_norm(x.double(), x.shape[-1:], weight.double(), 1e-5)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("num_tokens", "num_inputs", "num_outputs"), [(1, 64, 96), (5, 100, 33), (35, 300, 70)])
+@pytest.mark.parametrize(
+    ("num_tokens", "num_inputs", "num_outputs", "dtype"),
+    [
+        *((*shape, torch.bfloat16) for shape in [(1, 64, 96), (5, 100, 33), (35, 300, 70)]),
+        *((5, 100, 33, dtype) for dtype in (torch.float16, torch.float32)),
+    ],
+)
 def test_products(num_tokens: int, num_inputs: int, num_outputs: int, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
 
@@ -76,31 +91,39 @@ def test_products(num_tokens: int, num_inputs: int, num_outputs: int, dtype: tor
     assert error(triton_layers.normalise(x, norm, 1e-5), rms(x, norm)) < tolerance
 
 
-@pytest.mark.parametrize(
-    ("kind", "dtype"),
-    [(kind, dtype) for kind in KINDS for dtype in DTYPES if ON_GPU or dtype == torch.float32 or kind == "llama 32"],
-)
+@pytest.mark.parametrize(("kind", "dtype"), CASES)
 def test_layers_are_those_of_the_original(kind: str, dtype: torch.dtype) -> None:
-    """Ragged rows across splits of the context, behind a rollback, into a cache that is then full."""
+    """Ragged rows across splits of the context, behind a rollback, into a cache that is then full.
+
+    In half precision as near to the same model in float64 as transformers' own layers are.
+    """
     plain, fused = (make(kind.split()[0].strip(","), KINDS[kind], dtype).to(DEVICE) for _ in range(2))
     fuse(fused)
     assert isinstance(fused.model, FusedDecoder)
-    lm, exact = CausalLM(fused), plain.double().requires_grad_(False)
     torch.manual_seed(1)
     tokens = torch.randint(3, 61, (3, 300), device=DEVICE)
     full, middle = (297, 130) if ON_GPU else (43, 20)
-    cache, starts = lm.allocate(3, full + 3), [full, middle, 1]
+    lm, starts = CausalLM(fused), [full, middle, 1]
+    cache = lm.allocate(3, full + 3)
     for slot, start in enumerate(starts):
         cache.lengths[slot] = 0
         lm.forward(tokens[slot : slot + 1, : min(full + 3, start + 7)], cache, first_slot=slot)
     cache.lengths[:] = starts
     actual = lm.forward(torch.stack([row[start : start + 3] for row, start in zip(tokens, starts, strict=True)]), cache)
-    for row, start, logits in zip(tokens, starts, actual, strict=True):
-        expected = exact(row[None, : start + 3], use_cache=False).logits[0, start:]
-        assert error(logits, expected) < 3 * TOLERANCES[dtype]
+    theirs = logits_behind(plain, tokens, starts)
+    expected = logits_behind(plain.double(), tokens, starts)
+    allowed = 3 * TOLERANCES[dtype] if dtype == torch.float32 else 1.5 * error(theirs, expected)
+    assert error(actual, expected) < allowed
 
 
-@pytest.mark.parametrize("kind", ["llama 32", "qwen3 96, with norms of q and k", "llama 32, 20 heads of one group"])
+@torch.inference_mode()
+def logits_behind(model, tokens: torch.Tensor, starts: list[int]) -> torch.Tensor:
+    """Of the three tokens behind each start of a row, without a cache."""
+    rows = [row[None, : start + 3] for row, start in zip(tokens, starts, strict=True)]
+    return torch.cat([model(row, use_cache=False).logits[:, -3:] for row in rows])
+
+
+@pytest.mark.parametrize("kind", [*FEW, "llama 32, 20 heads of one group"])
 def test_a_node_of_a_tree_is_the_token_of_a_chain(kind: str) -> None:
     model = make(kind.split()[0].strip(","), KINDS[kind]).to(DEVICE)
     fuse(model)
@@ -133,8 +156,7 @@ def assert_same(actual: torch.Tensor, expected: torch.Tensor) -> None:
 
 
 @pytest.mark.skipif(not ON_GPU, reason="the order of sums is the hardware's: needs a GPU")
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "dtype"), CASES)
 def test_a_token_does_not_depend_on_its_neighbours(kind: str, dtype: torch.dtype) -> None:
     """The same bits however many tokens a call has, whatever the rows beside it hold."""
     model = make(kind.split()[0].strip(","), KINDS[kind], dtype).to(DEVICE)
@@ -143,7 +165,7 @@ def test_a_token_does_not_depend_on_its_neighbours(kind: str, dtype: torch.dtype
     torch.manual_seed(1)
     tokens = torch.randint(3, 61, (3, 200), device=DEVICE)
     alone = torch.cat([step for _, step in in_pieces(lm, tokens[:1], 1, [0])], 1)
-    for width in (2, 3, 5, 9, 16, 33, 64):
+    for width in (2, 5, 9, 16, 33, 64):
         pieces = torch.cat([step for _, step in in_pieces(lm, tokens, width, [0, 7, 11])], 1)
         assert torch.equal(pieces[:1], alone)
 
