@@ -7,9 +7,10 @@ import logging
 import os
 import time
 import traceback
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 FACTS_FILE = "first_light.jsonl"
@@ -31,13 +32,13 @@ class Report:
         self.part, self.path = part, path
         self._doing = "start"
 
-    def fact(self, name: str, text: str = "", **values: Any) -> None:
+    def fact(self, name: str, /, text: str = "", **values: Any) -> None:
         """One fact. text: how the table tells it; nothing for a fact that it leaves out."""
-        self._write({"fact": name, **({"text": text} if text else {}), **values})
+        self._write({"fact": name, **({"text": text} if text else {})}, values)
 
-    def check(self, name: str, ok: bool, detail: str = "", **values: Any) -> None:
+    def check(self, name: str, ok: bool, /, detail: str = "", **values: Any) -> None:
         """Whether something holds that must."""
-        self._write({"check": name, "ok": ok, "detail": detail, **values})
+        self._write({"check": name, "ok": ok, "detail": detail}, values)
 
     def skip(self, name: str, reason: str) -> None:
         """Something that cannot be done on this machine."""
@@ -74,8 +75,11 @@ class Report:
         """A warning of specdec's."""
         self.check(f"no fallback during {self._doing}", False, message)
 
-    def _write(self, values: Fact) -> None:
-        line = json.dumps({"part": self.part, "at_s": round(time.time(), 2), **values}, default=str)
+    def _write(self, what: Fact, values: Mapping[str, Any] = MappingProxyType({})) -> None:
+        what = {"part": self.part, "at_s": round(time.time(), 2), **what}
+        for name in what.keys() & values.keys():
+            raise ValueError(f"{name}={values[name]!r} must not be the name of a value; rename it")
+        line = json.dumps({**what, **values}, default=str)
         with self.path.open("ab", buffering=0) as stream:  # one write call: lines of other processes stay whole
             stream.write(line.encode() + b"\n")
             os.fsync(stream.fileno())
