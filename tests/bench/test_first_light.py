@@ -9,17 +9,20 @@ import sys
 import tarfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from bench.first_light import correctness, tiny
+from bench.first_light import correctness, facts, tiny
 from bench.first_light.__main__ import LIMITS_S, main
+from bench.first_light.nudges import LAST, Nudge, nudge
 from bench.first_light.report import FACTS_FILE, Report, num_failed, read, table
 from bench.first_light.running import ARCHIVE_FILE, Part, run_parts
 from specdec import engine
 from specdec.models.causal import CausalLM
+from specdec.randomness import Role
 from specdec.verification import verify_tokens
 
 ROOT = Path(__file__).parents[2]
@@ -171,6 +174,34 @@ def test_a_card_that_is_lost_ends_the_part_and_full_memory_does_not(tmp_path: Pa
     assert num_failed(read(tmp_path / FACTS_FILE)) == 2
 
 
+def test_values_of_any_name_are_kept(tmp_path: Path) -> None:
+    report = Report("facts", tmp_path / FACTS_FILE)
+    report.fact("card", **{"name": "a card", "self": 1, "ok": True}, text="told")
+    report.check("holds", True, **{"name": "a card", "self": 1})
+    fact, check = read(tmp_path / FACTS_FILE)
+    assert (fact["fact"], fact["name"], fact["self"], fact["text"]) == ("card", "a card", 1, "told")
+    assert (check["check"], check["name"], check["ok"]) == ("holds", "a card", True)
+
+
+def test_values_do_not_hide_what_a_fact_is(tmp_path: Path) -> None:
+    report = Report("facts", tmp_path / FACTS_FILE)
+    with pytest.raises(ValueError, match="fact='else' must not be the name of a value; rename it"):
+        report.fact("card", **{"fact": "else"})
+    with pytest.raises(ValueError, match="part='else' must not be"):
+        report.check("card", True, **{"part": "else"})
+
+
+def test_the_card_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    card = SimpleNamespace(name="a card", multi_processor_count=132, L2_cache_size=2**20)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10**9, 2 * 10**9))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    facts._card(Report("facts", tmp_path / FACTS_FILE), torch.device("cuda"))
+    (told,) = [fact for fact in read(tmp_path / FACTS_FILE) if fact.get("fact") == "card"]
+    assert told["text"] == "a card, 132 SMs, L2 1 MB, 1.0 of 2.0 GB free"
+    assert (told["name"], told["capability"], told["total_bytes"]) == ("a card", [9, 0], 2 * 10**9)
+
+
 def test_a_line_that_was_cut_off_is_left_out(tmp_path: Path) -> None:
     path = tmp_path / FACTS_FILE
     Report("facts", path).fact("whole")
@@ -247,6 +278,65 @@ def test_a_rule_that_accepts_always_is_found(
     monkeypatch.setitem(engine.VERIFICATIONS, "token", accept_always)
     failed = [fact for fact in checks(tmp_path, models, ("autoregressive", "draft_model")) if not fact["ok"]]
     assert [fact["check"] for fact in failed] == ["llama float32 T=0 draft_model token = plain"]
+
+
+ROUNDING = correctness.Share(("llama",), torch.bfloat16, 1.0, ("token", "coupled"), ("autoregressive",), varies=True)
+
+
+@pytest.fixture(scope="module")
+def in_bfloat16(tmp_path_factory: pytest.TempPathFactory) -> tuple[correctness.Models, correctness.Models]:
+    """A model in bfloat16 and, standing for a device that rounds otherwise, in float32."""
+    folders = tiny.save(tiny.SIZES["llama"], tmp_path_factory.mktemp("rounded"))
+    rounded, there = (correctness.Models.load(folders, dtype, CPU) for dtype in (torch.bfloat16, torch.float32))
+    return rounded, there
+
+
+def against(cpu: correctness.Models, there: correctness.Models, share: correctness.Share, path: Path) -> list[dict]:
+    for _ in correctness.Checks(Report("correctness", path), "llama", share, cpu, there).all():
+        pass
+    return [fact for fact in read(path) if fact.get("check", "").endswith("= CPU")]
+
+
+def test_what_rounding_may_do_is_told_from_faults_when_tokens_are_drawn(
+    in_bfloat16: tuple[correctness.Models, correctness.Models], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """bfloat16 against float32: tokens differ, and each first one that does is explained; by other uniforms none is."""
+    cpu, there = in_bfloat16
+    found = against(cpu, there, ROUNDING, tmp_path / "sound.jsonl")
+    assert [fact for fact in found if not fact["ok"]] == []
+    assert sum("explained by distributions" in fact["detail"] for fact in found) >= 4
+    engine_of = correctness.Models.engine
+
+    def faulty(self: correctness.Models, *arguments: Any, **options: Any) -> engine.Engine:
+        made = engine_of(self, *arguments, **options)
+        if self is there:
+            nudge(made, Nudge(0, tuple(Role), -0.3))
+        return made
+
+    monkeypatch.setattr(correctness.Models, "engine", faulty)
+    found = against(cpu, there, ROUNDING, tmp_path / "faulty.jsonl")
+    assert len(found) == 7
+    assert [fact for fact in found if fact["ok"]] == []
+
+
+@pytest.mark.parametrize(("shift", "is_explained"), [(8e-5, True), (0.02, False)])
+def test_a_boundary_is_told_from_a_fault_where_tokens_are_drafted(
+    shift: float, is_explained: bool, models: correctness.Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A device whose uniforms are a little off, as if it rounded otherwise; and one that is off by more than that."""
+    there, engine_of = correctness.Models(models.target, models.drafts), correctness.Models.engine
+
+    def shifted(self: correctness.Models, *arguments: Any, **options: Any) -> engine.Engine:
+        made = engine_of(self, *arguments, **options)
+        if self is there:
+            nudge(made, Nudge(0, (*LAST, Role.DRAFT), shift))
+        return made
+
+    monkeypatch.setattr(correctness.Models, "engine", shifted)
+    share = correctness.Share(("llama",), torch.float32, 1.0, ("token",), ("autoregressive", "draft_model"))
+    found = against(models, there, share, tmp_path / "found.jsonl")
+    assert [fact["ok"] for fact in found] == [is_explained] * 2
+    assert ["explained by distributions" in fact["detail"] for fact in found] == [is_explained] * 2
 
 
 def test_all_shares_have_names_and_different_work() -> None:
