@@ -1,8 +1,9 @@
-"""Decoder layers for decode steps on NVIDIA GPUs, seven Triton kernels each.
+"""Decoder layers for decode steps on NVIDIA GPUs, six or seven Triton kernels each.
 
 A decode step reads all weights for a few tokens, so its time is the bytes over the bandwidth plus what it costs to
-start kernels. Per layer: QKV product; rotary embedding + cache write; attention over splits of the context; combination
-of the splits; output product + residual; gate/up product + SiLU; down product + residual.
+start kernels. Per layer: QKV product + rotary embedding + cache write; attention over splits of the context;
+combination of the splits; output product + residual; gate/up product + SiLU; down product + residual. (Where queries
+and keys have norms, or heads an odd size, rotary embedding + cache write are a kernel of their own.)
 
 An RMSNorm has no kernel of its own in bfloat16: whoever writes the residual stream also writes it times the norm's
 weight, and the squares' sums; the product that follows divides by their root when it is done. (Normalising within the
@@ -61,6 +62,7 @@ class Layer:
     num_heads: int
     num_kv_heads: int
     head_dim: int
+    is_interleaved: bool = False  # the rows of qkv, by `interleaved`
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,8 +119,10 @@ def _run_layers(
     states, normed = hidden, normed_states(hidden, layers[0].norm_before_attention, layers[0].epsilon)
     following = [*(layer.norm_before_attention for layer in layers[1:]), None]
     for layer, (keys, values), next_norm in zip(layers, blocks, following, strict=True):
-        qkv = product(normed, *layer.qkv)
-        _place_heads(layer, qkv, angles, keys, values, at, scratch)
+        if layer.is_interleaved:
+            _launch_product(normed, *layer.qkv, scratch.queries, heads=_Heads(layer, angles, keys, values, at))
+        else:
+            _place_heads(layer, product(normed, *layer.qkv), angles, keys, values, at, scratch)
         attended = _attend(layer, keys, values, at, scratch)
         states, normed = added_product(attended, *layer.output, states, layer.norm_before_mlp, layer.epsilon)
         inner = product(normed, *layer.gate_up, gated=True)
@@ -194,12 +198,42 @@ def product(
     return out
 
 
+def takes_interleaved(head_dim: int, *, has_norms: bool) -> bool:
+    """Whether the QKV product itself can turn and place heads of this size: a norm needs a whole head first."""
+    return head_dim % 16 == 0 and not has_norms
+
+
+def interleaved(rows: Tensor, head_dim: int) -> Tensor:
+    """Rows [heads * head_dim, ...] of a QKV product, such that those that rotary embedding turns together are near.
+
+    Of each head 8 of the first half, the 8 of the second half that belong to them, the next 8, and so on.
+    """
+    return rows.view(-1, 2, head_dim // 16, 8, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape)
+
+
+def in_order(outputs: Tensor, head_dim: int) -> Tensor:
+    """Outputs [..., heads * head_dim] of an interleaved product as those of the product that it was made of."""
+    return outputs.view(*outputs.shape[:-1], -1, head_dim // 16, 2, 8).transpose(-3, -2).reshape(outputs.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class _Heads:
+    """Where the QKV product of a layer with interleaved rows leaves its heads; arguments as for `run_layers`."""
+
+    layer: Layer
+    angles: tuple[Tensor, Tensor]
+    keys: Tensor
+    values: Tensor
+    at: Places
+
+
 def _launch_product(
     x: Normed,
     weight: Tensor,
     bias: Tensor | None,
     out: Tensor,
     *,
+    heads: _Heads | None = None,
     residual: Tensor | None = None,
     norm: Tensor | None = None,
     scaled: Tensor | None = None,
@@ -208,7 +242,8 @@ def _launch_product(
     blocks: Blocks | None = None,
 ) -> None:
     num_tokens, num_inputs = x.states.shape
-    num_outputs, num_parts = out.shape[1], 0 if x.squares is None else x.squares.shape[1]
+    num_outputs, num_parts = len(weight) // (1 + gated), 0 if x.squares is None else x.squares.shape[1]
+    cos, sin = heads.angles if heads else (None, None)
     blocks = blocks or usual_blocks(num_outputs, num_inputs, weight.dtype, gated)
     block_tokens = _block_tokens(num_tokens)
     grid = (triton.cdiv(num_tokens, block_tokens), triton.cdiv(num_outputs, blocks.outputs))
@@ -222,8 +257,21 @@ def _launch_product(
         out,
         scaled,
         squares_out,
+        cos,
+        sin,
+        heads.at.positions if heads else None,
+        heads.at.places if heads else None,
+        heads.keys if heads else None,
+        heads.values if heads else None,
         num_tokens,
         x.epsilon,
+        heads.at.positions.shape[1] if heads else 1,
+        len(heads.angles[0]) - 1 if heads else 0,
+        heads.keys.stride(0) if heads else 0,
+        heads.keys.stride(1) if heads else 0,
+        NUM_HEADS=heads.layer.num_heads if heads else 0,
+        NUM_KV_HEADS=heads.layer.num_kv_heads if heads else 0,
+        HEAD_DIM=heads.layer.head_dim if heads else 16,
         NUM_INPUTS=num_inputs,
         NUM_OUTPUTS=num_outputs,
         NUM_PARTS=num_parts,
@@ -453,7 +501,7 @@ def _prefetch_rows(rows, SIZE: tl.constexpr, PREFETCHED: tl.constexpr):
     )
 
 
-@triton.jit(do_not_specialize=["num_tokens"])
+@triton.jit(do_not_specialize=["num_tokens", "width", "last_position", "slot_stride", "head_stride"])
 def _product_kernel(
     x,
     weight,
@@ -464,8 +512,21 @@ def _product_kernel(
     out,
     scaled_out,
     squares_out,
+    cos,
+    sin,
+    positions,
+    places,
+    keys,
+    values_out,
     num_tokens,
     epsilon,
+    width,
+    last_position,
+    slot_stride,
+    head_stride,
+    NUM_HEADS: tl.constexpr,
+    NUM_KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
     NUM_INPUTS: tl.constexpr,
     NUM_OUTPUTS: tl.constexpr,
     NUM_PARTS: tl.constexpr,
@@ -518,20 +579,59 @@ def _product_kernel(
         sums += tl.load(bias + columns, mask=is_column, other=0.0).to(tl.float32)[None, :]
         if GATED:
             others += tl.load(bias + NUM_OUTPUTS + columns, mask=is_column, other=0.0).to(tl.float32)[None, :]
-    if GATED:
-        sums = sums / (1.0 + tl.exp(-sums)) * others
-    at = tokens[:, None].to(tl.int64) * NUM_OUTPUTS + columns[None, :]
-    is_output = is_token[:, None] & is_column[None, :]
-    if residual is not None:
-        sums += tl.load(residual + at, mask=is_output, other=0.0).to(tl.float32)
-    states = sums.to(out.dtype.element_ty)
-    tl.store(out + at, states, mask=is_output)
-    if norm is not None:
-        wide = states.to(tl.float32)
-        scaled = wide * tl.load(norm + columns, mask=is_column, other=0.0).to(tl.float32)[None, :]
-        tl.store(scaled_out + at, scaled.to(out.dtype.element_ty), mask=is_output)
-        part_at = squares_out + tokens * tl.num_programs(1) + tl.program_id(1)
-        tl.store(part_at, _row_sums_of_squares(wide, BLOCK_OUTPUTS), mask=is_token)
+    if cos is not None:
+        _place_interleaved(
+            sums.to(out.dtype.element_ty).to(tl.float32), tokens, columns, is_token, is_column,
+            cos, sin, positions, places, out, keys, values_out, width, last_position, slot_stride, head_stride,
+            NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, BLOCK_TOKENS, BLOCK_OUTPUTS,
+        )  # fmt: skip
+    else:
+        if GATED:
+            sums = sums / (1.0 + tl.exp(-sums)) * others
+        at = tokens[:, None].to(tl.int64) * NUM_OUTPUTS + columns[None, :]
+        is_output = is_token[:, None] & is_column[None, :]
+        if residual is not None:
+            sums += tl.load(residual + at, mask=is_output, other=0.0).to(tl.float32)
+        states = sums.to(out.dtype.element_ty)
+        tl.store(out + at, states, mask=is_output)
+        if norm is not None:
+            wide = states.to(tl.float32)
+            scaled = wide * tl.load(norm + columns, mask=is_column, other=0.0).to(tl.float32)[None, :]
+            tl.store(scaled_out + at, scaled.to(out.dtype.element_ty), mask=is_output)
+            part_at = squares_out + tokens * tl.num_programs(1) + tl.program_id(1)
+            tl.store(part_at, _row_sums_of_squares(wide, BLOCK_OUTPUTS), mask=is_token)
+
+
+@triton.jit
+def _place_interleaved(
+    x, tokens, columns, is_token, is_column, cos, sin, positions, places, queries, keys, values, width, last_position,
+    slot_stride, head_stride, NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr, BLOCK_OUTPUTS: tl.constexpr,
+):  # fmt: skip
+    """Turn queries and keys by their positions; keys and values go into the cache. x: a tile of interleaved heads."""
+    pairs = tl.reshape(x, (BLOCK_TOKENS, BLOCK_OUTPUTS // 16, 2, 8)).permute(0, 1, 3, 2)
+    low, high = tl.split(pairs)
+    other = tl.reshape(tl.join(high, low).permute(0, 1, 3, 2), (BLOCK_TOKENS, BLOCK_OUTPUTS))
+    head, within = columns // HEAD_DIM, columns % HEAD_DIM
+    is_high = within // 8 % 2
+    dim = is_high * (HEAD_DIM // 2) + within // 16 * 8 + within % 8
+    is_here = is_token[:, None] & is_column[None, :]
+    position = tl.minimum(tl.load(positions + tokens, mask=is_token, other=0), last_position)
+    angle = position[:, None] * HEAD_DIM + dim[None, :]
+    is_turned = is_here & (head < NUM_HEADS + NUM_KV_HEADS)[None, :]
+    turn = tl.load(sin + angle, mask=is_turned, other=0.0).to(tl.float32)
+    turned = x * tl.load(cos + angle, mask=is_turned, other=1.0).to(tl.float32)
+    turned += tl.where(is_high[None, :] > 0, other, -other) * turn
+    turned = turned.to(queries.dtype.element_ty)
+    query_at = queries + (tokens[:, None].to(tl.int64) * NUM_HEADS + head[None, :]) * HEAD_DIM + dim[None, :]
+    tl.store(query_at, turned, mask=is_here & (head < NUM_HEADS)[None, :])
+    place = tl.load(places + tokens, mask=is_token, other=0)
+    state_at = ((tokens // width).to(tl.int64) * slot_stride + place * HEAD_DIM)[:, None] + dim[None, :]
+    kv_head = head - NUM_HEADS
+    key_at = keys + state_at + kv_head[None, :] * head_stride
+    tl.store(key_at, turned, mask=is_here & ((kv_head >= 0) & (kv_head < NUM_KV_HEADS))[None, :])
+    value_at = values + state_at + (kv_head - NUM_KV_HEADS)[None, :] * head_stride
+    tl.store(value_at, turned, mask=is_here & (kv_head >= NUM_KV_HEADS)[None, :])
 
 
 @triton.jit

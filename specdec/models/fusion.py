@@ -226,6 +226,7 @@ class Projection(nn.Module):
         self.is_packed = False
         self.weight: Tensor = weight
         self.on_gpu = kernels.on_gpu(weight)
+        self.interleaved_dim: int | None = None
         if self.on_gpu:
             self.weight = weight.contiguous()
         elif kernels.take(weight) and self.num_inputs % 2 == 0:
@@ -240,7 +241,23 @@ class Projection(nn.Module):
             self.is_packed = True
             self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
 
+    def interleave(self, head_dim: int) -> None:
+        """Store the outputs as the Triton kernels turn and place heads; `forward` still gives them in order."""
+        from specdec.kernels import triton_layers
+
+        self.interleaved_dim = head_dim
+        self.weight = triton_layers.interleaved(self.weight, head_dim)
+        self.bias = None if self.bias is None else triton_layers.interleaved(self.bias, head_dim)
+
     def forward(self, inputs: Tensor) -> Tensor:
+        outputs = self._outputs(inputs)
+        if self.interleaved_dim is None:
+            return outputs
+        from specdec.kernels import triton_layers
+
+        return triton_layers.in_order(outputs, self.interleaved_dim)
+
+    def _outputs(self, inputs: Tensor) -> Tensor:
         if self.on_gpu:
             from specdec.kernels import triton_layers
 
@@ -385,6 +402,8 @@ class FusedLayer(nn.Module):
         def both(projection: Projection) -> tuple[Tensor, Tensor | None]:
             return projection.weight, projection.bias
 
+        if is_interleaved := triton_layers.takes_interleaved(self.head_dim, has_norms=self.q_norm.weight is not None):
+            self.qkv.interleave(self.head_dim)
         return triton_layers.Layer(
             qkv=both(self.qkv),
             output=both(self.output),
@@ -399,6 +418,7 @@ class FusedLayer(nn.Module):
             num_heads=self.num_heads,
             num_kv_heads=self.num_kv_heads,
             head_dim=self.head_dim,
+            is_interleaved=is_interleaved,
         )
 
     def _describe_for_cpu(self) -> kernels.Layer | None:
