@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,46 @@ def upload(values: Sequence[Any], device: torch.device, dtype: torch.dtype = tor
 def fetch_later(tensor: Tensor) -> Tensor:
     """A tensor on the host, to be read once something else has waited for the device."""
     return tensor.to("cpu", non_blocking=True)
+
+
+class Letter:
+    """A place in the host's memory, pinned if a GPU writes to it, and what is on its way there."""
+
+    def __init__(self, shape: torch.Size, device: torch.device) -> None:
+        buffer = torch.empty(shape, dtype=torch.int64)
+        self._on_gpu, self._device = device.type == "cuda", device
+        self._buffer = buffer.pin_memory() if self._on_gpu else buffer
+        self._arrived: Any = torch.cuda.Event() if self._on_gpu else None
+
+    def post(self, tensor: Tensor) -> None:
+        """Send a tensor, which may be overwritten by whatever the device is given next."""
+        self._buffer.copy_(tensor, non_blocking=True)
+        if self._on_gpu:
+            self._arrived.record(torch.cuda.current_stream(self._device))
+
+    def tolist(self) -> list[Any]:
+        """What was sent, once it has arrived."""
+        if self._on_gpu:
+            self._arrived.synchronize()
+        return self._buffer.tolist()
+
+
+class Mailbox:
+    """Sends int64 tensors to the host without waiting, so that the device can be given more to do meanwhile.
+
+    Two of a shape may be under way at a time: a third takes the place of the first.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._letters: dict[torch.Size, deque[Letter]] = {}
+
+    def send(self, tensor: Tensor) -> Letter:
+        """A tensor that may be overwritten by whatever the device is given next, to be read from the letter."""
+        letters = self._letters.setdefault(tensor.shape, deque())
+        letters.append(letters.popleft() if len(letters) == 2 else Letter(tensor.shape, self._device))
+        letters[-1].post(tensor)
+        return letters[-1]
 
 
 def free_memories(device: str) -> dict[torch.device, int]:

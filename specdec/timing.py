@@ -77,6 +77,10 @@ class Stopwatch:
         if not self._on_gpu or len(self._marks) > 10_000:
             self._collect()
 
+    def add(self, name: str, seconds: float) -> None:
+        """Count what was measured elsewhere."""
+        self._seconds[name] += seconds
+
     def seconds(self) -> dict[str, float]:
         """The sums by name."""
         if self._marks:

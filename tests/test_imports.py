@@ -17,7 +17,7 @@ LAYERS = [
     {"checks", "fallbacks", "json_files", "methods", "private_files", "sampling_params"},
     {"texts", "stats", "wheels", "prompts", "progress", "timing", "devices", "constraints", "vocabularies"},
     {"models.placement"},
-    {"kernels", "kernels.triton_layers", "kernels.triton_sampling", "recording", "trees"},
+    {"kernels", "kernels.triton_clock", "kernels.triton_layers", "kernels.triton_sampling", "recording", "trees"},
     {"bans", "sampling", "randomness", "optimal_trees"},
     {"fused_verification"},
     {"verification", "requests", "grammars"},

@@ -14,10 +14,11 @@ import os
 import platform
 import shutil
 import subprocess
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from ctypes import POINTER, Structure, c_float, c_int64, c_void_p
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,18 @@ def on_gpu(tensor: Tensor) -> bool:
 def for_gpu(tensor: Tensor) -> Any:
     """The sampling kernels in Triton where they take a tensor, see `on_gpu`, else None."""
     return importlib.import_module("specdec.kernels.triton_sampling") if on_gpu(tensor) else None
+
+
+def clock(device: torch.device) -> Callable[[], Tensor] | None:
+    """What reads a device's clock when its queue comes to it, in a recording too: int64 [1], nanoseconds.
+
+    None for a GPU that does not run Triton kernels.
+    """
+    if device.type == "cpu":
+        return lambda: torch.full((1,), time.perf_counter_ns())
+    if device.type != "cuda" or not _triton_takes(device):
+        return None
+    return partial(importlib.import_module("specdec.kernels.triton_clock").now_ns, device)
 
 
 @cache
