@@ -6,6 +6,11 @@ stops on its own, and its slot goes to the next waiting request.
 Invariant between steps: a row's target cache holds all its tokens but the last. A step feeds that token and the draft,
 so position i of the logits is the law of the token that draft token i proposes.
 
+Where a step can be recorded as a whole, its rows' state stays on the device (`specdec.device_rows`), and the next step
+is launched before this one's outcome is read, so that the device does not wait for the host. A row that turns out to
+have ended has then been given a step too many, whose outcome is dropped. Everywhere else the host reads each step's
+outcome before it launches the next.
+
 A draft may be a tree: its nodes are fed behind each other, see their ancestors only, and the logits after a node are
 the law of its children. What is accepted is a path, whose cache entries are then moved to where a chain's would be.
 """
@@ -15,18 +20,22 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
-from functools import cache
-from typing import cast
+from dataclasses import dataclass
+from functools import cache, partial
+from itertools import pairwise
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
 
+from specdec import kernels
 from specdec.adaptive import AdaptiveLength
-from specdec.devices import upload
-from specdec.models import Cache, LanguageModel, TreeCache, prefill, score
-from specdec.proposers import Proposer
+from specdec.device_rows import DeviceRows, RowState
+from specdec.devices import Mailbox, upload
+from specdec.models import Cache, FixedShapeModel, LanguageModel, TreeCache, prefill, score
+from specdec.proposers import FixedProposer, Proposer
 from specdec.randomness import Role, UniformSource, noise, on_branch, uniforms
-from specdec.recording import Recorder
+from specdec.recording import InPlace, Recorder
 from specdec.requests import Batch, Generation, Request, Step
 from specdec.sampling import NonFiniteLogitsError, RowParams, SamplingState
 from specdec.sampling_params import SamplingParams
@@ -34,6 +43,30 @@ from specdec.stats import PhaseTimes
 from specdec.timing import Stopwatch, now_s, sleep_until
 from specdec.trees import Branches, Tree, tree_of
 from specdec.verification import Draft, Verification, VerificationRule, verify_tokens
+
+
+class Outcome(Protocol):
+    """A step's outcome, which the host waits for when it reads it; see `_packed`."""
+
+    def tolist(self) -> list[list[int]]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Flight:
+    """A step that the device was given.
+
+    batch: its rows when it was launched. outcome: to be read. num_drafted, num_levels: columns of its drafts, and of
+    the paths of accepted nodes. parents: of a tree. logits: the target's, if the host needs them.
+    num_moments: readings of the device's clock, between the phases.
+    """
+
+    batch: Batch
+    outcome: Outcome
+    num_drafted: int
+    num_levels: int = 0
+    parents: tuple[int, ...] | None = None
+    logits: Tensor | None = None
+    num_moments: int = 0
 
 
 class Decoder:
@@ -45,6 +78,8 @@ class Decoder:
     token pays; it is told what became of each step. records: whether steps are recorded and replayed, see `Recorder`;
     None: on a GPU.
     """
+
+    runs_ahead = True  # a subclass that changes how a step is made of its parts sets it to False
 
     def __init__(
         self,
@@ -62,6 +97,10 @@ class Decoder:
         self.max_batch_size = max_batch_size
         self.rule, self.uniforms, self.adaptive = rule, uniforms, adaptive
         self.recorder = Recorder(target.device, records)
+        self._clock = kernels.clock(target.device) if self.recorder.records else None
+        self._device_rows = DeviceRows(max_batch_size, num_speculative_tokens + 1, target.device)
+        self._mailbox = Mailbox(target.device)
+        self._placed: tuple[Batch, InPlace[RowParams]] | None = None  # whose parameters recorded steps read
         self._stopwatch, self._total_s, self._recorded_s = Stopwatch(target.device), 0.0, 0.0
         self._cache: Cache | None = None
         self._prompts: dict[int, tuple[int, Tensor]] = {}  # by slot: whose prompt it still holds, and its last logits
@@ -89,6 +128,7 @@ class Decoder:
         waiting = deque(Generation(request, start_s + request.arrival_s) for request in arriving)
         slots: list[Generation | None] = [None] * self.max_batch_size
         batch: Batch | None = None
+        flights: deque[Flight] = deque()  # launched, and not read yet
         try:
             while waiting or any(slots):
                 yield from self._admit(waiting, slots, cache)
@@ -96,13 +136,27 @@ class Decoder:
                     sleep_until(waiting[0].arrival_s if waiting else 0.0)
                     continue
                 batch = self._form_batch(slots, cache, batch)
-                self._step(batch, cache)
-                for slot, row in enumerate(slots):
-                    if row:
-                        slots[slot] = None if row.finish_reason else row
-                        yield row
+                if not flights or _may_follow(batch, len(flights)):
+                    flights.append(self._step(batch, cache, len(flights)))
+                    if len(flights) <= batch.lag:
+                        continue
+                yield from self._settle(flights.popleft(), slots)
         finally:  # also if its caller has had enough
             self._total_s = now_s(self.target.device) - start_s
+
+    def _settle(self, flight: Flight, slots: list[Generation | None]) -> Iterator[Generation]:
+        """Read a step's outcome, and yield the rows that have emitted tokens. Slots of those that ended are freed."""
+        if flight.batch.lag and self.proposer:
+            for slot, row in enumerate(flight.batch.rows):
+                if row and slots[slot] is row:
+                    cast("FixedProposer", self.proposer).drafted(slot, row, len(row.tokens))
+        decided = self._commit(flight)
+        if self.adaptive:
+            self.adaptive.observe(decided)
+        for slot, row in enumerate(flight.batch.rows):
+            if row and slots[slot] is row:
+                slots[slot] = None if row.finish_reason else row
+                yield row
 
     def _reserve(self, requests: Sequence[Request]) -> Cache:
         """A cache that holds the longest request and the draft tokens that may stand behind it."""
@@ -155,6 +209,19 @@ class Decoder:
             self.recorder,
             self.num_speculative_tokens,
             cache,
+            lag=int(self._can_run_ahead(rows, sampling)),
+        )
+
+    def _can_run_ahead(self, rows: Sequence[Generation | None], sampling: SamplingState) -> bool:
+        """Whether steps of these rows are recorded as a whole: they depend on tensors alone, and no logits are read."""
+        drafts = self.proposer is None or (isinstance(self.proposer, FixedProposer) and self.proposer.is_fixed)
+        return (
+            self.runs_ahead
+            and self._clock is not None
+            and self.adaptive is None
+            and drafts
+            and sampling.is_stateless
+            and not any(row.request.sampling.logprobs for row in rows if row)
         )
 
     @torch.inference_mode()
@@ -166,7 +233,7 @@ class Decoder:
         draft = Draft.empty(1, self.target.vocab_size, self.target.device)
         with self._stopwatch.phase("verification_s"):
             outcome = self._verify(batch, logits, draft)
-        self._commit(batch, draft, outcome, logits)
+        self._commit(Flight(batch, _packed(draft, outcome, batch.sampling.finite()), 0, logits=logits))
         row.steps.clear()
 
     def _read(self, row: Generation, cache: Cache, slot: int) -> Tensor:
@@ -186,11 +253,14 @@ class Decoder:
         return logits
 
     @torch.inference_mode()
-    def _step(self, batch: Batch, cache: Cache) -> None:
-        """One target call for the whole batch."""
+    def _step(self, batch: Batch, cache: Cache, num_unread: int) -> Flight:
+        """Launch one target call for the whole batch. num_unread: steps whose outcome the host does not know yet."""
         for slot, row in enumerate(batch.rows):
             if row is None:  # what it holds is about to be written over
                 self._prompts.pop(slot, None)
+        if batch.lag:
+            return self._launch(batch, cache, num_unread)
+        self._device_rows.forget()
         with self._stopwatch.phase("draft_s"):
             draft = self._propose(batch)
         with self._stopwatch.phase("scoring_s"):
@@ -199,9 +269,66 @@ class Decoder:
             outcome = self._verify(batch, logits, draft)
             if outcome.path is not None:
                 self.recorder(self._compact, cache, upload(batch.lengths(), self.target.device), outcome.path)
-        decided = self._commit(batch, draft, outcome, logits)
-        if self.adaptive:
-            self.adaptive.observe(decided)
+        packed = _packed(draft, outcome, batch.sampling.finite())
+        num_levels = 0 if outcome.path is None else outcome.path.shape[1]
+        return Flight(batch, packed, draft.tokens.shape[1], num_levels, draft.parents, logits)
+
+    def _launch(self, batch: Batch, cache: Cache, num_unread: int) -> Flight:
+        """A step as one recording, which finds its rows' state on the device and leaves the next one there."""
+        proposer = cast("FixedProposer | None", self.proposer)
+        state = self._device_rows.enter(batch.rows, partial(proposer.enter if proposer else _newest, batch))
+        if self._placed is None or self._placed[0] is not batch:
+            self._placed = (batch, self.recorder.place(batch.sampling.rows))
+        width = self.num_speculative_tokens + 1
+        longest = max(batch.lengths()) + (num_unread + 1) * width
+        inputs = proposer.inputs(batch) if proposer else ()
+        extent = cast("Any", cache).extent_for(longest)
+        packed = self.recorder(self._whole_step, state, self._placed[1], extent, cache, *inputs)
+        return Flight(batch, self._mailbox.send(packed), width - 1, num_moments=4)
+
+    def _whole_step(
+        self, packed: InPlace[Tensor], params: InPlace[RowParams], extent: int, cache: Cache, *inputs: Any
+    ) -> Tensor:
+        """A function of tensors alone: a step of the rows whose state is packed, which becomes that behind the step.
+
+        extent: a bound on the places that a row has, with its draft. inputs: the proposer's. Returns what `_packed`
+        says, preceded by the moments between the phases.
+        """
+        state, rows, now_ns = RowState.unpack(packed.value), params.value, cast("Any", self._clock)
+        moments = [now_ns()]
+        draft, of_draft = self._draft_from(state, rows, extent, inputs)
+        moments.append(now_ns() if self.proposer else moments[0])
+        tokens = torch.cat([state.newest, draft.tokens], 1)
+        logits = cast("FixedShapeModel", self.target).forward_at(tokens, state.lengths - 1, cache, extent)
+        moments.append(now_ns())
+        outcome, of_target = self._decide(logits, draft, rows, state.lengths)
+        packed.value.copy_(self._after(state, draft, outcome).packed())
+        moments.append(now_ns())
+        return torch.cat(
+            [
+                torch.cat(moments).expand(len(tokens), -1),
+                _packed(draft, outcome, torch.cat([of_draft, of_target], 1)),
+            ],
+            1,
+        )
+
+    def _draft_from(
+        self, state: RowState, rows: RowParams, extent: int, inputs: tuple[Any, ...]
+    ) -> tuple[Draft, Tensor]:
+        """A draft, and whether the distributions that it was drawn from are distributions, bool [rows, n]."""
+        if self.proposer is None:
+            draft = Draft.empty(len(state.lengths), rows.vocab_size, state.lengths.device)
+            return draft, draft.tokens.bool()
+        proposer, num_tokens = cast("FixedProposer", self.proposer), self.num_speculative_tokens
+        tokens, law, finite = proposer.draft_from(state, rows, num_tokens, extent, *inputs)
+        return Draft(tokens, state.limits(num_tokens, proposer.context_length), law), finite
+
+    def _after(self, state: RowState, draft: Draft, outcome: Verification) -> RowState:
+        num_pending = torch.ones_like(outcome.accepted)
+        if self.proposer:
+            proposer = cast("FixedProposer", self.proposer)
+            num_pending = proposer.num_pending(outcome.accepted, self.num_speculative_tokens)
+        return state.after(draft.tokens, outcome.accepted, outcome.next_token, num_pending)
 
     def _propose(self, batch: Batch) -> Draft:
         # the token after the draft is never proposed, so a row that may emit n more needs n - 1 at the most
@@ -255,20 +382,20 @@ class Decoder:
         """Put what the cache has of a tree's accepted nodes, path int64 [rows, depth], where a chain's would be."""
         cast("TreeCache", cache).keep(origins, path)
 
-    def _commit(self, batch: Batch, draft: Draft, outcome: Verification, logits: Tensor) -> list[tuple[int, int]]:
-        """Append what was decided to each row and record it. The one transfer from the device to the host.
+    def _commit(self, flight: Flight) -> list[tuple[int, int]]:
+        """Append what a step decided to each of its rows, and record it. The one transfer from the device to the host.
 
         Returns how many tokens were drafted and accepted in each row that is not idle, truncation apart.
         """
-        decided = []
-        tree = None if draft.parents is None else tree_of(draft.parents)
-        path = draft.tokens[:, :0] if outcome.path is None else outcome.path
-        columns = [draft.tokens, path, draft.lengths[:, None], outcome.accepted[:, None], outcome.next_token[:, None]]
-        columns.append(batch.sampling.finite().long())
-        width, depth = draft.tokens.shape[1], path.shape[1]
-        for index, (row, values) in enumerate(zip(batch.rows, torch.cat(columns, 1).tolist(), strict=True)):
-            if row is None:
+        decided, batch = [], flight.batch
+        tree = None if flight.parents is None else tree_of(flight.parents)
+        width, depth = flight.num_drafted, flight.num_levels
+        outcome = flight.outcome.tolist()
+        self._add_phases(outcome[0][: flight.num_moments])
+        for index, (row, values) in enumerate(zip(batch.rows, outcome, strict=True)):
+            if row is None or row.finish_reason:
                 continue
+            values = values[flight.num_moments :]
             num_drafted, num_accepted, next_token, *are_laws = values[width + depth :]
             _check_laws(row, index, are_laws, width, tree)
             decided.append((num_drafted, num_accepted))
@@ -276,12 +403,43 @@ class Decoder:
             emitted = [*(values[place] for place in accepted), next_token]
             num_kept = row.emit(emitted)
             if row.request.sampling.logprobs:
-                _add_logprobs(row, logits[index], [0, *(place + 1 for place in accepted)], emitted[:num_kept])
+                assert flight.logits is not None
+                _add_logprobs(row, flight.logits[index], [0, *(place + 1 for place in accepted)], emitted[:num_kept])
             batch.sampling.observe(index, emitted[:num_kept])
             row.steps.append(_step(num_drafted, accepted, num_kept, tree))
             row.last_token_s = time.perf_counter()
             row.first_token_s = row.first_token_s or row.last_token_s
         return decided
+
+    def _add_phases(self, moments_ns: Sequence[int]) -> None:
+        """Count the times between moments: before the draft, behind it, behind scoring and behind verification."""
+        for name, (start_ns, end_ns) in zip(
+            ("draft_s", "scoring_s", "verification_s"), pairwise(moments_ns), strict=False
+        ):
+            self._stopwatch.add(name, (end_ns - start_ns) / 1e9)
+
+
+def _may_follow(batch: Batch, num_unread: int) -> bool:
+    """Whether a step can be launched behind so many whose outcomes are not known: if not all rows end with these."""
+    return batch.lag >= num_unread and any(row and row.num_remaining > num_unread for row in batch.rows)
+
+
+def _newest(batch: Batch, slot: int) -> list[int]:
+    """The last token of the row in a busy slot."""
+    row = batch.rows[slot]
+    assert row
+    return row.tokens[-1:]
+
+
+def _packed(draft: Draft, outcome: Verification, finite: Tensor) -> Tensor:
+    """All that the host reads of a step, int64 [rows, n].
+
+    The columns: the drafted tokens, the path of a tree, tokens proposed and accepted, the token after them, and
+    whether each distribution is one, the draft's first.
+    """
+    path = [] if outcome.path is None else [outcome.path]
+    counts = torch.stack([draft.lengths, outcome.accepted, outcome.next_token], 1)
+    return torch.cat([draft.tokens, *path, counts, finite.long()], 1)
 
 
 @cache  # without a limit: recordings read these tensors where they are

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import fields, is_dataclass
-from typing import Any, Protocol, TypeVar, cast
+from typing import Any, Generic, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -41,6 +41,7 @@ class Recorder:
         self.device, self.records = device, device.type == "cuda" if records is None else records
         self.seconds = 0.0
         self._recordings: dict[Hashable, Recording | None] = {}
+        self._places: dict[Hashable, InPlace[Any]] = {}
         self._graphs: Graphs = CudaGraphs(device) if device.type == "cuda" else Repetition()
 
     def __call__(self, function: Callable[..., T], *args: Any) -> T:
@@ -60,6 +61,21 @@ class Recorder:
                 synchronise(self.device)
                 self.seconds += time.perf_counter() - start_s
 
+    @torch.inference_mode()
+    def place(self, value: T) -> InPlace[T]:
+        """The value at a place that recordings read, one for all values of the same shapes, which it overwrites.
+
+        For what changes less often than it is read: nothing is copied then when a recording is called.
+        """
+        tensors: list[Tensor] = []
+        key = _structure(value, tensors)
+        if key not in self._places:
+            self._places[key] = InPlace(_replaced(value, iter([_copy(tensor) for tensor in tensors])))
+        else:
+            for fixed, tensor in zip(_tensors(self._places[key].value), tensors, strict=True):
+                fixed.copy_(tensor, non_blocking=True)
+        return self._places[key]
+
     def capacity(self, num_tokens: int) -> int:
         """How large a cache to allocate for so many tokens: in large steps, since recordings end with their cache.
 
@@ -70,6 +86,7 @@ class Recorder:
     def forget(self) -> None:
         """Let go of everything that was recorded, and of its memory."""
         self._recordings.clear()
+        self._places.clear()
         self._graphs.forget()
 
     def _first(self, key: Hashable, function: Callable[..., T], args: tuple[Any, ...]) -> T:
@@ -86,17 +103,17 @@ def on_device(device: torch.device) -> AbstractContextManager[Any]:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
-class InPlace:
-    """A tensor that stays where it is: recordings read it there instead of copying it."""
+class InPlace(Generic[T]):
+    """A tensor, or a value that holds tensors, which stays where it is: recordings use it there and copy nothing."""
 
-    def __init__(self, tensor: Tensor) -> None:
-        self.tensor = tensor
+    def __init__(self, value: T) -> None:
+        self.value = value
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, InPlace) and other.tensor is self.tensor
+        return isinstance(other, InPlace) and other.value is self.value
 
     def __hash__(self) -> int:
-        return id(self.tensor)
+        return id(self.value)
 
 
 class Recording:

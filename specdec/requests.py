@@ -167,6 +167,7 @@ class Batch:
     proposer needs them.
     recorder: replays work of fixed shapes, if it records at all. max_draft: tokens that a row's draft may have.
     cache: the target's, which holds all tokens of each row but the last; what stands behind them is free to be written.
+    lag: steps that are launched before the outcome of one is read: 1 where steps are recorded as a whole, else 0.
     """
 
     rows: list[Generation | None]
@@ -177,6 +178,7 @@ class Batch:
     recorder: Recorder | None = None
     max_draft: int = 0
     cache: Any = None
+    lag: int = 0
 
     @property
     def recording(self) -> Recorder | None:

@@ -27,8 +27,8 @@ DATA_DEPENDENT = ("nonzero", "masked_select", "equal", "is_nonzero", "unique", "
 class Event:
     """Something that happens between host and device: what, of which shape, where in the source, and in a capture?
 
-    kind: "read" (the host waits for the device), "download", "upload" (without waiting), "blocking upload",
-    "data-dependent shape", "mask as an index", "host index".
+    kind: "read" and "wait" (the host waits for the device, to read a tensor or for an event), "download", "upload"
+    (without waiting), "blocking upload", "data-dependent shape", "mask as an index", "host index".
     """
 
     kind: str
@@ -39,9 +39,10 @@ class Event:
 
 @dataclass
 class Watch:
-    """What happened. num_captures, num_replays: of graphs."""
+    """What happened. num_captures, num_replays: of graphs. num_kernels: launched one by one, outside of captures."""
 
     events: list[Event] = field(default_factory=list)
+    num_kernels: int = 0
     num_captures: int = 0
     num_replays: int = 0
     is_capturing: bool = False
@@ -57,7 +58,7 @@ class Watch:
         return [event for event in self.events if event.is_captured]
 
     def clear(self) -> None:
-        self.events, self.num_replays, self.num_captures = [], 0, 0
+        self.events, self.num_replays, self.num_captures, self.num_kernels = [], 0, 0, 0
 
 
 class WatchedGraphs:
@@ -121,7 +122,9 @@ class _Operations(TorchDispatchMode):
             self._note_transfer(args[1], args[0].device.type, is_async)
         if name == "lift_fresh" and self._watch.is_capturing:
             self._watch.note("blocking upload", args[0])  # a constant of the host's
-        return func(*args, **kwargs)
+        result = func(*args, **kwargs)
+        self._watch.num_kernels += not self._watch.is_capturing and _is_kernel(func, name, result)
+        return result
 
     def _check_indices(self, tensor: Tensor, indices: Any) -> None:
         for index in indices:
@@ -138,6 +141,26 @@ class _Operations(TorchDispatchMode):
             self._watch.note("download" if is_async else "read", tensor)
 
 
+def _is_kernel(func: Any, name: str, result: Any) -> bool:
+    """Whether an operation has a GPU compute: neither a view nor memory to be filled."""
+    returned = [each.alias_info for each in func._schema.returns]
+    is_view = bool(returned) and returned[0] is not None and not returned[0].is_write
+    return isinstance(result, Tensor) and result.is_cuda and not is_view and "empty" not in name
+
+
+class _Mark:
+    """As `torch.cuda.Event`."""
+
+    def __init__(self, watch: Watch) -> None:
+        self._watch = watch
+
+    def record(self, stream: Any) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        self._watch.note("wait", torch.empty(0))
+
+
 def _place() -> str:
     """The lines of the library, or else of transformers, that are being run, the innermost first."""
     frames = [frame for frame in traceback.extract_stack() if "/specdec/" in frame.filename]
@@ -151,6 +174,9 @@ class _NoStopwatch:
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
         yield
+
+    def add(self, name: str, seconds: float) -> None:
+        pass
 
     def seconds(self) -> dict[str, float]:
         return {}
@@ -171,10 +197,15 @@ def attention(backend: str) -> Callable[..., Tensor]:
     return attend
 
 
-def _launch(kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
-    """A Triton kernel's launch, which only looks at where the tensors are."""
-    for value in (*args, *kwargs.values()):
-        assert not isinstance(value, Tensor) or value.is_cuda, f"{kernel} is given a tensor on {value.device}"
+def _launcher(watch: Watch) -> Callable[..., None]:
+    """What launches a Triton kernel, and only looks at where the tensors are."""
+
+    def launch(kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        watch.num_kernels += not watch.is_capturing
+        for value in (*args, *kwargs.values()):
+            assert not isinstance(value, Tensor) or value.is_cuda, f"{kernel} is given a tensor on {value.device}"
+
+    return launch
 
 
 @contextlib.contextmanager
@@ -195,7 +226,9 @@ def fake_gpu(backend: str = "cudnn", *, triton: bool = False) -> Iterator[Watch]
         return _ones(tuple(tensor.shape))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(JITFunction, "run", _launch)
+        patch.setattr(JITFunction, "run", _launcher(watch))
+        patch.setattr(torch.cuda, "Event", lambda **options: _Mark(watch))
+        patch.setattr(torch.cuda, "current_stream", lambda device=None: None)
         patch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0) if triton else (7, 5))
         patch.setenv("SPECDEC_STRICT", "1" if triton else "0")  # without them one kind of fallback is meant
         patch.setattr("specdec.timing.synchronise", lambda device: None)

@@ -47,11 +47,16 @@ def engine(method: str, records: bool) -> Engine:
     return Engine(CausalLM(model), method=method, records=records, **options)
 
 
-def completion(method: str, temperature: float, records: bool) -> Completion:
+def completion(method: str, temperature: float, records: bool, logprobs: bool = True) -> Completion:
     prompt = torch.randint(3, 97, (NUM_PROMPT,), generator=torch.Generator().manual_seed(0)).tolist()
     prompt[120:] = prompt[:120]  # something to copy
     params = SamplingParams(
-        temperature=temperature, max_tokens=NUM_TOKENS, ignore_eos=True, seed=5, logprobs=True, top_logprobs=2
+        temperature=temperature,
+        max_tokens=NUM_TOKENS,
+        ignore_eos=True,
+        seed=5,
+        logprobs=logprobs,
+        top_logprobs=2 if logprobs else 0,
     )
     return engine(method, records).generate([prompt], params)[0]
 
@@ -72,6 +77,16 @@ def test_no_replay_overwrites_what_is_read_behind_it(method: str, temperature: f
     assert recorded.logprobs == pytest.approx(plain.logprobs, abs=1e-4)
     assert [list(each) for each in recorded.top_logprobs] == [list(each) for each in plain.top_logprobs]
     assert graphs.num_captured >= 3
+    assert graphs.host == []
+
+
+@pytest.mark.parametrize("temperature", [0, 1])
+@pytest.mark.parametrize("method", ["autoregressive"])
+def test_no_replay_overwrites_the_state_of_rows(method: str, temperature: float, graphs: EmulatedGraphs) -> None:
+    """Steps that are recorded as a whole, which they are without log-probabilities."""
+    recorded, plain = (completion(method, temperature, records, logprobs=False) for records in (True, False))
+    assert (recorded.token_ids, recorded.steps) == (plain.token_ids, plain.steps)
+    assert graphs.num_captured == 2  # the whole step, at two extents
     assert graphs.host == []
 
 

@@ -22,7 +22,7 @@ LAYERS = [
     {"fused_verification"},
     {"verification", "requests", "grammars"},
     {"tree_verification"},
-    {"models", "synthetic"},
+    {"models", "synthetic", "device_rows"},
     {"cache", "models.markov", "models.elsewhere"},
     {"models.fusion", "models.length_factors"},
     {"models.early_exit"},

@@ -202,7 +202,13 @@ def block_with_token_residual(
 # ---- the loop
 
 
-class TopKOnOneSide(Decoder):
+class _BrokenLoop(Decoder):
+    """A loop whose steps are made of parts that may be broken."""
+
+    runs_ahead = False
+
+
+class TopKOnOneSide(_BrokenLoop):
     """M8: the bonus and recovered tokens come from the law without top-k, whatever was asked."""
 
     def _verify(self, batch: Batch, logits: Tensor, draft: Draft) -> Verification:
@@ -253,7 +259,7 @@ class _Endless(Generation):
         return len(tokens)
 
 
-class IgnoredStop(Decoder):
+class IgnoredStop(_BrokenLoop):
     """M10: a stop token inside an accepted run is passed over."""
 
     def _prefill(self, row: Generation, cache: Any, slot: int) -> None:
@@ -270,7 +276,7 @@ class OverlongDraft(IgnoredStop):
         return self.proposer.propose(batch, limits)
 
 
-class SoftGreedy(Decoder):
+class SoftGreedy(_BrokenLoop):
     """M11: at temperature 0 a draft token is tested against the softmax, so that another than the argmax can pass."""
 
     def _verify(self, batch: Batch, logits: Tensor, draft: Draft) -> Verification:
@@ -303,7 +309,7 @@ def unconstrained(batch: Batch) -> Batch:
     return replace(batch, sampling=free)
 
 
-class UnconstrainedTarget(Decoder):
+class UnconstrainedTarget(_BrokenLoop):
     """The constraint is applied to the draft alone."""
 
     def _verify(self, batch: Batch, logits: Tensor, draft: Draft) -> Verification:
@@ -338,7 +344,7 @@ class _KeepsRejected(Progress):
         super().emit(tokens if list(tokens[: len(drafted)]) == drafted else [*drafted, *tokens[-1:]])
 
 
-class ConstraintNotRolledBack(Decoder):
+class ConstraintNotRolledBack(_BrokenLoop):
     """Rejected tokens stay in a row's progress."""
 
     def _prefill(self, row: Generation, cache: Any, slot: int) -> None:
@@ -391,7 +397,7 @@ def wrong_parent_row(target: Law, draft: Draft, accept_uniforms: Tensor, final_u
     return verify_tree(Dense(target.dense()[:, before]), draft, accept_uniforms, final_uniforms)
 
 
-class StaleMask(Decoder):
+class StaleMask(_BrokenLoop):
     """T3: scores a tree as if its nodes followed each other, each seeing all before it."""
 
     def _score(self, batch: Batch, draft: Draft, cache: Any) -> Tensor:
@@ -400,14 +406,14 @@ class StaleMask(Decoder):
         return score(self.target, tokens, cache, self.recorder)
 
 
-class CompactsOffByOne(Decoder):
+class CompactsOffByOne(_BrokenLoop):
     """T4: keeps the cache entry of the node before the one that was accepted."""
 
     def _compact(self, cache: Any, origins: Tensor, path: Tensor) -> None:
         super()._compact(cache, origins, (path - 1).clamp(min=0))
 
 
-class NeverCompacts(Decoder):
+class NeverCompacts(_BrokenLoop):
     """T4: leaves a tree's cache entries where they are."""
 
     def _compact(self, cache: Any, origins: Tensor, path: Tensor) -> None:

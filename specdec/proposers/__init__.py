@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol, runtime_checkable
 
-from specdec.requests import Batch
+from torch import Tensor
+
+from specdec.device_rows import RowState
+from specdec.requests import Batch, Generation
+from specdec.sampling import Law, RowParams
 from specdec.verification import Draft
 
 
@@ -22,4 +26,49 @@ class Proposer(Protocol):
 
         The draft's law must be the law that its tokens were drawn from.
         """
+        ...
+
+
+@runtime_checkable
+class FixedProposer(Proposer, Protocol):
+    """A proposer whose drafts can be functions of tensors alone, so that a whole decode step can be recorded.
+
+    is_fixed: whether they are, as it is set up. context_length: tokens beyond which it drafts nothing.
+    """
+
+    @property
+    def is_fixed(self) -> bool: ...
+
+    @property
+    def context_length(self) -> int: ...
+
+    def enter(self, batch: Batch, slot: int) -> list[int]:
+        """Ready the cache for the row in a busy slot: its newest tokens that the cache lacks then, `RowState.pending`.
+
+        From then on it is told of the row's drafts by `drafted` only.
+        """
+        ...
+
+    def inputs(self, batch: Batch) -> tuple[Any, ...]:
+        """What drafts are made from besides the rows, as arguments of a recorded function."""
+        ...
+
+    def draft_from(
+        self, state: RowState, rows: RowParams, num_tokens: int, extent: int, *inputs: Any
+    ) -> tuple[Tensor, Law, Tensor]:
+        """A function of tensors alone: num_tokens for each row, see `specdec.proposers.chain.draw_fixed`.
+
+        extent: a bound on the places that a row has, with its draft. inputs: as above.
+        """
+        ...
+
+    def num_pending(self, accepted: Tensor, num_tokens: int) -> Tensor:
+        """How many of its newest tokens the cache lacks of each row, after so many of num_tokens were accepted.
+
+        accepted: int64 [rows]; a function of tensors alone.
+        """
+        ...
+
+    def drafted(self, slot: int, row: Generation, length: int) -> None:
+        """A draft was made for the row in a slot when it had so many tokens."""
         ...

@@ -122,7 +122,7 @@ class EagleProposer:
         num_tokens: int,
         extent: int,
         cache: RaggedCache,
-        features: InPlace,
+        features: InPlace[Tensor],
     ) -> tuple[Tensor, Law, Tensor]:
         """A draft after pending tokens [rows, n], of which lengths[r] are real; see `draw_fixed`."""
         head, guessed = self._head, torch.empty(0)
@@ -133,7 +133,7 @@ class EagleProposer:
                 at = starts + lengths + drafted.shape[1] - 1
                 guessed = head.forward_at(guessed, drafted[:, -1:], at, cache, extent)
             else:
-                known = _features_at(features.tensor, starts, tokens.shape[1])
+                known = _features_at(features.value, starts, tokens.shape[1])
                 guessed = _last(head.forward_at(known, tokens, starts, cache, extent), lengths)
             return head.logits(guessed)
 

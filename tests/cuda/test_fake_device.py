@@ -105,8 +105,23 @@ def steady(watch: Watch, engine: Engine, batch: int = 1, **params: Any) -> list[
 def check_waits(watch: Watch, completions: list[Completion], extra: int = 0) -> None:
     """The host waits once a step, and for each prompt's first token."""
     num_steps = max(len(completion.steps) for completion in completions)
-    assert len(watch.of_kind("read")) == num_steps + len(completions) + extra
+    assert len(watch.of_kind("read", "wait")) == num_steps + len(completions) + extra
     assert watch.num_replays > num_steps
+
+
+def check_lean(watch: Watch, engine: Engine, batch: int = 1, **params: Any) -> None:
+    """A further step is one graph, one event and one download, whatever came before: nothing else is launched."""
+    prompts, counts = [[5, 6, 7, 5, 6, 7, 5, 6]] * batch, []
+    for max_tokens in (16, 24):
+        watch.clear()
+        completions = engine.generate(prompts, SamplingParams(max_tokens=max_tokens, ignore_eos=True, **params))
+        kinds = [len(watch.of_kind(kind)) for kind in ("wait", "download", "read", "upload", "blocking upload")]
+        counts.append([max(len(each.steps) for each in completions), watch.num_replays, *kinds, watch.num_kernels])
+    more = [after - before for before, after in zip(*counts, strict=True)]
+    num_steps = more[0]
+    assert num_steps > 0
+    assert more == [num_steps] * 4 + [0] * 4
+    assert counts[0][-1] > 0  # of the prompt, and of entering the rows
 
 
 @pytest.mark.parametrize("params", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
@@ -117,6 +132,17 @@ def test_a_step_of_chains_waits_once_and_uploads_without_waiting(
     with fake_gpu(triton=triton) as watch:
         check_waits(watch, steady(watch, engine(method), **params))
         assert watch.of_kind("blocking upload", "host index") == []
+
+
+@pytest.mark.parametrize("params", [GREEDY, SAMPLED, STATELESS[3]], ids=["greedy", "sampled", "truncated"])
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("method", ["autoregressive"])
+def test_a_step_is_one_graph_and_no_upload(method: str, batch: int, params: dict[str, Any]) -> None:
+    """Where the GPU's clock can be read, which takes Triton."""
+    with fake_gpu(triton=True) as watch:
+        made = engine(method, batch=batch)
+        steady(watch, made, batch=batch, **params)
+        check_lean(watch, made, batch=batch, **params)
 
 
 @pytest.mark.parametrize("params", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
