@@ -81,7 +81,7 @@ def test_no_replay_overwrites_what_is_read_behind_it(method: str, temperature: f
 
 
 @pytest.mark.parametrize("temperature", [0, 1])
-@pytest.mark.parametrize("method", ["autoregressive"])
+@pytest.mark.parametrize("method", ["autoregressive", "draft_model", "eagle", "early_exit"])
 def test_no_replay_overwrites_the_state_of_rows(method: str, temperature: float, graphs: EmulatedGraphs) -> None:
     """Steps that are recorded as a whole, which they are without log-probabilities."""
     recorded, plain = (completion(method, temperature, records, logprobs=False) for records in (True, False))

@@ -9,7 +9,8 @@ from dataclasses import replace
 import pytest
 import tiny
 import torch
-from test_engine import PROMPTS, TARGET, engine_for
+from test_engine import DRAFT, PROMPTS, TARGET, engine_for
+from toys import FeatureTarget, ToyHead, grid_pair
 
 from specdec import Completion, Engine, SamplingParams
 from specdec.decoding import Decoder
@@ -18,9 +19,13 @@ from specdec.devices import Mailbox
 from specdec.models.causal import CausalLM
 from specdec.models.eagle import new_head
 from specdec.models.markov import MarkovModel
+from specdec.proposers.draft_model import DraftModelProposer
+from specdec.proposers.eagle import EagleProposer
 from specdec.requests import Generation, Request
+from specdec.sampling import NonFiniteLogitsError
+from specdec.verification import verify_block, verify_coupled, verify_tokens
 
-METHODS = ("autoregressive",)
+METHODS = ("autoregressive", "draft_model", "eagle", "early_exit")
 MIXED = [
     SamplingParams(max_tokens=23, seed=1),
     SamplingParams(max_tokens=9, temperature=0),
@@ -89,6 +94,35 @@ def test_log_probabilities_are_the_same(method: str, launched: dict[int, int]) -
     assert [list(each) for each in ours[0].top_logprobs] == [list(each) for each in theirs[0].top_logprobs]
 
 
+@pytest.mark.parametrize("verification", ["block", "coupled"])
+@pytest.mark.parametrize("method", ["draft_model", "eagle"])
+def test_other_rules(method: str, verification: str, launched: dict[int, int]) -> None:
+    def run(records: bool) -> list[tuple]:
+        engine = engine_for(method, max_batch_size=2, records=records, verification=verification)
+        return [said(each) for each in engine.generate(PROMPTS, MIXED)]
+
+    check_equal(run, launched)
+
+
+@pytest.mark.parametrize("gamma", [1, 2, 5])
+@pytest.mark.parametrize("rule", [verify_tokens, verify_block, verify_coupled])
+def test_a_head_that_reads_features_from_the_right_places(rule, gamma: int, launched: dict[int, int]) -> None:
+    """It drafts another token from another's feature. Prompts shorter and longer than a step's tokens."""
+    target, draft = FeatureTarget(grid_pair(1)[0].table), grid_pair(1)[1]
+    requests = [
+        Request(i, tuple(prompt), SamplingParams(max_tokens=30, seed=i), frozenset({2} if i % 2 else ()))
+        for i, prompt in enumerate([*PROMPTS, [1] * 30])
+    ]
+
+    def run(records: bool) -> list[tuple]:
+        proposer = EagleProposer(ToyHead(draft))
+        decoder = Decoder(target, proposer, gamma, max_batch_size=2, rule=rule, records=records)
+        rows = sorted(decoder.run(requests), key=lambda row: row.request.index)
+        return [(row.tokens, row.steps, row.finish_reason) for row in rows]
+
+    check_equal(run, launched)
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_chunks_are_the_same(method: str, launched: dict[int, int]) -> None:
     """Those of a prompt, in their order; between prompts the order may differ, since slots are handed over later."""
@@ -108,6 +142,14 @@ def test_rows_of_a_step_come_in_the_order_of_their_slots(launched: dict[int, int
     def run(records: bool) -> list[tuple]:
         rows = Decoder(TARGET, max_batch_size=2, records=records).advance(requests)
         return [(row.request.index, len(row.output)) for row in rows]
+
+    check_equal(run, launched)
+
+
+def test_arrivals(launched: dict[int, int]) -> None:
+    def run(records: bool) -> list[tuple]:
+        engine = engine_for("draft_model", max_batch_size=2, records=records)
+        return [said(each) for each in engine.generate(PROMPTS, MIXED, arrivals_s=[0.02, 0.0, 0.01, 0.0, 0.03])]
 
     check_equal(run, launched)
 
@@ -142,6 +184,21 @@ def test_no_step_is_launched_that_all_rows_end_before(launched: dict[int, int]) 
         assert len(completion.steps) == sum(launched.values()) == max_tokens - 1
 
 
+def test_a_surplus_step_leaves_no_trace(launched: dict[int, int]) -> None:
+    """A stop token is known one step late; what was launched meanwhile is not counted."""
+    params = SamplingParams(max_tokens=50, stop_token_ids=(2,), seed=37)
+    completions = [
+        Engine(TARGET, method="draft_model", draft=DRAFT, num_speculative_tokens=1, records=records).generate(
+            [[0, 1]], params
+        )[0]
+        for records in (False, True)
+    ]
+    assert completions[0].finish_reason == "stop"
+    assert len(completions[0].steps) > 1
+    assert said(completions[0]) == said(completions[1])
+    assert sum(launched.values()) == 2 * len(completions[0].steps) + 1
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_closing_a_stream_leaves_nothing_under_way_that_is_read_later(method: str) -> None:
     expected = [said(each) for each in engine_for(method, max_batch_size=2).generate(PROMPTS, MIXED)]
@@ -161,6 +218,33 @@ class Poisoned(MarkovModel):
     def forward_at(self, tokens, *args, **kwargs):
         logits = super().forward_at(tokens, *args, **kwargs)
         return torch.where((tokens == 2).unsqueeze(-1), torch.nan, logits)[:, : logits.shape[1]]
+
+
+@pytest.mark.parametrize("poisoned", ["target", "draft"])
+def test_logits_without_a_distribution_are_told_of_the_same(poisoned: str, launched: dict[int, int]) -> None:
+    draft = Poisoned(TARGET.table) if poisoned == "draft" else TARGET
+    target = Poisoned(TARGET.table) if poisoned == "target" else TARGET
+    request = Request(7, (0, 1), SamplingParams(max_tokens=60, seed=1))
+    messages = []
+    for records in (False, True):
+        decoder = Decoder(target, DraftModelProposer(draft), 2, max_batch_size=2, records=records)
+        with pytest.raises(NonFiniteLogitsError, match="request 7 at token position") as caught:
+            list(decoder.run([request]))
+        messages.append(str(caught.value))
+    assert messages[0] == messages[1]
+    assert launched[1] > 0
+
+
+def test_phases_are_timed_inside_a_recorded_step() -> None:
+    engine = engine_for("draft_model", records=True)
+    for _ in range(3):
+        engine.generate(PROMPTS[:1], SamplingParams(max_tokens=40))
+    times = engine.phase_times
+    assert min(times.prefill_s, times.draft_s, times.scoring_s, times.verification_s, times.bookkeeping_s) > 0
+    assert times.recording_s == 0
+    plain = Engine(TARGET, records=True)
+    plain.generate(PROMPTS[:1], SamplingParams(max_tokens=40))
+    assert plain.phase_times.draft_s == 0 < plain.phase_times.scoring_s
 
 
 # -- the parts -----------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from specdec.adaptive import AdaptiveLength
+from specdec.device_rows import RowState
 from specdec.devices import fetch_later, upload
 from specdec.models import Cache, FixedShapeModel, LanguageModel, TreeModel, prefill
 from specdec.proposers.chain import draw_chain, draw_fixed
@@ -91,6 +92,37 @@ class DraftModelProposer:
         for slot, row, (tokens, num_settled) in zip(self._slots, batch.rows, texts, strict=False):
             slot.owner, slot.num_committed, slot.drafted = row, num_settled, tokens[num_settled:]
         return draft
+
+    @property
+    def is_fixed(self) -> bool:
+        return self._adaptive is None and self._tree is None and self._shared is None
+
+    @property
+    def context_length(self) -> int:
+        return self._model.context_length
+
+    def enter(self, batch: Batch, slot: int) -> list[int]:
+        row = batch.rows[slot]
+        assert row
+        self._reserve(batch, len(row.tokens) + batch.max_draft)
+        self._settle()
+        return self._lacking(batch, slot, row.tokens, most=2)
+
+    def inputs(self, batch: Batch) -> tuple[Any, ...]:
+        return (self._cache,)
+
+    def draft_from(
+        self, state: RowState, rows: RowParams, num_tokens: int, extent: int, *inputs: Any
+    ) -> tuple[Tensor, Law, Tensor]:
+        (cache,), starts = inputs, state.lengths - state.num_pending
+        pending = state.pending[:, :2]
+        return self._loop(pending, starts, state.num_pending, state.lengths, rows, num_tokens, extent, cache)
+
+    def num_pending(self, accepted: Tensor, num_tokens: int) -> Tensor:
+        return 1 + (accepted == num_tokens).long()  # the last token of a draft is not fed while it is drawn
+
+    def drafted(self, slot: int, row: Generation, length: int) -> None:
+        self._slots[slot] = _Slot(row, length)
 
     def _draft(self, batch: Batch, texts: Sequence[list[int]], limits: Sequence[int]) -> Draft:
         if self._tree:
@@ -192,16 +224,18 @@ class DraftModelProposer:
 
     def _pending(self, batch: Batch, texts: Sequence[list[int]], most: int) -> list[list[int]]:
         """The committed tokens that each slot lacks, at least one; what is beyond `most` of them is fed now."""
-        pending = []
-        for index, (slot, row, tokens) in enumerate(zip(self._slots, batch.rows, texts, strict=False)):
-            valid = slot.num_valid(row, tokens) if row else 0
-            self._cache.lengths[index] = valid
-            missing = tokens[valid:]
-            if row and len(missing) > 1 and (valid == 0 or len(missing) > most):
-                prefill(self._model, missing[:-1], self._cache, index, batch.recorder, len(row.request.prompt))
-                missing = missing[-1:]
-            pending.append(missing)
-        return pending
+        return [self._lacking(batch, slot, tokens, most) for slot, tokens in enumerate(texts)]
+
+    def _lacking(self, batch: Batch, slot: int, tokens: list[int], most: int) -> list[int]:
+        """The same for one slot, whose row the model is to be fed as these tokens."""
+        row = batch.rows[slot]
+        valid = self._slots[slot].num_valid(row, tokens) if row else 0
+        self._cache.lengths[slot] = valid
+        missing = tokens[valid:]
+        if row and len(missing) > 1 and (valid == 0 or len(missing) > most):
+            prefill(self._model, missing[:-1], self._cache, slot, batch.recorder, len(row.request.prompt))
+            return missing[-1:]
+        return missing
 
     def _catch_up(self, batch: Batch, texts: Sequence[list[int]], most: int) -> Tensor:
         """Feed each row the committed tokens its slot lacks; returns the logits after the last, [rows, 1, vocab].

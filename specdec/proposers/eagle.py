@@ -10,6 +10,7 @@ from torch import Tensor
 
 from specdec.adaptive import AdaptiveLength
 from specdec.cache import RaggedCache
+from specdec.device_rows import RowState
 from specdec.devices import upload
 from specdec.models import PREFILL_CHUNK
 from specdec.models.eagle import EagleHead
@@ -32,6 +33,7 @@ class EagleProposer:
     """
 
     needs_features = True
+    context_length = 1 << 30  # no limit of its own
 
     def __init__(
         self,
@@ -54,6 +56,31 @@ class EagleProposer:
         if batch.recording and not self._adaptive:
             return self._recorded(batch, limits)
         return self._drawn(batch, limits)
+
+    @property
+    def is_fixed(self) -> bool:
+        return self._adaptive is None and self._tree is None
+
+    def enter(self, batch: Batch, slot: int) -> list[int]:
+        self._reserve(batch)
+        return self._lacking(batch, slot, batch.max_draft + 1)
+
+    def inputs(self, batch: Batch) -> tuple[Any, ...]:
+        assert batch.features is not None
+        return self._cache, InPlace(batch.features)
+
+    def draft_from(
+        self, state: RowState, rows: RowParams, num_tokens: int, extent: int, *inputs: Any
+    ) -> tuple[Tensor, Law, Tensor]:
+        (cache, features), starts = inputs, state.lengths - 1 - state.num_pending
+        places = (starts, state.num_pending, state.lengths)
+        return self._loop(state.pending, *places, rows, num_tokens, extent, cache, features)
+
+    def num_pending(self, accepted: Tensor, num_tokens: int) -> Tensor:
+        return accepted + 1  # all that a step emits: their features have only become known in it
+
+    def drafted(self, slot: int, row: Generation, length: int) -> None:
+        self._owners[slot] = (row, length - 1)
 
     def _reserve(self, batch: Batch) -> None:
         if self._cache is None or self._cache.capacity < batch.capacity or len(self._owners) < batch.num_slots:
@@ -141,16 +168,19 @@ class EagleProposer:
 
     def _pending(self, batch: Batch, longest: int) -> list[list[int]]:
         """The committed tokens that each row lacks; a row that lacks more than `longest` is fed all but one now."""
+        return [self._lacking(batch, slot, longest) for slot in range(len(batch.rows))]
+
+    def _lacking(self, batch: Batch, slot: int, longest: int) -> list[int]:
+        """The same for one slot, to which they are taken to be fed next."""
         assert batch.features is not None
-        pending: list[list[int]] = []
-        for slot, row in enumerate(batch.rows):
-            owner, valid = self._owners[slot]
-            self._cache.lengths[slot] = valid if row and owner is row else 0
-            if row and len(row.tokens) - 1 - self._cache.lengths[slot] > longest:
-                self._feed_alone(row.tokens[:-1], batch.features, slot)
-            pending.append(row.tokens[self._cache.lengths[slot] + 1 :] if row else [])
-            self._owners[slot] = (row, len(row.tokens) - 1 if row else 0)
-        return pending
+        row, (owner, valid) = batch.rows[slot], self._owners[slot]
+        self._cache.lengths[slot] = valid if row and owner is row else 0
+        self._owners[slot] = (row, len(row.tokens) - 1 if row else 0)
+        if row is None:
+            return []
+        if len(row.tokens) - 1 - self._cache.lengths[slot] > longest:
+            self._feed_alone(row.tokens[:-1], batch.features, slot)
+        return row.tokens[self._cache.lengths[slot] + 1 :]
 
     def _catch_up(self, batch: Batch, longest: int) -> Tensor:
         """Feed each row the committed tokens it lacks; returns the feature guessed for the last, [rows, 1, hidden].

@@ -18,11 +18,12 @@ import torch
 from torch import Tensor
 
 from specdec.adaptive import AdaptiveLength
+from specdec.device_rows import RowState
 from specdec.devices import upload
 from specdec.models import Cache, FixedShapeModel, LanguageModel
 from specdec.proposers.chain import draw_chain, draw_fixed
 from specdec.randomness import UniformSource, uniforms
-from specdec.requests import Batch
+from specdec.requests import Batch, Generation
 from specdec.sampling import Law, RowParams
 from specdec.verification import Draft
 
@@ -45,6 +46,34 @@ class EarlyExitProposer:
         if batch.recording and not self._adaptive:
             return self._recorded(batch, limits)
         return self._drawn(batch, limits)
+
+    @property
+    def is_fixed(self) -> bool:
+        return self._adaptive is None
+
+    @property
+    def context_length(self) -> int:
+        return self._model.context_length
+
+    def enter(self, batch: Batch, slot: int) -> list[int]:
+        row = batch.rows[slot]
+        assert row
+        return row.tokens[-1:]
+
+    def inputs(self, batch: Batch) -> tuple[Any, ...]:
+        return (batch.cache,)
+
+    def draft_from(
+        self, state: RowState, rows: RowParams, num_tokens: int, extent: int, *inputs: Any
+    ) -> tuple[Tensor, Law, Tensor]:
+        (cache,) = inputs
+        return self._loop(state.newest.squeeze(1), state.lengths, rows, num_tokens, extent, cache)
+
+    def num_pending(self, accepted: Tensor, num_tokens: int) -> Tensor:
+        return torch.ones_like(accepted)
+
+    def drafted(self, slot: int, row: Generation, length: int) -> None:
+        """Nothing is kept of a row."""
 
     def _drawn(self, batch: Batch, limits: Sequence[int]) -> Draft:
         cache: Any = batch.cache
