@@ -77,18 +77,28 @@ def test_products(num_tokens: int, num_inputs: int, num_outputs: int, dtype: tor
     def random(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, device=DEVICE).to(dtype)
 
-    x, norm, tolerance = random(num_tokens, num_inputs) * 3, random(num_inputs), TOLERANCES[dtype]
-    weight, bias = random(num_outputs, num_inputs), random(num_outputs)
-    residual, both = random(num_tokens, num_outputs), random(2 * num_outputs, num_inputs) / 10
-    product, exact = triton_layers.product, weight.double().T
-    assert error(product(x, weight), x.double() @ exact) < tolerance
-    expected = rms(x, norm) @ exact + bias.double() + residual.double()
-    assert error(product(x, weight, bias, norm=norm, epsilon=1e-5, residual=residual), expected) < tolerance
-    gate, up = (rms(x, norm) @ both.double().T + torch.cat([bias, bias]).double()).chunk(2, -1)
-    actual = product(x, both, torch.cat([bias, bias]), norm=norm, epsilon=1e-5, gated=True)
+    x, tolerance = random(num_tokens, num_inputs) * 3, TOLERANCES[dtype]
+    weight, bias, norm = random(num_outputs, num_inputs), random(num_outputs), random(num_outputs)
+    residual, both = random(num_tokens, num_outputs) * 5, random(2 * num_inputs, num_outputs) / 10
+    assert error(triton_layers.product(x, weight), x.double() @ weight.double().T) < tolerance
+    states, normed = triton_layers.added_product(x, weight, bias, residual, norm, 1e-5)
+    expected = x.double() @ weight.double().T + bias.double() + residual.double()
+    assert error(states, expected) < tolerance
+    both_biases = random(2 * num_inputs)
+    gate, up = (rms(expected, norm) @ both.double().T + both_biases.double()).chunk(2, -1)
+    actual = triton_layers.product(normed, both, both_biases, gated=True)
     assert error(actual, torch.nn.functional.silu(gate) * up) < tolerance
-    product(x, weight, residual=residual, out=residual)
-    assert error(triton_layers.normalise(x, norm, 1e-5), rms(x, norm)) < tolerance
+    normed = triton_layers.normed_states(residual, norm, 1e-5)
+    assert error(triton_layers.product(normed, both), rms(residual, norm) @ both.double().T) < tolerance
+    assert error(triton_layers.normalise(residual, norm, 1e-5), rms(residual, norm)) < tolerance
+
+
+def test_interleaved_outputs_come_back_in_order() -> None:
+    rows = torch.arange(3 * 48).view(3 * 48, 1).expand(-1, 2)
+    stored = triton_layers.interleaved(rows, 48)
+    assert not torch.equal(stored, rows)
+    assert stored[:17, 0].tolist() == [*range(8), *range(24, 32), 8]  # what is turned together is near
+    assert torch.equal(triton_layers.in_order(stored[:, 0], 48), rows[:, 0])
 
 
 @pytest.mark.parametrize(("kind", "dtype"), CASES)
