@@ -206,7 +206,7 @@ def test_greedy_tokens_are_those_of_transformers(kind: str) -> None:
 
 
 def test_norm_modules_use_the_kernel() -> None:
-    norm = torch.nn.RMSNorm(48, eps=1e-5).to(DEVICE)
+    norm = torch.nn.RMSNorm(48, eps=1e-5).to(DEVICE).requires_grad_(False)
     norm.variance_epsilon = norm.eps
     torch.nn.init.normal_(norm.weight)
     x = torch.randn(2, 3, 48, device=DEVICE)
