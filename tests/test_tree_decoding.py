@@ -206,14 +206,14 @@ def test_siblings_of_every_level_are_drawn_without_replacement(proposer: type, m
 
 # -- mutants -------------------------------------------------------------------------------------------------
 
-NUM_DRAWS, SUPPORT = 2600, 9
+NUM_DRAWS, SUPPORT = 4700, 9
 RADIUS = radius(NUM_DRAWS, SUPPORT)
 SHARP = torch.tensor([[4, 0, 0], [0, 4, 0], [0, 0, 4], [3, 1, 0], [0, 3, 1], [1, 0, 3], [2, 1, 1]]).double() / 4
 SHARP_PAIR = MarkovModel(table(6, SHARP)), MarkovModel(table(106, COINS))
 # name: tree, pair, the greatest distance of two neighbouring tokens' law, by the enumeration of four tokens
 MUTANTS = {
     "T1 siblings with replacement": (PAIR, FLAT_PAIR, 0.25),
-    "T1 late siblings with replacement": (LATE_FORK, FLAT_PAIR, 0.25),
+    "T1 late siblings with replacement": (LATE_FORK, FLAT_PAIR, 0.09375),
     "T2 wrong parent row": (SECOND_FORK, SHARP_PAIR, 0.5),
     "T3 stale mask": (SECOND_FORK, SHARP_PAIR, 0.3125),
     "T4 compaction off by one": (SECOND_FORK, SHARP_PAIR, 0.125),

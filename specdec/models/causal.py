@@ -275,7 +275,7 @@ def _check_ragged_equals_plain(lm: CausalLM) -> None:
             actual = _ragged_logits(tried, tokens, threshold)[[end - ends[-1] - 1 for end in ends]]
         except Exception as error:  # whatever an architecture raises: it is not made for this
             raise UnsupportedModelError(_why_refused(lm, error)) from error
-        check_logits(actual, expected, name)
+        check_logits(actual, expected, name, lm.num_layers)
 
 
 def _ends(threshold: int, context_length: int) -> list[int]:
@@ -328,16 +328,23 @@ def _why_refused(lm: CausalLM, error: Exception) -> str:
     )
 
 
-def check_logits(actual: Tensor, expected: Tensor, name: str) -> None:
+def check_logits(actual: Tensor, expected: Tensor, name: str, num_layers: int) -> None:
     """Raise UnsupportedModelError unless logits through the ragged cache are those of a plain forward call."""
-    precise = expected.dtype in (torch.float32, torch.float64)
     difference = (actual.float() - expected.float()).norm() / expected.float().norm()
-    tolerance = 1e-3 if precise else 5e-2
+    tolerance = rounding(expected.dtype, num_layers)
     if not difference <= tolerance:
         raise UnsupportedModelError(
             f"{name} gives other logits with per-row positions than without (relative difference {difference:.2g} "
             f"must be <= {tolerance:g}): it would be decoded wrongly, so it is refused"
         )
+
+
+def rounding(dtype: torch.dtype, num_layers: int) -> float:
+    """By how much logits may differ, relative to their norm, that are computed in another order of rounding.
+
+    Each layer of 16 bits adds its own: 32 layers of random weights in bfloat16 differed by 0.059 on an H100.
+    """
+    return 1e-3 if dtype in (torch.float32, torch.float64) else 0.05 * max(1.0, num_layers / 16)
 
 
 @torch.inference_mode()
@@ -357,7 +364,7 @@ def check_tree_equals_plain(lm: Any) -> None:
         way = [*text, *(nodes[i] for i in tree.lineage(node))]
         expected = prefill(lm, way, lm.allocate(1, len(way)), 0, num_prompt=num_prompt)[0, -1].float()
         difference = (logits[node + 1] - expected).norm() / expected.norm()
-        if not difference <= (1e-3 if lm.dtype in (torch.float32, torch.float64) else 5e-2):
+        if not difference <= rounding(lm.dtype, lm.num_layers):
             raise UnsupportedModelError(
                 f"{name} gives other logits for a token tree than for its paths (relative difference "
                 f"{difference:.2g}), so it would be decoded wrongly; use a method that drafts chains, such as eagle"

@@ -323,4 +323,4 @@ def _check_ragged_equals_plain(lm: Seq2SeqLM) -> None:
         raise UnsupportedModelError(
             f"{type(lm.model).__name__} does not take what a model of the T5 family takes: {error}"
         ) from error
-    check_logits(actual, expected[0, cut:], type(lm.model).__name__)
+    check_logits(actual, expected[0, cut:], type(lm.model).__name__, lm.num_layers)

@@ -193,6 +193,7 @@ def test_a_gpu_that_fails_mid_run_marks_its_cell_and_loses_no_other(
         session.run(ngram, benchmark)
     assert session.journal is not None
     assert set(session.journal.cells) == {plain.id}
+    session.close()
     resumed = dataclasses.replace(session.config, resume=True)
     with closing(Session(resumed)) as again:
         again.open_journal()

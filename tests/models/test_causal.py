@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from tiny import GQA, GREEDY, PROMPTS, SMALL, SUPPORTED, make, reference
 
 from specdec import Engine, SamplingParams
-from specdec.models.causal import CausalLM, UnsupportedModelError
+from specdec.models.causal import CausalLM, UnsupportedModelError, check_logits
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
@@ -121,3 +123,23 @@ def test_prefill_in_chunks_equals_prefill_at_once(monkeypatch: pytest.MonkeyPatc
     whole = Engine(target).generate(PROMPTS, GREEDY)
     monkeypatch.setattr("specdec.models.PREFILL_CHUNK", 3)
     assert [c.token_ids for c in Engine(target).generate(PROMPTS, GREEDY)] == [c.token_ids for c in whole]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "num_layers", "difference", "is_sound"),
+    [
+        (torch.bfloat16, 32, 0.06, True),  # as 8B parameters at random differed on an H100, by rounding alone
+        (torch.bfloat16, 16, 0.06, False),
+        (torch.bfloat16, 32, 0.15, False),
+        (torch.float32, 32, 0.002, False),
+    ],
+)
+def test_deep_models_of_16_bits_may_differ_by_more_rounding(
+    dtype: torch.dtype, num_layers: int, difference: float, is_sound: bool
+) -> None:
+    expected = torch.zeros(3, 100, dtype=dtype)
+    expected[:, 0] = 1
+    actual = expected.clone()
+    actual[:, 1] = difference
+    with nullcontext() if is_sound else pytest.raises(UnsupportedModelError, match="gives other logits"):
+        check_logits(actual, expected, "a model", num_layers)
