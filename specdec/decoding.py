@@ -420,8 +420,16 @@ class Decoder:
 
 
 def _may_follow(batch: Batch, num_unread: int) -> bool:
-    """Whether a step can be launched behind so many whose outcomes are not known: if not all rows end with these."""
-    return batch.lag >= num_unread and any(row and row.num_remaining > num_unread for row in batch.rows)
+    """Whether a step is launched behind so many whose outcomes are not known: if a row is expected to go on.
+
+    A step of rows that have ended is wasted, and costs more than the wait of the device for the host.
+    """
+    return batch.lag >= num_unread and any(row and row.num_remaining > num_unread * _pace(row) for row in batch.rows)
+
+
+def _pace(row: Generation) -> float:
+    """Tokens that a step of the row has emitted on average."""
+    return (len(row.tokens) - len(row.request.prompt) - 1) / len(row.steps) if row.steps else 1.0
 
 
 def _newest(batch: Batch, slot: int) -> list[int]:
