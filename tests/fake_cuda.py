@@ -148,6 +148,12 @@ def _is_kernel(func: Any, name: str, result: Any) -> bool:
     return isinstance(result, Tensor) and result.is_cuda and not is_view and "empty" not in name
 
 
+class _Properties:
+    """Of an H100, as far as they are asked for."""
+
+    shared_memory_per_block_optin = 227 << 10
+
+
 class _Mark:
     """As `torch.cuda.Event`."""
 
@@ -229,6 +235,8 @@ def fake_gpu(backend: str = "cudnn", *, triton: bool = False) -> Iterator[Watch]
         patch.setattr(JITFunction, "run", _launcher(watch))
         patch.setattr(torch.cuda, "Event", lambda **options: _Mark(watch))
         patch.setattr(torch.cuda, "current_stream", lambda device=None: None)
+        patch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+        patch.setattr(torch.cuda, "get_device_properties", lambda device: _Properties())
         patch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0) if triton else (7, 5))
         patch.setenv("SPECDEC_STRICT", "1" if triton else "0")  # without them one kind of fallback is meant
         patch.setattr("specdec.timing.synchronise", lambda device: None)
@@ -239,6 +247,7 @@ def fake_gpu(backend: str = "cudnn", *, triton: bool = False) -> Iterator[Watch]
         patch.setattr("specdec.decoding.now_s", lambda device: 0.0)
         patch.setattr(causal, "_check_ragged_equals_plain", lambda model: None)  # it compares numbers
         patch.setattr(causal, "check_tree_equals_plain", lambda model: None)
+        patch.setattr("specdec.models.eagle.check_draft_vocabulary", lambda tokens, vocab_size: tokens)
         patch.setattr(fusion, "scaled_dot_product_attention", attention(backend))
         patch.setattr(torch.nn.functional, "scaled_dot_product_attention", attention(backend))
         patch.setattr(Tensor, "pin_memory", lambda tensor: tensor)

@@ -43,6 +43,15 @@ CHANGING = [  # rows whose logits or text the host must see, beside others that 
 ]
 
 
+RETURNING = [  # a long row beside short ones, of which every other one keeps both from running ahead
+    SamplingParams(max_tokens=54, seed=5),
+    SamplingParams(max_tokens=9, seed=6),
+    SamplingParams(max_tokens=7, seed=7, frequency_penalty=0.1),
+    SamplingParams(max_tokens=9, seed=8),
+    SamplingParams(max_tokens=9, seed=9, logprobs=True),
+]
+
+
 @pytest.fixture
 def launched(monkeypatch: pytest.MonkeyPatch) -> dict[int, int]:
     """How many steps were launched ahead of so many whose outcome was not known."""
@@ -71,7 +80,9 @@ def check_equal(run: Callable[[bool], list], launched: dict[int, int]) -> None:
     assert launched[1] > 0
 
 
-@pytest.mark.parametrize("params", [MIXED, STOPPING, CHANGING], ids=["mixed", "stopping", "changing"])
+@pytest.mark.parametrize(
+    "params", [MIXED, STOPPING, CHANGING, RETURNING], ids=["mixed", "stopping", "changing", "returning"]
+)
 @pytest.mark.parametrize("max_batch_size", [1, 2, 3, 9])
 @pytest.mark.parametrize("method", METHODS)
 def test_completions_are_the_same(method: str, max_batch_size: int, params: list, launched: dict[int, int]) -> None:
@@ -113,6 +124,7 @@ def test_a_head_that_reads_features_from_the_right_places(rule, gamma: int, laun
         Request(i, tuple(prompt), SamplingParams(max_tokens=30, seed=i), frozenset({2} if i % 2 else ()))
         for i, prompt in enumerate([*PROMPTS, [1] * 30])
     ]
+    requests += [Request(6 + i, (1, 2), replace(params, seed=40 + i)) for i, params in enumerate(RETURNING)]
 
     def run(records: bool) -> list[tuple]:
         proposer = EagleProposer(ToyHead(draft))
@@ -154,8 +166,17 @@ def test_arrivals(launched: dict[int, int]) -> None:
     check_equal(run, launched)
 
 
+def similar_llama() -> CausalLM:
+    """Nearly the target, for a shorter context."""
+    model = tiny.make("llama", tiny.GQA | {"max_position_embeddings": 48})
+    for parameter in model.parameters():
+        parameter.data += 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
+    return CausalLM(model)
+
+
+@pytest.mark.parametrize("returning", [False, True])
 @pytest.mark.parametrize("method", METHODS)
-def test_real_models(method: str, launched: dict[int, int]) -> None:
+def test_real_models(method: str, returning: bool, launched: dict[int, int]) -> None:
     """Up to the last token that the context has room for."""
     torch.manual_seed(0)
     model = tiny.make("llama", tiny.GQA)
@@ -163,15 +184,18 @@ def test_real_models(method: str, launched: dict[int, int]) -> None:
     if method == "eagle":
         options["draft"] = new_head(model, torch.arange(0, 61, 2)).eval().requires_grad_(False)
     if method == "draft_model":
-        options["draft"] = CausalLM(tiny.make("llama", tiny.GQA | {"max_position_embeddings": 48}))
+        options["draft"] = similar_llama()
     params = [
         SamplingParams(max_tokens=64 - len(prompt), temperature=i % 2, ignore_eos=True, seed=i)
         for i, prompt in enumerate(tiny.PROMPTS)
     ]
+    prompts = tiny.PROMPTS
+    if returning:
+        prompts, params = [[3, 4]] * 10, [replace(each, ignore_eos=True) for each in RETURNING * 2]
 
     def run(records: bool) -> list[tuple]:
         engine = Engine(CausalLM(model), method=method, max_batch_size=2, records=records, **options)
-        return [(each.token_ids, each.steps) for _ in range(2) for each in engine.generate(tiny.PROMPTS, params)]
+        return [(each.token_ids, each.steps) for _ in range(2) for each in engine.generate(prompts, params)]
 
     check_equal(run, launched)
 

@@ -66,3 +66,25 @@ def test_the_lowest_of_the_largest_is_chosen(dtype: torch.dtype, triton: bool, m
         peak, argmax = sampling.largest(logits.cuda())
         assert peak.eq(2).all()
         assert argmax.cpu().equal(logits.eq(2).int().argmax(-1))
+
+
+def test_the_clock_tells_how_long_the_parts_of_a_graph_take() -> None:
+    device = torch.device("cuda", torch.cuda.current_device())
+    now_ns = kernels.clock(device)
+    if now_ns is None:
+        pytest.skip("needs a GPU that runs Triton kernels")
+    recorder = Recorder(device)
+
+    def timed(x: torch.Tensor) -> torch.Tensor:
+        moments = [now_ns()]
+        for size in (1, 10):
+            for _ in range(size):
+                x = x @ x
+            moments.append(now_ns())
+        return torch.cat(moments)
+
+    x = torch.zeros(2048, 2048, device=device)
+    for _ in range(4):
+        start, middle, end = recorder(timed, x).tolist()
+        assert 0 < middle - start < end - middle
+    assert 5 < (end - middle) / (middle - start) < 20
