@@ -6,6 +6,7 @@ On a GPU they run there; without one in Triton's interpreter: TRITON_INTERPRET=1
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -133,7 +134,7 @@ def logits_behind(model, tokens: torch.Tensor, starts: list[int]) -> torch.Tenso
     return torch.cat([model(row, use_cache=False).logits[:, -3:] for row in rows])
 
 
-@pytest.mark.parametrize("kind", [*FEW, "llama 32, 20 heads of one group"])
+@pytest.mark.parametrize("kind", [*FEW, "llama 32, 20 heads of one group"] if ON_GPU else FEW[:1])
 def test_a_node_of_a_tree_is_the_token_of_a_chain(kind: str) -> None:
     model = make(kind.split()[0].strip(","), KINDS[kind]).to(DEVICE)
     fuse(model)
@@ -189,19 +190,21 @@ def in_pieces(lm: CausalLM, tokens: torch.Tensor, width: int, starts: list[int])
         cache.lengths[:] = [length + piece.shape[1] for length in cache.lengths]
 
 
-@pytest.mark.parametrize("kind", ["llama 8", "qwen3 96, with norms of q and k"])
+@pytest.mark.parametrize("kind", ["llama 8", FEW[1]] if ON_GPU else ["llama 8"])
 def test_greedy_tokens_are_those_of_transformers(kind: str) -> None:
     model = make(kind.split()[0].strip(","), KINDS[kind])
-    expected = [reference(model, prompt) for prompt in PROMPTS]
+    prompts, sampling = (PROMPTS, GREEDY) if ON_GPU else (PROMPTS[:2], replace(GREEDY, max_tokens=6))
+    expected = [reference(model, prompt)[: sampling.max_tokens] for prompt in prompts]
     model = model.to(DEVICE)
     head = new_head(model, torch.arange(0, 61, 2, device=DEVICE)).placed(model.device, model.dtype).eval()
     head.requires_grad_(False)
     fuse(model)
     head.fuse()
     assert head._stack is not None
-    for method, draft in (("autoregressive", None), ("ngram", None), ("eagle", head), ("tree", head)):
+    methods = (("tree", head), ("autoregressive", None), ("ngram", None), ("eagle", head))
+    for method, draft in methods if ON_GPU else methods[:2]:
         engine = Engine(CausalLM(model), method=method, draft=draft, max_batch_size=3, num_speculative_tokens=4)
-        completions = engine.generate(PROMPTS, GREEDY)
+        completions = engine.generate(prompts, sampling)
         assert [list(c.token_ids) for c in completions] == expected
 
 
