@@ -94,7 +94,8 @@ def test_first_layers_are_those_of_a_smaller_model(kind: str) -> None:
 @pytest.mark.parametrize("number", [0, 4, 9])
 def test_layers_that_are_not_there_are_refused(number: int) -> None:
     model = CausalLM(tiny.make("llama", FOUR))
-    with pytest.raises(ValueError, match=f"exit_layer={number} must be at least 1 and below the layers of Llama.*, 4"):
+    rule = "at least 1" if number == 0 else "at least 1 and below the layers of Llama.*, 4"
+    with pytest.raises(ValueError, match=f"exit_layer={number} must be ({rule})"):
         Engine(model, method="early_exit", exit_layer=number)
 
 
