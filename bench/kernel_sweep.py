@@ -13,7 +13,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import astuple, dataclass
 from functools import partial
@@ -111,19 +111,19 @@ class Sweep:
             _, normed = layers.added_product(states, square, None, states, norm, 1e-5)
             return layers.product(normed, weight, gated=True)
 
-        usual = layers._block_tokens
+        usual = layers._pipeline
         for dtype in (torch.bfloat16, torch.float16, torch.float32):
             sizes = ((128, 2048), (4096, 2048), (2048, 2048), (2048,))
             x, weight, square, norm = (torch.randn(*size, device="cuda").to(dtype) for size in sizes)
             same: dict[int, Any] = {}
             expected = torch.cat([two(row[None]) for row in x])
             for block in (16, 32, 64, 128):
-                layers._block_tokens = lambda num_tokens, block=block: block  # type: ignore[assignment]
+                layers._pipeline = lambda tokens, blocks, *_, block=block: (block, min(2, blocks.num_stages))
                 try:
                     same[block] = bool(torch.equal(two(x), expected)), graph_s(partial(two, x), 20)
                 except Exception as error:
                     same[block] = f"{type(error).__name__}: {error}"[:200]
-            layers._block_tokens = usual
+            layers._pipeline = usual
             self.write(fact="rows", dtype=str(dtype), bit_identical_and_seconds=same)
 
     def _products(self, shapes: list[Shape]) -> None:
@@ -286,11 +286,12 @@ def random_layer(shape: Shape) -> Any:
     return Layer(*products, *norms, None, None, 1e-5, shape.head_dim**-0.5, *dimensions)
 
 
-def places(rows: int, width: int, start: int, extent: int) -> Any:
+def places(rows: int, width: int, start: int, extent: int, device: str = "cuda") -> Any:
+    """Where a call's tokens stand that follows `start` others in each row."""
     from specdec.kernels.triton_layers import Places
 
-    positions = torch.arange(start, start + width, device="cuda").repeat(rows, 1)
-    return Places(positions, positions, torch.full((rows,), start, device="cuda"), None, extent)
+    positions = torch.arange(start, start + width, device=device).repeat(rows, 1)
+    return Places(positions, positions, torch.full((rows,), start, device=device), None, extent)
 
 
 def one_product(
@@ -320,12 +321,6 @@ def compile_product(task: tuple[Any, ...]) -> str | None:
     except Exception as error:
         return f"{task}: {error}"[:300]
     return None
-
-
-def lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The facts in a file."""
-    for line in path.read_text().splitlines():
-        yield json.loads(line)
 
 
 if __name__ == "__main__":

@@ -216,3 +216,16 @@ def test_norm_modules_use_the_kernel() -> None:
     module = Norm(norm)
     assert module.on_gpu
     assert error(module(x), rms(x, norm.weight)) < 2e-6
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "shared_bytes", "expected"),
+    [
+        *((1, 232_448, (16, 4)), (16, 232_448, (16, 4)), (17, 232_448, (32, 4)), (33, 232_448, (64, 3))),
+        *((1, 101_376, (16, 2)), (40, 101_376, (16, 2)), (40, 166_912, (64, 2))),
+    ],
+)
+def test_programs_fit_into_shared_memory(num_tokens: int, shared_bytes: int, expected: tuple[int, int]) -> None:
+    """Gates and others, 64 outputs each, by 128 inputs in 16 bits: an H100, an RTX 5090 and an A100."""
+    blocks = triton_layers.Blocks(64, 128, 4, 4)
+    assert triton_layers._pipeline(num_tokens, blocks, 2 * 128, 2 * 2 * 64 * 128, shared_bytes) == expected

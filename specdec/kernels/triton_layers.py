@@ -245,7 +245,9 @@ def _launch_product(
     num_outputs, num_parts = len(weight) // (1 + gated), 0 if x.squares is None else x.squares.shape[1]
     cos, sin = heads.angles if heads else (None, None)
     blocks = blocks or usual_blocks(num_outputs, num_inputs, weight.dtype, gated)
-    block_tokens = _block_tokens(num_tokens)
+    stage_bytes = blocks.inputs * blocks.outputs * (1 + gated) * weight.element_size()
+    token_bytes = blocks.inputs * weight.element_size()
+    block_tokens, num_stages = _pipeline(num_tokens, blocks, token_bytes, stage_bytes, _shared_bytes(weight.device))
     grid = (triton.cdiv(num_tokens, block_tokens), triton.cdiv(num_outputs, blocks.outputs))
     _product_kernel[grid](
         x.states,
@@ -283,15 +285,23 @@ def _launch_product(
         BLOCK_INPUTS=blocks.inputs,
         PREFETCHED=_PREFETCHED_BYTES // weight.element_size(),
         **overlap(weight, _PRODUCT_OVERLAP),
-        num_stages=_fitting_stages(blocks, block_tokens, weight, gated),
+        num_stages=num_stages,
         num_warps=blocks.num_warps,
     )
 
 
-def _fitting_stages(blocks: Blocks, block_tokens: int, weight: Tensor, gated: bool) -> int:
-    """Stages of the pipeline that shared memory holds; how many there are changes no bit."""
-    stage_bytes = (block_tokens + blocks.outputs * (1 + gated)) * blocks.inputs * weight.element_size()
-    return max(2, min(blocks.num_stages, _shared_bytes(weight.device) // stage_bytes - 1))
+def _pipeline(
+    num_tokens: int, blocks: Blocks, token_bytes: int, weight_bytes: int, shared_bytes: int
+) -> tuple[int, int]:
+    """(tokens that share a program's weights, stages of its loads) that shared memory holds: neither changes a bit.
+
+    token_bytes, weight_bytes: of a token's inputs, and of the weights, in one stage.
+    """
+    for block_tokens in (64, 32, 16):
+        num_fitting = shared_bytes // (block_tokens * token_bytes + weight_bytes) - 1
+        if block_tokens == 16 or (num_fitting >= 2 and num_tokens > block_tokens // 2):
+            break
+    return block_tokens, max(2, min(blocks.num_stages, num_fitting))
 
 
 @cache
@@ -353,11 +363,6 @@ def overlap(x: Tensor, level: int) -> dict[str, Any]:
     if not level or not x.is_cuda or torch.cuda.get_device_capability(x.device) < (9, 0):
         return {"OVERLAPS": 0}
     return {"OVERLAPS": level, "launch_pdl": True}
-
-
-def _block_tokens(num_tokens: int) -> int:
-    """Tokens that share a program's weights: any number gives each token the same bits."""
-    return 16 if num_tokens <= 16 else 32 if num_tokens <= 32 else 64
 
 
 def _precision(dtype: torch.dtype) -> str:
