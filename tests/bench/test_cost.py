@@ -92,9 +92,9 @@ def test_requests_go_through_slots(engine: SpecdecEngine, monkeypatch: pytest.Mo
     """The prompts again and again, as many tokens of each as are counted, never more than so many at a time."""
     widest, step = [], Decoder._step
 
-    def watched(self: Decoder, batch: Batch, cache: Any) -> None:
+    def watched(self: Decoder, batch: Batch, *arguments: Any) -> Any:
         widest.append(len(batch.rows))
-        step(self, batch, cache)
+        return step(self, batch, *arguments)
 
     monkeypatch.setattr(Decoder, "_step", watched)
     monkeypatch.setattr(cost, "REQUEST_TOKENS", 5)
