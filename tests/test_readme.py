@@ -30,6 +30,16 @@ def test_the_example_of_an_own_pair_runs(capsys) -> None:
     assert capsys.readouterr().out.startswith("Engine(LlamaForCausalLM ")
 
 
+def test_the_example_of_an_audit_runs(capsys) -> None:
+    """With few tokens, which are too few for a verdict, and it says so."""
+    (code,) = (each for each in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "class Mine" in each)
+    exec(compile(code.replace("20_000", "60").replace("max_tokens=64", "max_tokens=8"), "README.md", "exec"), {})
+    told = capsys.readouterr().out
+    assert re.match(r"inconclusive: num_draws=60 must be at least \d+ to see a distance of max_tv=0.05", told)
+    assert re.search(r"\d+ tokens were drafted, \d+ of them accepted", told)
+    assert "With speculation: " in told
+
+
 def test_every_test_it_names_exists() -> None:
     named = re.findall(r"`(tests/[\w/]+\.py)(?:::(\w+))?", README)
     assert len(named) >= 5

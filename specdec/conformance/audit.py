@@ -19,6 +19,7 @@ from specdec.conformance.betting import Exchangeability
 from specdec.conformance.certificate import Findings, Speculation
 from specdec.conformance.reference import Reference, Tokens
 from specdec.conformance.verdicts import DEFAULT_LIMITS, Limits, bounds, judge
+from specdec.progress import bar
 from specdec.sampling_params import SamplingParams
 
 SEED_STRIDE = 1 << 20  # seeds of requests that an audit's own seed has to itself
@@ -74,18 +75,22 @@ def audit(
     draft: the laws that the draft is thought to be drawn from, for the test that is directed at it.
     batch_size: prompts that an engine is given at a time. seed: of the audit; requests of all arms get seeds of their
         own, from seed * SEED_STRIDE on.
+    Where stderr is a terminal a bar shows how many tokens are judged, and about how long the rest will take.
     Raises ValueError if the vocabularies differ, or if there are no prompts.
     """
     _check(engine, reference, draft, prompts)
     arms = [Arm(number, reference, draft, num_draws, seed, limits) for number in range(2)]
     pair = Exchangeability(arms[0].num_statistics, limits.alpha)
     max_tokens, greedy = reference.sampling.max_tokens, reference.sampling.temperature == 0
-    for questions in _rounds(prompts, batch_size, seed * SEED_STRIDE, once=greedy):
-        answers = [questions.ask(engine.speculative, 0, max_tokens), questions.ask(engine.plain, 1, max_tokens)]
-        sums = [arm.observe(answer, max_tokens) for arm, answer in zip(arms, answers, strict=True)]
-        pair.observe(*sums)
-        if any(arm.has_errors for arm in arms) or min(arm.num_draws for arm in arms) >= num_draws:
-            break
+    with bar(num_draws, "token", "audit, of each arm") as judged:  # with the time that is left
+        for questions in _rounds(prompts, batch_size, seed * SEED_STRIDE, once=greedy):
+            answers = [questions.ask(engine.speculative, 0, max_tokens), questions.ask(engine.plain, 1, max_tokens)]
+            sums = [arm.observe(answer, max_tokens) for arm, answer in zip(arms, answers, strict=True)]
+            pair.observe(*sums)
+            fewest = min(arm.num_draws for arm in arms)
+            judged.update(min(fewest, num_draws) - judged.n)
+            if any(arm.has_errors for arm in arms) or fewest >= num_draws:
+                break
     return _findings(arms, pair.wealth.p_value, reference.sampling, limits, _speculation(engine))
 
 

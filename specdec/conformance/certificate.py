@@ -115,6 +115,26 @@ class Findings:
             return f"inconclusive: {self.reasons[0]}"
         return bounded(self.verdict, self.max_tv, self.tv_lower_bound)
 
+    def __str__(self) -> str:
+        """The certificate's text, without whom it is about."""
+        return "\n".join([self.headline, "", *self.lines()])
+
+    def lines(self) -> list[str]:
+        """The reasons and the numbers, as lines of Markdown."""
+        return [
+            *(f"- {reason}" for reason in self.reasons),
+            "",
+            *_distances(self),
+            *_speculation(self),
+            "",
+            *_table(self),
+            "",
+            *_arm_lines("With speculation", self.speculative, self.logit_noise),
+            *_arm_lines("Without speculation (the control arm)", self.control, self.logit_noise),
+            "",
+            f"Sampling: {_told(self.sampling)}.",
+        ]
+
 
 @dataclass(frozen=True, slots=True)
 class Certificate:
@@ -162,17 +182,7 @@ class Certificate:
         lines = [
             f"# {bounded(found.verdict, found.max_tv, found.tv_lower_bound)}: {', '.join(told) or 'an engine'}",
             "",
-            *(f"- {reason}" for reason in found.reasons),
-            "",
-            *_distances(found),
-            *_speculation(found),
-            "",
-            *_table(found),
-            "",
-            *_arm_lines("With speculation", found.speculative, found.logit_noise),
-            *_arm_lines("Without speculation (the control arm)", found.control, found.logit_noise),
-            "",
-            f"Sampling: {_told(found.sampling)}.",
+            *found.lines(),
             "",
             f"Versions: {_told(self.versions)}.",
         ]
