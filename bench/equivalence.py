@@ -110,6 +110,7 @@ def certify(
         batch_size=cell.batch_size,
         seed=config.seed,
         limits=Limits(max_tv=config.max_tv),
+        progress=False,  # the session draws its own
     )
     return Certificate.of(subject(cell, engine.version, config), findings)
 

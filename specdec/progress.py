@@ -12,10 +12,13 @@ from typing import TextIO
 from tqdm import tqdm
 
 
-def bar(total: int, unit: str, label: str = "", *, initial: int = 0, file: TextIO | None = None) -> tqdm:
+def bar(
+    total: int, unit: str, label: str = "", *, initial: int = 0, file: TextIO | None = None, shown: bool = True
+) -> tqdm:
     """A bar to be used in a `with` statement; `update(n)` says that n more of `total` are done.
 
     initial: how many were done before. file: where it is drawn, if it is a terminal; stderr by default.
+    shown: False for none at all.
     """
     return tqdm(
         total=total,
@@ -23,7 +26,7 @@ def bar(total: int, unit: str, label: str = "", *, initial: int = 0, file: TextI
         desc=label or None,
         initial=initial,
         file=file or sys.stderr,
-        disable=None,  # tqdm's word for: unless the file is a terminal
+        disable=None if shown else True,  # None is tqdm's word for: unless the file is a terminal
         leave=False,
         dynamic_ncols=True,
     )

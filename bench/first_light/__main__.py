@@ -14,7 +14,7 @@ from bench.first_light.running import part, run_parts
 
 LIMITS_S = {
     "facts": 25,
-    "correctness": 105,
+    "correctness": 100,
     "shapes-8b": 62,
     "shapes-135m": 60,
     "kernels": 50,

@@ -57,7 +57,13 @@ def _run(part: Part, limit_s: float, folder: Path, report: Report) -> None:
     try:
         with log.open("wb") as stream:
             process = subprocess.Popen(
-                command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=stream, stderr=stream, start_new_session=True
+                command,
+                cwd=ROOT,
+                stdin=subprocess.DEVNULL,
+                stdout=stream,
+                stderr=stream,
+                start_new_session=True,
+                preexec_fn=_heed_interrupts,
             )
             try:
                 outcome = _outcome(process.wait(limit_s))
@@ -73,6 +79,11 @@ def _run(part: Part, limit_s: float, folder: Path, report: Report) -> None:
             last = next(reversed(tail.strip().splitlines()), "")
             report.check(f"{part.name} ends by itself", False, f"{outcome}; {last}", log=tail)
         _archive(log, folder / ARCHIVE_FILE)
+
+
+def _heed_interrupts() -> None:
+    """A job that a shell runs in the background ignores interrupts, and so would its parts."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _outcome(status: int) -> str:

@@ -67,6 +67,7 @@ def audit(
     batch_size: int = 8,
     seed: int = 0,
     limits: Limits = DEFAULT_LIMITS,
+    progress: bool = True,
 ) -> Findings:
     """Judge an engine by `num_draws` tokens of each arm.
 
@@ -75,14 +76,14 @@ def audit(
     draft: the laws that the draft is thought to be drawn from, for the test that is directed at it.
     batch_size: prompts that an engine is given at a time. seed: of the audit; requests of all arms get seeds of their
         own, from seed * SEED_STRIDE on.
-    Where stderr is a terminal a bar shows how many tokens are judged, and about how long the rest will take.
+    progress: where stderr is a terminal, show how many tokens are judged, and about how long the rest will take.
     Raises ValueError if the vocabularies differ, or if there are no prompts.
     """
     _check(engine, reference, draft, prompts)
     arms = [Arm(number, reference, draft, num_draws, seed, limits) for number in range(2)]
     pair = Exchangeability(arms[0].num_statistics, limits.alpha)
     max_tokens, greedy = reference.sampling.max_tokens, reference.sampling.temperature == 0
-    with bar(num_draws, "token", "audit, of each arm") as judged:  # with the time that is left
+    with bar(num_draws, "token", "audit, of each arm", shown=progress) as judged:
         for questions in _rounds(prompts, batch_size, seed * SEED_STRIDE, once=greedy):
             answers = [questions.ask(engine.speculative, 0, max_tokens), questions.ask(engine.plain, 1, max_tokens)]
             sums = [arm.observe(answer, max_tokens) for arm, answer in zip(arms, answers, strict=True)]

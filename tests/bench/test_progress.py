@@ -77,7 +77,7 @@ def test_pytest_shows_it_past_its_capture(tmp_path: Path, environment: dict[str,
 def test_an_audit_tells_how_far_it_is() -> None:
     class Engine:
         def generate(self, prompts, method, gamma, sampling):
-            return SimpleNamespace(results=[SimpleNamespace(token_ids=(1, 2, 3)) for _ in prompts])
+            return SimpleNamespace(results=[SimpleNamespace(token_ids=(1, 2, 3), counts=None) for _ in prompts])
 
     told: list[int] = []
     audited = Audited(Engine(), CELL, SamplingParams(), told.append)  # type: ignore[arg-type]
