@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections import deque
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,11 @@ def upload(values: Sequence[Any], device: torch.device, dtype: torch.dtype = tor
     """Numbers, or equally long lists of them, as a tensor on a device; does not wait for what the device is doing."""
     tensor = torch.tensor(values, dtype=dtype)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+def on_device(device: torch.device) -> AbstractContextManager[Any]:
+    """Where a GPU must be the current one: launches, streams, graphs and their memory are the current device's."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def fetch_later(tensor: Tensor) -> Tensor:

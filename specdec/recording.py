@@ -13,13 +13,14 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable, Hashable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import fields, is_dataclass
 from typing import Any, Generic, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor
 
+from specdec.devices import on_device
 from specdec.fallbacks import fall_back
 from specdec.timing import synchronise
 
@@ -96,11 +97,6 @@ class Recorder:
             return function(*args)
         recording = self._recordings[key] = Recording(function, args, self._graphs)
         return cast("T", recording.outputs)
-
-
-def on_device(device: torch.device) -> AbstractContextManager[Any]:
-    """Where a GPU must be the current one: streams, graphs and their memory are the current device's."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 class InPlace(Generic[T]):

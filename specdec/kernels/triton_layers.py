@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -32,6 +31,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from specdec.devices import on_device
 
 MAX_WIDTH = 64  # tokens of a row; for more, as in prompts, large matrix products are faster
 _LOG2_E = 1.4426950408889634
@@ -102,7 +103,7 @@ def run_layers(
     angles: tables of cos and sin [positions, head_dim]. blocks: each layer's keys and values
     [rows, kv heads, capacity, head_dim], written at the places of the call.
     """
-    with _on(hidden):
+    with on_device(hidden.device):
         return _run_layers(layers, hidden.reshape(-1, hidden.shape[-1]).contiguous(), angles, blocks, at).view_as(
             hidden
         )
@@ -193,7 +194,7 @@ def product(
     """
     x = x if isinstance(x, Normed) else Normed(x)
     out = x.states.new_empty(len(x.states), len(weight) // 2 if gated else len(weight))
-    with _on(out):
+    with on_device(out.device):
         _launch_product(x, weight, bias, out, gated=gated, blocks=blocks)
     return out
 
@@ -326,16 +327,11 @@ def normalise(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     x = x.contiguous()
     out, size = torch.empty_like(x), x.shape[-1]
     block = triton.next_power_of_2(size)
-    with _on(x):
+    with on_device(x.device):
         _norm_kernel[(x.numel() // size,)](
             x, weight, out, epsilon, SIZE=size, BLOCK=block, **overlap(x, _OTHER_OVERLAP), num_warps=4
         )
     return out
-
-
-def _on(tensor: Tensor) -> AbstractContextManager[Any]:
-    """Where kernels are launched: on the current device, whatever the tensors' is."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
 def usual_blocks(num_outputs: int, num_inputs: int, dtype: torch.dtype, gated: bool = False) -> Blocks:

@@ -20,14 +20,14 @@ bytes, and sizes that change with the batch are not compiled in, so that each su
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from functools import partial
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from specdec.devices import on_device
 
 _WAYS = tl.constexpr(16)  # a pass of a search divides its range by this
 _UNIT = tl.constexpr(2.0**61)  # of sums of probabilities as integers
@@ -527,11 +527,6 @@ def _power(number: int) -> int:
     return max(16, 1 << (number - 1).bit_length())
 
 
-def _on(tensor: Tensor) -> Any:
-    """Triton launches on the current device, whatever the tensors are on."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
-
-
 def _aligned(tensor: Tensor) -> Tensor:
     """Contiguous, and beginning where Triton need not compile another kernel, whose sums may have another order."""
     tensor = tensor.contiguous()
@@ -550,7 +545,7 @@ def uniforms(seeds: Tensor, positions: Tensor, roles: Tensor, origins: Tensor) -
     out = _uniforms_like(seeds, positions, roles, origins)
     grid = (-(-out.numel() // _UNIFORMS_PER_PROGRAM),)
     if out.numel():
-        with _on(out):
+        with on_device(out.device):
             _uniforms_kernel[grid](
                 *words, out, out.numel(), *words[0].shape[1:], *(each for word in words for each in word.stride()),
                 BLOCK=_UNIFORMS_PER_PROGRAM,
@@ -616,7 +611,7 @@ def summaries(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     out = _summaries_like(logits)
     if out[0].numel():
         rows = _Rows(logits)
-        with _on(logits):
+        with on_device(logits.device):
             rows.scan(None, None, 1)
             chunks = {"chunks": rows.num_chunks, "CHUNKS": _power(rows.num_chunks)}
             _largest_kernel[(rows.num_rows,)](*rows.per_chunk, *out, rows.vocab, **chunks, num_warps=1)
@@ -650,7 +645,7 @@ def probabilities(
     if finite.numel() == 0:
         return probs, finite
     rows, per_row = _Rows(logits), logits.shape[1]
-    with _on(logits):
+    with on_device(logits.device):
         floors = None if top_k is None else _search(rows, rows.logits, top_k, keeps_all, per_row)
         rows.scan(temperature, floors, per_row)
         place = rows.empty(dtype=torch.int32)
@@ -734,7 +729,7 @@ def draw(probs: Tensor, uniforms: Tensor) -> Tensor:
         vocab = probs.shape[-1]
         chunks, blocks = _num_chunks(vocab), _blocks(vocab)
         masses = torch.empty(out.numel(), chunks, dtype=torch.float64, device=probs.device)
-        with _on(probs):
+        with on_device(probs.device):
             _mass_kernel[(out.numel(), chunks)](probs, masses, vocab, chunks, **blocks)
             _draw_kernel[(out.numel(),)](probs, uniforms, masses, out, vocab, chunks, CHUNKS=_power(chunks), **blocks)
     return out
@@ -756,7 +751,7 @@ def race(probs: Tensor, uniforms: Tensor) -> Tensor:
         chunks = _num_chunks(vocab)
         waits = torch.empty(out.numel(), chunks, dtype=torch.float64, device=probs.device)
         places = torch.empty_like(waits, dtype=torch.int32)
-        with _on(probs):
+        with on_device(probs.device):
             _wait_kernel[(out.numel(), chunks)](probs, uniforms, waits, places, vocab, chunks, **_blocks(vocab))
             _race_kernel[(out.numel(),)](waits, places, out, vocab, chunks, CHUNKS=_power(chunks), num_warps=1)
     return out
@@ -781,7 +776,7 @@ def num_accepted(
     out, num_drafted = torch.empty_like(lengths), tokens.shape[1]
     (target_probs, target_tokens), (draft_probs, draft_tokens) = map(_contiguous, (target, draft))
     size = 1 if draft_probs is None else draft_probs.shape[-1]
-    with _on(tokens):
+    with on_device(tokens.device):
         _accept_kernel[(len(tokens),)](
             target_probs, target_tokens, draft_probs, draft_tokens, tokens.contiguous(), lengths.contiguous(), uniforms,
             out, num_drafted, 1 if target_probs is None else target_probs.shape[-1], size, *uniforms.stride(),
@@ -825,7 +820,7 @@ def last_token(
     form = {"FORM": _form(draft), "STEPS": _steps(draft), "HAS_WEIGHT": weight is not None, **_blocks(vocab)}
     form["enable_fp_fusion"] = False  # weight * target is rounded, as by torch, before the draft is subtracted
     sizes = (num_drafted, vocab, size, chunks)
-    with _on(target):
+    with on_device(target.device):
         _last_masses_kernel[(num_rows, chunks)](target, probs, tokens, accepted, weight, masses, *sizes, **form)
         _last_draw_kernel[(num_rows,)](
             target, probs, tokens, accepted, lengths.contiguous(), weight, uniforms, masses, out, *sizes,
