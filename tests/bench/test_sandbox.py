@@ -301,7 +301,7 @@ def test_an_ordinary_user_has_the_same_walls() -> None:
     if not python:
         pytest.skip("this interpreter may be where only root can read; there is no other in /usr/bin")
     looking = "from bench import sandbox as s; print(s.why_not(), s.run('pass').passed, s.run('1/0').passed)"
-    with tempfile.TemporaryDirectory() as folder:  # pytest's own is root's alone
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:  # pytest's own and TMPDIR may be root's alone
         package = Path(folder, "bench")
         package.mkdir()
         for file in (sandbox.JAIL, Path(sandbox.__file__)):
