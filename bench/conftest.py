@@ -11,13 +11,15 @@ from typing import Any
 
 import pytest
 
-from bench import load_table, machine, options, shards, table
-from bench.cells import CELL_FIELDS, LOAD_FIELDS, Cell
-from bench.interrupts import Interrupts
-from bench.journal import SCHEMA_VERSION
-from bench.options import BenchConfig
-from bench.progress import line_below
-from bench.session import Session
+from bench.campaign import options, shards
+from bench.campaign.options import BenchConfig
+from bench.measure import machine
+from bench.measure.interrupts import Interrupts
+from bench.measure.progress import line_below
+from bench.measure.session import Session
+from bench.records import sweeps
+from bench.records.schema import CELL_FIELDS, LOAD_FIELDS, SCHEMA_VERSION, Cell
+from bench.report.terminal import audits, cost, decoding, load
 
 SESSION = pytest.StashKey[Session]()
 
@@ -151,13 +153,11 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def _parametrize_costs(metafunc: pytest.Metafunc) -> None:
-    from bench import cost  # imports torch
-
     session = metafunc.config.stash[SESSION]
-    sweeps = cost.SMOKE_SWEEPS if session.config.smoke else cost.SWEEPS
+    axes = sweeps.SMOKE_SWEEPS if session.config.smoke else sweeps.SWEEPS
     parameters = [
         pytest.param(axis, size, marks=pytest.mark.benchmark(timer=session.clock, group=f"cost of {axis}"))
-        for axis, sizes in sweeps.items()
+        for axis, sizes in axes.items()
         for size in sizes
     ]
     metafunc.parametrize(("axis", "size"), parameters)
@@ -167,7 +167,7 @@ def pytest_report_collectionfinish(config: pytest.Config, items: list[Any]) -> s
     """The roofline comes before what is compared with it."""
     if config.option.collectonly or not any("axis" in item.fixturenames for item in items):
         return ""
-    from bench import roofline
+    from bench.measure.cost import roofline
 
     return roofline.line(config.stash[SESSION].roofline())
 
@@ -210,21 +210,17 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         terminalreporter.write_line(f"ERROR: {session.failure}", red=True)
     if session and session.records:
         terminalreporter.section("speculative decoding")
-        for line in table.render(session.records):
+        for line in decoding.render(session.records):
             terminalreporter.write_line(line)
     if session and session.load_records:
         terminalreporter.section("under load")
-        for line in load_table.lines(session.load_records):
+        for line in load.lines(session.load_records):
             terminalreporter.write_line(line)
     if session and session.audit_records:
-        from bench import equivalence
-
         terminalreporter.section("certificates")
-        for line in equivalence.lines(session.audit_records):
+        for line in audits.lines(session.audit_records):
             terminalreporter.write_line(line)
     if session and session.cost_records:
-        from bench import cost
-
         terminalreporter.section("cost against size")
         for line in cost.lines(session.cost_records):
             terminalreporter.write_line(line)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from bench.session import Session
+from bench.measure.session import Session
 
 
 @pytest.mark.filterwarnings("ignore:Benchmark fixture was not used at all")

@@ -48,10 +48,10 @@ measure() { # NAME SECONDS OPTIONS...: a run of the benchmark
     --journal "$work/$name.jsonl" --benchmark-json "$work/$name.json" --benchmark-quiet
 }
 
-if reason=$("$python" -c 'import sys; from bench.machine import why_no_gpu; sys.exit(why_no_gpu())' 2>&1); then
+if reason=$("$python" -c 'import sys; from bench.measure.machine import why_no_gpu; sys.exit(why_no_gpu())' 2>&1); then
   nvidia-smi --query-gpu=name,driver_version,power.limit,clocks.max.sm --format=csv | tee "$work/gpu.csv"
   budget=${BUDGET:-450} limit=120
-  tests=(tests/test_devices.py tests/test_recording.py tests/models/test_fusion.py)
+  tests=(tests/runtime/test_devices.py tests/runtime/test_recording.py tests/models/test_fusion.py)
   sweep=(--pairs llama-8b-1b-shape) sweep_small=(--pairs smollm2-135m-shape)
   shape=(--pairs llama-8b-1b-shape,smollm2-135m-shape --num-prompts 3 --max-tokens 64 --batch-sizes 1,3)
   plain=(--pairs smollm2-135m-shape,llama-8b-1b-shape --num-prompts 3 --max-tokens 32)
@@ -60,14 +60,14 @@ if reason=$("$python" -c 'import sys; from bench.machine import why_no_gpu; sys.
 else
   echo "no GPU: everything is scaled down ($reason)"
   budget=${BUDGET:-1500} limit=600
-  tests=(tests/test_devices.py)
+  tests=(tests/runtime/test_devices.py)
   sweep=(--smoke) sweep_small=(--smoke)
   shape=(--pairs tiny-random --num-prompts 2 --max-tokens 8)
   plain=("${shape[@]}")
   real=(--num-prompts 2 --max-tokens 8 --batch-sizes 1,2)
   load=(--rate 2 --duration 2 --batch-sizes 2 --num-prompts 2 --max-tokens 8)
 fi
-smoke=(bench/ --workloads bench/tiny/smoke.txt)
+smoke=(bench/ --workloads bench/catalogue/models/tiny/smoke.txt)
 # random weights and prescribed acceptance: what the shapes cost, and whether the prediction holds
 shape+=("${smoke[@]}" --gammas 2,4 --synthetic-acceptance-rates 0.75,0.6,0.5,0.4)
 

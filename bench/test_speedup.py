@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from bench.cells import Cell
-from bench.session import Session
+from bench.measure.session import Session
+from bench.records.schema import Cell
 
 
 # a cell that fails before it measures should say only why

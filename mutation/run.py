@@ -21,10 +21,12 @@ ROOT = Path(__file__).parents[1]
 WORK = ROOT / "build" / "mutation"
 JOBS = {  # module -> the tests that are to see its mutants
     "specdec/stats.py": "tests/test_stats.py",
-    "specdec/verification.py": "tests/test_verification.py tests/test_block_verification.py tests/test_lossless.py",
-    "specdec/tree_verification.py": "tests/test_trees.py tests/test_tree_decoding.py",
-    "specdec/sampling.py": "tests/test_sampling.py tests/test_declared_distributions.py",
-    "specdec/adaptive.py": "tests/test_adaptive.py tests/test_adaptive_sampling.py",
+    "specdec/verification.py": (
+        "tests/verification/test_verification.py tests/verification/test_block_verification.py tests/test_lossless.py"
+    ),
+    "specdec/trees/verification.py": "tests/trees/test_trees.py tests/trees/test_tree_decoding.py",
+    "specdec/sampling/state.py": "tests/sampling/test_sampling.py tests/sampling/test_declared_distributions.py",
+    "specdec/proposers/adaptive.py": "tests/proposers/test_adaptive.py tests/sampling/test_adaptive_sampling.py",
     "specdec/conformance/verdicts.py": "tests/conformance/test_verdicts.py tests/conformance/test_audit.py",
     "specdec/conformance/audit.py": "tests/conformance/test_verdicts.py tests/conformance/test_audit.py",
     "specdec/conformance/arms.py": "tests/conformance/test_audit.py",
@@ -34,10 +36,14 @@ JOBS = {  # module -> the tests that are to see its mutants
     "specdec/conformance/reference.py": "tests/conformance/test_reference.py",
     "specdec/conformance/certificate.py": "tests/conformance/test_certificate.py",
     "specdec/conformance/enumeration.py": "tests/conformance/test_enumeration.py",
-    "bench/records.py": "tests/bench/test_records.py tests/bench/test_serving.py",
-    "bench/intervals.py": "tests/bench/test_intervals.py tests/bench/test_compare.py tests/bench/test_quality.py",
-    "bench/compare.py": "tests/bench/test_compare.py",
-    "bench/extraction.py": "tests/bench/test_extraction.py",
+    "bench/measure/records.py": "tests/bench/measure/test_records.py tests/bench/measure/test_serving.py",
+    "bench/records/intervals.py": (
+        "tests/bench/records/test_intervals.py "
+        "tests/bench/analysis/test_run_diff.py "
+        "tests/bench/measure/test_quality.py"
+    ),
+    "bench/analysis/run_diff.py": "tests/bench/analysis/test_run_diff.py",
+    "bench/workloads/extraction.py": "tests/bench/workloads/test_extraction.py",
 }
 OPTIONS = ("-q", "-x", "-p", "no:cacheprovider", "-W", "ignore::pytest.PytestAssertRewriteWarning")
 CONFIG = """\

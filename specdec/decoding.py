@@ -28,20 +28,21 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor
 
-from specdec import kernels
-from specdec.adaptive import AdaptiveLength
 from specdec.device_rows import DeviceRows, RowState
-from specdec.devices import Mailbox, upload
-from specdec.models import Cache, FixedShapeModel, LanguageModel, TreeCache, prefill, score
-from specdec.proposers import FixedProposer, Proposer
-from specdec.randomness import Role, UniformSource, noise, on_branch, uniforms
-from specdec.recording import InPlace, Recorder
+from specdec.kernels import gpu
+from specdec.models.base import Cache, FixedShapeModel, LanguageModel, TreeCache, prefill, score
+from specdec.proposers.adaptive import AdaptiveLength
+from specdec.proposers.base import FixedProposer, Proposer
 from specdec.requests import Batch, Generation, Request, Step
-from specdec.sampling import NonFiniteLogitsError, RowParams, SamplingState
+from specdec.runtime.devices import Mailbox, upload
+from specdec.runtime.recording import InPlace, Recorder
+from specdec.runtime.timing import Stopwatch, now_s, sleep_until
+from specdec.sampling.randomness import Role, UniformSource, noise, on_branch, uniforms
+from specdec.sampling.state import NonFiniteLogitsError, RowParams, SamplingState
 from specdec.sampling_params import SamplingParams
 from specdec.stats import PhaseTimes
-from specdec.timing import Stopwatch, now_s, sleep_until
-from specdec.trees import Branches, Tree, tree_of
+from specdec.trees.columns import Branches
+from specdec.trees.shape import Tree, tree_of
 from specdec.verification import Draft, Verification, VerificationRule, verify_tokens
 
 
@@ -97,7 +98,7 @@ class Decoder:
         self.max_batch_size = max_batch_size
         self.rule, self.uniforms, self.adaptive = rule, uniforms, adaptive
         self.recorder = Recorder(target.device, records)
-        self._clock = kernels.clock(target.device) if self.recorder.records else None
+        self._clock = gpu.clock(target.device) if self.recorder.records else None
         self._device_rows = DeviceRows(max_batch_size, num_speculative_tokens + 1, target.device)
         self._mailbox = Mailbox(target.device)
         self._placed: tuple[Batch, InPlace[RowParams]] | None = None  # whose parameters recorded steps read

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from specdec.devices import upload
-from specdec.recording import InPlace
 from specdec.requests import Generation
+from specdec.runtime.devices import upload
+from specdec.runtime.recording import InPlace
 
 _IDLE_LENGTH = 2  # tokens that an idle slot is said to have; what stands before the newest is then at a place >= 0
 

@@ -10,9 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import torch
 from torch import nn
 
-from specdec.checks import require
-from specdec.devices import free_memories
-from specdec.models import LanguageModel, is_encoder_decoder
+from specdec.models.base import LanguageModel, is_encoder_decoder
 from specdec.models.loading import (
     WEIGHTS,
     WEIGHTS_SHARE,
@@ -22,9 +20,11 @@ from specdec.models.loading import (
     resolve,
 )
 from specdec.models.placement import PlacementError, plan
-from specdec.optimal_trees import Rates
+from specdec.models.vocabularies import SharedVocabulary, check_coverage, share
 from specdec.proposers.table import NgramTable
-from specdec.vocabularies import SharedVocabulary, check_coverage, share
+from specdec.runtime.checks import require
+from specdec.runtime.devices import free_memories
+from specdec.trees.optimal import Rates
 
 if TYPE_CHECKING:
     from specdec.models.causal import CausalLM

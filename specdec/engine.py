@@ -17,10 +17,9 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar, cast
 import numpy as np
 import torch
 
-from specdec.adaptive import MOST, AdaptiveLength, StepCosts, target_costs
-from specdec.bans import AtLeast, Without, all_of
-from specdec.checks import nearest, require, require_choice, require_integer
-from specdec.constraints import Constraint
+from specdec.constraints.bans import AtLeast, Without, all_of
+from specdec.constraints.llguidance import GrammarCompiler
+from specdec.constraints.progress import Constraint
 from specdec.decoding import Decoder
 from specdec.drafts import (
     NEEDS,
@@ -32,31 +31,33 @@ from specdec.drafts import (
     load_with_drafts,
     share_vocabulary,
 )
-from specdec.grammars import GrammarCompiler
 from specdec.methods import METHODS, VERIFICATION_NAMES, Method
-from specdec.models import LanguageModel, is_encoder_decoder
+from specdec.models.base import LanguageModel, is_encoder_decoder
+from specdec.models.costs import MOST, StepCosts, target_costs
 from specdec.models.elsewhere import can_be_recorded, seen_from
 from specdec.models.loading import as_device, as_dtype, packaged_draft, with_revision
-from specdec.optimal_trees import USUAL_RATES, Rates, optimal_tree, tree_that_pays
+from specdec.models.vocabularies import pieces_of
 from specdec.prompts import Message, Prompt, as_messages, as_prompts, as_token_ids, encode_raw, render
-from specdec.proposers import Proposer
+from specdec.proposers.adaptive import AdaptiveLength
+from specdec.proposers.base import Proposer
 from specdec.proposers.draft_model import DraftModelProposer
 from specdec.proposers.early_exit import EarlyExitProposer
 from specdec.proposers.hybrid import BetterCopies, HybridProposer
 from specdec.proposers.ngram import CountIndex, LookupIndex, NgramProposer, TokenIndex
 from specdec.proposers.suffix import SuffixProposer
 from specdec.proposers.table import Fallback
-from specdec.randomness import own_seed, sample_seed
-from specdec.recording import Recorder
 from specdec.requests import Chunk, Completion, Generation, Request, sources_of
+from specdec.runtime.checks import nearest, require, require_choice, require_integer
+from specdec.runtime.recording import Recorder
+from specdec.sampling.randomness import own_seed, sample_seed
 from specdec.sampling_params import SamplingParams
 from specdec.stats import PhaseTimes
 from specdec.synthetic import SyntheticAcceptance
 from specdec.texts import GrowingText
-from specdec.tree_verification import verify_coupled_tree, verify_tree
-from specdec.trees import Tree, as_tree
+from specdec.trees.optimal import USUAL_RATES, Rates, optimal_tree, tree_that_pays
+from specdec.trees.shape import Tree, as_tree
+from specdec.trees.verification import verify_coupled_tree, verify_tree
 from specdec.verification import VerificationRule, verify_block, verify_coupled, verify_tokens
-from specdec.vocabularies import pieces_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -93,13 +94,13 @@ class Engine:
         "hybrid": as "suffix" where that is expected to bring more than the draft, else a head or a draft model.
         "tree": a head or a draft model, which proposes several continuations at once.
     draft: what the method needs besides the target: a LanguageModel, an EagleHead or an NgramTable. A model with
-        another tokenizer drafts the tokens that both have, see `specdec.vocabularies`; which these are is logged.
+        another tokenizer drafts the tokens that both have, see `models.vocabularies`; which these are is logged.
     num_speculative_tokens: tokens proposed per step (gamma), at least 1; "autoregressive" proposes none. "auto": as
         many as pay by costs that are measured now, none included. The law stays the same, but which of its samples a
         seed gives then depends on this machine and on what was decoded before, unless verification is "coupled".
         With "tree" it is the number of nodes, of which the best tree by what was measured of the draft is made; "auto"
         chooses the tree that pays best, once.
-    tree: the shape of the drafts instead, for method "tree": a `specdec.trees.Tree`, rank paths such as
+    tree: the shape of the drafts instead, for method "tree": a `specdec.trees.shape.Tree`, rank paths such as
         [(0,), (1,), (0, 0)], or a JSON file with them.
     max_history_bytes: memory for what finished requests said, the oldest of which are forgotten first, at least 0;
         None: 64 MiB with "suffix", nothing with "hybrid". It makes the sample that a seed gives depend on what was

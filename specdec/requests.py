@@ -8,9 +8,9 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from specdec.constraints import Constraint, Progress
-from specdec.recording import Recorder
-from specdec.sampling import SamplingState
+from specdec.constraints.progress import Constraint, Progress
+from specdec.runtime.recording import Recorder
+from specdec.sampling.state import SamplingState
 from specdec.sampling_params import SamplingParams
 from specdec.stats import AcceptanceCounts
 from specdec.texts import GrowingText

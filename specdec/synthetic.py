@@ -11,7 +11,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from specdec.sampling import Law
+from specdec.sampling.distributions import Law
 from specdec.verification import Draft, Verification
 
 

@@ -35,8 +35,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from specdec import fused_verification as fused
-from specdec.sampling import Dense, Law, OneHot, row_sums, stack_laws
+from specdec.sampling import fused as fused
+from specdec.sampling.distributions import Dense, Law, OneHot, row_sums, stack_laws
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +46,7 @@ class Draft:
     tokens: int64 [batch, k]. lengths: int64 [batch], how many of a row's tokens are really proposed, 0 <= length <= k;
     what stands after them is padding. law: the draft's laws [batch, k].
     parents: of a tree, which token each one follows, -1 for those that come first; level by level, siblings together,
-    as `specdec.trees.Tree` has them. The law then has a row for each family of siblings, in their order, from which
+    as `trees.shape.Tree` has them. The law then has a row for each family of siblings, in their order, from which
     they were drawn without replacement. None: a chain, each token following the one before.
     Raises ValueError if the shapes do not belong together.
     """

@@ -7,9 +7,9 @@ import threading
 
 import numpy as np
 import pytest
-import tiny
 import torch
-from toys import grid_pair
+from helpers import tiny
+from helpers.toys import grid_pair
 
 from specdec import CausalLM, Engine, EngineBusyError, SamplingParams
 

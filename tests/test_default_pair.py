@@ -9,7 +9,8 @@ import sys
 import pytest
 import torch
 
-from specdec import AcceptanceCounts, Engine, SamplingParams, kernels
+from specdec import AcceptanceCounts, Engine, SamplingParams
+from specdec.kernels import cpp
 from specdec.models.causal import CausalLM
 
 MAX_TOKENS = 20
@@ -87,7 +88,7 @@ def test_the_first_layers_draft_and_change_nothing(default_model: CausalLM, prom
     assert sum(c.counts.num_accepted for c in completions) > 0
 
 
-@pytest.mark.skipif(not kernels.available(torch.bfloat16), reason="kernels need Linux, a C++ compiler and AVX512-BF16")
+@pytest.mark.skipif(not cpp.available(torch.bfloat16), reason="kernels need Linux, a C++ compiler and AVX512-BF16")
 def test_trees_say_in_bf16_what_plain_decoding_says(prompts: list) -> None:
     """Near ties included: a node's logits are the same bits, of a head's tree and of a draft model's."""
     tree = [(0,), (1,), (2,), (0, 0), (0, 1), (1, 0), (0, 0, 0)]

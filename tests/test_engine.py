@@ -6,16 +6,16 @@ import math
 from functools import cache
 
 import pytest
-import tiny
 import torch
-from toys import ExitTarget, grid_pair
+from helpers import tiny
+from helpers.toys import ExitTarget, grid_pair
 
 from specdec import METHODS, AcceptanceCounts, Engine, SamplingParams
 from specdec.models.causal import CausalLM
 from specdec.models.eagle import EagleHead, new_head
 from specdec.models.markov import MarkovModel
 from specdec.proposers.table import NgramTable
-from specdec.sampling import NonFiniteLogitsError
+from specdec.sampling.state import NonFiniteLogitsError
 
 TARGET, DRAFT = grid_pair(4)
 PROMPTS = [[0, 1, 2, 0, 1], [2], [1, 1, 1, 1, 1, 1, 1, 2], [0, 2], [2, 0, 1]]

@@ -7,8 +7,8 @@ from functools import partial
 
 import pytest
 import torch
-from gates import distance, marginal, passes, radius
-from toys import grid_pair, joint_law, table, top_k_law
+from helpers.gates import distance, marginal, passes, radius
+from helpers.toys import grid_pair, joint_law, table, top_k_law
 
 from specdec import Engine, SamplingParams
 from specdec.conformance import mutants
@@ -17,8 +17,8 @@ from specdec.conformance.mutants import maker
 from specdec.decoding import Decoder
 from specdec.models.markov import MarkovModel
 from specdec.proposers.ngram import CountIndex, LookupIndex, NgramProposer
-from specdec.randomness import uniforms
 from specdec.requests import Request
+from specdec.sampling.randomness import uniforms
 from specdec.verification import verify_tokens
 
 PROMPT = (1, 2)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-import tiny
 import torch
+from helpers import tiny
 from test_engine import PROMPTS, TARGET, engine_for
 from transformers import T5Config, T5ForConditionalGeneration
 
@@ -14,7 +14,7 @@ from specdec import METHODS, Engine, SamplingParams
 from specdec.models.causal import CausalLM
 from specdec.models.markov import MarkovModel
 from specdec.models.seq2seq import Seq2SeqLM
-from specdec.randomness import own_seed, sample_seed
+from specdec.sampling.randomness import own_seed, sample_seed
 
 NUM_SAMPLES = [3, 1, 2, 4, 1]  # of each prompt
 PARAMS = [

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import pytest
-import tokens as tokenizers
 import torch
-from toys import MarkovModel
+from helpers import tokens as tokenizers
+from helpers.toys import MarkovModel
 
 from specdec import Engine, SamplingParams
-from specdec.bans import Without
+from specdec.constraints.bans import Without
+from specdec.models.vocabularies import pieces_of
 from specdec.texts import text_after
-from specdec.vocabularies import pieces_of
 
 TOKENIZER = tokenizers.sentencepiece("abc", (0xC3, 0xA9))
 SIZE = len(TOKENIZER)

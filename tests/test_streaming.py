@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import groupby
 
 import pytest
-from toys import grid_pair
+from helpers.toys import grid_pair
 
 from specdec import Chunk, Completion, Engine, SamplingParams
 from specdec.decoding import Decoder

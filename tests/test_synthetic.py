@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from gates import radius
-from toys import grid_pair
+from helpers.gates import radius
+from helpers.toys import grid_pair
 
 from specdec import AcceptanceCounts, Engine, SamplingParams
-from specdec.sampling import OneHot
+from specdec.sampling.distributions import OneHot
 from specdec.synthetic import SyntheticAcceptance
 from specdec.verification import Draft
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import pytest
-import tokens as tokenizers
 import torch
+from helpers import tokens as tokenizers
+from helpers.toys import MarkovModel
 from hypothesis import given
 from hypothesis import strategies as st
-from toys import MarkovModel
 
 from specdec import Engine, SamplingParams
 from specdec.texts import GrowingText, continuation, text_after

@@ -13,7 +13,7 @@ from threading import Event, Timer
 from typing import Any
 from urllib.parse import urlsplit
 
-from bench.engines import EngineError
+from bench.engines.base import EngineError
 from bench.engines.server_answers import (
     MOST_SHOWN,
     Row,
@@ -23,7 +23,7 @@ from bench.engines.server_answers import (
     parse_queue,
     parse_version,
 )
-from bench.foreign import printable
+from bench.records.untrusted import printable
 
 BUSY = (429, 502, 503, 504)  # statuses of a server that may answer if asked again
 MOST_OF_PAGE = 1 << 24  # bytes

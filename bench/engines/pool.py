@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from typing import Generic, Protocol, TypeVar
 
-from bench.engines import Gamma, Setup
+from bench.engines.base import Setup
+from bench.records.schema import Gamma
 
 MOST = 2
 

@@ -15,8 +15,8 @@ from contextlib import suppress
 from threading import Thread
 from typing import IO, Any
 
-from bench.engines import EngineError
-from bench.foreign import printable
+from bench.engines.base import EngineError
+from bench.records.untrusted import printable
 
 SECRET = re.compile("KEY$|TOKEN$|SECRET|PASSWORD", re.IGNORECASE)  # of variables whose values are nobody's business
 NUM_LAST_LINES = 25  # of a worker's standard error: what an error message shows

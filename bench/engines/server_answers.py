@@ -12,8 +12,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from bench.engines import EngineError
-from bench.foreign import printable
+from bench.engines.base import EngineError
+from bench.records.untrusted import printable
 
 MOST = 1 << 53  # of any counter; beyond it floating-point numbers of a metrics page are not exact
 MOST_OF_VERSION = 100  # characters

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 
 import specdec
-from bench.engines import Gamma, LoadOptions, PromptResult, Run, Served, Setup
-from bench.pairs import Pair, folder
+from bench.catalogue.pairs import Pair, folder
+from bench.engines.base import LoadOptions, PromptResult, Run, Served, Setup
+from bench.records.schema import Gamma
 from specdec import Completion, Engine, SamplingParams
 from specdec.drafts import NEEDS, load_with_drafts
 from specdec.models.causal import CausalLM

@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
-from bench.engines import Gamma, LoadOptions, PromptResult, Run, Setup
-from bench.pairs import Pair, folder
+from bench.catalogue.pairs import Pair, folder
+from bench.engines.base import LoadOptions, PromptResult, Run, Setup
+from bench.records.schema import Gamma
 from specdec import AcceptanceCounts, SamplingParams
 from specdec.drafts import place_models
 from specdec.models.causal import eos_token_ids

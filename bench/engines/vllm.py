@@ -21,10 +21,11 @@ from typing import Any
 
 import torch
 
-from bench.engines import EngineError, Gamma, LoadOptions, PromptResult, Run, Setup
+from bench.catalogue.pairs import Pair, folder
+from bench.engines.base import EngineError, LoadOptions, PromptResult, Run, Setup
 from bench.engines.pool import Pool
 from bench.engines.process import Worker
-from bench.pairs import Pair, folder
+from bench.records.schema import Gamma
 from specdec import AcceptanceCounts, SamplingParams
 from specdec.models.causal import eos_token_ids
 from specdec.models.loading import read_vocabulary, resolve

@@ -18,9 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.engines import EngineError, Gamma, LoadOptions, PromptResult, Run, Served, Setup
+from bench.catalogue.pairs import Pair, folder
+from bench.engines.base import EngineError, LoadOptions, PromptResult, Run, Served, Setup
 from bench.engines.completions import BusyError, Client
-from bench.engines.open_loop import send_on_time
+from bench.engines.load_client import send_on_time
 from bench.engines.pool import Pool
 from bench.engines.process import Child
 from bench.engines.server_answers import Row, difference
@@ -34,7 +35,7 @@ from bench.engines.vllm import (
     sampling_arguments,
     stop_tokens,
 )
-from bench.pairs import Pair, folder
+from bench.records.schema import Gamma
 from specdec import AcceptanceCounts, SamplingParams
 from specdec.models.loading import read_vocabulary, resolve
 

@@ -74,7 +74,7 @@ def _device(wanted: str) -> tuple[str, str]:
     """The device to run on, and why it is no GPU, if it is none. A GPU that is asked for is seen to by each part."""
     if wanted != "auto":
         return wanted, "--device cpu" if wanted == "cpu" else ""
-    from bench.machine import why_no_gpu
+    from bench.measure.machine import why_no_gpu
 
     reason = why_no_gpu()
     return ("cpu", reason) if reason else ("cuda", "")

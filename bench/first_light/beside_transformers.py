@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
+from bench.catalogue.pairs import Pair, catalogue, folder
 from bench.first_light.report import Report
 from bench.first_light.shapes import load
-from bench.pairs import Pair, catalogue, folder
 from specdec import Engine, SamplingParams
 from specdec.models.loading import load_pretrained
-from specdec.timing import now_s
+from specdec.runtime.timing import now_s
 
 NUM_TOKENS, ROUNDS = 32, 2
 

@@ -20,9 +20,9 @@ from bench.first_light.nudges import LAST, Nudge, nudge, wins_nearby
 from bench.first_light.report import Report
 from specdec import Completion, Engine, SamplingParams
 from specdec.drafts import load_with_drafts
-from specdec.models import prefill
-from specdec.randomness import Role
-from specdec.sampling import SamplingState
+from specdec.models.base import prefill
+from specdec.sampling.randomness import Role
+from specdec.sampling.state import SamplingState
 
 METHODS = ("autoregressive", "draft_model", "eagle", "tree", "early_exit", "ngram", "suffix", "hybrid")
 _PLAIN = "autoregressive"

@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 
-from bench import machine, roofline
 from bench.first_light.attention import BACK_ENDS, Shape, attended
 from bench.first_light.report import Report
-from specdec.timing import durations_in_queue_s, durations_s, synchronise
+from bench.measure import machine
+from bench.measure.cost import roofline
+from specdec.runtime.timing import durations_in_queue_s, durations_s, synchronise
 
 _PACKAGES = ("triton", "gguf", "llguidance", "pytest", "pytest_benchmark", "hypothesis", "scipy", "pynvml", "vllm")
 _CARD = "name,driver_version,memory.total,power.limit,clocks.max.sm,clocks.max.memory,clocks.sm,temperature.gpu"

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from bench import roofline
 from bench.first_light.attention import BACK_ENDS, Inputs, Shape, attended
 from bench.first_light.facts import captured
 from bench.first_light.report import Report
-from specdec.timing import durations_in_queue_s
+from bench.measure.cost import roofline
+from specdec.runtime.timing import durations_in_queue_s
 
 Product = Callable[[Tensor, Tensor], Tensor]  # inputs [M, in], weights [out, in] -> [M, out]
 Attention = Callable[[Inputs], Tensor]

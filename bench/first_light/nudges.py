@@ -11,9 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from specdec import Engine, randomness
-from specdec.randomness import Role, off_branch, uniforms
-from specdec.sampling import race
+from specdec import Engine
+from specdec.sampling import randomness
+from specdec.sampling.distributions import race
+from specdec.sampling.randomness import Role, off_branch, uniforms
 
 LAST = (Role.RECOVER, Role.BONUS)  # what draws the last token of a step
 _LARGEST = 1 - 2.0**-53  # the largest uniform there is

@@ -23,7 +23,7 @@ def main(name: str, facts: str, device: str, *arguments: str) -> None:
     """Run a part. device: "cuda" or "cpu". arguments: the part's own, if it is to do a share of its work only."""
     import torch
 
-    from bench.machine import why_no_gpu
+    from bench.measure.machine import why_no_gpu
 
     report = Report(name, Path(facts))
     if device == "cuda" and (reason := why_no_gpu()):

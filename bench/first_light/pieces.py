@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from specdec.models.loading import SMOLLM2_135M, resolve
-from specdec.wheels import LoadError, fetch, folder_of, made_once
+from specdec.runtime.artifacts import LoadError, fetch, folder_of, made_once
 
 PIECE_BYTES = 36 << 20  # a call to a lent machine takes so much beside the sources
 WEIGHTS_FILE = "model.safetensors"

@@ -14,15 +14,15 @@ from typing import Any
 
 import torch
 
+from bench.catalogue.pairs import catalogue
 from bench.first_light.pieces import unpack
 from bench.first_light.report import Report
 from bench.first_light.shapes import Loaded, Work, load
-from bench.pairs import catalogue
 from specdec import Engine, SamplingParams
 from specdec.drafts import load_with_drafts
 from specdec.models.loading import SMOLLM2_135M
 from specdec.prompts import encode
-from specdec.wheels import LoadError, folder_of, is_complete
+from specdec.runtime.artifacts import LoadError, folder_of, is_complete
 
 WEIGHTS = "SPECDEC_FIRST_LIGHT_WEIGHTS"
 _METHODS = ("eagle", "draft_model", "hybrid", "tree", "ngram", "suffix")

@@ -14,17 +14,17 @@ from typing import Any
 
 import torch
 
-from bench import roofline
+from bench.catalogue.pairs import Pair, catalogue, folder
 from bench.first_light.report import Report
-from bench.pairs import Pair, catalogue, folder
+from bench.measure.cost import roofline
 from specdec import AcceptanceCounts, Completion, Engine, PhaseTimes, SamplingParams
 from specdec.drafts import NEEDS, load_with_drafts
-from specdec.models import score
+from specdec.models.base import score
 from specdec.models.causal import CausalLM
 from specdec.models.loading import read_layer_bytes
-from specdec.recording import Recorder
+from specdec.runtime.recording import Recorder
+from specdec.runtime.timing import durations_in_queue_s, durations_s, synchronise
 from specdec.stats import RunTotals, predicted_speedup
-from specdec.timing import durations_in_queue_s, durations_s, synchronise
 
 PAIRS = {"8b": "llama-8b-1b-shape", "135m": "smollm2-135m-shape", "tiny": "tiny-random"}
 RATES = (0.75, 0.6, 0.5, 0.4)  # acceptance of each draft position

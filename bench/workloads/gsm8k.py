@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from bench.extraction import is_number
-from bench.workloads import Malformed, Number, Prompt, find, prompts_of
+from bench.workloads.base import Malformed, Number, Prompt, find, prompts_of
+from bench.workloads.extraction import is_number
 from bench.workloads.sources import HubSet, hub_rows, rows_of
 from specdec.prompts import text_of
 

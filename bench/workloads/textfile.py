@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from bench.workloads import Malformed, Prompt, prompts_of
+from bench.workloads.base import Malformed, Prompt, prompts_of
 from specdec.prompts import rows, text_lines, text_of
 
 

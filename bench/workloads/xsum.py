@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from bench.workloads import Malformed, Prompt, Summary, find, prompts_of
+from bench.workloads.base import Malformed, Prompt, Summary, find, prompts_of
 from bench.workloads.sources import HubSet, hub_rows, rows_of
 from specdec.prompts import text_of
 

@@ -18,7 +18,7 @@ from specdec.conformance.instruments import INSTRUMENTS, Draws
 from specdec.conformance.reference import Positions, Reference, Tokens
 from specdec.conformance.verdicts import Limits
 from specdec.proposers.ngram import LookupIndex
-from specdec.randomness import uniforms
+from specdec.sampling.randomness import uniforms
 
 Array = NDArray[np.float64]
 

@@ -19,7 +19,7 @@ from specdec.conformance.betting import Exchangeability
 from specdec.conformance.certificate import Findings, Speculation
 from specdec.conformance.reference import Reference, Tokens
 from specdec.conformance.verdicts import DEFAULT_LIMITS, Limits, bounds, judge
-from specdec.progress import bar
+from specdec.runtime.progress import bar
 from specdec.sampling_params import SamplingParams
 
 SEED_STRIDE = 1 << 20  # seeds of requests that an audit's own seed has to itself

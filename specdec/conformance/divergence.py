@@ -14,8 +14,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from specdec.devices import upload
-from specdec.models import LanguageModel, hold, is_encoder_decoder, prefill
+from specdec.models.base import LanguageModel, hold, is_encoder_decoder, prefill
+from specdec.runtime.devices import upload
 
 WIDTHS = (1, 2, 4, 8)  # tokens per step
 _TAIL = 64  # tokens at the end that are scored in steps; those before them at once

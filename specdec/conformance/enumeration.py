@@ -29,13 +29,13 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
-from specdec.constraints import Constraint
+from specdec.constraints.progress import Constraint
 from specdec.decoding import Decoder
-from specdec.randomness import Role, UniformSource, off_branch
 from specdec.requests import Generation, Request
-from specdec.sampling import Law
+from specdec.sampling.distributions import Law
+from specdec.sampling.randomness import Role, UniformSource, off_branch
 from specdec.sampling_params import SamplingParams
-from specdec.trees import Tree
+from specdec.trees.shape import Tree
 from specdec.verification import Draft, Verification, VerificationRule, verify_coupled, verify_tokens
 
 MakeDecoder = Callable[[UniformSource, VerificationRule, int], Decoder]

@@ -15,18 +15,19 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from specdec.constraints import Progress, masks
+from specdec.constraints.progress import Progress, masks
 from specdec.decoding import Decoder
-from specdec.devices import upload
-from specdec.models import score
-from specdec.proposers import Proposer
+from specdec.models.base import score
+from specdec.proposers.base import Proposer
 from specdec.proposers.draft_model import DraftModelProposer
 from specdec.proposers.tree import tree_uniforms
-from specdec.randomness import Role, UniformSource, uniforms
 from specdec.requests import Batch, Generation
-from specdec.sampling import Dense, Law, RowParams, SamplingState
-from specdec.tree_verification import verify_tree
-from specdec.trees import Tree, tree_of
+from specdec.runtime.devices import upload
+from specdec.sampling.distributions import Dense, Law
+from specdec.sampling.randomness import Role, UniformSource, uniforms
+from specdec.sampling.state import RowParams, SamplingState
+from specdec.trees.shape import Tree, tree_of
+from specdec.trees.verification import verify_tree
 from specdec.verification import (
     Draft,
     Verification,

@@ -14,9 +14,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from specdec.devices import upload
-from specdec.models import Cache, LanguageModel, hold
-from specdec.sampling import Dense, Law, SamplingState
+from specdec.models.base import Cache, LanguageModel, hold
+from specdec.runtime.devices import upload
+from specdec.sampling.distributions import Dense, Law
+from specdec.sampling.state import SamplingState
 from specdec.sampling_params import SamplingParams
 
 _CHUNK = 1 << 22  # probabilities held at a time: as few as keep a step wide, for fresh memory costs more than a sum

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from specdec.sampling import Dense
+from specdec.sampling.distributions import Dense
 from specdec.verification import residual
 
 BrokenLaw = Callable[[Tensor, Tensor], Tensor]

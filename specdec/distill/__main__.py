@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from specdec.distill import commands
-from specdec.progress import show_what_can_be_shown
+from specdec.runtime.progress import show_what_can_be_shown
 
 
 def parser() -> argparse.ArgumentParser:

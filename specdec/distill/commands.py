@@ -27,13 +27,13 @@ from specdec.engine import Engine, tree_costs
 from specdec.models.derived import materialise, save_derived
 from specdec.models.eagle import fingerprint, load_head, new_head, write_config
 from specdec.models.loading import load_pretrained, packaged_draft, read_vocabulary
-from specdec.optimal_trees import expected_accepted, optimal_tree, tree_that_pays
 from specdec.prompts import encode
 from specdec.proposers.draft_model import DraftModelProposer
 from specdec.proposers.eagle import EagleProposer
 from specdec.proposers.table import NgramTable
-from specdec.trees import Tree
-from specdec.wheels import LoadError as LoadError
+from specdec.runtime.artifacts import LoadError as LoadError
+from specdec.trees.optimal import expected_accepted, optimal_tree, tree_that_pays
+from specdec.trees.shape import Tree
 
 FREQUENT = 4096  # tokens whose probabilities count at every training step
 DRAFT_SHAPE = {

@@ -15,8 +15,8 @@ from typing import Any
 
 from specdec.distill.prompts import Dialogue, EvaluationText, about_texts
 from specdec.engine import Engine
-from specdec.progress import bar
 from specdec.prompts import decode, encode, rows
+from specdec.runtime.progress import bar
 from specdec.sampling_params import SamplingParams
 
 HELD_OUT = 40

@@ -13,7 +13,7 @@ from specdec.models.causal import CausalLM
 from specdec.models.eagle import new_head
 from specdec.models.fusion import fuse
 from specdec.models.loading import load_pretrained
-from specdec.timing import durations_s
+from specdec.runtime.timing import durations_s
 
 CONTEXT = 256  # tokens in the caches
 REPETITIONS = 15

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from specdec.distill import corpus
 from specdec.distill.corpus import Text
-from specdec.progress import bar
+from specdec.runtime.progress import bar
 
 WINDOW = 256  # texts whose features are in memory at once; what a kill may lose
 

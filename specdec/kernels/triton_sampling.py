@@ -1,4 +1,4 @@
-"""Sampling and verification on GPUs: Triton kernels behind the entry points of `specdec.sampling` and others.
+"""Sampling and verification on GPUs: Triton kernels behind the entry points of `specdec.sampling.state` and others.
 
 Imported when first used: it needs Triton, which comes with CUDA builds of torch. TRITON_INTERPRET=1 runs the kernels on
 CPU tensors. Every entry point is a torch operator, so that fake tensors pass through it too; none reads anything back
@@ -27,7 +27,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from specdec.devices import on_device
+from specdec.runtime.devices import on_device
 
 _WAYS = tl.constexpr(16)  # a pass of a search divides its range by this
 _UNIT = tl.constexpr(2.0**61)  # of sums of probabilities as integers
@@ -540,7 +540,7 @@ def _shift(dtype: torch.dtype) -> int:
 
 @torch.library.custom_op("specdec::uniforms", mutates_args=())
 def uniforms(seeds: Tensor, positions: Tensor, roles: Tensor, origins: Tensor) -> Tensor:
-    """As `specdec.randomness.uniforms`; nothing that broadcasts is copied."""
+    """As `specdec.sampling.randomness.uniforms`; nothing that broadcasts is copied."""
     words = [word.flatten(0, word.ndim - 3) for word in _broadcast(seeds, positions, roles, origins)]
     out = _uniforms_like(seeds, positions, roles, origins)
     grid = (-(-out.numel() // _UNIFORMS_PER_PROGRAM),)
@@ -594,7 +594,7 @@ class _Rows:
 
 
 def largest(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """As `specdec.sampling.largest`."""
+    """As `specdec.sampling.distributions.largest`."""
     peaks, places, _ = summaries(logits)
     return peaks, places
 
@@ -638,7 +638,7 @@ def probabilities(
 ) -> tuple[Tensor, Tensor]:
     """Distributions float32 [rows, n, vocab] of logits of that shape, and whether they are ones, bool [rows, n].
 
-    The parameters are each row's, as in `specdec.sampling.RowParams`. NaN throughout where there is no distribution,
+    The parameters are each row's, as in `sampling.state.RowParams`. NaN throughout where there is no distribution,
     except in greedy rows, which are one-hot.
     """
     probs, finite = _probabilities_like(logits, temperature, greedy, top_k, keeps_all, top_p, min_p)
@@ -719,7 +719,7 @@ def _truncated(
 
 @torch.library.custom_op("specdec::draw", mutates_args=())
 def draw(probs: Tensor, uniforms: Tensor) -> Tensor:
-    """As `specdec.sampling.Dense.draw`, uniforms float64 [...].
+    """As `specdec.sampling.distributions.Dense.draw`, uniforms float64 [...].
 
     Sums are float64: within chunks of up to 4096 tokens first, then over chunks. Where rounding within a chunk hides
     the token it is the last one of the chunk that has a probability; without a distribution it is some token.
@@ -744,7 +744,7 @@ draw.register_fake(_draw_like)
 
 @torch.library.custom_op("specdec::race", mutates_args=())
 def race(probs: Tensor, uniforms: Tensor) -> Tensor:
-    """As `specdec.sampling.race`, waiting times in float64."""
+    """As `specdec.sampling.distributions.race`, waiting times in float64."""
     probs, uniforms, out = probs.contiguous(), uniforms.contiguous(), _draw_like(probs, uniforms)
     if out.numel():
         vocab = probs.shape[-1]

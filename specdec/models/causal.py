@@ -11,12 +11,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from specdec.cache import RaggedCache
-from specdec.models import prefill
+from specdec.models.base import prefill
+from specdec.models.cache import RaggedCache
 from specdec.models.early_exit import first_layers
 from specdec.models.fusion import FusedDecoder, depends_on_length, weight_bytes
 from specdec.models.length_factors import LengthCache, length_factors
-from specdec.trees import Branches, Tree
+from specdec.trees.columns import Branches
+from specdec.trees.shape import Tree
 
 
 class UnsupportedModelError(ValueError):

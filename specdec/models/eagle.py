@@ -25,12 +25,12 @@ from torch.nn.functional import embedding, linear
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
-from specdec.cache import RaggedCache
-from specdec.json_files import integers, read_json
+from specdec.models.cache import RaggedCache
 from specdec.models.fusion import FusedLayer, GpuStack, Projection, Shared, Stack, stack_of, weight_bytes
-from specdec.optimal_trees import Rates
-from specdec.trees import Branches
-from specdec.wheels import explained
+from specdec.runtime.artifacts import explained
+from specdec.runtime.json_files import integers, read_json
+from specdec.trees.columns import Branches
+from specdec.trees.optimal import Rates
 
 
 class EagleHead(nn.Module):

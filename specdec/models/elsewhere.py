@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from specdec.models import Cache, LanguageModel, is_encoder_decoder
-from specdec.trees import Branches
+from specdec.models.base import Cache, LanguageModel, is_encoder_decoder
+from specdec.trees.columns import Branches
 
 
 class Elsewhere:

@@ -20,9 +20,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import embedding, linear, scaled_dot_product_attention, silu
 
-from specdec import kernels
-from specdec.cache import RaggedCache
-from specdec.trees import ways
+from specdec.kernels import cpp, gpu
+from specdec.models.cache import RaggedCache
+from specdec.trees.columns import ways
 
 FUSABLE = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer")
 _BODIES = ("LlamaModel", "MistralModel", "Qwen2Model", "Qwen3Model")
@@ -113,7 +113,7 @@ def layer_by_layer(layers: Iterable[nn.Module], rotary: Any, hidden: Tensor, cac
 
 def stack_of(layers: Sequence[FusedLayer], rotary: Any) -> Stack | GpuStack:
     """Fused layers that all have a kernel, as the kernels of their device want them."""
-    return Stack(layers, rotary) if isinstance(layers[0].kernel, kernels.Layer) else GpuStack(layers, rotary)
+    return Stack(layers, rotary) if isinstance(layers[0].kernel, cpp.Layer) else GpuStack(layers, rotary)
 
 
 class GpuStack:
@@ -166,10 +166,10 @@ class Stack:
         self._angles_depend_on_length = depends_on_length(rotary)
         self._angles: tuple[Tensor, Tensor] | None = None
         self._cache: Callable[[], RaggedCache | None] = lambda: None  # whose blocks are known
-        self._known: tuple[kernels.Pointers, kernels.Pointers] | None = None
+        self._known: tuple[cpp.Pointers, cpp.Pointers] | None = None
         self._kernels = [layer.kernel for layer in layers if layer.kernel]
         self._num_kv_heads, self._head_dim = layers[0].num_kv_heads, layers[0].head_dim
-        self._pointers = (POINTER(kernels.Layer) * len(layers))(*map(pointer, self._kernels))
+        self._pointers = (POINTER(cpp.Layer) * len(layers))(*map(pointer, self._kernels))
 
     def takes(self, width: int) -> bool:
         """Whether calls of so many tokens in a row go through the kernels."""
@@ -180,8 +180,8 @@ class Stack:
         angles, blocks, window = self._angles_of(hidden, cache), self._blocks(cache, hidden.dtype), cache.window
         tree = None
         if window.branches is not None:
-            tree = kernels.TreePlaces(window.places, window.starts, ways(window.branches, hidden.device))
-        return kernels.run_layers(self._pointers, hidden, angles, window.positions, blocks, cache.capacity, tree)
+            tree = cpp.TreePlaces(window.places, window.starts, ways(window.branches, hidden.device))
+        return cpp.run_layers(self._pointers, hidden, angles, window.positions, blocks, cache.capacity, tree)
 
     def _angles_of(self, hidden: Tensor, cache: RaggedCache) -> tuple[Tensor, Tensor, Tensor]:
         """Tables of cos and sin [n, head_dim] and the place of each token in them, int64 [rows, width].
@@ -198,13 +198,13 @@ class Stack:
             self._angles = (cos[0].contiguous(), sin[0].contiguous())
         return *self._angles, positions
 
-    def _blocks(self, cache: RaggedCache, dtype: torch.dtype) -> tuple[kernels.Pointers, kernels.Pointers]:
+    def _blocks(self, cache: RaggedCache, dtype: torch.dtype) -> tuple[cpp.Pointers, cpp.Pointers]:
         """Of the open window's rows; for decode steps, whose rows begin at the first slot, found once."""
         if self._known and self._cache() is cache and cache.window.slots.start == 0:
             return self._known
         arrays = [cache.blocks(index, self._num_kv_heads, self._head_dim, dtype) for index in self._indices]
         keys, values = zip(*arrays, strict=True)
-        blocks = (kernels.pointers(keys), kernels.pointers(values))
+        blocks = (cpp.pointers(keys), cpp.pointers(values))
         if cache.window.slots.start == 0:
             self._cache, self._known = ref(cache), blocks
         return blocks
@@ -222,20 +222,18 @@ class Projection(nn.Module):
         on_cpu = weight.device.type == "cpu"
         self.bias = None if linears[0].bias is None else _joined([each.bias for each in linears])
         self.num_outputs, self.num_inputs = weight.shape
-        self.kernel: kernels.Projection | None = None
+        self.kernel: cpp.Projection | None = None
         self.is_packed = False
         self.weight: Tensor = weight
-        self.on_gpu = kernels.on_gpu(weight)
+        self.on_gpu = gpu.on_gpu(weight)
         self.interleaved_dim: int | None = None
         if self.on_gpu:
             self.weight = weight.contiguous()
-        elif kernels.take(weight) and self.num_inputs % 2 == 0:
-            self.weight = kernels.pack(weight)
+        elif cpp.take(weight) and self.num_inputs % 2 == 0:
+            self.weight = cpp.pack(weight)
             if self.bias is not None:
-                self.bias = nn.functional.pad(self.bias, (0, kernels.whole_blocks(self.num_outputs) - self.num_outputs))
-            self.kernel = kernels.Projection(
-                self.weight.data_ptr(), _pointer(self.bias), self.num_inputs, self.num_outputs
-            )
+                self.bias = nn.functional.pad(self.bias, (0, cpp.whole_blocks(self.num_outputs) - self.num_outputs))
+            self.kernel = cpp.Projection(self.weight.data_ptr(), _pointer(self.bias), self.num_inputs, self.num_outputs)
         elif on_cpu and weight.dtype == torch.bfloat16 and _packs_bf16():
             rows = 8  # the layout is chosen for this many; any number works
             self.is_packed = True
@@ -267,8 +265,8 @@ class Projection(nn.Module):
                 )
                 return product.view(*inputs.shape[:-1], self.num_outputs)
         if self.kernel is not None:
-            outputs: Tensor = inputs.new_empty(*inputs.shape[:-1], kernels.whole_blocks(self.num_outputs))
-            kernels.run_projection(self.kernel, inputs.contiguous(), outputs)
+            outputs: Tensor = inputs.new_empty(*inputs.shape[:-1], cpp.whole_blocks(self.num_outputs))
+            cpp.run_projection(self.kernel, inputs.contiguous(), outputs)
             return outputs[..., : self.num_outputs]
         if self.is_packed:
             outputs = torch.ops.mkldnn._linear_pointwise(inputs, self.weight, self.bias, "none", [], "")
@@ -292,8 +290,8 @@ class Norm(nn.Module):
         self.has_kernel = False
         if type(norm) is not nn.Identity:
             self.weight, self.epsilon = norm.weight.detach(), float(norm.variance_epsilon)
-            self.on_gpu = kernels.on_gpu(self.weight)
-            self.has_kernel = not self.on_gpu and kernels.take(self.weight) and len(self.weight) % 16 == 0
+            self.on_gpu = gpu.on_gpu(self.weight)
+            self.has_kernel = not self.on_gpu and cpp.take(self.weight) and len(self.weight) % 16 == 0
 
     def forward(self, x: Tensor) -> Tensor:
         if self.weight is None:
@@ -303,7 +301,7 @@ class Norm(nn.Module):
 
             return triton_layers.normalise(x, self.weight, self.epsilon)
         if self.has_kernel and x.dtype == self.weight.dtype:
-            return kernels.normalise(x, self.weight, self.epsilon)
+            return cpp.normalise(x, self.weight, self.epsilon)
         # for a few rows twice as fast as torch's own composite
         length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
         scale = torch.rsqrt(length.square().div_(x.shape[-1]).add_(self.epsilon))
@@ -421,20 +419,20 @@ class FusedLayer(nn.Module):
             is_interleaved=is_interleaved,
         )
 
-    def _describe_for_cpu(self) -> kernels.Layer | None:
+    def _describe_for_cpu(self) -> cpp.Layer | None:
         projections = [each.kernel for each in (self.qkv, self.output, self.gate_up, self.down)]
         sizes = (self.qkv.num_inputs, self.qkv.num_outputs, self.down.num_inputs)
         norms = [self.norm_before_attention, self.norm_before_mlp, self.q_norm, self.k_norm]
         epsilons = {norm.epsilon for norm in norms if norm.weight is not None}
         if (
             None in projections
-            or any(size % kernels.BLOCK for size in sizes)
-            or self.head_dim not in kernels.HEAD_DIMS
+            or any(size % cpp.BLOCK for size in sizes)
+            or self.head_dim not in cpp.HEAD_DIMS
             or self.activation is not silu
             or len(epsilons) != 1
         ):
             return None
-        return kernels.Layer(
+        return cpp.Layer(
             *projections,
             *(_pointer(norm.weight) for norm in norms),
             epsilons.pop(),

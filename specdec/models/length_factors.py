@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from specdec.cache import RaggedCache
-from specdec.trees import Branches, offsets
+from specdec.models.cache import RaggedCache
+from specdec.trees.columns import Branches, offsets
 
 Forward = Callable[..., Tensor]  # `CausalLM`'s own, see there
 _CHUNK = 512  # tokens that are computed anew at once

@@ -21,11 +21,11 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from specdec.checks import nearest, require_choice
 from specdec.methods import DTYPE_NAMES, LOAD_FORMATS
 from specdec.models.placement import LayerBytes
-from specdec.progress import others_bars
-from specdec.wheels import LoadError, WheelFile, WrongArgumentError, cache_root, explained, fetch, made_once
+from specdec.runtime.artifacts import LoadError, WheelFile, WrongArgumentError, cache_root, explained, fetch, made_once
+from specdec.runtime.checks import nearest, require_choice
+from specdec.runtime.progress import others_bars
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from specdec.devices import upload
-from specdec.trees import Branches
+from specdec.runtime.devices import upload
+from specdec.trees.columns import Branches
 
 
 @dataclass(slots=True, eq=False)

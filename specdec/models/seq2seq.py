@@ -20,11 +20,11 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import PreTrainedModel
 
-from specdec.cache import RaggedCache
-from specdec.devices import upload
+from specdec.models.cache import RaggedCache
 from specdec.models.causal import UnsupportedModelError, check_logits, check_tree_equals_plain, eos_token_ids
 from specdec.models.fusion import weight_bytes
-from specdec.trees import Branches
+from specdec.runtime.devices import upload
+from specdec.trees.columns import Branches
 
 
 @dataclass(slots=True, eq=False)

@@ -7,11 +7,12 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from specdec.adaptive import AdaptiveLength, confidence
-from specdec.devices import upload
-from specdec.randomness import Role, UniformSource, noise
+from specdec.proposers.adaptive import AdaptiveLength, confidence
 from specdec.requests import Batch
-from specdec.sampling import Law, RowParams, stack_laws
+from specdec.runtime.devices import upload
+from specdec.sampling.distributions import Law, stack_laws
+from specdec.sampling.randomness import Role, UniformSource, noise
+from specdec.sampling.state import RowParams
 from specdec.verification import Draft
 
 

@@ -10,19 +10,20 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from specdec.adaptive import AdaptiveLength
 from specdec.device_rows import RowState
-from specdec.devices import fetch_later, upload
-from specdec.models import Cache, FixedShapeModel, LanguageModel, TreeModel, prefill
+from specdec.models.base import Cache, FixedShapeModel, LanguageModel, TreeModel, prefill
+from specdec.models.vocabularies import Rewritten, SharedVocabulary
+from specdec.proposers.adaptive import AdaptiveLength
 from specdec.proposers.chain import draw_chain, draw_fixed
 from specdec.proposers.ngram import pad
 from specdec.proposers.tree import Level, draw_tree
-from specdec.randomness import UniformSource, uniforms
 from specdec.requests import Batch, Generation
-from specdec.sampling import Law, RowParams
-from specdec.trees import Tree
+from specdec.runtime.devices import fetch_later, upload
+from specdec.sampling.distributions import Law
+from specdec.sampling.randomness import UniformSource, uniforms
+from specdec.sampling.state import RowParams
+from specdec.trees.shape import Tree
 from specdec.verification import Draft
-from specdec.vocabularies import Rewritten, SharedVocabulary
 
 
 @dataclass(slots=True)

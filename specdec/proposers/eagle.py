@@ -8,20 +8,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from specdec.adaptive import AdaptiveLength
-from specdec.cache import RaggedCache
 from specdec.device_rows import RowState
-from specdec.devices import upload
-from specdec.models import PREFILL_CHUNK
+from specdec.models.base import PREFILL_CHUNK
+from specdec.models.cache import RaggedCache
 from specdec.models.eagle import EagleHead
+from specdec.proposers.adaptive import AdaptiveLength
 from specdec.proposers.chain import draw_chain, draw_fixed
 from specdec.proposers.ngram import pad
 from specdec.proposers.tree import Level, draw_tree
-from specdec.randomness import UniformSource, uniforms
-from specdec.recording import InPlace
 from specdec.requests import Batch, Generation
-from specdec.sampling import Law, RowParams
-from specdec.trees import Tree
+from specdec.runtime.devices import upload
+from specdec.runtime.recording import InPlace
+from specdec.sampling.distributions import Law
+from specdec.sampling.randomness import UniformSource, uniforms
+from specdec.sampling.state import RowParams
+from specdec.trees.shape import Tree
 from specdec.verification import Draft
 
 

@@ -17,14 +17,15 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from specdec.adaptive import AdaptiveLength
 from specdec.device_rows import RowState
-from specdec.devices import upload
-from specdec.models import Cache, FixedShapeModel, LanguageModel
+from specdec.models.base import Cache, FixedShapeModel, LanguageModel
+from specdec.proposers.adaptive import AdaptiveLength
 from specdec.proposers.chain import draw_chain, draw_fixed
-from specdec.randomness import UniformSource, uniforms
 from specdec.requests import Batch, Generation
-from specdec.sampling import Law, RowParams
+from specdec.runtime.devices import upload
+from specdec.sampling.distributions import Law
+from specdec.sampling.randomness import UniformSource, uniforms
+from specdec.sampling.state import RowParams
 from specdec.verification import Draft
 
 

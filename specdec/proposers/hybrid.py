@@ -8,12 +8,12 @@ from typing import Protocol
 
 import torch
 
-from specdec.adaptive import AdaptiveLength
-from specdec.proposers import Proposer
+from specdec.proposers.adaptive import AdaptiveLength
+from specdec.proposers.base import Proposer
 from specdec.proposers.ngram import pad
 from specdec.proposers.suffix import Copy, SuffixProposer, cut_together
 from specdec.requests import Batch, Generation
-from specdec.sampling import Dense, Law, OneHot
+from specdec.sampling.distributions import Dense, Law, OneHot
 from specdec.verification import Draft
 
 _DRAWN_PRIOR = (2.0, 4.0)  # tokens accepted of tokens looked at, of a row's drawn drafts before it had any

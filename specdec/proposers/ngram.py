@@ -12,9 +12,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from specdec.adaptive import AdaptiveLength
-from specdec.devices import upload
+from specdec.proposers.adaptive import AdaptiveLength
 from specdec.requests import Batch, Generation
+from specdec.runtime.devices import upload
 from specdec.verification import Draft
 
 Ngram = tuple[int, ...]

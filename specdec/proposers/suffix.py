@@ -7,7 +7,7 @@ frequency behind the shorter one. The score of a copy is the product of these, t
 What is proposed depends on committed tokens, so its law is one-hot. Where finished requests are remembered, it depends
 on other requests, too: the law of what is emitted does not, nor do greedy and coupled outputs, but which sample a seed
 gives does. An output tells of the uniforms that it was drawn by; a request that met them again would be biased. So the
-engine gives each request uniforms of its own (`specdec.randomness.own_seed`).
+engine gives each request uniforms of its own (`specdec.sampling.randomness.own_seed`).
 
 Sources: Oliaro et al. 2024 (arXiv:2411.04975); smoothing towards the shorter run: MacKay and Peto 1995, "A hierarchical
 Dirichlet language model".
@@ -22,7 +22,7 @@ from operator import mul
 
 import torch
 
-from specdec.adaptive import AdaptiveLength, together
+from specdec.proposers.adaptive import AdaptiveLength, together
 from specdec.proposers.ngram import pad
 from specdec.proposers.suffix_tree import TOKEN_BYTES, Place, SuffixTree
 from specdec.requests import Batch, Generation

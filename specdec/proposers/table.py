@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from specdec.proposers.ngram import TokenIndex
-from specdec.wheels import explained
+from specdec.runtime.artifacts import explained
 
 Array = npt.NDArray[Any]
 

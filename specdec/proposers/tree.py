@@ -8,12 +8,14 @@ from functools import cache, lru_cache
 import torch
 from torch import Tensor
 
-from specdec.devices import upload
-from specdec.randomness import Role, UniformSource, noise, on_branch
 from specdec.requests import Batch
-from specdec.sampling import Law, OneHot, RowParams, largest, stack_laws
-from specdec.tree_verification import without
-from specdec.trees import Branches, Tree
+from specdec.runtime.devices import upload
+from specdec.sampling.distributions import Law, OneHot, largest, stack_laws
+from specdec.sampling.randomness import Role, UniformSource, noise, on_branch
+from specdec.sampling.state import RowParams
+from specdec.trees.columns import Branches
+from specdec.trees.shape import Tree
+from specdec.trees.verification import without
 from specdec.verification import Draft
 
 LogitsAt = Callable[["Level", Tensor], Tensor]

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from bench.options import BenchConfig
-from bench.pairs import catalogue
+from bench.campaign.options import BenchConfig
+from bench.catalogue.pairs import catalogue
 
 
 @pytest.fixture(scope="session")

@@ -8,8 +8,8 @@ from functools import cache
 
 import pytest
 import torch
-from audited import DRAFT, PROMPTS, TARGET, ToyEngine, laws, leaning
-from toys import grid_pair
+from helpers.audited import DRAFT, PROMPTS, TARGET, ToyEngine, laws, leaning
+from helpers.toys import grid_pair
 
 from specdec import SamplingParams
 from specdec.conformance import mutants

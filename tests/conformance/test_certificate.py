@@ -8,9 +8,9 @@ import re
 from pathlib import Path
 
 import pytest
-from audited import PROMPTS, TARGET, ToyEngine
+from helpers.audited import PROMPTS, TARGET, ToyEngine
 
-from bench import texts
+from bench.report import format
 from specdec import SamplingParams
 from specdec.conformance.audit import audit
 from specdec.conformance.certificate import Certificate, Findings, Subject, bounded
@@ -87,7 +87,7 @@ def test_another_schema_is_refused() -> None:
 def test_a_verdict_is_told_with_its_bound(verdict: str, low: float, told: str) -> None:
     """In reports, too, which are read without what audits need."""
     assert bounded(verdict, 0.1, low) == told
-    assert texts.verdict({"verdict": verdict, "max_tv": 0.1, "tv_lower_bound": low}) == told
+    assert format.verdict({"verdict": verdict, "max_tv": 0.1, "tv_lower_bound": low}) == told
 
 
 def test_the_page_says_what_was_found() -> None:

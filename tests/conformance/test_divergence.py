@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import PROMPTS, SUPPORTED, make, reference
+from helpers.tiny import PROMPTS, SUPPORTED, make, reference
 
 from specdec.conformance.divergence import SAFETY, explain, first_difference, last_logits, logit_noise, margin
 from specdec.models.causal import CausalLM

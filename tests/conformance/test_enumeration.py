@@ -11,14 +11,12 @@ from functools import partial
 
 import pytest
 import torch
-from gates import distance
+from helpers.gates import distance
+from helpers.strategies import laws
+from helpers.toys import Automaton, FeatureTarget, ToyHead, grid_pair, joint_law, law_after, processed_law, table
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from strategies import laws
-from toys import Automaton, FeatureTarget, ToyHead, grid_pair, joint_law, law_after, processed_law, table
 
-from specdec.adaptive import AdaptiveLength, StepCosts
-from specdec.bans import AllOf, AtLeast, Without
 from specdec.conformance import mutants
 from specdec.conformance.enumeration import (
     Grid,
@@ -32,14 +30,17 @@ from specdec.conformance.enumeration import (
     race_pieces,
 )
 from specdec.conformance.mutants import maker, with_rule
-from specdec.constraints import Constraint
+from specdec.constraints.bans import AllOf, AtLeast, Without
+from specdec.constraints.progress import Constraint
 from specdec.decoding import Decoder
+from specdec.models.costs import StepCosts
 from specdec.models.markov import MarkovModel
+from specdec.proposers.adaptive import AdaptiveLength
 from specdec.proposers.eagle import EagleProposer
 from specdec.proposers.hybrid import HybridProposer
 from specdec.proposers.ngram import LookupIndex, NgramProposer
-from specdec.randomness import Role
-from specdec.sampling import Dense, race
+from specdec.sampling.distributions import Dense, race
+from specdec.sampling.randomness import Role
 from specdec.sampling_params import SamplingParams
 from specdec.verification import verify_block, verify_coupled, verify_tokens
 

@@ -7,8 +7,8 @@ import math
 import numpy as np
 import pytest
 import torch
+from helpers.strategies import law_rows
 from hypothesis import given
-from strategies import law_rows
 
 from specdec.conformance import facts
 from specdec.conformance.facts import EXPONENTS, Facts

@@ -7,16 +7,16 @@ from dataclasses import replace
 from functools import cache
 
 import pytest
-import tiny
 import torch
+from helpers import tiny
 
 from specdec import SamplingParams
 from specdec.conformance.mutants import MUTANTS, Maker, maker
 from specdec.models.causal import CausalLM
 from specdec.models.eagle import new_head
 from specdec.proposers.eagle import EagleProposer
-from specdec.randomness import uniforms
 from specdec.requests import Request
+from specdec.sampling.randomness import uniforms
 from specdec.verification import verify_block, verify_tokens
 
 PARAMS = [

@@ -8,15 +8,15 @@ from dataclasses import replace
 
 import pytest
 import torch
-from audited import TARGET
-from tiny import SUPPORTED, make
-from toys import top_k_law
+from helpers.audited import TARGET
+from helpers.tiny import SUPPORTED, make
+from helpers.toys import top_k_law
 
 from specdec import SamplingParams
 from specdec.conformance import reference
 from specdec.conformance.reference import Reference, boundary_gap
 from specdec.models.causal import CausalLM
-from specdec.sampling import SamplingState
+from specdec.sampling.state import SamplingState
 
 PROMPTS = [[1, 2, 3], [4], [5, 5]]
 OUTPUTS = [[6, 7, 0, 1], [2, 2], [3, 1, 2, 4, 4, 4]]

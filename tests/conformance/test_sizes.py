@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from toys import grid_pair
+from helpers.toys import grid_pair
 
 from specdec.conformance.enumeration import exact_law
 from specdec.conformance.mutants import MUTANTS

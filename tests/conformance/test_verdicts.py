@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from audited import PROMPTS, ToyEngine
+from helpers.audited import PROMPTS, ToyEngine
 
 from specdec import SamplingParams
 from specdec.conformance.audit import SEED_STRIDE, audit

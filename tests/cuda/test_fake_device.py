@@ -8,9 +8,9 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import tiny
 import torch
-from fake_cuda import DEVICE, Watch, fake_gpu
+from helpers import tiny
+from helpers.fake_cuda import DEVICE, Watch, fake_gpu
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from specdec import Engine, SamplingParams

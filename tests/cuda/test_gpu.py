@@ -7,8 +7,10 @@ import logging
 import pytest
 import torch
 
-from specdec import fallbacks, kernels, sampling
-from specdec.recording import Recorder, Recording
+from specdec.kernels import gpu
+from specdec.runtime import fallbacks
+from specdec.runtime.recording import Recorder, Recording
+from specdec.sampling import distributions
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -59,18 +61,18 @@ def test_the_memory_of_graphs_is_let_go() -> None:
 @pytest.mark.parametrize("triton", [False, True])
 def test_the_lowest_of_the_largest_is_chosen(dtype: torch.dtype, triton: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if not triton:
-        monkeypatch.setattr(kernels, "for_gpu", lambda tensor: None)
+        monkeypatch.setattr(gpu, "for_gpu", lambda tensor: None)
     generator = torch.Generator().manual_seed(0)
     for size in (61, 1000, 49152, 151_936):
         logits = torch.randint(0, 3, (8, 2, size), generator=generator).to(dtype)
-        peak, argmax = sampling.largest(logits.cuda())
+        peak, argmax = distributions.largest(logits.cuda())
         assert peak.eq(2).all()
         assert argmax.cpu().equal(logits.eq(2).int().argmax(-1))
 
 
 def test_the_clock_tells_how_long_the_parts_of_a_graph_take() -> None:
     device = torch.device("cuda", torch.cuda.current_device())
-    now_ns = kernels.clock(device)
+    now_ns = gpu.clock(device)
     if now_ns is None:
         pytest.skip("needs a GPU that runs Triton kernels")
     recorder = Recorder(device)

@@ -3,8 +3,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
+from helpers import tiny
 
 from specdec.distill.corpus import Text
 

@@ -86,7 +86,7 @@ def test_a_head_for_other_weights_is_refused(work: Path, target_folder: Path, tm
 def test_a_damaged_head_is_said_to_be_damaged(work: Path, target_folder: Path, tmp_path: Path, file: str) -> None:
     import shutil
 
-    from specdec.wheels import LoadError
+    from specdec.runtime.artifacts import LoadError
 
     head = shutil.copytree(work / "head", tmp_path / "head", ignore=shutil.ignore_patterns("training"))
     (head / file).write_bytes((head / file).read_bytes()[:-30])

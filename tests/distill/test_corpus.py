@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from toys import grid_pair
+from helpers.toys import grid_pair
 
 from specdec import Engine, SamplingParams
 from specdec.distill import corpus

@@ -1,8 +1,8 @@
 """What is trained is what runs: the laws seen in training are those of the draft at work."""
 
 import pytest
-import tiny
 import torch
+from helpers import tiny
 
 from specdec.distill.dataset import TextBatch
 from specdec.distill.loss import HARD, distillation_loss

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from toys import table
+from helpers.toys import table
 
 from specdec.distill.__main__ import main
 from specdec.distill.tree import LEAST_TRIED, Counts, count
 from specdec.models.markov import MarkovModel
-from specdec.optimal_trees import Rates
 from specdec.proposers.draft_model import DraftModelProposer
-from specdec.trees import MOST_LEVELS, Tree
+from specdec.trees.optimal import Rates
+from specdec.trees.shape import MOST_LEVELS, Tree
 
 FALLING = torch.tensor([[4, 2, 1], [1, 4, 2], [2, 1, 4], [4, 1, 2]]).double() / 7
 TARGET, TREE = MarkovModel(table(3, FALLING)), Tree.balanced([3, 2])

@@ -17,8 +17,9 @@ from typing import Any
 
 import pytest
 
-from bench.engines import EngineError, LoadOptions, Setup, VllmOptions, vllm, vllm_server
-from bench.pairs import catalogue
+from bench.catalogue.pairs import catalogue
+from bench.engines import vllm, vllm_server
+from bench.engines.base import EngineError, LoadOptions, Setup, VllmOptions
 from specdec import SamplingParams
 
 PYTHON = os.environ.get("SPECDEC_VLLM_PYTHON")

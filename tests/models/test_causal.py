@@ -6,7 +6,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from tiny import GQA, GREEDY, PROMPTS, SMALL, SUPPORTED, make, reference
+from helpers.tiny import GQA, GREEDY, PROMPTS, SMALL, SUPPORTED, make, reference
 
 from specdec import Engine, SamplingParams
 from specdec.models.causal import CausalLM, UnsupportedModelError, check_logits
@@ -121,7 +121,7 @@ def test_a_call_beyond_the_capacity_is_refused() -> None:
 def test_prefill_in_chunks_equals_prefill_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     target = CausalLM(make("llama", GQA))
     whole = Engine(target).generate(PROMPTS, GREEDY)
-    monkeypatch.setattr("specdec.models.PREFILL_CHUNK", 3)
+    monkeypatch.setattr("specdec.models.base.PREFILL_CHUNK", 3)
     assert [c.token_ids for c in Engine(target).generate(PROMPTS, GREEDY)] == [c.token_ids for c in whole]
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from live_bytes import LiveBytes
-from tiny import GQA, GREEDY, PROMPTS, SUPPORTED, make, reference
+from helpers.live_bytes import LiveBytes
+from helpers.tiny import GQA, GREEDY, PROMPTS, SUPPORTED, make, reference
 
-from specdec import Engine, kernels
+from specdec import Engine
+from specdec.kernels import cpp
 from specdec.models.causal import CausalLM
 from specdec.models.fusion import FusedLayer, fuse, weight_bytes
 
@@ -62,7 +63,7 @@ def test_a_step_reads_all_weights_but_the_embedding(tied: bool) -> None:
 
 
 needs_kernels = pytest.mark.skipif(
-    not kernels.available(torch.bfloat16), reason="kernels need Linux, a C++ compiler and AVX512-BF16"
+    not cpp.available(torch.bfloat16), reason="kernels need Linux, a C++ compiler and AVX512-BF16"
 )
 
 
@@ -74,7 +75,7 @@ def test_layers_through_the_cache_are_those_of_the_original(
 ) -> None:
     """In bf16 as near to the float32 model as transformers' own layers are."""
     if not with_kernels:
-        monkeypatch.setattr(kernels, "available", lambda dtype: False)
+        monkeypatch.setattr(cpp, "available", lambda dtype: False)
     name, options = kind.split()[0], KERNEL_KINDS[kind]
     exact, plain, fused = (make(name, options, each) for each in (torch.float32, dtype, dtype))
     fuse(fused)
@@ -171,7 +172,7 @@ def test_with_kernels_speculation_gives_the_bits_of_plain_decoding() -> None:
 
 def test_fusing_needs_little_more_memory_than_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is joined is copied, so a layer's old weights must go before the next layer's are joined."""
-    monkeypatch.setattr(kernels, "available", lambda dtype: False)
+    monkeypatch.setattr(cpp, "available", lambda dtype: False)
     model = make("llama", WIDE | {"num_hidden_layers": 16})
     num_bytes = weight_bytes(model.modules())
     with LiveBytes(list(model.parameters())) as live:

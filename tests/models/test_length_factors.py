@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import GQA, PROMPTS, make, reference
+from helpers.tiny import GQA, PROMPTS, make, reference
 
 from specdec import Engine, SamplingParams
 from specdec.models.causal import CausalLM, UnsupportedModelError
@@ -52,7 +52,7 @@ def test_output_is_that_of_plain_forwards_whatever_is_computed_beside_it(kind: s
         "tree": Engine(target, method="tree", draft=target, tree=[(0,), (1,), (0, 0), (1, 0), (0, 0, 0)]),
     }
     for chunk in (512, 5):
-        monkeypatch.setattr("specdec.models.PREFILL_CHUNK", chunk)
+        monkeypatch.setattr("specdec.models.base.PREFILL_CHUNK", chunk)
         for name, engine in engines.items():
             assert [list(c.token_ids) for c in engine.generate(prompts, GREEDY)] == expected, (name, chunk)
 

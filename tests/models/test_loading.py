@@ -16,7 +16,7 @@ import torch
 from specdec import Engine
 from specdec.models import loading
 from specdec.models.loading import SMOLLM2_135M, load_pretrained, resolve
-from specdec.wheels import LoadError
+from specdec.runtime.artifacts import LoadError
 
 PROMPT = torch.tensor([[1, 5, 9, 2]])
 WORDS = ["<unk>", "<s>", "</s>", *"abcdefghijklmnopqrstuvwxyz", "Ġ", "ab", "abc"]

@@ -11,27 +11,27 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from gates import distance
-from tiny import GQA
-from tiny import make as make_causal
+from helpers.gates import distance
+from helpers.tiny import GQA
+from helpers.tiny import make as make_causal
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import Tensor
 
 from specdec import Engine, SamplingParams
-from specdec.cache import RaggedCache
 from specdec.conformance.divergence import last_logits
 from specdec.conformance.enumeration import exact_law, pieces_between
 from specdec.conformance.mutants import maker
 from specdec.conformance.reference import Reference
-from specdec.models import prefill
 from specdec.models import seq2seq as module
+from specdec.models.base import prefill
+from specdec.models.cache import RaggedCache
 from specdec.models.causal import CausalLM, UnsupportedModelError
 from specdec.models.elsewhere import Elsewhere, seen_from
 from specdec.models.placement import PlacementError
 from specdec.models.seq2seq import Seq2SeqCache, Seq2SeqLM, distance_buckets
-from specdec.sampling import Dense
+from specdec.runtime.artifacts import LoadError
+from specdec.sampling.distributions import Dense
 from specdec.verification import residual
-from specdec.wheels import LoadError
 
 SMALL = {
     "d_model": 32,
@@ -143,7 +143,7 @@ def test_what_follows_a_prompt_is_prefilled_in_chunks(monkeypatch: pytest.Monkey
     """The prompt is read as a whole, however long; the rest of a row that a draft model has not seen is not."""
     model = make("t5")
     target, row = Seq2SeqLM(model), [*PROMPTS[0], *[8, 7, 6, 5, 4, 3, 9, 2]]
-    monkeypatch.setattr("specdec.models.PREFILL_CHUNK", 3)
+    monkeypatch.setattr("specdec.models.base.PREFILL_CHUNK", 3)
     cache = target.allocate(2, 32)
     logits = prefill(target, row, cache, 1, num_prompt=len(PROMPTS[0]))
     assert cache.lengths == [0, len(row)]

@@ -13,13 +13,14 @@ import pytest
 import torch
 import transformers
 
-from specdec import Engine, SamplingParams, devices
+from specdec import Engine, SamplingParams
 from specdec.drafts import load_with_drafts, place_models
 from specdec.models import loading
 from specdec.models.causal import CausalLM
 from specdec.models.elsewhere import Elsewhere, can_be_recorded, seen_from
 from specdec.models.loading import load_pretrained, read_layer_bytes
 from specdec.models.placement import LayerBytes, PlacementError
+from specdec.runtime import devices
 
 GREEDY = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
 PROMPTS = [[1, 5, 9, 2, 1, 5, 9], [3, 3, 7]]
@@ -320,7 +321,7 @@ def test_a_target_on_two_gpus_and_its_draft_on_a_third(name: str, folders: dict[
 
 def test_sizes_of_a_pair_of_the_catalogue_s_shape() -> None:
     """Llama 3.1 8B's dimensions: 8,030,261,248 parameters, as its card says."""
-    folder = Path(__file__).parents[2] / "bench" / "llama-8b-shape" / "config.json"
+    folder = Path(__file__).parents[2] / "bench" / "catalogue" / "models" / "llama-8b-shape" / "config.json"
     sizes = read_layer_bytes(str(folder), torch.bfloat16, "dummy")
     assert isinstance(sizes, LayerBytes)
     assert sizes.total == 2 * 8_030_261_248

@@ -1,4 +1,4 @@
-"""vLLM as a plain script has it, `LLM.generate`, to measure what the harness's worker adds: `bench.vllm_overhead`.
+"""vLLM as a plain script has it, `LLM.generate`, to measure what the harness's worker adds; see `tools/vllm_overhead`.
 
 It speaks as the worker does, and is given the same arguments of the engine; what those leave out, it leaves out too.
 """

@@ -1,0 +1,53 @@
+"""Up to which request rate speculation pays."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+
+def ratios(plain: Sequence[dict[str, Any]], method: Sequence[dict[str, Any]]) -> dict[float, float | None]:
+    """By rate: the median latency of plain decoding over that of a method; None where one has none. Above 1 it pays."""
+    theirs = {record["rate"]: record.get("latency_p50_s") for record in plain}
+    ours = {record["rate"]: record.get("latency_p50_s") for record in method}
+    return {
+        rate: theirs[rate] / ours[rate] if theirs[rate] and ours[rate] else None
+        for rate in sorted(theirs.keys() & ours.keys())
+    }
+
+
+def pays(plain: Sequence[dict[str, Any]], method: Sequence[dict[str, Any]]) -> dict[float, bool | None]:
+    """By rate: whether the median latency of a method is below that of plain decoding.
+
+    A median that is not known, as half of the requests were not finished, is longer than any; None if neither is known.
+    """
+    theirs = {record["rate"]: record["latency_p50_s"] or math.inf for record in plain}
+    ours = {record["rate"]: record["latency_p50_s"] or math.inf for record in method}
+    return {
+        rate: ours[rate] < theirs[rate] if min(ours[rate], theirs[rate]) < math.inf else None
+        for rate in sorted(theirs.keys() & ours.keys())
+    }
+
+
+def stops_paying(paid: dict[float, bool | None]) -> tuple[float | None, float | None]:
+    """The rates between which a method stops paying: the last at which it does, all before it too, and the next.
+
+    None for the first if it pays at none, for the second if it does not stop; rates that tell nothing are passed over.
+    """
+    last = None
+    for rate, is_paid in sorted(paid.items()):
+        if is_paid is False:
+            return last, rate
+        last = rate if is_paid else last
+    return last, None
+
+
+def highest_rate(records: Sequence[dict[str, Any]], percent: int) -> float | None:
+    """The highest rate at which so many percent of the requests kept the limits, as at all lower ones; None: none."""
+    highest = None
+    for record in sorted(records, key=lambda record: record["rate"]):
+        if record["within_limits_rate"] < percent / 100:
+            break
+        highest = record["rate"]
+    return highest

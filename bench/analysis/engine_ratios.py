@@ -1,0 +1,79 @@
+"""Engines compared by the best that each can do: the reference engine's fastest cell beside every other engine's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from bench.records.intervals import Interval, geometric_mean_interval
+
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Lead:
+    """How many times faster one cell is than another, by their records: latency per emitted token, round by round."""
+
+    ours: Record
+    theirs: Record
+    times: Interval
+
+
+def leads(records: Sequence[Record]) -> list[Lead]:
+    """For each other engine: the reference's plain decoding and best method over its plain decoding and its best.
+
+    records: of cells that differ in engine, method and gamma only. No two of these cells ran side by side, but each
+    ran beside its own engine's plain decoding, and the plain decoding of each engine beside the reference's: the ratio
+    of two cells is the product of these three, for each round. Which cell is best is chosen by the same measurement,
+    which flatters both sides a little. Engines whose plain decoding was not measured are left out.
+    """
+    engines = {record["engine"]: [each for each in records if each["engine"] == record["engine"]] for record in records}
+    ours = engines.pop(records[0]["reference_engine"], [])
+    if not ours:
+        return []
+    return [lead for theirs in engines.values() for lead in _leads(ours, theirs)]
+
+
+def _leads(ours: Sequence[Record], theirs: Sequence[Record]) -> Iterator[Lead]:
+    plain = next((record for record in theirs if record["method"] == "autoregressive"), None)
+    own_plain = next((record for record in ours if record["method"] == "autoregressive"), None)
+    if not plain or not own_plain or not plain.get("reference_per_prompt_latency_s"):
+        return
+    between = _ratios(plain, "", plain, "reference_")
+    best, their_best = _best(ours), _best(theirs)
+    combinations = [(own_plain, plain), (best, plain), (best, their_best)]
+    for mine, other in combinations:
+        if mine and other:
+            ratios = zip(_gains(mine), between, _gains(other), strict=True)
+            yield Lead(mine, other, geometric_mean_interval([gain * ratio / loss for gain, ratio, loss in ratios]))
+
+
+def _best(records: Sequence[Record]) -> Record | None:
+    drafting = [record for record in records if record["speedup"] is not None]
+    return max(drafting, key=lambda record: record["speedup"], default=None)
+
+
+def _gains(record: Record) -> list[float]:
+    """How many times faster a cell is than its own engine's plain decoding, for each round."""
+    its_plain = "" if record["method"] == "autoregressive" else "baseline_"
+    return _ratios(record, its_plain, record, "")
+
+
+def _ratios(above: Record, its_arm: str, below: Record, other_arm: str) -> list[float]:
+    """Of seconds per emitted token, for each round."""
+    return [a / b for a, b in zip(time_per_token(above, its_arm), time_per_token(below, other_arm), strict=True)]
+
+
+def time_per_token(record: Record, arm: str) -> list[float]:
+    """Seconds per emitted token of each round; one number for a batch, whose rows are not independent.
+
+    arm: "", "baseline_" or "reference_".
+    """
+    latencies, tokens = (_batches(record[f"{arm}per_prompt_{name}"], record) for name in ("latency_s", "tokens"))
+    return [sum(batch_s) / sum(numbers) for batch_s, numbers in zip(latencies, tokens, strict=True)]
+
+
+def _batches(values: Sequence[float], record: Record) -> list[Sequence[float]]:
+    size = record["batch_size"]
+    return [values[first : first + size] for first in range(0, len(values), size)]

@@ -1,0 +1,176 @@
+"""What differs between two runs, cell by cell: faster, slower, no difference seen, or why they cannot be compared.
+
+Times of two runs differ with whatever else the machine does, so a verdict rests on what is paired inside each run: the
+ratio to plain decoding of the same prompts, measured by turns. Where a cell has nothing beside it (plain decoding
+itself, costs of steps) other times say that the machine changed, or everything on it, and no more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from bench.analysis.engine_ratios import time_per_token
+from bench.records.intervals import Interval, geometric_mean_interval, unpaired_ratio_interval
+from bench.records.results import Record, Results, cell_id
+
+# what must be the same for times of a cell to be compared
+CONDITIONS = (
+    "target",
+    "draft",
+    "dtype",
+    "device",
+    "quantisation",
+    "load_format",
+    "engine_options",
+    "verification",
+    "synthetic_acceptance_rates",
+    "max_tokens",
+    "temperature",
+    "top_p",
+    "top_k",
+    "duration_s",
+)
+PROMPTS = ("num_prompts", "prompt_format", "prompt_lengths", "seed")
+MACHINE = ("cpu_model", "cpu_count", "gpus", "torch_num_threads", "cuda", "driver")
+FASTER, SLOWER, NO_DIFFERENCE, INCOMPARABLE = "faster", "slower", "no difference seen", "not comparable"
+MACHINE_CHANGED = "the machine changed"
+VERDICTS = (FASTER, SLOWER, NO_DIFFERENCE, MACHINE_CHANGED, INCOMPARABLE)
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """A cell in two runs.
+
+    record: in the run in which it is, the later one if in both. verdict: on the later one, as above, or "only in NAME".
+    times: how many times as fast the later one is: by its ratio to plain decoding where both runs have that beside it,
+    else by its times as they are. plain: how many times as fast plain decoding beside it is, which shows what the
+    machine, or a change of the engine as a whole, has done. reasons: why no interval, or no verdict, can be had.
+    outputs_equal: whether all emitted tokens are the same; None if that is not known.
+    """
+
+    record: Record
+    verdict: str
+    times: Interval | None = None
+    plain: Interval | None = None
+    reasons: tuple[str, ...] = ()
+    outputs_equal: bool | None = None
+
+    @property
+    def is_lone(self) -> bool:
+        """Whether only one of the runs has the cell."""
+        return self.verdict not in VERDICTS
+
+
+def differences(before: Results, after: Results) -> list[Difference]:
+    """Of every cell that one of two runs has; audits apart, which are no times."""
+    earlier, later = ({cell_id(each): each for each in _timed(run)} for run in (before, after))
+    found = [
+        _difference(before, after, earlier[name], record) if name in earlier else _lone(record, after)
+        for name, record in later.items()
+    ]
+    return found + [_lone(record, before) for name, record in earlier.items() if name not in later]
+
+
+def _timed(run: Results) -> list[Record]:
+    return [*run.cells, *run.loads, *run.costs]
+
+
+def _lone(record: Record, run: Results) -> Difference:
+    return Difference(record, f"only in {run.name}")
+
+
+def _difference(before: Results, after: Results, earlier: Record, later: Record) -> Difference:
+    outputs_equal = _outputs_equal(earlier, later)
+    reasons = tuple(_obstacles(before, after, earlier, later))
+    if reasons:
+        return Difference(later, INCOMPARABLE, reasons=reasons, outputs_equal=outputs_equal)
+    if later["axis"] is not None:
+        times = unpaired_ratio_interval(earlier["per_round_s"], later["per_round_s"])
+        return Difference(later, _unpaired_verdict(times), times, reasons=_few(times))
+    ratios = _ratios(earlier, later, "")
+    if not _has_times(earlier, later, "baseline_"):
+        times = geometric_mean_interval(ratios)
+        return Difference(later, _unpaired_verdict(times), times, None, _few(times), outputs_equal)
+    plain_ratios = _ratios(earlier, later, "baseline_")
+    plain = geometric_mean_interval(plain_ratios)
+    times = geometric_mean_interval([ours / plain for ours, plain in zip(ratios, plain_ratios, strict=True)])
+    return Difference(later, verdict(times), times, plain, _few(times), outputs_equal)
+
+
+def verdict(times: Interval) -> str:
+    """By the interval of how many times as fast: it is a difference if 1 is not within."""
+    if times.low is not None and times.low > 1:
+        return FASTER
+    return SLOWER if times.high is not None and times.high < 1 else NO_DIFFERENCE
+
+
+def _unpaired_verdict(times: Interval) -> str:
+    """Of times that nothing was measured beside: whether the machine, or all that runs on it, is as fast as it was."""
+    return NO_DIFFERENCE if verdict(times) == NO_DIFFERENCE else MACHINE_CHANGED
+
+
+def _few(times: Interval) -> tuple[str, ...]:
+    return ("one round has no interval",) if times.low is None else ()
+
+
+def _ratios(earlier: Record, later: Record, arm: str) -> list[float]:
+    """Time per emitted token of the earlier over that of the later, round by round."""
+    return [old / new for old, new in zip(time_per_token(earlier, arm), time_per_token(later, arm), strict=True)]
+
+
+def _outputs_equal(earlier: Record, later: Record) -> bool | None:
+    digests = {record.get("output_sha256") for record in (earlier, later)}
+    return None if None in digests else len(digests) == 1
+
+
+def _obstacles(before: Results, after: Results, earlier: Record, later: Record) -> Iterator[str]:
+    """Why the times of a cell cannot be compared."""
+    yield from _changes("machine", before.machine, after.machine, MACHINE)
+    yield from _changes("versions", _versions(before, earlier), _versions(after, later))
+    yield from _changes("options", earlier, later, CONDITIONS)
+    yield from _changes("prompts", earlier, later, PROMPTS)
+    if _other_prompts(before, after):
+        yield "prompts: the workload's texts are others"
+    if later["axis"] is not None:
+        if not (earlier["per_round_s"] and later["per_round_s"]):
+            yield "rounds: their times were not kept"
+    elif later["rate"] is not None:
+        yield "load: requests wait for each other, so that a run is but one observation"
+    elif not _has_times(earlier, later, ""):
+        yield "prompts: times of single prompts were not kept, or not of as many"
+
+
+def _changes(what: str, ours: dict[str, Any], theirs: dict[str, Any], names: Sequence[str] = ()) -> Iterator[str]:
+    """Values that are not the same."""
+    for name in names or sorted({*ours, *theirs}):
+        if ours.get(name) != theirs.get(name):
+            yield f"{what}: {name} was {ours.get(name)} and is {theirs.get(name)}"
+
+
+def _versions(run: Results, record: Record) -> dict[str, Any]:
+    """Of what times depend on; specdec's own is what two runs are made to compare."""
+    told = dict(run.machine.get("versions") or {})
+    engine = str(record.get("engine") or "specdec")
+    for name in ("specdec", "vllm"):
+        told.pop(name, None)
+    others = {"engine": record.get("engine_version")} if engine != "specdec" else {}
+    return {**told, "python": run.machine.get("python_version"), **others}
+
+
+def _other_prompts(before: Results, after: Results) -> bool:
+    """Whether two runs of the same workloads had other texts; False where that is not known."""
+    ours, theirs = (run.configuration or {} for run in (before, after))
+    names = ("workloads", "num_prompts", "seed", "prompt_lengths")
+    if any(ours.get(name) != theirs.get(name) for name in names):
+        return False  # the digest is that of all workloads together
+    digests = [each.get("prompts_sha256") for each in (ours, theirs)]
+    return None not in digests and digests[0] != digests[1]
+
+
+def _has_times(earlier: Record, later: Record, arm: str) -> bool:
+    """Whether both have as many rounds, with the times of their prompts."""
+    names = (f"{arm}per_prompt_latency_s", f"{arm}per_prompt_tokens")
+    lengths = {len(record.get(name) or ()) for record in (earlier, later) for name in names}
+    return len(lengths) == 1 and 0 not in lengths

@@ -1,0 +1,1 @@
+"""What a campaign measures: options, the cells they ask for, and when requests arrive."""

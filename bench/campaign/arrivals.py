@@ -1,0 +1,72 @@
+"""When requests arrive under open-loop load, and the latency limits they are held to."""
+
+from __future__ import annotations
+
+import math
+import random
+from dataclasses import dataclass
+from typing import Literal
+
+Process = Literal["poisson", "constant"]
+PROCESSES: tuple[Process, ...] = ("poisson", "constant")
+MOST_REQUESTS = 100_000
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What became of a request. Times are in seconds from its arrival.
+
+    arrival_s: from the beginning of the run. num_tokens: emitted. queue_s: until it had a slot, if the engine tells.
+    """
+
+    arrival_s: float
+    ttft_s: float
+    latency_s: float
+    num_tokens: int
+    queue_s: float | None = None
+
+    @property
+    def inter_token_s(self) -> float | None:
+        """From a token to the next; None for a single one."""
+        return (self.latency_s - self.ttft_s) / (self.num_tokens - 1) if self.num_tokens > 1 else None
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a request must keep to count for the goodput, in seconds, the mean of its inter-token times taken."""
+
+    ttft_s: float
+    inter_token_s: float
+
+    def hold(self, request: Request) -> bool:
+        return request.ttft_s <= self.ttft_s and (request.inter_token_s or 0.0) <= self.inter_token_s
+
+
+def arrivals(rate: float, duration_s: float, process: Process, seed: int) -> tuple[float, ...]:
+    """When requests arrive, in seconds from the beginning, in order, all before `duration_s`.
+
+    rate: requests a second, > 0. "constant": every 1/rate seconds, the first at once. "poisson": with independent gaps
+    of an exponential law of mean 1/rate. A seed gives the same gaps at every rate, but for that mean.
+    Raises ValueError for a rate or a duration that is not positive, for none at all, and for more than MOST_REQUESTS.
+    """
+    for name, value in (("rate", rate), ("duration_s", duration_s)):
+        if not 0 < value < math.inf:
+            raise ValueError(f"{name}={value} must be > 0 and finite; give another --{name.removesuffix('_s')}")
+    if rate * duration_s > MOST_REQUESTS:
+        raise ValueError(
+            f"rate={rate:g} for duration={duration_s:g} must be at most {MOST_REQUESTS} requests; lower one of them"
+        )
+    if process == "constant":
+        return tuple(index / rate for index in range(math.ceil(rate * duration_s - 1e-9)))
+    uniforms = random.Random(seed)
+    times: list[float] = []
+    now_s = -math.log(1 - uniforms.random()) / rate
+    while now_s < duration_s:
+        times.append(now_s)
+        now_s += -math.log(1 - uniforms.random()) / rate
+    if not times:
+        raise ValueError(
+            f"rate={rate:g} for duration={duration_s:g} must bring a request, but none arrives with seed={seed}; "
+            "raise --duration"
+        )
+    return tuple(times)

@@ -1,0 +1,1 @@
+"""Which model pairs and drafting methods are measured."""

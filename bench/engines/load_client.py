@@ -1,0 +1,128 @@
+"""A client that sends requests at their times, whether or not earlier ones are done."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from threading import BoundedSemaphore, Event, Lock
+from typing import Generic, TypeVar
+
+from bench.engines.base import EngineError
+from bench.engines.completions import BusyError
+
+MOST_IN_FLIGHT = 256  # each has a thread and a connection
+ABORT_PERIOD_S = 0.05
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Sent(Generic[T]):
+    """What became of requests: a result, or None for one that was refused or not done in time.
+
+    refused: their indices. wall_s: until the last was done, or time was up. peak_delay_s: how late one was sent.
+    """
+
+    results: tuple[T | None, ...]
+    refused: frozenset[int]
+    wall_s: float
+    peak_delay_s: float
+
+
+def send_on_time(
+    call: Callable[[int, float], T], arrivals_s: Sequence[float], limit_s: float, abort: Callable[[], None]
+) -> Sent[T]:
+    """Make a call for each arrival, in seconds from now.
+
+    call: (index, when it was due by time.perf_counter) -> result; it raises BusyError if it is refused. abort: breaks
+    off the calls that are out, which then raise EngineError: done at `limit_s`, or as soon as a call has failed.
+    At most MOST_IN_FLIGHT calls are out at a time: one that comes then is refused here. It does not wait, as that would
+    let a slow engine slow the arrivals down.
+    Raises the first EngineError of a call that is none of these.
+    """
+    flight = _Flight(call, time.perf_counter())
+    with ThreadPoolExecutor(MOST_IN_FLIGHT) as threads:
+        try:
+            calls = flight.send(threads, arrivals_s)
+            flight.wait(calls, limit_s)
+        finally:
+            flight.end(abort)
+    wall_s = time.perf_counter() - flight.start_s
+    if flight.error:
+        raise flight.error
+    return Sent(tuple(map(_result, calls)), frozenset(flight.refused), wall_s, flight.peak_delay_s)
+
+
+def _result(call: Future[T | None] | None) -> T | None:
+    return call.result() if call else None
+
+
+class _Flight(Generic[T]):
+    """The calls that are out."""
+
+    def __init__(self, call: Callable[[int, float], T], start_s: float) -> None:
+        self.start_s, self.peak_delay_s = start_s, 0.0
+        self.refused: set[int] = set()
+        self.error: EngineError | None = None
+        self._call, self._lock = call, Lock()
+        self._free, self._failed = BoundedSemaphore(MOST_IN_FLIGHT), Event()
+        self._num_out, self._is_over = 0, False
+
+    def send(self, threads: ThreadPoolExecutor, arrivals_s: Sequence[float]) -> list[Future[T | None] | None]:
+        """Begin each call when it is due; none any more once one has failed."""
+        calls: list[Future[T | None] | None] = []
+        for index, arrival_s in enumerate(arrivals_s):
+            due_s = self.start_s + arrival_s
+            if self._failed.wait(max(0.0, due_s - time.perf_counter())):
+                break
+            if self._free.acquire(blocking=False):
+                with self._lock:
+                    self._num_out += 1
+                calls.append(threads.submit(self._make, index, due_s))
+            else:
+                self._refuse(index)
+                calls.append(None)
+        return calls
+
+    def wait(self, calls: Sequence[Future[T | None] | None], limit_s: float) -> None:
+        """Until all are done, one has failed, or time is up."""
+        end_s = self.start_s + limit_s
+        while not self._failed.is_set() and (left_s := end_s - time.perf_counter()) > 0:
+            out = next((call for call in calls if call and not call.done()), None)
+            if out is None:
+                return
+            self._failed.wait(min(left_s, ABORT_PERIOD_S))
+
+    def end(self, abort: Callable[[], None]) -> None:
+        """Break off what is out, again until nothing is: a call may only just have begun."""
+        self._is_over = True
+        while self._num_out:
+            abort()
+            time.sleep(ABORT_PERIOD_S)
+
+    def _make(self, index: int, due_s: float) -> T | None:
+        with self._lock:
+            self.peak_delay_s = max(self.peak_delay_s, time.perf_counter() - due_s)
+        try:
+            return None if self._is_over else self._call(index, due_s)
+        except BusyError:
+            self._refuse(index)
+        except EngineError as error:
+            self._fail(error)
+        finally:
+            with self._lock:
+                self._num_out -= 1
+            self._free.release()
+        return None
+
+    def _refuse(self, index: int) -> None:
+        with self._lock:
+            self.refused |= set() if self._is_over else {index}
+
+    def _fail(self, error: EngineError) -> None:
+        with self._lock:
+            if not self._is_over:
+                self.error = self.error or error
+        self._failed.set()

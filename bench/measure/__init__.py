@@ -1,0 +1,1 @@
+"""Measuring cells: timing, records, the journal, telemetry."""

@@ -1,0 +1,1 @@
+"""What one step costs, by width, context, batch size and phase."""

@@ -1,0 +1,233 @@
+"""What a step costs against its size: how many tokens are free, what a long context adds, what the memory allows."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import cycle, islice
+from typing import Any
+
+import torch
+
+from bench.engines.specdec import SpecdecEngine
+from bench.measure.cost import phase_shares, roofline
+from bench.records import phases
+from bench.records.schema import SCHEMA_VERSION
+from bench.records.sweeps import CONTEXT, NUM_REQUESTS, REQUEST_TOKENS, WIDTH
+from specdec import Engine
+from specdec.models.base import score
+from specdec.models.causal import CausalLM
+from specdec.models.eagle import EagleHead
+from specdec.proposers.ngram import LookupIndex
+from specdec.proposers.suffix import SAMPLED_DOUBT, OwnText
+from specdec.proposers.tree import levels_of
+from specdec.runtime.recording import Recorder
+from specdec.runtime.timing import synchronise
+from specdec.sampling.state import SamplingState
+from specdec.sampling_params import SamplingParams
+from specdec.trees.columns import Branches
+from specdec.trees.optimal import USUAL_RATES, expected_accepted, optimal_tree
+
+
+@dataclass(frozen=True, slots=True)
+class Sized:
+    """Work of one size. run: does it once. bytes_read: from memory, at the least; None if that is not what it costs.
+
+    tokens: that it handles, so that costs can be compared. facts: what else its record tells, once it has run.
+    """
+
+    run: Callable[[], object]
+    bytes_read: int | None
+    tokens: int
+    facts: Callable[[], dict[str, Any]] = dict
+
+
+def measure(
+    benchmark: Any,
+    engine: SpecdecEngine,
+    axis: str,
+    size: int,
+    ceiling: dict[str, Any],
+    identity: dict[str, Any],
+    prompts: Sequence[Sequence[int]],
+) -> tuple[dict[str, Any], list[float]]:
+    """The record of a cell and the times of its rounds in seconds. ceiling: the roofline's record.
+
+    prompts: token ids, for what is measured with real ones.
+    roofline_s: what reading takes at the least. roofline_share: of the median.
+    """
+    work = sized(engine, axis, size, prompts)
+    rounds, warm_up = _rounds(axis)
+    benchmark.pedantic(work.run, rounds=rounds, warmup_rounds=warm_up)
+    seconds = list(benchmark.stats.stats.data)
+    median_s = statistics.median(seconds)
+    roofline_s = roofline.read_s(ceiling, work.bytes_read) if work.bytes_read else None
+    record = {
+        "schema_version": SCHEMA_VERSION,
+        **identity,
+        "axis": axis,
+        "size": size,
+        "tokens": work.tokens,
+        "median_s": median_s,
+        "bytes_read": work.bytes_read,
+        "read_bandwidth": ceiling["bandwidths"][-1],
+        "roofline_s": roofline_s,
+        "roofline_share": roofline_s / median_s if roofline_s else None,
+        **work.facts(),
+    }
+    return record, seconds
+
+
+def _rounds(axis: str) -> tuple[int, int]:
+    """How many rounds are measured, after how many that are not."""
+    if axis in phases.SWEEPS:
+        return 3, 1
+    return {"slots": (1, 0), **dict.fromkeys(COPIES, (5, 2))}.get(axis, (15, 2))
+
+
+def needs(axis: str) -> str:
+    """The method whose draft an axis measures; "autoregressive" for one that measures none."""
+    if axis in ("head", "tree"):
+        return "eagle" if axis == "head" else axis
+    return phases.parse(axis)[0] if axis in phases.SWEEPS else "autoregressive"
+
+
+def sized(engine: SpecdecEngine, axis: str, size: int, prompts: Sequence[Sequence[int]] = ()) -> Sized:
+    """The work of a cell; `prompts` as for `measure`."""
+    if axis == "slots":
+        return _requests(engine.target, size, prompts)
+    if axis in phases.SWEEPS:
+        return _phases(engine, axis, size)
+    if axis == "head":
+        return _head_step(engine.drafts["eagle"], engine.target, size)
+    if axis == "tree":
+        return _tree_step(engine.drafts["tree"], engine.target, size)
+    if axis == "vocabulary":
+        return _sampling(engine.target, size)
+    if axis in COPIES:
+        return _copying(COPIES[axis], size)
+    width = size if axis == "width" else WIDTH if axis.endswith(f"-of-{WIDTH}") else 1
+    rows, context = (size if axis.startswith("batch") else 1), (size if axis.startswith("context") else CONTEXT)
+    return _step(engine.target, rows, width, context)
+
+
+def _phases(engine: SpecdecEngine, axis: str, rows: int) -> Sized:
+    """Decoding a prompt, in each of so many rows. Times of the rounds count, not of the warm-up before."""
+    run, runs = phase_shares.runner(engine, axis, rows)
+    return Sized(
+        run, None, rows * phase_shares.NUM_TOKENS, lambda: phase_shares.shares(axis, runs[-_rounds(axis)[0] :])
+    )
+
+
+def _requests(target: CausalLM, slots: int, prompts: Sequence[Sequence[int]]) -> Sized:
+    """Plain decoding of requests through so many slots, each refilled as its row ends; prompts are read, too."""
+    engine = Engine(target, max_batch_size=slots)
+    requests = list(islice(cycle(prompts), NUM_REQUESTS))
+    longest = target.context_length - max(map(len, requests))
+    sampling = SamplingParams(temperature=0, max_tokens=min(REQUEST_TOKENS, longest), ignore_eos=True)
+    engine.generate(requests[:1], replace(sampling, max_tokens=1))  # warms up
+    facts = {"prompt_tokens": sum(map(len, requests))}
+    return Sized(lambda: engine.generate(requests, sampling), None, NUM_REQUESTS * sampling.max_tokens, lambda: facts)
+
+
+def _step(target: CausalLM, rows: int, width: int, context: int) -> Sized:
+    """A decode step of `width` tokens in each row, behind `context` tokens."""
+    context = min(context, target.context_length - width)  # prompt and step together must fit
+    tokens = torch.ones(rows, width, dtype=torch.int64, device=target.device)
+    recorder = Recorder(target.device)
+    cache = target.allocate(rows, recorder.capacity(context + width))
+
+    def run() -> None:
+        cache.lengths[:] = [context] * rows
+        score(target, tokens, cache, recorder)
+        synchronise(target.device)
+
+    return Sized(run, target.step_bytes + rows * (context + width) * target.token_bytes, rows * width)
+
+
+def _head_step(head: EagleHead, target: CausalLM, rows: int) -> Sized:
+    """One more token drafted in each row: the head's layer over as many tokens of context, and its logits."""
+    cache = head.allocate(rows, CONTEXT + 1)
+    features = torch.zeros(rows, 1, target.config.hidden_size, dtype=target.dtype, device=target.device)
+    tokens = torch.ones(rows, 1, dtype=torch.int64, device=target.device)
+
+    @torch.inference_mode()
+    def run() -> None:
+        cache.lengths[:] = [CONTEXT] * rows
+        head.logits(head(features, tokens, cache))
+        synchronise(target.device)
+
+    token_bytes = target.token_bytes // target.num_layers  # a head's layer has its target's dimensions
+    return Sized(run, head.step_bytes + rows * (CONTEXT + 1) * token_bytes, rows)
+
+
+def _tree_step(head: EagleHead, target: CausalLM, num_nodes: int) -> Sized:
+    """The best tree of so many nodes, drawn by the head level by level and scored in one call, without verifying it.
+
+    expected_tokens: that a step emits, by what was measured of the draft. depth: the tree's levels.
+    """
+    rates = head.rates or USUAL_RATES
+    tree = optimal_tree(rates.acceptance, num_nodes, rates.level_cost)
+    own, cache = (model.allocate(1, CONTEXT + len(tree) + 1) for model in (head, target))
+    features = torch.zeros(1, 1, target.config.hidden_size, dtype=target.dtype, device=target.device)
+    tokens = torch.ones(1, len(tree) + 1, dtype=torch.int64, device=target.device)
+
+    @torch.inference_mode()
+    def run() -> None:
+        own.lengths[0] = cache.lengths[0] = CONTEXT
+        guessed = head(features, tokens[:, :1], own)
+        own.lengths[0] += 1
+        for level in levels_of(tree):
+            if level.number:
+                fed = tokens[:, : len(level.parents)]
+                guessed = head(guessed[:, level.above], fed, own, branches=level.branches)
+            head.logits(guessed)
+        target.forward(tokens, cache, branches=Branches.behind_root(tree.parents))
+        synchronise(target.device)
+
+    num_bytes = target.step_bytes + tree.depth * head.step_bytes + CONTEXT * target.token_bytes
+    expected = 1 + expected_accepted(tree, rates.acceptance)
+    return Sized(run, num_bytes, len(tree) + 1, lambda: {"depth": tree.depth, "expected_tokens": expected})
+
+
+def _sampling(target: CausalLM, vocab_size: int) -> Sized:
+    """The law of five positions at temperature 1, of logits as the target gives them, and a draw from each."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(1, WIDTH, vocab_size, generator=generator).to(target.device, target.dtype)
+    uniforms = torch.rand(1, WIDTH, dtype=torch.float64, generator=generator).to(target.device)
+    state = SamplingState([SamplingParams()], [()], [()], vocab_size, target.device)
+
+    def run() -> None:
+        state.law(logits).draw(uniforms)
+        synchronise(target.device)
+
+    return Sized(run, None, WIDTH)
+
+
+def _copying(make: Callable[[], Callable[[list[int]], object]], num_tokens: int) -> Sized:
+    """Copies of a few tokens from a text that grows as in decoding. make: -> what copies, from the text so far."""
+    generator = torch.Generator().manual_seed(0)
+    text = torch.randint(0, 5000, (num_tokens,), generator=generator).tolist()
+    step = 8
+
+    def run() -> None:
+        copy, known = make(), []
+        for start in range(0, num_tokens, step):
+            known += text[start : start + step]
+            copy(known)
+
+    return Sized(run, None, num_tokens)
+
+
+def _lookup() -> Callable[[list[int]], object]:
+    index = LookupIndex()
+    return lambda known: index.continuation(known, WIDTH)
+
+
+def _suffixes() -> Callable[[list[int]], object]:
+    own = OwnText()
+    return lambda known: own.copy(known, WIDTH, SAMPLED_DOUBT)
+
+
+COPIES = {"ngram": _lookup, "suffix": _suffixes}

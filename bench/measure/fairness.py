@@ -1,0 +1,47 @@
+"""What arms must have in common before their times are compared, and where greedy outputs part."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+
+from bench.engines.base import BenchEngine, PromptResult, Run
+from specdec.conformance.divergence import first_difference, margin
+from specdec.models.base import LanguageModel
+
+
+def check_terms(engines: Mapping[str, BenchEngine], dtype: str) -> None:
+    """Assert that engines, by name, have the same number format and end at the same tokens."""
+    for name, engine in engines.items():
+        assert engine.dtype == dtype, f"engine={name} must have dtype={dtype}, but has {engine.dtype}"
+    stops = {name: sorted(engine.stop_token_ids) for name, engine in engines.items()}
+    assert len(set(map(str, stops.values()))) <= 1, f"engines must end at the same tokens, but {stops} differ"
+
+
+def check_ends(runs: Sequence[Run], stop_token_ids: Collection[int], max_tokens: int) -> None:
+    """Assert that every output ended where the rules say: at its first stop token, else after `max_tokens`."""
+    for result in (result for run in runs for result in run.results):
+        ends = [index for index, token in enumerate(result.token_ids, 1) if token in stop_token_ids]
+        expected = (ends[0], "stop") if ends else (max_tokens, "length")
+        found = (len(result.token_ids), result.finish_reason)
+        assert found == expected, f"an output must end after {expected}, but ended after {found}"
+
+
+def differences(ours: Sequence[Run], theirs: Sequence[Run]) -> list[int | None]:
+    """For each prompt where the outputs of two arms part."""
+    pairs = zip(_results(ours), _results(theirs), strict=True)
+    return [first_difference(mine.token_ids, other.token_ids) for mine, other in pairs]
+
+
+def margins(
+    target: LanguageModel, prompts: Sequence[Sequence[int]], theirs: Sequence[Run], positions: Sequence[int | None]
+) -> list[float | None]:
+    """For each prompt the reference's margin where another output parts from it; None where none does."""
+    rows = zip(prompts, _results(theirs), positions, strict=True)
+    return [
+        None if position is None else margin(target, prompt, result.token_ids, position)
+        for prompt, result, position in rows
+    ]
+
+
+def _results(runs: Sequence[Run]) -> list[PromptResult]:
+    return [result for run in runs for result in run.results]

@@ -1,0 +1,166 @@
+"""The journal: JSON lines, the first one the configuration, then one for each finished cell, written at once.
+
+A run that is interrupted loses the cell that was running and nothing else; --resume takes the others from here.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from io import FileIO
+from pathlib import Path
+from typing import Any
+
+from filelock import BaseFileLock, FileLock, Timeout
+
+from bench.records.results import _is_header, complete_lines
+from bench.records.schema import HEAD, SCHEMA_VERSION
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A finished cell: its record and the wall times of its rounds in seconds."""
+
+    record: dict[str, Any]
+    rounds_s: list[float]
+
+
+class Journal:
+    """An open journal, which no other run can open meanwhile.
+
+    cells: finished cells by id. kept_as: where an earlier journal was moved to, if any.
+    """
+
+    def __init__(
+        self, path: Path, stream: FileIO, lock: BaseFileLock, cells: dict[str, Entry], kept_as: Path | None = None
+    ) -> None:
+        self.path, self.cells, self.kept_as = path, cells, kept_as
+        self._stream, self._lock = stream, lock
+
+    @classmethod
+    def open(cls, path: Path, configuration: Mapping[str, Any], *, resume: bool) -> Journal:
+        """The journal at `path`, for this configuration.
+
+        resume: continue an existing journal; where there is none, a new one is begun. Otherwise an existing journal
+        that has finished cells is kept beside the new one, as the first free of NAME.bak, NAME.bak2, ...
+        Raises ValueError if the journal cannot be written, is another run's at the moment, is a file that is no
+        journal, or is to be resumed but damaged or of another configuration or version.
+        """
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if path.exists() and not path.is_file():
+                raise ValueError(f"journal={path} must be a regular file; name another with --journal")
+            lock = _locked(path)
+            try:
+                _check_header(path)
+                if resume and path.exists() and path.stat().st_size:
+                    return cls._continue(path, lock, configuration)
+                kept_as = _keep(path)
+                return cls(path, path.open("wb", buffering=0), lock, {}, kept_as)._begin(configuration)
+            except BaseException:
+                lock.release()
+                raise
+        except OSError as error:
+            raise ValueError(
+                f"journal={path} must be writable ({error.strerror}); free space there, or name another "
+                "file with --journal"
+            ) from error
+
+    @classmethod
+    def _continue(cls, path: Path, lock: BaseFileLock, configuration: Mapping[str, Any]) -> Journal:
+        lines, num_bytes = complete_lines(path)
+        if not lines:  # killed while writing the first line
+            num_bytes = 0
+        elif (version := lines[0]["schema_version"]) != SCHEMA_VERSION:
+            raise ValueError(
+                f"journal={path} must have schema_version={SCHEMA_VERSION} to be resumed, but has {version!r}: another "
+                "version of the benchmarks wrote it; use that one, or leave out --resume to begin anew (the old "
+                "journal is then kept)"
+            )
+        elif differing := _differing(lines[0]["configuration"], configuration):
+            raise ValueError(
+                f"journal={path} must be of this configuration to resume it, but {differing}; repeat that "
+                "command line, or leave out --resume to begin anew (the old journal is then kept)"
+            )
+        cells = {line["cell"]: Entry(line["record"], line["rounds_s"]) for line in lines[1:]}
+        stream = path.open("r+b", buffering=0)
+        stream.truncate(num_bytes)
+        stream.seek(num_bytes)
+        journal = cls(path, stream, lock, cells)
+        return journal if lines else journal._begin(configuration)
+
+    def _begin(self, configuration: Mapping[str, Any]) -> Journal:
+        """Write the first line; where that is impossible nothing is left."""
+        try:
+            self._write({"schema_version": SCHEMA_VERSION, "configuration": dict(configuration)})
+        except OSError:
+            self.close()
+            self.path.unlink()
+            raise
+        return self
+
+    def append(self, cell: str, entry: Entry) -> None:
+        """Write a finished cell through to the disk. Raises OSError, leaving the file as it was."""
+        self._write({"cell": cell, "rounds_s": entry.rounds_s, "record": entry.record})
+        self.cells[cell] = entry
+
+    def close(self) -> None:
+        self._stream.close()
+        self._lock.release()
+
+    def _write(self, line: Mapping[str, Any]) -> None:
+        end = self._stream.tell()
+        content = json.dumps(line, allow_nan=False).encode() + b"\n"
+        try:
+            while content:
+                content = content[self._stream.write(content) :]
+            os.fsync(self._stream.fileno())
+        except OSError:
+            self._stream.seek(end)
+            self._stream.truncate()  # a full disk may have taken half of the line
+            raise
+
+
+def _locked(path: Path) -> BaseFileLock:
+    """A lock on a journal, under whatever name, for as long as its run lives. Raises ValueError if it is taken."""
+    real = path.resolve()
+    lock = FileLock(real.with_name(f"{real.name}.lock"), timeout=0)
+    try:
+        return lock.acquire().lock
+    except Timeout:
+        raise ValueError(
+            f"journal={path} must be of one run at a time, but another one writes it; wait for its end, or name "
+            "another file with --journal"
+        ) from None
+
+
+def _check_header(path: Path) -> None:
+    """Raises ValueError for a file that is no journal: it would be lost. A header that a kill cut off is one."""
+    start = b""
+    if path.exists():
+        with path.open("rb") as stream:
+            start = stream.readline()
+    try:
+        is_journal = _is_header(json.loads(start)) if start.endswith(b"\n") else start.startswith(HEAD[: len(start)])
+    except (ValueError, RecursionError):
+        is_journal = False
+    if not is_journal:
+        raise ValueError(f"journal={path} must be a journal or a new file, but holds something else; name another file")
+
+
+def _differing(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
+    """The keys in which two configurations differ, with both values; "" if there is none."""
+    theirs, ours = json.loads(json.dumps(theirs)), json.loads(json.dumps(ours))
+    keys = [key for key in {**theirs, **ours} if theirs.get(key) != ours.get(key)]
+    return ", ".join(f"{key} was {theirs.get(key)!r} and is {ours.get(key)!r}" for key in keys)
+
+
+def _keep(path: Path) -> Path | None:
+    """Move a journal with finished cells out of the way."""
+    if not path.exists() or path.read_bytes().count(b"\n") < 2:
+        return None
+    names = (f"{path.name}.bak{number if number > 1 else ''}" for number in range(1, 10_000))
+    free = next(place for place in map(path.with_name, names) if not os.path.lexists(place))
+    return path.rename(free)

@@ -1,0 +1,1 @@
+"""Scoring outputs: answers of data sets, and generated code in a sandbox."""

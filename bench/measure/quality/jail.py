@@ -1,0 +1,259 @@
+"""Runs one Python program that nobody trusts, on Linux: `python -I -S jail.py`, a request on stdin, a report on stdout.
+
+The program gets namespaces of its own (files, processes, network, System V memory; users, too, if the caller is not
+root). In them are the interpreter and the system's libraries, read-only, an empty folder in memory to work in, a
+loopback that is down, and nothing else: no home, no /proc, no device, no road to another user or to more processes. It
+is process 1 of its namespace, so that all of it ends with it. What namespaces do not part, such as keyrings, sockets of
+virtual machines and memory that no limit counts, a filter of system calls (seccomp) refuses; so it does what would let
+the program outlive its caller. All this is done before it runs, and what cannot be done is an error instead. It is no
+defence against a hole in the kernel.
+
+This file is run as a script, needs no package, and runs only what it is told to by `bench.measure.quality.sandbox`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import json
+import os
+import resource
+import signal
+import struct
+import sys
+import time
+from pathlib import Path
+from typing import Any, NoReturn
+
+NOBODY = 65534
+CLONE_NEWNS, CLONE_NEWIPC, CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET = 1 << 17, 1 << 27, 1 << 28, 1 << 29, 1 << 30
+MS_NOSUID, MS_NODEV, MS_BIND, MS_REC, MS_PRIVATE, MNT_DETACH = 2, 4, 1 << 12, 1 << 14, 1 << 18, 2
+MOUNT_SETATTR, AT_FDCWD, AT_RECURSIVE = 442, -100, 1 << 15
+MOUNT_ATTR_RDONLY, MOUNT_ATTR_NOSUID, MOUNT_ATTR_NODEV = 1, 2, 4
+PR_SET_PDEATHSIG, PR_SET_SECUREBITS, PR_SET_NO_NEW_PRIVS = 1, 28, 38
+SECBIT_NOROOT, SECBIT_NOROOT_LOCKED = 1, 2
+PR_SET_SECCOMP, SECCOMP_MODE_FILTER = 22, 2
+# as the machine names itself: how the kernel names its calls' kind, and the numbers of calls that are refused. By hand:
+# this file is run without any package, and the bindings on the index (pyseccomp, of 2021) need a system's libseccomp
+ARCHITECTURES = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
+REFUSED = {
+    # keyrings, which are neither files nor parted by namespaces
+    "add_key": (248, 217),
+    "request_key": (249, 218),
+    "keyctl": (250, 219),
+    # memory that neither RLIMIT_AS nor the size of a mount counts
+    "memfd_create": (319, 279),
+    "memfd_secret": (447, 447),
+    "shmget": (29, 194),
+    "msgget": (68, 186),
+    "semget": (64, 190),
+    # calls by another road, which no filter sees
+    "io_uring_setup": (425, 425),
+    "io_uring_enter": (426, 426),
+    "io_uring_register": (427, 427),
+    # other processes, other namespaces, and parts of the kernel that no such program needs
+    "ptrace": (101, 117),
+    "process_vm_readv": (310, 270),
+    "process_vm_writev": (311, 271),
+    "pidfd_getfd": (438, 438),
+    "unshare": (272, 97),
+    "setns": (308, 268),
+    "bpf": (321, 280),
+    "perf_event_open": (298, 241),
+    "userfaultfd": (323, 282),
+    "open_by_handle_at": (304, 265),
+}
+PRCTL, SOCKET, SOCKETPAIR = (157, 167), (41, 198), (53, 199)
+FAMILIES = (1, 2, 10, 16)  # AF_UNIX, AF_INET, AF_INET6 and AF_NETLINK, which the network's namespace parts
+OUTPUT, VERDICT = 1, 3  # the program's file descriptors
+OUTPUT_BYTES = 2000  # of what the program wrote, its end is reported
+ROOT, JAIL, WORK = "/tmp", "/tmp/jail", "/tmp/jail/work"  # mounted over whatever is there
+
+# whether the program came to its end is said by a word that its own code is not given, so that `sys.exit(0)` is no
+# success; one that means to cheat could find the word, as it could find the tests
+RUNNER = """
+import os, sys
+word = sys.argv.pop()
+source = open("program.py", encoding="utf-8").read()
+exec(compile(source, "program.py", "exec"), {"__name__": "program"})
+os.write(3, word.encode())
+"""
+
+libc = ctypes.CDLL(None, use_errno=True)
+
+
+def main() -> None:
+    request = json.load(sys.stdin)
+    output, verdict = os.memfd_create("output"), os.memfd_create("verdict")
+    is_root = os.geteuid() == 0
+    _unshare(is_root)
+    child = os.fork()
+    if child == 0:
+        _become(request, is_root, output, verdict)
+    status = _wait(child, request["wall_s"])
+    print(json.dumps(_report(request["word"], status, output, verdict)))
+
+
+def _become(request: dict[str, Any], is_root: bool, output: int, verdict: int) -> NoReturn:
+    """Turn into the program; what cannot be set up ends it, with the reason as its output."""
+    _keep_only(output, verdict)
+    try:
+        os.umask(0o022)
+        _close_off(request["binds"], request["disk_bytes"], request["program"])
+        _drop_privileges(is_root)
+        for name, value in request["limits"].items():
+            resource.setrlimit(getattr(resource, name), (value, value))
+        python = request["python"]
+        os.execve(python, [python, "-I", "-S", "-B", "-c", RUNNER, request["word"]], {})
+    except BaseException as error:
+        os.write(VERDICT, b"not set up")
+        os.write(OUTPUT, str(error).encode())
+        os._exit(1)
+
+
+def _unshare(is_root: bool) -> None:
+    """Leave the caller's namespaces; who is not root needs a namespace of users, too, which gives the others."""
+    uid, gid = os.geteuid(), os.getegid()
+    flags = CLONE_NEWNS | CLONE_NEWIPC | CLONE_NEWPID | CLONE_NEWNET
+    _call("unshare", flags | (0 if is_root else CLONE_NEWUSER))
+    if not is_root:
+        Path("/proc/self/setgroups").write_text("deny")
+        Path("/proc/self/uid_map").write_text(f"0 {uid} 1")
+        Path("/proc/self/gid_map").write_text(f"0 {gid} 1")
+    with contextlib.suppress(OSError):  # System V memory, which no limit counts; in older kernels it is root's to limit
+        Path("/proc/sys/kernel/shmmni").write_text("0")
+
+
+def _keep_only(output: int, verdict: int) -> None:
+    """Leave no file descriptor but nothing to read, the output and the verdict."""
+    output, verdict = os.dup(output), os.dup(verdict)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    for number, descriptor in ((OUTPUT, output), (2, output), (VERDICT, verdict)):
+        os.dup2(descriptor, number)
+    os.closerange(VERDICT + 1, os.sysconf("SC_OPEN_MAX"))
+
+
+def _close_off(binds: list[str], disk_bytes: int, program: str) -> None:
+    """Enter a file system of the program's own: `binds`, read-only, and a folder with the program."""
+    _mount(None, "/", None, MS_REC | MS_PRIVATE)
+    sources = {path: os.open(path, os.O_PATH) for path in binds if not os.path.islink(path)}
+    links = {path: os.readlink(path) for path in binds if os.path.islink(path)}
+    _mount("tmpfs", ROOT, "tmpfs", MS_NOSUID | MS_NODEV, "size=1m,nr_inodes=4096,mode=755")
+    for folder in (f"{ROOT}/old", JAIL, WORK):
+        os.mkdir(folder)
+    for path, descriptor in sources.items():
+        _bind(descriptor, JAIL + path)
+    for path, to in links.items():
+        os.symlink(to, JAIL + path)
+    _restrict(ROOT)
+    _mount("tmpfs", WORK, "tmpfs", MS_NOSUID | MS_NODEV, f"size={disk_bytes},nr_inodes=1024,mode=777")
+    Path(WORK, "program.py").write_text(program, encoding="utf-8")
+    _call("pivot_root", ROOT.encode(), f"{ROOT}/old".encode())
+    os.chdir("/")
+    _call("umount2", b"/old", MNT_DETACH)
+    os.chroot("/jail")  # the kernel gives no namespace of users to one that is in a chroot: no new powers
+    os.chdir("/work")
+
+
+def _bind(descriptor: int, to: str) -> None:
+    """Show a file or folder, which may be hidden by now, at a new place."""
+    source = f"/proc/self/fd/{descriptor}"
+    os.makedirs(to if os.path.isdir(source) else os.path.dirname(to), exist_ok=True)
+    if not os.path.isdir(source):
+        Path(to).touch()
+    _mount(source, to, None, MS_BIND | MS_REC)
+    os.close(descriptor)
+
+
+def _restrict(path: str) -> None:
+    """Make a mount and all below it read-only, without devices, and without programs that give privileges."""
+    attributes = struct.pack("QQQQ", MOUNT_ATTR_RDONLY | MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV, 0, 0, 0)
+    _call("syscall", MOUNT_SETATTR, AT_FDCWD, path.encode(), AT_RECURSIVE, attributes, ctypes.c_size_t(len(attributes)))
+
+
+def _drop_privileges(is_root: bool) -> None:
+    """Have no privileges after `execve`, for good: the system's root becomes nobody, a namespace's a mere user."""
+    _call("prctl", PR_SET_SECUREBITS, *map(ctypes.c_ulong, (SECBIT_NOROOT | SECBIT_NOROOT_LOCKED, 0, 0, 0)))
+    if is_root:
+        os.setgroups([])
+        os.setresgid(NOBODY, NOBODY, NOBODY)
+        os.setresuid(NOBODY, NOBODY, NOBODY)
+    _call("prctl", PR_SET_NO_NEW_PRIVS, *map(ctypes.c_ulong, (1, 0, 0, 0)))
+    _call("prctl", PR_SET_PDEATHSIG, *map(ctypes.c_ulong, (signal.SIGKILL, 0, 0, 0)))
+    _refuse_calls()
+
+
+def _refuse_calls() -> None:
+    """Install the filter, for good; privileges can no longer come, so it needs none."""
+    program = b"".join(_filter(os.uname().machine))
+    instructions = ctypes.create_string_buffer(program, len(program))
+    told = struct.pack("HxxxxxxP", len(program) // 8, ctypes.addressof(instructions))
+    _call("prctl", PR_SET_SECCOMP, ctypes.c_ulong(SECCOMP_MODE_FILTER), ctypes.c_char_p(told), 0, 0)
+
+
+def _filter(machine: str) -> list[bytes]:
+    """The instructions of classic BPF by which the kernel looks at each call: its number, kind and first argument."""
+    if machine not in ARCHITECTURES:
+        raise OSError(f"a filter of system calls must be known for this machine, and {machine} is not")
+    column = list(ARCHITECTURES).index(machine)
+    refuse, allow, kill = (_bpf(0x06, value) for value in (0x50000 | errno.EPERM, 0x7FFF0000, 0x80000000))
+    argument = _bpf(0x20, 16)  # the first, whose lower half is all that the kernel takes
+    families = [_bpf(0x15, family, len(FAMILIES) - place) for place, family in enumerate(FAMILIES)]
+    lines = [_bpf(0x20, 4), _bpf(0x15, ARCHITECTURES[machine], 1), kill, _bpf(0x20, 0)]
+    lines += [_bpf(0x35, 0x40000000, 0, 1), kill]  # x32, another set of numbers
+    for numbers in REFUSED.values():
+        lines += _when(numbers[column], [refuse])
+    lines += _when(PRCTL[column], [argument, _bpf(0x15, PR_SET_PDEATHSIG, 0, 1), refuse, allow])
+    for numbers in (SOCKET, SOCKETPAIR):
+        lines += _when(numbers[column], [argument, *families, refuse, allow])
+    return [*lines, allow]
+
+
+def _when(number: int, body: list[bytes]) -> list[bytes]:
+    """The body for one call."""
+    return [_bpf(0x15, number, 0, len(body)), *body]
+
+
+def _bpf(code: int, value: int, if_true: int = 0, if_false: int = 0) -> bytes:
+    """0x20 loads a word, 0x15 and 0x35 jump ahead where it is equal or no less, 0x06 ends."""
+    return struct.pack("HBBI", code, if_true, if_false, value)
+
+
+def _wait(child: int, wall_s: float) -> int | None:
+    """The child's exit status; None if it had to be killed after `wall_s`, without what this process was suspended."""
+    waited_s, before_s = 0.0, time.monotonic()
+    while waited_s < wall_s:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.005)
+        now_s = time.monotonic()
+        waited_s, before_s = waited_s + min(now_s - before_s, 0.1), now_s
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    return None
+
+
+def _report(word: str, status: int | None, output: int, verdict: int) -> dict[str, Any]:
+    said = os.pread(verdict, len("not set up") + len(word), 0).decode(errors="replace")
+    start = max(0, os.fstat(output).st_size - OUTPUT_BYTES)
+    text = os.pread(output, OUTPUT_BYTES, start).decode(errors="replace")
+    passed = status == 0 and said == word
+    return {"is_set_up": said != "not set up", "passed": passed, "status": status, "output": text}
+
+
+def _mount(source: str | None, target: str, kind: str | None, flags: int, data: str | None = None) -> None:
+    source_, target_, kind_, data_ = (each.encode() if each else None for each in (source, target, kind, data))
+    _call("mount", source_, target_, kind_, ctypes.c_ulong(flags), data_)
+
+
+def _call(name: str, *arguments: Any) -> None:
+    """Call the C library. Raises OSError."""
+    if getattr(libc, name)(*arguments):
+        number = ctypes.get_errno()
+        raise OSError(number, f"{name}: {os.strerror(number)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,92 @@
+"""Quality beside speed: what outputs are worth by the workload's own score, and what speculation changes of it."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from functools import lru_cache
+from statistics import fmean
+from typing import Any
+
+from bench.measure.quality import sandbox
+from bench.records.intervals import mean_difference_interval
+from bench.workloads.base import Number, Prompt, Summary, UnitTest
+from bench.workloads.extraction import final_number, function_of
+
+METRICS = {Number: "exact_match", UnitTest: "pass_at_1", Summary: "rouge_1"}
+
+
+def metric_of(prompts: Sequence[Prompt]) -> str | None:
+    """The name of the score of these prompts' outputs; None if there is none that all have."""
+    names = {METRICS.get(type(prompt.truth)) for prompt in prompts}
+    return names.pop() if len(names) == 1 else None
+
+
+def compare(
+    metric: str, prompts: Sequence[Prompt], texts: Sequence[str], plain_texts: Sequence[str] | None
+) -> dict[str, Any]:
+    """The fields of a record: means over prompts, and the paired difference with its 95 % bootstrap interval.
+
+    texts, plain_texts: each prompt's output, and that of autoregressive decoding by the same engine, if there is one.
+    Raises SandboxError if code would have to be run and cannot be.
+    """
+    scores = [score(prompt, text) for prompt, text in zip(prompts, texts, strict=True)]
+    plain = [score(prompt, text) for prompt, text in zip(prompts, plain_texts, strict=True)] if plain_texts else None
+    difference = mean_difference_interval(scores, plain) if plain else None
+    return {
+        **no_quality(metric, None),
+        "quality": fmean(scores),
+        "quality_baseline": fmean(plain) if plain else None,
+        "quality_difference": difference.estimate if difference else None,
+        "quality_difference_low": difference.low if difference else None,
+        "quality_difference_high": difference.high if difference else None,
+        "per_prompt_quality": scores,
+        "baseline_per_prompt_quality": plain,
+    }
+
+
+def no_quality(metric: str | None, reason: str | None) -> dict[str, Any]:
+    """The fields of a record without quality. reason: why there is none of this metric."""
+    names = ("", "_baseline", "_difference", "_difference_low", "_difference_high")
+    return {
+        "quality_metric": metric,
+        "quality_reason": reason,
+        **{f"quality{name}": None for name in names},
+        "per_prompt_quality": None,
+        "baseline_per_prompt_quality": None,
+    }
+
+
+def score(prompt: Prompt, text: str) -> float:
+    """What an output is worth, from 0 to 1. Raises SandboxError if it is code that cannot be run."""
+    match prompt.truth:
+        case Number(truth):
+            return float((found := final_number(text)) is not None and found == final_number(truth))
+        case Summary(truth):
+            return rouge_1(text, truth)
+        case UnitTest():
+            return float(_passes(program(prompt.truth, text)))
+    raise ValueError(f"prompt={prompt.text[:40]!r} must have a truth to be scored by; choose another workload")
+
+
+def rouge_1(text: str, reference: str) -> float:
+    """F measure of the words that two texts share, each as often as in the text that has it less often.
+
+    Words are runs of letters a to z and digits in lower case, as in the package `rouge-score`, without stemming.
+    Source: Lin 2004, ROUGE: a package for automatic evaluation of summaries.
+    """
+    ours, theirs = (Counter(re.findall(r"[a-z0-9]+", each.lower())) for each in (text, reference))
+    num_shared = (ours & theirs).total()
+    return 2 * num_shared / (ours.total() + theirs.total()) if num_shared else 0.0
+
+
+def program(test: UnitTest, text: str) -> str:
+    """What is run: the function that an output holds, or the head gone on with by it, and then its test."""
+    code = function_of(text, test.entry_point, test.head)
+    return f"{code}\n{test.test}\ncheck({test.entry_point})\n"
+
+
+@lru_cache(maxsize=10_000)  # speculative output is mostly the same as plain output, and comes again in each cell
+def _passes(program: str) -> bool:
+    return sandbox.run(program).passed

@@ -1,0 +1,304 @@
+"""The record of a cell: flat, numbers in SI units, identities as strings, by the names of the project's definitions."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import astuple, fields
+from statistics import fmean
+from typing import Any
+
+from bench.campaign import arrivals
+from bench.campaign.options import BenchConfig
+from bench.catalogue.pairs import Pair
+from bench.engines.base import PromptResult, Run, Served
+from bench.measure import load
+from bench.measure.paired import BASELINE, CANDIDATE, REFERENCE, Measurement
+from bench.records.intervals import geometric_mean_interval, rate_interval
+from bench.records.schema import SCHEMA_VERSION, Cell, Gamma
+from bench.workloads.base import bucket
+from specdec import AcceptanceCounts, PhaseTimes
+from specdec.stats import RunTotals, SpeedupParts, attribute_speedup, expected_speedup, predicted_speedup
+
+
+def build(
+    cell: Cell, pair: Pair, config: BenchConfig, engine_version: str, device: str, measurement: Measurement
+) -> dict[str, Any]:
+    """The record of a measured cell. What cannot be known, or has nothing to be compared with, is None."""
+    candidate, baseline = measurement.runs[CANDIDATE], measurement.runs.get(BASELINE)
+    counts, times = _total_counts(candidate), _total_times(candidate)
+    speedup = _comparison("speedup", candidate, baseline)
+    return {
+        "schema_version": SCHEMA_VERSION,
+        **_identity(cell, pair, config, engine_version, device),
+        **_acceptance(counts),
+        **_acceptance_by_prompt(_results(candidate)),
+        **_phases(cell.method, counts, times),
+        **_latencies(candidate),
+        **speedup,
+        "reference_engine": config.reference_engine,
+        **_comparison("speedup_of_reference", measurement.runs.get(REFERENCE), candidate),
+        # the closed form is of chains
+        **_predictions(
+            "auto" if cell.method == "tree" else cell.gamma, speedup["speedup"], _totals(candidate), _totals(baseline)
+        ),
+        "num_outputs_equal": _num_equal(candidate, baseline, config),
+        "num_outputs_equal_reference": _num_equal(candidate, measurement.runs.get(REFERENCE), config),
+        "output_sha256": output_sha256([result.token_ids for result in _results(candidate)]),
+        **_per_prompt(BASELINE, baseline),
+        **_per_prompt(REFERENCE, measurement.runs.get(REFERENCE)),
+    }
+
+
+def build_load(
+    cell: Cell,
+    pair: Pair,
+    config: BenchConfig,
+    engine_version: str,
+    device: str,
+    served: Served,
+    arrivals_s: Sequence[float],
+) -> dict[str, Any]:
+    """The record of a load cell, see `bench.measure.load`. What cannot be known is None."""
+    results = [result for result in served.results if result is not None]
+    run = Run(tuple(results), served.phase_times)
+    counts, times = _total_counts([run]), served.phase_times
+    requests = [
+        result and arrivals.Request(at, result.ttft_s, result.latency_s, len(result.token_ids), result.queue_s)
+        for at, result in zip(arrivals_s, served.results, strict=True)
+    ]
+    summary = load.summary(requests, config.duration, config.limits)
+    taken = [index for index in range(len(requests)) if index not in served.refused]
+    ends = [each.arrival_s + each.latency_s if each else served.wall_s for each in requests]
+    mean_in_flight, peak_in_flight = load.in_flight([(arrivals_s[index], ends[index]) for index in taken])
+    return {
+        "schema_version": SCHEMA_VERSION,
+        **_identity(cell, pair, config, engine_version, device),
+        "rate": cell.rate,
+        "arrivals": config.arrivals,
+        "duration_s": config.duration,
+        "drain_s": config.drain,
+        "ttft_limit_s": config.ttft_limit,
+        "inter_token_limit_s": config.inter_token_limit,
+        **summary,
+        "queue_s": served.queue_s if summary["queue_s"] is None else summary["queue_s"],
+        "num_unfinished": len(taken) - len(results),
+        "num_refused": len(served.refused),
+        "mean_num_in_flight": mean_in_flight,
+        "peak_num_in_flight": peak_in_flight,
+        "busy_rate": (times.total_s - times.bookkeeping_s) / times.total_s if times else None,
+        "peak_send_delay_s": served.peak_send_delay_s,
+        **_acceptance(counts),
+        **_phases(cell.method, counts, times),
+        "bookkeeping_time_s": None,  # waiting for arrivals would be part of it
+        "overhead_rate": None,
+        "output_sha256": output_sha256([result.token_ids if result else () for result in served.results]),
+        "per_request_arrival_s": list(arrivals_s),
+        "per_request_ttft_s": [each and each.ttft_s for each in requests],
+        "per_request_latency_s": [each and each.latency_s for each in requests],
+        "per_request_tokens": [each and each.num_tokens for each in requests],
+    }
+
+
+def output_sha256(outputs: Sequence[Sequence[int]]) -> str:
+    """SHA-256 of the emitted token ids, as a JSON list of lists without spaces."""
+    return hashlib.sha256(json.dumps([list(tokens) for tokens in outputs], separators=(",", ":")).encode()).hexdigest()
+
+
+def _identity(cell: Cell, pair: Pair, config: BenchConfig, engine_version: str, device: str) -> dict[str, Any]:
+    _, lengths = bucket(cell.workload, config.prompt_lengths)
+    return {
+        "engine": cell.engine,
+        "engine_version": engine_version,
+        "pair": cell.pair,
+        "target": pair.target,
+        "draft": pair.draft_for(cell.method),
+        "method": cell.method,
+        "gamma": cell.gamma,
+        "placement": cell.placement,
+        "workload": cell.workload,
+        "prompt_format": config.prompt_format,
+        "prompt_lengths": "{}:{}".format(*lengths) if lengths else None,
+        "dtype": config.dtype_of(pair),
+        "device": device,
+        "batch_size": cell.batch_size,
+        "verification": config.verification,
+        "synthetic_acceptance_rates": list(config.synthetic_acceptance_rates) or None,
+        "load_format": pair.load_format,
+        "quantisation": config.quantisation,
+        **_published(pair, cell.method),
+        "engine_options": config.vllm_options if cell.engine.startswith("vllm") else None,
+        "max_tokens": config.max_tokens,
+        "temperature": config.temperature,
+        "top_p": config.top_p,
+        "top_k": config.top_k,
+        "seed": config.seed,
+    }
+
+
+def _published(pair: Pair, method: str) -> dict[str, Any]:
+    """What others measured with the pair and the method, to be shown beside ours."""
+    found = pair.published_for(method)
+    names = ("speedup", "acceptance_rate", "mean_acceptance_length", "setting", "source")
+    return {f"published_{name}": getattr(found, name, None) for name in names}
+
+
+def _acceptance(counts: AcceptanceCounts | None) -> dict[str, Any]:
+    names = (
+        "num_steps",
+        "num_drafted",
+        "num_accepted",
+        "acceptance_rate",
+        "acceptance_rate_at",
+        "mean_acceptance_length",
+        "system_efficiency",
+    )
+    return {name: getattr(counts, name, None) for name in names}
+
+
+def _acceptance_by_prompt(results: Sequence[PromptResult]) -> dict[str, Any]:
+    """Counts of each prompt, and the acceptance rate's bootstrap interval over prompts; None if they are not told."""
+    counts = [result.counts for result in results if result.counts is not None]
+    told = len(counts) == len(results)
+    drafted, accepted = [each.num_drafted for each in counts], [each.num_accepted for each in counts]
+    interval = rate_interval(accepted, drafted) if told else None
+    return {
+        "acceptance_rate_low": interval.low if interval else None,
+        "acceptance_rate_high": interval.high if interval else None,
+        "per_prompt_drafted": drafted if told else None,
+        "per_prompt_accepted": accepted if told else None,
+    }
+
+
+def _phases(method: str, counts: AcceptanceCounts | None, times: PhaseTimes | None) -> dict[str, Any]:
+    """Seconds in the phases of the whole run; a phase that an engine does not tell is None.
+
+    overhead_rate: share of the time outside model forwards; None where drafting is mostly forwards, too.
+    """
+    overhead_s = times.total_s - times.prefill_s - times.scoring_s if times else 0.0
+    num_drafted = counts.num_drafted if counts else 0
+    return {
+        "draft_time_per_token_s": times.draft_s / num_drafted if times and num_drafted else None,
+        "prefill_time_s": times.prefill_s if times else None,
+        "scoring_time_s": times.scoring_s if times else None,
+        "verification_time_s": times.verification_s if times else None,
+        "bookkeeping_time_s": times.bookkeeping_s if times else None,
+        "recording_time_s": times.recording_s if times else None,
+        "overhead_rate": overhead_s / times.total_s
+        if times and method not in ("draft_model", "eagle", "early_exit", "hybrid", "tree")
+        else None,
+    }
+
+
+def _latencies(runs: Sequence[Run]) -> dict[str, Any]:
+    """Means over prompts, and the throughput of all rounds together.
+
+    A round takes from its start to the last token of its prompts, by the engine's clock: what the harness does around
+    it, such as reading a server's counters, is not the engine's.
+    """
+    results = _results(runs)
+    run_s = sum(max(result.latency_s for result in run.results) for run in runs)
+    longer = [result for result in results if len(result.token_ids) > 1]
+    inter_token_s = [(result.latency_s - result.ttft_s) / (len(result.token_ids) - 1) for result in longer]
+    return {
+        "num_prompts": len(results),
+        "num_tokens": sum(len(result.token_ids) for result in results),
+        "ttft_s": fmean(result.ttft_s for result in results),
+        "latency_s": fmean(result.latency_s for result in results),
+        "inter_token_s": fmean(inter_token_s) if inter_token_s else None,
+        "throughput_tok_s": sum(len(result.token_ids) for result in results) / run_s,
+        "per_prompt_latency_s": [result.latency_s for result in results],
+        "per_prompt_ttft_s": [result.ttft_s for result in results],
+        "per_prompt_tokens": [len(result.token_ids) for result in results],
+    }
+
+
+def _comparison(name: str, faster: list[Run] | None, slower: list[Run] | None) -> dict[str, Any]:
+    """How many times faster one arm is: latency per emitted token of the other over its own, paired by round.
+
+    Where both emit equally many tokens this is the ratio of latencies. Where they do not (rounding or sampling led
+    them apart) a ratio of latencies would reward the one that happened to stop sooner.
+    """
+    if not faster or not slower:
+        return {name: None, f"{name}_low": None, f"{name}_high": None}
+    ratios = [_time_per_token(theirs) / _time_per_token(ours) for ours, theirs in zip(faster, slower, strict=True)]
+    interval = geometric_mean_interval(ratios)
+    return {name: interval.estimate, f"{name}_low": interval.low, f"{name}_high": interval.high}
+
+
+def _time_per_token(run: Run) -> float:
+    """Seconds per emitted token; one number for a batch, whose rows are not independent."""
+    return sum(result.latency_s for result in run.results) / sum(len(result.token_ids) for result in run.results)
+
+
+def _chain_length(cell: Cell) -> Gamma:
+    """What the closed form of the speed-up can be computed for; it knows no trees."""
+    return "auto" if cell.method == "tree" else cell.gamma
+
+
+def _predictions(
+    gamma: Gamma, speedup: float | None, run: RunTotals | None, plain: RunTotals | None
+) -> dict[str, float | None]:
+    """What acceptance and phase times imply; all None for an engine that does not tell its phases.
+
+    cost_ratio: one drafted token over one plain step. step_cost_ratio: scoring and verifying a step over the same.
+    predicted_speedup and speedup_from_*: the parts of `speedup`, see `specdec.stats.SpeedupParts`.
+    """
+    parts = [f"speedup_from_{field.name}" for field in fields(SpeedupParts)[1:]]
+    names = ("cost_ratio", "step_cost_ratio", "expected_speedup", "predicted_speedup", *parts)
+    if not (speedup and run and plain and run.counts.num_drafted and plain.counts.num_steps):
+        return dict.fromkeys(names)
+    counts, times = run.counts, run.times
+    cost_ratio = times.draft_s / counts.num_drafted / plain.step_s
+    predicted = predicted_speedup(
+        counts.acceptance_rate_at,
+        step_s=plain.step_s,
+        draft_s=times.draft_s / counts.num_steps,
+        scoring_s=times.scoring_s / counts.num_steps,
+        verification_s=times.verification_s / counts.num_steps,
+    )
+    # the closed form's one rate: that of the first draft token, which is always looked at; it knows one length only
+    expected = None if gamma == "auto" else expected_speedup(counts.acceptance_rate_at[0], gamma, cost_ratio)
+    attributed = astuple(attribute_speedup(speedup, predicted, run, plain))
+    return dict(zip(names, (cost_ratio, run.step_s / plain.step_s, expected, *attributed), strict=True))
+
+
+def _num_equal(ours: list[Run], theirs: list[Run] | None, config: BenchConfig) -> int | None:
+    """Prompts with the same output; only greedy outputs can be compared, and none where acceptance was prescribed."""
+    if not theirs or config.temperature > 0 or config.synthetic_acceptance_rates:
+        return None
+    pairs = zip(_results(ours), _results(theirs), strict=True)
+    return sum(mine.token_ids == other.token_ids for mine, other in pairs)
+
+
+def _results(runs: Sequence[Run]) -> list[PromptResult]:
+    return [result for run in runs for result in run.results]
+
+
+def _per_prompt(arm: str, runs: list[Run] | None) -> dict[str, Any]:
+    """What another arm made of each prompt, so that the speed-ups can be computed again."""
+    return {
+        f"{arm}_per_prompt_latency_s": [result.latency_s for result in _results(runs)] if runs else None,
+        f"{arm}_per_prompt_tokens": [len(result.token_ids) for result in _results(runs)] if runs else None,
+    }
+
+
+def _totals(runs: Sequence[Run] | None) -> RunTotals | None:
+    """None if the engine does not tell counts and times."""
+    counts, times = (_total_counts(runs), _total_times(runs)) if runs else (None, None)
+    num_tokens = sum(len(result.token_ids) for result in _results(runs or []))
+    return RunTotals(counts, times, num_tokens) if counts and times else None
+
+
+def _total_counts(runs: Sequence[Run]) -> AcceptanceCounts | None:
+    counts = [result.counts for result in _results(runs) if result.counts is not None]
+    return AcceptanceCounts.total(counts) if len(counts) == len(_results(runs)) else None
+
+
+def _total_times(runs: Sequence[Run]) -> PhaseTimes | None:
+    """The sum over rounds, in target calls of a batch each."""
+    times = [run.phase_times for run in runs if run.phase_times is not None]
+    if len(times) < len(runs):
+        return None
+    return PhaseTimes(*(sum(getattr(each, field.name) for each in times) for field in fields(PhaseTimes)))

@@ -1,0 +1,125 @@
+"""Shards of one campaign merged into one run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+
+from bench.records.results import NEEDED, Record, Results, _short, cell_id, read
+
+
+def read_all(paths: Sequence[Path]) -> list[Results]:
+    """The runs of some files, in order; shards of one campaign are one run.
+
+    Files are put together if they say so themselves (--shard), or if they are of one configuration and have no cell in
+    common, as parts of a run that were chosen with -k.
+    Raises ValueError for a file that is none of these benchmarks', for a cell that two shards have, and for shards of
+    different configurations.
+    """
+    return merge([read(path) for path in paths])
+
+
+def merge(runs: Sequence[Results]) -> list[Results]:
+    """Shards of one campaign as one run, in the place of the first of them; see `read_all`."""
+    campaigns: list[list[Results]] = []
+    for run in runs:
+        campaign = next((campaign for campaign in campaigns if _belongs(run, campaign)), None)
+        campaigns.append([run]) if campaign is None else campaign.append(run)
+    merged = [_union(campaign) for campaign in campaigns]
+    _check_complete(merged)
+    return merged
+
+
+def _belongs(run: Results, campaign: Sequence[Results]) -> bool:
+    """Whether a run goes on with what others began."""
+    first = campaign[0]
+    if run.configuration is None or first.configuration is None or differing(first, run):
+        return False
+    if run.shard and first.shard:
+        return run.shard[1] == first.shard[1]
+    known = {cell_id(record) for other in campaign for record in other.records}
+    return not run.shard and not first.shard and known.isdisjoint(map(cell_id, run.records))
+
+
+def differing(before: Results, after: Results) -> list[str]:
+    """Options and circumstances in which two runs differ, with both values; shards apart."""
+    ours, theirs = (run.configuration or {} for run in (before, after))
+    keys = sorted({*ours, *theirs} - {"shard"})
+    return [
+        f"{key} was {_short(ours.get(key))} and is {_short(theirs.get(key))}"
+        for key in keys
+        if ours.get(key) != theirs.get(key)
+    ]
+
+
+def _union(campaign: Sequence[Results]) -> Results:
+    """One run of several. Raises ValueError for a cell that two of them have."""
+    first = campaign[0]
+    owners: dict[str, str] = {}
+    for run in campaign:
+        for name in map(cell_id, run.records):
+            if name in owners:
+                where = f"both {owners[name]} and {run.name}" if owners[name] != run.name else f"{run.name} twice"
+                raise ValueError(
+                    f"cell {name} must be in one file of a campaign, and is in {where}; "
+                    "leave one of them out, or give each shard once"
+                )
+            owners[name] = run.name
+    if len(campaign) == 1:
+        return replace(first, missing_shards=_missing(first, {first.shard[0] if first.shard else 1}))
+    kinds = {kind: _ordered([record for run in campaign for record in getattr(run, kind)]) for kind in NEEDED}
+    whole = replace(first, name=_joined([run.name for run in campaign]), **kinds)
+    return replace(whole, missing_shards=_missing(first, {run.shard[0] for run in campaign if run.shard}))
+
+
+def _ordered(records: Sequence[Record]) -> tuple[Record, ...]:
+    """As one run would have had them: what is compared stands together."""
+    names = ("pair", "placement", "workload", "batch_size", "engine", "axis", "method")
+    places = {name: list(dict.fromkeys(str(record.get(name)) for record in records)) for name in names}
+
+    def place(record: Record) -> tuple[float, ...]:
+        *before, method = (places[name].index(str(record.get(name))) for name in names)
+        numbers = [record.get(name) for name in ("rate", "gamma", "size")]
+        is_plain = record.get("method") == "autoregressive"
+        sizes = [float(each) if isinstance(each, int | float) else math.inf for each in numbers]
+        return (*before, not is_plain, method, *sizes)
+
+    return tuple(sorted(records, key=place))
+
+
+def _missing(run: Results, shards: Collection[int]) -> tuple[int, ...]:
+    """Parts of a run's campaign that are not among some; a part without a cell writes no file."""
+    _, number = run.shard or (1, 1)
+    cells = run.cells_of_shards if len(run.cells_of_shards) == number else (1,) * number
+    return tuple(index for index in range(1, number + 1) if index not in shards and cells[index - 1])
+
+
+def _joined(names: Sequence[str]) -> str:
+    """What the names of shards have in common, and how many there are."""
+    common = next(_common_starts(names)).rstrip("-_. 0123456789")
+    return f"{common or names[0]}, {len(names)} shards"
+
+
+def _common_starts(names: Sequence[str]) -> Iterator[str]:
+    shortest = min(names, key=len)
+    for length in range(len(shortest), -1, -1):
+        if all(name.startswith(shortest[:length]) for name in names):
+            yield shortest[:length]
+
+
+def _check_complete(runs: Sequence[Results]) -> None:
+    """Shards that lack others, while there are other shards, are of one campaign that was not one.
+
+    Raises ValueError naming what they differ in.
+    """
+    incomplete = [run for run in runs if run.missing_shards]
+    for first, second in pairwise(incomplete):
+        if first.shard and second.shard and first.shard[1] == second.shard[1] and first.shard != second.shard:
+            raise ValueError(
+                f"{first.name} and {second.name} must be shards of one campaign, but "
+                f"{'; '.join(differing(first, second)) or 'they do not tell their configurations'}; "
+                "measure one again with the other's options, or report each alone"
+            )

@@ -1,0 +1,31 @@
+"""Groups of records: by identity, those that drafted, and the fastest of each method."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from bench.records.schema import CELL_FIELDS, Record
+
+WITHOUT_ENGINE = ("pair", "workload", "batch_size", "placement")
+BLOCK = (*WITHOUT_ENGINE, "engine")
+
+
+def drafting(cells: Iterable[Record]) -> list[Record]:
+    """Cells that were compared with plain decoding."""
+    return [cell for cell in cells if cell["speedup"] is not None]
+
+
+def fastest(cells: Sequence[Record]) -> list[Record]:
+    """Of each engine and method the cell with the highest speed-up, in the order of the run."""
+    groups = grouped(drafting(cells), *(name for name in CELL_FIELDS if name != "gamma"))
+    return [max(group, key=lambda cell: cell["speedup"]) for group in groups.values()]
+
+
+def grouped(records: Iterable[Record], *names: str) -> dict[Any, list[Record]]:
+    """By the value of a key, or the values of several."""
+    groups: dict[Any, list[Record]] = {}
+    for record in records:
+        values = tuple(record.get(name) for name in names)
+        groups.setdefault(values if len(names) > 1 else values[0], []).append(record)
+    return groups

@@ -1,0 +1,15 @@
+"""The sweep over the phases of a decode step: its axes and the phases it reports."""
+
+from __future__ import annotations
+
+GAMMA = 4
+TEMPERATURES = {"greedy": 0.0, "sampled": 1.0}
+METHODS = ("autoregressive", "ngram", "eagle", "hybrid")
+SWEEPS = {f"phases-{method}-{law}": (1, 8) for method in METHODS for law in TEMPERATURES}
+PHASES = ("draft", "scoring", "verification", "bookkeeping")
+
+
+def parse(axis: str) -> tuple[str, float]:
+    """Method and temperature of an axis."""
+    _, method, law = axis.split("-")
+    return method, TEMPERATURES[law]

@@ -1,0 +1,47 @@
+"""What identifies a cell and its record, and the version of the format."""
+
+from __future__ import annotations
+
+from dataclasses import astuple, dataclass, fields, replace
+from typing import Any, Literal
+
+Record = dict[str, Any]  # of one cell
+Gamma = int | Literal["auto"]
+
+Record = dict[str, Any]  # of one cell
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One measurement, under the names of its pytest parameters.
+
+    gamma: 0 for "autoregressive". rate: requests a second that arrive; None: a fixed number of prompts.
+    """
+
+    engine: str
+    pair: str
+    method: str
+    gamma: Gamma
+    placement: str
+    workload: str
+    batch_size: int
+    rate: float | None = None
+
+    @property
+    def id(self) -> str:
+        *values, rate = astuple(self)
+        return "-".join(map(str, values if rate is None else [*values, f"{rate:g}"]))
+
+    @property
+    def shard_key(self) -> str:
+        """What decides on its part of a campaign; methods are compared at each rate, so that these share it."""
+        return self.id if self.rate is None else replace(self, method="any", gamma=0).id
+
+
+CELL_FIELDS = tuple(field.name for field in fields(Cell) if field.name != "rate")
+LOAD_FIELDS = (*CELL_FIELDS, "rate")
+SCHEMA_VERSION = 1  # of a record
+HEAD = b'{"schema_version": '  # what a journal begins with
+PERCENTILES = (50, 95, 99)
+PLAIN = {"temperature": 1.0, "top_k": 0, "top_p": 1.0}  # what goes without saying in the name of a certificate
+MOST_PARTS = 10_000  # of a campaign

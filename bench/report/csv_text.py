@@ -1,0 +1,41 @@
+"""Records as CSV: a row for each cell, a column for each field that is one value, in SI units."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Sequence
+from typing import Any
+
+from bench.records import fields
+from bench.records.results import Record, Results, kind_of
+
+
+def render(runs: Sequence[Results]) -> str:
+    """All cells of all runs. The order of the columns is the glossary's, then that of the alphabet.
+
+    run: the file's name. kind: of the record, in the singular. A field that a cell does not have, or that is not known,
+    is empty.
+    """
+    rows = [
+        {"run": inert(run.name), "kind": kind_of(record).removesuffix("s"), **_scalars(record)}
+        for run in runs
+        for record in run.records
+    ]
+    names = ["run", "kind", *fields.ordered({name for row in rows for name in row} - {"run", "kind"})]
+    stream = io.StringIO(newline="")
+    writer = csv.DictWriter(stream, names, restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return stream.getvalue()
+
+
+def inert(text: str) -> str:
+    """A text that no spreadsheet takes for a formula, of names that others wrote."""
+    return f"'{text}" if text.startswith(("=", "+", "-", "@")) else text
+
+
+def _scalars(record: Record) -> dict[str, Any]:
+    """Single values; numbers may begin with a minus."""
+    values = fields.scalars(record).items()
+    return {inert(name): inert(value) if isinstance(value, str) else value for name, value in values}

@@ -1,0 +1,1 @@
+"""Command-line tools for single questions, each run as `python -m bench.tools.NAME`."""

@@ -1,0 +1,205 @@
+"""Which instrument finds which planted bug, after how many tokens: `python -m bench.tools.detection_power`.
+
+Each mutant of `specdec.conformance.mutants` is planted in this library's own engine with a real pair, and its output is
+judged as an audit judges one: against the target's laws in float32, at the audit's own false-alarm rate. The engine
+without a bug comes first: it must be found innocent by the same tokens. How far a mutant is from the target is told
+where there is a formula for the first token of a step, as a mean over tokens that the sound engine emitted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.catalogue.pairs import catalogue, folder
+from bench.workloads import registry
+from specdec import SamplingParams
+from specdec.conformance.arms import Answers, Arm
+from specdec.conformance.mutants import MUTANTS, maker
+from specdec.conformance.reference import Reference, Tokens
+from specdec.conformance.sizes import BROKEN_LAWS, total_variation
+from specdec.conformance.verdicts import Limits, bounds
+from specdec.decoding import Decoder
+from specdec.drafts import load_with_drafts
+from specdec.prompts import encode
+from specdec.requests import Request
+from specdec.runtime.progress import bar
+from specdec.sampling.randomness import uniforms
+from specdec.verification import verify_tokens
+
+PAIR = catalogue()["smollm2-135m"]
+GAMMA, ROWS, MAX_TOKENS = 4, 16, 64
+SAMPLED = SamplingParams(max_tokens=MAX_TOKENS)
+SAMPLING = {  # of mutants that show only so
+    "M8 top-k on one side": replace(SAMPLED, top_k=20),
+    "M11 soft greedy": replace(SAMPLED, temperature=0.0),
+    "M4 accept uniform reused": replace(SAMPLED, temperature=2.0),  # what is recovered must be one of many
+}
+STOPPING = ("M10 stop token ignored",)  # which need tokens to stop at that come often
+NEVER = {"M5 accept at equality": "only a uniform of exactly 0 shows it, one draw in 2^53; the exact tests do"}
+LOSSLESS = ("M13 speculation silently off",)  # nothing to find in outputs: an audit asks for counts of drafts
+PLANTED = ("none", *(name for name in MUTANTS if name not in LOSSLESS))
+FEW = 2048  # tokens are enough to be no wiser about those
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """What became of a mutant. found_by: instrument -> tokens after which it alone rejects. num_draws: tokens judged.
+
+    sampling: what of it is not plain. size: total variation between the law of a step's first token and the target's,
+    None where no formula has it. tv_lower_bound: of all tokens, by those judged. errors: what is wrong beyond doubt.
+    p_value: the least, corrected for their number.
+    """
+
+    mutant: str
+    sampling: dict[str, Any]
+    size: float | None
+    tv_lower_bound: float
+    found_by: dict[str, int]
+    errors: tuple[str, ...]
+    num_draws: int
+    p_value: float
+
+
+def judge(
+    name: str,
+    decoder: Decoder,
+    references: Sequence[Reference],
+    prompts: Sequence[tuple[int, ...]],
+    num_draws: int,
+    size: float | None = None,
+) -> Finding:
+    """Judge a decoder's output until an instrument finds it wrong, or `num_draws` tokens are used up.
+
+    references: the target's and the draft's laws, with the sampling parameters.
+    """
+    target, draft = references
+    limits = Limits()
+    arm = Arm(0, target, draft, num_draws, 0, limits)
+    with bar(num_draws, "token", name) as done:
+        for numbers, seeds in _rounds(len(prompts), once=target.sampling.temperature == 0):
+            rows = [prompts[number] for number in numbers]
+            outputs = _outputs(decoder, rows, seeds, target)
+            arm.observe(Answers(numbers, rows, seeds, outputs), MAX_TOKENS)
+            found = arm.findings()
+            found_by = {instrument: after for instrument, after in found.found_after.items() if after is not None}
+            done.update(arm.num_draws - done.n)
+            if found_by or found.errors or arm.num_draws >= num_draws:
+                break
+    plain, given = (asdict(params) for params in (SAMPLED, target.sampling))
+    return Finding(
+        mutant=name,
+        sampling={key: value for key, value in given.items() if value != plain[key]},
+        size=size,
+        tv_lower_bound=bounds(found, arm.level, limits).tv_lower_bound,
+        found_by=found_by,
+        errors=found.errors,
+        num_draws=found.num_draws,
+        p_value=found.p_value,
+    )
+
+
+def _rounds(num_prompts: int, *, once: bool) -> Iterator[tuple[list[int], list[int]]]:
+    """Numbers of prompts and seeds, batch by batch: for ever, or each prompt once."""
+    for first in range(0, num_prompts, ROWS) if once else count(0, ROWS):
+        seeds = [*range(first, min(first + ROWS, num_prompts) if once else first + ROWS)]
+        yield [seed % num_prompts for seed in seeds], seeds
+
+
+def _outputs(
+    decoder: Decoder, prompts: Sequence[tuple[int, ...]], seeds: Sequence[int], target: Reference
+) -> list[list[int]]:
+    requests = [
+        Request(index, prompt, replace(target.sampling, seed=seed), target.stop_token_ids)
+        for index, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True))
+    ]
+    rows = sorted(decoder.run(requests), key=lambda row: row.request.index)
+    return [row.output for row in rows]
+
+
+def _sampling(name: str, prompts: Sequence[tuple[int, ...]]) -> SamplingParams:
+    if name not in STOPPING:
+        return SAMPLING.get(name, SAMPLED)
+    tokens = [token for prompt in prompts for token in prompt]
+    commonest = sorted(set(tokens), key=tokens.count, reverse=True)[:20]
+    return replace(SAMPLED, stop_token_ids=tuple(commonest))
+
+
+def sizes(references: Sequence[Reference], prompts: Sequence[Tokens], outputs: Sequence[Tokens]) -> dict[str, float]:
+    """Mean distance of each mutant that has a formula, over the tokens of outputs, by its name."""
+    sums, num_tokens = dict.fromkeys(BROKEN_LAWS, 0.0), sum(map(len, outputs))
+    for both in zip(*(each.laws(prompts, outputs) for each in references), strict=True):
+        target_probs, draft_probs = (positions.law.dense().double() for positions in both)
+        for name, broken_law in BROKEN_LAWS.items():
+            sums[name] += float(total_variation(broken_law(target_probs, draft_probs), target_probs).sum())
+    return {name: total / num_tokens for name, total in sums.items()}
+
+
+def findings(num_prompts: int, num_draws: int, dtype: torch.dtype, names: Sequence[str] = PLANTED) -> Iterator[Finding]:
+    """Of the engine as it is, "none", and of mutants."""
+    draft = folder(str(PAIR.draft))
+
+    def load(dtype: torch.dtype) -> tuple[Any, Any]:
+        target, drafts = load_with_drafts(
+            folder(PAIR.target), [draft], dtype=dtype, device="cpu", attention="sdpa", load_format="auto"
+        )
+        return target, drafts[draft]
+
+    engine, exact = load(dtype), load(torch.float32)
+    encoded = (tuple(encode(text.text, exact[0].tokenizer)) for text in registry.read("humaneval", None))
+    prompts = sorted(encoded, key=len)[:num_prompts]  # what a prompt takes to read is no evidence
+    rows, known = prompts[:ROWS], dict[str, dict[str, float]]()
+    for name in names:
+        sampling = _sampling(name, prompts)
+        references = [Reference(model, sampling) for model in exact]
+        if name in BROKEN_LAWS and repr(sampling) not in known:
+            sound = maker(*engine, GAMMA)(uniforms, verify_tokens, ROWS)
+            outputs = _outputs(sound, rows, range(len(rows)), references[0])
+            known[repr(sampling)] = sizes(references, rows, outputs)
+        size = known[repr(sampling)][name] if name in BROKEN_LAWS else None
+        decoder = {"none": maker, **MUTANTS}[name](*engine, GAMMA)(uniforms, verify_tokens, ROWS)
+        yield judge(name, decoder, references, prompts, FEW if name in NEVER else num_draws, size)
+
+
+def line(found: Finding) -> str:
+    """A row of the table, in Markdown."""
+    told = [f"{name} after {after}" for name, after in sorted(found.found_by.items(), key=lambda item: item[1])]
+    if found.errors:
+        told.append(f"by name: {found.errors[0]}")
+    unseen = f"no (p = {found.p_value:.2g}){f'; {NEVER[found.mutant]}' if found.mutant in NEVER else ''}"
+    said = "; ".join(told) or unseen
+    size = "" if found.size is None else f"{found.size:.3f}"
+    return f"| {found.mutant} | {_told(found.sampling)} | {size} | {said} | {found.num_draws} |"
+
+
+def _told(sampling: dict[str, Any]) -> str:
+    values = {name: len(value) if name == "stop_token_ids" else value for name, value in sampling.items()}
+    return ", ".join(f"{name} {value:g}" for name, value in values.items()) or "T = 1"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.tools.detection_power", description=__doc__)
+    parser.add_argument("--num-prompts", type=int, default=16)
+    parser.add_argument("--num-draws", type=int, default=20_000, help="tokens of each mutant at the most")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the findings here, too")
+    parser.add_argument("--only", action="append", choices=PLANTED, help="this mutant; may be repeated")
+    given = parser.parse_args()
+    print("| mutant | sampling | size | found by, tokens | tokens judged |\n|---|---|---|---|---|", flush=True)
+    found = []
+    for each in findings(given.num_prompts, given.num_draws, getattr(torch, given.dtype), given.only or PLANTED):
+        found.append(asdict(each))
+        print(line(each), flush=True)
+        if given.json:
+            given.json.write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,128 @@
+"""Prompts and the ground truth they are scored by; how a workload is named, read and sampled."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+Lengths = tuple[int, int]  # least and most tokens of a prompt
+BUCKET = re.compile(r"(?P<label>.*)@(?P<least>\d+):(?P<most>\d+)")
+
+
+@dataclass(frozen=True, slots=True)
+class Number:
+    """A prompt that is answered by this number. text: as the source writes it."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """A prompt that is answered by something like this text."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class UnitTest:
+    """A prompt that is answered by a Python function.
+
+    head: code up to the function's body. test: code that defines `check(function)`. entry_point: the function's name.
+    """
+
+    head: str
+    test: str
+    entry_point: str
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One prompt. text: what the user says. category: what the source files it under, or "".
+
+    raw: a text to go on with, for models that are not talked to; "" is `text`. truth: what the output is scored by.
+    """
+
+    text: str
+    category: str = ""
+    raw: str = ""
+    truth: Number | Summary | UnitTest | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Malformed:
+    """What is done about malformed rows. policy: "refuse" the file, or "skip" the row. skipped: why, row by row.
+
+    passed_over: the places of sound rows that hold no prompt, such as a dialogue that begins with an answer.
+    """
+
+    policy: str = "refuse"
+    skipped: list[str] = field(default_factory=list)
+    passed_over: list[str] = field(default_factory=list)
+
+    def meet(self, error: ValueError) -> None:
+        """Raise the error, or note it."""
+        if self.policy == "refuse":
+            raise error
+        self.skipped.append(str(error))
+
+
+class UnavailableError(ValueError):
+    """A workload whose data are not here; the message says where to get them."""
+
+
+def buckets(label: str, lengths: Sequence[Lengths]) -> list[str]:
+    """What a workload's cells are called: as the workload, or, of several buckets of lengths, LABEL@LEAST:MOST each."""
+    return [label] if len(lengths) < 2 else [f"{label}@{least}:{most}" for least, most in lengths]
+
+
+def bucket(name: str, lengths: Sequence[Lengths]) -> tuple[str, Lengths | None]:
+    """Of a cell's workload the label and the lengths of its prompts, as `buckets` put them together; None is any."""
+    if len(lengths) < 2:
+        return name, next(iter(lengths), None)
+    found = BUCKET.fullmatch(name)
+    assert found, f"{name} is one of several buckets"
+    return found["label"], (int(found["least"]), int(found["most"]))
+
+
+def prompts_of(
+    rows: Iterable[tuple[str, dict[str, Any]]],
+    make: Callable[[dict[str, Any], str], Prompt | None],
+    malformed: Malformed,
+) -> list[Prompt]:
+    """The prompts that `make` makes of rows with their places; None if a row is none, ValueError if malformed."""
+    prompts = []
+    for place, row in rows:
+        try:
+            prompt = make(row, place)
+        except ValueError as error:
+            malformed.meet(error)
+        else:
+            if prompt:
+                prompts.append(prompt)
+            else:
+                malformed.passed_over.append(place)
+    return prompts
+
+
+def find_all(data_dir: Path | None, *patterns: str) -> list[Path]:
+    """The files of the data folder that have such names."""
+    return sorted({path for pattern in patterns for path in data_dir.glob(pattern)}) if data_dir else []
+
+
+def find(data_dir: Path | None, workload: str, *patterns: str) -> Path:
+    """The file of a workload in the data folder. Raises UnavailableError if there is none or more than one."""
+    found = find_all(data_dir, *patterns)
+    if len(found) != 1:
+        names = ", ".join(path.name for path in found) or "none"
+        raise UnavailableError(
+            f"workloads={workload} must have one file {' or '.join(patterns)} in "
+            f"data_dir={data_dir}, found {names}; name its folder with --data-dir"
+        )
+    return found[0]
+
+
+def _smoke_file() -> Path:
+    return Path(__file__).parents[1] / "catalogue" / "models" / "tiny" / "smoke.txt"

@@ -1,0 +1,284 @@
+"""Continue a prompt, and show which tokens were drafted and accepted.
+
+python -m specdec "Repeat this twice: def mean(values): return sum(values) / len(values)" --method hybrid --gamma auto
+echo "Why is the sky blue?" | python -m specdec - --method hybrid --temperature 0.8 --marks
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from specdec.methods import DTYPE_NAMES, LOAD_FORMATS, METHODS, VERIFICATION_NAMES
+from specdec.prompts import encode, encode_bytes, encode_raw, whole
+from specdec.runtime.checks import nearest
+from specdec.runtime.progress import show_what_can_be_shown
+from specdec.sampling_params import SamplingParams
+
+if TYPE_CHECKING:  # torch takes seconds: wrong arguments are named before it is imported
+    from specdec.cli.screen import Paint
+    from specdec.engine import Engine
+    from specdec.requests import Chunk, Completion
+
+INTERRUPTED, PIPE_CLOSED = 130, 141  # what a shell says of a program that ends by SIGINT, and by SIGPIPE
+WARM_UP_TOKENS = 4
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """Say in one line what is wrong, and which name is near to one that is unknown."""
+        self.exit(2, f"error: {message}{self._nearest(message)}; see --help\n")
+
+    def _nearest(self, message: str) -> str:
+        if unknown := re.match(r"unrecognized arguments: (--[\w-]+)", message):
+            return nearest(unknown[1], self._option_string_actions)
+        if wrong := re.search(r"invalid choice: '([^']*)' \(choose from (.*)\)", message):
+            return nearest(wrong[1], re.findall(r"[\w-]+", wrong[2]))
+        return ""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    assert __doc__
+    top = _Parser("specdec", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    top.add_argument("prompt", help="a question, or with --raw a text to go on with; - reads it from standard input")
+    _model_options(top.add_argument_group("models and method"))
+    _sampling_options(top.add_argument_group("sampling"))
+    top.add_argument("--raw", action="store_true", help="the prompt as it stands, without the model's chat template")
+    top.add_argument("--marks", action="store_true", help="mark tokens as [+accepted][~recovered][*bonus]plain")
+    top.add_argument("--no-plain", action="store_true", help="do not decode again without speculation, to compare")
+    return top
+
+
+def _model_options(group: Any) -> None:
+    group.add_argument("--target", default="smollm2-135m", help="a bundled name, a hub id, a folder or a GGUF file")
+    group.add_argument("--draft", help="likewise, for the methods that need one (default: the one that comes with it)")
+    group.add_argument("--method", default="ngram", choices=METHODS, metavar="NAME", help=", ".join(METHODS))
+    group.add_argument("--gamma", type=_gamma, default=4, help="tokens proposed per step, or auto: as many as pay")
+    group.add_argument("--verification", default="token", choices=VERIFICATION_NAMES, help="rule that verifies a draft")
+    group.add_argument("--dtype", default="bfloat16", choices=DTYPE_NAMES)
+    group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    group.add_argument("--load-format", default="auto", choices=LOAD_FORMATS, help="dummy: random weights")
+
+
+def _sampling_options(group: Any) -> None:
+    group.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
+    group.add_argument("--top-p", type=float, default=1.0)
+    group.add_argument("--top-k", type=int, default=0)
+    group.add_argument("--min-p", type=float, default=0.0)
+    group.add_argument("--max-tokens", type=int, default=128, help="tokens to emit at the most")
+    group.add_argument("--seed", type=int, default=0)
+    group.add_argument("--ignore-eos", action="store_true", help="do not stop at the model's end-of-sequence token")
+
+
+def _gamma(text: str) -> int | str:
+    try:
+        return text if text == "auto" else int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"gamma={text!r} must be an integer of at least 1, or auto") from None
+
+
+def _sampling(options: argparse.Namespace) -> SamplingParams:
+    names = ("temperature", "top_p", "top_k", "min_p", "max_tokens", "seed", "ignore_eos")
+    return SamplingParams(**{name: getattr(options, name) for name in names})
+
+
+def _load(options: argparse.Namespace) -> Engine:
+    from specdec.engine import Engine
+
+    return Engine.load(
+        options.target,
+        draft=options.draft,
+        method=options.method,
+        num_speculative_tokens=options.gamma,
+        verification=options.verification,
+        dtype=options.dtype,
+        device=options.device,
+        load_format=options.load_format,
+    )
+
+
+def _prompt(options: argparse.Namespace) -> str:
+    text: str = sys.stdin.read() if options.prompt == "-" else options.prompt
+    if not text.strip():
+        raise ValueError(f"prompt={text!r} must not be empty; give a text, or - to read it from standard input")
+    return whole(text, "prompt")
+
+
+class _Clocked:
+    """A stream, and the seconds that were spent in it, not on what is done with its chunks."""
+
+    def __init__(self, chunks: Iterator[Chunk]) -> None:
+        self._chunks, self.seconds = chunks, 0.0
+        self.completion: Completion | None = None
+
+    def __iter__(self) -> Iterator[Chunk]:
+        return self
+
+    def __next__(self) -> Chunk:
+        start_s = time.perf_counter()
+        chunk = next(self._chunks)
+        self.seconds += time.perf_counter() - start_s
+        self.completion = chunk.completion
+        return chunk
+
+
+@dataclass(frozen=True, slots=True)
+class Decoded:
+    """A completion and the seconds that it took."""
+
+    completion: Completion
+    seconds: float
+
+
+def show(chunks: Iterator[Chunk], tokenizer: Any, paint: Paint) -> Decoded:
+    """Write the tokens of one prompt to standard output as they are emitted."""
+    from specdec.cli.screen import pieces
+
+    stream = _Clocked(chunks)
+    for text, source in pieces(stream, _decoder(tokenizer)):
+        print(paint(text, source), end="", flush=True)
+    print(flush=True)
+    assert stream.completion is not None
+    return Decoded(stream.completion, stream.seconds)
+
+
+def decode_plainly(target: Any, prompt: Sequence[int], sampling: SamplingParams, verification: str) -> Decoded:
+    """The same prompt with the same target and nothing proposed."""
+    from specdec.engine import Engine
+    from specdec.runtime.progress import bar
+
+    plain = Engine(target, method="autoregressive", verification=verification)
+    _warm_up(plain, prompt, sampling)
+    stream = _Clocked(plain.stream([prompt], sampling))
+    with bar(sampling.max_tokens, "token", "plain decoding, to compare") as done:
+        for chunk in stream:
+            done.update(len(chunk.token_ids))
+    assert stream.completion is not None
+    return Decoded(stream.completion, stream.seconds)
+
+
+def _warm_up(engine: Engine, prompt: Sequence[int], sampling: SamplingParams) -> None:
+    """Let first calls be over before anything is timed: a prompt of the same length, but another one."""
+    few = SamplingParams(temperature=sampling.temperature, max_tokens=min(WARM_UP_TOKENS, sampling.max_tokens))
+    engine.generate([[prompt[0]] * len(prompt)], few)
+
+
+def _decoder(tokenizer: Any) -> Callable[[Sequence[int]], str]:
+    if tokenizer is None:
+        return lambda tokens: "".join(f"{token} " for token in tokens)
+    return lambda tokens: str(tokenizer.decode(tokens, skip_special_tokens=True))
+
+
+def summary(completion: Completion, paint: Paint) -> list[str]:
+    """What became of the tokens, in lines."""
+    from specdec.cli.screen import SOURCES
+
+    counts = completion.counts
+    by_source = {source: completion.sources.count(source) for source in SOURCES}
+    legend = paint.legend({source: f"{number} {source}" for source, number in by_source.items()})
+    rate = "nothing was drafted"
+    if counts.acceptance_rate is not None:
+        rate = f"{counts.num_accepted} of {counts.num_drafted} drafted tokens accepted: {counts.acceptance_rate:.1%}"
+    per_call = f", {counts.mean_acceptance_length:.2f} tokens per target call" if counts.num_steps else ""
+    return [f"{len(completion.token_ids)} tokens: {legend}", f"{rate}{per_call}"]
+
+
+def comparison(decoded: Decoded, plain: Decoded, *, must_agree: bool) -> list[str]:
+    """How much faster it was than plain decoding, token by token, and whether it said the same.
+
+    must_agree: whether the law leaves no choice: at temperature 0, and with coupled verification.
+    """
+    ours, theirs = decoded.completion.token_ids, plain.completion.token_ids
+    speedup = (plain.seconds / len(theirs)) / (decoded.seconds / len(ours))
+    lines = [
+        f"{speedup:.2f} times as fast as plain decoding (one prompt, timed once: no benchmark)",
+        f"{decoded.seconds:.2f} s for {len(ours)} tokens, plain decoding {plain.seconds:.2f} s for {len(theirs)}",
+    ]
+    return lines + ([_agreement(ours, theirs)] if must_agree else [])
+
+
+def _agreement(ours: Sequence[int], theirs: Sequence[int]) -> str:
+    if ours == theirs:
+        return "the same tokens as plain decoding"
+    both = list(zip(ours, theirs, strict=False))
+    at = next((at for at, (one, other) in enumerate(both) if one != other), len(both))
+    return (
+        f"other tokens than plain decoding from token {at + 1} on: in 16 bits a near tie may fall either way; "
+        "with --dtype float32 it should not"
+    )
+
+
+def run(options: argparse.Namespace) -> None:
+    """Decode a prompt and show it: the text on standard output, what is said about it on standard error."""
+    text, sampling = _prompt(options), _sampling(options)
+    engine = _load(options)
+    from specdec.cli.screen import Paint, has_colours
+
+    tokenizer = engine.tokenizer
+    prompt = _encoded(text, tokenizer, options)
+    engine.stream([prompt], sampling).close()  # checks them before anything is decoded
+    _warm_up(engine, prompt, sampling)
+    chunks = engine.stream([prompt], sampling)
+    about = Paint(has_colours(sys.stderr), options.marks)
+    if about.shows:
+        _say([about.legend()])
+    decoded = show(chunks, tokenizer, Paint(has_colours(sys.stdout), options.marks))
+    _say(["", *summary(decoded.completion, about)])
+    if options.method != "autoregressive" and not options.no_plain:
+        plain = decode_plainly(engine.target, prompt, sampling, options.verification)
+        must_agree = sampling.temperature == 0 or options.verification == "coupled"
+        _say(comparison(decoded, plain, must_agree=must_agree))
+
+
+def _encoded(text: str, tokenizer: Any, options: argparse.Namespace) -> tuple[int, ...]:
+    if tokenizer is None and options.load_format == "dummy":
+        return encode_bytes(text)
+    return encode_raw(text, tokenizer) if options.raw else encode(text, tokenizer)
+
+
+def _say(lines: Sequence[str]) -> None:
+    print("\n".join(lines), file=sys.stderr, flush=True)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit status: 0; 2 for what the user got wrong, said in one line; as a shell says of what ended it by a signal."""
+    options = parser().parse_args(arguments)
+    show_what_can_be_shown(sys.stdout, sys.stderr)
+    try:
+        run(options)
+    except KeyboardInterrupt:
+        print()
+        return INTERRUPTED
+    except BrokenPipeError:
+        _leave_pipes()
+        return PIPE_CLOSED
+    except (ValueError, OSError, ImportError, FloatingPointError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not _is_load_error(error):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _is_load_error(error: RuntimeError) -> bool:
+    from specdec.runtime.artifacts import LoadError
+
+    return isinstance(error, LoadError)
+
+
+def _leave_pipes() -> None:
+    """Let the interpreter flush what is left to nowhere, or it would complain once more."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (sys.stdout, sys.stderr):
+        os.dup2(nowhere, stream.fileno())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,298 @@
+"""Decoder layers and sampling for CPUs in C++, compiled once on each machine and kept in the cache folder.
+
+They need Linux, a C++ compiler and AVX-512 (for bfloat16 AVX512-BF16); elsewhere torch's own operations are used.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+from collections.abc import Sequence
+from ctypes import POINTER, Structure, c_float, c_int64, c_void_p
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from specdec.runtime.artifacts import LoadError, cache_root, made_once
+from specdec.runtime.fallbacks import fall_back
+
+BLOCK = 32  # outputs that a projection computes together
+HEAD_DIMS = (32, 64, 96, 128)
+_FOLDER = Path(__file__).parent
+_SOURCES = tuple(_FOLDER / name for name in ("decoder_layer.cpp", "sampling.cpp"))
+_UNUSED = "kernels for this CPU are not used, decoding is slower"
+_FLAGS = ("-O3", "-std=c++17", "-fPIC", "-fopenmp", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl")
+
+
+class Projection(Structure):
+    """Packed weights; see the source for all three."""
+
+    _fields_ = (("weight", c_void_p), ("bias", c_void_p), ("inputs", c_int64), ("outputs", c_int64))
+
+
+class Layer(Structure):
+    """A decoder layer's weights and dimensions."""
+
+    _fields_ = (
+        *((name, Projection) for name in ("qkv", "output", "gate_up", "down")),
+        *((name, c_void_p) for name in ("norm_before_attention", "norm_before_mlp", "query_norm", "key_norm")),
+        *((name, c_float) for name in ("epsilon", "scaling")),
+        *((name, c_int64) for name in ("num_heads", "num_kv_heads", "head_dim")),
+    )
+
+
+class Call(Structure):
+    """The arrays of one call."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("hidden", "cos", "sin", "turns", "positions", "places", "starts", "ways")),
+        ("layers", POINTER(POINTER(Layer))),
+        *((name, POINTER(c_void_p)) for name in ("keys", "values")),
+        ("result", c_void_p),
+        *((name, c_int64) for name in ("num_layers", "rows", "width", "capacity", "longest_way", "num_threads")),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class TreePlaces:
+    """Where the tokens of a tree stand in the cache: places int64 [rows, width], and starts int64 [rows] of the tree.
+
+    ways: int64 [width, n], by position the columns on the way to each token, itself last, as `trees.columns.ways`.
+    """
+
+    places: Tensor
+    starts: Tensor
+    ways: Tensor
+
+
+def available(dtype: torch.dtype) -> bool:
+    """Whether this machine has kernels for a dtype; compiles them if they have not been before."""
+    if dtype not in _usable_dtypes():
+        return False
+    return _library() is not None
+
+
+def take(tensor: Tensor) -> bool:
+    """Whether there are kernels for a tensor, by its device and dtype."""
+    return tensor.device.type == "cpu" and available(tensor.dtype)
+
+
+def whole_blocks(outputs: int) -> int:
+    """A number of outputs, rounded up to whole blocks."""
+    return -(-outputs // BLOCK) * BLOCK
+
+
+def pack(weight: Tensor) -> Tensor:
+    """Weights [out, in] in the order in which they are read, [out / 32, in / s, 32, s], s = 2 in bf16 and 1 in float32.
+
+    Rows of zeros fill the last block; `in` must be even.
+    """
+    outputs, inputs = weight.shape
+    together = 2 if weight.dtype == torch.bfloat16 else 1
+    padded = torch.nn.functional.pad(weight.detach(), (0, 0, 0, whole_blocks(outputs) - outputs))
+    return padded.view(-1, BLOCK, inputs // together, together).permute(0, 2, 1, 3).contiguous()
+
+
+Pointers = Any  # of ctypes, to each layer's array
+
+
+def pointers(arrays: Sequence[Tensor]) -> Pointers:
+    """Where arrays stand; whoever keeps the pointers must keep the arrays."""
+    return (c_void_p * len(arrays))(*(array.data_ptr() for array in arrays))
+
+
+def run_layers(
+    layers: Pointers,
+    hidden: Tensor,
+    angles: tuple[Tensor, Tensor, Tensor],
+    positions: Tensor,
+    blocks: tuple[Pointers, Pointers],
+    capacity: int,
+    tree: TreePlaces | None = None,
+) -> Tensor:
+    """Decoder layers of one shape, one after the other: hidden [rows, width, hidden] -> the same.
+
+    layers: to `Layer`s. angles: tables of cos and sin [n, head_dim], and the place of each token in them, int64
+    [rows, width]. positions: int64 [rows, width].
+    blocks: to each layer's keys and values [rows, heads, capacity, head_dim], where those at the positions are put.
+    tree: where instead, if the tokens are a tree's, which then see their ancestors only.
+    """
+    rows, width, _ = hidden.shape
+    hidden = hidden.contiguous()
+    result = torch.empty_like(hidden)
+    arrays = [hidden, *(each.contiguous() for each in (*angles, positions))]
+    arrays += [each.contiguous() for each in (tree.places, tree.starts, tree.ways)] if tree else arrays[-1:]
+    given = [each.data_ptr() for each in arrays] + ([] if tree else [None, None])
+    sizes = (len(layers), rows, width, capacity, tree.ways.shape[1] if tree else 0, torch.get_num_threads())
+    call = Call(*given, layers, *blocks, result.data_ptr(), *sizes)
+    _function("layers", hidden.dtype)(call)
+    return result
+
+
+def keep(blocks: Sequence[Tensor], starts: Tensor, path: Tensor) -> None:
+    """Move entries of blocks [slots, heads, capacity, dim] of one shape and dtype, as `RaggedCache.keep`.
+
+    starts: int64 [rows]. path: int64 [rows, n], path[r, i] >= i and ascending.
+    """
+    _, heads, capacity, dim = blocks[0].shape
+    starts, path = starts.contiguous(), path.contiguous()
+    sizes = (len(blocks), len(path), heads, capacity, dim * blocks[0].element_size(), path.shape[1])
+    _function("keep")(pointers(blocks), starts.data_ptr(), path.data_ptr(), *sizes)
+
+
+def run_projection(projection: Projection, inputs: Tensor, outputs: Tensor) -> None:
+    """inputs [..., in] -> outputs [..., out rounded up to whole blocks], both contiguous."""
+    tokens = inputs.numel() // inputs.shape[-1]
+    function = _function("project", inputs.dtype)
+    function(projection, inputs.data_ptr(), outputs.data_ptr(), tokens, torch.get_num_threads())
+
+
+def normalise(inputs: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    """Root mean square normalisation over the last dimension, a multiple of 16."""
+    inputs, size = inputs.contiguous(), inputs.shape[-1]
+    outputs = torch.empty_like(inputs)
+    function = _function("normalise", inputs.dtype)
+    function(inputs.data_ptr(), weight.data_ptr(), epsilon, inputs.numel() // size, size, outputs.data_ptr())
+    return outputs
+
+
+def largest(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Of each row of logits [..., n]: the largest, NaN where any is, and int64 where the first of them stands."""
+    logits = logits.contiguous()
+    peaks = logits.new_empty(logits.shape[:-1])
+    places = torch.empty(peaks.shape, dtype=torch.int64)
+    function = _function("largest", logits.dtype)
+    function(logits.data_ptr(), peaks.numel(), logits.shape[-1], peaks.data_ptr(), places.data_ptr())
+    return peaks, places
+
+
+def confidence(logits: Tensor) -> Tensor:
+    """The largest probability of each row of logits [..., n], float32 [...]."""
+    logits = logits.contiguous()
+    confidences = torch.empty(logits.shape[:-1])
+    function = _function("confidence", logits.dtype)
+    function(logits.data_ptr(), confidences.numel(), logits.shape[-1], confidences.data_ptr())
+    return confidences
+
+
+def softmax(logits: Tensor, temperatures: Tensor) -> Tensor:
+    """Laws float32 [..., vocab] of logits at temperatures [...]; NaN throughout where no law is."""
+    logits, temperatures = logits.contiguous(), temperatures.float().contiguous()
+    probs = torch.empty(logits.shape, dtype=torch.float32)
+    arguments = (logits.data_ptr(), temperatures.numel(), logits.shape[-1], temperatures.data_ptr(), probs.data_ptr())
+    _function("softmax", logits.dtype)(*arguments)
+    return probs
+
+
+def draw(probs: Tensor, uniforms: Tensor) -> Tensor:
+    """Tokens int64 [...] of laws float32 [..., vocab] at uniforms float64 [...], as `distributions.Dense.draw`."""
+    probs, uniforms = probs.contiguous(), uniforms.contiguous()
+    tokens = torch.empty(uniforms.shape, dtype=torch.int64)
+    sizes = (tokens.numel(), probs.shape[-1])
+    _function("draw")(probs.data_ptr(), *sizes, uniforms.data_ptr(), tokens.data_ptr())
+    return tokens
+
+
+def race(probs: Tensor, uniforms: Tensor) -> Tensor:
+    """Tokens int64 [...] of laws float32 [..., vocab] with a uniform float64 for each, as `distributions.race`."""
+    probs, uniforms = probs.contiguous(), uniforms.contiguous()
+    tokens = torch.empty(probs.shape[:-1], dtype=torch.int64)
+    sizes = (tokens.numel(), probs.shape[-1])
+    _function("race")(probs.data_ptr(), *sizes, uniforms.data_ptr(), tokens.data_ptr())
+    return tokens
+
+
+def uniforms(seeds: Tensor, positions: Tensor, roles: Tensor, origins: Tensor) -> Tensor:
+    """Philox 4x32-10 as `sampling.randomness.uniforms`; what broadcasts along the last axis is not copied along it."""
+    words = (positions, origins, roles, seeds)
+    shape = torch.broadcast_shapes(*(word.shape for word in words))
+    drawn = torch.empty(shape, dtype=torch.float64)
+    size = shape[-1] if shape else 1
+    laid_out, strides = zip(*(_laid_out(word, shape) for word in words), strict=True)
+    pointers_to = (c_void_p * 4)(*(word.data_ptr() for word in laid_out))
+    strides_of = (c_int64 * 8)(*(stride for pair in strides for stride in pair))
+    _function("uniforms")(pointers_to, strides_of, drawn.numel() // max(size, 1), size, drawn.data_ptr())
+    return drawn
+
+
+def _laid_out(word: Tensor, shape: torch.Size) -> tuple[Tensor, tuple[int, int]]:
+    """An int64 tensor that broadcasts to a shape, and its strides along all axes but the last, and along the last."""
+    size = word.shape[-1] if word.ndim else 1
+    if word.numel() == size:
+        return word.contiguous(), (0, int(size > 1))
+    return word.expand(*shape[:-1], size).contiguous(), (size, int(size > 1))
+
+
+@cache
+def _usable_dtypes() -> tuple[torch.dtype, ...]:
+    """What this processor can compute with."""
+    on_linux = platform.system() == "Linux" and platform.machine() == "x86_64"
+    if not on_linux or torch.backends.cpu.get_cpu_capability() != "AVX512":
+        return ()
+    return (torch.float32, torch.bfloat16) if torch.cpu._is_avx512_bf16_supported() else (torch.float32,)
+
+
+@cache
+def _library() -> Any:
+    """The compiled kernels, or None where they cannot be compiled, which is said once."""
+    compiler = shutil.which(os.environ.get("CXX", "g++"))
+    if compiler is None:
+        fall_back(_UNUSED, "no C++ compiler was found (install g++, or name one in CXX)")
+        return None
+    flags = [*_FLAGS, *(["-mavx512bf16"] if torch.bfloat16 in _usable_dtypes() else [])]
+    texts = [path.read_bytes() for path in (*_SOURCES, _FOLDER / "vectors.h")]
+    digest = hashlib.sha256(b"".join(texts) + " ".join(flags).encode()).hexdigest()
+
+    def make(staging: Path) -> dict[str, Any]:
+        (staging / "made").mkdir()
+        objects = [str(staging / source.with_suffix(".o").name) for source in _SOURCES]
+        for source, made in zip(_SOURCES, objects, strict=True):
+            _run([compiler, *flags, "-c", str(source), "-o", made])
+        # torch's own OpenMP runtime: two in a process would fight for the cores
+        runtimes = [str(path) for path in (Path(torch.__file__).parent / "lib").glob("libgomp*.so*")] or ["-lgomp"]
+        _run([compiler, "-shared", *objects, *runtimes, "-o", str(staging / "made" / "kernels.so")])
+        return {"source_sha256": digest, "command": [Path(compiler).name, *flags]}
+
+    try:
+        folder = made_once(
+            cache_root() / f"kernels-{digest[:8]}", make, disk_bytes=10**7, rule="kernels must be compiled once"
+        )
+        return ctypes.CDLL(str(folder / "kernels.so"))
+    except (LoadError, OSError) as error:
+        fall_back(_UNUSED, error)
+        return None
+
+
+def _run(command: Sequence[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{Path(command[0]).name} failed: {(done.stderr.strip().splitlines() or ['?'])[-1]}")
+
+
+_ARGUMENTS = {
+    "layers": (POINTER(Call),),
+    "keep": (POINTER(c_void_p), c_void_p, c_void_p, *(c_int64,) * 6),
+    "project": (POINTER(Projection), c_void_p, c_void_p, c_int64, c_int64),
+    "normalise": (c_void_p, c_void_p, c_float, c_int64, c_int64, c_void_p),
+    "largest": (c_void_p, c_int64, c_int64, c_void_p, c_void_p),
+    "confidence": (c_void_p, c_int64, c_int64, c_void_p),
+    "softmax": (c_void_p, c_int64, c_int64, c_void_p, c_void_p),
+    "draw": (c_void_p, c_int64, c_int64, c_void_p, c_void_p),
+    "race": (c_void_p, c_int64, c_int64, c_void_p, c_void_p),
+    "uniforms": (POINTER(c_void_p), POINTER(c_int64), c_int64, c_int64, c_void_p),
+}
+
+
+@cache
+def _function(name: str, dtype: torch.dtype | None = None) -> Any:
+    function = getattr(_library(), f"{name}_{str(dtype).removeprefix('torch.')}" if dtype else name)
+    function.restype, function.argtypes = None, _ARGUMENTS[name]
+    return function

@@ -1,0 +1,189 @@
+"""Protocols of a language model and its cache: what decoding and a draft model need, and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol, cast
+
+import torch
+from torch import Tensor
+
+from specdec.runtime.devices import upload
+from specdec.runtime.recording import Recorder
+from specdec.trees.columns import Branches
+
+
+class Cache(Protocol):
+    """What a model remembers of the tokens it was given: a fixed number of slots, each holding one sequence.
+
+    lengths: valid tokens per slot. Rolling back is setting a length; nothing else needs to be undone.
+    capacity: tokens that a slot can hold.
+    features: float [slots, capacity, hidden], what the model's output head read after each token, in the same places
+    as the tokens; None unless they were asked for.
+    """
+
+    lengths: list[int]
+    capacity: int
+    features: Tensor | None
+
+    def copy_slot(self, source: int, slot: int, num_tokens: int) -> None:
+        """Let a slot hold the first num_tokens of another's sequence, at least one, or of its own."""
+        ...
+
+
+class TreeCache(Cache, Protocol):
+    """A cache that can keep the accepted nodes of a token tree."""
+
+    def keep(self, starts: Tensor, path: Tensor) -> None:
+        """Move row r's entry at place starts[r] + path[r, i] to starts[r] + i, i = 0, 1, ...; int64 [rows], [rows, n].
+
+        Rows are those of the first slots; path[r, i] >= i ascends. So the accepted nodes of a tree come to stand behind
+        each other.
+        """
+        ...
+
+
+class LanguageModel(Protocol):
+    """A causal language model over a ragged cache."""
+
+    vocab_size: int
+    context_length: int
+    device: torch.device
+
+    def allocate(self, num_slots: int, capacity: int, *, keep_features: bool = False) -> Cache:
+        """An empty cache of num_slots sequences of up to `capacity` tokens each.
+
+        Raises ValueError if features are to be kept and the model has none.
+        """
+        ...
+
+    def forward(self, tokens: Tensor, cache: Any, first_slot: int = 0, last_only: bool = False) -> Tensor:
+        """Logits after each of the given tokens, which follow the cache's valid tokens.
+
+        tokens: int64 [rows, width]; row r belongs to slot first_slot + r and stands at positions
+        lengths[slot], lengths[slot] + 1, ... A row may end in padding: its logits mean nothing.
+        Returns float [rows, width, vocab], or [rows, 1, vocab] for the last token if last_only.
+        The tokens are written behind the valid ones; `cache.lengths` is left to the caller.
+        """
+        ...
+
+
+class TreeModel(LanguageModel, Protocol):
+    """A language model that can score token trees."""
+
+    def forward(
+        self,
+        tokens: Tensor,
+        cache: Any,
+        first_slot: int = 0,
+        last_only: bool = False,
+        branches: Branches | None = None,
+    ) -> Tensor:
+        """As without branches, but the tokens are a tree's: each follows its parent, and sees its ancestors only.
+
+        They are written behind each other all the same; `TreeCache.keep` then brings together what is accepted.
+        """
+        ...
+
+
+class FixedShapeModel(LanguageModel, Protocol):
+    """A language model whose calls can be recorded: nothing in them depends on what the host knows."""
+
+    def forward_at(
+        self,
+        tokens: Tensor,
+        starts: Tensor,
+        cache: Any,
+        extent: int,
+        first_slot: int = 0,
+        last: Tensor | None = None,
+        branches: Branches | None = None,
+    ) -> Tensor:
+        """As `forward`, where row r begins at position starts[r], int64 [rows], whatever `cache.lengths` says.
+
+        extent: a bound on the positions that are seen, one of `cache.extent_for`. last: int64 [1], the only position
+        whose logits are wanted, or None for all.
+        """
+        ...
+
+
+class EncoderDecoder(LanguageModel, Protocol):
+    """A language model that reads a prompt as a whole before it says anything; `prefill` has it do so."""
+
+    is_encoder_decoder: bool
+
+    def read(self, prompt: Sequence[int], cache: Any, slot: int) -> None:
+        """Encode a prompt for a slot, which then holds all of it but the last token: that is fed as any other."""
+        ...
+
+
+def is_encoder_decoder(model: Any) -> bool:
+    """Whether a model, or what is known of it, is an EncoderDecoder."""
+    return bool(getattr(model, "is_encoder_decoder", False))
+
+
+PREFILL_CHUNK = 512  # tokens; bounds the attention scores and the mask that a long prompt needs at once
+
+
+def score(
+    model: LanguageModel, tokens: Tensor, cache: Cache, recorder: Recorder, branches: Branches | None = None
+) -> Tensor:
+    """Logits after tokens [rows, width], which follow what the first slots hold, [rows, width, vocab]."""
+    if not recorder.records:
+        if branches is None:
+            return model.forward(tokens, cache)
+        return cast("TreeModel", model).forward(tokens, cache, branches=branches)
+    fixed_model, fixed_cache, starts = cast("Any", model), cast("Any", cache), cache.lengths[: len(tokens)]
+    extent = fixed_cache.extent_for(max(starts) + tokens.shape[1])
+    further = () if branches is None else (0, None, branches)
+    logits: Tensor = recorder(fixed_model.forward_at, tokens, upload(starts, model.device), cache, extent, *further)
+    return logits
+
+
+_PREFILL_WIDTHS = (16, 64, 256, PREFILL_CHUNK)  # those that are recorded; a chunk is padded to the next of them
+
+
+def prefill(
+    model: LanguageModel,
+    tokens: Sequence[int],
+    cache: Cache,
+    slot: int,
+    recorder: Recorder | None = None,
+    num_prompt: int | None = None,
+) -> Tensor:
+    """Append tokens to one slot, in chunks, and advance its length; returns the last token's logits [1, 1, vocab].
+
+    recorder: to replay calls of the same shape, if there is one that records. num_prompt: how many of the first tokens
+    of an empty slot are the prompt, which an encoder reads as a whole; None for all.
+    Raises ValueError if there are no tokens.
+    """
+    if not tokens:
+        raise ValueError("tokens=[] must not be empty: a model needs at least one token to continue from")
+    if is_encoder_decoder(model) and cache.lengths[slot] == 0:
+        cast("EncoderDecoder", model).read(tokens[:num_prompt], cache, slot)
+        tokens = tokens[cache.lengths[slot] :]
+    for start in range(0, len(tokens), PREFILL_CHUNK):
+        chunk = tokens[start : start + PREFILL_CHUNK]
+        if recorder and recorder.records:
+            logits = _prefill_chunk(model, chunk, cache, slot, recorder)
+        else:
+            logits = model.forward(upload([chunk], model.device), cache, first_slot=slot, last_only=True)
+        cache.lengths[slot] += len(chunk)
+    return logits
+
+
+def hold(model: LanguageModel, prompt: Sequence[int], cache: Cache, slot: int) -> None:
+    """Have an empty slot hold a prompt but for its last token, which is then fed as any other."""
+    if is_encoder_decoder(model):
+        cast("EncoderDecoder", model).read(prompt, cache, slot)
+    elif len(prompt) > 1:
+        prefill(model, prompt[:-1], cache, slot)
+
+
+def _prefill_chunk(model: Any, chunk: Sequence[int], cache: Any, slot: int, recorder: Recorder) -> Tensor:
+    width = next(width for width in _PREFILL_WIDTHS if width >= len(chunk))
+    start, extent = cache.lengths[slot], cache.extent_for(cache.lengths[slot] + width)
+    padded = upload([[*chunk, *[0] * (width - len(chunk))]], model.device)
+    starts, last = upload([start], model.device), upload([len(chunk) - 1], model.device)
+    logits: Tensor = recorder(model.forward_at, padded, starts, cache, extent, slot, last)
+    return logits

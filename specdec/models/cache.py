@@ -1,0 +1,210 @@
+"""The ragged static KV cache: one preallocated block per layer, a length per slot.
+
+A slot's keys and values stand at their own positions; what lies beyond its length is stale and never attended to,
+because a query sees slot positions <= its own only. So rolling back is setting a length, and any transformers causal
+model works unchanged: it is given per-row position ids, a 4-D mask and this cache.
+
+The nodes of a token tree stand behind each other, whatever their positions: a node's place in the cache is not its
+position then, and it sees its ancestors only. What is accepted of them is moved to where it belongs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from specdec.kernels import cpp
+from specdec.runtime.devices import upload
+from specdec.trees.columns import Branches, offsets, visible
+
+_LEAST_EXTENT = 256
+
+
+@dataclass(slots=True)
+class _Window:
+    """Where the current forward call writes and what it may see.
+
+    slots: the rows' slots. positions: int64 [rows, width]. extent: places seen, the last one written included.
+    start: the first place if it is the same in all rows, so that a plain copy will do.
+    places: int64 [rows, width], where the tokens are put: at their positions, unless they are a tree's.
+    starts: int64 [rows], what is valid of each slot. branches: of a tree, or None.
+    """
+
+    slots: slice
+    positions: Tensor
+    extent: int
+    start: int | None
+    places: Tensor
+    starts: Tensor
+    branches: Branches | None = None
+
+
+class RaggedCache(Cache):  # type: ignore[misc]  # transformers has no complete types
+    """Keys and values [slots, heads, capacity, head_dim] for each layer, allocated at the first use.
+
+    lengths: valid tokens per slot, owned by the caller. features: float [slots, capacity, hidden] that the model may
+    keep beside them, or None. Raises ValueError where a call would run over the capacity.
+    """
+
+    def __init__(self, num_layers: int, num_slots: int, capacity: int, features: Tensor | None = None) -> None:
+        self.num_slots, self.capacity, self.features = num_slots, capacity, features
+        self.lengths = [0] * num_slots
+        super().__init__(layers=[_RaggedLayer(self) for _ in range(num_layers)])
+
+    def open(
+        self, first_slot: int, rows: int, width: int, device: torch.device, branches: Branches | None = None
+    ) -> Tensor:
+        """Prepare to append `width` tokens to each of `rows` slots; returns their positions, int64 [rows, width].
+
+        branches: of a tree, whose tokens do not follow each other; its `width` is this one.
+        """
+        lengths, first = self.lengths[first_slot : first_slot + rows], branches.first if branches else 0
+        extent = max(lengths) + first + width
+        if extent > self.capacity:
+            raise ValueError(
+                f"{max(lengths)} cached tokens and {first + width} more exceed the cache's capacity of "
+                f"{self.capacity}; allocate a larger one"
+            )
+        start = lengths[0] + first if len(set(lengths)) == 1 else None
+        return self._open(first_slot, upload(lengths, device), width, extent, start, branches)
+
+    def open_at(
+        self, first_slot: int, starts: Tensor, width: int, extent: int, branches: Branches | None = None
+    ) -> Tensor:
+        """As `open`, with nothing asked of the host: rows begin at starts, int64 [rows], and see `extent` places.
+
+        extent: at least what any row has when the call is done, except for padding, which is put at the end.
+        """
+        return self._open(first_slot, starts, width, extent, None, branches)
+
+    def _open(
+        self, first_slot: int, starts: Tensor, width: int, extent: int, start: int | None, branches: Branches | None
+    ) -> Tensor:
+        slots, first = slice(first_slot, first_slot + len(starts)), branches.first if branches else 0
+        places = starts.unsqueeze(1) + torch.arange(first, first + width, device=starts.device)
+        places = places.clamp(max=self.capacity - 1) if start is None else places
+        positions = starts.unsqueeze(1) + offsets(branches, starts.device) if branches else places
+        self.window = _Window(slots, positions, extent, start, places, starts, branches)
+        return positions
+
+    def seen_positions(self) -> Tensor:
+        """The position of each place that the open window's queries may see, int64 [rows or 1, 1, extent]."""
+        window = self.window
+        places = torch.arange(window.extent, device=window.positions.device)
+        if window.branches is None:
+            return places.view(1, 1, -1)
+        depths, starts = offsets(replace(window.branches, first=0), places.device), window.starts.unsqueeze(1)
+        columns = places - starts
+        of_nodes = starts + depths[columns.clamp(0, len(depths) - 1)]
+        return torch.where(columns < 0, places, of_nodes).unsqueeze(1)
+
+    def keep(self, starts: Tensor, path: Tensor) -> None:
+        """Move each row's entry at starts[r] + path[r, i] to starts[r] + i, i = 0, 1, ..., as accepted nodes of a tree.
+
+        starts: int64 [rows], of the first slots. path: int64 [rows, n], path[r, i] >= i and ascending.
+        """
+        blocks = [block for layer in self.layers if layer.is_initialized for block in (layer.keys, layer.values)]
+        if len({(block.shape, block.dtype) for block in blocks}) == 1 and cpp.take(blocks[0]):
+            cpp.keep(blocks, starts, path)
+        else:
+            for block in blocks:
+                _keep(block, starts, path)
+        if self.features is not None:
+            _keep(self.features.unsqueeze(1), starts, path)
+
+    def extent_for(self, length: int) -> int:
+        """A bound for sequences of this length, one of few, so that few shapes occur."""
+        return min(max(_LEAST_EXTENT, 1 << (length - 1).bit_length()), self.capacity)
+
+    def copy_slot(self, source: int, slot: int, num_tokens: int) -> None:
+        """Let a slot hold the first num_tokens of another's sequence, or of its own."""
+        blocks = [block for layer in self.layers if layer.is_initialized for block in (layer.keys, layer.values)]
+        for block in blocks:
+            block[slot, :, :num_tokens] = block[source, :, :num_tokens]
+        if self.features is not None:
+            self.features[slot, :num_tokens] = self.features[source, :num_tokens]
+        self.lengths[slot] = num_tokens
+
+    def write(self, block: Tensor, states: Tensor) -> Tensor:
+        """Put states [rows, heads, width, dim] into a block [slots, heads, capacity, dim] where the open window is.
+
+        Returns what the window's queries may see: [rows, heads, extent, dim].
+        """
+        window, rows = self.window, block[self.window.slots]
+        if window.start is not None:
+            rows[:, :, window.start : window.extent] = states
+        else:
+            places = window.places.to(block.device)
+            row = torch.arange(len(places), device=block.device).unsqueeze(1)
+            rows[row, :, places] = states.transpose(1, 2)  # scatter_ would first copy the whole block
+        return rows[:, :, : window.extent]
+
+    def blocks(self, index: int, num_heads: int, head_dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Keys and values of a layer, [rows, heads, capacity, head_dim] each, of the open window's rows."""
+        layer: _RaggedLayer = self.layers[index]
+        if not layer.is_initialized:
+            states = torch.empty(0, num_heads, 0, head_dim, dtype=dtype, device=self.window.positions.device)
+            layer.lazy_initialization(states, states)
+        return layer.keys[self.window.slots], layer.values[self.window.slots]
+
+    def mask(self, dtype: torch.dtype) -> Tensor:
+        """Additive mask [rows, 1, width, extent] of the open window: 0 where a token sees, else the least number.
+
+        A token sees places up to its own, of a tree's those before all nodes, its ancestors' and its own.
+        """
+        window = self.window
+        places = torch.arange(window.extent, device=window.positions.device)
+        if window.branches is None:
+            hidden = places > window.positions.unsqueeze(-1)
+        else:  # a column for what is valid, then the tree's, then one for what is behind them
+            seen = torch.nn.functional.pad(visible(window.branches, places.device).float(), (1, 0), value=1.0)
+            seen = torch.nn.functional.pad(seen, (0, 1)) > 0
+            columns = (places - window.starts.unsqueeze(1) + 1).clamp(0, seen.shape[1] - 1)
+            hidden = ~seen[:, columns].transpose(0, 1)
+        mask = torch.zeros(hidden.shape, dtype=dtype, device=places.device)
+        return mask.masked_fill_(hidden, torch.finfo(dtype).min).unsqueeze(1)
+
+
+def _keep(block: Tensor, starts: Tensor, path: Tensor) -> None:
+    """As `RaggedCache.keep`, in one block [slots, heads, capacity, dim]."""
+    starts, path = starts.to(block.device).unsqueeze(1), path.to(block.device)
+    row = torch.arange(len(path), device=block.device).unsqueeze(1)
+    to = (starts + torch.arange(path.shape[1], device=block.device)).clamp(max=block.shape[2] - 1)
+    block[row, :, to] = block[row, :, (starts + path).clamp(max=block.shape[2] - 1)]
+
+
+class _RaggedLayer(CacheLayerMixin):  # type: ignore[misc]  # see above
+    """One layer's block; the interface is transformers'."""
+
+    is_sliding = False
+
+    def __init__(self, cache: RaggedCache) -> None:
+        super().__init__()
+        self.cache = cache
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        def block(states: Tensor) -> Tensor:  # zeros: a masked NaN would still poison the sum over values
+            shape = (self.cache.num_slots, states.shape[1], self.cache.capacity, states.shape[3])
+            return torch.zeros(shape, dtype=states.dtype, device=states.device)
+
+        self.keys, self.values = block(key_states), block(value_states)
+        self.is_initialized = True
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        return self.cache.write(self.keys, key_states), self.cache.write(self.values, value_states)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.cache.window.extent, 0
+
+    def get_seq_length(self) -> int:
+        return self.cache.window.extent - self.cache.window.positions.shape[1]
+
+    def get_max_length(self) -> int:
+        return self.cache.capacity

@@ -1,0 +1,75 @@
+"""The protocol of a proposer: what drafts tokens for verification."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol, runtime_checkable
+
+from torch import Tensor
+
+from specdec.device_rows import RowState
+from specdec.requests import Batch, Generation
+from specdec.sampling.distributions import Law
+from specdec.sampling.state import RowParams
+from specdec.verification import Draft
+
+
+class Proposer(Protocol):
+    """Proposes a continuation for every row of a batch.
+
+    A proposer keeps itself in step by looking at `row.tokens`, which holds committed tokens only: what was rejected
+    is not there, and a slot that was given to another request holds another `Generation`.
+    One that has a true attribute `needs_features` finds the target's features in `batch.features`.
+    """
+
+    def propose(self, batch: Batch, limits: Sequence[int]) -> Draft:
+        """A draft with at most limits[r] tokens in row r, and none in an idle row.
+
+        The draft's law must be the law that its tokens were drawn from.
+        """
+        ...
+
+
+@runtime_checkable
+class FixedProposer(Proposer, Protocol):
+    """A proposer whose drafts can be functions of tensors alone, so that a whole decode step can be recorded.
+
+    is_fixed: whether they are, as it is set up. context_length: tokens beyond which it drafts nothing.
+    """
+
+    @property
+    def is_fixed(self) -> bool: ...
+
+    @property
+    def context_length(self) -> int: ...
+
+    def enter(self, batch: Batch, slot: int) -> list[int]:
+        """Ready the cache for the row in a busy slot: its newest tokens that the cache lacks then, `RowState.pending`.
+
+        From then on it is told of the row's drafts by `drafted` only.
+        """
+        ...
+
+    def inputs(self, batch: Batch) -> tuple[Any, ...]:
+        """What drafts are made from besides the rows, as arguments of a recorded function."""
+        ...
+
+    def draft_from(
+        self, state: RowState, rows: RowParams, num_tokens: int, extent: int, *inputs: Any
+    ) -> tuple[Tensor, Law, Tensor]:
+        """A function of tensors alone: num_tokens for each row, see `specdec.proposers.chain.draw_fixed`.
+
+        extent: a bound on the places that a row has, with its draft. inputs: as above.
+        """
+        ...
+
+    def num_pending(self, accepted: Tensor, num_tokens: int) -> Tensor:
+        """How many of its newest tokens the cache lacks of each row, after so many of num_tokens were accepted.
+
+        accepted: int64 [rows]; a function of tensors alone.
+        """
+        ...
+
+    def drafted(self, slot: int, row: Generation, length: int) -> None:
+        """A draft was made for the row in a slot when it had so many tokens."""
+        ...

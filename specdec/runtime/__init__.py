@@ -1,0 +1,1 @@
+"""Devices, timing, recorded graphs, files and progress: what the rest is built on."""

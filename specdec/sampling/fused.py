@@ -1,0 +1,55 @@
+"""The token-by-token rule as a few kernels, for GPUs: what `specdec.verification` says, fused.
+
+Each function returns None where no kernels run on the distributions; the caller then does it in torch operations.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from specdec.kernels import gpu
+from specdec.sampling.distributions import Dense, Law, OneHot
+
+
+def num_accepted(target: Law, draft: Law, tokens: Tensor, lengths: Tensor, accept_uniforms: Tensor) -> Tensor | None:
+    """How many leading tokens of a draft pass, int64 [batch], in one kernel.
+
+    target: laws [batch, k + 1], k > 0. draft: laws [batch, k]. tokens, lengths: the draft's. accept_uniforms: as for
+    `specdec.verification.verify_tokens`.
+    """
+    fast = _kernels(target, draft)
+    if fast is None:
+        return None
+    accepted: Tensor = fast.num_accepted(_form(target), _form(draft), tokens, lengths, accept_uniforms)
+    return accepted
+
+
+def last_token(
+    target: Law, draft: Law, accepted: Tensor, lengths: Tensor, final_uniforms: Tensor, weight: Tensor | None = None
+) -> Tensor | None:
+    """The token after the accepted ones, int64 [batch], in two kernels; see `specdec.verification.draw_last`.
+
+    None, too, where nothing is left to chance or was drafted: then there is nothing to fuse.
+    """
+    fast = _kernels(target, draft) if isinstance(target, Dense) and draft.shape[1] else None
+    if fast is None:
+        return None
+    token: Tensor = fast.last_token(target.dense(), _form(draft), accepted, lengths, final_uniforms, weight)
+    return token
+
+
+def _kernels(target: Law, draft: Law) -> Any:
+    """The kernels, if they run on both sides' distributions."""
+    found = [gpu.for_gpu(form) for law in (target, draft) for form in _form(law) if form is not None]
+    return found[0] if all(found) else None
+
+
+def _form(law: Law) -> tuple[Tensor | None, Tensor | None]:
+    """Probabilities and tokens, as `specdec.kernels.triton_sampling.num_accepted` takes them."""
+    if isinstance(law, OneHot):
+        return None, law.tokens
+    if isinstance(law, Dense):
+        return law.probs, None
+    return law.inner.probs, law.tokens

@@ -1,0 +1,310 @@
+"""One road from logits to a token: processors -> temperature -> truncation -> law -> draw.
+
+Drafting, verifying and plain decoding all come through `SamplingState.law`, so the law that a draft was drawn
+from and the law that it is verified against are made by the same lines, in float32 or wider.
+
+A *law* is the distribution of the next token. It has three forms with one interface:
+`Dense` holds probabilities; `Partial` holds those of some tokens, the others having none (a head with a draft
+vocabulary); `OneHot` holds only the token that has all the mass (greedy decoding and every deterministic proposer).
+So no vocabulary-sized tensor exists where none is needed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from specdec.constraints.progress import Progress, masks
+from specdec.kernels import gpu
+from specdec.runtime.devices import upload
+from specdec.sampling.distributions import (
+    Dense,
+    Law,
+    OneHot,
+    Partial,
+    _at_least_float32,
+    _normalise,
+    _signed,
+    _softmax,
+    largest,
+    spread,
+)
+from specdec.sampling_params import SamplingParams
+
+_USUAL_NUCLEUS = 256
+_BARRED = -1e9  # a logit without probability, yet a law remains if all else has -inf
+
+
+class NonFiniteLogitsError(FloatingPointError):
+    """A row of logits with a NaN, a +inf or nothing but -inf: row and position in a step; `of` says whose."""
+
+    def __init__(self, row: int, position: int, of: str) -> None:
+        super().__init__(f"logits of {of} are NaN, +inf or all -inf, so there is no law to draw from")
+        self.row, self.position = row, position
+
+
+@dataclass(frozen=True, slots=True)
+class RowParams:
+    """The sampling parameters of a batch's rows as tensors, so that a law is a function of tensors alone.
+
+    What no row uses is None. seeds: int64 [rows]. greedy: bool [rows, 1, 1]. temperature: float32 [rows, 1], 1 in
+    greedy rows. top_k: int64 [rows, 1, 1], each row's k, or most_k where it keeps all, which `keeps_all` says; most_k:
+    the largest k in use. top_p, min_p: float64 [rows, 1, 1].
+    coupled: whether every draw at a position, draft or target, is by the same noise.
+    """
+
+    vocab_size: int
+    seeds: Tensor
+    temperature: Tensor
+    all_greedy: bool = False
+    greedy: Tensor | None = None
+    most_k: int = 0
+    top_k: Tensor | None = None
+    keeps_all: Tensor | None = None
+    top_p: Tensor | None = None
+    min_p: Tensor | None = None
+    coupled: bool = False
+
+    @classmethod
+    def of(
+        cls, params: Sequence[SamplingParams], vocab_size: int, device: torch.device, *, coupled: bool = False
+    ) -> RowParams:
+        """One SamplingParams per row."""
+
+        def column(values: Sequence[float], dtype: torch.dtype) -> Tensor:
+            return upload(values, device, dtype).view(-1, 1, 1)
+
+        greedy = [p.temperature == 0 for p in params]
+        top_k = [min(p.top_k or vocab_size, vocab_size) for p in params]
+        most_k = max((k for k in top_k if k < vocab_size), default=0)
+        return cls(
+            vocab_size,
+            upload([_signed(p.seed) for p in params], device, torch.int64),
+            upload([p.temperature or 1.0 for p in params], device, torch.float32).view(-1, 1),
+            all(greedy),
+            column(greedy, torch.bool) if any(greedy) else None,
+            most_k,
+            column([min(k, most_k) for k in top_k], torch.int64) if most_k else None,
+            column([k == vocab_size for k in top_k], torch.bool) if most_k else None,
+            column([p.top_p for p in params], torch.float64) if any(p.top_p < 1 for p in params) else None,
+            column([p.min_p for p in params], torch.float64) if any(p.min_p for p in params) else None,
+            coupled,
+        )
+
+    def law(self, logits: Tensor, tokens: Tensor | None = None) -> tuple[Law, Tensor]:
+        """Laws [rows, n] of logits [rows, n, vocab], and whether they are laws, bool [rows, n].
+
+        tokens: int64, ascending, whose logits these are, or None for all; others get probability 0.
+        Where logits have a NaN, a +inf or nothing but -inf the answer is no, and the law is any.
+        """
+        if self.all_greedy:
+            peak, argmax = largest(logits)
+            return OneHot(argmax if tokens is None else tokens[argmax], self.vocab_size), peak.isfinite()
+        if fast := gpu.for_gpu(logits):
+            truncation = (self.top_k, self.keeps_all, self.top_p, self.min_p)
+            probs, finite = fast.probabilities(logits, self.temperature, self.greedy, *truncation)
+        else:
+            probs, finite = self._probabilities(logits)
+        return Dense(probs) if tokens is None else Partial(Dense(probs), tokens, self.vocab_size), finite
+
+    def _probabilities(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        probs = self._soften(logits)
+        finite = probs[..., 0].isfinite()  # one bad logit spoils all probabilities of its row
+        if self.greedy is not None:
+            certain = torch.zeros_like(probs).scatter_(-1, largest(logits)[1].unsqueeze(-1), 1.0)
+            probs = torch.where(self.greedy, certain, probs)
+        return probs, finite
+
+    def _soften(self, logits: Tensor) -> Tensor:
+        """Top-k, which temperature does not change, temperature, top-p and min-p; greedy rows come out unused."""
+        if self.top_k is not None:
+            logits = self._keep_top_k(logits)
+        probs = _softmax(logits, self.temperature)
+        if self.top_p is not None:
+            probs = self._keep_top_p(probs)
+        if self.min_p is not None:
+            min_p = self.min_p.to(probs.dtype)
+            floor = min_p * probs.amax(-1, keepdim=True)
+            probs = _normalise(probs.masked_fill(probs < floor, 0), min_p > 0)
+        return probs
+
+    def _keep_top_k(self, logits: Tensor) -> Tensor:
+        assert self.top_k is not None
+        assert self.keeps_all is not None
+        most = min(self.most_k, logits.shape[-1])
+        index = (self.top_k - 1).clamp(max=most - 1).expand(*logits.shape[:-1], 1)
+        floor = logits.topk(most, -1).values.gather(-1, index)
+        return logits.masked_fill((logits < floor) & ~self.keeps_all, -math.inf)
+
+    def _keep_top_p(self, probs: Tensor) -> Tensor:
+        assert self.top_p is not None
+        top_p = self.top_p.to(probs.dtype)
+        highest, reached = _nucleus(probs, top_p)
+        before = torch.nn.functional.pad(reached[..., :-1], (1, 0))
+        last = ((before < top_p).sum(-1, keepdim=True) - 1).clamp(min=0)  # -1 for a NaN, which is found elsewhere
+        is_cut = top_p < 1
+        return _normalise(probs.masked_fill((probs < highest.gather(-1, last)) & is_cut, 0), is_cut)
+
+
+class SamplingState:
+    """The sampling parameters of the rows in flight, the token counts that penalties need, and the constraints.
+
+    params: one SamplingParams per row.
+    prompts, outputs: the token ids of each row so far.
+    vocab_size: int. device: where the logits live. coupled: see `RowParams`.
+    constrained: how far each row's output has come in its constraint, None for a row without one; () if no row has one.
+    `rows` are the parameters as tensors; `is_stateless` says that the law of a row depends on them and on its logits
+    alone, so not on penalties, biases or constraints.
+    """
+
+    def __init__(
+        self,
+        params: Sequence[SamplingParams],
+        prompts: Sequence[Sequence[int]],
+        outputs: Sequence[Sequence[int]],
+        vocab_size: int,
+        device: torch.device,
+        *,
+        coupled: bool = False,
+        constrained: Sequence[Progress | None] = (),
+    ) -> None:
+        self.params, self.vocab_size, self.device = list(params), vocab_size, device
+        self._constrained = constrained if any(constrained) else ()
+        self.rows = RowParams.of(params, vocab_size, device, coupled=coupled)
+        self._bias = self._stack_bias()
+        self._counts = None
+        if any(p.has_penalties for p in params):
+            self._counts = _TokenCounts(prompts, outputs, vocab_size, device)
+            self._repetition = self._column([p.repetition_penalty for p in params])
+            self._frequency = self._column([p.frequency_penalty for p in params])
+            self._presence = self._column([p.presence_penalty for p in params])
+        self.is_stateless = self._bias is None and self._counts is None and not self._constrained
+        self._finite: list[Tensor] = []
+
+    @property
+    def all_greedy(self) -> bool:
+        return self.rows.all_greedy
+
+    @property
+    def seeds(self) -> Tensor:
+        return self.rows.seeds
+
+    def observe(self, row: int, tokens: Sequence[int]) -> None:
+        """Count tokens that row `row` has emitted, and go on in its constraint."""
+        if self._counts is not None:
+            self._counts.add(row, tokens)
+        if self._constrained and (progress := self._constrained[row]):
+            progress.emit(tokens)
+
+    def num_allowed(self, row: int, tokens: Sequence[int]) -> int:
+        """How many leading tokens the constraint of row `row`, if it has one, allows to come next."""
+        progress = self._constrained[row] if self._constrained else None
+        return progress.num_allowed(tokens) if progress else len(tokens)
+
+    def law(
+        self,
+        logits: Tensor,
+        drafted: Tensor | None = None,
+        tokens: Tensor | None = None,
+        lineage: Sequence[Sequence[int]] | None = None,
+    ) -> Law:
+        """Laws of the next tokens, each given the tokens emitted so far and the drafted ones before its position.
+
+        logits: float [rows, n, vocab]; the n positions are the last n of those after 0, 1, ..., m drafted tokens.
+        drafted: int64 [rows, m] with m >= n - 1, or None for m = 0.
+        tokens: int64, ascending, whose logits these are, or None for all; others get probability 0.
+        lineage: of a tree, which of the drafted tokens stand before each of the n positions.
+        Returns laws [rows, n]. Logits without a law raise nothing here, where it would cost a wait for the device:
+        `finite` tells.
+        """
+        if not self.is_stateless:
+            if tokens is not None:
+                logits, tokens = spread(logits, tokens, self.vocab_size, _BARRED), None
+            logits = self._shift(logits.to(_at_least_float32(logits), copy=True), drafted, lineage)
+        law, finite = self.rows.law(logits, tokens)
+        self.note(finite)
+        return law
+
+    def note(self, finite: Tensor) -> None:
+        """Keep in mind whether laws [rows, n] that were made elsewhere are laws, bool [rows, n]."""
+        self._finite.append(finite)
+
+    def finite(self) -> Tensor:
+        """Whether each law made since the last call is one: bool [rows, n], in the order in which they were made."""
+        noted, self._finite = self._finite, []
+        return torch.cat([torch.ones(len(self.params), 0, dtype=torch.bool, device=self.device), *noted], 1)
+
+    def _shift(self, logits: Tensor, drafted: Tensor | None, lineage: Sequence[Sequence[int]] | None) -> Tensor:
+        if self._bias is not None:
+            rows, tokens, values = self._bias
+            logits[rows, :, tokens] += values.unsqueeze(1).to(logits.dtype)
+        if self._counts is not None:
+            seen, counts = self._counts.before(drafted, logits.shape[1], lineage)
+            repetition = self._repetition.to(logits.dtype)
+            penalised = torch.where(logits > 0, logits / repetition, logits * repetition)
+            logits = torch.where(seen, penalised, logits)
+            logits = logits - self._frequency.to(logits.dtype) * counts - self._presence.to(logits.dtype) * (counts > 0)
+        if self._constrained:
+            allowed = masks(self._constrained, drafted, logits.shape[1], self.vocab_size, lineage)
+            logits = logits.masked_fill(~allowed.to(logits.device), -math.inf)
+        return logits
+
+    def _column(self, values: Sequence[float]) -> Tensor:
+        return upload(values, self.device, torch.float64).view(-1, 1, 1)
+
+    def _stack_bias(self) -> tuple[Tensor, Tensor, Tensor] | None:
+        entries = [(row, token, value) for row, p in enumerate(self.params) for token, value in p.logit_bias.items()]
+        if not entries:
+            return None
+        rows, tokens, values = zip(*entries, strict=True)
+        return (
+            upload(rows, self.device, torch.int64),
+            upload(tokens, self.device, torch.int64),
+            upload(values, self.device, torch.float64),
+        )
+
+
+class _TokenCounts:
+    """Which tokens each row's prompt has, and how often each was emitted: bool and int32 [rows, vocab]."""
+
+    def __init__(
+        self, prompts: Sequence[Sequence[int]], outputs: Sequence[Sequence[int]], vocab_size: int, device: torch.device
+    ) -> None:
+        self._in_prompt = torch.zeros(len(prompts), vocab_size, dtype=torch.bool, device=device)
+        self._emitted = torch.zeros(len(prompts), vocab_size, dtype=torch.int32, device=device)
+        for row, (prompt, output) in enumerate(zip(prompts, outputs, strict=True)):
+            self._in_prompt[row, torch.tensor(prompt, dtype=torch.int64, device=device)] = True
+            self.add(row, output)
+
+    def add(self, row: int, tokens: Sequence[int]) -> None:
+        index = torch.tensor(tokens, dtype=torch.int64, device=self._emitted.device)
+        self._emitted[row].index_add_(0, index, torch.ones_like(index, dtype=torch.int32))
+
+    def before(
+        self, drafted: Tensor | None, num_positions: int, lineage: Sequence[Sequence[int]] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """(seen, emitted) before each of the last `num_positions` positions: bool and int32 [rows, n, vocab]."""
+        num_drafted = 0 if drafted is None else drafted.shape[1]
+        lineage = lineage or [range(i) for i in range(num_drafted + 1)][-num_positions:]
+        counts = self._emitted.unsqueeze(1).repeat(1, num_positions, 1)
+        for position, places in enumerate(lineage):
+            if drafted is not None and len(places):
+                token = drafted[:, list(places)]
+                counts[:, position].scatter_add_(1, token, torch.ones_like(token, dtype=torch.int32))
+        return self._in_prompt.unsqueeze(1) | (counts > 0), counts
+
+
+def _nucleus(probs: Tensor, top_p: Tensor) -> tuple[Tensor, Tensor]:
+    """The largest probabilities of each row in order, at least as many as top-p keeps, and their cumulative sums."""
+    if probs.device.type == "cpu":  # a sort costs thirty times as much as the largest entries, which are mostly enough
+        highest = probs.topk(min(_USUAL_NUCLEUS, probs.shape[-1]), -1).values
+        reached = highest.cumsum(-1)
+        # by the very sums that decide what is kept: a row keeps the same, whether a batch mate needs the sort or not
+        if not ((reached[..., -1:] < top_p) & (top_p < 1)).any():
+            return highest, reached
+    highest = probs.sort(dim=-1, descending=True).values
+    return highest, highest.cumsum(-1)

@@ -1,0 +1,73 @@
+"""Engines by the best that each can do, from records worked out by hand."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from bench.analysis.engine_ratios import leads
+from bench.report.terminal import decoding
+
+
+def record(engine: str, method: str, gamma: int, latency_s: list[float], **arms: list[float]) -> dict[str, Any]:
+    """A cell of prompts with ten tokens each; arms: latencies of the baseline and the reference beside it."""
+    cell: dict[str, Any] = {"engine": engine, "method": method, "gamma": gamma, "reference_engine": "specdec"}
+    cell |= {"batch_size": 1, "per_prompt_latency_s": latency_s, "per_prompt_tokens": [10] * len(latency_s)}
+    for arm in ("baseline", "reference"):
+        cell[f"{arm}_per_prompt_latency_s"] = arms.get(arm)
+        cell[f"{arm}_per_prompt_tokens"] = [10] * len(arms[arm]) if arm in arms else None
+    return cell | {"speedup": arms["baseline"][0] / latency_s[0] if "baseline" in arms else None}
+
+
+# each cell ran at another time, when the machine was slower or faster: only ratios inside a cell mean anything
+RECORDS = [
+    record("specdec", "autoregressive", 0, [1.0, 1.0]),
+    record("specdec", "ngram", 2, [1.0, 1.0], baseline=[1.2, 1.2]),
+    record("specdec", "hybrid", 4, [7.0, 7.0], baseline=[14.0, 14.0]),
+    record("vllm", "autoregressive", 0, [6.0, 6.0], reference=[2.0, 2.0]),
+    record("vllm", "ngram", 2, [1.0, 1.0], baseline=[1.5, 1.5], reference=[5.0, 5.0]),
+    record("vllm", "ngram", 4, [1.0, 1.0], baseline=[1.1, 1.1], reference=[5.0, 5.0]),
+]
+
+
+def test_ratios_are_chained_through_what_ran_side_by_side() -> None:
+    found = [(lead.ours["method"], lead.theirs["method"], lead.theirs["gamma"]) for lead in leads(RECORDS)]
+    assert found == [
+        ("autoregressive", "autoregressive", 0),
+        ("hybrid", "autoregressive", 0),
+        ("hybrid", "ngram", 2),
+    ]
+    assert [lead.times.estimate for lead in leads(RECORDS)] == pytest.approx([3, 2 * 3, 2 * 3 / 1.5])
+
+
+def test_rounds_are_paired_and_give_the_interval() -> None:
+    """Round by round 4 and 9 times, so 6 in the geometric mean; the two factors alone say 2, 3 and 2, 3."""
+    records = [
+        record("specdec", "autoregressive", 0, [1.0, 1.0]),
+        record("specdec", "ngram", 2, [1.0, 1.0], baseline=[2.0, 3.0]),
+        record("vllm", "autoregressive", 0, [2.0, 3.0], reference=[1.0, 1.0]),
+    ]
+    times = leads(records)[1].times
+    assert (times.estimate, times.low, times.high) == pytest.approx((6, 4, 9))
+
+
+def test_a_batch_is_one_round() -> None:
+    records = [each | {"batch_size": 2} for each in RECORDS]
+    assert leads(records)[0].times.low is None
+
+
+def test_without_another_engine_or_its_plain_decoding_nothing_is_said() -> None:
+    assert leads(RECORDS[:3]) == []
+    assert leads([*RECORDS[:3], *RECORDS[4:]]) == []
+    assert leads(RECORDS[3:]) == []
+    alone = [{**RECORDS[3], "reference_per_prompt_latency_s": None}]
+    assert leads([*RECORDS[:3], *alone]) == []
+
+
+def test_the_lines_under_the_table() -> None:
+    assert decoding._leads(RECORDS)[1:] == [
+        "specdec hybrid 4 is 6.00 [6.00, 6.00] times as fast as vllm autoregressive",
+        "specdec hybrid 4 is 4.00 [4.00, 4.00] times as fast as vllm ngram 2",
+        "",
+    ]

@@ -1,0 +1,239 @@
+"""What two runs differ in, from times worked out by hand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from helpers.bench_runs import MACHINE, audited, decoded, loaded, sized, write
+
+from bench.analysis import run_diff
+from bench.analysis.run_diff import Difference
+from bench.records import campaigns, results
+from bench.records.intervals import Interval, geometric_mean_interval, unpaired_ratio_interval
+from bench.report import changes
+
+
+def pair_of_runs(folder: Path, before: list[Any], after: list[Any], **changes: Any) -> tuple[Any, Any]:
+    paths = [write(folder / "before.json", before), write(folder / "after.json", after, **changes)]
+    first, second = campaigns.read_all(paths)
+    return first, second
+
+
+SAME = Interval(1.0, 1.0, 1.0)
+PLAIN = {"baseline_per_prompt_latency_s": [2.0, 4.0]}  # as of `decoded` without other times
+
+
+def only(folder: Path, before: Any, after: Any, **changes: Any) -> Difference:
+    (found,) = run_diff.differences(*pair_of_runs(folder, [before], [after], **changes))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("latency_s", "verdict", "times"),
+    [
+        ((0.5, 1.0), "faster", Interval(2.0, 2.0, 2.0)),
+        ((4.0, 8.0), "slower", Interval(0.25, 0.25, 0.25)),
+        ((0.5, 4.0), "no difference seen", Interval(1.0, 0.5, 2.0)),
+        ((1.0, 2.0), "no difference seen", Interval(1.0, 1.0, 1.0)),
+    ],
+)
+def test_a_verdict_is_by_the_interval(
+    latency_s: tuple[float, ...], verdict: str, times: Interval, tmp_path: Path
+) -> None:
+    """Two prompts: an interval over their resamples ends at the less and the greater ratio."""
+    found = only(tmp_path, decoded("ngram", 2), decoded("ngram", 2, latency_s, **PLAIN))
+    assert found.verdict == verdict
+    assert found.times is not None
+    assert [found.times.estimate, found.times.low, found.times.high] == pytest.approx(
+        [times.estimate, times.low, times.high]
+    )
+    assert found.reasons == ()
+
+
+def test_times_are_per_token(tmp_path: Path) -> None:
+    """Twice as long for twice as many tokens is as fast."""
+    after = decoded("ngram", 2, (2.0, 4.0), per_prompt_tokens=[20, 20], baseline_per_prompt_tokens=[20, 20])
+    found = only(tmp_path, decoded("ngram", 2), after)
+    assert (found.verdict, found.times) == ("no difference seen", Interval(1.0, 1.0, 1.0))
+
+
+def test_rounds_of_a_batch_are_one_observation(tmp_path: Path) -> None:
+    """(1 + 3) / 20 seconds per token against (1 + 1) / 20."""
+    cells = [decoded("ngram", 2, latency_s, batch_size=2, **PLAIN) for latency_s in ((1.0, 3.0), (1.0, 1.0))]
+    found = only(tmp_path, *cells)
+    assert (found.times, found.verdict) == (Interval(2.0, None, None), "no difference seen")
+    assert found.reasons == ("one round has no interval",)
+
+
+def test_what_the_machine_did_is_seen_beside_it(tmp_path: Path) -> None:
+    """Twice as fast, as plain decoding beside it is: nothing that the cell has done."""
+    found = only(tmp_path, decoded("ngram", 2), decoded("ngram", 2, (0.5, 1.0)))
+    assert (found.verdict, found.times, found.plain) == ("no difference seen", SAME, Interval(2.0, 2.0, 2.0))
+    assert only(tmp_path, decoded("autoregressive"), decoded("autoregressive")).plain is None
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (decoded("autoregressive"), decoded("autoregressive", 0, (0.5, 1.0))),
+        (decoded("autoregressive"), decoded("autoregressive", 0, (4.0, 8.0))),
+    ],
+)
+def test_times_with_nothing_beside_them_tell_of_the_machine_only(before: Any, after: Any, tmp_path: Path) -> None:
+    assert only(tmp_path, before, after).verdict == "the machine changed"
+
+
+def test_costs_have_nothing_beside_them(tmp_path: Path) -> None:
+    before = write(tmp_path / "before.json", [sized("width", 1, 0.5)])
+    after = tmp_path / "after.json"
+    after.write_text(before.read_text().replace("[0.5, 0.25]", "[8.0, 4.0]"))
+    (found,) = run_diff.differences(*campaigns.read_all([before, after]))
+    assert found.verdict == "the machine changed"
+
+
+def test_one_commit_measured_twice_under_different_load_is_no_difference(tmp_path: Path) -> None:
+    """Load slows both arms of a cell by the same, prompt by prompt, up to noise of 5 %."""
+    random = np.random.default_rng(3)
+    cells = []
+    for load in (1.0, 3.0):
+        slower = load * np.exp(random.normal(0, 0.3, 30))
+        times = (slower * np.exp(random.normal(0, 0.05, 30))).tolist()
+        cells.append(decoded("ngram", 2, times, baseline_per_prompt_latency_s=(2 * slower).tolist()))
+    found = only(tmp_path, *cells)
+    assert found.verdict == "no difference seen"
+    assert found.plain.high < 0.5
+    faster = cells[1] | {"per_prompt_latency_s": [0.9 * each for each in cells[1]["per_prompt_latency_s"]]}
+    assert only(tmp_path, cells[0], faster).verdict == "faster"
+
+
+@pytest.mark.parametrize(("digest", "equal"), [("a" * 64, True), ("b" * 64, False), (None, None)])
+def test_outputs_are_compared_by_their_digests(digest: str | None, equal: bool | None, tmp_path: Path) -> None:
+    assert only(tmp_path, decoded("ngram", 2), decoded("ngram", 2, output_sha256=digest)).outputs_equal is equal
+
+
+@pytest.mark.parametrize(
+    ("cell", "run", "reason"),
+    [
+        ({"max_tokens": 20}, {}, "options: max_tokens was 10 and is 20"),
+        ({"temperature": 1.0}, {}, "options: temperature was 0.0 and is 1.0"),
+        ({"draft": "another"}, {}, "options: draft was None and is another"),
+        ({"seed": 1}, {}, "prompts: seed was 0 and is 1"),
+        ({"prompt_lengths": "1:9"}, {}, "prompts: prompt_lengths was None and is 1:9"),
+        ({"per_prompt_latency_s": None}, {}, "prompts: times of single prompts were not kept, or not of as many"),
+        ({}, {"cpu_model": "another"}, "machine: cpu_model was a processor and is another"),
+        ({}, {"gpus": ["a GPU"]}, "machine: gpus was [] and is ['a GPU']"),
+        ({}, {"python_version": "3.12"}, "versions: python was 3.11.7 and is 3.12"),
+        ({}, {"versions": MACHINE["versions"] | {"torch": "2"}}, "versions: torch was 2.13.0 and is 2"),
+    ],
+)
+def test_what_cannot_be_compared_says_why(cell: Any, run: Any, reason: str, tmp_path: Path) -> None:
+    found = only(tmp_path, decoded("ngram", 2), decoded("ngram", 2, **cell), machine_info=MACHINE | run)
+    assert (found.verdict, found.times, found.reasons) == ("not comparable", None, (reason,))
+    assert found.outputs_equal is True
+
+
+def test_other_numbers_of_prompts_are_named(tmp_path: Path) -> None:
+    found = only(tmp_path, decoded("ngram", 2), decoded("ngram", 2, (1.0, 1.0, 1.0)))
+    assert found.reasons[0] == "prompts: num_prompts was 2 and is 3"
+
+
+def test_versions_that_are_compared_may_differ(tmp_path: Path) -> None:
+    """specdec's own is what two runs are for; vLLM's matters to vLLM only."""
+    versions = MACHINE["versions"] | {"specdec": "0.2.0", "vllm": "1"}
+    changed = {"machine_info": MACHINE | {"versions": versions}}
+    found = only(tmp_path, decoded("ngram", 2), decoded("ngram", 2, engine_version="0.2.0"), **changed)
+    assert found.verdict == "no difference seen"
+    arms = [decoded("ngram", 2, engine="vllm", engine_version=version) for version in ("0", "1")]
+    assert only(tmp_path, *arms, **changed).reasons == ("versions: engine was 0 and is 1",)
+
+
+def test_other_texts_of_the_same_workload_are_seen(tmp_path: Path) -> None:
+    told = {"workloads": ["smoke"], "num_prompts": 2, "seed": 0, "prompt_lengths": None}
+    before, after = [
+        results.read(
+            write(tmp_path / f"{name}.json", [decoded("ngram", 2)], configuration=told | {"prompts_sha256": name})
+        )
+        for name in "ab"
+    ]
+    (found,) = run_diff.differences(before, after)
+    assert found.reasons == ("prompts: the workload's texts are others",)
+    (found,) = run_diff.differences(before, before)
+    assert found.verdict == "no difference seen"
+
+
+def test_cells_of_one_run_only_are_told(tmp_path: Path) -> None:
+    before, after = [decoded("ngram", 1), decoded("ngram", 2)], [decoded("ngram", 2), decoded("ngram", 3)]
+    found = run_diff.differences(*pair_of_runs(tmp_path, before, after))
+    assert [(each.record["gamma"], each.verdict) for each in found] == [
+        (2, "no difference seen"),
+        (3, "only in after"),
+        (1, "only in before"),
+    ]
+
+
+def test_load_is_one_observation(tmp_path: Path) -> None:
+    found = only(tmp_path, loaded(2.0, "ngram", 2), loaded(2.0, "ngram", 2))
+    assert (found.verdict, len(found.reasons)) == ("not comparable", 1)
+    assert found.reasons[0].startswith("load: requests wait for each other")
+
+
+def test_costs_are_compared_by_their_rounds(tmp_path: Path) -> None:
+    """Rounds of 0.5 and 0.25 s against themselves: the ratio of resampled means lies between 1/2 and 2."""
+    found = only(tmp_path, sized("width", 1, 0.5), sized("width", 1, 0.5))
+    assert (found.verdict, found.times) == ("no difference seen", Interval(1.0, 0.5, 2.0))
+
+
+def test_unpaired_ratios_have_an_interval() -> None:
+    found = unpaired_ratio_interval([8.0] * 4, [2.0] * 3)
+    assert [found.estimate, found.low, found.high] == pytest.approx([4.0, 4.0, 4.0])
+    assert unpaired_ratio_interval([8.0], [2.0]) == Interval(pytest.approx(4.0), None, None)
+    with pytest.raises(ValueError, match=r"values=\[0\.0\] must be finite, > 0"):
+        unpaired_ratio_interval([1.0], [0.0])
+
+
+def test_without_a_difference_few_verdicts_say_so() -> None:
+    """300 comparisons of 30 prompts with noise of 10 % and no difference: 5 % look like one, or 7 % as a percentile
+    bootstrap is somewhat too narrow; more than 45 of 300 then have a probability of 1e-6. The negative controls: ends
+    half as far away give 90 and more, and a real difference of 10 % is nearly always found.
+    """
+    random = np.random.default_rng(1)
+    noise = random.normal(0, 0.1, (300, 30))
+    intervals = [geometric_mean_interval(np.exp(row).tolist()) for row in noise]
+    assert sum(run_diff.verdict(each) != "no difference seen" for each in intervals) <= 45
+    halved = [
+        Interval(each.estimate, *np.sqrt([each.low * each.estimate, each.high * each.estimate])) for each in intervals
+    ]
+    assert sum(run_diff.verdict(each) != "no difference seen" for each in halved) > 45
+    real = [run_diff.verdict(geometric_mean_interval((1.1 * np.exp(row)).tolist())) for row in noise[:50]]
+    assert real.count("faster") >= 45
+
+
+def test_the_terminal_says_what_changed(tmp_path: Path) -> None:
+    before = [decoded("ngram", 2), decoded("ngram", 3), decoded("eagle", 2), audited("lossless")]
+    after = [decoded("ngram", 2, (0.5, 1.0), **PLAIN), decoded("ngram", 3, top_k=5), audited("lossy")]
+    lines = list(changes.lines(*pair_of_runs(tmp_path, before, after)))
+    assert lines[0] == "after against before: 1 faster, 1 not comparable, 1 only in before"
+    faster = next(line for line in lines if line.startswith("specdec ngram 2"))
+    assert " ".join(faster.split()) == "specdec ngram 2 faster 2.000 [2.000, 2.000] 1.000 [1.000, 1.000] equal"
+    assert "    options: top_k was 0 and is 5" in lines
+    assert all(len(line) <= 120 for line in lines)
+
+
+def test_the_chapter_counts_and_tells_audits(tmp_path: Path) -> None:
+    before = [decoded("ngram", 2), decoded("ngram", 3), decoded("eagle", 2), audited("lossless")]
+    after = [decoded("ngram", 2, (0.5, 1.0), **PLAIN), decoded("ngram", 3, top_k=5), audited("lossy")]
+    chapter = changes.chapter(*pair_of_runs(tmp_path, before, after), "changes")
+    assert [(card.number, card.sentence) for card in chapter.cards] == [
+        ("1", "of 3 cells: faster"),
+        ("1", "of 3 cells: not comparable"),
+        ("1", "of 3 cells: only in one of the runs"),
+        ("2 of 2", "cells whose outputs are equal, token for token"),
+    ]
+    cells, audits = chapter.sections[0].parts[-2:]
+    assert cells.rows[0] == (
+        *("specdec", "ngram", "2", "faster", "2.000 [2.000, 2.000]", "1.000 [1.000, 1.000]", "equal", "-"),
+    )
+    assert audits.rows == (("equivalence-specdec-tiny-ngram-2", "lossless", "lossy"),)

@@ -1,0 +1,128 @@
+"""Audits as cells of the benchmarks: what is asked of an engine, what is refused, and a run from end to end."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers.audited import PROMPTS, ToyEngine
+
+from bench.campaign.options import BenchConfig
+from bench.catalogue.pairs import catalogue
+from bench.engines.base import PromptResult, Run
+from bench.measure import audit
+from bench.records.schema import Cell
+from specdec import SamplingParams
+from specdec.conformance.audit import audit as audit_engine
+from specdec.conformance.certificate import Certificate
+from specdec.conformance.reference import Reference
+
+ROOT = Path(__file__).parents[3]
+CELL = Cell("specdec", "tiny-random", "ngram", 2, "same", "smoke", 2)
+
+
+class Recorded:
+    """An engine that notes what it is asked and says one token."""
+
+    version = "1"
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, Any, list[SamplingParams]]] = []
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], method: str, gamma: Any, sampling: Sequence[SamplingParams]
+    ) -> Run:
+        self.calls.append((method, gamma, list(sampling)))
+        return Run(tuple(PromptResult((prompt[0],), 0.1, 0.1, None, "length") for prompt in prompts))
+
+
+def test_both_arms_are_the_cell_s_engine_with_its_sampling_and_seeds_of_their_own() -> None:
+    engine, params = Recorded(), SamplingParams(temperature=0.7, top_k=5)
+    audited = audit.Audited(engine, CELL, params)  # type: ignore[arg-type]
+    assert audited.speculative([[3], [4]], [8, 9], 12) == [[3], [4]]
+    assert audited.plain([[5]], [1], 6) == [[5]]
+    assert engine.calls == [
+        ("ngram", 2, [replace(params, seed=seed, max_tokens=12) for seed in (8, 9)]),
+        ("autoregressive", 0, [replace(params, seed=1, max_tokens=6)]),
+    ]
+
+
+def test_plain_decoding_is_asked_once_for_all_methods_of_a_run() -> None:
+    engine, outputs, params = Recorded(), {}, SamplingParams()
+    for method in ("ngram", "draft_model"):
+        audited = audit.Audited(engine, replace(CELL, method=method), params, plain_outputs=outputs)  # type: ignore[arg-type]
+        assert audited.plain([[5]], [1], 6) == [[5]]
+    assert len(engine.calls) == 1
+    other = audit.Audited(engine, CELL, replace(params, top_k=2), plain_outputs=outputs)  # type: ignore[arg-type]
+    for each, seed in ((audited, 2), (other, 1)):
+        assert each.plain([[5]], [seed], 6) == [[5]]
+    assert len(engine.calls) == 3
+
+
+@pytest.mark.parametrize(
+    ("sampling", "options", "name"),
+    [
+        ({}, "{}", "vllm-tiny-random-ngram-2-block"),
+        ({"temperature": 0.0, "top_k": 20}, "{}", "vllm-tiny-random-ngram-2-block-temperature=0-top_k=20"),
+        (
+            {},
+            '{"speculative_config": {"draft_sample_method": "probabilistic"}}',
+            "vllm-tiny-random-ngram-2-block-probabilistic",
+        ),
+    ],
+)
+def test_certificates_that_differ_have_names_that_differ(
+    sampling: dict, options: str, name: str, make_config: Callable[..., BenchConfig]
+) -> None:
+    engine = ToyEngine(SamplingParams(max_tokens=4))
+    found = audit_engine(
+        engine, Reference(engine.target, SamplingParams(max_tokens=4, **sampling)), PROMPTS, num_draws=8
+    )
+    config, cell = make_config(vllm_options=options, verification="block"), replace(CELL, engine="vllm")
+    certificate = Certificate.of(audit.subject(cell, "1", config), found)
+    assert audit.file_name(certificate) == name
+    assert Certificate.from_record(certificate.record()).record() == certificate.record()
+    assert ("The engine was told: " in certificate.markdown()) == (options != "{}")
+
+
+def test_prescribed_acceptance_is_refused(make_config: Callable[..., BenchConfig]) -> None:
+    config = make_config(synthetic_acceptance_rates=(0.5,))
+    with pytest.raises(ValueError, match="synthetic_acceptance_rates must be left out: with prescribed acceptance"):
+        audit.certify(Recorded(), CELL, catalogue()["tiny-random"], [[1]], config, "cpu")  # type: ignore[arg-type]
+
+
+def run(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "pytest", "bench/", "--smoke", "-p", "no:cacheprovider", "--engines", "specdec"]
+    command += ["--methods", "autoregressive,ngram", "--journal", str(tmp_path / "journal.jsonl"), *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+def test_a_run_leaves_certificates(tmp_path: Path) -> None:
+    """300 tokens are too few to vouch for anything, and the certificate says how many it takes."""
+    output = tmp_path / "out.json"
+    arguments = ["-m", "equivalence", "--temperature", "1", "--certificates", str(tmp_path / "certificates")]
+    done = run(tmp_path, *arguments, "--benchmark-json", str(output))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "1 passed" in done.stdout
+    (cell,) = json.loads(output.read_text())["benchmarks"]
+    record = cell["extra_info"]
+    assert (record["verdict"], record["num_draws"]) == ("inconclusive", 300)
+    assert record["num_draws_needed"] > 10_000
+    assert "speculation not confirmed" in record["reasons"][0]  # two tokens drafted, none accepted
+    assert any("num_draws=300 must be at least" in reason for reason in record["reasons"])
+    assert "-m equivalence --temperature 1" in record["command"]
+    (path,) = (tmp_path / "certificates").glob("*.json")
+    assert Certificate.load(path).record() == record
+    assert "inconclusive" in path.with_suffix(".md").read_text()
+
+
+def test_other_runs_have_no_audits(tmp_path: Path) -> None:
+    done = run(tmp_path, "--collect-only", "-q")
+    assert "test_speedup" in done.stdout
+    assert "test_equivalence[" not in done.stdout

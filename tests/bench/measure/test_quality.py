@@ -1,0 +1,260 @@
+"""Scores of outputs, against tables made by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import Tokenizer, decoders
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import Metaspace
+from transformers import PreTrainedTokenizerFast
+
+from bench.campaign.options import BenchConfig
+from bench.campaign.plan import plan
+from bench.catalogue.pairs import Pair
+from bench.engines.base import PromptResult, Run
+from bench.measure import session as session_module
+from bench.measure.paired import BASELINE, CANDIDATE, Measurement
+from bench.measure.quality import sandbox, scores
+from bench.measure.quality.sandbox import Outcome
+from bench.measure.session import Session
+from bench.records.intervals import mean_difference_interval
+from bench.records.schema import Cell
+from bench.report.terminal import decoding
+from bench.workloads import registry
+from bench.workloads.base import Number, Prompt, Summary, bucket
+
+DATA = Path(__file__).parents[1] / "data"
+CODE = "You can halve it so:\n```python\ndef half(x):\n    return {}\n```\nThis rounds down. def half is short."
+
+
+def test_exact_match_compares_numbers_not_texts() -> None:
+    prompt = Prompt("?", truth=Number("1,750"))
+    assert [scores.score(prompt, text) for text in ("It is 1750.00.", "#### 175", "none")] == [1, 0, 0]
+
+
+def test_rouge_1_by_hand() -> None:
+    """4 words shared ("the" once, as the reference has it once), of 6 and of 5: precision 4/6, recall 4/5, F 8/11."""
+    assert scores.rouge_1("The cat sat on the mat.", "the CAT sat; on rugs") == pytest.approx(8 / 11)
+    assert scores.rouge_1("a b", "a b") == 1
+    assert scores.rouge_1("a b", "c") == scores.rouge_1("", "c") == scores.rouge_1("", "") == 0
+
+
+@pytest.mark.skipif(sandbox.why_not() is not None, reason=f"no sandbox here: {sandbox.why_not()}")
+def test_pass_at_1_runs_the_code() -> None:
+    half, fourfold = registry.read("humaneval", DATA)
+    right = ["    return math.floor(x / 2)\n", CODE.format("math.floor(x / 2)"), CODE.format("x // 2")]
+    wrong = ["    return int(x / 2)\n", CODE.format("x / 2"), "", "```python\nimport sys\nsys.exit(0)\n```"]
+    assert [scores.score(half, text) for text in right] == [1, 1, 1]
+    assert [scores.score(half, text) for text in wrong] == [0, 0, 0, 0]
+    assert scores.score(fourfold, "```python\ndef fourfold(x):\n    return twice(twice(x))\n```") == 1
+
+
+def test_a_difference_is_paired() -> None:
+    """Prompt by prompt the difference is always 0.5, however far the prompts are apart."""
+    interval = mean_difference_interval([0.5, 1.0, 0.5, 1.0], [0.0, 0.5, 0.0, 0.5])
+    assert (interval.estimate, interval.low, interval.high) == (0.5, 0.5, 0.5)
+    mixed = mean_difference_interval([1, 0, 1, 1], [0, 0, 1, 1])
+    # of 4 draws 0, 1, 2, 3 or 4 are the first prompt's, with chances .316, .422, .211, .047, .004
+    assert (mixed.estimate, mixed.low, mixed.high) == (0.25, 0, 0.75)
+    assert mean_difference_interval([1], [0]).low is None
+    with pytest.raises(ValueError, match="2 values must be as many as those they are compared with, 1"):
+        mean_difference_interval([1, 2], [1])
+
+
+def test_the_fields_of_known_outputs() -> None:
+    prompts = [Prompt("a", truth=Number("1")), Prompt("b", truth=Number("2"))]
+    assert scores.metric_of(prompts) == "exact_match"
+    assert scores.compare("exact_match", prompts, ["1", "2"], ["1", "3"]) == {
+        "quality_metric": "exact_match",
+        "quality_reason": None,
+        "quality": 1.0,
+        "quality_baseline": 0.5,
+        "quality_difference": 0.5,
+        "quality_difference_low": 0.0,
+        "quality_difference_high": 1.0,
+        "per_prompt_quality": [1.0, 1.0],
+        "baseline_per_prompt_quality": [1.0, 0.0],
+    }
+    alone = scores.compare("exact_match", prompts, ["1", "3"], None)
+    assert (alone["quality"], alone["quality_baseline"], alone["quality_difference"]) == (0.5, None, None)
+    assert scores.metric_of([Prompt("a"), prompts[0]]) is None
+    assert scores.metric_of([Prompt("a", truth=Summary("x"))]) == "rouge_1"
+
+
+def session_with(config: BenchConfig) -> Session:
+    session = Session(config)
+    session._models = type("", (), {"engine": lambda self, name, pair: type("", (), {"tokenizer": None})})()  # type: ignore[assignment]
+    return session
+
+
+def measured(*texts: str, plain: tuple[str, ...]) -> Measurement:
+    def runs(outputs: tuple[str, ...]) -> list[Run]:
+        return [Run((PromptResult(tuple(text.encode()), 0.1, 0.2, None, "stop"),)) for text in outputs]
+
+    return Measurement({CANDIDATE: runs(texts), BASELINE: runs(plain)}, [])
+
+
+@pytest.mark.parametrize(
+    ("changes", "pair", "reason"),
+    [
+        ({}, Pair("p", "t"), None),
+        ({}, Pair("p", "t", load_format="dummy"), "pair=p has random weights, whose output means nothing"),
+        ({"synthetic_acceptance_rates": (0.5,), "engines": ("specdec",)}, Pair("p", "t"), "acceptance was prescribed"),
+    ],
+)
+def test_what_is_not_a_models_output_has_no_quality(
+    changes: dict[str, Any], pair: Pair, reason: str | None, make_config: Callable[..., BenchConfig]
+) -> None:
+    config = make_config(workloads=("gsm8k",), data_dir=DATA, num_prompts=2, **changes)
+    session = session_with(config)
+    prompts = [Prompt("a", truth=Number("1")), Prompt("b", truth=Number("2"))]
+    fields = session._quality(pair, prompts, measured("#### 1", "#### 2", plain=("#### 1", "#### 3")))
+    assert fields["quality_metric"] == "exact_match"
+    if reason is None:
+        assert (fields["quality"], fields["quality_baseline"], fields["quality_reason"]) == (1.0, 0.5, None)
+    else:
+        assert fields["quality"] is fields["quality_difference"] is None
+        assert reason in fields["quality_reason"]
+
+
+def test_code_is_run_only_if_that_is_allowed(
+    make_config: Callable[..., BenchConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran: list[str] = []
+    monkeypatch.setattr(sandbox, "run", lambda program: ran.append(program) or Outcome(True))
+    monkeypatch.setattr(sandbox, "why_not", lambda: None)
+    config = make_config(workloads=("humaneval",), data_dir=DATA, num_prompts=2)
+    prompts = registry.read("humaneval", DATA)
+    outputs = measured("    return 1", "    return 2", plain=("    return 1", "    return 3"))
+    refused = session_with(config)._quality(Pair("p", "t"), prompts, outputs)
+    assert refused["quality"] is None
+    assert refused["quality_reason"] == "code that a model wrote is run only with --allow-code-execution"
+    assert not ran
+    allowed = make_config(workloads=("humaneval",), data_dir=DATA, num_prompts=2, allow_code_execution=True)
+    scores._passes.cache_clear()
+    assert session_with(allowed)._quality(Pair("p", "t"), prompts, outputs)["quality"] == 1.0
+    assert len(ran) == 3  # one output is the same in both arms
+    scores._passes.cache_clear()
+
+
+def test_code_that_cannot_be_run_loses_no_measurement(
+    make_config: Callable[..., BenchConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(program: str) -> Outcome:
+        raise sandbox.SandboxError("no namespaces left")
+
+    monkeypatch.setattr(sandbox, "why_not", lambda: None)
+    config = make_config(workloads=("humaneval",), data_dir=DATA, num_prompts=2, allow_code_execution=True)
+    monkeypatch.setattr(sandbox, "run", fail)
+    scores._passes.cache_clear()
+    prompts, outputs = registry.read("humaneval", DATA), measured("a", "b", plain=("a", "b"))
+    fields = session_with(config)._quality(Pair("p", "t"), prompts, outputs)
+    assert fields["quality_reason"] == "code could not be run: no namespaces left"
+    assert fields["quality"] is None
+
+
+def sentencepiece() -> PreTrainedTokenizerFast:
+    """As Llama 2's: a text's first space is not its own, and is left out where a text is decoded."""
+    marks = ["▁", "▁▁", "▁▁▁▁"]
+    tokens = ["<unk>", "<s>", "</s>", *map(chr, range(32, 127)), "\n", *marks]
+    merges = [("▁", "▁"), ("▁▁", "▁▁")]
+    whole = Tokenizer(BPE({token: i for i, token in enumerate(tokens)}, merges, unk_token="<unk>"))
+    whole.pre_tokenizer = Metaspace(prepend_scheme="first", split=False)
+    whole.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    return PreTrainedTokenizerFast(tokenizer_object=whole, eos_token="</s>", unk_token="<unk>")
+
+
+def test_an_output_keeps_the_spaces_that_it_begins_with() -> None:
+    tokenizer, head, body = sentencepiece(), "def add(a, b):\n", "    c = a + b\n    return c\n"
+    before, whole = (tokenizer(text, add_special_tokens=False).input_ids for text in (head, head + body))
+    assert whole[: len(before)] == before
+    emitted = (*whole[len(before) :], tokenizer.eos_token_id)
+    assert tokenizer.decode(emitted, skip_special_tokens=True) != body
+    assert session_module._texts([Run((PromptResult(emitted, 0.0, 0.0, None, "stop"),))], tokenizer) == [body]
+
+
+def test_a_machine_that_cannot_shut_code_in_refuses(
+    make_config: Callable[..., BenchConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sandbox, "why_not", lambda: "unshare: Operation not permitted")
+    config = make_config(workloads=("humaneval",), data_dir=DATA, num_prompts=2, allow_code_execution=True)
+    with pytest.raises(ValueError, match="allow_code_execution=1 must be able to shut code in, but here unshare: Oper"):
+        Session(config)
+    Session(make_config(workloads=("gsm8k",), data_dir=DATA, num_prompts=2, allow_code_execution=True))
+
+
+def test_the_table_has_a_line_for_quality(
+    make_config: Callable[..., BenchConfig],
+) -> None:
+    prompts = [Prompt("a", truth=Number("1")), Prompt("b", truth=Number("2"))]
+    fields = scores.compare("exact_match", prompts, ["1", "2"], ["1", "3"])
+    record = {"engine": "specdec", "method": "ngram", "gamma": 4} | fields
+    line = "specdec ngram 4: exact_match 1.000, of autoregressive decoding 0.500, difference +0.500 [+0.000, +1.000]"
+    assert decoding._qualities([record]) == [line, ""]
+    plain = record | scores.compare("exact_match", prompts, ["1", "2"], None) | {"method": "autoregressive"}
+    assert decoding._qualities([plain])[0] == "specdec autoregressive 4: exact_match 1.000"
+    assert decoding._qualities([record | scores.no_quality("exact_match", "x"), {}]) == []
+
+
+RANDOM = Pair("p", "t", load_format="dummy")  # whose prompts are bytes without a tokenizer
+
+
+def test_a_model_that_is_measured_for_what_it_says_needs_a_tokenizer(make_config: Callable[..., BenchConfig]) -> None:
+    config = make_config(workloads=("humaneval",), data_dir=DATA, num_prompts=2)
+    cell = Cell("specdec", "p", "autoregressive", 0, "same", "humaneval", 1)
+    with pytest.raises(pytest.fail.Exception, match="pair=p must have a tokenizer to read prompts; name a target with"):
+        session_with(config)._chosen(cell, Pair("p", "t"))
+
+
+def test_lengths_are_counted_in_tokens(make_config: Callable[..., BenchConfig], tmp_path: Path) -> None:
+    path = tmp_path / "mine.txt"
+    path.write_text("".join("x" * length + "\n" for length in range(1, 21)))
+    config = make_config(workloads=(str(path),), prompt_lengths=((5, 8),), num_prompts=4)
+    session = session_with(config)
+    cell = Cell("specdec", "p", "autoregressive", 0, "same", "mine", 1)
+    chosen = session._chosen(cell, RANDOM)
+    assert sorted(len(tokens) for _, tokens in chosen) == [5, 6, 7, 8]
+    assert [bytes(tokens).decode() for _, tokens in chosen] == [prompt.text for prompt, _ in chosen]
+    narrow = session_with(make_config(workloads=(str(path),), prompt_lengths=((5, 6),), num_prompts=4))
+    with pytest.raises(
+        pytest.fail.Exception, match=r"prompt_lengths=5:6 must hold for at least num_prompts=4 .* for 2"
+    ):
+        narrow._chosen(cell, RANDOM)
+
+
+def test_each_bucket_of_lengths_is_a_cell_with_prompts_of_its_own(
+    make_config: Callable[..., BenchConfig], tmp_path: Path
+) -> None:
+    path = tmp_path / "mine.txt"
+    path.write_text("".join("x" * length + "\n" for length in range(1, 21)))
+    config = make_config(
+        engines=("specdec",),
+        methods=("autoregressive",),
+        workloads=(str(path),),
+        prompt_lengths=((3, 5), (9, 12)),
+        num_prompts=3,
+    )
+    session = session_with(config)
+    cells = [each.cell for each in plan(config)]
+    assert [cell.workload for cell in cells] == ["mine@3:5", "mine@9:12"]
+    lengths = [[len(tokens) for _, tokens in session._chosen(cell, RANDOM)] for cell in cells]
+    assert sorted(lengths[0]) == [3, 4, 5]
+    assert len(set(lengths[1]) & {9, 10, 11, 12}) == 3
+    assert bucket("a@b@3:5", config.prompt_lengths) == ("a@b", (3, 5))
+    assert bucket("a@3:5", ((1, 2),)) == ("a@3:5", (1, 2))
+
+
+def test_raw_prompts_are_texts_to_go_on_with(make_config: Callable[..., BenchConfig]) -> None:
+    config = make_config(workloads=("humaneval",), data_dir=DATA, prompt_format="raw", num_prompts=2)
+    cell = Cell("specdec", "p", "autoregressive", 0, "same", "humaneval", 1)
+    for prompt, tokens in session_with(config)._chosen(cell, RANDOM):
+        assert bytes(tokens).decode() == prompt.raw == prompt.truth.head
+    asked = make_config(workloads=("humaneval",), data_dir=DATA, num_prompts=2, named=frozenset({"prompt_format"}))
+    with pytest.raises(
+        pytest.fail.Exception, match="prompt_format=instruct must have a tokenizer with a chat template"
+    ):
+        session_with(asked)._chosen(cell, RANDOM)

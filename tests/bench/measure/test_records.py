@@ -1,0 +1,250 @@
+"""Records and the table, from runs whose numbers are known."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+
+from bench.campaign.options import BenchConfig
+from bench.catalogue.pairs import catalogue
+from bench.engines.base import PromptResult, Run
+from bench.measure import records, telemetry
+from bench.measure.paired import BASELINE, CANDIDATE, REFERENCE, Measurement, check_counts, measure
+from bench.records.schema import Cell
+from bench.report.terminal import decoding
+from specdec import AcceptanceCounts, PhaseTimes
+
+TINY = catalogue()["tiny-random"]
+
+
+def counted(*steps: tuple[int, int, int]) -> AcceptanceCounts:
+    counts = AcceptanceCounts()
+    for step in steps:
+        counts.add_step(*step)
+    return counts
+
+
+def run(tokens: Sequence[int], latency_s: float, counts: AcceptanceCounts, times: PhaseTimes | None = None) -> Run:
+    return Run((PromptResult(tuple(tokens), 0.5, latency_s, counts, "length"),), times)
+
+
+@pytest.fixture
+def config(make_config: Callable[..., BenchConfig]) -> BenchConfig:
+    return make_config(engines=("transformers", "specdec"), max_tokens=4)
+
+
+@pytest.fixture
+def record(config: BenchConfig) -> dict[str, Any]:
+    """Two prompts, 4 tokens each: twice and eight times as fast as the baseline, half as fast as the reference."""
+    speculative = counted((2, 2, 3))
+    plain = counted((0, 0, 1), (0, 0, 1), (0, 0, 1))
+    times, plain_times = PhaseTimes(0.5, 0.2, 0.3, 0.1, 1.1), PhaseTimes(0.5, 0, 0.9, 0.3, 1.7)
+    measurement = Measurement(
+        {
+            BASELINE: [run([1, 2, 3, 4], 2.0, plain, plain_times), run([1, 2, 3, 5], 8.0, plain, plain_times)],
+            CANDIDATE: [run([1, 2, 3, 4], 1.0, speculative, times), run([1, 2, 3, 4], 1.0, speculative, times)],
+            REFERENCE: [run([1, 2, 3, 4], 0.5, speculative), run([1, 2, 3, 4], 0.5, speculative)],
+        },
+        [1.5, 2.5],
+    )
+    cell = Cell("specdec", TINY.name, "ngram", 2, "same", "smoke", 1)
+    return records.build(cell, TINY, config, "1.2.3", "cpu", measurement)
+
+
+def test_a_record_holds_the_definitions_of_known_numbers(record: dict[str, Any]) -> None:
+    expected = {
+        "schema_version": 1,
+        "engine": "specdec",
+        "engine_version": "1.2.3",
+        "pair": "tiny-random",
+        "target": "tiny",
+        "draft": None,
+        "method": "ngram",
+        "gamma": 2,
+        "placement": "same",
+        "workload": "smoke",
+        "dtype": "float32",
+        "device": "cpu",
+        "batch_size": 1,
+        "num_prompts": 2,
+        "temperature": 0.0,
+        "seed": 0,
+        "num_steps": 2,
+        "num_drafted": 4,
+        "num_accepted": 4,
+        "acceptance_rate": 1.0,
+        "acceptance_rate_low": 1.0,
+        "acceptance_rate_high": 1.0,
+        "per_prompt_drafted": [2, 2],
+        "per_prompt_accepted": [2, 2],
+        "acceptance_rate_at": [1.0, 1.0],
+        "mean_acceptance_length": 3.0,
+        "system_efficiency": 1.0,
+        "draft_time_per_token_s": 0.1,
+        "scoring_time_s": 0.6,
+        "verification_time_s": 0.2,
+        "ttft_s": 0.5,
+        "latency_s": 1.0,
+        "inter_token_s": 0.5 / 3,
+        "throughput_tok_s": 4.0,
+        "speedup": 4.0,
+        "speedup_low": 2.0,
+        "speedup_high": 8.0,
+        "reference_engine": "transformers",
+        "speedup_of_reference": 2.0,
+        # a plain step takes 0.4 s, a speculative one 0.6 s for 3 tokens
+        "cost_ratio": 0.25,
+        "predicted_speedup": 2.0,
+        "step_cost_ratio": 1.0,
+        "expected_speedup": 2.0,
+        "speedup_from_truncation": 0.0,
+        "speedup_from_bookkeeping": 0.0,
+        "speedup_from_prefill": 1.7 / 1.1 - 2,
+        "speedup_from_averaging": 4 - 1.7 / 1.1,
+        "per_prompt_latency_s": [1.0, 1.0],
+        "per_prompt_tokens": [4, 4],
+        "num_outputs_equal": 1,
+        "num_outputs_equal_reference": 2,
+        "output_sha256": hashlib.sha256(b"[[1,2,3,4],[1,2,3,4]]").hexdigest(),
+    }
+    for name, value in expected.items():
+        assert record[name] == pytest.approx(value), name
+
+
+def test_a_record_is_flat(record: dict[str, Any]) -> None:
+    values = [item for value in record.values() for item in (value if isinstance(value, list) else [value])]
+    assert all(item is None or isinstance(item, str | int | float) for item in values)
+
+
+def test_a_speedup_is_paired_round_by_round(config: BenchConfig) -> None:
+    """Prompts a hundred times apart, each decoded twice as fast: unpaired, the interval would be as wide as that."""
+    seconds = [0.1, 10.0, 1.0, 3.0, 0.3, 7.0]
+    plain, fast = counted((0, 0, 1), (0, 0, 1), (0, 0, 1)), counted((2, 2, 3))
+    arms = {
+        CANDIDATE: [run([1, 2, 3, 4], each, fast) for each in seconds],
+        BASELINE: [run([1, 2, 3, 4], 2 * each, plain) for each in seconds],
+        REFERENCE: [run([1, 2, 3, 4], each / 4, plain) for each in seconds],
+    }
+    cell = Cell("specdec", TINY.name, "ngram", 2, "same", "smoke", 1)
+    record = records.build(cell, TINY, config, "1", "cpu", Measurement(arms, seconds))
+    for name, times in (("speedup", 2.0), ("speedup_of_reference", 4.0)):
+        assert [record[f"{name}{end}"] for end in ("", "_low", "_high")] == pytest.approx([times] * 3)
+
+
+def test_what_stops_sooner_is_not_called_faster(config: BenchConfig) -> None:
+    plain, short = counted((0, 0, 1), (0, 0, 1), (0, 0, 1)), counted((0, 0, 1))
+    measurement = Measurement({BASELINE: [run([1, 2, 3, 4], 4.0, plain)], CANDIDATE: [run([1, 2], 2.0, short)]}, [2.0])
+    cell = Cell("specdec", TINY.name, "ngram", 2, "same", "smoke", 1)
+    record = records.build(cell, TINY, config, "", "cpu", measurement)
+    assert record["speedup"] == 1.0
+    assert record["speedup_low"] is record["predicted_speedup"] is record["acceptance_rate"] is None
+    assert record["acceptance_rate_low"] is record["speedup_from_prefill"] is None
+
+
+def test_engines_that_tell_no_counts_have_no_acceptance(config: BenchConfig) -> None:
+    silent = Run((PromptResult((1, 2, 3, 4), 0.5, 1.0, None, "length"),))
+    cell = Cell("specdec", TINY.name, "ngram", 2, "same", "smoke", 1)
+    record = records.build(cell, TINY, config, "", "cpu", Measurement({CANDIDATE: [silent]}, [1.0]))
+    for name in ("per_prompt_drafted", "per_prompt_accepted", "acceptance_rate_low", "step_cost_ratio"):
+        assert record[name] is None, name
+
+
+def test_the_table_shows_how_a_prediction_becomes_the_measured_speedup(record: dict[str, Any]) -> None:
+    lines = decoding.render([record | {"speedup_from_truncation": -1e-9}])
+    shown = [line.split() for line in lines if line.startswith("specdec")]
+    assert shown[1] == ["specdec", "ngram", "2", "2.000", "+0.000", "+0.000", "-0.455", "+2.455", "4.000"]
+    assert "specdec ngram: predicted best gamma 2 (2.00), measured best of 2: 2 (4.00 [2.00, 8.00])" in lines
+    old = {name: value for name, value in record.items() if not name.startswith(("speedup_from", "step_cost"))}
+    assert not [line for line in decoding.render([old]) if "redicted best" in line or "averaging" in line]
+
+
+def test_the_table_shows_energy_where_there_is_any(record: dict[str, Any]) -> None:
+    unknown = dict.fromkeys(telemetry.FIELDS)
+    assert decoding.render([record | unknown]) == decoding.render([record])  # as were old records
+    known = unknown | {"energy_j": 84.0, "energy_per_token_j": 10.5, "energy_per_accepted_token_j": 21.0}
+    known |= {"average_power_w": 42.0, "peak_power_w": 700.25, "average_utilisation_rate": 0.5}
+    known |= {"peak_memory_bytes": 2.5e9, "peak_temperature_c": 61.0}
+    lines = decoding.render([record | known, record | unknown])
+    shown = [line.split() for line in lines if "GB" in line]
+    assert shown == [
+        ["specdec", "ngram", "2", "84.0", "10.500", "21.000", "42.0", "700.2", "50.0%", "2.5", "GB", "61"],
+    ]
+    assert max(map(len, lines)) <= 120
+    assert any("idle power" in line for line in lines)
+
+
+def test_the_table_shows_each_cell_in_120_columns(record: dict[str, Any]) -> None:
+    plain = {"method": "autoregressive", "gamma": 0, "speedup": None, "step_cost_ratio": None}
+    lines = decoding.render([record, record | plain | {"speedup_from_averaging": None}])
+    assert max(map(len, lines)) <= 120
+    assert lines[0].startswith("tiny-random, float32 on cpu, smoke, 2 prompts of up to 4 tokens, batch size 1, greedy")
+    assert lines[2].split() == [
+        "specdec",
+        "ngram",
+        "2",
+        "4.0",
+        "1.000",
+        "100.0%",
+        "3.00",
+        "4.00",
+        "[2.00,",
+        "8.00]",
+        "2.00",
+        "2.00",
+        "[2.00,",
+        "2.00]",
+        "1/2",
+    ]
+    assert lines[3].split()[7:9] == ["-", "2.00"]
+
+
+def test_arms_are_interleaved_and_turned_round() -> None:
+    calls: list[tuple[str, int]] = []
+
+    def arm(name: str) -> Any:
+        def run(index: int) -> None:
+            calls.append((name, index))
+            at_s[name, index] = time.perf_counter()
+
+        return run
+
+    at_s: dict[tuple[str, int], float] = {}
+
+    class Benchmark:
+        stats = type("", (), {"stats": type("", (), {"data": [0.1, 0.2]})})
+
+        def pedantic(self, target: Any, setup: Any, teardown: Any, rounds: int) -> None:
+            for _ in range(rounds):
+                for step in (setup, target, teardown):
+                    step()
+
+    arms = {name: arm(name) for name in (CANDIDATE, REFERENCE, BASELINE)}
+    settled: list[int] = []
+    measurement = measure(Benchmark(), arms, 2, lambda: settled.append(len(calls)))
+    assert measurement.rounds_s == [0.1, 0.2]
+    for index, (start_s, end_s) in enumerate(measurement.spans):  # what energy is integrated over: the candidate alone
+        within = {name for name in arms if start_s <= at_s[name, index] <= end_s}
+        assert within == {CANDIDATE}
+    assert len(measurement.spans) == 2
+    assert settled == [1, 2, 3, 4, 5, 6]  # once after each arm
+    first, second = calls[:3], calls[3:]
+    assert [index for _, index in calls] == [0, 0, 0, 1, 1, 1]
+    assert [name for name, _ in first] == [name for name, _ in second][::-1]
+    assert first[1][0] == CANDIDATE
+
+
+@pytest.mark.parametrize("counts", [counted((2, 2, 2)), counted((2, 2, 3), (0, 0, 1), (0, 0, 1))])
+def test_counters_that_do_not_add_up_fail(counts: AcceptanceCounts) -> None:
+    check_counts([run([1, 2, 3, 4], 1.0, counted((2, 2, 3)))], "ngram", 4)
+    with pytest.raises(AssertionError):
+        check_counts([run([1, 2, 3, 4], 1.0, counts)], "ngram", 4)
+
+
+def test_the_configuration_is_frozen(config: BenchConfig) -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.seed = 1  # type: ignore[misc]

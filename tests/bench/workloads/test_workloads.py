@@ -1,0 +1,310 @@
+"""Readers of prompts: what they take, and how they name a malformed row."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from bench.campaign.options import BenchConfig
+from bench.measure.session import Session
+from bench.workloads import registry, sharegpt
+from bench.workloads.base import Malformed, Number, Prompt, Summary, UnavailableError
+
+DATA = Path(__file__).parents[1] / "data"
+GSM8K_ROWS = [{"question": "1 + 1?", "answer": "#### 2"}, {"question": "1 + 2?", "answer": "so\n#### 3"}]
+
+
+def write_rows(path: Path, *rows: Any) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_a_text_file_has_one_prompt_a_line(tmp_path: Path) -> None:
+    path = tmp_path / "mine.txt"
+    path.write_text("first\n\n  second \n")
+    assert registry.read(str(path), None) == [Prompt("first"), Prompt("  second ")]
+    assert registry.label(str(path)) == "mine"
+
+
+@pytest.mark.parametrize("name", ["mine.txt", "mine.jsonl"])
+def test_a_byte_order_mark_is_no_text(name: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    lines = {"mine.txt": "one\ntwo\n", "mine.jsonl": '{"prompt": "one"}\n{"prompt": "two"}\n'}
+    path.write_text(lines[name], encoding="utf-8-sig")
+    assert [prompt.text for prompt in registry.read(str(path), None)] == ["one", "two"]
+
+
+def test_only_a_line_feed_ends_a_prompt(tmp_path: Path) -> None:
+    """Separators that str.splitlines knows are text; a carriage return before the line feed is not."""
+    inside = "a\u2028b\u2029c\x85d\x0be\x0cf\x1cg"
+    path = tmp_path / "mine.txt"
+    path.write_bytes(f"{inside}\r\nsecond\n".encode())
+    assert [prompt.text for prompt in registry.read(str(path), None)] == [inside, "second"]
+    write_rows(tmp_path / "mine.jsonl", {"prompt": inside}, {"prompt": "second"})
+    assert [prompt.text for prompt in registry.read(str(tmp_path / "mine.jsonl"), None)] == [inside, "second"]
+
+
+def test_halves_of_characters_are_malformed(tmp_path: Path) -> None:
+    """JSON may hold them, and no tokenizer takes them: a row is named, not every cell lost."""
+    path = write_rows(tmp_path / "mine.jsonl", {"prompt": "a\ud800b"}, {"prompt": "b \U0001f600"})
+    with pytest.raises(ValueError, match=r"mine\.jsonl:1: prompt='a\\ud800b' must have no half of a surrogate pair"):
+        registry.read(str(path), None)
+    assert registry.read(str(path), None, Malformed("skip")) == [Prompt("b \U0001f600")]
+    turns = [{"from": "human", "value": "\udfff"}, {"from": "gpt", "value": "x"}]
+    write_rows(tmp_path / "sharegpt_gpt4.jsonl", {"conversations": turns})
+    with pytest.raises(ValueError, match=r"gpt4\.jsonl:1: value='\\udfff' must have no half"):
+        registry.read("sharegpt", tmp_path)
+
+
+def test_dialogues_that_begin_with_another_speaker_are_counted(tmp_path: Path) -> None:
+    question, answer = {"from": "human", "value": "Why?"}, {"from": "gpt", "value": "So."}
+    rows = [[answer, question], [question, answer], [{"from": "system", "value": "Be brief."}, question, answer], []]
+    write_rows(tmp_path / "sharegpt_gpt4.jsonl", *({"conversations": row} for row in rows))
+    malformed = Malformed()
+    assert registry.read("sharegpt", tmp_path, malformed) == [Prompt("Why?", "gpt4")]
+    assert [place.rpartition(":")[2] for place in malformed.passed_over] == ["1", "3", "4"]
+    assert not malformed.skipped
+
+
+def test_json_lines_have_a_prompt_and_perhaps_a_category(tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "mine.jsonl", {"prompt": "a", "category": "x"}, {"prompt": "b"})
+    assert registry.read(str(path), None) == [Prompt("a", "x"), Prompt("b")]
+
+
+def test_gsm8k_asks_the_question(tmp_path: Path) -> None:
+    write_rows(tmp_path / "gsm8k-test.jsonl", {"question": "1 + 1?", "answer": "#### 2"})
+    (prompt,) = registry.read("gsm8k", tmp_path)
+    assert (prompt.text, prompt.category, prompt.truth) == ("1 + 1?", "mathematics", Number("2"))
+
+
+def test_the_fixtures_are_read_whole() -> None:
+    assert [prompt.truth for prompt in registry.read("gsm8k", DATA)] == [Number("42"), Number("1,750"), Number("-5")]
+    assert [prompt.truth.entry_point for prompt in registry.read("humaneval", DATA)] == ["half", "fourfold"]
+    article = registry.read("xsum", DATA)[0]
+    assert article.truth == Summary("A lorry has damaged a bridge.")
+    assert article.text.startswith("Summarize this article in one sentence.\n\nThe bridge")
+    assert article.raw.startswith("The bridge")
+    assert article.raw.endswith("\n\nSummary:")
+    (news,) = registry.read("cnn_dailymail", DATA)
+    assert news.text.startswith("summarize: The bridge over the river")
+    assert news.truth == Summary("A lorry has damaged a bridge.")
+    assert [prompt.text for prompt in registry.read("wmt14", DATA)] == [
+        "translate English to German: The bridge is closed.",
+        "translate English to German: Pupils have planted trees.",
+    ]
+    assert {prompt.category for prompt in registry.read("spec_bench", DATA)} == {"qa", "multi_turn", "rag"}
+
+
+@pytest.mark.parametrize("layout", ["main/test-00000-of-00001.parquet", "gsm8k/main/test-00000-of-00001.parquet"])
+def test_parquet_in_the_layout_of_the_hub(layout: str, tmp_path: Path) -> None:
+    write_parquet(tmp_path / layout, GSM8K_ROWS)
+    assert [prompt.truth for prompt in registry.read("gsm8k", tmp_path)] == [Number("2"), Number("3")]
+
+
+def test_a_malformed_row_of_parquet_is_named(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "xsum.parquet", [{"document": "d", "summary": "s"}, {"document": "d", "summary": ""}])
+    with pytest.raises(ValueError, match=r"xsum\.parquet:row 2: summary='' must be a text that is not empty"):
+        registry.read("xsum", tmp_path)
+    assert len(registry.read("xsum", tmp_path, Malformed("skip"))) == 1
+    (tmp_path / "xsum.parquet").write_bytes(b"PAR1 no more")
+    with pytest.raises(ValueError, match=r"xsum\.parquet: must be a whole Parquet file"):
+        registry.read("xsum", tmp_path)
+
+
+def write_parquet(path: Path, rows: list[dict[str, Any]]) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+
+
+def test_parquet_without_pyarrow_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    (tmp_path / "gsm8k.parquet").touch()
+    with pytest.raises(UnavailableError, match=r"must be read with pyarrow .*pip install pyarrow"):
+        registry.read("gsm8k", tmp_path)
+
+
+def test_sharegpt_asks_first_questions_and_each_file_is_a_category(tmp_path: Path) -> None:
+    tides, chinese = Prompt("How do tides work?", "gpt4"), Prompt("潮汐是怎么形成的？", "zh_38K")
+    assert registry.read("sharegpt", DATA) == [tides, chinese]
+    assert registry.read("sharegpt:zh_38K", DATA) == [chinese]
+    write_rows(tmp_path / "sharegpt_V3_format.jsonl", {"conversations": [{"from": "human"}]})
+    with pytest.raises(ValueError, match=r"V3_format\.jsonl:1: conversations must be a list of objects with `from`"):
+        registry.read("sharegpt", tmp_path)
+
+
+def test_the_wheels_json_is_cut_off_inside_its_last_record(tmp_path: Path) -> None:
+    turns = [{"from": "human", "value": "Why {so}?"}, {"from": "gpt", "value": "Well."}]
+    whole = json.dumps([{"id": number, "conversations": turns} for number in range(3)], indent=1)
+    path = tmp_path / "ShareGPT_V3_unfiltered_cleaned_split.json"
+    path.write_text(whole)
+    assert registry.read("sharegpt", tmp_path) == 3 * [Prompt("Why {so}?", "V3_unfiltered")]
+    path.write_text(whole[:-40])
+    with pytest.raises(ValueError, match="json:record 3: must be whole, but the file is damaged or cut off there"):
+        registry.read("sharegpt", tmp_path)
+    malformed = Malformed("skip")
+    assert len(registry.read("sharegpt", tmp_path, malformed)) == 2
+    assert len(malformed.skipped) == 1
+
+
+def test_sharegpt_without_a_file_comes_from_the_wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from specdec.distill.prompts import Dialogue
+    from specdec.runtime.artifacts import LoadError
+
+    monkeypatch.setattr(sharegpt, "read_dialogues", lambda source: [Dialogue(source)])
+    assert registry.read("sharegpt", None) == [Prompt("sharegpt", "V3_unfiltered")]
+
+    def fail(source: str) -> None:
+        raise LoadError("no network")
+
+    monkeypatch.setattr(sharegpt, "read_dialogues", fail)
+    with pytest.raises(
+        UnavailableError, match=r"workloads=sharegpt: no network; or put sharegpt_gpt4.jsonl, .*--data-d"
+    ):
+        registry.read("sharegpt", tmp_path)
+
+
+def fake_hub(monkeypatch: pytest.MonkeyPatch, load: Callable[..., Any]) -> SimpleNamespace:
+    """Stands in for `datasets`; the hub cannot be reached."""
+
+    def unreachable(*arguments: Any, **options: Any) -> None:
+        raise OSError("no network")
+
+    config = SimpleNamespace(HF_HUB_OFFLINE=False)
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load, config=config))
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", unreachable)
+    return config
+
+
+def test_without_a_folder_rows_come_from_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    config = fake_hub(
+        monkeypatch, lambda *names, **options: asked.append((names, options, config.HF_HUB_OFFLINE)) or GSM8K_ROWS
+    )
+    assert [prompt.truth for prompt in registry.read("gsm8k", None)] == [Number("2"), Number("3")]
+    assert asked == [(("openai/gsm8k", "main"), {"split": "test", "revision": None}, True)]
+    fake_hub(monkeypatch, lambda *names, **options: [{"document": "d", "summary": 3}])
+    with pytest.raises(ValueError, match="EdinburghNLP/xsum:row 1: summary=3 must be a text"):
+        registry.read("xsum", None)
+
+
+def test_a_translation_without_its_source_is_malformed(tmp_path: Path) -> None:
+    for row, message in [
+        ({"translation": "x"}, "translation='x' must be an object with `en`; correct or remove the row"),
+        ({"translation": {"de": "x"}}, "en=None must be a text that is not empty"),
+    ]:
+        write_rows(tmp_path / "wmt14.jsonl", row)
+        with pytest.raises(ValueError, match=rf"wmt14\.jsonl:1: {message}"):
+            registry.read("wmt14", tmp_path)
+
+
+@pytest.mark.parametrize("workload", ["gsm8k", "xsum", "cnn_dailymail", "wmt14"])
+def test_a_hub_that_cannot_be_had_names_the_remedy(workload: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*names: Any, **options: Any) -> None:
+        raise ConnectionError("offline\nand more")
+
+    fake_hub(monkeypatch, fail)
+    remedy = rf"connect to the network, or put it into a folder as {workload}\*\.jsonl and name that with --data-dir"
+    with pytest.raises(
+        UnavailableError, match=rf"workloads={workload} must be had from the hub once \(offline\); {remedy}"
+    ):
+        registry.read(workload, None)
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(UnavailableError, match=r"with datasets \(.*pip install datasets, or put it into a fol"):
+        registry.read(workload, None)
+
+
+def test_malformed_rows_are_skipped_only_if_that_is_asked_for_and_counted(
+    tmp_path: Path, make_config: Callable[..., BenchConfig]
+) -> None:
+    rows = ['{"prompt": "a"}', "{broken", '{"prompt": 3}', "[1]", '{"prompt": "b"}']
+    path = tmp_path / "mine.jsonl"
+    path.write_text("\n".join(rows))
+    malformed = Malformed("skip")
+    assert registry.read(str(path), None, malformed) == [Prompt("a"), Prompt("b")]
+    assert [reason.partition("mine.jsonl:")[2].partition(":")[0] for reason in malformed.skipped] == ["2", "3", "4"]
+    config = make_config(workloads=(str(path),), malformed="skip", num_prompts=2)
+    assert len(Session(config).malformed["mine"].skipped) == 3
+    with pytest.raises(ValueError, match=r"mine\.jsonl:2: must be one JSON object a line"):
+        Session(make_config(workloads=(str(path),), num_prompts=2))
+    path.write_text("{broken")
+    with pytest.raises(
+        ValueError, match=r"must have at least one prompt, .* all are malformed, such as .*mine\.jsonl:1"
+    ):
+        registry.read(str(path), None, Malformed("skip"))
+
+
+@pytest.mark.parametrize("answer", ["7", "#### none", "####", "#### ²", "#### 5 or 6"])
+def test_an_answer_without_its_number_is_malformed(answer: str, tmp_path: Path) -> None:
+    write_rows(tmp_path / "gsm8k.jsonl", {"question": "?", "answer": answer})
+    with pytest.raises(ValueError, match=r"gsm8k\.jsonl:1: answer='.*' must end in #### and a number"):
+        registry.read("gsm8k", tmp_path)
+
+
+def test_spec_bench_asks_the_first_turn(tmp_path: Path) -> None:
+    write_rows(tmp_path / "spec-bench.jsonl", {"question_id": 1, "category": "qa", "turns": ["Who?", "Why?"]})
+    assert registry.read("spec_bench", tmp_path) == [Prompt("Who?", "qa")]
+
+
+def test_one_category_can_be_asked_for(tmp_path: Path) -> None:
+    """MT-bench's kinds are one of Spec-Bench's six."""
+    kinds = ["qa", "writing", "rag", "coding"]
+    write_rows(tmp_path / "spec-bench.jsonl", *({"category": kind, "turns": [f"{kind}?"]} for kind in kinds))
+    assert registry.read("spec_bench:rag", tmp_path) == [Prompt("rag?", "rag")]
+    both = [Prompt("writing?", "multi_turn"), Prompt("coding?", "multi_turn")]
+    assert registry.read("spec_bench:multi_turn", tmp_path) == both
+    assert registry.parse_workloads("workloads", "spec_bench:rag,spec_bench:qa") == ("spec_bench:rag", "spec_bench:qa")
+    assert registry.label("spec_bench:rag") == "spec_bench:rag"
+    with pytest.raises(ValueError, match="workloads=spec_bench:x must name a category of spec_bench; it has multi_tu"):
+        registry.read("spec_bench:x", tmp_path)
+
+
+def test_humaneval_is_read_from_the_data_folder_first(tmp_path: Path) -> None:
+    with gzip.open(tmp_path / "HumanEval.jsonl.gz", "wt") as stream:
+        stream.write(json.dumps({"prompt": "def f():\n", "test": "def check(f): f()", "entry_point": "f"}) + "\n")
+    (prompt,) = registry.read("humaneval", tmp_path)
+    assert prompt.text.endswith("```python\ndef f():\n```")
+
+
+@pytest.mark.parametrize("workload", ["gsm8k", "spec_bench"])
+def test_a_missing_data_set_says_where_it_was_looked_for(workload: str, tmp_path: Path) -> None:
+    with pytest.raises(UnavailableError, match=f"workloads={workload} must have one file .*--data-dir"):
+        registry.read(workload, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", '{"prompt": "x"}\n{"prompt": 3}\n', r"a\.jsonl:2: prompt=3 must be a text"),
+        ("a.jsonl", '{"prompt": " "}\n', r"a\.jsonl:1: prompt=' ' must be a text that is not empty"),
+        ("a.jsonl", '{"prompt": "x"}\n{"pro', r"a\.jsonl:2: must be one JSON object a line"),
+        ("a.jsonl", "[1]\n", r"a\.jsonl:1: '\[1\]' must be a JSON object"),
+        ("a.gz", "not gzipped", r"a\.gz: must be a whole file"),
+        ("a.txt", "\n", r"a\.txt must have at least one prompt, but its data have none"),
+    ],
+)
+def test_a_malformed_row_is_named_by_file_and_line(name: str, content: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=message):
+        registry.read(str(tmp_path / name), None)
+
+
+def test_spec_bench_without_turns_is_malformed(tmp_path: Path) -> None:
+    write_rows(tmp_path / "spec_bench.jsonl", {"category": "qa", "turns": []})
+    with pytest.raises(ValueError, match=r"spec_bench\.jsonl:1: turns=\[\] must be a list"):
+        registry.read("spec_bench", tmp_path)
+
+
+def test_the_sample_depends_on_the_seed_alone() -> None:
+    prompts = [Prompt(str(number)) for number in range(50)]
+    assert registry.sample(prompts, 8, 1) == registry.sample(prompts, 8, 1) != registry.sample(prompts, 8, 2)
+    assert len(set(registry.sample(prompts, 50, 0))) == 50

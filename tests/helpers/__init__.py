@@ -1,0 +1,1 @@
+"""Toy models, statistical gates and devices that the tests share."""

@@ -1,0 +1,60 @@
+"""The lesson runs from its first cell to its last, and what is committed of it is what it gives."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import matplotlib.font_manager  # builds its cache here: the kernel would speak of it
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+ROOT = Path(__file__).parents[2]
+LESSON = ROOT / "docs" / "speculative_decoding.ipynb"
+NOT_FOR_THE_PUBLIC = (r"/(home|root|work|tmp|usr|Users)/", r"\bTraceback\b", r"\bWarning\b", r"0x[0-9a-f]{8}")
+MOST_BYTES = 400_000
+
+
+def outputs(notebook: nbformat.NotebookNode) -> list[list[list[str]]]:
+    """What kinds of output each code cell has: streams by name, others by their MIME types."""
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    return [
+        [[each.name] if "name" in each else sorted(each.get("data", {"error": 0})) for each in cell.outputs]
+        for cell in cells
+    ]
+
+
+def committed() -> nbformat.NotebookNode:
+    return nbformat.read(LESSON, as_version=4)
+
+
+def test_it_runs_from_a_fresh_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No error, nothing on stderr, and in each cell the kinds of output that are committed."""
+    assert matplotlib.font_manager.fontManager.ttflist
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    notebook = committed()
+    NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(LESSON.parent)}}).execute()
+    assert outputs(notebook) == outputs(committed())
+
+
+def test_what_is_committed_was_run_in_order_and_without_complaint() -> None:
+    notebook = committed()
+    nbformat.validate(notebook)
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+    kinds = {kind for cell in outputs(notebook) for each in cell for kind in each}
+    assert kinds == {"stdout", "text/plain", "text/html", "image/png"}
+
+
+def test_what_is_committed_tells_nothing_of_the_machine() -> None:
+    assert LESSON.stat().st_size < MOST_BYTES
+    notebook = committed()
+    assert set(notebook.metadata) == {"kernelspec", "language_info"}
+    assert all(not cell.metadata for cell in notebook.cells)
+    for cell in notebook.cells:
+        texts = [
+            each.get("text", "") + str(each.get("data", {}).get("text/html", "")) for each in cell.get("outputs", [])
+        ]
+        for pattern in NOT_FOR_THE_PUBLIC:
+            assert not any(re.search(pattern, text) for text in texts), pattern

@@ -1,0 +1,143 @@
+"""What the verification rule receives is the models' own softmax, to 1e-12, for the target and for every proposer.
+
+Enumeration takes uniforms from the middle of pieces, so an error of 1e-3 in a declared probability, such as a row that
+went through bfloat16, changes nothing there. Here each row that the rule receives is compared with its table's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from helpers.toys import ExitTarget, FeatureTarget, ToyHead, law_after
+
+from specdec import Engine, SamplingParams
+from specdec.models.markov import MarkovModel
+from specdec.proposers.table import NgramTable
+from specdec.sampling.distributions import Law
+from specdec.trees.shape import Tree, tree_of
+from specdec.verification import Draft, Verification
+
+VOCAB, LESS = 7, 1e-12
+PROMPT = (0, 1, 2, 3, 0, 1, 2)
+
+
+def irregular(seed: int) -> torch.Tensor:
+    """Distributions without any round number, float64 [vocab, vocab, vocab]."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(VOCAB, VOCAB, VOCAB, generator=generator, dtype=torch.float64).softmax(-1)
+
+
+TARGET, DRAFT = FeatureTarget(irregular(0)), MarkovModel(irregular(1))
+TREE = Tree(((0,), (1,), (0, 0), (0, 1), (1, 0)))
+METHODS: dict[str, dict[str, Any]] = {
+    "autoregressive": {},
+    "ngram": {},
+    "ngram_store": {},
+    "ngram_table": {"draft": NgramTable.count([[0, 1, 2, 3, 4, 5, 6, 0, 2, 4]], VOCAB)},
+    "suffix": {"max_history_bytes": 1 << 16},
+    "draft_model": {"draft": DRAFT},
+    "eagle": {"draft": ToyHead(DRAFT)},
+    "hybrid": {"draft": DRAFT},
+    "early_exit": {"exit_layer": 1},
+    "tree": {"draft": DRAFT, "tree": TREE},
+}
+PARAMS = {
+    "plain": SamplingParams(max_tokens=24),
+    "temperature": SamplingParams(max_tokens=24, temperature=0.5),
+    "truncated": SamplingParams(max_tokens=24, top_k=4),
+    "shifted": SamplingParams(max_tokens=24, presence_penalty=0.25, logit_bias={2: 0.5}),
+}
+Seen = tuple[Law, Draft, Verification]
+
+
+def recorded(engine: Engine, params: SamplingParams) -> tuple[list[Seen], tuple[int, ...]]:
+    """Every call of the rule while one request is decoded, and what was emitted."""
+    seen: list[Seen] = []
+    rule = engine._decoder.rule
+
+    def recording(target: Law, draft: Draft, *draws: torch.Tensor) -> Verification:
+        outcome = rule(target, draft, *draws)
+        seen.append((target, draft, outcome))
+        return outcome
+
+    recording.needs_noise = getattr(rule, "needs_noise", False)  # type: ignore[attr-defined]
+    engine._decoder.rule = recording
+    (completion,) = engine.generate([PROMPT], params)
+    return seen, completion.token_ids
+
+
+def ways(draft: Draft) -> list[list[int]]:
+    """The places of the draft's tokens before each of the target's rows: none, then on the way to each node."""
+    num_tokens = int(draft.lengths[0])
+    if draft.parents is None:
+        return [list(range(place)) for place in range(num_tokens + 1)]
+    return [tree_of(draft.parents).lineage(node) for node in range(-1, num_tokens)]
+
+
+def differences(seen: Sequence[Seen], output: Sequence[int], params: SamplingParams, kind: str) -> list[float]:
+    """Of each row that the rule received the largest distance of a probability from the table's.
+
+    kind: of the draft: "copied", which is certain, "drawn" from the draft model, or "either".
+    """
+    found, num_emitted = [], 0
+    for target, draft, outcome in seen:
+        before, tokens = list(output[:num_emitted]), draft.tokens[0].tolist()
+        for row, way in enumerate(ways(draft)):
+            text = before + [tokens[place] for place in way]
+            found.append(away(target.dense()[0, row], law_after(TARGET, params, PROMPT, text)))
+        for row, way in enumerate(own_rows(draft)):
+            text = before + [tokens[place] for place in way]
+            law = draft.law.dense()[0, row]
+            certain = away(law, torch.zeros(VOCAB).scatter(0, draft.tokens[0, row : row + 1], 1.0).tolist())
+            drawn = away(law, law_after(DRAFT, params, PROMPT, text))
+            found.append({"copied": certain, "drawn": drawn, "either": min(certain, drawn)}[kind])
+        num_emitted += int(outcome.accepted[0]) + 1
+    return found
+
+
+def own_rows(draft: Draft) -> list[list[int]]:
+    """The places before each of the draft's own rows, as for `ways`; of a tree those of its families."""
+    places = ways(draft)
+    if draft.parents is None:
+        return places[:-1]
+    families = sorted(set(draft.parents[: int(draft.lengths[0])]))
+    return [places[node + 1] for node in families]
+
+
+def away(law: torch.Tensor, expected: Sequence[float]) -> float:
+    return float((law.double() - torch.tensor(expected, dtype=torch.float64)).abs().max())
+
+
+def engine_for(method: str) -> Engine:
+    target = ExitTarget(TARGET.table, DRAFT.table) if method == "early_exit" else TARGET
+    return Engine(target, method=method, num_speculative_tokens=3, **METHODS[method])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("params", PARAMS.values(), ids=PARAMS)
+@pytest.mark.parametrize("method", METHODS)
+def test_the_rule_receives_the_models_own_distributions(method: str, params: SamplingParams) -> None:
+    """A copy's is certain; that of a drawn token is the draft model's own, given the tokens before it."""
+    seen, output = recorded(engine_for(method), params)
+    kinds = dict.fromkeys(("draft_model", "eagle", "early_exit", "tree"), "drawn") | {"hybrid": "either"}
+    found = differences(seen, output, params, kinds.get(method, "copied"))
+    assert len(found) >= len(output)
+    assert max(found) < LESS
+    assert method == "autoregressive" or any(draft.tokens.shape[1] for _, draft, _ in seen), "nothing was drafted"
+
+
+@pytest.mark.parametrize("whose", ["target", "draft"])
+def test_a_row_through_bfloat16_is_seen(whose: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The planted bug: one side's logits are rounded before they become a distribution."""
+    model = TARGET if whose == "target" else DRAFT
+    forward = model.forward_at
+
+    def rounded(*arguments: Any, **options: Any) -> torch.Tensor:
+        return forward(*arguments, **options).bfloat16().double()
+
+    monkeypatch.setattr(model, "forward_at", partial(rounded))
+    seen, output = recorded(engine_for("draft_model"), PARAMS["plain"])
+    assert max(differences(seen, output, PARAMS["plain"], "drawn")) > 1e-5
