@@ -4,7 +4,7 @@ Autoregressive decoding is this loop with nothing proposed. Rows are ragged: eac
 stops on its own, and its slot goes to the next waiting request.
 
 Invariant between steps: a row's target cache holds all its tokens but the last. A step feeds that token and the draft,
-so position i of the logits is the law of the token that draft token i proposes.
+so position i of the logits is the distribution of the token that draft token i proposes.
 
 Where a step can be recorded as a whole, its rows' state stays on the device (`specdec.device_rows`), and the next step
 is launched before this one's outcome is read, so that the device does not wait for the host. A row that turns out to
@@ -12,7 +12,8 @@ have ended has then been given a step too many, whose outcome is dropped. Everyw
 outcome before it launches the next.
 
 A draft may be a tree: its nodes are fed behind each other, see their ancestors only, and the logits after a node are
-the law of its children. What is accepted is a path, whose cache entries are then moved to where a chain's would be.
+the distribution of its children. What is accepted is a path, whose cache entries are then moved to where a chain's
+would be.
 """
 
 from __future__ import annotations
@@ -73,7 +74,7 @@ class Flight:
 class Decoder:
     """Runs requests through one target model and one proposer.
 
-    target: the model whose law is sampled. proposer: None decodes autoregressively.
+    target: the model whose distribution is sampled. proposer: None decodes autoregressively.
     num_speculative_tokens: tokens proposed per step at the most. max_batch_size: rows decoded together at the most.
     rule: how a draft is verified. uniforms: the source of randomness. adaptive: what the proposer asks whether another
     token pays; it is told what became of each step. records: whether steps are recorded and replayed, see `Recorder`;
@@ -321,8 +322,8 @@ class Decoder:
             draft = Draft.empty(len(state.lengths), rows.vocab_size, state.lengths.device)
             return draft, draft.tokens.bool()
         proposer, num_tokens = cast("FixedProposer", self.proposer), self.num_speculative_tokens
-        tokens, law, finite = proposer.draft_from(state, rows, num_tokens, extent, *inputs)
-        return Draft(tokens, state.limits(num_tokens, proposer.context_length), law), finite
+        tokens, distribution, finite = proposer.draft_from(state, rows, num_tokens, extent, *inputs)
+        return Draft(tokens, state.limits(num_tokens, proposer.context_length), distribution), finite
 
     def _after(self, state: RowState, draft: Draft, outcome: Verification) -> RowState:
         num_pending = torch.ones_like(outcome.accepted)
@@ -351,13 +352,13 @@ class Decoder:
             outcome, finite = self.recorder(self._decide, logits, draft, batch.sampling.rows, origins)
             batch.sampling.note(finite)
             return outcome
-        law = batch.sampling.law(logits, draft.tokens, lineage=_lineage(draft))
-        return self.rule(law, draft, *self._draws(batch.sampling.rows, origins, draft))
+        distribution = batch.sampling.distribution(logits, draft.tokens, lineage=_lineage(draft))
+        return self.rule(distribution, draft, *self._draws(batch.sampling.rows, origins, draft))
 
     def _decide(self, logits: Tensor, draft: Draft, rows: RowParams, origins: Tensor) -> tuple[Verification, Tensor]:
-        """A function of tensors alone: what becomes of the draft, and whether the target's laws are laws."""
-        law, finite = rows.law(logits)
-        return self.rule(law, draft, *self._draws(rows, origins, draft)), finite
+        """A function of tensors alone: the fate of the draft, and whether the target's distributions are finite."""
+        distribution, finite = rows.distribution(logits)
+        return self.rule(distribution, draft, *self._draws(rows, origins, draft)), finite
 
     def _draws(self, rows: RowParams, origins: Tensor, draft: Draft) -> tuple[Tensor, Tensor]:
         """Uniforms for accepting, [rows, k], and for the last token, [rows, depth + 1]; origins: where drafts begin.
@@ -367,7 +368,7 @@ class Decoder:
         num_rows, width = draft.tokens.shape
         offsets, roles, depths = _draws_of_a_step(width, draft.parents, origins.device)
         if rows.all_greedy and not getattr(self.rule, "always_draws", False):
-            # every law is one-hot: no uniform can change anything
+            # every distribution is one-hot: no uniform can change anything
             zeros = torch.zeros(num_rows, len(offsets), dtype=torch.float64, device=origins.device)
             return zeros[:, :width], zeros[:, width:]
         origins = origins.unsqueeze(1)
@@ -397,8 +398,8 @@ class Decoder:
             if row is None or row.finish_reason:
                 continue
             values = values[flight.num_moments :]
-            num_drafted, num_accepted, next_token, *are_laws = values[width + depth :]
-            _check_laws(row, index, are_laws, width, tree)
+            num_drafted, num_accepted, next_token, *are_distributions = values[width + depth :]
+            _check_distributions(row, index, are_distributions, width, tree)
             decided.append((num_drafted, num_accepted))
             accepted = values[width : width + num_accepted] if tree else range(num_accepted)
             emitted = [*(values[place] for place in accepted), next_token]
@@ -496,14 +497,16 @@ def _add_logprobs(row: Generation, logits: Tensor, positions: Sequence[int], tok
         row.top_logprobs += [dict(zip(*place, strict=True)) for place in zip(indices, values, strict=True)]
 
 
-def _check_laws(row: Generation, index: int, are_laws: Sequence[int], width: int, tree: Tree | None) -> None:
-    """Say which request and step had logits without a law: the last width + 1 laws are the target's."""
-    if all(are_laws):
+def _check_distributions(
+    row: Generation, index: int, are_distributions: Sequence[int], width: int, tree: Tree | None
+) -> None:
+    """Raise for the request and step whose logits give no distribution; the last width + 1 are the target's."""
+    if all(are_distributions):
         return
-    place, num_drafts = are_laws.index(0), len(are_laws) - width - 1
+    place, num_drafts = are_distributions.index(0), len(are_distributions) - width - 1
     whose = "the draft model's" if place < num_drafts else "the target's"
     position = place if place < num_drafts else place - num_drafts
-    if tree:  # after a node, of the draft's laws one that has children; -1 is the root
+    if tree:  # after a node, of the draft's distributions one that has children; -1 is the root
         position = (0, *tree.depths)[(tree.families[position] if place < num_drafts else position - 1) + 1]
     raise NonFiniteLogitsError(
         index,

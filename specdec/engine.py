@@ -33,7 +33,7 @@ from specdec.drafts import (
 )
 from specdec.methods import METHODS, VERIFICATION_NAMES, Method
 from specdec.models.base import LanguageModel, is_encoder_decoder
-from specdec.models.costs import MOST, StepCosts, target_costs
+from specdec.models.costs import MAX_DRAFT_LENGTH, StepCosts, target_costs
 from specdec.models.elsewhere import can_be_recorded, seen_from
 from specdec.models.loading import as_device, as_dtype, packaged_draft, with_revision
 from specdec.models.vocabularies import pieces_of
@@ -81,7 +81,8 @@ class EngineBusyError(RuntimeError):
 
 
 class Engine:
-    """Decodes prompts with a target model and one method of proposing tokens; the output law is the target's own.
+    """Decodes prompts with a target model and one method of proposing tokens; the output distribution is the target's
+    own.
 
     target: a LanguageModel such as CausalLM or Seq2SeqLM, a prompt of the latter being what its encoder reads; or a
         loaded transformers model, which is wrapped in one of them and put into eval mode.
@@ -96,10 +97,10 @@ class Engine:
     draft: what the method needs besides the target: a LanguageModel, an EagleHead or an NgramTable. A model with
         another tokenizer drafts the tokens that both have, see `models.vocabularies`; which these are is logged.
     num_speculative_tokens: tokens proposed per step (gamma), at least 1; "autoregressive" proposes none. "auto": as
-        many as pay by costs that are measured now, none included. The law stays the same, but which of its samples a
-        seed gives then depends on this machine and on what was decoded before, unless verification is "coupled".
-        With "tree" it is the number of nodes, of which the best tree by what was measured of the draft is made; "auto"
-        chooses the tree that pays best, once.
+        many as pay by costs that are measured now, none included. The distribution stays the same, but which of its
+        samples a seed gives then depends on this machine and on what was decoded before, unless verification is
+        "coupled". With "tree" it is the number of nodes, of which the best tree by what was measured of the draft is
+        made; "auto" chooses the tree that pays best, once.
     tree: the shape of the drafts instead, for method "tree": a `specdec.trees.shape.Tree`, rank paths such as
         [(0,), (1,), (0, 0)], or a JSON file with them.
     max_history_bytes: memory for what finished requests said, the oldest of which are forgotten first, at least 0;
@@ -166,7 +167,7 @@ class Engine:
         remembers = self._suffixes is not None and self._suffixes.history.max_bytes > 0
         self._has_own_seeds = (remembers or is_adaptive) and verification != "coupled"
         self._num_requests = 0
-        most = MOST if num_speculative_tokens == "auto" else num_speculative_tokens
+        most = MAX_DRAFT_LENGTH if num_speculative_tokens == "auto" else num_speculative_tokens
         most = len(self.tree) if self.tree else most
         self.num_speculative_tokens = most if proposer else 0
         self._decoder = Decoder(
@@ -632,8 +633,8 @@ def _adaptive(target: LanguageModel, drawing: Drawing | None, most_rows: int, re
         costs_s = target_costs(target, rows, records)
         if drawing is None:
             return StepCosts(costs_s, 0.0)
-        one_s, most_s = (_draft_cost(target, drawing(None), rows, records, length) for length in (1, MOST))
-        draft_s = max(0.0, (MOST * most_s - one_s) / (MOST - 1))
+        one_s, most_s = (_draft_cost(target, drawing(None), rows, records, length) for length in (1, MAX_DRAFT_LENGTH))
+        draft_s = max(0.0, (MAX_DRAFT_LENGTH * most_s - one_s) / (MAX_DRAFT_LENGTH - 1))
         return StepCosts(costs_s, draft_s, max(0.0, one_s - draft_s))
 
     fewer = [] if Recorder(target.device, records).records else [1 << i for i in range((most_rows - 1).bit_length())]
@@ -695,7 +696,7 @@ def _tree_costs(target: LanguageModel, drawing: Drawing, rows: int, records: boo
 
 
 def _draft_cost(
-    target: LanguageModel, proposer: Proposer, rows: int, records: bool | None, length: int = MOST
+    target: LanguageModel, proposer: Proposer, rows: int, records: bool | None, length: int = MAX_DRAFT_LENGTH
 ) -> float:
     """Seconds for each token of drafts of this length in each of so many rows, the least of a few measurements."""
     decoder = Decoder(target, proposer, length, max_batch_size=rows, records=records)

@@ -182,7 +182,7 @@ class Batch:
 
     @property
     def recording(self) -> Recorder | None:
-        """The recorder, where the whole of a draft can be recorded: its law depends on tensors alone."""
+        """The recorder, where the whole of a draft can be recorded: its distribution depends on tensors alone."""
         return self.recorder if self.recorder and self.recorder.records and self.sampling.is_stateless else None
 
     def width(self, longest: int) -> int:

@@ -9,7 +9,7 @@ from numbers import Integral, Real
 from typing import Any
 
 CONSTRAINTS = ("json_schema", "regex", "grammar")
-_MOST_SHOWN = 80  # characters of a wrong value
+_MAX_SHOWN = 80  # characters of a wrong value
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +72,7 @@ class SamplingParams:
             if not holds:
                 shown = repr(getattr(self, name))
                 raise ValueError(
-                    f"{name}={shown if len(shown) <= _MOST_SHOWN else shown[:_MOST_SHOWN] + '...'} must be {rule}"
+                    f"{name}={shown if len(shown) <= _MAX_SHOWN else shown[:_MAX_SHOWN] + '...'} must be {rule}"
                 )
 
         def number(name: str, holds: Any, rule: str) -> None:

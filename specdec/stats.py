@@ -97,8 +97,8 @@ class PhaseTimes:
     """Wall-clock seconds of a run by phase. What is left of the run is bookkeeping.
 
     prefill_s: target forwards over prompts. draft_s: proposing. scoring_s: target forwards of decode steps.
-    verification_s: logits to laws, accept, recover and bonus. recording_s: of all these, what went into first calls of
-    a shape, compilation and recording, where steps are recorded; a measurement should have none.
+    verification_s: logits to distributions, accept, recover and bonus. recording_s: of all these, what went into first
+    calls of a shape, compilation and recording, where steps are recorded; a measurement should have none.
     Of a step that is recorded as a whole the phases are by the GPU's own clock, read between them; what it waits for
     the host before a step is bookkeeping.
     """

@@ -1,4 +1,4 @@
-"""Prescribed acceptance, to time shapes whose weights are not there. What it emits is NOT the target's law.
+"""Prescribed acceptance, to time shapes whose weights are not there. What it emits is NOT the target's distribution.
 
 As vLLM's `rejection_sample_method="synthetic"`: a draft token is accepted with a given probability, whatever it is.
 """
@@ -11,7 +11,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from specdec.sampling.distributions import Law
+from specdec.sampling.distributions import Distribution
 from specdec.verification import Draft, Verification
 
 
@@ -25,7 +25,7 @@ class SyntheticAcceptance:
     """
 
     rates: tuple[float, ...]
-    always_draws = True  # also where every law is one-hot
+    always_draws = True  # also where every distribution is one-hot
 
     def __post_init__(self) -> None:
         bounds = (1.0, *self.rates)
@@ -34,7 +34,9 @@ class SyntheticAcceptance:
                 f"synthetic_acceptance_rates={list(self.rates)} must be probabilities, none above the one before it"
             )
 
-    def __call__(self, target: Law, draft: Draft, accept_uniforms: Tensor, final_uniforms: Tensor) -> Verification:
+    def __call__(
+        self, target: Distribution, draft: Draft, accept_uniforms: Tensor, final_uniforms: Tensor
+    ) -> Verification:
         """Arguments as for `verify_tokens`."""
         num_drafted, device = draft.tokens.shape[1], draft.tokens.device
         conditional = _conditional(self.rates, num_drafted, device)

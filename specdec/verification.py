@@ -1,26 +1,30 @@
 """The rule that makes speculative decoding lossless.
 
-A cheap *draft* proposes tokens x_0 ... x_{k-1}, each drawn from its own law `draft_probs`. One call of the *target*
-gives its laws `target_probs` at those k positions and at the one after. Going from left to right:
+A cheap *draft* proposes tokens x_0 ... x_{k-1}, each drawn from its own distribution `draft_probs`. One call of the
+*target* gives its distributions `target_probs` at those k positions and at the one after. Going from left to right:
 
 * **accept** x_i with probability min(1, target_probs[x_i] / draft_probs[x_i]);
-* at the first rejection draw the **recovered** token from the residual law, norm(max(target_probs - draft_probs, 0)),
+* at the first rejection draw the **recovered** token from the residual distribution, norm(max(target_probs -
+draft_probs, 0)),
   and stop;
-* if nothing was rejected draw the **bonus** token from the target's law after the last draft.
+* if nothing was rejected draw the **bonus** token from the target's distribution after the last draft.
 
-That is `verify_tokens`. `verify_block` decides about the draft as a whole, and keeps more of it under the same law.
-`verify_coupled` lets draft and target draw by the same noise, and keeps the draft while they draw the same tokens.
+That is `verify_tokens`. `verify_block` decides about the draft as a whole, and keeps more of it under the same
+distribution. `verify_coupled` lets draft and target draw by the same noise, and keeps the draft while they draw the
+same tokens.
 
-Why the token kept at a position has exactly the target's law (p the target's, q the draft's probabilities):
+Why the token kept at a position has exactly the target's distribution (p the target's, q the draft's probabilities):
 
     P(x) = q(x) min(1, p(x)/q(x))  +  (1 - sum_y min(p(y), q(y))) * max(p(x) - q(x), 0) / sum_y max(p(y) - q(y), 0)
          = min(p(x), q(x))         +  max(p(x) - q(x), 0)              because both sums are the same number
          = p(x).
 
-This holds whatever the draft is, as long as q is the law that the draft was really drawn from; `Draft` therefore
-carries its law. A deterministic proposer's law is one-hot. Plain autoregressive decoding is the case k = 0.
+This holds whatever the draft is, as long as q is the distribution that the draft was really drawn from; `Draft`
+therefore carries its distribution. A deterministic proposer's distribution is one-hot. Plain autoregressive decoding
+is the case k = 0.
 
-Everything here is a function of laws and uniforms: no model, no random generator, so it can be proved by enumeration.
+Everything here is a function of distributions and uniforms: no model, no random generator, so it can be proved by
+enumeration.
 
 Sources: Leviathan, Kalman and Matias 2023 (arXiv:2211.17192), who write p for the target and q for the draft;
 Chen et al. 2023 (arXiv:2302.01318), who write them the other way round.
@@ -36,24 +40,24 @@ import torch
 from torch import Tensor
 
 from specdec.sampling import fused as fused
-from specdec.sampling.distributions import Dense, Law, OneHot, row_sums, stack_laws
+from specdec.sampling.distributions import Dense, Distribution, OneHot, row_sums, stack_distributions
 
 
 @dataclass(frozen=True, slots=True)
 class Draft:
-    """Proposed tokens together with the law that they were drawn from.
+    """Proposed tokens together with the distribution that they were drawn from.
 
     tokens: int64 [batch, k]. lengths: int64 [batch], how many of a row's tokens are really proposed, 0 <= length <= k;
-    what stands after them is padding. law: the draft's laws [batch, k].
+    what stands after them is padding. distribution: the draft's distributions [batch, k].
     parents: of a tree, which token each one follows, -1 for those that come first; level by level, siblings together,
-    as `trees.shape.Tree` has them. The law then has a row for each family of siblings, in their order, from which
-    they were drawn without replacement. None: a chain, each token following the one before.
+    as `trees.shape.Tree` has them. The distribution then has a row for each family of siblings, in their order, from
+    which they were drawn without replacement. None: a chain, each token following the one before.
     Raises ValueError if the shapes do not belong together.
     """
 
     tokens: Tensor
     lengths: Tensor
-    law: Law
+    distribution: Distribution
     parents: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
@@ -65,23 +69,24 @@ class Draft:
         num_rows, num_tokens = self.tokens.shape
         if self.parents is not None and len(self.parents) != num_tokens:
             raise ValueError(f"{len(self.parents)} parents must be one for each of {num_tokens} tokens")
-        num_laws = num_tokens if self.parents is None else len(set(self.parents))
-        if self.law.shape != (num_rows, num_laws):
+        num_distributions = num_tokens if self.parents is None else len(set(self.parents))
+        if self.distribution.shape != (num_rows, num_distributions):
             whose = "tokens" if self.parents is None else "tokens' families"
             raise ValueError(
-                f"law of shape {tuple(self.law.shape)} must have one row for each of the {(num_rows, num_laws)} {whose}"
+                f"distribution of shape {tuple(self.distribution.shape)} must have one row for each of the "
+                f"{(num_rows, num_distributions)} {whose}"
             )
 
     @classmethod
     def deterministic(cls, tokens: Tensor, lengths: Tensor, vocab_size: int) -> Draft:
-        """A draft that could not have been otherwise: its law is one-hot."""
+        """A draft that could not have been otherwise: its distribution is one-hot."""
         return cls(tokens, lengths, OneHot(tokens, vocab_size))
 
     @classmethod
-    def sampled(cls, steps: Sequence[tuple[Tensor, Law]], lengths: Tensor) -> Draft:
-        """A draft from (token [batch], law [batch]) pairs, one for each position, each token drawn from its law."""
-        tokens, laws = zip(*steps, strict=True)
-        return cls(torch.stack(tokens, 1), lengths, stack_laws(laws))
+    def sampled(cls, steps: Sequence[tuple[Tensor, Distribution]], lengths: Tensor) -> Draft:
+        """A draft from (token [batch], distribution [batch]) pairs, one for each position; tokens drawn from them."""
+        tokens, distributions = zip(*steps, strict=True)
+        return cls(torch.stack(tokens, 1), lengths, stack_distributions(distributions))
 
     @classmethod
     def empty(cls, batch_size: int, vocab_size: int, device: torch.device) -> Draft:
@@ -112,23 +117,26 @@ class VerificationRule(Protocol):
     that depends on seed and position only, by which the draft was drawn, too.
     """
 
-    def __call__(self, target: Law, draft: Draft, accept_uniforms: Tensor, final_uniforms: Tensor) -> Verification: ...
+    def __call__(
+        self, target: Distribution, draft: Draft, accept_uniforms: Tensor, final_uniforms: Tensor
+    ) -> Verification: ...
 
 
-def verify_tokens(target: Law, draft: Draft, accept_uniforms: Tensor, final_uniforms: Tensor) -> Verification:
+def verify_tokens(target: Distribution, draft: Draft, accept_uniforms: Tensor, final_uniforms: Tensor) -> Verification:
     """Token-by-token verification (Leviathan et al., Algorithm 1; Chen et al., Algorithm 2).
 
-    target: the target's laws [batch, k + 1]; position i is the law of the token that draft token i proposes.
+    target: the target's distributions [batch, k + 1]; position i is the distribution of the token that draft token i
+    proposes.
     accept_uniforms: float64 [batch, k], one for each test.
     final_uniforms: float64 [batch, k + 1]; column i draws the last token if i draft tokens were accepted.
     """
     num_drafted = draft.tokens.shape[1]
     if num_drafted == 0:
         return draw_last(target, draft, draft.lengths, final_uniforms)
-    accepted = fused.num_accepted(target, draft.law, draft.tokens, draft.lengths, accept_uniforms)
+    accepted = fused.num_accepted(target, draft.distribution, draft.tokens, draft.lengths, accept_uniforms)
     if accepted is not None:  # a kernel of what follows, on GPUs
         return draw_last(target, draft, accepted, final_uniforms)
-    target_prob, draft_prob = target[:, :num_drafted].prob(draft.tokens), draft.law.prob(draft.tokens)
+    target_prob, draft_prob = target[:, :num_drafted].prob(draft.tokens), draft.distribution.prob(draft.tokens)
     # u < target/draft without the division; strict <: at u = 0 an impossible token must lose
     passed = accept_uniforms * draft_prob < target_prob
     proposed = torch.arange(num_drafted, device=passed.device) < draft.lengths.unsqueeze(1)
@@ -136,10 +144,10 @@ def verify_tokens(target: Law, draft: Draft, accept_uniforms: Tensor, final_unif
     return draw_last(target, draft, accepted, final_uniforms)
 
 
-def verify_block(target: Law, draft: Draft, accept_uniforms: Tensor, final_uniforms: Tensor) -> Verification:
+def verify_block(target: Distribution, draft: Draft, accept_uniforms: Tensor, final_uniforms: Tensor) -> Verification:
     """Block verification: the draft is kept up to the last position that passes, which may save a token before it.
 
-    Arguments as for `verify_tokens`. In expectation it accepts at least as many tokens, under the same law.
+    Arguments as for `verify_tokens`. In expectation it accepts at least as many tokens, under the same distribution.
     Source: Sun et al. 2024 (arXiv:2403.10444), Algorithm 2.
     """
     if isinstance(target, OneHot):
@@ -152,13 +160,14 @@ def verify_block(target: Law, draft: Draft, accept_uniforms: Tensor, final_unifo
     return draw_last(target, draft, accepted, final_uniforms, weights.gather(1, accepted.unsqueeze(1)))
 
 
-def verify_coupled(target: Law, draft: Draft, accept_uniforms: Tensor, final_uniforms: Tensor) -> Verification:
+def verify_coupled(target: Distribution, draft: Draft, accept_uniforms: Tensor, final_uniforms: Tensor) -> Verification:
     """Coupled verification: the target draws its own token at each position, and the draft is kept while it is that.
 
     final_uniforms: float64 [batch, k + 1, vocab], the noise of each position; other arguments as for `verify_tokens`,
     of which accept_uniforms decide nothing.
     What is emitted is what the target draws by this noise, whatever was drafted. A draft drawn by the same noise is
-    mostly the same token, where the laws are close; a deterministic one is kept as often as by `verify_tokens`.
+    mostly the same token, where the distributions are close; a deterministic one is kept as often as by
+    `verify_tokens`.
     Source: Daliri, Musco and Suresh 2024 (arXiv:2408.07978).
     """
     num_drafted = draft.tokens.shape[1]
@@ -171,13 +180,13 @@ def verify_coupled(target: Law, draft: Draft, accept_uniforms: Tensor, final_uni
 verify_coupled.needs_noise = True  # type: ignore[attr-defined]  # functions declare no attributes
 
 
-def block_weights(target: Law, draft: Draft) -> Tensor:
+def block_weights(target: Distribution, draft: Draft) -> Tensor:
     """How much of the target's probability of i tokens their draft carries, i = 0 ... k: float64 [batch, k + 1].
 
     weight 0 is 1; weight i = min(1, weight (i - 1) * target / draft), the two being the probabilities of token i.
     """
     num_drafted = draft.tokens.shape[1]
-    target_prob, draft_prob = target[:, :num_drafted].prob(draft.tokens), draft.law.prob(draft.tokens)
+    target_prob, draft_prob = target[:, :num_drafted].prob(draft.tokens), draft.distribution.prob(draft.tokens)
     ratio = target_prob / draft_prob.clamp(min=torch.finfo(torch.float64).tiny)
     weights = [torch.ones_like(draft.lengths, dtype=torch.float64)]
     for i in range(num_drafted):
@@ -185,7 +194,7 @@ def block_weights(target: Law, draft: Draft) -> Tensor:
     return torch.stack(weights, 1)
 
 
-def block_acceptance(target: Law, draft: Draft, weights: Tensor) -> Tensor:
+def block_acceptance(target: Distribution, draft: Draft, weights: Tensor) -> Tensor:
     """Probability that position i passes, i = 1 ... k: float64 [batch, k].
 
     The last drafted position passes with its weight; one before it with excess / (excess + 1 - weight), where excess
@@ -193,52 +202,56 @@ def block_acceptance(target: Law, draft: Draft, weights: Tensor) -> Tensor:
     """
     num_drafted = draft.tokens.shape[1]
     inner, scale = weights[:, 1:num_drafted], weights[:, 1:num_drafted, None]
-    excess = row_sums(draft.law[:, 1:].excess(scale * target[:, 1:num_drafted].dense())).squeeze(-1)
-    # 0/0: weight 1 and equal laws behind it; then the next position passes at least as surely, and decides
+    excess = row_sums(draft.distribution[:, 1:].excess(scale * target[:, 1:num_drafted].dense())).squeeze(-1)
+    # 0/0: weight 1 and equal distributions behind it; then the next position passes at least as surely, and decides
     passes = (excess / (excess + 1 - inner)).nan_to_num(1.0)
     is_last = torch.arange(1, num_drafted + 1, device=weights.device) == draft.lengths.unsqueeze(1)
     return torch.where(is_last, weights[:, 1:], torch.nn.functional.pad(passes, (0, num_drafted - passes.shape[1])))
 
 
 def draw_last(
-    target: Law, draft: Draft, accepted: Tensor, final_uniforms: Tensor, weight: Tensor | None = None
+    target: Distribution, draft: Draft, accepted: Tensor, final_uniforms: Tensor, weight: Tensor | None = None
 ) -> Verification:
-    """Draw the token after the accepted ones, with the uniform of its position; arguments as for `final_law`."""
-    token = fused.last_token(target, draft.law, accepted, draft.lengths, final_uniforms, weight)
+    """Draw the token after the accepted ones with its position's uniform; arguments as for `final_distribution`."""
+    token = fused.last_token(target, draft.distribution, accepted, draft.lengths, final_uniforms, weight)
     if token is not None:  # two kernels of what follows, on GPUs
         return Verification(accepted, token)
     uniform = final_uniforms.gather(1, accepted.unsqueeze(1)).squeeze(1)
-    return Verification(accepted, final_law(target, draft, accepted, weight).draw(uniform))
+    return Verification(accepted, final_distribution(target, draft, accepted, weight).draw(uniform))
 
 
-def final_law(target: Law, draft: Draft, accepted: Tensor, weight: Tensor | None = None) -> Law:
-    """Law of the token after the accepted ones: the residual after a rejection, the target's after full acceptance.
+def final_distribution(
+    target: Distribution, draft: Draft, accepted: Tensor, weight: Tensor | None = None
+) -> Distribution:
+    """Distribution of the token after the accepted ones: the residual after a rejection, the target's after full
+    acceptance.
 
-    target: laws [batch, k + 1]; accepted: int64 [batch]; weight: as for `residual`. Returns laws [batch].
+    target: distributions [batch, k + 1]; accepted: int64 [batch]; weight: as for `residual`. Returns distributions
+    [batch].
     """
-    target_law = target.at(accepted)
-    if isinstance(target_law, OneHot) or draft.tokens.shape[1] == 0:
-        return target_law  # a one-hot target has no mass but on its token: that is its residual too
-    draft_law = draft.law.at(accepted.clamp(max=draft.tokens.shape[1] - 1))
+    target_distribution = target.at(accepted)
+    if isinstance(target_distribution, OneHot) or draft.tokens.shape[1] == 0:
+        return target_distribution  # a one-hot target has no mass but on its token: that is its residual too
+    draft_distribution = draft.distribution.at(accepted.clamp(max=draft.tokens.shape[1] - 1))
     rejected = (accepted < draft.lengths).unsqueeze(1)
-    target_probs = target_law.dense()
-    return Dense(torch.where(rejected, residual(target_probs, draft_law, weight), target_probs))
+    target_probs = target_distribution.dense()
+    return Dense(torch.where(rejected, residual(target_probs, draft_distribution, weight), target_probs))
 
 
-def residual(target_probs: Tensor, draft_law: Law, weight: Tensor | None = None) -> Tensor:
-    """Law of the token that replaces a rejected draft: norm(max(weight * target - draft, 0)).
+def residual(target_probs: Tensor, draft_distribution: Distribution, weight: Tensor | None = None) -> Tensor:
+    """Distribution of the token that replaces a rejected draft: norm(max(weight * target - draft, 0)).
 
-    target_probs: float [..., vocab], each row summing to 1. draft_law: laws [...].
+    target_probs: float [..., vocab], each row summing to 1. draft_distribution: distributions [...].
     weight: [..., 1], below 1 only where block verification ends a draft that carries less than the target has.
     Where nothing exceeds the target row is returned: a rejection then has probability 0.
     Raises ValueError if the shapes differ.
     Source: Leviathan et al. 2023, p' in Algorithm 1; Chen et al. 2023 write (q - p)+.
     """
-    if target_probs.shape != (*draft_law.shape, draft_law.vocab_size):
+    if target_probs.shape != (*draft_distribution.shape, draft_distribution.vocab_size):
         raise ValueError(
-            f"target_probs of shape {tuple(target_probs.shape)} must have the shape of the draft's laws, "
-            f"{(*draft_law.shape, draft_law.vocab_size)}"
+            f"target_probs of shape {tuple(target_probs.shape)} must have the shape of the draft's distributions, "
+            f"{(*draft_distribution.shape, draft_distribution.vocab_size)}"
         )
-    excess = draft_law.excess(target_probs if weight is None else weight * target_probs)
+    excess = draft_distribution.excess(target_probs if weight is None else weight * target_probs)
     mass = row_sums(excess)
     return torch.where(mass > 0, excess / mass, target_probs)

@@ -44,7 +44,9 @@ def engine_for(method: str, **options) -> Engine:
     if method == "tree":
         options = {"tree": [(0,), (1,), (0, 0), (0, 1), (1, 0)]} | options
     drafts = {"draft_model": DRAFT, "hybrid": DRAFT, "tree": DRAFT, "ngram_table": TABLE}
-    history = {"max_history_bytes": 0} if method == "suffix" else {}  # with one only laws do not depend on others
+    history = (
+        {"max_history_bytes": 0} if method == "suffix" else {}
+    )  # with one only distributions do not depend on others
     return Engine(TARGET, method=method, draft=drafts.get(method), **history, **options)
 
 
@@ -96,7 +98,7 @@ def test_phase_times_add_up() -> None:
     assert times.bookkeeping_s < times.total_s
 
 
-def test_logprobs_are_the_log_of_the_unprocessed_law() -> None:
+def test_logprobs_are_the_log_of_the_unprocessed_distribution() -> None:
     params = SamplingParams(max_tokens=9, temperature=0.7, top_k=2, logprobs=True, seed=1)
     completion = engine_for("draft_model").generate([[0, 1]], params)[0]
     tokens = [0, 1, *completion.token_ids]
@@ -212,7 +214,7 @@ def test_bad_prompts_are_refused_before_any_decoding(prompts, sampling, message:
 
 @pytest.mark.parametrize("value", [math.nan, -math.inf, math.inf])
 @pytest.mark.parametrize("broken", ["target", "draft"])
-def test_logits_without_a_law_name_request_position_and_step(broken: str, value: float) -> None:
+def test_logits_without_a_distribution_name_request_position_and_step(broken: str, value: float) -> None:
     class Breaks(MarkovModel):
         """Gives up at position 8 of its second sequence."""
 

@@ -1,4 +1,4 @@
-"""The output law of the real loop, exactly and by gates, and proof that both can fail."""
+"""The output distribution of the real loop, exactly and by gates, and proof that both can fail."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from functools import partial
 import pytest
 import torch
 from helpers.gates import distance, marginal, passes, radius
-from helpers.toys import grid_pair, joint_law, table, top_k_law
+from helpers.toys import grid_pair, joint_distribution, table, top_k_distribution
 
 from specdec import Engine, SamplingParams
 from specdec.conformance import mutants
-from specdec.conformance.enumeration import exact_law
+from specdec.conformance.enumeration import exact_distribution
 from specdec.conformance.mutants import maker
 from specdec.decoding import Decoder
 from specdec.models.markov import MarkovModel
@@ -22,34 +22,36 @@ from specdec.sampling.randomness import uniforms
 from specdec.verification import verify_tokens
 
 PROMPT = (1, 2)
-GRID = (4, 2, 4)  # points for draft, accept and last uniforms, for laws of quarters
+GRID = (4, 2, 4)  # points for draft, accept and last uniforms, for distributions of quarters
 HALVES = torch.tensor([[1, 1], [2, 0], [0, 2]]).double() / 2
 COINS = torch.tensor([[1, 3], [2, 2], [3, 1]]).double() / 4
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_joint_law_across_step_boundaries(seed: int) -> None:
+def test_joint_distribution_across_step_boundaries(seed: int) -> None:
     """gamma = 1, four tokens: rejections, full acceptance, and the steps after each."""
     target, draft = grid_pair(seed)
-    law = exact_law(maker(target, draft, gamma=1), PROMPT, 4, GRID)
-    assert distance(law, joint_law(target, PROMPT, 4)) < 1e-12
+    distribution = exact_distribution(maker(target, draft, gamma=1), PROMPT, 4, GRID)
+    assert distance(distribution, joint_distribution(target, PROMPT, 4)) < 1e-12
 
 
-def test_joint_law_of_two_drafted_tokens() -> None:
+def test_joint_distribution_of_two_drafted_tokens() -> None:
     target, draft = MarkovModel(table(5, COINS)), MarkovModel(table(6, HALVES))
-    law = exact_law(maker(target, draft, gamma=2), (0, 1), 4, (2, 4, 4))
-    assert distance(law, joint_law(target, (0, 1), 4)) < 1e-12
+    distribution = exact_distribution(maker(target, draft, gamma=2), (0, 1), 4, (2, 4, 4))
+    assert distance(distribution, joint_distribution(target, (0, 1), 4)) < 1e-12
 
 
 @pytest.mark.parametrize("top_k", [1, 2])
-def test_joint_law_under_top_k(top_k: int) -> None:
+def test_joint_distribution_under_top_k(top_k: int) -> None:
     target, draft = grid_pair(7)
-    law = exact_law(maker(target, draft, gamma=1), PROMPT, 4, GRID, params=SamplingParams(top_k=top_k))
-    assert distance(law, joint_law(target, PROMPT, 4, partial(top_k_law, k=top_k))) < 1e-12
+    distribution = exact_distribution(
+        maker(target, draft, gamma=1), PROMPT, 4, GRID, params=SamplingParams(top_k=top_k)
+    )
+    assert distance(distribution, joint_distribution(target, PROMPT, 4, partial(top_k_distribution, k=top_k))) < 1e-12
 
 
 @pytest.mark.parametrize("index", [LookupIndex, CountIndex])
-def test_joint_law_of_ngram_drafts(index: type) -> None:
+def test_joint_distribution_of_ngram_drafts(index: type) -> None:
     """One-hot drafts: the accept thresholds are the target's own quarters."""
     target, _ = grid_pair(3)
 
@@ -58,23 +60,23 @@ def test_joint_law_of_ngram_drafts(index: type) -> None:
         return Decoder(target, proposer, 2, max_batch_size=max_batch_size, rule=rule, uniforms=source)
 
     prompt = (0, 1, 2, 0, 1, 2, 0)
-    assert distance(exact_law(make, prompt, 4, (1, 4, 12)), joint_law(target, prompt, 4)) < 1e-12
+    assert distance(exact_distribution(make, prompt, 4, (1, 4, 12)), joint_distribution(target, prompt, 4)) < 1e-12
 
 
 def test_a_sampled_draft_may_be_declared_certain() -> None:
-    """The other way round from M1 costs acceptance only: the law given each draft token is the target's."""
+    """The other way round from M1 costs acceptance only: the distribution given each draft token is the target's."""
     target, draft = grid_pair(12)
     make = maker(target, draft, 1, break_proposer=mutants.SampledDraftDeclaredOneHot)
-    assert distance(exact_law(make, PROMPT, 3, (4, 4, 12)), joint_law(target, PROMPT, 3)) < 1e-12
+    assert distance(exact_distribution(make, PROMPT, 3, (4, 4, 12)), joint_distribution(target, PROMPT, 3)) < 1e-12
 
 
-def test_joint_law_of_plain_decoding() -> None:
+def test_joint_distribution_of_plain_decoding() -> None:
     target, _ = grid_pair(2)
 
     def make(source, rule, max_batch_size):
         return Decoder(target, max_batch_size=max_batch_size, rule=rule, uniforms=source)
 
-    assert distance(exact_law(make, PROMPT, 3, (1, 1, 4)), joint_law(target, PROMPT, 3)) < 1e-12
+    assert distance(exact_distribution(make, PROMPT, 3, (1, 1, 4)), joint_distribution(target, PROMPT, 3)) < 1e-12
 
 
 # -- gates and their negative controls -----------------------------------------------------------------------
@@ -94,15 +96,17 @@ LOSSY = [name for name in mutants.MUTANTS if name.split()[0] not in SEEN_ELSEWHE
 
 
 def truth(params: SamplingParams | None, target: MarkovModel = TARGET) -> dict[tuple[int, ...], float]:
-    return joint_law(target, PROMPT, 4, partial(top_k_law, k=params.top_k if params else 0))
+    return joint_distribution(target, PROMPT, 4, partial(top_k_distribution, k=params.top_k if params else 0))
 
 
-def pairs_passing(make, params: SamplingParams | None, law: dict) -> list[bool]:
+def pairs_passing(make, params: SamplingParams | None, distribution: dict) -> list[bool]:
     """The gate over each pair of neighbouring tokens, on real random draws."""
     base = replace(params or SamplingParams(), max_tokens=4)
     requests = [Request(i, PROMPT, replace(base, seed=i)) for i in range(NUM_DRAWS)]
     outputs = [tuple(row.output) for row in make(uniforms, verify_tokens, NUM_DRAWS).run(requests)]
-    return [passes([output[i : i + 2] for output in outputs], marginal(law, (i, i + 1)), SUPPORT) for i in range(3)]
+    return [
+        passes([output[i : i + 2] for output in outputs], marginal(distribution, (i, i + 1)), SUPPORT) for i in range(3)
+    ]
 
 
 @pytest.mark.parametrize("params", [None, TOP_K], ids=["plain", "top-k"])
@@ -116,23 +120,23 @@ def test_mutant_is_caught_exactly_and_by_the_gate(name: str) -> None:
     """The gate misses a mutant with probability at most 1e-6, because its distance exceeds twice the radius."""
     target, draft = PAIRS[name]
     make, params = mutants.MUTANTS[name](target, draft, 1), TOP_K if name.startswith("M8") else None
-    law = truth(params, target)
-    broken = exact_law(make, PROMPT, 4, GRID, params=params)
-    assert distance(broken, law) > 0.01, "the enumeration does not see it"
-    distances = [distance(marginal(broken, (i, i + 1)), marginal(law, (i, i + 1))) for i in range(3)]
+    distribution = truth(params, target)
+    broken = exact_distribution(make, PROMPT, 4, GRID, params=params)
+    assert distance(broken, distribution) > 0.01, "the enumeration does not see it"
+    distances = [distance(marginal(broken, (i, i + 1)), marginal(distribution, (i, i + 1))) for i in range(3)]
     assert max(distances) > 2 * RADIUS, f"{NUM_DRAWS} draws are too few to see distances of {distances}"
-    assert not pairs_passing(make, params, law)[distances.index(max(distances))]
+    assert not pairs_passing(make, params, distribution)[distances.index(max(distances))]
 
 
 def test_gate_false_alarms_are_within_what_it_declares() -> None:
     """At a declared alpha of 5 %, correct samplers fail in at most 5 % of 400 trials (binomial bound at 1e-6: 45)."""
     generator = torch.Generator().manual_seed(0)
-    law = {(i,): 1 / 8 for i in range(8)}
+    distribution = {(i,): 1 / 8 for i in range(8)}
     failures = 0
     for _ in range(400):
         draws = torch.randint(8, (500,), generator=generator).tolist()
         empirical = {(i,): draws.count(i) / 500 for i in range(8)}
-        failures += distance(empirical, law) >= radius(500, 8, alpha=0.05)
+        failures += distance(empirical, distribution) >= radius(500, 8, alpha=0.05)
     assert failures <= 45
 
 

@@ -9,7 +9,7 @@ from typing import Literal
 
 Process = Literal["poisson", "constant"]
 PROCESSES: tuple[Process, ...] = ("poisson", "constant")
-MOST_REQUESTS = 100_000
+MAX_REQUESTS = 100_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,15 +46,15 @@ def arrivals(rate: float, duration_s: float, process: Process, seed: int) -> tup
     """When requests arrive, in seconds from the beginning, in order, all before `duration_s`.
 
     rate: requests a second, > 0. "constant": every 1/rate seconds, the first at once. "poisson": with independent gaps
-    of an exponential law of mean 1/rate. A seed gives the same gaps at every rate, but for that mean.
-    Raises ValueError for a rate or a duration that is not positive, for none at all, and for more than MOST_REQUESTS.
+    of an exponential distribution of mean 1/rate. A seed gives the same gaps at every rate, but for that mean.
+    Raises ValueError for a rate or a duration that is not positive, for none at all, and for more than MAX_REQUESTS.
     """
     for name, value in (("rate", rate), ("duration_s", duration_s)):
         if not 0 < value < math.inf:
             raise ValueError(f"{name}={value} must be > 0 and finite; give another --{name.removesuffix('_s')}")
-    if rate * duration_s > MOST_REQUESTS:
+    if rate * duration_s > MAX_REQUESTS:
         raise ValueError(
-            f"rate={rate:g} for duration={duration_s:g} must be at most {MOST_REQUESTS} requests; lower one of them"
+            f"rate={rate:g} for duration={duration_s:g} must be at most {MAX_REQUESTS} requests; lower one of them"
         )
     if process == "constant":
         return tuple(index / rate for index in range(math.ceil(rate * duration_s - 1e-9)))

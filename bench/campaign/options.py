@@ -25,7 +25,7 @@ from bench.catalogue.pairs import Pair, parse_pairs
 from bench.engines.base import VllmOptions
 from bench.engines.process import SECRET
 from bench.engines.registry import ENGINES
-from bench.records.schema import MOST_PARTS, Gamma
+from bench.records.schema import MAX_PARTS, Gamma
 from bench.workloads.base import Lengths
 from bench.workloads.registry import parse_workloads
 from specdec.models.loading import QUANTISATIONS as LOADABLE
@@ -322,7 +322,7 @@ OPTIONS = (
         "arrivals",
         _one_of(PROCESSES),
         "poisson",
-        "with --rate: gaps of an exponential law (poisson), the same for every method, or equal ones (constant)",
+        "with --rate: exponential gaps (poisson), the same for every method, or equal ones (constant)",
     ),
     Option(
         "drain",
@@ -499,10 +499,10 @@ def _arrival_rates(name: str, text: str) -> tuple[float, ...]:
 
 def _shard(name: str, text: str) -> str | None:
     index, _, number = text.partition("/")
-    are_numbers = all(part.isdecimal() and len(part) <= len(str(MOST_PARTS)) for part in (index, number))
+    are_numbers = all(part.isdecimal() and len(part) <= len(str(MAX_PARTS)) for part in (index, number))
     _require(
-        not text or (are_numbers and 1 <= int(index) <= int(number) <= MOST_PARTS),
-        f"{name}={text!r} must be I/N with 1 <= I <= N <= {MOST_PARTS}; for example 1/3, and 2/3, 3/3 elsewhere",
+        not text or (are_numbers and 1 <= int(index) <= int(number) <= MAX_PARTS),
+        f"{name}={text!r} must be I/N with 1 <= I <= N <= {MAX_PARTS}; for example 1/3, and 2/3, 3/3 elsewhere",
     )
     return f"{int(index)}/{int(number)}" if text else None
 

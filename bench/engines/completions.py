@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 
 from bench.engines.base import EngineError
 from bench.engines.server_answers import (
-    MOST_SHOWN,
+    MAX_SHOWN,
     Row,
     parse_counters,
     parse_model,
@@ -26,8 +26,8 @@ from bench.engines.server_answers import (
 from bench.records.untrusted import printable
 
 BUSY = (429, 502, 503, 504)  # statuses of a server that may answer if asked again
-MOST_OF_PAGE = 1 << 24  # bytes
-MOST_OF_LINE = 1 << 20
+MAX_OF_PAGE = 1 << 24  # bytes
+MAX_OF_LINE = 1 << 20
 DEADLINE_S = 3600.0  # of one request
 
 
@@ -90,10 +90,10 @@ class Client:
         """Continue a prompt; times are from `start_s`, a reading of time.perf_counter."""
         row = Row(int(request["max_tokens"]), self._vocab_size)
         with self._request("POST", "/v1/completions", json.dumps(request).encode(), self._deadline_s) as response:
-            while line := response.readline(MOST_OF_LINE + 1):
+            while line := response.readline(MAX_OF_LINE + 1):
                 now_s = time.perf_counter() - start_s
-                if len(line) > MOST_OF_LINE:
-                    raise EngineError(f"server={self.url} must send lines of at most {MOST_OF_LINE} bytes")
+                if len(line) > MAX_OF_LINE:
+                    raise EngineError(f"server={self.url} must send lines of at most {MAX_OF_LINE} bytes")
                 if line.startswith(b"data: ") and line.strip() != b"data: [DONE]":
                     row.take(parse_object(self._redacted(line[len(b"data: ") :]), "an event"), now_s)
         if row.finish_reason is None:
@@ -104,9 +104,9 @@ class Client:
 
     def _read(self, path: str) -> str:
         with self._request("GET", path) as response:
-            content = response.read(MOST_OF_PAGE + 1)
-        if len(content) > MOST_OF_PAGE:
-            raise EngineError(f"server={self.url} must answer {path} with at most {MOST_OF_PAGE} bytes")
+            content = response.read(MAX_OF_PAGE + 1)
+        if len(content) > MAX_OF_PAGE:
+            raise EngineError(f"server={self.url} must answer {path} with at most {MAX_OF_PAGE} bytes")
         return self._redacted(content).decode(errors="replace")
 
     def _redacted(self, content: bytes) -> bytes:
@@ -166,7 +166,7 @@ class Client:
             return
         if response.status in (401, 403):
             raise EngineError(f"server={self.url} must accept the API key; put it into SPECDEC_SERVER_API_KEY")
-        text = self._redacted(response.read(2 * MOST_SHOWN)).decode(errors="replace")[:MOST_SHOWN]
+        text = self._redacted(response.read(2 * MAX_SHOWN)).decode(errors="replace")[:MAX_SHOWN]
         text = printable(text)
         kind = BusyError if response.status in BUSY else EngineError
         raise kind(f"server={self.url} must accept the request, but answered {response.status}: {text}")

@@ -12,7 +12,7 @@ from typing import Generic, TypeVar
 from bench.engines.base import EngineError
 from bench.engines.completions import BusyError
 
-MOST_IN_FLIGHT = 256  # each has a thread and a connection
+MAX_IN_FLIGHT = 256  # each has a thread and a connection
 ABORT_PERIOD_S = 0.05
 
 T = TypeVar("T")
@@ -38,12 +38,12 @@ def send_on_time(
 
     call: (index, when it was due by time.perf_counter) -> result; it raises BusyError if it is refused. abort: breaks
     off the calls that are out, which then raise EngineError: done at `limit_s`, or as soon as a call has failed.
-    At most MOST_IN_FLIGHT calls are out at a time: one that comes then is refused here. It does not wait, as that would
+    At most MAX_IN_FLIGHT calls are out at a time: one that comes then is refused here. It does not wait, as that would
     let a slow engine slow the arrivals down.
     Raises the first EngineError of a call that is none of these.
     """
     flight = _Flight(call, time.perf_counter())
-    with ThreadPoolExecutor(MOST_IN_FLIGHT) as threads:
+    with ThreadPoolExecutor(MAX_IN_FLIGHT) as threads:
         try:
             calls = flight.send(threads, arrivals_s)
             flight.wait(calls, limit_s)
@@ -67,7 +67,7 @@ class _Flight(Generic[T]):
         self.refused: set[int] = set()
         self.error: EngineError | None = None
         self._call, self._lock = call, Lock()
-        self._free, self._failed = BoundedSemaphore(MOST_IN_FLIGHT), Event()
+        self._free, self._failed = BoundedSemaphore(MAX_IN_FLIGHT), Event()
         self._num_out, self._is_over = 0, False
 
     def send(self, threads: ThreadPoolExecutor, arrivals_s: Sequence[float]) -> list[Future[T | None] | None]:

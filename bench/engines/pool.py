@@ -8,7 +8,7 @@ from typing import Generic, Protocol, TypeVar
 from bench.engines.base import Setup
 from bench.records.schema import Gamma
 
-MOST = 2
+MAX_ENGINES = 2
 
 
 class Closable(Protocol):
@@ -34,7 +34,7 @@ class Pool(Generic[T]):
         """End what these do not need, but keep a baseline while there is room; start what they lack."""
         idle = [setup for setup in self._running if setup not in setups]
         for setup in idle:
-            if setup.method != "autoregressive" or len(setups) >= MOST:
+            if setup.method != "autoregressive" or len(setups) >= MAX_ENGINES:
                 self._running.pop(setup).close()
         for setup in setups:
             if setup not in self._running:

@@ -15,9 +15,9 @@ from typing import Any
 from bench.engines.base import EngineError
 from bench.records.untrusted import printable
 
-MOST = 1 << 53  # of any counter; beyond it floating-point numbers of a metrics page are not exact
-MOST_OF_VERSION = 100  # characters
-MOST_SHOWN = 2000  # characters of what a server says of itself in an error
+MAX_COUNT = 1 << 53  # of any counter; beyond it floating-point numbers of a metrics page are not exact
+MAX_OF_VERSION = 100  # characters
+MAX_SHOWN = 2000  # characters of what a server says of itself in an error
 SAMPLE = re.compile(r"^(?P<name>[\w:]+)(?:\{(?P<labels>.*)\})? (?P<value>\S+)")
 POSITION = re.compile(r'position="(\d{1,6})"')
 QUEUE = "vllm:request_queue_time_seconds"
@@ -47,7 +47,7 @@ class Row:
         """Add an event of a stream. Raises EngineError if the event says so, or is not what was asked for."""
         if "error" in event:
             raise EngineError(
-                f"the server must continue the prompt, but says: {printable(str(event['error'])[:MOST_SHOWN])}"
+                f"the server must continue the prompt, but says: {printable(str(event['error'])[:MAX_SHOWN])}"
             )
         for choice in _list(event, "choices", ()):
             self._take_choice(_mapping(choice, "choices"), now_s)
@@ -97,7 +97,7 @@ def parse_version(text: str) -> str:
     version = parse_object(text, "/version").get("version")
     if not isinstance(version, str):
         raise EngineError(f"version={shown(version)} must be a text; is this a vLLM server?")
-    return printable(version[:MOST_OF_VERSION])
+    return printable(version[:MAX_OF_VERSION])
 
 
 def parse_counters(page: str) -> dict[str, Any]:
@@ -160,7 +160,7 @@ def _amount(text: str, name: str) -> float:
         value = float(text)
     except ValueError:
         value = -1.0
-    if not 0 <= value < MOST:  # nor NaN
+    if not 0 <= value < MAX_COUNT:  # nor NaN
         raise EngineError(f"{name}={shown(text)} must be a number from 0 to 2**53; is this a vLLM server's page?")
     return value
 
@@ -169,7 +169,7 @@ def _count(text: str, name: str) -> int:
     return int(_amount(text, name))
 
 
-def _integer(value: Any, name: str, most: int = MOST) -> int:
+def _integer(value: Any, name: str, most: int = MAX_COUNT) -> int:
     if type(value) is not int or not 0 <= value < most:
         raise EngineError(f"{name}={shown(value)} must be integers from 0 and below {most}; see the server's log")
     return value

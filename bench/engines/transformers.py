@@ -153,22 +153,27 @@ def _num_equal(draft: Sequence[int], emitted: Sequence[int]) -> int:
 
 
 def _generation_config(params: SamplingParams, stop_token_ids: list[int]) -> GenerationConfig:
-    """The same law and stop rules as specdec's."""
-    law: dict[str, Any] = {"do_sample": False}
+    """The same distribution and stop rules as specdec's."""
+    distribution: dict[str, Any] = {"do_sample": False}
     if params.temperature > 0:
-        law = {"do_sample": True, "temperature": params.temperature, "top_p": params.top_p, "top_k": params.top_k}
+        distribution = {
+            "do_sample": True,
+            "temperature": params.temperature,
+            "top_p": params.top_p,
+            "top_k": params.top_k,
+        }
     return GenerationConfig(
         max_new_tokens=params.max_tokens,
         eos_token_id=stop_token_ids or None,
         pad_token_id=stop_token_ids[0] if stop_token_ids else 0,
         use_cache=True,
-        **law,
+        **distribution,
     )
 
 
 @contextmanager
 def _own_configs(target: Any, draft: Any, gamma: Gamma, start: int | None) -> Iterator[None]:
-    """Replace both models' generation configs, whose defaults would change the law, and put them back as found."""
+    """Replace both models' generation configs, whose defaults would change the distribution, and restore them."""
     constant = GenerationConfig(
         num_assistant_tokens=gamma,
         num_assistant_tokens_schedule="constant",

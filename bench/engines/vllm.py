@@ -88,7 +88,7 @@ class VllmEngine:
 
 
 def sampling_arguments(params: SamplingParams, stop_token_ids: Collection[int]) -> dict[str, Any]:
-    """The same law and stop rules as specdec's, as arguments of vLLM's SamplingParams.
+    """The same distribution and stop rules as specdec's, as arguments of vLLM's SamplingParams.
 
     stop_token_ids: the model's own.
     """

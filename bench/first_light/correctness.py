@@ -153,8 +153,8 @@ class Checks:
 
     def __init__(self, report: Report, kind: str, share: Share, cpu: Models, there: Models) -> None:
         self.report, self.share, self.cpu, self.there = report, share, cpu, there
-        law = "T=0" if share.temperature == 0 else f"T={share.temperature:g}"
-        self.title = f"{kind} {str(share.dtype).removeprefix('torch.')} {law}"
+        distribution = "T=0" if share.temperature == 0 else f"T={share.temperature:g}"
+        self.title = f"{kind} {str(share.dtype).removeprefix('torch.')} {distribution}"
         self.sampling = replace(_BASE, temperature=share.temperature)
         self.prompts = self._prompts()
 
@@ -339,7 +339,7 @@ class Checks:
         prompt, output = said.prompt_token_ids, said.token_ids[:position]
         logits = _logits_behind(models.target, [*prompt, *output])
         state = SamplingState([sampling], [prompt], [output], logits.shape[-1], logits.device)
-        return state.law(logits.view(1, 1, -1)).dense()[0, 0]
+        return state.distribution(logits.view(1, 1, -1)).dense()[0, 0]
 
     def _difference(self, ours: list[Phase], theirs: list[Phase]) -> Difference | None:
         for phase, (here, there) in enumerate(zip(ours, theirs, strict=False)):

@@ -17,7 +17,7 @@ from bench.first_light.report import FACTS_FILE, Report
 
 ARCHIVE_FILE = "logs.tar.gz"
 _GRACE_S = 8.0  # between asking a part to stop and killing it
-_LEAST_S = 5.0  # a part that has less time is not begun
+_MIN_S = 5.0  # a part that has less time is not begun
 _LOG_CHARS = 1500  # of a failed part's log that become a fact
 ROOT = Path(__file__).parents[2]
 
@@ -45,7 +45,7 @@ def run_parts(parts: Sequence[Part], folder: Path, budget_s: float) -> None:
     report, ends_s = Report("visit", folder / FACTS_FILE), time.monotonic() + budget_s
     for each in parts:
         limit_s = min(each.limit_s, ends_s - time.monotonic())
-        if limit_s < _LEAST_S:
+        if limit_s < _MIN_S:
             report.skip(each.name, f"{limit_s:.0f} s were left of the budget of {budget_s:.0f} s")
             continue
         _run(each, limit_s, folder, report)

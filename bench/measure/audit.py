@@ -112,7 +112,7 @@ def certify(
 
 
 def _references(pair: Pair, cell: Cell, sampling: SamplingParams, device: str) -> tuple[Reference, Reference | None]:
-    """The target's laws, and those of a draft model with the same tokens: a head's need the target's features."""
+    """References for the target and, if it has the same tokens, the draft model; a head needs the target's features."""
     import torch
 
     from specdec.drafts import kind_in, load_with_drafts, share_vocabulary

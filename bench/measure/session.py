@@ -396,9 +396,10 @@ class Session:
         from specdec import SamplingParams
 
         config = self.config
-        law = {"temperature": config.temperature, "top_p": config.top_p, "top_k": config.top_k}
+        distribution = {"temperature": config.temperature, "top_p": config.top_p, "top_k": config.top_k}
         return [
-            SamplingParams(**law, max_tokens=max_tokens, seed=config.seed + first + row) for row in range(num_prompts)
+            SamplingParams(**distribution, max_tokens=max_tokens, seed=config.seed + first + row)
+            for row in range(num_prompts)
         ]
 
     def _read(self, workload: str) -> list[Prompt] | str:

@@ -11,7 +11,7 @@ _IDENTITY = """
 engine | | What decoded: specdec, transformers, vllm, or a vLLM server.
 engine_version | | The engine's version.
 pair | | The pair of models, by its name in pairs.toml.
-target | | The large model, whose law is sampled.
+target | | The large model, whose distribution is sampled.
 draft | | What proposes tokens: a model, a head or a table; empty if the method needs none.
 method | | How tokens are proposed; autoregressive is plain decoding, which proposes none.
 gamma | tokens | Tokens proposed per step; auto is as many as pay.
@@ -135,10 +135,10 @@ bookkeeping_share | 1 | Share of a step in everything else.
 """
 _CERTIFICATES = """
 verdict | | Of an audit: lossless, lossy or inconclusive, with the distance that it rests on.
-p_value | 1 | How likely such outputs are under the target's law; the least of all instruments, corrected.
+p_value | 1 | How likely such outputs are under the target's distribution; the least of all instruments, corrected.
 control_p_value | 1 | Corrected p-value of the engine's own plain decoding.
-arms_p_value | 1 | That speculation and plain decoding have one law, without a reference.
-tv_lower_bound | 1 | The distance to the target's law in total variation is at least this.
+arms_p_value | 1 | That speculation and plain decoding have one distribution, without a reference.
+tv_lower_bound | 1 | The distance to the target's distribution in total variation is at least this.
 tv_upper_bound | 1 | Along the direction looked at it is at most this.
 min_detectable_tv | 1 | The least distance along the direction that the audit would have found.
 max_tv | 1 | The distance that it was asked to find.
@@ -150,8 +150,8 @@ control_num_draws | tokens | Tokens of plain decoding that were judged.
 control_num_outputs | outputs | Outputs of plain decoding that were judged.
 surprise_z | 1 | Surprise of the tokens in standard deviations, for reading only.
 control_surprise_z | 1 | Surprise of plain decoding, in standard deviations.
-largest_gap | logits | The most by which a token missed the law's support.
-control_largest_gap | logits | The most by which a token of plain decoding missed the law's support.
+largest_gap | logits | The most by which a token missed the distribution's support.
+control_largest_gap | logits | The most by which a token of plain decoding missed the distribution's support.
 alpha | 1 | The probability that a lossless engine is called lossy, at the most.
 beta | 1 | The probability that a detectable distance is missed, at the most.
 logit_noise | logits | What rounding explains.

@@ -5,11 +5,11 @@ from __future__ import annotations
 GAMMA = 4
 TEMPERATURES = {"greedy": 0.0, "sampled": 1.0}
 METHODS = ("autoregressive", "ngram", "eagle", "hybrid")
-SWEEPS = {f"phases-{method}-{law}": (1, 8) for method in METHODS for law in TEMPERATURES}
+SWEEPS = {f"phases-{method}-{distribution}": (1, 8) for method in METHODS for distribution in TEMPERATURES}
 PHASES = ("draft", "scoring", "verification", "bookkeeping")
 
 
 def parse(axis: str) -> tuple[str, float]:
     """Method and temperature of an axis."""
-    _, method, law = axis.split("-")
-    return method, TEMPERATURES[law]
+    _, method, distribution = axis.split("-")
+    return method, TEMPERATURES[distribution]

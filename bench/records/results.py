@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.records.fields import COLUMNS
-from bench.records.schema import CELL_FIELDS, MOST_PARTS, SCHEMA_VERSION, Record
+from bench.records.schema import CELL_FIELDS, MAX_PARTS, SCHEMA_VERSION, Record
 from bench.records.untrusted import harmless, loads, printable
 
 # fields that records had not always, with what held before they were told
@@ -184,8 +184,8 @@ def _shard(text: Any) -> tuple[int, int] | None:
     if not text:
         return None
     index, number = map(int, text.split("/") if isinstance(text, str) else text)
-    if not 1 <= index <= number <= MOST_PARTS:
-        raise UnreadableError(f"must be of shard I/N with 1 <= I <= N <= {MOST_PARTS}, and is of {index}/{number}")
+    if not 1 <= index <= number <= MAX_PARTS:
+        raise UnreadableError(f"must be of shard I/N with 1 <= I <= N <= {MAX_PARTS}, and is of {index}/{number}")
     return index, number
 
 

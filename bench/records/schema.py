@@ -44,4 +44,4 @@ SCHEMA_VERSION = 1  # of a record
 HEAD = b'{"schema_version": '  # what a journal begins with
 PERCENTILES = (50, 95, 99)
 PLAIN = {"temperature": 1.0, "top_k": 0, "top_p": 1.0}  # what goes without saying in the name of a certificate
-MOST_PARTS = 10_000  # of a campaign
+MAX_PARTS = 10_000  # of a campaign

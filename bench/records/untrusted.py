@@ -6,7 +6,7 @@ import json
 import re
 from typing import Any
 
-MOST = 1 << 64  # of an integer
+MAX_INTEGER = 1 << 64  # of an integer
 # control characters but tabs and ends of lines: they move a terminal's cursor, or more; and characters that turn or
 # break lines, or are half a character
 UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -25,7 +25,7 @@ def harmless(value: Any) -> Any:
         return [harmless(each) for each in value]
     if isinstance(value, dict):
         return {printable(name): harmless(each) for name, each in value.items()}
-    if isinstance(value, int) and abs(value) >= MOST:
+    if isinstance(value, int) and abs(value) >= MAX_INTEGER:
         raise ValueError("an integer must be below 2**64")
     return value
 

@@ -47,13 +47,13 @@ def _subject(cells: Sequence[Record]) -> Iterator[str]:
     if not cells:
         return
     told = {name: list(dict.fromkeys(str(cell[name]) for cell in cells)) for name in ("pair", "workload", "engine")}
-    laws = dict.fromkeys(map(decoding.law, cells))
+    distributions = dict.fromkeys(map(decoding.distribution, cells))
     numbers = sorted({cell["num_prompts"] for cell in cells})
     tokens = sorted({cell["max_tokens"] for cell in cells if cell["max_tokens"]})
     lengths = f" of up to {' or '.join(map(str, tokens))} tokens" if tokens else ""
     yield (
         f"{', '.join(told['pair'])}; {', '.join(told['workload'])}, {' or '.join(map(str, numbers))} prompts{lengths}, "
-        f"{', '.join(laws)}; decoded by {', '.join(told['engine'])}"
+        f"{', '.join(distributions)}; decoded by {', '.join(told['engine'])}"
     )
 
 
@@ -252,7 +252,7 @@ def _certificates(run: Results) -> list[Section]:
         if (told := record.get("reasons")) and record["verdict"] != "lossless"
     ]
     sentence = (
-        "Every emitted token is compared with the target's exact law. Lossy is only what is wrong and differs from the "
+        "Every emitted token is compared with the target's exact distribution. Lossy means wrong and unlike the "
         "engine's own plain decoding; inconclusive says what a verdict takes."
     )
     return section("certificates", "Is it lossless", sentence, audits, *reasons)

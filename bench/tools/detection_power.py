@@ -1,9 +1,9 @@
 """Which instrument finds which planted bug, after how many tokens: `python -m bench.tools.detection_power`.
 
 Each mutant of `specdec.conformance.mutants` is planted in this library's own engine with a real pair, and its output is
-judged as an audit judges one: against the target's laws in float32, at the audit's own false-alarm rate. The engine
-without a bug comes first: it must be found innocent by the same tokens. How far a mutant is from the target is told
-where there is a formula for the first token of a step, as a mean over tokens that the sound engine emitted.
+judged as an audit judges one: against the target's distributions in float32, at the audit's own false-alarm rate. The
+engine without a bug comes first: it must be found innocent by the same tokens. How far a mutant is from the target is
+told where there is a formula for the first token of a step, as a mean over tokens that the sound engine emitted.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from specdec import SamplingParams
 from specdec.conformance.arms import Answers, Arm
 from specdec.conformance.mutants import MUTANTS, maker
 from specdec.conformance.reference import Reference, Tokens
-from specdec.conformance.sizes import BROKEN_LAWS, total_variation
+from specdec.conformance.sizes import BROKEN_DISTRIBUTIONS, total_variation
 from specdec.conformance.verdicts import Limits, bounds
 from specdec.decoding import Decoder
 from specdec.drafts import load_with_drafts
@@ -53,8 +53,9 @@ FEW = 2048  # tokens are enough to be no wiser about those
 class Finding:
     """What became of a mutant. found_by: instrument -> tokens after which it alone rejects. num_draws: tokens judged.
 
-    sampling: what of it is not plain. size: total variation between the law of a step's first token and the target's,
-    None where no formula has it. tv_lower_bound: of all tokens, by those judged. errors: what is wrong beyond doubt.
+    sampling: what of it is not plain. size: total variation between the distribution of a step's first token and the
+    target's, None where no formula has it. tv_lower_bound: of all tokens, by those judged. errors: what is wrong
+    beyond doubt.
     p_value: the least, corrected for their number.
     """
 
@@ -78,7 +79,7 @@ def judge(
 ) -> Finding:
     """Judge a decoder's output until an instrument finds it wrong, or `num_draws` tokens are used up.
 
-    references: the target's and the draft's laws, with the sampling parameters.
+    references: the target's and the draft's distributions, with the sampling parameters.
     """
     target, draft = references
     limits = Limits()
@@ -134,11 +135,11 @@ def _sampling(name: str, prompts: Sequence[tuple[int, ...]]) -> SamplingParams:
 
 def sizes(references: Sequence[Reference], prompts: Sequence[Tokens], outputs: Sequence[Tokens]) -> dict[str, float]:
     """Mean distance of each mutant that has a formula, over the tokens of outputs, by its name."""
-    sums, num_tokens = dict.fromkeys(BROKEN_LAWS, 0.0), sum(map(len, outputs))
-    for both in zip(*(each.laws(prompts, outputs) for each in references), strict=True):
-        target_probs, draft_probs = (positions.law.dense().double() for positions in both)
-        for name, broken_law in BROKEN_LAWS.items():
-            sums[name] += float(total_variation(broken_law(target_probs, draft_probs), target_probs).sum())
+    sums, num_tokens = dict.fromkeys(BROKEN_DISTRIBUTIONS, 0.0), sum(map(len, outputs))
+    for both in zip(*(each.distributions(prompts, outputs) for each in references), strict=True):
+        target_probs, draft_probs = (positions.distribution.dense().double() for positions in both)
+        for name, broken_distribution in BROKEN_DISTRIBUTIONS.items():
+            sums[name] += float(total_variation(broken_distribution(target_probs, draft_probs), target_probs).sum())
     return {name: total / num_tokens for name, total in sums.items()}
 
 
@@ -159,11 +160,11 @@ def findings(num_prompts: int, num_draws: int, dtype: torch.dtype, names: Sequen
     for name in names:
         sampling = _sampling(name, prompts)
         references = [Reference(model, sampling) for model in exact]
-        if name in BROKEN_LAWS and repr(sampling) not in known:
+        if name in BROKEN_DISTRIBUTIONS and repr(sampling) not in known:
             sound = maker(*engine, GAMMA)(uniforms, verify_tokens, ROWS)
             outputs = _outputs(sound, rows, range(len(rows)), references[0])
             known[repr(sampling)] = sizes(references, rows, outputs)
-        size = known[repr(sampling)][name] if name in BROKEN_LAWS else None
+        size = known[repr(sampling)][name] if name in BROKEN_DISTRIBUTIONS else None
         decoder = {"none": maker, **MUTANTS}[name](*engine, GAMMA)(uniforms, verify_tokens, ROWS)
         yield judge(name, decoder, references, prompts, FEW if name in NEVER else num_draws, size)
 

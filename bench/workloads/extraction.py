@@ -79,7 +79,7 @@ def _value(number: str) -> Decimal:
 FENCE = re.compile(r"(```+|~~~+)[^\n`~]*\n(.*?)(?:\1|\Z)", re.DOTALL)  # whatever language it names
 THOUGHT = re.compile(r"<(think|thinking|reasoning)>.*?</\1>", re.DOTALL)
 FUNCTION_ENDS = re.compile(r"\n(?=[^\s)\]}])")  # a line that is not indented, or closes a bracket
-MOST_LINES_AT_THE_MARGIN = 20  # of a body: strings of several lines may have such
+MAX_MARGIN_LINES = 20  # of a body: strings of several lines may have such
 INDENTED = re.compile(r"(?:[ \t]*\n)*[ \t]+\S")
 BEGINS_CODE = re.compile(r"(?:async |def |class |@|from |import |if |for |while |try:|with |[A-Za-z_]\w*\s*[=:\[])")
 
@@ -120,7 +120,7 @@ def _body(text: str, head: str) -> str:
     if fenced:
         text = fenced[2] if fenced[2][:1].isspace() else textwrap.indent(fenced[2], "    ")
     ends = [found.start() for found in FUNCTION_ENDS.finditer(text)]
-    bodies = [text[:end] for end in (*ends[:MOST_LINES_AT_THE_MARGIN], len(text))]
+    bodies = [text[:end] for end in (*ends[:MAX_MARGIN_LINES], len(text))]
     return next((body for body in bodies if _is_valid(head + body)), bodies[0])
 
 

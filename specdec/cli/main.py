@@ -193,7 +193,7 @@ def summary(completion: Completion, paint: Paint) -> list[str]:
 def comparison(decoded: Decoded, plain: Decoded, *, must_agree: bool) -> list[str]:
     """How much faster it was than plain decoding, token by token, and whether it said the same.
 
-    must_agree: whether the law leaves no choice: at temperature 0, and with coupled verification.
+    must_agree: whether the distribution leaves no choice: at temperature 0, and with coupled verification.
     """
     ours, theirs = decoded.completion.token_ids, plain.completion.token_ids
     speedup = (plain.seconds / len(theirs)) / (decoded.seconds / len(ours))

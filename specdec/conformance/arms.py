@@ -22,7 +22,7 @@ from specdec.sampling.randomness import uniforms
 
 Array = NDArray[np.float64]
 
-_MOST_ERRORS = 20  # told in words; all are counted
+_MAX_ERRORS = 20  # told in words; all are counted
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +114,7 @@ class Arm:
         if not all(answers.outputs):
             return sums  # an empty output has been noted
         guesses = [list(_guesses(*pair)) for pair in zip(answers.prompts, answers.outputs, strict=True)]
-        for positions, draft in self._laws(answers):
+        for positions, draft in self._distributions(answers):
             statistics = self._judge(answers, positions, draft, guesses, log_probs)
             np.add.at(sums, positions.requests.numpy(force=True), statistics)
         if self.names:
@@ -141,11 +141,11 @@ class Arm:
             errors=(*self._errors, *([f"and {hidden} more"] if hidden else [])),
         )
 
-    def _laws(self, answers: Answers) -> Iterator[tuple[Positions, Positions | None]]:
-        ours = self._reference.laws(answers.prompts, answers.outputs)
+    def _distributions(self, answers: Answers) -> Iterator[tuple[Positions, Positions | None]]:
+        ours = self._reference.distributions(answers.prompts, answers.outputs)
         if self._draft is None or not self.names:
             return zip(ours, repeat(None), strict=False)
-        return zip(ours, self._draft.laws(answers.prompts, answers.outputs), strict=True)
+        return zip(ours, self._draft.distributions(answers.prompts, answers.outputs), strict=True)
 
     def _judge(
         self,
@@ -156,7 +156,7 @@ class Arm:
         log_probs: Array,
     ) -> Array:
         """Statistics of some positions, float64 [n, statistics]; evidence is taken while there is need of it."""
-        outside = positions.law.prob(positions.tokens) == 0
+        outside = positions.distribution.prob(positions.tokens) == 0
         for index in outside.nonzero().flatten().tolist():
             self._note_outside(answers, positions, index)
         columns, wanted = [outside.double().numpy(force=True)[:, None]], self._limit - self.num_draws
@@ -174,8 +174,8 @@ class Arm:
         return np.concatenate(columns, 1)
 
     def _draws(self, positions: Positions, draft: Positions | None, guesses: Sequence[Sequence[int]]) -> Draws:
-        probs, tokens = positions.law.dense(), positions.tokens
-        facts = Facts.of(probs, tokens, draft.law.dense() if draft else None)
+        probs, tokens = positions.distribution.dense(), positions.tokens
+        facts = Facts.of(probs, tokens, draft.distribution.dense() if draft else None)
         cells = zip(positions.requests.tolist(), positions.places.tolist(), strict=True)
         guess = torch.tensor([guesses[request][place] for request, place in cells], device=tokens.device)
         guess_prob = probs.gather(1, guess.clamp(min=0).unsqueeze(1)).squeeze(1).double()
@@ -221,7 +221,7 @@ class Arm:
     def _note(self, message: str | None) -> None:
         if message:
             self._num_errors += 1
-            if len(self._errors) < _MOST_ERRORS:
+            if len(self._errors) < _MAX_ERRORS:
                 self._errors.append(message)
 
 

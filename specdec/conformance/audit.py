@@ -1,10 +1,11 @@
 """Audits of an engine from what it emits: lossless, lossy, or not enough to tell.
 
 An engine is two methods, the same prompts with speculation and without, and two counts of what it drafted. Both arms
-are judged against the target's exact laws, and against each other. So that arithmetic in half precision is not mistaken
-for a bug in speculation, an engine is called lossy only if the speculative arm is wrong *and* differs from the plain
-one. So that silence is not mistaken for proof, it is called lossless only if a distance of `max_tv` would have been
-seen, and only if it drafted tokens and accepted some: with speculation silently off it says what plain decoding does.
+are judged against the target's exact distributions, and against each other. So that arithmetic in half precision is
+not mistaken for a bug in speculation, an engine is called lossy only if the speculative arm is wrong *and* differs
+from the plain one. So that silence is not mistaken for proof, it is called lossless only if a distance of `max_tv`
+would have been seen, and only if it drafted tokens and accepted some: with speculation silently off it says what plain
+decoding does.
 """
 
 from __future__ import annotations
@@ -73,7 +74,7 @@ def audit(
 
     reference: the target and the sampling parameters, `max_tokens` and stop tokens included; temperature 0 is judged by
         equality. prompts: token ids, taken in turn as often as needed, but once only if decoding is greedy.
-    draft: the laws that the draft is thought to be drawn from, for the test that is directed at it.
+    draft: the distributions that the draft is thought to be drawn from, for the test that is directed at it.
     batch_size: prompts that an engine is given at a time. seed: of the audit; requests of all arms get seeds of their
         own, from seed * SEED_STRIDE on.
     progress: where stderr is a terminal, show how many tokens are judged, and about how long the rest will take.

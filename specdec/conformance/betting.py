@@ -1,8 +1,9 @@
 """Tests by betting, and how much they can see; finite samples only, nothing asymptotic.
 
-Before each token a bet names a factor for every token that may come, whose mean under the law that ought to hold is 1.
-Stakes that are multiplied so are a martingale, and by Ville's inequality they ever reach 1/alpha with probability at
-most alpha if the law holds. So one may look after each token, and 1 over the largest stake is a p-value.
+Before each token a bet names a factor for every token that may come, whose mean under the distribution that ought to
+hold is 1. Stakes that are multiplied so are a martingale, and by Ville's inequality they ever reach 1/alpha with
+probability at most alpha if the distribution holds. So one may look after each token, and 1 over the largest stake is
+a p-value.
 
 Sources: Ville 1939; Shafer 2021, "Testing by betting"; Waudby-Smith and Ramdas 2024, "Estimating means of bounded
 random variables by betting" (arXiv:2010.09686); Hoeffding 1963 and Azuma 1967 for the intervals.
@@ -62,7 +63,7 @@ class Wealth:
 
 
 class Exchangeability:
-    """Whether two arms that answer the same prompts have one law, by swapping their names.
+    """Whether two arms that answer the same prompts have one distribution, by swapping their names.
 
     If they do, the difference of any statistic of the two answers to a prompt is as likely as its negative, so that
     exp(stake * difference) / cosh(stake * difference) has mean 1, whatever its variance. No reference is needed.

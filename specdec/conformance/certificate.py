@@ -43,7 +43,7 @@ class ArmFindings:
     found_after: by instrument, the tokens after which it alone would have sufficed to reject; None if it never did.
     shifts: by instrument, what its statistic differs by from its exact mean.
     surprise_z: sum of log p(x) + entropy over its exact standard deviation; for reading, no verdict rests on it.
-    num_outside: tokens outside the law's support, by no more than rounding explains, or by more.
+    num_outside: tokens outside the distribution's support, by no more than rounding explains, or by more.
     largest_gap: by how much the former missed it at the most, in logits.
     errors: what no lossless engine does, in words.
     """
@@ -82,7 +82,8 @@ def bounded(verdict: Verdict, max_tv: float, tv_lower_bound: float) -> str:
 class Findings:
     """What an audit found, without whom.
 
-    reasons: why the verdict is what it is. arms_p_value: whether the two arms have one law, without any reference.
+    reasons: why the verdict is what it is. arms_p_value: whether the two arms have one distribution, without any
+    reference.
     tv_lower_bound: of the distance in total variation, the mean over the tokens of the speculative arm.
     tv_upper_bound: along the direction `direction` only; another direction may hide more.
     min_detectable_tv: the least distance along the direction that would have been found but with probability beta.
@@ -211,8 +212,8 @@ def installed_versions() -> dict[str, str]:
 def _distances(found: Findings) -> list[str]:
     direction = {
         "equality": "Of 100 tokens, at most {high:.3g} are not the one that the target decides for",
-        "draft": "Towards or away from the draft the laws differ from the target's by at most {high:.3g} of 100",
-        "lookup": "Towards or away from what the text so far suggests the laws differ by at most {high:.3g} of 100",
+        "draft": "Towards or away from the draft it differs from the target's by at most {high:.3g} of 100",
+        "lookup": "Towards or away from what the text so far suggests it differs by at most {high:.3g} of 100",
     }[found.direction]
     return [
         direction.format(high=100 * found.tv_upper_bound)
@@ -243,7 +244,12 @@ def _table(found: Findings) -> list[str]:
         control = found.control.p_values[name]
         lines.append(f"| {name} | {p_value:.2g} | {control:.2g} | {after_words} | {' | '.join(shifts)} |")
     combined = f"| all, corrected | {found.speculative.p_value:.2g} | {found.control.p_value:.2g} | | | |"
-    return [*lines, combined, "", f"That the two arms have one law: p = {found.arms_p_value:.2g}, without a reference."]
+    return [
+        *lines,
+        combined,
+        "",
+        f"That the two arms have one distribution: p = {found.arms_p_value:.2g}, without a reference.",
+    ]
 
 
 def _interval(interval: Interval | None) -> str:

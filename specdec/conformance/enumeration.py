@@ -1,20 +1,21 @@
-"""The exact output law of the real decode loop, by feeding it every draw that makes a difference.
+"""The exact output distribution of the real decode loop, by feeding it every draw that makes a difference.
 
-What the loop does with a uniform changes only where a law's threshold is passed. So a few uniforms, one from each
-piece between thresholds, weighted by the length of the piece, are as good as all, and the loop's output over them *is*
-its law. If all thresholds of a pair are multiples of 1/N, the pieces are the N cells of a grid.
+What the loop does with a uniform changes only where a distribution's threshold is passed. So a few uniforms, one from
+each piece between thresholds, weighted by the length of the piece, are as good as all, and the loop's output over them
+*is* its distribution. If all thresholds of a pair are multiples of 1/N, the pieces are the N cells of a grid.
 
 *Token and block verification.* One step needs k draft uniforms, k accept uniforms and one for the last token; a whole
 run would need the product over its steps. But the loop is deterministic given its uniforms, and what it remembers of
 a step is only what was drafted, accepted and drawn. So the tree of such histories is walked: each node fixes one
-assignment that leads to it, and runs the loop, from the prompt on, over all pieces of the next step (`exact_law`).
-A token tree needs a draft and an accept uniform for each of its nodes.
+assignment that leads to it, and runs the loop, from the prompt on, over all pieces of the next step
+(`exact_distribution`). A token tree needs a draft and an accept uniform for each of its nodes.
 
 *Coupled verification.* The noise of a position is a waiting time for each token. Only their proportions decide a race,
 and those of exponential waiting times are uniform on the simplex. Over three tokens that is a triangle; the token that
-wins a race under a law p changes where the line from a corner through p is crossed. All such lines of the laws in play
-cut the triangle into polygons whose areas are rational numbers: one point of each, weighted by its area, stands for all
-noise (`race_pieces`). A run needs one for each position, whatever is drafted and however often (`exact_coupled_law`).
+wins a race under a distribution p changes where the line from a corner through p is crossed. All such lines of the
+distributions in play cut the triangle into polygons whose areas are rational numbers: one point of each, weighted by
+its area, stands for all noise (`race_pieces`). A run needs one for each position, whatever is drafted and however often
+(`exact_coupled_distribution`).
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from torch import Tensor
 from specdec.constraints.progress import Constraint
 from specdec.decoding import Decoder
 from specdec.requests import Generation, Request
-from specdec.sampling.distributions import Law
+from specdec.sampling.distributions import Distribution
 from specdec.sampling.randomness import Role, UniformSource, off_branch
 from specdec.sampling_params import SamplingParams
 from specdec.trees.shape import Tree
@@ -115,7 +116,7 @@ class _Node:
     probability: float
 
 
-def exact_law(
+def exact_distribution(
     make_decoder: MakeDecoder,
     prompt: Tokens,
     num_tokens: int,
@@ -125,7 +126,8 @@ def exact_law(
     constraint: Constraint | None = None,
     tree: Tree | None = None,
 ) -> dict[Tokens, float]:
-    """Law of the first num_tokens tokens that the decoder emits, fewer behind a stop token: {tokens: probability}.
+    """Distribution of the first num_tokens tokens that the decoder emits, fewer behind a stop token: {tokens:
+    probability}.
 
     make_decoder: (uniforms, rule, max_batch_size) -> a fresh decoder. grid: pieces for the uniforms of every step, or
     for those of the step after given tokens, without the prompt. params: their stop tokens end a request; their seed is
@@ -134,15 +136,15 @@ def exact_law(
     params = replace(params or SamplingParams(), max_tokens=num_tokens)
     runs = _Runs(make_decoder, prompt, params, rule, constraint, tree)
     grid_at = grid if callable(grid) else lambda tokens: grid
-    law: dict[Tokens, float] = defaultdict(float)
+    distribution: dict[Tokens, float] = defaultdict(float)
     nodes = [_Node({}, (), 1.0)]
     while nodes:
         children = [child for node in nodes for child in _expand(runs, node, grid_at(node.tokens))]
         for child in children:
             if runs.is_over(child.tokens):
-                law[child.tokens] += child.probability
+                distribution[child.tokens] += child.probability
         nodes = [child for child in children if not runs.is_over(child.tokens)]
-    return dict(law)
+    return dict(distribution)
 
 
 def _expand(runs: _Runs, node: _Node, grid: Grid) -> list[_Node]:
@@ -203,7 +205,9 @@ class _Runs:
         """What became of step `number`, the prefill being step 0, in the run of each script."""
         drafts: list[Tensor] = []
 
-        def recording(target: Law, draft: Draft, accept_uniforms: Tensor, final_uniforms: Tensor) -> Verification:
+        def recording(
+            target: Distribution, draft: Draft, accept_uniforms: Tensor, final_uniforms: Tensor
+        ) -> Verification:
             drafts.append(draft.tokens.clone())  # a recorded step's place is used again
             return self.rule(target, draft, accept_uniforms, final_uniforms)
 
@@ -237,28 +241,28 @@ Point = tuple[Fraction, ...]  # shares of three waiting times, which sum to 1
 RacePieces = Sequence[tuple[tuple[float, ...], Fraction]]  # (a uniform for each token, how much noise it stands for)
 
 
-def race_pieces(laws: Iterable[Sequence[float]]) -> RacePieces:
-    """Noise that stands for all noise, as far as races under these laws go; the weights sum to 1.
+def race_pieces(distributions: Iterable[Sequence[float]]) -> RacePieces:
+    """Noise that stands for all noise, as far as races under these distributions go; the weights sum to 1.
 
-    laws: of two or three tokens, the same number in each; probabilities are taken for the nearest fractions with a
-    denominator of at most 10,000.
-    Raises ValueError for laws over more tokens.
+    distributions: of two or three tokens, the same number in each; probabilities are taken for the nearest fractions
+    with a denominator of at most 10,000.
+    Raises ValueError for distributions over more tokens.
     """
-    exact = {tuple(Fraction(prob).limit_denominator(10_000) for prob in law) for law in laws}
+    exact = {tuple(Fraction(prob).limit_denominator(10_000) for prob in distribution) for distribution in distributions}
     vocab_size = len(next(iter(exact)))
     if vocab_size not in (2, 3):
-        raise ValueError(f"laws over {vocab_size} tokens must be over two or three; cut the toy's vocabulary")
+        raise ValueError(f"distributions over {vocab_size} tokens must be over two or three; cut the toy's vocabulary")
     corners = [tuple(Fraction(int(i == j)) for j in range(3)) for i in range(3)]
     polygons: list[list[Point]] = [corners]
-    for law, (a, b) in itertools.product(sorted(exact), itertools.combinations(range(vocab_size), 2)):
-        if law[a] or law[b]:
-            polygons = [half for polygon in polygons for half in _halves(polygon, a, b, law)]
+    for distribution, (a, b) in itertools.product(sorted(exact), itertools.combinations(range(vocab_size), 2)):
+        if distribution[a] or distribution[b]:
+            polygons = [half for polygon in polygons for half in _halves(polygon, a, b, distribution)]
     return [(_noise_at(_centre(polygon))[:vocab_size], _area(polygon)) for polygon in polygons]
 
 
-def _halves(polygon: list[Point], a: int, b: int, law: Point) -> list[list[Point]]:
-    """A convex polygon cut where tokens a and b wait equally long under a law."""
-    sides = [point[a] * law[b] - point[b] * law[a] for point in polygon]
+def _halves(polygon: list[Point], a: int, b: int, distribution: Point) -> list[list[Point]]:
+    """A convex polygon cut where tokens a and b wait equally long under a distribution."""
+    sides = [point[a] * distribution[b] - point[b] * distribution[a] for point in polygon]
     halves = [_clipped(polygon, [sign * side for side in sides]) for sign in (1, -1)]
     return [half for half in halves if _area(half) > 0]
 
@@ -321,7 +325,8 @@ def coupled_runs(
 ) -> list[tuple[Tokens, Fraction]]:
     """What the decoder emits, and its probability, for every choice of noise at num_tokens positions, in one order.
 
-    Arguments as for `exact_law`. pieces: from `race_pieces` of all laws that target or draft may have.
+    Arguments as for `exact_distribution`. pieces: from `race_pieces` of all distributions that target or draft may
+    have.
     """
     choices = list(itertools.product(pieces, repeat=num_tokens))
     noise = torch.tensor([[uniforms for uniforms, _ in choice] for choice in choices], dtype=torch.float64)
@@ -332,9 +337,9 @@ def coupled_runs(
     return [(tuple(row.output), weight) for row, weight in zip(rows, weights, strict=True)]
 
 
-def exact_coupled_law(runs: Iterable[tuple[Tokens, Fraction]]) -> dict[Tokens, float]:
-    """The law of what `coupled_runs` emits: {tokens: probability}."""
-    law: dict[Tokens, Fraction] = defaultdict(Fraction)
+def exact_coupled_distribution(runs: Iterable[tuple[Tokens, Fraction]]) -> dict[Tokens, float]:
+    """The distribution of what `coupled_runs` emits: {tokens: probability}."""
+    distribution: dict[Tokens, Fraction] = defaultdict(Fraction)
     for tokens, weight in runs:
-        law[tokens] += weight
-    return {tokens: float(weight) for tokens, weight in law.items()}
+        distribution[tokens] += weight
+    return {tokens: float(weight) for tokens, weight in distribution.items()}

@@ -1,6 +1,6 @@
-"""What the instruments need to know of a law of tens of thousands of probabilities: a few sums.
+"""What the instruments need to know of a distribution of tens of thousands of probabilities: a few sums.
 
-Each sum is taken once, over as many laws as fit a processor's cache.
+Each sum is taken once, over as many distributions as fit a processor's cache.
 """
 
 from __future__ import annotations
@@ -17,16 +17,17 @@ Array = NDArray[np.float64]
 Dot = Callable[[Tensor, Tensor], Tensor]
 
 _BLOCK = 1 << 20  # probabilities
-# surprise bets on these: that the law was raised to the power 1 + exponent
+# surprise bets on these: that the distribution was raised to the power 1 + exponent
 EXPONENTS = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0, -1 / 16, -1 / 8, -1 / 4, -1 / 2)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Facts:
-    """Of n tokens and their laws; everything float64 [n] but `tempered`, float64 [n, exponents].
+    """Of n tokens and their distributions; everything float64 [n] but `tempered`, float64 [n, exponents].
 
     prob: the token's probability. above: that of all tokens that are likelier, or as likely and of a smaller id.
-    before: that of all smaller ids. entropy, variance: of the law, in nats and their square. collision: sum of squares.
+    before: that of all smaller ids. entropy, variance: of the distribution, in nats and their square. collision: sum
+    of squares.
     tempered: ln sum_v p(v)^(1 + exponent).
     up, down: probability of the tokens that the draft gives more, or less, than the target does.
     sign: which of the two the token is: 1, -1 or 0. All three are 0 without a draft.

@@ -1,7 +1,7 @@
-"""The instruments of an audit: statistics of emitted tokens whose law is known if the engine is lossless.
+"""The instruments of an audit: statistics of emitted tokens whose distribution is known if the engine is lossless.
 
 Each looks at some tokens and returns bets, for `betting.Wealth`, and statistics less their exact means. A statistic may
-depend on everything before its token, so on the law, the draft and the prefix, and on nothing after it.
+depend on everything before its token, so on the distribution, the draft and the prefix, and on nothing after it.
 """
 
 from __future__ import annotations
@@ -27,8 +27,9 @@ _SERIAL_STAKES = both_signs(1, 1 / 2, 1 / 4, 1 / 8, 1 / 16)
 class Draws:
     """What the instruments look at: n tokens in the order in which they are judged, arrays float64 [n].
 
-    facts: of the law and the token. rank, place: the probability integral transform with tokens in the order of their
-    probabilities, or of their ids, made continuous by a uniform number; uniform and independent if the law holds.
+    facts: of the distribution and the token. rank, place: the probability integral transform with tokens in the order
+    of their probabilities, or of their ids, made continuous by a uniform number; uniform and independent if the
+    distribution holds.
     place_before: that of the token judged before, 1/2 for the first.
     guess_prob: of the token that prompt lookup guesses, NaN where it has no guess. hit: whether that is the token.
     """
@@ -84,7 +85,7 @@ def read_serial(draws: Draws) -> Reading:
 
 
 def read_surprise(draws: Draws) -> Reading:
-    """Is the text as likely as it should be? Bets that the law was sharpened or flattened, so on a temperature."""
+    """Is the text as likely as it should be? Bets that the distribution was sharpened or flattened."""
     facts = draws.facts
     possible = facts.prob > 0  # a token without probability is an error by itself, and ends no martingale
     logs = np.log(np.where(possible, facts.prob, 1.0))

@@ -23,7 +23,7 @@ from specdec.proposers.draft_model import DraftModelProposer
 from specdec.proposers.tree import tree_uniforms
 from specdec.requests import Batch, Generation
 from specdec.runtime.devices import upload
-from specdec.sampling.distributions import Dense, Law
+from specdec.sampling.distributions import Dense, Distribution
 from specdec.sampling.randomness import Role, UniformSource, uniforms
 from specdec.sampling.state import RowParams, SamplingState
 from specdec.trees.shape import Tree, tree_of
@@ -33,7 +33,7 @@ from specdec.verification import (
     Verification,
     VerificationRule,
     draw_last,
-    final_law,
+    final_distribution,
     verify_block,
     verify_tokens,
 )
@@ -86,7 +86,7 @@ def maker(
 
 
 class GreedyDraftDeclaredSampled:
-    """M1: proposes the most probable token but declares the law it did not draw from."""
+    """M1: proposes the most probable token but declares the distribution it did not draw from."""
 
     def __init__(self, proposer: Proposer) -> None:
         self._proposer = proposer
@@ -94,11 +94,11 @@ class GreedyDraftDeclaredSampled:
 
     def propose(self, batch: Batch, limits: Sequence[int]) -> Draft:
         draft = self._proposer.propose(batch, limits)
-        return replace(draft, tokens=draft.law.dense().argmax(-1)) if draft.tokens.shape[1] else draft
+        return replace(draft, tokens=draft.distribution.dense().argmax(-1)) if draft.tokens.shape[1] else draft
 
 
 class SampledDraftDeclaredOneHot(GreedyDraftDeclaredSampled):
-    """No bug, though it looks like M1: what is accepted given the draft token has the target's law for any token."""
+    """No bug, though it looks like M1: given the draft token, the output has the target's distribution."""
 
     def propose(self, batch: Batch, limits: Sequence[int]) -> Draft:
         draft = self._proposer.propose(batch, limits)
@@ -129,7 +129,7 @@ def with_rule(broken: VerificationRule) -> Callable[[VerificationRule], Verifica
     """Replace the rule, keeping whatever records its calls around it."""
 
     def break_rule(rule: VerificationRule) -> VerificationRule:
-        def both(target: Law, draft: Draft, accept_uniforms: Tensor, final_uniforms: Tensor) -> Verification:
+        def both(target: Distribution, draft: Draft, accept_uniforms: Tensor, final_uniforms: Tensor) -> Verification:
             rule(target, draft, accept_uniforms, final_uniforms)
             return broken(target, draft, accept_uniforms, final_uniforms)
 
@@ -138,19 +138,23 @@ def with_rule(broken: VerificationRule) -> Callable[[VerificationRule], Verifica
     return break_rule
 
 
-def recover_from_target(target: Law, draft: Draft, accept_uniforms: Tensor, final_uniforms: Tensor) -> Verification:
-    """M2: after a rejection draws from the target's law, not from the residual."""
+def recover_from_target(
+    target: Distribution, draft: Draft, accept_uniforms: Tensor, final_uniforms: Tensor
+) -> Verification:
+    """M2: after a rejection draws from the target's distribution, not from the residual."""
     accepted = verify_tokens(target, draft, accept_uniforms, final_uniforms).accepted
     uniform = final_uniforms.gather(1, accepted.unsqueeze(1)).squeeze(1)
     return Verification(accepted, target.at(accepted).draw(uniform))
 
 
-def accept_always(target: Law, draft: Draft, accept_uniforms: Tensor, final_uniforms: Tensor) -> Verification:
+def accept_always(target: Distribution, draft: Draft, accept_uniforms: Tensor, final_uniforms: Tensor) -> Verification:
     """M3."""
     return verify_tokens(target, draft, torch.full_like(accept_uniforms, -1.0), final_uniforms)
 
 
-def reuse_accept_uniform(target: Law, draft: Draft, accept_uniforms: Tensor, final_uniforms: Tensor) -> Verification:
+def reuse_accept_uniform(
+    target: Distribution, draft: Draft, accept_uniforms: Tensor, final_uniforms: Tensor
+) -> Verification:
     """M4: the uniform that rejected also draws the recovered token."""
     reused = torch.cat([accept_uniforms, final_uniforms[:, -1:]], 1)
     return verify_tokens(target, draft, accept_uniforms, reused)
@@ -165,25 +169,33 @@ def share_draft_stream(source: UniformSource) -> UniformSource:
     return shared
 
 
-def accept_at_equality(target: Law, draft: Draft, accept_uniforms: Tensor, final_uniforms: Tensor) -> Verification:
+def accept_at_equality(
+    target: Distribution, draft: Draft, accept_uniforms: Tensor, final_uniforms: Tensor
+) -> Verification:
     """M5: u <= target/draft, which accepts an impossible token at u = 0. Without u = 0 it cannot be seen."""
     return verify_tokens(target, draft, accept_uniforms - 2.0**-54, final_uniforms)
 
 
-def argmax_for_draw(target: Law, draft: Draft, accept_uniforms: Tensor, final_uniforms: Tensor) -> Verification:
+def argmax_for_draw(
+    target: Distribution, draft: Draft, accept_uniforms: Tensor, final_uniforms: Tensor
+) -> Verification:
     """M6: takes the most probable token where a draw is meant."""
     accepted = verify_tokens(target, draft, accept_uniforms, final_uniforms).accepted
-    return Verification(accepted, final_law(target, draft, accepted).dense().argmax(-1))
+    return Verification(accepted, final_distribution(target, draft, accepted).dense().argmax(-1))
 
 
-def wrong_accept_row(target: Law, draft: Draft, accept_uniforms: Tensor, final_uniforms: Tensor) -> Verification:
+def wrong_accept_row(
+    target: Distribution, draft: Draft, accept_uniforms: Tensor, final_uniforms: Tensor
+) -> Verification:
     """M7: draft token i is tested against the target's row i + 1."""
     shifted = Dense(target.dense().roll(-1, 1)) if draft.tokens.shape[1] else target
     accepted = verify_tokens(shifted, draft, accept_uniforms, final_uniforms).accepted
     return draw_last(target, draft, accepted, final_uniforms)
 
 
-def wrong_bonus_row(target: Law, draft: Draft, accept_uniforms: Tensor, final_uniforms: Tensor) -> Verification:
+def wrong_bonus_row(
+    target: Distribution, draft: Draft, accept_uniforms: Tensor, final_uniforms: Tensor
+) -> Verification:
     """M7: the bonus token is drawn from the row before its own."""
     right = verify_tokens(target, draft, accept_uniforms, final_uniforms)
     if not draft.tokens.shape[1]:
@@ -193,7 +205,7 @@ def wrong_bonus_row(target: Law, draft: Draft, accept_uniforms: Tensor, final_un
 
 
 def block_with_token_residual(
-    target: Law, draft: Draft, accept_uniforms: Tensor, final_uniforms: Tensor
+    target: Distribution, draft: Draft, accept_uniforms: Tensor, final_uniforms: Tensor
 ) -> Verification:
     """M12: block verification, but the recovered token comes from token verification's residual."""
     accepted = verify_block(target, draft, accept_uniforms, final_uniforms).accepted
@@ -210,17 +222,17 @@ class _BrokenLoop(Decoder):
 
 
 class TopKOnOneSide(_BrokenLoop):
-    """M8: the bonus and recovered tokens come from the law without top-k, whatever was asked."""
+    """M8: the bonus and recovered tokens come from the distribution without top-k, whatever was asked."""
 
     def _verify(self, batch: Batch, logits: Tensor, draft: Draft) -> Verification:
         outcome = super()._verify(batch, logits, draft)
         unlimited = [replace(params, top_k=0) for params in batch.sampling.params]
         nothing: list[tuple[int, ...]] = [()] * len(unlimited)
         state = SamplingState(unlimited, nothing, nothing, batch.sampling.vocab_size, batch.sampling.device)
-        law = final_law(state.law(logits, draft.tokens), draft, outcome.accepted)
+        distribution = final_distribution(state.distribution(logits, draft.tokens), draft, outcome.accepted)
         final_uniforms = self._draws(batch.sampling.rows, upload(batch.lengths(), logits.device), draft)[1]
         uniform = final_uniforms.gather(1, outcome.accepted.unsqueeze(1)).squeeze(1)
-        return replace(outcome, next_token=law.draw(uniform))
+        return replace(outcome, next_token=distribution.draw(uniform))
 
 
 class ForgetsRollback:
@@ -286,8 +298,8 @@ class SoftGreedy(_BrokenLoop):
         )
         soft = Dense(logits.to(torch.promote_types(logits.dtype, torch.float32)).softmax(-1))
         accepted = verify_tokens(soft, draft, accept_uniforms, final_uniforms).accepted
-        law = batch.sampling.law(logits, draft.tokens)
-        return draw_last(law, draft, accepted, final_uniforms)
+        distribution = batch.sampling.distribution(logits, draft.tokens)
+        return draw_last(distribution, draft, accepted, final_uniforms)
 
     def _draws(self, rows: RowParams, origins: Tensor, draft: Draft) -> tuple[Tensor, Tensor]:
         return super()._draws(replace(rows, all_greedy=False), origins, draft)  # its rule has a use for uniforms
@@ -318,22 +330,22 @@ class UnconstrainedTarget(_BrokenLoop):
 
 
 class UnconstrainedDraft(DraftModelProposer):
-    """No bug: the constraint is applied to the target alone, and the draft declares the law that it was drawn from."""
+    """No bug: the constraint applies to the target alone, and the draft declares the distribution it was drawn from."""
 
     def propose(self, batch: Batch, limits: Sequence[int]) -> Draft:
         return super().propose(unconstrained(batch), limits)
 
 
 class UnconstrainedDraw(UnconstrainedDraft):
-    """Declares the law under the constraint, but draws without it."""
+    """Declares the distribution under the constraint, but draws without it."""
 
     def propose(self, batch: Batch, limits: Sequence[int]) -> Draft:
         draft, rows = super().propose(batch, limits), [row.progress if row else None for row in batch.rows]
         if not draft.tokens.shape[1]:
             return draft
-        allowed = masks(rows, draft.tokens[:, :-1], draft.tokens.shape[1], draft.law.vocab_size)
-        probs = draft.law.dense() * allowed.to(draft.tokens.device)
-        return replace(draft, law=Dense(probs / probs.sum(-1, keepdim=True)))
+        allowed = masks(rows, draft.tokens[:, :-1], draft.tokens.shape[1], draft.distribution.vocab_size)
+        probs = draft.distribution.dense() * allowed.to(draft.tokens.device)
+        return replace(draft, distribution=Dense(probs / probs.sum(-1, keepdim=True)))
 
 
 class _KeepsRejected(Progress):
@@ -364,7 +376,7 @@ def tree_maker(target: Any, draft: Any, tree: Tree, **parts: Any) -> Maker:
 
 
 class SiblingsWithReplacement:
-    """T1: draws each sibling from the whole law of its family, but verifies as if those before were left out."""
+    """T1: draws each sibling from the whole distribution of its family, but verifies as if without replacement."""
 
     def __init__(self, proposer: Any) -> None:
         self._proposer = proposer
@@ -378,7 +390,7 @@ class SiblingsWithReplacement:
         assert draft.parents is not None
         tree, origins = tree_of(draft.parents), upload(batch.lengths(), draft.tokens.device)
         draws = tree_uniforms(batch.sampling.rows, origins, tree, self._proposer._uniforms)
-        return replace(draft, tokens=draft.law[:, list(map(tree.families.index, tree.parents))].draw(draws))
+        return replace(draft, tokens=draft.distribution[:, list(map(tree.families.index, tree.parents))].draw(draws))
 
 
 class LateSiblingsWithReplacement(SiblingsWithReplacement):
@@ -392,8 +404,10 @@ class LateSiblingsWithReplacement(SiblingsWithReplacement):
         return replace(right, tokens=torch.where(late, self._with_replacement(batch, right).tokens, right.tokens))
 
 
-def wrong_parent_row(target: Law, draft: Draft, accept_uniforms: Tensor, final_uniforms: Tensor) -> Verification:
-    """T2: what follows a node is verified by the target's law after the node before it."""
+def wrong_parent_row(
+    target: Distribution, draft: Draft, accept_uniforms: Tensor, final_uniforms: Tensor
+) -> Verification:
+    """T2: what follows a node is verified by the target's distribution after the node before it."""
     before = [0, *range(draft.tokens.shape[1])]
     return verify_tree(Dense(target.dense()[:, before]), draft, accept_uniforms, final_uniforms)
 

@@ -1,4 +1,4 @@
-"""The laws that an engine's tokens should have been drawn from: the target's own, by teacher forcing.
+"""The distributions that an engine's tokens should have been drawn from: the target's own, by teacher forcing.
 
 An emitted token is judged given the tokens before it, whatever those are: so nothing of the engine is needed but its
 output, and one wrong token does not spoil the judgement of the next.
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from specdec.models.base import Cache, LanguageModel, hold
 from specdec.runtime.devices import upload
-from specdec.sampling.distributions import Dense, Law
+from specdec.sampling.distributions import Dense, Distribution
 from specdec.sampling.state import SamplingState
 from specdec.sampling_params import SamplingParams
 
@@ -29,13 +29,13 @@ Tokens = Sequence[int]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Positions:
-    """Some positions of several outputs, row by row, each with its law.
+    """Some positions of several outputs, row by row, each with its distribution.
 
-    law: laws [n]. logits: float [n, vocab], the model's own. tokens: int64 [n], what was emitted.
+    distribution: distributions [n]. logits: float [n, vocab], the model's own. tokens: int64 [n], what was emitted.
     requests, places: int64 [n], which output and where in it.
     """
 
-    law: Law
+    distribution: Distribution
     logits: Tensor
     tokens: Tensor
     requests: Tensor
@@ -43,11 +43,12 @@ class Positions:
 
 
 class Reference:
-    """A model's laws at every position of given outputs, in float32 or wider.
+    """A model's distributions at every position of given outputs, in float32 or wider.
 
-    model: the target, or a draft whose laws are wanted. sampling: processors and truncation, by the road that decoding
-    takes. batch_size: outputs scored together.
-    Raises ValueError for a model in half precision, whose laws would be another engine's opinion, and for a constraint.
+    model: the target, or a draft whose distributions are wanted. sampling: processors and truncation, by the road that
+    decoding takes. batch_size: outputs scored together.
+    Raises ValueError for a model in half precision, whose distributions would be another engine's opinion, and for a
+    constraint.
     """
 
     def __init__(self, model: LanguageModel, sampling: SamplingParams, batch_size: int = 8) -> None:
@@ -83,8 +84,8 @@ class Reference:
         return stop if self.sampling.ignore_eos else stop | eos
 
     @torch.inference_mode()
-    def laws(self, prompts: Sequence[Tokens], outputs: Sequence[Tokens]) -> Iterator[Positions]:
-        """The laws of all tokens of outputs that continue prompts; both hold token ids, none may be empty.
+    def distributions(self, prompts: Sequence[Tokens], outputs: Sequence[Tokens]) -> Iterator[Positions]:
+        """The distributions of all tokens of outputs that continue prompts; both hold token ids, none may be empty.
 
         Chunks of two references with the same vocabulary and batch size have the same positions.
         """
@@ -101,7 +102,7 @@ class Reference:
             fed = [[prompt[-1], *output][start:stop] for prompt, output in zip(prompts, outputs, strict=True)]
             tokens = self._pad(fed, stop - start)
             logits = self.model.forward(tokens, cache)
-            law = self._law(logits, tokens, prompts, [output[:start] for output in outputs])
+            distribution = self._distribution(logits, tokens, prompts, [output[:start] for output in outputs])
             cache.lengths[:] = [length + stop - start for length in cache.lengths]
             lengths = upload([len(output) for output in outputs], self.model.device).unsqueeze(1)
             places = torch.arange(start, stop, device=self.model.device).expand(len(outputs), -1)
@@ -109,14 +110,16 @@ class Reference:
             emitted = self._pad([output[start:stop] for output in outputs], stop - start)
             real = places < lengths
             chosen = [_chosen(each, real) for each in (logits, emitted, requests, places)]
-            yield Positions(_chosen_laws(law, real), *chosen)
+            yield Positions(_chosen_distributions(distribution, real), *chosen)
 
-    def _law(self, logits: Tensor, fed: Tensor, prompts: Sequence[Tokens], before: Sequence[Tokens]) -> Law:
+    def _distribution(
+        self, logits: Tensor, fed: Tensor, prompts: Sequence[Tokens], before: Sequence[Tokens]
+    ) -> Distribution:
         state = self._state(self.sampling, prompts, before)
-        law = state.law(logits, fed[:, 1:])
+        distribution = state.distribution(logits, fed[:, 1:])
         if not state.finite().all():
-            raise FloatingPointError("logits of the reference are NaN, +inf or all -inf, so there is no law")
-        return law
+            raise FloatingPointError("logits of the reference are NaN, +inf or all -inf, so there is no distribution")
+        return distribution
 
     def _state(self, sampling: SamplingParams, prompts: Sequence[Tokens], before: Sequence[Tokens]) -> SamplingState:
         return SamplingState([sampling] * len(prompts), prompts, before, self.vocab_size, self.model.device)
@@ -147,15 +150,16 @@ class Reference:
 
     @torch.inference_mode()
     def gap(self, prompt: Tokens, output: Tokens, logits: Tensor) -> float:
-        """By how much the last token of an output misses its law's support, in logits; 0 if it does not miss it.
+        """By how much the last token of an output misses its distribution's support, in logits; 0 if it does not miss
+        it.
 
         logits: float [vocab], the model's own where that token was drawn.
         Rounding may move a token over the edge of a top-k, a nucleus or an argmax: then the gap is small. It is inf for
         a token that no rounding makes possible.
         """
         whole = replace(self.sampling, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0)
-        law = self._state(whole, [prompt], [output[:-1]]).law(logits[None, None])
-        return boundary_gap(law.dense()[0, 0].double().log(), output[-1], self.sampling)
+        distribution = self._state(whole, [prompt], [output[:-1]]).distribution(logits[None, None])
+        return boundary_gap(distribution.dense()[0, 0].double().log(), output[-1], self.sampling)
 
 
 def _chosen(rows: Tensor, real: Tensor) -> Tensor:
@@ -163,8 +167,8 @@ def _chosen(rows: Tensor, real: Tensor) -> Tensor:
     return rows.flatten(0, 1) if real.all() else rows[real]
 
 
-def _chosen_laws(law: Law, real: Tensor) -> Law:
-    return Dense(_chosen(law.probs, real)) if isinstance(law, Dense) else law[real]
+def _chosen_distributions(distribution: Distribution, real: Tensor) -> Distribution:
+    return Dense(_chosen(distribution.probs, real)) if isinstance(distribution, Dense) else distribution[real]
 
 
 def boundary_gap(log_probs: Tensor, token: int, sampling: SamplingParams) -> float:
@@ -178,16 +182,16 @@ def boundary_gap(log_probs: Tensor, token: int, sampling: SamplingParams) -> flo
         return math.inf
     if sampling.temperature == 0:
         return float(log_probs.max()) - own
-    log_laws = (log_probs / sampling.temperature).log_softmax(-1)
-    if log_laws[token] < _LEAST:
+    log_distributions = (log_probs / sampling.temperature).log_softmax(-1)
+    if log_distributions[token] < _LEAST:
         return math.inf
     gaps = [0.0]
     if 0 < sampling.top_k < len(log_probs):
         floor = log_probs.topk(sampling.top_k).values[-1]
         gaps.append(float(floor) - own)
-        log_laws = log_laws.masked_fill(log_probs < floor, -math.inf).log_softmax(-1)
+        log_distributions = log_distributions.masked_fill(log_probs < floor, -math.inf).log_softmax(-1)
     if sampling.top_p < 1:
-        in_front = float(log_laws.exp()[log_probs > own].sum())
+        in_front = float(log_distributions.exp()[log_probs > own].sum())
         gaps.append(math.log(max(in_front, sampling.top_p) / sampling.top_p))
     if sampling.min_p:
         gaps.append(float(log_probs.max()) + sampling.temperature * math.log(sampling.min_p) - own)

@@ -1,7 +1,7 @@
-"""How far planted bugs are from the target: the exact law of the first token of a step, with the bug in place.
+"""How far planted bugs are from the target: the exact distribution of the first token of a step, with the bug in place.
 
-For bugs that decide about a token from its own two laws; those that mix rows, steps or caches have no such formula.
-All take target_probs and draft_probs, float64 [n, vocab], and return laws of the same shape.
+For bugs that decide about a token from its own two distributions; those that mix rows, steps or caches have no such
+formula. All take target_probs and draft_probs, float64 [n, vocab], and return distributions of the same shape.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from torch.nn.functional import one_hot
 from specdec.sampling.distributions import Dense
 from specdec.verification import residual
 
-BrokenLaw = Callable[[Tensor, Tensor], Tensor]
+BrokenDistribution = Callable[[Tensor, Tensor], Tensor]
 
 
-def total_variation(laws: Tensor, others: Tensor) -> Tensor:
+def total_variation(distributions: Tensor, others: Tensor) -> Tensor:
     """Half of the sum of absolute differences: float [..., vocab] twice -> float64 [...]."""
-    return (laws.double() - others.double()).abs().sum(-1) / 2
+    return (distributions.double() - others.double()).abs().sum(-1) / 2
 
 
 def greedy_draft_declared_sampled(target_probs: Tensor, draft_probs: Tensor) -> Tensor:
@@ -38,7 +38,7 @@ def recovered_from_target(target_probs: Tensor, draft_probs: Tensor) -> Tensor:
 
 
 def accepted_always(target_probs: Tensor, draft_probs: Tensor) -> Tensor:
-    """M3: the draft's own law."""
+    """M3: the draft's own distribution."""
     return draft_probs
 
 
@@ -70,7 +70,7 @@ def argmax_recovered(target_probs: Tensor, draft_probs: Tensor) -> Tensor:
     return kept + (1 - kept.sum(-1, keepdim=True)) * likeliest
 
 
-BROKEN_LAWS: dict[str, BrokenLaw] = {  # by the names of `mutants.MUTANTS`
+BROKEN_DISTRIBUTIONS: dict[str, BrokenDistribution] = {  # by the names of `mutants.MUTANTS`
     "M1 greedy draft declared as sampled": greedy_draft_declared_sampled,
     "M2 recover from the target": recovered_from_target,
     "M3 accept always": accepted_always,

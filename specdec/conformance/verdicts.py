@@ -22,8 +22,8 @@ class Limits:
 
     alpha: probability that a lossless engine is called lossy, at the most. beta: probability that an engine which is
     further away than `max_tv` along the tested direction is called lossless, at the most.
-    logit_noise: how far rounding may move the difference of two logits in the engine; a token that misses its law's
-    support by more is no rounding. `divergence.logit_noise` measures it; 1 is far beyond bfloat16's.
+    logit_noise: how far rounding may move the difference of two logits in the engine; a token that misses its
+    distribution's support by more is no rounding. `divergence.logit_noise` measures it; 1 is far beyond bfloat16's.
     Raises ValueError for numbers that are none of that.
     """
 
@@ -60,7 +60,7 @@ def bounds(arm: ArmFindings, level: float, limits: Limits) -> Bounds:
     if not arm.shifts and "equality" in arm.p_values:
         num_outside = sum(arm.num_outside.values())
         return Bounds(
-            direction="equality",  # the law is one token: all distance is in the others
+            direction="equality",  # the distribution is one token: all distance is in the others
             tv_lower_bound=max(0.0, num_outside / num_draws - radius(num_draws, level)),
             tv_upper_bound=rate_upper_bound(min(num_outside, num_draws), num_draws, level),
             min_detectable_tv=min_detectable_rate(num_draws, limits.beta),
@@ -149,7 +149,10 @@ def _unconfirmed(speculation: Speculation | None) -> tuple[str, ...]:
 def _faults(arm: ArmFindings, alpha: float) -> tuple[str, ...]:
     """What an arm did wrong, in words."""
     found = {name: p for name, p in arm.p_values.items() if p > 0 and p * _num_tests(arm) <= alpha}
-    return (*arm.errors, *(f"{name} finds other laws than the reference's (p = {p:.2g})" for name, p in found.items()))
+    return (
+        *arm.errors,
+        *(f"{name} finds other distributions than the reference's (p = {p:.2g})" for name, p in found.items()),
+    )
 
 
 def _num_tests(arm: ArmFindings) -> int:
@@ -159,7 +162,7 @@ def _num_tests(arm: ArmFindings) -> int:
 
 def _comparison(differ: bool) -> tuple[str, ...]:
     return (
-        ("the engine without speculation has another law",)
+        ("the engine without speculation has another distribution",)
         if differ
         else ("the engine without speculation does no such thing",)
     )

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-_MOST_LOOKED_AT = 500  # states, each of which costs microseconds, and at times milliseconds, in a real grammar
+_MAX_LOOKED_AT = 500  # states, each of which costs microseconds, and at times milliseconds, in a real grammar
 
 
 class Constraint(Protocol):
@@ -143,7 +143,7 @@ def least_length(constraint: Constraint, stop_token_ids: frozenset[int], most: i
         if not all(map(stop_token_ids.isdisjoint, allowed)):
             return length, True
         num_looked_at += sum(map(len, allowed))
-        if num_looked_at > _MOST_LOOKED_AT:
+        if num_looked_at > _MAX_LOOKED_AT:
             return length + 1, False
         states = [
             constraint.advance(state, token) for state, tokens in zip(states, allowed, strict=True) for token in tokens

@@ -20,7 +20,7 @@ from specdec.runtime.progress import bar
 from specdec.sampling_params import SamplingParams
 
 HELD_OUT = 40
-MOST_PROMPT_TOKENS, MOST_TEXT_TOKENS = 256, 1280  # of questions, and of questions about a text
+MAX_PROMPT_TOKENS, MAX_TEXT_TOKENS = 256, 1280  # of questions, and of questions about a text
 WINDOW = 1024  # texts that are sorted by length among each other
 GROUP = 256  # prompts handed to the engine at once; what a kill may lose
 
@@ -74,7 +74,7 @@ def plan(
     for index in random.Random(seed).sample(range(len(dialogues)), len(dialogues)):
         if len(texts) == num_prompts + num_replies:
             break
-        prompt = prompt_of(dialogues[index], MOST_PROMPT_TOKENS)
+        prompt = prompt_of(dialogues[index], MAX_PROMPT_TOKENS)
         if prompt and len(texts) < num_prompts:
             texts.append(Text(prompt, (), temperatures[len(texts) % len(temperatures)], seed + index))
         elif prompt and (reply := dialogues[index].reply):
@@ -83,7 +83,7 @@ def plan(
     for index, dialogue in enumerate(about_texts(dialogues, seed), len(dialogues)):
         if len(texts) >= total or len(texts) < num_prompts + num_replies:
             break
-        if prompt := prompt_of(dialogue, MOST_TEXT_TOKENS):
+        if prompt := prompt_of(dialogue, MAX_TEXT_TOKENS):
             texts.append(Text(prompt, (), temperatures[len(texts) % len(temperatures)], seed + index))
     if len(texts) < total:
         raise ValueError(

@@ -1,7 +1,7 @@
 """What a draft is trained on: tokens and the target's features for them, on disk, read in batches of like length.
 
-A feature is what the target's output head reads, so the target's law at any position is one product away and need
-not be stored.
+A feature is what the target's output head reads, so the target's distribution at any position is one product away and
+need not be stored.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The loss of every draft: how far its law is from the target's, over a set of tokens, without storing the logits."""
+"""The loss of every draft: how far its distribution is from the target's, without storing the logits."""
 
 from __future__ import annotations
 
@@ -8,19 +8,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-HARD = 0.25  # weight of the target's likeliest token beside its law
+HARD = 0.25  # weight of the target's likeliest token beside its distribution
 CHUNK = 512  # positions whose logits exist at once
 
 
 def distillation_loss(
     hidden: Tensor, weight: Tensor, features: Tensor, target_weight: Tensor, place_weights: Sequence[float]
 ) -> Tensor:
-    """Mean cross-entropy of a draft's laws against the target's, plus HARD times that against its likeliest token.
+    """Mean cross-entropy of a draft's distributions against the target's, plus HARD times that against its likeliest
+    token.
 
     hidden: float [places, positions, width]: for each place in a draft the states whose product with weight, float
     [tokens, width], is the draft's logits. features: [positions, hidden], target_weight: [tokens, hidden]: likewise
     the target's, which get no gradient. place_weights: of each place in the sum.
-    The laws are taken over the given tokens only: to match the target on every set of tokens is to match it.
+    The distributions are taken over the given tokens only: to match the target on every set of tokens is to match it.
     """
     loss: Tensor = _FusedLoss.apply(hidden, weight, features, target_weight, tuple(place_weights))
     return loss

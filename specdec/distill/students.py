@@ -1,7 +1,7 @@
 """The two drafts that are trained: a small language model of its own, and a head on the target's features.
 
-Both guess, for every token of a text at once, the law of the token after it; the head also as it would guess if the
-last one or more features were its own guesses.
+Both guess, for every token of a text at once, the distribution of the token after it; the head also as it would guess
+if the last one or more features were its own guesses.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def unscale(module: nn.Module) -> None:
 
 
 class Guesser(Protocol):
-    """A draft whose laws along a text can be looked at. target_output: the target's output matrix [vocab, hidden]."""
+    """A draft and its distributions along a text. target_output: the target's output matrix [vocab, hidden]."""
 
     target_output: Tensor
 
@@ -213,7 +213,7 @@ def _size(x: Tensor) -> Tensor:
 def _positions(batch: TextBatch, num_before: int) -> Tensor:
     """Positions with a next token and num_before tokens before them: bool [texts, width].
 
-    Those inside prompts count too: the target's law there is as good a lesson, and costs nothing more to know.
+    Those inside prompts count too: the target's distribution there is as good a lesson, and costs nothing more to know.
     """
     positions = torch.arange(batch.tokens.shape[1], device=batch.tokens.device)
     return (positions >= num_before) & (positions < batch.lengths[:, None] - 1)

@@ -138,11 +138,12 @@ def _step(
 
 @torch.no_grad()
 def evaluate(student: Student, dataset: Dataset) -> Acceptance:
-    """Acceptance on held-out texts, computed from the laws along them.
+    """Acceptance on held-out texts, computed from the distributions along them.
 
     Along greedy text a draft is accepted as far as its likeliest tokens are the text's. At temperature 1, with p the
-    target's and q the draft's law, the probability that tokens 1 to m are accepted is the mean over the target's
-    text x of min(1, q/p)(x_1) ... min(1, q/p)(x_(m-1)) * sum_y min(p, q)(y): a draft's path weighted by the target's.
+    target's and q the draft's distribution, the probability that tokens 1 to m are accepted is the mean over the
+    target's text x of min(1, q/p)(x_1) ... min(1, q/p)(x_(m-1)) * sum_y min(p, q)(y): a draft's path weighted by the
+    target's.
     """
     return Acceptance(_by_position(student, dataset, 0.0), _by_position(student, dataset, 1.0))
 
@@ -168,14 +169,14 @@ def accepted_ahead(student: Guesser, batch: TextBatch, temperature: float, depth
     as in `evaluate`.
     """
     with torch.autocast(batch.tokens.device.type, torch.bfloat16):
-        laws = student.logits(batch, depth)
+        distributions = student.logits(batch, depth)
         target = batch.features @ student.target_output.T.to(batch.features.dtype)
     text = batch.tokens[0, 1:, None]
     path = torch.ones(len(text) + 1 - depth, device=text.device)
     accepted = []
     goal = target[0, :-1].float().softmax(-1)
-    for place, law in enumerate(laws):
-        logits = law[0, :-1].float()
+    for place, distribution in enumerate(distributions):
+        logits = distribution[0, :-1].float()
         if temperature == 0:
             kept = final = (logits.argmax(-1) == text[:, 0]).float()
         else:

@@ -11,13 +11,13 @@ from torch import Tensor
 from specdec.decoding import Decoder
 from specdec.proposers.base import Proposer
 from specdec.requests import Request
-from specdec.sampling.distributions import Law
+from specdec.sampling.distributions import Distribution
 from specdec.sampling_params import SamplingParams
-from specdec.trees.shape import MOST_LEVELS, Tree, tree_of
+from specdec.trees.shape import MAX_LEVELS, Tree, tree_of
 from specdec.trees.verification import verify_tree
 from specdec.verification import Draft, Verification
 
-LEAST_TRIED = 50  # times that a level must have been reached to be told apart from the one before
+MIN_TRIED = 50  # times that a level must have been reached to be told apart from the one before
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +61,7 @@ class Counts:
         """
         levels: list[list[float]] = []
         for tried, accepted in zip(self.tried, self.accepted, strict=True):
-            if tried[0] < LEAST_TRIED and levels:
+            if tried[0] < MIN_TRIED and levels:
                 break
             rates = [a / max(t, 1) for t, a in zip(tried, accepted, strict=True)]
             for rank in range(len(rates), len(levels[0]) if levels else 0):
@@ -69,7 +69,7 @@ class Counts:
                 rates.append(rates[-1] * levels[0][rank] / before if before else 0.0)
             scale = min(1.0, 1 / max(sum(rates), 1e-9))
             levels.append([rate * scale for rate in rates])
-        return levels + [levels[-1]] * (MOST_LEVELS - len(levels))
+        return levels + [levels[-1]] * (MAX_LEVELS - len(levels))
 
 
 def count(
@@ -89,7 +89,7 @@ def count(
     """
     counts = Counts.of(tree)
 
-    def counting(target: Law, draft: Draft, accept_uniforms: Tensor, final_uniforms: Tensor) -> Verification:
+    def counting(target: Distribution, draft: Draft, accept_uniforms: Tensor, final_uniforms: Tensor) -> Verification:
         outcome = verify_tree(target, draft, accept_uniforms, final_uniforms)
         counts.add(draft, outcome)
         return outcome

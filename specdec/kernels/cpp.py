@@ -184,7 +184,7 @@ def confidence(logits: Tensor) -> Tensor:
 
 
 def softmax(logits: Tensor, temperatures: Tensor) -> Tensor:
-    """Laws float32 [..., vocab] of logits at temperatures [...]; NaN throughout where no law is."""
+    """Distributions float32 [..., vocab] of logits at temperatures [...]; NaN throughout where no distribution is."""
     logits, temperatures = logits.contiguous(), temperatures.float().contiguous()
     probs = torch.empty(logits.shape, dtype=torch.float32)
     arguments = (logits.data_ptr(), temperatures.numel(), logits.shape[-1], temperatures.data_ptr(), probs.data_ptr())
@@ -193,7 +193,7 @@ def softmax(logits: Tensor, temperatures: Tensor) -> Tensor:
 
 
 def draw(probs: Tensor, uniforms: Tensor) -> Tensor:
-    """Tokens int64 [...] of laws float32 [..., vocab] at uniforms float64 [...], as `distributions.Dense.draw`."""
+    """Tokens int64 [...] of probs float32 [..., vocab] at uniforms float64 [...], as `distributions.Dense.draw`."""
     probs, uniforms = probs.contiguous(), uniforms.contiguous()
     tokens = torch.empty(uniforms.shape, dtype=torch.int64)
     sizes = (tokens.numel(), probs.shape[-1])
@@ -202,7 +202,7 @@ def draw(probs: Tensor, uniforms: Tensor) -> Tensor:
 
 
 def race(probs: Tensor, uniforms: Tensor) -> Tensor:
-    """Tokens int64 [...] of laws float32 [..., vocab] with a uniform float64 for each, as `distributions.race`."""
+    """Tokens int64 [...] of probs float32 [..., vocab] with a uniform float64 for each, as `distributions.race`."""
     probs, uniforms = probs.contiguous(), uniforms.contiguous()
     tokens = torch.empty(probs.shape[:-1], dtype=torch.int64)
     sizes = (tokens.numel(), probs.shape[-1])

@@ -26,7 +26,7 @@ namespace {
 constexpr int64_t BLOCK = 32;     // outputs that a projection computes together: two vectors
 constexpr int64_t MAX_TILE = 12;  // tokens that it computes together: 24 of the 32 registers hold their sums
 constexpr int64_t KEYS = 16;      // positions whose scores fill a vector
-constexpr int64_t MOST_TOGETHER = 8, MOST_HEAD_DIM = 128;  // queries that attend together, and their size
+constexpr int64_t MAX_TOGETHER = 8, MAX_HEAD_DIM = 128;  // queries that attend together, and their size
 
 // Threads that a product of a matrix with so many weights is worth: sharing a little work out costs more than doing it,
 // most of all where other programs want the processors too.
@@ -237,8 +237,8 @@ struct Query<bf16, VECTORS> {  // in pairs, without a conversion
 // What some queries of one row see: query q the positions up to seen[q] - 1. A position is its own place in the cache,
 // but for the nodes of a tree, from position `shared` on: the places of those on the way to q are ways[q], from there.
 struct Sight {
-    int64_t seen[MOST_TOGETHER], shared;
-    const int64_t* ways[MOST_TOGETHER];
+    int64_t seen[MAX_TOGETHER], shared;
+    const int64_t* ways[MAX_TOGETHER];
     int64_t place(int64_t q, int64_t position) const {
         return position < shared ? position : shared + ways[q][position - shared];
     }
@@ -429,7 +429,7 @@ void place_head(const Work<T>& work, const Layer& layer, int64_t t, int64_t head
     }
     const void* norm = is_query ? layer.query_norm : layer.key_norm;
     if (norm) normalise(x, static_cast<const T*>(norm), layer.epsilon, dim, x);
-    alignas(64) T turned[MOST_HEAD_DIM];
+    alignas(64) T turned[MAX_HEAD_DIM];
     const int64_t turn = work.call.turns[t] * dim;
     rotate(x, work.cos + turn, work.sin + turn, dim, turned);
     std::memcpy(is_query ? x : keys + place, turned, dim * sizeof(T));
@@ -458,7 +458,7 @@ void attend_all(const Work<T>& work, const Layer& layer, const T* keys, const T*
     const int64_t dim = work.dim, width = work.call.width, group = work.group, queries_of_head = width * group;
     const Attend<T> attend_tile = attend_of<T>(dim, queries_of_head == 1);
     const std::unique_ptr<float[]> scores(new float[work.together * (work.most + KEYS)]);
-    alignas(64) T queries[MOST_TOGETHER * MOST_HEAD_DIM], outputs[MOST_TOGETHER * MOST_HEAD_DIM];
+    alignas(64) T queries[MAX_TOGETHER * MAX_HEAD_DIM], outputs[MAX_TOGETHER * MAX_HEAD_DIM];
     Sight sight;
 #pragma omp for schedule(static) collapse(3) nowait
     for (int64_t row = 0; row < work.call.rows; row++)

@@ -33,7 +33,7 @@ _WAYS = tl.constexpr(16)  # a pass of a search divides its range by this
 _UNIT = tl.constexpr(2.0**61)  # of sums of probabilities as integers
 _EXPONENTIAL_UNIT = tl.constexpr(2.0**50)  # of sums of up to 4096 exponentials, each at most 1
 _DENSE, _ONE_HOT, _PARTIAL = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # forms of a draft's distribution
-_LEAST_TEMPERATURE = tl.constexpr(2.0**-126)  # the least normal float32; below it some units take numbers for 0
+_MIN_TEMPERATURE = tl.constexpr(2.0**-126)  # the least normal float32; below it some units take numbers for 0
 _UNIFORMS_PER_PROGRAM = 512
 _ALIGNMENT = 16  # bytes, at a multiple of which Triton takes a tensor to begin, or compiles another kernel
 _VARYING = ("per_row", "chunks", "num_drafted", "uniform_0", "uniform_1")  # by batch or draft: one kernel for all
@@ -157,7 +157,7 @@ def _scan_kernel(
     x = _logits(logits, floors, row, at, mask, vocab, SHIFT, HAS_FLOOR)
     temperature = 1.0
     if HAS_TEMPERATURE:
-        temperature = tl.maximum(tl.load(temperatures + row // per_row), _LEAST_TEMPERATURE)
+        temperature = tl.maximum(tl.load(temperatures + row // per_row), _MIN_TEMPERATURE)
     peak, place, is_bad = _peak(x, at, mask, vocab)
     here = row * chunks + tl.program_id(1)
     tl.store(peaks + here, tl.where(is_bad, float("nan"), peak))
@@ -196,16 +196,16 @@ def _softmax_kernel(
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     at, mask = _chunk(vocab, BLOCK)
-    temperature = tl.maximum(tl.load(temperatures + row // per_row), _LEAST_TEMPERATURE)
+    temperature = tl.maximum(tl.load(temperatures + row // per_row), _MIN_TEMPERATURE)
     peak, place, total, is_bad = _combined(peaks, places, sums, row, vocab, chunks, temperature, CHUNKS)
-    is_law = (peak < float("inf")) & (peak > -float("inf")) & (is_bad == 0)
+    is_distribution = (peak < float("inf")) & (peak > -float("inf")) & (is_bad == 0)
     x = _logits(logits, floors, row, at, mask, vocab, SHIFT, HAS_FLOOR)
-    p = tl.div_rn(_exponentials(x, peak, temperature), tl.where(is_law, total, float("nan")))
+    p = tl.div_rn(_exponentials(x, peak, temperature), tl.where(is_distribution, total, float("nan")))
     if HAS_GREEDY:
         p = tl.where(tl.load(greedy + row // per_row) != 0, (at == place).to(tl.float32), p)
     tl.store(probs + row * vocab + at, p, mask=mask)
     if tl.program_id(1) == 0:
-        tl.store(finite + row, is_law.to(tl.uint8))
+        tl.store(finite + row, is_distribution.to(tl.uint8))
         tl.store(place_out + row, place)
 
 
@@ -843,18 +843,18 @@ def _last_token_like(
 last_token.register_fake(_last_token_like)
 
 
-def _contiguous(law: Sequence[Tensor | None]) -> tuple[Tensor | None, Tensor | None]:
-    probs, tokens = (None if each is None else _aligned(each) for each in law)
+def _contiguous(distribution: Sequence[Tensor | None]) -> tuple[Tensor | None, Tensor | None]:
+    probs, tokens = (None if each is None else _aligned(each) for each in distribution)
     return probs, tokens
 
 
-def _form(law: Sequence[Tensor | None]) -> int:
-    probs, tokens = law
+def _form(distribution: Sequence[Tensor | None]) -> int:
+    probs, tokens = distribution
     form = _DENSE if tokens is None else _ONE_HOT if probs is None else _PARTIAL
     return int(form.value)
 
 
-def _steps(law: Sequence[Tensor | None]) -> int:
+def _steps(distribution: Sequence[Tensor | None]) -> int:
     """Halvings to find a token among some; none where they are all there, so that one kernel is compiled for all."""
-    probs, tokens = law
+    probs, tokens = distribution
     return 0 if probs is None or tokens is None else probs.shape[-1].bit_length()

@@ -20,7 +20,7 @@ from specdec.kernels import cpp
 from specdec.runtime.devices import upload
 from specdec.trees.columns import Branches, offsets, visible
 
-_LEAST_EXTENT = 256
+_MIN_EXTENT = 256
 
 
 @dataclass(slots=True)
@@ -117,7 +117,7 @@ class RaggedCache(Cache):  # type: ignore[misc]  # transformers has no complete 
 
     def extent_for(self, length: int) -> int:
         """A bound for sequences of this length, one of few, so that few shapes occur."""
-        return min(max(_LEAST_EXTENT, 1 << (length - 1).bit_length()), self.capacity)
+        return min(max(_MIN_EXTENT, 1 << (length - 1).bit_length()), self.capacity)
 
     def copy_slot(self, source: int, slot: int, num_tokens: int) -> None:
         """Let a slot hold the first num_tokens of another's sequence, or of its own."""

@@ -12,7 +12,7 @@ from specdec.models.base import LanguageModel, prefill, score
 from specdec.runtime.recording import Recorder
 from specdec.runtime.timing import durations_s
 
-MOST = 8  # tokens drafted in a step at the most
+MAX_DRAFT_LENGTH = 8  # tokens drafted in a step at the most
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +36,10 @@ class StepCosts:
 
 
 def target_costs(
-    target: LanguageModel, rows: int, records: bool | None = None, widths: Sequence[int] = range(1, MOST + 2)
+    target: LanguageModel,
+    rows: int,
+    records: bool | None = None,
+    widths: Sequence[int] = range(1, MAX_DRAFT_LENGTH + 2),
 ) -> tuple[float, ...]:
     """Seconds of a target step of so many tokens in each of so many rows, for each width the least of a few.
 

@@ -2,8 +2,8 @@
 
 A feature is what the target's output head reads: its last hidden state, after the final norm. From the feature of one
 token and the embedding of the next the head guesses the feature of that next token; the target's output head, cut
-down to a draft vocabulary, makes a law of it. Its own guesses stand in for features that the target has not computed
-yet. Source: Li et al. 2024 (arXiv:2401.15077).
+down to a draft vocabulary, makes a distribution of it. Its own guesses stand in for features that the target has not
+computed yet. Source: Li et al. 2024 (arXiv:2401.15077).
 
 A folder holds config.json and model.safetensors in the layout of vLLM's `eagle` method, which reads the whole
 vocabulary, and draft_vocabulary.json, the token ids that this library drafts.

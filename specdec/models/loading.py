@@ -35,7 +35,7 @@ ATTENTIONS = ("eager", "sdpa", "auto")
 QUANTISATIONS = {"bitsandbytes-4bit": "bitsandbytes", "torchao-int8": "torchao"}  # name -> package
 WEIGHTS_SHARE = 0.9  # of a device's free memory that weights may fill; keys, values and activations need the rest
 COUNTED = re.compile(r"(layers?|experts?|blocks?|depth)$")  # fields of a configuration by which modules are made
-MOST_PARTS = 10_000  # of one kind, in a model
+MAX_PARTS = 10_000  # of one kind, in a model
 _PATH = "pretrained_model_name_or_path"  # what from_pretrained calls its first argument
 
 
@@ -76,7 +76,8 @@ def load_pretrained(
     load_format: "auto" reads the weights (from a folder or the hub: safetensors only); "dummy" draws random ones,
         the same every time on a kind of device, and needs no more than the configuration (source may then also be
         the path of a config.json).
-    quantisation: None, or one of QUANTISATIONS: weights of linear layers are stored in fewer bits. It is another law
+    quantisation: None, or one of QUANTISATIONS: weights of linear layers are stored in fewer bits. It is another
+    distribution
         then, and as lossless to speculate with.
     tp_plan: "auto" shards each layer over the processes of `torchrun`, as transformers does for this architecture;
         each of them then decodes the same. `device` says only of what kind: "cpu" or "cuda".
@@ -336,8 +337,8 @@ def _check_counts(place: _Place) -> None:
         for name, value in parts.pop().items():
             if isinstance(value, dict):
                 parts.append(value)
-            elif COUNTED.search(name) and isinstance(value, int) and value > MOST_PARTS:
-                raise ValueError(f"{name}={value} must be at most {MOST_PARTS}")
+            elif COUNTED.search(name) and isinstance(value, int) and value > MAX_PARTS:
+                raise ValueError(f"{name}={value} must be at most {MAX_PARTS}")
 
 
 def _check_weight_files(place: _Place, config: Any) -> None:

@@ -1,7 +1,7 @@
-"""A toy language model with a known law, for proofs: a Markov table of order two.
+"""A toy language model with a known distribution, for proofs: a Markov table of order two.
 
-The law of the next token depends on the last token and, *read back from the cache*, on the one before it, so that a
-stale cache, a wrong row or a wrong position changes the output law and is seen.
+The distribution of the next token depends on the last token and, *read back from the cache*, on the one before it, so
+that a stale cache, a wrong row or a wrong position changes the output distribution and is seen.
 """
 
 from __future__ import annotations
@@ -46,10 +46,10 @@ class MarkovCache:
 
 
 class MarkovModel:
-    """Next-token laws from a table.
+    """Next-token distributions from a table.
 
-    table: float64 [vocab, vocab, vocab]; table[a, b] is the law of the token after ..., a, b. At the start of a
-    sequence a is token 0. Raises ValueError unless each row is a law.
+    table: float64 [vocab, vocab, vocab]; table[a, b] is the distribution of the token after ..., a, b. At the start of
+    a sequence a is token 0. Raises ValueError unless each row is a distribution.
     """
 
     def __init__(self, table: Tensor, context_length: int = 1 << 20) -> None:

@@ -1,9 +1,9 @@
 """A draft model with another tokenizer: the tokens that both have, and a text in the draft's own tokens.
 
-The draft's law is restricted to the tokens that target and draft share, by what they spell, and normalised again; it is
-then a law over the target's tokens like any other, so verification is as lossless as ever. What the draft reads is the
-target's text in the draft's own tokens; which tokens these are changes how good a draft is, never what it is verified
-against.
+The draft's distribution is restricted to the tokens that target and draft share, by what they spell, and normalised
+again; it is then a distribution over the target's tokens like any other, so verification is as lossless as ever. What
+the draft reads is the target's text in the draft's own tokens; which tokens these are changes how good a draft is,
+never what it is verified against.
 
 Source: Timor et al. 2025 (arXiv:2502.05202), token-level intersection (TLI).
 """
@@ -24,7 +24,7 @@ from torch import Tensor
 Piece = bytes | str  # what a token spells; a str is a special token, which is not text
 Encode = Callable[[str], list[int]]
 
-LEAST_COVERAGE = 0.5  # see `check_coverage`
+MIN_COVERAGE = 0.5  # see `check_coverage`
 SAMPLE = """\
 The old lighthouse keeper climbed the stairs slowly, counting each step as he went: one hundred and twelve, as always.
 "You're late again," said his daughter, without looking up from her book. It was 7:45 on a cold Friday in November 1987,
@@ -210,9 +210,9 @@ def check_coverage(shared: SharedVocabulary, tokenizer: Any, sizes: tuple[int, i
         f"the draft's tokenizer, of {sizes[1]} tokens, shares {len(shared.tokens)} of the target's {sizes[0]}, which "
         f"make up {coverage:.0%} of a sample text"
     )
-    if coverage < LEAST_COVERAGE:
+    if coverage < MIN_COVERAGE:
         raise ValueError(
-            f"{what} and must make up at least {LEAST_COVERAGE:.0%} of it; use a draft whose tokenizer is closer, "
+            f"{what} and must make up at least {MIN_COVERAGE:.0%} of it; use a draft whose tokenizer is closer, "
             'or method="ngram", which needs none'
         )
     _say_once(what)
@@ -220,7 +220,9 @@ def check_coverage(shared: SharedVocabulary, tokenizer: Any, sizes: tuple[int, i
 
 @cache
 def _say_once(what: str) -> None:
-    logging.getLogger("specdec").warning("%s: it drafts no others, and the output law stays the target's", what)
+    logging.getLogger("specdec").warning(
+        "%s: it drafts no others, and the output distribution stays the target's", what
+    )
 
 
 def pieces_of(tokenizer: Any, vocab_size: int) -> dict[int, Piece]:

@@ -4,7 +4,7 @@ One more token costs a draft step and a wider target step, and is emitted if it 
 It pays while the probability of that, per second of its cost, is above the tokens per second that the run makes anyway
 (the renewal-reward rule). The decision looks at costs, at past steps and at what the draft thinks of the tokens drafted
 so far, never at a uniform that verification will use: given the tokens before a position, whether there is a draft for
-it is settled before its token is drawn, so the output law stays the target's.
+it is settled before its token is drawn, so the output distribution stays the target's.
 
 A copy costs nothing, but to verify it does: how many tokens are copied is settled before they are looked at, by how far
 earlier copies came.
@@ -19,7 +19,7 @@ from operator import mul
 from torch import Tensor
 
 from specdec.kernels import cpp, gpu
-from specdec.models.costs import MOST, StepCosts
+from specdec.models.costs import MAX_DRAFT_LENGTH, StepCosts
 
 _MEMORY = 0.98  # weight of the past, per step
 _PRIOR = (3.0, 5.0)  # tokens accepted of tokens looked at, before any was
@@ -40,7 +40,9 @@ class AdaptiveLength:
         self._costs: dict[int, StepCosts] = {}  # by rows that occurred
         self._tokens, self._seconds = 1.0, 1.0  # emitted in a row's step, and its time over that of one without a draft
         self._accepted, self._looked_at = _PRIOR
-        self._copied = [_COPIED_PRIOR] * MOST  # (accepted, looked at) by position, those before it being accepted
+        self._copied = [
+            _COPIED_PRIOR
+        ] * MAX_DRAFT_LENGTH  # (accepted, looked at) by position, those before it being accepted
 
     def costs(self, num_rows: int) -> StepCosts:
         """Of a step of so many rows."""

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from specdec.device_rows import RowState
 from specdec.requests import Batch, Generation
-from specdec.sampling.distributions import Law
+from specdec.sampling.distributions import Distribution
 from specdec.sampling.state import RowParams
 from specdec.verification import Draft
 
@@ -25,7 +25,7 @@ class Proposer(Protocol):
     def propose(self, batch: Batch, limits: Sequence[int]) -> Draft:
         """A draft with at most limits[r] tokens in row r, and none in an idle row.
 
-        The draft's law must be the law that its tokens were drawn from.
+        The draft's distribution must be the distribution that its tokens were drawn from.
         """
         ...
 
@@ -56,7 +56,7 @@ class FixedProposer(Proposer, Protocol):
 
     def draft_from(
         self, state: RowState, rows: RowParams, num_tokens: int, extent: int, *inputs: Any
-    ) -> tuple[Tensor, Law, Tensor]:
+    ) -> tuple[Tensor, Distribution, Tensor]:
         """A function of tensors alone: num_tokens for each row, see `specdec.proposers.chain.draw_fixed`.
 
         extent: a bound on the places that a row has, with its draft. inputs: as above.

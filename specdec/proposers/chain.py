@@ -1,4 +1,4 @@
-"""Drawing a draft token by token, each from its own law, given those before it."""
+"""Drawing a draft token by token, each from its own distribution, given those before it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from specdec.proposers.adaptive import AdaptiveLength, confidence
 from specdec.requests import Batch
 from specdec.runtime.devices import upload
-from specdec.sampling.distributions import Law, stack_laws
+from specdec.sampling.distributions import Distribution, stack_distributions
 from specdec.sampling.randomness import Role, UniformSource, noise
 from specdec.sampling.state import RowParams
 from specdec.verification import Draft
@@ -34,7 +34,7 @@ def draw_chain(
     draws = draft_uniforms(batch.sampling.rows, upload(batch.lengths(), device), max(limits), uniforms)
     drafted = torch.empty(len(batch.rows), 0, dtype=torch.int64, device=device)
     busy, reach = [slot for slot, row in enumerate(batch.rows) if row], [1.0] * len(lengths)
-    steps: list[tuple[Tensor, Law]] = []
+    steps: list[tuple[Tensor, Distribution]] = []
     for i in range(max(limits)):
         if adaptive:
             pays = adaptive.pays([reach[slot] if lengths[slot] > i else 0.0 for slot in busy], i)
@@ -44,9 +44,9 @@ def draw_chain(
             if max(lengths) <= i:
                 break
         logits = logits_after(drafted)
-        law = batch.sampling.law(logits, drafted, vocabulary)[:, 0]
-        token = law.draw(draws[:, i])
-        steps.append((token, law))
+        distribution = batch.sampling.distribution(logits, drafted, vocabulary)[:, 0]
+        token = distribution.draw(draws[:, i])
+        steps.append((token, distribution))
         drafted = torch.cat([drafted, token.unsqueeze(1)], 1)
         if adaptive:
             reach = [a * b for a, b in zip(reach, confidence(logits[:, 0]).tolist(), strict=True)]
@@ -62,21 +62,21 @@ def draw_fixed(
     logits_after: Callable[[Tensor], Tensor],
     uniforms: UniformSource,
     vocabulary: Tensor | None = None,
-) -> tuple[Tensor, Law, Tensor]:
+) -> tuple[Tensor, Distribution, Tensor]:
     """As `draw_chain`, a function of tensors alone, so that it can be recorded: all rows draft num_tokens.
 
     origins: int64 [rows], where the drafts begin.
-    Returns tokens int64 [rows, k], their laws [rows, k], and whether these are laws, bool [rows, k].
+    Returns tokens int64 [rows, k], their distributions [rows, k], and whether these are distributions, bool [rows, k].
     """
     draws = draft_uniforms(rows, origins, num_tokens, uniforms)
     drafted = origins.new_empty(len(origins), 0)
-    laws, finite = [], []
+    distributions, finite = [], []
     for i in range(num_tokens):
-        law, is_law = rows.law(logits_after(drafted), vocabulary)
-        laws.append(law[:, 0])
-        finite.append(is_law)
-        drafted = torch.cat([drafted, laws[-1].draw(draws[:, i]).unsqueeze(1)], 1)
-    return drafted, stack_laws(laws), torch.cat(finite, 1)
+        distribution, is_distribution = rows.distribution(logits_after(drafted), vocabulary)
+        distributions.append(distribution[:, 0])
+        finite.append(is_distribution)
+        drafted = torch.cat([drafted, distributions[-1].draw(draws[:, i]).unsqueeze(1)], 1)
+    return drafted, stack_distributions(distributions), torch.cat(finite, 1)
 
 
 def draft_uniforms(rows: RowParams, origins: Tensor, num_tokens: int, uniforms: UniformSource) -> Tensor:

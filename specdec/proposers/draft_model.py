@@ -19,7 +19,7 @@ from specdec.proposers.ngram import pad
 from specdec.proposers.tree import Level, draw_tree
 from specdec.requests import Batch, Generation
 from specdec.runtime.devices import fetch_later, upload
-from specdec.sampling.distributions import Law
+from specdec.sampling.distributions import Distribution
 from specdec.sampling.randomness import UniformSource, uniforms
 from specdec.sampling.state import RowParams
 from specdec.trees.shape import Tree
@@ -114,7 +114,7 @@ class DraftModelProposer:
 
     def draft_from(
         self, state: RowState, rows: RowParams, num_tokens: int, extent: int, *inputs: Any
-    ) -> tuple[Tensor, Law, Tensor]:
+    ) -> tuple[Tensor, Distribution, Tensor]:
         (cache,), starts = inputs, state.lengths - state.num_pending
         pending = state.pending[:, :2]
         return self._loop(pending, starts, state.num_pending, state.lengths, rows, num_tokens, extent, cache)
@@ -195,11 +195,11 @@ class DraftModelProposer:
         starts = self._cache.lengths[: len(batch.rows)]
         extent = self._cache.extent_for(max(starts) + most + batch.max_draft)
         places = (upload(starts, device), lengths, upload(batch.lengths(), device))
-        drafted, law, finite = batch.recording(
+        drafted, distribution, finite = batch.recording(
             self._loop, tokens, *places, batch.sampling.rows, batch.max_draft, extent, self._cache
         )
         batch.sampling.note(finite)
-        return Draft(drafted, upload(limits, device), law)
+        return Draft(drafted, upload(limits, device), distribution)
 
     def _loop(
         self,
@@ -211,7 +211,7 @@ class DraftModelProposer:
         num_tokens: int,
         extent: int,
         cache: Cache,
-    ) -> tuple[Tensor, Law, Tensor]:
+    ) -> tuple[Tensor, Distribution, Tensor]:
         """A draft after pending tokens [rows, 2], of which lengths[r] are real; see `draw_fixed`."""
         model = cast("FixedShapeModel", self._model)
 

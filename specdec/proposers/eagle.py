@@ -19,7 +19,7 @@ from specdec.proposers.tree import Level, draw_tree
 from specdec.requests import Batch, Generation
 from specdec.runtime.devices import upload
 from specdec.runtime.recording import InPlace
-from specdec.sampling.distributions import Law
+from specdec.sampling.distributions import Distribution
 from specdec.sampling.randomness import UniformSource, uniforms
 from specdec.sampling.state import RowParams
 from specdec.trees.shape import Tree
@@ -72,7 +72,7 @@ class EagleProposer:
 
     def draft_from(
         self, state: RowState, rows: RowParams, num_tokens: int, extent: int, *inputs: Any
-    ) -> tuple[Tensor, Law, Tensor]:
+    ) -> tuple[Tensor, Distribution, Tensor]:
         (cache, features), starts = inputs, state.lengths - 1 - state.num_pending
         places = (starts, state.num_pending, state.lengths)
         return self._loop(state.pending, *places, rows, num_tokens, extent, cache, features)
@@ -127,7 +127,7 @@ class EagleProposer:
         starts = self._cache.lengths[: len(batch.rows)]
         extent = self._cache.extent_for(max(starts) + most + batch.max_draft)
         places = (upload(starts, device), lengths, upload(batch.lengths(), device))
-        drafted, law, finite = batch.recording(
+        drafted, distribution, finite = batch.recording(
             self._loop,
             tokens,
             *places,
@@ -138,7 +138,7 @@ class EagleProposer:
             InPlace(batch.features),
         )
         batch.sampling.note(finite)
-        return Draft(drafted, upload(limits, device), law)
+        return Draft(drafted, upload(limits, device), distribution)
 
     def _loop(
         self,
@@ -151,7 +151,7 @@ class EagleProposer:
         extent: int,
         cache: RaggedCache,
         features: InPlace[Tensor],
-    ) -> tuple[Tensor, Law, Tensor]:
+    ) -> tuple[Tensor, Distribution, Tensor]:
         """A draft after pending tokens [rows, n], of which lengths[r] are real; see `draw_fixed`."""
         head, guessed = self._head, torch.empty(0)
 

@@ -23,7 +23,7 @@ from specdec.proposers.adaptive import AdaptiveLength
 from specdec.proposers.chain import draw_chain, draw_fixed
 from specdec.requests import Batch, Generation
 from specdec.runtime.devices import upload
-from specdec.sampling.distributions import Law
+from specdec.sampling.distributions import Distribution
 from specdec.sampling.randomness import UniformSource, uniforms
 from specdec.sampling.state import RowParams
 from specdec.verification import Draft
@@ -66,7 +66,7 @@ class EarlyExitProposer:
 
     def draft_from(
         self, state: RowState, rows: RowParams, num_tokens: int, extent: int, *inputs: Any
-    ) -> tuple[Tensor, Law, Tensor]:
+    ) -> tuple[Tensor, Distribution, Tensor]:
         (cache,) = inputs
         return self._loop(state.newest.squeeze(1), state.lengths, rows, num_tokens, extent, cache)
 
@@ -93,7 +93,7 @@ class EarlyExitProposer:
         cache: Any = batch.cache
         device, lengths = self._model.device, batch.lengths()
         extent = cache.extent_for(max(lengths) + batch.max_draft)
-        drafted, law, finite = batch.recording(
+        drafted, distribution, finite = batch.recording(
             self._loop,
             upload(batch.last_tokens(), device),
             upload(lengths, device),
@@ -103,11 +103,11 @@ class EarlyExitProposer:
             cache,
         )
         batch.sampling.note(finite)
-        return Draft(drafted, upload(limits, device), law)
+        return Draft(drafted, upload(limits, device), distribution)
 
     def _loop(
         self, last: Tensor, origins: Tensor, rows: RowParams, num_tokens: int, extent: int, cache: Cache
-    ) -> tuple[Tensor, Law, Tensor]:
+    ) -> tuple[Tensor, Distribution, Tensor]:
         """A draft after tokens int64 [rows] that stand before the origins; see `draw_fixed`."""
         model = cast("FixedShapeModel", self._model)
 

@@ -13,7 +13,7 @@ from specdec.proposers.base import Proposer
 from specdec.proposers.ngram import pad
 from specdec.proposers.suffix import Copy, SuffixProposer, cut_together
 from specdec.requests import Batch, Generation
-from specdec.sampling.distributions import Dense, Law, OneHot
+from specdec.sampling.distributions import Dense, Distribution, OneHot
 from specdec.verification import Draft
 
 _DRAWN_PRIOR = (2.0, 4.0)  # tokens accepted of tokens looked at, of a row's drawn drafts before it had any
@@ -52,7 +52,7 @@ class BetterCopies:
     where these are known.
 
     A row's choice is made before anything is drawn, by committed tokens and by what became of past steps: a choice
-    that looked at the drawn draft would change its law.
+    that looked at the drawn draft would change its distribution.
     """
 
     def __init__(self, copier: SuffixProposer, adaptive: AdaptiveLength | None = None) -> None:
@@ -89,8 +89,8 @@ class BetterCopies:
 class HybridProposer:
     """Each row's draft comes from `lookup` where it has a guess, else from `fallback`.
 
-    Which of the two speaks depends on committed tokens only, so either's law is the law that its tokens are drawn
-    from. max_fallback_tokens: limit to the fallback's drafts, which cost time; None for none.
+    Which of the two speaks depends on committed tokens only, so either's distribution is the distribution that its
+    tokens are drawn from. max_fallback_tokens: limit to the fallback's drafts, which cost time; None for none.
     """
 
     def __init__(self, lookup: Lookup, fallback: Proposer, max_fallback_tokens: int | None = None) -> None:
@@ -118,17 +118,21 @@ def _merged(copied: Draft, drawn: Draft) -> Draft:
     width = max(copied.tokens.shape[1], drawn.tokens.shape[1])
     mine, theirs = _widened(copied, width), _widened(drawn, width)
     rows = from_copied[:, None]
-    law: Law
-    if isinstance(mine.law, OneHot) and isinstance(theirs.law, OneHot):
-        law = OneHot(torch.where(rows, mine.law.tokens, theirs.law.tokens), mine.law.vocab_size)
+    distribution: Distribution
+    if isinstance(mine.distribution, OneHot) and isinstance(theirs.distribution, OneHot):
+        distribution = OneHot(
+            torch.where(rows, mine.distribution.tokens, theirs.distribution.tokens), mine.distribution.vocab_size
+        )
     else:
-        law = Dense(torch.where(rows[..., None], mine.law.dense(), theirs.law.dense()))
+        distribution = Dense(torch.where(rows[..., None], mine.distribution.dense(), theirs.distribution.dense()))
     return Draft(
-        torch.where(rows, mine.tokens, theirs.tokens), torch.where(from_copied, mine.lengths, theirs.lengths), law
+        torch.where(rows, mine.tokens, theirs.tokens),
+        torch.where(from_copied, mine.lengths, theirs.lengths),
+        distribution,
     )
 
 
 def _widened(draft: Draft, width: int) -> Draft:
     """The same draft with more padding."""
     columns = torch.arange(width, device=draft.tokens.device).clamp(max=draft.tokens.shape[1] - 1)
-    return Draft(draft.tokens[:, columns], draft.lengths, draft.law[:, columns])
+    return Draft(draft.tokens[:, columns], draft.lengths, draft.distribution[:, columns])

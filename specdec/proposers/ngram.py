@@ -1,7 +1,7 @@
 """Drafts copied from the request's own text: prompt lookup, and an online store of n-gram counts.
 
-Both look only at the prompt and at emitted tokens, cost a constant time per token, and are deterministic: their law
-is one-hot, which makes them exact at every temperature.
+Both look only at the prompt and at emitted tokens, cost a constant time per token, and are deterministic: their
+distribution is one-hot, which makes them exact at every temperature.
 """
 
 from __future__ import annotations

@@ -4,10 +4,10 @@ How likely the next token of a copy is accepted is estimated from how often it f
 ends with: the frequency behind each longer run is believed the more, the more often that run occurred, and else the
 frequency behind the shorter one. The score of a copy is the product of these, token by token.
 
-What is proposed depends on committed tokens, so its law is one-hot. Where finished requests are remembered, it depends
-on other requests, too: the law of what is emitted does not, nor do greedy and coupled outputs, but which sample a seed
-gives does. An output tells of the uniforms that it was drawn by; a request that met them again would be biased. So the
-engine gives each request uniforms of its own (`specdec.sampling.randomness.own_seed`).
+What is proposed depends on committed tokens, so its distribution is one-hot. Where finished requests are remembered,
+it depends on other requests, too: the distribution of what is emitted does not, nor do greedy and coupled outputs, but
+which sample a seed gives does. An output tells of the uniforms that it was drawn by; a request that met them again
+would be biased. So the engine gives each request uniforms of its own (`specdec.sampling.randomness.own_seed`).
 
 Sources: Oliaro et al. 2024 (arXiv:2411.04975); smoothing towards the shorter run: MacKay and Peto 1995, "A hierarchical
 Dirichlet language model".
@@ -29,7 +29,7 @@ from specdec.requests import Batch, Generation
 from specdec.sampling_params import SamplingParams
 from specdec.verification import Draft
 
-LEAST_REACH = 0.1  # a copy ends where it is less likely than this that verification comes so far
+MIN_REACH = 0.1  # a copy ends where it is less likely than this that verification comes so far
 GREEDY_DOUBT, SAMPLED_DOUBT = 2.5, 5.0  # see `doubt`; fitted to texts of smollm2-135m
 
 
@@ -73,7 +73,7 @@ def copy_from(tree: SuffixTree, places: Sequence[Place], limit: int, doubt: floa
     while len(tokens) < limit:
         token, prob = _likeliest(tree, places, tokens, doubt)
         reach *= prob
-        if reach < LEAST_REACH:
+        if reach < MIN_REACH:
             break
         places = tree.behind(places, token, tokens)
         tokens.append(token)

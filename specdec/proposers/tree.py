@@ -1,4 +1,4 @@
-"""Drawing a draft that is a tree, level by level: the children of a node without replacement from its law."""
+"""Drawing a draft that is a tree, level by level: the children of a node without replacement from its distribution."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from specdec.requests import Batch
 from specdec.runtime.devices import upload
-from specdec.sampling.distributions import Law, OneHot, largest, stack_laws
+from specdec.sampling.distributions import Distribution, OneHot, largest, stack_distributions
 from specdec.sampling.randomness import Role, UniformSource, noise, on_branch
 from specdec.sampling.state import RowParams
 from specdec.trees.columns import Branches
@@ -69,38 +69,39 @@ def draw_tree(
         tree = tree.cut(max(limits))
     draws = tree_uniforms(rows, upload(batch.lengths(), device), tree, uniforms)
     tokens = torch.empty(len(batch.rows), 0, dtype=torch.int64, device=device)
-    laws: list[Law] = []
+    distributions: list[Distribution] = []
     for level in levels_of(tree):
         logits = logits_at(level, tokens[:, level.parents] if level.number else tokens)
-        law = batch.sampling.law(logits, tokens, vocabulary, level.lineage)
+        distribution = batch.sampling.distribution(logits, tokens, vocabulary, level.lineage)
         drawn = draw_siblings(
-            law, logits, level.counts, draws[:, level.start : level.start + sum(level.counts)], vocabulary
+            distribution, logits, level.counts, draws[:, level.start : level.start + sum(level.counts)], vocabulary
         )
         tokens = torch.cat([tokens, drawn], 1)
-        laws += [law[:, place] for place in range(len(level.parents))]
+        distributions += [distribution[:, place] for place in range(len(level.parents))]
     lengths = upload([tree.num_within(limit) for limit in limits], device)
-    return Draft(tokens, lengths, stack_laws(laws), tree.parents)
+    return Draft(tokens, lengths, stack_distributions(distributions), tree.parents)
 
 
 def draw_siblings(
-    law: Law, logits: Tensor, counts: Sequence[int], draws: Tensor, vocabulary: Tensor | None = None
+    distribution: Distribution, logits: Tensor, counts: Sequence[int], draws: Tensor, vocabulary: Tensor | None = None
 ) -> Tensor:
-    """Children of some nodes, each node's without replacement from its law: int64 [rows, sum of counts].
+    """Children of some nodes, each node's without replacement from its distribution: int64 [rows, sum of counts].
 
-    law: [rows, nodes]. logits: [rows, nodes, n], as the law's, of `vocabulary`. counts: children of each node.
+    distribution: [rows, nodes]. logits: [rows, nodes, n], as the distribution's, of `vocabulary`. counts: children of
+    each node.
     draws: float64 [rows, sum of counts], or [rows, sum of counts, vocab] for races.
-    Where a law has no token left the most probable by the logits is taken.
+    Where a distribution has no token left the most probable by the logits is taken.
     """
-    if isinstance(law, OneHot):
+    if isinstance(distribution, OneHot):
         nodes = [node for node, count in enumerate(counts) for _ in range(count)]
         ranks = [rank for count in counts for rank in range(count)]
-        return _ranked(law.tokens, logits, max(counts), vocabulary)[:, nodes, ranks]
+        return _ranked(distribution.tokens, logits, max(counts), vocabulary)[:, nodes, ranks]
     first = torch.tensor(counts, device=draws.device).cumsum(0) - torch.tensor(counts, device=draws.device)
     drawn = torch.empty(draws.shape[:2], dtype=torch.int64, device=draws.device)
     for rank in range(max(counts)):
         nodes = [node for node, count in enumerate(counts) if count > rank]
         taken = drawn[:, (first[nodes].unsqueeze(1) + torch.arange(rank, device=draws.device))]
-        rest, mass = without(law[:, nodes], taken)
+        rest, mass = without(distribution[:, nodes], taken)
         token = rest.draw(draws[:, first[nodes] + rank])
         if rank:
             likeliest = _likeliest(logits[:, nodes], taken, vocabulary)

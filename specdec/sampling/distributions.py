@@ -15,7 +15,7 @@ from specdec.kernels import cpp, gpu
 
 @dataclass(frozen=True, slots=True)
 class Dense:
-    """Laws given by their probabilities: float32 or float64 [..., vocab], rows summing to 1 up to rounding."""
+    """Distributions given by their probabilities: float32 or float64 [..., vocab], rows summing to 1 up to rounding."""
 
     probs: Tensor
 
@@ -35,20 +35,21 @@ class Dense:
         return self.probs
 
     def excess(self, probs: Tensor) -> Tensor:
-        """How much of other laws, float [..., vocab], is beyond these: max(other - own, 0)."""
+        """How much of other distributions, float [..., vocab], is beyond these: max(other - own, 0)."""
         return (probs - self.probs).clamp(min=0)
 
     def __getitem__(self, index: Any) -> Dense:
-        """Laws by the usual indexing of the batch and position axes."""
+        """Distributions by the usual indexing of the batch and position axes."""
         return Dense(self.probs[index])
 
     def at(self, columns: Tensor) -> Dense:
-        """Row b's law at position columns[b]: [batch, n] laws and int64 [batch] -> [batch] laws."""
+        """Row b's distribution at position columns[b], int64 [batch]: [batch, n] distributions -> [batch]."""
         places = torch.arange(len(columns), device=columns.device) * self.probs.shape[1] + columns
         return Dense(self.probs.flatten(0, 1).index_select(0, places))
 
     def draw(self, uniforms: Tensor) -> Tensor:
-        """The token where the cumulative law first exceeds the uniform: float64 [...] in [0, 1) -> int64 [...].
+        """The token where the cumulative distribution first exceeds the uniform: float64 [...] in [0, 1) -> int64
+        [...].
 
         uniforms: or one for each token, float64 [..., vocab]: then a `race` decides.
         A token of probability 0 is never drawn. The sum is taken in float64 and rows need not be normalised.
@@ -65,12 +66,14 @@ class Dense:
         threshold = torch.minimum(uniforms.unsqueeze(-1) * total, torch.nextafter(total, torch.zeros_like(total)))
         # right=True: the first entry > threshold, so that at u = 0 leading zeros are passed over
         place = torch.searchsorted(cumulative, threshold, right=True).squeeze(-1)
-        return place.clamp(max=self.vocab_size - 1)  # beyond the end where there is no law, which is found elsewhere
+        return place.clamp(
+            max=self.vocab_size - 1
+        )  # beyond the end where there is no distribution, which is found elsewhere
 
 
 @dataclass(frozen=True, slots=True)
 class OneHot:
-    """Laws with all their mass on one token: tokens int64 [...]."""
+    """Distributions with all their mass on one token: tokens int64 [...]."""
 
     tokens: Tensor
     vocab_size: int
@@ -100,9 +103,9 @@ class OneHot:
 
 @dataclass(frozen=True, slots=True)
 class Partial:
-    """Laws over some of the tokens; all others have probability 0.
+    """Distributions over some of the tokens; all others have probability 0.
 
-    inner: laws over the places in `tokens`. tokens: int64 [inner.vocab_size], ascending.
+    inner: distributions over the places in `tokens`. tokens: int64 [inner.vocab_size], ascending.
     """
 
     inner: Dense
@@ -135,16 +138,16 @@ class Partial:
         return self.tokens[self.inner.draw(own)]
 
 
-Law = Dense | OneHot | Partial
+Distribution = Dense | OneHot | Partial
 
 
 def race(probs: Tensor, uniforms: Tensor) -> Tensor:
     """The token whose exponential waiting time, -log(1 - uniform) / probability, is the least; the lowest id in a tie.
 
     probs: float32 or float64 [..., vocab]. uniforms: float64 [..., vocab] in [0, 1). Returns int64 [...].
-    Its law is `probs`, and a token of probability 0 never wins. Two laws that are close mostly choose the same token
-    by the same uniforms: the probability that they do not is at most 2 d / (1 + d), d being their total variation.
-    This is the Gumbel-max trick: -log of a waiting time is log(probability) plus Gumbel noise.
+    Its distribution is `probs`, and a token of probability 0 never wins. Two distributions that are close mostly
+    choose the same token by the same uniforms: the probability that they do not is at most 2 d / (1 + d), d being
+    their total variation. This is the Gumbel-max trick: -log of a waiting time is log(probability) plus Gumbel noise.
     Source: Daliri, Musco and Suresh 2024 (arXiv:2408.07978), who call it Gumbel coupling.
     """
     if fast := gpu.for_gpu(probs):
@@ -156,15 +159,17 @@ def race(probs: Tensor, uniforms: Tensor) -> Tensor:
     return waits.masked_fill(probs <= 0, math.inf).argmin(-1)  # 0/0 at u = 0: an impossible token must lose
 
 
-def stack_laws(laws: Sequence[Law]) -> Law:
-    """Laws [batch] of consecutive positions -> laws [batch, n]; of a kind only if all of them are of that kind."""
-    first = laws[0]
-    if isinstance(first, OneHot) and all(isinstance(law, OneHot) for law in laws):
-        return OneHot(torch.stack([law.tokens for law in laws], 1), first.vocab_size)  # type: ignore[union-attr]
-    if isinstance(first, Partial) and all(isinstance(law, Partial) and law.tokens is first.tokens for law in laws):
-        probs = torch.stack([law.inner.probs for law in laws], 1)  # type: ignore[union-attr]
+def stack_distributions(distributions: Sequence[Distribution]) -> Distribution:
+    """Distributions [batch] of consecutive positions as one of shape [batch, n]; sparse only if all of them are."""
+    first = distributions[0]
+    if isinstance(first, OneHot) and all(isinstance(distribution, OneHot) for distribution in distributions):
+        return OneHot(torch.stack([distribution.tokens for distribution in distributions], 1), first.vocab_size)  # type: ignore[union-attr]
+    if isinstance(first, Partial) and all(
+        isinstance(distribution, Partial) and distribution.tokens is first.tokens for distribution in distributions
+    ):
+        probs = torch.stack([distribution.inner.probs for distribution in distributions], 1)  # type: ignore[union-attr]
         return Partial(Dense(probs), first.tokens, first.vocab_size)
-    return Dense(torch.stack([law.dense() for law in laws], 1))
+    return Dense(torch.stack([distribution.dense() for distribution in distributions], 1))
 
 
 def spread(values: Tensor, tokens: Tensor, vocab_size: int, otherwise: float) -> Tensor:
@@ -189,7 +194,7 @@ def largest(logits: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _softmax(logits: Tensor, temperature: Tensor) -> Tensor:
-    """Laws of logits [rows, n, vocab] at each row's temperature [rows, 1], in float32 or wider."""
+    """Distributions of logits [rows, n, vocab] at each row's temperature [rows, 1], in float32 or wider."""
     if cpp.take(logits):
         return cpp.softmax(logits, temperature.expand(logits.shape[:-1]))
     return (logits.to(_at_least_float32(logits)) / temperature.unsqueeze(-1)).softmax(-1)

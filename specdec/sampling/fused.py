@@ -10,14 +10,16 @@ from typing import Any
 from torch import Tensor
 
 from specdec.kernels import gpu
-from specdec.sampling.distributions import Dense, Law, OneHot
+from specdec.sampling.distributions import Dense, Distribution, OneHot
 
 
-def num_accepted(target: Law, draft: Law, tokens: Tensor, lengths: Tensor, accept_uniforms: Tensor) -> Tensor | None:
+def num_accepted(
+    target: Distribution, draft: Distribution, tokens: Tensor, lengths: Tensor, accept_uniforms: Tensor
+) -> Tensor | None:
     """How many leading tokens of a draft pass, int64 [batch], in one kernel.
 
-    target: laws [batch, k + 1], k > 0. draft: laws [batch, k]. tokens, lengths: the draft's. accept_uniforms: as for
-    `specdec.verification.verify_tokens`.
+    target: distributions [batch, k + 1], k > 0. draft: distributions [batch, k]. tokens, lengths: the draft's.
+    accept_uniforms: as for `specdec.verification.verify_tokens`.
     """
     fast = _kernels(target, draft)
     if fast is None:
@@ -27,7 +29,12 @@ def num_accepted(target: Law, draft: Law, tokens: Tensor, lengths: Tensor, accep
 
 
 def last_token(
-    target: Law, draft: Law, accepted: Tensor, lengths: Tensor, final_uniforms: Tensor, weight: Tensor | None = None
+    target: Distribution,
+    draft: Distribution,
+    accepted: Tensor,
+    lengths: Tensor,
+    final_uniforms: Tensor,
+    weight: Tensor | None = None,
 ) -> Tensor | None:
     """The token after the accepted ones, int64 [batch], in two kernels; see `specdec.verification.draw_last`.
 
@@ -40,16 +47,16 @@ def last_token(
     return token
 
 
-def _kernels(target: Law, draft: Law) -> Any:
+def _kernels(target: Distribution, draft: Distribution) -> Any:
     """The kernels, if they run on both sides' distributions."""
-    found = [gpu.for_gpu(form) for law in (target, draft) for form in _form(law) if form is not None]
+    found = [gpu.for_gpu(form) for distribution in (target, draft) for form in _form(distribution) if form is not None]
     return found[0] if all(found) else None
 
 
-def _form(law: Law) -> tuple[Tensor | None, Tensor | None]:
+def _form(distribution: Distribution) -> tuple[Tensor | None, Tensor | None]:
     """Probabilities and tokens, as `specdec.kernels.triton_sampling.num_accepted` takes them."""
-    if isinstance(law, OneHot):
-        return None, law.tokens
-    if isinstance(law, Dense):
-        return law.probs, None
-    return law.inner.probs, law.tokens
+    if isinstance(distribution, OneHot):
+        return None, distribution.tokens
+    if isinstance(distribution, Dense):
+        return distribution.probs, None
+    return distribution.inner.probs, distribution.tokens

@@ -98,7 +98,7 @@ def own_seed(seed: int, number: int) -> int:
     """A seed for a request that others came before, so many of them; the first keeps its own. Both in [0, 2**64).
 
     For requests whose drafts depend on what others said: an output tells of the uniforms that it was drawn by, and a
-    request that met these uniforms again would not have the target's law.
+    request that met these uniforms again would not have the target's distribution.
     """
     return _derived(seed, number, 1)
 

@@ -1,9 +1,9 @@
-"""One road from logits to a token: processors -> temperature -> truncation -> law -> draw.
+"""One road from logits to a token: processors -> temperature -> truncation -> distribution -> draw.
 
-Drafting, verifying and plain decoding all come through `SamplingState.law`, so the law that a draft was drawn
-from and the law that it is verified against are made by the same lines, in float32 or wider.
+Drafting, verifying and plain decoding all come through `SamplingState.distribution`, so the distribution that a draft
+was drawn from and the distribution that it is verified against are made by the same lines, in float32 or wider.
 
-A *law* is the distribution of the next token. It has three forms with one interface:
+A *distribution* is the distribution of the next token. It has three forms with one interface:
 `Dense` holds probabilities; `Partial` holds those of some tokens, the others having none (a head with a draft
 vocabulary); `OneHot` holds only the token that has all the mass (greedy decoding and every deterministic proposer).
 So no vocabulary-sized tensor exists where none is needed.
@@ -23,7 +23,7 @@ from specdec.kernels import gpu
 from specdec.runtime.devices import upload
 from specdec.sampling.distributions import (
     Dense,
-    Law,
+    Distribution,
     OneHot,
     Partial,
     _at_least_float32,
@@ -36,20 +36,20 @@ from specdec.sampling.distributions import (
 from specdec.sampling_params import SamplingParams
 
 _USUAL_NUCLEUS = 256
-_BARRED = -1e9  # a logit without probability, yet a law remains if all else has -inf
+_BARRED = -1e9  # a logit without probability, yet a distribution remains if all else has -inf
 
 
 class NonFiniteLogitsError(FloatingPointError):
     """A row of logits with a NaN, a +inf or nothing but -inf: row and position in a step; `of` says whose."""
 
     def __init__(self, row: int, position: int, of: str) -> None:
-        super().__init__(f"logits of {of} are NaN, +inf or all -inf, so there is no law to draw from")
+        super().__init__(f"logits of {of} are NaN, +inf or all -inf, so there is no distribution to draw from")
         self.row, self.position = row, position
 
 
 @dataclass(frozen=True, slots=True)
 class RowParams:
-    """The sampling parameters of a batch's rows as tensors, so that a law is a function of tensors alone.
+    """The sampling parameters of a batch's rows as tensors, so that a distribution is a function of tensors alone.
 
     What no row uses is None. seeds: int64 [rows]. greedy: bool [rows, 1, 1]. temperature: float32 [rows, 1], 1 in
     greedy rows. top_k: int64 [rows, 1, 1], each row's k, or most_k where it keeps all, which `keeps_all` says; most_k:
@@ -95,11 +95,11 @@ class RowParams:
             coupled,
         )
 
-    def law(self, logits: Tensor, tokens: Tensor | None = None) -> tuple[Law, Tensor]:
-        """Laws [rows, n] of logits [rows, n, vocab], and whether they are laws, bool [rows, n].
+    def distribution(self, logits: Tensor, tokens: Tensor | None = None) -> tuple[Distribution, Tensor]:
+        """Distributions [rows, n] of logits [rows, n, vocab], and whether they are distributions, bool [rows, n].
 
         tokens: int64, ascending, whose logits these are, or None for all; others get probability 0.
-        Where logits have a NaN, a +inf or nothing but -inf the answer is no, and the law is any.
+        Where logits have a NaN, a +inf or nothing but -inf the answer is no, and the distribution is any.
         """
         if self.all_greedy:
             peak, argmax = largest(logits)
@@ -157,8 +157,8 @@ class SamplingState:
     prompts, outputs: the token ids of each row so far.
     vocab_size: int. device: where the logits live. coupled: see `RowParams`.
     constrained: how far each row's output has come in its constraint, None for a row without one; () if no row has one.
-    `rows` are the parameters as tensors; `is_stateless` says that the law of a row depends on them and on its logits
-    alone, so not on penalties, biases or constraints.
+    `rows` are the parameters as tensors; `is_stateless` says that the distribution of a row depends on them and on its
+    logits alone, so not on penalties, biases or constraints.
     """
 
     def __init__(
@@ -205,36 +205,37 @@ class SamplingState:
         progress = self._constrained[row] if self._constrained else None
         return progress.num_allowed(tokens) if progress else len(tokens)
 
-    def law(
+    def distribution(
         self,
         logits: Tensor,
         drafted: Tensor | None = None,
         tokens: Tensor | None = None,
         lineage: Sequence[Sequence[int]] | None = None,
-    ) -> Law:
-        """Laws of the next tokens, each given the tokens emitted so far and the drafted ones before its position.
+    ) -> Distribution:
+        """Distributions of the next tokens, each given the tokens emitted so far and the drafted ones before its
+        position.
 
         logits: float [rows, n, vocab]; the n positions are the last n of those after 0, 1, ..., m drafted tokens.
         drafted: int64 [rows, m] with m >= n - 1, or None for m = 0.
         tokens: int64, ascending, whose logits these are, or None for all; others get probability 0.
         lineage: of a tree, which of the drafted tokens stand before each of the n positions.
-        Returns laws [rows, n]. Logits without a law raise nothing here, where it would cost a wait for the device:
-        `finite` tells.
+        Returns distributions [rows, n]. Logits without a distribution raise nothing here, where it would cost a wait
+        for the device: `finite` tells.
         """
         if not self.is_stateless:
             if tokens is not None:
                 logits, tokens = spread(logits, tokens, self.vocab_size, _BARRED), None
             logits = self._shift(logits.to(_at_least_float32(logits), copy=True), drafted, lineage)
-        law, finite = self.rows.law(logits, tokens)
+        distribution, finite = self.rows.distribution(logits, tokens)
         self.note(finite)
-        return law
+        return distribution
 
     def note(self, finite: Tensor) -> None:
-        """Keep in mind whether laws [rows, n] that were made elsewhere are laws, bool [rows, n]."""
+        """Keep in mind whether distributions [rows, n] that were made elsewhere are distributions, bool [rows, n]."""
         self._finite.append(finite)
 
     def finite(self) -> Tensor:
-        """Whether each law made since the last call is one: bool [rows, n], in the order in which they were made."""
+        """Whether each distribution made since the last call is finite: bool [rows, n], in the order they were made."""
         noted, self._finite = self._finite, []
         return torch.cat([torch.ones(len(self.params), 0, dtype=torch.bool, device=self.device), *noted], 1)
 

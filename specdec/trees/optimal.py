@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from specdec.runtime.checks import require
 from specdec.runtime.json_files import fields, finite_number, probabilities, read_json
-from specdec.trees.shape import MOST_LEVELS, MOST_NODES, RankPath, Tree
+from specdec.trees.shape import MAX_LEVELS, MAX_NODES, RankPath, Tree
 
 Acceptance = Sequence[Sequence[float]]
 Values = npt.NDArray[np.float64]
@@ -80,7 +80,7 @@ def tree_that_pays(acceptance: Acceptance, step_s: Sequence[float], level_s: flo
     """
     best, most = None, 1 / step_s[0]
     for depth in range(1, len(acceptance) + 1):
-        for tree in optimal_trees(acceptance[:depth], min(len(step_s) - 1, MOST_NODES)):
+        for tree in optimal_trees(acceptance[:depth], min(len(step_s) - 1, MAX_NODES)):
             tokens_per_s = (1 + expected_accepted(tree, acceptance)) / (step_s[len(tree)] + tree.depth * level_s)
             if tokens_per_s > most:
                 best, most = tree, tokens_per_s
@@ -155,8 +155,8 @@ def _rate(acceptance: Acceptance, depth: int, rank: int) -> float:
 
 
 def _check_acceptance(acceptance: Acceptance, num_nodes: int) -> None:
-    require(1 <= num_nodes <= MOST_NODES, f"num_nodes={num_nodes} must lie in [1, {MOST_NODES}]")
-    require(1 <= len(acceptance) <= MOST_LEVELS, f"acceptance of {len(acceptance)} levels must have 1 to {MOST_LEVELS}")
+    require(1 <= num_nodes <= MAX_NODES, f"num_nodes={num_nodes} must lie in [1, {MAX_NODES}]")
+    require(1 <= len(acceptance) <= MAX_LEVELS, f"acceptance of {len(acceptance)} levels must have 1 to {MAX_LEVELS}")
     for depth, rates in enumerate(acceptance):
         require(
             all(0 <= rate <= 1 for rate in rates) and sum(rates) <= 1 + 1e-9,

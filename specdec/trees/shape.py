@@ -19,8 +19,8 @@ from torch import Tensor
 from specdec.runtime.checks import require
 from specdec.runtime.json_files import integers, read_json
 
-MOST_NODES = 512
-MOST_LEVELS = 24
+MAX_NODES = 512
+MAX_LEVELS = 24
 RankPath = tuple[int, ...]
 
 
@@ -63,8 +63,8 @@ class Tree:
         level: list[RankPath] = [()]
         paths: list[RankPath] = []
         for width in widths:
-            if len(paths) + len(level) * width > MOST_NODES:
-                raise ValueError(f"widths={list(widths)} must give at most {MOST_NODES} nodes; make levels narrower")
+            if len(paths) + len(level) * width > MAX_NODES:
+                raise ValueError(f"widths={list(widths)} must give at most {MAX_NODES} nodes; make levels narrower")
             level = [(*path, rank) for path in level for rank in range(width)]
             paths += level
         return cls(tuple(paths))
@@ -161,9 +161,9 @@ def _checked(paths: Iterable[Sequence[int]]) -> list[RankPath]:
         require(path not in known, f"tree path {path} must be given once, not twice")
         known.add(path)
         checked.append(path)
-    require(0 < len(known) <= MOST_NODES, f"a tree of {len(known)} nodes must have from 1 to {MOST_NODES}")
+    require(0 < len(known) <= MAX_NODES, f"a tree of {len(known)} nodes must have from 1 to {MAX_NODES}")
     depth = max(map(len, known))
-    require(depth <= MOST_LEVELS, f"a tree of {depth} levels must have at most {MOST_LEVELS}")
+    require(depth <= MAX_LEVELS, f"a tree of {depth} levels must have at most {MAX_LEVELS}")
     for path in checked:
         parent, rank = path[:-1], path[-1]
         require(not parent or parent in known, f"tree path {path} must have its parent {parent} in the tree; add it")

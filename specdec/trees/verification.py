@@ -1,17 +1,19 @@
 """Verifying token trees: several continuations proposed at once, scored by one target call, accepted without loss.
 
-A node's children are *siblings*: alternatives for one position, drawn without replacement from the draft's law there.
-Verification walks down from the root. At a node it tries the siblings in turn, each as `verify_tokens` tries a token;
-after a rejection the target's law becomes the residual, norm(max(target - draft, 0)), and the draft's law is what the
-next sibling was drawn from: without the rejected one, renormalised. The first sibling that is accepted is the next
-node. Where none is, the last residual gives the recovered token; at a leaf the target's law gives the bonus token.
+A node's children are *siblings*: alternatives for one position, drawn without replacement from the draft's
+distribution there. Verification walks down from the root. At a node it tries the siblings in turn, each as
+`verify_tokens` tries a token; after a rejection the target's distribution becomes the residual, norm(max(target -
+draft, 0)), and the draft's distribution is what the next sibling was drawn from: without the rejected one,
+renormalised. The first sibling that is accepted is the next node. Where none is, the last residual gives the recovered
+token; at a leaf the target's distribution gives the bonus token.
 
-Why the token kept at a position has the target's law: with one sibling this is the rule of `specdec.verification`, for
-any target law. What remains after a rejection is to draw from the residual, which is the same task with a sibling less.
-A chain is a tree with one path, for which this is `verify_tokens`.
+Why the token kept at a position has the target's distribution: with one sibling this is the rule of
+`specdec.verification`, for any target distribution. What remains after a rejection is to draw from the residual, which
+is the same task with a sibling less. A chain is a tree with one path, for which this is `verify_tokens`.
 
-Where the draft's law has no token left for a further sibling (greedy drafting, a narrow top-k), the most probable of
-the others is proposed with certainty, so with a one-hot law: at temperature 0 siblings are the draft's first choices.
+Where the draft's distribution has no token left for a further sibling (greedy drafting, a narrow top-k), the most
+probable of the others is proposed with certainty, so with a one-hot distribution: at temperature 0 siblings are the
+draft's first choices.
 
 Sources: Miao et al. 2024 (SpecInfer, arXiv:2305.09781), multi-step speculative sampling; Chen et al. 2024 (Sequoia,
 arXiv:2402.12374), sampling without replacement.
@@ -25,50 +27,52 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from specdec.sampling.distributions import Dense, Law, OneHot, Partial, row_sums
+from specdec.sampling.distributions import Dense, Distribution, OneHot, Partial, row_sums
 from specdec.trees.shape import Tree, tree_of
 from specdec.verification import Draft, Verification, residual, verify_coupled, verify_tokens
 
-# ---- the law of a sibling
+# ---- the distribution of a sibling
 
 
-def without(law: Law, taken: Tensor) -> tuple[Law, Tensor]:
-    """A law without some tokens, not renormalised, and its mass.
+def without(distribution: Distribution, taken: Tensor) -> tuple[Distribution, Tensor]:
+    """A distribution without some tokens, not renormalised, and its mass.
 
-    law: [...]. taken: int64 [..., n]. Returns laws [...] and float [..., 1]; where the mass is 0 no token is left.
+    distribution: [...]. taken: int64 [..., n]. Returns distributions [...] and float [..., 1]; where the mass is 0 no
+    token is left.
     """
-    if isinstance(law, OneHot):
-        return law, (law.tokens.unsqueeze(-1) != taken).all(-1, keepdim=True).double()
-    if isinstance(law, Partial):
-        inner, mass = without(law.inner, _places(law, taken))
+    if isinstance(distribution, OneHot):
+        return distribution, (distribution.tokens.unsqueeze(-1) != taken).all(-1, keepdim=True).double()
+    if isinstance(distribution, Partial):
+        inner, mass = without(distribution.inner, _places(distribution, taken))
         assert isinstance(inner, Dense)
-        return Partial(inner, law.tokens, law.vocab_size), mass
-    probs = law.probs.scatter(-1, taken, 0.0)
+        return Partial(inner, distribution.tokens, distribution.vocab_size), mass
+    probs = distribution.probs.scatter(-1, taken, 0.0)
     return Dense(probs), row_sums(probs)
 
 
-def sibling_law(law: Law, taken: Tensor, tokens: Tensor) -> Law:
-    """The law that a sibling was drawn from, given those before it: theirs without these, or one-hot if that is empty.
+def sibling_distribution(distribution: Distribution, taken: Tensor, tokens: Tensor) -> Distribution:
+    """The distribution that a sibling was drawn from, given those before it: theirs without these, or one-hot if that
+    is empty.
 
-    law: the family's, [...]. taken: int64 [..., n], the siblings before. tokens: int64 [...], the sibling.
+    distribution: the family's, [...]. taken: int64 [..., n], the siblings before. tokens: int64 [...], the sibling.
     """
     if taken.shape[-1] == 0:
-        return law
-    if isinstance(law, OneHot):
-        left = without(law, taken)[1].squeeze(-1) > 0
-        return OneHot(torch.where(left, law.tokens, tokens), law.vocab_size)
-    if isinstance(law, Partial):
-        inner = sibling_law(law.inner, _places(law, taken), _places(law, tokens))
+        return distribution
+    if isinstance(distribution, OneHot):
+        left = without(distribution, taken)[1].squeeze(-1) > 0
+        return OneHot(torch.where(left, distribution.tokens, tokens), distribution.vocab_size)
+    if isinstance(distribution, Partial):
+        inner = sibling_distribution(distribution.inner, _places(distribution, taken), _places(distribution, tokens))
         assert isinstance(inner, Dense)
-        return Partial(inner, law.tokens, law.vocab_size)
-    rest, mass = without(law, taken)
-    certain = torch.zeros_like(law.probs).scatter(-1, tokens.unsqueeze(-1), 1.0)
+        return Partial(inner, distribution.tokens, distribution.vocab_size)
+    rest, mass = without(distribution, taken)
+    certain = torch.zeros_like(distribution.probs).scatter(-1, tokens.unsqueeze(-1), 1.0)
     return Dense(torch.where(mass > 0, rest.dense() / mass, certain))
 
 
-def _places(law: Partial, tokens: Tensor) -> Tensor:
-    """Where tokens, which the law is over, stand among its own."""
-    return torch.searchsorted(law.tokens, tokens).clamp(max=len(law.tokens) - 1)
+def _places(distribution: Partial, tokens: Tensor) -> Tensor:
+    """Where tokens, which the distribution is over, stand among its own."""
+    return torch.searchsorted(distribution.tokens, tokens).clamp(max=len(distribution.tokens) - 1)
 
 
 # ---- verification
@@ -113,10 +117,10 @@ def _layout(parents: tuple[int, ...], device: torch.device) -> _Layout:
     return _Layout.of(tree_of(parents), device)
 
 
-def verify_tree(target: Law, draft: Draft, accept_uniforms: Tensor, final_uniforms: Tensor) -> Verification:
+def verify_tree(target: Distribution, draft: Draft, accept_uniforms: Tensor, final_uniforms: Tensor) -> Verification:
     """Verify a tree by recursive rejection over siblings; a draft that is a chain by `verify_tokens`.
 
-    target: the target's laws [batch, k + 1], after the text and after each of the k nodes.
+    target: the target's distributions [batch, k + 1], after the text and after each of the k nodes.
     accept_uniforms: float64 [batch, k], one for each node's test.
     final_uniforms: float64 [batch, levels + 1]; column i draws the last token if i tokens were accepted.
     Source: Miao et al. 2024, Algorithm 2; Chen et al. 2024, Algorithm 2.
@@ -134,7 +138,9 @@ def verify_tree(target: Law, draft: Draft, accept_uniforms: Tensor, final_unifor
     return Verification(walk.accepted, Dense(walk.probs).draw(uniform), walk.path)
 
 
-def verify_coupled_tree(target: Law, draft: Draft, accept_uniforms: Tensor, final_uniforms: Tensor) -> Verification:
+def verify_coupled_tree(
+    target: Distribution, draft: Draft, accept_uniforms: Tensor, final_uniforms: Tensor
+) -> Verification:
     """Coupled verification of a tree: the target draws its own token at each position, and a sibling that is it stays.
 
     final_uniforms: float64 [batch, levels + 1, vocab], the noise of each position, which siblings have in common.
@@ -150,13 +156,13 @@ verify_coupled_tree.needs_noise = True  # type: ignore[attr-defined]  # function
 
 
 class _Walk:
-    """Where each row stands in its tree, and the law of what comes next there.
+    """Where each row stands in its tree, and the distribution of what comes next there.
 
-    column: int64 [batch], 0 at the root, else node + 1. probs: float [batch, vocab], the target's law there, or the
-    residual where siblings were rejected. going: bool [batch], False where the last level accepted nothing.
+    column: int64 [batch], 0 at the root, else node + 1. probs: float [batch, vocab], the target's distribution there,
+    or the residual where siblings were rejected. going: bool [batch], False where the last level accepted nothing.
     """
 
-    def __init__(self, target: Law, draft: Draft) -> None:
+    def __init__(self, target: Distribution, draft: Draft) -> None:
         assert draft.parents is not None
         self.target, self.draft = target, draft
         self.layout = _layout(draft.parents, draft.tokens.device)
@@ -167,7 +173,10 @@ class _Walk:
 
     def descend(self, level: int, most_children: int, accept_uniforms: Tensor) -> None:
         """Try the children of each row's node; go to the one that is accepted."""
-        law, first = self.draft.law.at(self.layout.family[self.column]), self.layout.first_child[self.column]
+        distribution, first = (
+            self.draft.distribution.at(self.layout.family[self.column]),
+            self.layout.first_child[self.column],
+        )
         count = torch.minimum(self.layout.num_children[self.column], self.draft.lengths - first)
         taken, chosen = first.new_empty(len(first), 0), torch.full_like(first, -1)
         for rank in range(most_children):
@@ -176,18 +185,18 @@ class _Walk:
                 break
             place = (first + rank).clamp(max=self.draft.tokens.shape[1] - 1).unsqueeze(1)
             token = self.draft.tokens.gather(1, place).squeeze(1)
-            sibling = sibling_law(law, taken, token)
+            sibling = sibling_distribution(distribution, taken, token)
             passed = self._passes(sibling, token, accept_uniforms.gather(1, place).squeeze(1)) & tried
             chosen = torch.where(passed, first + rank, chosen)
             self._reject(sibling, tried & ~passed)
             taken = torch.cat([taken, token.unsqueeze(1)], 1)
         self._enter(level, chosen)
 
-    def _passes(self, sibling: Law, token: Tensor, uniform: Tensor) -> Tensor:
+    def _passes(self, sibling: Distribution, token: Tensor, uniform: Tensor) -> Tensor:
         # strict <, as in `verify_tokens`: at u = 0 an impossible token must lose
         return uniform * sibling.prob(token) < Dense(self.probs).prob(token)
 
-    def _reject(self, sibling: Law, rejected: Tensor) -> None:
+    def _reject(self, sibling: Distribution, rejected: Tensor) -> None:
         if not _is_none(rejected):
             self.probs = torch.where(rejected.unsqueeze(1), residual(self.probs, sibling), self.probs)
 

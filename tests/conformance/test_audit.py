@@ -8,7 +8,7 @@ from functools import cache
 
 import pytest
 import torch
-from helpers.audited import DRAFT, PROMPTS, TARGET, ToyEngine, laws, leaning
+from helpers.audited import DRAFT, PROMPTS, TARGET, ToyEngine, distributions, leaning
 from helpers.toys import grid_pair
 
 from specdec import SamplingParams
@@ -140,7 +140,7 @@ def test_a_distance_of_a_twentieth_is_found_in_20_000_tokens_and_bounded() -> No
 
 
 def test_an_engine_that_is_wrong_without_speculation_too_is_inconclusive() -> None:
-    """As low precision is: both arms draw from slightly wrong laws, and speculation is not to blame."""
+    """As low precision is: both arms draw from slightly wrong distributions, and speculation is not to blame."""
     engine = ToyEngine(PARAMS, MarkovModel(leaning(TARGET.table, DRAFT.table, 0.1)))
     found = audit(
         engine,
@@ -265,7 +265,9 @@ def test_greedy_with_too_few_prompts_says_so() -> None:
 
 
 def test_a_greedy_bug_is_named() -> None:
-    found = run(ToyEngine(GREEDY, rule=mutants.accept_always, draft=MarkovModel(laws(9))), prompts=MANY_PROMPTS)
+    found = run(
+        ToyEngine(GREEDY, rule=mutants.accept_always, draft=MarkovModel(distributions(9))), prompts=MANY_PROMPTS
+    )
     assert found.verdict == "lossy"
     assert "has probability 0 under the reference and misses what it allows by" in found.speculative.errors[0]
 
@@ -372,7 +374,7 @@ class Silent(ToyEngine):
 def test_input_that_makes_no_audit_is_refused() -> None:
     small = grid_pair(1)[0]
     with pytest.raises(ValueError, match=r"token \d at position 0 must be below the reference's vocabulary of 3"):
-        audit(ToyEngine(PARAMS, MarkovModel(laws(3).flip(-1))), Reference(small, PARAMS), [[1]])
+        audit(ToyEngine(PARAMS, MarkovModel(distributions(3).flip(-1))), Reference(small, PARAMS), [[1]])
     with pytest.raises(ValueError, match=r"the draft's vocabulary of 3 tokens must be the reference's, 8; audit"):
         audit(ToyEngine(PARAMS), Reference(TARGET, PARAMS), PROMPTS, draft=Reference(small, PARAMS))
     named = ToyEngine(PARAMS)

@@ -50,7 +50,7 @@ def test_a_p_value_that_float_cannot_hold_is_told_as_the_smallest() -> None:
 
 
 def test_swapping_the_arms_costs_what_it_wins() -> None:
-    """If the arms have one law, each difference is as likely as its negative: the mean stake is 1, exactly."""
+    """If the arms have one distribution, each difference is as likely as its negative: the mean stake is 1, exactly."""
     stakes = []
     for difference in ([3.0, -0.5], [-3.0, 0.5]):
         wealth = Exchangeability(2, 0.01)

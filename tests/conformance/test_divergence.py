@@ -14,9 +14,9 @@ NEAR, CLEAR = 1e-3, 2.0
 
 
 def model(margins: float) -> MarkovModel:
-    """Token 0, then token 1, lead all laws, token 1 being this many logits behind."""
-    law = torch.tensor([3.0, 3.0 - margins, -1.0, -2.0], dtype=torch.float64).softmax(-1)
-    return MarkovModel(law.expand(4, 4, 4))
+    """Token 0, then token 1, lead all distributions, token 1 being this many logits behind."""
+    distribution = torch.tensor([3.0, 3.0 - margins, -1.0, -2.0], dtype=torch.float64).softmax(-1)
+    return MarkovModel(distribution.expand(4, 4, 4))
 
 
 class Rounding(MarkovModel):

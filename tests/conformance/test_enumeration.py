@@ -1,4 +1,4 @@
-"""The oracle itself, and with it the joint law of every rule under every combination of processors."""
+"""The oracle itself, and with it the joint distribution of every rule under every combination of processors."""
 
 from __future__ import annotations
 
@@ -12,8 +12,17 @@ from functools import partial
 import pytest
 import torch
 from helpers.gates import distance
-from helpers.strategies import laws
-from helpers.toys import Automaton, FeatureTarget, ToyHead, grid_pair, joint_law, law_after, processed_law, table
+from helpers.strategies import distributions
+from helpers.toys import (
+    Automaton,
+    FeatureTarget,
+    ToyHead,
+    distribution_after,
+    grid_pair,
+    joint_distribution,
+    processed_distribution,
+    table,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -24,8 +33,8 @@ from specdec.conformance.enumeration import (
     ScriptedNoise,
     Tokens,
     coupled_runs,
-    exact_coupled_law,
-    exact_law,
+    exact_coupled_distribution,
+    exact_distribution,
     pieces_between,
     race_pieces,
 )
@@ -47,32 +56,34 @@ from specdec.verification import verify_block, verify_coupled, verify_tokens
 # -- races over pieces ---------------------------------------------------------------------------------------
 
 
-def frequencies(law: Sequence[float], pieces: RacePieces) -> list[Fraction]:
+def frequencies(distribution: Sequence[float], pieces: RacePieces) -> list[Fraction]:
     """How much of the noise lets each token win, by the library's own race."""
     noise = torch.tensor([uniforms for uniforms, _ in pieces], dtype=torch.float64)
-    winners = race(torch.tensor(law, dtype=torch.float64).expand(len(pieces), -1), noise).tolist()
+    winners = race(torch.tensor(distribution, dtype=torch.float64).expand(len(pieces), -1), noise).tolist()
     won: Counter = Counter()
     for winner, (_, weight) in zip(winners, pieces, strict=True):
         won[winner] += weight
-    return [Fraction(won[token]) for token in range(len(law))]
+    return [Fraction(won[token]) for token in range(len(distribution))]
 
 
-@given(st.lists(laws(3), min_size=1, max_size=4) | st.lists(laws(2), min_size=1, max_size=4))
-def test_races_over_pieces_have_the_laws_exactly(several: list) -> None:
-    """Not to a tolerance: the areas are fractions. This is the exact law of one race, by integration."""
-    pieces = race_pieces(law.tolist() for law in several)
+@given(st.lists(distributions(3), min_size=1, max_size=4) | st.lists(distributions(2), min_size=1, max_size=4))
+def test_races_over_pieces_have_the_distributions_exactly(several: list) -> None:
+    """Not to a tolerance: the areas are fractions. This is the exact distribution of one race, by integration."""
+    pieces = race_pieces(distribution.tolist() for distribution in several)
     assert sum(weight for _, weight in pieces) == 1
-    for law in several:
-        assert frequencies(law.tolist(), pieces) == [Fraction(p).limit_denominator(100) for p in law.tolist()]
+    for distribution in several:
+        assert frequencies(distribution.tolist(), pieces) == [
+            Fraction(p).limit_denominator(100) for p in distribution.tolist()
+        ]
 
 
-def test_pieces_of_other_laws_are_not_enough() -> None:
+def test_pieces_of_other_distributions_are_not_enough() -> None:
     pieces = race_pieces([[0.5, 0.25, 0.25]])
     assert frequencies([0.1, 0.3, 0.6], pieces) != [Fraction(1, 10), Fraction(3, 10), Fraction(6, 10)]
 
 
 def test_four_tokens_are_refused() -> None:
-    with pytest.raises(ValueError, match="laws over 4 tokens must be over two or three"):
+    with pytest.raises(ValueError, match="distributions over 4 tokens must be over two or three"):
         race_pieces([[0.25] * 4])
 
 
@@ -87,7 +98,7 @@ def test_pieces_between_thresholds() -> None:
     assert pieces_between([]) == [(0.5, 1.0)]
 
 
-# -- the coupled loop: its joint law, and the same tokens whatever is proposed --------------------------------
+# -- the coupled loop: its joint distribution, and the same tokens whatever is proposed --------------------------------
 
 HALVES = torch.tensor([[1, 1, 0], [0, 1, 1], [1, 0, 1], [2, 0, 0]]).double() / 2
 TARGET, DRAFT = FeatureTarget(table(0, HALVES)), MarkovModel(table(3, HALVES))
@@ -134,26 +145,26 @@ def decoder_of(propose, gamma: int, records: bool = False, target=TARGET, draft=
 
 @pytest.mark.parametrize("stop", [(), (1,)])
 @pytest.mark.parametrize(("propose", "gamma"), [(ngram, 2), (head, 1), (head, 3), (ending_early, 3), (hybrid, 2)])
-def test_joint_law_of_the_coupled_loop(propose, gamma: int, stop: tuple[int, ...]) -> None:
-    """Over all noise: the law is the target's, and each piece of noise gives what it gives without speculation."""
+def test_joint_distribution_of_the_coupled_loop(propose, gamma: int, stop: tuple[int, ...]) -> None:
+    """Over all noise: the distribution is the target's, and each piece of noise gives what plain decoding does."""
     params, pieces = SamplingParams(stop_token_ids=stop), race_pieces(HALVES.tolist())
     runs = coupled_runs(decoder_of(propose, gamma), PROMPT, 4, pieces, params)
     assert runs == coupled_runs(decoder_of(plain, 0), PROMPT, 4, pieces, params)
-    assert distance(exact_coupled_law(runs), processed_law(TARGET, params, PROMPT, 4)) < 1e-12
+    assert distance(exact_coupled_distribution(runs), processed_distribution(TARGET, params, PROMPT, 4)) < 1e-12
 
 
-def test_joint_law_of_the_recorded_coupled_loop() -> None:
+def test_joint_distribution_of_the_recorded_coupled_loop() -> None:
     pieces = race_pieces(HALVES.tolist())
     runs = coupled_runs(decoder_of(head, 2, records=True), PROMPT, 4, pieces)
-    assert distance(exact_coupled_law(runs), joint_law(TARGET, PROMPT, 4)) < 1e-12
+    assert distance(exact_coupled_distribution(runs), joint_distribution(TARGET, PROMPT, 4)) < 1e-12
 
 
-def test_joint_law_of_coupled_quarters() -> None:
-    """Laws that share no token's probability, with a draft model."""
+def test_joint_distribution_of_coupled_quarters() -> None:
+    """Distributions that share no token's probability, with a draft model."""
     target, draft = grid_pair(12)
     pieces = race_pieces(row for model in (target, draft) for row in model.table.flatten(0, 1).tolist())
     runs = coupled_runs(maker(target, draft, 2), (1, 2), 3, pieces)
-    assert distance(exact_coupled_law(runs), joint_law(target, (1, 2), 3)) < 1e-12
+    assert distance(exact_coupled_distribution(runs), joint_distribution(target, (1, 2), 3)) < 1e-12
 
 
 def wrong_row(target, draft, accept_uniforms, final_uniforms):
@@ -177,7 +188,7 @@ def test_the_oracle_sees_broken_coupled_rules(broken) -> None:
     pieces = race_pieces(HALVES.tolist())
     broken.needs_noise = True
     runs = coupled_runs(decoder_of(head, 2), PROMPT, 4, pieces, rule=broken)
-    assert distance(exact_coupled_law(runs), joint_law(TARGET, PROMPT, 4)) > 0.01
+    assert distance(exact_coupled_distribution(runs), joint_distribution(TARGET, PROMPT, 4)) > 0.01
 
 
 def test_the_oracle_sees_noise_shared_between_positions() -> None:
@@ -186,12 +197,13 @@ def test_the_oracle_sees_noise_shared_between_positions() -> None:
 
     make = maker(TARGET, DRAFT, 2, break_uniforms=shared)
     runs = coupled_runs(make, PROMPT, 4, race_pieces(HALVES.tolist()))
-    assert distance(exact_coupled_law(runs), joint_law(TARGET, PROMPT, 4)) > 0.1
+    assert distance(exact_coupled_distribution(runs), joint_distribution(TARGET, PROMPT, 4)) > 0.1
 
 
 # -- every combination of processors, crossing a step boundary and a stop token -------------------------------
 
-# with weights and factors of two all laws are fractions, and no threshold of top-p or min-p lies near a sum or a ratio
+# with weights and factors of two all distributions are fractions, and no threshold of top-p or min-p lies near a sum
+# or a ratio
 PROCESSORS = {
     "temperature": {"temperature": 0.5},
     "top_k": {"top_k": 2},
@@ -232,35 +244,37 @@ def token_grid(
     constraints: the target's and the draft's.
     """
     p, q = (
-        law_after(each, params, prompt, output, constraint)
+        distribution_after(each, params, prompt, output, constraint)
         for each, constraint in zip((target, draft), constraints, strict=True)
     )
-    after = [law_after(target, params, prompt, (*output, token), constraints[0]) for token in range(len(p))]
+    after = [distribution_after(target, params, prompt, (*output, token), constraints[0]) for token in range(len(p))]
     excess = [max(a - b, 0) for a, b in zip(p, q, strict=True)]
     residual = [each / (sum(excess) or 1) for each in excess]
-    last = [edge for law in (p, residual, *after) for edge in itertools.accumulate(law)]
+    last = [edge for distribution in (p, residual, *after) for edge in itertools.accumulate(distribution)]
     ratios = [a / b for a, b in zip(p, q, strict=True) if b]
     return pieces_between(itertools.accumulate(q)), pieces_between(ratios), pieces_between(last)
 
 
 @pytest.mark.parametrize("rule", [verify_tokens, verify_block])
 @pytest.mark.parametrize("names", COMBINATIONS + SQUARED, ids="+".join)
-def test_joint_law_under_processors(names: tuple[str, ...], rule) -> None:
+def test_joint_distribution_under_processors(names: tuple[str, ...], rule) -> None:
     """Four tokens: a prefill and two steps or more, token 2 being a stop token."""
     target, draft = model([[1, 2, 1], [4, 1, 1], [1, 1, 2]]), model([[1, 1, 1], [2, 1, 1], [1, 4, 1], [1, 2, 4]])
     params, prompt = with_processors(names, stop_token_ids=(2,)), (1, 0)
     grid = partial(token_grid, target, draft, params, prompt)
-    law = exact_law(maker(target, draft, 1), prompt, 4, grid, params, rule)
-    assert distance(law, processed_law(target, params, prompt, 4)) < 1e-12
+    distribution = exact_distribution(maker(target, draft, 1), prompt, 4, grid, params, rule)
+    assert distance(distribution, processed_distribution(target, params, prompt, 4)) < 1e-12
 
 
 @pytest.mark.parametrize("names", COMBINATIONS + SQUARED, ids="+".join)
-def test_coupled_joint_law_under_processors(names: tuple[str, ...]) -> None:
+def test_coupled_joint_distribution_under_processors(names: tuple[str, ...]) -> None:
     """Two tokens, the pieces of whose races are few; and the tokens of each piece are those without speculation."""
     target, draft = model([[1, 2], [4, 1], [1, 1]]), model([[1, 1], [2, 1], [1, 4], [1, 2]])
     params, prompt, num_tokens = with_processors(names), (1, 0), 3
     outputs = [each for size in range(num_tokens) for each in itertools.product(range(2), repeat=size)]
-    pieces = race_pieces(law_after(each, params, prompt, output) for each in (target, draft) for output in outputs)
+    pieces = race_pieces(
+        distribution_after(each, params, prompt, output) for each in (target, draft) for output in outputs
+    )
     runs = coupled_runs(maker(target, draft, 2), prompt, num_tokens, pieces, params)
     without = partial(Decoder, target)
     assert runs == coupled_runs(
@@ -270,7 +284,9 @@ def test_coupled_joint_law_under_processors(names: tuple[str, ...]) -> None:
         pieces,
         params,
     )
-    assert distance(exact_coupled_law(runs), processed_law(target, params, prompt, num_tokens)) < 1e-12
+    assert (
+        distance(exact_coupled_distribution(runs), processed_distribution(target, params, prompt, num_tokens)) < 1e-12
+    )
 
 
 weights = st.lists(st.integers(1, 4), min_size=3, max_size=3) | st.permutations([0, 1, 3])
@@ -281,13 +297,13 @@ tables = st.lists(weights, min_size=1, max_size=9).map(model)
 @given(
     tables, tables, st.lists(st.sampled_from(list(PROCESSORS)), unique=True, max_size=3), st.sampled_from([(), (1,)])
 )
-def test_joint_law_of_any_pair(target: MarkovModel, draft: MarkovModel, names: set[str], stop: tuple) -> None:
+def test_joint_distribution_of_any_pair(target: MarkovModel, draft: MarkovModel, names: set[str], stop: tuple) -> None:
     """Hypothesis searches tables, processors and stop tokens: three tokens of token and of block verification."""
     params, prompt = with_processors(sorted(names), stop_token_ids=stop), (1, 0)
     grid = partial(token_grid, target, draft, params, prompt)
     for rule in (verify_tokens, verify_block):
-        law = exact_law(maker(target, draft, 1), prompt, 3, grid, params, rule)
-        assert distance(law, processed_law(target, params, prompt, 3)) < 1e-12
+        distribution = exact_distribution(maker(target, draft, 1), prompt, 3, grid, params, rule)
+        assert distance(distribution, processed_distribution(target, params, prompt, 3)) < 1e-12
 
 
 def test_processors_on_one_side_only_are_seen() -> None:
@@ -295,14 +311,14 @@ def test_processors_on_one_side_only_are_seen() -> None:
     target, draft = model([[1, 2, 1], [4, 1, 1]]), model([[1, 1, 1], [2, 1, 1]])
     params, prompt = with_processors(["penalties"]), (1, 0)
 
-    def stale(law, draft, accept_uniforms, final_uniforms):
-        """The last token by the law before the draft, as if its tokens were not counted."""
-        right = verify_tokens(law, draft, accept_uniforms, final_uniforms)
-        return type(right)(right.accepted, law[:, 0].draw(final_uniforms[:, 0]))
+    def stale(distribution, draft, accept_uniforms, final_uniforms):
+        """The last token by the distribution before the draft, as if its tokens were not counted."""
+        right = verify_tokens(distribution, draft, accept_uniforms, final_uniforms)
+        return type(right)(right.accepted, distribution[:, 0].draw(final_uniforms[:, 0]))
 
     grid = partial(token_grid, target, draft, params, prompt)
-    law = exact_law(maker(target, draft, 1, break_rule=with_rule(stale)), prompt, 3, grid, params)
-    assert distance(law, processed_law(target, params, prompt, 3)) > 0.01
+    distribution = exact_distribution(maker(target, draft, 1, break_rule=with_rule(stale)), prompt, 3, grid, params)
+    assert distance(distribution, processed_distribution(target, params, prompt, 3)) > 0.01
 
 
 # -- constraints, alone and with every processor ---------------------------------------------------------------
@@ -314,7 +330,7 @@ EVEN_PAIR = model([[1, 2, 1], [4, 1, 1], [1, 1, 2]]), model([[1, 1, 1], [2, 1, 1
 SOME = [(), ("top_p",), ("penalties",), ("repetition",), COMBINATIONS[-1]]
 
 
-def constrained_law(
+def constrained_distribution(
     make,
     params: SamplingParams,
     rule,
@@ -333,7 +349,7 @@ def constrained_law(
         grids = [token_grid(target, draft, params, (1, 0), output, each) for each in sides]
         return tuple(pieces_between(edges(pieces)) for pieces in zip(*grids, strict=True))
 
-    return exact_law(make, (1, 0), num_tokens, grid, params, rule, constraint)
+    return exact_distribution(make, (1, 0), num_tokens, grid, params, rule, constraint)
 
 
 def edges(several: Sequence[Sequence[tuple[float, float]]]) -> list[float]:
@@ -343,12 +359,12 @@ def edges(several: Sequence[Sequence[tuple[float, float]]]) -> list[float]:
 
 @pytest.mark.parametrize("rule", [verify_tokens, verify_block])
 @pytest.mark.parametrize("names", SOME, ids="+".join)
-def test_joint_law_under_a_constraint(names: tuple[str, ...], rule) -> None:
+def test_joint_distribution_under_a_constraint(names: tuple[str, ...], rule) -> None:
     """Outputs that are complete, and those that are cut, each with the probability of decoding without a draft."""
     params = with_processors(names, **EVEN_ENDING)
-    law = constrained_law(maker(*EVEN_PAIR, 1), params, rule, 4)
-    assert distance(law, processed_law(EVEN_PAIR[0], params, (1, 0), 4, EVEN_ZEROS)) < 1e-12
-    assert all(output.count(0) % 2 == 0 for output in law if output[-1] == 2)
+    distribution = constrained_distribution(maker(*EVEN_PAIR, 1), params, rule, 4)
+    assert distance(distribution, processed_distribution(EVEN_PAIR[0], params, (1, 0), 4, EVEN_ZEROS)) < 1e-12
+    assert all(output.count(0) % 2 == 0 for output in distribution if output[-1] == 2)
 
 
 class Obvious:
@@ -388,22 +404,24 @@ LIMITS = {  # as the library has them, and by definition
 @pytest.mark.parametrize("rule", [verify_tokens, verify_block])
 @pytest.mark.parametrize("limit", LIMITS)
 @pytest.mark.parametrize("names", [(), COMBINATIONS[-1]], ids="+".join)
-def test_joint_law_under_bad_words_and_min_tokens(names: tuple[str, ...], limit: str, rule) -> None:
+def test_joint_distribution_under_bad_words_and_min_tokens(names: tuple[str, ...], limit: str, rule) -> None:
     """At each drafted position what is forbidden is so given the tokens drafted before it, as without a draft."""
     params, (constraint, oracle) = with_processors(names, **EVEN_ENDING), LIMITS[limit]
-    law = constrained_law(maker(*EVEN_PAIR, 1), params, rule, 4, (oracle,), constraint)
-    assert distance(law, processed_law(EVEN_PAIR[0], params, (1, 0), 4, oracle)) < 1e-12
+    distribution = constrained_distribution(maker(*EVEN_PAIR, 1), params, rule, 4, (oracle,), constraint)
+    assert distance(distribution, processed_distribution(EVEN_PAIR[0], params, (1, 0), 4, oracle)) < 1e-12
     if not names:  # else truncation may have taken what is forbidden
-        assert distance(law, processed_law(EVEN_PAIR[0], params, (1, 0), 4)) > 0.01
+        assert distance(distribution, processed_distribution(EVEN_PAIR[0], params, (1, 0), 4)) > 0.01
 
 
 @pytest.mark.parametrize("names", [(), COMBINATIONS[-1]], ids="+".join)
-def test_coupled_joint_law_under_a_constraint(names: tuple[str, ...]) -> None:
+def test_coupled_joint_distribution_under_a_constraint(names: tuple[str, ...]) -> None:
     """And each piece of noise gives what it gives without speculation."""
     (target, draft), params, num_tokens = EVEN_PAIR, with_processors(names, **EVEN_ENDING), 2
     outputs = [each for size in range(num_tokens) for each in itertools.product(range(3), repeat=size)]
-    laws = [law_after(each, params, (1, 0), output, EVEN_ZEROS) for each in (target, draft) for output in outputs]
-    pieces = race_pieces(laws)
+    distributions = [
+        distribution_after(each, params, (1, 0), output, EVEN_ZEROS) for each in (target, draft) for output in outputs
+    ]
+    pieces = race_pieces(distributions)
     runs = coupled_runs(maker(target, draft, 1), (1, 0), num_tokens, pieces, params, constraint=EVEN_ZEROS)
     plainly = coupled_runs(
         lambda source, rule, n: Decoder(target, uniforms=source, rule=rule, max_batch_size=n),
@@ -414,7 +432,12 @@ def test_coupled_joint_law_under_a_constraint(names: tuple[str, ...]) -> None:
         constraint=EVEN_ZEROS,
     )
     assert runs == plainly
-    assert distance(exact_coupled_law(runs), processed_law(target, params, (1, 0), num_tokens, EVEN_ZEROS)) < 1e-12
+    assert (
+        distance(
+            exact_coupled_distribution(runs), processed_distribution(target, params, (1, 0), num_tokens, EVEN_ZEROS)
+        )
+        < 1e-12
+    )
 
 
 # after 1 comes 0 or 2, after 2 comes 1 or 2: of two halves there is always one left
@@ -424,11 +447,11 @@ TURNED, TURNING = FeatureTarget(table(1, HALVES[:3])), MarkovModel(table(2, HALV
 
 @pytest.mark.parametrize("records", [False, True])
 @pytest.mark.parametrize(("propose", "gamma"), [(plain, 0), (ngram, 2), (head, 1), (head, 2), (hybrid, 2)])
-def test_joint_law_of_each_proposer_under_a_constraint(propose, gamma: int, records: bool) -> None:
+def test_joint_distribution_of_each_proposer_under_a_constraint(propose, gamma: int, records: bool) -> None:
     """Drafts of two tokens, copied ones cut where they are not allowed, and drafts that are not recorded for it."""
     make = decoder_of(propose, gamma, records, TURNED, TURNING)
-    law = exact_law(make, PROMPT, 4, (2, 2, 2), constraint=TURNS)
-    assert distance(law, processed_law(TURNED, SamplingParams(), PROMPT, 4, TURNS)) < 1e-12
+    distribution = exact_distribution(make, PROMPT, 4, (2, 2, 2), constraint=TURNS)
+    assert distance(distribution, processed_distribution(TURNED, SamplingParams(), PROMPT, 4, TURNS)) < 1e-12
 
 
 @pytest.mark.parametrize(
@@ -438,17 +461,19 @@ def test_joint_law_of_each_proposer_under_a_constraint(propose, gamma: int, reco
         {"proposer": mutants.UnconstrainedDraw},
         {"decoder": mutants.ConstraintNotRolledBack},
     ],
-    ids=["constraint on the draft alone", "constraint on the declared law alone", "rejected tokens kept"],
+    ids=["constraint on the draft alone", "constraint on the declared distribution alone", "rejected tokens kept"],
 )
 def test_broken_constraints_are_seen(broken: dict) -> None:
     params = SamplingParams(**EVEN_ENDING)
-    law = constrained_law(maker(*EVEN_PAIR, 1, **broken), params, verify_tokens, 3, (EVEN_ZEROS, None))
-    assert distance(law, processed_law(EVEN_PAIR[0], params, (1, 0), 3, EVEN_ZEROS)) > 0.01
+    distribution = constrained_distribution(
+        maker(*EVEN_PAIR, 1, **broken), params, verify_tokens, 3, (EVEN_ZEROS, None)
+    )
+    assert distance(distribution, processed_distribution(EVEN_PAIR[0], params, (1, 0), 3, EVEN_ZEROS)) > 0.01
 
 
 def test_a_constraint_on_the_target_alone_is_lossless() -> None:
-    """Though it looks like a bug: the draft's law is the one it was drawn from, and what is not allowed is rejected."""
+    """Though it looks like a bug: the draft declares what it was drawn from, and forbidden tokens are rejected."""
     params = SamplingParams(**EVEN_ENDING)
     make = maker(*EVEN_PAIR, 1, proposer=mutants.UnconstrainedDraft)
-    law = constrained_law(make, params, verify_tokens, 3, (EVEN_ZEROS, None))
-    assert distance(law, processed_law(EVEN_PAIR[0], params, (1, 0), 3, EVEN_ZEROS)) < 1e-12
+    distribution = constrained_distribution(make, params, verify_tokens, 3, (EVEN_ZEROS, None))
+    assert distance(distribution, processed_distribution(EVEN_PAIR[0], params, (1, 0), 3, EVEN_ZEROS)) < 1e-12

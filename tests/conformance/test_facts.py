@@ -1,4 +1,4 @@
-"""The sums over a law, by hand and against the obvious computation."""
+"""The sums over a distribution, by hand and against the obvious computation."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from helpers.strategies import law_rows
+from helpers.strategies import distribution_rows
 from hypothesis import given
 
 from specdec.conformance import facts
@@ -15,8 +15,8 @@ from specdec.conformance.facts import EXPONENTS, Facts
 
 
 def test_by_hand() -> None:
-    law, draft = torch.tensor([[2, 1, 1]]).double() / 4, torch.tensor([[1, 1, 2]]).double() / 4
-    of = Facts.of(law.expand(3, 3), torch.tensor([0, 1, 2]), draft.expand(3, 3))
+    distribution, draft = torch.tensor([[2, 1, 1]]).double() / 4, torch.tensor([[1, 1, 2]]).double() / 4
+    of = Facts.of(distribution.expand(3, 3), torch.tensor([0, 1, 2]), draft.expand(3, 3))
     log2 = math.log(2)
     assert of.prob.tolist() == [0.5, 0.25, 0.25]
     assert of.above.tolist() == [0, 0.5, 0.75]  # of two equals the smaller id comes first
@@ -37,27 +37,29 @@ def test_rank_and_id_order_differ() -> None:
     assert (of.up[0], of.down[0], of.sign[0]) == (0, 0, 0)
 
 
-@given(law_rows(7, 5), law_rows(7, 5))
-def test_zeros_ties_and_blocks(laws: torch.Tensor, drafts: torch.Tensor) -> None:
+@given(distribution_rows(7, 5), distribution_rows(7, 5))
+def test_zeros_ties_and_blocks(distributions: torch.Tensor, drafts: torch.Tensor) -> None:
     tokens = torch.arange(7) % 5
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(facts, "_BLOCK", 15)  # three laws at a time
-        of = Facts.of(laws, tokens, drafts)
-    for row, (law, draft) in enumerate(zip(laws.numpy(), drafts.numpy(), strict=True)):
-        order = sorted(range(5), key=lambda token: (-law[token], token))
+        patch.setattr(facts, "_BLOCK", 15)  # three distributions at a time
+        of = Facts.of(distributions, tokens, drafts)
+    for row, (distribution, draft) in enumerate(zip(distributions.numpy(), drafts.numpy(), strict=True)):
+        order = sorted(range(5), key=lambda token: (-distribution[token], token))
         mine = order.index(int(tokens[row]))
-        kept = law[law > 0]
-        assert of.above[row] == pytest.approx(law[order[:mine]].sum())
+        kept = distribution[distribution > 0]
+        assert of.above[row] == pytest.approx(distribution[order[:mine]].sum())
         assert of.entropy[row] == pytest.approx(-(kept * np.log(kept)).sum(), abs=1e-9)
         assert of.tempered[row] == pytest.approx(np.log([(kept ** (1 + e)).sum() for e in EXPONENTS]), abs=1e-9)
-        assert (of.up[row], of.down[row]) == pytest.approx((law[draft > law].sum(), law[draft < law].sum()))
+        assert (of.up[row], of.down[row]) == pytest.approx(
+            (distribution[draft > distribution].sum(), distribution[draft < distribution].sum())
+        )
 
 
 def test_float32_keeps_six_digits_over_a_wide_vocabulary() -> None:
     """Errors of sums add up over an audit's tokens: 20,000 of them must not amount to a p-value."""
     generator = torch.Generator().manual_seed(0)
-    laws = torch.randn(4, 49_152, generator=generator).mul(3).softmax(-1)
+    distributions = torch.randn(4, 49_152, generator=generator).mul(3).softmax(-1)
     tokens = torch.tensor([0, 17, 40_000, 49_151])
-    narrow, wide = Facts.of(laws, tokens), Facts.of(laws.double(), tokens)
+    narrow, wide = Facts.of(distributions, tokens), Facts.of(distributions.double(), tokens)
     for name in ("above", "before", "tempered", "collision"):
         assert np.abs(getattr(narrow, name) - getattr(wide, name)).max() < 3e-6

@@ -10,24 +10,30 @@ from specdec.conformance.facts import Facts
 from specdec.conformance.instruments import INSTRUMENTS, Draws, Reading
 
 N = 64  # every probability and every threshold is a multiple of 1/N
-LAW = torch.tensor([20, 0, 4, 4, 1, 35]).double() / N
+DISTRIBUTION = torch.tensor([20, 0, 4, 4, 1, 35]).double() / N
 DRAFT = torch.tensor([4, 10, 4, 30, 6, 10]).double() / N
 
 
-def every_draw(law: torch.Tensor = LAW, emitted: torch.Tensor = LAW) -> tuple[Draws, np.ndarray]:
-    """All tokens under one law, each with the midpoints of its part of [0, 1), and the weights of an emitted law."""
-    cells = [(token, (i + 0.5) / count) for token, count in enumerate((law * N).long().tolist()) for i in range(count)]
+def every_draw(
+    distribution: torch.Tensor = DISTRIBUTION, emitted: torch.Tensor = DISTRIBUTION
+) -> tuple[Draws, np.ndarray]:
+    """All tokens under one distribution, each with the midpoints of its part of [0, 1), and the emitted weights."""
+    cells = [
+        (token, (i + 0.5) / count)
+        for token, count in enumerate((distribution * N).long().tolist())
+        for i in range(count)
+    ]
     tokens, inside = torch.tensor([token for token, _ in cells]), np.array([place for _, place in cells])
-    of = Facts.of(law.expand(len(cells), -1), tokens, DRAFT.expand(len(cells), -1))
+    of = Facts.of(distribution.expand(len(cells), -1), tokens, DRAFT.expand(len(cells), -1))
     draws = Draws(
         facts=of,
         rank=of.above + inside * of.prob,
         place=of.before + inside * of.prob,
         place_before=np.full(len(cells), 0.8),
-        guess_prob=np.full(len(cells), float(law[3])),
+        guess_prob=np.full(len(cells), float(distribution[3])),
         hit=(tokens == 3).double().numpy(),
     )
-    return draws, (emitted[tokens] / law[tokens] / N).numpy()
+    return draws, (emitted[tokens] / distribution[tokens] / N).numpy()
 
 
 @pytest.mark.parametrize("name", INSTRUMENTS)
@@ -43,8 +49,8 @@ def test_bets_are_fair_and_statistics_centred(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in INSTRUMENTS if name != "serial"])
-def test_another_law_makes_some_bet_grow(name: str) -> None:
-    draws, weights = every_draw(emitted=(LAW * torch.tensor([0.5, 1, 1, 2, 1, 1])))
+def test_another_distribution_makes_some_bet_grow(name: str) -> None:
+    draws, weights = every_draw(emitted=(DISTRIBUTION * torch.tensor([0.5, 1, 1, 2, 1, 1])))
     growth = weights / weights.sum() @ INSTRUMENTS[name].read(draws).log_factors
     assert growth.max() > 0
 
@@ -56,7 +62,7 @@ def test_neighbours_that_share_a_uniform_make_a_serial_bet_grow() -> None:
 
 
 def test_an_impossible_token_ends_no_martingale() -> None:
-    of = Facts.of(LAW[None], torch.tensor([1]))
+    of = Facts.of(DISTRIBUTION[None], torch.tensor([1]))
     half = np.array([0.5])
     reading: Reading = INSTRUMENTS["surprise"].read(Draws(of, half, half, half, np.array([np.nan]), half * 0))
     assert not reading.log_factors.any()

@@ -1,4 +1,4 @@
-"""Teacher-forced laws are those that decoding draws from, however many positions are scored at a time."""
+"""Teacher-forced distributions are those that decoding draws from, however many positions are scored at a time."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 import torch
 from helpers.audited import TARGET
 from helpers.tiny import SUPPORTED, make
-from helpers.toys import top_k_law
+from helpers.toys import top_k_distribution
 
 from specdec import SamplingParams
 from specdec.conformance import reference
@@ -32,46 +32,46 @@ EVERYTHING = SamplingParams(
 )
 
 
-def all_laws(of: Reference, prompts=PROMPTS, outputs=OUTPUTS) -> dict[tuple[int, int], torch.Tensor]:
-    """{(output, position): law}, after checking the tokens that they belong to."""
+def all_distributions(of: Reference, prompts=PROMPTS, outputs=OUTPUTS) -> dict[tuple[int, int], torch.Tensor]:
+    """{(output, position): distribution}, after checking the tokens that they belong to."""
     found = {}
-    for positions in of.laws(prompts, outputs):
+    for positions in of.distributions(prompts, outputs):
         cells = zip(positions.requests.tolist(), positions.places.tolist(), strict=True)
         for index, (request, place) in enumerate(cells):
             assert positions.tokens[index] == outputs[request][place]
-            found[request, place] = positions.law.dense()[index]
+            found[request, place] = positions.distribution.dense()[index]
     assert sorted(found) == [(row, place) for row, output in enumerate(outputs) for place in range(len(output))]
     return found
 
 
 @pytest.mark.parametrize("chunk", [1, 50, 1 << 24])
 @pytest.mark.parametrize("batch_size", [1, 2, 8])
-def test_laws_are_the_tables_rows(chunk: int, batch_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_distributions_are_the_tables_rows(chunk: int, batch_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reference, "_CHUNK", chunk)
     of = Reference(TARGET, SamplingParams(top_k=3), batch_size)
     for _ in range(2):  # the second time its cache has the prompts
-        for (request, place), law in all_laws(of).items():
+        for (request, place), distribution in all_distributions(of).items():
             text = [0, *PROMPTS[request], *OUTPUTS[request][:place]]
-            assert law == pytest.approx(top_k_law(TARGET.table[text[-2], text[-1]], 3), abs=1e-12)
+            assert distribution == pytest.approx(top_k_distribution(TARGET.table[text[-2], text[-1]], 3), abs=1e-12)
 
 
 @pytest.mark.parametrize("chunk", [200, 1 << 24])
-def test_laws_of_a_transformer_with_every_processor(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_distributions_of_a_transformer_with_every_processor(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Against a forward without a cache and a step of one position at a time."""
     monkeypatch.setattr(reference, "_CHUNK", chunk)
     model = make("llama", SUPPORTED["llama"])
-    for (request, place), law in all_laws(Reference(CausalLM(model), EVERYTHING, 2)).items():
+    for (request, place), distribution in all_distributions(Reference(CausalLM(model), EVERYTHING, 2)).items():
         prompt, before = PROMPTS[request], OUTPUTS[request][:place]
         with torch.inference_mode():
             logits = model(input_ids=torch.tensor([[*prompt, *before]]), use_cache=False).logits[:, -1:]
         state = SamplingState([EVERYTHING], [prompt], [before], model.config.vocab_size, logits.device)
-        assert law == pytest.approx(state.law(logits).dense()[0, 0], abs=1e-5)
+        assert distribution == pytest.approx(state.distribution(logits).dense()[0, 0], abs=1e-5)
 
 
 def test_another_output_of_other_prompts_meets_no_stale_cache() -> None:
     of = Reference(TARGET, SamplingParams())
-    all_laws(of)
-    again = all_laws(of, PROMPTS[::-1], OUTPUTS[::-1])
+    all_distributions(of)
+    again = all_distributions(of, PROMPTS[::-1], OUTPUTS[::-1])
     assert again[0, 1] == pytest.approx(TARGET.table[5, 3], abs=1e-12)
 
 
@@ -82,7 +82,7 @@ def test_half_precision_is_no_reference() -> None:
 
 
 def test_a_constraint_is_refused() -> None:
-    """Its laws are not made here: leaving it out would call a right engine lossy."""
+    """Its distributions are not made here: leaving it out would call a right engine lossy."""
     with pytest.raises(ValueError, match="regex must not be in the reference's sampling; audit without a constraint"):
         Reference(TARGET, SamplingParams(regex="a"))
 
@@ -124,7 +124,7 @@ def test_a_forbidden_token_has_no_finite_gap() -> None:
 
 def outside(params: SamplingParams, output: Sequence[int]) -> float:
     of = Reference(TARGET, params)
-    positions = list(of.laws([[1, 2]], [output]))[-1]
+    positions = list(of.distributions([[1, 2]], [output]))[-1]
     return of.gap([1, 2], output, positions.logits[-1])
 
 

@@ -1,4 +1,4 @@
-"""Where an output stands in a constraint, and what the loop makes of it; exact laws are in test_enumeration.py."""
+"""Where an output stands in a constraint, and how the loop uses it; exact distributions are in test_enumeration.py."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is trained is what runs: the laws seen in training are those of the draft at work."""
+"""What is trained is what runs: the distributions seen in training are those of the draft at work."""
 
 import pytest
 import torch

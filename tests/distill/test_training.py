@@ -98,7 +98,7 @@ def test_a_full_disk_is_said_and_leaves_the_old_checkpoint(new_student, data, tm
 
 
 class Table:
-    """A student whose laws are given: draft and target both order-0 over three tokens."""
+    """A student whose distributions are given: draft and target both order-0 over three tokens."""
 
     def __init__(self, draft: torch.Tensor, target: torch.Tensor) -> None:
         self.draft, self.target_output, self.module = draft, torch.eye(3), torch.nn.Linear(1, 1)

@@ -10,11 +10,11 @@ import torch
 from helpers.toys import table
 
 from specdec.distill.__main__ import main
-from specdec.distill.tree import LEAST_TRIED, Counts, count
+from specdec.distill.tree import MIN_TRIED, Counts, count
 from specdec.models.markov import MarkovModel
 from specdec.proposers.draft_model import DraftModelProposer
 from specdec.trees.optimal import Rates
-from specdec.trees.shape import MOST_LEVELS, Tree
+from specdec.trees.shape import MAX_LEVELS, Tree
 
 FALLING = torch.tensor([[4, 2, 1], [1, 4, 2], [2, 1, 4], [4, 1, 2]]).double() / 7
 TARGET, TREE = MarkovModel(table(3, FALLING)), Tree.balanced([3, 2])
@@ -31,7 +31,7 @@ def test_a_draft_that_is_the_target_has_its_first_sibling_accepted(temperature: 
     counts = counted(TARGET, temperature)
     assert counts.accepted[0] == [counts.tried[0][0], 0, 0]
     assert counts.accepted[1] == [counts.tried[1][0], 0]
-    assert counts.tried[0][0] == counts.tried[0][2] > counts.tried[1][0] > LEAST_TRIED
+    assert counts.tried[0][0] == counts.tried[0][2] > counts.tried[1][0] > MIN_TRIED
 
 
 def test_the_rank_of_what_the_target_says_is_counted() -> None:
@@ -43,7 +43,7 @@ def test_the_rank_of_what_the_target_says_is_counted() -> None:
     counts = counted(MarkovModel(swapped), 0.0)
     assert counts.accepted[0] == [0, counts.tried[0][1], 0]
     assert counts.accepted[1] == [0, counts.tried[1][1]]
-    assert counts.acceptance() == [[0, 1, 0]] * MOST_LEVELS
+    assert counts.acceptance() == [[0, 1, 0]] * MAX_LEVELS
 
 
 def test_levels_and_ranks_that_were_not_measured_are_like_those_that_were() -> None:
@@ -51,7 +51,7 @@ def test_levels_and_ranks_that_were_not_measured_are_like_those_that_were() -> N
     levels = counts.acceptance()
     assert levels[0] == [0.5, 0.2, 0.1]
     assert levels[1] == pytest.approx([0.4, 0.2, 0.1])
-    assert levels[2:] == [levels[1]] * (MOST_LEVELS - 2)
+    assert levels[2:] == [levels[1]] * (MAX_LEVELS - 2)
     assert sum(Counts([[60, 60], [60]], [[30, 30], [50]]).acceptance()[1]) == pytest.approx(1)
 
 

@@ -19,19 +19,22 @@ from specdec.verification import verify_tokens
 PROMPTS = [[1, 2], [3], [4, 0, 2]]
 
 
-def laws(seed: int, vocab_size: int = 8, sharpness: float = 1.5) -> Tensor:
-    """A random table of laws, float64 [vocab, vocab, vocab]."""
+def distributions(seed: int, vocab_size: int = 8, sharpness: float = 1.5) -> Tensor:
+    """A random table of distributions, float64 [vocab, vocab, vocab]."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(vocab_size, vocab_size, vocab_size, generator=generator).double().mul(sharpness).softmax(-1)
 
 
 def leaning(target: Tensor, draft: Tensor, distance: float) -> Tensor:
-    """The target's laws moved by this distance in total variation to what the draft gives more."""
+    """The target's distributions moved by this distance in total variation to what the draft gives more."""
     more, less = (target * side for side in (draft > target, draft < target))
     return target + distance * (more / more.sum(-1, keepdim=True) - less / less.sum(-1, keepdim=True))
 
 
-TARGET, DRAFT = MarkovModel(laws(1)), MarkovModel((laws(1) * laws(2)) / (laws(1) * laws(2)).sum(-1, keepdim=True))
+TARGET, DRAFT = (
+    MarkovModel(distributions(1)),
+    MarkovModel((distributions(1) * distributions(2)) / (distributions(1) * distributions(2)).sum(-1, keepdim=True)),
+)
 
 
 class ToyEngine:

@@ -1,4 +1,4 @@
-"""Markov pairs whose every threshold lies on a small grid, so that a grid of uniforms gives their exact law."""
+"""Markov pairs whose every threshold lies on a small grid, so that a grid of uniforms gives the exact distribution."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ BATCH_MATES = [  # each kind of row, so that every step of the way from logits t
 
 
 def table(seed: int, rows: Tensor = QUARTERS) -> Tensor:
-    """A table [vocab, vocab, vocab] whose rows are chosen at random from the given laws."""
+    """A table [vocab, vocab, vocab] whose rows are chosen at random from the given distributions."""
     generator = torch.Generator().manual_seed(seed)
     vocab_size = rows.shape[1]
     return rows[torch.randint(len(rows), (vocab_size, vocab_size), generator=generator)]
@@ -96,25 +96,25 @@ class ExitTarget(FeatureTarget):
         return MarkovModel(self.first)
 
 
-def top_k_law(row: Tensor, k: int) -> Tensor:
-    """A law cut to its k largest probabilities, ties with the k-th included; k = 0 keeps all."""
+def top_k_distribution(row: Tensor, k: int) -> Tensor:
+    """A distribution cut to its k largest probabilities, ties with the k-th included; k = 0 keeps all."""
     kept = row * (row >= row.sort(descending=True).values[k - 1]) if k else row
     return kept / kept.sum()
 
 
-def joint_law(
-    model: MarkovModel, prompt: Sequence[int], num_tokens: int, transform=lambda law: law
+def joint_distribution(
+    model: MarkovModel, prompt: Sequence[int], num_tokens: int, transform=lambda distribution: distribution
 ) -> dict[tuple[int, ...], float]:
-    """Exact law of the next num_tokens tokens: {tokens: probability}; `transform` is applied to each row."""
-    law = {}
+    """Exact distribution of the next num_tokens tokens: {tokens: probability}; `transform` is applied to each row."""
+    distribution = {}
     for tokens in itertools.product(range(model.vocab_size), repeat=num_tokens):
         context, probability = [0, *prompt], 1.0
         for token in tokens:
             probability *= transform(model.table[context[-2], context[-1]])[token].item()
             context.append(token)
         if probability:
-            law[tokens] = probability
-    return law
+            distribution[tokens] = probability
+    return distribution
 
 
 class Automaton:
@@ -140,14 +140,14 @@ class Automaton:
         return None if state is None else self.table[state]
 
 
-def obvious_law(
+def obvious_distribution(
     logits: list[float],
     params: SamplingParams,
     prompt: list[int],
     output: list[int],
     allowed: Collection[int] | None = None,
 ) -> list[float]:
-    """The law after processors, by their definitions, token by token in plain Python."""
+    """The distribution after processors, by their definitions, token by token in plain Python."""
     x, vocab_size = list(logits), len(logits)
     for token, bias in params.logit_bias.items():
         x[token] += bias
@@ -164,18 +164,18 @@ def obvious_law(
         floor = sorted(x, reverse=True)[min(params.top_k, vocab_size) - 1]
         x = [value if value >= floor else -math.inf for value in x]
     weights = [math.exp(value - max(x)) for value in x]
-    law = [weight / math.fsum(weights) for weight in weights]
+    distribution = [weight / math.fsum(weights) for weight in weights]
     kept, mass = set(), 0.0
-    for token in sorted(range(vocab_size), key=lambda t: -law[t]):
+    for token in sorted(range(vocab_size), key=lambda t: -distribution[t]):
         if mass < params.top_p or params.top_p == 1:
             kept.add(token)
-        mass += law[token]
-    law = [p if p >= min(law[t] for t in kept) else 0.0 for p in law]
-    law = [p if p >= params.min_p * max(law) else 0.0 for p in law]
-    return [p / math.fsum(law) for p in law]
+        mass += distribution[token]
+    distribution = [p if p >= min(distribution[t] for t in kept) else 0.0 for p in distribution]
+    distribution = [p if p >= params.min_p * max(distribution) else 0.0 for p in distribution]
+    return [p / math.fsum(distribution) for p in distribution]
 
 
-def law_after(
+def distribution_after(
     model: MarkovModel,
     params: SamplingParams,
     prompt: Sequence[int],
@@ -185,25 +185,25 @@ def law_after(
     """What the model says after a prompt and an output under sampling parameters."""
     context = [0, *prompt, *output]
     logits = model.table[context[-2], context[-1]].log().tolist()
-    return obvious_law(logits, params, list(prompt), list(output), constraint and constraint.after(output))
+    return obvious_distribution(logits, params, list(prompt), list(output), constraint and constraint.after(output))
 
 
-def processed_law(
+def processed_distribution(
     model: MarkovModel,
     params: SamplingParams,
     prompt: Sequence[int],
     num_tokens: int,
     constraint: Automaton | None = None,
 ) -> dict[tuple[int, ...], float]:
-    """As `joint_law` under all sampling parameters; a stop token ends an output."""
-    laws, unfinished = {}, {(): 1.0}
+    """As `joint_distribution` under all sampling parameters; a stop token ends an output."""
+    distributions, unfinished = {}, {(): 1.0}
     for _ in range(num_tokens):
         longer = {
             (*output, token): probability * each
             for output, probability in unfinished.items()
-            for token, each in enumerate(law_after(model, params, prompt, output, constraint))
+            for token, each in enumerate(distribution_after(model, params, prompt, output, constraint))
             if each
         }
-        laws |= {output: p for output, p in longer.items() if output[-1] in params.stop_token_ids}
+        distributions |= {output: p for output, p in longer.items() if output[-1] in params.stop_token_ids}
         unfinished = {output: p for output, p in longer.items() if output[-1] not in params.stop_token_ids}
-    return laws | unfinished
+    return distributions | unfinished

@@ -81,7 +81,7 @@ def test_softmax(size: int, dtype: torch.dtype) -> None:
 
 @needs_kernels
 @pytest.mark.parametrize("size", [1, 63, 64, 65, 1000])
-def test_a_draw_is_the_one_of_the_cumulative_law(size: int) -> None:
+def test_a_draw_is_the_one_of_the_cumulative_distribution(size: int) -> None:
     """In float64 by torch; at 0, at the largest uniform below 1 and between, with tokens that have no probability."""
     torch.manual_seed(0)
     probs = torch.rand(500, size) * (torch.rand(500, size) < 0.3)

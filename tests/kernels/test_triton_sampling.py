@@ -18,18 +18,18 @@ from typing import Any
 import pytest
 import torch
 from helpers.gates import distance
-from helpers.toys import BATCH_MATES, joint_law, processed_law, table
+from helpers.toys import BATCH_MATES, joint_distribution, processed_distribution, table
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from specdec.conformance.enumeration import coupled_runs, exact_coupled_law, exact_law, race_pieces
+from specdec.conformance.enumeration import coupled_runs, exact_coupled_distribution, exact_distribution, race_pieces
 from specdec.decoding import Decoder
 from specdec.kernels import cpp, gpu
 from specdec.models.markov import MarkovModel
 from specdec.proposers.adaptive import confidence
 from specdec.proposers.draft_model import DraftModelProposer
 from specdec.sampling import randomness
-from specdec.sampling.distributions import Dense, Law, OneHot, Partial, largest, race
+from specdec.sampling.distributions import Dense, Distribution, OneHot, Partial, largest, race
 from specdec.sampling.randomness import Role, on_branch
 from specdec.sampling.state import RowParams
 from specdec.sampling_params import SamplingParams
@@ -173,8 +173,8 @@ def test_softmax_at_each_rows_temperature_with_greedy_rows_between(size: int, dt
     params = [SamplingParams(temperature=temperature) for temperature in (0.3, 0.0, 1.7)]
     logits = random(3, 2, size).mul(4).to(dtype)
     logits[0, 1, 1::2], logits[1, 1] = -torch.inf, logits[1, 1].max()
-    law, finite = rows_of(params, size).law(logits)
-    probs = law.dense()
+    distribution, finite = rows_of(params, size).distribution(logits)
+    probs = distribution.dense()
     assert finite.all()
     assert probs.dtype == torch.float32
     for row, temperature in ((0, 0.3), (2, 1.7)):
@@ -194,13 +194,13 @@ def test_rows_without_a_distribution_are_told_and_are_nan_throughout(
     logits = random(4, 1, size)
     logits[0, 0, -1], logits[1, 0, 0], logits[2, 0] = torch.nan, torch.inf, -torch.inf
     params = [SamplingParams(temperature=temperature)] * 3 + [SamplingParams(**options)]
-    law, finite = rows_of(params, size).law(logits)
+    distribution, finite = rows_of(params, size).distribution(logits)
     assert finite.squeeze(1).tolist() == [False, False, False, True]
-    probs = law.dense()
+    probs = distribution.dense()
     assert probs[3].sum().item() == pytest.approx(1)
     assert temperature == 0 or probs[:3].isnan().all()
-    drawn = law.draw(torch.full((4, 1), LARGEST, dtype=torch.float64, device=DEVICE))
-    raced = law.draw(random_uniforms(4, 1, size))
+    drawn = distribution.draw(torch.full((4, 1), LARGEST, dtype=torch.float64, device=DEVICE))
+    raced = distribution.draw(random_uniforms(4, 1, size))
     for tokens in (drawn, raced):
         assert ((tokens >= 0) & (tokens < size)).all()  # any token, but a token
 
@@ -229,26 +229,26 @@ def test_top_k_keeps_the_k_largest_and_their_ties(size: int, dtype: torch.dtype)
     logits[2, 0, ::2], logits[2, 0, 1::3] = 0.0, -0.0
     logits[0, 0, size // 2 + 1 :] = -torch.inf
     params = [SamplingParams(top_k=k) for k in ks] + [SamplingParams(temperature=0)]
-    law, finite = rows_of(params, size).law(logits)
+    distribution, finite = rows_of(params, size).distribution(logits)
     assert finite.all()
     for row, k in enumerate(ks):
         kept = kept_by_top_k(logits[row].float(), k or size)
         expected = logits[row].double().masked_fill(~kept, -torch.inf).softmax(-1)
-        torch.testing.assert_close(law.dense()[row].double(), expected, rtol=2e-5, atol=1e-30)
-        assert not law.dense()[row][~kept].any()
+        torch.testing.assert_close(distribution.dense()[row].double(), expected, rtol=2e-5, atol=1e-30)
+        assert not distribution.dense()[row][~kept].any()
 
 
 @pytest.mark.parametrize("size", SIZES)
 def test_top_p_keeps_the_fewest_that_reach_it(size: int) -> None:
     top_ps = [0.05, 0.5, 0.95, 0.999999, 1.0] if size < 32769 else [0.95]
     logits = random(len(top_ps), 1, size, seed=size).mul(3)
-    law, _ = rows_of([SamplingParams(top_p=top_p) for top_p in top_ps], size).law(logits)
-    probs = rows_of([SamplingParams()] * len(top_ps), size).law(logits)[0].dense()
+    distribution, _ = rows_of([SamplingParams(top_p=top_p) for top_p in top_ps], size).distribution(logits)
+    probs = rows_of([SamplingParams()] * len(top_ps), size).distribution(logits)[0].dense()
     for row, top_p in enumerate(top_ps):
         kept = kept_by_top_p(probs[row], top_p) if top_p < 1 else torch.ones_like(probs[row], dtype=torch.bool)
-        assert torch.equal(law.dense()[row] > 0, kept & (probs[row] > 0))
+        assert torch.equal(distribution.dense()[row] > 0, kept & (probs[row] > 0))
         expected = (probs[row] * kept).double()
-        torch.testing.assert_close(law.dense()[row].double(), expected / expected.sum(), rtol=1e-5, atol=1e-30)
+        torch.testing.assert_close(distribution.dense()[row].double(), expected / expected.sum(), rtol=1e-5, atol=1e-30)
 
 
 @pytest.mark.parametrize(
@@ -267,12 +267,12 @@ def test_top_p_at_its_threshold(weights: list[int], top_p: float, kept: list[int
     """Probabilities that float32 holds exactly: the sum before a token is top_p, or a little less; as by torch."""
     logits = torch.tensor([[weights]], dtype=torch.float32, device=DEVICE).log2() * math.log(2)
     rows = rows_of([SamplingParams(top_p=top_p)], 4)
-    probs = rows.law(logits)[0].dense()
+    probs = rows.distribution(logits)[0].dense()
     assert (probs[0, 0] > 0).tolist() == [bool(each) for each in kept]
     expected = torch.tensor(weights).mul(torch.tensor(kept)).float()
     assert probs[0, 0].tolist() == pytest.approx((expected / expected.sum()).tolist(), abs=1e-6)
     with without_kernels():
-        assert torch.equal(rows.law(logits)[0].dense() > 0, probs > 0)
+        assert torch.equal(rows.distribution(logits)[0].dense() > 0, probs > 0)
 
 
 @pytest.mark.parametrize("size", [61, 5000] if ON_GPU else [1, 61, 5000])
@@ -289,7 +289,7 @@ def test_all_truncations_together_as_by_torch(size: int) -> None:
     logits = random(6, 2, size, seed=size).mul(3)
     logits[0, 1] = logits[0, 1].round()
     rows = rows_of([SamplingParams(**each) for each in several], size)
-    probs, expected = rows.law(logits)[0].dense(), by_torch(rows.law, logits)[0].dense()
+    probs, expected = rows.distribution(logits)[0].dense(), by_torch(rows.distribution, logits)[0].dense()
     assert torch.equal(probs > 0, expected > 0)
     torch.testing.assert_close(probs, expected, rtol=2e-5, atol=1e-30)
 
@@ -297,24 +297,26 @@ def test_all_truncations_together_as_by_torch(size: int) -> None:
 def test_min_p_keeps_a_token_at_its_threshold() -> None:
     logits = torch.tensor([[[1.0, 4, 2, 1]]], device=DEVICE).log2() * math.log(2)
     rows = rows_of([SamplingParams(min_p=0.5)], 4)
-    assert (rows.law(logits)[0].dense() > 0).tolist() == (by_torch(rows.law, logits)[0].dense() > 0).tolist()
-    assert (rows.law(logits)[0].dense() > 0).tolist() == [[[False, True, True, False]]]
+    assert (rows.distribution(logits)[0].dense() > 0).tolist() == (
+        by_torch(rows.distribution, logits)[0].dense() > 0
+    ).tolist()
+    assert (rows.distribution(logits)[0].dense() > 0).tolist() == [[[False, True, True, False]]]
 
 
 def test_logits_of_some_tokens_only() -> None:
     tokens = torch.tensor([1, 4, 5, 9], device=DEVICE)
     for params in ([SamplingParams(top_k=2), SamplingParams(top_p=0.6)], [SamplingParams(temperature=0)] * 2):
         rows, logits = rows_of(params, 10), random(2, 3, 4)
-        law, expected = rows.law(logits, tokens)[0], by_torch(rows.law, logits, tokens)[0]
-        assert type(law) is type(expected)
-        torch.testing.assert_close(law.dense(), expected.dense())
+        distribution, expected = rows.distribution(logits, tokens)[0], by_torch(rows.distribution, logits, tokens)[0]
+        assert type(distribution) is type(expected)
+        torch.testing.assert_close(distribution.dense(), expected.dense())
 
 
 @pytest.mark.parametrize(("size", "num_rows"), [(61, len(BATCH_MATES)), (1000, 5), (5001, 5)])
 def test_a_row_does_not_depend_on_its_batch_mates(size: int, num_rows: int) -> None:
     """Bit for bit, distributions and draws, each row by itself and one position of it by itself."""
     logits, draws = random(num_rows, 6, size, seed=size).mul(2), random_uniforms(num_rows, 6)
-    together = rows_of(BATCH_MATES[:num_rows], size).law(logits)[0].dense()
+    together = rows_of(BATCH_MATES[:num_rows], size).distribution(logits)[0].dense()
     drawn = Dense(together).draw(draws)
     assert (together[:2] / together[:2].sum(-1, keepdim=True) != together[:2]).any(), (
         "to normalise again would not show"
@@ -322,10 +324,12 @@ def test_a_row_does_not_depend_on_its_batch_mates(size: int, num_rows: int) -> N
     for row in range(num_rows):
         rows = rows_of(BATCH_MATES[row : row + 1], size)
         for here in (slice(1, 2), slice(0, 6))[: 2 if row < 2 else 1]:
-            law = rows.law(logits[row : row + 1, here])[0]
-            assert torch.equal(law.dense()[0], together[row, here])
-            assert torch.equal(law.draw(draws[row : row + 1, here])[0], drawn[row, here])
-            if isinstance(law, Dense):  # as a part of what was computed together, wherever that begins in memory
+            distribution = rows.distribution(logits[row : row + 1, here])[0]
+            assert torch.equal(distribution.dense()[0], together[row, here])
+            assert torch.equal(distribution.draw(draws[row : row + 1, here])[0], drawn[row, here])
+            if isinstance(
+                distribution, Dense
+            ):  # as a part of what was computed together, wherever that begins in memory
                 assert torch.equal(
                     Dense(together[row : row + 1, here]).draw(draws[row : row + 1, here])[0], drawn[row, here]
                 )
@@ -336,7 +340,7 @@ def test_a_row_does_not_depend_on_the_dtype_that_a_mate_needs(size: int) -> None
     """A bias or a penalty of one row widens the logits of all to float32."""
     logits = random(2, 2, size).mul(3).bfloat16()
     rows = rows_of([SamplingParams(), SamplingParams(temperature=0.7)], size)
-    assert torch.equal(rows.law(logits.float())[0].dense(), rows.law(logits)[0].dense())
+    assert torch.equal(rows.distribution(logits.float())[0].dense(), rows.distribution(logits)[0].dense())
 
 
 def test_sizes_that_change_with_the_batch_are_not_compiled_in() -> None:
@@ -415,11 +419,11 @@ def distributions(batch: int, width: int, size: int, seed: int) -> Dense:
 def draft_of(form: str, batch: int, width: int, size: int) -> Draft:
     lengths = torch.arange(batch, device=DEVICE) % (width + 1)
     tokens = torch.arange(size, device=DEVICE)[1::2].contiguous()
-    law: Law = distributions(batch, width, size, 5)
+    distribution: Distribution = distributions(batch, width, size, 5)
     if form == "partial" and len(tokens):
-        law = Partial(distributions(batch, width, len(tokens), 6), tokens, size)
-    drawn = by_torch(law.draw, random_uniforms(batch, width, seed=8))
-    return Draft(drawn, lengths, OneHot(drawn, size) if form == "one-hot" else law)
+        distribution = Partial(distributions(batch, width, len(tokens), 6), tokens, size)
+    drawn = by_torch(distribution.draw, random_uniforms(batch, width, seed=8))
+    return Draft(drawn, lengths, OneHot(drawn, size) if form == "one-hot" else distribution)
 
 
 @pytest.mark.parametrize("rule", [verify_tokens, verify_block])
@@ -440,14 +444,16 @@ def test_fused_verification_decides_as_torch_does(form: str, size: int, width: i
 
 def test_a_residual_without_mass_is_the_target() -> None:
     """Draft and target equal: rejected, which has probability 0, the token is drawn from the target."""
-    law = distributions(12, 2, 61, 3)
+    distribution = distributions(12, 2, 61, 3)
     draft = Draft(
-        torch.ones(12, 1, dtype=torch.int64, device=DEVICE), torch.ones_like(law.probs[:, 0, 0]).long(), law[:, :1]
+        torch.ones(12, 1, dtype=torch.int64, device=DEVICE),
+        torch.ones_like(distribution.probs[:, 0, 0]).long(),
+        distribution[:, :1],
     )
     accept, final = torch.full((12, 1), LARGEST, dtype=torch.float64, device=DEVICE), random_uniforms(12, 2)
-    outcome = verify_tokens(law, draft, accept, final)  # token 1 is impossible, and so never accepted
+    outcome = verify_tokens(distribution, draft, accept, final)  # token 1 is impossible, and so never accepted
     assert not outcome.accepted.any()
-    assert torch.equal(outcome.next_token, law[:, 0].draw(final[:, 0]))
+    assert torch.equal(outcome.next_token, distribution[:, 0].draw(final[:, 0]))
 
 
 def test_one_hot_targets_and_one_hot_drafts() -> None:
@@ -516,7 +522,7 @@ def test_kernels_per_distribution(options: dict, dtype: torch.dtype, expected: l
     """Whatever the batch and the number of positions."""
     rows, logits = rows_of([SamplingParams(**options)] * 2, 50), random(2, 3, 50).to(dtype)
     with Operations() as operations:
-        rows.law(logits)
+        rows.distribution(logits)
     assert launched == expected
     assert operations.names == ["probabilities"]
 
@@ -544,7 +550,7 @@ def test_operators_are_what_they_declare() -> None:
     )
     truncation = (rows.greedy, rows.top_k, rows.keeps_all, rows.top_p, rows.min_p)
     draft, target, draws = draft_of("partial", 2, 2, 9), distributions(2, 3, 9, 5), random_uniforms(2, 3)
-    form = [draft.law.inner.probs, draft.law.tokens]
+    form = [draft.distribution.inner.probs, draft.distribution.tokens]
     calls = [
         (fast.uniforms, words),
         (fast.summaries, [logits]),
@@ -587,8 +593,8 @@ def decoder_of(
 def test_joint_distribution_through_the_kernels(rule: Any, launched: list[str]) -> None:
     """Exactly, for all uniforms: three tokens, rejections and full acceptance among them."""
     target, draft = single_pair(1, HALVES)
-    distribution = exact_law(partial(decoder_of, target, draft, 1), (1, 2), 3, (2, 2, 2), rule=rule)
-    assert distance(distribution, joint_law(target, (1, 2), 3)) < 1e-12
+    distribution = exact_distribution(partial(decoder_of, target, draft, 1), (1, 2), 3, (2, 2, 2), rule=rule)
+    assert distance(distribution, joint_distribution(target, (1, 2), 3)) < 1e-12
     assert {"_scan_kernel", "_softmax_kernel", "_draw_kernel", "_last_draw_kernel"} <= set(launched)
 
 
@@ -597,8 +603,8 @@ def test_joint_distribution_of_truncated_rows_through_the_kernels(options: dict,
     """Of each coin the likelier side is kept, or both where they tie."""
     target, draft = single_pair(7, COINS)
     params = SamplingParams(**options)
-    distribution = exact_law(partial(decoder_of, target, draft, 1), (1, 0), 3, (2, 2, 2), params)
-    assert distance(distribution, processed_law(target, params, (1, 0), 3)) < 1e-12
+    distribution = exact_distribution(partial(decoder_of, target, draft, 1), (1, 0), 3, (2, 2, 2), params)
+    assert distance(distribution, processed_distribution(target, params, (1, 0), 3)) < 1e-12
     assert {"_search_kernel", "_kept_kernel"} & set(launched)
 
 
@@ -607,5 +613,5 @@ def test_joint_distribution_of_the_coupled_loop_through_the_kernels(launched: li
     runs = coupled_runs(
         partial(decoder_of, target, draft, 1), (1, 0), 3, race_pieces(COINS.tolist()), rule=verify_coupled
     )
-    assert distance(exact_coupled_law(runs), joint_law(target, (1, 0), 3)) < 1e-12
+    assert distance(exact_coupled_distribution(runs), joint_distribution(target, (1, 0), 3)) < 1e-12
     assert "_race_kernel" in launched

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from specdec import Engine, SamplingParams
 from specdec.conformance.divergence import last_logits
-from specdec.conformance.enumeration import exact_law, pieces_between
+from specdec.conformance.enumeration import exact_distribution, pieces_between
 from specdec.conformance.mutants import maker
 from specdec.conformance.reference import Reference
 from specdec.models import seq2seq as module
@@ -186,19 +186,19 @@ def test_coupled_sampling_is_the_same_with_any_draft() -> None:
         assert [c.token_ids for c in engine.generate(PROMPTS, params)] == [c.token_ids for c in plain]
 
 
-# ---- the exact law
+# ---- the exact distribution
 
 
 @cache
-def laws(seed: int) -> Callable[[tuple[int, ...]], Tensor]:
-    """The laws of a tiny model over three tokens in float64, by scoring: after an output -> [3]."""
+def distributions(seed: int) -> Callable[[tuple[int, ...]], Tensor]:
+    """The distributions of a tiny model over three tokens in float64, by scoring: after an output -> [3]."""
     model = three_tokens(seed).model
 
     @cache
-    def law(output: tuple[int, ...]) -> Tensor:
+    def distribution(output: tuple[int, ...]) -> Tensor:
         return scored(model, PROMPT, output).softmax(-1)
 
-    return law
+    return distribution
 
 
 @cache
@@ -211,37 +211,39 @@ PROMPT = (2, 1, 2, 0)
 
 def thresholds(output: tuple[int, ...]) -> tuple[Any, Any, Any]:
     """Pieces of the uniforms of a step of one drafted token: between all thresholds that they may meet."""
-    target, draft = laws(0)(output), laws(1)(output)
-    behind = [laws(0)((*output, token)) for token in range(3)]
+    target, draft = distributions(0)(output), distributions(1)(output)
+    behind = [distributions(0)((*output, token)) for token in range(3)]
     lasts = [target, residual(target, Dense(draft)), *behind]
     return (
         pieces_between(draft.cumsum(-1).tolist()),
         pieces_between((target / draft).tolist()),
-        pieces_between(edge for law in lasts for edge in law.cumsum(-1).tolist()),
+        pieces_between(edge for distribution in lasts for edge in distribution.cumsum(-1).tolist()),
     )
 
 
 def joint(num_tokens: int) -> dict[tuple[int, ...], float]:
-    law = {}
+    distribution = {}
     for tokens in itertools.product(range(3), repeat=num_tokens):
-        law[tokens] = float(torch.stack([laws(0)(tokens[:i])[tokens[i]] for i in range(num_tokens)]).prod())
-    return law
+        distribution[tokens] = float(
+            torch.stack([distributions(0)(tokens[:i])[tokens[i]] for i in range(num_tokens)]).prod()
+        )
+    return distribution
 
 
-def test_joint_law_of_a_draft_model() -> None:
+def test_joint_distribution_of_a_draft_model() -> None:
     """Through the real loop, across step boundaries. 1e-6: T5's norms take a variance in float32."""
-    law = exact_law(maker(three_tokens(0), three_tokens(1), 1), PROMPT, 3, thresholds)
-    assert distance(law, joint(3)) < 1e-6
+    distribution = exact_distribution(maker(three_tokens(0), three_tokens(1), 1), PROMPT, 3, thresholds)
+    assert distance(distribution, joint(3)) < 1e-6
 
 
 @pytest.mark.parametrize("prompt", [PROMPTS[1], PROMPTS[2]])
 def test_audits_score_behind_the_whole_prompt(prompt: list[int]) -> None:
-    """The laws of teacher forcing, and the logits that a divergence is explained by, in steps of any width."""
+    """The distributions of teacher forcing, and the logits that a divergence is explained by, in steps of any width."""
     model, output = make("t5"), [8, 7, 6, 5, 3]
     expected = torch.stack([scored(model, prompt, output[:i]) for i in range(len(output))])
     target = Seq2SeqLM(model)
-    (found,) = Reference(target, SamplingParams()).laws([prompt, PROMPTS[0]], [output, output[:2]])
-    torch.testing.assert_close(found.law.dense()[:5], expected.softmax(-1), rtol=1e-4, atol=1e-5)
+    (found,) = Reference(target, SamplingParams()).distributions([prompt, PROMPTS[0]], [output, output[:2]])
+    torch.testing.assert_close(found.distribution.dense()[:5], expected.softmax(-1), rtol=1e-4, atol=1e-5)
     for width in (None, 1, 2, 8):
         logits = last_logits(target, [*prompt, *output[:4]], width, len(prompt))
         torch.testing.assert_close(logits, expected[4], rtol=1e-4, atol=1e-4)
@@ -295,7 +297,7 @@ def test_wrong_positions_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_sixteen_bits_go_the_same_road(dtype: torch.dtype) -> None:
-    """Rounding may flip near ties, so equality is asked of one step's law, within the format's precision."""
+    """Rounding may flip near ties, so equality is asked of one step's distribution, within the format's precision."""
     model = make("t5", dtype=dtype)
     target = Seq2SeqLM(model)
     row = [*PROMPTS[1], 8, 7, 6]

@@ -1,4 +1,4 @@
-"""A draft model with another tokenizer: the same law, the right tokens, and a text that is read in step."""
+"""A draft model with another tokenizer: the same distribution, the right tokens, and a text that is read in step."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ import pytest
 import torch
 from helpers import tiny
 from helpers.gates import distance
-from helpers.toys import joint_law, table
+from helpers.toys import joint_distribution, table
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from specdec import Engine, SamplingParams
-from specdec.conformance.enumeration import coupled_runs, exact_coupled_law, exact_law, race_pieces
+from specdec.conformance.enumeration import coupled_runs, exact_coupled_distribution, exact_distribution, race_pieces
 from specdec.decoding import Decoder
 from specdec.models import vocabularies
 from specdec.models.causal import CausalLM
@@ -33,7 +33,7 @@ from specdec.sampling.distributions import Dense, Partial
 from specdec.sampling.randomness import uniforms
 from specdec.verification import Draft, verify_block, verify_coupled
 
-# ---- toys: the exact law
+# ---- toys: the exact distribution
 
 TARGET_PIECES = dict(enumerate([b"a", b"b", b"c"]))
 DRAFT_PIECES = dict(enumerate([b"c", b"ab", b"a", b"d"]))  # a and c are in both, under other ids
@@ -66,38 +66,44 @@ def toy_maker(seed: int, gamma: int, proposer: type[DraftModelProposer] = DraftM
 
 
 @pytest.mark.parametrize(("gamma", "num_tokens", "seed"), [(1, 4, 0), (1, 3, 1), (2, 3, 2)])
-def test_joint_law_of_two_vocabularies(gamma: int, num_tokens: int, seed: int) -> None:
+def test_joint_distribution_of_two_vocabularies(gamma: int, num_tokens: int, seed: int) -> None:
     target, make = toy_maker(seed, gamma)
-    assert distance(exact_law(make, PROMPT, num_tokens, GRID), joint_law(target, PROMPT, num_tokens)) < 1e-12
+    assert (
+        distance(exact_distribution(make, PROMPT, num_tokens, GRID), joint_distribution(target, PROMPT, num_tokens))
+        < 1e-12
+    )
 
 
-def test_joint_law_of_two_vocabularies_under_block_verification() -> None:
+def test_joint_distribution_of_two_vocabularies_under_block_verification() -> None:
     target, make = toy_maker(4, 1)
-    law = exact_law(make, PROMPT, 3, GRID, rule=verify_block)
-    assert distance(law, joint_law(target, PROMPT, 3)) < 1e-12
+    distribution = exact_distribution(make, PROMPT, 3, GRID, rule=verify_block)
+    assert distance(distribution, joint_distribution(target, PROMPT, 3)) < 1e-12
 
 
-def test_joint_law_of_two_vocabularies_under_coupled_verification() -> None:
+def test_joint_distribution_of_two_vocabularies_under_coupled_verification() -> None:
     target, make = toy_maker(3, 2)
     pieces = race_pieces([*target.table.flatten(0, 1).tolist(), [0.5, 0, 0.5], [1, 0, 0], [0, 0, 1]])
-    law = exact_coupled_law(coupled_runs(make, PROMPT, 2, pieces, rule=verify_coupled))
-    assert distance(law, joint_law(target, PROMPT, 2)) < 1e-12
+    distribution = exact_coupled_distribution(coupled_runs(make, PROMPT, 2, pieces, rule=verify_coupled))
+    assert distance(distribution, joint_distribution(target, PROMPT, 2)) < 1e-12
 
 
 class NotNormalised(DraftModelProposer):
-    """Draws from the draft's law over the shared tokens, but declares it as it was before it was normalised again."""
+    """Draws from the draft's distribution over the shared tokens, but declares it as it was before renormalising."""
 
     def propose(self, batch: Batch, limits: Sequence[int]) -> Draft:
         draft = super().propose(batch, limits)
-        if not isinstance(draft.law, Partial):
+        if not isinstance(draft.distribution, Partial):
             return draft
-        law = draft.law
-        return replace(draft, law=Partial(Dense(law.inner.probs * 0.5), law.tokens, law.vocab_size))
+        distribution = draft.distribution
+        return replace(
+            draft,
+            distribution=Partial(Dense(distribution.inner.probs * 0.5), distribution.tokens, distribution.vocab_size),
+        )
 
 
-def test_a_law_that_is_not_normalised_again_is_caught() -> None:
+def test_a_distribution_that_is_not_normalised_again_is_caught() -> None:
     target, make = toy_maker(0, 1, NotNormalised)
-    assert distance(exact_law(make, PROMPT, 3, (2, 4, 24)), joint_law(target, PROMPT, 3)) > 0.02
+    assert distance(exact_distribution(make, PROMPT, 3, (2, 4, 24)), joint_distribution(target, PROMPT, 3)) > 0.02
 
 
 # ---- tokenizers made for the test
@@ -371,7 +377,7 @@ def test_what_is_shared_is_said(caplog: pytest.LogCaptureFixture) -> None:
     assert len(caplog.records) == 1
     assert "the draft's tokenizer, of 700 tokens, shares" in caplog.text
     assert "of the target's 500, which make up" in caplog.text
-    assert "the output law stays the target's" in caplog.text
+    assert "the output distribution stays the target's" in caplog.text
 
 
 def test_too_small_an_intersection_is_refused() -> None:

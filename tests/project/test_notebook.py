@@ -13,7 +13,7 @@ from nbclient import NotebookClient
 ROOT = Path(__file__).parents[2]
 LESSON = ROOT / "docs" / "speculative_decoding.ipynb"
 NOT_FOR_THE_PUBLIC = (r"/(home|root|work|tmp|usr|Users)/", r"\bTraceback\b", r"\bWarning\b", r"0x[0-9a-f]{8}")
-MOST_BYTES = 400_000
+MAX_BYTES = 400_000
 
 
 def outputs(notebook: nbformat.NotebookNode) -> list[list[list[str]]]:
@@ -48,7 +48,7 @@ def test_what_is_committed_was_run_in_order_and_without_complaint() -> None:
 
 
 def test_what_is_committed_tells_nothing_of_the_machine() -> None:
-    assert LESSON.stat().st_size < MOST_BYTES
+    assert LESSON.stat().st_size < MAX_BYTES
     notebook = committed()
     assert set(notebook.metadata) == {"kernelspec", "language_info"}
     assert all(not cell.metadata for cell in notebook.cells)

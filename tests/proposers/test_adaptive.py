@@ -1,4 +1,4 @@
-"""Drafts that end where another token would not pay: when they do, and that the law stays the target's."""
+"""Drafts that end where another token would not pay: when they do, and that the distribution stays the target's."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from functools import partial
 import pytest
 import torch
 from helpers.gates import distance
-from helpers.toys import HALVES, QUARTERS, FeatureTarget, ToyHead, grid_pair, joint_law, table
+from helpers.toys import HALVES, QUARTERS, FeatureTarget, ToyHead, grid_pair, joint_distribution, table
 
 from specdec import Engine, SamplingParams
-from specdec.conformance.enumeration import exact_law
+from specdec.conformance.enumeration import exact_distribution
 from specdec.decoding import Decoder
-from specdec.models.costs import MOST, StepCosts, target_costs
+from specdec.models.costs import MAX_DRAFT_LENGTH, StepCosts, target_costs
 from specdec.models.markov import MarkovModel
 from specdec.proposers.adaptive import AdaptiveLength, confidence
 from specdec.proposers.draft_model import DraftModelProposer
@@ -36,25 +36,25 @@ class WhileSure(AdaptiveLength):
 
 
 @pytest.mark.parametrize("mutated", [False, True])
-def test_joint_law_of_drafts_that_end_early(mutated: bool) -> None:
+def test_joint_distribution_of_drafts_that_end_early(mutated: bool) -> None:
     """Exactly, while rows end their drafts at different places; the mutant ends them by looking at the token drawn."""
     target, draft = FeatureTarget(table(0, HALVES)), MarkovModel(table(10, SURE))
     lengths = set()
 
     def make(source, rule, max_batch_size):
-        def recording(law, draft, *draws):
+        def recording(distribution, draft, *draws):
             lengths.update(draft.lengths.tolist())
             if mutated and draft.tokens.shape[1]:
                 unwanted = draft.tokens.gather(1, (draft.lengths - 1).clamp(min=0)[:, None])[:, 0] == 0
                 draft = replace(draft, lengths=(draft.lengths - unwanted.long()).clamp(min=0))
-            return rule(law, draft, *draws)
+            return rule(distribution, draft, *draws)
 
         proposer = EagleProposer(ToyHead(draft), source, WhileSure(FREE))
         return Decoder(target, proposer, 2, max_batch_size=max_batch_size, rule=recording, uniforms=source)
 
     prompt, num_tokens = (0, 1), 4
-    law = exact_law(make, prompt, num_tokens, (4, 2, 2))
-    found = distance(law, joint_law(target, prompt, num_tokens))
+    distribution = exact_distribution(make, prompt, num_tokens, (4, 2, 2))
+    found = distance(distribution, joint_distribution(target, prompt, num_tokens))
     assert found > 0.01 if mutated else found < 1e-12
     assert lengths >= {1, 2}
 
@@ -82,19 +82,19 @@ class EachRowAlone(NgramProposer):
 
 @pytest.mark.parametrize("mutated", [False, True])
 @pytest.mark.parametrize("hybrid", [False, True])
-def test_joint_law_of_copies_that_end_early(hybrid: bool, mutated: bool) -> None:
+def test_joint_distribution_of_copies_that_end_early(hybrid: bool, mutated: bool) -> None:
     """Exactly, while a row copies less after rejections; the mutant ends a copy by looking at an accept uniform."""
     target, draft = MarkovModel(table(0, HALVES)), MarkovModel(table(10, HALVES))
     lengths = set()
 
     def make(source, rule, max_batch_size):
-        def recording(law, draft, accept, final):
+        def recording(distribution, draft, accept, final):
             lengths.update(draft.lengths.tolist())
             if mutated and draft.tokens.shape[1]:
                 last = (draft.lengths - 1).clamp(min=0)[:, None]
                 unwanted = (accept.gather(1, last)[:, 0] > 0.5) & (draft.lengths > 0)
                 draft = replace(draft, lengths=draft.lengths - unwanted.long())
-            return rule(law, draft, accept, final)
+            return rule(distribution, draft, accept, final)
 
         proposer = EachRowAlone()
         if hybrid:
@@ -102,45 +102,51 @@ def test_joint_law_of_copies_that_end_early(hybrid: bool, mutated: bool) -> None
         return Decoder(target, proposer, 2, max_batch_size=max_batch_size, rule=recording, uniforms=source)
 
     prompt, num_tokens = (0, 1, 2, 0, 1, 2), 5
-    law = exact_law(make, prompt, num_tokens, (2 if hybrid else 1, 2, 2))
-    found = distance(law, joint_law(target, prompt, num_tokens))
+    distribution = exact_distribution(make, prompt, num_tokens, (2 if hybrid else 1, 2, 2))
+    found = distance(distribution, joint_distribution(target, prompt, num_tokens))
     assert found > 0.01 if mutated else found < 1e-12
     assert lengths == {0, 1, 2}
 
 
 def test_the_rule_for_copies() -> None:
     """A step of one second and a twentieth for each further token; four of five are accepted at first."""
-    adaptive = AdaptiveLength(StepCosts(tuple(1 + 0.05 * width for width in range(MOST + 1)), 0.0))
-    assert adaptive.num_copied([MOST], 1) == MOST, "0.8 ** 8 tokens are more than the 0.05 that the time would make"
-    costly = AdaptiveLength(StepCosts(tuple(1 + 0.3 * width for width in range(MOST + 1)), 0.0))
-    assert costly.num_copied([MOST], 1) == 5, "0.8 ** 5 > 0.3 > 0.8 ** 6"
+    adaptive = AdaptiveLength(StepCosts(tuple(1 + 0.05 * width for width in range(MAX_DRAFT_LENGTH + 1)), 0.0))
+    assert adaptive.num_copied([MAX_DRAFT_LENGTH], 1) == MAX_DRAFT_LENGTH, (
+        "0.8 ** 8 tokens are more than the 0.05 that the time would make"
+    )
+    costly = AdaptiveLength(StepCosts(tuple(1 + 0.3 * width for width in range(MAX_DRAFT_LENGTH + 1)), 0.0))
+    assert costly.num_copied([MAX_DRAFT_LENGTH], 1) == 5, "0.8 ** 5 > 0.3 > 0.8 ** 6"
     assert costly.num_copied([3], 1) == 3, "there is no more"
-    assert costly.num_copied([MOST, MOST], 2) == 5, "two rows make 0.6 tokens in that time, and 1.6 if both copy"
-    assert costly.num_copied([MOST], 2) == 2, "0.8 ** 2 > 0.6 > 0.8 ** 3 if one does: the other waits for it"
-    assert costly.num_copied([MOST, 2], 2) == 2
-    assert costly.num_copied([MOST], 8) == costly.num_copied([], 1) == 0
+    assert costly.num_copied([MAX_DRAFT_LENGTH, MAX_DRAFT_LENGTH], 2) == 5, (
+        "two rows make 0.6 tokens in that time, and 1.6 if both copy"
+    )
+    assert costly.num_copied([MAX_DRAFT_LENGTH], 2) == 2, (
+        "0.8 ** 2 > 0.6 > 0.8 ** 3 if one does: the other waits for it"
+    )
+    assert costly.num_copied([MAX_DRAFT_LENGTH, 2], 2) == 2
+    assert costly.num_copied([MAX_DRAFT_LENGTH], 8) == costly.num_copied([], 1) == 0
 
 
 def test_copies_follow_what_became_of_those_before() -> None:
-    adaptive = AdaptiveLength(StepCosts(tuple(1 + 0.3 * width for width in range(MOST + 1)), 0.0))
+    adaptive = AdaptiveLength(StepCosts(tuple(1 + 0.3 * width for width in range(MAX_DRAFT_LENGTH + 1)), 0.0))
     for _ in range(300):
         adaptive.observe_copy(5, 2)
-    assert adaptive.num_copied([MOST], 1) == 2, "two are always accepted, the third never"
+    assert adaptive.num_copied([MAX_DRAFT_LENGTH], 1) == 2, "two are always accepted, the third never"
     for _ in range(300):
         adaptive.observe_copy(2, 0)
-    assert adaptive.num_copied([MOST], 1) == 0, "none is"
+    assert adaptive.num_copied([MAX_DRAFT_LENGTH], 1) == 0, "none is"
     for _ in range(300):
         adaptive.observe_copy(0, 0)
-    assert adaptive.num_copied([MOST], 1) == 5, "it is tried again"
+    assert adaptive.num_copied([MAX_DRAFT_LENGTH], 1) == 5, "it is tried again"
 
 
 def test_a_jump_of_the_cost_is_passed_where_enough_lies_behind_it() -> None:
     """The second token costs half a step, those behind it nothing: as with kernels that take tokens by the block."""
-    adaptive = AdaptiveLength(StepCosts((1.0, 1.0, *(1.5,) * (MOST - 1)), 0.0))
-    assert adaptive.num_copied([MOST], 1) == MOST
+    adaptive = AdaptiveLength(StepCosts((1.0, 1.0, *(1.5,) * (MAX_DRAFT_LENGTH - 1)), 0.0))
+    assert adaptive.num_copied([MAX_DRAFT_LENGTH], 1) == MAX_DRAFT_LENGTH
     for _ in range(60):
         adaptive.observe_copy(3, 1)
-    assert adaptive.num_copied([MOST], 1) == 1
+    assert adaptive.num_copied([MAX_DRAFT_LENGTH], 1) == 1
 
 
 @pytest.mark.parametrize(("rate", "slope_s"), [(1.0, 0.02), (0.0, 0.3)])
@@ -148,15 +154,15 @@ def test_the_engine_copies_while_copies_are_accepted(
     rate: float, slope_s: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A greedy Markov target repeats itself, so there is always something to copy; what is accepted is prescribed."""
-    costs_s = tuple(1 + slope_s * width for width in range(MOST + 1))
+    costs_s = tuple(1 + slope_s * width for width in range(MAX_DRAFT_LENGTH + 1))
     monkeypatch.setattr("specdec.engine.target_costs", lambda target, rows, records: costs_s)
-    options = {"num_speculative_tokens": "auto", "synthetic_acceptance_rates": [rate] * MOST}
+    options = {"num_speculative_tokens": "auto", "synthetic_acceptance_rates": [rate] * MAX_DRAFT_LENGTH}
     engine = Engine(grid_pair(1)[0], method="ngram", **options)
     completion = engine.generate([[0, 1, 2] * 3], SamplingParams(temperature=0, max_tokens=200))[0]
     drafted = [step.num_drafted for step in completion.steps]
     if rate == 1:
-        assert set(drafted[:-2]) <= {0, MOST}  # none where nothing matches yet
-        assert drafted.count(MOST) > 15
+        assert set(drafted[:-2]) <= {0, MAX_DRAFT_LENGTH}  # none where nothing matches yet
+        assert drafted.count(MAX_DRAFT_LENGTH) > 15
     else:
         assert 0 < sum(drafted[100:]) < 0.3 * len(drafted[100:]), "given up, and tried again"
 
@@ -175,7 +181,7 @@ def test_greedy_output_with_copies_that_end_early_is_plain_decoding(method: str,
 
 def test_the_rule() -> None:
     """A step of one second for any width, a draft token for a tenth: three of five are accepted at first."""
-    adaptive = AdaptiveLength(StepCosts((1.0,) * (MOST + 1), 0.1))
+    adaptive = AdaptiveLength(StepCosts((1.0,) * (MAX_DRAFT_LENGTH + 1), 0.1))
     assert adaptive.pays([1.0, 0.17, 0.16], 0) == [True, True, True]
     alone = [adaptive.pays([reach], 1)[0] for reach in (0.17, 0.16)]
     assert alone == [True, False], "0.1 s must bring 0.1 tokens: 0.6 times 1/6"
@@ -193,7 +199,7 @@ def test_the_rule() -> None:
 
 def test_a_draft_costs_time_to_begin_with() -> None:
     """Half a second for the first token, nothing for the others: none pays that does not pay that."""
-    adaptive = AdaptiveLength(StepCosts((1.0,) * (MOST + 1), 0.0, 0.5))
+    adaptive = AdaptiveLength(StepCosts((1.0,) * (MAX_DRAFT_LENGTH + 1), 0.0, 0.5))
     assert [adaptive.costs(1).step_s(number) for number in (0, 1, 2)] == [1.0, 1.5, 1.5]
     assert adaptive.pays([0.8], 0) == [False], "0.6 times 0.8 is less than the 0.5 that the time would make"
     assert adaptive.pays([0.9], 0) == adaptive.pays([0.1], 1) == [True]
@@ -201,7 +207,7 @@ def test_a_draft_costs_time_to_begin_with() -> None:
 
 def test_rows_share_the_cost_of_a_step() -> None:
     """A further token of the step costs 0.2 s; three of five are accepted at first."""
-    adaptive = AdaptiveLength(StepCosts(tuple(1 + 0.2 * width for width in range(MOST + 1)), 0.0))
+    adaptive = AdaptiveLength(StepCosts(tuple(1 + 0.2 * width for width in range(MAX_DRAFT_LENGTH + 1)), 0.0))
     assert adaptive.pays([0.34], 0) == [True], "0.6 times 0.34 is more than the 0.2 that the time would make"
     assert adaptive.pays([0.32], 0) == [False]
     assert adaptive.pays([0.32, 0.36], 0) == [True, True], "the sure row pays for the other"
@@ -241,10 +247,10 @@ def test_auto_through_the_engine(method: str, max_batch_size: int) -> None:
     completions = engine.generate(prompts, params)
     assert [c.token_ids for c in completions] == [c.token_ids for c in plain]
     assert all(c.counts.num_accepted == c.counts.num_drafted for c in completions)
-    assert {step.num_drafted for c in completions for step in c.steps} <= set(range(MOST + 1))
+    assert {step.num_drafted for c in completions for step in c.steps} <= set(range(MAX_DRAFT_LENGTH + 1))
 
 
 def test_costs_are_measured_for_every_width() -> None:
     costs = target_costs(grid_pair(1)[0], rows=2)
-    assert len(costs) == MOST + 1
+    assert len(costs) == MAX_DRAFT_LENGTH + 1
     assert min(costs) > 0

@@ -8,10 +8,10 @@ import pytest
 import torch
 from helpers import tiny
 from helpers.gates import distance, passes, radius
-from helpers.toys import FeatureTarget, ToyHead, grid_pair, joint_law
+from helpers.toys import FeatureTarget, ToyHead, grid_pair, joint_distribution
 
 from specdec import Engine, SamplingParams
-from specdec.conformance.enumeration import exact_law
+from specdec.conformance.enumeration import exact_distribution
 from specdec.decoding import Decoder
 from specdec.models.base import PREFILL_CHUNK
 from specdec.models.causal import CausalLM
@@ -24,7 +24,7 @@ from specdec.trees.shape import Tree
 
 @pytest.mark.parametrize("hybrid", [False, True])
 @pytest.mark.parametrize("seed", range(3))
-def test_joint_law_with_a_head(seed: int, hybrid: bool) -> None:
+def test_joint_distribution_with_a_head(seed: int, hybrid: bool) -> None:
     """gamma = 1, alone and behind prompt lookup, whose copies need a finer grid, exactly."""
     target, draft = grid_pair(seed)
     target = FeatureTarget(target.table)
@@ -37,7 +37,10 @@ def test_joint_law_with_a_head(seed: int, hybrid: bool) -> None:
         return Decoder(target, proposer, 1, max_batch_size=max_batch_size, rule=rule, uniforms=source)
 
     prompt, num_tokens, grid = (0, 1, 2, 0), *((3, (4, 4, 12)) if hybrid else (4, (4, 2, 4)))
-    assert distance(exact_law(make, prompt, num_tokens, grid), joint_law(target, prompt, num_tokens)) < 1e-12
+    assert (
+        distance(exact_distribution(make, prompt, num_tokens, grid), joint_distribution(target, prompt, num_tokens))
+        < 1e-12
+    )
 
 
 @pytest.mark.parametrize("max_batch_size", [1, 3])
@@ -89,7 +92,7 @@ def test_a_row_that_comes_late_does_not_widen_the_others() -> None:
 
 @pytest.mark.parametrize("draft_vocabulary", [[0, 1, 2, 3], [1, 3]])
 def test_a_real_head_passes_the_gate(draft_vocabulary: list[int]) -> None:
-    """A random Llama over four tokens and a random head: 4000 draws of two tokens against the model's own law."""
+    """A random Llama over four tokens and a random head: 4000 draws of two tokens against the model's distribution."""
     model = tiny.make("llama", tiny.GQA | {"vocab_size": 4})
     model.config.eos_token_id = model.generation_config.eos_token_id = None
     head = new_head(model, torch.tensor(draft_vocabulary)).eval()
@@ -100,20 +103,22 @@ def test_a_real_head_passes_the_gate(draft_vocabulary: list[int]) -> None:
     engine = Engine(CausalLM(model), method="eagle", draft=head, num_speculative_tokens=2, max_batch_size=100)
     params = [SamplingParams(temperature=3, max_tokens=3, seed=seed) for seed in range(num_draws)]
     completions = engine.generate([prompt] * num_draws, params)
-    law = {}
+    distribution = {}
     with torch.inference_mode():
         for first in range(4):
             for second in range(4):
                 text = torch.tensor([[*prompt, first, second]])
                 probs = (model(input_ids=text, use_cache=False).logits[0].double() / 3).softmax(-1)
                 for third in range(4):
-                    law[first, second, third] = float(probs[2, first] * probs[3, second] * probs[4, third])
+                    distribution[first, second, third] = float(probs[2, first] * probs[3, second] * probs[4, third])
     assert sum(c.counts.num_accepted for c in completions) > 0
     assert sum(c.counts.num_accepted < c.counts.num_drafted for c in completions) > 0
     assert radius(num_draws, 64) < 0.11
-    assert passes([c.token_ids for c in completions], law, 64)
-    unconditional = dict.fromkeys(law, 1 / 64)
-    assert distance(law, unconditional) > 2 * radius(num_draws, 64), "the gate can see that the law is not uniform"
+    assert passes([c.token_ids for c in completions], distribution, 64)
+    unconditional = dict.fromkeys(distribution, 1 / 64)
+    assert distance(distribution, unconditional) > 2 * radius(num_draws, 64), (
+        "the gate can see that the distribution is not uniform"
+    )
 
 
 @pytest.mark.parametrize("method", ["eagle", "hybrid"])

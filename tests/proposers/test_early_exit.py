@@ -6,10 +6,10 @@ import pytest
 import torch
 from helpers import tiny
 from helpers.gates import distance
-from helpers.toys import ExitTarget, grid_pair, joint_law
+from helpers.toys import ExitTarget, grid_pair, joint_distribution
 
 from specdec import Engine, SamplingParams
-from specdec.conformance.enumeration import exact_law
+from specdec.conformance.enumeration import exact_distribution
 from specdec.decoding import Decoder
 from specdec.kernels import cpp
 from specdec.models.causal import CausalLM, UnsupportedModelError
@@ -25,7 +25,7 @@ needs_kernels = pytest.mark.skipif(
 
 @pytest.mark.parametrize("records", [False, True])
 @pytest.mark.parametrize("seed", range(3))
-def test_joint_law(seed: int, records: bool) -> None:
+def test_joint_distribution(seed: int, records: bool) -> None:
     """gamma = 1, exactly, over a cache that the draft has written to, recorded or not."""
     target, draft = grid_pair(seed)
     target = ExitTarget(target.table, draft.table)
@@ -34,7 +34,7 @@ def test_joint_law(seed: int, records: bool) -> None:
         options = {"max_batch_size": max_batch_size, "rule": rule, "uniforms": source, "records": records}
         return Decoder(target, EarlyExitProposer(target.first_layers(1), source), 1, **options)
 
-    assert distance(exact_law(make, (1, 2), 4, (4, 2, 4)), joint_law(target, (1, 2), 4)) < 1e-12
+    assert distance(exact_distribution(make, (1, 2), 4, (4, 2, 4)), joint_distribution(target, (1, 2), 4)) < 1e-12
 
 
 class WrongPlace(EarlyExitProposer):

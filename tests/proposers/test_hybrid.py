@@ -1,4 +1,4 @@
-"""Copy or draw: which of them by expected tokens, settled before anything is drawn, or the law is wrong."""
+"""Copy or draw: which of them by expected tokens, settled before anything is drawn, or the distribution is wrong."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from collections.abc import Sequence
 import pytest
 import torch
 from helpers.gates import distance
-from helpers.toys import HALVES, FeatureTarget, ToyHead, grid_pair, joint_law, table
+from helpers.toys import HALVES, FeatureTarget, ToyHead, grid_pair, joint_distribution, table
 
 from specdec import Engine, SamplingParams
-from specdec.conformance.enumeration import exact_law
+from specdec.conformance.enumeration import exact_distribution
 from specdec.decoding import Decoder
-from specdec.models.costs import MOST, StepCosts
+from specdec.models.costs import MAX_DRAFT_LENGTH, StepCosts
 from specdec.models.markov import MarkovModel
 from specdec.proposers.adaptive import AdaptiveLength
 from specdec.proposers.draft_model import DraftModelProposer
@@ -49,17 +49,19 @@ class Afterwards:
 
 
 @pytest.mark.parametrize("kind", ["draft model", "head", "draft model by costs", "decided afterwards"])
-def test_joint_law(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_joint_distribution(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Exactly, while rows choose by what became of their own past; the mutant chooses by the tokens drawn."""
     monkeypatch.setattr("specdec.proposers.suffix.SAMPLED_DOUBT", 1.5)
-    laws = set()
+    distributions = set()
 
     def make(source, rule, max_batch_size):
-        def recording(law, draft, *draws):
-            laws.update(
-                (draft.law[:, :1].prob(draft.tokens[:, :1])[:, 0] == 1).tolist() if draft.tokens.shape[1] else []
+        def recording(distribution, draft, *draws):
+            distributions.update(
+                (draft.distribution[:, :1].prob(draft.tokens[:, :1])[:, 0] == 1).tolist()
+                if draft.tokens.shape[1]
+                else []
             )
-            return rule(law, draft, *draws)
+            return rule(distribution, draft, *draws)
 
         adaptive = AdaptiveLength(COSTS) if kind.endswith("by costs") else None
         copies = BetterCopies(SuffixProposer(3, CPU, 1 << 20), adaptive)
@@ -68,9 +70,11 @@ def test_joint_law(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
         return Decoder(TARGET, proposer, 2, max_batch_size=max_batch_size, rule=recording, uniforms=source)
 
     num_tokens = 4
-    found = distance(exact_law(make, PROMPT, num_tokens, (2, 2, 2)), joint_law(TARGET, PROMPT, num_tokens))
+    found = distance(
+        exact_distribution(make, PROMPT, num_tokens, (2, 2, 2)), joint_distribution(TARGET, PROMPT, num_tokens)
+    )
     assert found > 0.01 if kind == "decided afterwards" else found < 1e-12
-    assert laws == {True, False}, "something is copied and something drawn"
+    assert distributions == {True, False}, "something is copied and something drawn"
 
 
 # -- the choice ----------------------------------------------------------------------------------------------
@@ -120,7 +124,8 @@ def test_costs_count_where_they_are_known() -> None:
     """A drawn token costs half a step: no draft is drawn for what a copy would bring for nothing, however little."""
     lengths = {}
     for draft_s in (0.0, 0.5):
-        copies = BetterCopies(SuffixProposer(99, CPU), AdaptiveLength(StepCosts((1.0,) * (MOST + 1), draft_s)))
+        costs = StepCosts((1.0,) * (MAX_DRAFT_LENGTH + 1), draft_s)
+        copies = BetterCopies(SuffixProposer(99, CPU), AdaptiveLength(costs))
         lengths[draft_s] = [len(guess) for guess in copies.guess(batch_of(alike(1), alike(3)), [4, 4])]
     assert lengths == {0.0: [0, 4], 0.5: [2, 4]}
 

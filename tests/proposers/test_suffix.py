@@ -1,4 +1,4 @@
-"""Suffix decoding: what is copied, how far, and that the law is the target's, whatever other requests said before."""
+"""Suffix decoding: what is copied, how far, and that the distribution is the target's whatever was said before."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ import pytest
 import torch
 from helpers.gates import distance, passes, radius
 from helpers.suffixes import spelt_out
-from helpers.toys import grid_pair, joint_law
+from helpers.toys import grid_pair, joint_distribution
 from hypothesis import given
 from hypothesis import strategies as st
 
 from specdec import Engine, SamplingParams
-from specdec.conformance.enumeration import exact_law
+from specdec.conformance.enumeration import exact_distribution
 from specdec.decoding import Decoder
 from specdec.models.markov import MarkovModel
 from specdec.proposers.suffix import (
     GREEDY_DOUBT,
-    LEAST_REACH,
+    MIN_REACH,
     SAMPLED_DOUBT,
     Copy,
     History,
@@ -46,7 +46,7 @@ def obvious_copy(text: list[int], depth: int, limit: int, doubt: float) -> Copy:
         behind = [within(text, ends) or [longer[end] for end in ends[:1]] for ends in runs if ends]
         candidates = [likeliest(found) for found in reversed(behind)]
         probs = [smoothed(behind, token, doubt) for token in candidates]
-        if not probs or reach[-1] * max(probs) < LEAST_REACH:
+        if not probs or reach[-1] * max(probs) < MIN_REACH:
             break
         token = candidates[probs.index(max(probs))]
         runs = [list(range(len(text))), *runs[: depth - 2]]
@@ -187,7 +187,7 @@ def test_greedy_output_is_plain_decoding_in_any_batch_and_after_any_history() ->
                 assert [each.token_ids for each in remembering.generate(prompts, params)] == plain
 
 
-# -- the law -------------------------------------------------------------------------------------------------
+# -- the distribution -------------------------------------------------------------------------------------------------
 
 HISTORIES = {"nothing": [], "texts": [[0, 1, 2, 2, 1, 0], [1, 2, 0, 0, 1]], "one token": [[2] * 9]}
 
@@ -205,26 +205,26 @@ class Peeking(SuffixProposer):
 
 
 @pytest.mark.parametrize("history", HISTORIES)
-def test_joint_law_whatever_was_said_before(history: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_joint_distribution_whatever_was_said_before(history: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Exactly, for copies of one and two tokens, while requests of the same batch finish and are remembered."""
     monkeypatch.setattr("specdec.proposers.suffix.SAMPLED_DOUBT", 0.5)  # to copy more of these short texts
-    law, lengths = joint_law_after(history, SuffixProposer)
-    assert distance(law, joint_law(TARGET, (0, 1, 2, 0), 4)) < 1e-12
+    distribution, lengths = joint_distribution_after(history, SuffixProposer)
+    assert distance(distribution, joint_distribution(TARGET, (0, 1, 2, 0), 4)) < 1e-12
     assert lengths >= {1, 2}
 
 
 def test_a_history_that_is_asked_by_the_outcome_is_seen() -> None:
-    law, _ = joint_law_after("texts", Peeking, 3)
-    assert distance(law, joint_law(TARGET, (0, 1, 2, 0), 3)) > 0.01
+    distribution, _ = joint_distribution_after("texts", Peeking, 3)
+    assert distance(distribution, joint_distribution(TARGET, (0, 1, 2, 0), 3)) > 0.01
 
 
-def joint_law_after(history: str, proposer: type, num_tokens: int = 4) -> tuple[dict, set[int]]:
+def joint_distribution_after(history: str, proposer: type, num_tokens: int = 4) -> tuple[dict, set[int]]:
     lengths = set()
 
     def make(source, rule, max_batch_size):
-        def recording(law, draft, *draws):
+        def recording(distribution, draft, *draws):
             lengths.update(draft.lengths.tolist())
-            return rule(law, draft, *draws)
+            return rule(distribution, draft, *draws)
 
         suffix = proposer(3, CPU, 1 << 20)
         suffix.source = source
@@ -232,7 +232,7 @@ def joint_law_after(history: str, proposer: type, num_tokens: int = 4) -> tuple[
             suffix.history.add(text)
         return Decoder(TARGET, suffix, 2, max_batch_size=max_batch_size, rule=recording, uniforms=source)
 
-    return exact_law(make, (0, 1, 2, 0), num_tokens, (1, 4, 12)), lengths
+    return exact_distribution(make, (0, 1, 2, 0), num_tokens, (1, 4, 12)), lengths
 
 
 # -- a seed that is used again -------------------------------------------------------------------------------
@@ -252,10 +252,10 @@ def said_again() -> list[tuple[int, ...]]:
     return outputs
 
 
-def test_a_request_that_copies_what_its_own_seed_said_has_the_law_all_the_same() -> None:
+def test_a_request_that_copies_what_its_own_seed_said_has_the_distribution_all_the_same() -> None:
     """Fails falsely with probability at most 1e-6 for any seeds; uniforms that come again are told apart from that."""
-    law = dict.fromkeys(product(range(2), repeat=3), 1 / 8)
-    assert passes(said_again(), law, 8)
+    distribution = dict.fromkeys(product(range(2), repeat=3), 1 / 8)
+    assert passes(said_again(), distribution, 8)
 
 
 def test_uniforms_that_come_again_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -264,11 +264,11 @@ def test_uniforms_that_come_again_are_seen(monkeypatch: pytest.MonkeyPatch) -> N
     So the second output leans towards what the first one drafted.
     """
     monkeypatch.setattr("specdec.engine.own_seed", lambda seed, number: seed)
-    law, said = dict.fromkeys(product(range(2), repeat=3), 1 / 8), said_again()
+    distribution, said = dict.fromkeys(product(range(2), repeat=3), 1 / 8), said_again()
     counts = Counter(said)
-    found = distance({tokens: count / NUM_SEEDS for tokens, count in counts.items()}, law)
+    found = distance({tokens: count / NUM_SEEDS for tokens, count in counts.items()}, distribution)
     assert found > 2 * radius(NUM_SEEDS, 8), "so its true distance is beyond the radius, but for one run in a million"
-    assert not passes(said, law, 8)
+    assert not passes(said, distribution, 8)
 
 
 def test_coupled_and_plain_seeds_stay_what_they_are() -> None:

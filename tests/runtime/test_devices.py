@@ -1,4 +1,4 @@
-"""A GPU computes what the CPU computes: uniforms bit for bit, laws up to rounding, and the tokens that follow."""
+"""A GPU computes what the CPU computes: uniforms bit for bit, distributions up to rounding, and tokens."""
 
 from __future__ import annotations
 
@@ -57,18 +57,18 @@ def test_uniforms_are_the_same_bits() -> None:
 
 @needs_gpu
 @pytest.mark.parametrize("params", PARAMS)
-def test_laws_are_the_same_up_to_rounding(params: SamplingParams) -> None:
+def test_distributions_are_the_same_up_to_rounding(params: SamplingParams) -> None:
     logits = torch.randn(2, 3, 5000, generator=torch.Generator().manual_seed(0)) * 3
     draws = torch.rand(2, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     drafted = torch.tensor([[5, 6], [7, 5]])
-    laws = [
-        SamplingState([params] * 2, [[1, 5]] * 2, [[2], [3]], 5000, torch.device(device)).law(
+    distributions = [
+        SamplingState([params] * 2, [[1, 5]] * 2, [[2], [3]], 5000, torch.device(device)).distribution(
             logits.to(device), drafted.to(device)
         )
         for device in ("cpu", "cuda")
     ]
-    torch.testing.assert_close(laws[0].dense(), laws[1].dense().cpu(), rtol=1e-4, atol=1e-6)
-    assert (laws[0].draw(draws) == laws[1].draw(draws.cuda()).cpu()).float().mean() > 0.9
+    torch.testing.assert_close(distributions[0].dense(), distributions[1].dense().cpu(), rtol=1e-4, atol=1e-6)
+    assert (distributions[0].draw(draws) == distributions[1].draw(draws.cuda()).cpu()).float().mean() > 0.9
 
 
 @needs_gpu

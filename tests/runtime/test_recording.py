@@ -1,4 +1,4 @@
-"""Recorded steps: the same law, exactly, and the same tokens, through inputs and outputs at fixed places.
+"""Recorded steps: the same distribution, exactly, and the same tokens, through inputs and outputs at fixed places.
 
 On a CPU the recorder goes through all motions but the graph itself; on a GPU the same tests run graphs.
 """
@@ -14,12 +14,12 @@ import pytest
 import torch
 from helpers import tiny
 from helpers.gates import distance
-from helpers.toys import FeatureTarget, ToyHead, grid_pair, joint_law
+from helpers.toys import FeatureTarget, ToyHead, grid_pair, joint_distribution
 from test_lossless import GRID, NUM_DRAWS, PROMPT, TARGET, pairs_passing, truth
 from torch import Tensor
 
 from specdec import Engine, SamplingParams
-from specdec.conformance.enumeration import exact_law
+from specdec.conformance.enumeration import exact_distribution
 from specdec.conformance.mutants import maker
 from specdec.decoding import Decoder
 from specdec.models.cache import RaggedCache
@@ -157,7 +157,7 @@ def test_nothing_is_recorded_where_it_does_not_pay() -> None:
     assert recorder.seconds == 0
 
 
-# -- laws --------------------------------------------------------------------------------------------------
+# -- distributions --------------------------------------------------------------------------------------------------
 
 
 def plain(target, draft, source):
@@ -190,7 +190,9 @@ def hybrid(target, draft, source):
         (hybrid, 1, (4, 4, 12), (0, 1, 2, 0)),
     ],
 )
-def test_joint_law_of_recorded_steps(propose, gamma: int, grid: tuple[int, int, int], prompt: tuple[int, ...]) -> None:
+def test_joint_distribution_of_recorded_steps(
+    propose, gamma: int, grid: tuple[int, int, int], prompt: tuple[int, ...]
+) -> None:
     target, draft = grid_pair(1)
     target = FeatureTarget(target.table)
 
@@ -200,7 +202,10 @@ def test_joint_law_of_recorded_steps(propose, gamma: int, grid: tuple[int, int, 
         return Decoder(target, proposer, gamma, **options)
 
     num_tokens = 3 if propose is hybrid else 4
-    assert distance(exact_law(make, prompt, num_tokens, grid), joint_law(target, prompt, num_tokens)) < 1e-12
+    assert (
+        distance(exact_distribution(make, prompt, num_tokens, grid), joint_distribution(target, prompt, num_tokens))
+        < 1e-12
+    )
 
 
 @pytest.mark.parametrize("params", [None, SamplingParams(top_k=1), SamplingParams(top_k=2)])
@@ -294,4 +299,4 @@ def test_synthetic_acceptance_is_a_function_of_tensors() -> None:
 def test_block_verification_is_recorded_too() -> None:
     target, draft = grid_pair(3)
     make = maker(target, draft, 2, break_rule=lambda rule: verify_block, records=True)
-    assert pairs_passing(make, None, joint_law(target, PROMPT, 4)) == [True] * 3
+    assert pairs_passing(make, None, joint_distribution(target, PROMPT, 4)) == [True] * 3

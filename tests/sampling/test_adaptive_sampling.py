@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 import torch
 from helpers.gates import distance, marginal, passes, radius
-from helpers.toys import ExitTarget, FeatureTarget, ToyHead, joint_law, processed_law, table
+from helpers.toys import ExitTarget, FeatureTarget, ToyHead, joint_distribution, processed_distribution, table
 
 from specdec import Engine, SamplingParams
-from specdec.conformance.enumeration import exact_law, pieces_between
+from specdec.conformance.enumeration import exact_distribution, pieces_between
 from specdec.decoding import Decoder
-from specdec.models.costs import MOST, StepCosts
+from specdec.models.costs import MAX_DRAFT_LENGTH, StepCosts
 from specdec.models.markov import MarkovModel
 from specdec.proposers.adaptive import AdaptiveLength
 from specdec.proposers.chain import draw_chain
@@ -29,12 +29,12 @@ from specdec.verification import Draft
 DRAW_S = (
     0.3  # of a step's second: after a row of (1, 1) / 2 another token pays not quite, after one of (3, 1) / 4 it does
 )
-COSTS = StepCosts((1.0,) * (MOST + 1), DRAW_S)
+COSTS = StepCosts((1.0,) * (MAX_DRAFT_LENGTH + 1), DRAW_S)
 
 
 def looks_at_its_tokens(draft: Draft, least: float) -> Draft:
     """The planted bug: a draft ends before the first of its tokens that the draft itself thinks little of."""
-    likely = (draft.law.prob(draft.tokens) >= least).long().cumprod(1).sum(1)
+    likely = (draft.distribution.prob(draft.tokens) >= least).long().cumprod(1).sum(1)
     return replace(draft, lengths=torch.minimum(draft.lengths, likely))
 
 
@@ -63,14 +63,14 @@ def test_joint_distribution_of_drafts_that_end_by_the_rule(name: str, mutated: b
     lengths, (proposer, draft), prompt = set(), PROPOSERS[name], (1, 0)
 
     def make(source, rule, max_batch_size):
-        def recording(law, draft, *draws):
+        def recording(distribution, draft, *draws):
             lengths.update(draft.lengths.tolist())
-            return rule(law, looks_at_its_tokens(draft, 0.4) if mutated else draft, *draws)
+            return rule(distribution, looks_at_its_tokens(draft, 0.4) if mutated else draft, *draws)
 
         proposes = proposer(draft, source, EachRowAlone(COSTS))
         return Decoder(TARGET, proposes, 2, max_batch_size=max_batch_size, rule=recording, uniforms=source)
 
-    found = distance(exact_law(make, prompt, 4, GRID), joint_law(TARGET, prompt, 4))
+    found = distance(exact_distribution(make, prompt, 4, GRID), joint_distribution(TARGET, prompt, 4))
     assert found > 0.02 if mutated else found < 1e-12
     assert lengths >= {1, 2}, "some drafts end early"
 
@@ -106,7 +106,7 @@ def pairs_passing(engine: Engine, temperature: float = 1.0) -> list[bool]:
     params = SamplingParams(temperature=temperature, max_tokens=NUM_TOKENS)
     completions = engine.generate([PROMPT] * NUM_DRAWS, [replace(params, seed=seed) for seed in range(NUM_DRAWS)])
     assert sum(completion.counts.num_accepted for completion in completions) > 0.1 * NUM_DRAWS, "nothing is drafted"
-    outputs, truth = [each.token_ids for each in completions], processed_law(SAME, params, PROMPT, NUM_TOKENS)
+    outputs, truth = [each.token_ids for each in completions], processed_distribution(SAME, params, PROMPT, NUM_TOKENS)
     pairs = [(i, i + 1) for i in range(NUM_TOKENS - 1)]
     return [passes([(output[i], output[j]) for output in outputs], marginal(truth, (i, j)), SUPPORT) for i, j in pairs]
 
@@ -123,14 +123,14 @@ def test_auto_through_the_engine_samples_the_target(
 
 def test_the_gate_sees_a_draft_that_looks_at_its_own_token(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where chains are drawn, as in a real engine: a token that is left out is drawn again, by the target."""
-    likely, rows = 0.6, SAME.table[PROMPT[-1]]  # by the first token, which is not drafted: laws of the second
+    likely, rows = 0.6, SAME.table[PROMPT[-1]]  # by the first token, which is not drafted: distributions of the second
 
     def plants(*arguments: Any, **options: Any) -> Draft:
         return looks_at_its_tokens(draw_chain(*arguments, **options), likely)
 
     left_out = (rows * (rows < likely)).sum(-1, keepdim=True)
     broken = rows * (rows >= likely) + left_out * rows
-    first = joint_law(SAME, PROMPT, 1)
+    first = joint_distribution(SAME, PROMPT, 1)
     away = sum(first[(a,)] * (broken[a] - rows[a]).abs().sum().item() / 2 for a in range(2))
     assert away > 2 * RADIUS, f"{NUM_DRAWS} draws are too few to see {away}"
     monkeypatch.setattr("specdec.proposers.draft_model.draw_chain", plants)

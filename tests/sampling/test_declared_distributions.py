@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.toys import ExitTarget, FeatureTarget, ToyHead, law_after
+from helpers.toys import ExitTarget, FeatureTarget, ToyHead, distribution_after
 
 from specdec import Engine, SamplingParams
 from specdec.models.markov import MarkovModel
 from specdec.proposers.table import NgramTable
-from specdec.sampling.distributions import Law
+from specdec.sampling.distributions import Distribution
 from specdec.trees.shape import Tree, tree_of
 from specdec.verification import Draft, Verification
 
@@ -51,7 +51,7 @@ PARAMS = {
     "truncated": SamplingParams(max_tokens=24, top_k=4),
     "shifted": SamplingParams(max_tokens=24, presence_penalty=0.25, logit_bias={2: 0.5}),
 }
-Seen = tuple[Law, Draft, Verification]
+Seen = tuple[Distribution, Draft, Verification]
 
 
 def recorded(engine: Engine, params: SamplingParams) -> tuple[list[Seen], tuple[int, ...]]:
@@ -59,7 +59,7 @@ def recorded(engine: Engine, params: SamplingParams) -> tuple[list[Seen], tuple[
     seen: list[Seen] = []
     rule = engine._decoder.rule
 
-    def recording(target: Law, draft: Draft, *draws: torch.Tensor) -> Verification:
+    def recording(target: Distribution, draft: Draft, *draws: torch.Tensor) -> Verification:
         outcome = rule(target, draft, *draws)
         seen.append((target, draft, outcome))
         return outcome
@@ -88,12 +88,12 @@ def differences(seen: Sequence[Seen], output: Sequence[int], params: SamplingPar
         before, tokens = list(output[:num_emitted]), draft.tokens[0].tolist()
         for row, way in enumerate(ways(draft)):
             text = before + [tokens[place] for place in way]
-            found.append(away(target.dense()[0, row], law_after(TARGET, params, PROMPT, text)))
+            found.append(away(target.dense()[0, row], distribution_after(TARGET, params, PROMPT, text)))
         for row, way in enumerate(own_rows(draft)):
             text = before + [tokens[place] for place in way]
-            law = draft.law.dense()[0, row]
-            certain = away(law, torch.zeros(VOCAB).scatter(0, draft.tokens[0, row : row + 1], 1.0).tolist())
-            drawn = away(law, law_after(DRAFT, params, PROMPT, text))
+            distribution = draft.distribution.dense()[0, row]
+            certain = away(distribution, torch.zeros(VOCAB).scatter(0, draft.tokens[0, row : row + 1], 1.0).tolist())
+            drawn = away(distribution, distribution_after(DRAFT, params, PROMPT, text))
             found.append({"copied": certain, "drawn": drawn, "either": min(certain, drawn)}[kind])
         num_emitted += int(outcome.accepted[0]) + 1
     return found
@@ -108,8 +108,8 @@ def own_rows(draft: Draft) -> list[list[int]]:
     return [places[node + 1] for node in families]
 
 
-def away(law: torch.Tensor, expected: Sequence[float]) -> float:
-    return float((law.double() - torch.tensor(expected, dtype=torch.float64)).abs().max())
+def away(distribution: torch.Tensor, expected: Sequence[float]) -> float:
+    return float((distribution.double() - torch.tensor(expected, dtype=torch.float64)).abs().max())
 
 
 def engine_for(method: str) -> Engine:

@@ -32,16 +32,16 @@ def test_they_are_those_of_the_table_before_any_processor(method: str, verificat
 
 
 def test_the_likeliest_tokens_are_told_if_asked_for() -> None:
-    """In each place those of the law, in order; more than there are tokens are all of them."""
+    """In each place those of the distribution, in order; more than there are tokens are all of them."""
     for num_top in (1, 2, 9):
         params = SamplingParams(max_tokens=8, logprobs=True, top_logprobs=num_top, seed=1)
         (completion,) = engine_for("draft_model").generate([[0, 1]], params)
         tokens = [0, 1, *completion.token_ids]
         assert len(completion.top_logprobs) == 8
         for i, likeliest in enumerate(completion.top_logprobs):
-            law = TARGET.table[tokens[i], tokens[i + 1]].log().tolist()
-            assert list(likeliest.values()) == pytest.approx(sorted(law, reverse=True)[:num_top], abs=1e-12)
-            assert likeliest == pytest.approx({token: law[token] for token in likeliest}, abs=1e-12)
+            distribution = TARGET.table[tokens[i], tokens[i + 1]].log().tolist()
+            assert list(likeliest.values()) == pytest.approx(sorted(distribution, reverse=True)[:num_top], abs=1e-12)
+            assert likeliest == pytest.approx({token: distribution[token] for token in likeliest}, abs=1e-12)
 
 
 def test_without_log_probabilities_there_are_no_likeliest_ones() -> None:

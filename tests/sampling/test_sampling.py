@@ -1,4 +1,4 @@
-"""Logits to laws: each processor against a slow obvious version, one row at a time, and what is refused."""
+"""Logits to distributions: each processor against a slow obvious version, one row at a time, and what is refused."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import math
 
 import pytest
 import torch
-from helpers.strategies import law_rows
-from helpers.toys import BATCH_MATES, obvious_law
+from helpers.strategies import distribution_rows
+from helpers.toys import BATCH_MATES, obvious_distribution
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from specdec.kernels import cpp
-from specdec.sampling.distributions import Dense, OneHot, Partial, stack_laws
+from specdec.sampling.distributions import Dense, OneHot, Partial, stack_distributions
 from specdec.sampling.state import SamplingState
 from specdec.sampling_params import SamplingParams
 
@@ -42,10 +42,10 @@ def test_every_processor_equals_its_definition_in_every_row(rows: list, seed: in
     """Also: rows do not influence each other, greedy rows among sampled ones included."""
     logits = torch.randn(len(rows), 1, VOCAB, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     params, prompts, outputs = zip(*rows, strict=True)
-    law = SamplingState(params, prompts, outputs, VOCAB, CPU).law(logits).dense()
+    distribution = SamplingState(params, prompts, outputs, VOCAB, CPU).distribution(logits).dense()
     for row in range(len(rows)):
-        expected = obvious_law(logits[row, 0].tolist(), params[row], prompts[row], outputs[row])
-        assert law[row, 0].tolist() == pytest.approx(expected, abs=1e-6)
+        expected = obvious_distribution(logits[row, 0].tolist(), params[row], prompts[row], outputs[row])
+        assert distribution[row, 0].tolist() == pytest.approx(expected, abs=1e-6)
 
 
 @given(
@@ -58,14 +58,14 @@ def test_every_processor_equals_its_definition_in_every_row(rows: list, seed: in
 def test_drafted_positions_have_their_own_penalties(
     params: SamplingParams, prompt: list, output: list, drafted: list, seed: int
 ) -> None:
-    """Position i of a draft has exactly the law that plain decoding would have after emitting its first i tokens."""
+    """Position i of a draft has exactly the distribution of plain decoding after its first i tokens."""
     logits = torch.randn(1, len(drafted) + 1, VOCAB, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     state = SamplingState([params], [prompt], [output], VOCAB, CPU)
-    together = state.law(logits, torch.tensor([drafted], dtype=torch.int64)).dense()
+    together = state.distribution(logits, torch.tensor([drafted], dtype=torch.int64)).dense()
     for i in range(len(drafted) + 1):
         plain = SamplingState([params], [prompt], [output + drafted[:i]], VOCAB, CPU)
-        assert torch.equal(together[:, i], plain.law(logits[:, i : i + 1]).dense()[:, 0])
-        one = state.law(logits[:, i : i + 1], torch.tensor([drafted[:i]], dtype=torch.int64)).dense()
+        assert torch.equal(together[:, i], plain.distribution(logits[:, i : i + 1]).dense()[:, 0])
+        one = state.distribution(logits[:, i : i + 1], torch.tensor([drafted[:i]], dtype=torch.int64)).dense()
         assert torch.equal(together[:, i], one[:, 0])
 
 
@@ -93,11 +93,15 @@ def test_what_stands_exactly_at_a_threshold(processor: dict, kept: int, dtype: t
     """
     for num_others in (0, 1000):
         logits = torch.tensor([[[*HALVES, *[-math.inf] * num_others]]], dtype=dtype)
-        plain = SamplingState([SamplingParams()], [[]], [[]], logits.shape[-1], CPU).law(logits).dense()[0, 0]
+        plain = SamplingState([SamplingParams()], [[]], [[]], logits.shape[-1], CPU).distribution(logits).dense()[0, 0]
         assert plain[:4].tolist() == [0.5, 0.25, 0.125, 0.125], "the case is not exact"
-        law = SamplingState([SamplingParams(**processor)], [[]], [[]], logits.shape[-1], CPU).law(logits).dense()[0, 0]
-        assert law.nonzero().flatten().tolist() == list(range(kept))
-        assert law[:kept].tolist() == pytest.approx((plain[:kept] / plain[:kept].sum()).tolist(), abs=1e-7)
+        distribution = (
+            SamplingState([SamplingParams(**processor)], [[]], [[]], logits.shape[-1], CPU)
+            .distribution(logits)
+            .dense()[0, 0]
+        )
+        assert distribution.nonzero().flatten().tolist() == list(range(kept))
+        assert distribution[:kept].tolist() == pytest.approx((plain[:kept] / plain[:kept].sum()).tolist(), abs=1e-7)
 
 
 @pytest.mark.parametrize("spread", [0.0, 0.01, 3.0])
@@ -106,12 +110,14 @@ def test_nucleus_of_a_large_vocabulary(spread: float, top_p: float) -> None:
     """Whether it lies within the entries that are looked at first or not: the fewest tokens that reach top_p."""
     logits = spread * torch.randn(1, 1, 3000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     probs = logits.softmax(-1)[0, 0]
-    law = SamplingState([SamplingParams(top_p=top_p)], [[]], [[]], 3000, CPU).law(logits).dense()[0, 0]
-    kept = law > 0
+    distribution = (
+        SamplingState([SamplingParams(top_p=top_p)], [[]], [[]], 3000, CPU).distribution(logits).dense()[0, 0]
+    )
+    kept = distribution > 0
     assert probs[kept].sum() >= top_p - 1e-12
     assert probs[kept].sum() - probs[kept].min() < top_p or spread == 0  # without a spread all are tied
     assert spread == 0 or probs[kept].min() > probs[~kept].max()
-    assert law[kept].tolist() == pytest.approx((probs[kept] / probs[kept].sum()).tolist())
+    assert distribution[kept].tolist() == pytest.approx((probs[kept] / probs[kept].sum()).tolist())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -120,9 +126,9 @@ def test_the_bits_of_a_row_do_not_depend_on_its_batch_mates(options: dict, dtype
     """One row that keeps all tokens, one that does not, one that is greedy: together and each alone."""
     params = [SamplingParams(), SamplingParams(**options), SamplingParams(temperature=0)]
     logits = torch.randn(3, 2, 1000, generator=torch.Generator().manual_seed(0), dtype=dtype)
-    together = SamplingState(params, [[]] * 3, [[]] * 3, 1000, CPU).law(logits).dense()
+    together = SamplingState(params, [[]] * 3, [[]] * 3, 1000, CPU).distribution(logits).dense()
     for row in range(3):
-        alone = SamplingState(params[row : row + 1], [[]], [[]], 1000, CPU).law(logits[row : row + 1]).dense()
+        alone = SamplingState(params[row : row + 1], [[]], [[]], 1000, CPU).distribution(logits[row : row + 1]).dense()
         assert torch.equal(alone[0].to(dtype), together[row])
 
 
@@ -141,20 +147,24 @@ def test_a_row_does_not_depend_on_its_batch_mates(vocab_size: int, seed: int) ->
     """Bit for bit, each row alone, two by two and all together; the last vocabulary is one that torch's sums divide."""
     logits = torch.randn(len(BATCH_MATES), 8, vocab_size, generator=torch.Generator().manual_seed(seed)).mul(2)
 
-    def law(*rows: int) -> Tensor:
+    def distribution(*rows: int) -> Tensor:
         params = [BATCH_MATES[row] for row in rows]
-        return SamplingState(params, [[]] * len(rows), [[]] * len(rows), vocab_size, CPU).law(logits[[*rows]]).dense()
+        return (
+            SamplingState(params, [[]] * len(rows), [[]] * len(rows), vocab_size, CPU)
+            .distribution(logits[[*rows]])
+            .dense()
+        )
 
-    together = law(*range(len(BATCH_MATES)))
+    together = distribution(*range(len(BATCH_MATES)))
     assert (together[:2] / together[:2].sum(-1, keepdim=True) != together[:2]).any(), (
         "to normalise again would not show"
     )
     for row in range(len(BATCH_MATES)):
-        assert torch.equal(law(row)[0], together[row])
+        assert torch.equal(distribution(row)[0], together[row])
         for mate in range(len(BATCH_MATES)) if vocab_size == 61 else ():
-            assert torch.equal(law(row, mate)[0], together[row])
+            assert torch.equal(distribution(row, mate)[0], together[row])
     params = [BATCH_MATES[4]]
-    one = SamplingState(params, [[]], [[]], vocab_size, CPU).law(logits[4:5, 3:4]).dense()
+    one = SamplingState(params, [[]], [[]], vocab_size, CPU).distribution(logits[4:5, 3:4]).dense()
     assert torch.equal(one[0, 0], together[4, 3])  # a sum that is alone
 
 
@@ -169,10 +179,10 @@ def test_a_row_does_not_depend_on_a_mate_whose_logits_are_changed(mate: dict, dt
     alone = SamplingState([SamplingParams()], [[3]], [[5]], 1000, CPU)
     beside = SamplingState([SamplingParams(), SamplingParams(**mate)], [[3]] * 2, [[5]] * 2, 1000, CPU)
     drafted = torch.tensor([[7, 8]])
-    expected = alone.law(logits, drafted).dense()
-    law = beside.law(logits.expand(2, -1, -1), drafted.expand(2, -1)).dense()
-    assert torch.equal(law[0], expected[0])
-    assert not torch.equal(law[1], expected[0])
+    expected = alone.distribution(logits, drafted).dense()
+    distribution = beside.distribution(logits.expand(2, -1, -1), drafted.expand(2, -1)).dense()
+    assert torch.equal(distribution[0], expected[0])
+    assert not torch.equal(distribution[1], expected[0])
 
 
 def test_a_nucleus_that_just_fits_is_the_same_beside_one_that_does_not() -> None:
@@ -183,7 +193,9 @@ def test_a_nucleus_that_just_fits_is_the_same_beside_one_that_does_not() -> None
         for reached in (highest.cumsum(-1)[0, 0, -1], highest.sum()):
             params = [SamplingParams(top_p=float(reached)), SamplingParams(top_p=0.999)]
             alone, beside = (
-                SamplingState(rows, [[]] * len(rows), [[]] * len(rows), 2000, CPU).law(logits.expand(len(rows), -1, -1))
+                SamplingState(rows, [[]] * len(rows), [[]] * len(rows), 2000, CPU).distribution(
+                    logits.expand(len(rows), -1, -1)
+                )
                 for rows in (params[:1], params)
             )
             assert torch.equal(alone.dense()[0], beside.dense()[0])
@@ -197,31 +209,33 @@ def test_observed_tokens_count_like_the_ones_given() -> None:
     )
     observed.observe(0, [2, 2])
     observed.observe(1, [3])
-    assert torch.equal(given_.law(logits).dense(), observed.law(logits).dense())
+    assert torch.equal(given_.distribution(logits).dense(), observed.distribution(logits).dense())
 
 
 def test_greedy_makes_no_probabilities_and_takes_the_first_of_a_tie() -> None:
-    law = SamplingState([SamplingParams(temperature=0)], [[]], [[]], 4, CPU).law(torch.tensor([[[1.0, 3, 3, 0]]]))
-    assert isinstance(law, OneHot)
-    assert law.tokens.tolist() == [[1]]
+    distribution = SamplingState([SamplingParams(temperature=0)], [[]], [[]], 4, CPU).distribution(
+        torch.tensor([[[1.0, 3, 3, 0]]])
+    )
+    assert isinstance(distribution, OneHot)
+    assert distribution.tokens.tolist() == [[1]]
 
 
-def test_bf16_logits_become_a_float32_law() -> None:
-    law = SamplingState([SamplingParams()], [[]], [[]], 4, CPU).law(torch.randn(1, 1, 4).bfloat16())
-    assert isinstance(law, Dense)
-    assert law.probs.dtype == torch.float32
+def test_bf16_logits_become_a_float32_distribution() -> None:
+    distribution = SamplingState([SamplingParams()], [[]], [[]], 4, CPU).distribution(torch.randn(1, 1, 4).bfloat16())
+    assert isinstance(distribution, Dense)
+    assert distribution.probs.dtype == torch.float32
 
 
 @pytest.mark.parametrize("row", [[math.nan, 0.0], [-math.inf, -math.inf], [math.inf, 0.0]])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_logits_without_a_law_are_told_with_their_place(row: list[float], temperature: float) -> None:
+def test_logits_without_a_distribution_are_told_with_their_place(row: list[float], temperature: float) -> None:
     logits = torch.tensor([[[0.0, 1.0], [0.0, 1.0]], [[0.0, 1.0], row]])
     params = [SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p) for top_k, top_p in ((0, 1), (1, 0.5))]
     state = SamplingState(params, [[]] * 2, [[]] * 2, 2, CPU)
-    law = state.law(logits, torch.zeros(2, 1, dtype=torch.int64))
+    distribution = state.distribution(logits, torch.zeros(2, 1, dtype=torch.int64))
     assert state.finite().tolist() == [[True, True], [True, False]]
     assert state.finite().shape == (2, 0)
-    drawn = law.draw(torch.full((2, 2), 0.999, dtype=torch.float64))
+    drawn = distribution.draw(torch.full((2, 2), 0.999, dtype=torch.float64))
     assert ((drawn >= 0) & (drawn < 2)).all()  # any token, but a token
 
 
@@ -252,12 +266,12 @@ def test_bad_parameters_are_named(field: str, value: object, rule: str) -> None:
         SamplingParams(**{field: value})
 
 
-def _law(probs: list[float]) -> Tensor:
+def _distribution(probs: list[float]) -> Tensor:
     return torch.tensor(probs, dtype=torch.float64)
 
 
-def test_laws_index_like_tensors() -> None:
-    dense = Dense(_law([[[0.5, 0.5], [1.0, 0.0]], [[0.0, 1.0], [0.25, 0.75]]]))
+def test_distributions_index_like_tensors() -> None:
+    dense = Dense(_distribution([[[0.5, 0.5], [1.0, 0.0]], [[0.0, 1.0], [0.25, 0.75]]]))
     one_hot = OneHot(torch.tensor([[0, 1], [1, 1]]), 2)
     columns = torch.tensor([1, 0])
     assert dense.at(columns).probs.tolist() == [[1.0, 0.0], [0.0, 1.0]]
@@ -266,8 +280,8 @@ def test_laws_index_like_tensors() -> None:
     assert one_hot.prob(torch.tensor([[0, 0], [1, 0]])).tolist() == [[1, 0], [1, 0]]
 
 
-@given(law_rows(6, 3), law_rows(6, 7), st.sampled_from([(0, 2, 5), (1, 2, 6), (3, 4, 5)]))
-def test_a_law_over_some_tokens_is_the_dense_law_with_zeros(
+@given(distribution_rows(6, 3), distribution_rows(6, 7), st.sampled_from([(0, 2, 5), (1, 2, 6), (3, 4, 5)]))
+def test_a_distribution_over_some_tokens_is_the_dense_distribution_with_zeros(
     inner: Tensor, other: Tensor, some: tuple[int, ...]
 ) -> None:
     """For every token, known or not: probability, excess, draws, and both ways of choosing positions."""
@@ -284,7 +298,7 @@ def test_a_law_over_some_tokens_is_the_dense_law_with_zeros(
     columns = torch.tensor([2, 0])
     assert torch.equal(partial.at(columns).dense(), expected[[0, 1], [2, 0]])
     assert torch.equal(dense.at(columns).dense(), expected[[0, 1], [2, 0]])
-    stacked = stack_laws([partial[:, i] for i in range(3)])
+    stacked = stack_distributions([partial[:, i] for i in range(3)])
     assert isinstance(stacked, Partial)
     assert torch.equal(stacked.dense(), expected)
     for uniform in (0.0, 0.3, 0.999):

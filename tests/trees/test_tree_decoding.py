@@ -1,4 +1,4 @@
-"""Trees through the real loop: their joint law exactly, what must not change, and that the bugs of trees are caught."""
+"""Trees through the real loop: their exact joint distribution, invariants, and the bugs of trees that are caught."""
 
 from __future__ import annotations
 
@@ -12,11 +12,20 @@ import pytest
 import torch
 from helpers import tiny
 from helpers.gates import distance, marginal, passes, radius
-from helpers.toys import Automaton, FeatureTarget, ToyHead, joint_law, law_after, processed_law, table, top_k_law
+from helpers.toys import (
+    Automaton,
+    FeatureTarget,
+    ToyHead,
+    distribution_after,
+    joint_distribution,
+    processed_distribution,
+    table,
+    top_k_distribution,
+)
 
 from specdec import SamplingParams
 from specdec.conformance import mutants
-from specdec.conformance.enumeration import Each, Grid, Tokens, exact_law, pieces_between
+from specdec.conformance.enumeration import Each, Grid, Tokens, exact_distribution, pieces_between
 from specdec.conformance.mutants import tree_maker
 from specdec.decoding import Decoder
 from specdec.kernels import cpp
@@ -34,7 +43,7 @@ from specdec.trees.shape import Tree
 from specdec.trees.verification import verify_coupled_tree, verify_tree
 from specdec.verification import verify_coupled, verify_tokens
 
-# -- the joint law, exactly ----------------------------------------------------------------------------------
+# -- the joint distribution, exactly ----------------------------------------------------------------------------------
 
 PROMPT = (1, 2)
 PAIR = Tree(((0,), (1,)))
@@ -43,8 +52,8 @@ LATE_FORK = Tree(((0,), (0, 0), (0, 1)))
 SECOND_FORK = Tree(((0,), (1,), (1, 0)))
 # draws of halves, among them certain ones, which leave nothing for a second sibling
 COINS = torch.tensor([[1, 1, 0], [0, 1, 1], [1, 0, 1], [2, 0, 0], [0, 0, 2]]).double() / 2
-TARGET_LAWS = torch.tensor([[3, 0, 1], [1, 2, 1], [1, 1, 2], [0, 4, 0], [2, 2, 0], [0, 1, 3]]).double() / 4
-TARGET, DRAFT = MarkovModel(table(3, TARGET_LAWS)), MarkovModel(table(6, COINS))
+TARGET_DISTRIBUTIONS = torch.tensor([[3, 0, 1], [1, 2, 1], [1, 1, 2], [0, 4, 0], [2, 2, 0], [0, 1, 3]]).double() / 4
+TARGET, DRAFT = MarkovModel(table(3, TARGET_DISTRIBUTIONS)), MarkovModel(table(6, COINS))
 
 
 def residual(target: list[float], draft: list[float]) -> list[float]:
@@ -52,94 +61,100 @@ def residual(target: list[float], draft: list[float]) -> list[float]:
     return [x / sum(excess) for x in excess] if sum(excess) > 1e-12 else target
 
 
-def without(law: list[float], taken: Tokens) -> list[float]:
-    """The law of the next sibling; the lowest token left where no mass is."""
-    rest = [0.0 if token in taken else q for token, q in enumerate(law)]
-    lowest = min(set(range(len(law))) - set(taken))
-    return [q / sum(rest) for q in rest] if sum(rest) else [float(token == lowest) for token in range(len(law))]
+def without(distribution: list[float], taken: Tokens) -> list[float]:
+    """The distribution of the next sibling; the lowest token left where no mass is."""
+    rest = [0.0 if token in taken else q for token, q in enumerate(distribution)]
+    lowest = min(set(range(len(distribution))) - set(taken))
+    return (
+        [q / sum(rest) for q in rest] if sum(rest) else [float(token == lowest) for token in range(len(distribution))]
+    )
 
 
-LawOf = Callable[[MarkovModel, Tokens], list[float]]  # after an output
+DistributionOf = Callable[[MarkovModel, Tokens], list[float]]  # after an output
 
 
 def all_drafts(
-    tree: Tree, draft: MarkovModel, law_of: LawOf, output: Tokens
+    tree: Tree, draft: MarkovModel, distribution_of: DistributionOf, output: Tokens
 ) -> Iterator[tuple[Tokens, list[list[float]]]]:
-    """Every draft that can be drawn behind an output, with the law that each node was drawn from."""
+    """Every draft that can be drawn behind an output, with the distribution that each node was drawn from."""
     found: list[tuple[Tokens, list[list[float]]]] = [((), [])]
     for node, parent in enumerate(tree.parents):
         longer = []
-        for tokens, laws in found:
+        for tokens, distributions in found:
             way = tuple(tokens[i] for i in tree.lineage(parent))
             taken = tuple(tokens[i] for i in range(node) if tree.parents[i] == parent)
-            law = without(law_of(draft, (*output, *way)), taken)
-            longer += [((*tokens, token), [*laws, law]) for token, q in enumerate(law) if q]
+            distribution = without(distribution_of(draft, (*output, *way)), taken)
+            longer += [((*tokens, token), [*distributions, distribution]) for token, q in enumerate(distribution) if q]
         found = longer
     return iter(found)
 
 
-def tree_grid(target: MarkovModel, draft: MarkovModel, tree: Tree, law_of: LawOf, output: Tokens) -> Grid:
+def tree_grid(
+    target: MarkovModel, draft: MarkovModel, tree: Tree, distribution_of: DistributionOf, output: Tokens
+) -> Grid:
     """The thresholds of the step after an output, node by node, from the definitions."""
     drawn, accepted = ([set() for _ in tree.paths] for _ in range(2))
-    last = set(itertools.accumulate(law_of(target, output)))
-    for tokens, laws in all_drafts(tree, draft, law_of, output) if output else ():
-        after = {-1: law_of(target, output)}
-        for node, (parent, q) in enumerate(zip(tree.parents, laws, strict=True)):
-            after[node] = law_of(target, (*output, *(tokens[i] for i in tree.lineage(node))))
+    last = set(itertools.accumulate(distribution_of(target, output)))
+    for tokens, distributions in all_drafts(tree, draft, distribution_of, output) if output else ():
+        after = {-1: distribution_of(target, output)}
+        for node, (parent, q) in enumerate(zip(tree.parents, distributions, strict=True)):
+            after[node] = distribution_of(target, (*output, *(tokens[i] for i in tree.lineage(node))))
             drawn[node].update(itertools.accumulate(q))
             accepted[node].add(after[parent][tokens[node]] / q[tokens[node]])
             last.update(itertools.accumulate(after[parent]))
             after[parent] = residual(after[parent], q)
-        for law in after.values():
-            last.update(itertools.accumulate(law))
+        for distribution in after.values():
+            last.update(itertools.accumulate(distribution))
     return Each(tuple(map(pieces_between, drawn))), Each(tuple(map(pieces_between, accepted))), pieces_between(last)
 
 
 def exact(make, tree: Tree, num_tokens: int = 3, target=TARGET, draft=DRAFT, prompt=PROMPT, params=None) -> dict:
-    def law_of(model: MarkovModel, output: Tokens) -> list[float]:
-        return law_after(model, params or SamplingParams(), prompt, output)
+    def distribution_of(model: MarkovModel, output: Tokens) -> list[float]:
+        return distribution_after(model, params or SamplingParams(), prompt, output)
 
-    grid = partial(tree_grid, target, draft, tree, law_of)
-    return exact_law(make, prompt, num_tokens, grid, params, verify_tree, tree=tree)
+    grid = partial(tree_grid, target, draft, tree, distribution_of)
+    return exact_distribution(make, prompt, num_tokens, grid, params, verify_tree, tree=tree)
 
 
 @pytest.mark.parametrize("stop", [(), (1,)])
 @pytest.mark.parametrize("tree", [PAIR, FORK, LATE_FORK, SECOND_FORK], ids=lambda tree: str(tree.paths))
-def test_joint_law_of_trees(tree: Tree, stop: tuple[int, ...]) -> None:
+def test_joint_distribution_of_trees(tree: Tree, stop: tuple[int, ...]) -> None:
     """Rows of one batch accept different paths, and so are ragged; a tree of depth 2 is cut near the end."""
     params = SamplingParams(stop_token_ids=stop)
-    law = exact(tree_maker(TARGET, DRAFT, tree), tree, 4 if tree is PAIR else 3, params=params)
-    assert distance(law, processed_law(TARGET, params, PROMPT, 4 if tree is PAIR else 3)) < 1e-12
+    distribution = exact(tree_maker(TARGET, DRAFT, tree), tree, 4 if tree is PAIR else 3, params=params)
+    assert distance(distribution, processed_distribution(TARGET, params, PROMPT, 4 if tree is PAIR else 3)) < 1e-12
 
 
-def test_joint_law_across_two_steps_of_a_tree() -> None:
+def test_joint_distribution_across_two_steps_of_a_tree() -> None:
     """Five tokens: a path off the first branch, of two tokens, then another step that reads what was kept of it."""
-    target, draft = MarkovModel(table(3, TARGET_LAWS[[3, 4, 1]])), MarkovModel(table(5, COINS[[0, 1, 3]]))
-    law = exact(tree_maker(target, draft, SECOND_FORK), SECOND_FORK, 5, target, draft)
-    assert distance(law, joint_law(target, PROMPT, 5)) < 1e-12
+    target, draft = MarkovModel(table(3, TARGET_DISTRIBUTIONS[[3, 4, 1]])), MarkovModel(table(5, COINS[[0, 1, 3]]))
+    distribution = exact(tree_maker(target, draft, SECOND_FORK), SECOND_FORK, 5, target, draft)
+    assert distance(distribution, joint_distribution(target, PROMPT, 5)) < 1e-12
 
 
 @pytest.mark.parametrize("records", [False, True])
-def test_joint_law_of_a_head_s_tree(records: bool) -> None:
+def test_joint_distribution_of_a_head_s_tree(records: bool) -> None:
     """Features are kept along the accepted path; once as recorded steps."""
     target, prompt = FeatureTarget(TARGET.table), (0, 1, 2, 0)
     make = tree_maker(target, ToyHead(DRAFT), FORK, proposer=EagleProposer, records=records)
-    assert distance(exact(make, FORK, prompt=prompt), joint_law(target, prompt, 3)) < 1e-12
+    assert distance(exact(make, FORK, prompt=prompt), joint_distribution(target, prompt, 3)) < 1e-12
 
 
-def test_joint_law_under_processors() -> None:
+def test_joint_distribution_under_processors() -> None:
     """Penalties count the tokens on the way to a node, whatever stands beside them."""
     params = SamplingParams(presence_penalty=math.log(2), frequency_penalty=math.log(2), top_k=2)
-    law = exact(tree_maker(TARGET, DRAFT, FORK), FORK, 4, params=params)
-    assert distance(law, processed_law(TARGET, params, PROMPT, 4)) < 1e-12
+    distribution = exact(tree_maker(TARGET, DRAFT, FORK), FORK, 4, params=params)
+    assert distance(distribution, processed_distribution(TARGET, params, PROMPT, 4)) < 1e-12
 
 
-def test_joint_law_of_one_hot_trees() -> None:
+def test_joint_distribution_of_one_hot_trees() -> None:
     """Under top-k 1 draft and target are certain, and every further sibling is: the draft's next choice."""
-    rows, params = TARGET_LAWS[[0, 1, 2]], SamplingParams(top_k=1)
+    rows, params = TARGET_DISTRIBUTIONS[[0, 1, 2]], SamplingParams(top_k=1)
     target, draft = MarkovModel(table(1, rows)), MarkovModel(table(2, rows))
-    law = exact_law(tree_maker(target, draft, FORK), PROMPT, 5, (1, 1, 1), params, verify_tree, tree=FORK)
-    assert law == joint_law(target, PROMPT, 5, partial(top_k_law, k=1))
+    distribution = exact_distribution(
+        tree_maker(target, draft, FORK), PROMPT, 5, (1, 1, 1), params, verify_tree, tree=FORK
+    )
+    assert distribution == joint_distribution(target, PROMPT, 5, partial(top_k_distribution, k=1))
 
 
 # after 1 comes 0 or 2, after 2 comes 1 or 2: of two halves there is always one left
@@ -147,24 +162,24 @@ TURNS = Automaton([{0: 0, 1: 1, 2: 2}, {0: 0, 2: 2}, {1: 1, 2: 2}])
 
 
 @pytest.mark.parametrize("tree", [FORK, SECOND_FORK], ids=lambda tree: str(tree.paths))
-def test_joint_law_under_a_constraint(tree: Tree) -> None:
+def test_joint_distribution_under_a_constraint(tree: Tree) -> None:
     """Each node has its own state, by the tokens on the way to it; siblings that are not allowed are rejected."""
     target, draft = (MarkovModel(table(seed, COINS[:3])) for seed in (1, 2))
     make = tree_maker(target, draft, tree)
-    law = exact_law(make, PROMPT, 4, (2, 2, 2), rule=verify_tree, tree=tree, constraint=TURNS)
-    truth = processed_law(target, SamplingParams(), PROMPT, 4, TURNS)
-    assert distance(law, truth) < 1e-12
-    assert distance(truth, joint_law(target, PROMPT, 4)) > 0.1
+    distribution = exact_distribution(make, PROMPT, 4, (2, 2, 2), rule=verify_tree, tree=tree, constraint=TURNS)
+    truth = processed_distribution(target, SamplingParams(), PROMPT, 4, TURNS)
+    assert distance(distribution, truth) < 1e-12
+    assert distance(truth, joint_distribution(target, PROMPT, 4)) > 0.1
 
 
-# two tokens that the target has more of than the draft: else a second sibling's own law decides nothing
+# two tokens that the target has more of than the draft: else a second sibling's own distribution decides nothing
 FLAT_PAIR = tuple(MarkovModel((torch.tensor(row).double() / 8).expand(3, 3, 3)) for row in ([0, 5, 3], [5, 3, 0]))
 
 
-def test_joint_law_where_later_siblings_matter_below_the_first_level() -> None:
-    """The target has two tokens that the draft has less of: a second sibling's own law decides what is emitted."""
-    law = exact(tree_maker(*FLAT_PAIR, LATE_FORK), LATE_FORK, 4, *FLAT_PAIR)
-    assert distance(law, joint_law(FLAT_PAIR[0], PROMPT, 4)) < 1e-12
+def test_joint_distribution_where_later_siblings_matter_below_the_first_level() -> None:
+    """The target has two tokens that the draft has less of: a second sibling's distribution decides what is emitted."""
+    distribution = exact(tree_maker(*FLAT_PAIR, LATE_FORK), LATE_FORK, 4, *FLAT_PAIR)
+    assert distance(distribution, joint_distribution(FLAT_PAIR[0], PROMPT, 4)) < 1e-12
 
 
 DEEP = Tree.balanced([2, 2, 2])
@@ -182,7 +197,7 @@ T1 = {  # name: the levels whose siblings are wrong
 @pytest.mark.parametrize("proposer", [DraftModelProposer, EagleProposer])
 @pytest.mark.parametrize("mutant", T1)
 def test_siblings_of_every_level_are_drawn_without_replacement(proposer: type, mutant: str | None) -> None:
-    """Pairs as they are drawn: different, and the second from what the first left of the draft's law.
+    """Pairs as they are drawn: different, and the second from what the first left of the draft's distribution.
 
     Each of the seven families fails falsely with probability at most 1e-6.
     """
@@ -212,7 +227,7 @@ NUM_DRAWS, SUPPORT = 4700, 9
 RADIUS = radius(NUM_DRAWS, SUPPORT)
 SHARP = torch.tensor([[4, 0, 0], [0, 4, 0], [0, 0, 4], [3, 1, 0], [0, 3, 1], [1, 0, 3], [2, 1, 1]]).double() / 4
 SHARP_PAIR = MarkovModel(table(6, SHARP)), MarkovModel(table(106, COINS))
-# name: tree, pair, the greatest distance of two neighbouring tokens' law, by the enumeration of four tokens
+# name: tree, pair, the greatest distance of two neighbouring tokens' distribution, by the enumeration of four tokens
 MUTANTS = {
     "T1 siblings with replacement": (PAIR, FLAT_PAIR, 0.25),
     "T1 late siblings with replacement": (LATE_FORK, FLAT_PAIR, 0.09375),
@@ -223,24 +238,26 @@ MUTANTS = {
 }
 
 
-def pairs_passing(make, law: dict) -> list[bool]:
+def pairs_passing(make, distribution: dict) -> list[bool]:
     """The gate over each pair of neighbouring tokens, on real random draws."""
     requests = [Request(i, PROMPT, SamplingParams(max_tokens=4, seed=i)) for i in range(NUM_DRAWS)]
     outputs = [tuple(row.output) for row in make(uniforms, verify_tree, NUM_DRAWS).run(requests)]
-    return [passes([output[i : i + 2] for output in outputs], marginal(law, (i, i + 1)), SUPPORT) for i in range(3)]
+    return [
+        passes([output[i : i + 2] for output in outputs], marginal(distribution, (i, i + 1)), SUPPORT) for i in range(3)
+    ]
 
 
 @pytest.mark.parametrize(("tree", "pair"), [(PAIR, FLAT_PAIR), (LATE_FORK, FLAT_PAIR), (SECOND_FORK, SHARP_PAIR)])
 def test_gate_passes_real_trees(tree: Tree, pair: tuple[MarkovModel, MarkovModel]) -> None:
     """Fails falsely with probability at most 3e-6, for any seeds."""
-    assert pairs_passing(tree_maker(*pair, tree), joint_law(pair[0], PROMPT, 4)) == [True] * 3
+    assert pairs_passing(tree_maker(*pair, tree), joint_distribution(pair[0], PROMPT, 4)) == [True] * 3
 
 
 @pytest.mark.parametrize("name", mutants.TREE_MUTANTS)
 def test_a_tree_mutant_is_caught_exactly_and_by_the_gate(name: str) -> None:
     """The gate misses a mutant with probability at most 1e-6, because its distance exceeds twice the radius."""
     tree, pair, stated = MUTANTS[name]
-    make, truth = mutants.TREE_MUTANTS[name](*pair, tree), joint_law(pair[0], PROMPT, 4)
+    make, truth = mutants.TREE_MUTANTS[name](*pair, tree), joint_distribution(pair[0], PROMPT, 4)
     broken = exact(make, tree, 4, *pair)
     distances = [distance(marginal(broken, (i, i + 1)), marginal(truth, (i, i + 1))) for i in range(3)]
     assert max(distances) == pytest.approx(stated, abs=1e-9)
@@ -334,7 +351,7 @@ def test_stop_tokens_max_tokens_and_counts(tree: Tree) -> None:
 
 
 @pytest.mark.parametrize("tree", TREES[1:], ids=len)
-def test_the_draft_s_laws_are_those_of_its_own_context(tree: Tree) -> None:
+def test_the_draft_s_distributions_are_those_of_its_own_context(tree: Tree) -> None:
     """Of a draft model with a mask of its own, in rows of unequal length; what it is wrong about costs only speed."""
     torch.manual_seed(0)
     model = CausalLM(tiny.make("llama", tiny.GQA))
@@ -360,8 +377,10 @@ def test_the_draft_s_laws_are_those_of_its_own_context(tree: Tree) -> None:
                 way = [int(draft.tokens[index, i]) for i in tree.lineage(node)]
                 text = torch.tensor([[*row.tokens[: starts[index]], *way]])
                 with torch.inference_mode():
-                    law = model.model(input_ids=text, use_cache=False).logits[0, -1].softmax(-1)
-                torch.testing.assert_close(draft.law.dense()[index, family], law, rtol=1e-4, atol=1e-5)
+                    distribution = model.model(input_ids=text, use_cache=False).logits[0, -1].softmax(-1)
+                torch.testing.assert_close(
+                    draft.distribution.dense()[index, family], distribution, rtol=1e-4, atol=1e-5
+                )
             starts[index] += row.steps[number].num_accepted + 1
         if any(row.finish_reason and len(row.steps) <= number + 1 for row in rows):
             break
@@ -402,7 +421,7 @@ def test_logprobs_are_the_target_s_along_the_path() -> None:
         assert row.logprobs == pytest.approx(logs[-12:])
 
 
-def test_logits_without_a_law_are_named_by_their_level() -> None:
+def test_logits_without_a_distribution_are_named_by_their_level() -> None:
     """Two levels down, on the second branch."""
     table = WIDE_PAIR[0].table.clone()
     target, tree = MarkovModel(table), Tree(((0,), (1,), (1, 0)))

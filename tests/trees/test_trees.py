@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.strategies import law_rows, laws
+from helpers.strategies import distribution_rows, distributions
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -21,7 +21,7 @@ from specdec.trees import verification
 from specdec.trees.columns import Branches, offsets, visible, ways
 from specdec.trees.optimal import expected_accepted, optimal_tree, optimal_trees
 from specdec.trees.shape import Tree, as_tree
-from specdec.trees.verification import sibling_law, verify_coupled_tree, verify_tree, without
+from specdec.trees.verification import sibling_distribution, verify_coupled_tree, verify_tree, without
 from specdec.verification import Draft, verify_coupled, verify_tokens
 
 # -- shapes --------------------------------------------------------------------------------------------------
@@ -133,13 +133,13 @@ def test_the_columns_of_a_tree_see_their_ancestors(tree: Tree, first: int) -> No
         assert way[: tree.depths[node]] == tree.lineage(node)
 
 
-# -- the rule: its law, exactly ------------------------------------------------------------------------------
+# -- the rule: its distribution, exactly ------------------------------------------------------------------------------
 
 VOCAB = 3
 
 
-def law_at(table: torch.Tensor, prefix: Sequence[int]) -> torch.Tensor:
-    """A law that depends on how many tokens came before and on the last one."""
+def distribution_at(table: torch.Tensor, prefix: Sequence[int]) -> torch.Tensor:
+    """A distribution that depends on how many tokens came before and on the last one."""
     return table[(3 * len(prefix) + (prefix[-1] if prefix else 0)) % len(table)]
 
 
@@ -151,8 +151,8 @@ def drafts(tree: Tree, table: torch.Tensor) -> Iterator[tuple[tuple[int, ...], f
         if node == len(tree):
             yield tokens, probability
             return
-        law = sequential(tree, table, tokens, node)
-        for token, share in enumerate(law):
+        distribution = sequential(tree, table, tokens, node)
+        for token, share in enumerate(distribution):
             if share:
                 yield from extend((*tokens, token), probability * share)
 
@@ -164,41 +164,41 @@ def prefix_of(tree: Tree, tokens: Sequence[int], node: int) -> tuple[int, ...]:
 
 
 def sequential(tree: Tree, table: torch.Tensor, tokens: Sequence[int], node: int) -> list[float]:
-    """The law of a node's token given all nodes before it; certain, the lowest token left, where no mass is left."""
-    law = law_at(table, prefix_of(tree, tokens, tree.parents[node])).tolist()
+    """The distribution of a node's token given all nodes before it; the lowest token left, where no mass is."""
+    distribution = distribution_at(table, prefix_of(tree, tokens, tree.parents[node])).tolist()
     taken = [tokens[i] for i in range(node) if tree.parents[i] == tree.parents[node]]
-    rest = [0.0 if token in taken else p for token, p in enumerate(law)]
+    rest = [0.0 if token in taken else p for token, p in enumerate(distribution)]
     if sum(rest) == 0:
-        lowest = min(set(range(len(law))) - set(taken))
-        return [float(token == lowest) for token in range(len(law))]
+        lowest = min(set(range(len(distribution))) - set(taken))
+        return [float(token == lowest) for token in range(len(distribution))]
     return [p / sum(rest) for p in rest]
 
 
 def outcomes(tree: Tree, target: torch.Tensor, table: torch.Tensor, tokens: tuple) -> Iterator[tuple]:
-    """Uniforms that stand for all, with their weight: thresholds of each node's test, and of the last token's law."""
+    """Uniforms that stand for all, with their weight: thresholds of each node's test, and of the last token."""
     thresholds, lasts = [], set()
     residuals: dict[int, list[float]] = {}
     for node in range(len(tree)):
         parent = tree.parents[node]
-        p = residuals.setdefault(parent, law_at(target, prefix_of(tree, tokens, parent)).tolist())
+        p = residuals.setdefault(parent, distribution_at(target, prefix_of(tree, tokens, parent)).tolist())
         q = sequential(tree, table, tokens, node)
         thresholds.append(pieces_between([p[tokens[node]] / q[tokens[node]]]))
         lasts.update(itertools.accumulate(p))
         excess = [max(a - b, 0.0) for a, b in zip(p, q, strict=True)]
         residuals[parent] = [x / sum(excess) for x in excess] if sum(excess) > 1e-12 else p
     for node in range(-1, len(tree)):
-        law = residuals.get(node) or law_at(target, prefix_of(tree, tokens, node)).tolist()
-        lasts.update(itertools.accumulate(law))
+        distribution = residuals.get(node) or distribution_at(target, prefix_of(tree, tokens, node)).tolist()
+        lasts.update(itertools.accumulate(distribution))
     for *accepts, last in itertools.product(*thresholds, pieces_between(lasts)):
         yield [u for u, _ in accepts], last[0], math.prod(w for _, w in [*accepts, last])
 
 
-def emitted_law(tree: Tree, target: torch.Tensor, table: torch.Tensor, rule=verify_tree) -> Counter:
-    """The law of tree.depth + 1 tokens that begin with what the rule emits and go on by the target."""
+def emitted_distribution(tree: Tree, target: torch.Tensor, table: torch.Tensor, rule=verify_tree) -> Counter:
+    """The distribution of tree.depth + 1 tokens that begin with what the rule emits and go on by the target."""
     rows, weights = [], []
     for tokens, probability in drafts(tree, table):
-        columns = [law_at(target, prefix_of(tree, tokens, node)) for node in range(-1, len(tree))]
-        families = [law_at(table, prefix_of(tree, tokens, node)) for node in tree.families]
+        columns = [distribution_at(target, prefix_of(tree, tokens, node)) for node in range(-1, len(tree))]
+        families = [distribution_at(table, prefix_of(tree, tokens, node)) for node in tree.families]
         for accepts, last, weight in outcomes(tree, target, table, tokens):
             rows.append((torch.stack(columns), torch.stack(families), tokens, accepts, last))
             weights.append(probability * weight)
@@ -209,21 +209,24 @@ def emitted_law(tree: Tree, target: torch.Tensor, table: torch.Tensor, rule=veri
     )
     final = torch.tensor(lasts, dtype=torch.float64).unsqueeze(1).expand(-1, tree.depth + 1)
     outcome = rule(Dense(torch.stack(columns)), draft, torch.tensor(accepts, dtype=torch.float64), final)
-    law: Counter = Counter()
+    distribution: Counter = Counter()
     for number, weight in enumerate(weights):
         path = outcome.path[number, : outcome.accepted[number]].tolist()
         emitted = (*(tokens[number][node] for node in path), int(outcome.next_token[number]))
         for rest in itertools.product(range(VOCAB), repeat=tree.depth + 1 - len(emitted)):
             text = (*emitted, *rest)
-            law[text] += weight * math.prod(
-                float(law_at(target, text[:i])[text[i]]) for i in range(len(emitted), len(text))
+            distribution[text] += weight * math.prod(
+                float(distribution_at(target, text[:i])[text[i]]) for i in range(len(emitted), len(text))
             )
-    return law
+    return distribution
 
 
-def target_law(tree: Tree, target: torch.Tensor) -> dict:
+def target_distribution(tree: Tree, target: torch.Tensor) -> dict:
     texts = itertools.product(range(VOCAB), repeat=tree.depth + 1)
-    return {text: math.prod(float(law_at(target, text[:i])[token]) for i, token in enumerate(text)) for text in texts}
+    return {
+        text: math.prod(float(distribution_at(target, text[:i])[token]) for i, token in enumerate(text))
+        for text in texts
+    }
 
 
 def total_variation(first: dict, second: dict) -> float:
@@ -231,26 +234,28 @@ def total_variation(first: dict, second: dict) -> float:
 
 
 @settings(max_examples=40, deadline=None)
-@given(trees(4, 2).filter(lambda tree: max(tree.ranks) < VOCAB), law_rows(7, VOCAB), law_rows(5, VOCAB))
-def test_the_rule_has_the_target_s_law(tree: Tree, target: torch.Tensor, table: torch.Tensor) -> None:
-    """Any tree, any laws, zeros and equal ones among them: every draft and every uniform, added up."""
-    assert total_variation(emitted_law(tree, target, table), target_law(tree, target)) < 1e-12
+@given(
+    trees(4, 2).filter(lambda tree: max(tree.ranks) < VOCAB), distribution_rows(7, VOCAB), distribution_rows(5, VOCAB)
+)
+def test_the_rule_has_the_target_s_distribution(tree: Tree, target: torch.Tensor, table: torch.Tensor) -> None:
+    """Any tree, any distributions, zeros and equal ones among them: every draft and every uniform, added up."""
+    assert total_variation(emitted_distribution(tree, target, table), target_distribution(tree, target)) < 1e-12
 
 
 def test_the_sum_sees_a_wrong_rule(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Laws of another parent's row, and siblings tested as if each had been drawn from the family's whole law."""
+    """Distributions of another parent's row, and siblings tested as if drawn with replacement."""
     tree = Tree(((0,), (1,), (0, 0)))
     target = torch.tensor([[0.2, 0.45, 0.35], [0.5, 0.5, 0.0], [0.1, 0.1, 0.8]], dtype=torch.float64)
     table = torch.tensor([[0.6, 0.3, 0.1], [0.2, 0.2, 0.6]], dtype=torch.float64)
-    truth = target_law(tree, target)
-    assert total_variation(emitted_law(tree, target, table), truth) < 1e-12
+    truth = target_distribution(tree, target)
+    assert total_variation(emitted_distribution(tree, target, table), truth) < 1e-12
 
     def shifted(target, draft, *uniforms):
         return verify_tree(Dense(target.probs.roll(1, 1)), draft, *uniforms)
 
-    assert total_variation(emitted_law(tree, target, table, shifted), truth) > 0.05
-    monkeypatch.setattr(verification, "sibling_law", lambda law, taken, tokens: law)
-    assert total_variation(emitted_law(tree, target, table), truth) > 0.05
+    assert total_variation(emitted_distribution(tree, target, table, shifted), truth) > 0.05
+    monkeypatch.setattr(verification, "sibling_distribution", lambda distribution, taken, tokens: distribution)
+    assert total_variation(emitted_distribution(tree, target, table), truth) > 0.05
 
 
 @settings(max_examples=60, deadline=None)
@@ -259,16 +264,20 @@ def test_a_chain_gives_exactly_what_verify_tokens_gives(num_tokens: int, data: s
     """Bit for bit, in float32 too, rows of all lengths."""
     batch, generator = 5, torch.Generator().manual_seed(data.draw(st.integers(0, 2**31)))
     dtype = data.draw(st.sampled_from([torch.float32, torch.float64]))
-    target = torch.stack([data.draw(law_rows(num_tokens + 1)) for _ in range(batch)]).to(dtype)
-    law = torch.stack([data.draw(law_rows(num_tokens)) for _ in range(batch)]).to(dtype)
+    target = torch.stack([data.draw(distribution_rows(num_tokens + 1)) for _ in range(batch)]).to(dtype)
+    distribution = torch.stack([data.draw(distribution_rows(num_tokens)) for _ in range(batch)]).to(dtype)
     tokens = torch.randint(4, (batch, num_tokens), generator=generator)
     lengths = torch.randint(num_tokens + 1, (batch,), generator=generator)
     uniforms = [torch.rand(batch, num_tokens + i, dtype=torch.float64, generator=generator) for i in (0, 1)]
-    kinds = [Dense(law), OneHot(tokens, 4), Partial(Dense(law), torch.arange(4), 4)]
-    for draft_law in kinds:
-        for target_law in (Dense(target), OneHot(target.argmax(-1), 4)):
-            chain = verify_tokens(target_law, Draft(tokens, lengths, draft_law), *uniforms)
-            tree = verify_tree(target_law, Draft(tokens, lengths, draft_law, Tree.chain(num_tokens).parents), *uniforms)
+    kinds = [Dense(distribution), OneHot(tokens, 4), Partial(Dense(distribution), torch.arange(4), 4)]
+    for draft_distribution in kinds:
+        for target_distribution in (Dense(target), OneHot(target.argmax(-1), 4)):
+            chain = verify_tokens(target_distribution, Draft(tokens, lengths, draft_distribution), *uniforms)
+            tree = verify_tree(
+                target_distribution,
+                Draft(tokens, lengths, draft_distribution, Tree.chain(num_tokens).parents),
+                *uniforms,
+            )
             assert torch.equal(chain.accepted, tree.accepted)
             assert torch.equal(chain.next_token, tree.next_token)
             assert torch.equal(tree.path, torch.arange(num_tokens).expand(batch, -1))
@@ -276,14 +285,14 @@ def test_a_chain_gives_exactly_what_verify_tokens_gives(num_tokens: int, data: s
 
 @pytest.mark.parametrize("vocabulary", [None, torch.tensor([1, 4, 5, 9, 11])])
 @pytest.mark.parametrize("place", range(5))
-def test_greedy_siblings_are_the_law_s_token_and_the_largest_others(
+def test_greedy_siblings_are_the_distribution_s_token_and_the_largest_others(
     vocabulary: torch.Tensor | None, place: int
 ) -> None:
     """Also where a bias chose the first, whatever its logit; ties of forbidden tokens give different ones."""
     logits = torch.tensor([[[0.5, 2.0, -torch.inf, 1.0, -torch.inf]]])
     names = list(range(5)) if vocabulary is None else vocabulary.tolist()
-    law = OneHot(torch.tensor([[names[place]]]), 12)
-    drawn = draw_siblings(law, logits, [4], torch.zeros(1, 4, dtype=torch.float64), vocabulary)[0].tolist()
+    distribution = OneHot(torch.tensor([[names[place]]]), 12)
+    drawn = draw_siblings(distribution, logits, [4], torch.zeros(1, 4, dtype=torch.float64), vocabulary)[0].tolist()
     others = [names[each] for each in (1, 3, 0) if each != place]
     assert drawn[: 1 + len(others)] == [names[place], *others][:4]
     assert len({*drawn}) == 4
@@ -292,14 +301,14 @@ def test_greedy_siblings_are_the_law_s_token_and_the_largest_others(
 @settings(max_examples=60, deadline=None)
 @given(trees(8, 4), st.data())
 def test_a_target_without_doubt_is_followed(tree: Tree, data: st.DataObject) -> None:
-    """The one-hot shortcut and the walk over dense laws agree, in rows that propose only some levels."""
+    """The one-hot shortcut and the walk over dense distributions agree, in rows that propose only some levels."""
     batch, generator = 6, torch.Generator().manual_seed(data.draw(st.integers(0, 2**31)))
     says = torch.randint(4, (batch, len(tree) + 1), generator=generator)
     tokens = torch.tensor(tree.ranks).add(torch.randint(4, (batch, 1), generator=generator)) % 13
     depths = torch.randint(tree.depth + 1, (batch,), generator=generator).tolist()
     lengths = torch.tensor([tree.num_within(depth) for depth in depths])
-    law = OneHot(torch.zeros(batch, len(tree.families), dtype=torch.int64), 13)
-    draft = Draft(tokens, lengths, law, tree.parents)
+    distribution = OneHot(torch.zeros(batch, len(tree.families), dtype=torch.int64), 13)
+    draft = Draft(tokens, lengths, distribution, tree.parents)
     uniforms = [torch.rand(batch, n, dtype=torch.float64, generator=generator) for n in (len(tree), tree.depth + 1)]
     short = verify_tree(OneHot(says, 13), draft, *uniforms)
     walked = verify_tree(Dense(OneHot(says, 13).dense().double()), draft, *uniforms)
@@ -314,28 +323,34 @@ def test_coupled_verification_follows_the_target_s_own_draws() -> None:
     target = Dense(torch.rand(8, 4, 5, generator=generator).double().softmax(-1))
     noise = torch.rand(8, 4, 5, dtype=torch.float64, generator=generator)
     tokens = torch.randint(5, (8, 3), generator=generator)
-    law, lengths = OneHot(tokens, 5), torch.tensor([3, 3, 3, 3, 2, 1, 0, 3])
-    chain = verify_coupled(target, Draft(tokens, lengths, law), noise[:, :3, 0], noise)
-    tree = verify_coupled_tree(target, Draft(tokens, lengths, law, Tree.chain(3).parents), noise[:, :3, 0], noise)
+    distribution, lengths = OneHot(tokens, 5), torch.tensor([3, 3, 3, 3, 2, 1, 0, 3])
+    chain = verify_coupled(target, Draft(tokens, lengths, distribution), noise[:, :3, 0], noise)
+    tree = verify_coupled_tree(
+        target, Draft(tokens, lengths, distribution, Tree.chain(3).parents), noise[:, :3, 0], noise
+    )
     assert torch.equal(chain.accepted, tree.accepted)
     assert torch.equal(chain.next_token, tree.next_token)
 
 
-# -- the law of a sibling ------------------------------------------------------------------------------------
+# -- the distribution of a sibling ------------------------------------------------------------------------------------
 
 
-@given(laws(5), st.permutations(range(5)), st.integers(0, 4))
-def test_a_sibling_s_law_is_the_family_s_without_those_before(law: torch.Tensor, order: list, rank: int) -> None:
-    """In every form of a law; where none is left it is certain."""
+@given(distributions(5), st.permutations(range(5)), st.integers(0, 4))
+def test_a_sibling_s_distribution_is_the_family_s_without_those_before(
+    distribution: torch.Tensor, order: list, rank: int
+) -> None:
+    """In every form of a distribution; where none is left it is certain."""
     taken, token = torch.tensor(order[:rank], dtype=torch.int64), torch.tensor(order[rank])
-    rest = [0.0 if i in order[:rank] else float(p) for i, p in enumerate(law)]
+    rest = [0.0 if i in order[:rank] else float(p) for i, p in enumerate(distribution)]
     expected = [p / sum(rest) for p in rest] if sum(rest) else [float(i == order[rank]) for i in range(5)]
     places = torch.tensor([1, 3, 4, 6, 9])
-    partial = sibling_law(Partial(Dense(law), places, 10), places[taken], places[token])
+    partial = sibling_distribution(Partial(Dense(distribution), places, 10), places[taken], places[token])
     assert partial.dense()[places].tolist() == pytest.approx(expected, abs=1e-15)
-    assert sibling_law(Dense(law), taken, token).dense().tolist() == pytest.approx(expected, abs=1e-15)
-    assert float(without(Dense(law), taken)[1]) == pytest.approx(sum(rest), abs=1e-15)
-    one_hot = sibling_law(OneHot(torch.tensor(order[0]), 5), taken, token)
+    assert sibling_distribution(Dense(distribution), taken, token).dense().tolist() == pytest.approx(
+        expected, abs=1e-15
+    )
+    assert float(without(Dense(distribution), taken)[1]) == pytest.approx(sum(rest), abs=1e-15)
+    one_hot = sibling_distribution(OneHot(torch.tensor(order[0]), 5), taken, token)
     assert int(one_hot.tokens) == order[rank]
 
 

@@ -1,4 +1,4 @@
-"""Block verification: its published toy case, the exact law, and never fewer accepted tokens than token by token."""
+"""Block verification: its published toy case, the exact distribution, and never fewer accepted than token by token."""
 
 from __future__ import annotations
 
@@ -8,20 +8,27 @@ import math
 import pytest
 import torch
 from helpers.gates import distance, marginal, passes, radius
-from helpers.strategies import law_rows
-from helpers.toys import joint_law, table
+from helpers.strategies import distribution_rows
+from helpers.toys import joint_distribution, table
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from specdec import Engine, SamplingParams
 from specdec.conformance import mutants
-from specdec.conformance.enumeration import exact_law
+from specdec.conformance.enumeration import exact_distribution
 from specdec.conformance.mutants import maker, with_rule
 from specdec.models.markov import MarkovModel
 from specdec.sampling.distributions import Dense
 from specdec.sampling.randomness import uniforms
-from specdec.verification import Draft, VerificationRule, block_acceptance, block_weights, final_law, verify_block
+from specdec.verification import (
+    Draft,
+    VerificationRule,
+    block_acceptance,
+    block_weights,
+    final_distribution,
+    verify_block,
+)
 
 THIRDS = torch.tensor([[1, 2], [2, 1]]).double() / 3
 # the draft's first token has weight 1/2: what may follow it is then (1, 0, 0), not (2/3, 1/3, 0)
@@ -31,34 +38,39 @@ TOY_TARGET, TOY_DRAFT = THIRDS[:1].expand(3, 2), THIRDS[1:].expand(2, 2)
 
 
 def outcomes(target: Tensor, draft: Tensor, length: int, *, token_residual: bool = False):
-    """Every (draft path, accepted, probability, law of the last token), by the rule's own probabilities."""
-    laws = Dense(target.unsqueeze(0))
+    """Every (draft path, accepted, probability, distribution of the last token), by the rule's own probabilities."""
+    distributions = Dense(target.unsqueeze(0))
     for path in itertools.product(range(target.shape[1]), repeat=len(draft)):
         path_prob = math.prod(draft[i, token].item() for i, token in enumerate(path))
         if path_prob == 0:
             continue
         proposal = Draft(torch.tensor([path]), torch.tensor([length]), Dense(draft.unsqueeze(0)))
-        weights = block_weights(laws, proposal)
-        passes = [1.0, *block_acceptance(laws, proposal, weights)[0, :length].tolist()]
+        weights = block_weights(distributions, proposal)
+        passes = [1.0, *block_acceptance(distributions, proposal, weights)[0, :length].tolist()]
         for accepted in range(length + 1):
             probability = path_prob * passes[accepted] * math.prod(1 - p for p in passes[accepted + 1 :])
             weight = None if token_residual else weights[:, accepted : accepted + 1]
-            yield path, accepted, probability, final_law(laws, proposal, torch.tensor([accepted]), weight).dense()[0]
+            yield (
+                path,
+                accepted,
+                probability,
+                final_distribution(distributions, proposal, torch.tensor([accepted]), weight).dense()[0],
+            )
 
 
-def completed_law(target: Tensor, steps) -> dict[tuple[int, ...], float]:
-    """Joint law of as many tokens as there are target rows: a step's output, completed by plain decoding."""
-    law: dict[tuple[int, ...], float] = {}
+def completed_distribution(target: Tensor, steps) -> dict[tuple[int, ...], float]:
+    """Joint distribution of as many tokens as there are target rows: a step's output, completed by plain decoding."""
+    distribution: dict[tuple[int, ...], float] = {}
     for path, accepted, probability, last in steps:
         rows = [last, *target[accepted + 1 :]]
         for rest in itertools.product(range(target.shape[1]), repeat=len(rows)):
             tokens = (*path[:accepted], *rest)
             tail = math.prod(row[token].item() for row, token in zip(rows, rest, strict=True))
-            law[tokens] = law.get(tokens, 0.0) + probability * tail
-    return law
+            distribution[tokens] = distribution.get(tokens, 0.0) + probability * tail
+    return distribution
 
 
-def plain_law(target: Tensor) -> dict[tuple[int, ...], float]:
+def plain_distribution(target: Tensor) -> dict[tuple[int, ...], float]:
     tokens = itertools.product(range(target.shape[1]), repeat=len(target))
     return {path: math.prod(target[i, token].item() for i, token in enumerate(path)) for path in tokens}
 
@@ -80,12 +92,12 @@ def test_published_toy_case() -> None:
 
 
 @given(st.data(), st.integers(0, 2))
-def test_a_step_completed_by_plain_decoding_has_the_target_law(data: st.DataObject, length: int) -> None:
-    target, draft = data.draw(law_rows(3, 3)), data.draw(law_rows(2, 3))
-    assert distance(completed_law(target, outcomes(target, draft, length)), plain_law(target)) < 1e-12
+def test_a_step_completed_by_plain_decoding_has_the_target_distribution(data: st.DataObject, length: int) -> None:
+    target, draft = data.draw(distribution_rows(3, 3)), data.draw(distribution_rows(2, 3))
+    assert distance(completed_distribution(target, outcomes(target, draft, length)), plain_distribution(target)) < 1e-12
 
 
-@given(law_rows(4, 3), law_rows(3, 3))
+@given(distribution_rows(4, 3), distribution_rows(3, 3))
 def test_never_fewer_accepted_than_token_by_token(target: Tensor, draft: Tensor) -> None:
     assert expected_accepted(target, draft) >= expected_accepted_by_token(target, draft) - 1e-12
 
@@ -93,22 +105,24 @@ def test_never_fewer_accepted_than_token_by_token(target: Tensor, draft: Tensor)
 def test_token_residual_under_block_verification_is_seen() -> None:
     """M12, with a draft whose first token may be kept although it carries less than its probability."""
     target, draft = M12_TARGET, M12_DRAFT
-    right, broken = (completed_law(target, outcomes(target, draft, 2, token_residual=wrong)) for wrong in (False, True))
-    assert distance(right, plain_law(target)) < 1e-12
-    assert distance(broken, plain_law(target)) > 0.01
+    right, broken = (
+        completed_distribution(target, outcomes(target, draft, 2, token_residual=wrong)) for wrong in (False, True)
+    )
+    assert distance(right, plain_distribution(target)) < 1e-12
+    assert distance(broken, plain_distribution(target)) > 0.01
     steps = list(outcomes(target, draft, 2))
     assert any(accepted == 1 and path[0] == 0 and probability > 0 for path, accepted, probability, _ in steps)
 
 
 def test_gate_catches_token_residual() -> None:
-    """M12 through the sampler itself: 20,000 steps, alpha and beta 1e-6, against the first two tokens' law."""
+    """M12 through the sampler itself: 20,000 steps, alpha and beta 1e-6, against the first two tokens' distribution."""
     target, draft = M12_TARGET, M12_DRAFT
-    law = marginal(plain_law(target), (0, 1))
-    broken = marginal(completed_law(target, outcomes(target, draft, 2, token_residual=True)), (0, 1))
+    distribution = marginal(plain_distribution(target), (0, 1))
+    broken = marginal(completed_distribution(target, outcomes(target, draft, 2, token_residual=True)), (0, 1))
     num_draws = 20_000
-    assert distance(broken, law) > 2 * radius(num_draws, 9)
-    assert passes(first_two_tokens(verify_block, target, draft, num_draws), law, 9)
-    assert not passes(first_two_tokens(mutants.block_with_token_residual, target, draft, num_draws), law, 9)
+    assert distance(broken, distribution) > 2 * radius(num_draws, 9)
+    assert passes(first_two_tokens(verify_block, target, draft, num_draws), distribution, 9)
+    assert not passes(first_two_tokens(mutants.block_with_token_residual, target, draft, num_draws), distribution, 9)
 
 
 def first_two_tokens(rule: VerificationRule, target: Tensor, draft: Tensor, num_draws: int) -> list[tuple[int, ...]]:
@@ -127,23 +141,23 @@ def first_two_tokens(rule: VerificationRule, target: Tensor, draft: Tensor, num_
     return tokens
 
 
-def test_joint_law_through_the_real_loop() -> None:
-    """Thresholds are 0, 1/4, 1/2 or 1 and every residual is certain: a grid gives the law of the loop itself."""
+def test_joint_distribution_through_the_real_loop() -> None:
+    """Thresholds are 0, 1/4, 1/2 or 1 and every residual is certain: a grid gives the loop's own distribution."""
     target, draft = MarkovModel(table(3, THIRDS)), MarkovModel(table(4, THIRDS))
     make = maker(target, draft, gamma=2, break_rule=with_rule(verify_block))
-    assert distance(exact_law(make, (0, 1), 4, (3, 4, 3)), joint_law(target, (0, 1), 4)) < 1e-12
+    assert distance(exact_distribution(make, (0, 1), 4, (3, 4, 3)), joint_distribution(target, (0, 1), 4)) < 1e-12
 
 
 @given(st.data(), st.integers(0, 2))
 def test_the_rule_follows_its_probabilities(data: st.DataObject, length: int) -> None:
     """Accepted is the last position whose uniform lies below its chance; a ragged draft ends at its length."""
-    target, draft = data.draw(law_rows(3, 3)), data.draw(law_rows(2, 3))
+    target, draft = data.draw(distribution_rows(3, 3)), data.draw(distribution_rows(2, 3))
     tokens = [row.multinomial(1).item() for row in draft]
     proposal = Draft(torch.tensor([tokens]), torch.tensor([length]), Dense(draft.unsqueeze(0)))
-    laws, uniforms = Dense(target.unsqueeze(0)), torch.rand(1, 2, dtype=torch.float64)
-    passes = block_acceptance(laws, proposal, block_weights(laws, proposal))[0]
+    distributions, uniforms = Dense(target.unsqueeze(0)), torch.rand(1, 2, dtype=torch.float64)
+    passes = block_acceptance(distributions, proposal, block_weights(distributions, proposal))[0]
     expected = max([i + 1 for i in range(length) if uniforms[0, i] < passes[i]], default=0)
-    assert verify_block(laws, proposal, uniforms, torch.rand(1, 3).double()).accepted.item() == expected
+    assert verify_block(distributions, proposal, uniforms, torch.rand(1, 3).double()).accepted.item() == expected
 
 
 def test_engine_accepts_more_by_block_and_says_the_same_when_greedy() -> None:

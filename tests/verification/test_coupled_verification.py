@@ -8,8 +8,8 @@ import pytest
 import torch
 from helpers import tiny
 from helpers.gates import marginal, passes, radius
-from helpers.strategies import laws
-from helpers.toys import ExitTarget, FeatureTarget, ToyHead, grid_pair, joint_law
+from helpers.strategies import distributions
+from helpers.toys import ExitTarget, FeatureTarget, ToyHead, grid_pair, joint_distribution
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -32,18 +32,21 @@ LARGEST = 1 - 2.0**-53  # the largest uniform there is
 # -- the race ------------------------------------------------------------------------------------------------
 
 
-@given(laws(5), st.lists(st.sampled_from([0.0, 0.25, 0.5, 0.5, 0.9, LARGEST]), min_size=5, max_size=5))
-def test_the_winner_waits_least_and_was_possible(law: Tensor, uniforms: list[float]) -> None:
+@given(distributions(5), st.lists(st.sampled_from([0.0, 0.25, 0.5, 0.5, 0.9, LARGEST]), min_size=5, max_size=5))
+def test_the_winner_waits_least_and_was_possible(distribution: Tensor, uniforms: list[float]) -> None:
     waits = -torch.log1p(-torch.tensor(uniforms, dtype=torch.float64))
-    for probs in (law, law.float()):
+    for probs in (distribution, distribution.float()):
         winner = int(race(probs, torch.tensor(uniforms, dtype=torch.float64)))
-        assert law[winner] > 0
-        possible = [token for token in range(5) if law[token] > 0]
-        assert all(waits[winner] * law[token] <= waits[token] * law[winner] * (1 + 1e-6) for token in possible)
+        assert distribution[winner] > 0
+        possible = [token for token in range(5) if distribution[token] > 0]
+        assert all(
+            waits[winner] * distribution[token] <= waits[token] * distribution[winner] * (1 + 1e-6)
+            for token in possible
+        )
 
 
 @given(st.integers(1, 9), st.integers(0, 9))
-def test_a_race_of_two_over_a_grid_is_the_law(one: int, other: int) -> None:
+def test_a_race_of_two_over_a_grid_is_the_distribution(one: int, other: int) -> None:
     """The first's share of both waiting times is uniform, and it wins where its share is below its probability."""
     total = one + other
     share = (torch.arange(total).double() + 0.5) / total
@@ -52,13 +55,13 @@ def test_a_race_of_two_over_a_grid_is_the_law(one: int, other: int) -> None:
     assert (winners == 0).sum() == one
 
 
-def test_a_law_over_some_tokens_meets_their_own_noise() -> None:
+def test_a_distribution_over_some_tokens_meets_their_own_noise() -> None:
     """At several positions at once, and the same token wins as in the dense form."""
     torch.manual_seed(0)
     tokens = torch.tensor([1, 4, 5, 8])
-    partial_law = Partial(Dense(torch.rand(6, 3, 4).softmax(-1)), tokens, 10)
+    partial_distribution = Partial(Dense(torch.rand(6, 3, 4).softmax(-1)), tokens, 10)
     draws = torch.rand(6, 3, 10, dtype=torch.float64)
-    assert torch.equal(partial_law.draw(draws), Dense(partial_law.dense()).draw(draws))
+    assert torch.equal(partial_distribution.draw(draws), Dense(partial_distribution.dense()).draw(draws))
 
 
 def test_noise_differs_between_positions_tokens_and_seeds_and_from_other_draws() -> None:
@@ -81,12 +84,12 @@ def _all(*sizes: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def favouring(tokens: list[int], vocab_size: int = 4) -> Tensor:
-    """Noise by which those tokens win under a uniform law: float64 [len(tokens), vocab]."""
+    """Noise by which those tokens win under a uniform distribution: float64 [len(tokens), vocab]."""
     return torch.full((len(tokens), vocab_size), 0.5).double().scatter(1, torch.tensor(tokens).unsqueeze(1), 0.25)
 
 
 def decide(drafted: list[int], length: int, favoured: list[int]) -> tuple[int, int]:
-    """What becomes of a draft under uniform laws, by such noise."""
+    """What becomes of a draft under uniform distributions, by such noise."""
     draft = Draft.deterministic(torch.tensor([drafted]), torch.tensor([length]), 4)
     target = Dense(torch.full((1, len(drafted) + 1, 4), 0.25))
     outcome = verify_coupled(target, draft, torch.zeros(1, len(drafted)), favouring(favoured).unsqueeze(0))
@@ -170,7 +173,7 @@ def test_toys_say_the_same_whatever_is_proposed(method: str, gamma: int | str, m
 
 @pytest.mark.parametrize("verification", ["token", "block"])
 def test_other_rules_say_something_else(verification: str) -> None:
-    """The same law but other tokens: that they are the same is the noise's doing."""
+    """The same distribution but other tokens: that they are the same is the noise's doing."""
     engine = Engine(TARGET, method="draft_model", draft=DRAFT, verification=verification)
     assert emitted(engine) != emitted(Engine(TARGET, verification="coupled"))
 
@@ -199,7 +202,7 @@ def test_a_self_draft_is_always_accepted() -> None:
             assert completion.counts.num_accepted == completion.counts.num_drafted > 0
 
 
-# -- the law, and what a gate or an equality would see -------------------------------------------------------
+# -- the distribution, and what a gate or an equality would see -------------------------------------------------------
 
 PROMPT, NUM_DRAWS, SUPPORT = (1, 2), 4000, 9
 
@@ -218,8 +221,10 @@ def plain_decoder(source, rule, max_batch_size):
 
 def passing(outputs: list[tuple[int, ...]]) -> list[bool]:
     """The gate over each pair of neighbouring tokens."""
-    law = joint_law(TARGET, PROMPT, 4)
-    return [passes([output[i : i + 2] for output in outputs], marginal(law, (i, i + 1)), SUPPORT) for i in range(3)]
+    distribution = joint_distribution(TARGET, PROMPT, 4)
+    return [
+        passes([output[i : i + 2] for output in outputs], marginal(distribution, (i, i + 1)), SUPPORT) for i in range(3)
+    ]
 
 
 def share_noise_between_positions(source: UniformSource) -> UniformSource:
@@ -232,7 +237,7 @@ def share_noise_between_positions(source: UniformSource) -> UniformSource:
 
 
 class KeyedByOrigin(Decoder):
-    """Noise of the draft's origin, too: the law stays, but where drafts begin decides which sample is emitted."""
+    """Noise of the draft's origin, too: the distribution stays, but where drafts begin decides the sample."""
 
     def _draws(self, rows, origins, draft):
         return super()._draws(replace(rows, seeds=rows.seeds + 7919 * origins), origins, draft)
@@ -255,14 +260,14 @@ def test_gate_passes_the_coupled_sampler() -> None:
 def test_noise_shared_between_positions_is_caught() -> None:
     """Caught with probability at least 1 - 1e-6 if its distance exceeds twice the radius; it is 0.2 and more."""
     broken = draws(maker(TARGET, DRAFT, 2, break_uniforms=share_noise_between_positions))
-    law = marginal(joint_law(TARGET, PROMPT, 4), (1, 2))
-    never = [pair for pair in law if pair not in {output[1:3] for output in broken}]
-    assert sum(law[pair] for pair in never) > 2 * radius(NUM_DRAWS, SUPPORT)
+    distribution = marginal(joint_distribution(TARGET, PROMPT, 4), (1, 2))
+    never = [pair for pair in distribution if pair not in {output[1:3] for output in broken}]
+    assert sum(distribution[pair] for pair in never) > 2 * radius(NUM_DRAWS, SUPPORT)
     assert passing(broken)[1] is False
 
 
 def test_noise_keyed_by_the_origin_is_caught_by_equality() -> None:
-    """Its law is the target's, so that no gate sees it."""
+    """Its distribution is the target's, so that no gate sees it."""
     broken = draws(maker(TARGET, DRAFT, 2, decoder=KeyedByOrigin))
     assert passing(broken) == [True] * 3
     assert broken != draws(plain_decoder)
@@ -280,7 +285,7 @@ def test_how_often_a_draft_is_kept() -> None:
     """As the sum over tokens of 1 / sum_w max(p_w / p_v, q_w / q_v); 40,000 races, Hoeffding's radius at 1e-6."""
     first, second = (torch.tensor(weights).double() / 4 for weights in ([2, 1, 1], [1, 1, 2]))
     shared = noise(torch.arange(40_000), torch.zeros(40_000, 1).long(), 3)[:, 0]
-    winners = [race(law.expand(40_000, -1), shared) for law in (first, second)]
+    winners = [race(distribution.expand(40_000, -1), shared) for distribution in (first, second)]
     both = 1 / torch.maximum(first / first[:, None], second / second[:, None]).sum(1)
     rate = (winners[0] == winners[1]).double().mean().item()
     assert abs(rate - both.sum().item()) < (torch.log(torch.tensor(2e6)) / 80_000).sqrt()

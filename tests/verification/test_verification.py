@@ -1,4 +1,4 @@
-"""The page: identities under Hypothesis, the exact law of a step by enumeration, and the edges."""
+"""The page: identities under Hypothesis, the exact distribution of a step by enumeration, and the edges."""
 
 from __future__ import annotations
 
@@ -7,48 +7,48 @@ import math
 
 import pytest
 import torch
-from helpers.strategies import law_rows, laws
+from helpers.strategies import distribution_rows, distributions
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from specdec.conformance import mutants
 from specdec.sampling.distributions import Dense, OneHot
-from specdec.verification import Draft, final_law, residual, verify_tokens
+from specdec.verification import Draft, final_distribution, residual, verify_tokens
 
 LARGEST = 1 - 2.0**-53  # the largest uniform there is
 
 
-@given(laws(), laws())
+@given(distributions(), distributions())
 def test_accepting_and_recovering_give_the_target(target: Tensor, draft: Tensor) -> None:
     kept = torch.minimum(target, draft)
     assert torch.allclose(kept + (1 - kept.sum()) * residual(target, Dense(draft)), target, atol=1e-15)
 
 
-@given(laws(), laws())
-def test_residual_is_a_law_with_no_mass_where_the_draft_has_more(target: Tensor, draft: Tensor) -> None:
-    law = residual(target, Dense(draft))
-    assert law.sum().item() == pytest.approx(1)
+@given(distributions(), distributions())
+def test_residual_is_a_distribution_with_no_mass_where_the_draft_has_more(target: Tensor, draft: Tensor) -> None:
+    distribution = residual(target, Dense(draft))
+    assert distribution.sum().item() == pytest.approx(1)
     if not torch.equal(target, draft):
-        assert not law[draft >= target].any()
+        assert not distribution[draft >= target].any()
 
 
-@given(laws())
-def test_residual_of_equal_laws_is_the_law(law: Tensor) -> None:
-    assert torch.equal(residual(law, Dense(law)), law)
+@given(distributions())
+def test_residual_of_equal_distributions_is_the_distribution(distribution: Tensor) -> None:
+    assert torch.equal(residual(distribution, Dense(distribution)), distribution)
 
 
 def test_residual_refuses_other_shapes() -> None:
     with pytest.raises(
-        ValueError, match=r"target_probs of shape \(3,\) must have the shape of the draft's laws, \(4,\)"
+        ValueError, match=r"target_probs of shape \(3,\) must have the shape of the draft's distributions, \(4,\)"
     ):
         residual(torch.ones(3) / 3, Dense(torch.ones(4) / 4))
 
 
-def step_law(target: Tensor, draft: Tensor, length: int) -> dict[tuple[int, ...], float]:
-    """Law of a step's output by adding up every draft path times every outcome; target [k + 1, v], draft [k, v]."""
+def step_distribution(target: Tensor, draft: Tensor, length: int) -> dict[tuple[int, ...], float]:
+    """Distribution of a step's output by adding up all draft paths and outcomes; target [k + 1, v], draft [k, v]."""
     num_drafted, vocab_size = draft.shape
-    law: dict[tuple[int, ...], float] = {}
+    distribution: dict[tuple[int, ...], float] = {}
     for path in itertools.product(range(vocab_size), repeat=num_drafted):
         path_prob = torch.stack([draft[i, token] for i, token in enumerate(path)]).prod().item()
         if not path_prob:
@@ -58,28 +58,28 @@ def step_law(target: Tensor, draft: Tensor, length: int) -> dict[tuple[int, ...]
         for accepted in range(length + 1):
             # what the code itself does with uniforms just below and at each threshold is tested elsewhere
             probability = path_prob * math.prod(accepts[:accepted]) * (1 - accepts[accepted])
-            last = final_law(Dense(target.unsqueeze(0)), rows, torch.tensor([accepted])).dense()[0]
+            last = final_distribution(Dense(target.unsqueeze(0)), rows, torch.tensor([accepted])).dense()[0]
             for token in range(vocab_size):
                 output = (*path[:accepted], token)
-                law[output] = law.get(output, 0.0) + probability * last[token].item()
-    return law
+                distribution[output] = distribution.get(output, 0.0) + probability * last[token].item()
+    return distribution
 
 
 @given(st.data(), st.integers(0, 2))
-def test_every_prefix_of_a_step_has_the_target_law(data: st.DataObject, length: int) -> None:
+def test_every_prefix_of_a_step_has_the_target_distribution(data: st.DataObject, length: int) -> None:
     """k = 2 drafted, `length` of them valid: P(first token), and P(second | first) where a second was emitted."""
-    target, draft = data.draw(law_rows(3, 3)), data.draw(law_rows(2, 3))
-    law = step_law(target, draft, length)
-    assert sum(law.values()) == pytest.approx(1, abs=1e-12)
+    target, draft = data.draw(distribution_rows(3, 3)), data.draw(distribution_rows(2, 3))
+    distribution = step_distribution(target, draft, length)
+    assert sum(distribution.values()) == pytest.approx(1, abs=1e-12)
     for depth in range(length + 1):
-        longer = {output: p for output, p in law.items() if len(output) > depth}
+        longer = {output: p for output, p in distribution.items() if len(output) > depth}
         total = sum(longer.values())
         for token in range(3):
             marginal = sum(p for output, p in longer.items() if output[depth] == token)
             assert marginal == pytest.approx(total * target[depth, token].item(), abs=1e-12)
 
 
-@given(law_rows(2), law_rows(1), st.integers(0, 3))
+@given(distribution_rows(2), distribution_rows(1), st.integers(0, 3))
 def test_accept_threshold_is_exact(target: Tensor, draft: Tensor, token: int) -> None:
     """Accepted strictly below target/draft, rejected at it; an impossible token always loses, even at u = 0."""
     if not draft[0, token]:
@@ -103,20 +103,20 @@ def test_accept_threshold_is_exact(target: Tensor, draft: Tensor, token: int) ->
         assert accepted(LARGEST) == 1
 
 
-@given(law_rows(3), st.tuples(st.integers(0, 3), st.integers(0, 3)), st.integers(0, 2), st.data())
+@given(distribution_rows(3), st.tuples(st.integers(0, 3), st.integers(0, 3)), st.integers(0, 2), st.data())
 def test_one_hot_and_dense_forms_of_the_same_draft_agree(target: Tensor, tokens: tuple, length: int, data) -> None:
     uniform = st.floats(0, LARGEST)
     accept = torch.tensor([data.draw(st.lists(uniform, min_size=2, max_size=2))], dtype=torch.float64)
     final = torch.tensor([data.draw(st.lists(uniform, min_size=3, max_size=3))], dtype=torch.float64)
     sparse = Draft.deterministic(torch.tensor([tokens]), torch.tensor([length]), 4)
-    dense = Draft(sparse.tokens, sparse.lengths, Dense(sparse.law.dense().double()))
+    dense = Draft(sparse.tokens, sparse.lengths, Dense(sparse.distribution.dense().double()))
     first, second = (verify_tokens(Dense(target.unsqueeze(0)), draft, accept, final) for draft in (sparse, dense))
     assert torch.equal(first.accepted, second.accepted)
     assert torch.equal(first.next_token, second.next_token)
 
 
 def test_greedy_targets_need_no_probabilities() -> None:
-    """One-hot laws on both sides: accepted while the draft is the target's token, then the target's token."""
+    """One-hot distributions on both sides: accepted while the draft is the target's token, then the target's token."""
     target = OneHot(torch.tensor([[5, 6, 7], [5, 6, 7], [5, 6, 7]]), vocab_size=9)
     draft = Draft.deterministic(torch.tensor([[5, 6], [5, 0], [5, 6]]), torch.tensor([2, 2, 1]), 9)
     result = verify_tokens(target, draft, torch.zeros(3, 2).double(), torch.zeros(3, 3).double())
@@ -130,24 +130,28 @@ def test_padding_behind_a_ragged_draft_is_never_accepted() -> None:
     assert verify_tokens(certain, draft, torch.zeros(1, 2).double(), torch.zeros(1, 3).double()).accepted.item() == 0
 
 
-def test_a_draft_must_carry_a_law_for_each_token() -> None:
-    with pytest.raises(ValueError, match=r"law of shape \(1, 3\) must have one row for each of the \(1, 2\) tokens"):
+def test_a_draft_must_carry_a_distribution_for_each_token() -> None:
+    with pytest.raises(
+        ValueError, match=r"distribution of shape \(1, 3\) must have one row for each of the \(1, 2\) tokens"
+    ):
         Draft(torch.zeros(1, 2).long(), torch.ones(1).long(), OneHot(torch.zeros(1, 3).long(), 5))
     with pytest.raises(ValueError, match=r"must be \[batch, k\] and lengths, here of shape \(2,\), \[batch\]"):
         Draft(torch.zeros(1, 2).long(), torch.ones(2).long(), OneHot(torch.zeros(1, 2).long(), 5))
 
 
-@given(laws(6), st.floats(0, LARGEST))
-def test_a_draw_is_where_the_cumulative_law_first_exceeds_the_uniform(law: Tensor, uniform: float) -> None:
-    token = Dense(law.unsqueeze(0)).draw(torch.tensor([uniform], dtype=torch.float64)).item()
-    cumulative = law.cumsum(0)
-    assert law[token] > 0
+@given(distributions(6), st.floats(0, LARGEST))
+def test_a_draw_is_where_the_cumulative_distribution_first_exceeds_the_uniform(
+    distribution: Tensor, uniform: float
+) -> None:
+    token = Dense(distribution.unsqueeze(0)).draw(torch.tensor([uniform], dtype=torch.float64)).item()
+    cumulative = distribution.cumsum(0)
+    assert distribution[token] > 0
     assert cumulative[token] > uniform * cumulative[-1]
     assert token == 0 or cumulative[token - 1] <= uniform * cumulative[-1]
 
 
 @given(st.lists(st.integers(0, 5), min_size=2, max_size=7).filter(any))
-def test_draws_over_a_grid_of_uniforms_are_the_law(weights: list[int]) -> None:
+def test_draws_over_a_grid_of_uniforms_are_the_distribution(weights: list[int]) -> None:
     """One midpoint for each unit of weight: the counts are the weights."""
     total = sum(weights)
     midpoints = (torch.arange(total).double() + 0.5) / total

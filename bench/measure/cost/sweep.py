@@ -192,14 +192,14 @@ def _tree_step(head: EagleHead, target: CausalLM, num_nodes: int) -> Sized:
 
 
 def _sampling(target: CausalLM, vocab_size: int) -> Sized:
-    """The law of five positions at temperature 1, of logits as the target gives them, and a draw from each."""
+    """The distribution of five positions at temperature 1, of logits as the target gives them, and a draw from each."""
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(1, WIDTH, vocab_size, generator=generator).to(target.device, target.dtype)
     uniforms = torch.rand(1, WIDTH, dtype=torch.float64, generator=generator).to(target.device)
     state = SamplingState([SamplingParams()], [()], [()], vocab_size, target.device)
 
     def run() -> None:
-        state.law(logits).draw(uniforms)
+        state.distribution(logits).draw(uniforms)
         synchronise(target.device)
 
     return Sized(run, None, WIDTH)

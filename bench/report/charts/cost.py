@@ -12,7 +12,7 @@ from bench.report.charts.model import Bars, Chart, Line, Picture, Rows, Series
 __all__ = ["Bars", "Chart", "Line", "Picture", "Rows", "Series", "pictures", "sections"]
 
 Record = dict[str, Any]
-LEAST = "reading weights and cache alone"
+MEMORY_BOUND = "reading weights and cache alone"
 
 
 def pictures(records: Sequence[Record]) -> list[Picture]:
@@ -83,7 +83,7 @@ _CHARTS: dict[str, tuple[str, str, str, dict[str, str]]] = {
         f"Sampling {sweeps.WIDTH} positions at temperature 1",
         "tokens of the vocabulary",
         "ms",
-        {"vocabulary": "law and draw"},
+        {"vocabulary": "distribution and draw"},
     ),
     "ngram": (
         "Copies while a text grows",
@@ -105,7 +105,9 @@ def _milliseconds(cells: Sequence[Record], label: str, kind: int) -> Iterator[Se
     x = tuple(float(cell["size"]) for cell in cells)
     yield Series(label, x, tuple(1e3 * cell["median_s"] for cell in cells), kind)
     if all(cell["roofline_s"] for cell in cells):
-        yield Series(f"{label}: {LEAST}", x, tuple(1e3 * cell["roofline_s"] for cell in cells), kind, dashed=True)
+        yield Series(
+            f"{label}: {MEMORY_BOUND}", x, tuple(1e3 * cell["roofline_s"] for cell in cells), kind, dashed=True
+        )
 
 
 def _tokens_per_second(cells: Sequence[Record], label: str, kind: int) -> Iterator[Series]:
@@ -113,7 +115,7 @@ def _tokens_per_second(cells: Sequence[Record], label: str, kind: int) -> Iterat
     yield Series(label, x, tuple(cell["tokens"] / cell["median_s"] for cell in cells), kind)
     if all(cell["roofline_s"] for cell in cells):
         most = tuple(cell["tokens"] / cell["roofline_s"] for cell in cells)
-        yield Series(f"{label}: {LEAST}", x, most, kind, dashed=True)
+        yield Series(f"{label}: {MEMORY_BOUND}", x, most, kind, dashed=True)
 
 
 def _microseconds_per_token(cells: Sequence[Record], label: str, kind: int) -> Iterator[Series]:
@@ -127,4 +129,4 @@ _SERIES = {"batch": _tokens_per_second, "slots": _tokens_per_second, "ngram": _m
 def _bar(record: Record) -> tuple[str, str, tuple[float, ...]]:
     rows = f"{record['size']} row{'s' if record['size'] > 1 else ''}"
     shares = tuple(record[f"{phase}_share"] for phase in phases.PHASES)
-    return f"{record['method']}, {decoding.law(record)}, {rows}", f"{1e3 * record['step_s']:.1f} ms", shares
+    return f"{record['method']}, {decoding.distribution(record)}, {rows}", f"{1e3 * record['step_s']:.1f} ms", shares

@@ -395,7 +395,7 @@ def _about(record: Record, *, with_batch: bool = True) -> str:
         record["workload"],
         *([f"batch size {record['batch_size']}"] if with_batch else []),
         *([f"placed {record['placement']}"] if record.get("placement", "same") != "same" else []),
-        law(record),
+        distribution(record),
     ]
     return ", ".join(map(str, parts))
 
@@ -417,5 +417,5 @@ def models(record: Record) -> str:
     return f"{record['pair']}, {record['dtype']} on {record['device']}"
 
 
-def law(record: Record) -> str:
+def distribution(record: Record) -> str:
     return "greedy" if record["temperature"] == 0 else f"temperature {record['temperature']:g}"

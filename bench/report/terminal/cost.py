@@ -50,6 +50,6 @@ def _line(record: dict[str, Any]) -> str:
 
 
 def _line_of_shares(record: dict[str, Any]) -> str:
-    law = "greedy" if record["temperature"] == 0 else f"at {record['temperature']:g}"
+    distribution = "greedy" if record["temperature"] == 0 else f"at {record['temperature']:g}"
     shares = "".join(f"{record[f'{phase}_share']:>14.1%}" for phase in phases.PHASES)
-    return f"{record['method']:16}{law:10}{record['size']:>5}{1e3 * record['step_s']:>9.2f}{shares}"
+    return f"{record['method']:16}{distribution:10}{record['size']:>5}{1e3 * record['step_s']:>9.2f}{shares}"

@@ -76,7 +76,7 @@ def test_refusals_are_counted_and_not_tried_again() -> None:
 def test_a_client_with_too_much_in_flight_refuses_and_does_not_wait(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(load_client, "MOST_IN_FLIGHT", 2)
+    monkeypatch.setattr(load_client, "MAX_IN_FLIGHT", 2)
     sent = server.send([0.0, 0.0, 0.0, 0.0], 0.1)
     assert (sent.results, sent.refused, len(server.came)) == ((None,) * 4, {2, 3}, 2)
 

@@ -195,7 +195,7 @@ def test_a_request_has_a_deadline(asked: Any) -> None:
 def test_a_line_and_a_page_have_a_limit(asked: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(EngineError, match="must send lines of at most 1048576 bytes"):
         asked(endless_line, complete)
-    monkeypatch.setattr(completions, "MOST_OF_PAGE", 1 << 21)
+    monkeypatch.setattr(completions, "MAX_OF_PAGE", 1 << 21)
     with pytest.raises(EngineError, match="must answer /metrics with at most 2097152 bytes"):
         asked(endless_line, Client.counters)
 

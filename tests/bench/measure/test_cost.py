@@ -112,8 +112,10 @@ def test_requests_go_through_slots(engine: SpecdecEngine, monkeypatch: pytest.Mo
 
 def test_sampling_takes_logits_as_the_target_gives_them(monkeypatch: pytest.MonkeyPatch) -> None:
     engine: Any = load("specdec", catalogue()["tiny-random"], LoadOptions("bfloat16", "cpu"))
-    seen, law = [], SamplingState.law
-    monkeypatch.setattr(SamplingState, "law", lambda self, logits: seen.append(logits) or law(self, logits))
+    seen, distribution = [], SamplingState.distribution
+    monkeypatch.setattr(
+        SamplingState, "distribution", lambda self, logits: seen.append(logits) or distribution(self, logits)
+    )
     sweep.sized(engine, "vocabulary", 50).run()
     assert [(logits.shape, logits.dtype) for logits in seen] == [((1, 5, 50), torch.bfloat16)]
 

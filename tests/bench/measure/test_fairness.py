@@ -63,6 +63,6 @@ def test_the_margin_is_that_of_the_target_where_outputs_part() -> None:
     prompt, output = (5, 6, 7), run(8, 9, 10)
     found = margins(target, [prompt, prompt], [output, output], [None, 2])
     tokens = torch.tensor([[5, 6, 7, 8, 9]])
-    law = target.forward(tokens, target.allocate(1, 5))[0, -1].log_softmax(-1).sort(descending=True).values
+    distribution = target.forward(tokens, target.allocate(1, 5))[0, -1].log_softmax(-1).sort(descending=True).values
     assert found[0] is None
-    assert found[1] == pytest.approx(float(law[0] - law[1]), abs=1e-5)
+    assert found[1] == pytest.approx(float(distribution[0] - distribution[1]), abs=1e-5)

@@ -1,4 +1,4 @@
-"""Open-loop load: arrivals by their law, and every number of a record by hand."""
+"""Open-loop load: arrivals by their distribution, and every number of a record by hand."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_arrivals_are_in_order_and_in_time(rate: float, duration_s: float, proce
         assert abs(len(times) - rate * duration_s) <= 1
 
 
-def test_gaps_of_poisson_arrivals_have_their_law() -> None:
+def test_gaps_of_poisson_arrivals_have_their_distribution() -> None:
     """Kolmogorov and Smirnov's distance of 20,000 gaps, by the bound of Dvoretzky, Kiefer and Wolfowitz in Massart's
     form: a false alarm in 1e-6 of the seeds. Gaps a quarter too long, and equal ones, are seen.
     """
@@ -54,9 +54,9 @@ def test_gaps_of_poisson_arrivals_have_their_law() -> None:
 
 
 def _distance(gaps: Any, rate: float) -> float:
-    law = 1 - np.exp(-rate * np.sort(gaps))
+    distribution = 1 - np.exp(-rate * np.sort(gaps))
     steps = np.arange(len(gaps) + 1) / len(gaps)
-    return float(max(np.max(steps[1:] - law), np.max(law - steps[:-1])))
+    return float(max(np.max(steps[1:] - distribution), np.max(distribution - steps[:-1])))
 
 
 def test_another_rate_has_the_same_arrivals_faster_and_another_seed_has_others() -> None:

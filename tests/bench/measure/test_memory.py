@@ -20,7 +20,7 @@ from specdec import SamplingParams
 
 NUM_PROMPTS, NUM_WARM = 1000, 200  # the allocator has settled by then
 GIVEN_BACK_AT = 100  # when what earlier tests freed goes back to the system, or a leak would first fill that
-MOST_GROWTH = 4e6  # bytes over 800 prompts, so 5 kB a prompt; seen: under 0.2 MB
+MAX_GROWTH = 4e6  # bytes over 800 prompts, so 5 kB a prompt; seen: under 0.2 MB
 LEAK = 20_000  # bytes a prompt of a run that leaks: four times as much
 GREEDY = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
 
@@ -71,7 +71,7 @@ def test_a_thousand_prompts_keep_the_engine_flat(method: Any, leak: int, engine:
     prompts = [[1 + n % 50, 2 + n // 50, 3, 4, 1 + n % 50] * 3 for n in range(NUM_PROMPTS)]
     for _ in engine._engine(method, 2, 8).as_completed(prompts, GREEDY):
         growth.note()
-    assert (growth.bytes > MOST_GROWTH) == bool(leak), f"grew by {growth.bytes / 1e6:.1f} MB"
+    assert (growth.bytes > MAX_GROWTH) == bool(leak), f"grew by {growth.bytes / 1e6:.1f} MB"
 
 
 @pytest.fixture
@@ -104,4 +104,4 @@ def test_a_thousand_prompts_keep_the_harness_flat(
     monkeypatch.setattr(SpecdecEngine, "generate", noted)
     record = session.run(session.plans[0].cell, benchmark)
     assert (record["num_prompts"], len(growth.sizes)) == (NUM_PROMPTS, NUM_PROMPTS + 1)  # and a warm-up
-    assert growth.bytes <= MOST_GROWTH, f"grew by {growth.bytes / 1e6:.1f} MB"
+    assert growth.bytes <= MAX_GROWTH, f"grew by {growth.bytes / 1e6:.1f} MB"

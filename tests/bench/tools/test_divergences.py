@@ -10,7 +10,7 @@ import torch
 from bench.tools import divergences
 from specdec.models.markov import MarkovModel
 
-LAW = torch.tensor([3.0, 1.0, -1.0, -2.0], dtype=torch.float64).softmax(-1)
+DISTRIBUTION = torch.tensor([3.0, 1.0, -1.0, -2.0], dtype=torch.float64).softmax(-1)
 
 
 class Recorded(divergences.Engines):
@@ -18,7 +18,11 @@ class Recorded(divergences.Engines):
 
     def __init__(self, outputs: dict[tuple[str, str], list[int]]) -> None:
         self.asked: list[tuple[Any, ...]] = []
-        self.outputs, self.dtype, self.model = outputs, torch.float64, lambda dtype: MarkovModel(LAW.expand(4, 4, 4))
+        self.outputs, self.dtype, self.model = (
+            outputs,
+            torch.float64,
+            lambda dtype: MarkovModel(DISTRIBUTION.expand(4, 4, 4)),
+        )
 
     def output(self, name: str, method: str, gamma: Any, prompt: Any, max_tokens: int) -> list[int]:
         self.asked.append((name, method, gamma, list(prompt), max_tokens))
