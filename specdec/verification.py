@@ -39,7 +39,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from specdec.sampling import fused as fused
+from specdec.sampling import fused
 from specdec.sampling.distributions import Dense, Distribution, OneHot, row_sums, stack_distributions
 
 

@@ -121,10 +121,9 @@ def check_vocabulary(pair: Pair, engine: str) -> None:
     Raises LoadError if it is not the same, or for an engine that takes other vocabularies if too little of it is, or
     if it cannot be had.
     """
-    from specdec.wheels import LoadError
-
     from specdec.drafts import check_vocabularies, kind_in
     from specdec.models.loading import resolve
+    from specdec.runtime.artifacts import LoadError
 
     if pair.draft is None or kind_in(resolve(folder(pair.draft))) != "model":
         return

@@ -153,7 +153,7 @@ def test_cache_that_cannot_be_made(tiny, wheel, tmp_path, monkeypatch):
 PROCESS = """
 import os, shutil, signal, sys, time
 from pathlib import Path
-from specdec.wheels import WheelFile, fetch
+from specdec.runtime.artifacts import WheelFile, fetch
 
 wheel, log, kill, *fields = sys.argv[1:]
 
@@ -306,7 +306,7 @@ def test_pip_is_missing(tiny):
 LOOKING = """
 import importlib.util, sys
 from pathlib import Path
-from specdec.wheels import _pip_download
+from specdec.runtime.artifacts import _pip_download
 
 def who():
     return type(importlib.util.find_spec("distutils").loader)

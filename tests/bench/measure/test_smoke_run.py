@@ -159,7 +159,7 @@ def test_another_configuration_is_not_mixed_in(resumed: Resumed, environment: di
 PLANTED = """
 import signal, weakref
 import pytest
-from bench.session import Session
+from bench.measure.session import Session
 
 class Thing: pass
 
