@@ -165,7 +165,7 @@ class Decoder:
         longest = max((len(r.prompt) + r.sampling.max_tokens for r in requests), default=0)
         capacity = longest + self.num_speculative_tokens
         if self._cache is None or self._cache.capacity < capacity:
-            keep_features = getattr(self.proposer, "needs_features", False)
+            keep_features = self.proposer is not None and self.proposer.needs_features
             self.recorder.forget()
             self._cache = None  # before there is another
             capacity = self.recorder.capacity(capacity)
@@ -199,7 +199,7 @@ class Decoder:
             [row.output if row else () for row in rows],
             self.target.vocab_size,
             self.target.device,
-            coupled=getattr(self.rule, "needs_noise", False),
+            coupled=self.rule.needs_noise,
             constrained=[row.progress if row else None for row in rows],
         )
         return Batch(
@@ -367,7 +367,7 @@ class Decoder:
         """
         num_rows, width = draft.tokens.shape
         offsets, roles, depths = _draws_of_a_step(width, draft.parents, origins.device)
-        if rows.all_greedy and not getattr(self.rule, "always_draws", False):
+        if rows.all_greedy and not self.rule.always_draws:
             # every distribution is one-hot: no uniform can change anything
             zeros = torch.zeros(num_rows, len(offsets), dtype=torch.float64, device=origins.device)
             return zeros[:, :width], zeros[:, width:]

@@ -1,16 +1,16 @@
-"""What may speak for a target: a draft model, a head on its features, or an n-gram table; and loading them with it."""
+"""Draft sources of a target, and loading them with it: a draft model, a head on its features, an n-gram table."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 
 import torch
 from torch import nn
 
-from specdec.models.base import LanguageModel, is_encoder_decoder
+from specdec.models.base import LanguageModel
 from specdec.models.loading import (
     WEIGHTS,
     WEIGHTS_SHARE,
@@ -34,22 +34,35 @@ if TYPE_CHECKING:
     AnyDraft = LanguageModel | EagleHead | NgramTable
 
 Kind = Literal["model", "head", "table"]
-NEEDS: dict[str, tuple[Kind, ...]] = {  # by method
-    "draft_model": ("model",),
-    "eagle": ("head",),
-    "ngram_table": ("table",),
-    "hybrid": ("head", "model"),
-    "tree": ("head", "model"),
-}
 RATES_FILE = "acceptance.json"  # in a draft's folder, what was measured of it
 _FILES: dict[Kind, str] = {"head": "draft_vocabulary.json", "table": "table.safetensors"}
 
 
 class HasVocabulary(Protocol):
-    """A draft or a target, or what is known of it before weights are read; a `tokenizer` is looked at if present."""
+    """A language model, or what is known of it before weights are read."""
 
     @property
     def vocab_size(self) -> int: ...
+
+    @property
+    def tokenizer(self) -> Any: ...
+
+    @property
+    def is_encoder_decoder(self) -> bool: ...
+
+
+def as_language_model(model: Any, tokenizer: Any = None) -> Any:
+    """A loaded transformers model, put into eval mode, as a LanguageModel; anything else as it is.
+
+    Raises ValueError for a tokenizer beside anything else.
+    """
+    if not hasattr(model, "get_input_embeddings") or kind_of(model) == "head":
+        require(tokenizer is None, f"tokenizer= is of a transformers model; {type(model).__name__} has its own")
+        return model
+    from specdec.models.causal import CausalLM
+    from specdec.models.seq2seq import Seq2SeqLM
+
+    return (Seq2SeqLM if model.config.is_encoder_decoder else CausalLM)(model.eval(), tokenizer)
 
 
 def kind_of(draft: Any) -> Kind:
@@ -96,7 +109,7 @@ def check_vocabularies(target: str, draft: str, load_format: str = "auto", *, sa
     same: whether token ids must mean the same to both.
     """
     check = check_same_vocabulary if same else share_vocabulary
-    check(*(read_vocabulary(source, load_format) for source in (target, draft)))
+    check(read_vocabulary(target, load_format), read_vocabulary(draft, load_format))
 
 
 Device = str | list[torch.device]  # as `load_pretrained` takes it
@@ -170,45 +183,67 @@ def _is_plain(model: Any) -> bool:
 _KINDS = ("a decoder-only model", "an encoder-decoder")
 
 
-def check_kinds(target: object, kind: Kind) -> None:
-    """Raise ValueError if no draft of this kind can speak for the target."""
+def check_kinds(target: HasVocabulary, kind: Kind) -> None:
+    """Raise ValueError if no draft of this kind can propose tokens for the target."""
     require(
-        kind != "head" or not is_encoder_decoder(target),
+        kind != "head" or not target.is_encoder_decoder,
         "a head needs the features of a decoder-only target, but this one is an encoder-decoder; use a draft model of "
         'its family, or method="ngram", which copies from the prompt, too',
     )
 
 
-def share_vocabulary(target: HasVocabulary, draft: HasVocabulary) -> SharedVocabulary | None:
+def check_draft(target: LanguageModel, draft: AnyDraft) -> SharedVocabulary | None:
+    """What the vocabularies of a target and of its draft share, where they differ; None where they do not.
+
+    Raises ValueError if the draft cannot propose tokens for the target.
+    """
+    kind = kind_of(draft)
+    check_kinds(target, kind)
+    if kind == "model":
+        return share_vocabulary(target, cast("LanguageModel", draft), target.device)
+    _check_vocab_size(target.vocab_size, draft.vocab_size)
+    return None
+
+
+def can_be_recorded(target: LanguageModel, draft: AnyDraft | None) -> bool:
+    """Whether all that a step computes is on one device, and needs nothing that only the host can tell."""
+    source: Any = draft
+    if draft is None or kind_of(draft) == "table":
+        return target.is_recordable
+    is_recordable = kind_of(draft) == "head" or source.is_recordable
+    return bool(target.is_recordable and is_recordable and source.device == target.device)
+
+
+def share_vocabulary(
+    target: HasVocabulary, draft: HasVocabulary, device: torch.device | str = "cpu"
+) -> SharedVocabulary | None:
     """What the vocabularies of a target and of a draft model share, where they differ; None where they do not.
+
+    device: of the tensors of what is returned.
 
     Raises ValueError if they share too little, if there are no tokenizers to tell by, or if one is an encoder-decoder
     and the other is not; both being one, their vocabularies must be the same.
     """
-    kinds = [_KINDS[is_encoder_decoder(model)] for model in (target, draft)]
+    kinds = [_KINDS[model.is_encoder_decoder] for model in (target, draft)]
     require(kinds[0] == kinds[1], f"the draft model, {kinds[1]}, must be {kinds[0]} as the target is; use such a draft")
-    tokenizers: list[Any] = [getattr(model, "tokenizer", None) for model in (target, draft)]
+    tokenizers = [target.tokenizer, draft.tokenizer]
     sizes = target.vocab_size, draft.vocab_size
     if (
-        is_encoder_decoder(target)
+        target.is_encoder_decoder
         or not all(tokenizers)
         or (sizes[0] == sizes[1] and tokenizers[0].get_vocab() == tokenizers[1].get_vocab())
     ):
         check_same_vocabulary(target, draft)
         return None
-    shared = share(tokenizers[0], tokenizers[1], sizes, getattr(target, "device", "cpu"))
+    shared = share(tokenizers[0], tokenizers[1], sizes, device)
     check_coverage(shared, tokenizers[0], sizes)
     return shared
 
 
 def check_same_vocabulary(target: HasVocabulary, draft: HasVocabulary) -> None:
     """Raise ValueError unless token ids mean the same to both models."""
-    require(
-        target.vocab_size == draft.vocab_size,
-        f"the draft's vocabulary of {draft.vocab_size} tokens must be the target's, {target.vocab_size}; "
-        "use a draft of the same family",
-    )
-    tokenizers: list[Any] = [getattr(model, "tokenizer", None) for model in (target, draft)]
+    _check_vocab_size(target.vocab_size, draft.vocab_size)
+    tokenizers = [target.tokenizer, draft.tokenizer]
     if all(tokenizers):
         ours, theirs = (tokenizer.get_vocab() for tokenizer in tokenizers)
         different = min((token for token, _ in ours.items() ^ theirs.items()), default=None)
@@ -218,3 +253,10 @@ def check_same_vocabulary(target: HasVocabulary, draft: HasVocabulary) -> None:
             f"{ours.get(different)} for the target and {theirs.get(different)} for the draft; "
             "use a draft of the same family",
         )
+
+
+def _check_vocab_size(target: int, draft: int) -> None:
+    require(
+        target == draft,
+        f"the draft's vocabulary of {draft} tokens must be the target's, {target}; use a draft of the same family",
+    )

@@ -1,22 +1,218 @@
-"""The names that an engine takes: drafting methods and verification rules. Nothing here needs torch."""
+"""The registry of drafting methods: one entry per method, with what it needs and how its proposer is built.
+
+Importing this module is cheap: the command line checks names before it imports torch, and a method's proposer is
+imported when it is built. A method of your own is one `MethodSpec` given to `register`.
+"""
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-Method = Literal[
-    "autoregressive",
-    "draft_model",
-    "eagle",
-    "early_exit",
-    "ngram",
-    "ngram_store",
-    "ngram_table",
-    "suffix",
-    "hybrid",
-    "tree",
-]
-METHODS: tuple[Method, ...] = get_args(Method)
+from specdec.runtime.checks import require
+
+if TYPE_CHECKING:
+    from specdec.drafts import AnyDraft, Kind
+    from specdec.models.base import LanguageModel
+    from specdec.models.vocabularies import SharedVocabulary
+    from specdec.proposers.adaptive import AdaptiveLength
+    from specdec.proposers.base import Proposer
+    from specdec.proposers.ngram import TokenIndex
+    from specdec.proposers.suffix import SuffixProposer
+    from specdec.trees.shape import Tree
+
 VERIFICATION_NAMES = ("token", "block", "coupled")
-DTYPE_NAMES = ("bfloat16", "float16", "float32", "float64")
-LOAD_FORMATS = ("auto", "dummy")
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What a proposer is built from.
+
+    draft: of one of the method's `draft_kinds`, or the target's first layers if it exits early; None: there is none.
+    shared: what the draft model's vocabulary shares with the target's; None if they are the same.
+    adaptive: decides how long drafts are; None: as long as they may be. tree: the shape of drafts; None: chains.
+    history_bytes: memory for the text of finished requests.
+    """
+
+    target: LanguageModel
+    draft: AnyDraft | None = None
+    shared: SharedVocabulary | None = None
+    adaptive: AdaptiveLength | None = None
+    tree: Tree | None = None
+    history_bytes: int = 0
+
+
+Builder = Callable[[Parts], "Proposer"]
+
+
+@dataclass(frozen=True, slots=True)
+class MethodSpec:
+    """A drafting method.
+
+    name: as users write it. summary: what proposes tokens, for the help text.
+    build: makes its proposer; None: nothing is proposed.
+    draw: makes the part of the proposer that runs a model, whose time "auto" and trees weigh; None if there is none.
+    draft_kinds: the kinds of draft it takes, the preferred one first; it needs one of them, or none if empty.
+    packaged_draft: the draft in this package for a target is named `<target>-<packaged_draft>`.
+    history_bytes: default memory for the text of finished requests; None: it does not copy from them.
+    is_adaptive: whether it can end a draft early, as num_speculative_tokens="auto" needs.
+    drafts_trees, exits_early: whether it takes `tree` and `exit_layer`.
+    """
+
+    name: str
+    summary: str
+    build: Builder | None = None
+    draw: Builder | None = None
+    draft_kinds: tuple[Kind, ...] = ()
+    packaged_draft: str | None = None
+    history_bytes: int | None = None
+    is_adaptive: bool = False
+    drafts_trees: bool = False
+    exits_early: bool = False
+
+
+METHODS: dict[str, MethodSpec] = {}
+
+
+def register(spec: MethodSpec) -> None:
+    """Make a drafting method known. Raises ValueError if its name is taken."""
+    require(spec.name not in METHODS, f"method {spec.name!r} must have a name of its own; known: {', '.join(METHODS)}")
+    METHODS[spec.name] = spec
+
+
+def packaged_draft(target: str, method: str) -> str | None:
+    """The name of the draft in this package for a target and a method, or None."""
+    from specdec.models.loading import packaged
+
+    name = f"{target}-{METHODS[method].packaged_draft}"
+    return name if name in packaged() else None
+
+
+def _copied(parts: Parts, new_index: Callable[[], TokenIndex]) -> Proposer:
+    from specdec.proposers.ngram import NgramProposer
+
+    return NgramProposer(parts.target.vocab_size, parts.target.device, new_index, parts.adaptive)
+
+
+def _ngram(parts: Parts) -> Proposer:
+    from specdec.proposers.ngram import LookupIndex
+
+    return _copied(parts, LookupIndex)
+
+
+def _ngram_store(parts: Parts) -> Proposer:
+    from specdec.proposers.ngram import CountIndex
+
+    return _copied(parts, CountIndex)
+
+
+def _ngram_table(parts: Parts) -> Proposer:
+    from specdec.proposers.ngram import LookupIndex
+    from specdec.proposers.table import Fallback
+
+    table: Any = parts.draft
+    return _copied(parts, lambda: Fallback(LookupIndex(), table))
+
+
+def _suffix(parts: Parts) -> SuffixProposer:
+    from specdec.proposers.suffix import SuffixProposer
+
+    return SuffixProposer(parts.target.vocab_size, parts.target.device, parts.history_bytes, parts.adaptive)
+
+
+def _drawn(parts: Parts) -> Proposer:
+    """From a head, or from a draft model."""
+    from specdec.drafts import kind_of
+    from specdec.models.elsewhere import seen_from
+
+    draft: Any = parts.draft
+    if kind_of(draft) == "head":
+        from specdec.proposers.eagle import EagleProposer
+
+        return EagleProposer(draft, adaptive=parts.adaptive, tree=parts.tree)
+    from specdec.proposers.draft_model import DraftModelProposer
+
+    model = seen_from(draft, parts.target.device)
+    return DraftModelProposer(model, adaptive=parts.adaptive, shared=parts.shared, tree=parts.tree)
+
+
+def _early_exit(parts: Parts) -> Proposer:
+    from specdec.proposers.early_exit import EarlyExitProposer
+
+    first_layers: Any = parts.draft
+    return EarlyExitProposer(first_layers, adaptive=parts.adaptive)
+
+
+def _hybrid(parts: Parts) -> Proposer:
+    from specdec.proposers.hybrid import BetterCopies, HybridProposer
+
+    return HybridProposer(BetterCopies(_suffix(parts), parts.adaptive), _drawn(parts))
+
+
+for _spec in (
+    MethodSpec("autoregressive", "nothing"),
+    MethodSpec("ngram", "prompt lookup", _ngram, is_adaptive=True),
+    MethodSpec("ngram_store", "online n-gram counts", _ngram_store, is_adaptive=True),
+    MethodSpec(
+        "ngram_table",
+        "prompt lookup, else a table counted beforehand",
+        _ngram_table,
+        draft_kinds=("table",),
+        packaged_draft="ngrams",
+        is_adaptive=True,
+    ),
+    MethodSpec(
+        "suffix",
+        "the likelier of two copies, from the request's own text and from finished requests",
+        _suffix,
+        history_bytes=64 << 20,
+        is_adaptive=True,
+    ),
+    MethodSpec(
+        "draft_model",
+        "a smaller language model",
+        _drawn,
+        _drawn,
+        draft_kinds=("model",),
+        packaged_draft="draft",
+        is_adaptive=True,
+    ),
+    MethodSpec(
+        "eagle",
+        "a head on the target's features",
+        _drawn,
+        _drawn,
+        draft_kinds=("head",),
+        packaged_draft="eagle",
+        is_adaptive=True,
+    ),
+    MethodSpec(
+        "early_exit",
+        "the target's own first layers, with its norm and head",
+        _early_exit,
+        _early_exit,
+        is_adaptive=True,
+        exits_early=True,
+    ),
+    MethodSpec(
+        "hybrid",
+        "a copy as of suffix where it is expected to bring more than the draft, else a head or a draft model",
+        _hybrid,
+        _drawn,
+        draft_kinds=("head", "model"),
+        packaged_draft="eagle",
+        history_bytes=0,
+        is_adaptive=True,
+    ),
+    MethodSpec(
+        "tree",
+        "a head or a draft model, several continuations at once",
+        _drawn,
+        _drawn,
+        draft_kinds=("head", "model"),
+        packaged_draft="eagle",
+        drafts_trees=True,
+    ),
+):
+    register(_spec)

@@ -25,7 +25,8 @@ class SyntheticAcceptance:
     """
 
     rates: tuple[float, ...]
-    always_draws = True  # also where every distribution is one-hot
+    needs_noise = False
+    always_draws = True
 
     def __post_init__(self) -> None:
         bounds = (1.0, *self.rates)

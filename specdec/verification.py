@@ -32,8 +32,9 @@ Chen et al. 2023 (arXiv:2302.01318), who write them the other way round.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -111,17 +112,41 @@ class Verification:
 
 
 class VerificationRule(Protocol):
-    """Decides about a draft; `verify_tokens` is one.
+    """Decides about a draft; `verify_tokens` is one."""
 
-    One that has a true attribute `needs_noise` gets final_uniforms of [batch, k + 1, vocab], one for each token: noise
-    that depends on seed and position only, by which the draft was drawn, too.
-    """
+    @property
+    def needs_noise(self) -> bool:
+        """Whether final_uniforms are [batch, k + 1, vocab], one for each token.
+
+        They depend on seed and position only, and drafts are drawn by them, too.
+        """
+        ...
+
+    @property
+    def always_draws(self) -> bool:
+        """Whether uniforms are needed even where every distribution is one-hot."""
+        ...
 
     def __call__(
         self, target: Distribution, draft: Draft, accept_uniforms: Tensor, final_uniforms: Tensor
     ) -> Verification: ...
 
 
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """A function of distributions and uniforms as a VerificationRule; as a decorator it makes one."""
+
+    verify: Callable[[Distribution, Draft, Tensor, Tensor], Verification]
+    needs_noise: bool = False
+    always_draws: bool = False
+
+    def __call__(
+        self, target: Distribution, draft: Draft, accept_uniforms: Tensor, final_uniforms: Tensor
+    ) -> Verification:
+        return self.verify(target, draft, accept_uniforms, final_uniforms)
+
+
+@Rule
 def verify_tokens(target: Distribution, draft: Draft, accept_uniforms: Tensor, final_uniforms: Tensor) -> Verification:
     """Token-by-token verification (Leviathan et al., Algorithm 1; Chen et al., Algorithm 2).
 
@@ -144,6 +169,7 @@ def verify_tokens(target: Distribution, draft: Draft, accept_uniforms: Tensor, f
     return draw_last(target, draft, accepted, final_uniforms)
 
 
+@Rule
 def verify_block(target: Distribution, draft: Draft, accept_uniforms: Tensor, final_uniforms: Tensor) -> Verification:
     """Block verification: the draft is kept up to the last position that passes, which may save a token before it.
 
@@ -160,6 +186,7 @@ def verify_block(target: Distribution, draft: Draft, accept_uniforms: Tensor, fi
     return draw_last(target, draft, accepted, final_uniforms, weights.gather(1, accepted.unsqueeze(1)))
 
 
+@partial(Rule, needs_noise=True)
 def verify_coupled(target: Distribution, draft: Draft, accept_uniforms: Tensor, final_uniforms: Tensor) -> Verification:
     """Coupled verification: the target draws its own token at each position, and the draft is kept while it is that.
 
@@ -175,9 +202,6 @@ def verify_coupled(target: Distribution, draft: Draft, accept_uniforms: Tensor, 
     proposed = torch.arange(num_drafted, device=drawn.device) < draft.lengths.unsqueeze(1)
     accepted = ((drawn[:, :num_drafted] == draft.tokens) & proposed).long().cumprod(1).sum(1)
     return Verification(accepted, drawn.gather(1, accepted.unsqueeze(1)).squeeze(1))
-
-
-verify_coupled.needs_noise = True  # type: ignore[attr-defined]  # functions declare no attributes
 
 
 def block_weights(target: Distribution, draft: Draft) -> Tensor:

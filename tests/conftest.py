@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from specdec.drafts import load_with_drafts
+from specdec.methods import packaged_draft
 from specdec.models.causal import CausalLM
-from specdec.models.loading import load_pretrained, packaged_draft, resolve
+from specdec.models.loading import load_pretrained, resolve
 
 ALL_THREADS = torch.get_num_threads()
 

@@ -11,6 +11,7 @@ from helpers import tiny
 from helpers.toys import ExitTarget, grid_pair
 
 from specdec import METHODS, AcceptanceCounts, Engine, SamplingParams
+from specdec.drafts import check_same_vocabulary
 from specdec.models.causal import CausalLM
 from specdec.models.eagle import EagleHead, new_head
 from specdec.models.markov import MarkovModel
@@ -140,7 +141,7 @@ def test_counts_sum_over_completions() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"method": "magic"}, "method='magic' must be one of autoregressive, draft_model, eagle, early_exit"),
+        ({"method": "magic"}, "method='magic' must be one of autoregressive, ngram, ngram_store, ngram_table, suffix"),
         (
             {"method": "ngram", "num_speculative_tokens": 0},
             'num_speculative_tokens=0 must be at least 1, or "auto"; for plain decoding use method="autoregressive"',
@@ -153,8 +154,8 @@ def test_counts_sum_over_completions() -> None:
             {"max_history_bytes": 9},
             "max_history_bytes=9 must be left out with method='autoregressive'; use method='suff",
         ),
-        ({"method": "early_exit"}, "target=MarkovModel must be a model that can be left behind its first layers"),
-        ({"exit_layer": 2}, "exit_layer=2 must be left out with method='autoregressive'; use method=\"early_exit\""),
+        ({"method": "early_exit"}, "target=MarkovModel must be a model that can be cut after its first layers"),
+        ({"exit_layer": 2}, "exit_layer=2 must be left out with method='autoregressive'; use method='early_exit'"),
         ({"method": "suffix", "draft": DRAFT}, "a draft is given but method='suffix' does not use it, being a model"),
         (
             {"method": "draft_model", "draft": MarkovModel(torch.full((5, 5, 5), 0.2))},
@@ -182,10 +183,8 @@ def test_a_tokenizer_whose_tokens_cannot_be_compared_is_refused() -> None:
     target.tokenizer, draft.tokenizer = Tokenizer({"a": 0, "b": 1, "c": 2}), Tokenizer({"a": 0, "c": 1, "b": 2})
     with pytest.raises(ValueError, match="tokenizer Tokenizer must be byte-level or SentencePiece-like for a draft"):
         Engine(target, method="draft_model", draft=draft)
-    table = NgramTable.count([[0, 1, 2]], 3)
-    table.tokenizer = draft.tokenizer
     with pytest.raises(ValueError, match="token 'b' is 1 for the target and 2 for the draft"):
-        Engine(target, method="ngram_table", draft=table)
+        check_same_vocabulary(target, draft)
 
 
 @pytest.mark.parametrize(
@@ -256,8 +255,10 @@ def test_a_tree_of_so_many_nodes_is_made_and_auto_takes_one_that_pays(monkeypatc
     """By what is usual where nothing was measured, with no more siblings than the draft has tokens."""
     assert len(Engine(TARGET, method="tree", draft=DRAFT, num_speculative_tokens=9).tree) == 9
     free = {width: 1.0 if width <= 6 else 9.0 for width in range(1, 99)}
-    monkeypatch.setattr("specdec.engine.target_costs", lambda target, rows, records, widths: [free[w] for w in widths])
-    monkeypatch.setattr("specdec.engine._draft_cost", lambda *_: 0.0)
+    monkeypatch.setattr(
+        "specdec.assembly.target_costs", lambda target, rows, records, widths: [free[w] for w in widths]
+    )
+    monkeypatch.setattr("specdec.assembly.draft_cost", lambda *_: 0.0)
     assert len(Engine(TARGET, method="tree", draft=DRAFT, num_speculative_tokens="auto").tree) in (4, 5)
 
 

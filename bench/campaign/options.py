@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 import pytest
 
 from bench.campaign.arrivals import PROCESSES, Limits, Process
-from bench.catalogue.methods import METHODS, VLLM_METHODS
+from bench.catalogue.methods import VLLM_METHODS
 from bench.catalogue.pairs import Pair, parse_pairs
 from bench.engines.base import VllmOptions
 from bench.engines.process import SECRET
@@ -28,6 +28,7 @@ from bench.engines.registry import ENGINES
 from bench.records.schema import MAX_PARTS, Gamma
 from bench.workloads.base import Lengths
 from bench.workloads.registry import parse_workloads
+from specdec.methods import METHODS
 from specdec.models.loading import QUANTISATIONS as LOADABLE
 from specdec.models.placement import parse as parse_placement
 

@@ -7,13 +7,11 @@ from dataclasses import dataclass
 from itertools import product
 
 from bench.campaign.options import BenchConfig
-from bench.catalogue.methods import VLLM_DRAFTS
 from bench.catalogue.pairs import Pair
 from bench.engines.registry import ENGINES, why_not, why_not_pair
 from bench.records.schema import Cell, Gamma
 from bench.workloads.base import buckets
 from bench.workloads.registry import label
-from specdec.drafts import NEEDS
 
 # options whose every value, if it was named, must be able to run in some cell -> the field of a cell
 NAMED_PARAMETERS = {
@@ -85,7 +83,7 @@ def _plan(
         or why_not(engine, method, batch_size, config.verification, config.vllm)
         or why_no_room(engine, pair, placement)
     )
-    if not skip and method in (*NEEDS, *VLLM_DRAFTS) and pair.draft_for(method) is None:
+    if not skip and pair.lacks_draft(method):
         skip = f"pair={pair.name} has no draft for method={method}; name one with --pairs target=MODEL,draft=MODEL"
     if skip:  # one skipped cell says it for all
         rate = config.rate[0] if config.rate else None

@@ -9,6 +9,7 @@ from functools import cache
 from pathlib import Path
 
 from bench.catalogue.methods import VLLM_DRAFTS
+from specdec.methods import METHODS
 
 KINDS = ("decoder-only", "local-attention", "encoder-decoder")
 _WEIGHT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "torchao-int8": 1, "bitsandbytes-4bit": 0.5}
@@ -68,15 +69,16 @@ class Pair:
 
     def draft_for(self, method: str) -> str | None:
         """What proposes tokens under a method that needs more than the target; None if the pair has no such thing."""
-        drafts = {
-            "draft_model": self.draft,
-            "eagle": self.head,
-            "ngram_table": self.table,
-            "hybrid": self.head or self.draft,
-            "tree": self.head or self.draft,
-            **dict.fromkeys(VLLM_DRAFTS, self.speculator or self.draft),
-        }
-        return drafts.get(method)
+        if method in VLLM_DRAFTS:
+            return self.speculator or self.draft
+        sources = {"model": self.draft, "head": self.head, "table": self.table}
+        kinds = METHODS[method].draft_kinds if method in METHODS else ()
+        return next((sources[kind] for kind in kinds if sources[kind]), None)
+
+    def lacks_draft(self, method: str) -> bool:
+        """Whether a method needs more than the target and the pair does not have it."""
+        needs_draft = method in VLLM_DRAFTS or (method in METHODS and METHODS[method].draft_kinds)
+        return bool(needs_draft) and self.draft_for(method) is None
 
 
 @cache

@@ -99,7 +99,7 @@ class BenchEngine(Protocol):
     ) -> Run:
         """Continue all prompts, given as token ids, together.
 
-        method: one of METHODS or VLLM_METHODS. gamma: tokens proposed per step, 0 for "autoregressive". "auto": as
+        method: one of the engine's methods. gamma: tokens proposed per step, 0 for "autoregressive". "auto": as
         many as pay. sampling: one per prompt. They must have been prepared for.
         Raises EngineError if the engine fails.
         """

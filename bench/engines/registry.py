@@ -6,9 +6,10 @@ import importlib
 import importlib.util
 from dataclasses import dataclass
 
-from bench.catalogue.methods import METHODS, VLLM_METHODS
+from bench.catalogue.methods import VLLM_METHODS
 from bench.catalogue.pairs import Pair, folder
 from bench.engines.base import BenchEngine, LoadOptions, VllmOptions
+from specdec.methods import METHODS
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +30,7 @@ class EngineKind:
 ENGINES = {
     "specdec": EngineKind(
         "specdec",
-        METHODS,
+        tuple(METHODS),
         None,
         ("token", "block", "coupled"),
         ("auto gamma", "synthetic acceptance", "placements", "other vocabularies", "arrivals"),

@@ -15,7 +15,8 @@ from bench.catalogue.pairs import Pair, folder
 from bench.engines.base import LoadOptions, PromptResult, Run, Served, Setup
 from bench.records.schema import Gamma
 from specdec import Completion, Engine, SamplingParams
-from specdec.drafts import NEEDS, load_with_drafts
+from specdec.drafts import load_with_drafts
+from specdec.methods import METHODS
 from specdec.models.causal import CausalLM
 
 
@@ -85,7 +86,7 @@ class SpecdecEngine:
 
 def load(pair: Pair, options: LoadOptions) -> SpecdecEngine:
     """The pair's models, loaded as `specdec.Engine.load` does."""
-    sources = {method: folder(source) for method in NEEDS if (source := pair.draft_for(method))}
+    sources = {method: folder(source) for method in METHODS if (source := pair.draft_for(method))}
     target, drafts = load_with_drafts(
         folder(pair.target),
         set(sources.values()),

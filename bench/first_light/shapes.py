@@ -18,7 +18,8 @@ from bench.catalogue.pairs import Pair, catalogue, folder
 from bench.first_light.report import Report
 from bench.measure.cost import roofline
 from specdec import AcceptanceCounts, Completion, Engine, PhaseTimes, SamplingParams
-from specdec.drafts import NEEDS, load_with_drafts
+from specdec.drafts import load_with_drafts
+from specdec.methods import METHODS
 from specdec.models.base import score
 from specdec.models.causal import CausalLM
 from specdec.models.loading import read_layer_bytes
@@ -105,7 +106,7 @@ def loaded(report: Report, pair: Pair, device: torch.device) -> Loaded | None:
 
 def load(pair: Pair, device: torch.device) -> Loaded:
     """A pair as `specdec.Engine.load` has it."""
-    sources = {method: folder(source) for method in NEEDS if (source := pair.draft_for(method))}
+    sources = {method: folder(source) for method in METHODS if (source := pair.draft_for(method))}
     options = {"dtype": _DTYPE, "device": str(device), "attention": "sdpa", "load_format": pair.load_format}
     target, drafts = load_with_drafts(folder(pair.target), set(sources.values()), **options)
     assert isinstance(target, CausalLM)

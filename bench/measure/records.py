@@ -19,6 +19,7 @@ from bench.records.intervals import geometric_mean_interval, rate_interval
 from bench.records.schema import SCHEMA_VERSION, Cell, Gamma
 from bench.workloads.base import bucket
 from specdec import AcceptanceCounts, PhaseTimes
+from specdec.methods import METHODS
 from specdec.stats import RunTotals, SpeedupParts, attribute_speedup, expected_speedup, predicted_speedup
 
 
@@ -186,7 +187,7 @@ def _phases(method: str, counts: AcceptanceCounts | None, times: PhaseTimes | No
         "bookkeeping_time_s": times.bookkeeping_s if times else None,
         "recording_time_s": times.recording_s if times else None,
         "overhead_rate": overhead_s / times.total_s
-        if times and method not in ("draft_model", "eagle", "early_exit", "hybrid", "tree")
+        if times and not (method in METHODS and METHODS[method].draw)
         else None,
     }
 
@@ -230,11 +231,6 @@ def _comparison(name: str, faster: list[Run] | None, slower: list[Run] | None) -
 def _time_per_token(run: Run) -> float:
     """Seconds per emitted token; one number for a batch, whose rows are not independent."""
     return sum(result.latency_s for result in run.results) / sum(len(result.token_ids) for result in run.results)
-
-
-def _chain_length(cell: Cell) -> Gamma:
-    """What the closed form of the speed-up can be computed for; it knows no trees."""
-    return "auto" if cell.method == "tree" else cell.gamma
 
 
 def _predictions(

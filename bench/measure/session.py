@@ -30,7 +30,6 @@ from bench.measure.quality import sandbox, scores
 from bench.records.schema import Cell
 from bench.workloads import registry
 from bench.workloads.base import Lengths, Malformed, Prompt, UnavailableError, UnitTest, bucket
-from specdec.drafts import NEEDS
 from specdec.prompts import encode, encode_bytes, encode_raw
 from specdec.texts import continuation
 
@@ -139,7 +138,7 @@ class Session:
         from bench.measure.cost import sweep
 
         pair, method = self.config.pairs[0], sweep.needs(axis)
-        if method in NEEDS and pair.draft_for(method) is None:
+        if pair.lacks_draft(method):
             pytest.skip(f"pair={pair.name} has no draft for method={method}; name a pair that has with --pairs")
         engine: Any = self._models.engine("specdec", pair)
         identity = {"pair": pair.name, "dtype": self.config.dtype_of(pair), "device": self.device}

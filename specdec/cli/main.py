@@ -15,7 +15,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from specdec.methods import DTYPE_NAMES, LOAD_FORMATS, METHODS, VERIFICATION_NAMES
+from specdec.methods import METHODS, VERIFICATION_NAMES
+from specdec.models.formats import DTYPE_NAMES, LOAD_FORMATS
 from specdec.prompts import encode, encode_bytes, encode_raw, whole
 from specdec.runtime.checks import nearest
 from specdec.runtime.progress import show_what_can_be_shown

@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from specdec.models.base import LanguageModel, hold, is_encoder_decoder, prefill
+from specdec.models.base import LanguageModel, hold, prefill
 from specdec.runtime.devices import upload
 
 WIDTHS = (1, 2, 4, 8)  # tokens per step
@@ -129,7 +129,7 @@ def last_logits(
     if width is None:
         return _wide(prefill(model, context, cache, slot=0, num_prompt=num_prompt).flatten())
     start = max(0, len(context) - _TAIL)
-    if is_encoder_decoder(model):  # what is scored in steps is behind the prompt
+    if model.is_encoder_decoder:  # what is scored in steps is behind the prompt
         hold(model, context[:num_prompt], cache, slot=0)
         start = max(start, cache.lengths[0])
     if start > cache.lengths[0]:

@@ -37,7 +37,7 @@ from specdec.sampling.distributions import Distribution
 from specdec.sampling.randomness import Role, UniformSource, off_branch
 from specdec.sampling_params import SamplingParams
 from specdec.trees.shape import Tree
-from specdec.verification import Draft, Verification, VerificationRule, verify_coupled, verify_tokens
+from specdec.verification import Draft, Rule, Verification, VerificationRule, verify_coupled, verify_tokens
 
 MakeDecoder = Callable[[UniformSource, VerificationRule, int], Decoder]
 Tokens = tuple[int, ...]
@@ -205,6 +205,7 @@ class _Runs:
         """What became of step `number`, the prefill being step 0, in the run of each script."""
         drafts: list[Tensor] = []
 
+        @Rule
         def recording(
             target: Distribution, draft: Draft, accept_uniforms: Tensor, final_uniforms: Tensor
         ) -> Verification:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from specdec.constraints.progress import Progress, masks
 from specdec.decoding import Decoder
-from specdec.models.base import score
+from specdec.models.base import LanguageModel, score
 from specdec.proposers.base import Proposer
 from specdec.proposers.draft_model import DraftModelProposer
 from specdec.proposers.tree import tree_uniforms
@@ -30,6 +30,7 @@ from specdec.trees.shape import Tree, tree_of
 from specdec.trees.verification import verify_tree
 from specdec.verification import (
     Draft,
+    Rule,
     Verification,
     VerificationRule,
     draw_last,
@@ -85,12 +86,12 @@ def maker(
 # ---- what proposes
 
 
-class GreedyDraftDeclaredSampled:
+class GreedyDraftDeclaredSampled(Proposer):
     """M1: proposes the most probable token but declares the distribution it did not draw from."""
 
     def __init__(self, proposer: Proposer) -> None:
         self._proposer = proposer
-        self.needs_features = getattr(proposer, "needs_features", False)
+        self.needs_features = proposer.needs_features
 
     def propose(self, batch: Batch, limits: Sequence[int]) -> Draft:
         draft = self._proposer.propose(batch, limits)
@@ -129,6 +130,7 @@ def with_rule(broken: VerificationRule) -> Callable[[VerificationRule], Verifica
     """Replace the rule, keeping whatever records its calls around it."""
 
     def break_rule(rule: VerificationRule) -> VerificationRule:
+        @Rule
         def both(target: Distribution, draft: Draft, accept_uniforms: Tensor, final_uniforms: Tensor) -> Verification:
             rule(target, draft, accept_uniforms, final_uniforms)
             return broken(target, draft, accept_uniforms, final_uniforms)
@@ -138,6 +140,7 @@ def with_rule(broken: VerificationRule) -> Callable[[VerificationRule], Verifica
     return break_rule
 
 
+@Rule
 def recover_from_target(
     target: Distribution, draft: Draft, accept_uniforms: Tensor, final_uniforms: Tensor
 ) -> Verification:
@@ -147,11 +150,13 @@ def recover_from_target(
     return Verification(accepted, target.at(accepted).draw(uniform))
 
 
+@Rule
 def accept_always(target: Distribution, draft: Draft, accept_uniforms: Tensor, final_uniforms: Tensor) -> Verification:
     """M3."""
     return verify_tokens(target, draft, torch.full_like(accept_uniforms, -1.0), final_uniforms)
 
 
+@Rule
 def reuse_accept_uniform(
     target: Distribution, draft: Draft, accept_uniforms: Tensor, final_uniforms: Tensor
 ) -> Verification:
@@ -169,6 +174,7 @@ def share_draft_stream(source: UniformSource) -> UniformSource:
     return shared
 
 
+@Rule
 def accept_at_equality(
     target: Distribution, draft: Draft, accept_uniforms: Tensor, final_uniforms: Tensor
 ) -> Verification:
@@ -176,6 +182,7 @@ def accept_at_equality(
     return verify_tokens(target, draft, accept_uniforms - 2.0**-54, final_uniforms)
 
 
+@Rule
 def argmax_for_draw(
     target: Distribution, draft: Draft, accept_uniforms: Tensor, final_uniforms: Tensor
 ) -> Verification:
@@ -184,6 +191,7 @@ def argmax_for_draw(
     return Verification(accepted, final_distribution(target, draft, accepted).dense().argmax(-1))
 
 
+@Rule
 def wrong_accept_row(
     target: Distribution, draft: Draft, accept_uniforms: Tensor, final_uniforms: Tensor
 ) -> Verification:
@@ -193,6 +201,7 @@ def wrong_accept_row(
     return draw_last(target, draft, accepted, final_uniforms)
 
 
+@Rule
 def wrong_bonus_row(
     target: Distribution, draft: Draft, accept_uniforms: Tensor, final_uniforms: Tensor
 ) -> Verification:
@@ -204,6 +213,7 @@ def wrong_bonus_row(
     return Verification(right.accepted, torch.where(right.accepted == draft.lengths, bonus, right.next_token))
 
 
+@Rule
 def block_with_token_residual(
     target: Distribution, draft: Draft, accept_uniforms: Tensor, final_uniforms: Tensor
 ) -> Verification:
@@ -235,7 +245,7 @@ class TopKOnOneSide(_BrokenLoop):
         return replace(outcome, next_token=distribution.draw(uniform))
 
 
-class ForgetsRollback:
+class ForgetsRollback(LanguageModel):
     """M9: a target that appends behind whatever it wrote last, rejected tokens included, while there is room."""
 
     def __init__(self, model: Any) -> None:
@@ -375,12 +385,12 @@ def tree_maker(target: Any, draft: Any, tree: Tree, **parts: Any) -> Maker:
     return maker(target, draft, len(tree), proposer=partial(proposer, tree=tree), **parts)
 
 
-class SiblingsWithReplacement:
+class SiblingsWithReplacement(Proposer):
     """T1: draws each sibling from the whole distribution of its family, but verifies as if without replacement."""
 
     def __init__(self, proposer: Any) -> None:
         self._proposer = proposer
-        self.needs_features = getattr(proposer, "needs_features", False)
+        self.needs_features = proposer.needs_features
 
     def propose(self, batch: Batch, limits: Sequence[int]) -> Draft:
         draft: Draft = self._proposer.propose(batch, limits)
@@ -404,6 +414,7 @@ class LateSiblingsWithReplacement(SiblingsWithReplacement):
         return replace(right, tokens=torch.where(late, self._with_replacement(batch, right).tokens, right.tokens))
 
 
+@Rule
 def wrong_parent_row(
     target: Distribution, draft: Draft, accept_uniforms: Tensor, final_uniforms: Tensor
 ) -> Verification:

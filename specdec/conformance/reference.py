@@ -80,7 +80,7 @@ class Reference:
     def stop_token_ids(self) -> frozenset[int]:
         """Tokens that end an output: those asked for, and the model's own unless they are ignored."""
         stop = frozenset(self.sampling.stop_token_ids)
-        eos: frozenset[int] = getattr(self.model, "eos_token_ids", frozenset())
+        eos = self.model.eos_token_ids
         return stop if self.sampling.ignore_eos else stop | eos
 
     @torch.inference_mode()

@@ -16,6 +16,7 @@ import transformers
 from torch import Tensor
 from transformers import LlamaConfig
 
+from specdec.assembly import tree_costs
 from specdec.distill import corpus, dataset, prompts, training
 from specdec.distill.comparison import compare
 from specdec.distill.cost import draft_cost_ratio, head_cost_ratio
@@ -23,10 +24,11 @@ from specdec.distill.dataset import Dataset
 from specdec.distill.students import DraftStudent, HeadGuesser, HeadStudent, Student, unscale
 from specdec.distill.tree import count
 from specdec.drafts import RATES_FILE, kind_of, load_with_drafts
-from specdec.engine import Engine, tree_costs
+from specdec.engine import Engine
+from specdec.methods import packaged_draft
 from specdec.models.derived import materialise, save_derived
 from specdec.models.eagle import fingerprint, load_head, new_head, write_config
-from specdec.models.loading import load_pretrained, packaged_draft, read_vocabulary
+from specdec.models.loading import load_pretrained, read_vocabulary
 from specdec.prompts import encode
 from specdec.proposers.draft_model import DraftModelProposer
 from specdec.proposers.eagle import EagleProposer
@@ -49,7 +51,7 @@ DRAFT_SHAPE = {
 def make_corpus(options: Namespace) -> None:
     """Let the target answer prompts, and keep what it says."""
     engine = Engine.load(options.target, device=options.device, max_batch_size=options.batch_size)
-    tokenizer = getattr(engine.target, "tokenizer", None)
+    tokenizer = engine.target.tokenizer
     dialogues = prompts.read(options.prompts)
     texts, left_out = corpus.plan(
         dialogues,

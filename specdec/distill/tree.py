@@ -15,7 +15,7 @@ from specdec.sampling.distributions import Distribution
 from specdec.sampling_params import SamplingParams
 from specdec.trees.shape import MAX_LEVELS, Tree, tree_of
 from specdec.trees.verification import verify_tree
-from specdec.verification import Draft, Verification
+from specdec.verification import Draft, Rule, Verification
 
 MIN_TRIED = 50  # times that a level must have been reached to be told apart from the one before
 
@@ -89,15 +89,20 @@ def count(
     """
     counts = Counts.of(tree)
 
+    @Rule
     def counting(target: Distribution, draft: Draft, accept_uniforms: Tensor, final_uniforms: Tensor) -> Verification:
         outcome = verify_tree(target, draft, accept_uniforms, final_uniforms)
         counts.add(draft, outcome)
         return outcome
 
     decoder = Decoder(target, proposer, len(tree), max_batch_size=batch_size, rule=counting, records=False)
-    stop: frozenset[int] = getattr(target, "eos_token_ids", frozenset())
     requests = [
-        Request(index, tuple(prompt), SamplingParams(temperature=t, max_tokens=max_tokens, seed=seed + index), stop)
+        Request(
+            index,
+            tuple(prompt),
+            SamplingParams(temperature=t, max_tokens=max_tokens, seed=seed + index),
+            target.eos_token_ids,
+        )
         for t in temperatures
         for index, prompt in enumerate(prompts)
     ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -23,8 +23,10 @@ class Cache(Protocol):
     """
 
     lengths: list[int]
-    capacity: int
     features: Tensor | None
+
+    @property
+    def capacity(self) -> int: ...
 
     def copy_slot(self, source: int, slot: int, num_tokens: int) -> None:
         """Let a slot hold the first num_tokens of another's sequence, at least one, or of its own."""
@@ -44,11 +46,38 @@ class TreeCache(Cache, Protocol):
 
 
 class LanguageModel(Protocol):
-    """A causal language model over a ragged cache."""
+    """A causal language model over a ragged cache. A subclass inherits the values that are given here.
+
+    context_length: tokens that prompt and output may have together, limited by what `context_name` says.
+    tokenizer: a transformers tokenizer, or None for token ids only.
+    is_encoder_decoder: whether it is an EncoderDecoder.
+    """
 
     vocab_size: int
     context_length: int
     device: torch.device
+    context_name: str = "model's context"
+    tokenizer: Any = None
+    is_encoder_decoder: bool = False
+
+    @property
+    def eos_token_ids(self) -> frozenset[int]:
+        """Tokens that end a sequence."""
+        return frozenset()
+
+    @property
+    def generation_config(self) -> Any:
+        """The transformers GenerationConfig, or None."""
+        return None
+
+    @property
+    def is_recordable(self) -> bool:
+        """Whether its calls can be recorded: they stay on one device and need nothing that only the host can tell."""
+        return True
+
+    def check_tree(self) -> None:
+        """Raise ValueError if the model cannot score token trees."""
+        return
 
     def allocate(self, num_slots: int, capacity: int, *, keep_features: bool = False) -> Cache:
         """An empty cache of num_slots sequences of up to `capacity` tokens each.
@@ -107,19 +136,26 @@ class FixedShapeModel(LanguageModel, Protocol):
         ...
 
 
+@runtime_checkable
+class LayeredModel(LanguageModel, Protocol):
+    """A language model whose first layers can draft for all of them."""
+
+    num_layers: int
+
+    def first_layers(self, number: int) -> LanguageModel:
+        """The model that ends after so many layers, over the same caches.
+
+        Raises ValueError if it cannot be cut there.
+        """
+        ...
+
+
 class EncoderDecoder(LanguageModel, Protocol):
     """A language model that reads a prompt as a whole before it says anything; `prefill` has it do so."""
-
-    is_encoder_decoder: bool
 
     def read(self, prompt: Sequence[int], cache: Any, slot: int) -> None:
         """Encode a prompt for a slot, which then holds all of it but the last token: that is fed as any other."""
         ...
-
-
-def is_encoder_decoder(model: Any) -> bool:
-    """Whether a model, or what is known of it, is an EncoderDecoder."""
-    return bool(getattr(model, "is_encoder_decoder", False))
 
 
 PREFILL_CHUNK = 512  # tokens; bounds the attention scores and the mask that a long prompt needs at once
@@ -159,7 +195,7 @@ def prefill(
     """
     if not tokens:
         raise ValueError("tokens=[] must not be empty: a model needs at least one token to continue from")
-    if is_encoder_decoder(model) and cache.lengths[slot] == 0:
+    if model.is_encoder_decoder and cache.lengths[slot] == 0:
         cast("EncoderDecoder", model).read(tokens[:num_prompt], cache, slot)
         tokens = tokens[cache.lengths[slot] :]
     for start in range(0, len(tokens), PREFILL_CHUNK):
@@ -174,7 +210,7 @@ def prefill(
 
 def hold(model: LanguageModel, prompt: Sequence[int], cache: Cache, slot: int) -> None:
     """Have an empty slot hold a prompt but for its last token, which is then fed as any other."""
-    if is_encoder_decoder(model):
+    if model.is_encoder_decoder:
         cast("EncoderDecoder", model).read(prompt, cache, slot)
     elif len(prompt) > 1:
         prefill(model, prompt[:-1], cache, slot)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from specdec.models.base import prefill
+from specdec.models.base import LanguageModel, prefill
 from specdec.models.cache import RaggedCache
 from specdec.models.early_exit import first_layers
 from specdec.models.fusion import FusedDecoder, depends_on_length, weight_bytes
@@ -24,7 +24,7 @@ class UnsupportedModelError(ValueError):
     """A model whose state cannot be rolled back by setting a length, or that does not take per-row positions."""
 
 
-class CausalLM:
+class CausalLM(LanguageModel):
     """A transformers causal language model and its tokenizer.
 
     model: in eval mode, with eager or SDPA attention. tokenizer: transformers tokenizer, or None for token ids only.
@@ -54,6 +54,10 @@ class CausalLM:
     def eos_token_ids(self) -> frozenset[int]:
         """Tokens that end a sequence."""
         return eos_token_ids(self.model, self.tokenizer)
+
+    @property
+    def generation_config(self) -> Any:
+        return self.model.generation_config
 
     @property
     def is_recordable(self) -> bool:

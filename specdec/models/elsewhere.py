@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from specdec.models.base import Cache, LanguageModel, is_encoder_decoder
+from specdec.models.base import Cache, LanguageModel
 from specdec.trees.columns import Branches
 
 
-class Elsewhere:
+class Elsewhere(LanguageModel):
     """A language model as if it were on `home`: tokens go to where it is, and logits come back.
 
     This is the one place where they cross. It cannot be recorded: a recording stays on one device.
@@ -21,7 +21,7 @@ class Elsewhere:
     def __init__(self, model: LanguageModel, home: torch.device) -> None:
         self.model, self.device = model, home
         self.vocab_size, self.context_length = model.vocab_size, model.context_length
-        self.is_encoder_decoder = is_encoder_decoder(model)
+        self.is_encoder_decoder = model.is_encoder_decoder
 
     def allocate(self, num_slots: int, capacity: int, *, keep_features: bool = False) -> Cache:
         return self.model.allocate(num_slots, capacity, keep_features=keep_features)
@@ -45,9 +45,3 @@ class Elsewhere:
 def seen_from(model: LanguageModel, home: torch.device) -> LanguageModel:
     """The model, or if it is on another device than `home` its stand-in there."""
     return model if model.device == home else Elsewhere(model, home)
-
-
-def can_be_recorded(target: Any, draft: Any = None) -> bool:
-    """Whether all that a step computes is on one device, and needs nothing that only the host can tell."""
-    drafts_at = getattr(draft, "device", target.device)
-    return all(getattr(model, "is_recordable", True) for model in (target, draft)) and drafts_at == target.device

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from specdec.methods import DTYPE_NAMES, LOAD_FORMATS
+from specdec.models.formats import DTYPE_NAMES, LOAD_FORMATS
 from specdec.models.placement import LayerBytes
 from specdec.runtime.artifacts import LoadError, WheelFile, WrongArgumentError, cache_root, explained, fetch, made_once
 from specdec.runtime.checks import nearest, require_choice
@@ -51,7 +51,6 @@ SMOLLM2_135M = WheelFile(
 )
 BUNDLED = (SMOLLM2_135M,)
 WEIGHTS = Path(__file__).parents[1] / "weights"  # drafts that come with the package, by name
-_DRAFT_NAMES = {"draft_model": "draft", "eagle": "eagle", "hybrid": "eagle", "ngram_table": "ngrams", "tree": "eagle"}
 
 
 def load_pretrained(
@@ -182,12 +181,6 @@ def resolve(source: str) -> str:
 def packaged() -> list[str]:
     """Names of the drafts that come with this package."""
     return sorted(path.parent.name for path in WEIGHTS.glob("*/config.json"))
-
-
-def packaged_draft(target: str, method: str) -> str | None:
-    """The draft that comes with this package for a target and a method, if there is one."""
-    name = f"{target}-{_DRAFT_NAMES[method]}" if method in _DRAFT_NAMES else None
-    return name if name in packaged() else None
 
 
 def _with_embeddings(folder: Path) -> Path:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from specdec.models.base import LanguageModel
 from specdec.runtime.devices import upload
 from specdec.trees.columns import Branches
 
@@ -45,7 +46,7 @@ class MarkovCache:
             block[row, starts.unsqueeze(1) + places] = block[row, starts.unsqueeze(1) + path]
 
 
-class MarkovModel:
+class MarkovModel(LanguageModel):
     """Next-token distributions from a table.
 
     table: float64 [vocab, vocab, vocab]; table[a, b] is the distribution of the token after ..., a, b. At the start of

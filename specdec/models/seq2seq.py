@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import PreTrainedModel
 
+from specdec.models.base import LanguageModel
 from specdec.models.cache import RaggedCache
 from specdec.models.causal import UnsupportedModelError, check_logits, check_tree_equals_plain, eos_token_ids
 from specdec.models.fusion import weight_bytes
@@ -65,7 +66,7 @@ class Seq2SeqCache:
         self.prompt_lengths[slot] = num_prompt
 
 
-class Seq2SeqLM:
+class Seq2SeqLM(LanguageModel):
     """A transformers encoder-decoder with T5's layers and its tokenizer: T5, T5 1.1, Flan-T5, mT5, UMT5.
 
     model: in eval mode. tokenizer: transformers tokenizer, or None for token ids only.
@@ -92,6 +93,10 @@ class Seq2SeqLM:
     def eos_token_ids(self) -> frozenset[int]:
         """Tokens that end a sequence."""
         return eos_token_ids(self.model, self.tokenizer)
+
+    @property
+    def generation_config(self) -> Any:
+        return self.model.generation_config
 
     @property
     def step_bytes(self) -> int:

@@ -19,8 +19,11 @@ class Proposer(Protocol):
 
     A proposer keeps itself in step by looking at `row.tokens`, which holds committed tokens only: what was rejected
     is not there, and a slot that was given to another request holds another `Generation`.
-    One that has a true attribute `needs_features` finds the target's features in `batch.features`.
+    A subclass inherits what is given here: it needs no features of the target in `batch.features`, and remembers
+    nothing of finished requests.
     """
+
+    needs_features: bool = False
 
     def propose(self, batch: Batch, limits: Sequence[int]) -> Draft:
         """A draft with at most limits[r] tokens in row r, and none in an idle row.
@@ -28,6 +31,10 @@ class Proposer(Protocol):
         The draft's distribution must be the distribution that its tokens were drawn from.
         """
         ...
+
+    def forget(self) -> None:
+        """Lose what finished requests left."""
+        return
 
 
 @runtime_checkable

@@ -14,6 +14,7 @@ from specdec.device_rows import RowState
 from specdec.models.base import Cache, FixedShapeModel, LanguageModel, TreeModel, prefill
 from specdec.models.vocabularies import Rewritten, SharedVocabulary
 from specdec.proposers.adaptive import AdaptiveLength
+from specdec.proposers.base import Proposer
 from specdec.proposers.chain import draw_chain, draw_fixed
 from specdec.proposers.ngram import pad
 from specdec.proposers.tree import Level, draw_tree
@@ -46,7 +47,7 @@ class _Slot:
         return min(valid, len(tokens) - 1)
 
 
-class DraftModelProposer:
+class DraftModelProposer(Proposer):
     """A draft model with its own ragged cache.
 
     The cache is kept in step by comparison: what a slot holds is valid as far as it agrees with the committed tokens.

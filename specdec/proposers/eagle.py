@@ -13,6 +13,7 @@ from specdec.models.base import PREFILL_CHUNK
 from specdec.models.cache import RaggedCache
 from specdec.models.eagle import EagleHead
 from specdec.proposers.adaptive import AdaptiveLength
+from specdec.proposers.base import Proposer
 from specdec.proposers.chain import draw_chain, draw_fixed
 from specdec.proposers.ngram import pad
 from specdec.proposers.tree import Level, draw_tree
@@ -26,7 +27,7 @@ from specdec.trees.shape import Tree
 from specdec.verification import Draft
 
 
-class EagleProposer:
+class EagleProposer(Proposer):
     """An EagleHead with its own ragged cache.
 
     The cache holds what was computed from the target's features; what was computed from guessed ones while drafting

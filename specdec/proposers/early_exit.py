@@ -20,6 +20,7 @@ from torch import Tensor
 from specdec.device_rows import RowState
 from specdec.models.base import Cache, FixedShapeModel, LanguageModel
 from specdec.proposers.adaptive import AdaptiveLength
+from specdec.proposers.base import Proposer
 from specdec.proposers.chain import draw_chain, draw_fixed
 from specdec.requests import Batch, Generation
 from specdec.runtime.devices import upload
@@ -29,7 +30,7 @@ from specdec.sampling.state import RowParams
 from specdec.verification import Draft
 
 
-class EarlyExitProposer:
+class EarlyExitProposer(Proposer):
     """Drafts with a model that shares the target's cache, which holds all tokens of a row but the last.
 
     model: the target's first layers, see `specdec.models.early_exit`.

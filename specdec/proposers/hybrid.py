@@ -26,6 +26,10 @@ class Lookup(Protocol):
         """The tokens to copy in each row, at most limits[r]; none where the row's draft is rather to be drawn."""
         ...
 
+    def forget(self) -> None:
+        """Lose what finished requests left."""
+        ...
+
 
 @dataclass(slots=True)
 class _Drawn:
@@ -75,6 +79,10 @@ class BetterCopies:
                 self._drawn[row].step = len(row.steps)
         return [list(copy.tokens) for copy in chosen]
 
+    def forget(self) -> None:
+        """See `Lookup`."""
+        self.copier.forget()
+
     def _is_better(self, row: Generation, copy: Copy, limit: int, num_rows: int) -> bool:
         """Whether a copy brings more than a drawn draft would, all rows of the step being taken to be alike."""
         drawn = self._drawn[row]
@@ -86,7 +94,7 @@ class BetterCopies:
         return gain > 0 and gain >= least
 
 
-class HybridProposer:
+class HybridProposer(Proposer):
     """Each row's draft comes from `lookup` where it has a guess, else from `fallback`.
 
     Which of the two speaks depends on committed tokens only, so either's distribution is the distribution that its
@@ -95,7 +103,7 @@ class HybridProposer:
 
     def __init__(self, lookup: Lookup, fallback: Proposer, max_fallback_tokens: int | None = None) -> None:
         self._lookup, self._fallback, self._max_fallback_tokens = lookup, fallback, max_fallback_tokens
-        self.needs_features = getattr(fallback, "needs_features", False)
+        self.needs_features = fallback.needs_features
 
     def propose(self, batch: Batch, limits: Sequence[int]) -> Draft:
         guesses = self._lookup.guess(batch, limits)
@@ -110,6 +118,10 @@ class HybridProposer:
         if not any(guesses):
             return drawn
         return _merged(copied, drawn) if drawn.tokens.shape[1] else copied  # it may have drawn nothing
+
+    def forget(self) -> None:
+        self._lookup.forget()
+        self._fallback.forget()
 
 
 def _merged(copied: Draft, drawn: Draft) -> Draft:

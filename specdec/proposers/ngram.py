@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from specdec.proposers.adaptive import AdaptiveLength
+from specdec.proposers.base import Proposer
 from specdec.requests import Batch, Generation
 from specdec.runtime.devices import upload
 from specdec.verification import Draft
@@ -106,7 +107,7 @@ def _sizes(min_ngram: int, max_ngram: int) -> range:
     return range(max_ngram, min_ngram - 1, -1)
 
 
-class NgramProposer:
+class NgramProposer(Proposer):
     """Proposes what an index of each request's own tokens suggests.
 
     new_index: makes the index of a request. adaptive: settles how much of a suggestion is proposed, and is told what

@@ -23,6 +23,7 @@ from operator import mul
 import torch
 
 from specdec.proposers.adaptive import AdaptiveLength, together
+from specdec.proposers.base import Proposer
 from specdec.proposers.ngram import pad
 from specdec.proposers.suffix_tree import TOKEN_BYTES, Place, SuffixTree
 from specdec.requests import Batch, Generation
@@ -139,7 +140,7 @@ class OwnText:
         return copy_from(self._tree, self._tree.ends(), limit, doubt)
 
 
-class SuffixProposer:
+class SuffixProposer(Proposer):
     """Proposes the better copy of two: from the request's own text, and from what finished requests said.
 
     max_history_bytes: see `History`. adaptive: settles how much of a copy pays by measured costs; None for all of it

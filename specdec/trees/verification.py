@@ -22,14 +22,14 @@ arXiv:2402.12374), sampling without replacement.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 
 import torch
 from torch import Tensor
 
 from specdec.sampling.distributions import Dense, Distribution, OneHot, Partial, row_sums
 from specdec.trees.shape import Tree, tree_of
-from specdec.verification import Draft, Verification, residual, verify_coupled, verify_tokens
+from specdec.verification import Draft, Rule, Verification, residual, verify_coupled, verify_tokens
 
 # ---- the distribution of a sibling
 
@@ -117,6 +117,7 @@ def _layout(parents: tuple[int, ...], device: torch.device) -> _Layout:
     return _Layout.of(tree_of(parents), device)
 
 
+@Rule
 def verify_tree(target: Distribution, draft: Draft, accept_uniforms: Tensor, final_uniforms: Tensor) -> Verification:
     """Verify a tree by recursive rejection over siblings; a draft that is a chain by `verify_tokens`.
 
@@ -138,6 +139,7 @@ def verify_tree(target: Distribution, draft: Draft, accept_uniforms: Tensor, fin
     return Verification(walk.accepted, Dense(walk.probs).draw(uniform), walk.path)
 
 
+@partial(Rule, needs_noise=True)
 def verify_coupled_tree(
     target: Distribution, draft: Draft, accept_uniforms: Tensor, final_uniforms: Tensor
 ) -> Verification:
@@ -150,9 +152,6 @@ def verify_coupled_tree(
     depths = _layout(draft.parents, draft.tokens.device).depth
     levels = torch.cat([depths.new_zeros(1), depths])
     return _follow(target.draw(final_uniforms[:, levels]), draft)
-
-
-verify_coupled_tree.needs_noise = True  # type: ignore[attr-defined]  # functions declare no attributes
 
 
 class _Walk:

@@ -51,7 +51,7 @@ from specdec.proposers.ngram import LookupIndex, NgramProposer
 from specdec.sampling.distributions import Dense, race
 from specdec.sampling.randomness import Role
 from specdec.sampling_params import SamplingParams
-from specdec.verification import verify_block, verify_coupled, verify_tokens
+from specdec.verification import Rule, verify_block, verify_coupled, verify_tokens
 
 # -- races over pieces ---------------------------------------------------------------------------------------
 
@@ -186,8 +186,7 @@ def keep_the_draft(target, draft, accept_uniforms, final_uniforms):
 @pytest.mark.parametrize("broken", [wrong_row, keep_the_draft])
 def test_the_oracle_sees_broken_coupled_rules(broken) -> None:
     pieces = race_pieces(HALVES.tolist())
-    broken.needs_noise = True
-    runs = coupled_runs(decoder_of(head, 2), PROMPT, 4, pieces, rule=broken)
+    runs = coupled_runs(decoder_of(head, 2), PROMPT, 4, pieces, rule=Rule(broken, needs_noise=True))
     assert distance(exact_coupled_distribution(runs), joint_distribution(TARGET, PROMPT, 4)) > 0.01
 
 

@@ -65,7 +65,7 @@ class ToyHead:
 
     def __init__(self, model: MarkovModel) -> None:
         self.table, self.vocab_size, self.device = model.table, model.vocab_size, model.device
-        self.draft_vocabulary = torch.arange(self.vocab_size)
+        self.draft_vocabulary, self.rates = torch.arange(self.vocab_size), None
         self.num_fed = 0
 
     def allocate(self, num_slots: int, capacity: int) -> MarkovCache:

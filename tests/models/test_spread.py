@@ -16,6 +16,7 @@ import transformers
 from specdec import Engine, SamplingParams
 from specdec.drafts import load_with_drafts, place_models
 from specdec.models import loading
+from specdec.models.base import LanguageModel
 from specdec.models.causal import CausalLM
 from specdec.models.elsewhere import Elsewhere, can_be_recorded, seen_from
 from specdec.models.loading import load_pretrained, read_layer_bytes
@@ -114,7 +115,7 @@ def test_a_draft_elsewhere_changes_nothing(folders: dict[str, Path]) -> None:
     assert far.num_calls > 0
 
 
-class Stub:
+class Stub(LanguageModel):
     """A language model whose logits are zeros, and which insists on where its tokens are."""
 
     vocab_size, context_length = 96, 128

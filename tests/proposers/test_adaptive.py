@@ -23,6 +23,7 @@ from specdec.proposers.hybrid import HybridProposer
 from specdec.proposers.ngram import LookupIndex, NgramProposer
 from specdec.proposers.table import NgramTable
 from specdec.requests import Batch, Generation
+from specdec.verification import Rule
 
 SURE = torch.cat([QUARTERS, torch.eye(3, dtype=torch.float64)])  # some rows leave no doubt
 FREE = StepCosts((1.0,), 0.0)
@@ -42,6 +43,7 @@ def test_joint_distribution_of_drafts_that_end_early(mutated: bool) -> None:
     lengths = set()
 
     def make(source, rule, max_batch_size):
+        @Rule
         def recording(distribution, draft, *draws):
             lengths.update(draft.lengths.tolist())
             if mutated and draft.tokens.shape[1]:
@@ -88,6 +90,7 @@ def test_joint_distribution_of_copies_that_end_early(hybrid: bool, mutated: bool
     lengths = set()
 
     def make(source, rule, max_batch_size):
+        @Rule
         def recording(distribution, draft, accept, final):
             lengths.update(draft.lengths.tolist())
             if mutated and draft.tokens.shape[1]:
@@ -155,7 +158,7 @@ def test_the_engine_copies_while_copies_are_accepted(
 ) -> None:
     """A greedy Markov target repeats itself, so there is always something to copy; what is accepted is prescribed."""
     costs_s = tuple(1 + slope_s * width for width in range(MAX_DRAFT_LENGTH + 1))
-    monkeypatch.setattr("specdec.engine.target_costs", lambda target, rows, records: costs_s)
+    monkeypatch.setattr("specdec.assembly.target_costs", lambda target, rows, records: costs_s)
     options = {"num_speculative_tokens": "auto", "synthetic_acceptance_rates": [rate] * MAX_DRAFT_LENGTH}
     engine = Engine(grid_pair(1)[0], method="ngram", **options)
     completion = engine.generate([[0, 1, 2] * 3], SamplingParams(temperature=0, max_tokens=200))[0]

@@ -21,7 +21,7 @@ from specdec.proposers.hybrid import BetterCopies, HybridProposer
 from specdec.proposers.suffix import SuffixProposer
 from specdec.requests import Batch, Generation, Request, Step
 from specdec.sampling.state import SamplingState
-from specdec.verification import Draft
+from specdec.verification import Draft, Rule
 
 CPU = torch.device("cpu")
 TARGET, DRAFT = FeatureTarget(table(0, HALVES)), MarkovModel(table(10, HALVES))
@@ -55,6 +55,7 @@ def test_joint_distribution(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     distributions = set()
 
     def make(source, rule, max_batch_size):
+        @Rule
         def recording(distribution, draft, *draws):
             distributions.update(
                 (draft.distribution[:, :1].prob(draft.tokens[:, :1])[:, 0] == 1).tolist()

@@ -31,6 +31,7 @@ from specdec.proposers.suffix import (
 from specdec.proposers.suffix_tree import TOKEN_BYTES, SuffixTree
 from specdec.requests import Batch, Request
 from specdec.sampling.randomness import Role, own_seed, uniforms
+from specdec.verification import Rule
 
 TARGET, _ = grid_pair(3)
 CPU = torch.device("cpu")
@@ -222,6 +223,7 @@ def joint_distribution_after(history: str, proposer: type, num_tokens: int = 4) 
     lengths = set()
 
     def make(source, rule, max_batch_size):
+        @Rule
         def recording(distribution, draft, *draws):
             lengths.update(draft.lengths.tolist())
             return rule(distribution, draft, *draws)

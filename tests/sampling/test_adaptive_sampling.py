@@ -24,7 +24,7 @@ from specdec.proposers.adaptive import AdaptiveLength
 from specdec.proposers.chain import draw_chain
 from specdec.proposers.draft_model import DraftModelProposer
 from specdec.proposers.eagle import EagleProposer
-from specdec.verification import Draft
+from specdec.verification import Draft, Rule
 
 DRAW_S = (
     0.3  # of a step's second: after a row of (1, 1) / 2 another token pays not quite, after one of (3, 1) / 4 it does
@@ -63,6 +63,7 @@ def test_joint_distribution_of_drafts_that_end_by_the_rule(name: str, mutated: b
     lengths, (proposer, draft), prompt = set(), PROPOSERS[name], (1, 0)
 
     def make(source, rule, max_batch_size):
+        @Rule
         def recording(distribution, draft, *draws):
             lengths.update(draft.lengths.tolist())
             return rule(distribution, looks_at_its_tokens(draft, 0.4) if mutated else draft, *draws)
@@ -94,8 +95,8 @@ METHODS: dict[str, dict[str, Any]] = {
 
 def engine_for(method: str, monkeypatch: pytest.MonkeyPatch, max_batch_size: int = 1, draw_s: float = DRAW_S) -> Engine:
     """An engine that drafts as many tokens as are worth verifying, by costs that are given."""
-    monkeypatch.setattr("specdec.engine.target_costs", lambda target, rows, records: COSTS.target_s)
-    monkeypatch.setattr("specdec.engine._draft_cost", lambda *arguments: DRAW_S)
+    monkeypatch.setattr("specdec.assembly.target_costs", lambda target, rows, records: COSTS.target_s)
+    monkeypatch.setattr("specdec.assembly.draft_cost", lambda *arguments: DRAW_S)
     target: Any = ExitTarget(SAME.table, SAME.table) if method == "early_exit" else SAME
     options = {"num_speculative_tokens": "auto", "max_batch_size": max_batch_size}
     return Engine(target, method=method, **options, **METHODS[method])
@@ -158,8 +159,8 @@ def test_under_auto_each_request_has_uniforms_of_its_own_for_ever(method: str, m
 
 def test_under_coupled_verification_a_seed_gives_the_same_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     """There the output does not depend on the drafts, so that nothing needs protection."""
-    monkeypatch.setattr("specdec.engine.target_costs", lambda target, rows, records: COSTS.target_s)
-    monkeypatch.setattr("specdec.engine._draft_cost", lambda *arguments: DRAW_S)
+    monkeypatch.setattr("specdec.assembly.target_costs", lambda target, rows, records: COSTS.target_s)
+    monkeypatch.setattr("specdec.assembly.draft_cost", lambda *arguments: DRAW_S)
     options = {"method": "draft_model", "draft": SAME, "num_speculative_tokens": "auto", "verification": "coupled"}
     assert len({*emitted(Engine(SAME, **options), 2)}) == 1
 

@@ -19,7 +19,7 @@ from specdec.models.markov import MarkovModel
 from specdec.proposers.table import NgramTable
 from specdec.sampling.distributions import Distribution
 from specdec.trees.shape import Tree, tree_of
-from specdec.verification import Draft, Verification
+from specdec.verification import Draft, Rule, Verification
 
 VOCAB, LESS = 7, 1e-12
 PROMPT = (0, 1, 2, 3, 0, 1, 2)
@@ -59,12 +59,12 @@ def recorded(engine: Engine, params: SamplingParams) -> tuple[list[Seen], tuple[
     seen: list[Seen] = []
     rule = engine._decoder.rule
 
+    @partial(Rule, needs_noise=rule.needs_noise)
     def recording(target: Distribution, draft: Draft, *draws: torch.Tensor) -> Verification:
         outcome = rule(target, draft, *draws)
         seen.append((target, draft, outcome))
         return outcome
 
-    recording.needs_noise = getattr(rule, "needs_noise", False)  # type: ignore[attr-defined]
     engine._decoder.rule = recording
     (completion,) = engine.generate([PROMPT], params)
     return seen, completion.token_ids

@@ -41,7 +41,7 @@ from specdec.sampling.state import NonFiniteLogitsError
 from specdec.trees.columns import Branches
 from specdec.trees.shape import Tree
 from specdec.trees.verification import verify_coupled_tree, verify_tree
-from specdec.verification import verify_coupled, verify_tokens
+from specdec.verification import Rule, verify_coupled, verify_tokens
 
 # -- the joint distribution, exactly ----------------------------------------------------------------------------------
 
@@ -205,6 +205,7 @@ def test_siblings_of_every_level_are_drawn_without_replacement(proposer: type, m
     target = FeatureTarget(rows)
     draft = ToyHead(target) if proposer is EagleProposer else target
 
+    @Rule
     def recording(target, draft, *draws):
         drafts.append(draft)
         return verify_tree(target, draft, *draws)
@@ -357,6 +358,7 @@ def test_the_draft_s_distributions_are_those_of_its_own_context(tree: Tree) -> N
     model = CausalLM(tiny.make("llama", tiny.GQA))
     seen = []
 
+    @Rule
     def recording(target, draft, *draws):
         seen.append(draft)
         return verify_tree(target, draft, *draws)

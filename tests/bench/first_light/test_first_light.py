@@ -20,7 +20,7 @@ from bench.first_light.__main__ import LIMITS_S, main
 from bench.first_light.nudges import LAST, Nudge, nudge
 from bench.first_light.report import FACTS_FILE, Report, num_failed, read, table
 from bench.first_light.running import ARCHIVE_FILE, Part, run_parts
-from specdec import engine
+from specdec import Engine, assembly
 from specdec.models.causal import CausalLM
 from specdec.sampling.randomness import Role
 from specdec.verification import verify_tokens
@@ -275,7 +275,7 @@ def test_a_rule_that_accepts_always_is_found(
     def accept_always(target: Any, draft: Any, accept_uniforms: torch.Tensor, final_uniforms: torch.Tensor) -> Any:
         return verify_tokens(target, draft, torch.zeros_like(accept_uniforms) - 1, final_uniforms)
 
-    monkeypatch.setitem(engine.VERIFICATIONS, "token", accept_always)
+    monkeypatch.setitem(assembly.VERIFICATIONS, "token", accept_always)
     failed = [fact for fact in checks(tmp_path, models, ("autoregressive", "draft_model")) if not fact["ok"]]
     assert [fact["check"] for fact in failed] == ["llama float32 T=0 draft_model token = plain"]
 
@@ -307,7 +307,7 @@ def test_what_rounding_may_do_is_told_from_faults_when_tokens_are_drawn(
     assert sum("explained by distributions" in fact["detail"] for fact in found) >= 4
     engine_of = correctness.Models.engine
 
-    def faulty(self: correctness.Models, *arguments: Any, **options: Any) -> engine.Engine:
+    def faulty(self: correctness.Models, *arguments: Any, **options: Any) -> Engine:
         made = engine_of(self, *arguments, **options)
         if self is there:
             nudge(made, Nudge(0, tuple(Role), -0.3))
@@ -326,7 +326,7 @@ def test_a_boundary_is_told_from_a_fault_where_tokens_are_drafted(
     """A device whose uniforms are a little off, as if it rounded otherwise; and one that is off by more than that."""
     there, engine_of = correctness.Models(models.target, models.drafts), correctness.Models.engine
 
-    def shifted(self: correctness.Models, *arguments: Any, **options: Any) -> engine.Engine:
+    def shifted(self: correctness.Models, *arguments: Any, **options: Any) -> Engine:
         made = engine_of(self, *arguments, **options)
         if self is there:
             nudge(made, Nudge(0, (*LAST, Role.DRAFT), shift))

@@ -14,12 +14,12 @@ from typing import Any
 
 import pytest
 
-from bench.catalogue.methods import METHODS
 from bench.measure.journal import Entry, Journal
 from bench.records import campaigns
 from bench.records.sweeps import SMOKE_SWEEPS
 from bench.report import rendering
 from bench.report.html import page
+from specdec.methods import METHODS
 
 ROOT = Path(__file__).parents[3]
 Killed = tuple[Path, list[str]]

@@ -1,0 +1,291 @@
+"""Builds what an engine decodes with: proposer, verification rule, tree and adaptive draft length."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+import numpy as np
+
+from specdec.decoding import Decoder
+from specdec.drafts import Kind, can_be_recorded, check_draft, kind_of
+from specdec.methods import METHODS, VERIFICATION_NAMES, Builder, MethodSpec, Parts
+from specdec.models.base import LanguageModel, LayeredModel
+from specdec.models.costs import MAX_DRAFT_LENGTH, StepCosts, target_costs
+from specdec.proposers.adaptive import AdaptiveLength
+from specdec.requests import Request
+from specdec.runtime.checks import require, require_choice, require_integer
+from specdec.runtime.recording import Recorder
+from specdec.sampling_params import SamplingParams
+from specdec.synthetic import SyntheticAcceptance
+from specdec.trees.optimal import USUAL_RATES, optimal_tree, tree_that_pays
+from specdec.trees.shape import Tree
+from specdec.trees.verification import verify_coupled_tree, verify_tree
+from specdec.verification import VerificationRule, verify_block, verify_coupled, verify_tokens
+
+if TYPE_CHECKING:
+    from specdec.drafts import AnyDraft
+    from specdec.models.eagle import EagleHead
+
+VERIFICATIONS: dict[str, VerificationRule] = dict(
+    zip(VERIFICATION_NAMES, (verify_tokens, verify_block, verify_coupled), strict=True)
+)
+TREE_VERIFICATIONS: dict[str, VerificationRule] = {"token": verify_tree, "coupled": verify_coupled_tree}
+_TREE_WIDTHS = (1, 2, 3, 5, 7, 9, 12, 13, 16, 20, 24, 25, 32, 36, 48)  # whose costs "auto" measures before it chooses
+
+
+@dataclass(frozen=True, slots=True)
+class EngineOptions:
+    """The arguments of `Engine` besides its models. Raises ValueError for what no model could make right."""
+
+    method: str = "autoregressive"
+    num_speculative_tokens: int | Literal["auto"] = 4
+    max_batch_size: int = 1
+    verification: str = "token"
+    synthetic_acceptance_rates: Sequence[float] | None = None
+    records: bool | None = None
+    max_history_bytes: int | None = None
+    exit_layer: int | None = None
+    tree: Tree | None = None
+
+    def __post_init__(self) -> None:
+        require_choice("method", self.method, METHODS)
+        require_choice("verification", self.verification, VERIFICATIONS)
+        require_integer("max_batch_size", self.max_batch_size, 1)
+        self._check_method_options()
+        self._check_length()
+        if self.spec.drafts_trees:
+            self._check_tree()
+
+    @property
+    def spec(self) -> MethodSpec:
+        """The method's entry in the registry."""
+        return METHODS[self.method]
+
+    @property
+    def history_bytes(self) -> int:
+        """Memory for the text of finished requests."""
+        return (self.spec.history_bytes or 0) if self.max_history_bytes is None else self.max_history_bytes
+
+    @property
+    def is_adaptive(self) -> bool:
+        """Whether drafts end where another token would not pay."""
+        return self.num_speculative_tokens == "auto" and self.spec.is_adaptive
+
+    @property
+    def has_own_seeds(self) -> bool:
+        """Whether each request draws by a seed of its own: earlier ones reveal the uniforms behind their outputs."""
+        return (self.history_bytes > 0 or self.is_adaptive) and self.verification != "coupled"
+
+    def check_draft_kind(self, kind: Kind | None) -> None:
+        """Raise ValueError unless a draft of this kind, None for no draft, is what the method needs."""
+        needed = self.spec.draft_kinds
+        require(
+            kind is not None or not needed,
+            f'method="{self.method}" needs a draft ({" or ".join(needed)}); name one, or use "ngram"',
+        )
+        require(
+            kind is None or kind in needed,
+            f"a draft is given but method={self.method!r} does not use it, being a {kind}; use "
+            f"method={' or '.join(repr(spec.name) for spec in METHODS.values() if kind in spec.draft_kinds)}",
+        )
+
+    def _check_method_options(self) -> None:
+        if self.max_history_bytes is not None:
+            require_integer("max_history_bytes", self.max_history_bytes, 0, "; 0 remembers nothing")
+            self._check_used(
+                "max_history_bytes", [name for name, spec in METHODS.items() if spec.history_bytes is not None]
+            )
+        if self.exit_layer is not None:
+            require_integer("exit_layer", self.exit_layer, 1)
+            self._check_used("exit_layer", [name for name, spec in METHODS.items() if spec.exits_early])
+        require(
+            self.tree is None or self.spec.drafts_trees,
+            f'a tree is given but method={self.method!r} drafts none; use method="tree"',
+        )
+
+    def _check_used(self, option: str, methods: Sequence[str]) -> None:
+        require(
+            self.method in methods,
+            f"{option}={getattr(self, option)} must be left out with method={self.method!r}; use "
+            f"method={' or '.join(map(repr, methods))}",
+        )
+
+    def _check_length(self) -> None:
+        length: Any = self.num_speculative_tokens
+        is_number = isinstance(length, int) and not isinstance(length, bool)
+        require(
+            self.spec.build is None or length == "auto" or (is_number and length > 0),
+            f'num_speculative_tokens={length!r} must be at least 1, or "auto"; for plain decoding use '
+            'method="autoregressive"',
+        )
+        require(
+            self.spec.build is None or length != "auto" or self.spec.is_adaptive or self.spec.drafts_trees,
+            f'num_speculative_tokens="auto" needs a method that can end drafts early, which {self.method!r} cannot; '
+            "give a number",
+        )
+
+    def _check_tree(self) -> None:
+        require(
+            self.verification in TREE_VERIFICATIONS,
+            f'verification={self.verification!r} must be {" or ".join(TREE_VERIFICATIONS)} with method="{self.method}"',
+        )
+        require(
+            self.synthetic_acceptance_rates is None,
+            f'synthetic_acceptance_rates are of chains; leave them out with method="{self.method}"',
+        )
+
+
+def assemble(target: LanguageModel, draft: AnyDraft | None, options: EngineOptions) -> tuple[Decoder, Tree | None]:
+    """A decoder of the target, and the tree of its drafts if they are trees.
+
+    Raises ValueError if the draft is not what the method needs or cannot propose tokens for the target.
+    """
+    spec = options.spec
+    options.check_draft_kind(None if draft is None else kind_of(draft))
+    shared = None if draft is None else check_draft(target, draft)
+    recordable = None if can_be_recorded(target, draft) else False
+    require(
+        not options.records or recordable is None,
+        "records=True must be left out: target and draft must be on one device, and their angles of positions must "
+        "not depend on the longest one (dynamic or longrope)",
+    )
+    source = _first_layers(target, options) if spec.exits_early else draft
+    parts = Parts(target, source, shared, history_bytes=options.history_bytes)
+    timing = Timing(parts, spec.draw, options.max_batch_size, recordable)
+    tree = _tree(timing, options) if spec.drafts_trees else None
+    adaptive = adaptive_length(timing) if options.is_adaptive else None
+    decoder = Decoder(
+        target,
+        spec.build(replace(parts, adaptive=adaptive, tree=tree)) if spec.build else None,
+        _num_speculative_tokens(options, tree),
+        max_batch_size=options.max_batch_size,
+        rule=_rule(options),
+        adaptive=adaptive,
+        records=recordable if options.records is None else options.records,
+    )
+    return decoder, tree
+
+
+def _first_layers(target: LanguageModel, options: EngineOptions) -> LanguageModel:
+    require(
+        isinstance(target, LayeredModel),
+        f"target={type(target).__name__} must be a model that can be cut after its first layers, as CausalLM is, for "
+        f'method="{options.method}"',
+    )
+    layered = cast("LayeredModel", target)
+    return layered.first_layers(options.exit_layer or max(1, layered.num_layers // 4))
+
+
+def _num_speculative_tokens(options: EngineOptions, tree: Tree | None) -> int:
+    if options.spec.build is None:
+        return 0
+    if tree:
+        return len(tree)
+    return MAX_DRAFT_LENGTH if options.num_speculative_tokens == "auto" else options.num_speculative_tokens
+
+
+def _rule(options: EngineOptions) -> VerificationRule:
+    if options.synthetic_acceptance_rates is not None:
+        return SyntheticAcceptance(tuple(options.synthetic_acceptance_rates))
+    return (TREE_VERIFICATIONS if options.spec.drafts_trees else VERIFICATIONS)[options.verification]
+
+
+# ---- what a step costs, measured here
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """What is timed: steps of so many rows, whose drafts `draw` makes, if a model does. records: as for `Recorder`."""
+
+    parts: Parts
+    draw: Builder | None
+    num_rows: int
+    records: bool | None
+
+
+def adaptive_length(timing: Timing) -> AdaptiveLength:
+    """Draft lengths by measured costs, for 1, 2, 4, ... rows; a recorded step has all rows."""
+    most, fewer = timing.num_rows, list[int]()
+    if not Recorder(timing.parts.target.device, timing.records).records:
+        fewer = [1 << i for i in range((most - 1).bit_length())]
+    return AdaptiveLength({rows: step_costs(replace(timing, num_rows=rows)) for rows in [*fewer, most]})
+
+
+def step_costs(timing: Timing) -> StepCosts:
+    """Measured costs of a step; where no model drafts, only verification takes time."""
+    costs_s = target_costs(timing.parts.target, timing.num_rows, timing.records)
+    if timing.draw is None:
+        return StepCosts(costs_s, 0.0)
+    one_s, most_s = (draft_cost(timing, length) for length in (1, MAX_DRAFT_LENGTH))
+    draft_s = max(0.0, (MAX_DRAFT_LENGTH * most_s - one_s) / (MAX_DRAFT_LENGTH - 1))
+    return StepCosts(costs_s, draft_s, max(0.0, one_s - draft_s))
+
+
+def draft_cost(timing: Timing, length: int = MAX_DRAFT_LENGTH) -> float:
+    """Seconds per token of drafts of this length in each row, the least of a few measurements."""
+    assert timing.draw, "a model drafts"
+    decoder = Decoder(
+        timing.parts.target,
+        timing.draw(timing.parts),
+        length,
+        max_batch_size=timing.num_rows,
+        records=timing.records,
+    )
+    sampling = SamplingParams(temperature=0, max_tokens=2 * length + 2)
+    requests = [Request(index, (0, 0), sampling) for index in range(timing.num_rows)]
+    seconds = []
+    for _ in range(5):
+        num_drafted = sum(step.num_drafted for row in decoder.run(requests) for step in row.steps)
+        seconds.append(decoder.times.draft_s * timing.num_rows / num_drafted)
+    return min(seconds[2:])  # the first times warm up
+
+
+# ---- the shape of a tree
+
+
+def _tree(timing: Timing, options: EngineOptions) -> Tree:
+    """The tree that is given, else the best one. Raises ValueError if the models cannot score or draw it."""
+    target, draft = timing.parts.target, timing.parts.draft
+    target.check_tree()
+    if kind_of(draft) == "model":
+        cast("LanguageModel", draft).check_tree()
+    tree = options.tree or _best_tree(timing, options.num_speculative_tokens)
+    num_tokens = _num_draftable(draft)
+    require(
+        max(tree.ranks) < num_tokens,
+        f"a tree with {max(tree.ranks) + 1} siblings must have at most {num_tokens}, the tokens that the draft knows",
+    )
+    return tree
+
+
+def _best_tree(timing: Timing, num_nodes: int | Literal["auto"]) -> Tree:
+    """The best tree of that size by the draft's measured acceptance; "auto": of the size that pays by measured cost."""
+    draft: Any = timing.parts.draft
+    rates = (draft.rates if kind_of(draft) == "head" else None) or USUAL_RATES
+    acceptance = [level[: _num_draftable(draft)] for level in rates.acceptance]
+    if num_nodes != "auto":
+        return optimal_tree(acceptance, num_nodes, rates.level_cost)
+    tree = tree_that_pays(acceptance, *_tree_costs(timing))
+    return tree or Tree.chain(1)  # to propose nothing is not this method's
+
+
+def tree_costs(target: LanguageModel, draft: AnyDraft, num_rows: int = 1) -> tuple[list[float], float]:
+    """Measured seconds of a target step over 1, 2, ... tokens in each of so many rows, and of drawing one level."""
+    parts = Parts(target, draft, check_draft(target, draft))
+    records = None if can_be_recorded(target, draft) else False
+    return _tree_costs(Timing(parts, METHODS["tree"].draw, num_rows, records))
+
+
+def _tree_costs(timing: Timing) -> tuple[list[float], float]:
+    target = timing.parts.target
+    widths = [width for width in _TREE_WIDTHS if width < target.context_length]
+    costs_s = target_costs(target, timing.num_rows, timing.records, widths)
+    step_s = np.interp(range(1, max(widths) + 1), widths, costs_s).tolist()
+    return step_s, draft_cost(timing)
+
+
+def _num_draftable(draft: Any) -> int:
+    """Number of different tokens that a draft can propose."""
+    return len(cast("EagleHead", draft).draft_vocabulary) if kind_of(draft) == "head" else int(draft.vocab_size)
