@@ -21,10 +21,10 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
-from itertools import pairwise
-from typing import Any, Protocol, cast
+from itertools import accumulate, pairwise
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -43,32 +43,76 @@ from specdec.sampling.state import NonFiniteLogitsError, RowParams, SamplingStat
 from specdec.sampling_params import SamplingParams
 from specdec.stats import PhaseTimes
 from specdec.trees.columns import Branches
-from specdec.trees.shape import Tree, tree_of
+from specdec.trees.shape import Tree
 from specdec.verification import Draft, Verification, VerificationRule, verify_tokens
 
 
-class Outcome(Protocol):
-    """A step's outcome, which the host waits for when it reads it; see `_packed`."""
+class Transfer(Protocol):
+    """The columns of a `Packed` on their way to the host, which waits for them when it reads them."""
 
     def tolist(self) -> list[list[int]]: ...
+
+
+class RowOutcome(NamedTuple):
+    """What the host reads of a row's step.
+
+    moments_ns: readings of the device's clock between the phases, if it is read. tokens: the draft's. path: of a tree,
+    the accepted nodes first. counts: tokens proposed and accepted, and the token after them.
+    draft_finite, target_finite: whether the distributions come from logits that have one, 0 or 1 each.
+    """
+
+    moments_ns: list[int]
+    tokens: list[int]
+    path: list[int]
+    counts: list[int]
+    draft_finite: list[int]
+    target_finite: list[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """The fields of a `RowOutcome` for each row side by side, so that one transfer brings them to the host.
+
+    columns: int64 [rows, n]. widths: columns of each field.
+    """
+
+    columns: Tensor
+    widths: tuple[int, ...]
+
+    @classmethod
+    def of(cls, draft: Draft, outcome: Verification, finite: Tensor, moments_ns: Sequence[Tensor] = ()) -> Packed:
+        """finite: whether the target's distributions are distributions, bool [rows, k + 1]. moments_ns: int64 [1]."""
+        none = draft.tokens[:, :0]
+        parts = (
+            torch.cat([*moments_ns]).expand(len(draft.tokens), -1) if moments_ns else none,
+            draft.tokens,
+            none if outcome.path is None else outcome.path,
+            torch.stack([draft.lengths, outcome.accepted, outcome.next_token], 1),
+            none if draft.finite is None else draft.finite.long(),
+            finite.long(),
+        )
+        return cls(torch.cat(parts, 1), tuple(part.shape[1] for part in parts))
+
+
+def unpacked(columns: Sequence[int], widths: Sequence[int]) -> RowOutcome:
+    """A row of a `Packed`."""
+    ends = [*accumulate(widths)]
+    return RowOutcome(*([*columns[end - width : end]] for end, width in zip(ends, widths, strict=True)))
 
 
 @dataclass(frozen=True, slots=True)
 class Flight:
     """A step that the device was given.
 
-    batch: its rows when it was launched. outcome: to be read. num_drafted, num_levels: columns of its drafts, and of
-    the paths of accepted nodes. parents: of a tree. logits: the target's, if the host needs them.
-    num_moments: readings of the device's clock, between the phases.
+    batch: its rows when it was launched. outcome, widths: of a `Packed`. tree: the shape of its drafts, if they are
+    trees. logits: the target's, if the host needs them.
     """
 
     batch: Batch
-    outcome: Outcome
-    num_drafted: int
-    num_levels: int = 0
-    parents: tuple[int, ...] | None = None
+    outcome: Transfer
+    widths: tuple[int, ...]
+    tree: Tree | None = None
     logits: Tensor | None = None
-    num_moments: int = 0
 
 
 class Decoder:
@@ -234,8 +278,8 @@ class Decoder:
             logits = self._read(row, cache, slot)
         draft = Draft.empty(1, self.target.vocab_size, self.target.device)
         with self._stopwatch.phase("verification_s"):
-            outcome = self._verify(batch, logits, draft)
-        self._commit(Flight(batch, _packed(draft, outcome, batch.sampling.finite()), 0, logits=logits))
+            packed = Packed.of(draft, *self._verify(batch, logits, draft))
+        self._commit(Flight(batch, packed.columns, packed.widths, logits=logits))
         row.steps.clear()
 
     def _read(self, row: Generation, cache: Cache, slot: int) -> Tensor:
@@ -268,12 +312,11 @@ class Decoder:
         with self._stopwatch.phase("scoring_s"):
             logits = self._score(batch, draft, cache)
         with self._stopwatch.phase("verification_s"):
-            outcome = self._verify(batch, logits, draft)
+            outcome, finite = self._verify(batch, logits, draft)
             if outcome.path is not None:
                 self.recorder(self._compact, cache, upload(batch.lengths(), self.target.device), outcome.path)
-        packed = _packed(draft, outcome, batch.sampling.finite())
-        num_levels = 0 if outcome.path is None else outcome.path.shape[1]
-        return Flight(batch, packed, draft.tokens.shape[1], num_levels, draft.parents, logits)
+        packed = Packed.of(draft, outcome, finite)
+        return Flight(batch, packed.columns, packed.widths, draft.tree, logits)
 
     def _launch(self, batch: Batch, cache: Cache, num_unread: int) -> Flight:
         """A step as one recording, which finds its rows' state on the device and leaves the next one there."""
@@ -286,44 +329,33 @@ class Decoder:
         inputs = proposer.inputs(batch) if proposer else ()
         extent = cast("Any", cache).extent_for(longest)
         packed = self.recorder(self._whole_step, state, self._placed[1], extent, cache, *inputs)
-        return Flight(batch, self._mailbox.send(packed), width - 1, num_moments=4)
+        return Flight(batch, self._mailbox.send(packed.columns), packed.widths)
 
     def _whole_step(
         self, packed: InPlace[Tensor], params: InPlace[RowParams], extent: int, cache: Cache, *inputs: Any
-    ) -> Tensor:
-        """A function of tensors alone: a step of the rows whose state is packed, which becomes that behind the step.
+    ) -> Packed:
+        """A function of tensors alone: a step of the rows whose state is packed, which becomes that after the step.
 
-        extent: a bound on the places that a row has, with its draft. inputs: the proposer's. Returns what `_packed`
-        says, preceded by the moments between the phases.
+        extent: a bound on the places that a row has, with its draft. inputs: the proposer's.
         """
         state, rows, now_ns = RowState.unpack(packed.value), params.value, cast("Any", self._clock)
         moments = [now_ns()]
-        draft, of_draft = self._draft_from(state, rows, extent, inputs)
+        draft = self._draft_from(state, rows, extent, inputs)
         moments.append(now_ns() if self.proposer else moments[0])
         tokens = torch.cat([state.newest, draft.tokens], 1)
         logits = cast("FixedShapeModel", self.target).forward_at(tokens, state.lengths - 1, cache, extent)
         moments.append(now_ns())
-        outcome, of_target = self._decide(logits, draft, rows, state.lengths)
+        outcome, finite = self._decide(logits, draft, rows, state.lengths)
         packed.value.copy_(self._after(state, draft, outcome).packed())
         moments.append(now_ns())
-        return torch.cat(
-            [
-                torch.cat(moments).expand(len(tokens), -1),
-                _packed(draft, outcome, torch.cat([of_draft, of_target], 1)),
-            ],
-            1,
-        )
+        return Packed.of(draft, outcome, finite, moments)
 
-    def _draft_from(
-        self, state: RowState, rows: RowParams, extent: int, inputs: tuple[Any, ...]
-    ) -> tuple[Draft, Tensor]:
-        """A draft, and whether the distributions that it was drawn from are distributions, bool [rows, n]."""
+    def _draft_from(self, state: RowState, rows: RowParams, extent: int, inputs: tuple[Any, ...]) -> Draft:
         if self.proposer is None:
-            draft = Draft.empty(len(state.lengths), rows.vocab_size, state.lengths.device)
-            return draft, draft.tokens.bool()
+            return Draft.empty(len(state.lengths), rows.vocab_size, state.lengths.device)
         proposer, num_tokens = cast("FixedProposer", self.proposer), self.num_speculative_tokens
         tokens, distribution, finite = proposer.draft_from(state, rows, num_tokens, extent, *inputs)
-        return Draft(tokens, state.limits(num_tokens, proposer.context_length), distribution), finite
+        return Draft(tokens, state.limits(num_tokens, proposer.context_length), distribution, finite=finite)
 
     def _after(self, state: RowState, draft: Draft, outcome: Verification) -> RowState:
         num_pending = torch.ones_like(outcome.accepted)
@@ -343,20 +375,20 @@ class Decoder:
         """Logits after each row's newest token and after each of its draft, [rows, k + 1, vocab]."""
         cache.lengths[: len(batch.rows)] = [length - 1 for length in batch.lengths()]
         tokens = torch.cat([upload(batch.last_tokens(), self.target.device).unsqueeze(1), draft.tokens], 1)
-        branches = None if draft.parents is None else Branches.behind_root(draft.parents)
+        branches = None if draft.tree is None else Branches.behind_root(draft.tree.parents)
         return score(self.target, tokens, cache, self.recorder, branches)
 
-    def _verify(self, batch: Batch, logits: Tensor, draft: Draft) -> Verification:
+    def _verify(self, batch: Batch, logits: Tensor, draft: Draft) -> tuple[Verification, Tensor]:
+        """The fate of the draft, and whether the target's distributions are distributions, bool [rows, k + 1]."""
         origins = upload(batch.lengths(), self.target.device)
         if batch.sampling.is_stateless:
-            outcome, finite = self.recorder(self._decide, logits, draft, batch.sampling.rows, origins)
-            batch.sampling.note(finite)
-            return outcome
-        distribution = batch.sampling.distribution(logits, draft.tokens, lineage=_lineage(draft))
-        return self.rule(distribution, draft, *self._draws(batch.sampling.rows, origins, draft))
+            bare = replace(draft, finite=None)  # decides nothing: not an input of what is recorded
+            return self.recorder(self._decide, logits, bare, batch.sampling.rows, origins)
+        distribution, finite = batch.sampling.distribution(logits, draft.tokens, lineage=_lineage(draft))
+        return self.rule(distribution, draft, *self._draws(batch.sampling.rows, origins, draft)), finite
 
     def _decide(self, logits: Tensor, draft: Draft, rows: RowParams, origins: Tensor) -> tuple[Verification, Tensor]:
-        """A function of tensors alone: the fate of the draft, and whether the target's distributions are finite."""
+        """As `_verify`, a function of tensors alone."""
         distribution, finite = rows.distribution(logits)
         return self.rule(distribution, draft, *self._draws(rows, origins, draft)), finite
 
@@ -366,7 +398,7 @@ class Decoder:
         Coupled rows have noise for the last token, [rows, depth + 1, vocab], which decides about accepting, too.
         """
         num_rows, width = draft.tokens.shape
-        offsets, roles, depths = _draws_of_a_step(width, draft.parents, origins.device)
+        offsets, roles, depths = _draws_of_a_step(width, draft.tree, origins.device)
         if rows.all_greedy and not self.rule.always_draws:
             # every distribution is one-hot: no uniform can change anything
             zeros = torch.zeros(num_rows, len(offsets), dtype=torch.float64, device=origins.device)
@@ -390,25 +422,22 @@ class Decoder:
         Returns how many tokens were drafted and accepted in each row that is not idle, truncation apart.
         """
         decided, batch = [], flight.batch
-        tree = None if flight.parents is None else tree_of(flight.parents)
-        width, depth = flight.num_drafted, flight.num_levels
-        outcome = flight.outcome.tolist()
-        self._add_phases(outcome[0][: flight.num_moments])
-        for index, (row, values) in enumerate(zip(batch.rows, outcome, strict=True)):
+        outcomes = [unpacked(columns, flight.widths) for columns in flight.outcome.tolist()]
+        self._add_phases(outcomes[0].moments_ns)
+        for index, (row, outcome) in enumerate(zip(batch.rows, outcomes, strict=True)):
             if row is None or row.finish_reason:
                 continue
-            values = values[flight.num_moments :]
-            num_drafted, num_accepted, next_token, *are_distributions = values[width + depth :]
-            _check_distributions(row, index, are_distributions, width, tree)
+            _check_distributions(row, index, outcome, flight.tree)
+            num_drafted, num_accepted, next_token = outcome.counts
             decided.append((num_drafted, num_accepted))
-            accepted = values[width : width + num_accepted] if tree else range(num_accepted)
-            emitted = [*(values[place] for place in accepted), next_token]
+            accepted = outcome.path[:num_accepted] if flight.tree else range(num_accepted)
+            emitted = [*(outcome.tokens[place] for place in accepted), next_token]
             num_kept = row.emit(emitted)
             if row.request.sampling.logprobs:
                 assert flight.logits is not None
                 _add_logprobs(row, flight.logits[index], [0, *(place + 1 for place in accepted)], emitted[:num_kept])
             batch.sampling.observe(index, emitted[:num_kept])
-            row.steps.append(_step(num_drafted, accepted, num_kept, tree))
+            row.steps.append(_step(num_drafted, accepted, num_kept, flight.tree))
             row.last_token_s = time.perf_counter()
             row.first_token_s = row.first_token_s or row.last_token_s
         return decided
@@ -441,27 +470,14 @@ def _newest(batch: Batch, slot: int) -> list[int]:
     return row.tokens[-1:]
 
 
-def _packed(draft: Draft, outcome: Verification, finite: Tensor) -> Tensor:
-    """All that the host reads of a step, int64 [rows, n].
-
-    The columns: the drafted tokens, the path of a tree, tokens proposed and accepted, the token after them, and
-    whether each distribution is one, the draft's first.
-    """
-    path = [] if outcome.path is None else [outcome.path]
-    counts = torch.stack([draft.lengths, outcome.accepted, outcome.next_token], 1)
-    return torch.cat([draft.tokens, *path, counts, finite.long()], 1)
-
-
 @cache  # without a limit: recordings read these tensors where they are
-def _draws_of_a_step(
-    width: int, parents: tuple[int, ...] | None, device: torch.device
-) -> tuple[Tensor, Tensor, Tensor]:
+def _draws_of_a_step(width: int, tree: Tree | None, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """Offsets and roles of the uniforms for accepting `width` tokens and for the last one, int64 [width + depth + 1].
 
     The nodes of a level are at one position, each on a branch of its own. The third are the levels that a draft has
     whose first 0, 1, ..., width tokens are proposed.
     """
-    widths = [1] * width if parents is None else tree_of(parents).widths
+    widths = tree.widths if tree else (1,) * width
     depths = [0, *(depth for depth, size in enumerate(widths, 1) for _ in range(size))]
     branches = [place for size in widths for place in range(size)]
     offsets = [*(depth - 1 for depth in depths[1:]), *range(len(widths) + 1)]
@@ -472,10 +488,7 @@ def _draws_of_a_step(
 
 def _lineage(draft: Draft) -> list[list[int]] | None:
     """The draft's tokens before each position of the logits, where it is a tree."""
-    if draft.parents is None:
-        return None
-    tree = tree_of(draft.parents)
-    return [tree.lineage(node) for node in range(-1, len(tree))]
+    return [draft.tree.lineage(node) for node in range(-1, len(draft.tree))] if draft.tree else None
 
 
 def _step(num_drafted: int, accepted: Sequence[int], num_kept: int, tree: Tree | None) -> Step:
@@ -497,17 +510,15 @@ def _add_logprobs(row: Generation, logits: Tensor, positions: Sequence[int], tok
         row.top_logprobs += [dict(zip(*place, strict=True)) for place in zip(indices, values, strict=True)]
 
 
-def _check_distributions(
-    row: Generation, index: int, are_distributions: Sequence[int], width: int, tree: Tree | None
-) -> None:
-    """Raise for the request and step whose logits give no distribution; the last width + 1 are the target's."""
-    if all(are_distributions):
+def _check_distributions(row: Generation, index: int, outcome: RowOutcome, tree: Tree | None) -> None:
+    """Raise NonFiniteLogitsError for the request and step whose logits give no distribution."""
+    if all(outcome.draft_finite) and all(outcome.target_finite):
         return
-    place, num_drafts = are_distributions.index(0), len(are_distributions) - width - 1
-    whose = "the draft model's" if place < num_drafts else "the target's"
-    position = place if place < num_drafts else place - num_drafts
-    if tree:  # after a node, of the draft's distributions one that has children; -1 is the root
-        position = (0, *tree.depths)[(tree.families[position] if place < num_drafts else position - 1) + 1]
+    is_draft = not all(outcome.draft_finite)
+    whose, finite = ("the draft model's", outcome.draft_finite) if is_draft else ("the target's", outcome.target_finite)
+    position = finite.index(0)
+    if tree:  # the level of a node: the draft has distributions for those with children, the target for all
+        position = (0, *tree.depths)[tree.families[position] + 1 if is_draft else position]
     raise NonFiniteLogitsError(
         index,
         position,

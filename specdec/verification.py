@@ -42,6 +42,7 @@ from torch import Tensor
 
 from specdec.sampling import fused
 from specdec.sampling.distributions import Dense, Distribution, OneHot, row_sums, stack_distributions
+from specdec.trees.shape import Tree
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,16 +51,17 @@ class Draft:
 
     tokens: int64 [batch, k]. lengths: int64 [batch], how many of a row's tokens are really proposed, 0 <= length <= k;
     what stands after them is padding. distribution: the draft's distributions [batch, k].
-    parents: of a tree, which token each one follows, -1 for those that come first; level by level, siblings together,
-    as `trees.shape.Tree` has them. The distribution then has a row for each family of siblings, in their order, from
+    tree: its shape, if it is one. The distribution then has a row for each family of siblings, in their order, from
     which they were drawn without replacement. None: a chain, each token following the one before.
+    finite: bool, as many as the distributions, whether they come from logits that have one; None if they surely do.
     Raises ValueError if the shapes do not belong together.
     """
 
     tokens: Tensor
     lengths: Tensor
     distribution: Distribution
-    parents: tuple[int, ...] | None = None
+    tree: Tree | None = None
+    finite: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.tokens.ndim != 2 or self.lengths.shape != self.tokens.shape[:1]:
@@ -68,15 +70,17 @@ class Draft:
                 f"shape {tuple(self.lengths.shape)}, [batch]"
             )
         num_rows, num_tokens = self.tokens.shape
-        if self.parents is not None and len(self.parents) != num_tokens:
-            raise ValueError(f"{len(self.parents)} parents must be one for each of {num_tokens} tokens")
-        num_distributions = num_tokens if self.parents is None else len(set(self.parents))
+        if self.tree is not None and len(self.tree) != num_tokens:
+            raise ValueError(f"a tree of {len(self.tree)} nodes must have one for each of {num_tokens} tokens")
+        num_distributions = num_tokens if self.tree is None else len(self.tree.families)
         if self.distribution.shape != (num_rows, num_distributions):
-            whose = "tokens" if self.parents is None else "tokens' families"
+            whose = "tokens" if self.tree is None else "tokens' families"
             raise ValueError(
                 f"distribution of shape {tuple(self.distribution.shape)} must have one row for each of the "
                 f"{(num_rows, num_distributions)} {whose}"
             )
+        if self.finite is not None and self.finite.shape != self.distribution.shape:
+            raise ValueError(f"finite of shape {tuple(self.finite.shape)} must have the distribution's shape")
 
     @classmethod
     def deterministic(cls, tokens: Tensor, lengths: Tensor, vocab_size: int) -> Draft:
@@ -84,10 +88,12 @@ class Draft:
         return cls(tokens, lengths, OneHot(tokens, vocab_size))
 
     @classmethod
-    def sampled(cls, steps: Sequence[tuple[Tensor, Distribution]], lengths: Tensor) -> Draft:
+    def sampled(
+        cls, steps: Sequence[tuple[Tensor, Distribution]], lengths: Tensor, finite: Tensor | None = None
+    ) -> Draft:
         """A draft from (token [batch], distribution [batch]) pairs, one for each position; tokens drawn from them."""
         tokens, distributions = zip(*steps, strict=True)
-        return cls(torch.stack(tokens, 1), lengths, stack_distributions(distributions))
+        return cls(torch.stack(tokens, 1), lengths, stack_distributions(distributions), finite=finite)
 
     @classmethod
     def empty(cls, batch_size: int, vocab_size: int, device: torch.device) -> Draft:

@@ -339,7 +339,7 @@ class Checks:
         prompt, output = said.prompt_token_ids, said.token_ids[:position]
         logits = _logits_behind(models.target, [*prompt, *output])
         state = SamplingState([sampling], [prompt], [output], logits.shape[-1], logits.device)
-        return state.distribution(logits.view(1, 1, -1)).dense()[0, 0]
+        return state.distribution(logits.view(1, 1, -1))[0].dense()[0, 0]
 
     def _difference(self, ours: list[Phase], theirs: list[Phase]) -> Difference | None:
         for phase, (here, there) in enumerate(zip(ours, theirs, strict=False)):

@@ -26,7 +26,7 @@ from specdec.runtime.devices import upload
 from specdec.sampling.distributions import Dense, Distribution
 from specdec.sampling.randomness import Role, UniformSource, uniforms
 from specdec.sampling.state import RowParams, SamplingState
-from specdec.trees.shape import Tree, tree_of
+from specdec.trees.shape import Tree
 from specdec.trees.verification import verify_tree
 from specdec.verification import (
     Draft,
@@ -234,15 +234,15 @@ class _BrokenLoop(Decoder):
 class TopKOnOneSide(_BrokenLoop):
     """M8: the bonus and recovered tokens come from the distribution without top-k, whatever was asked."""
 
-    def _verify(self, batch: Batch, logits: Tensor, draft: Draft) -> Verification:
-        outcome = super()._verify(batch, logits, draft)
+    def _verify(self, batch: Batch, logits: Tensor, draft: Draft) -> tuple[Verification, Tensor]:
+        outcome, finite = super()._verify(batch, logits, draft)
         unlimited = [replace(params, top_k=0) for params in batch.sampling.params]
         nothing: list[tuple[int, ...]] = [()] * len(unlimited)
         state = SamplingState(unlimited, nothing, nothing, batch.sampling.vocab_size, batch.sampling.device)
-        distribution = final_distribution(state.distribution(logits, draft.tokens), draft, outcome.accepted)
+        distribution = final_distribution(state.distribution(logits, draft.tokens)[0], draft, outcome.accepted)
         final_uniforms = self._draws(batch.sampling.rows, upload(batch.lengths(), logits.device), draft)[1]
         uniform = final_uniforms.gather(1, outcome.accepted.unsqueeze(1)).squeeze(1)
-        return replace(outcome, next_token=distribution.draw(uniform))
+        return replace(outcome, next_token=distribution.draw(uniform)), finite
 
 
 class ForgetsRollback(LanguageModel):
@@ -302,14 +302,14 @@ class OverlongDraft(IgnoredStop):
 class SoftGreedy(_BrokenLoop):
     """M11: at temperature 0 a draft token is tested against the softmax, so that another than the argmax can pass."""
 
-    def _verify(self, batch: Batch, logits: Tensor, draft: Draft) -> Verification:
+    def _verify(self, batch: Batch, logits: Tensor, draft: Draft) -> tuple[Verification, Tensor]:
         accept_uniforms, final_uniforms = self._draws(
             batch.sampling.rows, upload(batch.lengths(), logits.device), draft
         )
         soft = Dense(logits.to(torch.promote_types(logits.dtype, torch.float32)).softmax(-1))
         accepted = verify_tokens(soft, draft, accept_uniforms, final_uniforms).accepted
-        distribution = batch.sampling.distribution(logits, draft.tokens)
-        return draw_last(distribution, draft, accepted, final_uniforms)
+        distribution, finite = batch.sampling.distribution(logits, draft.tokens)
+        return draw_last(distribution, draft, accepted, final_uniforms), finite
 
     def _draws(self, rows: RowParams, origins: Tensor, draft: Draft) -> tuple[Tensor, Tensor]:
         return super()._draws(replace(rows, all_greedy=False), origins, draft)  # its rule has a use for uniforms
@@ -335,7 +335,7 @@ def unconstrained(batch: Batch) -> Batch:
 class UnconstrainedTarget(_BrokenLoop):
     """The constraint is applied to the draft alone."""
 
-    def _verify(self, batch: Batch, logits: Tensor, draft: Draft) -> Verification:
+    def _verify(self, batch: Batch, logits: Tensor, draft: Draft) -> tuple[Verification, Tensor]:
         return super()._verify(unconstrained(batch), logits, draft)
 
 
@@ -394,11 +394,11 @@ class SiblingsWithReplacement(Proposer):
 
     def propose(self, batch: Batch, limits: Sequence[int]) -> Draft:
         draft: Draft = self._proposer.propose(batch, limits)
-        return draft if draft.parents is None else self._with_replacement(batch, draft)
+        return draft if draft.tree is None else self._with_replacement(batch, draft)
 
     def _with_replacement(self, batch: Batch, draft: Draft) -> Draft:
-        assert draft.parents is not None
-        tree, origins = tree_of(draft.parents), upload(batch.lengths(), draft.tokens.device)
+        assert draft.tree
+        tree, origins = draft.tree, upload(batch.lengths(), draft.tokens.device)
         draws = tree_uniforms(batch.sampling.rows, origins, tree, self._proposer._uniforms)
         return replace(draft, tokens=draft.distribution[:, list(map(tree.families.index, tree.parents))].draw(draws))
 
@@ -408,9 +408,9 @@ class LateSiblingsWithReplacement(SiblingsWithReplacement):
 
     def propose(self, batch: Batch, limits: Sequence[int]) -> Draft:
         right: Draft = self._proposer.propose(batch, limits)
-        if right.parents is None:
+        if right.tree is None:
             return right
-        late = torch.tensor(tree_of(right.parents).depths, device=right.tokens.device) > 1
+        late = torch.tensor(right.tree.depths, device=right.tokens.device) > 1
         return replace(right, tokens=torch.where(late, self._with_replacement(batch, right).tokens, right.tokens))
 
 

@@ -116,8 +116,8 @@ class Reference:
         self, logits: Tensor, fed: Tensor, prompts: Sequence[Tokens], before: Sequence[Tokens]
     ) -> Distribution:
         state = self._state(self.sampling, prompts, before)
-        distribution = state.distribution(logits, fed[:, 1:])
-        if not state.finite().all():
+        distribution, finite = state.distribution(logits, fed[:, 1:])
+        if not finite.all():
             raise FloatingPointError("logits of the reference are NaN, +inf or all -inf, so there is no distribution")
         return distribution
 
@@ -158,7 +158,7 @@ class Reference:
         a token that no rounding makes possible.
         """
         whole = replace(self.sampling, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0)
-        distribution = self._state(whole, [prompt], [output[:-1]]).distribution(logits[None, None])
+        distribution, _ = self._state(whole, [prompt], [output[:-1]]).distribution(logits[None, None])
         return boundary_gap(distribution.dense()[0, 0].double().log(), output[-1], self.sampling)
 
 

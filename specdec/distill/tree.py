@@ -13,7 +13,7 @@ from specdec.proposers.base import Proposer
 from specdec.requests import Request
 from specdec.sampling.distributions import Distribution
 from specdec.sampling_params import SamplingParams
-from specdec.trees.shape import MAX_LEVELS, Tree, tree_of
+from specdec.trees.shape import MAX_LEVELS, Tree
 from specdec.trees.verification import verify_tree
 from specdec.verification import Draft, Rule, Verification
 
@@ -38,9 +38,9 @@ class Counts:
 
     def add(self, draft: Draft, outcome: Verification) -> None:
         """Count what became of a draft; an idle row proposes nothing."""
-        if draft.parents is None or outcome.path is None:
+        if draft.tree is None or outcome.path is None:
             return
-        tree = tree_of(draft.parents)
+        tree = draft.tree
         for num_nodes, path, num_accepted in zip(
             draft.lengths.tolist(), outcome.path.tolist(), outcome.accepted.tolist(), strict=True
         ):

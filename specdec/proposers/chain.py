@@ -35,6 +35,7 @@ def draw_chain(
     drafted = torch.empty(len(batch.rows), 0, dtype=torch.int64, device=device)
     busy, reach = [slot for slot, row in enumerate(batch.rows) if row], [1.0] * len(lengths)
     steps: list[tuple[Tensor, Distribution]] = []
+    finite: list[Tensor] = []
     for i in range(max(limits)):
         if adaptive:
             pays = adaptive.pays([reach[slot] if lengths[slot] > i else 0.0 for slot in busy], i)
@@ -44,15 +45,17 @@ def draw_chain(
             if max(lengths) <= i:
                 break
         logits = logits_after(drafted)
-        distribution = batch.sampling.distribution(logits, drafted, vocabulary)[:, 0]
+        distributions, is_finite = batch.sampling.distribution(logits, drafted, vocabulary)
+        distribution = distributions[:, 0]
         token = distribution.draw(draws[:, i])
         steps.append((token, distribution))
+        finite.append(is_finite)
         drafted = torch.cat([drafted, token.unsqueeze(1)], 1)
         if adaptive:
             reach = [a * b for a, b in zip(reach, confidence(logits[:, 0]).tolist(), strict=True)]
     if not steps:
         return Draft.empty(len(batch.rows), batch.sampling.vocab_size, device)
-    return Draft.sampled(steps, upload(lengths, device))
+    return Draft.sampled(steps, upload(lengths, device), torch.cat(finite, 1))
 
 
 def draw_fixed(

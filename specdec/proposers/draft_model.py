@@ -199,8 +199,7 @@ class DraftModelProposer(Proposer):
         drafted, distribution, finite = batch.recording(
             self._loop, tokens, *places, batch.sampling.rows, batch.max_draft, extent, self._cache
         )
-        batch.sampling.note(finite)
-        return Draft(drafted, upload(limits, device), distribution)
+        return Draft(drafted, upload(limits, device), distribution, finite=finite)
 
     def _loop(
         self,

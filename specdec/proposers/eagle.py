@@ -138,8 +138,7 @@ class EagleProposer(Proposer):
             self._cache,
             InPlace(batch.features),
         )
-        batch.sampling.note(finite)
-        return Draft(drafted, upload(limits, device), distribution)
+        return Draft(drafted, upload(limits, device), distribution, finite=finite)
 
     def _loop(
         self,

@@ -103,8 +103,7 @@ class EarlyExitProposer(Proposer):
             extent,
             cache,
         )
-        batch.sampling.note(finite)
-        return Draft(drafted, upload(limits, device), distribution)
+        return Draft(drafted, upload(limits, device), distribution, finite=finite)
 
     def _loop(
         self, last: Tensor, origins: Tensor, rows: RowParams, num_tokens: int, extent: int, cache: Cache

@@ -141,10 +141,12 @@ def _merged(copied: Draft, drawn: Draft) -> Draft:
         torch.where(rows, mine.tokens, theirs.tokens),
         torch.where(from_copied, mine.lengths, theirs.lengths),
         distribution,
+        finite=theirs.finite,
     )
 
 
 def _widened(draft: Draft, width: int) -> Draft:
     """The same draft with more padding."""
     columns = torch.arange(width, device=draft.tokens.device).clamp(max=draft.tokens.shape[1] - 1)
-    return Draft(draft.tokens[:, columns], draft.lengths, draft.distribution[:, columns])
+    finite = None if draft.finite is None else draft.finite[:, columns]
+    return Draft(draft.tokens[:, columns], draft.lengths, draft.distribution[:, columns], finite=finite)

@@ -70,16 +70,18 @@ def draw_tree(
     draws = tree_uniforms(rows, upload(batch.lengths(), device), tree, uniforms)
     tokens = torch.empty(len(batch.rows), 0, dtype=torch.int64, device=device)
     distributions: list[Distribution] = []
+    finite: list[Tensor] = []
     for level in levels_of(tree):
         logits = logits_at(level, tokens[:, level.parents] if level.number else tokens)
-        distribution = batch.sampling.distribution(logits, tokens, vocabulary, level.lineage)
+        distribution, is_finite = batch.sampling.distribution(logits, tokens, vocabulary, level.lineage)
         drawn = draw_siblings(
             distribution, logits, level.counts, draws[:, level.start : level.start + sum(level.counts)], vocabulary
         )
         tokens = torch.cat([tokens, drawn], 1)
         distributions += [distribution[:, place] for place in range(len(level.parents))]
+        finite.append(is_finite)
     lengths = upload([tree.num_within(limit) for limit in limits], device)
-    return Draft(tokens, lengths, stack_distributions(distributions), tree.parents)
+    return Draft(tokens, lengths, stack_distributions(distributions), tree, torch.cat(finite, 1))
 
 
 def draw_siblings(

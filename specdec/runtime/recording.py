@@ -256,7 +256,7 @@ def _structure(value: Any, tensors: list[Tensor]) -> Hashable:
     if isinstance(value, tuple):
         return tuple(_structure(item, tensors) for item in value)
     if _is_record(value):
-        return type(value), tuple(_structure(getattr(value, field.name), tensors) for field in fields(value))
+        return type(value), tuple(_structure(part, tensors) for part in _parts(value))
     return cast("Hashable", value)
 
 
@@ -273,8 +273,13 @@ def _replaced(value: Any, tensors: Iterator[Tensor]) -> Any:
     if isinstance(value, tuple):
         return tuple(_replaced(item, tensors) for item in value)
     if _is_record(value):
-        return type(value)(*(_replaced(getattr(value, field.name), tensors) for field in fields(value)))
+        return type(value)(*(_replaced(part, tensors) for part in _parts(value)))
     return value
+
+
+def _parts(record: Any) -> list[Any]:
+    """What a frozen dataclass is made from."""
+    return [getattr(record, field.name) for field in fields(record) if field.init]
 
 
 def _is_record(value: Any) -> bool:

@@ -183,7 +183,6 @@ class SamplingState:
             self._frequency = self._column([p.frequency_penalty for p in params])
             self._presence = self._column([p.presence_penalty for p in params])
         self.is_stateless = self._bias is None and self._counts is None and not self._constrained
-        self._finite: list[Tensor] = []
 
     @property
     def all_greedy(self) -> bool:
@@ -211,7 +210,7 @@ class SamplingState:
         drafted: Tensor | None = None,
         tokens: Tensor | None = None,
         lineage: Sequence[Sequence[int]] | None = None,
-    ) -> Distribution:
+    ) -> tuple[Distribution, Tensor]:
         """Distributions of the next tokens, each given the tokens emitted so far and the drafted ones before its
         position.
 
@@ -219,25 +218,14 @@ class SamplingState:
         drafted: int64 [rows, m] with m >= n - 1, or None for m = 0.
         tokens: int64, ascending, whose logits these are, or None for all; others get probability 0.
         lineage: of a tree, which of the drafted tokens stand before each of the n positions.
-        Returns distributions [rows, n]. Logits without a distribution raise nothing here, where it would cost a wait
-        for the device: `finite` tells.
+        Returns distributions [rows, n], and whether they are distributions, bool [rows, n]: to raise here for logits
+        that have none would cost a wait for the device.
         """
         if not self.is_stateless:
             if tokens is not None:
                 logits, tokens = spread(logits, tokens, self.vocab_size, _BARRED), None
             logits = self._shift(logits.to(_at_least_float32(logits), copy=True), drafted, lineage)
-        distribution, finite = self.rows.distribution(logits, tokens)
-        self.note(finite)
-        return distribution
-
-    def note(self, finite: Tensor) -> None:
-        """Keep in mind whether distributions [rows, n] that were made elsewhere are distributions, bool [rows, n]."""
-        self._finite.append(finite)
-
-    def finite(self) -> Tensor:
-        """Whether each distribution made since the last call is finite: bool [rows, n], in the order they were made."""
-        noted, self._finite = self._finite, []
-        return torch.cat([torch.ones(len(self.params), 0, dtype=torch.bool, device=self.device), *noted], 1)
+        return self.rows.distribution(logits, tokens)
 
     def _shift(self, logits: Tensor, drafted: Tensor | None, lineage: Sequence[Sequence[int]] | None) -> Tensor:
         if self._bias is not None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -68,16 +67,6 @@ class Tree:
             level = [(*path, rank) for path in level for rank in range(width)]
             paths += level
         return cls(tuple(paths))
-
-    @classmethod
-    def of_parents(cls, parents: Sequence[int]) -> Tree:
-        """The tree with these parents, in the order that `parents` has."""
-        paths: dict[int, RankPath] = {-1: ()}
-        num_children: dict[int, int] = {}
-        for number, parent in enumerate(parents):
-            paths[number] = (*paths[parent], num_children.get(parent, 0))
-            num_children[parent] = num_children.get(parent, 0) + 1
-        return cls(tuple(paths[number] for number in range(len(parents))))
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -144,12 +133,6 @@ def as_tree(tree: Tree | Iterable[Sequence[int]] | str | Path) -> Tree:
     if isinstance(tree, Tree):
         return tree
     return Tree.load(Path(tree)) if isinstance(tree, str | Path) else Tree(tuple(map(tuple, tree)))
-
-
-@lru_cache(maxsize=256)
-def tree_of(parents: tuple[int, ...]) -> Tree:
-    """The tree that a draft has."""
-    return Tree.of_parents(parents)
 
 
 def _checked(paths: Iterable[Sequence[int]]) -> list[RankPath]:

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from specdec.sampling.distributions import Dense, Distribution, OneHot, Partial, row_sums
-from specdec.trees.shape import Tree, tree_of
+from specdec.trees.shape import Tree
 from specdec.verification import Draft, Rule, Verification, residual, verify_coupled, verify_tokens
 
 # ---- the distribution of a sibling
@@ -113,8 +113,8 @@ class _Layout:
 
 
 @cache  # without a limit: recordings read these tensors where they are
-def _layout(parents: tuple[int, ...], device: torch.device) -> _Layout:
-    return _Layout.of(tree_of(parents), device)
+def _layout(tree: Tree, device: torch.device) -> _Layout:
+    return _Layout.of(tree, device)
 
 
 @Rule
@@ -126,7 +126,7 @@ def verify_tree(target: Distribution, draft: Draft, accept_uniforms: Tensor, fin
     final_uniforms: float64 [batch, levels + 1]; column i draws the last token if i tokens were accepted.
     Source: Miao et al. 2024, Algorithm 2; Chen et al. 2024, Algorithm 2.
     """
-    if draft.parents is None:
+    if draft.tree is None:
         return verify_tokens(target, draft, accept_uniforms, final_uniforms)
     if isinstance(target, OneHot):
         return _follow(target.tokens, draft)
@@ -147,9 +147,9 @@ def verify_coupled_tree(
 
     final_uniforms: float64 [batch, levels + 1, vocab], the noise of each position, which siblings have in common.
     """
-    if draft.parents is None:
+    if draft.tree is None:
         return verify_coupled(target, draft, accept_uniforms, final_uniforms)
-    depths = _layout(draft.parents, draft.tokens.device).depth
+    depths = _layout(draft.tree, draft.tokens.device).depth
     levels = torch.cat([depths.new_zeros(1), depths])
     return _follow(target.draw(final_uniforms[:, levels]), draft)
 
@@ -162,9 +162,9 @@ class _Walk:
     """
 
     def __init__(self, target: Distribution, draft: Draft) -> None:
-        assert draft.parents is not None
+        assert draft.tree is not None
         self.target, self.draft = target, draft
-        self.layout = _layout(draft.parents, draft.tokens.device)
+        self.layout = _layout(draft.tree, draft.tokens.device)
         self.accepted = torch.zeros_like(draft.lengths)
         self.column, self.going = self.accepted, self.accepted == 0
         self.path = _own_places(draft, len(self.layout.most_children))
@@ -211,8 +211,8 @@ class _Walk:
 
 def _follow(tokens: Tensor, draft: Draft) -> Verification:
     """Keep the nodes that are what the target says: tokens int64 [batch, k + 1], after the text and after each node."""
-    assert draft.parents is not None
-    layout = _layout(draft.parents, tokens.device)
+    assert draft.tree is not None
+    layout = _layout(draft.tree, tokens.device)
     proposed = layout.number < draft.lengths.unsqueeze(1)
     agrees = (draft.tokens == tokens[:, layout.parent]) & proposed
     on_path = agrees.float() @ layout.lineage == layout.depth  # the node and all before it; siblings are different

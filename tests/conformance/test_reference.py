@@ -65,7 +65,7 @@ def test_distributions_of_a_transformer_with_every_processor(chunk: int, monkeyp
         with torch.inference_mode():
             logits = model(input_ids=torch.tensor([[*prompt, *before]]), use_cache=False).logits[:, -1:]
         state = SamplingState([EVERYTHING], [prompt], [before], model.config.vocab_size, logits.device)
-        assert distribution == pytest.approx(state.distribution(logits).dense()[0, 0], abs=1e-5)
+        assert distribution == pytest.approx(state.distribution(logits)[0].dense()[0, 0], abs=1e-5)
 
 
 def test_another_output_of_other_prompts_meets_no_stale_cache() -> None:

@@ -18,7 +18,7 @@ from specdec import Engine, SamplingParams
 from specdec.models.markov import MarkovModel
 from specdec.proposers.table import NgramTable
 from specdec.sampling.distributions import Distribution
-from specdec.trees.shape import Tree, tree_of
+from specdec.trees.shape import Tree
 from specdec.verification import Draft, Rule, Verification
 
 VOCAB, LESS = 7, 1e-12
@@ -73,9 +73,9 @@ def recorded(engine: Engine, params: SamplingParams) -> tuple[list[Seen], tuple[
 def ways(draft: Draft) -> list[list[int]]:
     """The places of the draft's tokens before each of the target's rows: none, then on the way to each node."""
     num_tokens = int(draft.lengths[0])
-    if draft.parents is None:
+    if draft.tree is None:
         return [list(range(place)) for place in range(num_tokens + 1)]
-    return [tree_of(draft.parents).lineage(node) for node in range(-1, num_tokens)]
+    return [draft.tree.lineage(node) for node in range(-1, num_tokens)]
 
 
 def differences(seen: Sequence[Seen], output: Sequence[int], params: SamplingParams, kind: str) -> list[float]:
@@ -102,9 +102,9 @@ def differences(seen: Sequence[Seen], output: Sequence[int], params: SamplingPar
 def own_rows(draft: Draft) -> list[list[int]]:
     """The places before each of the draft's own rows, as for `ways`; of a tree those of its families."""
     places = ways(draft)
-    if draft.parents is None:
+    if draft.tree is None:
         return places[:-1]
-    families = sorted(set(draft.parents[: int(draft.lengths[0])]))
+    families = sorted(set(draft.tree.parents[: int(draft.lengths[0])]))
     return [places[node + 1] for node in families]
 
 

@@ -42,7 +42,7 @@ def test_every_processor_equals_its_definition_in_every_row(rows: list, seed: in
     """Also: rows do not influence each other, greedy rows among sampled ones included."""
     logits = torch.randn(len(rows), 1, VOCAB, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     params, prompts, outputs = zip(*rows, strict=True)
-    distribution = SamplingState(params, prompts, outputs, VOCAB, CPU).distribution(logits).dense()
+    distribution = SamplingState(params, prompts, outputs, VOCAB, CPU).distribution(logits)[0].dense()
     for row in range(len(rows)):
         expected = obvious_distribution(logits[row, 0].tolist(), params[row], prompts[row], outputs[row])
         assert distribution[row, 0].tolist() == pytest.approx(expected, abs=1e-6)
@@ -61,11 +61,11 @@ def test_drafted_positions_have_their_own_penalties(
     """Position i of a draft has exactly the distribution of plain decoding after its first i tokens."""
     logits = torch.randn(1, len(drafted) + 1, VOCAB, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     state = SamplingState([params], [prompt], [output], VOCAB, CPU)
-    together = state.distribution(logits, torch.tensor([drafted], dtype=torch.int64)).dense()
+    together = state.distribution(logits, torch.tensor([drafted], dtype=torch.int64))[0].dense()
     for i in range(len(drafted) + 1):
         plain = SamplingState([params], [prompt], [output + drafted[:i]], VOCAB, CPU)
-        assert torch.equal(together[:, i], plain.distribution(logits[:, i : i + 1]).dense()[:, 0])
-        one = state.distribution(logits[:, i : i + 1], torch.tensor([drafted[:i]], dtype=torch.int64)).dense()
+        assert torch.equal(together[:, i], plain.distribution(logits[:, i : i + 1])[0].dense()[:, 0])
+        one = state.distribution(logits[:, i : i + 1], torch.tensor([drafted[:i]], dtype=torch.int64))[0].dense()
         assert torch.equal(together[:, i], one[:, 0])
 
 
@@ -93,11 +93,12 @@ def test_what_stands_exactly_at_a_threshold(processor: dict, kept: int, dtype: t
     """
     for num_others in (0, 1000):
         logits = torch.tensor([[[*HALVES, *[-math.inf] * num_others]]], dtype=dtype)
-        plain = SamplingState([SamplingParams()], [[]], [[]], logits.shape[-1], CPU).distribution(logits).dense()[0, 0]
+        state = SamplingState([SamplingParams()], [[]], [[]], logits.shape[-1], CPU)
+        plain = state.distribution(logits)[0].dense()[0, 0]
         assert plain[:4].tolist() == [0.5, 0.25, 0.125, 0.125], "the case is not exact"
         distribution = (
             SamplingState([SamplingParams(**processor)], [[]], [[]], logits.shape[-1], CPU)
-            .distribution(logits)
+            .distribution(logits)[0]
             .dense()[0, 0]
         )
         assert distribution.nonzero().flatten().tolist() == list(range(kept))
@@ -111,7 +112,7 @@ def test_nucleus_of_a_large_vocabulary(spread: float, top_p: float) -> None:
     logits = spread * torch.randn(1, 1, 3000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     probs = logits.softmax(-1)[0, 0]
     distribution = (
-        SamplingState([SamplingParams(top_p=top_p)], [[]], [[]], 3000, CPU).distribution(logits).dense()[0, 0]
+        SamplingState([SamplingParams(top_p=top_p)], [[]], [[]], 3000, CPU).distribution(logits)[0].dense()[0, 0]
     )
     kept = distribution > 0
     assert probs[kept].sum() >= top_p - 1e-12
@@ -126,9 +127,11 @@ def test_the_bits_of_a_row_do_not_depend_on_its_batch_mates(options: dict, dtype
     """One row that keeps all tokens, one that does not, one that is greedy: together and each alone."""
     params = [SamplingParams(), SamplingParams(**options), SamplingParams(temperature=0)]
     logits = torch.randn(3, 2, 1000, generator=torch.Generator().manual_seed(0), dtype=dtype)
-    together = SamplingState(params, [[]] * 3, [[]] * 3, 1000, CPU).distribution(logits).dense()
+    together = SamplingState(params, [[]] * 3, [[]] * 3, 1000, CPU).distribution(logits)[0].dense()
     for row in range(3):
-        alone = SamplingState(params[row : row + 1], [[]], [[]], 1000, CPU).distribution(logits[row : row + 1]).dense()
+        alone = (
+            SamplingState(params[row : row + 1], [[]], [[]], 1000, CPU).distribution(logits[row : row + 1])[0].dense()
+        )
         assert torch.equal(alone[0].to(dtype), together[row])
 
 
@@ -151,7 +154,7 @@ def test_a_row_does_not_depend_on_its_batch_mates(vocab_size: int, seed: int) ->
         params = [BATCH_MATES[row] for row in rows]
         return (
             SamplingState(params, [[]] * len(rows), [[]] * len(rows), vocab_size, CPU)
-            .distribution(logits[[*rows]])
+            .distribution(logits[[*rows]])[0]
             .dense()
         )
 
@@ -164,7 +167,7 @@ def test_a_row_does_not_depend_on_its_batch_mates(vocab_size: int, seed: int) ->
         for mate in range(len(BATCH_MATES)) if vocab_size == 61 else ():
             assert torch.equal(distribution(row, mate)[0], together[row])
     params = [BATCH_MATES[4]]
-    one = SamplingState(params, [[]], [[]], vocab_size, CPU).distribution(logits[4:5, 3:4]).dense()
+    one = SamplingState(params, [[]], [[]], vocab_size, CPU).distribution(logits[4:5, 3:4])[0].dense()
     assert torch.equal(one[0, 0], together[4, 3])  # a sum that is alone
 
 
@@ -179,8 +182,8 @@ def test_a_row_does_not_depend_on_a_mate_whose_logits_are_changed(mate: dict, dt
     alone = SamplingState([SamplingParams()], [[3]], [[5]], 1000, CPU)
     beside = SamplingState([SamplingParams(), SamplingParams(**mate)], [[3]] * 2, [[5]] * 2, 1000, CPU)
     drafted = torch.tensor([[7, 8]])
-    expected = alone.distribution(logits, drafted).dense()
-    distribution = beside.distribution(logits.expand(2, -1, -1), drafted.expand(2, -1)).dense()
+    expected = alone.distribution(logits, drafted)[0].dense()
+    distribution = beside.distribution(logits.expand(2, -1, -1), drafted.expand(2, -1))[0].dense()
     assert torch.equal(distribution[0], expected[0])
     assert not torch.equal(distribution[1], expected[0])
 
@@ -195,7 +198,7 @@ def test_a_nucleus_that_just_fits_is_the_same_beside_one_that_does_not() -> None
             alone, beside = (
                 SamplingState(rows, [[]] * len(rows), [[]] * len(rows), 2000, CPU).distribution(
                     logits.expand(len(rows), -1, -1)
-                )
+                )[0]
                 for rows in (params[:1], params)
             )
             assert torch.equal(alone.dense()[0], beside.dense()[0])
@@ -209,19 +212,21 @@ def test_observed_tokens_count_like_the_ones_given() -> None:
     )
     observed.observe(0, [2, 2])
     observed.observe(1, [3])
-    assert torch.equal(given_.distribution(logits).dense(), observed.distribution(logits).dense())
+    assert torch.equal(given_.distribution(logits)[0].dense(), observed.distribution(logits)[0].dense())
 
 
 def test_greedy_makes_no_probabilities_and_takes_the_first_of_a_tie() -> None:
     distribution = SamplingState([SamplingParams(temperature=0)], [[]], [[]], 4, CPU).distribution(
         torch.tensor([[[1.0, 3, 3, 0]]])
-    )
+    )[0]
     assert isinstance(distribution, OneHot)
     assert distribution.tokens.tolist() == [[1]]
 
 
 def test_bf16_logits_become_a_float32_distribution() -> None:
-    distribution = SamplingState([SamplingParams()], [[]], [[]], 4, CPU).distribution(torch.randn(1, 1, 4).bfloat16())
+    distribution = SamplingState([SamplingParams()], [[]], [[]], 4, CPU).distribution(torch.randn(1, 1, 4).bfloat16())[
+        0
+    ]
     assert isinstance(distribution, Dense)
     assert distribution.probs.dtype == torch.float32
 
@@ -232,9 +237,8 @@ def test_logits_without_a_distribution_are_told_with_their_place(row: list[float
     logits = torch.tensor([[[0.0, 1.0], [0.0, 1.0]], [[0.0, 1.0], row]])
     params = [SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p) for top_k, top_p in ((0, 1), (1, 0.5))]
     state = SamplingState(params, [[]] * 2, [[]] * 2, 2, CPU)
-    distribution = state.distribution(logits, torch.zeros(2, 1, dtype=torch.int64))
-    assert state.finite().tolist() == [[True, True], [True, False]]
-    assert state.finite().shape == (2, 0)
+    distribution, finite = state.distribution(logits, torch.zeros(2, 1, dtype=torch.int64))
+    assert finite.tolist() == [[True, True], [True, False]]
     drawn = distribution.draw(torch.full((2, 2), 0.999, dtype=torch.float64))
     assert ((drawn >= 0) & (drawn < 2)).all()  # any token, but a token
 

@@ -213,7 +213,7 @@ def test_siblings_of_every_level_are_drawn_without_replacement(proposer: type, m
     make = mutants.TREE_MUTANTS[mutant] if mutant else tree_maker
     decoder = make(target, draft, DEEP, proposer=proposer)(uniforms, recording, 1500)
     list(decoder.run([Request(i, PROMPT, SamplingParams(max_tokens=5, seed=i)) for i in range(1500)]))
-    tokens = next(each for each in drafts if each.parents is not None).tokens
+    tokens = next(each for each in drafts if each.tree is not None).tokens
     wrong = set()
     for parent in DEEP.families:
         nodes = [node for node, each in enumerate(DEEP.parents) if each == parent]
@@ -371,7 +371,7 @@ def test_the_draft_s_distributions_are_those_of_its_own_context(tree: Tree) -> N
     rows = list(decoder.run([Request(i, prompt, replace(params, seed=i)) for i, prompt in enumerate(prompts)]))
     rows = sorted(rows, key=lambda row: row.request.index)
     starts = [len(prompt) + 1 for prompt in prompts]
-    drafts = [draft for draft in seen if draft.parents == tree.parents]
+    drafts = [draft for draft in seen if draft.tree == tree]
     assert drafts
     for number, draft in enumerate(drafts):
         for index, row in enumerate(rows):

@@ -48,7 +48,6 @@ def test_a_tree_from_rank_paths() -> None:
     assert [tree.num_within(depth) for depth in range(-1, 5)] == [0, 0, 2, 5, 6, 6]
     assert tree.cut(2) == Tree(tuple(BUSHY[:5]))
     assert tree.cut(7) is tree
-    assert Tree.of_parents(tree.parents) == tree
 
 
 def test_chains_and_balanced_trees() -> None:
@@ -204,9 +203,7 @@ def emitted_distribution(tree: Tree, target: torch.Tensor, table: torch.Tensor, 
             weights.append(probability * weight)
     columns, families, tokens, accepts, lasts = zip(*rows, strict=True)
     num_rows = len(rows)
-    draft = Draft(
-        torch.tensor(tokens), torch.full((num_rows,), len(tree)), Dense(torch.stack(families)), parents=tree.parents
-    )
+    draft = Draft(torch.tensor(tokens), torch.full((num_rows,), len(tree)), Dense(torch.stack(families)), tree=tree)
     final = torch.tensor(lasts, dtype=torch.float64).unsqueeze(1).expand(-1, tree.depth + 1)
     outcome = rule(Dense(torch.stack(columns)), draft, torch.tensor(accepts, dtype=torch.float64), final)
     distribution: Counter = Counter()
@@ -275,7 +272,7 @@ def test_a_chain_gives_exactly_what_verify_tokens_gives(num_tokens: int, data: s
             chain = verify_tokens(target_distribution, Draft(tokens, lengths, draft_distribution), *uniforms)
             tree = verify_tree(
                 target_distribution,
-                Draft(tokens, lengths, draft_distribution, Tree.chain(num_tokens).parents),
+                Draft(tokens, lengths, draft_distribution, Tree.chain(num_tokens)),
                 *uniforms,
             )
             assert torch.equal(chain.accepted, tree.accepted)
@@ -308,7 +305,7 @@ def test_a_target_without_doubt_is_followed(tree: Tree, data: st.DataObject) -> 
     depths = torch.randint(tree.depth + 1, (batch,), generator=generator).tolist()
     lengths = torch.tensor([tree.num_within(depth) for depth in depths])
     distribution = OneHot(torch.zeros(batch, len(tree.families), dtype=torch.int64), 13)
-    draft = Draft(tokens, lengths, distribution, tree.parents)
+    draft = Draft(tokens, lengths, distribution, tree)
     uniforms = [torch.rand(batch, n, dtype=torch.float64, generator=generator) for n in (len(tree), tree.depth + 1)]
     short = verify_tree(OneHot(says, 13), draft, *uniforms)
     walked = verify_tree(Dense(OneHot(says, 13).dense().double()), draft, *uniforms)
@@ -325,9 +322,7 @@ def test_coupled_verification_follows_the_target_s_own_draws() -> None:
     tokens = torch.randint(5, (8, 3), generator=generator)
     distribution, lengths = OneHot(tokens, 5), torch.tensor([3, 3, 3, 3, 2, 1, 0, 3])
     chain = verify_coupled(target, Draft(tokens, lengths, distribution), noise[:, :3, 0], noise)
-    tree = verify_coupled_tree(
-        target, Draft(tokens, lengths, distribution, Tree.chain(3).parents), noise[:, :3, 0], noise
-    )
+    tree = verify_coupled_tree(target, Draft(tokens, lengths, distribution, Tree.chain(3)), noise[:, :3, 0], noise)
     assert torch.equal(chain.accepted, tree.accepted)
     assert torch.equal(chain.next_token, tree.next_token)
 

@@ -199,7 +199,7 @@ def _sampling(target: CausalLM, vocab_size: int) -> Sized:
     state = SamplingState([SamplingParams()], [()], [()], vocab_size, target.device)
 
     def run() -> None:
-        state.distribution(logits).draw(uniforms)
+        state.distribution(logits)[0].draw(uniforms)
         synchronise(target.device)
 
     return Sized(run, None, WIDTH)
