@@ -87,7 +87,7 @@ class Packed:
             torch.cat([*moments_ns]).expand(len(draft.tokens), -1) if moments_ns else none,
             draft.tokens,
             none if outcome.path is None else outcome.path,
-            torch.stack([draft.lengths, outcome.accepted, outcome.next_token], 1),
+            torch.stack([draft.num_proposed, outcome.accepted, outcome.next_token], 1),
             none if draft.finite is None else draft.finite.long(),
             finite.long(),
         )
@@ -288,7 +288,7 @@ class Decoder:
         held = (each for each, (index, _) in self._prompts.items() if index == request.index and request.sample)
         source = next(held, None)
         if source is None:
-            cache.lengths[slot] = 0
+            cache.num_cached[slot] = 0
             logits = prefill(self.target, row.tokens, cache, slot, self.recorder)
         else:
             cache.copy_slot(source, slot, num_prompt)
@@ -314,7 +314,7 @@ class Decoder:
         with self._stopwatch.phase("verification_s"):
             outcome, finite = self._verify(batch, logits, draft)
             if outcome.path is not None:
-                self.recorder(self._compact, cache, upload(batch.lengths(), self.target.device), outcome.path)
+                self.recorder(self._compact, cache, upload(batch.num_tokens(), self.target.device), outcome.path)
         packed = Packed.of(draft, outcome, finite)
         return Flight(batch, packed.columns, packed.widths, draft.tree, logits)
 
@@ -325,7 +325,7 @@ class Decoder:
         if self._placed is None or self._placed[0] is not batch:
             self._placed = (batch, self.recorder.place(batch.sampling.rows))
         width = self.num_speculative_tokens + 1
-        longest = max(batch.lengths()) + (num_unread + 1) * width
+        longest = max(batch.num_tokens()) + (num_unread + 1) * width
         inputs = proposer.inputs(batch) if proposer else ()
         extent = cast("Any", cache).extent_for(longest)
         packed = self.recorder(self._whole_step, state, self._placed[1], extent, cache, *inputs)
@@ -343,16 +343,16 @@ class Decoder:
         draft = self._draft_from(state, rows, extent, inputs)
         moments.append(now_ns() if self.proposer else moments[0])
         tokens = torch.cat([state.newest, draft.tokens], 1)
-        logits = cast("FixedShapeModel", self.target).forward_at(tokens, state.lengths - 1, cache, extent)
+        logits = cast("FixedShapeModel", self.target).forward_at(tokens, state.num_tokens - 1, cache, extent)
         moments.append(now_ns())
-        outcome, finite = self._decide(logits, draft, rows, state.lengths)
+        outcome, finite = self._decide(logits, draft, rows, state.num_tokens)
         packed.value.copy_(self._after(state, draft, outcome).packed())
         moments.append(now_ns())
         return Packed.of(draft, outcome, finite, moments)
 
     def _draft_from(self, state: RowState, rows: RowParams, extent: int, inputs: tuple[Any, ...]) -> Draft:
         if self.proposer is None:
-            return Draft.empty(len(state.lengths), rows.vocab_size, state.lengths.device)
+            return Draft.empty(len(state.num_tokens), rows.vocab_size, state.num_tokens.device)
         proposer, num_tokens = cast("FixedProposer", self.proposer), self.num_speculative_tokens
         tokens, distribution, finite = proposer.draft_from(state, rows, num_tokens, extent, *inputs)
         return Draft(tokens, state.limits(num_tokens, proposer.context_length), distribution, finite=finite)
@@ -373,14 +373,14 @@ class Decoder:
 
     def _score(self, batch: Batch, draft: Draft, cache: Cache) -> Tensor:
         """Logits after each row's newest token and after each of its draft, [rows, k + 1, vocab]."""
-        cache.lengths[: len(batch.rows)] = [length - 1 for length in batch.lengths()]
+        cache.num_cached[: len(batch.rows)] = [length - 1 for length in batch.num_tokens()]
         tokens = torch.cat([upload(batch.last_tokens(), self.target.device).unsqueeze(1), draft.tokens], 1)
         branches = None if draft.tree is None else Branches.behind_root(draft.tree.parents)
         return score(self.target, tokens, cache, self.recorder, branches)
 
     def _verify(self, batch: Batch, logits: Tensor, draft: Draft) -> tuple[Verification, Tensor]:
         """The fate of the draft, and whether the target's distributions are distributions, bool [rows, k + 1]."""
-        origins = upload(batch.lengths(), self.target.device)
+        origins = upload(batch.num_tokens(), self.target.device)
         if batch.sampling.is_stateless:
             bare = replace(draft, finite=None)  # decides nothing: not an input of what is recorded
             return self.recorder(self._decide, logits, bare, batch.sampling.rows, origins)
@@ -408,7 +408,7 @@ class Decoder:
             draws = noise(rows.seeds, origins + offsets[width:], rows.vocab_size, self.uniforms)
             return draws[:, :1, 0].expand(-1, width), draws
         # behind the draft: a bonus
-        roles = roles + (roles == Role.RECOVER) * (offsets >= depths[draft.lengths].unsqueeze(1))
+        roles = roles + (roles == Role.RECOVER) * (offsets >= depths[draft.num_proposed].unsqueeze(1))
         draws = self.uniforms(rows.seeds.unsqueeze(1), origins + offsets, roles, origins)
         return draws[:, :width], draws[:, width:]
 

@@ -23,13 +23,13 @@ _IDLE_LENGTH = 2  # tokens that an idle slot is said to have; what stands before
 class RowState:
     """The rows of a batch before a step, all int64.
 
-    lengths: [rows], tokens so far, so also the position where the next draft begins.
+    num_tokens: [rows], tokens so far, so also the position where the next draft begins.
     remaining: [rows], tokens that may still be emitted; 0 for an idle slot, whose state then stays as it is.
     pending: [rows, n], the newest tokens, of which the first num_pending [rows] are real, at least one, and the others
     padding. The last of them is the row's newest, and all are what the draft's cache lacks.
     """
 
-    lengths: Tensor
+    num_tokens: Tensor
     remaining: Tensor
     num_pending: Tensor
     pending: Tensor
@@ -41,7 +41,7 @@ class RowState:
 
     def packed(self) -> Tensor:
         """As one tensor, int64 [rows, 3 + n]."""
-        return torch.cat([torch.stack([self.lengths, self.remaining, self.num_pending], 1), self.pending], 1)
+        return torch.cat([torch.stack([self.num_tokens, self.remaining, self.num_pending], 1), self.pending], 1)
 
     @property
     def newest(self) -> Tensor:
@@ -50,12 +50,12 @@ class RowState:
             return self.pending
         return self.pending.gather(1, self.num_pending.unsqueeze(1) - 1)
 
-    def limits(self, num_tokens: int, context_length: int) -> Tensor:
+    def limits(self, max_tokens: int, context_length: int) -> Tensor:
         """Tokens that each row may draft, int64 [rows]: as many as could be emitted before the step's last token.
 
-        num_tokens: at the most. context_length: tokens that the draft model takes.
+        max_tokens: at the most. context_length: tokens that the draft model takes.
         """
-        return torch.minimum(self.remaining - 1, context_length - self.lengths).clamp(min=0, max=num_tokens)
+        return torch.minimum(self.remaining - 1, context_length - self.num_tokens).clamp(min=0, max=max_tokens)
 
     def after(self, drafted: Tensor, accepted: Tensor, next_token: Tensor, num_pending: Tensor) -> RowState:
         """The state behind a step that emitted accepted[r] of the drafted tokens, int64 [rows, n - 1], and one more.
@@ -63,13 +63,13 @@ class RowState:
         num_pending: int64 [rows], how many of these the draft's cache lacks then.
         """
         advance = (accepted + 1) * (self.remaining > 0)
-        lengths, remaining = self.lengths + advance, self.remaining - advance
+        num_tokens, remaining = self.num_tokens + advance, self.remaining - advance
         if drafted.shape[1] == 0:
-            return RowState(lengths, remaining, num_pending, next_token.unsqueeze(1))
+            return RowState(num_tokens, remaining, num_pending, next_token.unsqueeze(1))
         emitted = torch.nn.functional.pad(drafted, (0, 1)).scatter(1, accepted.unsqueeze(1), next_token.unsqueeze(1))
         columns = torch.arange(emitted.shape[1], device=emitted.device)
         places = (accepted + 1 - num_pending).unsqueeze(1) + columns
-        return RowState(lengths, remaining, num_pending, emitted.gather(1, places.clamp(max=drafted.shape[1])))
+        return RowState(num_tokens, remaining, num_pending, emitted.gather(1, places.clamp(max=drafted.shape[1])))
 
 
 class DeviceRows:

@@ -189,7 +189,7 @@ class Batch:
         """Columns of a draft that proposes so many tokens at the most: few different ones where shapes are recorded."""
         return self.max_draft if longest and self.recorder and self.recorder.records else longest
 
-    def lengths(self) -> list[int]:
+    def num_tokens(self) -> list[int]:
         """Tokens of each row so far, so also the position where its next draft begins; 1 for an idle slot."""
         return [len(row.tokens) if row else 1 for row in self.rows]
 

@@ -41,7 +41,7 @@ class SyntheticAcceptance:
         """Arguments as for `verify_tokens`."""
         num_drafted, device = draft.tokens.shape[1], draft.tokens.device
         conditional = _conditional(self.rates, num_drafted, device)
-        proposed = torch.arange(num_drafted, device=device) < draft.lengths.unsqueeze(1)
+        proposed = torch.arange(num_drafted, device=device) < draft.num_proposed.unsqueeze(1)
         accepted = ((accept_uniforms < conditional) & proposed).long().cumprod(1).sum(1)
         uniform = final_uniforms.gather(1, accepted.unsqueeze(1)).squeeze(1)
         return Verification(accepted, target.at(accepted).draw(uniform))

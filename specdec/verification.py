@@ -49,8 +49,8 @@ from specdec.trees.shape import Tree
 class Draft:
     """Proposed tokens together with the distribution that they were drawn from.
 
-    tokens: int64 [batch, k]. lengths: int64 [batch], how many of a row's tokens are really proposed, 0 <= length <= k;
-    what stands after them is padding. distribution: the draft's distributions [batch, k].
+    tokens: int64 [batch, k]. num_proposed: int64 [batch], 0 <= num_proposed <= k; a row's tokens after these are
+    padding. distribution: the draft's distributions [batch, k].
     tree: its shape, if it is one. The distribution then has a row for each family of siblings, in their order, from
     which they were drawn without replacement. None: a chain, each token following the one before.
     finite: bool, as many as the distributions, whether they come from logits that have one; None if they surely do.
@@ -58,16 +58,16 @@ class Draft:
     """
 
     tokens: Tensor
-    lengths: Tensor
+    num_proposed: Tensor
     distribution: Distribution
     tree: Tree | None = None
     finite: Tensor | None = None
 
     def __post_init__(self) -> None:
-        if self.tokens.ndim != 2 or self.lengths.shape != self.tokens.shape[:1]:
+        if self.tokens.ndim != 2 or self.num_proposed.shape != self.tokens.shape[:1]:
             raise ValueError(
-                f"tokens of shape {tuple(self.tokens.shape)} must be [batch, k] and lengths, here of "
-                f"shape {tuple(self.lengths.shape)}, [batch]"
+                f"tokens of shape {tuple(self.tokens.shape)} must be [batch, k] and num_proposed, here of "
+                f"shape {tuple(self.num_proposed.shape)}, [batch]"
             )
         num_rows, num_tokens = self.tokens.shape
         if self.tree is not None and len(self.tree) != num_tokens:
@@ -83,17 +83,17 @@ class Draft:
             raise ValueError(f"finite of shape {tuple(self.finite.shape)} must have the distribution's shape")
 
     @classmethod
-    def deterministic(cls, tokens: Tensor, lengths: Tensor, vocab_size: int) -> Draft:
+    def deterministic(cls, tokens: Tensor, num_proposed: Tensor, vocab_size: int) -> Draft:
         """A draft that could not have been otherwise: its distribution is one-hot."""
-        return cls(tokens, lengths, OneHot(tokens, vocab_size))
+        return cls(tokens, num_proposed, OneHot(tokens, vocab_size))
 
     @classmethod
     def sampled(
-        cls, steps: Sequence[tuple[Tensor, Distribution]], lengths: Tensor, finite: Tensor | None = None
+        cls, steps: Sequence[tuple[Tensor, Distribution]], num_proposed: Tensor, finite: Tensor | None = None
     ) -> Draft:
         """A draft from (token [batch], distribution [batch]) pairs, one for each position; tokens drawn from them."""
         tokens, distributions = zip(*steps, strict=True)
-        return cls(torch.stack(tokens, 1), lengths, stack_distributions(distributions), finite=finite)
+        return cls(torch.stack(tokens, 1), num_proposed, stack_distributions(distributions), finite=finite)
 
     @classmethod
     def empty(cls, batch_size: int, vocab_size: int, device: torch.device) -> Draft:
@@ -106,8 +106,8 @@ class Draft:
 class Verification:
     """What became of a draft: row b emits its first accepted[b] draft tokens, then next_token[b].
 
-    accepted: int64 [batch], 0 <= accepted <= the draft's length.
-    next_token: int64 [batch]; recovered where accepted < length, bonus where accepted == length.
+    accepted: int64 [batch], 0 <= accepted <= the draft's num_proposed.
+    next_token: int64 [batch]; recovered where accepted < num_proposed, bonus where they are equal.
     path: of a tree, int64 [batch, levels]: the tokens' places in the draft, where a chain's are 0, 1, ...; behind the
     accepted ones so, too.
     """
@@ -163,14 +163,14 @@ def verify_tokens(target: Distribution, draft: Draft, accept_uniforms: Tensor, f
     """
     num_drafted = draft.tokens.shape[1]
     if num_drafted == 0:
-        return draw_last(target, draft, draft.lengths, final_uniforms)
-    accepted = fused.num_accepted(target, draft.distribution, draft.tokens, draft.lengths, accept_uniforms)
+        return draw_last(target, draft, draft.num_proposed, final_uniforms)
+    accepted = fused.num_accepted(target, draft.distribution, draft.tokens, draft.num_proposed, accept_uniforms)
     if accepted is not None:  # a kernel of what follows, on GPUs
         return draw_last(target, draft, accepted, final_uniforms)
     target_prob, draft_prob = target[:, :num_drafted].prob(draft.tokens), draft.distribution.prob(draft.tokens)
     # u < target/draft without the division; strict <: at u = 0 an impossible token must lose
     passed = accept_uniforms * draft_prob < target_prob
-    proposed = torch.arange(num_drafted, device=passed.device) < draft.lengths.unsqueeze(1)
+    proposed = torch.arange(num_drafted, device=passed.device) < draft.num_proposed.unsqueeze(1)
     accepted = (passed & proposed).long().cumprod(1).sum(1)
     return draw_last(target, draft, accepted, final_uniforms)
 
@@ -187,8 +187,8 @@ def verify_block(target: Distribution, draft: Draft, accept_uniforms: Tensor, fi
     weights = block_weights(target, draft)
     position = torch.arange(1, draft.tokens.shape[1] + 1, device=draft.tokens.device)
     passed = accept_uniforms < block_acceptance(target, draft, weights)
-    accepted = torch.where(passed & (position <= draft.lengths.unsqueeze(1)), position, 0)
-    accepted = torch.cat([torch.zeros_like(draft.lengths).unsqueeze(1), accepted], 1).amax(1)
+    accepted = torch.where(passed & (position <= draft.num_proposed.unsqueeze(1)), position, 0)
+    accepted = torch.cat([torch.zeros_like(draft.num_proposed).unsqueeze(1), accepted], 1).amax(1)
     return draw_last(target, draft, accepted, final_uniforms, weights.gather(1, accepted.unsqueeze(1)))
 
 
@@ -205,7 +205,7 @@ def verify_coupled(target: Distribution, draft: Draft, accept_uniforms: Tensor, 
     """
     num_drafted = draft.tokens.shape[1]
     drawn = target.draw(final_uniforms)
-    proposed = torch.arange(num_drafted, device=drawn.device) < draft.lengths.unsqueeze(1)
+    proposed = torch.arange(num_drafted, device=drawn.device) < draft.num_proposed.unsqueeze(1)
     accepted = ((drawn[:, :num_drafted] == draft.tokens) & proposed).long().cumprod(1).sum(1)
     return Verification(accepted, drawn.gather(1, accepted.unsqueeze(1)).squeeze(1))
 
@@ -218,7 +218,7 @@ def block_weights(target: Distribution, draft: Draft) -> Tensor:
     num_drafted = draft.tokens.shape[1]
     target_prob, draft_prob = target[:, :num_drafted].prob(draft.tokens), draft.distribution.prob(draft.tokens)
     ratio = target_prob / draft_prob.clamp(min=torch.finfo(torch.float64).tiny)
-    weights = [torch.ones_like(draft.lengths, dtype=torch.float64)]
+    weights = [torch.ones_like(draft.num_proposed, dtype=torch.float64)]
     for i in range(num_drafted):
         weights.append((weights[-1] * ratio[:, i]).clamp(max=1.0))
     return torch.stack(weights, 1)
@@ -235,7 +235,7 @@ def block_acceptance(target: Distribution, draft: Draft, weights: Tensor) -> Ten
     excess = row_sums(draft.distribution[:, 1:].excess(scale * target[:, 1:num_drafted].dense())).squeeze(-1)
     # 0/0: weight 1 and equal distributions behind it; then the next position passes at least as surely, and decides
     passes = (excess / (excess + 1 - inner)).nan_to_num(1.0)
-    is_last = torch.arange(1, num_drafted + 1, device=weights.device) == draft.lengths.unsqueeze(1)
+    is_last = torch.arange(1, num_drafted + 1, device=weights.device) == draft.num_proposed.unsqueeze(1)
     return torch.where(is_last, weights[:, 1:], torch.nn.functional.pad(passes, (0, num_drafted - passes.shape[1])))
 
 
@@ -243,7 +243,7 @@ def draw_last(
     target: Distribution, draft: Draft, accepted: Tensor, final_uniforms: Tensor, weight: Tensor | None = None
 ) -> Verification:
     """Draw the token after the accepted ones with its position's uniform; arguments as for `final_distribution`."""
-    token = fused.last_token(target, draft.distribution, accepted, draft.lengths, final_uniforms, weight)
+    token = fused.last_token(target, draft.distribution, accepted, draft.num_proposed, final_uniforms, weight)
     if token is not None:  # two kernels of what follows, on GPUs
         return Verification(accepted, token)
     uniform = final_uniforms.gather(1, accepted.unsqueeze(1)).squeeze(1)
@@ -263,7 +263,7 @@ def final_distribution(
     if isinstance(target_distribution, OneHot) or draft.tokens.shape[1] == 0:
         return target_distribution  # a one-hot target has no mass but on its token: that is its residual too
     draft_distribution = draft.distribution.at(accepted.clamp(max=draft.tokens.shape[1] - 1))
-    rejected = (accepted < draft.lengths).unsqueeze(1)
+    rejected = (accepted < draft.num_proposed).unsqueeze(1)
     target_probs = target_distribution.dense()
     return Dense(torch.where(rejected, residual(target_probs, draft_distribution, weight), target_probs))
 

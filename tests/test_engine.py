@@ -219,7 +219,7 @@ def test_logits_without_a_distribution_name_request_position_and_step(broken: st
 
         def forward(self, tokens, cache, first_slot=0, last_only=False):
             logits = super().forward(tokens, cache, first_slot, last_only)
-            if first_slot == 0 and len(cache.lengths) > 1 and len(tokens) > 1 and cache.lengths[1] >= 8:
+            if first_slot == 0 and len(cache.num_cached) > 1 and len(tokens) > 1 and cache.num_cached[1] >= 8:
                 logits[1] = value
             return logits
 

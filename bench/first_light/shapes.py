@@ -261,7 +261,7 @@ def _runner(model: CausalLM, width: int, context: int) -> Callable[[], object]:
 
     @torch.inference_mode()
     def run() -> None:
-        cache.lengths[:] = [context - width]
+        cache.num_cached[:] = [context - width]
         score(model, tokens, cache, recorder)
 
     return run

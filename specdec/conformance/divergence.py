@@ -131,13 +131,13 @@ def last_logits(
     start = max(0, len(context) - _TAIL)
     if model.is_encoder_decoder:  # what is scored in steps is behind the prompt
         hold(model, context[:num_prompt], cache, slot=0)
-        start = max(start, cache.lengths[0])
-    if start > cache.lengths[0]:
-        prefill(model, context[cache.lengths[0] : start], cache, slot=0, num_prompt=num_prompt)
+        start = max(start, cache.num_cached[0])
+    if start > cache.num_cached[0]:
+        prefill(model, context[cache.num_cached[0] : start], cache, slot=0, num_prompt=num_prompt)
     # the short step comes first: it is the last one whose width is asked about
     for stop in range(start + ((len(context) - start) % width or width), len(context) + 1, width):
-        logits = model.forward(upload([context[cache.lengths[0] : stop]], model.device), cache, last_only=True)
-        cache.lengths[0] = stop
+        logits = model.forward(upload([context[cache.num_cached[0] : stop]], model.device), cache, last_only=True)
+        cache.num_cached[0] = stop
     return _wide(logits.flatten())
 
 

@@ -103,7 +103,7 @@ class SampledDraftDeclaredOneHot(GreedyDraftDeclaredSampled):
 
     def propose(self, batch: Batch, limits: Sequence[int]) -> Draft:
         draft = self._proposer.propose(batch, limits)
-        return Draft.deterministic(draft.tokens, draft.lengths, batch.sampling.vocab_size)
+        return Draft.deterministic(draft.tokens, draft.num_proposed, batch.sampling.vocab_size)
 
 
 class NeverProposes(GreedyDraftDeclaredSampled):
@@ -210,7 +210,7 @@ def wrong_bonus_row(
     if not draft.tokens.shape[1]:
         return right
     bonus = target.at((right.accepted - 1).clamp(min=0)).draw(final_uniforms[:, -1])
-    return Verification(right.accepted, torch.where(right.accepted == draft.lengths, bonus, right.next_token))
+    return Verification(right.accepted, torch.where(right.accepted == draft.num_proposed, bonus, right.next_token))
 
 
 @Rule
@@ -240,7 +240,7 @@ class TopKOnOneSide(_BrokenLoop):
         nothing: list[tuple[int, ...]] = [()] * len(unlimited)
         state = SamplingState(unlimited, nothing, nothing, batch.sampling.vocab_size, batch.sampling.device)
         distribution = final_distribution(state.distribution(logits, draft.tokens)[0], draft, outcome.accepted)
-        final_uniforms = self._draws(batch.sampling.rows, upload(batch.lengths(), logits.device), draft)[1]
+        final_uniforms = self._draws(batch.sampling.rows, upload(batch.num_tokens(), logits.device), draft)[1]
         uniform = final_uniforms.gather(1, outcome.accepted.unsqueeze(1)).squeeze(1)
         return replace(outcome, next_token=distribution.draw(uniform)), finite
 
@@ -258,13 +258,13 @@ class ForgetsRollback(LanguageModel):
         return self._model.allocate(num_slots, 4 * capacity, **options)
 
     def forward(self, tokens: Tensor, cache: Any, first_slot: int = 0, last_only: bool = False) -> Tensor:
-        right, width = list(cache.lengths), tokens.shape[1]
+        right, width = list(cache.num_cached), tokens.shape[1]
         for slot in range(first_slot, first_slot + len(tokens)):
             behind = max(right[slot], self._written[slot]) if right[slot] else 0
-            cache.lengths[slot] = behind if behind + width <= cache.capacity else right[slot]
-            self._written[slot] = cache.lengths[slot] + width
+            cache.num_cached[slot] = behind if behind + width <= cache.capacity else right[slot]
+            self._written[slot] = cache.num_cached[slot] + width
         logits: Tensor = self._model.forward(tokens, cache, first_slot, last_only)
-        cache.lengths[:] = right
+        cache.num_cached[:] = right
         return logits
 
 
@@ -304,7 +304,7 @@ class SoftGreedy(_BrokenLoop):
 
     def _verify(self, batch: Batch, logits: Tensor, draft: Draft) -> tuple[Verification, Tensor]:
         accept_uniforms, final_uniforms = self._draws(
-            batch.sampling.rows, upload(batch.lengths(), logits.device), draft
+            batch.sampling.rows, upload(batch.num_tokens(), logits.device), draft
         )
         soft = Dense(logits.to(torch.promote_types(logits.dtype, torch.float32)).softmax(-1))
         accepted = verify_tokens(soft, draft, accept_uniforms, final_uniforms).accepted
@@ -398,7 +398,7 @@ class SiblingsWithReplacement(Proposer):
 
     def _with_replacement(self, batch: Batch, draft: Draft) -> Draft:
         assert draft.tree
-        tree, origins = draft.tree, upload(batch.lengths(), draft.tokens.device)
+        tree, origins = draft.tree, upload(batch.num_tokens(), draft.tokens.device)
         draws = tree_uniforms(batch.sampling.rows, origins, tree, self._proposer._uniforms)
         return replace(draft, tokens=draft.distribution[:, list(map(tree.families.index, tree.parents))].draw(draws))
 
@@ -427,7 +427,7 @@ class StaleMask(_BrokenLoop):
     """T3: scores a tree as if its nodes followed each other, each seeing all before it."""
 
     def _score(self, batch: Batch, draft: Draft, cache: Any) -> Tensor:
-        cache.lengths[: len(batch.rows)] = [length - 1 for length in batch.lengths()]
+        cache.num_cached[: len(batch.rows)] = [length - 1 for length in batch.num_tokens()]
         tokens = torch.cat([upload(batch.last_tokens(), self.target.device).unsqueeze(1), draft.tokens], 1)
         return score(self.target, tokens, cache, self.recorder)
 

@@ -103,7 +103,7 @@ class Reference:
             tokens = self._pad(fed, stop - start)
             logits = self.model.forward(tokens, cache)
             distribution = self._distribution(logits, tokens, prompts, [output[:start] for output in outputs])
-            cache.lengths[:] = [length + stop - start for length in cache.lengths]
+            cache.num_cached[:] = [length + stop - start for length in cache.num_cached]
             lengths = upload([len(output) for output in outputs], self.model.device).unsqueeze(1)
             places = torch.arange(start, stop, device=self.model.device).expand(len(outputs), -1)
             requests = torch.arange(len(outputs), device=self.model.device).unsqueeze(1).expand_as(places) + first
@@ -138,15 +138,15 @@ class Reference:
             for slot, prompt in enumerate(keys):
                 hold(self.model, prompt, cache, slot)
         self._caches[keys] = cache
-        cache.lengths[:] = [len(prompt) - 1 for prompt in keys]
+        cache.num_cached[:] = [len(prompt) - 1 for prompt in keys]
         return cache
 
     def _forget(self, room: int) -> None:
         """Drop caches, the least recently used first, until there is room for so many positions more."""
-        kept = sum(len(cache.lengths) * cache.capacity for cache in self._caches.values())
+        kept = sum(len(cache.num_cached) * cache.capacity for cache in self._caches.values())
         while self._caches and kept + room > _REMEMBERED:
             cache = self._caches.popitem(last=False)[1]
-            kept -= len(cache.lengths) * cache.capacity
+            kept -= len(cache.num_cached) * cache.capacity
 
     @torch.inference_mode()
     def gap(self, prompt: Tokens, output: Tokens, logits: Tensor) -> float:

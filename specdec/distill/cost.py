@@ -28,7 +28,7 @@ def head_cost_ratio(source: str, vocabulary_size: int, device: str) -> float:
     features = torch.zeros(1, CONTEXT, model.config.hidden_size, dtype=model.dtype, device=model.device)
     tokens = torch.zeros(1, CONTEXT, dtype=torch.int64, device=model.device)
     head(features, tokens, cache)
-    cache.lengths[0] = CONTEXT
+    cache.num_cached[0] = CONTEXT
     step_s = _seconds(lambda: head.logits(head(features[:, :1], tokens[:, :1], cache)), model.device)
     return step_s / _model_seconds(model)
 
@@ -46,7 +46,7 @@ def _model_seconds(model: Any) -> float:
     cache = lm.allocate(1, CONTEXT + 1)
     tokens = torch.zeros(1, CONTEXT, dtype=torch.int64, device=lm.device)
     lm.forward(tokens, cache)
-    cache.lengths[0] = CONTEXT
+    cache.num_cached[0] = CONTEXT
     return _seconds(lambda: lm.forward(tokens[:, :1], cache), lm.device)
 
 

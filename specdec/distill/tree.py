@@ -42,7 +42,7 @@ class Counts:
             return
         tree = draft.tree
         for num_nodes, path, num_accepted in zip(
-            draft.lengths.tolist(), outcome.path.tolist(), outcome.accepted.tolist(), strict=True
+            draft.num_proposed.tolist(), outcome.path.tolist(), outcome.accepted.tolist(), strict=True
         ):
             node = -1
             for level in range(num_accepted + 1):

@@ -16,13 +16,13 @@ from specdec.trees.columns import Branches
 class Cache(Protocol):
     """What a model remembers of the tokens it was given: a fixed number of slots, each holding one sequence.
 
-    lengths: valid tokens per slot. Rolling back is setting a length; nothing else needs to be undone.
+    num_cached: valid tokens per slot. Rolling back is lowering it; nothing else needs to be undone.
     capacity: tokens that a slot can hold.
     features: float [slots, capacity, hidden], what the model's output head read after each token, in the same places
     as the tokens; None unless they were asked for.
     """
 
-    lengths: list[int]
+    num_cached: list[int]
     features: Tensor | None
 
     @property
@@ -90,9 +90,9 @@ class LanguageModel(Protocol):
         """Logits after each of the given tokens, which follow the cache's valid tokens.
 
         tokens: int64 [rows, width]; row r belongs to slot first_slot + r and stands at positions
-        lengths[slot], lengths[slot] + 1, ... A row may end in padding: its logits mean nothing.
+        num_cached[slot], num_cached[slot] + 1, ... A row may end in padding: its logits mean nothing.
         Returns float [rows, width, vocab], or [rows, 1, vocab] for the last token if last_only.
-        The tokens are written behind the valid ones; `cache.lengths` is left to the caller.
+        The tokens are written behind the valid ones; `cache.num_cached` is left to the caller.
         """
         ...
 
@@ -128,7 +128,7 @@ class FixedShapeModel(LanguageModel, Protocol):
         last: Tensor | None = None,
         branches: Branches | None = None,
     ) -> Tensor:
-        """As `forward`, where row r begins at position starts[r], int64 [rows], whatever `cache.lengths` says.
+        """As `forward`, where row r begins at position starts[r], int64 [rows], whatever `cache.num_cached` says.
 
         extent: a bound on the positions that are seen, one of `cache.extent_for`. last: int64 [1], the only position
         whose logits are wanted, or None for all.
@@ -169,7 +169,7 @@ def score(
         if branches is None:
             return model.forward(tokens, cache)
         return cast("TreeModel", model).forward(tokens, cache, branches=branches)
-    fixed_model, fixed_cache, starts = cast("Any", model), cast("Any", cache), cache.lengths[: len(tokens)]
+    fixed_model, fixed_cache, starts = cast("Any", model), cast("Any", cache), cache.num_cached[: len(tokens)]
     extent = fixed_cache.extent_for(max(starts) + tokens.shape[1])
     further = () if branches is None else (0, None, branches)
     logits: Tensor = recorder(fixed_model.forward_at, tokens, upload(starts, model.device), cache, extent, *further)
@@ -195,16 +195,16 @@ def prefill(
     """
     if not tokens:
         raise ValueError("tokens=[] must not be empty: a model needs at least one token to continue from")
-    if model.is_encoder_decoder and cache.lengths[slot] == 0:
+    if model.is_encoder_decoder and cache.num_cached[slot] == 0:
         cast("EncoderDecoder", model).read(tokens[:num_prompt], cache, slot)
-        tokens = tokens[cache.lengths[slot] :]
+        tokens = tokens[cache.num_cached[slot] :]
     for start in range(0, len(tokens), PREFILL_CHUNK):
         chunk = tokens[start : start + PREFILL_CHUNK]
         if recorder and recorder.records:
             logits = _prefill_chunk(model, chunk, cache, slot, recorder)
         else:
             logits = model.forward(upload([chunk], model.device), cache, first_slot=slot, last_only=True)
-        cache.lengths[slot] += len(chunk)
+        cache.num_cached[slot] += len(chunk)
     return logits
 
 
@@ -218,7 +218,7 @@ def hold(model: LanguageModel, prompt: Sequence[int], cache: Cache, slot: int) -
 
 def _prefill_chunk(model: Any, chunk: Sequence[int], cache: Any, slot: int, recorder: Recorder) -> Tensor:
     width = next(width for width in _PREFILL_WIDTHS if width >= len(chunk))
-    start, extent = cache.lengths[slot], cache.extent_for(cache.lengths[slot] + width)
+    start, extent = cache.num_cached[slot], cache.extent_for(cache.num_cached[slot] + width)
     padded = upload([[*chunk, *[0] * (width - len(chunk))]], model.device)
     starts, last = upload([start], model.device), upload([len(chunk) - 1], model.device)
     logits: Tensor = recorder(model.forward_at, padded, starts, cache, extent, slot, last)

@@ -45,13 +45,13 @@ class _Window:
 class RaggedCache(Cache):  # type: ignore[misc]  # transformers has no complete types
     """Keys and values [slots, heads, capacity, head_dim] for each layer, allocated at the first use.
 
-    lengths: valid tokens per slot, owned by the caller. features: float [slots, capacity, hidden] that the model may
+    num_cached: valid tokens per slot, owned by the caller. features: float [slots, capacity, hidden] that the model may
     keep beside them, or None. Raises ValueError where a call would run over the capacity.
     """
 
     def __init__(self, num_layers: int, num_slots: int, capacity: int, features: Tensor | None = None) -> None:
         self.num_slots, self.capacity, self.features = num_slots, capacity, features
-        self.lengths = [0] * num_slots
+        self.num_cached = [0] * num_slots
         super().__init__(layers=[_RaggedLayer(self) for _ in range(num_layers)])
 
     def open(
@@ -61,7 +61,7 @@ class RaggedCache(Cache):  # type: ignore[misc]  # transformers has no complete 
 
         branches: of a tree, whose tokens do not follow each other; its `width` is this one.
         """
-        lengths, first = self.lengths[first_slot : first_slot + rows], branches.first if branches else 0
+        lengths, first = self.num_cached[first_slot : first_slot + rows], branches.first if branches else 0
         extent = max(lengths) + first + width
         if extent > self.capacity:
             raise ValueError(
@@ -126,7 +126,7 @@ class RaggedCache(Cache):  # type: ignore[misc]  # transformers has no complete 
             block[slot, :, :num_tokens] = block[source, :, :num_tokens]
         if self.features is not None:
             self.features[slot, :num_tokens] = self.features[source, :num_tokens]
-        self.lengths[slot] = num_tokens
+        self.num_cached[slot] = num_tokens
 
     def write(self, block: Tensor, states: Tensor) -> Tensor:
         """Put states [rows, heads, width, dim] into a block [slots, heads, capacity, dim] where the open window is.

@@ -311,7 +311,7 @@ def _ragged_logits(lm: CausalLM, tokens: list[int], threshold: int) -> Tensor:
     cache = lm.allocate(3, max(len(tokens), len(longer) + len(tokens) - cut))
     for slot, text in enumerate((longer, tokens[::-1], shorter)):
         prefill(lm, text, cache, slot)
-    cache.lengths[1] = 0
+    cache.num_cached[1] = 0
     for piece in (tokens[: cut // 2], tokens[cut // 2 : cut]):
         if piece:
             prefill(lm, piece, cache, 1)

@@ -53,7 +53,7 @@ def target_costs(
         prefill(target, [0] * context, cache, row)
 
     def step(width: int) -> None:
-        cache.lengths[:] = [context] * rows
+        cache.num_cached[:] = [context] * rows
         score(target, tokens[:, :width], cache, recorder)
 
     return tuple(min(durations_s(partial(step, width), target.device, repeats=5, warm_up=3)) for width in widths)

@@ -82,7 +82,7 @@ class LengthFactors:
     ) -> Tensor:
         """What `plain`, the model's forward with these arguments, gives with each position's own factors."""
         reach = int(offsets(branches, torch.device("cpu")).max()) + 1 if branches else tokens.shape[1]
-        lengths = cache.lengths[first_slot : first_slot + len(tokens)]
+        lengths = cache.num_cached[first_slot : first_slot + len(tokens)]
         ends = [length + reach for length in lengths]
         is_long = [
             (end if last_only else length + 1) > self.threshold for end, length in zip(ends, lengths, strict=True)
@@ -119,10 +119,10 @@ class LengthFactors:
 
     def _compute_anew(self, plain: Forward, cache: LengthCache, slot: int, is_long: bool) -> None:
         cache.is_long[slot] = is_long
-        tokens, cache.lengths[slot] = cache.tokens[slot : slot + 1, : cache.lengths[slot]].clone(), 0
+        tokens, cache.num_cached[slot] = cache.tokens[slot : slot + 1, : cache.num_cached[slot]].clone(), 0
         for chunk in tokens.split(_CHUNK, 1) if tokens.numel() else ():
             self._run(plain, chunk, cache, slot, [is_long], True, None)
-            cache.lengths[slot] += chunk.shape[1]
+            cache.num_cached[slot] += chunk.shape[1]
 
     def _by_row(self, forward: Callable[..., Any]) -> Callable[..., Any]:
         """A rotary module's forward, (hidden, positions [rows, width]) -> cos and sin [rows, width, dim], by row."""

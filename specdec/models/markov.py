@@ -22,10 +22,10 @@ class MarkovCache:
 
     tokens: Tensor
     features: Tensor | None = None
-    lengths: list[int] = field(init=False)
+    num_cached: list[int] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.lengths = [0] * len(self.tokens)
+        self.num_cached = [0] * len(self.tokens)
 
     @property
     def capacity(self) -> int:
@@ -38,7 +38,7 @@ class MarkovCache:
         self.tokens[slot, :num_tokens] = self.tokens[source, :num_tokens]
         if self.features is not None:
             self.features[slot, :num_tokens] = self.features[source, :num_tokens]
-        self.lengths[slot] = num_tokens
+        self.num_cached[slot] = num_tokens
 
     def keep(self, starts: Tensor, path: Tensor) -> None:
         for block in [self.tokens] if self.features is None else [self.tokens, self.features]:
@@ -74,7 +74,7 @@ class MarkovModel(LanguageModel):
         last_only: bool = False,
         branches: Branches | None = None,
     ) -> Tensor:
-        starts = upload(cache.lengths[first_slot : first_slot + len(tokens)], self.device)
+        starts = upload(cache.num_cached[first_slot : first_slot + len(tokens)], self.device)
         logits = self.forward_at(tokens, starts, cache, cache.capacity, first_slot, branches=branches)
         return logits[:, -1:] if last_only else logits
 

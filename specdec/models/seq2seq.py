@@ -34,7 +34,7 @@ class Seq2SeqCache:
 
     decoder: keys and values of the decoder's own tokens. prompts: by layer, keys and values of the encoded prompts,
     [slots, heads, capacity, head_dim] each. prompt_lengths: their numbers of tokens, int64 [slots], and `num_prompt`
-    the same on the host; 1 where nothing was read. lengths: valid tokens per slot, the prompt's included.
+    the same on the host; 1 where nothing was read. num_cached: valid tokens per slot, the prompt's included.
     """
 
     decoder: RaggedCache
@@ -43,10 +43,10 @@ class Seq2SeqCache:
     capacity: int
     features: Tensor | None = None
     num_prompt: list[int] = field(init=False)
-    lengths: list[int] = field(init=False)
+    num_cached: list[int] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.num_prompt, self.lengths = [1] * len(self.prompt_lengths), [0] * len(self.prompt_lengths)
+        self.num_prompt, self.num_cached = [1] * len(self.prompt_lengths), [0] * len(self.prompt_lengths)
 
     def extent_for(self, length: int) -> int:
         """A bound for sequences of this length, one of few, so that few shapes occur."""
@@ -62,7 +62,7 @@ class Seq2SeqCache:
         for block in (block for layer in self.prompts for block in layer):
             block[slot, :, :num_prompt] = block[source, :, :num_prompt]
         self.decoder.copy_slot(source, slot, num_tokens - (num_prompt - 1))
-        self.num_prompt[slot], self.lengths[slot] = num_prompt, num_tokens
+        self.num_prompt[slot], self.num_cached[slot] = num_prompt, num_tokens
         self.prompt_lengths[slot] = num_prompt
 
 
@@ -134,7 +134,7 @@ class Seq2SeqLM(LanguageModel):
         for layer, (keys, values) in zip(self._layers, cache.prompts, strict=True):
             keys[slot, :, : len(prompt)] = self._heads(layer.cross.k(encoded))[0]
             values[slot, :, : len(prompt)] = self._heads(layer.cross.v(encoded))[0]
-        cache.num_prompt[slot], cache.lengths[slot] = len(prompt), len(prompt) - 1
+        cache.num_prompt[slot], cache.num_cached[slot] = len(prompt), len(prompt) - 1
         cache.prompt_lengths[slot] = len(prompt)
 
     @torch.inference_mode()
@@ -148,8 +148,8 @@ class Seq2SeqLM(LanguageModel):
     ) -> Tensor:
         rows, width = tokens.shape
         slots = slice(first_slot, first_slot + rows)
-        lengths = zip(cache.lengths[slots], cache.num_prompt[slots], strict=True)
-        cache.decoder.lengths[slots] = [max(0, length - (num_prompt - 1)) for length, num_prompt in lengths]
+        lengths = zip(cache.num_cached[slots], cache.num_prompt[slots], strict=True)
+        cache.decoder.num_cached[slots] = [max(0, length - (num_prompt - 1)) for length, num_prompt in lengths]
         cache.decoder.open(first_slot, rows, width, self.device, branches)
         hidden = self._decode(tokens, cache, max(cache.num_prompt[slots]))
         return self._head(hidden[:, -1:] if last_only else hidden)
@@ -320,9 +320,9 @@ def _check_ragged_equals_plain(lm: Seq2SeqLM) -> None:
         for slot, source in enumerate((prompt[:3] + prompt, prompt)):
             lm.read(source, cache, slot)
             lm.forward(tokens[:, : cut + 3].flip(1), cache, first_slot=slot)
-            cache.lengths[slot] = len(source) - 1
+            cache.num_cached[slot] = len(source) - 1
         lm.forward(tokens[:, 4 : 4 + cut], cache, first_slot=1)
-        cache.lengths[:] = [7 + cut + 3, 4 + cut]  # the row that is looked at is the shorter one
+        cache.num_cached[:] = [7 + cut + 3, 4 + cut]  # the row that is looked at is the shorter one
         actual = lm.forward(tokens[:, 4 + cut :].expand(2, -1), cache)[1]
     except (TypeError, ValueError, RuntimeError, IndexError, AttributeError) as error:
         raise UnsupportedModelError(

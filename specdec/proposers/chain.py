@@ -30,19 +30,19 @@ def draw_chain(
     next, [rows, 1, vocab]. adaptive: ends the draft where another token would not pay. vocabulary: int64, ascending,
     the tokens that the logits are of, or None for all.
     """
-    device, lengths = batch.sampling.device, list(limits)
-    draws = draft_uniforms(batch.sampling.rows, upload(batch.lengths(), device), max(limits), uniforms)
+    device, num_proposed = batch.sampling.device, list(limits)
+    draws = draft_uniforms(batch.sampling.rows, upload(batch.num_tokens(), device), max(limits), uniforms)
     drafted = torch.empty(len(batch.rows), 0, dtype=torch.int64, device=device)
-    busy, reach = [slot for slot, row in enumerate(batch.rows) if row], [1.0] * len(lengths)
+    busy, reach = [slot for slot, row in enumerate(batch.rows) if row], [1.0] * len(num_proposed)
     steps: list[tuple[Tensor, Distribution]] = []
     finite: list[Tensor] = []
     for i in range(max(limits)):
         if adaptive:
-            pays = adaptive.pays([reach[slot] if lengths[slot] > i else 0.0 for slot in busy], i)
+            pays = adaptive.pays([reach[slot] if num_proposed[slot] > i else 0.0 for slot in busy], i)
             for slot, more in zip(busy, pays, strict=True):
                 if not more:
-                    lengths[slot] = min(lengths[slot], i)
-            if max(lengths) <= i:
+                    num_proposed[slot] = min(num_proposed[slot], i)
+            if max(num_proposed) <= i:
                 break
         logits = logits_after(drafted)
         distributions, is_finite = batch.sampling.distribution(logits, drafted, vocabulary)
@@ -55,7 +55,7 @@ def draw_chain(
             reach = [a * b for a, b in zip(reach, confidence(logits[:, 0]).tolist(), strict=True)]
     if not steps:
         return Draft.empty(len(batch.rows), batch.sampling.vocab_size, device)
-    return Draft.sampled(steps, upload(lengths, device), torch.cat(finite, 1))
+    return Draft.sampled(steps, upload(num_proposed, device), torch.cat(finite, 1))
 
 
 def draw_fixed(

@@ -116,9 +116,9 @@ class DraftModelProposer(Proposer):
     def draft_from(
         self, state: RowState, rows: RowParams, num_tokens: int, extent: int, *inputs: Any
     ) -> tuple[Tensor, Distribution, Tensor]:
-        (cache,), starts = inputs, state.lengths - state.num_pending
+        (cache,), starts = inputs, state.num_tokens - state.num_pending
         pending = state.pending[:, :2]
-        return self._loop(pending, starts, state.num_pending, state.lengths, rows, num_tokens, extent, cache)
+        return self._loop(pending, starts, state.num_pending, state.num_tokens, rows, num_tokens, extent, cache)
 
     def num_pending(self, accepted: Tensor, num_tokens: int) -> Tensor:
         return 1 + (accepted == num_tokens).long()  # the last token of a draft is not fed while it is drawn
@@ -193,9 +193,9 @@ class DraftModelProposer(Proposer):
         assert batch.recording
         device, most = self._model.device, 2
         tokens, lengths = pad(self._pending(batch, texts, most), device, most)
-        starts = self._cache.lengths[: len(batch.rows)]
+        starts = self._cache.num_cached[: len(batch.rows)]
         extent = self._cache.extent_for(max(starts) + most + batch.max_draft)
-        places = (upload(starts, device), lengths, upload(batch.lengths(), device))
+        places = (upload(starts, device), lengths, upload(batch.num_tokens(), device))
         drafted, distribution, finite = batch.recording(
             self._loop, tokens, *places, batch.sampling.rows, batch.max_draft, extent, self._cache
         )
@@ -231,7 +231,7 @@ class DraftModelProposer(Proposer):
         """The same for one slot, whose row the model is to be fed as these tokens."""
         row = batch.rows[slot]
         valid = self._slots[slot].num_valid(row, tokens) if row else 0
-        self._cache.lengths[slot] = valid
+        self._cache.num_cached[slot] = valid
         missing = tokens[valid:]
         if row and len(missing) > 1 and (valid == 0 or len(missing) > most):
             prefill(self._model, missing[:-1], self._cache, slot, batch.recorder, len(row.request.prompt))
@@ -247,13 +247,13 @@ class DraftModelProposer(Proposer):
         tokens, lengths = pad(pending, self._model.device)
         logits = self._model.forward(tokens, self._cache)
         for index, fed in enumerate(pending):
-            self._cache.lengths[index] += len(fed)
+            self._cache.num_cached[index] += len(fed)
         return _at(logits, lengths - 1)
 
     def _feed(self, tokens: Tensor) -> Tensor:
         logits = self._model.forward(tokens, self._cache)
         for index in range(len(tokens)):
-            self._cache.lengths[index] += 1
+            self._cache.num_cached[index] += 1
         return logits
 
 

@@ -74,8 +74,8 @@ class EagleProposer(Proposer):
     def draft_from(
         self, state: RowState, rows: RowParams, num_tokens: int, extent: int, *inputs: Any
     ) -> tuple[Tensor, Distribution, Tensor]:
-        (cache, features), starts = inputs, state.lengths - 1 - state.num_pending
-        places = (starts, state.num_pending, state.lengths)
+        (cache, features), starts = inputs, state.num_tokens - 1 - state.num_pending
+        places = (starts, state.num_pending, state.num_tokens)
         return self._loop(state.pending, *places, rows, num_tokens, extent, cache, features)
 
     def num_pending(self, accepted: Tensor, num_tokens: int) -> Tensor:
@@ -97,7 +97,7 @@ class EagleProposer(Proposer):
             nonlocal guessed
             if drafted.shape[1]:
                 guessed = self._head(guessed, drafted[:, -1:], cache)
-                cache.lengths[: len(batch.rows)] = [length + 1 for length in cache.lengths[: len(batch.rows)]]
+                cache.num_cached[: len(batch.rows)] = [length + 1 for length in cache.num_cached[: len(batch.rows)]]
             else:
                 guessed = self._catch_up(batch, max(limits) + 1)
             return self._head.logits(guessed)
@@ -125,9 +125,9 @@ class EagleProposer(Proposer):
         assert batch.features is not None
         device, most = self._head.device, batch.max_draft + 1
         tokens, lengths = pad(self._pending(batch, most), device, most)
-        starts = self._cache.lengths[: len(batch.rows)]
+        starts = self._cache.num_cached[: len(batch.rows)]
         extent = self._cache.extent_for(max(starts) + most + batch.max_draft)
-        places = (upload(starts, device), lengths, upload(batch.lengths(), device))
+        places = (upload(starts, device), lengths, upload(batch.num_tokens(), device))
         drafted, distribution, finite = batch.recording(
             self._loop,
             tokens,
@@ -175,13 +175,13 @@ class EagleProposer(Proposer):
         """The same for one slot, to which they are taken to be fed next."""
         assert batch.features is not None
         row, (owner, valid) = batch.rows[slot], self._owners[slot]
-        self._cache.lengths[slot] = valid if row and owner is row else 0
+        self._cache.num_cached[slot] = valid if row and owner is row else 0
         self._owners[slot] = (row, len(row.tokens) - 1 if row else 0)
         if row is None:
             return []
-        if len(row.tokens) - 1 - self._cache.lengths[slot] > longest:
+        if len(row.tokens) - 1 - self._cache.num_cached[slot] > longest:
             self._feed_alone(row.tokens[:-1], batch.features, slot)
-        return row.tokens[self._cache.lengths[slot] + 1 :]
+        return row.tokens[self._cache.num_cached[slot] + 1 :]
 
     def _catch_up(self, batch: Batch, longest: int) -> Tensor:
         """Feed each row the committed tokens it lacks; returns the feature guessed for the last, [rows, 1, hidden].
@@ -191,19 +191,19 @@ class EagleProposer(Proposer):
         assert batch.features is not None
         cache, pending = self._cache, self._pending(batch, longest)
         tokens, lengths = pad(pending, self._head.device)
-        starts = upload(cache.lengths[: len(pending)], tokens.device)
+        starts = upload(cache.num_cached[: len(pending)], tokens.device)
         guessed: Tensor = self._head(_features_at(batch.features, starts, tokens.shape[1]), tokens, cache)
         for slot, fed in enumerate(pending):
-            cache.lengths[slot] += len(fed)
+            cache.num_cached[slot] += len(fed)
         return _last(guessed, lengths)
 
     def _feed_alone(self, tokens: list[int], features: Tensor, slot: int) -> None:
         """Feed one row these tokens, in chunks."""
         cache = self._cache
-        for start in range(cache.lengths[slot], len(tokens) - 1, PREFILL_CHUNK):
+        for start in range(cache.num_cached[slot], len(tokens) - 1, PREFILL_CHUNK):
             chunk = upload([tokens[start + 1 : start + 1 + PREFILL_CHUNK]], self._head.device)
             self._head(features[slot, start : start + chunk.shape[1]].unsqueeze(0), chunk, cache, slot)
-            cache.lengths[slot] += chunk.shape[1]
+            cache.num_cached[slot] += chunk.shape[1]
 
 
 def _features_at(features: Tensor, starts: Tensor, width: int) -> Tensor:

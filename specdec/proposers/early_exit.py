@@ -69,7 +69,7 @@ class EarlyExitProposer(Proposer):
         self, state: RowState, rows: RowParams, num_tokens: int, extent: int, *inputs: Any
     ) -> tuple[Tensor, Distribution, Tensor]:
         (cache,) = inputs
-        return self._loop(state.newest.squeeze(1), state.lengths, rows, num_tokens, extent, cache)
+        return self._loop(state.newest.squeeze(1), state.num_tokens, rows, num_tokens, extent, cache)
 
     def num_pending(self, accepted: Tensor, num_tokens: int) -> Tensor:
         return torch.ones_like(accepted)
@@ -83,7 +83,7 @@ class EarlyExitProposer(Proposer):
 
         def logits_after(drafted: Tensor) -> Tensor:
             number = drafted.shape[1]
-            cache.lengths[: len(batch.rows)] = [length - 1 + number for length in batch.lengths()]
+            cache.num_cached[: len(batch.rows)] = [length - 1 + number for length in batch.num_tokens()]
             return self._model.forward(drafted[:, -1:] if number else last, cache)
 
         return draw_chain(batch, limits, logits_after, self._uniforms, self._adaptive)
@@ -92,7 +92,7 @@ class EarlyExitProposer(Proposer):
         """The whole draft as one recording."""
         assert batch.recording
         cache: Any = batch.cache
-        device, lengths = self._model.device, batch.lengths()
+        device, lengths = self._model.device, batch.num_tokens()
         extent = cache.extent_for(max(lengths) + batch.max_draft)
         drafted, distribution, finite = batch.recording(
             self._loop,

@@ -126,7 +126,7 @@ class HybridProposer(Proposer):
 
 def _merged(copied: Draft, drawn: Draft) -> Draft:
     """The rows of `copied` that propose something, the others of `drawn`."""
-    from_copied = copied.lengths > 0
+    from_copied = copied.num_proposed > 0
     width = max(copied.tokens.shape[1], drawn.tokens.shape[1])
     mine, theirs = _widened(copied, width), _widened(drawn, width)
     rows = from_copied[:, None]
@@ -139,7 +139,7 @@ def _merged(copied: Draft, drawn: Draft) -> Draft:
         distribution = Dense(torch.where(rows[..., None], mine.distribution.dense(), theirs.distribution.dense()))
     return Draft(
         torch.where(rows, mine.tokens, theirs.tokens),
-        torch.where(from_copied, mine.lengths, theirs.lengths),
+        torch.where(from_copied, mine.num_proposed, theirs.num_proposed),
         distribution,
         finite=theirs.finite,
     )
@@ -149,4 +149,4 @@ def _widened(draft: Draft, width: int) -> Draft:
     """The same draft with more padding."""
     columns = torch.arange(width, device=draft.tokens.device).clamp(max=draft.tokens.shape[1] - 1)
     finite = None if draft.finite is None else draft.finite[:, columns]
-    return Draft(draft.tokens[:, columns], draft.lengths, draft.distribution[:, columns], finite=finite)
+    return Draft(draft.tokens[:, columns], draft.num_proposed, draft.distribution[:, columns], finite=finite)

@@ -67,7 +67,7 @@ def draw_tree(
     device, rows = batch.sampling.device, batch.sampling.rows
     if not (batch.recorder and batch.recorder.records):  # there all drafts have one shape
         tree = tree.cut(max(limits))
-    draws = tree_uniforms(rows, upload(batch.lengths(), device), tree, uniforms)
+    draws = tree_uniforms(rows, upload(batch.num_tokens(), device), tree, uniforms)
     tokens = torch.empty(len(batch.rows), 0, dtype=torch.int64, device=device)
     distributions: list[Distribution] = []
     finite: list[Tensor] = []
@@ -80,8 +80,8 @@ def draw_tree(
         tokens = torch.cat([tokens, drawn], 1)
         distributions += [distribution[:, place] for place in range(len(level.parents))]
         finite.append(is_finite)
-    lengths = upload([tree.num_within(limit) for limit in limits], device)
-    return Draft(tokens, lengths, stack_distributions(distributions), tree, torch.cat(finite, 1))
+    num_proposed = upload([tree.num_within(limit) for limit in limits], device)
+    return Draft(tokens, num_proposed, stack_distributions(distributions), tree, torch.cat(finite, 1))
 
 
 def draw_siblings(

@@ -14,17 +14,17 @@ from specdec.sampling.distributions import Dense, Distribution, OneHot
 
 
 def num_accepted(
-    target: Distribution, draft: Distribution, tokens: Tensor, lengths: Tensor, accept_uniforms: Tensor
+    target: Distribution, draft: Distribution, tokens: Tensor, num_proposed: Tensor, accept_uniforms: Tensor
 ) -> Tensor | None:
     """How many leading tokens of a draft pass, int64 [batch], in one kernel.
 
-    target: distributions [batch, k + 1], k > 0. draft: distributions [batch, k]. tokens, lengths: the draft's.
+    target: distributions [batch, k + 1], k > 0. draft: distributions [batch, k]. tokens, num_proposed: the draft's.
     accept_uniforms: as for `specdec.verification.verify_tokens`.
     """
     fast = _kernels(target, draft)
     if fast is None:
         return None
-    accepted: Tensor = fast.num_accepted(_form(target), _form(draft), tokens, lengths, accept_uniforms)
+    accepted: Tensor = fast.num_accepted(_form(target), _form(draft), tokens, num_proposed, accept_uniforms)
     return accepted
 
 
@@ -32,7 +32,7 @@ def last_token(
     target: Distribution,
     draft: Distribution,
     accepted: Tensor,
-    lengths: Tensor,
+    num_proposed: Tensor,
     final_uniforms: Tensor,
     weight: Tensor | None = None,
 ) -> Tensor | None:
@@ -43,7 +43,7 @@ def last_token(
     fast = _kernels(target, draft) if isinstance(target, Dense) and draft.shape[1] else None
     if fast is None:
         return None
-    token: Tensor = fast.last_token(target.dense(), _form(draft), accepted, lengths, final_uniforms, weight)
+    token: Tensor = fast.last_token(target.dense(), _form(draft), accepted, num_proposed, final_uniforms, weight)
     return token
 
 

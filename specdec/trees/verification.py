@@ -165,7 +165,7 @@ class _Walk:
         assert draft.tree is not None
         self.target, self.draft = target, draft
         self.layout = _layout(draft.tree, draft.tokens.device)
-        self.accepted = torch.zeros_like(draft.lengths)
+        self.accepted = torch.zeros_like(draft.num_proposed)
         self.column, self.going = self.accepted, self.accepted == 0
         self.path = _own_places(draft, len(self.layout.most_children))
         self.probs = target.at(self.column).dense()
@@ -176,7 +176,7 @@ class _Walk:
             self.draft.distribution.at(self.layout.family[self.column]),
             self.layout.first_child[self.column],
         )
-        count = torch.minimum(self.layout.num_children[self.column], self.draft.lengths - first)
+        count = torch.minimum(self.layout.num_children[self.column], self.draft.num_proposed - first)
         taken, chosen = first.new_empty(len(first), 0), torch.full_like(first, -1)
         for rank in range(most_children):
             tried = self.going & (chosen < 0) & (rank < count)
@@ -213,7 +213,7 @@ def _follow(tokens: Tensor, draft: Draft) -> Verification:
     """Keep the nodes that are what the target says: tokens int64 [batch, k + 1], after the text and after each node."""
     assert draft.tree is not None
     layout = _layout(draft.tree, tokens.device)
-    proposed = layout.number < draft.lengths.unsqueeze(1)
+    proposed = layout.number < draft.num_proposed.unsqueeze(1)
     agrees = (draft.tokens == tokens[:, layout.parent]) & proposed
     on_path = agrees.float() @ layout.lineage == layout.depth  # the node and all before it; siblings are different
     accepted = on_path.sum(1)

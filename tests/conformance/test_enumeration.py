@@ -179,7 +179,7 @@ def keep_the_draft(target, draft, accept_uniforms, final_uniforms):
     if not draft.tokens.shape[1]:
         return right
     drafted = draft.tokens.gather(1, right.accepted.clamp(max=draft.tokens.shape[1] - 1).unsqueeze(1)).squeeze(1)
-    next_token = torch.where(right.accepted < draft.lengths, drafted, right.next_token)
+    next_token = torch.where(right.accepted < draft.num_proposed, drafted, right.next_token)
     return type(right)(right.accepted, next_token)
 
 

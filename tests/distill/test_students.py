@@ -40,12 +40,12 @@ def test_unrolled_training_sees_the_features_that_drafting_will(target, head, de
         for last in range(1, len(tokens) - depth + 1):  # the token that was committed last
             cache = head.allocate(1, 32)
             guessed = head(batch.features[:, :last], batch.tokens[:, 1 : last + 1], cache)[:, -1:]
-            cache.lengths[0] = last
+            cache.num_cached[0] = last
             for place in range(depth):
                 torch.testing.assert_close(guesses[place][:, last + place], guessed[:, 0], rtol=1e-4, atol=1e-4)
                 if place < depth - 1:
                     guessed = head(guessed, batch.tokens[:, last + place + 1 : last + place + 2], cache)
-                    cache.lengths[0] += 1
+                    cache.num_cached[0] += 1
 
 
 def test_the_loss_and_its_gradients_are_those_of_the_formula():

@@ -118,9 +118,9 @@ def test_layers_are_those_of_the_original(kind: str, dtype: torch.dtype) -> None
     lm, starts = CausalLM(fused), [full, middle, 1]
     cache = lm.allocate(3, full + 3)
     for slot, start in enumerate(starts):
-        cache.lengths[slot] = 0
+        cache.num_cached[slot] = 0
         lm.forward(tokens[slot : slot + 1, : min(full + 3, start + 7)], cache, first_slot=slot)
-    cache.lengths[:] = starts
+    cache.num_cached[:] = starts
     actual = lm.forward(torch.stack([row[start : start + 3] for row, start in zip(tokens, starts, strict=True)]), cache)
     theirs = logits_behind(plain, tokens, starts)
     expected = logits_behind(plain.double(), tokens, starts)
@@ -147,14 +147,14 @@ def test_a_node_of_a_tree_is_the_token_of_a_chain(kind: str) -> None:
         cache = lm.allocate(1, length + len(nodes))
         if length > 1:
             lm.forward(torch.tensor([text[: length - 1]], device=DEVICE), cache)
-        cache.lengths[0] = length - 1
+        cache.num_cached[0] = length - 1
         fed = torch.tensor([[text[length - 1], *nodes]], device=DEVICE)
         logits = lm.forward(fed, cache, branches=Branches.behind_root(tree.parents))[0]
         for node in range(len(nodes)):
             way = [*text[:length], *(nodes[i] for i in tree.lineage(node))]
             chain = lm.allocate(1, len(way))
             lm.forward(torch.tensor([way[: length - 1] or way[:1]], device=DEVICE), chain)
-            chain.lengths[0] = length - 1
+            chain.num_cached[0] = length - 1
             expected = lm.forward(torch.tensor([way[length - 1 :]], device=DEVICE), chain)[0, -1]
             assert_same(logits[node + 1], expected)
 
@@ -184,11 +184,11 @@ def test_a_token_does_not_depend_on_its_neighbours(kind: str, dtype: torch.dtype
 
 def in_pieces(lm: CausalLM, tokens: torch.Tensor, width: int, starts: list[int]):
     cache = lm.allocate(len(tokens), tokens.shape[1] + max(starts))
-    cache.lengths[:] = starts
+    cache.num_cached[:] = starts
     for start in range(0, tokens.shape[1], width):
         piece = tokens[:, start : start + width]
         yield start, lm.forward(piece, cache)
-        cache.lengths[:] = [length + piece.shape[1] for length in cache.lengths]
+        cache.num_cached[:] = [length + piece.shape[1] for length in cache.num_cached]
 
 
 @pytest.mark.parametrize("kind", ["llama 8", FEW[1]] if ON_GPU else ["llama 8"])

@@ -558,8 +558,8 @@ def test_operators_are_what_they_declare() -> None:
         (fast.probabilities, [logits, rows.temperature, None, None, None, None, None]),
         (fast.draw, [target.probs, draws]),
         (fast.race, [target.probs, random_uniforms(2, 3, 9)]),
-        (fast.num_accepted, [[target.probs, None], form, draft.tokens, draft.lengths, draws[:, :2]]),
-        (fast.last_token, [target.probs, form, draft.lengths, draft.lengths, draws, None]),
+        (fast.num_accepted, [[target.probs, None], form, draft.tokens, draft.num_proposed, draws[:, :2]]),
+        (fast.last_token, [target.probs, form, draft.num_proposed, draft.num_proposed, draws, None]),
     ]
     for operator, arguments in calls:
         torch.library.opcheck(operator, tuple(arguments), test_utils=("test_schema", "test_faketensor"))

@@ -33,9 +33,9 @@ def test_bf16_runs_through_the_same_road(attention: str) -> None:
     model = make("llama", GQA, torch.bfloat16, attention)
     target = CausalLM(model)
     cache = target.allocate(2, 32)
-    cache.lengths[:] = [0, 0]
+    cache.num_cached[:] = [0, 0]
     target.forward(torch.tensor([[5, 9, 8, 7]] * 2), cache)
-    cache.lengths[:] = [2, 4]
+    cache.num_cached[:] = [2, 4]
     logits = target.forward(torch.tensor([[8, 7, 3], [3, 1, 1]]), cache)
     with torch.inference_mode():
         plain = model(input_ids=torch.tensor([[5, 9, 8, 7, 3]]), use_cache=False).logits[0, -1].float()

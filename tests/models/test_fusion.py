@@ -105,10 +105,10 @@ def test_with_kernels_a_token_does_not_depend_on_its_neighbours(kind: str, dtype
     alone = lm.forward(tokens[:1], lm.allocate(1, 40))
     for width in (1, 2, 3, 5, 9, 13, 29):
         cache, pieces = lm.allocate(3, 60), []
-        cache.lengths[:] = [0, 7, 11]
+        cache.num_cached[:] = [0, 7, 11]
         for start in range(0, 40, width):
             pieces.append(lm.forward(tokens[:, start : start + width], cache))
-            cache.lengths[:] = [length + pieces[-1].shape[1] for length in cache.lengths]
+            cache.num_cached[:] = [length + pieces[-1].shape[1] for length in cache.num_cached]
         assert torch.equal(torch.cat(pieces, 1)[:1], alone)
 
 
@@ -148,7 +148,7 @@ def test_kernels_over_long_contexts_are_the_original_layers(name: str, dtype: to
         cache, start = lm.allocate(1, LONG), 500
         pieces = [lm.forward(tokens[:, :start], cache)]
         while start < LONG:
-            cache.lengths[:] = [start]
+            cache.num_cached[:] = [start]
             pieces.append(lm.forward(tokens[:, start : start + (1, 3, 9)[start % 3]], cache))
             start += pieces[-1].shape[1]
     assert torch.equal(torch.cat(pieces, 1), whole)

@@ -146,7 +146,7 @@ def test_what_follows_a_prompt_is_prefilled_in_chunks(monkeypatch: pytest.Monkey
     monkeypatch.setattr("specdec.models.base.PREFILL_CHUNK", 3)
     cache = target.allocate(2, 32)
     logits = prefill(target, row, cache, 1, num_prompt=len(PROMPTS[0]))
-    assert cache.lengths == [0, len(row)]
+    assert cache.num_cached == [0, len(row)]
     torch.testing.assert_close(logits[0, 0], scored(model, PROMPTS[0], row[len(PROMPTS[0]) :]), rtol=1e-4, atol=1e-4)
 
 
@@ -256,7 +256,7 @@ class StalePrompt(Seq2SeqLM):
         if cache.num_prompt[slot] == 1:
             super().read(prompt, cache, slot)
         cache.num_prompt[slot] = cache.prompt_lengths[slot] = len(prompt)
-        cache.lengths[slot] = len(prompt) - 1
+        cache.num_cached[slot] = len(prompt) - 1
 
 
 class OthersPrompt(Seq2SeqLM):

@@ -328,7 +328,7 @@ def test_the_draft_reads_in_step(records: bool) -> None:
     class Watched(DraftModelProposer):
         def propose(self, batch: Batch, limits: Sequence[int]) -> Draft:
             made = super().propose(batch, limits)
-            for row, drafted, length in zip(batch.rows, made.tokens.tolist(), made.lengths.tolist(), strict=True):
+            for row, drafted, length in zip(batch.rows, made.tokens.tolist(), made.num_proposed.tolist(), strict=True):
                 if row:
                     seen.append((list(row.tokens), drafted[:length]))
             return made

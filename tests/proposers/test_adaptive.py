@@ -45,10 +45,10 @@ def test_joint_distribution_of_drafts_that_end_early(mutated: bool) -> None:
     def make(source, rule, max_batch_size):
         @Rule
         def recording(distribution, draft, *draws):
-            lengths.update(draft.lengths.tolist())
+            lengths.update(draft.num_proposed.tolist())
             if mutated and draft.tokens.shape[1]:
-                unwanted = draft.tokens.gather(1, (draft.lengths - 1).clamp(min=0)[:, None])[:, 0] == 0
-                draft = replace(draft, lengths=(draft.lengths - unwanted.long()).clamp(min=0))
+                unwanted = draft.tokens.gather(1, (draft.num_proposed - 1).clamp(min=0)[:, None])[:, 0] == 0
+                draft = replace(draft, num_proposed=(draft.num_proposed - unwanted.long()).clamp(min=0))
             return rule(distribution, draft, *draws)
 
         proposer = EagleProposer(ToyHead(draft), source, WhileSure(FREE))
@@ -92,11 +92,11 @@ def test_joint_distribution_of_copies_that_end_early(hybrid: bool, mutated: bool
     def make(source, rule, max_batch_size):
         @Rule
         def recording(distribution, draft, accept, final):
-            lengths.update(draft.lengths.tolist())
+            lengths.update(draft.num_proposed.tolist())
             if mutated and draft.tokens.shape[1]:
-                last = (draft.lengths - 1).clamp(min=0)[:, None]
-                unwanted = (accept.gather(1, last)[:, 0] > 0.5) & (draft.lengths > 0)
-                draft = replace(draft, lengths=draft.lengths - unwanted.long())
+                last = (draft.num_proposed - 1).clamp(min=0)[:, None]
+                unwanted = (accept.gather(1, last)[:, 0] > 0.5) & (draft.num_proposed > 0)
+                draft = replace(draft, num_proposed=draft.num_proposed - unwanted.long())
             return rule(distribution, draft, accept, final)
 
         proposer = EachRowAlone()

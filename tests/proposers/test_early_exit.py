@@ -44,7 +44,7 @@ class WrongPlace(EarlyExitProposer):
         model, forward = self._model, self._model.forward
 
         def shifted(tokens, cache):
-            cache.lengths[:] = [length + 1 for length in cache.lengths]
+            cache.num_cached[:] = [length + 1 for length in cache.num_cached]
             return forward(tokens, cache)
 
         model.forward = shifted

@@ -199,7 +199,7 @@ class Peeking(SuffixProposer):
     source = uniforms
 
     def propose(self, batch: Batch, limits: Sequence[int]):
-        origins = torch.tensor(batch.lengths())
+        origins = torch.tensor(batch.num_tokens())
         places = (batch.sampling.seeds, origins, torch.full_like(origins, Role.ACCEPT), origins)
         draws = self.source(*(each.unsqueeze(1) for each in places)).flatten().tolist()
         return super().propose(batch, [limit if u < 0.5 else 0 for limit, u in zip(limits, draws, strict=True)])
@@ -225,7 +225,7 @@ def joint_distribution_after(history: str, proposer: type, num_tokens: int = 4) 
     def make(source, rule, max_batch_size):
         @Rule
         def recording(distribution, draft, *draws):
-            lengths.update(draft.lengths.tolist())
+            lengths.update(draft.num_proposed.tolist())
             return rule(distribution, draft, *draws)
 
         suffix = proposer(3, CPU, 1 << 20)

@@ -288,7 +288,7 @@ def test_the_state_behind_a_step() -> None:
     assert state.limits(2, 8).tolist() == [1, 1, 0]
     drafted, next_token = torch.tensor([[11, 12], [11, 12], [11, 12]]), torch.tensor([21, 22, 23])
     behind = state.after(drafted, torch.tensor([2, 1, 0]), next_token, torch.tensor([3, 1, 1]))
-    assert behind.lengths.tolist() == [10, 9, 2]
+    assert behind.num_tokens.tolist() == [10, 9, 2]
     assert behind.remaining.tolist() == [6, 0, 0]
     assert behind.pending[0].tolist() == [11, 12, 21]
     assert behind.newest.tolist() == [[21], [22], [23]]

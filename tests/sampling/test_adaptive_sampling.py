@@ -35,7 +35,7 @@ COSTS = StepCosts((1.0,) * (MAX_DRAFT_LENGTH + 1), DRAW_S)
 def looks_at_its_tokens(draft: Draft, least: float) -> Draft:
     """The planted bug: a draft ends before the first of its tokens that the draft itself thinks little of."""
     likely = (draft.distribution.prob(draft.tokens) >= least).long().cumprod(1).sum(1)
-    return replace(draft, lengths=torch.minimum(draft.lengths, likely))
+    return replace(draft, num_proposed=torch.minimum(draft.num_proposed, likely))
 
 
 # -- exactly ---------------------------------------------------------------------------------------------------
@@ -65,7 +65,7 @@ def test_joint_distribution_of_drafts_that_end_by_the_rule(name: str, mutated: b
     def make(source, rule, max_batch_size):
         @Rule
         def recording(distribution, draft, *draws):
-            lengths.update(draft.lengths.tolist())
+            lengths.update(draft.num_proposed.tolist())
             return rule(distribution, looks_at_its_tokens(draft, 0.4) if mutated else draft, *draws)
 
         proposes = proposer(draft, source, EachRowAlone(COSTS))

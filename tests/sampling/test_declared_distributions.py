@@ -72,7 +72,7 @@ def recorded(engine: Engine, params: SamplingParams) -> tuple[list[Seen], tuple[
 
 def ways(draft: Draft) -> list[list[int]]:
     """The places of the draft's tokens before each of the target's rows: none, then on the way to each node."""
-    num_tokens = int(draft.lengths[0])
+    num_tokens = int(draft.num_proposed[0])
     if draft.tree is None:
         return [list(range(place)) for place in range(num_tokens + 1)]
     return [draft.tree.lineage(node) for node in range(-1, num_tokens)]
@@ -104,7 +104,7 @@ def own_rows(draft: Draft) -> list[list[int]]:
     places = ways(draft)
     if draft.tree is None:
         return places[:-1]
-    families = sorted(set(draft.tree.parents[: int(draft.lengths[0])]))
+    families = sorted(set(draft.tree.parents[: int(draft.num_proposed[0])]))
     return [places[node + 1] for node in families]
 
 

@@ -461,9 +461,9 @@ def test_with_kernels_a_node_has_the_bits_of_plain_decoding(head_dim: int, dtype
     nodes = torch.randint(3, 61, (2, len(tree)), generator=generator)
     cache = lm.allocate(2, 45 + len(tree), keep_features=True)
     for slot, text in enumerate(texts):
-        cache.lengths[slot] = 0
+        cache.num_cached[slot] = 0
         lm.forward(text[:, :-1], cache, slot)
-    cache.lengths[:] = [text.shape[1] - 1 for text in texts]
+    cache.num_cached[:] = [text.shape[1] - 1 for text in texts]
     columns = torch.cat([torch.cat([text[:, -1:] for text in texts]), nodes], 1)
     logits = lm.forward(columns, cache, branches=Branches.behind_root(tree.parents))
     for slot, node in itertools.product(range(2), range(len(tree))):
@@ -473,7 +473,7 @@ def test_with_kernels_a_node_has_the_bits_of_plain_decoding(head_dim: int, dtype
     ends = [tree.paths.index(path) for path in ((2, 1, 0, 0, 0), (1, 0, 1, 0, 0))]
     path = torch.tensor([tree.lineage(end) for end in ends])
     cache.keep(torch.tensor([text.shape[1] for text in texts]), path)
-    cache.lengths[:] = [text.shape[1] + tree.depth for text in texts]
+    cache.num_cached[:] = [text.shape[1] + tree.depth for text in texts]
     more = torch.randint(3, 61, (2, 3), generator=generator)
     behind = lm.forward(more, cache)
     for slot, text in enumerate(texts):

@@ -109,7 +109,7 @@ def test_one_hot_and_dense_forms_of_the_same_draft_agree(target: Tensor, tokens:
     accept = torch.tensor([data.draw(st.lists(uniform, min_size=2, max_size=2))], dtype=torch.float64)
     final = torch.tensor([data.draw(st.lists(uniform, min_size=3, max_size=3))], dtype=torch.float64)
     sparse = Draft.deterministic(torch.tensor([tokens]), torch.tensor([length]), 4)
-    dense = Draft(sparse.tokens, sparse.lengths, Dense(sparse.distribution.dense().double()))
+    dense = Draft(sparse.tokens, sparse.num_proposed, Dense(sparse.distribution.dense().double()))
     first, second = (verify_tokens(Dense(target.unsqueeze(0)), draft, accept, final) for draft in (sparse, dense))
     assert torch.equal(first.accepted, second.accepted)
     assert torch.equal(first.next_token, second.next_token)
@@ -135,7 +135,7 @@ def test_a_draft_must_carry_a_distribution_for_each_token() -> None:
         ValueError, match=r"distribution of shape \(1, 3\) must have one row for each of the \(1, 2\) tokens"
     ):
         Draft(torch.zeros(1, 2).long(), torch.ones(1).long(), OneHot(torch.zeros(1, 3).long(), 5))
-    with pytest.raises(ValueError, match=r"must be \[batch, k\] and lengths, here of shape \(2,\), \[batch\]"):
+    with pytest.raises(ValueError, match=r"must be \[batch, k\] and num_proposed, here of shape \(2,\), \[batch\]"):
         Draft(torch.zeros(1, 2).long(), torch.ones(2).long(), OneHot(torch.zeros(1, 2).long(), 5))
 
 

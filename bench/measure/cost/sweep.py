@@ -139,7 +139,7 @@ def _step(target: CausalLM, rows: int, width: int, context: int) -> Sized:
     cache = target.allocate(rows, recorder.capacity(context + width))
 
     def run() -> None:
-        cache.lengths[:] = [context] * rows
+        cache.num_cached[:] = [context] * rows
         score(target, tokens, cache, recorder)
         synchronise(target.device)
 
@@ -154,7 +154,7 @@ def _head_step(head: EagleHead, target: CausalLM, rows: int) -> Sized:
 
     @torch.inference_mode()
     def run() -> None:
-        cache.lengths[:] = [CONTEXT] * rows
+        cache.num_cached[:] = [CONTEXT] * rows
         head.logits(head(features, tokens, cache))
         synchronise(target.device)
 
@@ -175,9 +175,9 @@ def _tree_step(head: EagleHead, target: CausalLM, num_nodes: int) -> Sized:
 
     @torch.inference_mode()
     def run() -> None:
-        own.lengths[0] = cache.lengths[0] = CONTEXT
+        own.num_cached[0] = cache.num_cached[0] = CONTEXT
         guessed = head(features, tokens[:, :1], own)
-        own.lengths[0] += 1
+        own.num_cached[0] += 1
         for level in levels_of(tree):
             if level.number:
                 fed = tokens[:, : len(level.parents)]
