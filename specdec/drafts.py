@@ -205,7 +205,7 @@ def check_draft(target: LanguageModel, draft: AnyDraft) -> SharedVocabulary | No
     return None
 
 
-def can_be_recorded(target: LanguageModel, draft: AnyDraft | None) -> bool:
+def can_be_recorded(target: LanguageModel, draft: AnyDraft | None = None) -> bool:
     """Whether all that a step computes is on one device, and needs nothing that only the host can tell."""
     source: Any = draft
     if draft is None or kind_of(draft) == "table":

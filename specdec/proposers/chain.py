@@ -2,18 +2,95 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from specdec.device_rows import RowState
 from specdec.proposers.adaptive import AdaptiveLength, confidence
+from specdec.proposers.base import FixedProposer
+from specdec.proposers.ngram import pad
 from specdec.requests import Batch
 from specdec.runtime.devices import upload
 from specdec.sampling.distributions import Distribution, stack_distributions
 from specdec.sampling.randomness import Role, UniformSource, noise
 from specdec.sampling.state import RowParams
 from specdec.verification import Draft
+
+
+@dataclass(frozen=True, slots=True)
+class Pending:
+    """The newest tokens of each row, which the cache of what drafts lacks.
+
+    tokens: int64 [rows, n], of which the first num[r] are real, at least one in a busy row, and the others padding.
+    starts: int64 [rows], the places in the cache where they go.
+    """
+
+    tokens: Tensor
+    num: Tensor
+    starts: Tensor
+
+    @property
+    def ends(self) -> Tensor:
+        """The places after them, int64 [rows]."""
+        return self.starts + self.num
+
+
+class ChainProposer(FixedProposer):
+    """A FixedProposer that draws chains with a model; where steps are recorded, a draft is one recording.
+
+    max_pending: tokens that a row's cache lacks at the most when a draft is recorded; None: as many as a step emits.
+    num_before: tokens at the beginning of a text that have no place in the cache.
+    """
+
+    max_pending: int | None
+    num_before: int = 0
+    _uniforms: UniformSource
+    _adaptive: AdaptiveLength | None
+    _vocabulary: Tensor | None
+
+    @abstractmethod
+    def logits_after(self, pending: Pending, extent: int, *inputs: Any) -> Callable[[Tensor], Tensor]:
+        """The function that `draw_fixed` draws by: logits after the pending tokens and those drafted so far."""
+
+    @property
+    def is_fixed(self) -> bool:
+        return self._adaptive is None
+
+    def draft_from(
+        self, state: RowState, rows: RowParams, num_tokens: int, extent: int, *inputs: Any
+    ) -> tuple[Tensor, Distribution, Tensor]:
+        starts = state.num_tokens - self.num_before - state.num_pending
+        pending = Pending(state.pending[:, : self.max_pending], state.num_pending, starts)
+        return self._draw(pending, state.num_tokens, rows, num_tokens, extent, *inputs)
+
+    def _draw(
+        self, pending: Pending, origins: Tensor, rows: RowParams, num_tokens: int, extent: int, *inputs: Any
+    ) -> tuple[Tensor, Distribution, Tensor]:
+        logits_after = self.logits_after(pending, extent, *inputs)
+        return draw_fixed(rows, origins, num_tokens, logits_after, self._uniforms, self._vocabulary)
+
+    def _record(
+        self, batch: Batch, limits: Sequence[int], pending: Sequence[Sequence[int]], cache: Any, starts: Sequence[int]
+    ) -> Draft:
+        """The whole draft as one recording. pending, starts: of each row, see `Pending`."""
+        assert batch.recording
+        device, most = batch.sampling.device, self.max_pending or batch.max_draft + 1
+        extent = cache.extent_for(max(starts) + most + batch.max_draft)
+        drafted, distribution, finite = batch.recording(
+            self._draw,
+            Pending(*pad(pending, device, most), upload(starts, device)),
+            upload(batch.num_tokens(), device),
+            batch.sampling.rows,
+            batch.max_draft,
+            extent,
+            *self.inputs(batch),
+        )
+        return Draft(drafted, upload(limits, device), distribution, finite=finite)
 
 
 def draw_chain(

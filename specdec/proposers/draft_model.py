@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, cast
@@ -10,19 +10,15 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from specdec.device_rows import RowState
-from specdec.models.base import Cache, FixedShapeModel, LanguageModel, TreeModel, prefill
+from specdec.models.base import FixedShapeModel, LanguageModel, TreeModel, prefill
 from specdec.models.vocabularies import Rewritten, SharedVocabulary
 from specdec.proposers.adaptive import AdaptiveLength
-from specdec.proposers.base import Proposer
-from specdec.proposers.chain import draw_chain, draw_fixed
+from specdec.proposers.chain import ChainProposer, Pending, draw_chain
 from specdec.proposers.ngram import pad
 from specdec.proposers.tree import Level, draw_tree
 from specdec.requests import Batch, Generation
-from specdec.runtime.devices import fetch_later, upload
-from specdec.sampling.distributions import Distribution
+from specdec.runtime.devices import fetch_later
 from specdec.sampling.randomness import UniformSource, uniforms
-from specdec.sampling.state import RowParams
 from specdec.trees.shape import Tree
 from specdec.verification import Draft
 
@@ -47,7 +43,7 @@ class _Slot:
         return min(valid, len(tokens) - 1)
 
 
-class DraftModelProposer(Proposer):
+class DraftModelProposer(ChainProposer):
     """A draft model with its own ragged cache.
 
     The cache is kept in step by comparison: what a slot holds is valid as far as it agrees with the committed tokens.
@@ -59,6 +55,8 @@ class DraftModelProposer(Proposer):
     in its own tokens, of which the newest may change as the text goes on, and drafts shared tokens only.
     tree: the shape of the drafts; None draws chains.
     """
+
+    max_pending = 2  # the newest token, and the last of a draft that was accepted as a whole
 
     def __init__(
         self,
@@ -108,17 +106,22 @@ class DraftModelProposer(Proposer):
         assert row
         self._reserve(batch, len(row.tokens) + batch.max_draft)
         self._settle()
-        return self._lacking(batch, slot, row.tokens, most=2)
+        return self._lacking(batch, slot, row.tokens, self.max_pending)
 
     def inputs(self, batch: Batch) -> tuple[Any, ...]:
         return (self._cache,)
 
-    def draft_from(
-        self, state: RowState, rows: RowParams, num_tokens: int, extent: int, *inputs: Any
-    ) -> tuple[Tensor, Distribution, Tensor]:
-        (cache,), starts = inputs, state.num_tokens - state.num_pending
-        pending = state.pending[:, :2]
-        return self._loop(pending, starts, state.num_pending, state.num_tokens, rows, num_tokens, extent, cache)
+    def logits_after(self, pending: Pending, extent: int, *inputs: Any) -> Callable[[Tensor], Tensor]:
+        (cache,), model = inputs, cast("FixedShapeModel", self._model)
+
+        def logits(drafted: Tensor) -> Tensor:
+            if drafted.shape[1] == 0:
+                fed = model.forward_at(pending.tokens, pending.starts, cache, extent)
+                return self._of_target(_at(fed, pending.num - 1))
+            newest, places = self._own(drafted[:, -1:]), pending.ends + drafted.shape[1] - 1
+            return self._of_target(model.forward_at(newest, places, cache, extent))
+
+        return logits
 
     def num_pending(self, accepted: Tensor, num_tokens: int) -> Tensor:
         return 1 + (accepted == num_tokens).long()  # the last token of a draft is not fed while it is drawn
@@ -130,8 +133,10 @@ class DraftModelProposer(Proposer):
         if self._tree:
             logits_at = partial(self._branch, batch, texts, self._tree.depth + 1)
             return draw_tree(batch, limits, self._tree, logits_at, self._uniforms, self._vocabulary)
-        drawn = self._recorded if batch.recording and not self._adaptive else self._drawn
-        return drawn(batch, texts, limits)
+        if batch.recording and not self._adaptive:
+            pending = self._pending(batch, texts, self.max_pending)
+            return self._record(batch, limits, pending, self._cache, self._cache.num_cached[: len(batch.rows)])
+        return self._drawn(batch, texts, limits)
 
     def _branch(self, batch: Batch, texts: Sequence[list[int]], most: int, level: Level, parents: Tensor) -> Tensor:
         """Logits of a level's children, from the tokens of its parents."""
@@ -187,41 +192,6 @@ class DraftModelProposer(Proposer):
             return self._of_target(self._catch_up(batch, texts, max(limits) + 1))
 
         return draw_chain(batch, limits, logits_after, self._uniforms, self._adaptive, self._vocabulary)
-
-    def _recorded(self, batch: Batch, texts: Sequence[list[int]], limits: Sequence[int]) -> Draft:
-        """The whole draft as one recording: a row lacks one token, or two where all were accepted."""
-        assert batch.recording
-        device, most = self._model.device, 2
-        tokens, lengths = pad(self._pending(batch, texts, most), device, most)
-        starts = self._cache.num_cached[: len(batch.rows)]
-        extent = self._cache.extent_for(max(starts) + most + batch.max_draft)
-        places = (upload(starts, device), lengths, upload(batch.num_tokens(), device))
-        drafted, distribution, finite = batch.recording(
-            self._loop, tokens, *places, batch.sampling.rows, batch.max_draft, extent, self._cache
-        )
-        return Draft(drafted, upload(limits, device), distribution, finite=finite)
-
-    def _loop(
-        self,
-        tokens: Tensor,
-        starts: Tensor,
-        lengths: Tensor,
-        origins: Tensor,
-        rows: RowParams,
-        num_tokens: int,
-        extent: int,
-        cache: Cache,
-    ) -> tuple[Tensor, Distribution, Tensor]:
-        """A draft after pending tokens [rows, 2], of which lengths[r] are real; see `draw_fixed`."""
-        model = cast("FixedShapeModel", self._model)
-
-        def logits_after(drafted: Tensor) -> Tensor:
-            if drafted.shape[1] == 0:
-                return self._of_target(_at(model.forward_at(tokens, starts, cache, extent), lengths - 1))
-            newest, places = self._own(drafted[:, -1:]), starts + lengths + drafted.shape[1] - 1
-            return self._of_target(model.forward_at(newest, places, cache, extent))
-
-        return draw_fixed(rows, origins, num_tokens, logits_after, self._uniforms, self._vocabulary)
 
     def _pending(self, batch: Batch, texts: Sequence[list[int]], most: int) -> list[list[int]]:
         """The committed tokens that each slot lacks, at least one; what is beyond `most` of them is fed now."""

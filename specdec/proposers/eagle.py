@@ -2,32 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from specdec.device_rows import RowState
 from specdec.models.base import PREFILL_CHUNK
-from specdec.models.cache import RaggedCache
 from specdec.models.eagle import EagleHead
 from specdec.proposers.adaptive import AdaptiveLength
-from specdec.proposers.base import Proposer
-from specdec.proposers.chain import draw_chain, draw_fixed
+from specdec.proposers.chain import ChainProposer, Pending, draw_chain
 from specdec.proposers.ngram import pad
 from specdec.proposers.tree import Level, draw_tree
 from specdec.requests import Batch, Generation
 from specdec.runtime.devices import upload
 from specdec.runtime.recording import InPlace
-from specdec.sampling.distributions import Distribution
 from specdec.sampling.randomness import UniformSource, uniforms
-from specdec.sampling.state import RowParams
 from specdec.trees.shape import Tree
 from specdec.verification import Draft
 
 
-class EagleProposer(Proposer):
+class EagleProposer(ChainProposer):
     """An EagleHead with its own ragged cache.
 
     The cache holds what was computed from the target's features; what was computed from guessed ones while drafting
@@ -36,6 +31,8 @@ class EagleProposer(Proposer):
 
     needs_features = True
     context_length = 1 << 30  # no limit of its own
+    max_pending = None
+    num_before = 1  # the first token has no feature before it
 
     def __init__(
         self,
@@ -45,6 +42,7 @@ class EagleProposer(Proposer):
         tree: Tree | None = None,
     ) -> None:
         self._head, self._uniforms, self._adaptive, self._tree = head, uniforms, adaptive, tree
+        self._vocabulary = head.draft_vocabulary
         self._cache: Any = None
         self._owners: list[tuple[Generation | None, int]] = []  # of each slot, and how much of the cache is valid
 
@@ -56,7 +54,8 @@ class EagleProposer(Proposer):
         if self._tree:
             return self._branching(batch, limits, self._tree)
         if batch.recording and not self._adaptive:
-            return self._recorded(batch, limits)
+            pending = self._pending(batch, batch.max_draft + 1)
+            return self._record(batch, limits, pending, self._cache, self._cache.num_cached[: len(batch.rows)])
         return self._drawn(batch, limits)
 
     @property
@@ -71,12 +70,19 @@ class EagleProposer(Proposer):
         assert batch.features is not None
         return self._cache, InPlace(batch.features)
 
-    def draft_from(
-        self, state: RowState, rows: RowParams, num_tokens: int, extent: int, *inputs: Any
-    ) -> tuple[Tensor, Distribution, Tensor]:
-        (cache, features), starts = inputs, state.num_tokens - 1 - state.num_pending
-        places = (starts, state.num_pending, state.num_tokens)
-        return self._loop(state.pending, *places, rows, num_tokens, extent, cache, features)
+    def logits_after(self, pending: Pending, extent: int, *inputs: Any) -> Callable[[Tensor], Tensor]:
+        (cache, features), head, guessed = inputs, self._head, torch.empty(0)
+
+        def logits(drafted: Tensor) -> Tensor:
+            nonlocal guessed
+            if drafted.shape[1]:
+                guessed = head.forward_at(guessed, drafted[:, -1:], pending.ends + drafted.shape[1] - 1, cache, extent)
+            else:
+                known = _features_at(features.value, pending.starts, pending.tokens.shape[1])
+                guessed = _last(head.forward_at(known, pending.tokens, pending.starts, cache, extent), pending.num)
+            return head.logits(guessed)
+
+        return logits
 
     def num_pending(self, accepted: Tensor, num_tokens: int) -> Tensor:
         return accepted + 1  # all that a step emits: their features have only become known in it
@@ -118,54 +124,6 @@ class EagleProposer(Proposer):
             return self._head.logits(guessed)
 
         return draw_tree(batch, limits, tree, logits_at, self._uniforms, self._head.draft_vocabulary)
-
-    def _recorded(self, batch: Batch, limits: Sequence[int]) -> Draft:
-        """The whole draft as one recording: a row lacks as many tokens as a step can emit, at the most."""
-        assert batch.recording
-        assert batch.features is not None
-        device, most = self._head.device, batch.max_draft + 1
-        tokens, lengths = pad(self._pending(batch, most), device, most)
-        starts = self._cache.num_cached[: len(batch.rows)]
-        extent = self._cache.extent_for(max(starts) + most + batch.max_draft)
-        places = (upload(starts, device), lengths, upload(batch.num_tokens(), device))
-        drafted, distribution, finite = batch.recording(
-            self._loop,
-            tokens,
-            *places,
-            batch.sampling.rows,
-            batch.max_draft,
-            extent,
-            self._cache,
-            InPlace(batch.features),
-        )
-        return Draft(drafted, upload(limits, device), distribution, finite=finite)
-
-    def _loop(
-        self,
-        tokens: Tensor,
-        starts: Tensor,
-        lengths: Tensor,
-        origins: Tensor,
-        rows: RowParams,
-        num_tokens: int,
-        extent: int,
-        cache: RaggedCache,
-        features: InPlace[Tensor],
-    ) -> tuple[Tensor, Distribution, Tensor]:
-        """A draft after pending tokens [rows, n], of which lengths[r] are real; see `draw_fixed`."""
-        head, guessed = self._head, torch.empty(0)
-
-        def logits_after(drafted: Tensor) -> Tensor:
-            nonlocal guessed
-            if drafted.shape[1]:
-                at = starts + lengths + drafted.shape[1] - 1
-                guessed = head.forward_at(guessed, drafted[:, -1:], at, cache, extent)
-            else:
-                known = _features_at(features.value, starts, tokens.shape[1])
-                guessed = _last(head.forward_at(known, tokens, starts, cache, extent), lengths)
-            return head.logits(guessed)
-
-        return draw_fixed(rows, origins, num_tokens, logits_after, self._uniforms, head.draft_vocabulary)
 
     def _pending(self, batch: Batch, longest: int) -> list[list[int]]:
         """The committed tokens that each row lacks; a row that lacks more than `longest` is fed all but one now."""

@@ -11,30 +11,29 @@ guess well from their first layers.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from specdec.device_rows import RowState
-from specdec.models.base import Cache, FixedShapeModel, LanguageModel
+from specdec.models.base import FixedShapeModel, LanguageModel
 from specdec.proposers.adaptive import AdaptiveLength
-from specdec.proposers.base import Proposer
-from specdec.proposers.chain import draw_chain, draw_fixed
+from specdec.proposers.chain import ChainProposer, Pending, draw_chain
 from specdec.requests import Batch, Generation
 from specdec.runtime.devices import upload
-from specdec.sampling.distributions import Distribution
 from specdec.sampling.randomness import UniformSource, uniforms
-from specdec.sampling.state import RowParams
 from specdec.verification import Draft
 
 
-class EarlyExitProposer(Proposer):
+class EarlyExitProposer(ChainProposer):
     """Drafts with a model that shares the target's cache, which holds all tokens of a row but the last.
 
     model: the target's first layers, see `specdec.models.early_exit`.
     """
+
+    max_pending = 1
+    _vocabulary = None
 
     def __init__(
         self, model: LanguageModel, uniforms: UniformSource = uniforms, adaptive: AdaptiveLength | None = None
@@ -46,12 +45,9 @@ class EarlyExitProposer(Proposer):
         if max(limits) == 0:
             return Draft.empty(len(batch.rows), self._model.vocab_size, self._model.device)
         if batch.recording and not self._adaptive:
-            return self._recorded(batch, limits)
+            starts = [num_tokens - 1 for num_tokens in batch.num_tokens()]
+            return self._record(batch, limits, [[token] for token in batch.last_tokens()], batch.cache, starts)
         return self._drawn(batch, limits)
-
-    @property
-    def is_fixed(self) -> bool:
-        return self._adaptive is None
 
     @property
     def context_length(self) -> int:
@@ -65,11 +61,14 @@ class EarlyExitProposer(Proposer):
     def inputs(self, batch: Batch) -> tuple[Any, ...]:
         return (batch.cache,)
 
-    def draft_from(
-        self, state: RowState, rows: RowParams, num_tokens: int, extent: int, *inputs: Any
-    ) -> tuple[Tensor, Distribution, Tensor]:
-        (cache,) = inputs
-        return self._loop(state.newest.squeeze(1), state.num_tokens, rows, num_tokens, extent, cache)
+    def logits_after(self, pending: Pending, extent: int, *inputs: Any) -> Callable[[Tensor], Tensor]:
+        (cache,), model = inputs, cast("FixedShapeModel", self._model)
+
+        def logits(drafted: Tensor) -> Tensor:
+            tokens = torch.cat([pending.tokens, drafted], 1)[:, -1:]
+            return model.forward_at(tokens, pending.starts + drafted.shape[1], cache, extent)
+
+        return logits
 
     def num_pending(self, accepted: Tensor, num_tokens: int) -> Tensor:
         return torch.ones_like(accepted)
@@ -87,32 +86,3 @@ class EarlyExitProposer(Proposer):
             return self._model.forward(drafted[:, -1:] if number else last, cache)
 
         return draw_chain(batch, limits, logits_after, self._uniforms, self._adaptive)
-
-    def _recorded(self, batch: Batch, limits: Sequence[int]) -> Draft:
-        """The whole draft as one recording."""
-        assert batch.recording
-        cache: Any = batch.cache
-        device, lengths = self._model.device, batch.num_tokens()
-        extent = cache.extent_for(max(lengths) + batch.max_draft)
-        drafted, distribution, finite = batch.recording(
-            self._loop,
-            upload(batch.last_tokens(), device),
-            upload(lengths, device),
-            batch.sampling.rows,
-            batch.max_draft,
-            extent,
-            cache,
-        )
-        return Draft(drafted, upload(limits, device), distribution, finite=finite)
-
-    def _loop(
-        self, last: Tensor, origins: Tensor, rows: RowParams, num_tokens: int, extent: int, cache: Cache
-    ) -> tuple[Tensor, Distribution, Tensor]:
-        """A draft after tokens int64 [rows] that stand before the origins; see `draw_fixed`."""
-        model = cast("FixedShapeModel", self._model)
-
-        def logits_after(drafted: Tensor) -> Tensor:
-            tokens = torch.cat([last.unsqueeze(1), drafted], 1)[:, -1:]
-            return model.forward_at(tokens, origins - 1 + drafted.shape[1], cache, extent)
-
-        return draw_fixed(rows, origins, num_tokens, logits_after, self._uniforms)

@@ -14,11 +14,11 @@ import torch
 import transformers
 
 from specdec import Engine, SamplingParams
-from specdec.drafts import load_with_drafts, place_models
+from specdec.drafts import can_be_recorded, load_with_drafts, place_models
 from specdec.models import loading
 from specdec.models.base import LanguageModel
 from specdec.models.causal import CausalLM
-from specdec.models.elsewhere import Elsewhere, can_be_recorded, seen_from
+from specdec.models.elsewhere import Elsewhere, seen_from
 from specdec.models.loading import load_pretrained, read_layer_bytes
 from specdec.models.placement import LayerBytes, PlacementError
 from specdec.runtime import devices
