@@ -1,8 +1,9 @@
-"""What the site shows from elsewhere in the repository: committed results, reports of runs, import levels."""
+"""What the site shows besides its pages: committed results, reports of runs, import levels, formulas as MathML."""
 
 from __future__ import annotations
 
 import ast
+import html
 import re
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = (ROOT / "bench" / "baselines", ROOT / "specdec" / "weights")  # become part of the site, as do these pages
+MATH = re.compile(r"(<(pre|code|script|style)\b.*?</\2>)|\$\$(.+?)\$\$|\$([^$\n]+?)\$", re.S)
 PAGES = ("CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md")
 SUFFIXES = {".md", ".html", ".json", ".jsonl", ".png", ".svg", ".py"}
 
@@ -33,6 +35,20 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
     markdown = re.sub(inside, r"](\1", markdown)
     markdown = re.sub(r"<!-- report: (\S+) -->", lambda match: _report(match[1]), markdown)
     return re.sub(r"<!-- import levels: (\w+) -->", lambda match: _levels(match[1]), markdown)
+
+
+def on_page_content(content: str, page: Any, **_: Any) -> str:
+    """Turn the notebook's formulas into MathML, which browsers show without a script from elsewhere."""
+    return MATH.sub(_formula, content) if page.file.src_path.endswith(".ipynb") else content
+
+
+def _formula(match: re.Match[str]) -> str:
+    from latex2mathml.converter import convert
+
+    code, _, block, inline = match.groups()
+    if block:  # may be wider than a narrow screen
+        return f'<span class="formula">{convert(html.unescape(block), display="block")}</span>'
+    return code or convert(html.unescape(inline))
 
 
 def _report(run: str) -> str:
