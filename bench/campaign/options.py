@@ -24,7 +24,7 @@ from bench.catalogue.methods import VLLM_METHODS
 from bench.catalogue.pairs import Pair, parse_pairs
 from bench.engines.base import VllmOptions
 from bench.engines.process import SECRET
-from bench.engines.registry import ENGINES
+from bench.engines.registry import ENGINES, parse_engine
 from bench.records.schema import MAX_PARTS, Gamma
 from bench.workloads.base import Lengths
 from bench.workloads.registry import parse_workloads
@@ -227,7 +227,7 @@ def _flag(name: str, text: str) -> bool:
 OPTIONS = (
     Option(
         "engines",
-        _names(tuple(ENGINES)),
+        lambda name, text: _distinct(name, tuple(parse_engine(name, item.strip()) for item in text.split(","))),
         "specdec,transformers,vllm",
         "engines to measure; the first is the reference that the others are compared with",
     ),

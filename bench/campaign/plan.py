@@ -8,7 +8,7 @@ from itertools import product
 
 from bench.campaign.options import BenchConfig
 from bench.catalogue.pairs import Pair
-from bench.engines.registry import ENGINES, why_not, why_not_pair
+from bench.engines.registry import ENGINES, engine_kind, why_not, why_not_pair
 from bench.records.schema import Cell, Gamma
 from bench.workloads.base import buckets
 from bench.workloads.registry import label
@@ -90,13 +90,13 @@ def _plan(
         gamma = gamma if method == "autoregressive" else config.gammas[0]
     if not skip and config.synthetic_acceptance_rates:
         skip = _why_not_synthetic(engine, method, device)
-    if not skip and gamma == "auto" and "auto gamma" not in ENGINES[engine].extras:
+    if not skip and gamma == "auto" and "auto gamma" not in engine_kind(engine).extras:
         skip = f"engine={engine} has no gamma=auto; use --gammas with numbers"
     return Plan(Cell(engine, pair.name, method, gamma, placement, workload, batch_size, rate), skip)
 
 
 def _why_not_synthetic(engine: str, method: str, device: str) -> str | None:
-    kind = ENGINES[engine]
+    kind = engine_kind(engine)
     if "synthetic acceptance" not in kind.extras:
         return f"engine={engine} has no synthetic acceptance; leave out --synthetic-acceptance-rates"
     if kind.package == "vllm" and method != "autoregressive" and device == "cpu":  # asserted in its sampler, 0.32
@@ -105,7 +105,7 @@ def _why_not_synthetic(engine: str, method: str, device: str) -> str | None:
 
 
 def _why_no_arrivals(engine: str, rate: float | None) -> str | None:
-    if rate is None or "arrivals" in ENGINES[engine].extras:
+    if rate is None or "arrivals" in engine_kind(engine).extras:
         return None
     able = ",".join(name for name, kind in ENGINES.items() if "arrivals" in kind.extras)
     return f"engine={engine} takes no requests while it decodes others; use --engines {able}, or leave out --rate"

@@ -2,70 +2,113 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from bench.catalogue.methods import VLLM_METHODS
 from bench.catalogue.pairs import Pair, folder
 from bench.engines.base import BenchEngine, LoadOptions, VllmOptions
 from specdec.methods import METHODS
+from specdec.runtime import extensions
+from specdec.runtime.checks import nearest
+
+GROUP: extensions.Group = "specdec.engines"
+EXTRAS = (  # what few engines have
+    *("auto gamma", "synthetic acceptance", "placements", "other vocabularies"),
+    *("arrivals", "interpreter", "method extensions"),
+)
 
 
 @dataclass(frozen=True, slots=True)
 class EngineKind:
-    """What is known of an engine before it is loaded.
+    """What is known of an engine before it is loaded; an extension of group `specdec.engines` is one.
 
-    max_batch_size: None is unlimited. extras: what few have. kinds: those of pairs that it decodes.
+    package: what must be installed to run it. methods: drafting methods that it has.
+    load: `module:function`, imported when the engine is first used; the function takes (Pair, LoadOptions) and returns
+    a BenchEngine, or a ServingEngine if "arrivals" is among the extras.
+    max_batch_size: None is unlimited. verifications: rules that it has. extras: of EXTRAS. kinds: those of pairs that
+    it decodes.
+    Raises ValueError for a `load` or an extra that cannot be meant.
     """
 
     package: str
     methods: tuple[str, ...]
+    load: str
     max_batch_size: int | None = None
     verifications: tuple[str, ...] = ("token",)
     extras: tuple[str, ...] = ()
     kinds: tuple[str, ...] = ("decoder-only",)
 
+    def __post_init__(self) -> None:
+        if not extensions.REFERENCE.fullmatch(self.load):
+            raise ValueError(f"load={self.load!r} must be module:function; name the function that loads the engine")
+        for extra in self.extras:
+            if extra not in EXTRAS:
+                raise ValueError(f"extras={extra!r} must be one of {', '.join(EXTRAS)}{nearest(extra, EXTRAS)}")
 
+
+_VLLM = EngineKind(
+    "vllm",
+    ("autoregressive", "ngram", "suffix", "draft_model", "eagle", *VLLM_METHODS),
+    load="bench.engines.vllm:load",
+    verifications=("token", "block"),
+    extras=("synthetic acceptance", "interpreter"),
+)
 ENGINES = {
     "specdec": EngineKind(
         "specdec",
         tuple(METHODS),
-        None,
-        ("token", "block", "coupled"),
-        ("auto gamma", "synthetic acceptance", "placements", "other vocabularies", "arrivals"),
-        ("decoder-only", "encoder-decoder"),
+        load="bench.engines.specdec:load",
+        verifications=("token", "block", "coupled"),
+        extras=(
+            *("auto gamma", "synthetic acceptance", "placements", "other vocabularies"),
+            *("arrivals", "method extensions"),
+        ),
+        kinds=("decoder-only", "encoder-decoder"),
     ),
     "transformers": EngineKind(
         "transformers",
         ("autoregressive", "ngram", "draft_model"),
+        load="bench.engines.transformers:load",
         max_batch_size=1,
         extras=("placements",),
         kinds=("decoder-only", "local-attention", "encoder-decoder"),
     ),
-    "vllm": EngineKind(
-        "vllm",
-        ("autoregressive", "ngram", "suffix", "draft_model", "eagle", *VLLM_METHODS),
-        verifications=("token", "block"),
-        extras=("synthetic acceptance", "interpreter"),
-    ),
-    "vllm-server": EngineKind(
-        "vllm",
-        ("autoregressive", "ngram", "suffix", "draft_model", "eagle", *VLLM_METHODS),
-        verifications=("token", "block"),
-        extras=("synthetic acceptance", "interpreter", "arrivals"),
-    ),
+    "vllm": _VLLM,
+    "vllm-server": replace(_VLLM, load="bench.engines.vllm_server:load", extras=(*_VLLM.extras, "arrivals")),
 }
+
+
+def engine_kind(engine: str) -> EngineKind:
+    """What is known of an engine, built in or an extension. Raises ExtensionError for one that cannot be used."""
+    if engine in ENGINES:
+        return ENGINES[engine]
+    kind: EngineKind = extensions.load(
+        GROUP, engine, lambda loaded: isinstance(loaded, EngineKind), "a bench.engines.registry.EngineKind"
+    )
+    return kind
+
+
+def parse_engine(name: str, text: str) -> str:
+    """One item of the option `engines`, a name of ENGINES or an extension, which is imported.
+
+    Raises ValueError for anything else.
+    """
+    if text not in ENGINES and not extensions.is_extension(GROUP, text):
+        known = ", ".join(ENGINES)
+        raise ValueError(f"{name}={text!r} must be one of {known} or module:attribute; check the spelling")
+    engine_kind(text)
+    return text
 
 
 def why_not(
     engine: str, method: str, batch_size: int, verification: str = "token", vllm: VllmOptions | None = None
 ) -> str | None:
     """Why an engine cannot run a cell, and what to do about it; None if it can."""
-    kind = ENGINES[engine]
+    kind = engine_kind(engine)
     if missing := _why_missing(engine, vllm or VllmOptions()):
         return missing
-    if method not in kind.methods:
+    if method not in kind.methods and not _is_own(kind, method):
         return f"engine={engine} has no method={method}; use {', '.join(kind.methods)}"
     if method == "tree" and verification == "block":
         return "method=tree has no verification=block; use --verification token or coupled"
@@ -81,9 +124,14 @@ def why_not(
     return None
 
 
+def _is_own(kind: EngineKind, method: str) -> bool:
+    """Whether a method is an extension of an engine that takes these."""
+    return "method extensions" in kind.extras and extensions.is_extension("specdec.proposers", method)
+
+
 def why_not_pair(engine: str, pair: Pair, placement: str) -> str | None:
     """Why an engine cannot decode a pair, or not so placed, and what to do about it; None if it can."""
-    kind = ENGINES[engine]
+    kind = engine_kind(engine)
     if pair.kind not in kind.kinds:
         able = [name for name, each in ENGINES.items() if pair.kind in each.kinds]
         remedy = f"use --engines {','.join(able)}" if able else "no engine does yet; use another pair"
@@ -97,22 +145,22 @@ def why_not_pair(engine: str, pair: Pair, placement: str) -> str | None:
 
 
 def _why_missing(engine: str, vllm: VllmOptions) -> str | None:
-    package = ENGINES[engine].package
+    kind = engine_kind(engine)
     if engine == "vllm-server" and vllm.server_url:
         return None
-    if "interpreter" in ENGINES[engine].extras:
+    if "interpreter" in kind.extras:
         from bench.engines.vllm import why_no_interpreter
 
         return why_no_interpreter(engine, vllm.python)
-    if importlib.util.find_spec(package) is None:
-        return f"engine={engine} needs the package {package}; pip install {package}"
+    if importlib.util.find_spec(kind.package) is None:
+        return f"engine={engine} needs the package {kind.package}; pip install {kind.package}"
     return None
 
 
 def load(engine: str, pair: Pair, options: LoadOptions) -> BenchEngine:
     """An engine with a pair's models in memory."""
-    module = importlib.import_module(f"bench.engines.{engine.replace('-', '_')}")
-    loaded: BenchEngine = module.load(pair, options)
+    load_models = extensions.load(GROUP, engine_kind(engine).load, callable, "a function (Pair, LoadOptions)")
+    loaded: BenchEngine = load_models(pair, options)
     return loaded
 
 
@@ -129,7 +177,7 @@ def check_vocabulary(pair: Pair, engine: str) -> None:
     if pair.draft is None or kind_in(resolve(folder(pair.draft))) != "model":
         return
     try:
-        same = "other vocabularies" not in ENGINES[engine].extras
+        same = "other vocabularies" not in engine_kind(engine).extras
         check_vocabularies(folder(pair.target), folder(pair.draft), pair.load_format, same=same)
     except ValueError as error:
         raise LoadError(f"pair={pair.name}: {error}") from error

@@ -122,7 +122,3 @@ def find(data_dir: Path | None, workload: str, *patterns: str) -> Path:
             f"data_dir={data_dir}, found {names}; name its folder with --data-dir"
         )
     return found[0]
-
-
-def _smoke_file() -> Path:
-    return Path(__file__).parents[1] / "catalogue" / "models" / "tiny" / "smoke.txt"

@@ -1,23 +1,41 @@
-"""Which workloads there are, how the command line names them, and reading one."""
+"""The workloads by name, how the command line names them, and reading one."""
 
 from __future__ import annotations
 
-import importlib
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
+from bench.workloads import cnn_dailymail, gsm8k, humaneval, sharegpt, spec_bench, textfile, wmt14, xsum
 from bench.workloads.base import Malformed, Prompt
+from specdec.runtime import extensions
 
-NAMES = ("humaneval", "gsm8k", "spec_bench", "sharegpt", "xsum", "cnn_dailymail", "wmt14", "smoke")
+Reader = Callable[[Path | None, Malformed], list[Prompt]]  # (data folder, what is done about malformed rows)
+GROUP: extensions.Group = "specdec.workloads"
+SMOKE_FILE = Path(__file__).parents[1] / "catalogue" / "models" / "tiny" / "smoke.txt"
+READERS: dict[str, Reader] = {
+    "humaneval": humaneval.read,
+    "gsm8k": gsm8k.read,
+    "spec_bench": spec_bench.read,
+    "sharegpt": sharegpt.read,
+    "xsum": xsum.read,
+    "cnn_dailymail": cnn_dailymail.read,
+    "wmt14": wmt14.read,
+    "smoke": lambda data_dir, malformed: textfile.read(SMOKE_FILE, malformed),
+}
 
 
 def parse_workloads(name: str, text: str) -> tuple[str, ...]:
-    """`NAME,...`, where an item may also be NAME:CATEGORY or a file. Raises ValueError for anything else."""
+    """`NAME,...`, where an item may also be NAME:CATEGORY, a file or an extension, which is imported.
+
+    Raises ValueError for anything else.
+    """
     items = tuple(item.strip() for item in text.split(","))
     for item in items:
-        if _split(item)[0] not in NAMES and not Path(item).is_file():
-            raise ValueError(f"{name}={item!r} must be {', '.join(NAMES)} or an existing file; check the path")
+        if _reader(_split(item)[0]) is None:
+            known = ", ".join(READERS)
+            raise ValueError(f"{name}={item!r} must be {known}, module:attribute or an existing file; check the path")
     if len({label(item) for item in items}) < len(items):
         raise ValueError(f"{name}={text!r} must be distinct, also without folder and suffix; rename a file")
     return items
@@ -25,7 +43,8 @@ def parse_workloads(name: str, text: str) -> tuple[str, ...]:
 
 def label(workload: str) -> str:
     """What a workload is called in results: its name, or its file's without folder and suffix."""
-    return workload if _split(workload)[0] in NAMES else Path(workload).stem
+    name, _ = _split(workload)
+    return workload if name in READERS or extensions.is_extension(GROUP, name) else Path(workload).stem
 
 
 def read(workload: str, data_dir: Path | None, malformed: Malformed | None = None) -> list[Prompt]:
@@ -33,11 +52,14 @@ def read(workload: str, data_dir: Path | None, malformed: Malformed | None = Non
 
     malformed: what is done about malformed rows; refused by default.
     Raises UnavailableError if its data are nowhere, ValueError naming file and line for a malformed row, for data
-    without prompts, and for a category that they do not have.
+    without prompts, and for a category that they do not have; ExtensionError for an extension that cannot be used.
     """
     name, category = _split(workload)
     malformed = malformed or Malformed()
-    prompts = _read_all(name, data_dir, malformed)
+    reader = _reader(name)
+    if reader is None:
+        raise ValueError(f"workloads={workload} must be an existing file; check the path")
+    prompts = reader(data_dir, malformed)
     if not prompts:
         reason = f"; all are malformed, such as {malformed.skipped[0]}" if malformed.skipped else ""
         reason = reason or (f"; its {len(malformed.passed_over)} rows are none" if malformed.passed_over else "")
@@ -50,22 +72,35 @@ def read(workload: str, data_dir: Path | None, malformed: Malformed | None = Non
 
 
 def _split(workload: str) -> tuple[str, str]:
-    """(name, category or "")."""
-    name, _, category = workload.partition(":")
-    return (name, category) if name in NAMES else (workload, "")
+    """(name, category or ""); a file has no category."""
+    reference = extensions.REFERENCE.match(workload)
+    name = workload.partition(":")[0]
+    if name not in READERS and name not in extensions.entry_points(GROUP):
+        name = reference[0] if reference and not Path(workload).is_file() else workload
+    category = workload.removeprefix(name)
+    return (name, category[1:]) if category[:1] in ("", ":") else (workload, "")
 
 
-def _read_all(name: str, data_dir: Path | None, malformed: Malformed) -> list[Prompt]:
-    if name not in NAMES or name == "smoke":
-        from bench.workloads import textfile
+def _reader(name: str) -> Reader | None:
+    """None for what is no name, no extension and no file. Raises ExtensionError for one that cannot be used."""
+    if name in READERS:
+        return READERS[name]
+    if name not in extensions.entry_points(GROUP) and Path(name).is_file():
+        return lambda data_dir, malformed: textfile.read(Path(name), malformed)
+    if not extensions.is_extension(GROUP, name):
+        return None
+    reader: Reader = extensions.load(GROUP, name, callable, "a function (data_dir, malformed) -> list[Prompt]")
+    return partial(_read_extension, name, reader)
 
-        return textfile.read(_smoke_file() if name == "smoke" else Path(name), malformed)
-    prompts: list[Prompt] = importlib.import_module(f"bench.workloads.{name}").read(data_dir, malformed)
+
+def _read_extension(name: str, reader: Reader, data_dir: Path | None, malformed: Malformed) -> list[Prompt]:
+    prompts = reader(data_dir, malformed)
+    if not isinstance(prompts, list) or not all(isinstance(prompt, Prompt) for prompt in prompts):
+        raise extensions.ExtensionError(
+            f"{GROUP}: {name!r} must return a list of bench.workloads.base.Prompt, but it returned {prompts!r:.80}; "
+            "return [Prompt(text), ...]"
+        )
     return prompts
-
-
-def _smoke_file() -> Path:
-    return Path(__file__).parents[1] / "catalogue" / "models" / "tiny" / "smoke.txt"
 
 
 def sample(prompts: Sequence[Prompt], num_prompts: int, seed: int) -> list[Prompt]:
