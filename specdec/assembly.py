@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -10,7 +10,7 @@ import numpy as np
 
 from specdec.decoding import Decoder
 from specdec.drafts import Kind, can_be_recorded, check_draft, kind_of
-from specdec.methods import METHODS, VERIFICATION_NAMES, Builder, MethodSpec, Parts
+from specdec.methods import METHODS, VERIFICATION_NAMES, Builder, MethodSpec, Parts, method_spec
 from specdec.models.base import LanguageModel, LayeredModel
 from specdec.models.costs import MAX_DRAFT_LENGTH, StepCosts, target_costs
 from specdec.proposers.adaptive import AdaptiveLength
@@ -50,7 +50,7 @@ class EngineOptions:
     tree: Tree | None = None
 
     def __post_init__(self) -> None:
-        require_choice("method", self.method, METHODS)
+        method_spec(self.method)
         require_choice("verification", self.verification, VERIFICATIONS)
         require_integer("max_batch_size", self.max_batch_size, 1)
         self._check_method_options()
@@ -61,7 +61,7 @@ class EngineOptions:
     @property
     def spec(self) -> MethodSpec:
         """The method's entry in the registry."""
-        return METHODS[self.method]
+        return method_spec(self.method)
 
     @property
     def history_bytes(self) -> int:
@@ -94,22 +94,20 @@ class EngineOptions:
     def _check_method_options(self) -> None:
         if self.max_history_bytes is not None:
             require_integer("max_history_bytes", self.max_history_bytes, 0, "; 0 remembers nothing")
-            self._check_used(
-                "max_history_bytes", [name for name, spec in METHODS.items() if spec.history_bytes is not None]
-            )
+            self._check_used("max_history_bytes", lambda spec: spec.history_bytes is not None)
         if self.exit_layer is not None:
             require_integer("exit_layer", self.exit_layer, 1)
-            self._check_used("exit_layer", [name for name, spec in METHODS.items() if spec.exits_early])
+            self._check_used("exit_layer", lambda spec: spec.exits_early)
         require(
             self.tree is None or self.spec.drafts_trees,
             f'a tree is given but method={self.method!r} drafts none; use method="tree"',
         )
 
-    def _check_used(self, option: str, methods: Sequence[str]) -> None:
+    def _check_used(self, option: str, uses: Callable[[MethodSpec], bool]) -> None:
         require(
-            self.method in methods,
+            uses(self.spec),
             f"{option}={getattr(self, option)} must be left out with method={self.method!r}; use "
-            f"method={' or '.join(map(repr, methods))}",
+            f"method={' or '.join(repr(spec.name) for spec in METHODS.values() if uses(spec))}",
         )
 
     def _check_length(self) -> None:

@@ -1,7 +1,7 @@
 """The registry of drafting methods: one entry per method, with what it needs and how its proposer is built.
 
 Importing this module is cheap: the command line checks names before it imports torch, and a method's proposer is
-imported when it is built. A method of your own is one `MethodSpec` given to `register`.
+imported when it is built. A method of your own is one `MethodSpec` in your package, see `specdec.runtime.extensions`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from specdec.runtime.checks import require
+from specdec.runtime import extensions
+from specdec.runtime.checks import require, require_choice
 
 if TYPE_CHECKING:
     from specdec.drafts import AnyDraft, Kind
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from specdec.proposers.suffix import SuffixProposer
     from specdec.trees.shape import Tree
 
+GROUP: extensions.Group = "specdec.proposers"
 VERIFICATION_NAMES = ("token", "block", "coupled")
 
 
@@ -81,11 +83,30 @@ def register(spec: MethodSpec) -> None:
     METHODS[spec.name] = spec
 
 
+def method_spec(name: str) -> MethodSpec:
+    """The entry of a method; that of an extension is imported.
+
+    Raises ValueError for a name that is neither, ExtensionError for an extension that cannot be used.
+    """
+    if name in METHODS or not is_method(name):
+        require_choice("method", name, METHODS)
+        return METHODS[name]
+    spec: MethodSpec = extensions.load(
+        GROUP, name, lambda loaded: isinstance(loaded, MethodSpec), "a specdec.methods.MethodSpec"
+    )
+    return spec
+
+
+def is_method(name: str) -> bool:
+    """Whether `method_spec` takes a name for a method; imports nothing."""
+    return name in METHODS or extensions.is_extension(GROUP, name)
+
+
 def packaged_draft(target: str, method: str) -> str | None:
     """The name of the draft in this package for a target and a method, or None."""
     from specdec.models.loading import packaged
 
-    name = f"{target}-{METHODS[method].packaged_draft}"
+    name = f"{target}-{method_spec(method).packaged_draft}"
     return name if name in packaged() else None
 
 

@@ -24,7 +24,7 @@ from bench.catalogue.methods import VLLM_METHODS
 from bench.catalogue.pairs import Pair, parse_pairs
 from bench.engines.base import VllmOptions
 from bench.engines.process import SECRET
-from bench.engines.registry import ENGINES, parse_engine
+from bench.engines.registry import ENGINES, parse_engine, parse_method
 from bench.records.schema import MAX_PARTS, Gamma
 from bench.workloads.base import Lengths
 from bench.workloads.registry import parse_workloads
@@ -154,18 +154,6 @@ class Option:
         return f"specdec_{self.field}"
 
 
-def _names(allowed: Sequence[str]) -> Parse:
-    """A list of distinct names."""
-
-    def parse(name: str, text: str) -> tuple[str, ...]:
-        values = tuple(item.strip() for item in text.split(","))
-        for value in values:
-            _require(value in allowed, f"{name}={value!r} must be one of {', '.join(allowed)}; check the spelling")
-        return _distinct(name, values)
-
-    return parse
-
-
 def _one_of(allowed: Sequence[str]) -> Parse:
     def parse(name: str, text: str) -> str:
         _require(text in allowed, f"{name}={text!r} must be {' or '.join(allowed)}; no other is implemented")
@@ -240,7 +228,7 @@ OPTIONS = (
     ),
     Option(
         "methods",
-        _names((*METHODS, *VLLM_METHODS)),
+        lambda name, text: _distinct(name, tuple(parse_method(name, item.strip()) for item in text.split(","))),
         "autoregressive,ngram,draft_model",
         f"ways to propose tokens; for vllm also {', '.join(VLLM_METHODS)}",
         smoke=",".join(METHODS),

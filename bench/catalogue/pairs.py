@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 
 from bench.catalogue.methods import VLLM_DRAFTS
-from specdec.methods import METHODS
+from specdec.methods import is_method, method_spec
 
 KINDS = ("decoder-only", "local-attention", "encoder-decoder")
 _WEIGHT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "torchao-int8": 1, "bitsandbytes-4bit": 0.5}
@@ -72,12 +72,12 @@ class Pair:
         if method in VLLM_DRAFTS:
             return self.speculator or self.draft
         sources = {"model": self.draft, "head": self.head, "table": self.table}
-        kinds = METHODS[method].draft_kinds if method in METHODS else ()
+        kinds = method_spec(method).draft_kinds if is_method(method) else ()
         return next((sources[kind] for kind in kinds if sources[kind]), None)
 
     def lacks_draft(self, method: str) -> bool:
         """Whether a method needs more than the target and the pair does not have it."""
-        needs_draft = method in VLLM_DRAFTS or (method in METHODS and METHODS[method].draft_kinds)
+        needs_draft = method in VLLM_DRAFTS or (is_method(method) and method_spec(method).draft_kinds)
         return bool(needs_draft) and self.draft_for(method) is None
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from bench.catalogue.methods import VLLM_METHODS
 from bench.catalogue.pairs import Pair, folder
 from bench.engines.base import BenchEngine, LoadOptions, VllmOptions
-from specdec.methods import METHODS
+from specdec.methods import METHODS, is_method, method_spec
 from specdec.runtime import extensions
 from specdec.runtime.checks import nearest
 
@@ -101,6 +101,19 @@ def parse_engine(name: str, text: str) -> str:
     return text
 
 
+def parse_method(name: str, text: str) -> str:
+    """One item of the option `methods`, a name of an engine's method or an extension, which is imported.
+
+    Raises ValueError for anything else.
+    """
+    known = (*METHODS, *VLLM_METHODS)
+    if text not in known and not is_method(text):
+        raise ValueError(f"{name}={text!r} must be one of {', '.join(known)} or module:attribute; check the spelling")
+    if is_method(text):
+        method_spec(text)
+    return text
+
+
 def why_not(
     engine: str, method: str, batch_size: int, verification: str = "token", vllm: VllmOptions | None = None
 ) -> str | None:
@@ -126,7 +139,7 @@ def why_not(
 
 def _is_own(kind: EngineKind, method: str) -> bool:
     """Whether a method is an extension of an engine that takes these."""
-    return "method extensions" in kind.extras and extensions.is_extension("specdec.proposers", method)
+    return "method extensions" in kind.extras and is_method(method) and method not in METHODS
 
 
 def why_not_pair(engine: str, pair: Pair, placement: str) -> str | None:

@@ -21,12 +21,12 @@ from specdec.models.causal import CausalLM
 
 
 class SpecdecEngine:
-    """specdec.Engine for each method and gamma, all over the same models. drafts: by method."""
+    """specdec.Engine for each method and gamma, all over the same models. drafts: by what the pair names them."""
 
     version = specdec.__version__
 
-    def __init__(self, target: CausalLM, drafts: Mapping[str, Any], options: LoadOptions) -> None:
-        self.target, self.tokenizer, self.drafts = target, target.tokenizer, drafts
+    def __init__(self, target: CausalLM, pair: Pair, drafts: Mapping[str, Any], options: LoadOptions) -> None:
+        self.target, self.tokenizer = target, target.tokenizer
         self.dtype, self.stop_token_ids = str(target.dtype).removeprefix("torch."), target.eos_token_ids
 
         self._engines: list[Engine] = []
@@ -35,7 +35,7 @@ class SpecdecEngine:
         def engine(method: Any, gamma: Gamma, batch_size: int) -> Engine:
             made = Engine(
                 target,
-                draft=drafts.get(method),
+                draft=drafts.get(pair.draft_for(method) or ""),
                 method=method,
                 num_speculative_tokens=gamma,
                 max_batch_size=batch_size,
@@ -86,7 +86,7 @@ class SpecdecEngine:
 
 def load(pair: Pair, options: LoadOptions) -> SpecdecEngine:
     """The pair's models, loaded as `specdec.Engine.load` does."""
-    sources = {method: folder(source) for method in METHODS if (source := pair.draft_for(method))}
+    sources = {source: folder(source) for method in METHODS if (source := pair.draft_for(method))}
     target, drafts = load_with_drafts(
         folder(pair.target),
         set(sources.values()),
@@ -97,7 +97,7 @@ def load(pair: Pair, options: LoadOptions) -> SpecdecEngine:
         load_format=pair.load_format,
         quantisation=options.quantisation,
     )
-    return SpecdecEngine(target, {method: drafts[source] for method, source in sources.items()}, options)
+    return SpecdecEngine(target, pair, {name: drafts[place] for name, place in sources.items()}, options)
 
 
 def _result(completion: Completion) -> PromptResult:

@@ -19,7 +19,7 @@ from bench.records.intervals import geometric_mean_interval, rate_interval
 from bench.records.schema import SCHEMA_VERSION, Cell, Gamma
 from bench.workloads.base import bucket
 from specdec import AcceptanceCounts, PhaseTimes
-from specdec.methods import METHODS
+from specdec.methods import is_method, method_spec
 from specdec.stats import RunTotals, SpeedupParts, attribute_speedup, expected_speedup, predicted_speedup
 
 
@@ -187,7 +187,7 @@ def _phases(method: str, counts: AcceptanceCounts | None, times: PhaseTimes | No
         "bookkeeping_time_s": times.bookkeeping_s if times else None,
         "recording_time_s": times.recording_s if times else None,
         "overhead_rate": overhead_s / times.total_s
-        if times and not (method in METHODS and METHODS[method].draw)
+        if times and not (is_method(method) and method_spec(method).draw)
         else None,
     }
 

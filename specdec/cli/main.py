@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from specdec.methods import METHODS, VERIFICATION_NAMES
+from specdec.methods import METHODS, VERIFICATION_NAMES, is_method
 from specdec.models.formats import DTYPE_NAMES, LOAD_FORMATS
 from specdec.prompts import encode, encode_bytes, encode_raw, whole
 from specdec.runtime.checks import nearest
@@ -60,7 +60,8 @@ def parser() -> argparse.ArgumentParser:
 def _model_options(group: Any) -> None:
     group.add_argument("--target", default="smollm2-135m", help="a bundled name, a hub id, a folder or a GGUF file")
     group.add_argument("--draft", help="likewise, for the methods that need one (default: the one that comes with it)")
-    group.add_argument("--method", default="ngram", choices=METHODS, metavar="NAME", help=", ".join(METHODS))
+    methods = f"{', '.join(METHODS)}, or module:attribute of your own"
+    group.add_argument("--method", type=_method, default="ngram", metavar="NAME", help=methods)
     group.add_argument("--gamma", type=_gamma, default=4, help="tokens proposed per step, or auto: as many as pay")
     group.add_argument("--verification", default="token", choices=VERIFICATION_NAMES, help="rule that verifies a draft")
     group.add_argument("--dtype", default="bfloat16", choices=DTYPE_NAMES)
@@ -76,6 +77,13 @@ def _sampling_options(group: Any) -> None:
     group.add_argument("--max-tokens", type=int, default=128, help="tokens to emit at the most")
     group.add_argument("--seed", type=int, default=0)
     group.add_argument("--ignore-eos", action="store_true", help="do not stop at the model's end-of-sequence token")
+
+
+def _method(text: str) -> str:
+    """Checked without an import of the method, which may take as long as torch."""
+    if not is_method(text):
+        raise argparse.ArgumentTypeError(f"invalid choice: {text!r} (choose from {', '.join(METHODS)})")
+    return text
 
 
 def _gamma(text: str) -> int | str:

@@ -160,7 +160,7 @@ class _Wrapper(Proposer):
 
     def __init__(self, proposer: Proposer) -> None:
         self._proposer = proposer
-        self.needs_features = getattr(proposer, "needs_features", False)
+        self.needs_features = proposer.needs_features
 
     def propose(self, batch: Batch, limits: Sequence[int]) -> Draft:
         return self._proposer.propose(batch, limits)
@@ -176,7 +176,7 @@ class _Recording(_Wrapper):
     def propose(self, batch: Batch, limits: Sequence[int]) -> Draft:
         draft = super().propose(batch, limits)
         probs, tokens = draft.distribution.dense().tolist(), draft.tokens.tolist()
-        for index, (row, length) in enumerate(zip(batch.rows, draft.lengths.tolist(), strict=True)):
+        for index, (row, length) in enumerate(zip(batch.rows, draft.num_proposed.tolist(), strict=True)):
             for depth in range(length if row else 0):
                 assert row
                 self._steps.add(Place(tuple(row.output), tuple(tokens[index][:depth])), probs[index][depth])
@@ -188,12 +188,12 @@ class _Checked(_Wrapper):
 
     def propose(self, batch: Batch, limits: Sequence[int]) -> Draft:
         draft = super().propose(batch, limits)
-        if draft.parents is not None:
+        if draft.tree is not None:
             raise NotCertified("the proposer drafts trees, but the kit certifies chains; set num_speculative_tokens")
         num_rows, width = draft.tokens.shape
         if num_rows != len(batch.rows):
             raise NotCertified(f"a draft has {num_rows} rows, and must have the batch's {len(batch.rows)}")
-        for row, (length, limit) in enumerate(zip(draft.lengths.tolist(), limits, strict=True)):
+        for row, (length, limit) in enumerate(zip(draft.num_proposed.tolist(), limits, strict=True)):
             if not 0 <= length <= min(limit, width):
                 raise NotCertified(f"row {row} of a draft has length {length}, and must have at most {limit}")
         _check_distributions(draft, batch.sampling.vocab_size)
@@ -201,7 +201,7 @@ class _Checked(_Wrapper):
 
 
 def _check_distributions(draft: Draft, vocab_size: int) -> None:
-    proposed = torch.arange(draft.tokens.shape[1]) < draft.lengths.unsqueeze(1)
+    proposed = torch.arange(draft.tokens.shape[1]) < draft.num_proposed.unsqueeze(1)
     tokens, probs = draft.tokens[proposed], draft.distribution.dense()[proposed]
     if probs.shape[-1] != vocab_size or ((tokens < 0) | (tokens >= vocab_size)).any():
         raise NotCertified(f"drafts must be over the target's {vocab_size} tokens, not over {probs.shape[-1]}")

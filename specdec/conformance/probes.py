@@ -170,7 +170,7 @@ class _Probe:
         draft, index = self._draft(uniforms), len(before)
         tokens = [NOTHING] * len(points)
         if draft.tokens.shape[1] > index:
-            tokens = torch.where(draft.lengths > index, draft.tokens[:, index], NOTHING).tolist()
+            tokens = torch.where(draft.num_proposed > index, draft.tokens[:, index], NOTHING).tolist()
         if set(tokens) == {NOTHING}:
             return tokens, []
         if NOTHING in tokens:
@@ -190,8 +190,8 @@ class _Probe:
         limits = [toy.num_speculative_tokens if text else 0 for text in texts]
         limits[1::2] = [toy.limit(self.output)] * num_rows
         with torch.inference_mode():
-            draft = proposer.propose(_batch(toy, texts, getattr(proposer, "needs_features", False)), limits)
-        return Draft(draft.tokens[1::2], draft.lengths[1::2], draft.distribution[1::2])
+            draft = proposer.propose(_batch(toy, texts, proposer.needs_features), limits)
+        return Draft(draft.tokens[1::2], draft.num_proposed[1::2], draft.distribution[1::2])
 
 
 def _scripted(toy: Toy, output: Tokens, texts: Sequence[list[int] | None], uniforms: Tensor) -> UniformSource:
@@ -224,7 +224,7 @@ def _batch(toy: Toy, texts: Sequence[list[int] | None], keep_features: bool) -> 
     cache = target.allocate(num_rows, capacity, keep_features=keep_features)
     padded = [[*(text or [0]), *[0] * longest][:longest] for text in texts]
     target.forward(torch.tensor(padded), cache)
-    cache.lengths[:] = [len(text) - 1 if text else 0 for text in texts]
+    cache.num_cached[:] = [len(text) - 1 if text else 0 for text in texts]
     prompts = [row.request.prompt if row else () for row in rows]
     outputs = [row.output if row else () for row in rows]
     sampling = SamplingState(params, prompts, outputs, target.vocab_size, target.device)

@@ -84,14 +84,14 @@ class OwnGenerator(Broken):
 
 class TooLong(Broken):
     def change(self, draft: Draft, batch: Batch) -> Draft:
-        return replace(draft, lengths=draft.lengths + 1)
+        return replace(draft, num_proposed=draft.num_proposed + 1)
 
 
 class EndsByItsDraw(Broken):
     """Takes a draft back if it is not token 0."""
 
     def change(self, draft: Draft, batch: Batch) -> Draft:
-        return replace(draft, lengths=torch.where(draft.tokens[:, 0] == 0, draft.lengths, 0))
+        return replace(draft, num_proposed=torch.where(draft.tokens[:, 0] == 0, draft.num_proposed, 0))
 
 
 class WrongAfterItsFirstDraft(Broken):
