@@ -8,12 +8,12 @@ so position i of the logits is the distribution of the token that draft token i 
 
 Where a step can be recorded as a whole, its rows' state stays on the device (`specdec.device_rows`), and the next step
 is launched before this one's outcome is read, so that the device does not wait for the host. A row that turns out to
-have ended has then been given a step too many, whose outcome is dropped. Everywhere else the host reads each step's
-outcome before it launches the next.
+have ended was given one step too many, whose outcome is dropped. Everywhere else the host reads each step's outcome
+before it launches the next.
 
-A draft may be a tree: its nodes are fed behind each other, see their ancestors only, and the logits after a node are
-the distribution of its children. What is accepted is a path, whose cache entries are then moved to where a chain's
-would be.
+A draft may be a tree: its nodes are fed in a row, attend to their ancestors only, and the logits after a node give the
+distribution of its children. What is accepted is a path, whose cache entries are then moved to where a chain's would
+be.
 """
 
 from __future__ import annotations
@@ -119,9 +119,9 @@ class Decoder:
     """Runs requests through one target model and one proposer.
 
     target: the model whose distribution is sampled. proposer: None decodes autoregressively.
-    num_speculative_tokens: tokens proposed per step at the most. max_batch_size: rows decoded together at the most.
+    num_speculative_tokens, max_batch_size: maximum of tokens proposed per step, and of rows decoded together.
     rule: how a draft is verified. uniforms: the source of randomness. adaptive: what the proposer asks whether another
-    token pays; it is told what became of each step. records: whether steps are recorded and replayed, see `Recorder`;
+    token pays; it learns from each step's outcome. records: whether steps are recorded and replayed, see `Recorder`;
     None: on a GPU.
     """
 
@@ -187,7 +187,7 @@ class Decoder:
                     if len(flights) <= batch.lag:
                         continue
                 yield from self._settle(flights.popleft(), slots)
-        finally:  # also if its caller has had enough
+        finally:  # also if the caller stops early
             self._total_s = now_s(self.target.device) - start_s
 
     def _settle(self, flight: Flight, slots: list[Generation | None]) -> Iterator[Generation]:
@@ -205,7 +205,7 @@ class Decoder:
                 yield row
 
     def _reserve(self, requests: Sequence[Request]) -> Cache:
-        """A cache that holds the longest request and the draft tokens that may stand behind it."""
+        """A cache that holds the longest request and the draft tokens that may follow it."""
         longest = max((len(r.prompt) + r.sampling.max_tokens for r in requests), default=0)
         capacity = longest + self.num_speculative_tokens
         if self._cache is None or self._cache.capacity < capacity:
@@ -283,7 +283,7 @@ class Decoder:
         row.steps.clear()
 
     def _read(self, row: Generation, cache: Cache, slot: int) -> Tensor:
-        """Logits behind a row's prompt, [1, 1, vocab], which the slot then holds; its samples need it read but once."""
+        """Logits after a row's prompt, [1, 1, vocab], which the slot then holds; it is scored once for all samples."""
         request, num_prompt = row.request, len(row.tokens)
         held = (each for each, (index, _) in self._prompts.items() if index == request.index and request.sample)
         source = next(held, None)
@@ -365,7 +365,7 @@ class Decoder:
         return state.after(draft.tokens, outcome.accepted, outcome.next_token, num_pending)
 
     def _propose(self, batch: Batch) -> Draft:
-        # the token after the draft is never proposed, so a row that may emit n more needs n - 1 at the most
+        # the token after the draft is never proposed, so a row that may emit n more needs at most n - 1
         limits = [min(self.num_speculative_tokens, row.num_remaining - 1) if row else 0 for row in batch.rows]
         if self.proposer is None or not any(limits):
             return Draft.empty(len(batch.rows), self.target.vocab_size, self.target.device)
@@ -382,7 +382,7 @@ class Decoder:
         """The fate of the draft, and whether the target's distributions are distributions, bool [rows, k + 1]."""
         origins = upload(batch.num_tokens(), self.target.device)
         if batch.sampling.is_stateless:
-            bare = replace(draft, finite=None)  # decides nothing: not an input of what is recorded
+            bare = replace(draft, finite=None)  # not an input of the recording: it decides nothing
             return self.recorder(self._decide, logits, bare, batch.sampling.rows, origins)
         distribution, finite = batch.sampling.distribution(logits, draft.tokens, lineage=_lineage(draft))
         return self.rule(distribution, draft, *self._draws(batch.sampling.rows, origins, draft)), finite
@@ -407,7 +407,7 @@ class Decoder:
         if rows.coupled:
             draws = noise(rows.seeds, origins + offsets[width:], rows.vocab_size, self.uniforms)
             return draws[:, :1, 0].expand(-1, width), draws
-        # behind the draft: a bonus
+        # after the draft: a bonus
         roles = roles + (roles == Role.RECOVER) * (offsets >= depths[draft.num_proposed].unsqueeze(1))
         draws = self.uniforms(rows.seeds.unsqueeze(1), origins + offsets, roles, origins)
         return draws[:, :width], draws[:, width:]
@@ -443,7 +443,7 @@ class Decoder:
         return decided
 
     def _add_phases(self, moments_ns: Sequence[int]) -> None:
-        """Count the times between moments: before the draft, behind it, behind scoring and behind verification."""
+        """Count the times between moments: before and after the draft, after scoring, after verification."""
         for name, (start_ns, end_ns) in zip(
             ("draft_s", "scoring_s", "verification_s"), pairwise(moments_ns), strict=False
         ):
@@ -451,9 +451,9 @@ class Decoder:
 
 
 def _may_follow(batch: Batch, num_unread: int) -> bool:
-    """Whether a step is launched behind so many whose outcomes are not known: if a row is expected to go on.
+    """Whether to launch a step before the outcomes of num_unread earlier ones are known: if a row is expected to go on.
 
-    A step of rows that have ended is wasted, and costs more than the wait of the device for the host.
+    A step of rows that have ended is wasted, and costs more than letting the device wait for the host.
     """
     return batch.lag >= num_unread and any(row and row.num_remaining > num_unread * _pace(row) for row in batch.rows)
 

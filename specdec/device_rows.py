@@ -16,7 +16,7 @@ from specdec.requests import Generation
 from specdec.runtime.devices import upload
 from specdec.runtime.recording import InPlace
 
-_IDLE_LENGTH = 2  # tokens that an idle slot is said to have; what stands before the newest is then at a place >= 0
+_IDLE_LENGTH = 2  # tokens declared for an idle slot, so that the place before the newest is still >= 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,14 +53,14 @@ class RowState:
     def limits(self, max_tokens: int, context_length: int) -> Tensor:
         """Tokens that each row may draft, int64 [rows]: as many as could be emitted before the step's last token.
 
-        max_tokens: at the most. context_length: tokens that the draft model takes.
+        max_tokens: upper limit. context_length: tokens that the draft model takes.
         """
         return torch.minimum(self.remaining - 1, context_length - self.num_tokens).clamp(min=0, max=max_tokens)
 
     def after(self, drafted: Tensor, accepted: Tensor, next_token: Tensor, num_pending: Tensor) -> RowState:
-        """The state behind a step that emitted accepted[r] of the drafted tokens, int64 [rows, n - 1], and one more.
+        """The state after a step that emitted accepted[r] of the drafted tokens, int64 [rows, n - 1], and one more.
 
-        num_pending: int64 [rows], how many of these the draft's cache lacks then.
+        num_pending: int64 [rows], how many of these the draft's cache then lacks.
         """
         advance = (accepted + 1) * (self.remaining > 0)
         num_tokens, remaining = self.num_tokens + advance, self.remaining - advance
@@ -75,7 +75,7 @@ class RowState:
 class DeviceRows:
     """The packed `RowState` of all slots at a fixed place on the device, and whose state that is.
 
-    num_slots: rows. num_pending: tokens that a row may have pending at the most.
+    num_slots: rows. num_pending: maximum of tokens that a row may have pending.
     """
 
     def __init__(self, num_slots: int, num_pending: int, device: torch.device) -> None:

@@ -82,7 +82,7 @@ def kind_in(source: str) -> Kind:
 def load_with_drafts(
     target: str, drafts: Iterable[str], placement: str = "same", **options: Any
 ) -> tuple[CausalLM | Seq2SeqLM, dict[str, AnyDraft]]:
-    """A target and what may speak for it, by source, fused; options and errors as for `load_pretrained`.
+    """A target and its drafts by source, fused; options and errors as for `load_pretrained`.
 
     drafts: models' sources, and folders with a head or a table. Vocabularies are compared before weights are read.
     placement: over which of the devices that `device` stands for they are spread, see `specdec.models.placement`;
@@ -100,11 +100,11 @@ def load_with_drafts(
         source: _load(place, model, options | {"device": devices.get(place, options["device"])})
         for source, place in places.items()
     }
-    return _fused(model, tokenizer), loaded  # fused at last: a head borrows from the target as it was
+    return _fused(model, tokenizer), loaded  # fused last: a head borrows from the target's unfused layers
 
 
 def check_vocabularies(target: str, draft: str, load_format: str = "auto", *, same: bool = False) -> None:
-    """Raise ValueError unless the draft model can speak for the target; weights of neither are read.
+    """Raise ValueError unless the draft model can propose tokens for the target; weights of neither are read.
 
     same: whether token ids must mean the same to both.
     """

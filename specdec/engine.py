@@ -43,39 +43,38 @@ if TYPE_CHECKING:
 
 
 class Engine:
-    """Decodes prompts with a target model and one method of proposing tokens; the output distribution is the target's
-    own.
+    """Decodes prompts with a target model and one drafting method; the output distribution is the target's own.
 
-    target: a LanguageModel such as CausalLM or Seq2SeqLM, a prompt of the latter being what its encoder reads; or a
-        loaded transformers model, which is wrapped in one of them and put into eval mode.
-    tokenizer: of a transformers model; None: prompts are token ids. A draft that is a transformers model has it, too;
-        one with another tokenizer is to be given as CausalLM(model, its tokenizer).
-    method: what proposes tokens. "autoregressive": nothing. "ngram": prompt lookup. "ngram_store": online n-gram
-        counts. "ngram_table": prompt lookup, else a table counted beforehand. "suffix": the likelier copy of two, from
-        the request's own text and from what finished requests said. "draft_model": a smaller language model.
-        "eagle": a head on the target's features. "early_exit": the target's own first layers, with its norm and head.
-        "hybrid": as "suffix" where that is expected to bring more than the draft, else a head or a draft model.
-        "tree": a head or a draft model, which proposes several continuations at once.
+    target: a LanguageModel such as CausalLM or Seq2SeqLM (whose encoder reads the prompt), or a loaded transformers
+        model, which is wrapped in one of them and put into eval mode.
+    tokenizer: of a transformers model; None: prompts are token ids. It also goes with a draft that is a transformers
+        model; wrap a draft with another tokenizer as CausalLM(model, its tokenizer).
+    method: a name in `specdec.methods.METHODS`. "autoregressive": no drafts. "ngram": prompt lookup. "ngram_store":
+        online n-gram counts. "ngram_table": prompt lookup, else a table counted beforehand. "suffix": copies from the
+        request's own text or from finished requests, whichever is likelier to be accepted. "draft_model": a smaller
+        language model. "eagle": a head on the target's features. "early_exit": the target's own first layers, with its
+        norm and head. "hybrid": as "suffix" where a copy is expected to bring more tokens than the draft, else a head
+        or a draft model. "tree": a head or a draft model that proposes several continuations at once.
     draft: what the method needs besides the target: a LanguageModel, an EagleHead or an NgramTable. A model with
-        another tokenizer drafts the tokens that both have, see `models.vocabularies`; which these are is logged.
+        another tokenizer drafts the tokens that both share, see `models.vocabularies`; these are logged.
     num_speculative_tokens: tokens proposed per step (gamma), at least 1; "autoregressive" proposes none. "auto": as
-        many as pay by costs that are measured now, none included. The distribution stays the same, but which of its
-        samples a seed gives then depends on this machine and on what was decoded before, unless verification is
-        "coupled". With "tree" it is the number of nodes, of which the best tree by what was measured of the draft is
-        made; "auto" chooses the tree that pays best, once.
+        many as are worth verifying, possibly none, by costs measured on construction. The distribution stays the same,
+        but which sample a seed gives then depends on this machine and on earlier requests, unless verification is
+        "coupled". With "tree" it is the number of nodes: the tree of that size with the most expected accepted tokens
+        is built from the draft's measured acceptance; "auto" chooses the size, once.
     tree: the shape of the drafts instead, for method "tree": a `specdec.trees.shape.Tree`, rank paths such as
         [(0,), (1,), (0, 0)], or a JSON file with them.
-    max_history_bytes: memory for what finished requests said, the oldest of which are forgotten first, at least 0;
-        None: 64 MiB with "suffix", nothing with "hybrid". It makes the sample that a seed gives depend on what was
-        decoded before, as "auto" does; with 0 a request copies from its own text alone.
-    exit_layer: with "early_exit" the layers that draft, below the target's number; None: a quarter of them.
+    max_history_bytes: memory for the text of finished requests, the oldest of which is dropped first, at least 0;
+        None: 64 MiB with "suffix", 0 with "hybrid". Above 0, which sample a seed gives depends on earlier requests, as
+        with "auto"; with 0 a request copies from its own text only.
+    exit_layer: number of first layers that draft with "early_exit", below the target's; None: a quarter of them.
     max_batch_size: prompts decoded together.
     verification: "token", "block" or "coupled", the rule that verifies a draft; all are lossless. With "coupled" a seed
         gives the same tokens at any temperature, whatever is proposed, and also if nothing is.
     synthetic_acceptance_rates: to time shapes without their weights: accept draft positions with these probabilities
         instead of verifying. The output is then no longer the target's.
-    records: whether steps are recorded once for each shape and replayed (CUDA graphs); None: on a GPU, if target and
-        draft are on that one alone and neither has dynamic or "longrope" angles of positions.
+    records: whether steps are recorded once per shape and replayed (CUDA graphs); None: on a GPU, if target and draft
+        are on that one alone and neither has rotary angles that depend on the sequence length (dynamic or longrope).
     Raises ValueError naming the value, the rule and the remedy.
     """
 
@@ -134,8 +133,8 @@ class Engine:
     ) -> Engine:
         """An engine from model names: a bundled name such as "smollm2-135m", a hub id, a folder or a GGUF file.
 
-        draft: likewise a draft model, or a folder with a head or a table; where the method needs one and none is
-            named, the one that comes with this package for the target is taken, if there is one.
+        draft: likewise a draft model, or a folder with a head or a table; None: the draft in this package for the
+            target and the method, if the method needs one and there is one.
         dtype: of the weights, "bfloat16", "float16", "float32", "float64" or torch's. device: "auto" is "cuda" where
             there is a GPU, else "cpu". attention: "auto" is "sdpa", and "eager" for architectures that have no other.
         revision: a branch, tag or commit of a target on the hub; of any hub id also "organisation/model@revision".
@@ -175,9 +174,9 @@ class Engine:
         return self.target.tokenizer
 
     def default_sampling(self, **changes: Any) -> SamplingParams:
-        """What the model's generation_config.json says of sampling, as `transformers.generate` takes it, with changes.
+        """The sampling parameters in the model's generation_config.json, as `transformers.generate` reads them.
 
-        Without do_sample it is greedy. SamplingParams() does not ask the model.
+        changes: parameters to replace. Without do_sample it is greedy. SamplingParams() does not look at the model.
         """
         return SamplingParams(**sampling_defaults(self.target.generation_config) | changes)
 
@@ -213,10 +212,11 @@ class Engine:
             alone, which is one prompt.
         sampling: one SamplingParams for all prompts or one for each; None is SamplingParams().
         arrivals_s: seconds after the call at which each prompt arrives, to be decoded with those in flight; None: all
-            are there at once.
-        Raises ValueError for an empty prompt, for one that with max_tokens exceeds the context, and for a constraint
-        that does not compile or cannot be met, before decoding any; DeadEndError, a ValueError, for one that turns out
-        to lead nowhere; EngineBusyError while another call or stream of this engine is not finished.
+            arrive at once.
+        Raises ValueError, before any prompt is decoded, for an empty prompt, for one that with max_tokens exceeds the
+        context, and for a constraint that does not compile or cannot be met; DeadEndError, a ValueError, for a
+        constraint that turns out to allow no further token; EngineBusyError while another call or stream of this
+        engine is not finished.
         """
         completions = self.as_completed(prompts, sampling, arrivals_s=arrivals_s)
         return sorted(completions, key=lambda completion: (completion.index, completion.sample))
@@ -270,7 +270,7 @@ class Engine:
             yield from (self._chunk(row, lengths) for row in rows)
 
     def forget(self) -> None:
-        """Lose what finished requests said, so that none of it is copied; what "auto" has learned stays.
+        """Drop the text of finished requests, so that none of it is copied; what "auto" has learned stays.
 
         Raises EngineBusyError while a call or stream of this engine is not finished.
         """

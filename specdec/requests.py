@@ -26,7 +26,7 @@ class Request:
     index: the caller's number for it. prompt: token ids, at least one. sampling: its parameters.
     stop_token_ids: every token that ends it, the model's end-of-sequence tokens included unless they are ignored.
     arrival_s: seconds after the run's start before which it is not there.
-    constraint: what its output may say, made of `sampling`, or None. sample: which of the samples of its prompt it is;
+    constraint: what limits its output, compiled from `sampling`, or None. sample: which sample of its prompt it is;
     those of one prompt have its index, and `sampling.n` is their number.
     new_text: makes what its output's text is put together by, which stop strings need; None without a tokenizer.
     """
@@ -166,7 +166,7 @@ class Batch:
     features: float [slots, capacity, hidden], the target's after each token of a row but its last; None unless the
     proposer needs them.
     recorder: replays work of fixed shapes, if it records at all. max_draft: tokens that a row's draft may have.
-    cache: the target's, which holds all tokens of each row but the last; what stands behind them is free to be written.
+    cache: the target's, which holds all tokens of each row but the last; places after these may be written.
     lag: steps that are launched before the outcome of one is read: 1 where steps are recorded as a whole, else 0.
     """
 
@@ -186,7 +186,7 @@ class Batch:
         return self.recorder if self.recorder and self.recorder.records and self.sampling.is_stateless else None
 
     def width(self, longest: int) -> int:
-        """Columns of a draft that proposes so many tokens at the most: few different ones where shapes are recorded."""
+        """Columns of a draft whose longest row proposes so many tokens: few different ones where it is recorded."""
         return self.max_draft if longest and self.recorder and self.recorder.records else longest
 
     def num_tokens(self) -> list[int]:

@@ -228,12 +228,12 @@ def block_acceptance(target: Distribution, draft: Draft, weights: Tensor) -> Ten
     """Probability that position i passes, i = 1 ... k: float64 [batch, k].
 
     The last drafted position passes with its weight; one before it with excess / (excess + 1 - weight), where excess
-    is the mass of max(weight * target - draft, 0) behind it.
+    is the mass of max(weight * target - draft, 0) after it.
     """
     num_drafted = draft.tokens.shape[1]
     inner, scale = weights[:, 1:num_drafted], weights[:, 1:num_drafted, None]
     excess = row_sums(draft.distribution[:, 1:].excess(scale * target[:, 1:num_drafted].dense())).squeeze(-1)
-    # 0/0: weight 1 and equal distributions behind it; then the next position passes at least as surely, and decides
+    # 0/0: weight 1 and equal distributions after it; then the next position passes at least as surely, and decides
     passes = (excess / (excess + 1 - inner)).nan_to_num(1.0)
     is_last = torch.arange(1, num_drafted + 1, device=weights.device) == draft.num_proposed.unsqueeze(1)
     return torch.where(is_last, weights[:, 1:], torch.nn.functional.pad(passes, (0, num_drafted - passes.shape[1])))

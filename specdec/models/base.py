@@ -39,8 +39,7 @@ class TreeCache(Cache, Protocol):
     def keep(self, starts: Tensor, path: Tensor) -> None:
         """Move row r's entry at place starts[r] + path[r, i] to starts[r] + i, i = 0, 1, ...; int64 [rows], [rows, n].
 
-        Rows are those of the first slots; path[r, i] >= i ascends. So the accepted nodes of a tree come to stand behind
-        each other.
+        Rows are those of the first slots; path[r, i] >= i ascends. The accepted nodes of a tree then follow each other.
         """
         ...
 
@@ -92,7 +91,7 @@ class LanguageModel(Protocol):
         tokens: int64 [rows, width]; row r belongs to slot first_slot + r and stands at positions
         num_cached[slot], num_cached[slot] + 1, ... A row may end in padding: its logits mean nothing.
         Returns float [rows, width, vocab], or [rows, 1, vocab] for the last token if last_only.
-        The tokens are written behind the valid ones; `cache.num_cached` is left to the caller.
+        The tokens are written after the valid ones; `cache.num_cached` is left to the caller.
         """
         ...
 
@@ -110,7 +109,7 @@ class TreeModel(LanguageModel, Protocol):
     ) -> Tensor:
         """As without branches, but the tokens are a tree's: each follows its parent, and sees its ancestors only.
 
-        They are written behind each other all the same; `TreeCache.keep` then brings together what is accepted.
+        They are still written in a row; `TreeCache.keep` then brings the accepted ones together.
         """
         ...
 
@@ -151,7 +150,7 @@ class LayeredModel(LanguageModel, Protocol):
 
 
 class EncoderDecoder(LanguageModel, Protocol):
-    """A language model that reads a prompt as a whole before it says anything; `prefill` has it do so."""
+    """A language model that encodes a prompt as a whole before it decodes; `prefill` has it do so."""
 
     def read(self, prompt: Sequence[int], cache: Any, slot: int) -> None:
         """Encode a prompt for a slot, which then holds all of it but the last token: that is fed as any other."""

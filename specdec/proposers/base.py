@@ -19,8 +19,8 @@ class Proposer(Protocol):
 
     A proposer keeps itself in step by looking at `row.tokens`, which holds committed tokens only: what was rejected
     is not there, and a slot that was given to another request holds another `Generation`.
-    A subclass inherits what is given here: it needs no features of the target in `batch.features`, and remembers
-    nothing of finished requests.
+    needs_features: whether it reads the target's features, `batch.features`.
+    A subclass inherits the defaults here: no features, and nothing is kept of finished requests.
     """
 
     needs_features: bool = False
@@ -33,7 +33,7 @@ class Proposer(Protocol):
         ...
 
     def forget(self) -> None:
-        """Lose what finished requests left."""
+        """Drop what is kept of finished requests."""
         return
 
 
@@ -51,9 +51,9 @@ class FixedProposer(Proposer, Protocol):
     def context_length(self) -> int: ...
 
     def enter(self, batch: Batch, slot: int) -> list[int]:
-        """Ready the cache for the row in a busy slot: its newest tokens that the cache lacks then, `RowState.pending`.
+        """Prepare the cache for the row in a busy slot; returns the newest tokens that it lacks, `RowState.pending`.
 
-        From then on it is told of the row's drafts by `drafted` only.
+        From then on it learns of the row's drafts from `drafted` only.
         """
         ...
 
@@ -71,12 +71,12 @@ class FixedProposer(Proposer, Protocol):
         ...
 
     def num_pending(self, accepted: Tensor, num_tokens: int) -> Tensor:
-        """How many of its newest tokens the cache lacks of each row, after so many of num_tokens were accepted.
+        """How many of each row's newest tokens the cache lacks after a draft of num_tokens was verified.
 
         accepted: int64 [rows]; a function of tensors alone.
         """
         ...
 
     def drafted(self, slot: int, row: Generation, length: int) -> None:
-        """A draft was made for the row in a slot when it had so many tokens."""
+        """Note that a draft was made for the row in a slot when the row had `length` tokens."""
         ...

@@ -24,9 +24,9 @@ from specdec.verification import Draft
 
 @dataclass(frozen=True, slots=True)
 class Pending:
-    """The newest tokens of each row, which the cache of what drafts lacks.
+    """The newest tokens of each row, which the drafting cache lacks.
 
-    tokens: int64 [rows, n], of which the first num[r] are real, at least one in a busy row, and the others padding.
+    tokens: int64 [rows, n], the first num[r] of a row being real, at least one in a busy row, and the rest padding.
     starts: int64 [rows], the places in the cache where they go.
     """
 
@@ -43,7 +43,7 @@ class Pending:
 class ChainProposer(FixedProposer):
     """A FixedProposer that draws chains with a model; where steps are recorded, a draft is one recording.
 
-    max_pending: tokens that a row's cache lacks at the most when a draft is recorded; None: as many as a step emits.
+    max_pending: maximum of tokens that a row's cache lacks when a draft is recorded; None: as many as a step emits.
     num_before: tokens at the beginning of a text that have no place in the cache.
     """
 

@@ -211,7 +211,7 @@ class DraftModelProposer(ChainProposer):
     def _catch_up(self, batch: Batch, texts: Sequence[list[int]], most: int) -> Tensor:
         """Feed each row the committed tokens its slot lacks; returns the logits after the last, [rows, 1, vocab].
 
-        most: tokens that all rows have room for; a row that lacks more is first fed alone.
+        most: tokens for which all rows have room; a row that lacks more is first fed alone.
         """
         pending = self._pending(batch, texts, most)
         tokens, lengths = pad(pending, self._model.device)

@@ -27,7 +27,7 @@ class Lookup(Protocol):
         ...
 
     def forget(self) -> None:
-        """Lose what finished requests left."""
+        """Drop what is kept of finished requests."""
         ...
 
 

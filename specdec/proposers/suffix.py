@@ -1,13 +1,13 @@
-"""Suffix decoding: drafts copied from the request's own text and from what finished requests said, while they pay.
+"""Suffix decoding: drafts copied from the request's own text and from finished requests, while they pay.
 
-How likely the next token of a copy is accepted is estimated from how often it followed the runs of tokens that the text
-ends with: the frequency behind each longer run is believed the more, the more often that run occurred, and else the
-frequency behind the shorter one. The score of a copy is the product of these, token by token.
+How likely the next token of a copy is accepted is estimated from how often it followed the runs of tokens that end the
+text: the more often a run occurred, the more weight its frequencies have against those of the next shorter run. The
+score of a copy is the product of these, token by token.
 
 What is proposed depends on committed tokens, so its distribution is one-hot. Where finished requests are remembered,
 it depends on other requests, too: the distribution of what is emitted does not, nor do greedy and coupled outputs, but
-which sample a seed gives does. An output tells of the uniforms that it was drawn by; a request that met them again
-would be biased. So the engine gives each request uniforms of its own (`specdec.sampling.randomness.own_seed`).
+which sample a seed gives does. An output reveals the uniforms behind it; a request that drew by them again would be
+biased. So the engine gives each request uniforms of its own (`specdec.sampling.randomness.own_seed`).
 
 Sources: Oliaro et al. 2024 (arXiv:2411.04975); smoothing towards the shorter run: MacKay and Peto 1995, "A hierarchical
 Dirichlet language model".
@@ -101,9 +101,9 @@ def _probability(tree: SuffixTree, places: Sequence[Place], token: int, drafted:
 
 
 class History:
-    """What finished requests said, in one tree of a bounded size: the oldest are forgotten first.
+    """The text of finished requests in one tree of a bounded size; the oldest is dropped first.
 
-    max_bytes: memory that it takes at the most; 0 for none.
+    max_bytes: maximum of its memory; 0 for none.
     """
 
     def __init__(self, max_bytes: int) -> None:
@@ -141,7 +141,7 @@ class OwnText:
 
 
 class SuffixProposer(Proposer):
-    """Proposes the better copy of two: from the request's own text, and from what finished requests said.
+    """Proposes the better copy of two: from the request's own text, and from finished requests.
 
     max_history_bytes: see `History`. adaptive: settles how much of a copy pays by measured costs; None for all of it
     that may well be reached.
@@ -173,7 +173,7 @@ class SuffixProposer(Proposer):
         return [copy.cut(batch.sampling.num_allowed(index, copy.tokens)) for index, copy in enumerate(copies)]
 
     def forget(self) -> None:
-        """Lose what finished requests left."""
+        """Drop the text of finished requests."""
         self.history.forget()
         self._own.clear()
 
