@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from bench.catalogue.methods import VLLM_METHODS
 from bench.catalogue.pairs import Pair, folder
 from bench.engines.base import BenchEngine, LoadOptions, VllmOptions
+from specdec.methods import GROUP as METHODS_GROUP
 from specdec.methods import METHODS, is_method, method_spec
 from specdec.runtime import extensions
 from specdec.runtime.checks import nearest
@@ -112,6 +115,13 @@ def parse_method(name: str, text: str) -> str:
     if is_method(text):
         method_spec(text)
     return text
+
+
+def extension_files(engines: Sequence[str], methods: Sequence[str]) -> list[Path]:
+    """The sources of those engines and methods that are extensions."""
+    outside = [(GROUP, name) for name in engines if name not in ENGINES]
+    outside += [(METHODS_GROUP, name) for name in methods if name not in (*METHODS, *VLLM_METHODS)]
+    return [path for group, name in outside for path in extensions.source_files(group, name)]
 
 
 def why_not(

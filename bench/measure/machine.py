@@ -9,7 +9,7 @@ import os
 import platform
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,13 +36,15 @@ def versions() -> dict[str, str | None]:
     return {"specdec": specdec.__version__} | {package: version(package) for package in PACKAGES}
 
 
-def source_sha256() -> str:
-    """A digest of the sources of specdec and of this harness: a change in them makes cells incomparable."""
+def source_sha256(extension_files: Iterable[Path] = ()) -> str:
+    """A digest of the sources of specdec, this harness and extensions: a change makes cells incomparable."""
     digest = hashlib.sha256()
     root = Path(__file__).parents[2]
     patterns = ("specdec/**/*.py", "specdec/**/*.cpp", "bench/**/*.py")
     for path in sorted(path for pattern in patterns for path in root.glob(pattern)):
         digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
+    for path in extension_files:
+        digest.update(path.name.encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()
 
 

@@ -20,7 +20,7 @@ from bench.campaign.options import BenchConfig
 from bench.campaign.plan import Plan, plan
 from bench.catalogue.pairs import Pair
 from bench.engines.base import BenchEngine, EngineError, LoadOptions, Run, Setup
-from bench.engines.registry import check_vocabulary
+from bench.engines.registry import check_vocabulary, extension_files
 from bench.engines.registry import load as load_engine
 from bench.measure import fairness, machine, telemetry
 from bench.measure.journal import Entry, Journal
@@ -448,7 +448,7 @@ class Session:
             "device": self.device,
             "prompts_sha256": hashlib.sha256(texts.encode()).hexdigest(),
             "versions": self.versions(),
-            "source_sha256": machine.source_sha256(),
+            "source_sha256": machine.source_sha256(extension_files(self.config.engines, self.config.methods)),
             "cpu_model": machine.cpu_model(),
             "cpu_count": os.cpu_count(),
         }

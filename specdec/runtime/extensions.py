@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Iterable
 from functools import cache
 from importlib import import_module, metadata
+from pathlib import Path
 from typing import Any, Literal
 
 from specdec.runtime.checks import nearest
@@ -47,6 +48,14 @@ def load(group: Group, name: str, is_valid: Callable[[Any], bool], expected: str
     if not is_valid(loaded):
         raise ExtensionError(f"{group}: {name!r} must be {expected}, but it is {type(loaded).__name__} {loaded!r:.80}")
     return loaded
+
+
+def source_files(group: Group, name: str) -> list[Path]:
+    """The Python files of the package, or the one of the module, that an extension is in."""
+    top = import_module(_reference(group, name).partition(":")[0].partition(".")[0])
+    if not hasattr(top, "__path__"):
+        return [Path(top.__file__)] if top.__file__ else []
+    return sorted(path for folder in top.__path__ for path in Path(folder).rglob("*.py"))
 
 
 def _reference(group: Group, name: str) -> str:
