@@ -49,12 +49,13 @@ class Engine:
         model, which is wrapped in one of them and put into eval mode.
     tokenizer: of a transformers model; None: prompts are token ids. It also goes with a draft that is a transformers
         model; wrap a draft with another tokenizer as CausalLM(model, its tokenizer).
-    method: a name in `specdec.methods.METHODS`. "autoregressive": no drafts. "ngram": prompt lookup. "ngram_store":
-        online n-gram counts. "ngram_table": prompt lookup, else a table counted beforehand. "suffix": copies from the
-        request's own text or from finished requests, whichever is likelier to be accepted. "draft_model": a smaller
-        language model. "eagle": a head on the target's features. "early_exit": the target's own first layers, with its
-        norm and head. "hybrid": as "suffix" where a copy is expected to bring more tokens than the draft, else a head
-        or a draft model. "tree": a head or a draft model that proposes several continuations at once.
+    method: a name in `specdec.methods.METHODS`, or an extension (docs/extending.md). "autoregressive": no drafts.
+        "ngram": prompt lookup. "ngram_store": online n-gram counts. "ngram_table": prompt lookup, else a table counted
+        beforehand. "suffix": copies from the request's own text or from finished requests, whichever is likelier to be
+        accepted. "draft_model": a smaller language model. "eagle": a head on the target's features. "early_exit": the
+        target's own first layers, with its norm and head. "hybrid": as "suffix" where a copy is expected to bring more
+        tokens than the draft, else a head or a draft model. "tree": a head or a draft model that proposes several
+        continuations at once.
     draft: what the method needs besides the target: a LanguageModel, an EagleHead or an NgramTable. A model with
         another tokenizer drafts the tokens that both share, see `models.vocabularies`; these are logged.
     num_speculative_tokens: tokens proposed per step (gamma), at least 1; "autoregressive" proposes none. "auto": as

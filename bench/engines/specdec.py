@@ -27,6 +27,7 @@ class SpecdecEngine:
 
     def __init__(self, target: CausalLM, pair: Pair, drafts: Mapping[str, Any], options: LoadOptions) -> None:
         self.target, self.tokenizer = target, target.tokenizer
+        self._pair, self._drafts = pair, drafts
         self.dtype, self.stop_token_ids = str(target.dtype).removeprefix("torch."), target.eos_token_ids
 
         self._engines: list[Engine] = []
@@ -35,7 +36,7 @@ class SpecdecEngine:
         def engine(method: Any, gamma: Gamma, batch_size: int) -> Engine:
             made = Engine(
                 target,
-                draft=drafts.get(pair.draft_for(method) or ""),
+                draft=self.draft_for(method),
                 method=method,
                 num_speculative_tokens=gamma,
                 max_batch_size=batch_size,
@@ -46,6 +47,11 @@ class SpecdecEngine:
             return made
 
         self._engine = engine
+
+    def draft_for(self, method: str) -> Any:
+        """What the pair has to draft with by a method, None if the method needs nothing."""
+        source = self._pair.draft_for(method)
+        return self._drafts[source] if source else None
 
     def prepare(self, setups: Collection[Setup]) -> None:
         """All setups share the models; what their engines remember of earlier prompts is forgotten."""

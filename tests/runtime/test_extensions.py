@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from bench.catalogue.pairs import catalogue
 from bench.engines.registry import EngineKind, engine_kind, extension_files, parse_engine, parse_method, why_not
 from bench.measure import machine
 from bench.workloads import registry
@@ -20,7 +21,9 @@ from specdec.runtime.extensions import ExtensionError
 MODULE = """
 from bench.engines.registry import EngineKind
 from bench.workloads.base import Prompt
+from specdec.methods import MethodSpec
 
+drafting = MethodSpec("drafting", "a draft model", draft_kinds=("model",))
 kind = EngineKind("torch", ("autoregressive", "ngram"), load="outside.data:load", max_batch_size=2)
 absent = EngineKind("not-installed", ("ngram",), load="outside.data:load")
 number = 3
@@ -90,6 +93,19 @@ def test_an_engine_is_known_by_its_kind(outside: Path) -> None:
         assert why_not(name, "eagle", 1) == f"engine={name} has no method=eagle; use autoregressive, ngram"
     reason = why_not("outside.data:absent", "ngram", 1)
     assert reason == "engine=outside.data:absent needs the package not-installed; pip install not-installed"
+
+
+def test_a_method_drafts_with_what_the_pair_has_of_its_kind() -> None:
+    name, pair = "outside.data:drafting", catalogue()["tiny-random"]
+    assert parse_method("methods", name) == name
+    assert pair.draft_for(name) == pair.draft_for("draft_model") is not None
+    assert not pair.lacks_draft(name)
+    assert why_not("specdec", name, 4) is None
+    assert why_not("transformers", name, 1) == (
+        f"engine=transformers has no method={name}; use autoregressive, ngram, draft_model"
+    )
+    with pytest.raises(ValueError, match=f'method="{name}" needs a draft'):
+        method(name)
 
 
 def test_built_in_names_come_first(outside: Path) -> None:

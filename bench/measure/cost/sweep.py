@@ -100,9 +100,9 @@ def sized(engine: SpecdecEngine, axis: str, size: int, prompts: Sequence[Sequenc
     if axis in phases.SWEEPS:
         return _phases(engine, axis, size)
     if axis == "head":
-        return _head_step(engine.drafts["eagle"], engine.target, size)
+        return _head_step(engine.draft_for("eagle"), engine.target, size)
     if axis == "tree":
-        return _tree_step(engine.drafts["tree"], engine.target, size)
+        return _tree_step(engine.draft_for("tree"), engine.target, size)
     if axis == "vocabulary":
         return _sampling(engine.target, size)
     if axis in COPIES:
