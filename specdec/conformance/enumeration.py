@@ -318,21 +318,20 @@ class ScriptedNoise:
 def coupled_runs(
     make_decoder: MakeDecoder,
     prompt: Tokens,
-    num_tokens: int,
-    pieces: RacePieces,
+    pieces: Sequence[RacePieces],
     params: SamplingParams | None = None,
     rule: VerificationRule = verify_coupled,
     constraint: Constraint | None = None,
 ) -> list[tuple[Tokens, Fraction]]:
-    """What the decoder emits, and its probability, for every choice of noise at num_tokens positions, in one order.
+    """What the decoder emits, and its probability, for every choice of noise at len(pieces) positions, in one order.
 
-    Arguments as for `exact_distribution`. pieces: from `race_pieces` of all distributions that target or draft may
-    have.
+    Arguments as for `exact_distribution`. pieces: of each position in turn, from `race_pieces` of all distributions
+    that target or draft may have there.
     """
-    choices = list(itertools.product(pieces, repeat=num_tokens))
+    choices = list(itertools.product(*pieces))
     noise = torch.tensor([[uniforms for uniforms, _ in choice] for choice in choices], dtype=torch.float64)
     decoder = make_decoder(ScriptedNoise(noise, len(prompt)), rule, len(choices))
-    params = replace(params or SamplingParams(), max_tokens=num_tokens)
+    params = replace(params or SamplingParams(), max_tokens=len(pieces))
     rows = _run(decoder, prompt, params, len(choices), constraint)
     weights = [math.prod((weight for _, weight in choice), start=Fraction(1)) for choice in choices]
     return [(tuple(row.output), weight) for row, weight in zip(rows, weights, strict=True)]

@@ -7,7 +7,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from fractions import Fraction
-from functools import partial
+from functools import cache, partial
 
 import pytest
 import torch
@@ -17,6 +17,7 @@ from helpers.toys import (
     Automaton,
     FeatureTarget,
     ToyHead,
+    coupled_pieces,
     distribution_after,
     grid_pair,
     joint_distribution,
@@ -143,27 +144,32 @@ def decoder_of(propose, gamma: int, records: bool = False, target=TARGET, draft=
     return make
 
 
+@cache
+def plain_runs(stop: tuple[int, ...]) -> list[tuple[Tokens, Fraction]]:
+    """Of decoding without speculation, for the noise that matters with a draft."""
+    params = SamplingParams(stop_token_ids=stop)
+    return coupled_runs(decoder_of(plain, 0), PROMPT, coupled_pieces((TARGET, DRAFT), PROMPT, 4), params)
+
+
 @pytest.mark.parametrize("stop", [(), (1,)])
 @pytest.mark.parametrize(("propose", "gamma"), [(ngram, 2), (head, 1), (head, 3), (ending_early, 3), (hybrid, 2)])
 def test_joint_distribution_of_the_coupled_loop(propose, gamma: int, stop: tuple[int, ...]) -> None:
     """Over all noise: the distribution is the target's, and each piece of noise gives what plain decoding does."""
-    params, pieces = SamplingParams(stop_token_ids=stop), race_pieces(HALVES.tolist())
-    runs = coupled_runs(decoder_of(propose, gamma), PROMPT, 4, pieces, params)
-    assert runs == coupled_runs(decoder_of(plain, 0), PROMPT, 4, pieces, params)
+    params = SamplingParams(stop_token_ids=stop)
+    runs = coupled_runs(decoder_of(propose, gamma), PROMPT, coupled_pieces((TARGET, DRAFT), PROMPT, 4), params)
+    assert runs == plain_runs(stop)
     assert distance(exact_coupled_distribution(runs), processed_distribution(TARGET, params, PROMPT, 4)) < 1e-12
 
 
 def test_joint_distribution_of_the_recorded_coupled_loop() -> None:
-    pieces = race_pieces(HALVES.tolist())
-    runs = coupled_runs(decoder_of(head, 2, records=True), PROMPT, 4, pieces)
+    runs = coupled_runs(decoder_of(head, 2, records=True), PROMPT, coupled_pieces((TARGET, DRAFT), PROMPT, 4))
     assert distance(exact_coupled_distribution(runs), joint_distribution(TARGET, PROMPT, 4)) < 1e-12
 
 
 def test_joint_distribution_of_coupled_quarters() -> None:
     """Distributions that share no token's probability, with a draft model."""
     target, draft = grid_pair(12)
-    pieces = race_pieces(row for model in (target, draft) for row in model.table.flatten(0, 1).tolist())
-    runs = coupled_runs(maker(target, draft, 2), (1, 2), 3, pieces)
+    runs = coupled_runs(maker(target, draft, 2), (1, 2), coupled_pieces((target, draft), (1, 2), 3))
     assert distance(exact_coupled_distribution(runs), joint_distribution(target, (1, 2), 3)) < 1e-12
 
 
@@ -185,8 +191,8 @@ def keep_the_draft(target, draft, accept_uniforms, final_uniforms):
 
 @pytest.mark.parametrize("broken", [wrong_row, keep_the_draft])
 def test_the_oracle_sees_broken_coupled_rules(broken) -> None:
-    pieces = race_pieces(HALVES.tolist())
-    runs = coupled_runs(decoder_of(head, 2), PROMPT, 4, pieces, rule=Rule(broken, needs_noise=True))
+    pieces = coupled_pieces((TARGET, DRAFT), PROMPT, 4)
+    runs = coupled_runs(decoder_of(head, 2), PROMPT, pieces, rule=Rule(broken, needs_noise=True))
     assert distance(exact_coupled_distribution(runs), joint_distribution(TARGET, PROMPT, 4)) > 0.01
 
 
@@ -195,7 +201,7 @@ def test_the_oracle_sees_noise_shared_between_positions() -> None:
         return lambda seeds, positions, *key: source(seeds, torch.full_like(positions, len(PROMPT)), *key)
 
     make = maker(TARGET, DRAFT, 2, break_uniforms=shared)
-    runs = coupled_runs(make, PROMPT, 4, race_pieces(HALVES.tolist()))
+    runs = coupled_runs(make, PROMPT, [race_pieces(HALVES.tolist())] * 4)
     assert distance(exact_coupled_distribution(runs), joint_distribution(TARGET, PROMPT, 4)) > 0.1
 
 
@@ -270,19 +276,9 @@ def test_coupled_joint_distribution_under_processors(names: tuple[str, ...]) -> 
     """Two tokens, the pieces of whose races are few; and the tokens of each piece are those without speculation."""
     target, draft = model([[1, 2], [4, 1], [1, 1]]), model([[1, 1], [2, 1], [1, 4], [1, 2]])
     params, prompt, num_tokens = with_processors(names), (1, 0), 3
-    outputs = [each for size in range(num_tokens) for each in itertools.product(range(2), repeat=size)]
-    pieces = race_pieces(
-        distribution_after(each, params, prompt, output) for each in (target, draft) for output in outputs
-    )
-    runs = coupled_runs(maker(target, draft, 2), prompt, num_tokens, pieces, params)
-    without = partial(Decoder, target)
-    assert runs == coupled_runs(
-        lambda source, rule, n: without(uniforms=source, rule=rule, max_batch_size=n),
-        prompt,
-        num_tokens,
-        pieces,
-        params,
-    )
+    pieces = coupled_pieces((target, draft), prompt, num_tokens, params)
+    runs = coupled_runs(maker(target, draft, 2), prompt, pieces, params)
+    assert runs == coupled_runs(decoder_of(plain, 0, target=target), prompt, pieces, params)
     assert (
         distance(exact_coupled_distribution(runs), processed_distribution(target, params, prompt, num_tokens)) < 1e-12
     )
@@ -416,21 +412,9 @@ def test_joint_distribution_under_bad_words_and_min_tokens(names: tuple[str, ...
 def test_coupled_joint_distribution_under_a_constraint(names: tuple[str, ...]) -> None:
     """And each piece of noise gives what it gives without speculation."""
     (target, draft), params, num_tokens = EVEN_PAIR, with_processors(names, **EVEN_ENDING), 2
-    outputs = [each for size in range(num_tokens) for each in itertools.product(range(3), repeat=size)]
-    distributions = [
-        distribution_after(each, params, (1, 0), output, EVEN_ZEROS) for each in (target, draft) for output in outputs
-    ]
-    pieces = race_pieces(distributions)
-    runs = coupled_runs(maker(target, draft, 1), (1, 0), num_tokens, pieces, params, constraint=EVEN_ZEROS)
-    plainly = coupled_runs(
-        lambda source, rule, n: Decoder(target, uniforms=source, rule=rule, max_batch_size=n),
-        (1, 0),
-        num_tokens,
-        pieces,
-        params,
-        constraint=EVEN_ZEROS,
-    )
-    assert runs == plainly
+    pieces = coupled_pieces((target, draft), (1, 0), num_tokens, params, EVEN_ZEROS)
+    runs = coupled_runs(maker(target, draft, 1), (1, 0), pieces, params, constraint=EVEN_ZEROS)
+    assert runs == coupled_runs(decoder_of(plain, 0, target=target), (1, 0), pieces, params, constraint=EVEN_ZEROS)
     assert (
         distance(
             exact_coupled_distribution(runs), processed_distribution(target, params, (1, 0), num_tokens, EVEN_ZEROS)

@@ -8,6 +8,7 @@ from collections.abc import Collection, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from specdec.conformance.enumeration import RacePieces, race_pieces
 from specdec.conformance.toys import (
     HALVES,
     QUARTERS,
@@ -29,6 +30,7 @@ __all__ = [
     "ExitTarget",
     "FeatureTarget",
     "ToyHead",
+    "coupled_pieces",
     "distribution_after",
     "grid_pair",
     "joint_distribution",
@@ -137,6 +139,25 @@ def distribution_after(
     """What the model says after a prompt and an output under sampling parameters."""
     logits = next_distribution(model, (*prompt, *output)).log().tolist()
     return obvious_distribution(logits, params, list(prompt), list(output), constraint and constraint.after(output))
+
+
+def coupled_pieces(
+    models: Sequence[MarkovModel],
+    prompt: Sequence[int],
+    num_tokens: int,
+    params: SamplingParams | None = None,
+    constraint: Automaton | None = None,
+) -> list[RacePieces]:
+    """Pieces of noise of each position in turn, by the distributions that the models may have after any output."""
+    vocabulary = range(models[0].vocab_size)
+    return [
+        race_pieces(
+            distribution_after(model, params or SamplingParams(), prompt, output, constraint)
+            for model in models
+            for output in itertools.product(vocabulary, repeat=num_before)
+        )
+        for num_before in range(num_tokens)
+    ]
 
 
 def processed_distribution(

@@ -18,11 +18,11 @@ from typing import Any
 import pytest
 import torch
 from helpers.gates import distance
-from helpers.toys import BATCH_MATES, joint_distribution, processed_distribution, table
+from helpers.toys import BATCH_MATES, coupled_pieces, joint_distribution, processed_distribution, table
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from specdec.conformance.enumeration import coupled_runs, exact_coupled_distribution, exact_distribution, race_pieces
+from specdec.conformance.enumeration import coupled_runs, exact_coupled_distribution, exact_distribution
 from specdec.decoding import Decoder
 from specdec.kernels import cpp, gpu
 from specdec.models.markov import MarkovModel
@@ -610,8 +610,7 @@ def test_joint_distribution_of_truncated_rows_through_the_kernels(options: dict,
 
 def test_joint_distribution_of_the_coupled_loop_through_the_kernels(launched: list[str]) -> None:
     target, draft = single_pair(12, COINS)
-    runs = coupled_runs(
-        partial(decoder_of, target, draft, 1), (1, 0), 3, race_pieces(COINS.tolist()), rule=verify_coupled
-    )
+    pieces = coupled_pieces((target, draft), (1, 0), 3)
+    runs = coupled_runs(partial(decoder_of, target, draft, 1), (1, 0), pieces, rule=verify_coupled)
     assert distance(exact_coupled_distribution(runs), joint_distribution(target, (1, 0), 3)) < 1e-12
     assert "_race_kernel" in launched

@@ -83,7 +83,7 @@ def test_joint_distribution_of_two_vocabularies_under_block_verification() -> No
 def test_joint_distribution_of_two_vocabularies_under_coupled_verification() -> None:
     target, make = toy_maker(3, 2)
     pieces = race_pieces([*target.table.flatten(0, 1).tolist(), [0.5, 0, 0.5], [1, 0, 0], [0, 0, 1]])
-    distribution = exact_coupled_distribution(coupled_runs(make, PROMPT, 2, pieces, rule=verify_coupled))
+    distribution = exact_coupled_distribution(coupled_runs(make, PROMPT, [pieces] * 2, rule=verify_coupled))
     assert distance(distribution, joint_distribution(target, PROMPT, 2)) < 1e-12
 
 
