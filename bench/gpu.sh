@@ -9,6 +9,7 @@
 # JSON, and of a part that was stopped the journal of its finished cells. Other files are of the part in progress.
 # PYTHON: the interpreter that has this project (default: python3). SPECDEC_VLLM_PYTHON: one that has vLLM, if another.
 # BUDGET: seconds for all parts (default: 450; without a GPU 1500). PARTS: those to run, spaces between (default: all).
+# GRACE: seconds between the interrupt that ends a part at its limit and its death (default: 20).
 # The default pair needs SPECDEC_CACHE with what `pytest bench/` left there on another machine, or the pieces of
 # `python -m bench.first_light --pack` in the folder SPECDEC_FIRST_LIGHT_WEIGHTS; where it is not there it is left out.
 # Without a GPU all runs scaled down, in minutes. A part that fails keeps no other from running; the status is then 1.
@@ -35,7 +36,7 @@ part() { # NAME SECONDS COMMAND...: the output goes to a log and, at its end, to
   fi
   # an interrupt, upon which pytest still writes what it has
   ((seconds < left)) || seconds=$left
-  timeout --signal=INT --kill-after=20 "$seconds" "$@" >"$work/$name.log" 2>&1 || failed+=("$name")
+  timeout --signal=INT --kill-after="${GRACE:-20}" "$seconds" "$@" >"$work/$name.log" 2>&1 || failed+=("$name")
   tail -n 25 "$work/$name.log"
   printf -- '-- %s took %d s\n' "$name" $((SECONDS - start))
   keep

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench.first_light import correctness, facts, tiny
+from bench.first_light import correctness, facts, running, tiny
 from bench.first_light.__main__ import LIMITS_S, main
 from bench.first_light.nudges import LAST, Nudge, nudge
 from bench.first_light.report import FACTS_FILE, Report, num_failed, read, table
@@ -38,6 +38,7 @@ def part(name: str, then: str, limit_s: float = 120) -> Part:
     return Part(name, (sys.executable, "-c", TELLS + then, name, "{facts}"), limit_s)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("parts", [None, "facts,shapes-8b"])
 def test_without_a_gpu_all_parts_run_to_the_last_line(parts: str | None, tmp_path: Path) -> None:
     arguments = [str(tmp_path), "--device", "cpu", *(["--parts", parts] if parts else [])]
@@ -58,13 +59,15 @@ def test_without_a_gpu_all_parts_run_to_the_last_line(parts: str | None, tmp_pat
     assert named == ({"fact", "check"} if parts is None else {"fact"})
 
 
-def test_parts_that_die_or_hang_lose_no_facts(tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_parts_that_die_or_hang_lose_no_facts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One is killed, one raises, one ends only if it is killed, one when it is asked to; the last runs after them."""
+    monkeypatch.setattr(running, "_GRACE_S", 2.0)
     parts = [
         part("killed", "os.kill(os.getpid(), 9)"),
         part("raises", "1 / 0"),
-        part("deaf", "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(600)", 20),
-        part("slow", "time.sleep(600)", 20),
+        part("deaf", "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(600)", 6),
+        part("slow", "time.sleep(600)", 6),
         part("good", "pass"),
     ]
     run_parts(parts, tmp_path, budget_s=1000)
@@ -74,8 +77,8 @@ def test_parts_that_die_or_hang_lose_no_facts(tmp_path: Path) -> None:
     assert ends == {
         "killed": "died of SIGKILL",
         "raises": "failed with exit status 1",
-        "deaf": "was stopped at its limit of 20 s",
-        "slow": "was stopped at its limit of 20 s",
+        "deaf": "was stopped at its limit of 6 s",
+        "slow": "was stopped at its limit of 6 s",
         "good": "ended",
     }
     failed = {fact["check"]: fact for fact in facts if fact.get("ok") is False}

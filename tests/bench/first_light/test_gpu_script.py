@@ -14,6 +14,7 @@ from helpers.bench_runs import sized
 from bench.measure.journal import Entry, Journal
 
 ROOT = Path(__file__).parents[3]
+pytestmark = pytest.mark.slow
 MEASURED = ("roofline", "roofline-135m", "shapes", "transformers")
 
 
@@ -65,7 +66,7 @@ def test_what_is_stopped_is_told_from_its_journal(variables: dict[str, str], tmp
         "sleep 600\n"
     )
     python.chmod(0o755)
-    limited = variables | {"PYTHON": str(python), "PARTS": "roofline shapes", "BUDGET": "20"}
+    limited = variables | {"PYTHON": str(python), "PARTS": "roofline shapes", "BUDGET": "17", "GRACE": "2"}
     done = visit(tmp_path / "out", limited)
     assert done.returncode == 1
     assert names(tmp_path / "out") == {"roofline.log", "roofline.jsonl", "summary.txt"}
