@@ -1,7 +1,8 @@
-"""The real model, loaded once for all tests that need it."""
+"""How tests/ runs: shuffled, file by file on a worker per core; and the real model, loaded once by each worker."""
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +13,31 @@ from specdec.methods import packaged_draft
 from specdec.models.causal import CausalLM
 from specdec.models.loading import load_pretrained, resolve
 
-ALL_THREADS = torch.get_num_threads()
+ALL_THREADS = max(1, torch.get_num_threads() // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1)))
+MAX_WORKERS = 8  # each that meets the real model holds up to 4 GB
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """Distribute the files of a folder over one worker per core. `-n N` sets their number; `-n 0` starts none.
+
+    Not in pytest.ini: the cells of bench/ are measured one at a time.
+    """
+    if hasattr(config, "workerinput"):
+        os.environ["OMP_NUM_THREADS"] = str(ALL_THREADS)  # of the processes that tests start
+        del os.environ["PYTEST_XDIST_WORKER"]  # or else pytest-benchmark measures nothing, here and in those processes
+    elif config.pluginmanager.hasplugin("xdist"):
+        _distribute(config.option, is_folder=any(Path(argument).is_dir() for argument in config.args))
+    elif os.environ.get("CI"):
+        raise pytest.UsageError("pytest-xdist must be installed; pip install -e '.[test]'")
+
+
+def _distribute(option: Any, *, is_folder: bool) -> None:
+    """Leave xdist's options as they are if one was given, and start no workers for a debugger or a single file."""
+    if is_folder and option.numprocesses is None and option.dist == "no" and not (option.usepdb or option.collectonly):
+        option.numprocesses, option.maxprocesses = "logical", option.maxprocesses or MAX_WORKERS
+        option.dist = "loadfile"
+    option.loadscopereorder = False  # keeps the shuffled order of the files
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -25,6 +50,14 @@ def pytest_configure(config: pytest.Config) -> None:
         config.option.random_order_enabled = True
     elif os.environ.get("CI"):
         raise pytest.UsageError("pytest-random-order must be installed; pip install -e '.[test]'")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Let workers begin with the files of slow tests: all would wait for one that begins at the end."""
+    if hasattr(config, "workerinput"):
+        slow = {item.path for item in items if item.get_closest_marker("slow")}
+        items.sort(key=lambda item: item.path not in slow)
 
 
 @pytest.hookimpl(tryfirst=True)

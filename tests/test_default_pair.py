@@ -122,13 +122,13 @@ def test_a_bad_draft_changes_nothing(default_model: CausalLM, prompts: list, ref
     assert sum(c.counts.num_accepted for c in completions) < 0.2 * drafted
 
 
-def test_coupled_sampling_is_the_same_with_any_draft(prompts: list) -> None:
+def test_coupled_sampling_is_the_same_with_any_draft(default_pair: tuple[CausalLM, dict], prompts: list) -> None:
     """Equality above temperature 0: a head, a draft model and copies say what plain decoding says by the same noise."""
     params = [SamplingParams(temperature=t, top_p=p, max_tokens=MAX_TOKENS) for t, p in ((1, 1), (0.7, 0.9))] * 2
-    outputs = {}
+    (target, drafts), outputs = default_pair, {}
     for method in ("autoregressive", "eagle", "hybrid", "draft_model"):
-        options = {"method": method, "verification": "coupled", "num_speculative_tokens": 3, "max_batch_size": 2}
-        completions = Engine.load("smollm2-135m", dtype=torch.float32, **options).generate(prompts, params)
+        options = {"verification": "coupled", "num_speculative_tokens": 3, "max_batch_size": 2}
+        completions = Engine(target, method=method, draft=drafts.get(method), **options).generate(prompts, params)
         outputs[method] = [c.token_ids for c in completions]
         assert method == "autoregressive" or sum(c.counts.num_accepted for c in completions) > 0
     assert [method for method in outputs if outputs[method] != outputs["autoregressive"]] == []

@@ -49,6 +49,7 @@ def correct_runs() -> list[Findings]:
     return [run(ToyEngine(PARAMS), NUM_DRAWS, seed=seed) for seed in range(NUM_RUNS)]
 
 
+@pytest.mark.slow
 def test_no_false_alarm_in_200_audits() -> None:
     """Each audit calls a lossless engine lossy with probability at most alpha = 1e-6, so 200 of them at most 2e-4; that
     one is inconclusive, because an arm rejects or the arms differ, has at most three times that."""
@@ -56,6 +57,7 @@ def test_no_false_alarm_in_200_audits() -> None:
     assert all(not found.speculative.errors for found in correct_runs())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["pit_rank", "pit_id", "serial", "surprise", "lookup", "draft"])
 def test_p_values_are_valid(name: str) -> None:
     """P(p <= 0.05) <= 0.05: of 400 at most 45, but with probability 1e-6."""
@@ -63,11 +65,13 @@ def test_p_values_are_valid(name: str) -> None:
     assert sum(arm.p_values[name] <= 0.05 for arm in arms) <= 45
 
 
+@pytest.mark.slow
 def test_p_values_of_the_arms_are_valid() -> None:
     """Of 200 at most 28, but with probability 1e-6."""
     assert sum(found.arms_p_value <= 0.05 for found in correct_runs()) <= 28
 
 
+@pytest.mark.slow
 def test_intervals_hold_what_is_true() -> None:
     """Each of an audit's intervals misses zero with probability at most alpha."""
     for found in correct_runs():
@@ -92,6 +96,7 @@ def test_block_verification_is_lossless() -> None:
     assert run(ToyEngine(PARAMS, rule=verify_block)).verdict == "lossless"
 
 
+@pytest.mark.slow
 def test_an_audit_can_be_repeated() -> None:
     assert run(ToyEngine(PARAMS), NUM_DRAWS, seed=3) == correct_runs()[3]
     assert run(ToyEngine(PARAMS), NUM_DRAWS, seed=4).speculative.p_values != correct_runs()[3].speculative.p_values
@@ -387,6 +392,7 @@ def test_input_that_makes_no_audit_is_refused() -> None:
         audit(Silent(PARAMS), Reference(TARGET, PARAMS), PROMPTS, batch_size=3)
 
 
+@pytest.mark.slow
 def test_an_endless_surprise_is_a_number() -> None:
     assert all(math.isfinite(found.speculative.surprise_z) for found in correct_runs())
     # the sum of squares of 200 standard scores: beyond 330 with probability below 1e-7 if they are near normal

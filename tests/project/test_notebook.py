@@ -29,6 +29,7 @@ def committed() -> nbformat.NotebookNode:
     return nbformat.read(LESSON, as_version=4)
 
 
+@pytest.mark.slow
 def test_it_runs_from_a_fresh_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     """No error, nothing on stderr, and in each cell the kinds of output that are committed."""
     assert matplotlib.font_manager.fontManager.ttflist

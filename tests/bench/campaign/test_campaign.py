@@ -65,6 +65,7 @@ def campaign(tmp_path_factory: pytest.TempPathFactory, environment: dict[str, st
     return folder, {"larger": larger, "full": full, "kept": kept, "rest": rest}
 
 
+@pytest.mark.slow
 def test_a_full_disk_ends_the_run_and_keeps_what_was_finished(campaign: Any) -> None:
     folder, found = campaign
     assert found["full"].returncode == 3, found["full"].stdout
@@ -75,6 +76,7 @@ def test_a_full_disk_ends_the_run_and_keeps_what_was_finished(campaign: Any) -> 
     assert finished(folder)[: len(found["kept"])] == found["kept"]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's /dev/full")
 def test_results_that_cannot_be_written_are_no_loss(campaign: Any, environment: dict[str, str]) -> None:
     folder, found = campaign
@@ -87,6 +89,7 @@ def test_results_that_cannot_be_written_are_no_loss(campaign: Any, environment: 
     assert finished(folder) == before
 
 
+@pytest.mark.slow
 def test_a_part_has_its_cells_and_tells_which_it_is(campaign: Any) -> None:
     folder, found = campaign
     larger, output = found["larger"], json.loads((folder / "out.json").read_text())
@@ -99,6 +102,7 @@ def test_a_part_has_its_cells_and_tells_which_it_is(campaign: Any) -> None:
         assert cell["params"]["rate"] == cell["extra_info"]["rate"]
 
 
+@pytest.mark.slow
 def test_a_part_can_be_reported_and_says_what_is_missing(campaign: Any) -> None:
     folder, found = campaign
     (run,) = campaigns.read_all([folder / "out.json"])
@@ -118,6 +122,7 @@ def test_another_part_does_not_resume_it(make_config: Callable[..., BenchConfig]
             other.open_journal()
 
 
+@pytest.mark.slow
 def test_records_are_of_the_same_arrivals_and_add_up(campaign: Any) -> None:
     folder, _ = campaign
     records = [line["record"] for line in finished(folder)]
@@ -141,6 +146,7 @@ def test_records_are_of_the_same_arrivals_and_add_up(campaign: Any) -> None:
 # -- a part without cells ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_part_without_cells_is_done_too(tmp_path: Path, environment: dict[str, str]) -> None:
     used = {part_of(cell, 40) for cell in CELLS} | {
         part_of(f"specdec-tiny-random-any-0-same-smoke-2-{rate}", 40) for rate in RATES.split(",")

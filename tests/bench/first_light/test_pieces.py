@@ -27,6 +27,7 @@ def test_blocks_are_dequantised_as_gguf_does_it(kind: str) -> None:
     assert torch.equal(dequantised(torch.from_numpy(stored), kind), expected)
 
 
+@pytest.mark.slow
 def test_the_default_model_comes_out_of_its_pieces_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = Path(resolve(SMOLLM2_135M.name))
     paths = pack(tmp_path / "pieces")

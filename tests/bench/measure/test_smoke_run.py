@@ -21,6 +21,7 @@ from bench.report import rendering
 from bench.report.html import page
 from specdec.methods import METHODS
 
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[3]
 Killed = tuple[Path, list[str]]
 Resumed = tuple[Path, dict[str, Any], str]
