@@ -8,8 +8,8 @@ virtual machines and memory that no limit counts, a filter of system calls (secc
 the program outlive its caller. All this is done before it runs, and what cannot be done is an error instead. It is no
 defence against a hole in the kernel.
 
-It is not bubblewrap, which would replace the mounts and namespaces alone: the filter of system calls, the limits and the
-report would stay, as would all of this where bubblewrap is not installed.
+It is not bubblewrap, which would replace the mounts and namespaces alone: the filter of system calls, the limits and
+the report would stay, as would all of this where bubblewrap is not installed.
 
 This file is run as a script, needs no package, and runs only what it is told to by `bench.measure.quality.sandbox`.
 """
