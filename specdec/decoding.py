@@ -46,6 +46,8 @@ from specdec.trees.columns import Branches
 from specdec.trees.shape import Tree
 from specdec.verification import Draft, Verification, VerificationRule, verify_tokens
 
+_IDLE = SamplingParams(temperature=0)  # of a slot without a request
+
 
 class Transfer(Protocol):
     """The columns of a `Packed` on their way to the host, which waits for them when it reads them."""
@@ -236,9 +238,8 @@ class Decoder:
         return self._batch_of(slots[:num_rows], cache)
 
     def _batch_of(self, rows: list[Generation | None], cache: Cache) -> Batch:
-        idle = SamplingParams(temperature=0)
         sampling = SamplingState(
-            [row.request.sampling if row else idle for row in rows],
+            [row.request.sampling if row else _IDLE for row in rows],
             [row.request.prompt if row else () for row in rows],
             [row.output if row else () for row in rows],
             self.target.vocab_size,
@@ -260,12 +261,11 @@ class Decoder:
 
     def _can_run_ahead(self, rows: Sequence[Generation | None], sampling: SamplingState) -> bool:
         """Whether steps of these rows are recorded as a whole: they depend on tensors alone, and no logits are read."""
-        drafts = self.proposer is None or (isinstance(self.proposer, FixedProposer) and self.proposer.is_fixed)
         return (
             self.runs_ahead
             and self._clock is not None
             and self.adaptive is None
-            and drafts
+            and (self.proposer is None or (isinstance(self.proposer, FixedProposer) and self.proposer.is_fixed))
             and sampling.is_stateless
             and not any(row.request.sampling.logprobs for row in rows if row)
         )

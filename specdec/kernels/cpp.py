@@ -213,7 +213,7 @@ def race(probs: Tensor, uniforms: Tensor) -> Tensor:
 def uniforms(seeds: Tensor, positions: Tensor, roles: Tensor, origins: Tensor) -> Tensor:
     """Philox 4x32-10 as `sampling.randomness.uniforms`; what broadcasts along the last axis is not copied along it."""
     words = (positions, origins, roles, seeds)
-    shape = torch.broadcast_shapes(*(word.shape for word in words))
+    shape = torch.broadcast_tensors(*words)[0].shape  # torch.broadcast_shapes is Python and takes three times as long
     drawn = torch.empty(shape, dtype=torch.float64)
     size = shape[-1] if shape else 1
     laid_out, strides = zip(*(_laid_out(word, shape) for word in words), strict=True)
