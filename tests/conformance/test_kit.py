@@ -9,10 +9,12 @@ from functools import partial
 import pytest
 import torch
 
+from specdec.conformance import kit
+from specdec.conformance.gates import distance, marginal, radius
 from specdec.conformance.kit import certify_proposer
 from specdec.conformance.mutants import GreedyDraftDeclaredSampled, NeverProposes, SampledDraftDeclaredOneHot
-from specdec.conformance.probes import NotCertified
-from specdec.conformance.toys import ToyHead
+from specdec.conformance.probes import NotCertified, Steps
+from specdec.conformance.toys import ToyHead, joint_distribution
 from specdec.models.markov import MarkovModel
 from specdec.proposers.base import Proposer
 from specdec.proposers.draft_model import DraftModelProposer
@@ -21,8 +23,9 @@ from specdec.proposers.ngram import LookupIndex, NgramProposer
 from specdec.requests import Batch
 from specdec.sampling.distributions import Dense
 from specdec.sampling.randomness import UniformSource
+from specdec.sampling_params import SamplingParams
 from specdec.trees.shape import Tree
-from specdec.verification import Draft
+from specdec.verification import Draft, verify_block, verify_coupled, verify_tokens
 
 
 def draft_model(target: MarkovModel) -> MarkovModel:
@@ -152,3 +155,37 @@ def test_a_broken_proposer_is_refused_in_a_sentence(broken: type) -> None:
 def test_what_the_kit_cannot_look_at_is_refused(make_proposer, message: str) -> None:
     with pytest.raises(NotCertified, match=message):
         certify_proposer(make_proposer)
+
+
+# -- the checks of ragged batches alone, which the exact ones come before ------------------------------------------
+
+
+class WritesIntoTheText(Broken):
+    """Takes its draft for emitted, every other time."""
+
+    def change(self, draft: Draft, batch: Batch) -> Draft:
+        for row, token in zip(batch.rows, draft.tokens[:, 0].tolist(), strict=True):
+            if row and len(row.steps) % 2 and row.num_remaining > 2:
+                row.tokens[-1] = token
+        return draft
+
+
+@pytest.mark.parametrize("rule", [verify_tokens, verify_block])
+def test_the_gate_refuses_a_proposer_whose_distance_it_is_to_see(rule) -> None:
+    """By token verification the mutant's exact distance exceeds twice the radius, so that it cannot pass by chance."""
+    toy, make_proposer = kit.TOYS[0], kit._wrap(drawn, GreedyDraftDeclaredSampled)
+    found = kit._enumerate(replace(toy, stop_token_ids=()), make_proposer, Steps(replace(toy, stop_token_ids=())))
+    truth = joint_distribution(toy.target, toy.prompt, toy.num_tokens)
+    distances = [distance(marginal(found, (i, i + 1)), marginal(truth, (i, i + 1))) for i in range(3)]
+    assert max(distances) > 2 * radius(kit.NUM_DRAWS, kit.SUPPORT), distances
+    with pytest.raises(NotCertified, match=r"outputs in ragged batches are further from the target's distribution"):
+        kit._gate(make_proposer, rule)
+
+
+@pytest.mark.parametrize(
+    ("rule", "params", "how"),
+    [(verify_tokens, SamplingParams(temperature=0), "greedy"), (verify_coupled, SamplingParams(), "coupled")],
+)
+def test_outputs_that_are_not_plain_decodings_are_refused(rule, params: SamplingParams, how: str) -> None:
+    with pytest.raises(NotCertified, match=f"{how} output must be that of plain decoding, but for prompt"):
+        kit._check_identity(kit._wrap(drawn, WritesIntoTheText), rule, params)
