@@ -110,22 +110,16 @@ def packaged_draft(target: str, method: str) -> str | None:
     return name if name in packaged() else None
 
 
-def _copied(parts: Parts, new_index: Callable[[], TokenIndex]) -> Proposer:
-    from specdec.proposers.ngram import NgramProposer
+def _ngram(parts: Parts, new_index: Callable[[], TokenIndex] | None = None) -> Proposer:
+    from specdec.proposers.ngram import LookupIndex, NgramProposer
 
-    return NgramProposer(parts.target.vocab_size, parts.target.device, new_index, parts.adaptive)
-
-
-def _ngram(parts: Parts) -> Proposer:
-    from specdec.proposers.ngram import LookupIndex
-
-    return _copied(parts, LookupIndex)
+    return NgramProposer(parts.target.vocab_size, parts.target.device, new_index or LookupIndex, parts.adaptive)
 
 
 def _ngram_store(parts: Parts) -> Proposer:
     from specdec.proposers.ngram import CountIndex
 
-    return _copied(parts, CountIndex)
+    return _ngram(parts, CountIndex)
 
 
 def _ngram_table(parts: Parts) -> Proposer:
@@ -133,7 +127,7 @@ def _ngram_table(parts: Parts) -> Proposer:
     from specdec.proposers.table import Fallback
 
     table: Any = parts.draft
-    return _copied(parts, lambda: Fallback(LookupIndex(), table))
+    return _ngram(parts, lambda: Fallback(LookupIndex(), table))
 
 
 def _suffix(parts: Parts) -> SuffixProposer:
@@ -158,7 +152,7 @@ def _drawn(parts: Parts) -> Proposer:
     return DraftModelProposer(model, adaptive=parts.adaptive, shared=parts.shared, tree=parts.tree)
 
 
-def _early_exit(parts: Parts) -> Proposer:
+def _exit(parts: Parts) -> Proposer:
     from specdec.proposers.early_exit import EarlyExitProposer
 
     first_layers: Any = parts.draft
@@ -171,69 +165,17 @@ def _hybrid(parts: Parts) -> Proposer:
     return HybridProposer(BetterCopies(_suffix(parts), parts.adaptive), _drawn(parts))
 
 
+_HEAD_OR_MODEL: tuple[Kind, ...] = ("head", "model")
 for _spec in (
     MethodSpec("autoregressive", "nothing"),
     MethodSpec("ngram", "prompt lookup", _ngram, is_adaptive=True),
     MethodSpec("ngram_store", "online n-gram counts", _ngram_store, is_adaptive=True),
-    MethodSpec(
-        "ngram_table",
-        "prompt lookup, else a table counted beforehand",
-        _ngram_table,
-        draft_kinds=("table",),
-        packaged_draft="ngrams",
-        is_adaptive=True,
-    ),
-    MethodSpec(
-        "suffix",
-        "the likelier of two copies, from the request's own text and from finished requests",
-        _suffix,
-        history_bytes=64 << 20,
-        is_adaptive=True,
-    ),
-    MethodSpec(
-        "draft_model",
-        "a smaller language model",
-        _drawn,
-        _drawn,
-        draft_kinds=("model",),
-        packaged_draft="draft",
-        is_adaptive=True,
-    ),
-    MethodSpec(
-        "eagle",
-        "a head on the target's features",
-        _drawn,
-        _drawn,
-        draft_kinds=("head",),
-        packaged_draft="eagle",
-        is_adaptive=True,
-    ),
-    MethodSpec(
-        "early_exit",
-        "the target's own first layers, with its norm and head",
-        _early_exit,
-        _early_exit,
-        is_adaptive=True,
-        exits_early=True,
-    ),
-    MethodSpec(
-        "hybrid",
-        "a copy as of suffix where it is expected to bring more than the draft, else a head or a draft model",
-        _hybrid,
-        _drawn,
-        draft_kinds=("head", "model"),
-        packaged_draft="eagle",
-        history_bytes=0,
-        is_adaptive=True,
-    ),
-    MethodSpec(
-        "tree",
-        "a head or a draft model, several continuations at once",
-        _drawn,
-        _drawn,
-        draft_kinds=("head", "model"),
-        packaged_draft="eagle",
-        drafts_trees=True,
-    ),
+    MethodSpec("ngram_table", "lookup, else a table", _ngram_table, None, ("table",), "ngrams", is_adaptive=True),
+    MethodSpec("suffix", "copies from own and finished texts", _suffix, history_bytes=64 << 20, is_adaptive=True),
+    MethodSpec("draft_model", "a smaller language model", _drawn, _drawn, ("model",), "draft", is_adaptive=True),
+    MethodSpec("eagle", "a head on the target's features", _drawn, _drawn, ("head",), "eagle", is_adaptive=True),
+    MethodSpec("early_exit", "the target's first layers", _exit, _exit, is_adaptive=True, exits_early=True),
+    MethodSpec("hybrid", "a copy or a drawn draft", _hybrid, _drawn, _HEAD_OR_MODEL, "eagle", 0, is_adaptive=True),
+    MethodSpec("tree", "a head or a draft model", _drawn, _drawn, _HEAD_OR_MODEL, "eagle", drafts_trees=True),
 ):
     register(_spec)

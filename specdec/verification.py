@@ -32,7 +32,7 @@ Chen et al. 2023 (arXiv:2302.01318), who write them the other way round.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
@@ -41,7 +41,7 @@ import torch
 from torch import Tensor
 
 from specdec.sampling import fused
-from specdec.sampling.distributions import Dense, Distribution, OneHot, row_sums, stack_distributions
+from specdec.sampling.distributions import Dense, Distribution, OneHot, row_sums
 from specdec.trees.shape import Tree
 
 
@@ -86,14 +86,6 @@ class Draft:
     def deterministic(cls, tokens: Tensor, num_proposed: Tensor, vocab_size: int) -> Draft:
         """A draft that could not have been otherwise: its distribution is one-hot."""
         return cls(tokens, num_proposed, OneHot(tokens, vocab_size))
-
-    @classmethod
-    def sampled(
-        cls, steps: Sequence[tuple[Tensor, Distribution]], num_proposed: Tensor, finite: Tensor | None = None
-    ) -> Draft:
-        """A draft from (token [batch], distribution [batch]) pairs, one for each position; tokens drawn from them."""
-        tokens, distributions = zip(*steps, strict=True)
-        return cls(torch.stack(tokens, 1), num_proposed, stack_distributions(distributions), finite=finite)
 
     @classmethod
     def empty(cls, batch_size: int, vocab_size: int, device: torch.device) -> Draft:

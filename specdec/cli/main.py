@@ -60,7 +60,8 @@ def parser() -> argparse.ArgumentParser:
 def _model_options(group: Any) -> None:
     group.add_argument("--target", default="smollm2-135m", help="a bundled name, a hub id, a folder or a GGUF file")
     group.add_argument("--draft", help="likewise, for the methods that need one (default: the one that comes with it)")
-    methods = f"{', '.join(METHODS)}, or module:attribute of your own"
+    methods = "; ".join(f"{spec.name}: {spec.summary}" for spec in METHODS.values())
+    methods += "; or module:attribute of your own"
     group.add_argument("--method", type=_method, default="ngram", metavar="NAME", help=methods)
     group.add_argument("--gamma", type=_gamma, default=4, help="tokens proposed per step, or auto: as many as pay")
     group.add_argument("--verification", default="token", choices=VERIFICATION_NAMES, help="rule that verifies a draft")

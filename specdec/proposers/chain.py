@@ -111,7 +111,7 @@ def draw_chain(
     draws = draft_uniforms(batch.sampling.rows, upload(batch.num_tokens(), device), max(limits), uniforms)
     drafted = torch.empty(len(batch.rows), 0, dtype=torch.int64, device=device)
     busy, reach = [slot for slot, row in enumerate(batch.rows) if row], [1.0] * len(num_proposed)
-    steps: list[tuple[Tensor, Distribution]] = []
+    distributions: list[Distribution] = []
     finite: list[Tensor] = []
     for i in range(max(limits)):
         if adaptive:
@@ -122,17 +122,16 @@ def draw_chain(
             if max(num_proposed) <= i:
                 break
         logits = logits_after(drafted)
-        distributions, is_finite = batch.sampling.distribution(logits, drafted, vocabulary)
-        distribution = distributions[:, 0]
-        token = distribution.draw(draws[:, i])
-        steps.append((token, distribution))
+        distribution, is_finite = batch.sampling.distribution(logits, drafted, vocabulary)
+        distributions.append(distribution[:, 0])
         finite.append(is_finite)
-        drafted = torch.cat([drafted, token.unsqueeze(1)], 1)
+        drafted = torch.cat([drafted, distributions[-1].draw(draws[:, i]).unsqueeze(1)], 1)
         if adaptive:
             reach = [a * b for a, b in zip(reach, confidence(logits[:, 0]).tolist(), strict=True)]
-    if not steps:
+    if not distributions:
         return Draft.empty(len(batch.rows), batch.sampling.vocab_size, device)
-    return Draft.sampled(steps, upload(num_proposed, device), torch.cat(finite, 1))
+    proposed = upload(num_proposed, device)
+    return Draft(drafted, proposed, stack_distributions(distributions), finite=torch.cat(finite, 1))
 
 
 def draw_fixed(

@@ -185,10 +185,6 @@ class SamplingState:
         self.is_stateless = self._bias is None and self._counts is None and not self._constrained
 
     @property
-    def all_greedy(self) -> bool:
-        return self.rows.all_greedy
-
-    @property
     def seeds(self) -> Tensor:
         return self.rows.seeds
 
