@@ -167,13 +167,12 @@ def assemble(target: LanguageModel, draft: AnyDraft | None, options: EngineOptio
 
 
 def _first_layers(target: LanguageModel, options: EngineOptions) -> LanguageModel:
-    require(
-        isinstance(target, LayeredModel),
-        f"target={type(target).__name__} must be a model that can be cut after its first layers, as CausalLM is, for "
-        f'method="{options.method}"',
-    )
-    layered = cast("LayeredModel", target)
-    return layered.first_layers(options.exit_layer or max(1, layered.num_layers // 4))
+    if not isinstance(target, LayeredModel):
+        raise ValueError(
+            f"target={type(target).__name__} must be a model that can be cut after its first layers, as CausalLM is, "
+            f'for method="{options.method}"'
+        )
+    return target.first_layers(options.exit_layer or max(1, target.num_layers // 4))
 
 
 def _num_speculative_tokens(options: EngineOptions, tree: Tree | None) -> int:
