@@ -430,7 +430,7 @@ class Decoder:
             _check_distributions(row, index, outcome, flight.tree)
             num_drafted, num_accepted, next_token = outcome.counts
             decided.append((num_drafted, num_accepted))
-            accepted = outcome.path[:num_accepted] if flight.tree else range(num_accepted)
+            accepted = (outcome.path if flight.tree else range(len(outcome.tokens)))[:num_accepted]
             emitted = [*(outcome.tokens[place] for place in accepted), next_token]
             num_kept = row.emit(emitted)
             if row.request.sampling.logprobs:
