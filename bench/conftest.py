@@ -1,4 +1,4 @@
-"""pytest's side of the benchmarks: hooks and fixtures; what they do is in the modules beside this file."""
+"""pytest's hooks and fixtures of the benchmarks; the work is done in the packages beside this file."""
 
 from __future__ import annotations
 
@@ -12,13 +12,12 @@ from typing import Any
 import pytest
 
 from bench.campaign import options, shards
-from bench.campaign.options import BenchConfig
 from bench.measure import machine
 from bench.measure.interrupts import Interrupts
 from bench.measure.progress import line_below
 from bench.measure.session import Session
 from bench.records import sweeps
-from bench.records.schema import CELL_FIELDS, LOAD_FIELDS, SCHEMA_VERSION, Cell
+from bench.records.schema import CELL_FIELDS, LOAD_FIELDS, SCHEMA_VERSION, Cell, Gamma
 from bench.report.terminal import audits, cost, decoding, load
 
 SESSION = pytest.StashKey[Session]()
@@ -29,23 +28,22 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Check everything that can be checked before tests are collected; exit code 4 if something cannot be right."""
+    """Check everything that can be checked before tests are collected; exit code 4 for a usage error."""
     try:
         _check_plugins(config)
         config.stash[SESSION] = Session(options.parse_config(config))
         if not config.option.collectonly:
             _check_output(config)
-            config.stash[SESSION].open_journal()
-            config.stash[SESSION].progress = line_below(sys.stdout)
+            config.stash[SESSION].open(line_below(sys.stdout))
     except (ValueError, OSError) as error:
         raise pytest.UsageError(str(error)) from error
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what was not asked for: audits, which take minutes, without their mark; other machines' cells.
+    """Deselect audits, which take minutes, unless -m asks for them, and the cells of other shards.
 
-    With a rate there is load alone, without one none.
+    With --rate only load cells are run, without it none.
     """
     session = config.stash[SESSION]
     left_out = {item for item in items if _is_left_out(item, config)}
@@ -68,7 +66,7 @@ def _is_left_out(item: pytest.Item, config: pytest.Config) -> bool:
 
 
 def _shard_key(item: Any) -> str | None:
-    """What decides on a cell's part of a campaign; None for what is no cell."""
+    """What determines a cell's part of a campaign; None for a test that is not a cell."""
     values = item.callspec.params if hasattr(item, "callspec") else {}
     if "axis" in values:
         return "cost"
@@ -78,11 +76,9 @@ def _shard_key(item: Any) -> str | None:
     return prefix + Cell(**{name: values[name] for name in LOAD_FIELDS if name in values}).shard_key
 
 
-@pytest.hookimpl(
-    wrapper=True
-)  # around pytest-benchmark's, and inside of the terminal's, which prints tables afterwards
+@pytest.hookimpl(wrapper=True)  # around pytest-benchmark's, and inside of the terminal's, which prints tables after it
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> Generator[None, object, object]:
-    """Results that cannot be written are no loss: the journal has them. A part without a cell is done, too."""
+    """Let a failure to write the results end in a message: the journal has them. A shard may have no cells."""
     ours = session.config.stash[SESSION]
     if exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED and len(ours.cells_of_shards) > 1:
         session.exitstatus = pytest.ExitCode.OK
@@ -99,7 +95,7 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> Generator[
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)  # around pytest's own, which makes failures of what was only reported
 def pytest_runtest_call() -> Generator[None, object, object]:
-    """Ctrl-C ends the run, whatever became of the cell."""
+    """Ctrl-C ends the run, even where Python loses the exception."""
     with Interrupts():
         return (yield)
 
@@ -115,17 +111,14 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 
 def pytest_report_header(config: pytest.Config) -> str:
     session = config.stash[SESSION]
-    journal = session.journal
-    kept = f", the earlier one kept as {journal.kept_as.name}" if journal and journal.kept_as else ""
+    kept_as = None if config.option.collectonly else session.journal.kept_as
+    kept = f", the earlier one kept as {kept_as.name}" if kept_as else ""
+    ignored = options.without_effect(session.config)
     return (
         f"specdec: {len(session.plans)} cells, {session.num_resumed} of them taken from the journal; "
-        f"journal: {session.config.journal}{kept}{machine.busy()}{_ignored(session.config)}"
+        f"journal: {session.config.journal}{kept}{machine.busy()}"
+        + (f"; {', '.join(ignored)} mean nothing without --rate" if ignored else "")
     )
-
-
-def _ignored(config: BenchConfig) -> str:
-    given = sorted(config.named & {"duration", "arrivals", "drain", "ttft_limit", "inter_token_limit"})
-    return f"; {', '.join(given)} mean nothing without --rate" if given and not config.rate else ""
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -164,7 +157,7 @@ def _parametrize_costs(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_report_collectionfinish(config: pytest.Config, items: list[Any]) -> str:
-    """The roofline comes before what is compared with it."""
+    """Print the roofline before the times that are compared with it."""
     if config.option.collectonly or not any("axis" in item.fixturenames for item in items):
         return ""
     from bench.measure.cost import roofline
@@ -174,19 +167,19 @@ def pytest_report_collectionfinish(config: pytest.Config, items: list[Any]) -> s
 
 @pytest.fixture(scope="session")
 def session(pytestconfig: pytest.Config) -> Session:
-    """The run's state: options, prompts, models, journal."""
+    """The run: options, prompts, models, journal."""
     return pytestconfig.stash[SESSION]
 
 
 @pytest.fixture
-def cell(engine: str, pair: str, method: str, gamma: int | str, placement: str, workload: str, batch_size: int) -> Cell:
-    """The test's cell, from its parameters."""
+def cell(engine: str, pair: str, method: str, gamma: Gamma, placement: str, workload: str, batch_size: int) -> Cell:
+    """The cell that the test's parameters identify."""
     return Cell(engine, pair, method, gamma, placement, workload, batch_size)
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
-    for private in ("node", "release"):  # the host's name and its kernel are nobody's business
+    for private in ("node", "release"):  # do not publish the host's name and kernel
         machine_info.pop(private, None)
     machine_info.update(machine.information(), versions=config.stash[SESSION].versions())
 
@@ -194,7 +187,7 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
 @pytest.hookimpl(optionalhook=True)
 def pytest_benchmark_update_json(config: pytest.Config, output_json: dict[str, Any]) -> None:
     session = config.stash[SESSION]
-    for benchmark in output_json["benchmarks"]:  # costs, too, have what runs are grouped by: --group-by takes any file
+    for benchmark in output_json["benchmarks"]:  # --group-by must work with the cost sweep's files, too
         benchmark["params"] = {**dict.fromkeys(CELL_FIELDS), **(benchmark["params"] or {})}
     output_json["schema_version"] = SCHEMA_VERSION
     output_json["command"] = session.config.command
@@ -208,21 +201,21 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     session = config.stash.get(SESSION, None)
     if session and session.failure:
         terminalreporter.write_line(f"ERROR: {session.failure}", red=True)
-    if session and session.records:
+    if session and session.records["cells"]:
         terminalreporter.section("speculative decoding")
-        for line in decoding.render(session.records):
+        for line in decoding.render(session.records["cells"]):
             terminalreporter.write_line(line)
-    if session and session.load_records:
+    if session and session.records["loads"]:
         terminalreporter.section("under load")
-        for line in load.lines(session.load_records):
+        for line in load.lines(session.records["loads"]):
             terminalreporter.write_line(line)
-    if session and session.audit_records:
+    if session and session.records["certificates"]:
         terminalreporter.section("certificates")
-        for line in audits.lines(session.audit_records):
+        for line in audits.lines(session.records["certificates"]):
             terminalreporter.write_line(line)
-    if session and session.cost_records:
+    if session and session.records["costs"]:
         terminalreporter.section("cost against size")
-        for line in cost.lines(session.cost_records):
+        for line in cost.lines(session.records["costs"]):
             terminalreporter.write_line(line)
 
 
@@ -239,7 +232,7 @@ def _check_plugins(config: pytest.Config) -> None:
 
 
 def _check_output(config: pytest.Config) -> None:
-    """pytest-benchmark opens its file only at the end of the run; see now that it can."""
+    """Check now that pytest-benchmark will be able to write its file, which it opens at the end of the run."""
     output: Path | None = config.getoption("benchmark_json")
     if output is None:
         return

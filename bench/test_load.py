@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from bench.measure.session import Session
-from bench.records.schema import Cell
+from bench.records.schema import Cell, Gamma
 
 
 @pytest.mark.filterwarnings("ignore:Benchmark fixture was not used at all")
@@ -17,7 +17,7 @@ def test_load(
     engine: str,
     pair: str,
     method: str,
-    gamma: int | str,
+    gamma: Gamma,
     placement: str,
     workload: str,
     batch_size: int,
@@ -25,4 +25,4 @@ def test_load(
 ) -> None:
     """Requests arrive for --duration and are drained: the only round. Counts are asserted, times never."""
     cell = Cell(engine, pair, method, gamma, placement, workload, batch_size, rate)
-    benchmark.extra_info.update(session.run_load(cell, benchmark))
+    benchmark.extra_info.update(session.run("loads", cell, benchmark))

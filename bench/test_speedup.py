@@ -16,4 +16,4 @@ def test_speedup(benchmark: Any, session: Session, cell: Cell) -> None:
     """A round is a prompt, or a batch of them. Beside the candidate, which pytest-benchmark times, the same engine's
     autoregressive decoding and the reference engine run on the same prompt; counts are asserted, times never.
     """
-    benchmark.extra_info.update(session.run(cell, benchmark))
+    benchmark.extra_info.update(session.run("cells", cell, benchmark))

@@ -27,7 +27,7 @@ from specdec.models.loading import as_device, as_dtype, with_revision
 from specdec.models.vocabularies import pieces_of
 from specdec.prompts import Message, Prompt, as_messages, as_prompts, as_token_ids, encode_raw, render
 from specdec.requests import Chunk, Completion, Generation, Request, sources_of
-from specdec.runtime.checks import nearest, require
+from specdec.runtime.checks import nearest, renamed, require
 from specdec.runtime.exclusive import EngineBusyError as EngineBusyError
 from specdec.runtime.exclusive import Exclusive
 from specdec.sampling.randomness import own_seed, sample_seed
@@ -117,6 +117,7 @@ class Engine:
         self._grammars: GrammarCompiler | None = None
 
     @classmethod
+    @renamed(quantisation="quantization")
     def load(
         cls,
         target: str,
@@ -127,7 +128,7 @@ class Engine:
         attention: str = "auto",
         load_format: str = "auto",
         placement: str = "same",
-        quantisation: str | None = None,
+        quantization: str | None = None,
         tp_plan: str | None = None,
         revision: str | None = None,
         **options: Any,
@@ -141,7 +142,7 @@ class Engine:
         revision: a branch, tag or commit of a target on the hub; of any hub id also "organisation/model@revision".
         placement: over which of the devices that `device` stands for ("cuda": all GPUs) target and draft are spread:
             "same", "separate", "ratio:6:2" or "auto", see `specdec.models.placement`.
-        quantisation, tp_plan: of the target's weights and a draft model's, see `load_pretrained`.
+        quantization, tp_plan: of the target's weights and a draft model's, see `load_pretrained`.
         options: as for the constructor. Arguments are checked before any model is loaded.
         """
         known = inspect.signature(cls.__init__).parameters
@@ -162,7 +163,7 @@ class Engine:
             device=device,
             attention=attention,
             load_format=load_format,
-            quantisation=quantisation,
+            quantization=quantization,
             tp_plan=tp_plan,
         )
         engine = cls(model, draft=drafts[draft] if draft else None, **options)

@@ -11,10 +11,8 @@ def ratios(plain: Sequence[dict[str, Any]], method: Sequence[dict[str, Any]]) ->
     """By rate: the median latency of plain decoding over that of a method; None where one has none. Above 1 it pays."""
     theirs = {record["rate"]: record.get("latency_p50_s") for record in plain}
     ours = {record["rate"]: record.get("latency_p50_s") for record in method}
-    return {
-        rate: theirs[rate] / ours[rate] if theirs[rate] and ours[rate] else None
-        for rate in sorted(theirs.keys() & ours.keys())
-    }
+    both = [(rate, theirs[rate], ours[rate]) for rate in sorted(theirs.keys() & ours.keys())]
+    return {rate: slower / faster if slower and faster else None for rate, slower, faster in both}
 
 
 def pays(plain: Sequence[dict[str, Any]], method: Sequence[dict[str, Any]]) -> dict[float, bool | None]:

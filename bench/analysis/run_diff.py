@@ -13,7 +13,8 @@ from typing import Any
 
 from bench.analysis.engine_ratios import time_per_token
 from bench.records.intervals import Interval, geometric_mean_interval, unpaired_ratio_interval
-from bench.records.results import Record, Results, cell_id
+from bench.records.results import Results, cell_id
+from bench.records.schema import Record
 
 # what must be the same for times of a cell to be compared
 CONDITIONS = (

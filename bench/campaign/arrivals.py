@@ -1,4 +1,4 @@
-"""When requests arrive under open-loop load, and the latency limits they are held to."""
+"""When requests arrive under open-loop load, and the latency limits for the goodput."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ MAX_REQUESTS = 100_000
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What became of a request. Times are in seconds from its arrival.
+    """A finished request. Times are in seconds from its arrival.
 
-    arrival_s: from the beginning of the run. num_tokens: emitted. queue_s: until it had a slot, if the engine tells.
+    arrival_s: from the start of the run. num_tokens: emitted. queue_s: time until it had a slot, if it is reported.
     """
 
     arrival_s: float
@@ -27,13 +27,13 @@ class Request:
 
     @property
     def inter_token_s(self) -> float | None:
-        """From a token to the next; None for a single one."""
+        """Mean time between tokens; None for a single token."""
         return (self.latency_s - self.ttft_s) / (self.num_tokens - 1) if self.num_tokens > 1 else None
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What a request must keep to count for the goodput, in seconds, the mean of its inter-token times taken."""
+    """Maximum time to first token and mean inter-token time, in seconds, of a request that counts for the goodput."""
 
     ttft_s: float
     inter_token_s: float
@@ -43,11 +43,11 @@ class Limits:
 
 
 def arrivals(rate: float, duration_s: float, process: Process, seed: int) -> tuple[float, ...]:
-    """When requests arrive, in seconds from the beginning, in order, all before `duration_s`.
+    """Arrival times in seconds from the start, in order, all before `duration_s`.
 
-    rate: requests a second, > 0. "constant": every 1/rate seconds, the first at once. "poisson": with independent gaps
-    of an exponential distribution of mean 1/rate. A seed gives the same gaps at every rate, but for that mean.
-    Raises ValueError for a rate or a duration that is not positive, for none at all, and for more than MAX_REQUESTS.
+    rate: requests per second, > 0. "constant": every 1/rate seconds, the first at 0. "poisson": independent gaps from
+    an exponential distribution of mean 1/rate. A seed gives the same gaps at every rate, scaled by that mean.
+    Raises ValueError for a rate or a duration that is not positive, for no arrivals, and for more than MAX_REQUESTS.
     """
     for name, value in (("rate", rate), ("duration_s", duration_s)):
         if not 0 < value < math.inf:

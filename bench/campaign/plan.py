@@ -1,19 +1,19 @@
-"""The cells of a run: every combination of the options that makes sense, and why some cannot run."""
+"""The cells of a run: all valid combinations of the options, and why some of them cannot run."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 
-from bench.campaign.options import BenchConfig
+from bench.campaign.config import BenchConfig
 from bench.catalogue.pairs import Pair
 from bench.engines.registry import ENGINES, engine_kind, why_not, why_not_pair
-from bench.records.schema import Cell, Gamma
+from bench.records.schema import Cell
 from bench.workloads.base import buckets
 from bench.workloads.registry import label
 
-# options whose every value, if it was named, must be able to run in some cell -> the field of a cell
+# options of which every named value must be able to run in some cell -> the field of a cell
 NAMED_PARAMETERS = {
     "engines": "engine",
     "methods": "method",
@@ -31,16 +31,17 @@ class Plan:
     skip: str | None
 
 
-WhyNot = Callable[[str, Pair, str], str | None]  # (engine, pair, placement) -> why this machine is not enough for it
+WhyNot = Callable[[str, Pair, str], str | None]  # (engine, pair, placement) -> why it does not fit into this machine
 
 
 def plan(config: BenchConfig, why_no_room: WhyNot = lambda *_: None, device: str = "cpu") -> list[Plan]:
-    """All cells, pair by pair and placement by placement so that models are loaded once.
+    """All cells, ordered by pair and placement so that models are loaded once.
 
-    device: what the models run on, as torch names it.
-    Raises ValueError if something that was named on the command line cannot run in any cell.
+    device: of the models, as torch names it. Raises ValueError if a value that was named cannot run in any cell.
     """
-    plans = [_plan(config, why_no_room, device, pair, *rest) for pair in config.pairs for rest in _combinations(config)]
+    plans = [
+        _plan(config, why_no_room, device, pair, cell) for pair in config.pairs for cell in _combinations(config, pair)
+    ]
     plans = list(dict.fromkeys(plans))
     runnable = [each.cell for each in plans if not each.skip]
     for option, parameter in NAMED_PARAMETERS.items():
@@ -54,45 +55,38 @@ def plan(config: BenchConfig, why_no_room: WhyNot = lambda *_: None, device: str
     return plans
 
 
-def _combinations(config: BenchConfig) -> Iterator[tuple[str, int, str, str, float | None, str, Gamma]]:
-    """(workload, batch size, placement, engine, rate, method, gamma): what is compared comes one after the other."""
+def _combinations(config: BenchConfig, pair: Pair) -> Iterator[Cell]:
+    """The cells of a pair in the order of the run: those that are compared follow each other."""
     names = [name for workload in config.workloads for name in buckets(label(workload), config.prompt_lengths)]
     for placement, workload, batch_size, engine, rate, method in product(
         config.placements, names, config.batch_sizes, config.engines, config.rate or (None,), config.methods
     ):
         for gamma in (0,) if method == "autoregressive" else config.gammas:
-            yield workload, batch_size, placement, engine, rate, method, gamma
+            yield Cell(engine, pair.name, method, gamma, placement, workload, batch_size, rate)
 
 
-def _plan(
-    config: BenchConfig,
-    why_no_room: WhyNot,
-    device: str,
-    pair: Pair,
-    workload: str,
-    batch_size: int,
-    placement: str,
-    engine: str,
-    rate: float | None,
-    method: str,
-    gamma: Gamma,
-) -> Plan:
+def _plan(config: BenchConfig, why_no_room: WhyNot, device: str, pair: Pair, cell: Cell) -> Plan:
     skip = (
-        why_not_pair(engine, pair, placement)
-        or _why_no_arrivals(engine, rate)
-        or why_not(engine, method, batch_size, config.verification, config.vllm)
-        or why_no_room(engine, pair, placement)
+        why_not_pair(cell.engine, pair, cell.placement)
+        or _why_no_arrivals(cell)
+        or why_not(cell.engine, cell.method, cell.batch_size, config.verification, config.vllm)
+        or why_no_room(cell.engine, pair, cell.placement)
+        or _why_no_draft(pair, cell.method)
     )
-    if not skip and pair.lacks_draft(method):
-        skip = f"pair={pair.name} has no draft for method={method}; name one with --pairs target=MODEL,draft=MODEL"
-    if skip:  # one skipped cell says it for all
-        rate = config.rate[0] if config.rate else None
-        gamma = gamma if method == "autoregressive" else config.gammas[0]
-    if not skip and config.synthetic_acceptance_rates:
-        skip = _why_not_synthetic(engine, method, device)
-    if not skip and gamma == "auto" and "auto gamma" not in engine_kind(engine).extras:
-        skip = f"engine={engine} has no gamma=auto; use --gammas with numbers"
-    return Plan(Cell(engine, pair.name, method, gamma, placement, workload, batch_size, rate), skip)
+    if skip:  # for every gamma and rate: one skipped cell stands for all of them
+        gamma = cell.gamma if cell.method == "autoregressive" else config.gammas[0]
+        return Plan(replace(cell, gamma=gamma, rate=config.rate[0] if config.rate else None), skip)
+    if config.synthetic_acceptance_rates:
+        skip = _why_not_synthetic(cell.engine, cell.method, device)
+    if not skip and cell.gamma == "auto" and "auto gamma" not in engine_kind(cell.engine).extras:
+        skip = f"engine={cell.engine} has no gamma=auto; use --gammas with numbers"
+    return Plan(cell, skip)
+
+
+def _why_no_draft(pair: Pair, method: str) -> str | None:
+    if pair.lacks_draft(method):
+        return f"pair={pair.name} has no draft for method={method}; name one with --pairs target=MODEL,draft=MODEL"
+    return None
 
 
 def _why_not_synthetic(engine: str, method: str, device: str) -> str | None:
@@ -104,8 +98,8 @@ def _why_not_synthetic(engine: str, method: str, device: str) -> str | None:
     return None
 
 
-def _why_no_arrivals(engine: str, rate: float | None) -> str | None:
-    if rate is None or "arrivals" in engine_kind(engine).extras:
+def _why_no_arrivals(cell: Cell) -> str | None:
+    if cell.rate is None or "arrivals" in engine_kind(cell.engine).extras:
         return None
     able = ",".join(name for name, kind in ENGINES.items() if "arrivals" in kind.extras)
-    return f"engine={engine} takes no requests while it decodes others; use --engines {able}, or leave out --rate"
+    return f"engine={cell.engine} takes no requests while it decodes others; use --engines {able}, or leave out --rate"

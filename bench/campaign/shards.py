@@ -1,8 +1,8 @@
 """Parts of a campaign for several machines.
 
-A cell's part is a digest of its id, so that neither the order of cells nor another gamma, method or workload beside it
-moves it to another machine. Parts are therefore only about equally large: of few cells one may have many, or none. What
-is compared between cells stays together: the methods at one rate, and the cost sweep.
+A cell's part is derived from a hash of its id, so that adding other cells or changing their order does not move it to
+another machine. Parts are only roughly equal; with few cells one may be empty. Cells that are compared with each other
+share a part: the methods at one rate, and the cost sweep.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import hashlib
 
 
 def part_of(key: str, num_parts: int) -> int:
-    """The part that a cell belongs to, from 1 to `num_parts`. key: its id, or what those that stay together share."""
+    """A cell's part, from 1 to `num_parts`. key: its id, or a key shared by cells that stay together."""
     return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") % num_parts + 1
 
 

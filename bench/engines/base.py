@@ -140,7 +140,7 @@ class VllmOptions:
 class LoadOptions:
     """How a pair's models are loaded and its drafts verified.
 
-    dtype, device: names that torch knows. quantisation: as for `specdec.models.loading`.
+    dtype, device: names that torch knows. quantization: as for `specdec.models.loading`.
     """
 
     dtype: str
@@ -148,4 +148,4 @@ class LoadOptions:
     verification: str = "token"
     synthetic_acceptance_rates: tuple[float, ...] = ()
     vllm: VllmOptions = field(default_factory=VllmOptions)
-    quantisation: str | None = None
+    quantization: str | None = None

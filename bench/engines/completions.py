@@ -130,8 +130,12 @@ class Client:
         connection = kind(parts.hostname or "", parts.port, timeout=self._timeout_s)
         connected: Any = None  # a connection lets go of its socket before the response has ended
         late = Event()
-        # a server that sends a byte now and then is never silent
-        clock = Timer(deadline_s or self._timeout_s, lambda: (late.set(), _shut(connected)))
+
+        def end() -> None:
+            late.set()
+            _shut(connected)
+
+        clock = Timer(deadline_s or self._timeout_s, end)  # a server that sends a byte now and then is never silent
         clock.daemon = True
         try:
             try:

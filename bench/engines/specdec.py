@@ -18,6 +18,7 @@ from specdec import Completion, Engine, SamplingParams
 from specdec.drafts import load_with_drafts
 from specdec.methods import METHODS
 from specdec.models.causal import CausalLM
+from specdec.models.seq2seq import Seq2SeqLM
 
 
 class SpecdecEngine:
@@ -25,7 +26,9 @@ class SpecdecEngine:
 
     version = specdec.__version__
 
-    def __init__(self, target: CausalLM, pair: Pair, drafts: Mapping[str, Any], options: LoadOptions) -> None:
+    def __init__(
+        self, target: CausalLM | Seq2SeqLM, pair: Pair, drafts: Mapping[str, Any], options: LoadOptions
+    ) -> None:
         self.target, self.tokenizer = target, target.tokenizer
         self._pair, self._drafts = pair, drafts
         self.dtype, self.stop_token_ids = str(target.dtype).removeprefix("torch."), target.eos_token_ids
@@ -101,7 +104,7 @@ def load(pair: Pair, options: LoadOptions) -> SpecdecEngine:
         device=options.device,
         attention=pair.attention,
         load_format=pair.load_format,
-        quantisation=options.quantisation,
+        quantization=options.quantization,
     )
     return SpecdecEngine(target, pair, {name: drafts[place] for name, place in sources.items()}, options)
 

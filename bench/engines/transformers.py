@@ -80,7 +80,7 @@ def load(pair: Pair, options: LoadOptions) -> TransformersEngine:
         "device": options.device,
         "attention": pair.attention,
         "load_format": pair.load_format,
-        "quantisation": options.quantisation,
+        "quantization": options.quantization,
     }
     drafts = [folder(pair.draft)] if pair.draft else []
     device, draft_devices = place_models(folder(pair.target), drafts, pair.placement, arguments)

@@ -54,7 +54,8 @@ class Share:
 
 def shares() -> dict[str, Share]:
     """By name, those of which most is expected first."""
-    found, others = {}, ("qwen3", "qwen2", "mistral")
+    found: dict[str, Share] = {}
+    others = ("qwen3", "qwen2", "mistral")
     for dtype, name in ((torch.bfloat16, "bfloat16"), (torch.float32, "float32")):
         found |= {
             f"llama-{name}-greedy": Share(("llama",), dtype, 0.0, ("token",)),
@@ -109,7 +110,7 @@ class Models:
     @classmethod
     def load(cls, folders: tiny.Folders, dtype: torch.dtype, device: torch.device) -> Models:
         places = {method: place for method in METHODS if (place := folders.draft_for(method))}
-        options = {"dtype": dtype, "device": str(device), "attention": "sdpa", "load_format": "auto"}
+        options: dict[str, Any] = {"dtype": dtype, "device": str(device), "attention": "sdpa", "load_format": "auto"}
         target, drafts = load_with_drafts(folders.target, set(places.values()), **options)
         return cls(target, {method: drafts[place] for method, place in places.items()})
 

@@ -111,7 +111,8 @@ def _attentions(report: Report, device: torch.device, shape: Shape, ceiling: flo
         sized = replace(shape, width=width)
         count = max(2, min(_CALLS, _ROTATED_BYTES // sized.num_bytes)) if device.type == "cuda" else 2
         inputs = [sized.inputs(device, torch.bfloat16) for _ in range(count)]
-        exact = attended(tuple(each.float() for each in inputs[0]), BACK_ENDS["math"])
+        queries, keys, values, mask = (each.float() for each in inputs[0])
+        exact = attended((queries, keys, values, mask), BACK_ENDS["math"])
         seconds = {}
         for name, attention in ATTENTIONS.items():
             try:

@@ -7,6 +7,7 @@ acceptance test, may be another one. Everything else is a fault.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,12 +39,12 @@ def nudge(engine: Engine, source: Nudge) -> None:
     """Let an engine on a CPU that records nothing draw by a source, its proposer and what that consists of too."""
     decoder = engine._decoder
     decoder.uniforms = source
-    waiting = [decoder.proposer]
+    waiting: list[Any] = [decoder.proposer] if decoder.proposer else []
     while waiting:
         each = waiting.pop()
         if hasattr(each, "_uniforms"):
             each._uniforms = source
-        waiting += [part for part in vars(each).values() if hasattr(part, "propose")] if each else []
+        waiting += [part for part in vars(each).values() if hasattr(part, "propose")]
 
 
 def wins_nearby(ours: int, theirs: int, here: Tensor, there: Tensor, seed: int, position: int, spread: float) -> bool:

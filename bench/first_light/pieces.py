@@ -103,8 +103,8 @@ def _packed_weights(gguf: Path, made: Path) -> Iterator[Entry]:
     expected = load_file(made / WEIGHTS_FILE)
     for tensor in GGUFReader(gguf).tensors:
         kind, name = tensor.tensor_type.name, _name(tensor.name)
-        stored = torch.from_numpy(tensor.data.copy())
-        stored = next((each for each in _orders(stored, name) if _equal(each, kind, expected[name])), None)
+        orders = _orders(torch.from_numpy(tensor.data.copy()), name)
+        stored = next((each for each in orders if _equal(each, kind, expected[name])), None)
         if stored is None:
             raise LoadError(
                 f"{name}, stored as {kind}, must give the weights in {made}; use transformers' 5.17 or newer"

@@ -7,10 +7,9 @@ import logging
 import os
 import time
 import traceback
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from types import MappingProxyType
+from types import MappingProxyType, TracebackType
 from typing import Any
 
 FACTS_FILE = "first_light.jsonl"
@@ -44,25 +43,17 @@ class Report:
         """Something that cannot be done on this machine."""
         self._write({"skipped": name, "detail": reason})
 
-    @contextmanager
-    def attempt(self, name: str) -> Iterator[None]:
+    def attempt(self, name: str) -> Attempt:
         """Record an exception raised inside as a failed check called `name`, and go on.
 
         A card that is lost is recorded, too, but ends the part: nothing else can be found out in this process.
         """
-        import torch
+        self._doing = name
+        return Attempt(self, name)
 
-        self._doing, start_s = name, time.perf_counter()
-        try:
-            yield
-        except Exception as error:
-            self.check(name, False, _reason(error), traceback=traceback.format_exc()[-_TRACEBACK_CHARS:])
-            if isinstance(error, torch.AcceleratorError):
-                raise SystemExit(f"{name}: the device failed: {_reason(error)}") from error
-            if isinstance(error, torch.OutOfMemoryError):
-                torch.cuda.empty_cache()
-        finally:
-            self._write({"took": name, "seconds": round(time.perf_counter() - start_s, 3)})
+    def took(self, name: str, seconds: float) -> None:
+        """How long something took."""
+        self._write({"took": name, "seconds": round(seconds, 3)})
 
     def watch_fallbacks(self) -> None:
         """From now on whatever specdec warns of is a failed check: it warns where something runs slower than it could.
@@ -83,6 +74,33 @@ class Report:
         with self.path.open("ab", buffering=0) as stream:  # one write call: lines of other processes stay whole
             stream.write(line.encode() + b"\n")
             os.fsync(stream.fileno())
+
+
+class Attempt:
+    """The context manager of `Report.attempt`."""
+
+    def __init__(self, report: Report, name: str) -> None:
+        self._report, self._name, self._start_s = report, name, time.perf_counter()
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> bool:
+        try:
+            if isinstance(error, Exception):
+                self._fail(error)
+        finally:
+            self._report.took(self._name, time.perf_counter() - self._start_s)
+        return isinstance(error, Exception)
+
+    def _fail(self, error: Exception) -> None:
+        import torch
+
+        trace = "".join(traceback.format_exception(error))
+        self._report.check(self._name, False, _reason(error), traceback=trace[-_TRACEBACK_CHARS:])
+        if isinstance(error, torch.AcceleratorError):
+            raise SystemExit(f"{self._name}: the device failed: {_reason(error)}") from error
+        if isinstance(error, torch.OutOfMemoryError):
+            torch.cuda.empty_cache()
 
 
 class _Fallbacks(logging.Handler):

@@ -107,7 +107,12 @@ def loaded(report: Report, pair: Pair, device: torch.device) -> Loaded | None:
 def load(pair: Pair, device: torch.device) -> Loaded:
     """A pair as `specdec.Engine.load` has it."""
     sources = {method: folder(source) for method in METHODS if (source := pair.draft_for(method))}
-    options = {"dtype": _DTYPE, "device": str(device), "attention": "sdpa", "load_format": pair.load_format}
+    options: dict[str, Any] = {
+        "dtype": _DTYPE,
+        "device": str(device),
+        "attention": "sdpa",
+        "load_format": pair.load_format,
+    }
     target, drafts = load_with_drafts(folder(pair.target), set(sources.values()), **options)
     assert isinstance(target, CausalLM)
     return Loaded(pair.name, target, {method: drafts[source] for method, source in sources.items()})
@@ -175,7 +180,7 @@ class Work:
         wall_s = statistics.median(durations_s(run, model.device, repeats=7, warm_up=3))
         in_queue_s = statistics.median(durations_in_queue_s(run, model.device, repeats=3, warm_up=0, calls=10))
         share = (model.step_bytes + context * model.token_bytes) / in_queue_s / self._ceiling
-        values = {"wall_s": wall_s, "in_queue_s": in_queue_s, "share_of_bandwidth": share}
+        values: dict[str, Any] = {"wall_s": wall_s, "in_queue_s": in_queue_s, "share_of_bandwidth": share}
         self._report.fact("step", pair=self._models.name, role=role, width=width, context=context, **values)
         return f"{width}: {1e3 * in_queue_s:.3f} ({1e3 * wall_s:.3f} with a wait), {share:.0%}"
 
@@ -269,7 +274,6 @@ def _runner(model: CausalLM, width: int, context: int) -> Callable[[], object]:
 
 def _kernels(run: Callable[[], object], device: torch.device) -> list[dict[str, Any]]:
     """Name, number and microseconds of what runs on the device, the longest first."""
-    from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile
 
     on_gpu = device.type == "cuda"
@@ -277,10 +281,10 @@ def _kernels(run: Callable[[], object], device: torch.device) -> list[dict[str, 
     with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as profiled:
         run()
         synchronise(device)
-    field, wanted = ("self_device_time_total", DeviceType.CUDA) if on_gpu else ("self_cpu_time_total", DeviceType.CPU)
+    field, wanted = ("self_device_time_total", "CUDA") if on_gpu else ("self_cpu_time_total", "CPU")
     found = [
         {"name": event.key, "count": event.count, "us": round(us, 2)}
         for event in profiled.key_averages()
-        if event.device_type == wanted and (us := getattr(event, field)) > 0
+        if event.device_type.name == wanted and (us := getattr(event, field)) > 0
     ]
     return sorted(found, key=lambda each: -each["us"])

@@ -6,6 +6,7 @@ on, and the first layers all guess well; attention and products still matter eno
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -105,9 +106,8 @@ def _fill(name: str, weight: torch.Tensor, generator: torch.Generator) -> None:
 
 def _layer_scale(name: str, weight: torch.Tensor) -> float:
     """Queries and keys so large that attention picks places; what is added to the residual, a share of it."""
-    return {"q_proj": 1.6, "k_proj": 1.6, "o_proj": 0.6, "down_proj": 0.6}.get(name.split(".")[-2], 1.0) / (
-        weight.shape[1] ** 0.5
-    )
+    gain = {"q_proj": 1.6, "k_proj": 1.6, "o_proj": 0.6, "down_proj": 0.6}.get(name.split(".")[-2], 1.0)
+    return gain / math.sqrt(weight.shape[1])
 
 
 def _disturb(model: Any) -> None:

@@ -1,4 +1,4 @@
-"""Whether an engine's speculation is lossless: audits of `specdec.conformance` over the engines of the benchmarks.
+"""Audit cells: whether an engine's speculation is lossless, by `specdec.conformance`.
 
 `python -m bench.tools.certificates FOLDER` prints the certificates of a folder as a table.
 """
@@ -8,31 +8,69 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
-from bench.campaign.options import BenchConfig
+import pytest
+import torch
+
+from bench.campaign.config import BenchConfig
 from bench.catalogue.pairs import Pair, folder
 from bench.engines.base import BenchEngine, PromptResult
+from bench.measure.context import Context
+from bench.measure.journal import Entry
+from bench.measure.models import failing_cell
+from bench.measure.progress import cell_bar
 from bench.records.schema import PLAIN, Cell, Gamma
 from specdec import AcceptanceCounts, SamplingParams
 from specdec.conformance.audit import audit
 from specdec.conformance.certificate import Certificate, Subject
 from specdec.conformance.reference import Reference
 from specdec.conformance.verdicts import Limits
-
-Record = dict[str, Any]
-
+from specdec.drafts import kind_in, load_with_drafts, share_vocabulary
 
 PlainOutputs = dict[Any, list[list[int]]]
 
 
+class Audits:
+    """Measures audit cells, and writes their certificates into the folder of the options."""
+
+    prefix = "equivalence-"
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
+        self._plain_outputs: PlainOutputs = {}
+
+    def measure(self, cell: Cell, benchmark: Any) -> Entry:
+        """The certificate of a cell as its record; the audit is the only round."""
+        context, pair = self._context, self._context.config.pair_of(cell)
+        context.models.prepare([cell, replace(cell, method="autoregressive", gamma=0)], pair)
+        engine = context.models.engine(cell.engine, pair)
+        prompts = [tokens for _, tokens in context.chosen(cell, pair)]
+        run = partial(certify, engine, cell, pair, prompts, context.config, context.device, self._plain_outputs)
+        bar = cell_bar(cell, context.config.num_draws, "token", context.progress)
+        try:
+            with failing_cell(context.device), bar as done:
+                certificate = benchmark.pedantic(partial(run, on_tokens=done.update), rounds=1)
+        except ValueError as error:
+            pytest.fail(str(error), pytrace=False)
+        self._save(certificate)
+        return Entry(certificate.record(), list(benchmark.stats.stats.data))
+
+    def _save(self, certificate: Certificate) -> None:
+        path = self._context.config.certificates / file_name(certificate)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        certificate.save(path.with_name(f"{path.name}.json"))  # the name has dots of its own
+        path.with_name(f"{path.name}.md").write_text(certificate.markdown())
+
+
 @dataclass(frozen=True, slots=True)
 class Audited:
-    """A cell's engine as an audit asks it: the two arms are its method and its own plain decoding.
+    """A cell's engine as an audit sees it: the two arms are its method and its own plain decoding.
 
-    counts: of each output of the speculative arm, None where its engine does not tell.
-    on_tokens: is told how many tokens the speculative arm has emitted since it was told last.
-    plain_outputs: of plain decoding, by what was asked: all methods of a run have the same, and are given them once.
+    counts: of each output of the speculative arm, None where its engine does not report them.
+    on_tokens: called with the number of tokens that the speculative arm has emitted since the last call.
+    plain_outputs: of plain decoding, by its arguments; it is run once for all methods.
     """
 
     engine: BenchEngine
@@ -44,12 +82,12 @@ class Audited:
 
     @property
     def num_drafted(self) -> int | None:
-        """Tokens drafted by the speculative arm so far, None if its engine does not tell."""
+        """Tokens drafted by the speculative arm so far, None if its engine does not report them."""
         return None if None in self.counts else sum(each.num_drafted for each in self.counts if each)
 
     @property
     def num_accepted(self) -> int | None:
-        """As `num_drafted`, of those that were accepted."""
+        """Of these, how many were accepted."""
         return None if None in self.counts else sum(each.num_accepted for each in self.counts if each)
 
     def speculative(self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], max_tokens: int) -> list[list[int]]:
@@ -59,8 +97,8 @@ class Audited:
         return [list(result.token_ids) for result in results]
 
     def plain(self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], max_tokens: int) -> list[list[int]]:
-        whose = (self.cell.engine, self.cell.pair, self.cell.placement, self.sampling)
-        key = (repr(whose), tuple(map(tuple, prompts)), tuple(seeds), max_tokens)
+        target = (self.cell.engine, self.cell.pair, self.cell.placement, self.sampling)
+        key = (repr(target), tuple(map(tuple, prompts)), tuple(seeds), max_tokens)
         if key not in self.plain_outputs:
             results = self._results("autoregressive", 0, prompts, seeds, max_tokens)
             self.plain_outputs[key] = [list(result.token_ids) for result in results]
@@ -84,10 +122,9 @@ def certify(
     *,
     on_tokens: Callable[[int], object] = int,
 ) -> Certificate:
-    """Audit a cell's engine against the pair's target in float32; plain_outputs, those of this run, and on_tokens: as
-    for `Audited`.
+    """Audit a cell's engine against the pair's target in float32. plain_outputs, on_tokens: as for `Audited`.
 
-    Raises ValueError where acceptance is prescribed: such an engine does not even try.
+    Raises ValueError if acceptance is prescribed: such an engine does not verify anything.
     """
     if config.synthetic_acceptance_rates:
         raise ValueError(
@@ -112,11 +149,7 @@ def certify(
 
 
 def _references(pair: Pair, cell: Cell, sampling: SamplingParams, device: str) -> tuple[Reference, Reference | None]:
-    """References for the target and, if it has the same tokens, the draft model; a head needs the target's features."""
-    import torch
-
-    from specdec.drafts import kind_in, load_with_drafts, share_vocabulary
-
+    """References for the target and, if it has the same vocabulary, for the draft model; none for a draft head."""
     source = pair.draft_for(cell.method)
     sources = [folder(source)] if source and kind_in(folder(source)) == "model" else []
     target, drafts = load_with_drafts(
@@ -146,14 +179,15 @@ def subject(cell: Cell, version: str, config: BenchConfig) -> Subject:
 
 
 def _options(cell: Cell, config: BenchConfig) -> str | None:
-    """What the engine was told beside that which all engines are told."""
+    """The engine's own options, if it was given any."""
     return config.vllm_options if cell.engine == "vllm" and json.loads(config.vllm_options) else None
 
 
 def file_name(certificate: Certificate) -> str:
-    """Of a certificate, without its suffix: what tells it from the others of its engine."""
+    """Of a certificate, without its suffix: what distinguishes it from the others of its engine."""
     subject, sampling = certificate.subject, certificate.findings.sampling
-    told = {name: sampling[name] for name in ("temperature", "top_k", "top_p")}
+    truncation = {name: sampling[name] for name in ("temperature", "top_k", "top_p")}
     given = json.loads(subject.options or "{}").get("speculative_config", {})
-    whose = (subject.engine, subject.pair, subject.method, subject.gamma, subject.verification, *given.values())
-    return "-".join(map(str, (*whose, *(f"{name}={value:g}" for name, value in told.items() if value != PLAIN[name]))))
+    cell = (subject.engine, subject.pair, subject.method, subject.gamma, subject.verification, *given.values())
+    changed = (f"{name}={value:g}" for name, value in truncation.items() if value != PLAIN[name])
+    return "-".join(map(str, (*cell, *changed)))

@@ -1,4 +1,4 @@
-"""What arms must have in common before their times are compared, and where greedy outputs part."""
+"""What arms must have in common before their times are compared, and where greedy outputs diverge."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from specdec.models.base import LanguageModel
 
 
 def check_terms(engines: Mapping[str, BenchEngine], dtype: str) -> None:
-    """Assert that engines, by name, have the same number format and end at the same tokens."""
+    """Assert that engines, by name, have this dtype and the same stop tokens."""
     for name, engine in engines.items():
         assert engine.dtype == dtype, f"engine={name} must have dtype={dtype}, but has {engine.dtype}"
     stops = {name: sorted(engine.stop_token_ids) for name, engine in engines.items()}
@@ -18,7 +18,7 @@ def check_terms(engines: Mapping[str, BenchEngine], dtype: str) -> None:
 
 
 def check_ends(runs: Sequence[Run], stop_token_ids: Collection[int], max_tokens: int) -> None:
-    """Assert that every output ended where the rules say: at its first stop token, else after `max_tokens`."""
+    """Assert that every output ended at its first stop token, else after `max_tokens`."""
     for result in (result for run in runs for result in run.results):
         ends = [index for index, token in enumerate(result.token_ids, 1) if token in stop_token_ids]
         expected = (ends[0], "stop") if ends else (max_tokens, "length")
@@ -27,7 +27,7 @@ def check_ends(runs: Sequence[Run], stop_token_ids: Collection[int], max_tokens:
 
 
 def differences(ours: Sequence[Run], theirs: Sequence[Run]) -> list[int | None]:
-    """For each prompt where the outputs of two arms part."""
+    """The position at which the outputs of two arms diverge, for each prompt; None if they are equal."""
     pairs = zip(_results(ours), _results(theirs), strict=True)
     return [first_difference(mine.token_ids, other.token_ids) for mine, other in pairs]
 
@@ -35,7 +35,7 @@ def differences(ours: Sequence[Run], theirs: Sequence[Run]) -> list[int | None]:
 def margins(
     target: LanguageModel, prompts: Sequence[Sequence[int]], theirs: Sequence[Run], positions: Sequence[int | None]
 ) -> list[float | None]:
-    """For each prompt the reference's margin where another output parts from it; None where none does."""
+    """The target's margin where another output diverges from the reference's, for each prompt; None if none does."""
     rows = zip(prompts, _results(theirs), positions, strict=True)
     return [
         None if position is None else margin(target, prompt, result.token_ids, position)

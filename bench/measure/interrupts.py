@@ -1,7 +1,6 @@
-"""Ctrl-C, which Python can lose: raised in a callback of a weak reference or in `__del__` it is only reported there.
+"""Ctrl-C that Python would lose: KeyboardInterrupt in a weak reference's callback or in `__del__` is only reported.
 
-The cell then goes on, or fails by what the report or a worker's own end makes of it; but it did not fail, it was
-interrupted.
+Without this module the cell would go on, or fail for another reason, although it was interrupted.
 """
 
 from __future__ import annotations
@@ -13,9 +12,9 @@ from typing import Any, Self
 
 
 class Interrupts:
-    """A context manager that ends with KeyboardInterrupt, whatever else was raised, if Ctrl-C came.
+    """A context manager that raises KeyboardInterrupt at its end if Ctrl-C was pressed, whatever else was raised.
 
-    Where the process ignores Ctrl-C, as in a shell's background, or somebody else handles it, nothing changes.
+    It does nothing where the process ignores Ctrl-C, as in a shell's background, or has another handler for it.
     """
 
     def __enter__(self) -> Self:

@@ -1,6 +1,6 @@
-"""The journal: JSON lines, the first one the configuration, then one for each finished cell, written at once.
+"""The journal: JSON lines, first the configuration, then a line for each cell, written as soon as it is finished.
 
-A run that is interrupted loses the cell that was running and nothing else; --resume takes the others from here.
+An interrupted run loses only the cell that was running; --resume takes the others from the journal.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ class Entry:
 
 
 class Journal:
-    """An open journal, which no other run can open meanwhile.
+    """An open journal, locked against other runs.
 
-    cells: finished cells by id. kept_as: where an earlier journal was moved to, if any.
+    cells: finished cells by id. kept_as: where an earlier journal was moved, if there was one.
     """
 
     def __init__(
@@ -43,10 +43,10 @@ class Journal:
     def open(cls, path: Path, configuration: Mapping[str, Any], *, resume: bool) -> Journal:
         """The journal at `path`, for this configuration.
 
-        resume: continue an existing journal; where there is none, a new one is begun. Otherwise an existing journal
-        that has finished cells is kept beside the new one, as the first free of NAME.bak, NAME.bak2, ...
-        Raises ValueError if the journal cannot be written, is another run's at the moment, is a file that is no
-        journal, or is to be resumed but damaged or of another configuration or version.
+        resume: continue an existing journal, or begin a new one if there is none. Without it an existing journal
+        that has finished cells is renamed to the first free of NAME.bak, NAME.bak2, ...
+        Raises ValueError if the journal cannot be written, is locked by another run, is not a journal, or is to be
+        resumed but is damaged or of another configuration or version.
         """
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -71,7 +71,7 @@ class Journal:
     @classmethod
     def _continue(cls, path: Path, lock: BaseFileLock, configuration: Mapping[str, Any]) -> Journal:
         lines, num_bytes = complete_lines(path)
-        if not lines:  # killed while writing the first line
+        if not lines:  # the run was killed while writing the first line
             num_bytes = 0
         elif (version := lines[0]["schema_version"]) != SCHEMA_VERSION:
             raise ValueError(
@@ -92,7 +92,7 @@ class Journal:
         return journal if lines else journal._begin(configuration)
 
     def _begin(self, configuration: Mapping[str, Any]) -> Journal:
-        """Write the first line; where that is impossible nothing is left."""
+        """Write the first line; on failure the file is removed."""
         try:
             self._write({"schema_version": SCHEMA_VERSION, "configuration": dict(configuration)})
         except OSError:
@@ -102,7 +102,7 @@ class Journal:
         return self
 
     def append(self, cell: str, entry: Entry) -> None:
-        """Write a finished cell through to the disk. Raises OSError, leaving the file as it was."""
+        """Write a finished cell and sync it to the disk. Raises OSError, leaving the file unchanged."""
         self._write({"cell": cell, "rounds_s": entry.rounds_s, "record": entry.record})
         self.cells[cell] = entry
 
@@ -119,12 +119,12 @@ class Journal:
             os.fsync(self._stream.fileno())
         except OSError:
             self._stream.seek(end)
-            self._stream.truncate()  # a full disk may have taken half of the line
+            self._stream.truncate()  # half of the line may have been written before the disk was full
             raise
 
 
 def _locked(path: Path) -> BaseFileLock:
-    """A lock on a journal, under whatever name, for as long as its run lives. Raises ValueError if it is taken."""
+    """A lock on a journal, links resolved, held until the run ends. Raises ValueError if another run holds it."""
     real = path.resolve()
     lock = FileLock(real.with_name(f"{real.name}.lock"), timeout=0)
     try:
@@ -137,7 +137,7 @@ def _locked(path: Path) -> BaseFileLock:
 
 
 def _check_header(path: Path) -> None:
-    """Raises ValueError for a file that is no journal: it would be lost. A header that a kill cut off is one."""
+    """Raises ValueError for a file that is not a journal, which would be lost; a truncated header is accepted."""
     start = b""
     if path.exists():
         with path.open("rb") as stream:
@@ -151,14 +151,14 @@ def _check_header(path: Path) -> None:
 
 
 def _differing(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
-    """The keys in which two configurations differ, with both values; "" if there is none."""
+    """The keys in which two configurations differ, with both values; empty if there are none."""
     theirs, ours = json.loads(json.dumps(theirs)), json.loads(json.dumps(ours))
     keys = [key for key in {**theirs, **ours} if theirs.get(key) != ours.get(key)]
     return ", ".join(f"{key} was {theirs.get(key)!r} and is {ours.get(key)!r}" for key in keys)
 
 
 def _keep(path: Path) -> Path | None:
-    """Move a journal with finished cells out of the way."""
+    """Rename a journal that has finished cells."""
     if not path.exists() or path.read_bytes().count(b"\n") < 2:
         return None
     names = (f"{path.name}.bak{number if number > 1 else ''}" for number in range(1, 10_000))

@@ -1,4 +1,4 @@
-"""What a result depends on besides the options: versions, sources, processor, threads."""
+"""The machine and the software that a result depends on: versions, sources, processor, GPUs."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from specdec.models.placement import num_devices
 from specdec.runtime.devices import free_memories
 
 if TYPE_CHECKING:
-    from bench.campaign.options import BenchConfig
+    from bench.campaign.config import BenchConfig
     from bench.catalogue.pairs import Pair
 
 PACKAGES = ("torch", "transformers", "vllm", "numpy")
 
 
 def versions() -> dict[str, str | None]:
-    """Installed versions of the packages that results depend on; None where one is missing."""
+    """Installed versions of the packages that results depend on; None for a missing one."""
 
     def version(package: str) -> str | None:
         try:
@@ -37,7 +37,7 @@ def versions() -> dict[str, str | None]:
 
 
 def source_sha256(extension_files: Iterable[Path] = ()) -> str:
-    """A digest of the sources of specdec, this harness and extensions: a change makes cells incomparable."""
+    """A digest of the sources of specdec, bench and extensions: cells of different sources must not be mixed."""
     digest = hashlib.sha256()
     root = Path(__file__).parents[2]
     patterns = ("specdec/**/*.py", "specdec/**/*.cpp", "bench/**/*.py")
@@ -49,7 +49,7 @@ def source_sha256(extension_files: Iterable[Path] = ()) -> str:
 
 
 def cpu_model() -> str:
-    """The processor's name, as far as the system tells."""
+    """The processor's name, or its architecture where the system does not report a name."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -59,7 +59,7 @@ def cpu_model() -> str:
 
 
 def busy() -> str:
-    """A warning, if other programs keep the processors busy: they make times unreliable, intervals or not."""
+    """A warning if other programs keep the processors busy, which makes times unreliable; else an empty text."""
     load, num_cpus = os.getloadavg()[0], os.cpu_count() or 1
     if load <= num_cpus / 2:
         return ""
@@ -67,7 +67,7 @@ def busy() -> str:
 
 
 def resolve_device(device: str) -> str:
-    """What `--device` means here. Raises ValueError for a GPU that is not there."""
+    """The device that `--device` stands for here. Raises ValueError for a GPU that does not exist."""
     if device == "cpu":
         return device
     import torch
@@ -83,7 +83,7 @@ def resolve_device(device: str) -> str:
 
 
 def why_no_gpu() -> str | None:
-    """Why torch can use no GPU here, with the remedy where there is one; None if it can."""
+    """Why torch cannot use a GPU here, with the remedy if there is one; None if it can."""
     import torch
 
     if torch.version.cuda is None:
@@ -91,10 +91,10 @@ def why_no_gpu() -> str | None:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None and visible.strip() in ("", "-1"):
         return f"CUDA_VISIBLE_DEVICES={visible!r} hides every GPU; unset it"
-    with warnings.catch_warnings(record=True) as told:  # a driver that is too old is only warned of
+    with warnings.catch_warnings(record=True) as caught:  # torch only warns of a driver that is too old
         warnings.simplefilter("always")
         if not torch.cuda.is_available():
-            return str(told[0].message).partition("\n")[0] if told else "no driver, or no GPU"
+            return str(caught[0].message).partition("\n")[0] if caught else "no driver, or no GPU"
     capability, oldest = torch.cuda.get_device_capability(), _oldest_capability(torch.cuda.get_arch_list())
     if capability < oldest:
         have, need = (".".join(map(str, each)) for each in (capability, oldest))
@@ -109,7 +109,7 @@ def _oldest_capability(architectures: Sequence[str]) -> tuple[int, int]:
 
 
 def device_failure(error: RuntimeError, device: str) -> str | None:
-    """What an error says of a GPU that has failed or is full, with the remedy; None if it is about something else."""
+    """What to report of an error of a GPU that has failed or is full, with the remedy; None for other errors."""
     import torch
 
     cause = str(error).strip().partition("\n")[0]
@@ -135,9 +135,9 @@ def gpu_uuids(device: str) -> list[str]:
 
 
 def why_no_room(engine: str, pair: Pair, placement: str, config: BenchConfig, device: str) -> str | None:
-    """Why this machine is not enough for a pair so placed, and what to do about it; None if it may be.
+    """Why a pair in this placement does not fit into this machine, and the remedy; None if it may fit.
 
-    Weights alone are counted, once, and nothing of a pair whose sizes are not known. device: as `resolve_device` says.
+    Only weights are counted; a pair of unknown size always may fit. device: from `resolve_device`.
     """
     if engine == "vllm-server" and config.server_url:
         return None
@@ -150,21 +150,21 @@ def why_no_room(engine: str, pair: Pair, placement: str, config: BenchConfig, de
     is_vllm = engine.startswith("vllm")
     if is_vllm and "quantization" in json.loads(config.vllm_options):
         return None
-    quantisation = config.quantisation if config.quantisation != "none" and not is_vllm else None
-    number_format = quantisation or config.dtype_of(pair)
-    # vLLM may spread models by its own options
+    quantization = config.quantization if config.quantization != "none" and not is_vllm else None
+    number_format = quantization or config.dtype_of(pair)
+    # vLLM may distribute models by its own options
     room = sum(memories) if placement != "same" or is_vllm else memories[0]
     if (needed := pair.weight_bytes(number_format)) <= room:
         return None
     return (
         f"pair={pair.name} needs {needed / 1e9:.1f} GB for its weights in {number_format}, but device={device} has "
         f"{room / 1e9:.1f} GB free; use a smaller pair or a larger machine, --placements auto where there are several "
-        "GPUs, or --quantisation"
+        "GPUs, or --quantization"
     )
 
 
 def information() -> dict[str, Any]:
-    """For `machine_info`: processor, threads, GPUs."""
+    """The fields of `machine_info`: processor, threads, GPUs."""
     import torch
 
     gpus = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()

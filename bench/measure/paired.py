@@ -1,4 +1,4 @@
-"""The paired measurement: a cell's candidate between its baseline and the reference engine, prompt by prompt."""
+"""Paired measurement: a cell's candidate with its baseline and the reference engine, prompt by prompt."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Arm = Callable[[int], Run]  # decodes round i's prompts
 
 
 class Clock:
-    """The timer that pytest-benchmark reads: the real one, or, while replaying, one that only `advance` moves."""
+    """pytest-benchmark's timer: the real one, or, during a replay, one that shows recorded durations."""
 
     __name__ = "bench.measure.paired.Clock"
 
@@ -27,7 +27,7 @@ class Clock:
         return time.perf_counter() if self._replayed_s is None else self._replayed_s
 
     def replay(self, benchmark: Any, rounds_s: Sequence[float]) -> None:
-        """Let pytest-benchmark time rounds that were measured before."""
+        """Report rounds that were measured earlier to pytest-benchmark."""
         durations = iter(rounds_s)
 
         def start() -> None:
@@ -46,7 +46,7 @@ class Clock:
 class Measurement:
     """Each arm's runs, round by round, and the wall time of the candidate's rounds.
 
-    spans: when the candidate ran in each round, beginning and end by time.perf_counter.
+    spans: start and end of each of the candidate's rounds, by time.perf_counter.
     """
 
     runs: Mapping[str, list[Run]]
@@ -59,9 +59,9 @@ def measure(
 ) -> Measurement:
     """Run all arms on every round's prompts; pytest-benchmark times the candidate.
 
-    arms: CANDIDATE and, where there is something to compare with, BASELINE and REFERENCE. Their order is turned round
-    in every other round, so that neither drift of the machine nor who goes first favours one of them.
-    settle: called between arms, outside of what is timed: returns when none of them still keeps the machine busy.
+    arms: CANDIDATE and, where there is something to compare with, BASELINE and REFERENCE. Their order is reversed in
+    every other round, so that neither drift of the machine nor the order favors one of them.
+    settle: called after each arm, outside of what is timed; returns when no arm keeps the machine busy.
     """
     rounds = _Rounds(arms, settle)
     benchmark.pedantic(rounds.candidate, setup=rounds.before, teardown=rounds.after, rounds=num_rounds)
@@ -69,7 +69,7 @@ def measure(
 
 
 class _Rounds:
-    """What pytest-benchmark calls around and inside the timed part of each round."""
+    """The callbacks of pytest-benchmark before, in and after the timed part of each round."""
 
     def __init__(self, arms: Mapping[str, Arm], settle: Callable[[], None]) -> None:
         self._arms, self._settle = arms, settle
@@ -101,14 +101,14 @@ class _Rounds:
 
 
 def check_counts(runs: Sequence[Run], method: str, max_tokens: int) -> None:
-    """Assert that the counters add up with the tokens. Times are never asserted."""
+    """Assert that the counters agree with the tokens. Times are never asserted."""
     for result in (result for run in runs for result in run.results):
         num_tokens, counts = len(result.token_ids), result.counts
         assert 1 <= num_tokens <= max_tokens
         assert (num_tokens == max_tokens) or result.finish_reason == "stop"
         assert result.latency_s >= result.ttft_s > 0
         if counts is not None:
-            # the prefill's token belongs to no step, unless the prefill carried a draft and so was one
+            # the prefill's token belongs to no step, unless the prefill verified a draft and so was one
             assert num_tokens - counts.num_emitted in (0, 1)
             assert sum(counts.accepted_at) == counts.num_accepted <= counts.num_drafted
             assert method != "autoregressive" or counts.num_drafted == 0

@@ -1,4 +1,4 @@
-"""Progress of a cell while pytest runs it: a bar on the line below pytest's own, which goes when the cell is done."""
+"""A progress bar for the running cell, on the line below pytest's own; it disappears when the cell is done."""
 
 from __future__ import annotations
 
@@ -10,14 +10,11 @@ from typing import Any, TextIO
 from bench.records.schema import Cell
 from specdec.runtime.progress import bar
 
-NOWHERE = io.StringIO()  # is no terminal, so nothing is drawn on it
+NOWHERE = io.StringIO()  # not a terminal, so nothing is drawn
 
 
 class LineBelow(io.TextIOBase):
-    """The line below the cursor of a terminal: what is written there leaves the cursor where it was.
-
-    terminal: is closed with it.
-    """
+    """The line below a terminal's cursor, which stays where it is. terminal: closed with this stream."""
 
     def __init__(self, terminal: TextIO) -> None:
         self._terminal = terminal
@@ -27,7 +24,7 @@ class LineBelow(io.TextIOBase):
         return self._terminal.encoding
 
     def write(self, text: str) -> int:
-        # down and up again makes room at the screen's end; then the place is saved, the line drawn, the place restored
+        # down and up again scrolls at the end of the screen; then save the cursor, draw the line, restore the cursor
         self._terminal.write(f"\033D\033M\0337\033[B{text}\0338")
         return len(text)
 
@@ -47,9 +44,9 @@ class LineBelow(io.TextIOBase):
 
 
 def line_below(stdout: TextIO, environment: Mapping[str, str] = os.environ) -> TextIO:
-    """Where bars are drawn: below the line that pytest is writing on a terminal, else nowhere.
+    """Where bars are drawn: below pytest's line if stdout is a terminal, else nowhere.
 
-    To be called while pytest does not capture: what is captured later is the file number, not the terminal.
+    Must be called before pytest captures output: it captures the file descriptor, of which this keeps a copy.
     """
     if not stdout.isatty() or environment.get("TERM", "dumb") == "dumb":
         return NOWHERE
@@ -58,5 +55,5 @@ def line_below(stdout: TextIO, environment: Mapping[str, str] = os.environ) -> T
 
 
 def cell_bar(cell: Cell, total: int, unit: str, file: TextIO) -> Any:
-    """A bar for what a cell has to do; file: of `line_below`."""
+    """A progress bar for a cell. file: from `line_below`."""
     return bar(total, unit, f"{cell.engine} {cell.method} {cell.gamma}", file=file)

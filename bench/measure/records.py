@@ -10,7 +10,7 @@ from statistics import fmean
 from typing import Any
 
 from bench.campaign import arrivals
-from bench.campaign.options import BenchConfig
+from bench.campaign.config import BenchConfig
 from bench.catalogue.pairs import Pair
 from bench.engines.base import PromptResult, Run, Served
 from bench.measure import load
@@ -66,7 +66,7 @@ def build_load(
     run = Run(tuple(results), served.phase_times)
     counts, times = _total_counts([run]), served.phase_times
     requests = [
-        result and arrivals.Request(at, result.ttft_s, result.latency_s, len(result.token_ids), result.queue_s)
+        arrivals.Request(at, result.ttft_s, result.latency_s, len(result.token_ids), result.queue_s) if result else None
         for at, result in zip(arrivals_s, served.results, strict=True)
     ]
     summary = load.summary(requests, config.duration, config.limits)
@@ -127,7 +127,7 @@ def _identity(cell: Cell, pair: Pair, config: BenchConfig, engine_version: str, 
         "verification": config.verification,
         "synthetic_acceptance_rates": list(config.synthetic_acceptance_rates) or None,
         "load_format": pair.load_format,
-        "quantisation": config.quantisation,
+        "quantisation": config.quantization,
         **_published(pair, cell.method),
         "engine_options": config.vllm_options if cell.engine.startswith("vllm") else None,
         "max_tokens": config.max_tokens,

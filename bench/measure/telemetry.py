@@ -99,7 +99,7 @@ class GpuMeter:
     def _counted_j(self) -> float | None:
         """GPUs count their energy from Volta on."""
         try:
-            return sum(self._nvml.nvmlDeviceGetTotalEnergyConsumption(each) for each in self._handles) / 1000
+            return float(sum(self._nvml.nvmlDeviceGetTotalEnergyConsumption(each) for each in self._handles)) / 1000
         except self._nvml.NVMLError_NotSupported:
             return None
 

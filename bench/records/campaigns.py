@@ -7,8 +7,10 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
-from bench.records.results import NEEDED, Record, Results, _short, cell_id, read
+from bench.records.results import NEEDED, Results, _short, cell_id, read
+from bench.records.schema import Record
 
 
 def read_all(paths: Sequence[Path]) -> list[Results]:
@@ -70,7 +72,9 @@ def _union(campaign: Sequence[Results]) -> Results:
             owners[name] = run.name
     if len(campaign) == 1:
         return replace(first, missing_shards=_missing(first, {first.shard[0] if first.shard else 1}))
-    kinds = {kind: _ordered([record for run in campaign for record in getattr(run, kind)]) for kind in NEEDED}
+    kinds: dict[str, Any] = {
+        kind: _ordered([record for run in campaign for record in getattr(run, kind)]) for kind in NEEDED
+    }
     whole = replace(first, name=_joined([run.name for run in campaign]), **kinds)
     return replace(whole, missing_shards=_missing(first, {run.shard[0] for run in campaign if run.shard}))
 

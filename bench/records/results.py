@@ -157,7 +157,7 @@ def _parse(name: str, document: dict[str, Any]) -> Results:
     commit = (document.get("commit_info") or {}).get("id") or ""
     configuration, command = document.get("configuration"), document.get("command")
     shard = _shard(document.get("shard") or (configuration or {}).get("shard"))
-    told = {kind: tuple(records) for kind, records in kinds.items()}
+    told: dict[str, Any] = {kind: tuple(records) for kind, records in kinds.items()}
     told["cells_of_shards"] = tuple(map(int, document.get("cells_of_shards") or ()))
     return Results(name, dict(machine), str(document["datetime"]), commit[:10], command, configuration, shard, **told)
 

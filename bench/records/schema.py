@@ -8,8 +8,6 @@ from typing import Any, Literal
 Record = dict[str, Any]  # of one cell
 Gamma = int | Literal["auto"]
 
-Record = dict[str, Any]  # of one cell
-
 
 @dataclass(frozen=True, slots=True)
 class Cell:

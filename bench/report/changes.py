@@ -7,7 +7,8 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 
 from bench.analysis.run_diff import INCOMPARABLE, VERDICTS, Difference, differences
-from bench.records.results import Record, Results, cell_id
+from bench.records.results import Results, cell_id
+from bench.records.schema import Record
 from bench.report.columns import heading, labels_of, text
 from bench.report.document import Card, Chapter, Heading, Table, section, table
 from bench.report.format import between
@@ -56,7 +57,8 @@ def _line(cells: Sequence[str]) -> str:
 
 def _numbers(found: Difference) -> tuple[str, str, str]:
     equal = {True: "equal", False: "differ", None: "-"}[found.outputs_equal]
-    return (*("-" if each is None else between(each, ".3f") for each in (found.times, found.plain)), equal)
+    times, plain = ("-" if each is None else between(each, ".3f") for each in (found.times, found.plain))
+    return times, plain, equal
 
 
 def _counted(found: Sequence[Difference]) -> str:

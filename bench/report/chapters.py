@@ -9,7 +9,8 @@ from bench.analysis.best_gamma import best_gammas
 from bench.analysis.engine_ratios import leads
 from bench.records import fields
 from bench.records.grouping import BLOCK, WITHOUT_ENGINE, drafting, fastest, grouped
-from bench.records.results import Record, Results
+from bench.records.results import Results
+from bench.records.schema import Record
 from bench.report import summary
 from bench.report.charts import cost, decoding
 from bench.report.columns import PARTS, heading, labels_of, shown, text
@@ -122,7 +123,12 @@ def _leads(cells: Sequence[Record]) -> Table:
         for block in blocks.values()
         for each in leads(block)
     ]
-    headings = [*(Heading(heading(name), name) for name in varying), "this", "over this", "times as fast [95 %]"]
+    headings: list[Heading | str] = [
+        *(Heading(heading(name), name) for name in varying),
+        "this",
+        "over this",
+        "times as fast [95 %]",
+    ]
     return table(headings, rows, "Engines beside each other")
 
 
@@ -140,8 +146,14 @@ def _best_gammas(cells: Sequence[Record]) -> Table:
         )
         for best in best_gammas(cells)
     ]
-    ends = ["predicted best", "its prediction", "measured", "measured best", Heading("speed-up [95 %]", "speedup")]
-    headings = [*(Heading(heading(name), name) for name in varying), *ends]
+    ends: list[Heading | str] = [
+        "predicted best",
+        "its prediction",
+        "measured",
+        "measured best",
+        Heading("speed-up [95 %]", "speedup"),
+    ]
+    headings: list[Heading | str] = [*(Heading(heading(name), name) for name in varying), *ends]
     return table(headings, rows, "The best gamma")
 
 

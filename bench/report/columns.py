@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from bench.records import fields
-from bench.records.results import Record
+from bench.records.schema import Record
 from bench.report.document import Heading, Table, table
 from bench.report.format import interval, number, percent
 

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from bench.records import fields
-from bench.records.results import Record, Results, kind_of
+from bench.records.results import Results, kind_of
+from bench.records.schema import Record
 
 
 def render(runs: Sequence[Results]) -> str:

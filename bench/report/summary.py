@@ -7,7 +7,8 @@ from collections.abc import Iterator, Sequence
 from bench.analysis.break_even import pays, stops_paying
 from bench.analysis.engine_ratios import Lead, leads
 from bench.records.grouping import BLOCK, WITHOUT_ENGINE, drafting, grouped
-from bench.records.results import Record, Results
+from bench.records.results import Results
+from bench.records.schema import Record
 from bench.report.document import Card
 from bench.report.format import cell_name, verdict
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import count
 from pathlib import Path
@@ -22,7 +22,7 @@ from bench.catalogue.pairs import catalogue, folder
 from bench.workloads import registry
 from specdec import SamplingParams
 from specdec.conformance.arms import Answers, Arm
-from specdec.conformance.mutants import MUTANTS, maker
+from specdec.conformance.mutants import MUTANTS, Maker, maker
 from specdec.conformance.reference import Reference, Tokens
 from specdec.conformance.sizes import BROKEN_DISTRIBUTIONS, total_variation
 from specdec.conformance.verdicts import Limits, bounds
@@ -165,7 +165,8 @@ def findings(num_prompts: int, num_draws: int, dtype: torch.dtype, names: Sequen
             outputs = _outputs(sound, rows, range(len(rows)), references[0])
             known[repr(sampling)] = sizes(references, rows, outputs)
         size = known[repr(sampling)][name] if name in BROKEN_DISTRIBUTIONS else None
-        decoder = {"none": maker, **MUTANTS}[name](*engine, GAMMA)(uniforms, verify_tokens, ROWS)
+        plant: Callable[..., Maker] = maker if name == "none" else MUTANTS[name]
+        decoder = plant(*engine, GAMMA)(uniforms, verify_tokens, ROWS)
         yield judge(name, decoder, references, prompts, FEW if name in NEVER else num_draws, size)
 
 

@@ -110,9 +110,9 @@ def _layers(shape: Shape, num_tokens: int) -> None:
         return torch.empty(outputs * (1 + gated), inputs, dtype=torch.bfloat16), None
 
     norm = torch.ones(shape.hidden, dtype=torch.bfloat16)
-    products = [weight(name) for name in ("qkv", "output", "gate_up", "down")]
+    qkv, output, gate_up, down = (weight(name) for name in ("qkv", "output", "gate_up", "down"))
     sizes = (1e-5, 1.0, shape.num_heads, shape.num_kv_heads, shape.head_dim)
-    layer = layers.Layer(*products, norm, norm, None, None, *sizes, is_interleaved=True)
+    layer = layers.Layer(qkv, output, gate_up, down, norm, norm, None, None, *sizes, is_interleaved=True)
     at = places(1, num_tokens, 100, 256, "cpu")
     states = torch.empty(1, num_tokens, shape.hidden, dtype=torch.bfloat16)
     block = torch.empty(1, shape.num_kv_heads, 1024, shape.head_dim, dtype=torch.bfloat16)

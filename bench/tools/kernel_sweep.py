@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -25,8 +26,10 @@ from typing import Any, TextIO
 import torch
 from torch import Tensor
 
-CANDIDATES = ((16, 128, 8, 2), (16, 256, 8, 4), (32, 256, 3, 4), (64, 128, 4, 4), (16, 128, 5, 4), (16, 64, 8, 2))
-CANDIDATES += ((32, 128, 8, 4), (16, 512, 4, 4), (32, 128, 5, 4), (16, 256, 6, 2), (64, 128, 6, 8), (32, 128, 8, 2))
+CANDIDATES = (
+    *((16, 128, 8, 2), (16, 256, 8, 4), (32, 256, 3, 4), (64, 128, 4, 4), (16, 128, 5, 4), (16, 64, 8, 2)),
+    *((32, 128, 8, 4), (16, 512, 4, 4), (32, 128, 5, 4), (16, 256, 6, 2), (64, 128, 6, 8), (32, 128, 8, 2)),
+)
 OVERLAPS = ((0, 0, 0), (1, 0, 0), (1, 1, 0), (1, 1, 1024), (2, 0, 0), (2, 0, 1024), (2, 1, 1024), (2, 2, 1024))
 _ROTATED_BYTES = 200 << 20  # of weights that a timed graph goes through
 
@@ -205,14 +208,10 @@ class Sweep:
         names = {shape: name for name, shape in SHAPES.items()}
         for shape in shapes:
             stack = [random_layer(shape) for _ in range(shape.num_layers)]
-            blocks = [
-                tuple(
-                    torch.zeros(1, shape.num_kv_heads, 8448, shape.head_dim, device="cuda", dtype=torch.bfloat16)
-                    for _ in "kv"
-                )
-                for _ in stack
-            ]
-            angles = tuple(torch.randn(8448, shape.head_dim, device="cuda").bfloat16() for _ in "cs")
+            size = (2, 1, shape.num_kv_heads, 8448, shape.head_dim)
+            caches = [torch.zeros(size, device="cuda", dtype=torch.bfloat16) for _ in stack]
+            blocks = [(keys, values) for keys, values in caches]
+            cos, sin = (torch.randn(8448, shape.head_dim, device="cuda").bfloat16() for _ in "cs")
             for products, others, prefetched in OVERLAPS:
                 usual = layers._PRODUCT_OVERLAP, layers._OTHER_OVERLAP, layers._PREFETCHED_BYTES
                 layers._PRODUCT_OVERLAP, layers._OTHER_OVERLAP, layers._PREFETCHED_BYTES = products, others, prefetched
@@ -221,7 +220,7 @@ class Sweep:
                         break
                     hidden = torch.randn(1, width, shape.hidden, device="cuda").bfloat16()
                     at = places(1, width, context - width, 1 << (context - 1).bit_length())
-                    step_s = graph_s(partial(layers.run_layers, stack, hidden, angles, blocks, at), 1)
+                    step_s = graph_s(partial(layers.run_layers, stack, hidden, (cos, sin), blocks, at), 1)
                     share = shape.layer_bytes * shape.num_layers / step_s / self._bandwidth
                     values = {"width": width, "context": context, "ms": step_s * 1e3, "share": share}
                     mode = [products, others, prefetched]
@@ -266,8 +265,7 @@ def graph_s(run: Callable[[], object], calls: int, replays: int = 10) -> float:
         graph.replay()
     marks[-1].record()
     torch.cuda.synchronize()
-    times = sorted(a.elapsed_time(b) for a, b in pairwise(marks))
-    return times[len(times) // 2] / 1e3 / calls
+    return statistics.median_high(float(a.elapsed_time(b)) for a, b in pairwise(marks)) / 1e3 / calls
 
 
 def random_layer(shape: Shape) -> Any:
@@ -280,10 +278,11 @@ def random_layer(shape: Shape) -> Any:
         made = torch.randn(outputs * (2 if gated else 1), inputs, device="cuda", dtype=torch.bfloat16)
         return made.mul_(inputs**-0.5), None
 
-    norms = [torch.ones(shape.hidden, device="cuda", dtype=torch.bfloat16) for _ in range(2)]
-    products = [weight(name) for name in ("qkv", "output", "gate_up", "down")]
+    norm, second_norm = (torch.ones(shape.hidden, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    qkv, output, gate_up, down = (weight(name) for name in ("qkv", "output", "gate_up", "down"))
     dimensions = (shape.num_heads, shape.num_kv_heads, shape.head_dim)
-    return Layer(*products, *norms, None, None, 1e-5, shape.head_dim**-0.5, *dimensions)
+    scaling = shape.head_dim**-0.5
+    return Layer(qkv, output, gate_up, down, norm, second_norm, None, None, 1e-5, scaling, *dimensions)
 
 
 def places(rows: int, width: int, start: int, extent: int, device: str = "cuda") -> Any:

@@ -116,6 +116,8 @@ def main() -> None:
     )
     print(f"{arguments.clock} time with over without: {times.estimate:.4f} [{times.low:.4f}, {times.high:.4f}]")
     each = cost.per_sample_s
+    assert each.low is not None
+    assert each.high is not None, "two rounds have an interval"
     print(
         f"a sample of all meters adds {1e3 * each.estimate:.3f} ms [{1e3 * each.low:.3f}, {1e3 * each.high:.3f}], which"
     )

@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
@@ -101,7 +101,7 @@ def _round(
     Another environment may compute in another order, and near ties in 16 bits then fall the other way.
     """
     request = {"prompts": [list(prompt)], "sampling": [sampling_arguments(params, engine.stop_token_ids)]}
-    times = {}
+    times: dict[str, float] = {}
 
     def harness() -> None:
         start_s = time.perf_counter()
@@ -113,7 +113,7 @@ def _round(
         answer = plain[name].ask(request, CALL_TIMEOUT_S)
         times[name] = answer["wall_s"] / len(answer["token_ids"][0])
 
-    calls = [harness, *(partial(script, name) for name in plain)]
+    calls: list[Callable[[], None]] = [harness, *(partial(script, name) for name in plain)]
     for call in reversed(calls) if turned else calls:
         call()
         time.sleep(SETTLE_S)

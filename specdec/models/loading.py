@@ -24,7 +24,7 @@ import torch
 from specdec.models.formats import DTYPE_NAMES, LOAD_FORMATS
 from specdec.models.placement import LayerBytes
 from specdec.runtime.artifacts import LoadError, WheelFile, WrongArgumentError, cache_root, explained, fetch, made_once
-from specdec.runtime.checks import nearest, require_choice
+from specdec.runtime.checks import nearest, renamed, require_choice
 from specdec.runtime.progress import others_bars
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 ATTENTIONS = ("eager", "sdpa", "auto")
-QUANTISATIONS = {"bitsandbytes-4bit": "bitsandbytes", "torchao-int8": "torchao"}  # name -> package
+QUANTIZATIONS = {"bitsandbytes-4bit": "bitsandbytes", "torchao-int8": "torchao"}  # name -> package
 WEIGHTS_SHARE = 0.9  # of a device's free memory that weights may fill; keys, values and activations need the rest
 COUNTED = re.compile(r"(layers?|experts?|blocks?|depth)$")  # fields of a configuration by which modules are made
 MAX_PARTS = 10_000  # of one kind, in a model
@@ -53,6 +53,7 @@ BUNDLED = (SMOLLM2_135M,)
 WEIGHTS = Path(__file__).parents[1] / "weights"  # drafts that come with the package, by name
 
 
+@renamed(quantisation="quantization")
 def load_pretrained(
     source: str,
     *,
@@ -60,13 +61,13 @@ def load_pretrained(
     device: str | torch.device | Sequence[torch.device] = "cpu",
     attention: str = "auto",
     load_format: str = "auto",
-    quantisation: str | None = None,
+    quantization: str | None = None,
     tp_plan: str | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     """The model, in eval mode and without gradients, and its tokenizer (None where there is none).
 
     source: a bundled name ("smollm2-135m"), else an existing folder or .gguf file, else a hub id. A GGUF file is
-        de-quantised into ordinary dense weights. Code that comes with a model is never run.
+        dequantized into ordinary dense weights. Code that comes with a model is never run.
     dtype: float16, bfloat16, float32 or float64, of every weight.
     device: of all weights, or the device of each decoder layer; with the first layer goes what stands before it, with
         the last what stands behind it.
@@ -75,19 +76,18 @@ def load_pretrained(
     load_format: "auto" reads the weights (from a folder or the hub: safetensors only); "dummy" draws random ones,
         the same every time on a kind of device, and needs no more than the configuration (source may then also be
         the path of a config.json).
-    quantisation: None, or one of QUANTISATIONS: weights of linear layers are stored in fewer bits. It is another
-    distribution
-        then, and as lossless to speculate with.
+    quantization: None, or one of QUANTIZATIONS: weights of linear layers are stored in fewer bits. This changes the
+        distribution; speculation with it is lossless all the same.
     tp_plan: "auto" shards each layer over the processes of `torchrun`, as transformers does for this architecture;
         each of them then decodes the same. `device` says only of what kind: "cpu" or "cuda".
     Raises ValueError for an argument outside these, FileNotFoundError for a missing folder or file, and
     LoadError for damaged content and for whatever could not be fetched.
     """
     _check_choices(dtype=(dtype, DTYPES), attention=(attention, ATTENTIONS), load_format=(load_format, LOAD_FORMATS))
-    _check_choices(quantisation=(quantisation, (None, *QUANTISATIONS)), tp_plan=(tp_plan, (None, "auto")))
+    _check_choices(quantization=(quantization, (None, *QUANTIZATIONS)), tp_plan=(tp_plan, (None, "auto")))
     devices = _usable_devices(device)
     place = _locate(source, load_format)
-    special = _special(place, dtype, devices, quantisation, tp_plan, load_format)
+    special = _special(place, dtype, devices, quantization, tp_plan, load_format)
     load = _stored_model if load_format == "auto" else _random_model
     with explained(place.rule, place.remedy), others_bars():
         model = _with_attention(attention, partial(load, place, devices, dtype=dtype, **special))
@@ -354,22 +354,22 @@ def _special(
     place: _Place,
     dtype: torch.dtype,
     devices: Sequence[torch.device],
-    quantisation: str | None,
+    quantization: str | None,
     tp_plan: str | None,
     load_format: str,
 ) -> dict[str, Any]:
-    """Arguments of `from_pretrained` for quantised and for sharded weights, which exclude some others."""
-    if not (quantisation or tp_plan):
+    """Arguments of `from_pretrained` for quantized and for sharded weights, which exclude some others."""
+    if not (quantization or tp_plan):
         return {}
     if load_format == "dummy" or "gguf_file" in place.arguments:
-        name, value = ("quantisation", quantisation) if quantisation else ("tp_plan", tp_plan)
-        raise ValueError(f"{name}={value!r} must be of weights that are stored unquantised; name a folder or a hub id")
+        name, value = ("quantization", quantization) if quantization else ("tp_plan", tp_plan)
+        raise ValueError(f"{name}={value!r} must be of weights that are stored unquantized; name a folder or a hub id")
     if tp_plan and (len(devices) > 1 or "WORLD_SIZE" not in os.environ):
         raise ValueError(
             f"tp_plan={tp_plan!r} must be used by processes that torchrun starts, all with one kind of device; run "
             "torchrun --nproc-per-node=2 your_script.py, or use placements"
         )
-    special: dict[str, Any] = {"quantization_config": _quantisation(quantisation, dtype)} if quantisation else {}
+    special: dict[str, Any] = {"quantization_config": _quantization(quantization, dtype)} if quantization else {}
     if tp_plan:
         from transformers.distributed import DistributedConfig
 
@@ -377,10 +377,10 @@ def _special(
     return special
 
 
-def _quantisation(name: str, dtype: torch.dtype) -> Any:
-    package = QUANTISATIONS[name]
+def _quantization(name: str, dtype: torch.dtype) -> Any:
+    package = QUANTIZATIONS[name]
     if importlib.util.find_spec(package) is None:
-        raise ValueError(f"quantisation={name!r} must have the package {package}; pip install {package}")
+        raise ValueError(f"quantization={name!r} must have the package {package}; pip install {package}")
     if package == "torchao":
         from torchao.quantization import Int8WeightOnlyConfig
         from transformers import TorchAoConfig

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import warnings
+from collections.abc import Callable, Iterable
 from difflib import get_close_matches
-from typing import Any
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 def require(holds: bool, message: str) -> None:
@@ -30,3 +35,20 @@ def nearest(value: object, known: Iterable[str]) -> str:
     """A question to append to a message where a name is likely misspelt; else nothing."""
     found = get_close_matches(str(value), list(known), n=1, cutoff=0.6)
     return f"; did you mean {found[0]!r}?" if found else ""
+
+
+def renamed(**names: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
+    """Let a function take keyword arguments by their old names, too, with a DeprecationWarning. names: old -> new."""
+
+    def decorate(function: Callable[P, T]) -> Callable[P, T]:
+        @wraps(function)
+        def call(*arguments: P.args, **keywords: P.kwargs) -> T:
+            for old in names.keys() & keywords.keys():
+                message = f"{old}= is now {names[old]}=; the old name goes with the next release"
+                warnings.warn(message, DeprecationWarning, stacklevel=2)
+                keywords[names[old]] = keywords.pop(old)
+            return function(*arguments, **keywords)
+
+        return call
+
+    return decorate

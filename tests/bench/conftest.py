@@ -5,12 +5,11 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 
-from bench.campaign.options import BenchConfig
-from bench.catalogue.pairs import catalogue
+from bench.campaign.config import BenchConfig
+from bench.campaign.options import build
 
 
 @pytest.fixture(scope="session")
@@ -22,46 +21,8 @@ def environment() -> dict[str, str]:
 @pytest.fixture
 def make_config() -> Callable[..., BenchConfig]:
     """A small configuration, with changes given by keyword."""
-    config = BenchConfig(
-        engines=("specdec", "transformers"),
-        pairs=(catalogue()["tiny-random"],),
-        methods=("autoregressive", "draft_model"),
-        gammas=(2, 4),
-        placements=("same",),
-        workloads=("smoke",),
-        data_dir=None,
-        malformed="refuse",
-        prompt_format="instruct",
-        prompt_lengths=(),
-        allow_code_execution=False,
-        num_prompts=4,
-        max_tokens=8,
-        batch_sizes=(1,),
-        rate=(),
-        duration=30.0,
-        arrivals="poisson",
-        drain=60.0,
-        ttft_limit=2.0,
-        inter_token_limit=0.2,
-        temperature=0.0,
-        top_p=1.0,
-        top_k=0,
-        seed=0,
-        dtype="auto",
-        device="cpu",
-        verification="token",
-        synthetic_acceptance_rates=(),
-        vllm_python=None,
-        vllm_options="{}",
-        server_url=None,
-        num_draws=1000,
-        max_tv=0.05,
-        certificates=Path("certificates"),
-        telemetry_hz=0.0,
-        quantisation="none",
-        shard=None,
-        journal=Path("journal"),
-        resume=False,
-        smoke=False,
-    )
+    given = {"pairs": "tiny-random", "engines": "specdec,transformers", "methods": "autoregressive,draft_model"}
+    given |= {"gammas": "2,4", "workloads": "smoke", "num_prompts": "4", "max_tokens": "8", "device": "cpu"}
+    given |= {"num_draws": "1000", "telemetry_hz": "0"}
+    config = dataclasses.replace(build(given), named=frozenset())
     return lambda **changes: dataclasses.replace(config, **changes)

@@ -6,7 +6,9 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import accelerate
 import pytest
@@ -211,15 +213,15 @@ def test_encoder_decoders_cannot_be_spread() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"quantisation": "int3"}, "quantisation='int3' must be one of these; use None or bitsandbytes-4bit or"),
+        ({"quantization": "int3"}, "quantization='int3' must be one of these; use None or bitsandbytes-4bit or"),
         ({"tp_plan": "manual"}, "tp_plan='manual' must be one of these; use None or auto"),
         (
             {"tp_plan": "auto"},
             "tp_plan='auto' must be used by processes that torchrun starts, .*; run torchrun --nproc",
         ),
         (
-            {"quantisation": "torchao-int8", "load_format": "dummy"},
-            "quantisation='torchao-int8' must be of weights that are stored unquantised; name a folder",
+            {"quantization": "torchao-int8", "load_format": "dummy"},
+            "quantization='torchao-int8' must be of weights that are stored unquantized; name a folder",
         ),
         ({"tp_plan": "auto", "load_format": "dummy"}, "tp_plan='auto' must be of weights that are stored"),
     ],
@@ -232,19 +234,28 @@ def test_wrong_ways_of_loading_are_named(
         load_pretrained(str(folders["llama"]), dtype=torch.float32, **arguments)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("name", loading.QUANTISATIONS)
+@pytest.mark.parametrize("load", [load_pretrained, Engine.load])
+def test_the_old_spelling_is_accepted_with_a_warning(load: Callable[..., Any], folders: dict[str, Path]) -> None:
+    with (
+        pytest.warns(DeprecationWarning, match="quantisation= is now quantization="),
+        pytest.raises(ValueError, match="quantization='int3' must be one of these"),
+    ):
+        load(str(folders["llama"]), dtype=torch.float32, quantisation="int3")
+
+
+@pytest.mark.parametrize("name", loading.QUANTIZATIONS)
 def test_a_package_that_lacks_is_named(name: str, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    package = loading.QUANTISATIONS[name]
+    package = loading.QUANTIZATIONS[name]
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ValueError, match=f"must have the package {package}; pip install {package}"):
-        load_pretrained(str(folders["llama"]), dtype=torch.bfloat16, quantisation=name)
+        load_pretrained(str(folders["llama"]), dtype=torch.bfloat16, quantization=name)
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", loading.QUANTISATIONS)
-def test_quantised_weights_are_decoded_losslessly(name: str, folders: dict[str, Path]) -> None:
-    pytest.importorskip(loading.QUANTISATIONS[name])
-    load = {"dtype": torch.float32, "device": "cpu", "load_format": "auto", "quantisation": name}
+@pytest.mark.parametrize("name", loading.QUANTIZATIONS)
+def test_quantized_weights_are_decoded_losslessly(name: str, folders: dict[str, Path]) -> None:
+    pytest.importorskip(loading.QUANTIZATIONS[name])
+    load = {"dtype": torch.float32, "device": "cpu", "load_format": "auto", "quantization": name}
     target, _ = load_with_drafts(str(folders["llama"]), [], **load)
     weight = target.model.model.layers[0].self_attn.q_proj.weight
     assert type(weight) is not torch.nn.Parameter

@@ -1,4 +1,4 @@
-"""What a step costs against its size: how many tokens are free, what a long context adds, what the memory allows."""
+"""Cost cells: the time of a step against its size, compared with the time that its memory traffic must take."""
 
 from __future__ import annotations
 
@@ -8,12 +8,16 @@ from dataclasses import dataclass, replace
 from itertools import cycle, islice
 from typing import Any
 
+import pytest
 import torch
 
 from bench.engines.specdec import SpecdecEngine
+from bench.measure.context import Context
 from bench.measure.cost import phase_shares, roofline
+from bench.measure.journal import Entry
+from bench.measure.prompts import encoded_prompt
 from bench.records import phases
-from bench.records.schema import SCHEMA_VERSION
+from bench.records.schema import SCHEMA_VERSION, Record
 from bench.records.sweeps import CONTEXT, NUM_REQUESTS, REQUEST_TOKENS, WIDTH
 from specdec import Engine
 from specdec.models.base import score
@@ -31,10 +35,67 @@ from specdec.trees.optimal import USUAL_RATES, expected_accepted, optimal_tree
 
 
 @dataclass(frozen=True, slots=True)
-class Sized:
-    """Work of one size. run: does it once. bytes_read: from memory, at the least; None if that is not what it costs.
+class CostCell:
+    """A point of the sweep: what is varied, and its size."""
 
-    tokens: that it handles, so that costs can be compared. facts: what else its record tells, once it has run.
+    axis: str
+    size: int
+
+    @property
+    def id(self) -> str:
+        return f"{self.axis}-{self.size}"
+
+
+class CostSweep:
+    """Measures cost cells with specdec's engine and the first pair. ceiling: returns the roofline's record."""
+
+    prefix = "cost-"
+
+    def __init__(self, context: Context, ceiling: Callable[[], Record]) -> None:
+        self._context, self._ceiling = context, ceiling
+
+    def measure(self, cell: CostCell, benchmark: Any) -> Entry:
+        """The record of a cell, each of whose rounds is one step; skips it if the pair lacks its draft."""
+        context, config = self._context, self._context.config
+        pair, method = config.pairs[0], needs(cell.axis)
+        if pair.lacks_draft(method):
+            pytest.skip(f"pair={pair.name} has no draft for method={method}; name a pair that has with --pairs")
+        engine = context.models.engine("specdec", pair)
+        assert isinstance(engine, SpecdecEngine)
+        if not isinstance(engine.target, CausalLM):
+            pytest.skip(f"pair={pair.name} must be decoder-only to be swept; name such a pair with --pairs")
+        texts = next(context.prompts.available(), [])
+        prompts = [encoded_prompt(prompt, engine.tokenizer, config, pair) for prompt in texts]
+        work = sized(engine, cell.axis, cell.size, prompts)
+        rounds, warm_up = _rounds(cell.axis)
+        benchmark.pedantic(work.run, rounds=rounds, warmup_rounds=warm_up)
+        rounds_s = list(benchmark.stats.stats.data)
+        identity = {"pair": pair.name, "dtype": config.dtype_of(pair), "device": context.device}
+        return Entry({**identity, **self._record(cell, work, statistics.median(rounds_s))}, rounds_s)
+
+    def _record(self, cell: CostCell, work: Sized, median_s: float) -> Record:
+        """roofline_s: time to read `bytes_read` at the roofline's bandwidth. roofline_share: that over the median."""
+        ceiling = self._ceiling()
+        roofline_s = roofline.read_s(ceiling, work.bytes_read) if work.bytes_read else None
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "axis": cell.axis,
+            "size": cell.size,
+            "tokens": work.tokens,
+            "median_s": median_s,
+            "bytes_read": work.bytes_read,
+            "read_bandwidth": ceiling["bandwidths"][-1],
+            "roofline_s": roofline_s,
+            "roofline_share": roofline_s / median_s if roofline_s else None,
+            **work.facts(),
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Sized:
+    """Work of one size. run: does it once. bytes_read: from memory, at least; None if that is not what it costs.
+
+    tokens: how many it handles, so that costs can be compared. facts: other fields of its record, once it has run.
     """
 
     run: Callable[[], object]
@@ -43,44 +104,8 @@ class Sized:
     facts: Callable[[], dict[str, Any]] = dict
 
 
-def measure(
-    benchmark: Any,
-    engine: SpecdecEngine,
-    axis: str,
-    size: int,
-    ceiling: dict[str, Any],
-    identity: dict[str, Any],
-    prompts: Sequence[Sequence[int]],
-) -> tuple[dict[str, Any], list[float]]:
-    """The record of a cell and the times of its rounds in seconds. ceiling: the roofline's record.
-
-    prompts: token ids, for what is measured with real ones.
-    roofline_s: what reading takes at the least. roofline_share: of the median.
-    """
-    work = sized(engine, axis, size, prompts)
-    rounds, warm_up = _rounds(axis)
-    benchmark.pedantic(work.run, rounds=rounds, warmup_rounds=warm_up)
-    seconds = list(benchmark.stats.stats.data)
-    median_s = statistics.median(seconds)
-    roofline_s = roofline.read_s(ceiling, work.bytes_read) if work.bytes_read else None
-    record = {
-        "schema_version": SCHEMA_VERSION,
-        **identity,
-        "axis": axis,
-        "size": size,
-        "tokens": work.tokens,
-        "median_s": median_s,
-        "bytes_read": work.bytes_read,
-        "read_bandwidth": ceiling["bandwidths"][-1],
-        "roofline_s": roofline_s,
-        "roofline_share": roofline_s / median_s if roofline_s else None,
-        **work.facts(),
-    }
-    return record, seconds
-
-
 def _rounds(axis: str) -> tuple[int, int]:
-    """How many rounds are measured, after how many that are not."""
+    """The number of measured rounds, and of warm-up rounds before them."""
     if axis in phases.SWEEPS:
         return 3, 1
     return {"slots": (1, 0), **dict.fromkeys(COPIES, (5, 2))}.get(axis, (15, 2))
@@ -94,22 +119,24 @@ def needs(axis: str) -> str:
 
 
 def sized(engine: SpecdecEngine, axis: str, size: int, prompts: Sequence[Sequence[int]] = ()) -> Sized:
-    """The work of a cell; `prompts` as for `measure`."""
+    """The work of a cell. prompts: token ids, for the axes that decode real ones."""
+    target = engine.target
+    assert isinstance(target, CausalLM), "pairs of other kinds are skipped"
     if axis == "slots":
-        return _requests(engine.target, size, prompts)
+        return _requests(target, size, prompts)
     if axis in phases.SWEEPS:
         return _phases(engine, axis, size)
     if axis == "head":
-        return _head_step(engine.draft_for("eagle"), engine.target, size)
+        return _head_step(engine.draft_for("eagle"), target, size)
     if axis == "tree":
-        return _tree_step(engine.draft_for("tree"), engine.target, size)
+        return _tree_step(engine.draft_for("tree"), target, size)
     if axis == "vocabulary":
-        return _sampling(engine.target, size)
+        return _sampling(target, size)
     if axis in COPIES:
         return _copying(COPIES[axis], size)
     width = size if axis == "width" else WIDTH if axis.endswith(f"-of-{WIDTH}") else 1
     rows, context = (size if axis.startswith("batch") else 1), (size if axis.startswith("context") else CONTEXT)
-    return _step(engine.target, rows, width, context)
+    return _step(target, rows, width, context)
 
 
 def _phases(engine: SpecdecEngine, axis: str, rows: int) -> Sized:

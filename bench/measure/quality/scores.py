@@ -1,20 +1,63 @@
-"""Quality beside speed: what outputs are worth by the workload's own score, and what speculation changes of it."""
+"""The quality of outputs by the workload's own score, and how speculation changes it."""
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from statistics import fmean
 from typing import Any
 
+from bench.campaign.config import BenchConfig
+from bench.catalogue.pairs import Pair
+from bench.engines.base import Run
+from bench.measure.paired import BASELINE, CANDIDATE
 from bench.measure.quality import sandbox
 from bench.records.intervals import mean_difference_interval
+from bench.records.schema import Record
 from bench.workloads.base import Number, Prompt, Summary, UnitTest
 from bench.workloads.extraction import final_number, function_of
+from specdec.texts import continuation
 
 METRICS = {Number: "exact_match", UnitTest: "pass_at_1", Summary: "rouge_1"}
+
+
+def of_run(
+    config: BenchConfig, pair: Pair, prompts: Sequence[Prompt], runs: Mapping[str, Sequence[Run]], tokenizer: Any
+) -> Record:
+    """The fields of a record: the candidate's score and plain decoding's, or why there is none.
+
+    runs: of each arm, as `bench.measure.paired` names them.
+    """
+    metric = metric_of(prompts)
+    if metric is None:
+        return no_quality(None, None)
+    if reason := _why_none(config, pair, metric):
+        return no_quality(metric, reason)
+    outputs = {arm: texts(of_arm, tokenizer) for arm, of_arm in runs.items()}
+    try:
+        return compare(metric, prompts, outputs[CANDIDATE], outputs.get(BASELINE))
+    except sandbox.SandboxError as error:  # the measurement is worth keeping without a score
+        return no_quality(metric, f"code could not be run: {error}")
+
+
+def _why_none(config: BenchConfig, pair: Pair, metric: str) -> str | None:
+    if pair.load_format == "dummy":
+        return f"pair={pair.name} has random weights, whose output means nothing"
+    if config.synthetic_acceptance_rates:
+        return "acceptance was prescribed, so the output is not the model's"
+    if metric == "pass_at_1" and not config.allow_code_execution:
+        return "code that a model wrote is run only with --allow-code-execution"
+    return None
+
+
+def texts(runs: Sequence[Run], tokenizer: Any) -> list[str]:
+    """The output for each prompt as a text without special tokens that continues one, with its leading spaces."""
+    outputs = [result.token_ids for run in runs for result in run.results]
+    if tokenizer is None:
+        return [bytes(token % 256 for token in tokens).decode(errors="replace") for tokens in outputs]
+    return [continuation(tokenizer, tokens) for tokens in outputs]
 
 
 def metric_of(prompts: Sequence[Prompt]) -> str | None:

@@ -112,7 +112,7 @@ def sections(records: Sequence[Record]) -> dict[str, list[Picture]]:
     positions = [
         chart for block in blocks for engine in block for chart in _by_position(engine, kinds, _likeliest(block))
     ]
-    by_metric = {
+    by_metric: dict[str, list[Picture]] = {
         section: [
             chart
             for block in blocks
@@ -236,7 +236,7 @@ def _metric_series(metric: Metric, cells: Sequence[Record], place: dict[Any, flo
     ordered = sorted(cells, key=lambda cell: place[cell["gamma"]])
     x, y = tuple(place[cell["gamma"]] for cell in ordered), tuple(metric.value(cell) or 0.0 for cell in ordered)
     method = cells[0]["method"]
-    if metric.low is None or any(cell[metric.low] is None for cell in cells):
+    if metric.low is None or metric.high is None or any(cell[metric.low] is None for cell in cells):
         return Series(method, x, y, kinds[method], num_loose=_num_loose(ordered))
     low, high = (tuple(cell[end] for cell in ordered) for end in (metric.low, metric.high))
     return Series(method, x, y, kinds[method], low, high, num_loose=_num_loose(ordered))
@@ -373,8 +373,8 @@ def _by_rate(
 
 def _crossed(block: Sequence[Record], fields: dict[str, dict[int, str]], kinds: Kinds) -> list[Series]:
     """Throughput against what half of the requests take at the most, rates joined."""
-    name = next((by_percent[min(by_percent)] for by_percent in fields.values()), None)
-    known = [each for each in block if name and each.get(name) is not None and each.get("throughput_tok_s") is not None]
+    name = next((by_percent[min(by_percent)] for by_percent in fields.values()), "")
+    known = [each for each in block if each.get(name) is not None and each.get("throughput_tok_s") is not None]
     series = []
     for (method, gamma), group in grouped(known, "method", "gamma").items():
         ordered = sorted(group, key=lambda record: record["rate"])

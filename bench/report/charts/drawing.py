@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
 from bench.report.charts.model import Bars, Chart, Picture, Rows, Series
@@ -40,7 +41,7 @@ def draw(picture: Picture, footer: str = "") -> Figure:
             handles = _rows(axes, picture)
     columns = 2 if isinstance(picture, Chart) else 4
     legend = figure.legend(handles=handles, loc="outside lower center", ncols=columns, fontsize=8, frameon=False)
-    legend.set_title(footer, {"size": 6})  # beside the legend text would lie upon it
+    legend.set_title(footer, FontProperties(size=6))  # beside the legend text would lie upon it
     legend.get_title().set_color("grey")
     return figure
 
@@ -81,7 +82,7 @@ def _chart(axes: Any, chart: Chart) -> list[Any]:
 
 
 def _line(axes: Any, series: Series) -> Any:
-    style = {"color": COLOURS[series.kind % len(COLOURS)], "label": series.label}
+    style: dict[str, Any] = {"color": COLOURS[series.kind % len(COLOURS)], "label": series.label}
     if series.dashed:
         return axes.plot(series.x, series.y, linestyle="--", linewidth=1, **style)[0]
     style |= {"marker": MARKERS[series.kind % len(MARKERS)], "markersize": 5}
@@ -131,7 +132,10 @@ def _rows(axes: Any, rows: Rows) -> list[Any]:
     axes.axvline(rows.reference, linestyle="--", linewidth=1, color="0.5")
     handles = []
     for place, line in enumerate(rows.lines):
-        style = {"color": COLOURS[line.kind % len(COLOURS)], "marker": MARKERS[line.kind % len(MARKERS)]}
+        style: dict[str, Any] = {
+            "color": COLOURS[line.kind % len(COLOURS)],
+            "marker": MARKERS[line.kind % len(MARKERS)],
+        }
         ends = [[line.value - line.low], [line.high - line.value]]
         axes.errorbar([line.value], [place], xerr=ends, capsize=3, markersize=5, **style)
         if line.predicted is not None:

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from bench.campaign import arrivals
-from bench.campaign.options import BenchConfig
+from bench.campaign.config import BenchConfig
 from bench.campaign.shards import part_of
 from bench.measure.session import Session
 from bench.records import campaigns
@@ -115,11 +115,11 @@ def test_a_part_can_be_reported_and_says_what_is_missing(campaign: Any) -> None:
 def test_another_part_does_not_resume_it(make_config: Callable[..., BenchConfig], tmp_path: Path) -> None:
     config = make_config(shard="1/2", journal=tmp_path / "journal.jsonl")
     with closing(Session(config)) as first:
-        first.open_journal()
+        first.open()
     with closing(Session(dataclasses.replace(config, shard="2/2", resume=True))) as other:
         expected = "must be of this configuration to resume it, but shard was '1/2' and is '2/2'"
         with pytest.raises(ValueError, match=expected):
-            other.open_journal()
+            other.open()
 
 
 @pytest.mark.slow
@@ -166,7 +166,7 @@ def session(make_config: Callable[..., BenchConfig], tmp_path: Path) -> Any:
         engines=("specdec",), methods=("autoregressive", "ngram"), gammas=(2,), journal=tmp_path / "journal.jsonl"
     )
     with closing(Session(config)) as session:
-        session.open_journal()
+        session.open()
         yield session
 
 
@@ -188,8 +188,8 @@ def test_a_gpu_that_fails_mid_run_marks_its_cell_and_loses_no_other(
 ) -> None:
     """The second cell's tenth target call is the last that the GPU makes."""
     plain, ngram = (each.cell for each in session.plans)
-    session.run(plain, benchmark)
-    engine: Any = session._models.loaded("specdec")
+    session.run("cells", plain, benchmark)
+    engine: Any = session.models.loaded("specdec")
     forward, calls = engine.target.forward, iter(range(10))
 
     def lost(*arguments: Any, **keywords: Any) -> Any:
@@ -199,13 +199,12 @@ def test_a_gpu_that_fails_mid_run_marks_its_cell_and_loses_no_other(
 
     monkeypatch.setattr(engine.target, "forward", lost)
     with pytest.raises(pytest.fail.Exception, match=message):
-        session.run(ngram, benchmark)
-    assert session.journal is not None
+        session.run("cells", ngram, benchmark)
     assert set(session.journal.cells) == {plain.id}
     session.close()
     resumed = dataclasses.replace(session.config, resume=True)
     with closing(Session(resumed)) as again:
-        again.open_journal()
+        again.open()
         assert again.num_resumed == 1
 
 
@@ -214,9 +213,9 @@ def test_a_gpu_without_room_for_the_weights_is_told(session: Session, benchmark:
     def full(*_: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 130.00 GiB")
 
-    monkeypatch.setattr("bench.measure.session.load_engine", full)
+    monkeypatch.setattr("bench.measure.models.load_engine", full)
     with pytest.raises(pytest.fail.Exception, match=r"must have room for this cell, but CUDA out of memory\."):
-        session.run(session.plans[0].cell, benchmark)
+        session.run("cells", session.plans[0].cell, benchmark)
 
 
 @pytest.mark.filterwarnings("ignore:Benchmark fixture was not used at all")
@@ -228,4 +227,4 @@ def test_another_error_is_no_failure_of_the_gpu(session: Session, benchmark: Any
 
     monkeypatch.setattr(SpecdecEngine, "generate", wrong)
     with pytest.raises(RuntimeError, match="shapes differ"):
-        session.run(session.plans[0].cell, benchmark)
+        session.run("cells", session.plans[0].cell, benchmark)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from bench.campaign.options import BenchConfig
+from bench.campaign.config import BenchConfig
 from bench.campaign.plan import plan
 from bench.campaign.shards import parse, part_of
 from bench.catalogue.pairs import Pair

@@ -15,12 +15,14 @@ from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 
-from bench.campaign.options import BenchConfig
+from bench.campaign.config import BenchConfig
 from bench.campaign.plan import plan
 from bench.catalogue.pairs import KINDS, Pair, catalogue
 from bench.engines.base import LoadOptions, PromptResult, Run, Setup
 from bench.engines.registry import ENGINES, check_vocabulary, load, why_not_pair
-from bench.measure import machine, records, session
+from bench.measure import machine, records
+from bench.measure import models as models_module
+from bench.measure.models import Models
 from bench.measure.paired import CANDIDATE, Measurement
 from bench.records.schema import Cell
 from bench.report.terminal import decoding
@@ -183,10 +185,10 @@ def four_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
         ("specdec", "llama-3.1-70b-1b", "ratio:3:1", {}, None),
         ("specdec", "llama-3.1-70b-1b", "auto", {"dtype": "float32"}, None),
         ("specdec", "llama-3.3-70b-8b", "auto", {"dtype": "float32"}, None),
-        ("specdec", "llama-3.1-70b-1b", "same", {"quantisation": "torchao-int8"}, None),
+        ("specdec", "llama-3.1-70b-1b", "same", {"quantization": "torchao-int8"}, None),
         ("specdec", "llama-3.1-70b-1b", "ratio:6:2", {}, "placement=ratio:6:2 needs 8 devices, but device=cuda has 4;"),
         ("vllm", "llama-3.1-70b-1b", "same", {}, None),  # by tensor_parallel_size
-        ("vllm", "llama-3.1-70b-1b", "same", {"quantisation": "torchao-int8"}, None),
+        ("vllm", "llama-3.1-70b-1b", "same", {"quantization": "torchao-int8"}, None),
     ],
 )
 def test_what_does_not_fit_is_named(
@@ -324,9 +326,9 @@ def test_another_tokenizer_is_for_specdec_alone(tmp_path: Path) -> None:
 def test_every_engine_is_spared_a_pair_whose_vocabularies_differ(
     engine: str, mismatched: Pair, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(session, "load", lambda *_: pytest.fail("weights were asked for"))
+    monkeypatch.setattr(models_module, "load_engine", lambda *_: pytest.fail("weights were asked for"))
     for named, outcome in ((frozenset({"pairs"}), pytest.fail.Exception), (frozenset(), pytest.skip.Exception)):
-        models = session._Models(make_config(named=named), "cpu")
+        models = Models(make_config(named=named), "cpu")
         with pytest.raises(outcome, match="the draft's vocabulary of 97 tokens must be the target's"):
             models.engine(engine, mismatched)
 
@@ -335,8 +337,8 @@ def test_a_gated_pair_that_cannot_be_had_says_how(make_config: MakeConfig, monke
     def refuse(pair: Pair, engine: str) -> None:
         raise LoadError("source='meta-llama/...' must be within reach")
 
-    monkeypatch.setattr(session, "check_vocabulary", refuse)
-    models = session._Models(make_config(named=frozenset({"pairs"})), "cpu")
+    monkeypatch.setattr(models_module, "check_vocabulary", refuse)
+    models = Models(make_config(named=frozenset({"pairs"})), "cpu")
     with pytest.raises(pytest.fail.Exception, match=r"accept the licence at .*meta-llama/Llama-3\.3.* hf auth login"):
         models.engine("specdec", catalogue()["llama-3.3-70b-8b"])
 
@@ -345,7 +347,7 @@ def test_a_model_that_specdec_would_decode_wrongly_fails_its_cell_with_a_reason(
     tmp_path: Path, make_config: MakeConfig
 ) -> None:
     pair = Pair("recurrent", saved(tmp_path / "neo", tiny_gpt_neo()), dtype="float32", attention="eager")
-    models = session._Models(make_config(named=frozenset({"pairs"})), "cpu")
+    models = Models(make_config(named=frozenset({"pairs"})), "cpu")
     with pytest.raises(pytest.fail.Exception, match="GPTNeoForCausalLM gives other logits with per-row positions"):
         models.engine("specdec", pair)
 

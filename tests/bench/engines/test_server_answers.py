@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from bench.campaign.options import _url, _vllm_options
+from bench.campaign.parsers import server_url, vllm_options
 from bench.engines import completions
 from bench.engines.base import EngineError
 from bench.engines.completions import Client
@@ -279,7 +279,7 @@ def test_what_a_server_that_is_started_here_prints_is_told_without_secrets() -> 
 )
 def test_an_address_has_no_secrets_and_none_is_printed(url: str) -> None:
     with pytest.raises(ValueError, match="server_url must be http://HOST:PORT or https://HOST:PORT") as caught:
-        _url("server_url", url)
+        server_url("server_url", url)
     assert "secret" not in str(caught.value)
 
 
@@ -287,18 +287,18 @@ def test_an_address_has_no_secrets_and_none_is_printed(url: str) -> None:
     "url", ["http://host:8000", "https://Host.example/v1", "http://[::1]:80/v1", "http://10.0.0.1"]
 )
 def test_addresses_that_may_be_named(url: str) -> None:
-    assert _url("server_url", f" {url}\n") == url
+    assert server_url("server_url", f" {url}\n") == url
 
 
 @pytest.mark.parametrize("options", ['{"hf_token": "secret"}', '{"speculative_config": {"api_key": "secret"}}'])
 def test_engine_options_have_no_secrets(options: str) -> None:
     """They stand in every record."""
     with pytest.raises(ValueError, match="must be left out, as options are printed and kept") as caught:
-        _vllm_options("vllm_options", options)
+        vllm_options("vllm_options", options)
     assert "secret" not in str(caught.value)
 
 
 @pytest.mark.parametrize("options", ["[]", "{", '{"speculative_config": 3}', "[" * 100_000])
 def test_engine_options_of_another_shape(options: str) -> None:
     with pytest.raises(ValueError, match="vllm_options must be a JSON object"):
-        _vllm_options("vllm_options", options)
+        vllm_options("vllm_options", options)

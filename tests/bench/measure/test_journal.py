@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from bench.campaign.options import BenchConfig
+from bench.campaign.config import BenchConfig
 from bench.measure.journal import Entry, Journal
 from bench.measure.session import Session
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from bench.campaign.options import BenchConfig
+from bench.campaign.config import BenchConfig
 from bench.catalogue.pairs import catalogue
 from bench.engines.base import LoadOptions
 from bench.engines.specdec import SpecdecEngine, load
@@ -88,7 +88,7 @@ def session(make_config: Callable[..., BenchConfig], tmp_path: Path) -> Iterator
         journal=tmp_path / "journal.jsonl",
     )
     with closing(Session(config)) as session:
-        session.open_journal()
+        session.open()
         yield session
 
 
@@ -102,6 +102,6 @@ def test_a_thousand_prompts_keep_the_harness_flat(
         return generate(self, *arguments)
 
     monkeypatch.setattr(SpecdecEngine, "generate", noted)
-    record = session.run(session.plans[0].cell, benchmark)
+    record = session.run("cells", session.plans[0].cell, benchmark)
     assert (record["num_prompts"], len(growth.sizes)) == (NUM_PROMPTS, NUM_PROMPTS + 1)  # and a warm-up
     assert growth.bytes <= MAX_GROWTH, f"grew by {growth.bytes / 1e6:.1f} MB"

@@ -12,20 +12,16 @@ from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import Metaspace
 from transformers import PreTrainedTokenizerFast
 
-from bench.campaign.options import BenchConfig
-from bench.campaign.plan import plan
+from bench.campaign.config import BenchConfig
 from bench.catalogue.pairs import Pair
 from bench.engines.base import PromptResult, Run
-from bench.measure import session as session_module
-from bench.measure.paired import BASELINE, CANDIDATE, Measurement
+from bench.measure.paired import BASELINE, CANDIDATE
 from bench.measure.quality import sandbox, scores
 from bench.measure.quality.sandbox import Outcome
-from bench.measure.session import Session
 from bench.records.intervals import mean_difference_interval
-from bench.records.schema import Cell
 from bench.report.terminal import decoding
 from bench.workloads import registry
-from bench.workloads.base import Number, Prompt, Summary, bucket
+from bench.workloads.base import Number, Prompt, Summary
 
 DATA = Path(__file__).parents[1] / "data"
 CODE = "You can halve it so:\n```python\ndef half(x):\n    return {}\n```\nThis rounds down. def half is short."
@@ -85,17 +81,11 @@ def test_the_fields_of_known_outputs() -> None:
     assert scores.metric_of([Prompt("a", truth=Summary("x"))]) == "rouge_1"
 
 
-def session_with(config: BenchConfig) -> Session:
-    session = Session(config)
-    session._models = type("", (), {"engine": lambda self, name, pair: type("", (), {"tokenizer": None})})()  # type: ignore[assignment]
-    return session
-
-
-def measured(*texts: str, plain: tuple[str, ...]) -> Measurement:
+def measured(*texts: str, plain: tuple[str, ...]) -> dict[str, list[Run]]:
     def runs(outputs: tuple[str, ...]) -> list[Run]:
         return [Run((PromptResult(tuple(text.encode()), 0.1, 0.2, None, "stop"),)) for text in outputs]
 
-    return Measurement({CANDIDATE: runs(texts), BASELINE: runs(plain)}, [])
+    return {CANDIDATE: runs(texts), BASELINE: runs(plain)}
 
 
 @pytest.mark.parametrize(
@@ -110,9 +100,8 @@ def test_what_is_not_a_models_output_has_no_quality(
     changes: dict[str, Any], pair: Pair, reason: str | None, make_config: Callable[..., BenchConfig]
 ) -> None:
     config = make_config(workloads=("gsm8k",), data_dir=DATA, num_prompts=2, **changes)
-    session = session_with(config)
     prompts = [Prompt("a", truth=Number("1")), Prompt("b", truth=Number("2"))]
-    fields = session._quality(pair, prompts, measured("#### 1", "#### 2", plain=("#### 1", "#### 3")))
+    fields = scores.of_run(config, pair, prompts, measured("#### 1", "#### 2", plain=("#### 1", "#### 3")), None)
     assert fields["quality_metric"] == "exact_match"
     if reason is None:
         assert (fields["quality"], fields["quality_baseline"], fields["quality_reason"]) == (1.0, 0.5, None)
@@ -130,13 +119,13 @@ def test_code_is_run_only_if_that_is_allowed(
     config = make_config(workloads=("humaneval",), data_dir=DATA, num_prompts=2)
     prompts = registry.read("humaneval", DATA)
     outputs = measured("    return 1", "    return 2", plain=("    return 1", "    return 3"))
-    refused = session_with(config)._quality(Pair("p", "t"), prompts, outputs)
+    refused = scores.of_run(config, Pair("p", "t"), prompts, outputs, None)
     assert refused["quality"] is None
     assert refused["quality_reason"] == "code that a model wrote is run only with --allow-code-execution"
     assert not ran
     allowed = make_config(workloads=("humaneval",), data_dir=DATA, num_prompts=2, allow_code_execution=True)
     scores._passes.cache_clear()
-    assert session_with(allowed)._quality(Pair("p", "t"), prompts, outputs)["quality"] == 1.0
+    assert scores.of_run(allowed, Pair("p", "t"), prompts, outputs, None)["quality"] == 1.0
     assert len(ran) == 3  # one output is the same in both arms
     scores._passes.cache_clear()
 
@@ -152,7 +141,7 @@ def test_code_that_cannot_be_run_loses_no_measurement(
     monkeypatch.setattr(sandbox, "run", fail)
     scores._passes.cache_clear()
     prompts, outputs = registry.read("humaneval", DATA), measured("a", "b", plain=("a", "b"))
-    fields = session_with(config)._quality(Pair("p", "t"), prompts, outputs)
+    fields = scores.of_run(config, Pair("p", "t"), prompts, outputs, None)
     assert fields["quality_reason"] == "code could not be run: no namespaces left"
     assert fields["quality"] is None
 
@@ -174,17 +163,7 @@ def test_an_output_keeps_the_spaces_that_it_begins_with() -> None:
     assert whole[: len(before)] == before
     emitted = (*whole[len(before) :], tokenizer.eos_token_id)
     assert tokenizer.decode(emitted, skip_special_tokens=True) != body
-    assert session_module._texts([Run((PromptResult(emitted, 0.0, 0.0, None, "stop"),))], tokenizer) == [body]
-
-
-def test_a_machine_that_cannot_shut_code_in_refuses(
-    make_config: Callable[..., BenchConfig], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(sandbox, "why_not", lambda: "unshare: Operation not permitted")
-    config = make_config(workloads=("humaneval",), data_dir=DATA, num_prompts=2, allow_code_execution=True)
-    with pytest.raises(ValueError, match="allow_code_execution=1 must be able to shut code in, but here unshare: Oper"):
-        Session(config)
-    Session(make_config(workloads=("gsm8k",), data_dir=DATA, num_prompts=2, allow_code_execution=True))
+    assert scores.texts([Run((PromptResult(emitted, 0.0, 0.0, None, "stop"),))], tokenizer) == [body]
 
 
 def test_the_table_has_a_line_for_quality(
@@ -198,63 +177,3 @@ def test_the_table_has_a_line_for_quality(
     plain = record | scores.compare("exact_match", prompts, ["1", "2"], None) | {"method": "autoregressive"}
     assert decoding._qualities([plain])[0] == "specdec autoregressive 4: exact_match 1.000"
     assert decoding._qualities([record | scores.no_quality("exact_match", "x"), {}]) == []
-
-
-RANDOM = Pair("p", "t", load_format="dummy")  # whose prompts are bytes without a tokenizer
-
-
-def test_a_model_that_is_measured_for_what_it_says_needs_a_tokenizer(make_config: Callable[..., BenchConfig]) -> None:
-    config = make_config(workloads=("humaneval",), data_dir=DATA, num_prompts=2)
-    cell = Cell("specdec", "p", "autoregressive", 0, "same", "humaneval", 1)
-    with pytest.raises(pytest.fail.Exception, match="pair=p must have a tokenizer to read prompts; name a target with"):
-        session_with(config)._chosen(cell, Pair("p", "t"))
-
-
-def test_lengths_are_counted_in_tokens(make_config: Callable[..., BenchConfig], tmp_path: Path) -> None:
-    path = tmp_path / "mine.txt"
-    path.write_text("".join("x" * length + "\n" for length in range(1, 21)))
-    config = make_config(workloads=(str(path),), prompt_lengths=((5, 8),), num_prompts=4)
-    session = session_with(config)
-    cell = Cell("specdec", "p", "autoregressive", 0, "same", "mine", 1)
-    chosen = session._chosen(cell, RANDOM)
-    assert sorted(len(tokens) for _, tokens in chosen) == [5, 6, 7, 8]
-    assert [bytes(tokens).decode() for _, tokens in chosen] == [prompt.text for prompt, _ in chosen]
-    narrow = session_with(make_config(workloads=(str(path),), prompt_lengths=((5, 6),), num_prompts=4))
-    with pytest.raises(
-        pytest.fail.Exception, match=r"prompt_lengths=5:6 must hold for at least num_prompts=4 .* for 2"
-    ):
-        narrow._chosen(cell, RANDOM)
-
-
-def test_each_bucket_of_lengths_is_a_cell_with_prompts_of_its_own(
-    make_config: Callable[..., BenchConfig], tmp_path: Path
-) -> None:
-    path = tmp_path / "mine.txt"
-    path.write_text("".join("x" * length + "\n" for length in range(1, 21)))
-    config = make_config(
-        engines=("specdec",),
-        methods=("autoregressive",),
-        workloads=(str(path),),
-        prompt_lengths=((3, 5), (9, 12)),
-        num_prompts=3,
-    )
-    session = session_with(config)
-    cells = [each.cell for each in plan(config)]
-    assert [cell.workload for cell in cells] == ["mine@3:5", "mine@9:12"]
-    lengths = [[len(tokens) for _, tokens in session._chosen(cell, RANDOM)] for cell in cells]
-    assert sorted(lengths[0]) == [3, 4, 5]
-    assert len(set(lengths[1]) & {9, 10, 11, 12}) == 3
-    assert bucket("a@b@3:5", config.prompt_lengths) == ("a@b", (3, 5))
-    assert bucket("a@3:5", ((1, 2),)) == ("a@3:5", (1, 2))
-
-
-def test_raw_prompts_are_texts_to_go_on_with(make_config: Callable[..., BenchConfig]) -> None:
-    config = make_config(workloads=("humaneval",), data_dir=DATA, prompt_format="raw", num_prompts=2)
-    cell = Cell("specdec", "p", "autoregressive", 0, "same", "humaneval", 1)
-    for prompt, tokens in session_with(config)._chosen(cell, RANDOM):
-        assert bytes(tokens).decode() == prompt.raw == prompt.truth.head
-    asked = make_config(workloads=("humaneval",), data_dir=DATA, num_prompts=2, named=frozenset({"prompt_format"}))
-    with pytest.raises(
-        pytest.fail.Exception, match="prompt_format=instruct must have a tokenizer with a chat template"
-    ):
-        session_with(asked)._chosen(cell, RANDOM)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from bench.campaign.options import BenchConfig
+from bench.campaign.config import BenchConfig
 from bench.catalogue.pairs import catalogue
 from bench.engines.base import PromptResult, Run
 from bench.measure import records, telemetry

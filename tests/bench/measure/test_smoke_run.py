@@ -160,7 +160,7 @@ def test_another_configuration_is_not_mixed_in(resumed: Resumed, environment: di
 PLANTED = """
 import signal, weakref
 import pytest
-from bench.measure.session import Session
+from bench.measure.closed_loop import ClosedLoop
 
 class Thing: pass
 
@@ -175,7 +175,7 @@ def measured(self, *_):
     {then}
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
-Session._measure = measured
+ClosedLoop.measure = measured
 """
 
 

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from bench.campaign.options import OPTIONS
+from bench.campaign.config import options_of
 from bench.catalogue.pairs import catalogue
 from bench.tools.reproductions import BASELINES, PAGE, filled, records_of, table
 
-PARSERS = {option.name: option for option in OPTIONS}
+OPTIONS = {option.flag: option for option in options_of()}
 COMMANDS = re.findall(r"```bash\n(.*?)```", PAGE.read_text(), re.DOTALL)
 
 
@@ -26,12 +26,13 @@ def options_of(block: str, line: int) -> dict[str, Any]:
     assert words[:2] == ["pytest", "bench/"]
     given: dict[str, Any] = {}
     while words := [word for word in words if word not in ("pytest", "bench/")]:
-        name, _, value = words.pop(0).removeprefix("--").partition("=")
-        if name == "benchmark-json":
-            given[name] = value
+        flag, _, value = words.pop(0).partition("=")
+        if flag == "--benchmark-json":
+            given["benchmark-json"] = value
             continue
-        option = PARSERS[name]
-        given[option.field] = True if option.is_flag else option.parse(option.field, words.pop(0))
+        option = OPTIONS[flag]
+        text = words.pop(0) if option.metavar else "1"
+        given[option.name] = option.parse(option.name, text)
     return given
 
 

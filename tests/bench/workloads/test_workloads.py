@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from bench.campaign.options import BenchConfig
-from bench.measure.session import Session
+from bench.campaign.config import BenchConfig
+from bench.measure.prompts import Prompts
 from bench.workloads import registry, sharegpt
 from bench.workloads.base import Malformed, Number, Prompt, Summary, UnavailableError
 
@@ -233,9 +233,9 @@ def test_malformed_rows_are_skipped_only_if_that_is_asked_for_and_counted(
     assert registry.read(str(path), None, malformed) == [Prompt("a"), Prompt("b")]
     assert [reason.partition("mine.jsonl:")[2].partition(":")[0] for reason in malformed.skipped] == ["2", "3", "4"]
     config = make_config(workloads=(str(path),), malformed="skip", num_prompts=2)
-    assert len(Session(config).malformed["mine"].skipped) == 3
+    assert len(Prompts(config).malformed["mine"].skipped) == 3
     with pytest.raises(ValueError, match=r"mine\.jsonl:2: must be one JSON object a line"):
-        Session(make_config(workloads=(str(path),), num_prompts=2))
+        Prompts(make_config(workloads=(str(path),), num_prompts=2))
     path.write_text("{broken")
     with pytest.raises(
         ValueError, match=r"must have at least one prompt, .* all are malformed, such as .*mine\.jsonl:1"

@@ -9,13 +9,16 @@ from typing import Any
 import pytest
 
 from bench.campaign.arrivals import Limits, Request
-from bench.campaign.options import BenchConfig
+from bench.campaign.config import BenchConfig
 from bench.catalogue.pairs import catalogue
 from bench.engines.base import LoadOptions, PromptResult, Served, Setup
 from bench.engines.specdec import SpecdecEngine, load
-from bench.measure import records, serving
+from bench.measure import loaded, records
+from bench.measure.context import Context
 from bench.measure.load import summary as load_summary
-from bench.measure.session import Session
+from bench.measure.models import Models
+from bench.measure.progress import NOWHERE
+from bench.measure.prompts import Prompts
 from bench.records.schema import Cell
 from specdec import AcceptanceCounts, PhaseTimes, SamplingParams
 
@@ -83,9 +86,9 @@ def test_a_warm_up_fills_every_slot_and_on_a_gpu_meets_every_shape(
         return serve(self, prompts, *arguments)
 
     monkeypatch.setattr(SpecdecEngine, "serve", noted)
-    session = Session(make_config(rate=(2.0,), duration=1.0, max_tokens=12))
-    session.device = device
-    assert session._warm_up_serving(CELL, engine, [(1, 2), (1, 2, 3, 4), (5,)]) > 0
+    config = make_config(rate=(2.0,), duration=1.0, max_tokens=12)
+    context = Context(config, device, Models(config, device), Prompts(config, 2), NOWHERE)
+    assert loaded.Loaded(context, {}).warm_up(CELL, engine, [(1, 2), (1, 2, 3, 4), (5,)]) > 0
     slots, shapes = ([(1, 2, 3, 4)] * 2, 8), (2 * [(1, 2), (1, 2, 3, 4), (5,)], 12)
     assert seen == ([slots] if device == "cpu" else [slots, shapes])
 
@@ -160,10 +163,10 @@ def test_nothing_finished_is_a_record_of_a_cell_that_stalled(config: BenchConfig
 
 def test_what_does_not_add_up_is_an_error(engine: SpecdecEngine) -> None:
     good = engine.serve(PROMPTS[:2], [0.0, 0.0], Setup("draft_model", 2, 2), [GREEDY] * 2, 600)
-    serving.check(engine, CELL, good, 16, "float32")
+    loaded.check(engine, CELL, good, 16, "float32")
     with pytest.raises(AssertionError):
-        serving.check(engine, CELL, good, 17, "float32")  # neither the length nor a stop token
+        loaded.check(engine, CELL, good, 17, "float32")  # neither the length nor a stop token
     with pytest.raises(AssertionError, match="must have dtype=bfloat16, but has float32"):
-        serving.check(engine, CELL, good, 16, "bfloat16")
+        loaded.check(engine, CELL, good, 16, "bfloat16")
     with pytest.raises(AssertionError):
-        serving.check(engine, CELL, Served(good.results, 1.0, refused=frozenset({1})), 16, "float32")
+        loaded.check(engine, CELL, Served(good.results, 1.0, refused=frozenset({1})), 16, "float32")

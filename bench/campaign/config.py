@@ -1,0 +1,378 @@
+"""The options of `pytest bench/`, each declared once as a field of `BenchConfig`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from bench.campaign import parsers
+from bench.campaign.arrivals import PROCESSES, Limits, Process
+from bench.campaign.parsers import Parser
+from bench.catalogue.methods import VLLM_METHODS
+from bench.catalogue.pairs import Pair, parse_pairs
+from bench.engines.base import VllmOptions
+from bench.engines.registry import ENGINES, parse_engine, parse_method
+from bench.records.schema import Cell, Gamma
+from bench.workloads.base import Lengths
+from bench.workloads.registry import parse_workloads
+from specdec.methods import METHODS
+from specdec.models.loading import QUANTIZATIONS
+from specdec.sampling_params import SamplingParams
+
+T = TypeVar("T")
+
+DTYPES = ("auto", "bfloat16", "float16", "float32")
+VERIFICATIONS = tuple(dict.fromkeys(rule for kind in ENGINES.values() for rule in kind.verifications))
+SECONDS = parsers.number(lambda value: value > 0, "> 0 seconds and finite")
+RATE, EQUIVALENCE = "--rate", "-m equivalence"  # what some options need to have an effect
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """An option of `pytest bench/`.
+
+    parse: its text to its value. default: the text where none is given; "" is none. smoke: that under --smoke, where it
+    differs. metavar: of its value in --help; None for a flag, which takes none.
+    only_with: what must be given for it to have an effect. changes_results: whether a journal of another value must not
+    be resumed. old_name: that of the release before, which is still accepted. name: the field's.
+    """
+
+    parse: Parser[Any]
+    default: str
+    help: str
+    metavar: str | None = "VALUE"
+    smoke: str | None = None
+    only_with: str | None = None
+    changes_results: bool = True
+    old_name: str | None = None
+    name: str = ""
+
+    @property
+    def flag(self) -> str:
+        return f"--{self.name.replace('_', '-')}"
+
+    @property
+    def variable(self) -> str:
+        """In the environment."""
+        return f"SPECDEC_{self.name.upper()}"
+
+    @property
+    def key(self) -> str:
+        """In the ini file."""
+        return f"specdec_{self.name}"
+
+    @property
+    def old(self) -> Option | None:
+        """The option under its old name."""
+        return replace(self, name=self.old_name) if self.old_name else None
+
+
+def option(parse: Parser[T], default: str, help: str, **details: Any) -> T:
+    """A field of `BenchConfig` that is an option; arguments as for `Option`."""
+    declared: T = field(metadata={"option": Option(parse, default, help, **details)})
+    return declared
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BenchConfig:
+    """What to measure.
+
+    command: to repeat the run. named: the options that were given, wherever: if one of them cannot run it is an
+    error, whereas a default that cannot run is skipped.
+    """
+
+    engines: tuple[str, ...] = option(
+        parsers.listed(parse_engine),
+        "specdec,transformers,vllm",
+        f"engines to measure: {', '.join(ENGINES)}; the others are compared with the first",
+        metavar="NAME,...",
+    )
+    pairs: tuple[Pair, ...] = option(
+        lambda _, text: parse_pairs(text),
+        "smollm2-135m",
+        "model pairs: names of bench/catalogue/pairs.toml, or target=MODEL,draft=MODEL",
+        metavar="PAIR,...",
+        smoke="tiny-random",
+    )
+    methods: tuple[str, ...] = option(
+        parsers.listed(parse_method),
+        "autoregressive,ngram,draft_model",
+        f"drafting methods: {', '.join(METHODS)}; with vLLM also {', '.join(VLLM_METHODS)}",
+        metavar="NAME,...",
+        smoke=",".join(METHODS),
+    )
+    gammas: tuple[Gamma, ...] = option(
+        parsers.listed(parsers.gamma),
+        "2,4,8",
+        "tokens proposed per step; auto adapts the number to what is accepted",
+        metavar="N,...",
+        smoke="2",
+    )
+    placements: tuple[str, ...] = option(
+        parsers.listed(parsers.placement),
+        "same",
+        "devices of target and draft: same, separate (one GPU each), ratio:T:D (T GPUs for the target's layers, D for "
+        "the draft's), auto (as few as hold both)",
+        metavar="PLACEMENT,...",
+    )
+    workloads: tuple[str, ...] = option(
+        parse_workloads,
+        "humaneval",
+        "prompts: humaneval, gsm8k, spec_bench, sharegpt, xsum, cnn_dailymail, wmt14, one category such as "
+        "spec_bench:rag, or a file (JSON lines with `prompt`, or one prompt a line)",
+        metavar="WORKLOAD,...",
+        smoke="smoke",
+    )
+    data_dir: Path | None = option(
+        parsers.optional(parsers.folder),
+        "",
+        "folder with the data sets' files",
+        metavar="FOLDER",
+        changes_results=False,
+    )
+    malformed: str = option(
+        parsers.choice("refuse", "skip"),
+        "refuse",
+        "what to do with malformed rows of a data set: refuse or skip; skipped rows are counted",
+    )
+    prompt_format: str = option(
+        parsers.choice("instruct", "raw"),
+        "instruct",
+        "instruct: a request, in the tokenizer's chat template if it has one; raw: a text to continue",
+    )
+    prompt_lengths: tuple[Lengths, ...] = option(
+        parsers.possibly_empty(parsers.listed(parsers.lengths)),
+        "",
+        "use only prompts of this many tokens, including the template, in the reference engine's tokenizer; a list "
+        "measures each of these buckets separately",
+        metavar="MIN:MAX,...",
+    )
+    allow_code_execution: bool = option(
+        parsers.flag, "0", "run the code that models write, in a sandbox, to score it (humaneval)", metavar=None
+    )
+    num_prompts: int = option(
+        parsers.integer(1, "give the number of prompts to measure"), "8", "prompts per cell", metavar="N", smoke="2"
+    )
+    max_tokens: int = option(
+        parsers.integer(2, "the first token comes from the prefill, so speculation needs two"),
+        "64",
+        "maximum number of tokens to emit per prompt",
+        metavar="N",
+        smoke="8",
+    )
+    batch_sizes: tuple[int, ...] = option(
+        parsers.listed(parsers.integer(1, "use 1 for one prompt at a time")),
+        "1",
+        f"prompts decoded together; with {RATE} at most this many",
+        metavar="N,...",
+    )
+    rate: tuple[float, ...] = option(
+        parsers.possibly_empty(
+            parsers.listed(
+                parsers.number(
+                    lambda value: value > 0, "> 0 requests a second and finite; leave it out for a fixed number"
+                )
+            )
+        ),
+        "",
+        "open-loop load: requests per second, which arrive whether or not earlier ones are finished; a list is a "
+        "sweep. For engines specdec and vllm-server, instead of a fixed number of prompts",
+        metavar="RATE,...",
+    )
+    duration: float = option(
+        SECONDS, "30", "seconds during which requests arrive", metavar="SECONDS", smoke="1", only_with=RATE
+    )
+    arrivals: Process = option(
+        parsers.choice(*PROCESSES),
+        "poisson",
+        "exponential gaps between requests (poisson), the same for every method, or equal ones (constant)",
+        only_with=RATE,
+    )
+    drain: float = option(
+        parsers.number(lambda value: value >= 0, ">= 0 seconds and finite"),
+        "60",
+        "seconds after --duration at which unfinished requests are abandoned and counted as unfinished",
+        metavar="SECONDS",
+        only_with=RATE,
+    )
+    ttft_limit: float = option(
+        SECONDS,
+        "2",
+        "maximum time to first token, including queueing, of a request that counts towards the goodput",
+        metavar="SECONDS",
+        only_with=RATE,
+    )
+    inter_token_limit: float = option(
+        SECONDS,
+        "0.2",
+        "maximum mean inter-token time of a request that counts towards the goodput. The defaults of both limits are "
+        "those of MLPerf Inference for Llama 2 70B (server scenario)",
+        metavar="SECONDS",
+        only_with=RATE,
+    )
+    temperature: float = option(
+        parsers.number(lambda value: value >= 0, "finite and >= 0; use 0 for greedy decoding"),
+        "0",
+        "sampling temperature; 0 is greedy",
+    )
+    top_p: float = option(
+        parsers.number(lambda value: 0 < value <= 1, "in (0, 1]; use 1 to keep all tokens"),
+        "1",
+        "nucleus sampling; 1 keeps all tokens",
+    )
+    top_k: int = option(
+        parsers.integer(0, "use 0 to keep all tokens"), "0", "keep the k most likely tokens; 0 keeps all", metavar="K"
+    )
+    seed: int = option(
+        parsers.integer(0, "any such number will do", below=2**32), "0", "seed of prompt selection and sampling"
+    )
+    dtype: str = option(
+        parsers.choice(*DTYPES), "auto", f"dtype of the weights: {', '.join(DTYPES)}; auto is the pair's own"
+    )
+    device: str = option(parsers.device, "auto", "auto, cpu, cuda or cuda:N")
+    quantization: str = option(
+        parsers.choice("none", *QUANTIZATIONS),
+        "none",
+        f"weight quantization for specdec and transformers: none, {', '.join(QUANTIZATIONS)}; for vLLM use "
+        "--vllm-options",
+        old_name="quantisation",
+    )
+    verification: str = option(
+        parsers.choice(*VERIFICATIONS), "token", f"rule that verifies a draft: {', '.join(VERIFICATIONS)}"
+    )
+    synthetic_acceptance_rates: tuple[float, ...] = option(
+        parsers.possibly_empty(parsers.falling_rates),
+        "",
+        "accept draft position i with the i-th probability instead of verifying it: measures timing only, the output "
+        "is not the model's",
+        metavar="RATE,...",
+    )
+    vllm_python: Path | None = option(
+        parsers.optional(parsers.executable),
+        "",
+        "Python interpreter of the virtual environment that has vLLM; none is the current one",
+        metavar="PROGRAM",
+        changes_results=False,
+    )
+    vllm_options: str = option(
+        parsers.vllm_options,
+        "{}",
+        "JSON object of vLLM engine arguments such as tensor_parallel_size, enforce_eager, gpu_memory_utilization, "
+        "max_model_len, max_num_seqs; its speculative_config holds options of drafting methods such as "
+        "draft_sample_method",
+        metavar="JSON",
+    )
+    server_url: str | None = option(
+        parsers.server_url,
+        "",
+        "a running vLLM server for engine vllm-server; none starts one. Its API key, if it needs one, is read from "
+        "SPECDEC_SERVER_API_KEY",
+        metavar="URL",
+    )
+    num_draws: int = option(
+        parsers.integer(1, "an audit needs thousands of tokens"),
+        "20000",
+        "tokens that an audit draws from each arm",
+        metavar="N",
+        smoke="300",
+        only_with=EQUIVALENCE,
+    )
+    max_tv: float = option(
+        parsers.number(lambda value: 0 < value < 1, "between 0 and 1, a distance of total variation"),
+        "0.05",
+        "total variation distance that an audit must be able to detect before it calls an engine lossless",
+        only_with=EQUIVALENCE,
+    )
+    certificates: Path = option(
+        parsers.path,
+        ".benchmarks/certificates",
+        "folder for a certificate of each cell, as JSON and as Markdown",
+        metavar="FOLDER",
+        only_with=EQUIVALENCE,
+        changes_results=False,
+    )
+    telemetry_hz: float = option(
+        parsers.number(lambda value: 0 <= value <= 100, "from 0 to 100; use 0 to sample nothing"),
+        "10",
+        "samples per second of power, utilization, memory and temperature; 0 is none",
+        metavar="HZ",
+    )
+    shard: str | None = option(
+        parsers.optional(parsers.shard),
+        "",
+        "run the I-th of N parts of the cells, one part per machine; which part a cell belongs to depends on the cell "
+        "alone",
+        metavar="I/N",
+    )
+    journal: Path = option(
+        parsers.path,
+        ".benchmarks/journal.jsonl",
+        "file to which each finished cell is written at once",
+        metavar="FILE",
+        smoke=".benchmarks/journal-smoke.jsonl",
+        changes_results=False,
+    )
+    resume: bool = option(
+        parsers.flag,
+        "0",
+        "take finished cells from the journal instead of measuring them again",
+        metavar=None,
+        changes_results=False,
+    )
+    smoke: bool = option(
+        parsers.flag, "0", "a run of seconds: a tiny random model, two prompts, every method", metavar=None
+    )
+    command: str = ""
+    named: frozenset[str] = frozenset()
+
+    def __post_init__(self) -> None:
+        largest = max(self.batch_sizes)
+        if largest > self.num_prompts and not self.rate:
+            raise ValueError(
+                f"batch_sizes={largest} must be at most num_prompts={self.num_prompts}; "
+                "raise --num-prompts or lower --batch-sizes"
+            )
+
+    @property
+    def vllm(self) -> VllmOptions:
+        """Where vLLM runs and with which of its own options."""
+        return VllmOptions(self.vllm_python, self.vllm_options, self.server_url)
+
+    @property
+    def limits(self) -> Limits:
+        """What a request must keep to count towards the goodput."""
+        return Limits(self.ttft_limit, self.inter_token_limit)
+
+    @property
+    def reference_engine(self) -> str:
+        """The engine that the others are compared with: the first one."""
+        return self.engines[0]
+
+    def pair_of(self, cell: Cell) -> Pair:
+        """A cell's models, placed as the cell asks."""
+        (pair,) = (pair for pair in self.pairs if pair.name == cell.pair)
+        return replace(pair, placement=cell.placement)
+
+    def dtype_of(self, pair: Pair) -> str:
+        """The dtype of a pair's weights."""
+        return pair.dtype if self.dtype == "auto" else self.dtype
+
+    def sampling(self, first: int, num_prompts: int, max_tokens: int) -> list[SamplingParams]:
+        """Parameters of consecutive prompts, beginning with number `first`; each prompt has its own seed."""
+        return [
+            SamplingParams(
+                temperature=self.temperature,
+                top_p=self.top_p,
+                top_k=self.top_k,
+                max_tokens=max_tokens,
+                seed=self.seed + index,
+            )
+            for index in range(first, first + num_prompts)
+        ]
+
+
+def options_of(config_class: type[BenchConfig] = BenchConfig) -> list[Option]:
+    """The options that a configuration declares, in order."""
+    declared = (each for each in fields(config_class) if "option" in each.metadata)
+    return [replace(each.metadata["option"], name=each.name) for each in declared]

@@ -1,0 +1,93 @@
+"""Load cells: requests arrive over time, whether or not earlier ones are finished."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import cycle, islice
+from typing import Any, cast
+
+from bench.engines.base import Run, Served, ServingEngine, Setup
+from bench.measure import fairness, records
+from bench.measure.context import WARM_UP_TOKENS, Context
+from bench.measure.journal import Entry
+from bench.measure.models import failing_cell
+from bench.measure.paired import check_counts
+from bench.measure.prompts import Batch
+from bench.records.schema import Cell
+from specdec import SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """Requests of a cell: prompts as token ids, when each arrives, and its sampling parameters."""
+
+    prompts: Sequence[Sequence[int]]
+    arrivals_s: Sequence[float]
+    sampling: Sequence[SamplingParams]
+
+
+class Loaded:
+    """Measures load cells. arrivals: by rate, seconds from the start at which requests arrive."""
+
+    prefix = "load-"
+
+    def __init__(self, context: Context, arrivals: Mapping[float, Sequence[float]]) -> None:
+        self._context, self._arrivals = context, arrivals
+
+    def measure(self, cell: Cell, benchmark: Any) -> Entry:
+        """The record of a cell, whose requests are served once; pytest-benchmark times that."""
+        context, config = self._context, self._context.config
+        pair = config.pair_of(cell)
+        assert cell.rate is not None, "a load cell has a rate"
+        arrivals_s = self._arrivals[cell.rate]
+        chosen = [tokens for _, tokens in context.chosen(cell, pair)][: len(arrivals_s)]
+        prompts = list(islice(cycle(chosen), len(arrivals_s)))
+        load = Load(prompts, arrivals_s, config.sampling(0, len(prompts), config.max_tokens))
+        context.models.prepare([cell], pair)
+        engine = cast(ServingEngine, context.models.engine(cell.engine, pair))  # by its extras, see campaign.plan
+        sampler = context.sampler(cell)
+        with failing_cell(context.device):
+            warm_up_s = self.warm_up(cell, engine, chosen)
+            context.models.settle()
+            with sampler:
+                served, span = benchmark.pedantic(partial(self._serve, cell, engine, load), rounds=1)
+            context.models.settle()
+        check(engine, cell, served, config.max_tokens, config.dtype_of(pair))
+        record = records.build_load(cell, pair, config, engine.version, context.device, served, arrivals_s)
+        record |= {"num_prompts": len(chosen), "warm_up_time_s": warm_up_s}
+        record |= context.prompts.rows_left_out(cell) | context.telemetry_fields(record, sampler.trace, [span])
+        return Entry(record, list(benchmark.stats.stats.data))
+
+    def warm_up(self, cell: Cell, engine: ServingEngine, prompts: Batch) -> float:
+        """Serve the longest prompt in every slot; on a GPU, which records steps by shape, all prompts twice, too.
+
+        Returns the seconds that it took, compilation included.
+        """
+        start_s = time.perf_counter()
+        self._serve_at_once(cell, engine, [max(prompts, key=len)] * cell.batch_size, WARM_UP_TOKENS)
+        if self._context.device.startswith("cuda"):
+            self._serve_at_once(cell, engine, 2 * prompts, self._context.config.max_tokens)
+        return time.perf_counter() - start_s
+
+    def _serve_at_once(self, cell: Cell, engine: ServingEngine, prompts: Batch, max_tokens: int) -> None:
+        sampling = self._context.config.sampling(0, 1, max_tokens) * len(prompts)
+        self._serve(cell, engine, Load(prompts, [0.0] * len(prompts), sampling))
+
+    def _serve(self, cell: Cell, engine: ServingEngine, load: Load) -> tuple[Served, tuple[float, float]]:
+        """What became of the requests, and when they were served, by time.perf_counter."""
+        config, setup = self._context.config, Setup(cell.method, cell.gamma, cell.batch_size)
+        start_s = time.perf_counter()
+        served = engine.serve(load.prompts, load.arrivals_s, setup, load.sampling, config.duration + config.drain)
+        return served, (start_s, time.perf_counter())
+
+
+def check(engine: ServingEngine, cell: Cell, served: Served, max_tokens: int, dtype: str) -> None:
+    """Assert that the terms are those of other cells, and that the engine's counters add up."""
+    finished = Run(tuple(result for result in served.results if result is not None))
+    assert not any(served.results[index] for index in served.refused)
+    fairness.check_terms({cell.engine: engine}, dtype)
+    check_counts([finished], cell.method, max_tokens)
+    fairness.check_ends([finished], engine.stop_token_ids, max_tokens)

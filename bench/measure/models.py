@@ -1,0 +1,102 @@
+"""Engines with the models of one pair in memory."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+
+import pytest
+
+from bench.campaign.config import BenchConfig
+from bench.catalogue.pairs import Pair
+from bench.engines.base import BenchEngine, EngineError, LoadOptions, Setup
+from bench.engines.registry import check_vocabulary
+from bench.engines.registry import load as load_engine
+from bench.measure import machine
+from bench.records.schema import Cell
+from specdec.models.placement import PlacementError
+from specdec.runtime.artifacts import LoadError
+
+
+@contextmanager
+def failing_cell(device: str) -> Iterator[None]:
+    """Fail the cell, not the run, where an engine or a GPU fails."""
+    try:
+        yield
+    except EngineError as error:
+        raise pytest.fail.Exception(str(error), pytrace=False) from None  # the message is complete
+    except RuntimeError as error:
+        if (failure := machine.device_failure(error, device)) is None:
+            raise
+        raise pytest.fail.Exception(failure, pytrace=False) from None
+
+
+class Models:
+    """Loads engines when they are first used, and unloads all of them when another pair is."""
+
+    def __init__(self, config: BenchConfig, device: str) -> None:
+        self._config, self._device = config, device
+        self._pair: Pair | None = None
+        self._engines: dict[str, BenchEngine] = {}
+
+    def engine(self, name: str, pair: Pair) -> BenchEngine:
+        """An engine with a pair's models; one that cannot be loaded fails or skips the cell."""
+        if pair != self._pair:
+            self.close()
+            self._pair = pair
+        if name not in self._engines:
+            with failing_cell(self._device):
+                self._engines[name] = self._load(name, pair)
+        return self._engines[name]
+
+    def loaded(self, name: str) -> BenchEngine | None:
+        """An engine, if it is in memory."""
+        return self._engines.get(name)
+
+    def prepare(self, cells: Collection[Cell], pair: Pair) -> None:
+        """Make each engine ready for its own among these cells, and let it release what others needed."""
+        for name in {*self._engines, *(cell.engine for cell in cells)}:
+            setups = {Setup(cell.method, cell.gamma, cell.batch_size) for cell in cells if cell.engine == name}
+            with failing_cell(self._device):
+                self.engine(name, pair).prepare(setups)
+        gc.collect()  # a full collection takes 0.2 s: not within what is timed
+
+    def settle(self) -> None:
+        """Wait until no engine keeps the machine busy."""
+        for engine in self._engines.values():
+            engine.settle()
+
+    def close(self) -> None:
+        """Unload all engines."""
+        while self._engines:
+            self._engines.popitem()[1].close()
+
+    def _load(self, name: str, pair: Pair) -> BenchEngine:
+        """Load an engine. A model that cannot be loaded fails the cell if it was named, and skips it otherwise."""
+        from specdec.models.causal import UnsupportedModelError  # imports transformers
+
+        try:
+            check_vocabulary(pair, name)
+            return load_engine(name, pair, self._options(pair))
+        except (LoadError, UnsupportedModelError, PlacementError) as error:
+            message = str(error)
+            if pair.gated and isinstance(error, LoadError):
+                message += (
+                    f"; if the hub refused it: accept the licence at https://huggingface.co/{pair.target} (and the "
+                    "draft's), then run hf auth login"
+                )
+        if {"pairs", "placements"} & self._config.named:  # outside of `except`: the message is complete
+            pytest.fail(message, pytrace=False)
+        pytest.skip(message)
+
+    def _options(self, pair: Pair) -> LoadOptions:
+        config = self._config
+        return LoadOptions(
+            config.dtype_of(pair),
+            self._device,
+            config.verification,
+            config.synthetic_acceptance_rates,
+            config.vllm,
+            None if config.quantization == "none" else config.quantization,
+        )

@@ -1,0 +1,148 @@
+"""The prompts of a run: reading and sampling them, encoding them, and choosing those of a cell."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from itertools import islice
+from typing import Any
+
+import pytest
+
+from bench.campaign.config import BenchConfig
+from bench.catalogue.pairs import Pair
+from bench.measure.quality import sandbox
+from bench.records.schema import Cell
+from bench.workloads import registry
+from bench.workloads.base import Lengths, Malformed, Prompt, UnavailableError, UnitTest, bucket
+from specdec.prompts import encode, encode_bytes, encode_raw
+
+Batch = list[tuple[int, ...]]  # prompts as token ids
+Encoded = tuple[Prompt, tuple[int, ...]]  # a prompt and its token ids
+
+
+class Prompts:
+    """The sampled prompts of each workload, read when this is made.
+
+    by_workload: by label; where a workload that was not named is unavailable, the reason. malformed: the rows that
+    were left out, likewise.
+    num_requests: requests of the highest rate; without a rate it is not used.
+    Raises ValueError if a workload has too few prompts, and if code is to be run and there is no sandbox.
+    """
+
+    def __init__(self, config: BenchConfig, num_requests: int = 0) -> None:
+        self._config, self._num_requests = config, num_requests
+        self.malformed = {registry.label(name): Malformed(config.malformed) for name in config.workloads}
+        self.by_workload = {registry.label(name): self._read(name) for name in config.workloads}
+        self._check_code_execution()
+
+    def available(self) -> Iterator[list[Prompt]]:
+        """The prompts of each workload that has some."""
+        return (prompts for prompts in self.by_workload.values() if not isinstance(prompts, str))
+
+    def why_unavailable(self, cell: Cell) -> str | None:
+        """Why a cell's workload has no prompts; None if it has."""
+        prompts = self.by_workload[self._bucket(cell)[0]]
+        return prompts if isinstance(prompts, str) else None
+
+    def sha256(self) -> str:
+        """A digest of all prompts."""
+        texts = "\0".join(repr(prompt) for prompts in self.available() for prompt in prompts)
+        return hashlib.sha256(texts.encode()).hexdigest()
+
+    def rows_left_out(self, cell: Cell) -> dict[str, int]:
+        """For the record: how many rows of the cell's workload are malformed, and how many hold no prompt."""
+        read = self.malformed[self._bucket(cell)[0]]
+        return {"num_rows_skipped": len(read.skipped), "num_rows_passed_over": len(read.passed_over)}
+
+    def chosen(self, cell: Cell, pair: Pair, tokenizer: Any) -> list[Encoded]:
+        """The cell's prompts, of the length asked for, with their token ids.
+
+        tokenizer: the reference engine's. Fails the cell if there are too few, or if one exceeds the pair's context.
+        """
+        workload, lengths = self._bucket(cell)
+        prompts = self.by_workload[workload]
+        assert not isinstance(prompts, str), "a skipped cell is not measured"
+        encoded = ((prompt, encoded_prompt(prompt, tokenizer, self._config, pair)) for prompt in prompts)
+        chosen = list(encoded) if lengths is None else self._of_length(cell, encoded, lengths)
+        self._check_context(cell, pair, chosen)
+        return chosen
+
+    def _of_length(self, cell: Cell, encoded: Iterator[Encoded], lengths: Lengths) -> list[Encoded]:
+        """The first prompts whose length was asked for."""
+        least, most = lengths
+        num_prompts = self._config.num_prompts
+        fitting = ((prompt, tokens) for prompt, tokens in encoded if least <= len(tokens) <= most)
+        chosen = list(islice(fitting, num_prompts))
+        if len(chosen) < num_prompts:
+            pytest.fail(
+                f"prompt_lengths={least}:{most} must hold for at least num_prompts={num_prompts} of the prompts "
+                f"of workload={cell.workload}, but does for {len(chosen)}; widen it, or lower --num-prompts",
+                pytrace=False,
+            )
+        return chosen
+
+    def _check_context(self, cell: Cell, pair: Pair, chosen: list[Encoded]) -> None:
+        max_tokens, longest = self._config.max_tokens, max(len(tokens) for _, tokens in chosen)
+        if pair.context is not None and longest + max_tokens > pair.context:
+            pytest.fail(
+                f"workload={cell.workload} has a prompt of {longest} tokens, which with max_tokens="
+                f"{max_tokens} must fit into the context of pair={pair.name}, {pair.context}; "
+                "lower --max-tokens or choose another workload",
+                pytrace=False,
+            )
+
+    def _bucket(self, cell: Cell) -> tuple[str, Lengths | None]:
+        """The label of a cell's workload, and the lengths of its prompts."""
+        return bucket(cell.workload, self._config.prompt_lengths)
+
+    def _read(self, workload: str) -> list[Prompt] | str:
+        """The sampled prompts; the reason if a workload that was not named is unavailable."""
+        config = self._config
+        try:
+            prompts = registry.read(workload, config.data_dir, self.malformed[registry.label(workload)])
+        except UnavailableError as error:
+            if "workloads" in config.named:
+                raise
+            return str(error)
+        num_prompts = self._num_wanted(len(prompts))
+        least = 1 if config.rate else max(config.batch_sizes)
+        if not least <= num_prompts <= len(prompts):
+            raise ValueError(
+                f"num_prompts={num_prompts} must be at most {len(prompts)}, what workload {workload} has, "
+                "and at least the batch size; lower --num-prompts or --batch-sizes"
+            )
+        # a prompt's length is known only with a tokenizer: until then all are kept, in random order
+        return registry.sample(prompts, len(prompts) if config.prompt_lengths else num_prompts, config.seed)
+
+    def _num_wanted(self, num_available: int) -> int:
+        """The number of prompts that was named, else the default as far as there are so many; with a rate, one each."""
+        config = self._config
+        if "num_prompts" in config.named:
+            return config.num_prompts
+        return min(self._num_requests if config.rate else config.num_prompts, num_available)
+
+    def _check_code_execution(self) -> None:
+        """Raises ValueError if code is to be run and there is no sandbox."""
+        has_code = any(isinstance(prompt.truth, UnitTest) for prompts in self.available() for prompt in prompts)
+        if self._config.allow_code_execution and has_code and (reason := sandbox.why_not()):
+            raise ValueError(
+                f"allow_code_execution=1 must be able to shut code in, but here {reason}; run as root or where users "
+                "have namespaces, in a container with --cap-add SYS_ADMIN, or leave the option out"
+            )
+
+
+def encoded_prompt(prompt: Prompt, tokenizer: Any, config: BenchConfig, pair: Pair) -> tuple[int, ...]:
+    """A prompt's token ids in the format asked for; its bytes for random weights without a tokenizer.
+
+    Fails the cell if there is no tokenizer, or none with a chat template where that was named.
+    """
+    is_raw = config.prompt_format == "raw"
+    if not is_raw and "prompt_format" in config.named and not getattr(tokenizer, "chat_template", None):
+        pytest.fail("prompt_format=instruct must have a tokenizer with a chat template; use raw", pytrace=False)
+    text = (prompt.raw or prompt.text) if is_raw else prompt.text
+    if tokenizer is None and pair.load_format == "dummy":
+        return encode_bytes(text)
+    if tokenizer is None:
+        pytest.fail(f"pair={pair.name} must have a tokenizer to read prompts; name a target with one", pytrace=False)
+    return encode_raw(text, tokenizer) if is_raw else encode(text, tokenizer)
