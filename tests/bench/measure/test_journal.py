@@ -99,8 +99,8 @@ def other(value: Any) -> Any:
             return value + 1
         case str():
             return f"{value}x"
-        case tuple():
-            return (*value, "x")
+        case tuple():  # names of engines and methods must exist
+            return value[:-1] if len(value) > 1 else (*value, "x")
         case Path():
             return value / "x"
         case frozenset():
