@@ -1,47 +1,76 @@
-"""How one request is sampled: its parameters, checked."""
+"""Sampling parameters of a request."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, NoReturn
 
 CONSTRAINTS = ("json_schema", "regex", "grammar")
-_MAX_SHOWN = 80  # characters of a wrong value
+_MAX_SHOWN = 80  # characters of a wrong value that a message repeats
+
+_FLOATS: dict[str, tuple[Callable[[float], bool], str]] = {
+    "temperature": (lambda value: 0 <= value < math.inf, "finite and >= 0; 0 is greedy"),
+    "top_p": (lambda value: 0 < value <= 1, "in (0, 1]; 1 keeps all tokens"),
+    "min_p": (lambda value: 0 <= value <= 1, "in [0, 1]; 0 keeps all tokens"),
+    "presence_penalty": (math.isfinite, "finite; 0 is off"),
+    "frequency_penalty": (math.isfinite, "finite; 0 is off"),
+    "repetition_penalty": (lambda value: 0 < value < math.inf, "finite and > 0; 1 is off"),
+}
+_INTEGERS: dict[str, tuple[Callable[[int], bool], str]] = {
+    "top_k": (lambda value: value >= 0, "an integer >= 0; 0 keeps all tokens"),
+    "max_tokens": (lambda value: value >= 1, "an integer >= 1"),
+    "min_tokens": (lambda value: value >= 0, "an integer >= 0"),
+    "seed": (lambda value: 0 <= value < 2**64, "an integer in [0, 2**64)"),
+    "n": (lambda value: value >= 1, "an integer >= 1"),
+    "top_logprobs": (lambda value: value >= 0, "an integer >= 0"),
+}
+_FLAGS = ("ignore_eos", "logprobs", "include_stop_str_in_output")
+_TEXTS = {
+    "json_schema": (str | Mapping, "a mapping, a JSON string"),
+    "regex": (str, "a string"),
+    "grammar": (str, "a string"),
+}
 
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How one request is sampled. Defaults follow vLLM: temperature 1, no truncation, no penalty.
+    """Sampling parameters of one request. Names and defaults follow vLLM.
 
-    temperature: float >= 0; 0 is greedy decoding (the argmax; the lowest id wins a tie).
-    top_k: keep the k largest logits, ties with the k-th included; 0 keeps all.
-    top_p: keep the fewest largest probabilities whose sum reaches top_p, in (0, 1], ties with the last included.
-    min_p: drop tokens less probable than min_p times the most probable one, in [0, 1].
-    presence_penalty, frequency_penalty: subtracted from the logits of emitted tokens, once or per occurrence.
-    repetition_penalty: > 0; logits of prompt and emitted tokens are divided (positive) or multiplied (negative).
-    logit_bias: token id -> float added to its logit; -inf forbids the token.
-    max_tokens: tokens to emit at the most, the stop token included.
-    min_tokens: tokens to emit at the least: until then stop tokens are forbidden and stop strings are passed over.
-    stop_token_ids: token ids that end the request; the stop token is emitted.
-    stop: texts that end the request, with the token that completes one of them, wherever tokens begin and end.
-    include_stop_str_in_output: whether the text keeps the stop string; else it ends before it.
-    bad_words: texts that the output must not have: tokens that would complete one of them are forbidden.
-    ignore_eos: do not end at the model's own end-of-sequence tokens.
-    seed: selects the request's random stream, 0 <= seed < 2**64. Requests with equal seeds share uniforms.
-    n: how many samples of a prompt; each is a completion of its own, by a seed of its own, and the first is what n=1
-    gives. The target reads the prompt once.
-    logprobs: also return the log-probability of each emitted token under the target's unprocessed logits.
-    top_logprobs: with logprobs, also those of so many likeliest tokens in each place.
-    json_schema, regex, grammar: what the text before the stop token is to be, at most one of them: JSON of a schema,
-    given as a mapping or as JSON; a text that a regular expression matches as a whole; a text of a grammar in Lark's or
-    GBNF's notation. They are read by the package llguidance, which documents what they may have.
+    They are applied in this order: logit bias; repetition, frequency and presence penalties; the constraint,
+    `bad_words` and `min_tokens`; temperature; top-k; top-p; min-p.
 
-    The order is: logit bias, repetition, frequency and presence penalties, what constraint, bad_words and min_tokens
-    allow, temperature, top-k, top-p, min-p.
-    Raises ValueError naming the field, its value and the rule.
+    Args:
+        temperature: float >= 0; 0 is greedy decoding (argmax, ties go to the lowest id).
+        top_k: keep the k largest logits, including ties with the k-th; 0 keeps all.
+        top_p: keep the fewest most probable tokens whose probabilities sum to at least top_p, in (0, 1], including
+            ties with the last.
+        min_p: drop tokens less probable than min_p times the most probable one, in [0, 1].
+        presence_penalty: subtracted from the logit of every token that was emitted.
+        frequency_penalty: subtracted from the logit of a token once per time it was emitted.
+        repetition_penalty: > 0; logits of prompt and emitted tokens are divided by it if positive, else multiplied.
+        logit_bias: token id -> float added to its logit; -inf forbids the token.
+        max_tokens: maximum number of tokens to emit, including the stop token.
+        stop_token_ids: token ids that end the request; the stop token is emitted.
+        ignore_eos: do not stop at the model's own end-of-sequence tokens.
+        seed: selects the request's random stream, 0 <= seed < 2**64. Requests with equal seeds share uniforms.
+        logprobs: also return the log-probability of each emitted token under the target's unprocessed logits.
+        n: number of samples of the prompt, each a completion with its own seed; the first equals the completion for
+            n=1. The target reads the prompt once.
+        top_logprobs: with logprobs, also return those of this many most probable tokens at each position.
+        json_schema: constrain the text before the stop token to JSON of this schema, a mapping or a JSON string.
+        regex: constrain the text to a full match of this regular expression.
+        grammar: constrain the text by a grammar in Lark or GBNF notation. Constraints are compiled by the package
+            llguidance, which documents their syntax; at most one of the three may be given.
+        stop: strings that end the request, wherever token boundaries fall.
+        include_stop_str_in_output: whether the text includes the stop string or ends before it.
+        min_tokens: minimum number of tokens to emit: until then stop tokens are forbidden and stop strings ignored.
+        bad_words: strings that must not occur in the output; tokens that would complete one are forbidden.
+
+    Raises:
+        ValueError: naming the field, its value and the rule it breaks.
     """
 
     temperature: float = 1.0
@@ -68,84 +97,74 @@ class SamplingParams:
     bad_words: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        def require(name: str, holds: bool, rule: str) -> None:
-            if not holds:
-                shown = repr(getattr(self, name))
-                raise ValueError(
-                    f"{name}={shown if len(shown) <= _MAX_SHOWN else shown[:_MAX_SHOWN] + '...'} must be {rule}"
-                )
+        for name, (holds, rule) in _FLOATS.items():
+            self._check_number(name, Real, holds, rule, float)
+        for name, (fits, rule) in _INTEGERS.items():
+            self._check_number(name, Integral, fits, rule, int)
+        for name in _FLAGS:
+            if not isinstance(getattr(self, name), bool):
+                self._reject(name, "True or False")
+        if self.min_tokens > self.max_tokens:
+            self._reject("min_tokens", f"an integer from 0 to max_tokens={self.max_tokens}")
+        if self.top_logprobs and not self.logprobs:
+            self._reject("top_logprobs", "0 without logprobs; set logprobs=True")
+        self._check_token_ids()
+        self._check_texts()
 
-        def number(name: str, holds: Any, rule: str) -> None:
-            value = getattr(self, name)
-            is_number = isinstance(value, Real) and not isinstance(value, bool)
-            require(name, is_number and math.isfinite(value) and holds(value), rule)
-            object.__setattr__(self, name, float(value))
+    def _reject(self, name: str, rule: str) -> NoReturn:
+        shown = repr(getattr(self, name))
+        shown = shown if len(shown) <= _MAX_SHOWN else f"{shown[:_MAX_SHOWN]}..."
+        raise ValueError(f"{name}={shown} must be {rule}")
 
-        def integer(name: str, holds: Any, rule: str) -> None:
-            value = getattr(self, name)
-            require(name, _is_integer(value) and holds(value), rule)
-            object.__setattr__(self, name, int(value))
+    def _check_number(self, name: str, kind: type, holds: Callable[[Any], bool], rule: str, to: type) -> None:
+        value = getattr(self, name)
+        if not isinstance(value, kind) or isinstance(value, bool) or not holds(value):
+            self._reject(name, rule)
+        object.__setattr__(self, name, to(value))
 
-        number("temperature", lambda value: value >= 0, "finite and >= 0; 0 is greedy")
-        number("top_p", lambda value: 0 < value <= 1, "in (0, 1]; 1 keeps all tokens")
-        number("min_p", lambda value: 0 <= value <= 1, "in [0, 1]; 0 keeps all tokens")
-        number("presence_penalty", lambda value: True, "finite; 0 is off")
-        number("frequency_penalty", lambda value: True, "finite; 0 is off")
-        number("repetition_penalty", lambda value: value > 0, "finite and > 0; 1 is off")
-        integer("top_k", lambda value: value >= 0, "an integer >= 0; 0 keeps all tokens")
-        integer("max_tokens", lambda value: value >= 1, "an integer >= 1")
-        integer(
-            "min_tokens",
-            lambda value: 0 <= value <= self.max_tokens,
-            f"an integer from 0 to max_tokens={self.max_tokens}",
-        )
-        integer("seed", lambda value: 0 <= value < 2**64, "an integer in [0, 2**64)")
-        integer("n", lambda value: value >= 1, "an integer >= 1")
-        integer("top_logprobs", lambda value: value >= 0, "an integer >= 0")
-        for name in ("ignore_eos", "logprobs", "include_stop_str_in_output"):
-            require(name, isinstance(getattr(self, name), bool), "True or False")
-        require("top_logprobs", self.logprobs or not self.top_logprobs, "0 without logprobs; set logprobs=True")
-        require("logit_bias", _is_bias(self.logit_bias), "a mapping of token ids >= 0 to floats below +inf")
+    def _check_token_ids(self) -> None:
+        if not _is_bias(self.logit_bias):
+            self._reject("logit_bias", "a mapping of token ids >= 0 to floats below +inf")
         object.__setattr__(self, "logit_bias", {int(token): float(bias) for token, bias in self.logit_bias.items()})
-        rule = "a list or tuple of token ids >= 0, such as (2,)"
-        require("stop_token_ids", _is_sequence(self.stop_token_ids), rule)
-        require("stop_token_ids", all(_is_integer(token) and token >= 0 for token in self.stop_token_ids), rule)
+        if not _is_sequence(self.stop_token_ids) or not all(map(_is_token_id, self.stop_token_ids)):
+            self._reject("stop_token_ids", "a list or tuple of token ids >= 0, such as (2,)")
         object.__setattr__(self, "stop_token_ids", tuple(map(int, self.stop_token_ids)))
+
+    def _check_texts(self) -> None:
         for name in ("stop", "bad_words"):
             texts = getattr(self, name)
             texts = (texts,) if isinstance(texts, str) else texts
-            is_right = _is_sequence(texts) and all(isinstance(text, str) and text for text in texts)
-            require(name, is_right, 'a text or a list of texts that are not empty, such as ["\\n\\n"]')
+            if not _is_sequence(texts) or not all(isinstance(text, str) and text for text in texts):
+                self._reject(name, 'a non-empty string or a list of them, such as ["\\n\\n"]')
             object.__setattr__(self, name, tuple(texts))
-        require("json_schema", isinstance(self.json_schema, str | Mapping | None), "a mapping, a text of JSON or None")
-        require("regex", isinstance(self.regex, str | None), "a text or None")
-        require("grammar", isinstance(self.grammar, str | None), "a text or None")
+        for name, (kinds, rule) in _TEXTS.items():
+            if not isinstance(getattr(self, name), kinds | None):
+                self._reject(name, f"{rule} or None")
         given = [name for name in CONSTRAINTS if getattr(self, name) is not None]
         if len(given) > 1:
             raise ValueError(f"{' and '.join(given)} must not be given together; choose one")
 
     @property
     def constraint(self) -> str | None:
-        """Which of the fields that constrain the text is given."""
+        """The name of the constraint field that is set, if any."""
         return next((name for name in CONSTRAINTS if getattr(self, name) is not None), None)
 
     @property
     def has_penalties(self) -> bool:
-        """Whether the distribution depends on which tokens came before, beyond what the model sees."""
+        """Whether any penalty is active."""
         return (self.presence_penalty, self.frequency_penalty, self.repetition_penalty) != (0.0, 0.0, 1.0)
 
 
-def _is_integer(value: Any) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool)
+def _is_token_id(value: Any) -> bool:
+    return not isinstance(value, bool) and isinstance(value, Integral) and int(value) >= 0
 
 
 def _is_sequence(value: Any) -> bool:
-    """Whether it is a list, a tuple or the like; a text is none, though its letters would do."""
+    """Whether a value is a list, tuple or set. A string is not, although it is a sequence of its characters."""
     return isinstance(value, Sequence | set | frozenset) and not isinstance(value, str | bytes)
 
 
 def _is_bias(value: Any) -> bool:
     return isinstance(value, Mapping) and all(
-        _is_integer(token) and token >= 0 and isinstance(bias, Real) and bias < math.inf
-        for token, bias in value.items()
+        _is_token_id(token) and isinstance(bias, Real) and bias < math.inf for token, bias in value.items()
     )

@@ -1,33 +1,50 @@
-"""The rule that makes speculative decoding lossless.
+"""Speculative decoding verification: accept, recover, bonus.
 
-A cheap *draft* proposes tokens x_0 ... x_{k-1}, each drawn from its own distribution `draft_probs`. One call of the
-*target* gives its distributions `target_probs` at those k positions and at the one after. Going from left to right:
+A cheap *draft model* proposes k tokens, each sampled from its own distribution. One forward pass of the *target model*
+scores all of them, and verification decides how many to keep. The output is distributed exactly as if the target had
+generated every token itself: speculative decoding is lossless, whatever the draft proposes.
 
-* **accept** x_i with probability min(1, target_probs[x_i] / draft_probs[x_i]);
-* at the first rejection draw the **recovered** token from the residual distribution, norm(max(target_probs -
-draft_probs, 0)),
-  and stop;
-* if nothing was rejected draw the **bonus** token from the target's distribution after the last draft.
+Glossary:
+    target distribution: the target model's next-token distribution; its rows are `target_probs`.
+    draft distribution: the distribution a draft token was sampled from; its rows are `draft_probs`. A deterministic
+        proposer (n-gram, suffix, greedy draft) has a one-hot draft distribution.
+    k: the number of tokens proposed, `num_speculative_tokens` or gamma elsewhere. With k = 0 a step is plain
+        autoregressive decoding.
+    accepted token: a draft token that passes verification and is emitted.
+    recovered token: the token emitted in place of the first rejected draft token, sampled from the residual
+        distribution norm(max(target_probs - draft_probs, 0)).
+    bonus token: the token emitted after all k draft tokens have been accepted, sampled from the target distribution.
+    residual distribution: what is left of the target distribution once the draft has had its chance.
 
-That is `verify_tokens`. `verify_block` decides about the draft as a whole, and keeps more of it under the same
-distribution. `verify_coupled` lets draft and target draw by the same noise, and keeps the draft while they draw the
-same tokens.
+The rule, from left to right over the draft tokens x_0 ... x_{k-1}:
+    1. Accept x_i with probability min(1, target_probs[x_i] / draft_probs[x_i]).
+    2. At the first rejection, emit a recovered token and stop.
+    3. If nothing was rejected, emit a bonus token.
 
-Why the token kept at a position has exactly the target's distribution (p the target's, q the draft's probabilities):
+Why it is lossless. Let p and q be the target and draft distributions at one position. The emitted token is x with
+probability
 
     P(x) = q(x) min(1, p(x)/q(x))  +  (1 - sum_y min(p(y), q(y))) * max(p(x) - q(x), 0) / sum_y max(p(y) - q(y), 0)
-         = min(p(x), q(x))         +  max(p(x) - q(x), 0)              because both sums are the same number
+         = min(p(x), q(x))         +  max(p(x) - q(x), 0)              because 1 - sum min(p, q) = sum max(p - q, 0)
          = p(x).
 
-This holds whatever the draft is, as long as q is the distribution that the draft was really drawn from; `Draft`
-therefore carries its distribution. A deterministic proposer's distribution is one-hot. Plain autoregressive decoding
-is the case k = 0.
+The proof needs one thing of the draft: that q is the distribution the token was really sampled from. A `Draft`
+therefore carries its distribution with its tokens.
 
-Everything here is a function of distributions and uniforms: no model, no random generator, so it can be proved by
-enumeration.
+Three rules are implemented:
+    `verify_tokens`: the rule above, token by token.
+    `verify_block`: verifies the draft as a whole and accepts at least as many tokens in expectation.
+    `verify_coupled`: target and draft sample with shared noise, so the output depends only on the seed, never on the
+        draft.
 
-Sources: Leviathan, Kalman and Matias 2023 (arXiv:2211.17192), who write p for the target and q for the draft;
-Chen et al. 2023 (arXiv:2302.01318), who write them the other way round.
+All of them are pure functions of distributions and uniforms. No model and no random generator is involved, so the
+tests prove them by enumeration.
+
+References:
+    Leviathan, Kalman and Matias 2023, arXiv:2211.17192 (writes p for the target, q for the draft).
+    Chen et al. 2023, arXiv:2302.01318 (writes q for the target, p for the draft).
+    Sun et al. 2024, arXiv:2403.10444 (block verification).
+    Daliri, Musco and Suresh 2024, arXiv:2408.07978 (coupled verification).
 """
 
 from __future__ import annotations
@@ -47,14 +64,19 @@ from specdec.trees.shape import Tree
 
 @dataclass(frozen=True, slots=True)
 class Draft:
-    """Proposed tokens together with the distribution that they were drawn from.
+    """Draft tokens together with the distributions they were sampled from.
 
-    tokens: int64 [batch, k]. num_proposed: int64 [batch], 0 <= num_proposed <= k; a row's tokens after these are
-    padding. distribution: the draft's distributions [batch, k].
-    tree: its shape, if it is one. The distribution then has a row for each family of siblings, in their order, from
-    which they were drawn without replacement. None: a chain, each token following the one before.
-    finite: bool, as many as the distributions, whether they come from logits that have one; None if they surely do.
-    Raises ValueError if the shapes do not belong together.
+    Args:
+        tokens: int64 [batch, k].
+        num_proposed: int64 [batch], the number of tokens proposed in each row, 0 <= num_proposed <= k. The rest is
+            padding.
+        distribution: the draft distributions, [batch, k].
+        tree: the shape of a draft tree. The distribution then has one row per family of siblings, which were sampled
+            from it without replacement. None for a chain.
+        finite: bool, one per distribution, whether its logits were valid; None if they surely were.
+
+    Raises:
+        ValueError: if the shapes do not match.
     """
 
     tokens: Tensor
@@ -66,42 +88,43 @@ class Draft:
     def __post_init__(self) -> None:
         if self.tokens.ndim != 2 or self.num_proposed.shape != self.tokens.shape[:1]:
             raise ValueError(
-                f"tokens of shape {tuple(self.tokens.shape)} must be [batch, k] and num_proposed, here of "
-                f"shape {tuple(self.num_proposed.shape)}, [batch]"
+                f"tokens of shape {tuple(self.tokens.shape)} and num_proposed of shape "
+                f"{tuple(self.num_proposed.shape)} must have shapes [batch, k] and [batch]"
             )
         num_rows, num_tokens = self.tokens.shape
         if self.tree is not None and len(self.tree) != num_tokens:
-            raise ValueError(f"a tree of {len(self.tree)} nodes must have one for each of {num_tokens} tokens")
+            raise ValueError(f"tree of {len(self.tree)} nodes must have one node per token, {num_tokens}")
         num_distributions = num_tokens if self.tree is None else len(self.tree.families)
         if self.distribution.shape != (num_rows, num_distributions):
-            whose = "tokens" if self.tree is None else "tokens' families"
+            unit = "token" if self.tree is None else "family of siblings"
             raise ValueError(
-                f"distribution of shape {tuple(self.distribution.shape)} must have one row for each of the "
-                f"{(num_rows, num_distributions)} {whose}"
+                f"distribution of shape {tuple(self.distribution.shape)} must have shape "
+                f"{(num_rows, num_distributions)}, one row per {unit}"
             )
         if self.finite is not None and self.finite.shape != self.distribution.shape:
             raise ValueError(f"finite of shape {tuple(self.finite.shape)} must have the distribution's shape")
 
     @classmethod
     def deterministic(cls, tokens: Tensor, num_proposed: Tensor, vocab_size: int) -> Draft:
-        """A draft that could not have been otherwise: its distribution is one-hot."""
+        """A draft proposed with certainty: its distribution is one-hot."""
         return cls(tokens, num_proposed, OneHot(tokens, vocab_size))
 
     @classmethod
     def empty(cls, batch_size: int, vocab_size: int, device: torch.device) -> Draft:
-        """No proposal: verifying it is one step of autoregressive decoding."""
+        """A draft of no tokens; verifying it is one step of autoregressive decoding."""
         nothing = torch.empty(batch_size, 0, dtype=torch.int64, device=device)
         return cls.deterministic(nothing, nothing.new_zeros(batch_size), vocab_size)
 
 
 @dataclass(frozen=True, slots=True)
 class Verification:
-    """What became of a draft: row b emits its first accepted[b] draft tokens, then next_token[b].
+    """The outcome of a step: row b emits its first accepted[b] draft tokens, then next_token[b].
 
-    accepted: int64 [batch], 0 <= accepted <= the draft's num_proposed.
-    next_token: int64 [batch]; recovered where accepted < num_proposed, bonus where they are equal.
-    path: of a tree, int64 [batch, levels]: the tokens' places in the draft, where a chain's are 0, 1, ...; behind the
-    accepted ones so, too.
+    Attributes:
+        accepted: int64 [batch], the number of accepted tokens, 0 <= accepted <= num_proposed.
+        next_token: int64 [batch], the recovered token where accepted < num_proposed, the bonus token where equal.
+        path: int64 [batch, levels] for a tree: the indices in the draft of the accepted tokens, padded with each
+            level's own number. None for a chain, whose path is 0, 1, ...
     """
 
     accepted: Tensor
@@ -110,19 +133,19 @@ class Verification:
 
 
 class VerificationRule(Protocol):
-    """Decides about a draft; `verify_tokens` is one."""
+    """A verification rule, such as `verify_tokens`."""
 
     @property
     def needs_noise(self) -> bool:
-        """Whether final_uniforms are [batch, k + 1, vocab], one for each token.
+        """Whether final_uniforms are [batch, k + 1, vocab], one uniform per token of the vocabulary.
 
-        They depend on seed and position only, and drafts are drawn by them, too.
+        They depend on seed and position only, and drafts are sampled with the same ones.
         """
         ...
 
     @property
     def always_draws(self) -> bool:
-        """Whether uniforms are needed even where every distribution is one-hot."""
+        """Whether uniforms are needed even if every distribution is one-hot."""
         ...
 
     def __call__(
@@ -146,54 +169,80 @@ class Rule:
 
 @Rule
 def verify_tokens(target: Distribution, draft: Draft, accept_uniforms: Tensor, final_uniforms: Tensor) -> Verification:
-    """Token-by-token verification (Leviathan et al., Algorithm 1; Chen et al., Algorithm 2).
+    """Verify a draft token by token: the standard rejection sampler.
 
-    target: the target's distributions [batch, k + 1]; position i is the distribution of the token that draft token i
-    proposes.
-    accept_uniforms: float64 [batch, k], one for each test.
-    final_uniforms: float64 [batch, k + 1]; column i draws the last token if i draft tokens were accepted.
+    Args:
+        target: the target distributions, [batch, k + 1]; row i verifies draft token i, row k gives the bonus token.
+        draft: k draft tokens per row with the distributions they were sampled from.
+        accept_uniforms: float64 [batch, k] in [0, 1), one per accept test.
+        final_uniforms: float64 [batch, k + 1] in [0, 1); column i samples the recovered or bonus token after i
+            accepted ones.
+
+    Returns:
+        The number of accepted tokens and the recovered or bonus token of each row.
+
+    Source: Leviathan et al. 2023, Algorithm 1; Chen et al. 2023, Algorithm 2.
     """
     num_drafted = draft.tokens.shape[1]
     if num_drafted == 0:
-        return draw_last(target, draft, draft.num_proposed, final_uniforms)
+        return draw_final(target, draft, draft.num_proposed, final_uniforms)
     accepted = fused.num_accepted(target, draft.distribution, draft.tokens, draft.num_proposed, accept_uniforms)
-    if accepted is not None:  # a kernel of what follows, on GPUs
-        return draw_last(target, draft, accepted, final_uniforms)
+    if accepted is not None:  # on GPUs: the lines below as one kernel
+        return draw_final(target, draft, accepted, final_uniforms)
     target_prob, draft_prob = target[:, :num_drafted].prob(draft.tokens), draft.distribution.prob(draft.tokens)
     # u < target/draft without the division; strict <: at u = 0 an impossible token must lose
     passed = accept_uniforms * draft_prob < target_prob
     proposed = torch.arange(num_drafted, device=passed.device) < draft.num_proposed.unsqueeze(1)
     accepted = (passed & proposed).long().cumprod(1).sum(1)
-    return draw_last(target, draft, accepted, final_uniforms)
+    return draw_final(target, draft, accepted, final_uniforms)
 
 
 @Rule
 def verify_block(target: Distribution, draft: Draft, accept_uniforms: Tensor, final_uniforms: Tensor) -> Verification:
-    """Block verification: the draft is kept up to the last position that passes, which may save a token before it.
+    """Verify a draft as a block: accept up to the last position that passes, even if an earlier one did not.
 
-    Arguments as for `verify_tokens`. In expectation it accepts at least as many tokens, under the same distribution.
-    Source: Sun et al. 2024 (arXiv:2403.10444), Algorithm 2.
+    It accepts at least as many tokens in expectation as `verify_tokens`, and the output distribution is the same.
+
+    Args:
+        target: the target distributions, [batch, k + 1].
+        draft: k draft tokens per row with the distributions they were sampled from.
+        accept_uniforms: float64 [batch, k] in [0, 1), one per accept test.
+        final_uniforms: float64 [batch, k + 1] in [0, 1); column i samples the recovered or bonus token after i
+            accepted ones.
+
+    Returns:
+        The number of accepted tokens and the recovered or bonus token of each row.
+
+    Source: Sun et al. 2024, Algorithm 2.
     """
     if isinstance(target, OneHot):
-        return verify_tokens(target, draft, accept_uniforms, final_uniforms)  # nothing to save: a token fits or not
+        return verify_tokens(target, draft, accept_uniforms, final_uniforms)  # greedy: the same prefix either way
     weights = block_weights(target, draft)
     position = torch.arange(1, draft.tokens.shape[1] + 1, device=draft.tokens.device)
     passed = accept_uniforms < block_acceptance(target, draft, weights)
     accepted = torch.where(passed & (position <= draft.num_proposed.unsqueeze(1)), position, 0)
     accepted = torch.cat([torch.zeros_like(draft.num_proposed).unsqueeze(1), accepted], 1).amax(1)
-    return draw_last(target, draft, accepted, final_uniforms, weights.gather(1, accepted.unsqueeze(1)))
+    return draw_final(target, draft, accepted, final_uniforms, weights.gather(1, accepted.unsqueeze(1)))
 
 
 @partial(Rule, needs_noise=True)
 def verify_coupled(target: Distribution, draft: Draft, accept_uniforms: Tensor, final_uniforms: Tensor) -> Verification:
-    """Coupled verification: the target draws its own token at each position, and the draft is kept while it is that.
+    """Verify a draft by comparison: the target samples its own token at each position, and matching drafts are kept.
 
-    final_uniforms: float64 [batch, k + 1, vocab], the noise of each position; other arguments as for `verify_tokens`,
-    of which accept_uniforms decide nothing.
-    What is emitted is what the target draws by this noise, whatever was drafted. A draft drawn by the same noise is
-    mostly the same token, where the distributions are close; a deterministic one is kept as often as by
-    `verify_tokens`.
-    Source: Daliri, Musco and Suresh 2024 (arXiv:2408.07978).
+    The output is what the target samples with this noise, so it does not depend on the draft at all. A draft token
+    sampled with the same noise mostly matches if the two distributions are close; a deterministic one is accepted as
+    often as by `verify_tokens`.
+
+    Args:
+        target: the target distributions, [batch, k + 1].
+        draft: k draft tokens per row.
+        accept_uniforms: ignored; present because all rules share one signature.
+        final_uniforms: float64 [batch, k + 1, vocab] in [0, 1), the noise of each position.
+
+    Returns:
+        The number of accepted tokens and the recovered or bonus token of each row.
+
+    Source: Daliri, Musco and Suresh 2024.
     """
     num_drafted = draft.tokens.shape[1]
     drawn = target.draw(final_uniforms)
@@ -203,9 +252,16 @@ def verify_coupled(target: Distribution, draft: Draft, accept_uniforms: Tensor, 
 
 
 def block_weights(target: Distribution, draft: Draft) -> Tensor:
-    """How much of the target's probability of i tokens their draft carries, i = 0 ... k: float64 [batch, k + 1].
+    """Block weights: how likely the first i draft tokens are to be kept if the draft ended there, for i = 0 ... k.
 
-    weight 0 is 1; weight i = min(1, weight (i - 1) * target / draft), the two being the probabilities of token i.
+    weight[0] = 1 and weight[i] = min(1, weight[i - 1] * target_probs[x] / draft_probs[x]) for the i-th draft token x.
+
+    Args:
+        target: the target distributions, [batch, k + 1].
+        draft: k draft tokens per row with the distributions they were sampled from.
+
+    Returns:
+        float64 [batch, k + 1].
     """
     num_drafted = draft.tokens.shape[1]
     target_prob, draft_prob = target[:, :num_drafted].prob(draft.tokens), draft.distribution.prob(draft.tokens)
@@ -217,26 +273,45 @@ def block_weights(target: Distribution, draft: Draft) -> Tensor:
 
 
 def block_acceptance(target: Distribution, draft: Draft, weights: Tensor) -> Tensor:
-    """Probability that position i passes, i = 1 ... k: float64 [batch, k].
+    """Probability that position i passes the block test, for i = 1 ... k.
 
-    The last drafted position passes with its weight; one before it with excess / (excess + 1 - weight), where excess
-    is the mass of max(weight * target - draft, 0) after it.
+    The last proposed position passes with its weight. An earlier one passes with excess / (excess + 1 - weight),
+    where excess is the sum of max(weight * target_probs - draft_probs, 0) at the following position.
+
+    Args:
+        target: the target distributions, [batch, k + 1].
+        draft: k draft tokens per row with the distributions they were sampled from.
+        weights: float64 [batch, k + 1], see `block_weights`.
+
+    Returns:
+        float64 [batch, k].
     """
     num_drafted = draft.tokens.shape[1]
     inner, scale = weights[:, 1:num_drafted], weights[:, 1:num_drafted, None]
     excess = row_sums(draft.distribution[:, 1:].excess(scale * target[:, 1:num_drafted].dense())).squeeze(-1)
-    # 0/0: weight 1 and equal distributions after it; then the next position passes at least as surely, and decides
+    # 0/0 means weight 1 followed by equal distributions: the next position then passes with probability 1 as well
     passes = (excess / (excess + 1 - inner)).nan_to_num(1.0)
     is_last = torch.arange(1, num_drafted + 1, device=weights.device) == draft.num_proposed.unsqueeze(1)
     return torch.where(is_last, weights[:, 1:], torch.nn.functional.pad(passes, (0, num_drafted - passes.shape[1])))
 
 
-def draw_last(
+def draw_final(
     target: Distribution, draft: Draft, accepted: Tensor, final_uniforms: Tensor, weight: Tensor | None = None
 ) -> Verification:
-    """Draw the token after the accepted ones with its position's uniform; arguments as for `final_distribution`."""
-    token = fused.last_token(target, draft.distribution, accepted, draft.num_proposed, final_uniforms, weight)
-    if token is not None:  # two kernels of what follows, on GPUs
+    """Sample the recovered or bonus token of each row.
+
+    Args:
+        target: the target distributions, [batch, k + 1].
+        draft: k draft tokens per row with the distributions they were sampled from.
+        accepted: int64 [batch], the number of accepted tokens.
+        final_uniforms: float64 [batch, k + 1] in [0, 1); column accepted[b] is used for row b.
+        weight: see `residual`.
+
+    Returns:
+        The verification of these rows.
+    """
+    token = fused.final_token(target, draft.distribution, accepted, draft.num_proposed, final_uniforms, weight)
+    if token is not None:  # on GPUs: the lines below as two kernels
         return Verification(accepted, token)
     uniform = final_uniforms.gather(1, accepted.unsqueeze(1)).squeeze(1)
     return Verification(accepted, final_distribution(target, draft, accepted, weight).draw(uniform))
@@ -245,15 +320,20 @@ def draw_last(
 def final_distribution(
     target: Distribution, draft: Draft, accepted: Tensor, weight: Tensor | None = None
 ) -> Distribution:
-    """Distribution of the token after the accepted ones: the residual after a rejection, the target's after full
-    acceptance.
+    """Distribution of the recovered or bonus token: the residual after a rejection, else the target distribution.
 
-    target: distributions [batch, k + 1]; accepted: int64 [batch]; weight: as for `residual`. Returns distributions
-    [batch].
+    Args:
+        target: the target distributions, [batch, k + 1].
+        draft: k draft tokens per row with the distributions they were sampled from.
+        accepted: int64 [batch], the number of accepted tokens.
+        weight: see `residual`.
+
+    Returns:
+        Distributions of shape [batch].
     """
     target_distribution = target.at(accepted)
     if isinstance(target_distribution, OneHot) or draft.tokens.shape[1] == 0:
-        return target_distribution  # a one-hot target has no mass but on its token: that is its residual too
+        return target_distribution  # the residual of a one-hot target is that target
     draft_distribution = draft.distribution.at(accepted.clamp(max=draft.tokens.shape[1] - 1))
     rejected = (accepted < draft.num_proposed).unsqueeze(1)
     target_probs = target_distribution.dense()
@@ -261,17 +341,25 @@ def final_distribution(
 
 
 def residual(target_probs: Tensor, draft_distribution: Distribution, weight: Tensor | None = None) -> Tensor:
-    """Distribution of the token that replaces a rejected draft: norm(max(weight * target - draft, 0)).
+    """Distribution of the recovered token: norm(max(weight * target_probs - draft_probs, 0)).
 
-    target_probs: float [..., vocab], each row summing to 1. draft_distribution: distributions [...].
-    weight: [..., 1], below 1 only where block verification ends a draft that carries less than the target has.
-    Where nothing exceeds the target row is returned: a rejection then has probability 0.
-    Raises ValueError if the shapes differ.
-    Source: Leviathan et al. 2023, p' in Algorithm 1; Chen et al. 2023 write (q - p)+.
+    Args:
+        target_probs: float [..., vocab], rows summing to 1.
+        draft_distribution: the draft distributions, shape [...].
+        weight: float [..., 1], the block weight of the accepted tokens; None stands for 1.
+
+    Returns:
+        float [..., vocab], rows summing to 1. Where the residual is zero everywhere the target row is returned; a
+        rejection there has probability 0.
+
+    Raises:
+        ValueError: if the shapes differ.
+
+    Source: Leviathan et al. 2023, p' in Algorithm 1; (q - p)+ in Chen et al. 2023.
     """
     if target_probs.shape != (*draft_distribution.shape, draft_distribution.vocab_size):
         raise ValueError(
-            f"target_probs of shape {tuple(target_probs.shape)} must have the shape of the draft's distributions, "
+            f"target_probs of shape {tuple(target_probs.shape)} must have the shape of the draft distributions, "
             f"{(*draft_distribution.shape, draft_distribution.vocab_size)}"
         )
     excess = draft_distribution.excess(target_probs if weight is None else weight * target_probs)

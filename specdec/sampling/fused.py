@@ -1,6 +1,6 @@
-"""The token-by-token rule as a few kernels, for GPUs: what `specdec.verification` says, fused.
+"""`verify_tokens` of `specdec.verification` as a few fused GPU kernels.
 
-Each function returns None where no kernels run on the distributions; the caller then does it in torch operations.
+Each function returns None if the distributions are not on a GPU with kernels; the caller then uses torch operations.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from specdec.sampling.distributions import Dense, Distribution, OneHot
 def num_accepted(
     target: Distribution, draft: Distribution, tokens: Tensor, num_proposed: Tensor, accept_uniforms: Tensor
 ) -> Tensor | None:
-    """How many leading tokens of a draft pass, int64 [batch], in one kernel.
+    """Number of accepted draft tokens, int64 [batch], in one kernel.
 
-    target: distributions [batch, k + 1], k > 0. draft: distributions [batch, k]. tokens, num_proposed: the draft's.
-    accept_uniforms: as for `specdec.verification.verify_tokens`.
+    target: distributions [batch, k + 1], k > 0. draft: distributions [batch, k]. tokens, num_proposed: see `Draft`.
+    accept_uniforms: see `specdec.verification.verify_tokens`.
     """
     fast = _kernels(target, draft)
     if fast is None:
@@ -28,7 +28,7 @@ def num_accepted(
     return accepted
 
 
-def last_token(
+def final_token(
     target: Distribution,
     draft: Distribution,
     accepted: Tensor,
@@ -36,25 +36,25 @@ def last_token(
     final_uniforms: Tensor,
     weight: Tensor | None = None,
 ) -> Tensor | None:
-    """The token after the accepted ones, int64 [batch], in two kernels; see `specdec.verification.draw_last`.
+    """The recovered or bonus token, int64 [batch], in two kernels; see `specdec.verification.draw_final`.
 
-    None, too, where nothing is left to chance or was drafted: then there is nothing to fuse.
+    None also for greedy targets and empty drafts, where there is nothing to fuse.
     """
     fast = _kernels(target, draft) if isinstance(target, Dense) and draft.shape[1] else None
     if fast is None:
         return None
-    token: Tensor = fast.last_token(target.dense(), _form(draft), accepted, num_proposed, final_uniforms, weight)
+    token: Tensor = fast.final_token(target.dense(), _form(draft), accepted, num_proposed, final_uniforms, weight)
     return token
 
 
 def _kernels(target: Distribution, draft: Distribution) -> Any:
-    """The kernels, if they run on both sides' distributions."""
+    """The kernel module, if it runs on both distributions."""
     found = [gpu.for_gpu(form) for distribution in (target, draft) for form in _form(distribution) if form is not None]
     return found[0] if all(found) else None
 
 
 def _form(distribution: Distribution) -> tuple[Tensor | None, Tensor | None]:
-    """Probabilities and tokens, as `specdec.kernels.triton_sampling.num_accepted` takes them."""
+    """(probabilities, tokens), the form that `specdec.kernels.triton_sampling` takes."""
     if isinstance(distribution, OneHot):
         return None, distribution.tokens
     if isinstance(distribution, Dense):

@@ -1,8 +1,8 @@
 """Counter-based uniforms: a pure function of (request seed, position, role, origin).
 
 The generator is Philox 4x32-10 (Salmon, Moraes, Dror and Shaw 2011, "Parallel random numbers: as easy as 1, 2, 3"),
-the one behind cuRAND and numpy.random.Philox. It has no state, so a row's draws do not depend on its batch mates,
-on the device or on the order of work.
+as in cuRAND and numpy.random.Philox. It is stateless, so a row's draws do not depend on its batch mates, the device or
+the order of work.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _MASK = 0xFFFFFFFF
 
 
 class Role(IntEnum):
-    """What a uniform decides. Two roles never share a draw."""
+    """What a uniform is used for. Two roles never share a draw."""
 
     DRAFT = 0
     ACCEPT = 1
@@ -32,24 +32,24 @@ class Role(IntEnum):
     COUPLED = 4
 
 
-_BRANCH_SHIFT = 8  # the role takes the low bits of its word of the counter, the branch those above
+_BRANCH_SHIFT = 8  # the role takes the low bits of its counter word, the branch the bits above
 
 
 def on_branch(role: int | Tensor, branch: int | Tensor) -> Any:
-    """A role's draws on a branch of a tree, which no two nodes of a level share: branch 0 is the role's own.
+    """The role for draws on one branch of a tree, so that nodes of a level do not share uniforms.
 
-    branch: integer in [0, 2**24), a node's place in its level. Returns what stands for the role.
+    branch: integer in [0, 2**24), a node's index in its level; branch 0 is the plain role.
     """
     return role + (branch << _BRANCH_SHIFT)
 
 
 def off_branch(role: int | Tensor) -> tuple[Any, Any]:
-    """(role, branch) of what `on_branch` returned."""
+    """Inverse of `on_branch`: (role, branch)."""
     return role & (1 << _BRANCH_SHIFT) - 1, role >> _BRANCH_SHIFT
 
 
 class UniformSource(Protocol):
-    """Anything that hands out uniforms as `uniforms` does; tests enumerate them."""
+    """A source of uniforms with the signature of `uniforms`; tests pass one that enumerates a grid."""
 
     def __call__(self, seeds: Tensor, positions: Tensor, roles: Tensor, origins: Tensor) -> Tensor: ...
 
@@ -57,12 +57,12 @@ class UniformSource(Protocol):
 def philox(counter: Tensor, key: Tensor) -> Tensor:
     """Philox 4x32-10: counter [4, ...] and key [2, ...] -> random words [4, ...].
 
-    Every word is an int64 holding an unsigned 32-bit value; the axes behind the first broadcast.
+    Words are int64 holding unsigned 32-bit values; all axes but the first broadcast.
     """
     multipliers, weyl = (words.view(2, *[1] * (counter.ndim - 1)) for words in _constants(counter.device))
-    even, odd = counter[0::2], counter[1::2]  # a list of numbers would be uploaded
+    even, odd = counter[0::2], counter[1::2]  # slices, not index lists, which would be uploaded
     for i in range(_ROUNDS):
-        # an int64 product wraps, but its bits are those of the unsigned product
+        # int64 products wrap but have the same bits as unsigned ones
         product = (even * multipliers).flip(0)
         even = (product >> 32 & _MASK) ^ odd ^ (key + i * weyl & _MASK)
         odd = product & _MASK
@@ -77,11 +77,15 @@ def _constants(device: torch.device) -> tuple[Tensor, Tensor]:
 def uniforms(seeds: Tensor, positions: Tensor, roles: Tensor, origins: Tensor) -> Tensor:
     """Uniforms in [0, 1) with 53 random bits.
 
-    seeds: int64, the request's seed as 64 bits. positions: int64 >= 0, index of the token that the draw decides about.
-    roles: int64, a Role, on a branch or not. origins: int64 >= 0, position where the current draft began: a position
-    that was drafted, thrown away and drafted again must not meet the same draw twice. For COUPLED a token id stands in
-    its place.
-    Shapes broadcast; returns float64 of the broadcast shape.
+    Args:
+        seeds: int64, the 64 bits of each request's seed.
+        positions: int64 >= 0, the index of the token that the draw decides.
+        roles: int64, a `Role`, possibly with a branch.
+        origins: int64 >= 0, the position where the current draft began, so that a position drafted again after a
+            rejection gets a fresh uniform. For `Role.COUPLED` the token id.
+
+    Returns:
+        float64 of the broadcast shape of the arguments.
     """
     if fast := gpu.for_gpu(seeds):
         drawn: Tensor = fast.uniforms(seeds, positions, roles, origins)
@@ -95,21 +99,21 @@ def uniforms(seeds: Tensor, positions: Tensor, roles: Tensor, origins: Tensor) -
 
 
 def own_seed(seed: int, number: int) -> int:
-    """A seed for a request that others came before, so many of them; the first keeps its own. Both in [0, 2**64).
+    """The seed, in [0, 2**64), of a request after `number` earlier requests; the first one keeps its seed.
 
-    For requests whose drafts depend on what others said: an output tells of the uniforms that it was drawn by, and a
-    request that met these uniforms again would not have the target's distribution.
+    Needed when drafts depend on the outputs of earlier requests: an output reveals the random draws behind it, and
+    reusing those draws would bias the result.
     """
     return _derived(seed, number, 1)
 
 
 def sample_seed(seed: int, sample: int) -> int:
-    """The seed of one of several samples of a request; the first has the request's own. Both in [0, 2**64)."""
+    """The seed, in [0, 2**64), of one of a request's n samples; sample 0 keeps the request's seed."""
     return _derived(seed, sample, 2)
 
 
 def _derived(seed: int, number: int, purpose: int) -> int:
-    """Another seed for each number but 0 and each purpose > 0, which is 0 wherever uniforms are drawn."""
+    """A distinct seed for each number > 0 and purpose > 0; `uniforms` draws with purpose 0."""
     if number == 0:
         return seed
     counter = torch.tensor([number & _MASK, number >> 32, 0, purpose])
@@ -118,7 +122,7 @@ def _derived(seed: int, number: int, purpose: int) -> int:
 
 
 def noise(seeds: Tensor, positions: Tensor, vocab_size: int, source: UniformSource = uniforms) -> Tensor:
-    """One uniform for each token at each position: the same for whoever draws there, draft or target.
+    """One uniform per token and position, shared by draft and target.
 
     seeds: int64 [rows]. positions: int64 [rows, n]. Returns float64 [rows, n, vocab].
     """
@@ -126,6 +130,6 @@ def noise(seeds: Tensor, positions: Tensor, vocab_size: int, source: UniformSour
     role = torch.full_like(tokens[:1], Role.COUPLED)
     if gpu.for_gpu(positions):
         return source(seeds.view(-1, 1, 1), positions.unsqueeze(2), role, tokens)
-    # one position at a time: without kernels Philox needs many times the memory of what it returns
+    # one position at a time: without kernels Philox needs many times the memory of its result
     drawn = [source(seeds.unsqueeze(1), column.unsqueeze(1), role, tokens) for column in positions.unbind(1)]
     return torch.stack(drawn, 1)

@@ -1,12 +1,11 @@
-"""One road from logits to a token: processors -> temperature -> truncation -> distribution -> draw.
+"""The one path from logits to a token: logits processors, temperature, truncation, distribution, draw.
 
-Drafting, verifying and plain decoding all come through `SamplingState.distribution`, so the distribution that a draft
-was drawn from and the distribution that it is verified against are made by the same lines, in float32 or wider.
+Drafting, verification and plain decoding all go through `SamplingState.distribution`, so the distribution a draft was
+sampled from and the one it is verified against come from the same code, in float32 or wider.
 
-A *distribution* is the distribution of the next token. It has three forms with one interface:
-`Dense` holds probabilities; `Partial` holds those of some tokens, the others having none (a head with a draft
-vocabulary); `OneHot` holds only the token that has all the mass (greedy decoding and every deterministic proposer).
-So no vocabulary-sized tensor exists where none is needed.
+The result takes the cheapest of three forms: `Dense` holds probabilities, `Partial` those of a draft vocabulary, and
+`OneHot` a single token (greedy decoding and every deterministic proposer), so that no vocabulary-sized tensor is built
+without need.
 """
 
 from __future__ import annotations
@@ -26,35 +25,36 @@ from specdec.sampling.distributions import (
     Distribution,
     OneHot,
     Partial,
-    _at_least_float32,
-    _normalise,
-    _signed,
-    _softmax,
+    as_int64,
+    at_least_float32,
     largest,
+    normalize,
+    softmax,
     spread,
 )
 from specdec.sampling_params import SamplingParams
 
 _USUAL_NUCLEUS = 256
-_BARRED = -1e9  # a logit without probability, yet a distribution remains if all else has -inf
+_BARRED = -1e9  # gives probability 0, but stays finite in case all other logits are -inf
 
 
 class NonFiniteLogitsError(FloatingPointError):
-    """A row of logits with a NaN, a +inf or nothing but -inf: row and position in a step; `of` says whose."""
+    """A row of logits with a NaN, with +inf, or all -inf. row, position: within the step; of: whose logits."""
 
     def __init__(self, row: int, position: int, of: str) -> None:
-        super().__init__(f"logits of {of} are NaN, +inf or all -inf, so there is no distribution to draw from")
+        super().__init__(f"logits of {of} are NaN, +inf or all -inf, so there is no distribution to sample from")
         self.row, self.position = row, position
 
 
 @dataclass(frozen=True, slots=True)
 class RowParams:
-    """The sampling parameters of a batch's rows as tensors, so that a distribution is a function of tensors alone.
+    """The sampling parameters of a batch as tensors, so that a distribution is a function of tensors alone.
 
-    What no row uses is None. seeds: int64 [rows]. greedy: bool [rows, 1, 1]. temperature: float32 [rows, 1], 1 in
-    greedy rows. top_k: int64 [rows, 1, 1], each row's k, or most_k where it keeps all, which `keeps_all` says; most_k:
-    the largest k in use. top_p, min_p: float64 [rows, 1, 1].
-    coupled: whether every draw at a position, draft or target, is by the same noise.
+    A parameter that no row uses is None.
+    seeds: int64 [rows]. greedy: bool [rows, 1, 1]. temperature: float32 [rows, 1], 1 in greedy rows.
+    max_k: the largest top-k in use. top_k: int64 [rows, 1, 1]. keeps_all: bool [rows, 1, 1], True for rows without
+    top-k, whose entry in top_k is max_k. top_p, min_p: float64 [rows, 1, 1].
+    coupled: whether all draws at a position, by draft or target, share their noise.
     """
 
     vocab_size: int
@@ -62,7 +62,7 @@ class RowParams:
     temperature: Tensor
     all_greedy: bool = False
     greedy: Tensor | None = None
-    most_k: int = 0
+    max_k: int = 0
     top_k: Tensor | None = None
     keeps_all: Tensor | None = None
     top_p: Tensor | None = None
@@ -73,33 +73,33 @@ class RowParams:
     def of(
         cls, params: Sequence[SamplingParams], vocab_size: int, device: torch.device, *, coupled: bool = False
     ) -> RowParams:
-        """One SamplingParams per row."""
+        """From one SamplingParams per row."""
 
         def column(values: Sequence[float], dtype: torch.dtype) -> Tensor:
             return upload(values, device, dtype).view(-1, 1, 1)
 
         greedy = [p.temperature == 0 for p in params]
         top_k = [min(p.top_k or vocab_size, vocab_size) for p in params]
-        most_k = max((k for k in top_k if k < vocab_size), default=0)
+        max_k = max((k for k in top_k if k < vocab_size), default=0)
         return cls(
             vocab_size,
-            upload([_signed(p.seed) for p in params], device, torch.int64),
+            upload([as_int64(p.seed) for p in params], device, torch.int64),
             upload([p.temperature or 1.0 for p in params], device, torch.float32).view(-1, 1),
             all(greedy),
             column(greedy, torch.bool) if any(greedy) else None,
-            most_k,
-            column([min(k, most_k) for k in top_k], torch.int64) if most_k else None,
-            column([k == vocab_size for k in top_k], torch.bool) if most_k else None,
+            max_k,
+            column([min(k, max_k) for k in top_k], torch.int64) if max_k else None,
+            column([k == vocab_size for k in top_k], torch.bool) if max_k else None,
             column([p.top_p for p in params], torch.float64) if any(p.top_p < 1 for p in params) else None,
             column([p.min_p for p in params], torch.float64) if any(p.min_p for p in params) else None,
             coupled,
         )
 
     def distribution(self, logits: Tensor, tokens: Tensor | None = None) -> tuple[Distribution, Tensor]:
-        """Distributions [rows, n] of logits [rows, n, vocab], and whether they are distributions, bool [rows, n].
+        """Distributions [rows, n] of logits [rows, n, vocab], and whether each is valid, bool [rows, n].
 
-        tokens: int64, ascending, whose logits these are, or None for all; others get probability 0.
-        Where logits have a NaN, a +inf or nothing but -inf the answer is no, and the distribution is any.
+        A row of logits with a NaN, with +inf or all -inf is invalid, and its distribution arbitrary.
+        tokens: int64, ascending, the ids of these logits, or None for the whole vocabulary; others get probability 0.
         """
         if self.all_greedy:
             peak, argmax = largest(logits)
@@ -113,31 +113,31 @@ class RowParams:
 
     def _probabilities(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         probs = self._soften(logits)
-        finite = probs[..., 0].isfinite()  # one bad logit spoils all probabilities of its row
+        finite = probs[..., 0].isfinite()  # one bad logit makes its whole row NaN
         if self.greedy is not None:
-            certain = torch.zeros_like(probs).scatter_(-1, largest(logits)[1].unsqueeze(-1), 1.0)
-            probs = torch.where(self.greedy, certain, probs)
+            one_hot = torch.zeros_like(probs).scatter_(-1, largest(logits)[1].unsqueeze(-1), 1.0)
+            probs = torch.where(self.greedy, one_hot, probs)
         return probs, finite
 
     def _soften(self, logits: Tensor) -> Tensor:
-        """Top-k, which temperature does not change, temperature, top-p and min-p; greedy rows come out unused."""
+        """Top-k (unaffected by temperature), temperature, top-p, min-p. The result is unused for greedy rows."""
         if self.top_k is not None:
             logits = self._keep_top_k(logits)
-        probs = _softmax(logits, self.temperature)
+        probs = softmax(logits, self.temperature)
         if self.top_p is not None:
             probs = self._keep_top_p(probs)
         if self.min_p is not None:
             min_p = self.min_p.to(probs.dtype)
             floor = min_p * probs.amax(-1, keepdim=True)
-            probs = _normalise(probs.masked_fill(probs < floor, 0), min_p > 0)
+            probs = normalize(probs.masked_fill(probs < floor, 0), min_p > 0)
         return probs
 
     def _keep_top_k(self, logits: Tensor) -> Tensor:
         assert self.top_k is not None
         assert self.keeps_all is not None
-        most = min(self.most_k, logits.shape[-1])
-        index = (self.top_k - 1).clamp(max=most - 1).expand(*logits.shape[:-1], 1)
-        floor = logits.topk(most, -1).values.gather(-1, index)
+        max_k = min(self.max_k, logits.shape[-1])
+        index = (self.top_k - 1).clamp(max=max_k - 1).expand(*logits.shape[:-1], 1)
+        floor = logits.topk(max_k, -1).values.gather(-1, index)
         return logits.masked_fill((logits < floor) & ~self.keeps_all, -math.inf)
 
     def _keep_top_p(self, probs: Tensor) -> Tensor:
@@ -145,20 +145,20 @@ class RowParams:
         top_p = self.top_p.to(probs.dtype)
         highest, reached = _nucleus(probs, top_p)
         before = torch.nn.functional.pad(reached[..., :-1], (1, 0))
-        last = ((before < top_p).sum(-1, keepdim=True) - 1).clamp(min=0)  # -1 for a NaN, which is found elsewhere
+        last = ((before < top_p).sum(-1, keepdim=True) - 1).clamp(min=0)  # -1 for NaN rows, reported elsewhere
         is_cut = top_p < 1
-        return _normalise(probs.masked_fill((probs < highest.gather(-1, last)) & is_cut, 0), is_cut)
+        return normalize(probs.masked_fill((probs < highest.gather(-1, last)) & is_cut, 0), is_cut)
 
 
 class SamplingState:
-    """The sampling parameters of the rows in flight, the token counts that penalties need, and the constraints.
+    """Sampling parameters, token counts and constraints of the running requests, one row each.
 
     params: one SamplingParams per row.
     prompts, outputs: the token ids of each row so far.
-    vocab_size: int. device: where the logits live. coupled: see `RowParams`.
-    constrained: how far each row's output has come in its constraint, None for a row without one; () if no row has one.
-    `rows` are the parameters as tensors; `is_stateless` says that the distribution of a row depends on them and on its
-    logits alone, so not on penalties, biases or constraints.
+    vocab_size: int. device: where the logits are. coupled: see `RowParams`.
+    constrained: each row's progress in its constraint, None for a row without one; () if no row has one.
+    `rows` holds the parameters as tensors. `is_stateless` is True if distributions depend only on them and on the
+    logits: no penalties, biases or constraints.
     """
 
     def __init__(
@@ -189,14 +189,14 @@ class SamplingState:
         return self.rows.seeds
 
     def observe(self, row: int, tokens: Sequence[int]) -> None:
-        """Count tokens that row `row` has emitted, and go on in its constraint."""
+        """Record tokens emitted by a row: count them and advance its constraint."""
         if self._counts is not None:
             self._counts.add(row, tokens)
         if self._constrained and (progress := self._constrained[row]):
             progress.emit(tokens)
 
     def num_allowed(self, row: int, tokens: Sequence[int]) -> int:
-        """How many leading tokens the constraint of row `row`, if it has one, allows to come next."""
+        """The number of leading tokens that the row's constraint, if any, allows next."""
         progress = self._constrained[row] if self._constrained else None
         return progress.num_allowed(tokens) if progress else len(tokens)
 
@@ -207,20 +207,24 @@ class SamplingState:
         tokens: Tensor | None = None,
         lineage: Sequence[Sequence[int]] | None = None,
     ) -> tuple[Distribution, Tensor]:
-        """Distributions of the next tokens, each given the tokens emitted so far and the drafted ones before its
-        position.
+        """Next-token distributions, each given the tokens emitted so far and the draft tokens before its position.
 
-        logits: float [rows, n, vocab]; the n positions are the last n of those after 0, 1, ..., m drafted tokens.
-        drafted: int64 [rows, m] with m >= n - 1, or None for m = 0.
-        tokens: int64, ascending, whose logits these are, or None for all; others get probability 0.
-        lineage: of a tree, which of the drafted tokens stand before each of the n positions.
-        Returns distributions [rows, n], and whether they are distributions, bool [rows, n]: to raise here for logits
-        that have none would cost a wait for the device.
+        Invalid logits raise nothing here, as that would wait for the device.
+
+        Args:
+            logits: float [rows, n, vocab] at the last n of the positions after 0, 1, ..., m draft tokens.
+            drafted: int64 [rows, m] with m >= n - 1, or None for m = 0.
+            tokens: int64, ascending, the ids of these logits, or None for the whole vocabulary; others get
+                probability 0.
+            lineage: for a tree, the indices of the draft tokens before each of the n positions.
+
+        Returns:
+            Distributions of shape [rows, n], and whether each is valid, bool [rows, n].
         """
         if not self.is_stateless:
             if tokens is not None:
                 logits, tokens = spread(logits, tokens, self.vocab_size, _BARRED), None
-            logits = self._shift(logits.to(_at_least_float32(logits), copy=True), drafted, lineage)
+            logits = self._shift(logits.to(at_least_float32(logits), copy=True), drafted, lineage)
         return self.rows.distribution(logits, tokens)
 
     def _shift(self, logits: Tensor, drafted: Tensor | None, lineage: Sequence[Sequence[int]] | None) -> Tensor:
@@ -254,7 +258,7 @@ class SamplingState:
 
 
 class _TokenCounts:
-    """Which tokens each row's prompt has, and how often each was emitted: bool and int32 [rows, vocab]."""
+    """Per row, which tokens occur in the prompt (bool [rows, vocab]) and how often each was emitted (int32)."""
 
     def __init__(
         self, prompts: Sequence[Sequence[int]], outputs: Sequence[Sequence[int]], vocab_size: int, device: torch.device
@@ -276,19 +280,19 @@ class _TokenCounts:
         num_drafted = 0 if drafted is None else drafted.shape[1]
         lineage = lineage or [range(i) for i in range(num_drafted + 1)][-num_positions:]
         counts = self._emitted.unsqueeze(1).repeat(1, num_positions, 1)
-        for position, places in enumerate(lineage):
-            if drafted is not None and len(places):
-                token = drafted[:, list(places)]
+        for position, ancestors in enumerate(lineage):
+            if drafted is not None and len(ancestors):
+                token = drafted[:, list(ancestors)]
                 counts[:, position].scatter_add_(1, token, torch.ones_like(token, dtype=torch.int32))
         return self._in_prompt.unsqueeze(1) | (counts > 0), counts
 
 
 def _nucleus(probs: Tensor, top_p: Tensor) -> tuple[Tensor, Tensor]:
-    """The largest probabilities of each row in order, at least as many as top-p keeps, and their cumulative sums."""
-    if probs.device.type == "cpu":  # a sort costs thirty times as much as the largest entries, which are mostly enough
+    """Each row's largest probabilities in order, at least as many as top-p keeps, and their cumulative sums."""
+    if probs.device.type == "cpu":  # a full sort is thirty times as expensive, and rarely needed
         highest = probs.topk(min(_USUAL_NUCLEUS, probs.shape[-1]), -1).values
         reached = highest.cumsum(-1)
-        # by the very sums that decide what is kept: a row keeps the same, whether a batch mate needs the sort or not
+        # decided by the sums that `_keep_top_p` uses, so a row keeps the same tokens whether or not a batch mate sorts
         if not ((reached[..., -1:] < top_p) & (top_p < 1)).any():
             return highest, reached
     highest = probs.sort(dim=-1, descending=True).values

@@ -1,7 +1,7 @@
-"""Drafts of adaptive length above temperature 0: the distribution stays the target's, exactly and through the engine.
+"""Adaptive draft lengths above temperature 0 keep the target's distribution, exactly and through the engine.
 
-The rows are asymmetric: over rows such as (2, 1, 1), in all their orders, the biases of a draft that ends by looking at
-its own tokens cancel.
+The rows are asymmetric: with symmetric rows, such as all orders of (2, 1, 1), the biases of a draft whose length
+depends on its own tokens would cancel.
 """
 
 from __future__ import annotations
@@ -26,16 +26,15 @@ from specdec.proposers.draft_model import DraftModelProposer
 from specdec.proposers.eagle import EagleProposer
 from specdec.verification import Draft, Rule
 
-DRAW_S = (
-    0.3  # of a step's second: after a row of (1, 1) / 2 another token pays not quite, after one of (3, 1) / 4 it does
-)
+# relative to a step of 1 s: another token is not quite worth it after a row of (1, 1) / 2, but is after (3, 1) / 4
+DRAW_S = 0.3
 COSTS = StepCosts((1.0,) * (MAX_DRAFT_LENGTH + 1), DRAW_S)
 
 
-def looks_at_its_tokens(draft: Draft, least: float) -> Draft:
-    """The planted bug: a draft ends before the first of its tokens that the draft itself thinks little of."""
-    likely = (draft.distribution.prob(draft.tokens) >= least).long().cumprod(1).sum(1)
-    return replace(draft, num_proposed=torch.minimum(draft.num_proposed, likely))
+def cut_before_unlikely_tokens(draft: Draft, threshold: float) -> Draft:
+    """Planted bug: a draft ends before the first token that the draft model finds unlikely."""
+    likely = (draft.distribution.prob(draft.tokens) >= threshold).long().cumprod(1).sum(1)
+    return replace(draft, lengths=torch.minimum(draft.num_proposed, likely))
 
 
 # -- exactly ---------------------------------------------------------------------------------------------------
@@ -48,7 +47,7 @@ PROPOSERS: dict[str, Any] = {"draft_model": (DraftModelProposer, DRAFT), "eagle"
 
 
 class EachRowAlone(AdaptiveLength):
-    """The rule as it stands at first, for each row as if it were alone: the grid's rows are runs beside each other."""
+    """The rule in its initial state, for each row as if it were alone: each row of the grid is a run of its own."""
 
     def pays(self, reach: Sequence[float], num_drafted: int) -> list[bool]:
         return [super(EachRowAlone, self).pays([each], num_drafted)[0] for each in reach]
@@ -66,7 +65,7 @@ def test_joint_distribution_of_drafts_that_end_by_the_rule(name: str, mutated: b
         @Rule
         def recording(distribution, draft, *draws):
             lengths.update(draft.num_proposed.tolist())
-            return rule(distribution, looks_at_its_tokens(draft, 0.4) if mutated else draft, *draws)
+            return rule(distribution, cut_before_unlikely_tokens(draft, 0.4) if mutated else draft, *draws)
 
         proposes = proposer(draft, source, EachRowAlone(COSTS))
         return Decoder(TARGET, proposes, 2, max_batch_size=max_batch_size, rule=recording, uniforms=source)
@@ -81,8 +80,8 @@ def test_joint_distribution_of_drafts_that_end_by_the_rule(name: str, mutated: b
 NUM_DRAWS, SUPPORT, NUM_TOKENS = 1000, 4, 4
 RADIUS = radius(NUM_DRAWS, SUPPORT)
 EIGHTHS = torch.tensor([[5, 3], [6, 2], [3, 5]]).double() / 8
-SAME = FeatureTarget(table(3, EIGHTHS))  # target and draft: so a draft that looks at its tokens errs most
-PROMPT = (0, 1, 1, 0, 1, 1, 0)  # something to copy
+SAME = FeatureTarget(table(3, EIGHTHS))  # target and draft alike: maximizes the error of the planted bug
+PROMPT = (0, 1, 1, 0, 1, 1, 0)  # repetitive, so that there is something to copy
 METHODS: dict[str, dict[str, Any]] = {
     "draft_model": {"draft": SAME},
     "eagle": {"draft": ToyHead(SAME)},
@@ -94,7 +93,7 @@ METHODS: dict[str, dict[str, Any]] = {
 
 
 def engine_for(method: str, monkeypatch: pytest.MonkeyPatch, max_batch_size: int = 1, draw_s: float = DRAW_S) -> Engine:
-    """An engine that drafts as many tokens as are worth verifying, by costs that are given."""
+    """An engine that drafts as many tokens as are worth verifying at fixed costs."""
     monkeypatch.setattr("specdec.assembly.target_costs", lambda target, rows, records: COSTS.target_s)
     monkeypatch.setattr("specdec.assembly.draft_cost", lambda *arguments: DRAW_S)
     target: Any = ExitTarget(SAME.table, SAME.table) if method == "early_exit" else SAME
@@ -103,7 +102,7 @@ def engine_for(method: str, monkeypatch: pytest.MonkeyPatch, max_batch_size: int
 
 
 def pairs_passing(engine: Engine, temperature: float = 1.0) -> list[bool]:
-    """The gate over each pair of neighbouring tokens."""
+    """Whether each pair of neighbouring tokens passes the gate."""
     params = SamplingParams(temperature=temperature, max_tokens=NUM_TOKENS)
     completions = engine.generate([PROMPT] * NUM_DRAWS, [replace(params, seed=seed) for seed in range(NUM_DRAWS)])
     assert sum(completion.counts.num_accepted for completion in completions) > 0.1 * NUM_DRAWS, "nothing is drafted"
@@ -117,24 +116,24 @@ def pairs_passing(engine: Engine, temperature: float = 1.0) -> list[bool]:
 def test_auto_through_the_engine_samples_the_target(
     method: str, max_batch_size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each fails falsely with probability at most 3e-6; other temperatures for some."""
+    """False-alarm probability at most 3e-6 each; batched runs use another temperature."""
     temperature = 1.0 if max_batch_size == 1 else 0.5
     assert all(pairs_passing(engine_for(method, monkeypatch, max_batch_size), temperature))
 
 
-def test_the_gate_sees_a_draft_that_looks_at_its_own_token(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where chains are drawn, as in a real engine: a token that is left out is drawn again, by the target."""
-    likely, rows = 0.6, SAME.table[PROMPT[-1]]  # by the first token, which is not drafted: distributions of the second
+def test_the_gate_detects_a_length_that_depends_on_the_drafted_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bug is planted where chains are sampled, as in a real engine: the target samples a dropped token again."""
+    likely, rows = 0.6, SAME.table[PROMPT[-1]]  # distributions of the second token, by the first, which is not drafted
 
-    def plants(*arguments: Any, **options: Any) -> Draft:
-        return looks_at_its_tokens(draw_chain(*arguments, **options), likely)
+    def cut_chain(*arguments: Any, **options: Any) -> Draft:
+        return cut_before_unlikely_tokens(draw_chain(*arguments, **options), likely)
 
-    left_out = (rows * (rows < likely)).sum(-1, keepdim=True)
-    broken = rows * (rows >= likely) + left_out * rows
+    dropped = (rows * (rows < likely)).sum(-1, keepdim=True)
+    broken = rows * (rows >= likely) + dropped * rows
     first = joint_distribution(SAME, PROMPT, 1)
-    away = sum(first[(a,)] * (broken[a] - rows[a]).abs().sum().item() / 2 for a in range(2))
-    assert away > 2 * RADIUS, f"{NUM_DRAWS} draws are too few to see {away}"
-    monkeypatch.setattr("specdec.proposers.draft_model.draw_chain", plants)
+    bias = sum(first[(a,)] * (broken[a] - rows[a]).abs().sum().item() / 2 for a in range(2))
+    assert bias > 2 * RADIUS, f"{NUM_DRAWS} draws are too few to detect {bias}"
+    monkeypatch.setattr("specdec.proposers.draft_model.draw_chain", cut_chain)
     assert not pairs_passing(engine_for("draft_model", monkeypatch))[0]
 
 
@@ -147,8 +146,8 @@ def emitted(engine: Engine, num_requests: int, seed: int = 0) -> list[tuple[int,
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_under_auto_each_request_has_uniforms_of_its_own_for_ever(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lengths of drafts tell of earlier uniforms, so none is used again: not by a later call, nor behind `forget`."""
+def test_under_auto_no_request_ever_reuses_uniforms(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draft lengths reveal earlier uniforms, so none is reused: not by a later call, nor after `forget`."""
     engine = engine_for(method, monkeypatch)
     outputs = emitted(engine, 2) + emitted(engine, 1)
     engine.forget()
@@ -158,14 +157,14 @@ def test_under_auto_each_request_has_uniforms_of_its_own_for_ever(method: str, m
 
 
 def test_under_coupled_verification_a_seed_gives_the_same_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    """There the output does not depend on the drafts, so that nothing needs protection."""
+    """The output does not depend on the drafts there, so seeds need no protection."""
     monkeypatch.setattr("specdec.assembly.target_costs", lambda target, rows, records: COSTS.target_s)
     monkeypatch.setattr("specdec.assembly.draft_cost", lambda *arguments: DRAW_S)
     options = {"method": "draft_model", "draft": SAME, "num_speculative_tokens": "auto", "verification": "coupled"}
     assert len({*emitted(Engine(SAME, **options), 2)}) == 1
 
 
-def test_without_auto_forgetting_begins_the_seeds_again() -> None:
+def test_without_auto_forget_restarts_the_seeds() -> None:
     engine = Engine(SAME, method="suffix", max_history_bytes=1 << 16)
     first, second = emitted(engine, 2)
     engine.forget()

@@ -1,7 +1,7 @@
-"""What the verification rule receives is the models' own softmax, to 1e-12, for the target and for every proposer.
+"""The verification rule receives the models' own softmax, to 1e-12, for the target and for every proposer.
 
-Enumeration takes uniforms from the middle of pieces, so an error of 1e-3 in a declared probability, such as a row that
-went through bfloat16, changes nothing there. Here each row that the rule receives is compared with its table's.
+Enumeration takes uniforms from the middle of intervals, so it misses an error of 1e-3 in a declared probability, such
+as a row rounded to bfloat16. Here each row that the rule receives is compared with the model's table.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from specdec.sampling.distributions import Distribution
 from specdec.trees.shape import Tree
 from specdec.verification import Draft, Rule, Verification
 
-VOCAB, LESS = 7, 1e-12
+VOCAB, TOLERANCE = 7, 1e-12
 PROMPT = (0, 1, 2, 3, 0, 1, 2)
 
 
 def irregular(seed: int) -> torch.Tensor:
-    """Distributions without any round number, float64 [vocab, vocab, vocab]."""
+    """Random distributions without round numbers, float64 [vocab, vocab, vocab]."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(VOCAB, VOCAB, VOCAB, generator=generator, dtype=torch.float64).softmax(-1)
 
@@ -55,7 +55,7 @@ Seen = tuple[Distribution, Draft, Verification]
 
 
 def recorded(engine: Engine, params: SamplingParams) -> tuple[list[Seen], tuple[int, ...]]:
-    """Every call of the rule while one request is decoded, and what was emitted."""
+    """Every call of the rule while one request is decoded, and the output."""
     seen: list[Seen] = []
     rule = engine._decoder.rule
 
@@ -70,46 +70,46 @@ def recorded(engine: Engine, params: SamplingParams) -> tuple[list[Seen], tuple[
     return seen, completion.token_ids
 
 
-def ways(draft: Draft) -> list[list[int]]:
-    """The places of the draft's tokens before each of the target's rows: none, then on the way to each node."""
+def paths_to_target_rows(draft: Draft) -> list[list[int]]:
+    """Indices of the draft tokens before each target row: none for the first, then those on the path to each node."""
     num_tokens = int(draft.num_proposed[0])
     if draft.tree is None:
-        return [list(range(place)) for place in range(num_tokens + 1)]
+        return [list(range(i)) for i in range(num_tokens + 1)]
     return [draft.tree.lineage(node) for node in range(-1, num_tokens)]
 
 
 def differences(seen: Sequence[Seen], output: Sequence[int], params: SamplingParams, kind: str) -> list[float]:
-    """Of each row that the rule received the largest distance of a probability from the table's.
+    """For each row that the rule received, the largest deviation of a probability from the table's.
 
-    kind: of the draft: "copied", which is certain, "drawn" from the draft model, or "either".
+    kind: the draft's: "copied" (one-hot), "drawn" from the draft model, or "either".
     """
     found, num_emitted = [], 0
     for target, draft, outcome in seen:
         before, tokens = list(output[:num_emitted]), draft.tokens[0].tolist()
-        for row, way in enumerate(ways(draft)):
-            text = before + [tokens[place] for place in way]
-            found.append(away(target.dense()[0, row], distribution_after(TARGET, params, PROMPT, text)))
-        for row, way in enumerate(own_rows(draft)):
-            text = before + [tokens[place] for place in way]
-            distribution = draft.distribution.dense()[0, row]
-            certain = away(distribution, torch.zeros(VOCAB).scatter(0, draft.tokens[0, row : row + 1], 1.0).tolist())
-            drawn = away(distribution, distribution_after(DRAFT, params, PROMPT, text))
-            found.append({"copied": certain, "drawn": drawn, "either": min(certain, drawn)}[kind])
+        for row, path in enumerate(paths_to_target_rows(draft)):
+            context = before + [tokens[i] for i in path]
+            found.append(deviation(target.dense()[0, row], distribution_after(TARGET, params, PROMPT, context)))
+        for row, path in enumerate(paths_to_draft_rows(draft)):
+            context = before + [tokens[i] for i in path]
+            probs = draft.distribution.dense()[0, row]
+            copied = deviation(probs, torch.zeros(VOCAB).scatter(0, draft.tokens[0, row : row + 1], 1.0).tolist())
+            drawn = deviation(probs, distribution_after(DRAFT, params, PROMPT, context))
+            found.append({"copied": copied, "drawn": drawn, "either": min(copied, drawn)}[kind])
         num_emitted += int(outcome.accepted[0]) + 1
     return found
 
 
-def own_rows(draft: Draft) -> list[list[int]]:
-    """The places before each of the draft's own rows, as for `ways`; of a tree those of its families."""
-    places = ways(draft)
+def paths_to_draft_rows(draft: Draft) -> list[list[int]]:
+    """Indices of the draft tokens before each draft row, one row per family for a tree."""
+    paths = paths_to_target_rows(draft)
     if draft.tree is None:
-        return places[:-1]
+        return paths[:-1]
     families = sorted(set(draft.tree.parents[: int(draft.num_proposed[0])]))
-    return [places[node + 1] for node in families]
+    return [paths[node + 1] for node in families]
 
 
-def away(distribution: torch.Tensor, expected: Sequence[float]) -> float:
-    return float((distribution.double() - torch.tensor(expected, dtype=torch.float64)).abs().max())
+def deviation(probs: torch.Tensor, expected: Sequence[float]) -> float:
+    return float((probs.double() - torch.tensor(expected, dtype=torch.float64)).abs().max())
 
 
 def engine_for(method: str) -> Engine:
@@ -120,18 +120,18 @@ def engine_for(method: str) -> Engine:
 @pytest.mark.parametrize("params", PARAMS.values(), ids=PARAMS)
 @pytest.mark.parametrize("method", METHODS)
 def test_the_rule_receives_the_models_own_distributions(method: str, params: SamplingParams) -> None:
-    """A copy's is certain; that of a drawn token is the draft model's own, given the tokens before it."""
+    """A copied token's is one-hot; a sampled token's is the draft model's, given the tokens before it."""
     seen, output = recorded(engine_for(method), params)
     kinds = dict.fromkeys(("draft_model", "eagle", "early_exit", "tree"), "drawn") | {"hybrid": "either"}
     found = differences(seen, output, params, kinds.get(method, "copied"))
     assert len(found) >= len(output)
-    assert max(found) < LESS
+    assert max(found) < TOLERANCE
     assert method == "autoregressive" or any(draft.tokens.shape[1] for _, draft, _ in seen), "nothing was drafted"
 
 
 @pytest.mark.parametrize("whose", ["target", "draft"])
-def test_a_row_through_bfloat16_is_seen(whose: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The planted bug: one side's logits are rounded before they become a distribution."""
+def test_a_row_rounded_to_bfloat16_is_detected(whose: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Planted bug: one side's logits are rounded before the softmax."""
     model = TARGET if whose == "target" else DRAFT
     forward = model.forward_at
 

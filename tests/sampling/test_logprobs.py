@@ -1,4 +1,4 @@
-"""Log-probabilities of emitted tokens: those of a plain scoring pass, wherever the token came from."""
+"""Log-probabilities of emitted tokens equal those of a plain scoring pass, whatever the token's source."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ RULES = [(method, rule) for method in METHODS if method != "eagle" for rule in (
 
 
 @pytest.mark.parametrize(("method", "verification"), [rule for rule in RULES if rule != ("tree", "block")])
-def test_they_are_those_of_the_table_before_any_processor(method: str, verification: str) -> None:
-    """Of accepted tokens as of recovered ones and bonuses, in rows that accept different numbers of tokens."""
+def test_logprobs_are_those_of_the_unprocessed_table(method: str, verification: str) -> None:
+    """For accepted, recovered and bonus tokens, in rows that accept different numbers of tokens."""
     params = [SamplingParams(max_tokens=9 + i, logprobs=True, seed=i, **PROCESSED) for i in range(5)]
     completions = engine_for(method, max_batch_size=3, verification=verification).generate(PROMPTS, params)
     for completion in completions:
@@ -31,8 +31,8 @@ def test_they_are_those_of_the_table_before_any_processor(method: str, verificat
     assert method == "autoregressive" or sources == {"accepted", "recovered", "bonus", "plain"}
 
 
-def test_the_likeliest_tokens_are_told_if_asked_for() -> None:
-    """In each place those of the distribution, in order; more than there are tokens are all of them."""
+def test_top_logprobs_are_returned_on_request() -> None:
+    """The most probable tokens of each position in order; asking for more than there are returns all."""
     for num_top in (1, 2, 9):
         params = SamplingParams(max_tokens=8, logprobs=True, top_logprobs=num_top, seed=1)
         (completion,) = engine_for("draft_model").generate([[0, 1]], params)
@@ -44,7 +44,7 @@ def test_the_likeliest_tokens_are_told_if_asked_for() -> None:
             assert likeliest == pytest.approx({token: distribution[token] for token in likeliest}, abs=1e-12)
 
 
-def test_without_log_probabilities_there_are_no_likeliest_ones() -> None:
+def test_top_logprobs_need_logprobs() -> None:
     with pytest.raises(ValueError, match="top_logprobs=2 must be 0 without logprobs; set logprobs=True"):
         SamplingParams(top_logprobs=2)
     with pytest.raises(ValueError, match="top_logprobs=-1 must be an integer >= 0"):
@@ -52,15 +52,15 @@ def test_without_log_probabilities_there_are_no_likeliest_ones() -> None:
 
 
 def scored(target, completion: Completion) -> torch.Tensor:
-    """Log-probabilities of a completion by one pass of the model over it, without a cache."""
+    """Log-probabilities of a completion from one uncached forward pass over it."""
     tokens = torch.tensor([completion.prompt_token_ids + completion.token_ids])
     logits = target.model(input_ids=tokens, use_cache=False).logits[0, len(completion.prompt_token_ids) - 1 : -1]
     return logits.double().log_softmax(-1)
 
 
 @pytest.mark.parametrize("method", ["ngram", "eagle", "draft_model", "hybrid"])
-def test_on_the_real_model_they_are_those_of_a_scoring_pass(method: str, default_pair: tuple, default_model) -> None:
-    """In float32, by the model as transformers runs it; differences are of rounding."""
+def test_logprobs_on_the_real_model_equal_a_scoring_pass(method: str, default_pair: tuple, default_model) -> None:
+    """In float32 against transformers' own forward pass; differences are rounding."""
     target, drafts = default_pair
     prompts = [target.tokenizer(text).input_ids for text in ("One, two, three, one, two, three, one,", "The sea is")]
     params = [SamplingParams(max_tokens=8, logprobs=True, top_logprobs=3, temperature=t, seed=3) for t in (0, 0.8)]

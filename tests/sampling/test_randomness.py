@@ -1,4 +1,4 @@
-"""Philox against its published known answers, and what a stream must not do."""
+"""Philox against its published known answers, and the properties of its streams."""
 
 import numpy as np
 import pytest
@@ -45,13 +45,13 @@ def test_a_uniform_depends_on_nothing_but_its_own_key(seed: int, position: int, 
 
 
 def test_streams_do_not_collide() -> None:
-    """Every change of one argument gives another number: 4 x 4 x 40 x 40 distinct ones."""
+    """4 x 4 x 40 x 40 combinations of the arguments give as many distinct numbers."""
     grid = torch.meshgrid(torch.arange(4), torch.arange(4), torch.arange(40), torch.arange(40), indexing="ij")
     seeds, roles, positions, origins = grid
     assert uniforms(seeds, positions, roles, origins).unique().numel() == 4 * 4 * 40 * 40
 
 
-def test_uniform_to_the_eye_of_a_histogram() -> None:
+def test_the_histogram_is_uniform() -> None:
     """100 equal cells, 200,000 draws: total variation within the finite-sample radius for alpha = 1e-6.
 
     The control is u ** 1.1, whose distance of 0.035 exceeds twice the radius.

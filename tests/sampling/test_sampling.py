@@ -1,4 +1,4 @@
-"""Logits to distributions: each processor against a slow obvious version, one row at a time, and what is refused."""
+"""From logits to distributions: every processor against a slow, obvious version; invalid parameters."""
 
 from __future__ import annotations
 
@@ -86,10 +86,10 @@ def test_drafted_positions_have_their_own_penalties(
     ],
     ids=str,
 )
-def test_what_stands_exactly_at_a_threshold(processor: dict, kept: int, dtype: torch.dtype) -> None:
-    """A mass equal to top_p is enough; a probability equal to min_p's, and one that ties with top_k's, are kept.
+def test_ties_at_a_threshold_are_kept(processor: dict, kept: int, dtype: torch.dtype) -> None:
+    """A mass equal to top_p suffices; a probability equal to the min_p threshold or tied with the top_k-th is kept.
 
-    In a large vocabulary, too, where the rest has no probability.
+    Also in a large vocabulary whose other tokens have probability 0.
     """
     for num_others in (0, 1000):
         logits = torch.tensor([[[*HALVES, *[-math.inf] * num_others]]], dtype=dtype)
@@ -108,7 +108,7 @@ def test_what_stands_exactly_at_a_threshold(processor: dict, kept: int, dtype: t
 @pytest.mark.parametrize("spread", [0.0, 0.01, 3.0])
 @pytest.mark.parametrize("top_p", [0.05, 0.9])
 def test_nucleus_of_a_large_vocabulary(spread: float, top_p: float) -> None:
-    """Whether it lies within the entries that are looked at first or not: the fewest tokens that reach top_p."""
+    """The nucleus is the fewest tokens that reach top_p, whether or not it fits in the entries sorted first."""
     logits = spread * torch.randn(1, 1, 3000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     probs = logits.softmax(-1)[0, 0]
     distribution = (
@@ -116,15 +116,15 @@ def test_nucleus_of_a_large_vocabulary(spread: float, top_p: float) -> None:
     )
     kept = distribution > 0
     assert probs[kept].sum() >= top_p - 1e-12
-    assert probs[kept].sum() - probs[kept].min() < top_p or spread == 0  # without a spread all are tied
+    assert probs[kept].sum() - probs[kept].min() < top_p or spread == 0  # with spread 0 all are tied
     assert spread == 0 or probs[kept].min() > probs[~kept].max()
     assert distribution[kept].tolist() == pytest.approx((probs[kept] / probs[kept].sum()).tolist())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("options", [{"top_k": 5}, {"top_p": 0.9}, {"min_p": 0.1}])
-def test_the_bits_of_a_row_do_not_depend_on_its_batch_mates(options: dict, dtype: torch.dtype) -> None:
-    """One row that keeps all tokens, one that does not, one that is greedy: together and each alone."""
+def test_an_untruncated_row_is_bit_identical_with_any_batch_mates(options: dict, dtype: torch.dtype) -> None:
+    """An untruncated, a truncated and a greedy row, together and each alone."""
     params = [SamplingParams(), SamplingParams(**options), SamplingParams(temperature=0)]
     logits = torch.randn(3, 2, 1000, generator=torch.Generator().manual_seed(0), dtype=dtype)
     together = SamplingState(params, [[]] * 3, [[]] * 3, 1000, CPU).distribution(logits)[0].dense()
@@ -137,7 +137,7 @@ def test_the_bits_of_a_row_do_not_depend_on_its_batch_mates(options: dict, dtype
 
 @pytest.fixture(params=[False, True], ids=["torch", "kernels"])
 def _with_kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In torch's operations, and with the kernels for CPUs."""
+    """Run with torch operations and with the CPU kernels."""
     if not request.param:
         monkeypatch.setattr(cpp, "available", lambda dtype: False)
     elif not cpp.available(torch.float32):
@@ -147,7 +147,7 @@ def _with_kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
 @pytest.mark.usefixtures("_with_kernels")
 @pytest.mark.parametrize(("vocab_size", "seed"), [(61, 0), (61, 1), (5000, 2), (5000, 3), (50_257, 4)])
 def test_a_row_does_not_depend_on_its_batch_mates(vocab_size: int, seed: int) -> None:
-    """Bit for bit, each row alone, two by two and all together; the last vocabulary is one that torch's sums divide."""
+    """Bit-identical alone, in pairs and all together; torch splits sums over the last vocabulary across threads."""
     logits = torch.randn(len(BATCH_MATES), 8, vocab_size, generator=torch.Generator().manual_seed(seed)).mul(2)
 
     def distribution(*rows: int) -> Tensor:
@@ -159,16 +159,15 @@ def test_a_row_does_not_depend_on_its_batch_mates(vocab_size: int, seed: int) ->
         )
 
     together = distribution(*range(len(BATCH_MATES)))
-    assert (together[:2] / together[:2].sum(-1, keepdim=True) != together[:2]).any(), (
-        "to normalise again would not show"
-    )
+    renormalized = together[:2] / together[:2].sum(-1, keepdim=True)
+    assert (renormalized != together[:2]).any(), "normalizing twice would go unnoticed"
     for row in range(len(BATCH_MATES)):
         assert torch.equal(distribution(row)[0], together[row])
         for mate in range(len(BATCH_MATES)) if vocab_size == 61 else ():
             assert torch.equal(distribution(row, mate)[0], together[row])
     params = [BATCH_MATES[4]]
     one = SamplingState(params, [[]], [[]], vocab_size, CPU).distribution(logits[4:5, 3:4])[0].dense()
-    assert torch.equal(one[0, 0], together[4, 3])  # a sum that is alone
+    assert torch.equal(one[0, 0], together[4, 3])  # a single sum
 
 
 @pytest.mark.usefixtures("_with_kernels")
@@ -176,8 +175,8 @@ def test_a_row_does_not_depend_on_its_batch_mates(vocab_size: int, seed: int) ->
 @pytest.mark.parametrize(
     "mate", [{"logit_bias": {3: 2.0}}, {"repetition_penalty": 1.3, "frequency_penalty": 0.2}], ids=str
 )
-def test_a_row_does_not_depend_on_a_mate_whose_logits_are_changed(mate: dict, dtype: torch.dtype) -> None:
-    """For a mate's sake the logits are widened to float32; its own are all as they were."""
+def test_a_row_does_not_depend_on_a_batch_mate_with_modified_logits(mate: dict, dtype: torch.dtype) -> None:
+    """The batch mate makes the logits float32; the row's own values stay the same."""
     logits = torch.randn(1, 3, 1000, generator=torch.Generator().manual_seed(1)).to(dtype)
     alone = SamplingState([SamplingParams()], [[3]], [[5]], 1000, CPU)
     beside = SamplingState([SamplingParams(), SamplingParams(**mate)], [[3]] * 2, [[5]] * 2, 1000, CPU)
@@ -188,8 +187,8 @@ def test_a_row_does_not_depend_on_a_mate_whose_logits_are_changed(mate: dict, dt
     assert not torch.equal(distribution[1], expected[0])
 
 
-def test_a_nucleus_that_just_fits_is_the_same_beside_one_that_does_not() -> None:
-    """top_p is what the 256 entries that are looked at first sum up to, one by one or by torch's own sum."""
+def test_a_nucleus_that_just_fits_does_not_depend_on_a_batch_mate_that_needs_a_sort() -> None:
+    """top_p is exactly the sum of the 256 largest entries, added in order or by `torch.sum`."""
     for seed in range(20):
         logits = torch.randn(1, 1, 2000, generator=torch.Generator().manual_seed(seed))
         highest = logits.softmax(-1).topk(256).values
@@ -204,18 +203,18 @@ def test_a_nucleus_that_just_fits_is_the_same_beside_one_that_does_not() -> None
             assert torch.equal(alone.dense()[0], beside.dense()[0])
 
 
-def test_observed_tokens_count_like_the_ones_given() -> None:
+def test_observed_tokens_count_like_initial_outputs() -> None:
     params = SamplingParams(frequency_penalty=0.5, repetition_penalty=1.2)
     logits = torch.randn(2, 1, VOCAB, dtype=torch.float64)
-    given_, observed = (
+    initial, observed = (
         SamplingState([params] * 2, [[0], [1]], outputs, VOCAB, CPU) for outputs in ([[2, 2], [3]], [[], []])
     )
     observed.observe(0, [2, 2])
     observed.observe(1, [3])
-    assert torch.equal(given_.distribution(logits)[0].dense(), observed.distribution(logits)[0].dense())
+    assert torch.equal(initial.distribution(logits)[0].dense(), observed.distribution(logits)[0].dense())
 
 
-def test_greedy_makes_no_probabilities_and_takes_the_first_of_a_tie() -> None:
+def test_greedy_builds_no_probabilities_and_breaks_ties_by_lowest_id() -> None:
     distribution = SamplingState([SamplingParams(temperature=0)], [[]], [[]], 4, CPU).distribution(
         torch.tensor([[[1.0, 3, 3, 0]]])
     )[0]
@@ -233,14 +232,14 @@ def test_bf16_logits_become_a_float32_distribution() -> None:
 
 @pytest.mark.parametrize("row", [[math.nan, 0.0], [-math.inf, -math.inf], [math.inf, 0.0]])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_logits_without_a_distribution_are_told_with_their_place(row: list[float], temperature: float) -> None:
+def test_invalid_logits_are_located(row: list[float], temperature: float) -> None:
     logits = torch.tensor([[[0.0, 1.0], [0.0, 1.0]], [[0.0, 1.0], row]])
     params = [SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p) for top_k, top_p in ((0, 1), (1, 0.5))]
     state = SamplingState(params, [[]] * 2, [[]] * 2, 2, CPU)
     distribution, finite = state.distribution(logits, torch.zeros(2, 1, dtype=torch.int64))
     assert finite.tolist() == [[True, True], [True, False]]
     drawn = distribution.draw(torch.full((2, 2), 0.999, dtype=torch.float64))
-    assert ((drawn >= 0) & (drawn < 2)).all()  # any token, but a token
+    assert ((drawn >= 0) & (drawn < 2)).all()  # arbitrary, but a valid token id
 
 
 @pytest.mark.parametrize(
@@ -265,7 +264,7 @@ def test_logits_without_a_distribution_are_told_with_their_place(row: list[float
         ("stop_token_ids", (-5,), ">= 0"),
     ],
 )
-def test_bad_parameters_are_named(field: str, value: object, rule: str) -> None:
+def test_invalid_parameters_are_named(field: str, value: object, rule: str) -> None:
     with pytest.raises(ValueError, match=f"{field}=.* must be .*{rule}"):
         SamplingParams(**{field: value})
 
@@ -285,10 +284,10 @@ def test_distributions_index_like_tensors() -> None:
 
 
 @given(distribution_rows(6, 3), distribution_rows(6, 7), st.sampled_from([(0, 2, 5), (1, 2, 6), (3, 4, 5)]))
-def test_a_distribution_over_some_tokens_is_the_dense_distribution_with_zeros(
+def test_a_partial_distribution_equals_the_dense_one_padded_with_zeros(
     inner: Tensor, other: Tensor, some: tuple[int, ...]
 ) -> None:
-    """For every token, known or not: probability, excess, draws, and both ways of choosing positions."""
+    """For every token, inside or outside the subset: probability, excess, draws and both ways of indexing."""
     vocabulary = torch.tensor(some)
     partial = Partial(Dense(inner.view(2, 3, 3)), vocabulary, 7)
     expected = torch.zeros(2, 3, 7, dtype=torch.float64)
@@ -310,6 +309,6 @@ def test_a_distribution_over_some_tokens_is_the_dense_distribution_with_zeros(
         assert torch.equal(partial.draw(uniforms), dense.draw(uniforms))
 
 
-def test_excess_beyond_a_certain_token() -> None:
+def test_excess_over_a_one_hot_distribution() -> None:
     probs, tokens = torch.tensor([[0.5, 0.25, 0.25]]), torch.tensor([1])
     assert torch.equal(OneHot(tokens, 3).excess(probs), Dense(OneHot(tokens, 3).dense()).excess(probs))

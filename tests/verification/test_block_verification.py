@@ -1,4 +1,4 @@
-"""Block verification: its published toy case, the exact distribution, and never fewer accepted than token by token."""
+"""Block verification: its published example, its exact distribution, and at least as many accepted tokens."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ from specdec.verification import (
 )
 
 THIRDS = torch.tensor([[1, 2], [2, 1]]).double() / 3
-# the draft's first token has weight 1/2: what may follow it is then (1, 0, 0), not (2/3, 1/3, 0)
+# the first draft token has block weight 1/2, so the residual after it is (1, 0, 0), not (2/3, 1/3, 0)
 M12_TARGET = torch.tensor([[0.5, 0.5, 0.0], [0.5, 0.5, 0.0], [0.2, 0.3, 0.5]], dtype=torch.float64)
 M12_DRAFT = torch.tensor([[1.0, 0.0, 0.0], [0.0, 0.25, 0.75]], dtype=torch.float64)
 TOY_TARGET, TOY_DRAFT = THIRDS[:1].expand(3, 2), THIRDS[1:].expand(2, 2)
 
 
 def outcomes(target: Tensor, draft: Tensor, length: int, *, token_residual: bool = False):
-    """Every (draft path, accepted, probability, distribution of the last token), by the rule's own probabilities."""
+    """Every (draft path, accepted, probability, distribution of the final token), by the rule's own probabilities."""
     distributions = Dense(target.unsqueeze(0))
     for path in itertools.product(range(target.shape[1]), repeat=len(draft)):
         path_prob = math.prod(draft[i, token].item() for i, token in enumerate(path))
@@ -59,7 +59,7 @@ def outcomes(target: Tensor, draft: Tensor, length: int, *, token_residual: bool
 
 
 def completed_distribution(target: Tensor, steps) -> dict[tuple[int, ...], float]:
-    """Joint distribution of as many tokens as there are target rows: a step's output, completed by plain decoding."""
+    """Joint distribution of one token per target row: a step's output, completed by plain decoding."""
     distribution: dict[tuple[int, ...], float] = {}
     for path, accepted, probability, last in steps:
         rows = [last, *target[accepted + 1 :]]
@@ -80,7 +80,7 @@ def expected_accepted(target: Tensor, draft: Tensor) -> float:
 
 
 def expected_accepted_by_token(target: Tensor, draft: Tensor) -> float:
-    """Position i is accepted if all up to it are; with independent rows the chances multiply."""
+    """Position i is accepted if all before it are; with independent rows the probabilities multiply."""
     rates = torch.minimum(target[: len(draft)], draft).sum(-1)
     return rates.cumprod(0).sum().item()
 
@@ -102,8 +102,8 @@ def test_never_fewer_accepted_than_token_by_token(target: Tensor, draft: Tensor)
     assert expected_accepted(target, draft) >= expected_accepted_by_token(target, draft) - 1e-12
 
 
-def test_token_residual_under_block_verification_is_seen() -> None:
-    """M12, with a draft whose first token may be kept although it carries less than its probability."""
+def test_token_residual_under_block_verification_is_detected() -> None:
+    """M12, with a draft whose first token can be accepted although its block weight is below 1."""
     target, draft = M12_TARGET, M12_DRAFT
     right, broken = (
         completed_distribution(target, outcomes(target, draft, 2, token_residual=wrong)) for wrong in (False, True)
@@ -115,7 +115,7 @@ def test_token_residual_under_block_verification_is_seen() -> None:
 
 
 def test_gate_catches_token_residual() -> None:
-    """M12 through the sampler itself: 20,000 steps, alpha and beta 1e-6, against the first two tokens' distribution."""
+    """M12 through the sampler: 20,000 steps, alpha = beta = 1e-6, against the distribution of the first two tokens."""
     target, draft = M12_TARGET, M12_DRAFT
     distribution = marginal(plain_distribution(target), (0, 1))
     broken = marginal(completed_distribution(target, outcomes(target, draft, 2, token_residual=True)), (0, 1))
@@ -126,7 +126,7 @@ def test_gate_catches_token_residual() -> None:
 
 
 def first_two_tokens(rule: VerificationRule, target: Tensor, draft: Tensor, num_draws: int) -> list[tuple[int, ...]]:
-    """What a step emits, completed by plain draws, cut to two tokens."""
+    """The first two tokens of a step's output, completed by plain sampling."""
     rows = torch.arange(num_draws).unsqueeze(1)
     draws = uniforms(rows, torch.arange(10), torch.zeros(10, dtype=torch.int64), torch.tensor(0))
     drafts = Dense(draft.expand(num_draws, -1, -1))
@@ -142,7 +142,7 @@ def first_two_tokens(rule: VerificationRule, target: Tensor, draft: Tensor, num_
 
 
 def test_joint_distribution_through_the_real_loop() -> None:
-    """Thresholds are 0, 1/4, 1/2 or 1 and every residual is certain: a grid gives the loop's own distribution."""
+    """All thresholds are 0, 1/4, 1/2 or 1 and every residual is one-hot, so a grid gives the exact distribution."""
     target, draft = MarkovModel(table(3, THIRDS)), MarkovModel(table(4, THIRDS))
     make = maker(target, draft, gamma=2, break_rule=with_rule(verify_block))
     assert distance(exact_distribution(make, (0, 1), 4, (3, 4, 3)), joint_distribution(target, (0, 1), 4)) < 1e-12
@@ -150,7 +150,7 @@ def test_joint_distribution_through_the_real_loop() -> None:
 
 @given(st.data(), st.integers(0, 2))
 def test_the_rule_follows_its_probabilities(data: st.DataObject, length: int) -> None:
-    """Accepted is the last position whose uniform lies below its chance; a ragged draft ends at its length."""
+    """The last position whose uniform is below its probability is accepted; a ragged draft ends at its length."""
     target, draft = data.draw(distribution_rows(3, 3)), data.draw(distribution_rows(2, 3))
     tokens = [row.multinomial(1).item() for row in draft]
     proposal = Draft(torch.tensor([tokens]), torch.tensor([length]), Dense(draft.unsqueeze(0)))
@@ -160,7 +160,7 @@ def test_the_rule_follows_its_probabilities(data: st.DataObject, length: int) ->
     assert verify_block(distributions, proposal, uniforms, torch.rand(1, 3).double()).accepted.item() == expected
 
 
-def test_engine_accepts_more_by_block_and_says_the_same_when_greedy() -> None:
+def test_engine_accepts_more_by_block_and_greedy_output_is_unchanged() -> None:
     target, draft = MarkovModel(THIRDS[0].expand(2, 2, 2)), MarkovModel(THIRDS[1].expand(2, 2, 2))
 
     def run(verification: str, temperature: float) -> list:
@@ -173,6 +173,6 @@ def test_engine_accepts_more_by_block_and_says_the_same_when_greedy() -> None:
     assert [c.token_ids for c in run("token", 0)] == [c.token_ids for c in run("block", 0)]
 
 
-def test_an_unknown_rule_is_refused() -> None:
+def test_an_unknown_rule_is_rejected() -> None:
     with pytest.raises(ValueError, match="verification='magic' must be one of token, block"):
         Engine(MarkovModel(table(3, THIRDS)), verification="magic")

@@ -1,4 +1,4 @@
-"""Coupled verification: with a seed the tokens are those of decoding without speculation, whatever is proposed."""
+"""Coupled verification: for a given seed the output equals that of plain decoding, whatever is proposed."""
 
 from __future__ import annotations
 
@@ -27,13 +27,15 @@ from specdec.sampling.distributions import Dense, OneHot, Partial, race
 from specdec.sampling.randomness import Role, UniformSource, noise, uniforms
 from specdec.verification import Draft, verify_coupled
 
-LARGEST = 1 - 2.0**-53  # the largest uniform there is
+LARGEST = 1 - 2.0**-53  # the largest possible uniform
 
 # -- the race ------------------------------------------------------------------------------------------------
 
 
 @given(distributions(5), st.lists(st.sampled_from([0.0, 0.25, 0.5, 0.5, 0.9, LARGEST]), min_size=5, max_size=5))
-def test_the_winner_waits_least_and_was_possible(distribution: Tensor, uniforms: list[float]) -> None:
+def test_the_winner_has_the_shortest_waiting_time_and_positive_probability(
+    distribution: Tensor, uniforms: list[float]
+) -> None:
     waits = -torch.log1p(-torch.tensor(uniforms, dtype=torch.float64))
     for probs in (distribution, distribution.float()):
         winner = int(race(probs, torch.tensor(uniforms, dtype=torch.float64)))
@@ -46,8 +48,8 @@ def test_the_winner_waits_least_and_was_possible(distribution: Tensor, uniforms:
 
 
 @given(st.integers(1, 9), st.integers(0, 9))
-def test_a_race_of_two_over_a_grid_is_the_distribution(one: int, other: int) -> None:
-    """The first's share of both waiting times is uniform, and it wins where its share is below its probability."""
+def test_a_race_of_two_over_a_grid_follows_the_distribution(one: int, other: int) -> None:
+    """The first token's share of both waiting times is uniform, and it wins if the share is below its probability."""
     total = one + other
     share = (torch.arange(total).double() + 0.5) / total
     waits = torch.stack([share, 1 - share], 1)
@@ -55,8 +57,8 @@ def test_a_race_of_two_over_a_grid_is_the_distribution(one: int, other: int) -> 
     assert (winners == 0).sum() == one
 
 
-def test_a_distribution_over_some_tokens_meets_their_own_noise() -> None:
-    """At several positions at once, and the same token wins as in the dense form."""
+def test_a_partial_distribution_uses_its_own_tokens_noise() -> None:
+    """At several positions at once, the same token wins as in the dense form."""
     torch.manual_seed(0)
     tokens = torch.tensor([1, 4, 5, 8])
     partial_distribution = Partial(Dense(torch.rand(6, 3, 4).softmax(-1)), tokens, 10)
@@ -75,7 +77,7 @@ def test_noise_differs_between_positions_tokens_and_seeds_and_from_other_draws()
 
 
 def _all(*sizes: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Positions, roles and origins that are combined in every way."""
+    """All combinations of positions, roles and origins."""
     roles, positions, origins = torch.meshgrid(*map(torch.arange, sizes), indexing="ij")
     return positions, roles, origins
 
@@ -84,22 +86,22 @@ def _all(*sizes: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def favouring(tokens: list[int], vocab_size: int = 4) -> Tensor:
-    """Noise by which those tokens win under a uniform distribution: float64 [len(tokens), vocab]."""
+    """Noise with which these tokens win under a uniform distribution: float64 [len(tokens), vocab]."""
     return torch.full((len(tokens), vocab_size), 0.5).double().scatter(1, torch.tensor(tokens).unsqueeze(1), 0.25)
 
 
 def decide(drafted: list[int], length: int, favoured: list[int]) -> tuple[int, int]:
-    """What becomes of a draft under uniform distributions, by such noise."""
+    """(accepted, next token) of a draft under uniform distributions with noise that favours these tokens."""
     draft = Draft.deterministic(torch.tensor([drafted]), torch.tensor([length]), 4)
     target = Dense(torch.full((1, len(drafted) + 1, 4), 0.25))
     outcome = verify_coupled(target, draft, torch.zeros(1, len(drafted)), favouring(favoured).unsqueeze(0))
     return outcome.accepted.item(), outcome.next_token.item()
 
 
-def test_the_draft_is_kept_while_the_target_draws_the_same() -> None:
+def test_the_draft_is_accepted_while_the_target_samples_the_same() -> None:
     assert decide([1, 2], 2, [1, 2, 3]) == (2, 3)  # bonus
-    assert decide([1, 0], 2, [1, 2, 3]) == (1, 2)  # recovered: what the target drew instead
-    assert decide([0, 2], 2, [1, 2, 3]) == (0, 1)  # what would fit after a difference does not count
+    assert decide([1, 0], 2, [1, 2, 3]) == (1, 2)  # recovered: the target's own token
+    assert decide([0, 2], 2, [1, 2, 3]) == (0, 1)  # a match after a mismatch does not count
     assert decide([1, 2], 1, [1, 2, 3]) == (1, 2)  # padding is not proposed
     assert decide([], 0, [3]) == (0, 3)  # plain decoding
 
@@ -112,7 +114,7 @@ def test_greedy_rows_need_no_noise() -> None:
     assert outcome.next_token.tolist() == [7, 6]
 
 
-# -- the same tokens as without speculation ------------------------------------------------------------------
+# -- identical to plain decoding -----------------------------------------------------------------------------
 
 TARGET, DRAFT = grid_pair(12)
 TABLE = NgramTable.count([[0, 1, 2, 0, 1, 1, 2, 0, 2, 1, 0, 1, 2]], 3)
@@ -123,12 +125,14 @@ SAMPLED = [
     SamplingParams(temperature=1.3, min_p=0.02, max_tokens=17, ignore_eos=True),
     SamplingParams(frequency_penalty=0.5, repetition_penalty=1.2, logit_bias={1: 1.0}, max_tokens=22, ignore_eos=True),
     SamplingParams(top_p=0.8, max_tokens=30, stop_token_ids=(2,), ignore_eos=True),
-    SamplingParams(logit_bias={1: 9.0, 2: 9.0}, max_tokens=25, ignore_eos=True),  # with something to copy
+    SamplingParams(
+        logit_bias={1: 9.0, 2: 9.0}, max_tokens=25, ignore_eos=True
+    ),  # repetitive, so that there is something to copy
 ]
 
 
 def emitted(engine: Engine, num_seeds: int = 2) -> list[tuple[int, ...]]:
-    """What every prompt becomes with all sampling parameters and seeds, more requests than slots."""
+    """Outputs for all sampling parameters and seeds, with more requests than slots."""
     params = [replace(each, seed=seed) for seed in range(num_seeds) for each in SAMPLED]
     vocab_size = engine.target.vocab_size
     prompts = [[token % vocab_size for token in tiny.PROMPTS[i % len(tiny.PROMPTS)]] for i in range(len(params))]
@@ -151,8 +155,8 @@ def drafts_for(method: str, target) -> dict:
 @pytest.mark.parametrize("max_batch_size", [1, 5])
 @pytest.mark.parametrize("gamma", [1, 3, 6, "auto"])
 @pytest.mark.parametrize("method", [method for method in METHODS if method != "autoregressive"])
-def test_toys_say_the_same_whatever_is_proposed(method: str, gamma: int | str, max_batch_size: int) -> None:
-    """To the last token, with every sampling parameter, in any batch, in slots that change hands."""
+def test_toy_output_does_not_depend_on_the_draft(method: str, gamma: int | str, max_batch_size: int) -> None:
+    """To the last token, with every sampling parameter, in any batch, in slots that are reused."""
     target = ExitTarget(TARGET.table, DRAFT.table)
     plain = Engine(target, verification="coupled")
     engine = Engine(
@@ -165,15 +169,15 @@ def test_toys_say_the_same_whatever_is_proposed(method: str, gamma: int | str, m
     )
     if gamma != "auto":
         assert emitted(engine) == emitted(plain)
-    else:  # where drafts end depends on the clock: perhaps nothing is drafted at all
+    else:  # draft lengths depend on the clock; nothing may be drafted at all
         params = [replace(SAMPLED[0], seed=seed) for seed in range(6)]
         ours, theirs = (each.generate([[0, 1, 2, 0, 1]] * 6, params) for each in (engine, plain))
         assert [c.token_ids for c in ours] == [c.token_ids for c in theirs]
 
 
 @pytest.mark.parametrize("verification", ["token", "block"])
-def test_other_rules_say_something_else(verification: str) -> None:
-    """The same distribution but other tokens: that they are the same is the noise's doing."""
+def test_other_rules_give_other_tokens(verification: str) -> None:
+    """Same distribution, different tokens: only shared noise makes them equal."""
     engine = Engine(TARGET, method="draft_model", draft=DRAFT, verification=verification)
     assert emitted(engine) != emitted(Engine(TARGET, verification="coupled"))
 
@@ -181,11 +185,11 @@ def test_other_rules_say_something_else(verification: str) -> None:
 @pytest.mark.parametrize("records", [False, True])
 @pytest.mark.parametrize(("gamma", "max_batch_size"), [(1, 1), (4, 3)])
 @pytest.mark.parametrize("method", ["draft_model", "eagle", "ngram", "hybrid"])
-def test_models_in_float32_say_the_same(method: str, gamma: int, max_batch_size: int, records: bool) -> None:
-    """Random Llama and GPT-2, and a head that drafts half of the tokens; recorded or not.
+def test_float32_models_give_the_same_output(method: str, gamma: int, max_batch_size: int, records: bool) -> None:
+    """Random Llama and GPT-2, and a head with half the vocabulary; with and without CUDA graphs.
 
-    Logits of a wider step differ by their rounding, about 1e-6. That this moves a race is as likely as that two of
-    its waiting times are so close: for these 320 tokens less than 1e-3, once and for all, the seeds being fixed.
+    Logits of a wider step differ by rounding, about 1e-6. That changes a race only if two waiting times are that
+    close: probability below 1e-3 for these 320 tokens, and seeds are fixed, so it happens always or never.
     """
     target = CausalLM(tiny.make("llama", tiny.GQA))
     options = {"num_speculative_tokens": gamma, "max_batch_size": max_batch_size, "verification": "coupled"}
@@ -194,7 +198,7 @@ def test_models_in_float32_say_the_same(method: str, gamma: int, max_batch_size:
 
 
 def test_a_self_draft_is_always_accepted() -> None:
-    """The draft meets the noise that the target meets, a head's as a model's."""
+    """Draft and target see the same noise, for draft heads and draft models alike."""
     target = FeatureTarget(TARGET.table)
     for method, draft in (("draft_model", TARGET), ("eagle", ToyHead(target))):
         engine = Engine(target, method=method, draft=draft, verification="coupled", max_batch_size=5)
@@ -202,13 +206,13 @@ def test_a_self_draft_is_always_accepted() -> None:
             assert completion.counts.num_accepted == completion.counts.num_drafted > 0
 
 
-# -- the distribution, and what a gate or an equality would see -------------------------------------------------------
+# -- the distribution, and which check detects what -------------------------------------------------------------------
 
 PROMPT, NUM_DRAWS, SUPPORT = (1, 2), 4000, 9
 
 
 def draws(make, num_tokens: int = 4) -> list[tuple[int, ...]]:
-    """What the loop emits, once for each seed."""
+    """One output of the decoding loop per seed."""
     params = SamplingParams(max_tokens=num_tokens)
     requests = [Request(i, PROMPT, replace(params, seed=i)) for i in range(NUM_DRAWS)]
     rows = sorted(make(uniforms, verify_coupled, NUM_DRAWS).run(requests), key=lambda row: row.request.index)
@@ -220,7 +224,7 @@ def plain_decoder(source, rule, max_batch_size):
 
 
 def passing(outputs: list[tuple[int, ...]]) -> list[bool]:
-    """The gate over each pair of neighbouring tokens."""
+    """Whether each pair of neighbouring tokens passes the gate."""
     distribution = joint_distribution(TARGET, PROMPT, 4)
     return [
         passes([output[i : i + 2] for output in outputs], marginal(distribution, (i, i + 1)), SUPPORT) for i in range(3)
@@ -228,7 +232,7 @@ def passing(outputs: list[tuple[int, ...]]) -> list[bool]:
 
 
 def share_noise_between_positions(source: UniformSource) -> UniformSource:
-    """Noise by token only: neighbouring tokens are then drawn alike."""
+    """Noise keyed by token only, so neighbouring tokens are correlated."""
 
     def shared(seeds, positions, roles, origins):
         return source(seeds, torch.where(roles == Role.COUPLED, 0, positions), roles, origins)
@@ -237,28 +241,28 @@ def share_noise_between_positions(source: UniformSource) -> UniformSource:
 
 
 class KeyedByOrigin(Decoder):
-    """Noise of the draft's origin, too: the distribution stays, but where drafts begin decides the sample."""
+    """Noise keyed by the draft's origin too: same distribution, but the sample depends on where drafts begin."""
 
     def _draws(self, rows, origins, draft):
         return super()._draws(replace(rows, seeds=rows.seeds + 7919 * origins), origins, draft)
 
 
-class NoiseOfItsOwn(DraftModelProposer):
-    """A draft by other noise than the target's."""
+class IndependentNoise(DraftModelProposer):
+    """A draft sampled with noise of its own."""
 
     def __init__(self, model: MarkovModel, source: UniformSource) -> None:
         super().__init__(model, lambda seeds, *key: source(seeds + 7919, *key))
 
 
 def test_gate_passes_the_coupled_sampler() -> None:
-    """Fails falsely with probability at most 3e-6, for any seeds."""
+    """False-alarm probability at most 3e-6, for any seeds."""
     outputs = draws(maker(TARGET, DRAFT, 2))
     assert passing(outputs) == [True] * 3
     assert outputs == draws(plain_decoder)
 
 
 def test_noise_shared_between_positions_is_caught() -> None:
-    """Caught with probability at least 1 - 1e-6 if its distance exceeds twice the radius; it is 0.2 and more."""
+    """Detected with probability at least 1 - 1e-6 if the distance exceeds twice the radius; it is over 0.2."""
     broken = draws(maker(TARGET, DRAFT, 2, break_uniforms=share_noise_between_positions))
     distribution = marginal(joint_distribution(TARGET, PROMPT, 4), (1, 2))
     never = [pair for pair in distribution if pair not in {output[1:3] for output in broken}]
@@ -267,27 +271,27 @@ def test_noise_shared_between_positions_is_caught() -> None:
 
 
 def test_noise_keyed_by_the_origin_is_caught_by_equality() -> None:
-    """Its distribution is the target's, so that no gate sees it."""
+    """Its distribution is the target's, so no gate detects it."""
     broken = draws(maker(TARGET, DRAFT, 2, decoder=KeyedByOrigin))
     assert passing(broken) == [True] * 3
     assert broken != draws(plain_decoder)
 
 
-def test_a_draft_by_other_noise_is_lossless_and_seen_by_its_acceptance() -> None:
-    make = maker(TARGET, TARGET, 3, proposer=NoiseOfItsOwn)
+def test_a_draft_with_independent_noise_is_lossless_but_accepted_less() -> None:
+    make = maker(TARGET, TARGET, 3, proposer=IndependentNoise)
     requests = [Request(i, PROMPT, SamplingParams(max_tokens=12, seed=i)) for i in range(50)]
     steps = [step for row in make(uniforms, verify_coupled, 50).run(requests) for step in row.steps]
     assert sum(step.num_accepted for step in steps) < 0.8 * sum(step.num_drafted for step in steps)
     assert draws(make) == draws(plain_decoder)
 
 
-def test_how_often_a_draft_is_kept() -> None:
-    """As the sum over tokens of 1 / sum_w max(p_w / p_v, q_w / q_v); 40,000 races, Hoeffding's radius at 1e-6."""
+def test_coupled_acceptance_rate() -> None:
+    """It is the sum over tokens v of 1 / sum_w max(p_w / p_v, q_w / q_v); 40,000 races, Hoeffding radius at 1e-6."""
     first, second = (torch.tensor(weights).double() / 4 for weights in ([2, 1, 1], [1, 1, 2]))
     shared = noise(torch.arange(40_000), torch.zeros(40_000, 1).long(), 3)[:, 0]
     winners = [race(distribution.expand(40_000, -1), shared) for distribution in (first, second)]
     both = 1 / torch.maximum(first / first[:, None], second / second[:, None]).sum(1)
     rate = (winners[0] == winners[1]).double().mean().item()
     assert abs(rate - both.sum().item()) < (torch.log(torch.tensor(2e6)) / 80_000).sqrt()
-    other = (winners[0] == winners[1].roll(1)).double().mean().item()  # by noise of their own
+    other = (winners[0] == winners[1].roll(1)).double().mean().item()  # with independent noise
     assert abs(other - both.sum().item()) > 2 * (torch.log(torch.tensor(2e6)) / 80_000).sqrt()

@@ -1,4 +1,4 @@
-"""The page: identities under Hypothesis, the exact distribution of a step by enumeration, and the edges."""
+"""Token verification: identities under Hypothesis, the exact distribution of a step by enumeration, edge cases."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from specdec.conformance import mutants
 from specdec.sampling.distributions import Dense, OneHot
 from specdec.verification import Draft, final_distribution, residual, verify_tokens
 
-LARGEST = 1 - 2.0**-53  # the largest uniform there is
+LARGEST = 1 - 2.0**-53  # the largest possible uniform
 
 
 @given(distributions(), distributions())
@@ -38,15 +38,15 @@ def test_residual_of_equal_distributions_is_the_distribution(distribution: Tenso
     assert torch.equal(residual(distribution, Dense(distribution)), distribution)
 
 
-def test_residual_refuses_other_shapes() -> None:
+def test_residual_rejects_mismatched_shapes() -> None:
     with pytest.raises(
-        ValueError, match=r"target_probs of shape \(3,\) must have the shape of the draft's distributions, \(4,\)"
+        ValueError, match=r"target_probs of shape \(3,\) must have the shape of the draft distributions, \(4,\)"
     ):
         residual(torch.ones(3) / 3, Dense(torch.ones(4) / 4))
 
 
 def step_distribution(target: Tensor, draft: Tensor, length: int) -> dict[tuple[int, ...], float]:
-    """Distribution of a step's output by adding up all draft paths and outcomes; target [k + 1, v], draft [k, v]."""
+    """Distribution of a step's output, summed over all draft paths and outcomes; target [k + 1, v], draft [k, v]."""
     num_drafted, vocab_size = draft.shape
     distribution: dict[tuple[int, ...], float] = {}
     for path in itertools.product(range(vocab_size), repeat=num_drafted):
@@ -56,7 +56,7 @@ def step_distribution(target: Tensor, draft: Tensor, length: int) -> dict[tuple[
         rows = Draft(torch.tensor([path]), torch.tensor([length]), Dense(draft.unsqueeze(0)))
         accepts = [min(1.0, (target[i, t] / draft[i, t]).item()) for i, t in enumerate(path[:length])] + [0.0]
         for accepted in range(length + 1):
-            # what the code itself does with uniforms just below and at each threshold is tested elsewhere
+            # uniforms just below and at each threshold are tested below
             probability = path_prob * math.prod(accepts[:accepted]) * (1 - accepts[accepted])
             last = final_distribution(Dense(target.unsqueeze(0)), rows, torch.tensor([accepted])).dense()[0]
             for token in range(vocab_size):
@@ -67,7 +67,7 @@ def step_distribution(target: Tensor, draft: Tensor, length: int) -> dict[tuple[
 
 @given(st.data(), st.integers(0, 2))
 def test_every_prefix_of_a_step_has_the_target_distribution(data: st.DataObject, length: int) -> None:
-    """k = 2 drafted, `length` of them valid: P(first token), and P(second | first) where a second was emitted."""
+    """k = 2 draft tokens, `length` of them valid: P(first token), and P(second | first) if a second is emitted."""
     target, draft = data.draw(distribution_rows(3, 3)), data.draw(distribution_rows(2, 3))
     distribution = step_distribution(target, draft, length)
     assert sum(distribution.values()) == pytest.approx(1, abs=1e-12)
@@ -81,7 +81,7 @@ def test_every_prefix_of_a_step_has_the_target_distribution(data: st.DataObject,
 
 @given(distribution_rows(2), distribution_rows(1), st.integers(0, 3))
 def test_accept_threshold_is_exact(target: Tensor, draft: Tensor, token: int) -> None:
-    """Accepted strictly below target/draft, rejected at it; an impossible token always loses, even at u = 0."""
+    """Accept strictly below target/draft, reject at it; an impossible token is always rejected, even at u = 0."""
     if not draft[0, token]:
         return
     threshold = min(1.0, (target[0, token] / draft[0, token]).item())
@@ -116,7 +116,7 @@ def test_one_hot_and_dense_forms_of_the_same_draft_agree(target: Tensor, tokens:
 
 
 def test_greedy_targets_need_no_probabilities() -> None:
-    """One-hot distributions on both sides: accepted while the draft is the target's token, then the target's token."""
+    """One-hot on both sides: draft tokens are accepted while they match the target's, then the target's is emitted."""
     target = OneHot(torch.tensor([[5, 6, 7], [5, 6, 7], [5, 6, 7]]), vocab_size=9)
     draft = Draft.deterministic(torch.tensor([[5, 6], [5, 0], [5, 6]]), torch.tensor([2, 2, 1]), 9)
     result = verify_tokens(target, draft, torch.zeros(3, 2).double(), torch.zeros(3, 3).double())
@@ -124,18 +124,16 @@ def test_greedy_targets_need_no_probabilities() -> None:
     assert result.next_token.tolist() == [7, 6, 6]
 
 
-def test_padding_behind_a_ragged_draft_is_never_accepted() -> None:
+def test_padding_of_a_ragged_draft_is_never_accepted() -> None:
     certain = OneHot(torch.tensor([[1, 1, 1]]), vocab_size=3)
     draft = Draft.deterministic(torch.tensor([[1, 1]]), torch.tensor([0]), 3)
     assert verify_tokens(certain, draft, torch.zeros(1, 2).double(), torch.zeros(1, 3).double()).accepted.item() == 0
 
 
 def test_a_draft_must_carry_a_distribution_for_each_token() -> None:
-    with pytest.raises(
-        ValueError, match=r"distribution of shape \(1, 3\) must have one row for each of the \(1, 2\) tokens"
-    ):
+    with pytest.raises(ValueError, match=r"distribution of shape \(1, 3\) must have shape \(1, 2\), one row per token"):
         Draft(torch.zeros(1, 2).long(), torch.ones(1).long(), OneHot(torch.zeros(1, 3).long(), 5))
-    with pytest.raises(ValueError, match=r"must be \[batch, k\] and num_proposed, here of shape \(2,\), \[batch\]"):
+    with pytest.raises(ValueError, match=r"num_proposed of shape \(2,\) must have shapes \[batch, k\] and \[batch\]"):
         Draft(torch.zeros(1, 2).long(), torch.ones(2).long(), OneHot(torch.zeros(1, 2).long(), 5))
 
 
@@ -152,7 +150,7 @@ def test_a_draw_is_where_the_cumulative_distribution_first_exceeds_the_uniform(
 
 @given(st.lists(st.integers(0, 5), min_size=2, max_size=7).filter(any))
 def test_draws_over_a_grid_of_uniforms_are_the_distribution(weights: list[int]) -> None:
-    """One midpoint for each unit of weight: the counts are the weights."""
+    """With one midpoint per unit of weight the counts are the weights."""
     total = sum(weights)
     midpoints = (torch.arange(total).double() + 0.5) / total
     tokens = Dense(torch.tensor(weights).double().expand(total, -1)).draw(midpoints)
