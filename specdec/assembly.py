@@ -19,7 +19,7 @@ from specdec.runtime.checks import require, require_choice, require_integer
 from specdec.runtime.recording import Recorder
 from specdec.sampling_params import SamplingParams
 from specdec.synthetic import SyntheticAcceptance
-from specdec.trees.optimal import USUAL_RATES, optimal_tree, tree_that_pays
+from specdec.trees.optimal import USUAL_RATES, fastest_tree, optimal_tree
 from specdec.trees.shape import Tree
 from specdec.trees.verification import verify_coupled_tree, verify_tree
 from specdec.verification import VerificationRule, verify_block, verify_coupled, verify_tokens
@@ -264,7 +264,7 @@ def _best_tree(timing: Timing, num_nodes: int | Literal["auto"]) -> Tree:
     acceptance = [level[: _num_draftable(draft)] for level in rates.acceptance]
     if num_nodes != "auto":
         return optimal_tree(acceptance, num_nodes, rates.level_cost)
-    tree = tree_that_pays(acceptance, *_tree_costs(timing))
+    tree = fastest_tree(acceptance, *_tree_costs(timing))
     return tree or Tree.chain(1)  # to propose nothing is not this method's
 
 

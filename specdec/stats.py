@@ -1,8 +1,8 @@
-"""Acceptance counters, the rates derived from them, and the theory they are compared with.
+"""Acceptance counters, the rates derived from them, and the theory to compare them with.
 
-Per decode step and row, k tokens are drafted, a of them accepted and one more is drawn. Counts are exact integers:
-the same seeds give the same counts on any machine. Tokens that truncation removes (a stop token inside an accepted
-run, `max_tokens`) are not counted as accepted.
+Each decode step of a row drafts k tokens, accepts a of them and samples one more. Counts are exact integers: the same
+seeds give the same counts on any machine. Accepted tokens removed by truncation (at a stop token or `max_tokens`) are
+not counted as accepted.
 """
 
 from __future__ import annotations
@@ -17,11 +17,17 @@ import numpy as np
 
 @dataclass(slots=True)
 class AcceptanceCounts:
-    """Sums over decode steps; the prefill and the token it gives are not a step.
+    """Acceptance counters summed over decode steps. The prefill and its token are not a step.
 
-    num_steps: S. num_drafted: D. num_accepted: A. num_emitted: tokens emitted by decode steps, E_decode.
-    accepted_at: steps in which draft position i was accepted. num_slots: sum of k + 1, what perfect drafts had emitted.
-    Of a tree D counts all nodes, of which A are accepted; position i is its level i, and k the number of its levels.
+    For trees, D counts all nodes, position i is level i, and k is the number of levels.
+
+    Attributes:
+        num_steps: decode steps, S.
+        num_drafted: draft tokens, D.
+        num_accepted: accepted draft tokens, A.
+        num_emitted: tokens emitted by decode steps, E_decode.
+        num_slots: sum of k + 1, the number of tokens that perfect drafts would have emitted.
+        accepted_at: for each draft position, the number of steps in which it was accepted.
     """
 
     num_steps: int = 0
@@ -32,16 +38,22 @@ class AcceptanceCounts:
     accepted_at: list[int] = field(default_factory=list)
 
     def add_step(self, num_drafted: int, num_accepted: int, num_emitted: int, depth: int | None = None) -> None:
-        """Count one row's step, after truncation. Raises ValueError if the numbers contradict each other.
+        """Count one step of one row, after truncation.
 
-        depth: of a tree, how many tokens could have been accepted; None: num_drafted.
+        Args:
+            num_drafted: tokens drafted.
+            num_accepted: draft tokens accepted and emitted.
+            num_emitted: tokens emitted, num_accepted or one more.
+            depth: for a tree, the number of levels; None for a chain.
+
+        Raises:
+            ValueError: if the numbers contradict each other.
         """
         depth = num_drafted if depth is None else depth
         if not 0 <= num_accepted <= depth <= num_drafted or not num_accepted <= num_emitted <= num_accepted + 1:
             raise ValueError(
-                f"num_accepted={num_accepted} must lie in [0, num_drafted={num_drafted}], of a tree in "
-                f"[0, depth={depth}], and "
-                f"num_emitted={num_emitted} be num_accepted or one more"
+                f"num_accepted={num_accepted} must lie in [0, num_drafted={num_drafted}] and, for a tree, in "
+                f"[0, depth={depth}]; num_emitted={num_emitted} must be num_accepted or num_accepted + 1"
             )
         self.num_steps += 1
         self.num_drafted += num_drafted
@@ -53,7 +65,7 @@ class AcceptanceCounts:
             self.accepted_at[position] += 1
 
     def add(self, other: AcceptanceCounts) -> None:
-        """Add another run's counts to these."""
+        """Add the counts of another run."""
         for name in ("num_steps", "num_drafted", "num_accepted", "num_emitted", "num_slots"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.accepted_at += [0] * (len(other.accepted_at) - len(self.accepted_at))
@@ -62,7 +74,7 @@ class AcceptanceCounts:
 
     @classmethod
     def total(cls, counts: Iterable[AcceptanceCounts]) -> AcceptanceCounts:
-        """The sum of several runs."""
+        """The summed counts of several runs."""
         result = cls()
         for each in counts:
             result.add(each)
@@ -75,32 +87,35 @@ class AcceptanceCounts:
 
     @property
     def acceptance_rate_at(self) -> list[float]:
-        """Steps in which draft position i was accepted / S: unconditional, like vLLM's per-position counter."""
+        """Per draft position, the share of all steps in which it was accepted: unconditional, as in vLLM."""
         return [count / self.num_steps for count in self.accepted_at]
 
     @property
     def mean_acceptance_length(self) -> float | None:
-        """E_decode / S: tokens out per target call, the recovered or bonus token included; None without a step."""
+        """E_decode / S: tokens per target call, including the recovered or bonus token; None without a step."""
         return self.num_emitted / self.num_steps if self.num_steps else None
 
     @property
     def system_efficiency(self) -> float | None:
-        """E_decode / sum(k + 1): emitted over what perfect drafts would have emitted; None without a step.
-
-        A perfect tree has one token of each level accepted, so that k is its depth.
-        """
+        """E_decode / sum(k + 1): tokens emitted relative to perfect drafts; None without a step."""
         return self.num_emitted / self.num_slots if self.num_slots else None
 
 
 @dataclass(slots=True)
 class PhaseTimes:
-    """Wall-clock seconds of a run by phase. What is left of the run is bookkeeping.
+    """Wall-clock seconds of a run by phase; the remainder is bookkeeping.
 
-    prefill_s: target forwards over prompts. draft_s: proposing. scoring_s: target forwards of decode steps.
-    verification_s: logits to distributions, accept, recover and bonus. recording_s: of all these, what went into first
-    calls of a shape, compilation and recording, where steps are recorded; a measurement should have none.
-    Of a step that is recorded as a whole the phases are by the GPU's own clock, read between them; what it waits for
-    the host before a step is bookkeeping.
+    For a step captured as one CUDA graph, phases are timed by the GPU's own clock; time it waits for the host counts
+    as bookkeeping.
+
+    Attributes:
+        prefill_s: target forward passes over prompts.
+        draft_s: proposing.
+        scoring_s: target forward passes of decode steps.
+        verification_s: logits to distributions, accept, recover and bonus.
+        total_s: the whole run.
+        recording_s: the part of all these spent on the first call of a shape, compilation and graph capture; 0 in a
+            proper measurement.
     """
 
     prefill_s: float = 0.0
@@ -112,12 +127,12 @@ class PhaseTimes:
 
     @property
     def bookkeeping_s(self) -> float:
-        """The run's time in none of the phases."""
+        """Seconds outside all phases."""
         return self.total_s - self.prefill_s - self.draft_s - self.scoring_s - self.verification_s
 
 
 def expected_length(acceptance_rate: float, gamma: int) -> float:
-    """Expected tokens per target call, (1 - a^(gamma+1)) / (1 - a), if each draft token is accepted with probability a.
+    """Expected tokens per target call if each draft token is accepted with probability a: (1 - a^(gamma+1)) / (1 - a).
 
     Source: Leviathan et al. 2023, equation 1.
     """
@@ -128,8 +143,9 @@ def expected_length(acceptance_rate: float, gamma: int) -> float:
 
 
 def expected_speedup(acceptance_rate: float, gamma: int, cost_ratio: float) -> float:
-    """Closed form of the speed-up: expected_length / (gamma * c + 1), c being one draft step over one target step.
+    """Closed-form speed-up, expected_length / (gamma * cost_ratio + 1).
 
+    cost_ratio: time of a draft step over time of a target step.
     Source: Leviathan et al. 2023, theorem 3.8.
     """
     return expected_length(acceptance_rate, gamma) / (gamma * cost_ratio + 1)
@@ -138,11 +154,15 @@ def expected_speedup(acceptance_rate: float, gamma: int, cost_ratio: float) -> f
 def predicted_speedup(
     acceptance_rate_at: Sequence[float], *, step_s: float, draft_s: float, scoring_s: float, verification_s: float
 ) -> float:
-    """Speed-up that measured acceptance and measured times imply.
+    """Speed-up implied by measured acceptance and measured times.
 
-    acceptance_rate_at: unconditional acceptance of each draft position; their sum + 1 is the tokens per step.
-    step_s: one autoregressive step; draft_s, scoring_s, verification_s: per speculative step, all in seconds.
-    Raises ValueError unless the step takes time.
+    Args:
+        acceptance_rate_at: unconditional acceptance rate of each draft position; 1 + their sum is the tokens per step.
+        step_s: seconds of an autoregressive step.
+        draft_s, scoring_s, verification_s: seconds per speculative step.
+
+    Raises:
+        ValueError: if either step takes no time.
     """
     duration_s = draft_s + scoring_s + verification_s
     if not (step_s > 0 and duration_s > 0):
@@ -152,10 +172,7 @@ def predicted_speedup(
 
 @dataclass(frozen=True, slots=True)
 class RunTotals:
-    """What a run did and how long it took, all its requests together.
-
-    num_tokens: emitted, the token that each prefill gives included.
-    """
+    """Counts and times of a run over all its requests. num_tokens: tokens emitted, including those of prefills."""
 
     counts: AcceptanceCounts
     times: PhaseTimes
@@ -163,7 +180,7 @@ class RunTotals:
 
     @property
     def decode_s(self) -> float:
-        """Seconds of everything but the prefill."""
+        """Seconds outside the prefill."""
         return self.times.total_s - self.times.prefill_s
 
     @property
@@ -174,15 +191,16 @@ class RunTotals:
 
 @dataclass(frozen=True, slots=True)
 class SpeedupParts:
-    """A measured speed-up as the sum of what was predicted and of what the prediction leaves out.
+    """A measured speed-up, split into the prediction and what the prediction leaves out.
 
-    Each part is what the ratio of two runs changes by when one more thing is counted in both of them, in this order.
-    predicted: `predicted_speedup`, of steps without anything around them.
-    truncation: accepted tokens behind a stop token are not emitted.
-    bookkeeping: what a run does besides drafting, scoring and verifying; it makes steps of both runs longer.
-    prefill: prompts are read, and each gives a token.
-    averaging: what is left: the measured speed-up is a geometric mean over rounds and of latencies, which weights
-    prompts otherwise than the ratio of total times does.
+    Each part is the change of the ratio of the two runs when one more effect is included in both, in this order.
+
+    predicted: `predicted_speedup`, from the bare steps.
+    truncation: accepted tokens after a stop token are not emitted.
+    bookkeeping: time outside drafting, scoring and verification lengthens the steps of both runs.
+    prefill: prompts are processed, and each yields a token.
+    averaging: the rest: the measured speed-up is a geometric mean over rounds and latencies, which weights prompts
+    differently from a ratio of total times.
     """
 
     predicted: float
@@ -193,8 +211,8 @@ class SpeedupParts:
 
 
 def attribute_speedup(measured: float, predicted: float, run: RunTotals, plain: RunTotals) -> SpeedupParts:
-    """The parts of a measured speed-up, which add up to it; predicted: from the same two runs, of which plain is
-    autoregressive decoding.
+    """Split a measured speed-up into parts that add up to it. predicted: from the same two runs; plain: the
+    autoregressive one.
     """
     emitted, plain_emitted = run.counts.num_emitted, plain.counts.num_emitted
     step_s = run.times.draft_s / run.counts.num_steps + run.step_s
@@ -211,13 +229,16 @@ def attribute_speedup(measured: float, predicted: float, run: RunTotals, plain: 
 def predicted_speedups(
     acceptance_rate_at: Sequence[float], drafted_share: float, step_costs: Sequence[tuple[float, float]]
 ) -> list[float]:
-    """Predicted speed-up of gamma = 0, 1, ..., len(acceptance_rate_at), as if acceptance by position stayed the same.
+    """Predicted speed-up for gamma = 0, 1, ..., len(acceptance_rate_at), assuming acceptance rates do not change.
 
-    acceptance_rate_at: measured at the last of these. drafted_share: tokens drafted per step over gamma, in (0, 1];
-    less than 1 where a proposer does not always have a guess.
-    step_costs: measured (tokens drafted per step, cost of such a step in plain steps), at least one besides that of a
-    plain step, (0, 1); between them costs lie on straight lines, beyond the longest they stay as they are.
-    Raises ValueError unless drafted_share is in (0, 1] and costs are > 0 and of more than 0 tokens.
+    Args:
+        acceptance_rate_at: unconditional acceptance rate of each draft position, measured at the largest gamma.
+        drafted_share: tokens drafted per step over gamma, in (0, 1]; below 1 if the proposer sometimes has no guess.
+        step_costs: measured pairs (tokens drafted per step, cost of the step in plain steps), at least one besides the
+            plain step (0, 1). Costs are interpolated linearly and constant beyond the longest.
+
+    Raises:
+        ValueError: for a drafted_share outside (0, 1], and for costs or token counts that are not positive.
     """
     if not 0 < drafted_share <= 1:
         raise ValueError(f"drafted_share={drafted_share} must lie in (0, 1]")

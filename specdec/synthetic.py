@@ -1,6 +1,7 @@
-"""Prescribed acceptance, to time shapes whose weights are not there. What it emits is NOT the target's distribution.
+"""Synthetic acceptance rates, to time models without their weights. The output does NOT follow the target's
+distribution.
 
-As vLLM's `rejection_sample_method="synthetic"`: a draft token is accepted with a given probability, whatever it is.
+Like vLLM's `rejection_sample_method="synthetic"`: a draft token is accepted with a given probability, whatever it is.
 """
 
 from __future__ import annotations
@@ -17,10 +18,10 @@ from specdec.verification import Draft, Verification
 
 @dataclass(frozen=True, slots=True)
 class SyntheticAcceptance:
-    """A verification rule that accepts with prescribed rates.
+    """A verification rule that accepts at given rates.
 
-    rates: unconditional acceptance of each draft position, from the first on, as `acceptance_rate_at` counts it: in
-    [0, 1], none above the one before. Positions behind the last are never accepted.
+    rates: unconditional acceptance rate of each draft position, as `acceptance_rate_at` counts it: in [0, 1], never
+    increasing. Positions after the last are never accepted.
     Raises ValueError for other rates.
     """
 
@@ -32,13 +33,14 @@ class SyntheticAcceptance:
         bounds = (1.0, *self.rates)
         if not self.rates or any(not 0 <= rate <= before for before, rate in zip(bounds, self.rates, strict=False)):
             raise ValueError(
-                f"synthetic_acceptance_rates={list(self.rates)} must be probabilities, none above the one before it"
+                f"synthetic_acceptance_rates={list(self.rates)} must be probabilities that never increase, such as "
+                "[0.8, 0.6]"
             )
 
     def __call__(
         self, target: Distribution, draft: Draft, accept_uniforms: Tensor, final_uniforms: Tensor
     ) -> Verification:
-        """Arguments as for `verify_tokens`."""
+        """Same arguments as `verify_tokens`."""
         num_drafted, device = draft.tokens.shape[1], draft.tokens.device
         conditional = _conditional(self.rates, num_drafted, device)
         proposed = torch.arange(num_drafted, device=device) < draft.num_proposed.unsqueeze(1)
@@ -49,6 +51,6 @@ class SyntheticAcceptance:
 
 @cache
 def _conditional(rates: tuple[float, ...], num_drafted: int, device: torch.device) -> Tensor:
-    """Acceptance of each position given that of the one before, float64 [num_drafted]."""
+    """Acceptance rate of each position given that the previous one was accepted, float64 [num_drafted]."""
     padded = torch.tensor([1.0, *rates, *[0.0] * num_drafted], dtype=torch.float64, device=device)
     return (padded[1:] / padded[:-1].clamp(min=torch.finfo(torch.float64).tiny))[:num_drafted]

@@ -1,9 +1,9 @@
-"""The text of a token sequence as it grows: what was given once never changes.
+"""Incremental detokenization: text that was returned once never changes.
 
-A tokenizer's decode is a function of all tokens, and may rewrite what it gave for fewer of them: the bytes of a
-character come in several tokens, SentencePiece drops the space before the first word, and some decoders clean up spaces
-before punctuation. Here the text is made token by token, so that it is the same however many tokens come at once, and
-streamed pieces make up the whole.
+A tokenizer decodes a whole sequence, and more tokens may change the text of earlier ones: a character can span several
+tokens, SentencePiece drops the space before the first word, and some decoders remove spaces before punctuation. Here
+the text grows token by token, so it does not depend on how many tokens arrive at once, and streamed pieces concatenate
+to the full text.
 """
 
 from __future__ import annotations
@@ -11,41 +11,41 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-_CONTEXT = 6  # tokens of the prompt that are decoded with the first ones of its continuation
+_CONTEXT = 6  # prompt tokens decoded together with the first tokens of the continuation
 _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 
 
 class GrowingText:
-    """The text of tokens that continue others, special tokens left out.
+    """The text of a continuation, without special tokens.
 
-    tokenizer: a transformers tokenizer. before: the tokens that are continued, () where the text stands alone: with
-    them the first word keeps its space, which SentencePiece drops at the beginning of a text.
-    text: what is certain so far, without the beginning of a character whose end is still to come.
+    tokenizer: a transformers tokenizer. before: the tokens that are continued, or (). They keep the space before the
+    first word, which SentencePiece drops at the start of a text.
+    `text` is what is final so far; it excludes an incomplete character at the end.
     """
 
     def __init__(self, tokenizer: Any, before: Sequence[int] = ()) -> None:
         self._tokenizer = tokenizer
         self._cleans_up = getattr(tokenizer, "clean_up_tokenization_spaces", False)
         self._tokens = list(before[-_CONTEXT:])
-        if self._decode(self._tokens).endswith(_INCOMPLETE):  # it ends within a character: this text begins there
+        if self._decode(self._tokens).endswith(_INCOMPLETE):  # ends inside a character: start from scratch
             self._tokens = []
-        self._known = len(self._tokens)  # tokens whose text is certain
-        self._from = 0  # the first token that is decoded with the new ones
+        self._known = len(self._tokens)  # tokens whose text is final
+        self._from = 0  # first token to decode together with the new ones
         self.num_tokens, self.text = 0, ""
 
     def append(self, token: int) -> str:
-        """What a token adds to what is certain."""
+        """Append a token; returns the text that became final."""
         self._tokens.append(token)
         self.num_tokens += 1
         return self._settle(at_end=False)
 
     def follow(self, tokens: Sequence[int]) -> None:
-        """Append those of the continuation's tokens, given from its first on, that are new."""
+        """Append the tokens that are new, given all tokens of the continuation."""
         for token in tokens[self.num_tokens :]:
             self.append(token)
 
     def finish(self) -> str:
-        """What is left at the end: a character that stays incomplete."""
+        """Return the rest at the end: a character that remained incomplete."""
         return self._settle(at_end=True)
 
     def _settle(self, *, at_end: bool) -> str:
@@ -53,10 +53,10 @@ class GrowingText:
         longer = self._decode(self._tokens[self._from :])
         if longer.endswith(_INCOMPLETE) and not at_end:
             return ""
-        if not longer.startswith(known):  # a decoder that rewrites: the new tokens' own text, as if nothing came before
+        if not longer.startswith(known):  # the decoder rewrote earlier text: decode the new tokens alone
             longer = known + self._decode(self._tokens[self._known :])
         added = longer[len(known) :]
-        if added:  # else special tokens, or bytes: what stands before them is still needed
+        if added:  # otherwise special tokens or partial characters: keep the context
             self._from, self._known = self._known, len(self._tokens)
             self.text += added
         return added
@@ -64,19 +64,19 @@ class GrowingText:
     def _decode(self, tokens: Sequence[int]) -> str:
         if not tokens:
             return ""
-        # cleaning up takes back spaces that were given before
+        # cleaning up would remove spaces that were already returned
         options = {"clean_up_tokenization_spaces": False} if self._cleans_up else {}
         text: str = self._tokenizer.decode(list(tokens), skip_special_tokens=True, **options)
         return text
 
 
 def continuation(tokenizer: Any, tokens: Sequence[int]) -> str:
-    """The text of tokens that continue some text, whichever it is."""
+    """The text of tokens as the continuation of an arbitrary text."""
     return text_after(tokenizer, tokenizer("a", add_special_tokens=False).input_ids, tokens)
 
 
 def text_after(tokenizer: Any, before: Sequence[int], tokens: Sequence[int]) -> str:
-    """The text of tokens that continue others; see `GrowingText`."""
+    """The text of tokens that follow others; see `GrowingText`."""
     text = GrowingText(tokenizer, before)
     text.follow(tokens)
     text.finish()

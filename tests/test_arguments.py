@@ -49,14 +49,14 @@ def test_token_ids_are_one_prompt_in_whatever_they_come(prompts) -> None:
         ([[1, None]], r"prompt 0 has None \(NoneType\) among its token ids"),
         ([[True]], r"prompt 0 has True \(bool\) among its token ids"),
         ([[[1, 2]]], r"prompt 0 has \[1, 2\] \(list\) among its token ids"),
-        ([0, [1]], r"prompt 0 is 0 \(int\) and must be a text, a list of token ids, or a list of messages"),
-        (7, r"prompts=7 \(int\) must be a text, a list of token ids"),
-        (b"hello", r"prompts=b'hello' \(bytes\) must be a text"),
-        ({"input_ids": [1]}, r"prompts=\{'input_ids': \[1\]\} \(dict\) must be a text"),
-        ({1, 2}, r"prompts=\{1, 2\} \(set\) must be a text"),
-        ([b"hello"], r"prompt 0 is b'hello' \(bytes\) and must be a text"),
-        (None, r"prompts=None \(NoneType\) must be a text"),
-        ([{"content": "Hi"}], r"message=.* must be such as \{\"role\": \"user\", \"content\": \"Hi\"\}"),
+        ([0, [1]], r"prompt 0 is 0 \(int\) and must be a string, a list of token ids, or a list of messages"),
+        (7, r"prompts=7 \(int\) must be a string, a list of token ids"),
+        (b"hello", r"prompts=b'hello' \(bytes\) must be a string"),
+        ({"input_ids": [1]}, r"prompts=\{'input_ids': \[1\]\} \(dict\) must be a string"),
+        ({1, 2}, r"prompts=\{1, 2\} \(set\) must be a string"),
+        ([b"hello"], r"prompt 0 is b'hello' \(bytes\) and must be a string"),
+        (None, r"prompts=None \(NoneType\) must be a string"),
+        ([{"content": "Hi"}], r"message=.* must have the form \{\"role\": \"user\", \"content\": \"Hi\"\}"),
         ([{"role": "user", "content": "Hi"}], "messages need a model whose tokenizer has a chat template"),
     ],
 )
@@ -103,9 +103,9 @@ def test_a_text_is_one_prompt_and_messages_go_through_the_template(default_model
         ({"stop_token_ids": 3}, r"stop_token_ids=3 must be a list or tuple of token ids >= 0, such as \(2,\)"),
         ({"stop_token_ids": "ab"}, "stop_token_ids='ab' must be a list or tuple"),
         ({"stop_token_ids": [1.0]}, r"stop_token_ids=\[1\.0\] must be a list"),
-        ({"stop": 3}, "stop=3 must be a text or a list of texts"),
-        ({"stop": [""]}, r"stop=\[''\] must be a text or a list of texts that are not empty"),
-        ({"bad_words": [3]}, r"bad_words=\[3\] must be a text or a list of texts"),
+        ({"stop": 3}, "stop=3 must be a non-empty string or a list of them"),
+        ({"stop": [""]}, r"stop=\[''\] must be a non-empty string or a list of them"),
+        ({"bad_words": [3]}, r"bad_words=\[3\] must be a non-empty string or a list of them"),
         ({"min_tokens": 9, "max_tokens": 8}, "min_tokens=9 must be an integer from 0 to max_tokens=8"),
         ({"logit_bias": [1]}, r"logit_bias=\[1\] must be a mapping"),
         ({"logit_bias": {"a": 1.0}}, "logit_bias=.* must be a mapping of token ids"),
@@ -272,7 +272,7 @@ def test_a_beginning_that_is_there_twice_is_named(default_model, caplog: pytest.
         assert encode_raw("hi", AddsBos()) == (1, 9)
         assert not caplog.records
         assert encode_raw("<s> hi", AddsBos()) == (1, 1, 9)
-    assert "a prompt begins with <s> twice" in caplog.text
+    assert "prompt begins with <s> twice" in caplog.text
 
 
 # -- two calls at once ---------------------------------------------------------------------------------------------

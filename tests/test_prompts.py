@@ -24,7 +24,7 @@ def test_rows_come_with_their_places_and_empty_lines_are_none(name: str, tmp_pat
 )
 def test_a_damaged_file_is_named(name: str, content: bytes, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(ValueError, match=r"p\.jsonl.*: must be a whole file of UTF-8 text .*; get it again"):
+    with pytest.raises(ValueError, match=r"p\.jsonl.*: must be a complete UTF-8 text file .*; download it again"):
         list(rows(tmp_path / name))
 
 
@@ -35,7 +35,7 @@ def test_a_missing_file_is_not_called_damaged(tmp_path: Path) -> None:
 
 def test_a_text_must_have_something_in_it() -> None:
     assert text_of({"prompt": "x"}, "prompt", "f:1") == "x"
-    with pytest.raises(ValueError, match="f:1: prompt=7 must be a text that is not empty"):
+    with pytest.raises(ValueError, match="f:1: prompt=7 must be a non-empty string"):
         text_of({"prompt": 7}, "prompt", "f:1")
 
 

@@ -1,4 +1,4 @@
-"""Counters and formulas against tables worked out by hand."""
+"""Counters and formulas against values computed by hand."""
 
 from dataclasses import astuple
 

@@ -47,5 +47,5 @@ def test_the_rates_come_out(temperature: float) -> None:
 
 @pytest.mark.parametrize("rates", [[], [1.1], [-0.1], [0.5, 0.6]])
 def test_impossible_rates_are_refused(rates: list[float]) -> None:
-    with pytest.raises(ValueError, match=r"synthetic_acceptance_rates=.* must be probabilities, none above"):
+    with pytest.raises(ValueError, match=r"synthetic_acceptance_rates=.* must be probabilities that never increase"):
         Engine(TARGET, method="ngram", synthetic_acceptance_rates=rates)

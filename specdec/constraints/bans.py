@@ -1,7 +1,7 @@
-"""Constraints beside a grammar: texts that must not occur, and a least number of tokens.
+"""Constraints other than grammars: `bad_words` and `min_tokens`.
 
-As constraints they are exact under speculation: what is forbidden at a drafted position is forbidden given the tokens
-drafted before it, for draft and target alike.
+As constraints they are exact under speculation: what is forbidden at a drafted position depends on the draft tokens
+before it, for draft and target alike.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from specdec.constraints.progress import Constraint
 
 @dataclass(frozen=True, slots=True)
 class AtLeast:
-    """No stop token before so many others. A state is the number of tokens emitted."""
+    """No stop token among the first `num_tokens` tokens. A state is the number of tokens emitted."""
 
     num_tokens: int
     stop_token_ids: frozenset[int]
@@ -43,17 +43,19 @@ class AtLeast:
 
 @dataclass(frozen=True, slots=True)
 class Without:
-    """A text that has none of some words in it, wherever tokens begin and end. A state is the text's last bytes.
+    """No occurrence of certain strings, wherever token boundaries fall. A state is the last bytes of the text.
 
-    words: texts that must not occur. pieces: what each token spells, by id; what is missing, or a str, is no text.
+    words: the forbidden strings. pieces: the bytes of each token by id; a missing entry or a str is a special token.
     """
 
     words: tuple[str, ...]
     pieces: Mapping[int, Any]
     stop_token_ids: frozenset[int]
     vocab_size: int
-    _never: Tensor = field(init=False, repr=False)  # tokens that spell a whole word, bool [vocab]
-    _ends: tuple[tuple[bytes, Tensor], ...] = field(init=False, repr=False)  # a word's beginning, tokens that end it
+    _never: Tensor = field(init=False, repr=False)  # tokens that contain a whole word, bool [vocab]
+    _ends: tuple[tuple[bytes, Tensor], ...] = field(
+        init=False, repr=False
+    )  # (start of a word, tokens that complete it)
 
     def __post_init__(self) -> None:
         words = [word.encode() for word in self.words]
@@ -62,7 +64,7 @@ class Without:
         never[[token for token, piece in texts.items() if any(word in piece for word in words)]] = True
         ordered = sorted((piece, token) for token, piece in texts.items())
         ends = [
-            (word[:cut], torch.tensor(_beginning_with(word[cut:], ordered), dtype=torch.int64))
+            (word[:cut], torch.tensor(_starting_with(word[cut:], ordered), dtype=torch.int64))
             for word in words
             for cut in range(1, len(word))
         ]
@@ -77,8 +79,8 @@ class Without:
 
     def allowed(self, state: bytes) -> Tensor:
         mask = ~self._never
-        for beginning, tokens in self._ends:
-            if state.endswith(beginning):
+        for start, tokens in self._ends:
+            if state.endswith(start):
                 mask[tokens] = False
         return mask
 
@@ -86,14 +88,14 @@ class Without:
         if token in self.stop_token_ids:
             return None
         piece = self.pieces.get(token, b"")
-        longest = max(len(beginning) for beginning, _ in self._ends) if self._ends else 0
+        longest = max(len(start) for start, _ in self._ends) if self._ends else 0
         text = state + piece if isinstance(piece, bytes) else state
         return text[len(text) - longest :] if longest else b""
 
 
 @dataclass(frozen=True, slots=True)
 class AllOf:
-    """Several constraints at once. A state is theirs, in order."""
+    """The conjunction of several constraints. A state is the tuple of their states."""
 
     constraints: tuple[Constraint, ...]
 
@@ -113,12 +115,12 @@ class AllOf:
 
 
 def all_of(constraints: Sequence[Constraint]) -> Constraint | None:
-    """One constraint of several; None of none."""
+    """One constraint from several; None if there are none."""
     return AllOf(tuple(constraints)) if len(constraints) > 1 else next(iter(constraints), None)
 
 
-def _beginning_with(text: bytes, ordered: Sequence[tuple[bytes, int]]) -> list[int]:
-    """The tokens whose pieces begin with a text, of sorted pieces and their tokens."""
+def _starting_with(text: bytes, ordered: Sequence[tuple[bytes, int]]) -> list[int]:
+    """The tokens whose bytes start with a text, given sorted (bytes, token) pairs."""
     first = bisect_left(ordered, (text, -1))
     found = []
     for piece, token in ordered[first:]:

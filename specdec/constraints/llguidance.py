@@ -1,7 +1,7 @@
 """Constraints of JSON schemas, regular expressions and grammars, by llguidance (https://github.com/guidance-ai/llguidance).
 
-A grammar is about bytes; llguidance knows which tokens of a vocabulary may go on with a text. Where the next bytes are
-certain it allows but the tokens that the tokenizer itself would split them into.
+A grammar is over bytes; llguidance determines which tokens of a vocabulary may continue a text. Where the next bytes
+are forced, it allows only the tokens that the tokenizer itself would split them into.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from torch import Tensor
 from specdec.constraints.progress import fewest_tokens, least_length
 from specdec.sampling_params import CONSTRAINTS, SamplingParams
 
-_FURTHER = 500  # tokens beyond max_tokens that are tried to say how many are enough
-_KEPT = 64  # constraints that are kept compiled
-_SHOWN = 60  # characters of a constraint that a message repeats
+_FURTHER = 500  # tokens beyond max_tokens to search for a sufficient length
+_KEPT = 64  # compiled constraints to cache
+_SHOWN = 60  # characters of a constraint to show in a message
 
 
 @dataclass(frozen=True, slots=True)
 class TokenGrammar:
-    """A `Constraint` whose states are matchers of llguidance.
+    """A `Constraint` whose states are llguidance matchers.
 
-    name: the sampling parameter and its value, for messages. matcher: at the start. stop_token_ids: at least one; they
-    are allowed where the text is complete, whatever the grammar says of their bytes. eos_token_ids: what llguidance
-    takes for an end; those that are no stop tokens are never allowed. vocab_size: of the model; tokens beyond it, which
-    some tokenizers have, are never allowed.
+    name: the sampling parameter and its value, for messages. matcher: in its initial state. stop_token_ids: at least
+    one; allowed exactly where the text is complete, whatever their bytes. eos_token_ids: llguidance's end tokens; never
+    allowed unless they are stop tokens. vocab_size: the model's; tokens beyond it, which some tokenizers have, are
+    never allowed.
     """
 
     name: str
@@ -49,7 +49,7 @@ class TokenGrammar:
     def allowed(self, state: Any) -> Tensor:
         bits = np.frombuffer(state.compute_bitmask(), np.uint8)
         mask = torch.from_numpy(np.unpackbits(bits, bitorder="little", count=self.vocab_size)).bool()  # pads with zeros
-        if state.is_error():  # llguidance's mask is then its end token
+        if state.is_error():  # its mask would be the end token
             return torch.zeros_like(mask)
         mask[list(self.eos_token_ids)] = False
         mask[list(self.stop_token_ids)] = state.is_accepting()
@@ -64,11 +64,11 @@ class TokenGrammar:
 
 
 class GrammarCompiler:
-    """Compiles the constraints of sampling parameters for one model, and keeps what it compiled last.
+    """Compiles constraints for one model and caches the most recent ones.
 
-    tokenizer: a fast transformers tokenizer, byte-level or with bytes to fall back on. vocab_size: of the model, below
-    or above the tokenizer's.
-    Raises ValueError for another tokenizer, and without llguidance.
+    tokenizer: a fast transformers tokenizer, byte-level or with byte fallback. vocab_size: the model's, which may
+    differ from the tokenizer's.
+    Raises ValueError for other tokenizers, and if llguidance is not installed.
     """
 
     def __init__(self, tokenizer: Any, vocab_size: int) -> None:
@@ -81,16 +81,16 @@ class GrammarCompiler:
         except ValueError as error:
             kind = type(tokenizer).__name__
             raise ValueError(
-                f"tokenizer={kind} must be one that llguidance reads: {error}; use a byte-level one"
+                f"tokenizer={kind} must be supported by llguidance: {error}; use a byte-level tokenizer"
             ) from None
         self._vocab_size = vocab_size
         self._compiled = lru_cache(_KEPT)(self._compile)
 
     def compile(self, sampling: SamplingParams, stop_token_ids: frozenset[int]) -> TokenGrammar:
-        """The constraint of `sampling`, which has one.
+        """Compile the constraint of `sampling`, which must have one.
 
-        Raises ValueError naming it where it does not compile, where nothing fits it, where there is no stop token, and
-        where it is certain that max_tokens are too few, for which but so much is tried.
+        Raises ValueError naming the constraint if it does not compile, if no text matches it, if there is no stop
+        token, or if max_tokens is known to be too small, which a bounded search checks.
         """
         name = sampling.constraint
         assert name is not None
@@ -102,12 +102,12 @@ class GrammarCompiler:
     def _compile(self, field: str, text: str, stop_token_ids: frozenset[int], max_tokens: int) -> TokenGrammar:
         name = f"{field}={text if len(text) <= _SHOWN else text[:_SHOWN] + '...'!r}"
         if not stop_token_ids:
-            raise ValueError(f"{name} must have a token to end with; give stop_token_ids, or ignore_eos=False")
+            raise ValueError(f"{name} must have a stop token; set stop_token_ids, or ignore_eos=False")
         matcher = self._matcher(name, field, text)
         eos = frozenset(token for token in self._tokenizer.eos_tokens if token < self._vocab_size)
         grammar = TokenGrammar(name, matcher, stop_token_ids, eos, self._vocab_size)
         if not grammar.allowed(matcher.deep_copy()).any():
-            raise ValueError(f"{name} must be met by some text, but is met by none; correct it")
+            raise ValueError(f"{name} must match at least one text, but matches none; correct it")
         if fewest_tokens(grammar, stop_token_ids, max_tokens) > max_tokens:
             raise ValueError(_too_few(grammar, stop_token_ids, max_tokens))
         return grammar
@@ -121,25 +121,23 @@ class GrammarCompiler:
         except ValueError as error:
             reason = str(error)
         if reason:
-            raise ValueError(f"{name} must be one that llguidance compiles; correct it: {reason.strip()}")
+            raise ValueError(f"{name} must compile with llguidance; correct it: {reason.strip()}")
         return matcher
 
 
 def _size(tokenizer: Any) -> int:
-    return len(tokenizer) if hasattr(tokenizer, "__len__") else 0  # what is no tokenizer is refused in its own words
+    return len(tokenizer) if hasattr(tokenizer, "__len__") else 0  # llguidance reports non-tokenizers itself
 
 
 def _too_few(grammar: TokenGrammar, stop_token_ids: frozenset[int], max_tokens: int) -> str:
-    """What to do about max_tokens within which no output ends: raise it if that is known to help."""
-    most = max_tokens + _FURTHER
-    needed, is_enough = least_length(grammar, stop_token_ids, most)
-    if is_enough or needed <= most:  # known to help, or more states than are looked at: there is hope
-        return (
-            f"max_tokens={max_tokens} must be at least {needed}, the stop token included, to meet {grammar}; raise it"
-        )
+    """The message for max_tokens within which no output can end: raise it if that is known to help."""
+    limit = max_tokens + _FURTHER
+    needed, is_enough = least_length(grammar, stop_token_ids, limit)
+    if is_enough or needed <= limit:  # known to help, or the search ran out of states
+        return f"max_tokens={max_tokens} must be at least {needed}, including the stop token, for {grammar}; raise it"
     return (
-        f"max_tokens={max_tokens} must be enough to meet {grammar}, but within {most} tokens it has no "
-        f"end: correct it if it cannot end at all, else raise max_tokens"
+        f"max_tokens={max_tokens} must be enough for {grammar}, which cannot end within {limit} tokens; raise "
+        f"max_tokens, or correct the constraint if it cannot end at all"
     )
 
 

@@ -1,1 +1,1 @@
-"""Draft trees: their shape, columns in the cache, verification, and which tree is best."""
+"""Draft trees: their shape, cache columns, verification, and the optimal tree."""

@@ -1,4 +1,4 @@
-"""Which tree is best, by how often a draft's siblings were accepted, and by what steps cost.
+"""The optimal draft tree, given measured acceptance rates and step costs.
 
 Source: Chen et al. 2024 (Sequoia, arXiv:2402.12374).
 """
@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from specdec.runtime.checks import require
 from specdec.runtime.json_files import fields, finite_number, probabilities, read_json
 from specdec.trees.shape import MAX_LEVELS, MAX_NODES, RankPath, Tree
 
@@ -22,28 +21,29 @@ Values = npt.NDArray[np.float64]
 
 
 def expected_accepted(tree: Tree, acceptance: Acceptance) -> float:
-    """Expected number of accepted tokens: the sum over nodes of the product of acceptance on the way to each.
+    """Expected number of accepted tokens: the sum over nodes of the product of acceptance rates on the path to each.
 
-    acceptance[d][r]: probability that the sibling of rank r is the accepted one, given that its parent, d tokens
-    behind the text, was accepted; 0 beyond what is given.
+    acceptance[d][r]: probability that the child of rank r of a node at depth d is accepted, given that the node was;
+    0 beyond the ranks and depths given.
     """
     values: list[float] = []
     for path, parent in zip(tree.paths, tree.parents, strict=True):
-        here = _rate(acceptance, len(path) - 1, path[-1])
-        values.append(here * (values[parent] if parent >= 0 else 1.0))
+        rate = _rate(acceptance, len(path) - 1, path[-1])
+        values.append(rate * (values[parent] if parent >= 0 else 1.0))
     return float(sum(values))
 
 
 def optimal_trees(acceptance: Acceptance, num_nodes: int) -> list[Tree]:
-    """The trees of 1, 2, ..., num_nodes nodes that expect to have most tokens accepted, without those of idle nodes.
+    """For each size 1, 2, ..., num_nodes, the tree of that size with the most expected accepted tokens.
 
-    acceptance: as for `expected_accepted`. Dynamic programming from the deepest level up, over how many nodes the
-    children of a node and all below them have.
-    Raises ValueError for rates outside [0, 1], siblings' rates that sum to more than 1, or a size out of range.
-    Source: Chen et al. 2024 (Sequoia), section 3.1, there with rates that are the same on every level.
+    Sizes for which every tree has a node that is never accepted are left out. Dynamic programming from the deepest
+    level up, over the number of descendants of a node.
+    acceptance: see `expected_accepted`.
+    Raises ValueError for rates outside [0, 1], sibling rates that sum to more than 1, or a size out of range.
+    Source: Chen et al. 2024 (Sequoia), section 3.1, where rates are the same on every level.
     """
     _check_acceptance(acceptance, num_nodes)
-    below = [np.zeros(num_nodes + 1)]  # of a node by its level, the deepest first: value of so many nodes below it
+    below = [np.zeros(num_nodes + 1)]  # by level, deepest first: value of a node's 0, 1, ... descendants
     splits: list[list[npt.NDArray[np.int64]]] = []
     for rates in reversed(acceptance):
         values, sizes = _family(np.asarray(rates), below[-1])
@@ -59,10 +59,9 @@ def optimal_trees(acceptance: Acceptance, num_nodes: int) -> list[Tree]:
 
 
 def optimal_tree(acceptance: Acceptance, num_nodes: int, level_cost: float = 0.0) -> Tree:
-    """The best tree of at most num_nodes nodes; see `optimal_trees`.
+    """The tree of at most num_nodes nodes that emits the most tokens per unit of step cost; see `optimal_trees`.
 
-    level_cost: what drawing one level costs, in plain steps of the target. The best is that with most emitted tokens
-    for the cost of a step, with as many levels as pay.
+    level_cost: cost of drafting one level, in plain target steps. It limits the number of levels.
     """
     _check_acceptance(acceptance, num_nodes)
     deepest = len(acceptance) if level_cost else 1
@@ -72,26 +71,26 @@ def optimal_tree(acceptance: Acceptance, num_nodes: int, level_cost: float = 0.0
     return max(trees, key=lambda tree: (1 + expected_accepted(tree, acceptance)) / (1 + tree.depth * level_cost))
 
 
-def tree_that_pays(acceptance: Acceptance, step_s: Sequence[float], level_s: float) -> Tree | None:
-    """The tree that emits most tokens per second, or None where plain decoding does.
+def fastest_tree(acceptance: Acceptance, step_s: Sequence[float], level_s: float) -> Tree | None:
+    """The tree that emits the most tokens per second, or None if plain decoding is faster.
 
-    step_s: seconds of a target step over 1, 2, ... tokens, of which a tree's step has one more than nodes.
-    level_s: seconds of drawing one level.
+    step_s: seconds of a target step over 1, 2, ... tokens; a tree's step has one token more than the tree has nodes.
+    level_s: seconds to draft one level.
     """
-    best, most = None, 1 / step_s[0]
+    best, highest = None, 1 / step_s[0]
     for depth in range(1, len(acceptance) + 1):
         for tree in optimal_trees(acceptance[:depth], min(len(step_s) - 1, MAX_NODES)):
             tokens_per_s = (1 + expected_accepted(tree, acceptance)) / (step_s[len(tree)] + tree.depth * level_s)
-            if tokens_per_s > most:
-                best, most = tree, tokens_per_s
+            if tokens_per_s > highest:
+                best, highest = tree, tokens_per_s
     return best
 
 
 @dataclass(frozen=True, slots=True)
 class Rates:
-    """What was measured of a draft: acceptance as for `expected_accepted`, level_cost as for `optimal_tree`.
+    """Measured rates of a draft. acceptance: see `expected_accepted`. level_cost: see `optimal_tree`.
 
-    Raises ValueError for acceptance that is none, or a negative cost.
+    Raises ValueError for invalid acceptance rates or a negative cost.
     """
 
     acceptance: tuple[tuple[float, ...], ...]
@@ -99,11 +98,12 @@ class Rates:
 
     def __post_init__(self) -> None:
         _check_acceptance(self.acceptance, 1)
-        require(self.level_cost >= 0, f"level_cost={self.level_cost} must be at least 0")
+        if self.level_cost < 0:
+            raise ValueError(f"level_cost={self.level_cost} must be at least 0")
 
     @classmethod
     def load(cls, path: Path) -> Rates:
-        """From JSON with these two. Raises ValueError for anything else."""
+        """Read a JSON object with these two fields. Raises ValueError for anything else."""
 
         def make(content: Any) -> Rates:
             levels = fields(content)["acceptance"]
@@ -112,17 +112,17 @@ class Rates:
             acceptance = tuple(probabilities(level, "each level of acceptance") for level in levels)
             return cls(acceptance, finite_number(content["level_cost"], "level_cost"))
 
-        return read_json(path, "acceptance must be JSON with acceptance and level_cost", make)
+        return read_json(path, "acceptance must be a JSON object with acceptance and level_cost", make)
 
 
 def _family(rates: Values, below: Values) -> tuple[Values, list[npt.NDArray[np.int64]]]:
-    """Values of 0, 1, ... nodes for all children of a node, and for each rank how many the sibling's own part has.
+    """Value of 0, 1, ... nodes in the subtrees of all children of a node, and the size of each rank's subtree.
 
-    below: the value of 0, 1, ... nodes below one of these children.
+    below: value of 0, 1, ... descendants of one child.
     """
     size = len(below)
     values, sizes = np.zeros(size), []
-    for rate in rates[::-1]:  # the last rank first: values are those of this rank and the ones after it
+    for rate in rates[::-1]:  # last rank first: values cover this rank and later ones
         own = np.full(size, -np.inf)
         own[1:] = rate * (1 + below[:-1])
         best, chosen = np.zeros(size), np.zeros(size, dtype=np.int64)
@@ -137,7 +137,7 @@ def _family(rates: Values, below: Values) -> tuple[Values, list[npt.NDArray[np.i
 
 
 def _unfold(splits: Sequence[Sequence[npt.NDArray[np.int64]]], level: int, number: int) -> Iterable[RankPath]:
-    """The paths of the best `number` nodes below a node."""
+    """The paths of the best `number` descendants of a node."""
     if level == len(splits):
         return
     for rank, sizes in enumerate(splits[level]):
@@ -155,17 +155,19 @@ def _rate(acceptance: Acceptance, depth: int, rank: int) -> float:
 
 
 def _check_acceptance(acceptance: Acceptance, num_nodes: int) -> None:
-    require(1 <= num_nodes <= MAX_NODES, f"num_nodes={num_nodes} must lie in [1, {MAX_NODES}]")
-    require(1 <= len(acceptance) <= MAX_LEVELS, f"acceptance of {len(acceptance)} levels must have 1 to {MAX_LEVELS}")
+    if not 1 <= num_nodes <= MAX_NODES:
+        raise ValueError(f"num_nodes={num_nodes} must lie in [1, {MAX_NODES}]")
+    if not 1 <= len(acceptance) <= MAX_LEVELS:
+        raise ValueError(f"acceptance of {len(acceptance)} levels must have 1 to {MAX_LEVELS} levels")
     for depth, rates in enumerate(acceptance):
-        require(
-            all(0 <= rate <= 1 for rate in rates) and sum(rates) <= 1 + 1e-9,
-            f"acceptance[{depth}]={list(rates)} must be probabilities that sum to at most 1: one sibling is accepted",
-        )
-    require(
-        bool(acceptance[0]) and acceptance[0][0] > 0, "acceptance[0][0] must be above 0: else no tree accepts anything"
-    )
+        if not all(0 <= rate <= 1 for rate in rates) or sum(rates) > 1 + 1e-9:
+            raise ValueError(
+                f"acceptance[{depth}]={list(rates)} must be probabilities that sum to at most 1: at most one sibling "
+                "is accepted"
+            )
+    if not acceptance[0] or acceptance[0][0] <= 0:
+        raise ValueError("acceptance[0][0] must be above 0: otherwise no tree has an accepted token")
 
 
-# where nothing was measured: each further sibling half as good as the one before, and deeper levels like the first
+# without measurements: each sibling is accepted half as often as the previous one, on all levels alike
 USUAL_RATES = Rates(((0.5, 0.16, 0.08, 0.04, 0.02, 0.01),) * 8)

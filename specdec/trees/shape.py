@@ -1,6 +1,6 @@
-"""Token trees: the shapes of drafts that propose several continuations at once, and a tree's columns in a model's call.
+"""Token trees: the shape of drafts that propose several continuations at once.
 
-How they are verified is in `specdec.trees.verification`, which tree is best in `specdec.trees.optimal`.
+See `specdec.trees.verification` for their verification and `specdec.trees.optimal` for the optimal tree.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from specdec.runtime.checks import require
 from specdec.runtime.json_files import integers, read_json
 
 MAX_NODES = 512
@@ -25,14 +24,14 @@ RankPath = tuple[int, ...]
 
 @dataclass(frozen=True, slots=True)
 class Tree:
-    """The shape of a draft: its nodes as rank paths, in the notation of Medusa and EAGLE.
+    """The shape of a draft tree: its nodes as rank paths, in the notation of Medusa and EAGLE.
 
-    paths: (0,) is the first choice after the text, (1,) the second, (0, 2) the third choice after the first; in any
-    order, they are kept level by level, siblings together.
-    parents: of each node its parent's number, -1 for the root, which is the text. families: the nodes that have
-    children, the root first if it has, in order. widths: nodes of each level.
-    Raises ValueError for a node without its parent, a node twice, a rank without the one before it, an empty path, no
-    node, more than 512 nodes or 24 levels.
+    paths: (0,) is the first choice after the text, (1,) the second, (0, 2) the third choice after the first. They may
+    be given in any order and are sorted level by level, siblings adjacent.
+    parents: each node's parent, -1 for the root (the text). families: the nodes with children, in order, -1 for the
+    root. widths: number of nodes of each level.
+    Raises ValueError for a node without its parent, a duplicate node, a missing lower rank, an empty path, an empty
+    tree, or more than 512 nodes or 24 levels.
     """
 
     paths: tuple[RankPath, ...]
@@ -51,14 +50,14 @@ class Tree:
 
     @classmethod
     def chain(cls, num_tokens: int) -> Tree:
-        """One path."""
+        """A tree with a single path."""
         return cls.balanced([1] * num_tokens)
 
     @classmethod
     def balanced(cls, widths: Sequence[int]) -> Tree:
-        """Every node of level i has widths[i] children. Raises ValueError also for a width below 1."""
+        """A tree in which every node of level i has widths[i] children. Raises ValueError for a width below 1."""
         if any(width < 1 for width in widths):
-            raise ValueError(f"widths={list(widths)} must be at least 1 on each level; leave out levels without a node")
+            raise ValueError(f"widths={list(widths)} must be at least 1 on each level; leave out empty levels")
         level: list[RankPath] = [()]
         paths: list[RankPath] = []
         for width in widths:
@@ -73,63 +72,63 @@ class Tree:
 
     @property
     def depth(self) -> int:
-        """Levels, which is how many tokens may be accepted."""
+        """Number of levels, the maximum number of accepted tokens."""
         return len(self.widths)
 
     @property
     def depths(self) -> tuple[int, ...]:
-        """Level of each node, from 1 on."""
+        """Level of each node, starting at 1."""
         return tuple(map(len, self.paths))
 
     @property
     def ranks(self) -> tuple[int, ...]:
-        """Place of each node among its siblings."""
+        """Rank of each node among its siblings."""
         return tuple(path[-1] for path in self.paths)
 
     @property
     def ancestors(self) -> Tensor:
-        """Which nodes stand before a node or are it: bool [nodes, nodes], row by row."""
+        """Which nodes are ancestors of a node or the node itself: bool [nodes, nodes], one row per node."""
         return torch.tensor(_lineage_mask(self.parents), dtype=torch.bool).view(len(self), len(self))
 
     def lineage(self, node: int) -> list[int]:
-        """The nodes on the way to a node, itself included, from the first level on; -1 is the root."""
-        way: list[int] = []
+        """The nodes on the path to a node, from the first level to the node itself; () for the root, -1."""
+        path: list[int] = []
         while node >= 0:
-            way.append(node)
+            path.append(node)
             node = self.parents[node]
-        return way[::-1]
+        return path[::-1]
 
     def num_within(self, depth: int) -> int:
-        """Nodes of the first levels, as many as `depth` says: they stand before all others."""
+        """Number of nodes in the first `depth` levels; they precede all others."""
         return sum(self.widths[: max(depth, 0)])
 
     def cut(self, depth: int) -> Tree:
-        """The first levels only."""
+        """The tree cut to its first `depth` levels."""
         return self if depth >= self.depth else Tree(self.paths[: self.num_within(depth)])
 
     def num_children(self, node: int, num_nodes: int | None = None) -> int:
-        """Children of a node, -1 for the root, among the first num_nodes nodes."""
+        """Number of children of a node, -1 for the root, among the first num_nodes nodes."""
         return self.parents[:num_nodes].count(node)
 
     def save(self, path: Path, **about: Any) -> None:
-        """Write JSON that `load` reads. about: what else is to be remembered, such as where it is from."""
+        """Write JSON for `load`. about: further entries, such as where the tree comes from."""
         path.write_text(json.dumps({"paths": self.paths, **about}, indent=1) + "\n")
 
     @classmethod
     def load(cls, path: Path) -> Tree:
-        """A tree from JSON: an object with `paths`, or a list of them. Raises ValueError for anything else."""
+        """Read a tree from JSON: an object with `paths`, or a list of paths. Raises ValueError for anything else."""
 
         def make(content: Any) -> Tree:
             paths = content["paths"] if isinstance(content, dict) else content
             if not isinstance(paths, list):
-                raise ValueError(f"a {type(paths).__name__} is no list of paths")
+                raise ValueError(f"a {type(paths).__name__} is not a list of paths")
             return cls(tuple(tuple(integers(each, "a path")) for each in paths))
 
-        return read_json(path, "tree must be a JSON file with rank paths such as [[0], [1], [0, 0]]", make)
+        return read_json(path, "tree must be a JSON file of rank paths such as [[0], [1], [0, 0]]", make)
 
 
 def as_tree(tree: Tree | Iterable[Sequence[int]] | str | Path) -> Tree:
-    """A tree from itself, from rank paths or from a file."""
+    """A tree from a tree, from rank paths or from a file."""
     if isinstance(tree, Tree):
         return tree
     return Tree.load(Path(tree)) if isinstance(tree, str | Path) else Tree(tuple(map(tuple, tree)))
@@ -139,33 +138,33 @@ def _checked(paths: Iterable[Sequence[int]]) -> list[RankPath]:
     known = set()
     checked = []
     for path in map(tuple, paths):
-        require(len(path) > 0, "tree path () must have a rank; the root is the text and no node of its own")
-        require(all(isinstance(rank, int) and rank >= 0 for rank in path), f"tree path {path} must hold ranks >= 0")
-        require(path not in known, f"tree path {path} must be given once, not twice")
+        if not path:
+            raise ValueError("tree path () must have a rank; the root is the text, not a node")
+        if not all(isinstance(rank, int) and rank >= 0 for rank in path):
+            raise ValueError(f"tree path {path} must consist of ranks >= 0")
+        if path in known:
+            raise ValueError(f"tree path {path} must occur only once")
         known.add(path)
         checked.append(path)
-    require(0 < len(known) <= MAX_NODES, f"a tree of {len(known)} nodes must have from 1 to {MAX_NODES}")
+    if not 0 < len(known) <= MAX_NODES:
+        raise ValueError(f"tree of {len(known)} nodes must have 1 to {MAX_NODES} nodes")
     depth = max(map(len, known))
-    require(depth <= MAX_LEVELS, f"a tree of {depth} levels must have at most {MAX_LEVELS}")
+    if depth > MAX_LEVELS:
+        raise ValueError(f"tree of {depth} levels must have at most {MAX_LEVELS} levels")
     for path in checked:
         parent, rank = path[:-1], path[-1]
-        require(not parent or parent in known, f"tree path {path} must have its parent {parent} in the tree; add it")
-        require(
-            rank == 0 or (*parent, rank - 1) in known,
-            f"tree path {path} leaves a gap: rank {rank - 1} must be in the tree before rank {rank}; add "
-            f"{(*parent, rank - 1)}",
-        )
+        if parent and parent not in known:
+            raise ValueError(f"tree path {path} must have its parent {parent} in the tree; add it")
+        if rank > 0 and (*parent, rank - 1) not in known:
+            raise ValueError(f"tree path {path} must have its lower rank {(*parent, rank - 1)} in the tree; add it")
     return checked
 
 
 def _lineage_mask(parents: Sequence[int]) -> list[list[bool]]:
-    """For each column which columns stand before it, or are it."""
+    """For each column, which columns are its ancestors or itself."""
     rows: list[list[bool]] = []
     for number, parent in enumerate(parents):
         row = list(rows[parent]) if parent >= 0 else [False] * len(parents)
         row[number] = True
         rows.append(row)
     return rows
-
-
-# ---- a tree's columns in a model's call

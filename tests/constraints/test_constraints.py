@@ -1,4 +1,4 @@
-"""Where an output stands in a constraint, and how the loop uses it; exact distributions are in test_enumeration.py."""
+"""Progress of an output in a constraint, and its use in the loop; for exact distributions see test_enumeration.py."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ STOP = frozenset([2])
 
 
 def obviously_allowed(output: list[int]) -> list[bool] | None:
-    """Which of three tokens may come next, from the words above."""
+    """Which of the three tokens are allowed next, by the definition of the language."""
     if 2 in output or any(a == b == 1 for a, b in pairwise(output)):
         return None
     return [True, output[-1:] != [1], output.count(0) % 2 == 0]
 
 
 def follow(tokens: list[int]) -> list[int]:
-    """As many of the tokens as are allowed, one after the other, up to the end."""
+    """The longest prefix of the tokens that is allowed."""
     output: list[int] = []
     for token in tokens:
         allowed = obviously_allowed(output)
@@ -46,8 +46,8 @@ token_lists = st.lists(st.integers(0, 2), max_size=6)
 
 
 @given(st.lists(st.tuples(token_lists, token_lists), max_size=5), token_lists)
-def test_progress_is_that_of_the_emitted_tokens_whatever_was_drafted(rounds: list, drafted: list[int]) -> None:
-    """Drafts that are looked at and thrown away, or partly emitted, leave no trace."""
+def test_progress_depends_on_emitted_tokens_only(rounds: list, drafted: list[int]) -> None:
+    """Drafts that are rejected or partly emitted leave no trace."""
     progress, output = Progress(EVEN_ZEROS), []
     for looked_at, emitted in [*rounds, (drafted, [])]:
         for size in range(len(looked_at) + 1):
@@ -64,7 +64,7 @@ def test_progress_is_that_of_the_emitted_tokens_whatever_was_drafted(rounds: lis
 
 @given(token_lists, st.lists(st.integers(0, 2), min_size=3, max_size=3))
 def test_masks_are_those_of_the_last_positions(output: list[int], drafted: list[int]) -> None:
-    """With a row that may say anything beside it."""
+    """In a batch with an unconstrained row."""
     output, tokens = follow(output), torch.tensor([drafted, drafted])
     for num_positions in range(1, 5):
         both = masks([Progress(EVEN_ZEROS, output), None], tokens, num_positions, 3)
@@ -117,14 +117,14 @@ def requests() -> list[Request]:
 
 @pytest.mark.parametrize("name", PROPOSERS)
 def test_a_row_in_any_batch_equals_the_row_alone(name: str) -> None:
-    """Constrained rows beside others, in slots that change hands."""
+    """Constrained and unconstrained rows in slots that are reused."""
     alone = [run(name, [each])[0].output for each in requests()]
     for max_batch_size in (3, 10):
         assert [row.output for row in run(name, requests(), max_batch_size)] == alone
 
 
 @pytest.mark.parametrize("name", PROPOSERS)
-def test_what_has_stopped_is_complete_and_what_was_cut_fits(name: str) -> None:
+def test_stopped_outputs_are_complete_and_truncated_ones_are_valid_prefixes(name: str) -> None:
     params = [SamplingParams(seed=seed, max_tokens=6) for seed in range(40)]
     rows = run(name, [Request(i, (0, 1, 0, 1), each, STOP, constraint=EVEN_ZEROS) for i, each in enumerate(params)], 8)
     assert {row.finish_reason for row in rows} == {"stop", "length"}
@@ -142,7 +142,7 @@ NO_TWO_ONES = Automaton([{0: 0, 1: 1, 2: 0}, {0: 0, 2: 0}])
 
 
 def test_copies_end_before_the_first_token_that_is_not_allowed() -> None:
-    """Of ones, no two of which are allowed in a row, one is proposed, and behind a one none."""
+    """No two ones are allowed in a row: one is proposed, and none after a one."""
     decoder = Decoder(TARGET, NgramProposer(3, TARGET.device, AlwaysOnes), 3)
     (free,) = decoder.run([Request(0, (0, 1), SamplingParams(max_tokens=30))])
     assert {step.num_drafted for step in free.steps[:-3]} == {3}
@@ -155,8 +155,8 @@ def test_copies_end_before_the_first_token_that_is_not_allowed() -> None:
     assert {0, 1} == set(expected)
 
 
-def test_suffix_copies_end_there_too() -> None:
-    """A text of ones goes on with ones: three are copied, or behind the first none, as no two are allowed in a row."""
+def test_suffix_copies_end_before_the_first_token_that_is_not_allowed() -> None:
+    """A text of ones continues with ones: three are copied, or none after the first where no two are allowed."""
     decoder = Decoder(TARGET, SuffixProposer(3, TARGET.device), 3)
     params = SamplingParams(max_tokens=9, logit_bias={1: 99.0})
     for constraint, expected in ((None, 3), (NO_TWO_ONES, 0)):
@@ -165,13 +165,13 @@ def test_suffix_copies_end_there_too() -> None:
         assert row.steps[0].num_drafted == expected
 
 
-def test_a_dead_end_is_an_error_where_an_output_runs_into_it_only() -> None:
+def test_a_dead_end_is_an_error_only_if_an_output_reaches_it() -> None:
     leads_nowhere = Automaton([{0: 0, 1: 1}, {}])
     draft_looks_into_it = Progress(leads_nowhere)
     assert draft_looks_into_it.allowed_after((1,)) is None
     draft_looks_into_it.emit([0, 0])
     request = Request(0, (0, 1), SamplingParams(max_tokens=50), constraint=leads_nowhere)
-    with pytest.raises(DeadEndError, match=r"neither a next token nor an end behind the \d+ tokens emitted"):
+    with pytest.raises(DeadEndError, match=r"neither a next token nor an end after \d+ emitted tokens"):
         run("draft_model", [request])
     bias = SamplingParams(max_tokens=5, logit_bias={1: -1e9})
     assert run("draft_model", [Request(0, (0, 1), bias, constraint=leads_nowhere)])[0].output == [0] * 5
@@ -194,8 +194,8 @@ def test_the_fewest_tokens_are_found(table: list, most: int, expected: int) -> N
     assert fewest_tokens(Automaton(table), STOP, most) == expected
 
 
-def test_of_too_many_states_a_bound_is_given() -> None:
-    """Two ways on for a hundred tokens: a bound from below, soon."""
+def test_too_many_states_give_a_lower_bound() -> None:
+    """Two choices at each of a hundred tokens: a lower bound is returned quickly."""
     ladder = Automaton([*({0: i + 1, 1: i + 1} for i in range(100)), {2: None}])
     assert 5 < fewest_tokens(ladder, STOP, 200) <= 101
     assert fewest_tokens(ladder, STOP, 4) == 5

@@ -1,4 +1,4 @@
-"""Grammars by llguidance: what they allow, what is refused, and constrained speculation with the real model."""
+"""Grammars compiled by llguidance: allowed tokens, errors, and constrained speculation with the real model."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ EOS = frozenset([2])
 
 
 def is_person(text: str) -> bool:
-    """Whether a text is JSON and meets PERSON."""
+    """Whether a text is JSON that conforms to PERSON."""
     person = json.loads(text)
     tags = person.pop("tags", [])
     return (
@@ -68,10 +68,10 @@ def compiler(vocabulary: Vocabulary) -> GrammarCompiler:
 
 
 @pytest.mark.parametrize("field", FITS)
-def test_any_tokens_that_are_allowed_make_a_text_that_fits(
+def test_any_sequence_of_allowed_tokens_gives_a_valid_text(
     field: str, compiler: GrammarCompiler, vocabulary: Vocabulary
 ) -> None:
-    """Not the likely ones: any at all. Rejected drafts on the way change nothing, and the end is where it fits."""
+    """Any tokens, not just likely ones. Rejected drafts change nothing, and the end is allowed when it is complete."""
     value, fits = FITS[field]
     grammar = compiler.compile(SamplingParams(**{field: value}), EOS)
     choice, num_complete = random.Random(0), 0
@@ -93,8 +93,8 @@ def test_any_tokens_that_are_allowed_make_a_text_that_fits(
     assert num_complete >= 4
 
 
-def test_the_end_is_allowed_where_the_text_is_complete_only(compiler: GrammarCompiler, vocabulary: Vocabulary) -> None:
-    """Whatever ends a request: also a token with a text that the grammar has a use for, and not the model's own."""
+def test_the_end_is_allowed_only_where_the_text_is_complete(compiler: GrammarCompiler, vocabulary: Vocabulary) -> None:
+    """For any stop token: also one whose text the grammar could use, and one that is not the model's own."""
     one, two = vocabulary.tokenizer("12").input_ids
     params = SamplingParams(regex="[0-9]{3}")
     own, other = (compiler.compile(params, stop) for stop in (EOS, frozenset([two])))
@@ -129,35 +129,38 @@ def test_tokens_that_the_model_lacks_are_never_allowed(lacking: int, vocabulary:
 @pytest.mark.parametrize(
     ("params", "message"),
     [
-        ({"regex": "(a"}, r"regex='\(a' must be one that llguidance compiles; correct it: .*unclosed group"),
-        ({"grammar": "start: foo"}, "grammar='start: foo' must be one that llguidance compiles.*unknown name"),
-        ({"grammar": "root ::= foo"}, "grammar='root ::= foo' must be one that llguidance compiles.*'foo' not found"),
-        ({"json_schema": {"type": "foo"}}, r"""json_schema='{"type": "foo"}' must be one .*Invalid type: foo"""),
-        ({"json_schema": "{bad"}, "json_schema='{bad' must be one that llguidance compiles"),
+        ({"regex": "(a"}, r"regex='\(a' must compile with llguidance; correct it: .*unclosed group"),
+        ({"grammar": "start: foo"}, "grammar='start: foo' must compile with llguidance.*unknown name"),
+        ({"grammar": "root ::= foo"}, "grammar='root ::= foo' must compile with llguidance.*'foo' not found"),
+        ({"json_schema": {"type": "foo"}}, r"""json_schema='{"type": "foo"}' must compile .*Invalid type: foo"""),
+        ({"json_schema": "{bad"}, "json_schema='{bad' must compile with llguidance"),
         ({"json_schema": {"type": {1}}}, r"json_schema=\{'type': \{1\}\} must be JSON \(.*\); correct it"),
         ({"json_schema": {"minimum": 5, "maximum": 3, "type": "integer"}}, "minimum .5. is greater than maximum .3."),
         ({"json_schema": {"type": "array", "uniqueItems": True}}, "Unimplemented keys"),  # not ignored
-        ({"json_schema": {"enum": ["x" * 90]}, "max_tokens": 1}, r"to meet json_schema='.{50,60}\.\.\.'; raise it"),
-        ({"regex": r"[^\s\S]"}, "must be met by some text, but is met by none; correct it"),
-        ({"regex": "[0-9]{30}", "max_tokens": 3}, "max_tokens=3 must be at least 4, the stop token included, to meet"),
-        ({"regex": "the cat sat", "max_tokens": 3}, "max_tokens=3 must be at least 4, the stop token included"),
-        ({"grammar": 'start: "a" start', "max_tokens": 9}, "but within 509 tokens it has no end: correct it if"),
+        (
+            {"json_schema": {"enum": ["x" * 90]}, "max_tokens": 1},
+            r"including the stop token, for json_schema='.{50,60}\.\.\.'; raise it",
+        ),
+        ({"regex": r"[^\s\S]"}, "must match at least one text, but matches none; correct it"),
+        ({"regex": "[0-9]{30}", "max_tokens": 3}, "max_tokens=3 must be at least 4, including the stop token, for"),
+        ({"regex": "the cat sat", "max_tokens": 3}, "max_tokens=3 must be at least 4, including the stop token"),
+        ({"grammar": 'start: "a" start', "max_tokens": 9}, "which cannot end within 509 tokens; raise"),
     ],
 )
-def test_what_cannot_be_met_is_refused(params: dict, message: str, compiler: GrammarCompiler) -> None:
+def test_unsatisfiable_constraints_are_rejected(params: dict, message: str, compiler: GrammarCompiler) -> None:
     with pytest.raises(ValueError, match=f"(?s){message}"):
         compiler.compile(SamplingParams(**params), EOS)
 
 
-def test_as_many_tokens_as_it_takes_are_enough(compiler: GrammarCompiler, vocabulary: Vocabulary) -> None:
+def test_the_minimum_number_of_tokens_is_enough(compiler: GrammarCompiler, vocabulary: Vocabulary) -> None:
     text = vocabulary.tokenizer("the cat sat").input_ids
     grammar = compiler.compile(SamplingParams(regex="the cat sat", max_tokens=len(text) + 1), EOS)
     assert Progress(grammar).num_allowed([*text, 2]) == len(text) + 1
     assert compiler.compile(SamplingParams(regex="the cat sat", max_tokens=len(text) + 1), EOS) is grammar  # kept
 
 
-def test_without_a_token_to_end_with_it_is_refused(compiler: GrammarCompiler) -> None:
-    with pytest.raises(ValueError, match="must have a token to end with; give stop_token_ids, or ignore_eos=False"):
+def test_a_constraint_without_a_stop_token_is_rejected(compiler: GrammarCompiler) -> None:
+    with pytest.raises(ValueError, match="must have a stop token; set stop_token_ids, or ignore_eos=False"):
         compiler.compile(SamplingParams(regex="a", ignore_eos=True), frozenset())
 
 
@@ -165,21 +168,21 @@ def test_without_a_token_to_end_with_it_is_refused(compiler: GrammarCompiler) ->
     ("params", "message"),
     [
         ({"regex": "a", "json_schema": {}}, "json_schema and regex must not be given together; choose one"),
-        ({"regex": 3}, "regex=3 must be a text or None"),
-        ({"grammar": b"x"}, "grammar=b'x' must be a text or None"),
-        ({"json_schema": [1]}, r"json_schema=\[1\] must be a mapping, a text of JSON or None"),
+        ({"regex": 3}, "regex=3 must be a string or None"),
+        ({"grammar": b"x"}, "grammar=b'x' must be a string or None"),
+        ({"json_schema": [1]}, r"json_schema=\[1\] must be a mapping, a JSON string or None"),
     ],
 )
-def test_bad_parameters_are_refused(params: dict, message: str) -> None:
+def test_invalid_parameters_are_rejected(params: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         SamplingParams(**params)
 
 
-def test_what_a_constraint_needs_is_said(monkeypatch: pytest.MonkeyPatch, vocabulary: Vocabulary) -> None:
+def test_missing_requirements_are_named(monkeypatch: pytest.MonkeyPatch, vocabulary: Vocabulary) -> None:
     target, draft = grid_pair(4)
     with pytest.raises(ValueError, match="regex needs a model with a tokenizer; load one with it"):
         Engine(target).generate([[0]], SamplingParams(regex="a"))
-    with pytest.raises(ValueError, match="must be one that llguidance reads: Only fast tokenizers are supported"):
+    with pytest.raises(ValueError, match="must be supported by llguidance: Only fast tokenizers are supported"):
         GrammarCompiler(object(), 3)
     target.tokenizer = draft.tokenizer = vocabulary.tokenizer
     synthetic = Engine(target, method="draft_model", draft=draft, synthetic_acceptance_rates=[0.5])
@@ -217,7 +220,7 @@ def plainly(default_pair: tuple) -> list[Completion]:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_constrained_output_is_the_same_with_any_draft(method: str, default_pair: tuple, plainly: list) -> None:
-    """Greedy, and by the same noise above temperature 0; beside a row that may say anything."""
+    """Greedy, and with coupled noise above temperature 0; in a batch with an unconstrained row."""
     outputs = generate(default_pair, method, "coupled", REQUESTS)
     assert [c.token_ids for c in outputs] == [c.token_ids for c in plainly]
     assert sum(c.counts.num_accepted for c in outputs) > 0
@@ -225,8 +228,8 @@ def test_constrained_output_is_the_same_with_any_draft(method: str, default_pair
     assert [c.token_ids for c in greedy] == [plainly[0].token_ids]
 
 
-def test_constrained_samples_fit(default_pair: tuple) -> None:
-    """By token verification at temperature 1, all of them ended by their stop token."""
+def test_constrained_samples_are_valid(default_pair: tuple) -> None:
+    """With token verification at temperature 1; all end with their stop token."""
     requests = [
         (QUESTIONS[i % 2], SamplingParams(seed=i, max_tokens=40, **{field: FITS[field][0]}))
         for i, field in enumerate(["json_schema", "regex"] * 3)
@@ -236,7 +239,7 @@ def test_constrained_samples_fit(default_pair: tuple) -> None:
         assert FITS[params.constraint][1](completion.text)
 
 
-def test_what_max_tokens_cut_says_so(default_pair: tuple) -> None:
+def test_truncation_by_max_tokens_is_reported(default_pair: tuple) -> None:
     params = SamplingParams(temperature=0, regex="[0-9]{30}", max_tokens=6)
     (completion,) = generate(default_pair, "ngram", "token", [(QUESTIONS[1], params)])
     assert (completion.finish_reason, len(completion.token_ids)) == ("length", 6)

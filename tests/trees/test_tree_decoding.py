@@ -1,4 +1,4 @@
-"""Trees through the real loop: their exact joint distribution, invariants, and the bugs of trees that are caught."""
+"""Trees through the real decoding loop: exact joint distribution, invariants, and planted bugs that are caught."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def residual(target: list[float], draft: list[float]) -> list[float]:
 
 
 def without(distribution: list[float], taken: Tokens) -> list[float]:
-    """The distribution of the next sibling; the lowest token left where no mass is."""
+    """The distribution of the next sibling; one-hot on the lowest remaining token if no mass is left."""
     rest = [0.0 if token in taken else q for token, q in enumerate(distribution)]
     lowest = min(set(range(len(distribution))) - set(taken))
     return (
@@ -76,7 +76,7 @@ DistributionOf = Callable[[MarkovModel, Tokens], list[float]]  # after an output
 def all_drafts(
     tree: Tree, draft: MarkovModel, distribution_of: DistributionOf, output: Tokens
 ) -> Iterator[tuple[Tokens, list[list[float]]]]:
-    """Every draft that can be drawn behind an output, with the distribution that each node was drawn from."""
+    """Every possible draft after an output, with the distribution that each node was sampled from."""
     found: list[tuple[Tokens, list[list[float]]]] = [((), [])]
     for node, parent in enumerate(tree.parents):
         longer = []
@@ -92,7 +92,7 @@ def all_drafts(
 def tree_grid(
     target: MarkovModel, draft: MarkovModel, tree: Tree, distribution_of: DistributionOf, output: Tokens
 ) -> Grid:
-    """The thresholds of the step after an output, node by node, from the definitions."""
+    """The thresholds of the step after an output, node by node, by the definitions."""
     drawn, accepted = ([set() for _ in tree.paths] for _ in range(2))
     last = set(itertools.accumulate(distribution_of(target, output)))
     for tokens, distributions in all_drafts(tree, draft, distribution_of, output) if output else ():
@@ -119,14 +119,14 @@ def exact(make, tree: Tree, num_tokens: int = 3, target=TARGET, draft=DRAFT, pro
 @pytest.mark.parametrize("stop", [(), (1,)])
 @pytest.mark.parametrize("tree", [PAIR, FORK, LATE_FORK, SECOND_FORK], ids=lambda tree: str(tree.paths))
 def test_joint_distribution_of_trees(tree: Tree, stop: tuple[int, ...]) -> None:
-    """Rows of one batch accept different paths, and so are ragged; a tree of depth 2 is cut near the end."""
+    """Rows accept different paths, so the batch is ragged; a tree of depth 2 is cut near the end of the output."""
     params = SamplingParams(stop_token_ids=stop)
     distribution = exact(tree_maker(TARGET, DRAFT, tree), tree, 4 if tree is PAIR else 3, params=params)
     assert distance(distribution, processed_distribution(TARGET, params, PROMPT, 4 if tree is PAIR else 3)) < 1e-12
 
 
 def test_joint_distribution_across_two_steps_of_a_tree() -> None:
-    """Five tokens: a path off the first branch, of two tokens, then another step that reads what was kept of it."""
+    """Five tokens: a path of two tokens off the first branch, then another step that reads its cache entries."""
     target, draft = MarkovModel(table(3, TARGET_DISTRIBUTIONS[[3, 4, 1]])), MarkovModel(table(5, COINS[[0, 1, 3]]))
     distribution = exact(tree_maker(target, draft, SECOND_FORK), SECOND_FORK, 5, target, draft)
     assert distance(distribution, joint_distribution(target, PROMPT, 5)) < 1e-12
@@ -134,21 +134,21 @@ def test_joint_distribution_across_two_steps_of_a_tree() -> None:
 
 @pytest.mark.parametrize("records", [False, True])
 def test_joint_distribution_of_a_head_s_tree(records: bool) -> None:
-    """Features are kept along the accepted path; once as recorded steps."""
+    """Features are kept along the accepted path; with and without recorded steps."""
     target, prompt = FeatureTarget(TARGET.table), (0, 1, 2, 0)
     make = tree_maker(target, ToyHead(DRAFT), FORK, proposer=EagleProposer, records=records)
     assert distance(exact(make, FORK, prompt=prompt), joint_distribution(target, prompt, 3)) < 1e-12
 
 
 def test_joint_distribution_under_processors() -> None:
-    """Penalties count the tokens on the way to a node, whatever stands beside them."""
+    """Penalties count the tokens on the path to a node, not those on other branches."""
     params = SamplingParams(presence_penalty=math.log(2), frequency_penalty=math.log(2), top_k=2)
     distribution = exact(tree_maker(TARGET, DRAFT, FORK), FORK, 4, params=params)
     assert distance(distribution, processed_distribution(TARGET, params, PROMPT, 4)) < 1e-12
 
 
 def test_joint_distribution_of_one_hot_trees() -> None:
-    """Under top-k 1 draft and target are certain, and every further sibling is: the draft's next choice."""
+    """Under top-k 1, draft and target are one-hot, and so is every further sibling: the draft's next choice."""
     rows, params = TARGET_DISTRIBUTIONS[[0, 1, 2]], SamplingParams(top_k=1)
     target, draft = MarkovModel(table(1, rows)), MarkovModel(table(2, rows))
     distribution = exact_distribution(
@@ -163,7 +163,7 @@ TURNS = Automaton([{0: 0, 1: 1, 2: 2}, {0: 0, 2: 2}, {1: 1, 2: 2}])
 
 @pytest.mark.parametrize("tree", [FORK, SECOND_FORK], ids=lambda tree: str(tree.paths))
 def test_joint_distribution_under_a_constraint(tree: Tree) -> None:
-    """Each node has its own state, by the tokens on the way to it; siblings that are not allowed are rejected."""
+    """Each node has its own state, given by the path to it; siblings that are not allowed are rejected."""
     target, draft = (MarkovModel(table(seed, COINS[:3])) for seed in (1, 2))
     make = tree_maker(target, draft, tree)
     distribution = exact_distribution(make, PROMPT, 4, (2, 2, 2), rule=verify_tree, tree=tree, constraint=TURNS)
@@ -177,7 +177,7 @@ FLAT_PAIR = tuple(MarkovModel((torch.tensor(row).double() / 8).expand(3, 3, 3)) 
 
 
 def test_joint_distribution_where_later_siblings_matter_below_the_first_level() -> None:
-    """The target has two tokens that the draft has less of: a second sibling's distribution decides what is emitted."""
+    """The target has two tokens that the draft underestimates, so the second sibling's distribution matters."""
     distribution = exact(tree_maker(*FLAT_PAIR, LATE_FORK), LATE_FORK, 4, *FLAT_PAIR)
     assert distance(distribution, joint_distribution(FLAT_PAIR[0], PROMPT, 4)) < 1e-12
 
@@ -240,7 +240,7 @@ MUTANTS = {
 
 
 def pairs_passing(make, distribution: dict) -> list[bool]:
-    """The gate over each pair of neighbouring tokens, on real random draws."""
+    """Whether each pair of neighbouring tokens passes the gate, on real random draws."""
     requests = [Request(i, PROMPT, SamplingParams(max_tokens=4, seed=i)) for i in range(NUM_DRAWS)]
     outputs = [tuple(row.output) for row in make(uniforms, verify_tree, NUM_DRAWS).run(requests)]
     return [
@@ -250,13 +250,13 @@ def pairs_passing(make, distribution: dict) -> list[bool]:
 
 @pytest.mark.parametrize(("tree", "pair"), [(PAIR, FLAT_PAIR), (LATE_FORK, FLAT_PAIR), (SECOND_FORK, SHARP_PAIR)])
 def test_gate_passes_real_trees(tree: Tree, pair: tuple[MarkovModel, MarkovModel]) -> None:
-    """Fails falsely with probability at most 3e-6, for any seeds."""
+    """False-alarm probability at most 3e-6, for any seeds."""
     assert pairs_passing(tree_maker(*pair, tree), joint_distribution(pair[0], PROMPT, 4)) == [True] * 3
 
 
 @pytest.mark.parametrize("name", mutants.TREE_MUTANTS)
 def test_a_tree_mutant_is_caught_exactly_and_by_the_gate(name: str) -> None:
-    """The gate misses a mutant with probability at most 1e-6, because its distance exceeds twice the radius."""
+    """The gate misses a mutant with probability at most 1e-6, as its distance exceeds twice the radius."""
     tree, pair, stated = MUTANTS[name]
     make, truth = mutants.TREE_MUTANTS[name](*pair, tree), joint_distribution(pair[0], PROMPT, 4)
     broken = exact(make, tree, 4, *pair)
@@ -266,7 +266,7 @@ def test_a_tree_mutant_is_caught_exactly_and_by_the_gate(name: str) -> None:
     assert not pairs_passing(make, truth)[distances.index(max(distances))]
 
 
-# -- what a tree must not change -----------------------------------------------------------------------------
+# -- invariants ----------------------------------------------------------------------------------------------
 
 TREES = [Tree.chain(3), Tree.balanced([3, 2, 1]), Tree(((0,), (1,), (2,), (0, 0), (1, 0), (1, 1), (1, 1, 0)))]
 PROMPTS = [[0, 1, 2, 0, 1], [2], [1, 1, 1, 1, 1, 1, 1, 2], [0, 2], [2, 0, 1]]
@@ -295,7 +295,7 @@ def run(decoder: Decoder, params: list[SamplingParams], stop: frozenset[int] = f
 @pytest.mark.parametrize("proposer", [DraftModelProposer, EagleProposer])
 @pytest.mark.parametrize("coupled", [False, True])
 def test_a_tree_with_one_path_is_a_chain(proposer: type, coupled: bool) -> None:
-    """The same uniforms, so the same tokens and steps, at temperatures from 0 up, ragged, three rows at a time."""
+    """Same uniforms, so same tokens and steps, at temperatures from 0 up, in ragged batches of three rows."""
     params = [SamplingParams(temperature=0.4 * (i % 4), max_tokens=4 + 2 * i, seed=i) for i in range(8)]
     rules = (verify_coupled, verify_coupled_tree) if coupled else (verify_tokens, verify_tree)
     chain = run(decoder_for(proposer, None, rule=rules[0], max_batch_size=3), params)
@@ -307,7 +307,7 @@ def test_a_tree_with_one_path_is_a_chain(proposer: type, coupled: bool) -> None:
 @pytest.mark.parametrize("proposer", [DraftModelProposer, EagleProposer])
 @pytest.mark.parametrize("tree", TREES[1:], ids=len)
 def test_a_row_in_any_batch_equals_the_row_alone(proposer: type, tree: Tree) -> None:
-    """Requests of all kinds, more of them than slots; recorded steps, too."""
+    """Requests of all kinds, more than there are slots; with recorded steps, too."""
     params = [
         SamplingParams(
             max_tokens=2 + 3 * i,
@@ -334,7 +334,7 @@ def test_a_row_in_any_batch_equals_the_row_alone(proposer: type, tree: Tree) -> 
 
 @pytest.mark.parametrize("tree", TREES, ids=len)
 def test_stop_tokens_max_tokens_and_counts(tree: Tree) -> None:
-    """A draft that is the target has its first path accepted, but for what truncation cuts."""
+    """If the draft is the target, the first path is accepted, except for what truncation removes."""
     target, first_path = WIDE_PAIR[0], sum(set(path) == {0} for path in tree.paths)
     decoder = Decoder(target, DraftModelProposer(target, tree=tree), len(tree), max_batch_size=2, rule=verify_tree)
     params = [SamplingParams(max_tokens=1 + 3 * i, seed=i) for i in range(9)]
@@ -353,7 +353,7 @@ def test_stop_tokens_max_tokens_and_counts(tree: Tree) -> None:
 
 @pytest.mark.parametrize("tree", TREES[1:], ids=len)
 def test_the_draft_s_distributions_are_those_of_its_own_context(tree: Tree) -> None:
-    """Of a draft model with a mask of its own, in rows of unequal length; what it is wrong about costs only speed."""
+    """For a draft model with its own mask, in rows of unequal length; an error there would only cost speed."""
     torch.manual_seed(0)
     model = CausalLM(tiny.make("llama", tiny.GQA))
     seen = []
@@ -391,7 +391,7 @@ def test_the_draft_s_distributions_are_those_of_its_own_context(tree: Tree) -> N
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "gpt2", "gpt_neox"])
 @pytest.mark.parametrize("max_batch_size", [1, 3])
 def test_greedy_equals_a_full_forward_for_each_token(kind: str, max_batch_size: int) -> None:
-    """Through transformers' own road, and through fused layers; a head's trees and a draft model's."""
+    """Through transformers' own layers and through fused ones; trees of a head and of a draft model."""
     model = tiny.make(kind, tiny.SUPPORTED[kind])
     expected = [tiny.reference(model, prompt) for prompt in tiny.PROMPTS]
     draft = CausalLM(tiny.make(kind, tiny.SUPPORTED[kind]))
@@ -423,7 +423,7 @@ def test_logprobs_are_the_target_s_along_the_path() -> None:
         assert row.logprobs == pytest.approx(logs[-12:])
 
 
-def test_logits_without_a_distribution_are_named_by_their_level() -> None:
+def test_invalid_logits_are_reported_with_their_level() -> None:
     """Two levels down, on the second branch."""
     table = WIDE_PAIR[0].table.clone()
     target, tree = MarkovModel(table), Tree(((0,), (1,), (1, 0)))
@@ -441,7 +441,7 @@ def test_logits_without_a_distribution_are_named_by_their_level() -> None:
         list(decoder.run([Request(0, (1, 2), SamplingParams(max_tokens=9))]))
 
 
-# -- the bits of plain decoding ------------------------------------------------------------------------------
+# -- bit-identical to plain decoding -------------------------------------------------------------------------
 
 needs_kernels = pytest.mark.skipif(
     not cpp.available(torch.bfloat16), reason="kernels need Linux, a C++ compiler and AVX512-BF16"
@@ -451,8 +451,8 @@ needs_kernels = pytest.mark.skipif(
 @needs_kernels
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("head_dim", [32, 64, 96, 128])
-def test_with_kernels_a_node_has_the_bits_of_plain_decoding(head_dim: int, dtype: torch.dtype) -> None:
-    """Every node of a tree behind texts of unequal length; then what is kept of a path, and tokens behind it."""
+def test_with_kernels_a_node_is_bit_identical_to_plain_decoding(head_dim: int, dtype: torch.dtype) -> None:
+    """Every node of a tree after texts of unequal length; then the kept path and the tokens after it."""
     options = tiny.GQA | {"hidden_size": 64, "intermediate_size": 96, "head_dim": head_dim}
     model = tiny.make("llama", options | {"max_position_embeddings": 128}, dtype)
     fuse(model)

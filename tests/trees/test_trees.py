@@ -1,4 +1,4 @@
-"""Token trees: their shapes, the rule that verifies them, exactly, and the best tree against brute force."""
+"""Token trees: their shapes, their verification rule (exactly), and the optimal tree against brute force."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from specdec.conformance.enumeration import pieces_between
 from specdec.proposers.tree import draw_siblings
 from specdec.sampling.distributions import Dense, OneHot, Partial
 from specdec.trees import verification
-from specdec.trees.columns import Branches, offsets, visible, ways
+from specdec.trees.columns import Branches, offsets, tree_paths, visible
 from specdec.trees.optimal import expected_accepted, optimal_tree, optimal_trees
 from specdec.trees.shape import Tree, as_tree
 from specdec.trees.verification import sibling_distribution, verify_coupled_tree, verify_tree, without
@@ -61,23 +61,23 @@ def test_chains_and_balanced_trees() -> None:
     ("paths", "message"),
     [
         ([(0,), (1, 0)], r"tree path \(1, 0\) must have its parent \(1,\) in the tree; add it"),
-        ([(0,), (0,)], r"tree path \(0,\) must be given once, not twice"),
-        ([(0,), (2,)], r"tree path \(2,\) leaves a gap: rank 1 must be in the tree before rank 2; add \(1,\)"),
-        ([(0,), (0, 1)], r"tree path \(0, 1\) leaves a gap: rank 0 must be in the tree before rank 1; add \(0, 0\)"),
+        ([(0,), (0,)], r"tree path \(0,\) must occur only once"),
+        ([(0,), (2,)], r"tree path \(2,\) must have its lower rank \(1,\) in the tree; add it"),
+        ([(0,), (0, 1)], r"tree path \(0, 1\) must have its lower rank \(0, 0\) in the tree; add it"),
         ([()], r"tree path \(\) must have a rank; the root is the text"),
-        ([(-1,)], r"tree path \(-1,\) must hold ranks >= 0"),
-        ([(0.5,)], r"tree path \(0.5,\) must hold ranks >= 0"),
-        ([], "a tree of 0 nodes must have from 1 to 512"),
-        ([(i,) for i in range(513)], "a tree of 513 nodes must have from 1 to 512"),
-        ([(0,) * i for i in range(1, 26)], "a tree of 25 levels must have at most 24"),
+        ([(-1,)], r"tree path \(-1,\) must consist of ranks >= 0"),
+        ([(0.5,)], r"tree path \(0.5,\) must consist of ranks >= 0"),
+        ([], "tree of 0 nodes must have 1 to 512 nodes"),
+        ([(i,) for i in range(513)], "tree of 513 nodes must have 1 to 512 nodes"),
+        ([(0,) * i for i in range(1, 26)], "tree of 25 levels must have at most 24 levels"),
     ],
 )
-def test_a_list_that_is_no_tree_is_refused(paths: list, message: str) -> None:
+def test_invalid_trees_are_rejected(paths: list, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Tree(tuple(paths))
 
 
-def test_balanced_trees_that_are_none_are_refused() -> None:
+def test_invalid_balanced_trees_are_rejected() -> None:
     with pytest.raises(ValueError, match=r"widths=\[2, 0\] must be at least 1 on each level"):
         Tree.balanced([2, 0])
     with pytest.raises(ValueError, match=r"widths=\[30, 30\] must give at most 512 nodes; make levels narrower"):
@@ -93,9 +93,9 @@ def test_a_tree_is_saved_and_loaded(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["{}", "not JSON", "[0, 1]", "3"])
-def test_a_file_without_a_tree_is_refused(text: str, tmp_path: Path) -> None:
+def test_a_file_without_a_tree_is_rejected(text: str, tmp_path: Path) -> None:
     (tmp_path / "tree.json").write_text(text)
-    with pytest.raises(ValueError, match=r"tree='.*tree.json' must be a JSON file with rank paths"):
+    with pytest.raises(ValueError, match=r"tree='.*tree.json' must be a JSON file of rank paths"):
         Tree.load(tmp_path / "tree.json")
     with pytest.raises(ValueError, match=r"tree='.*none.json' must be a JSON file"):
         Tree.load(tmp_path / "none.json")
@@ -118,7 +118,7 @@ def trees(most_nodes: int = 6, most_depth: int = 3) -> st.SearchStrategy[Tree]:
 
 @given(trees(12, 5), st.integers(0, 12))
 def test_the_columns_of_a_tree_see_their_ancestors(tree: Tree, first: int) -> None:
-    """In one call with the root, and in a later call that feeds the nodes from some number on."""
+    """In one call with the root, and in a later call that feeds only the nodes from some number on."""
     device, number = torch.device("cpu"), min(first, len(tree) - 1)
     branches = Branches.behind_root(tree.parents)
     assert branches.width == len(tree) + 1
@@ -128,8 +128,8 @@ def test_the_columns_of_a_tree_see_their_ancestors(tree: Tree, first: int) -> No
     later = Branches(tree.parents, number)
     assert offsets(later, device).tolist() == [depth - 1 for depth in tree.depths[number:]]
     assert torch.equal(visible(later, device), tree.ancestors[number:])
-    for node, way in zip(range(number, len(tree)), ways(later, device).tolist(), strict=True):
-        assert way[: tree.depths[node]] == tree.lineage(node)
+    for node, path in zip(range(number, len(tree)), tree_paths(later, device).tolist(), strict=True):
+        assert path[: tree.depths[node]] == tree.lineage(node)
 
 
 # -- the rule: its distribution, exactly ------------------------------------------------------------------------------
@@ -382,7 +382,7 @@ def test_no_tree_is_better_than_the_optimal_one(weights: list, num_nodes: int) -
 
 
 def test_optimal_trees_of_every_size() -> None:
-    """A steep first rank makes a chain, equal ranks make a bush, and more nodes never expect less."""
+    """A dominant first rank gives a chain, equal ranks give a bush, and more nodes never lower the expectation."""
     assert optimal_tree([[0.9, 0.01]] * 6, 6) == Tree.chain(6)
     assert optimal_tree([[0.3, 0.3, 0.3]] * 6, 3) == Tree.balanced([3])
     grown = optimal_trees([[0.5, 0.2, 0.1]] * 24, 512)
@@ -404,6 +404,6 @@ def test_optimal_trees_of_every_size() -> None:
         ([[0.0, 0.5]], 1, r"acceptance\[0\]\[0\] must be above 0"),
     ],
 )
-def test_acceptance_that_is_none_is_refused(acceptance: list, num_nodes: int, message: str) -> None:
+def test_invalid_acceptance_rates_are_rejected(acceptance: list, num_nodes: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         optimal_tree(acceptance, num_nodes)

@@ -54,12 +54,12 @@ def test_only_a_line_feed_ends_a_prompt(tmp_path: Path) -> None:
 def test_halves_of_characters_are_malformed(tmp_path: Path) -> None:
     """JSON may hold them, and no tokenizer takes them: a row is named, not every cell lost."""
     path = write_rows(tmp_path / "mine.jsonl", {"prompt": "a\ud800b"}, {"prompt": "b \U0001f600"})
-    with pytest.raises(ValueError, match=r"mine\.jsonl:1: prompt='a\\ud800b' must have no half of a surrogate pair"):
+    with pytest.raises(ValueError, match=r"mine\.jsonl:1: prompt='a\\ud800b' must not contain an unpaired surrogate"):
         registry.read(str(path), None)
     assert registry.read(str(path), None, Malformed("skip")) == [Prompt("b \U0001f600")]
     turns = [{"from": "human", "value": "\udfff"}, {"from": "gpt", "value": "x"}]
     write_rows(tmp_path / "sharegpt_gpt4.jsonl", {"conversations": turns})
-    with pytest.raises(ValueError, match=r"gpt4\.jsonl:1: value='\\udfff' must have no half"):
+    with pytest.raises(ValueError, match=r"gpt4\.jsonl:1: value='\\udfff' must not contain an unpaired"):
         registry.read("sharegpt", tmp_path)
 
 
@@ -110,7 +110,7 @@ def test_parquet_in_the_layout_of_the_hub(layout: str, tmp_path: Path) -> None:
 
 def test_a_malformed_row_of_parquet_is_named(tmp_path: Path) -> None:
     write_parquet(tmp_path / "xsum.parquet", [{"document": "d", "summary": "s"}, {"document": "d", "summary": ""}])
-    with pytest.raises(ValueError, match=r"xsum\.parquet:row 2: summary='' must be a text that is not empty"):
+    with pytest.raises(ValueError, match=r"xsum\.parquet:row 2: summary='' must be a non-empty string"):
         registry.read("xsum", tmp_path)
     assert len(registry.read("xsum", tmp_path, Malformed("skip"))) == 1
     (tmp_path / "xsum.parquet").write_bytes(b"PAR1 no more")
@@ -149,7 +149,7 @@ def test_the_wheels_json_is_cut_off_inside_its_last_record(tmp_path: Path) -> No
     path.write_text(whole)
     assert registry.read("sharegpt", tmp_path) == 3 * [Prompt("Why {so}?", "V3_unfiltered")]
     path.write_text(whole[:-40])
-    with pytest.raises(ValueError, match="json:record 3: must be whole, but the file is damaged or cut off there"):
+    with pytest.raises(ValueError, match="json:record 3: must be complete, but the file is damaged or truncated there"):
         registry.read("sharegpt", tmp_path)
     malformed = Malformed("skip")
     assert len(registry.read("sharegpt", tmp_path, malformed)) == 2
@@ -193,14 +193,14 @@ def test_without_a_folder_rows_come_from_the_hub(monkeypatch: pytest.MonkeyPatch
     assert [prompt.truth for prompt in registry.read("gsm8k", None)] == [Number("2"), Number("3")]
     assert asked == [(("openai/gsm8k", "main"), {"split": "test", "revision": None}, True)]
     fake_hub(monkeypatch, lambda *names, **options: [{"document": "d", "summary": 3}])
-    with pytest.raises(ValueError, match="EdinburghNLP/xsum:row 1: summary=3 must be a text"):
+    with pytest.raises(ValueError, match="EdinburghNLP/xsum:row 1: summary=3 must be a non-empty string"):
         registry.read("xsum", None)
 
 
 def test_a_translation_without_its_source_is_malformed(tmp_path: Path) -> None:
     for row, message in [
         ({"translation": "x"}, "translation='x' must be an object with `en`; correct or remove the row"),
-        ({"translation": {"de": "x"}}, "en=None must be a text that is not empty"),
+        ({"translation": {"de": "x"}}, "en=None must be a non-empty string"),
     ]:
         write_rows(tmp_path / "wmt14.jsonl", row)
         with pytest.raises(ValueError, match=rf"wmt14\.jsonl:1: {message}"):
@@ -234,7 +234,7 @@ def test_malformed_rows_are_skipped_only_if_that_is_asked_for_and_counted(
     assert [reason.partition("mine.jsonl:")[2].partition(":")[0] for reason in malformed.skipped] == ["2", "3", "4"]
     config = make_config(workloads=(str(path),), malformed="skip", num_prompts=2)
     assert len(Prompts(config).malformed["mine"].skipped) == 3
-    with pytest.raises(ValueError, match=r"mine\.jsonl:2: must be one JSON object a line"):
+    with pytest.raises(ValueError, match=r"mine\.jsonl:2: must be one JSON object per line"):
         Prompts(make_config(workloads=(str(path),), num_prompts=2))
     path.write_text("{broken")
     with pytest.raises(
@@ -284,11 +284,11 @@ def test_a_missing_data_set_says_where_it_was_looked_for(workload: str, tmp_path
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.jsonl", '{"prompt": "x"}\n{"prompt": 3}\n', r"a\.jsonl:2: prompt=3 must be a text"),
-        ("a.jsonl", '{"prompt": " "}\n', r"a\.jsonl:1: prompt=' ' must be a text that is not empty"),
-        ("a.jsonl", '{"prompt": "x"}\n{"pro', r"a\.jsonl:2: must be one JSON object a line"),
+        ("a.jsonl", '{"prompt": "x"}\n{"prompt": 3}\n', r"a\.jsonl:2: prompt=3 must be a non-empty string"),
+        ("a.jsonl", '{"prompt": " "}\n', r"a\.jsonl:1: prompt=' ' must be a non-empty string"),
+        ("a.jsonl", '{"prompt": "x"}\n{"pro', r"a\.jsonl:2: must be one JSON object per line"),
         ("a.jsonl", "[1]\n", r"a\.jsonl:1: '\[1\]' must be a JSON object"),
-        ("a.gz", "not gzipped", r"a\.gz: must be a whole file"),
+        ("a.gz", "not gzipped", r"a\.gz: must be a complete UTF-8 text file"),
         ("a.txt", "\n", r"a\.txt must have at least one prompt, but its data have none"),
     ],
 )
