@@ -26,7 +26,7 @@ from specdec import AcceptanceCounts, SamplingParams
 from specdec.conformance.audit import audit
 from specdec.conformance.certificate import Certificate, Subject
 from specdec.conformance.reference import Reference
-from specdec.conformance.verdicts import Limits
+from specdec.conformance.verdicts import AuditLimits
 from specdec.drafts import kind_in, load_with_drafts, share_vocabulary
 
 PlainOutputs = dict[Any, list[list[int]]]
@@ -142,7 +142,7 @@ def certify(
         num_draws=config.num_draws,
         batch_size=cell.batch_size,
         seed=config.seed,
-        limits=Limits(max_tv=config.max_tv),
+        limits=AuditLimits(max_tv=config.max_tv),
         progress=False,  # the session draws its own
     )
     return Certificate.of(subject(cell, engine.version, config), findings)

@@ -25,7 +25,7 @@ from specdec.conformance.arms import Answers, Arm
 from specdec.conformance.mutants import MUTANTS, Maker, maker
 from specdec.conformance.reference import Reference, Tokens
 from specdec.conformance.sizes import BROKEN_DISTRIBUTIONS, total_variation
-from specdec.conformance.verdicts import Limits, bounds
+from specdec.conformance.verdicts import AuditLimits, bounds
 from specdec.decoding import Decoder
 from specdec.drafts import load_with_drafts
 from specdec.prompts import encode
@@ -82,7 +82,7 @@ def judge(
     references: the target's and the draft's distributions, with the sampling parameters.
     """
     target, draft = references
-    limits = Limits()
+    limits = AuditLimits()
     arm = Arm(0, target, draft, num_draws, 0, limits)
     with bar(num_draws, "token", name) as done:
         for numbers, seeds in _rounds(len(prompts), once=target.sampling.temperature == 0):

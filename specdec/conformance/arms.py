@@ -1,4 +1,4 @@
-"""One arm of an audit: everything that is learnt from its outputs, in memory that does not grow with their number."""
+"""One arm of an audit: judges outputs as they arrive, in constant memory."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from specdec.conformance.certificate import ArmFindings
 from specdec.conformance.facts import Facts
 from specdec.conformance.instruments import INSTRUMENTS, Draws
 from specdec.conformance.reference import Positions, Reference, Tokens
-from specdec.conformance.verdicts import Limits
+from specdec.conformance.verdicts import AuditLimits
 from specdec.proposers.ngram import LookupIndex
 from specdec.sampling.randomness import uniforms
 
 Array = NDArray[np.float64]
 
-_MAX_ERRORS = 20  # told in words; all are counted
+_MAX_ERRORS = 20  # reported in full; all are counted
 
 
 @dataclass(frozen=True, slots=True)
 class Answers:
-    """What an arm made of some prompts: numbers name the prompts in messages, seeds are those it was given."""
+    """An arm's outputs for some prompts. numbers: the prompts' numbers, for messages. seeds: one per prompt."""
 
     numbers: Sequence[int]
     prompts: Sequence[Tokens]
@@ -40,7 +40,7 @@ class Answers:
 
 @dataclass(slots=True)
 class _Evidence:
-    """What one instrument holds."""
+    """The evidence collected by one instrument."""
 
     wealth: Wealth
     shift: Shift
@@ -48,21 +48,23 @@ class _Evidence:
 
 @dataclass(slots=True)
 class _Repeats:
-    """Outputs so far, to see one come again that is too unlikely to."""
+    """Outputs so far, to detect a repetition that is too unlikely to be chance."""
 
     log_alpha: float
     num_outputs: int = 0
     seen: dict[tuple[int, Tokens], int] = field(default_factory=dict)
 
     def check(self, answers: Answers, log_probs: Array) -> Iterator[str]:
-        """Messages. The k-th output has alpha / (k (k + 1)) of a false alarm at the most, so all together alpha."""
+        """Error messages. The k-th output raises a false alarm with probability at most alpha / (k (k + 1)), so all
+        together with at most alpha.
+        """
         for index, output in enumerate(answers.outputs):
             k, key = max(self.num_outputs, 1), (answers.numbers[index], tuple(output))
-            least = self.log_alpha - math.log(k * k * (k + 1))
-            if key in self.seen and log_probs[index] < least:
+            threshold = self.log_alpha - math.log(k * k * (k + 1))
+            if key in self.seen and log_probs[index] < threshold:
                 yield (
-                    f"{answers.name(index)} is that with seed {self.seen[key]} again, whose probability is "
-                    f"e^{log_probs[index]:.0f}: seeds must be independent"
+                    f"{answers.name(index)} repeats the one with seed {self.seen[key]}, which has probability "
+                    f"e^{log_probs[index]:.0f}; different seeds must give independent outputs"
                 )
             self.seen[key] = answers.seeds[index]
             self.num_outputs += 1
@@ -71,17 +73,17 @@ class _Repeats:
 class Arm:
     """Judges the outputs of one arm.
 
-    number: of the arm, so that its random numbers are its own. num_draws: tokens that count as evidence.
+    number: the arm's number, which gives it its own random numbers. num_draws: number of tokens used as evidence.
     """
 
     def __init__(
-        self, number: int, reference: Reference, draft: Reference | None, num_draws: int, seed: int, limits: Limits
+        self, number: int, reference: Reference, draft: Reference | None, num_draws: int, seed: int, limits: AuditLimits
     ) -> None:
         self._number, self._reference, self._draft, self._limits = number, reference, draft, limits
         self._limit, self._key = num_draws, -1 - seed
         greedy = reference.sampling.temperature == 0
         self.names = [] if greedy else [name for name in INSTRUMENTS if draft or name != "draft"]
-        self.num_tests = len(self.names) + 1  # that outputs do not come again is one, too
+        self.num_tests = len(self.names) + 1  # plus the test for repeated outputs
         self.level = limits.alpha / self.num_tests
         self._evidence = {
             name: _Evidence(Wealth(INSTRUMENTS[name].num_bets, self.level), Shift(INSTRUMENTS[name].span))
@@ -101,9 +103,9 @@ class Arm:
         return self._num_errors > 0
 
     def observe(self, answers: Answers, max_tokens: int) -> Array:
-        """Judge outputs; returns the sums of each one's statistics, float64 [outputs, statistics].
+        """Judge outputs; returns each output's summed statistics, float64 [outputs, statistics].
 
-        Raises ValueError for token ids that the reference does not know.
+        Raises ValueError for token ids outside the reference's vocabulary.
         """
         _check_vocabulary(answers, self._reference.vocab_size)
         for index in range(len(answers.outputs)):
@@ -112,7 +114,7 @@ class Arm:
         self._seeds = (self._seeds[0] if self._seeds else answers.seeds[0], answers.seeds[-1])
         sums, log_probs = np.zeros((len(answers.outputs), self.num_statistics)), np.zeros(len(answers.outputs))
         if not all(answers.outputs):
-            return sums  # an empty output has been noted
+            return sums  # the empty output has been reported
         guesses = [list(_guesses(*pair)) for pair in zip(answers.prompts, answers.outputs, strict=True)]
         for positions, draft in self._distributions(answers):
             statistics = self._judge(answers, positions, draft, guesses, log_probs)
@@ -155,7 +157,7 @@ class Arm:
         guesses: Sequence[Sequence[int]],
         log_probs: Array,
     ) -> Array:
-        """Statistics of some positions, float64 [n, statistics]; evidence is taken while there is need of it."""
+        """Statistics of some positions, float64 [n, statistics]; adds evidence until num_draws is reached."""
         outside = positions.distribution.prob(positions.tokens) == 0
         for index in outside.nonzero().flatten().tolist():
             self._note_outside(answers, positions, index)
@@ -192,7 +194,7 @@ class Arm:
         )
 
     def _uniforms(self, role: int, count: int) -> Array:
-        """Numbers that no engine has seen: their key is no request's seed."""
+        """Uniforms independent of any engine's: their key is not the seed of a request."""
         key, roles, arm = (torch.tensor([number]) for number in (self._key, role, self._number))
         places = torch.arange(self._num_judged, self._num_judged + count)
         return uniforms(key, places, roles, arm).numpy()
@@ -214,8 +216,8 @@ class Arm:
             return
         self._outside["by more"] += 1
         self._note(
-            f"{answers.name(request)}: token {output[-1]} at position {place} has probability 0 under the reference "
-            f"and misses what it allows by {gap:.3g} logits"
+            f"{answers.name(request)}: token {output[-1]} at position {place} has probability 0 under the reference, "
+            f"{gap:.3g} logits from being allowed"
         )
 
     def _note(self, message: str | None) -> None:
@@ -231,23 +233,23 @@ def _check_vocabulary(answers: Answers, vocab_size: int) -> None:
             if not 0 <= token < vocab_size:
                 raise ValueError(
                     f"{answers.name(index)}: token {token} at position {place} must be below the reference's "
-                    f"vocabulary of {vocab_size}; engine and reference must have the same vocabulary"
+                    f"vocabulary of {vocab_size}; use the same vocabulary for engine and reference"
                 )
 
 
 def _wrong_end(answers: Answers, index: int, stop_token_ids: Collection[int], max_tokens: int) -> str | None:
-    """What is wrong with where an output ends: it must at its first stop token, else after max_tokens."""
+    """An error message if an output does not end at its first stop token or after max_tokens."""
     output = answers.outputs[index]
     stop = next((place for place, token in enumerate(output) if token in stop_token_ids), None)
     end = max_tokens if stop is None else min(stop + 1, max_tokens)
     if len(output) == end:
         return None
     rule = f"max_tokens={max_tokens}" if stop is None or stop >= max_tokens else f"stop token {output[stop]} at {stop}"
-    return f"{answers.name(index)} has {len(output)} tokens and must end after {end}, by {rule}"
+    return f"{answers.name(index)} has {len(output)} tokens but must end after {end} ({rule})"
 
 
 def _guesses(prompt: Tokens, output: Tokens) -> Iterator[int]:
-    """What prompt lookup guesses for each token of an output; -1 where it knows nothing."""
+    """The guess of prompt lookup for each token of an output; -1 if it has none."""
     index, tokens = LookupIndex(), list(prompt)
     for token in output:
         yield next(iter(index.continuation(tokens, 1)), -1)

@@ -1,11 +1,11 @@
-"""Audits of an engine from what it emits: lossless, lossy, or not enough to tell.
+"""Audit any engine from its outputs: lossless, lossy or inconclusive.
 
-An engine is two methods, the same prompts with speculation and without, and two counts of what it drafted. Both arms
-are judged against the target's exact distributions, and against each other. So that arithmetic in half precision is
-not mistaken for a bug in speculation, an engine is called lossy only if the speculative arm is wrong *and* differs
-from the plain one. So that silence is not mistaken for proof, it is called lossless only if a distance of `max_tv`
-would have been seen, and only if it drafted tokens and accepted some: with speculation silently off it says what plain
-decoding does.
+An engine is two methods, generation with and without speculation, and two counters of its drafts. Both arms are tested
+against the target's exact distributions and against each other.
+
+An engine is called lossy only if the speculative arm is wrong *and* differs from the plain one, so that half-precision
+arithmetic is not mistaken for a bug in speculation. It is called lossless only if a distance of `max_tv` would have
+been detected and if it drafted and accepted tokens: with speculation silently off it would trivially be lossless.
 """
 
 from __future__ import annotations
@@ -19,21 +19,27 @@ from specdec.conformance.arms import Answers, Arm
 from specdec.conformance.betting import Exchangeability
 from specdec.conformance.certificate import Findings, Speculation
 from specdec.conformance.reference import Reference, Tokens
-from specdec.conformance.verdicts import DEFAULT_LIMITS, Limits, bounds, judge
+from specdec.conformance.verdicts import DEFAULT_LIMITS, AuditLimits, bounds, judge
 from specdec.runtime.progress import bar
 from specdec.sampling_params import SamplingParams
 
-SEED_STRIDE = 1 << 20  # seeds of requests that an audit's own seed has to itself
+SEED_STRIDE = 1 << 20  # number of request seeds reserved for each audit seed
 
 Generate = Callable[[Sequence[Tokens], Sequence[int], int], list[list[int]]]
 
 
 class AuditedEngine(Protocol):
-    """What is audited. Both methods return the emitted token ids of each prompt, a stop token included.
+    """The engine to audit. Both methods take the same arguments and use the reference's sampling parameters.
 
-    prompts: token ids. seeds: one for each prompt; the same seed and prompt again may give the same output, another
-    seed must be independent of it. max_tokens: tokens to emit at the most. The sampling parameters are those that the
-    reference was made with. An attribute `vocab_size` is compared with the reference's, if there is one.
+    An attribute `vocab_size`, if present, is compared with the reference's.
+
+    Args:
+        prompts: token ids of each prompt.
+        seeds: one per prompt. The same prompt and seed may give the same output; different seeds must be independent.
+        max_tokens: maximum number of tokens to emit.
+
+    Returns:
+        The emitted token ids of each prompt, including a stop token.
     """
 
     def speculative(self, prompts: Sequence[Tokens], seeds: Sequence[int], max_tokens: int) -> list[list[int]]:
@@ -47,9 +53,9 @@ class AuditedEngine(Protocol):
 
 @runtime_checkable
 class CountsDrafts(Protocol):
-    """An audited engine that counts what its speculative arm has drafted and accepted so far, in tokens.
+    """An engine that counts the draft tokens and accepted tokens of its speculative arm so far; None is unknown.
 
-    None is unknown. Without these counts, or where one is 0, no engine is called lossless.
+    Without these counts, or if one is 0, no engine is called lossless.
     """
 
     @property
@@ -67,18 +73,28 @@ def audit(
     num_draws: int = 20_000,
     batch_size: int = 8,
     seed: int = 0,
-    limits: Limits = DEFAULT_LIMITS,
+    limits: AuditLimits = DEFAULT_LIMITS,
     progress: bool = True,
 ) -> Findings:
-    """Judge an engine by `num_draws` tokens of each arm.
+    """Audit an engine on `num_draws` tokens of each arm.
 
-    reference: the target and the sampling parameters, `max_tokens` and stop tokens included; temperature 0 is judged by
-        equality. prompts: token ids, taken in turn as often as needed, but once only if decoding is greedy.
-    draft: the distributions that the draft is thought to be drawn from, for the test that is directed at it.
-    batch_size: prompts that an engine is given at a time. seed: of the audit; requests of all arms get seeds of their
-        own, from seed * SEED_STRIDE on.
-    progress: where stderr is a terminal, show how many tokens are judged, and about how long the rest will take.
-    Raises ValueError if the vocabularies differ, or if there are no prompts.
+    Args:
+        engine: the engine to audit.
+        reference: the target with the sampling parameters, including `max_tokens` and stop tokens. Temperature 0 is
+            tested for equality.
+        prompts: token ids; cycled as often as needed, but used only once if decoding is greedy.
+        draft: the distributions that drafts are supposedly sampled from, for a test directed at them.
+        num_draws: tokens per arm.
+        batch_size: prompts per call of the engine.
+        seed: the audit's seed; every request of both arms gets its own seed, from seed * SEED_STRIDE on.
+        limits: error rates and the distance to detect.
+        progress: show a progress bar if stderr is a terminal.
+
+    Returns:
+        The findings, with the verdict.
+
+    Raises:
+        ValueError: if vocabularies differ or there are no prompts.
     """
     _check(engine, reference, draft, prompts)
     arms = [Arm(number, reference, draft, num_draws, seed, limits) for number in range(2)]
@@ -103,32 +119,32 @@ def _speculation(engine: AuditedEngine) -> Speculation | None:
 
 @dataclass(frozen=True, slots=True)
 class _Questions:
-    """Prompts by their numbers, and the seed of the first in the first arm."""
+    """A batch of prompts with their numbers; seed: of the first prompt in the first arm."""
 
     numbers: Sequence[int]
     prompts: Sequence[Tokens]
     seed: int
 
     def ask(self, generate: Generate, arm: int, max_tokens: int) -> Answers:
-        """Each arm has seeds of its own: arms that share them would not be independent."""
+        """Generate with seeds that no other arm uses; shared seeds would make the arms dependent."""
         seeds = [self.seed + 2 * index + arm for index in range(len(self.prompts))]
         outputs = generate(self.prompts, seeds, max_tokens)
         if len(outputs) != len(self.prompts):
             raise ValueError(
-                f"the engine gave {len(outputs)} outputs and must give one for each of {len(self.prompts)} prompts"
+                f"the engine returned {len(outputs)} outputs but must return one per prompt, {len(self.prompts)}"
             )
         return Answers(self.numbers, self.prompts, seeds, outputs)
 
 
 def _rounds(prompts: Sequence[Tokens], batch_size: int, seed: int, once: bool) -> Iterator[_Questions]:
-    """Prompts in turn, for ever or once."""
+    """Batches of prompts, once or endlessly."""
     numbers = range(len(prompts)) if once else cycle(range(len(prompts)))
     for count, chosen in enumerate(_batched(numbers, batch_size)):
         yield _Questions(chosen, [prompts[number] for number in chosen], seed + 2 * count * batch_size)
 
 
 def _batched(numbers: Iterable[int], size: int) -> Iterator[tuple[int, ...]]:
-    """As itertools.batched, which Python 3.11 has not."""
+    """itertools.batched, which Python 3.11 lacks."""
     rest = iter(numbers)
     while chosen := tuple(islice(rest, size)):
         yield chosen
@@ -136,13 +152,13 @@ def _batched(numbers: Iterable[int], size: int) -> Iterator[tuple[int, ...]]:
 
 def _check(engine: AuditedEngine, reference: Reference, draft: Reference | None, prompts: Sequence[Tokens]) -> None:
     if not prompts or not all(prompts):
-        raise ValueError("prompts must be at least one, and none may be empty; give token ids")
+        raise ValueError("prompts must hold at least one prompt and no empty one; pass token ids")
     others = {"engine": getattr(engine, "vocab_size", None), "draft": draft.vocab_size if draft else None}
     for name, vocab_size in others.items():
         if vocab_size not in (None, reference.vocab_size):
             raise ValueError(
-                f"the {name}'s vocabulary of {vocab_size} tokens must be the reference's, {reference.vocab_size}; "
-                "audit an engine against the model that it serves"
+                f"the {name}'s vocabulary of {vocab_size} tokens must equal the reference's, {reference.vocab_size}; "
+                "audit an engine against the model it serves"
             )
 
 
@@ -150,7 +166,7 @@ def _findings(
     arms: Sequence[Arm],
     arms_p_value: float,
     sampling: SamplingParams,
-    limits: Limits,
+    limits: AuditLimits,
     speculation: Speculation | None,
 ) -> Findings:
     speculative, control = (arm.findings() for arm in arms)

@@ -1,9 +1,9 @@
-"""Tests by betting, and how much they can see; finite samples only, nothing asymptotic.
+"""Sequential tests by betting, and their power. All bounds hold for finite samples; nothing is asymptotic.
 
-Before each token a bet names a factor for every token that may come, whose mean under the distribution that ought to
-hold is 1. Stakes that are multiplied so are a martingale, and by Ville's inequality they ever reach 1/alpha with
-probability at most alpha if the distribution holds. So one may look after each token, and 1 over the largest stake is
-a p-value.
+Before each token, a bet assigns a factor to every possible token such that the mean factor under the null distribution
+is 1. The running product of factors, the wealth, is then a martingale, and by Ville's inequality it ever reaches
+1/alpha with probability at most alpha. So the test can be checked after every token, and 1 over the largest wealth so
+far is a p-value.
 
 Sources: Ville 1939; Shafer 2021, "Testing by betting"; Waudby-Smith and Ramdas 2024, "Estimating means of bounded
 random variables by betting" (arXiv:2010.09686); Hoeffding 1963 and Azuma 1967 for the intervals.
@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 Array = NDArray[np.float64]
 
 _SMALLEST_P = 1e-300
-# a grid of stakes whose neighbours are a factor of 2 apart earns at least this share of what the best stake earns:
-# at x times the best it is x (2 - x), and the nearest x on one side or the other has at least 1/sqrt(2), sqrt(2)
+# On a grid with ratio 2, the best stake of the grid earns at least this share of what the optimal stake earns: at x
+# times the optimum the share is x (2 - x), and some x of the grid lies in [1/sqrt(2), sqrt(2)].
 GRID_SHARE = 2 * math.sqrt(2) - 2
 
 
@@ -35,9 +35,9 @@ DIRECTION_STAKES = both_signs(1, 1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 32, 1 / 64)
 
 
 class Wealth:
-    """Money divided evenly among some bets, each multiplying its own share.
+    """Wealth divided evenly among several bets, each multiplying its own share.
 
-    num_bets: how many. level: the p-value at which `found_after` is noted.
+    num_bets: number of bets. level: the p-value at which `found_after` is set.
     """
 
     def __init__(self, num_bets: int, level: float) -> None:
@@ -47,11 +47,11 @@ class Wealth:
 
     @property
     def p_value(self) -> float:
-        """Valid whenever it is looked at; numbers below 1e-300 are told as that."""
+        """The current p-value, valid at any time; at least 1e-300."""
         return max(math.exp(-self._log_peak) if self._log_peak < 690 else 0.0, _SMALLEST_P)
 
     def bet(self, log_factors: Array) -> None:
-        """Place bets on n tokens one after another: float64 [n, num_bets], logarithms of the factors."""
+        """Bet on n tokens in sequence. log_factors: float64 [n, num_bets]."""
         if not len(log_factors):
             return
         paths = self._log_shares + log_factors.cumsum(0)
@@ -63,10 +63,10 @@ class Wealth:
 
 
 class Exchangeability:
-    """Whether two arms that answer the same prompts have one distribution, by swapping their names.
+    """Tests whether two arms answering the same prompts have the same distribution. No reference is needed.
 
-    If they do, the difference of any statistic of the two answers to a prompt is as likely as its negative, so that
-    exp(stake * difference) / cosh(stake * difference) has mean 1, whatever its variance. No reference is needed.
+    If they do, the arms are exchangeable: the difference of any statistic between the two answers to a prompt is
+    symmetric about 0, so exp(stake * difference) / cosh(stake * difference) has mean 1, whatever the variance.
     Source: de la Pena 1999, "A general class of exponential inequalities for martingales and ratios".
     """
 
@@ -76,15 +76,15 @@ class Exchangeability:
         self.wealth = Wealth(num_statistics * len(self.STAKES), level)
 
     def observe(self, ours: Array, theirs: Array) -> None:
-        """Statistics of both arms' answers to the same prompts, float64 [prompts, statistics]."""
+        """ours, theirs: statistics of both arms' answers to the same prompts, float64 [prompts, statistics]."""
         exponents = ((ours - theirs)[..., None] * self.STAKES).reshape(len(ours), -1)
         size = np.abs(exponents)
         self.wealth.bet(exponents - size - np.log1p(np.exp(-2 * size)) + math.log(2))
 
 
 @dataclass(frozen=True, slots=True)
-class Interval:
-    """An estimate, and bounds that all of an audit's intervals together keep but with probability alpha."""
+class ConfidenceInterval:
+    """An estimate with bounds. All intervals of an audit hold together with probability at least 1 - alpha."""
 
     estimate: float
     low: float
@@ -92,7 +92,7 @@ class Interval:
 
 
 class Shift:
-    """The mean of a statistic over the tokens of an arm, less what it ought to be.
+    """The mean deviation of a statistic from its exact mean, over the tokens of an arm.
 
     span: largest minus smallest value of the statistic.
     """
@@ -104,30 +104,30 @@ class Shift:
         self._sum += float(values.sum())
         self.num_draws += len(values)
 
-    def interval(self, alpha: float) -> Interval:
-        """Azuma's inequality, for the number of draws fixed beforehand: the mean over them of conditional means."""
+    def interval(self, alpha: float) -> ConfidenceInterval:
+        """Azuma's interval for the mean of the conditional means; the number of draws must be fixed in advance."""
         estimate, width = self._sum / self.num_draws, self.span * radius(self.num_draws, alpha)
-        return Interval(estimate, estimate - width, estimate + width)
+        return ConfidenceInterval(estimate, estimate - width, estimate + width)
 
 
 def radius(num_draws: int, alpha: float) -> float:
-    """What the mean of n numbers in [0, 1] leaves its own mean by with probability at most alpha, to either side."""
+    """Hoeffding radius: the mean of n numbers in [0, 1] deviates by more with probability at most alpha."""
     return math.sqrt(math.log(2 / alpha) / (2 * num_draws))
 
 
 def min_detectable_tv(num_draws: int, alpha: float, beta: float) -> float:
-    """The least distance along a direction that n tokens show, at false-alarm rate alpha, missing it with rate beta.
+    """The smallest distance along a direction that n tokens detect, with error rates alpha and beta.
 
-    The mean of f = 1, 0 or -1 must then differ by twice this much from what it ought to be. A stake on the grid wins
-    n * GRID_SHARE * shift**2 / 2 at least, by Hoeffding's lemma; that pays for 1/alpha and the other stakes of the grid
-    where the observed shift/2 is sqrt(ln(stakes/alpha) / (2 n GRID_SHARE)); and chance takes sqrt(ln(1/beta) / (2 n))
-    of the true one.
+    The mean of f = 1, 0 or -1 is then shifted by twice the distance. The best stake of the grid gains a log-wealth of
+    at least n * GRID_SHARE * shift**2 / 2, by Hoeffding's lemma. That suffices to reach 1/alpha with all stakes of the
+    grid if the observed shift/2 is sqrt(ln(stakes/alpha) / (2 n GRID_SHARE)), and except with probability beta the
+    observed value is below the true one by at most sqrt(ln(1/beta) / (2 n)).
     """
     return _reach(alpha, beta) / math.sqrt(num_draws)
 
 
 def draws_needed(tv: float, alpha: float, beta: float) -> int:
-    """Tokens with which `min_detectable_tv` is at most tv."""
+    """The number of tokens for which `min_detectable_tv` is at most tv."""
     return math.ceil((_reach(alpha, beta) / tv) ** 2)
 
 
@@ -137,17 +137,17 @@ def _reach(alpha: float, beta: float) -> float:
 
 
 def min_detectable_rate(num_draws: int, beta: float) -> float:
-    """The least rate of an event that ought never to be, which n tokens miss with probability at most beta."""
+    """The smallest rate of a forbidden event that n tokens miss with probability at most beta."""
     return float(-np.expm1(math.log(beta) / num_draws))
 
 
 def draws_needed_for_rate(rate: float, beta: float) -> int:
-    """Tokens with which `min_detectable_rate` is at most rate."""
+    """The number of tokens for which `min_detectable_rate` is at most rate."""
     return math.ceil(math.log(beta) / math.log1p(-rate))
 
 
 def rate_upper_bound(num_events: int, num_draws: int, alpha: float) -> float:
-    """A rate of an event that n tokens with so few of them exclude, but with probability alpha (Chernoff)."""
+    """Upper confidence bound at level 1 - alpha on the rate of an event, by the Chernoff bound."""
     observed = num_events / num_draws
     low, high = observed, 1.0
     for _ in range(60):
@@ -160,7 +160,7 @@ def rate_upper_bound(num_events: int, num_draws: int, alpha: float) -> float:
 
 
 def _divergence(one: float, other: float) -> float:
-    """Of Kullback and Leibler, between two coins, in nats."""
+    """Kullback-Leibler divergence of two Bernoulli distributions, in nats."""
     parts = ((one, other), (1 - one, 1 - other))
     return sum(p * math.log(p / q) if q else math.inf for p, q in parts if p)
 

@@ -1,4 +1,4 @@
-"""What an audit found, as data and as a page to read."""
+"""The result of an audit, as data and as a Markdown page."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from specdec import __version__
-from specdec.conformance.betting import Interval
+from specdec.conformance.betting import ConfidenceInterval
 
 Verdict = Literal["lossless", "lossy", "inconclusive"]
 SCHEMA_VERSION = 1
@@ -20,10 +20,7 @@ SCHEMA_VERSION = 1
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """What was audited, and how to do it again. Any of these may be unknown: None.
-
-    options: what the engine was told beside, as JSON.
-    """
+    """What was audited and how to repeat it. None is unknown. options: further engine options, as JSON."""
 
     engine: str | None = None
     engine_version: str | None = None
@@ -37,21 +34,26 @@ class Subject:
 
 @dataclass(frozen=True, slots=True)
 class ArmFindings:
-    """One arm against the reference.
+    """The findings on one arm.
 
-    p_values: by instrument, each before the correction for many. p_value: the least of them, corrected.
-    found_after: by instrument, the tokens after which it alone would have sufficed to reject; None if it never did.
-    shifts: by instrument, what its statistic differs by from its exact mean.
-    surprise_z: sum of log p(x) + entropy over its exact standard deviation; for reading, no verdict rests on it.
-    num_outside: tokens outside the distribution's support, by no more than rounding explains, or by more.
-    largest_gap: by how much the former missed it at the most, in logits.
-    errors: what no lossless engine does, in words.
+    Attributes:
+        p_values: by instrument, uncorrected.
+        p_value: the smallest of them, corrected for multiple tests.
+        found_after: by instrument, the number of tokens after which it alone rejects; None if it never does.
+        shifts: by instrument, the deviation of its statistic from the exact mean.
+        surprise_z: sum of log p(x) + entropy over its exact standard deviation; informative only, not used in verdicts.
+        num_draws: tokens tested.
+        num_outputs: outputs seen.
+        seeds: the first and last request seed.
+        num_outside: tokens outside the support of the distribution, "by rounding" or "by more" than rounding explains.
+        largest_gap: the largest distance of the former from the support, in logits.
+        errors: messages on what no lossless engine does.
     """
 
     p_values: dict[str, float]
     p_value: float
     found_after: dict[str, int | None]
-    shifts: dict[str, Interval]
+    shifts: dict[str, ConfidenceInterval]
     surprise_z: float | None
     num_draws: int
     num_outputs: int
@@ -63,14 +65,14 @@ class ArmFindings:
 
 @dataclass(frozen=True, slots=True)
 class Speculation:
-    """What the speculative arm drafted for its outputs, in tokens, and how many of them it accepted."""
+    """The number of tokens that the speculative arm drafted and accepted."""
 
     num_drafted: int
     num_accepted: int
 
 
 def bounded(verdict: Verdict, max_tv: float, tv_lower_bound: float) -> str:
-    """A verdict with the distance in total variation that it rests on: "lossless (TV < 0.1)"."""
+    """A verdict with its bound on the total variation distance: "lossless (TV < 0.1)"."""
     if verdict == "lossless":
         return f"lossless (TV < {max_tv:g})"
     if verdict == "lossy" and tv_lower_bound > 0:
@@ -80,15 +82,26 @@ def bounded(verdict: Verdict, max_tv: float, tv_lower_bound: float) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Findings:
-    """What an audit found, without whom.
+    """The findings of an audit.
 
-    reasons: why the verdict is what it is. arms_p_value: whether the two arms have one distribution, without any
-    reference.
-    tv_lower_bound: of the distance in total variation, the mean over the tokens of the speculative arm.
-    tv_upper_bound: along the direction `direction` only; another direction may hide more.
-    min_detectable_tv: the least distance along the direction that would have been found but with probability beta.
-    num_drafted, num_accepted: of the speculative arm, in tokens; None if the engine does not count them, or did not
-    when the certificate was made.
+    Attributes:
+        verdict: "lossless", "lossy" or "inconclusive".
+        reasons: what the verdict rests on.
+        speculative: findings on the speculative arm.
+        control: findings on the plain arm.
+        arms_p_value: p-value for both arms having the same distribution; needs no reference.
+        direction: the instrument whose direction the bounds refer to.
+        tv_lower_bound: of the total variation distance, averaged over the tokens of the speculative arm.
+        tv_upper_bound: along `direction` only; other directions may hide more.
+        min_detectable_tv: the smallest distance along `direction` that is missed with probability at most beta.
+        max_tv: the distance to detect.
+        num_draws_needed: tokens needed to detect it.
+        alpha: false-alarm rate.
+        beta: miss rate.
+        logit_noise: logit differences attributed to rounding.
+        sampling: the sampling parameters.
+        num_drafted: draft tokens of the speculative arm; None if the engine does not count them.
+        num_accepted: accepted tokens of the speculative arm; None if the engine does not count them.
     """
 
     verdict: Verdict
@@ -111,13 +124,13 @@ class Findings:
 
     @property
     def headline(self) -> str:
-        """The verdict with its bound, or with the first reason why there is none."""
+        """The verdict with its bound; if inconclusive, with the first reason."""
         if self.verdict == "inconclusive":
             return f"inconclusive: {self.reasons[0]}"
         return bounded(self.verdict, self.max_tv, self.tv_lower_bound)
 
     def __str__(self) -> str:
-        """The certificate's text, without whom it is about."""
+        """The findings as text."""
         return "\n".join([self.headline, "", *self.lines()])
 
     def lines(self) -> list[str]:
@@ -133,13 +146,13 @@ class Findings:
             *_arm_lines("With speculation", self.speculative, self.logit_noise),
             *_arm_lines("Without speculation (the control arm)", self.control, self.logit_noise),
             "",
-            f"Sampling: {_told(self.sampling)}.",
+            f"Sampling: {_listed(self.sampling)}.",
         ]
 
 
 @dataclass(frozen=True, slots=True)
 class Certificate:
-    """An audit's findings about somebody, made with these versions."""
+    """The findings of an audit with their subject and the installed versions."""
 
     subject: Subject
     findings: Findings
@@ -147,11 +160,11 @@ class Certificate:
 
     @classmethod
     def of(cls, subject: Subject, findings: Findings) -> Certificate:
-        """With the versions of what is installed here."""
+        """A certificate with the versions installed here."""
         return cls(subject, findings, installed_versions())
 
     def record(self) -> dict[str, Any]:
-        """Flat, as JSON takes it; what the control arm gave stands under names with `control_` before them."""
+        """A flat JSON object; the control arm's fields are prefixed with `control_`."""
         findings = {f.name: getattr(self.findings, f.name) for f in fields(Findings)}
         arms = {"": findings.pop("speculative"), "control_": findings.pop("control")}
         by_arm = {prefix + name: value for prefix, arm in arms.items() for name, value in asdict(arm).items()}
@@ -161,10 +174,10 @@ class Certificate:
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> Certificate:
-        """Raises ValueError for a record of another schema."""
+        """The inverse of `record`. Raises ValueError for another schema version."""
         if record.get("schema_version") != SCHEMA_VERSION:
             raise ValueError(
-                f"schema_version={record.get('schema_version')} must be {SCHEMA_VERSION}; make the certificate again"
+                f"schema_version={record.get('schema_version')} must be {SCHEMA_VERSION}; repeat the audit"
             )
         subject = Subject(**{f.name: record.get(f.name) for f in fields(Subject)})
         values: dict[str, Any] = {f.name: record.get(f.name) for f in fields(Findings)}
@@ -176,21 +189,21 @@ class Certificate:
         path.write_text(json.dumps(self.record(), indent=2, allow_nan=False) + "\n")
 
     def markdown(self) -> str:
-        """A page to read."""
+        """A Markdown page."""
         subject, found = self.subject, self.findings
         names = ("engine", "engine_version", "pair", "method", "gamma", "verification")
-        told = [f"{name} {getattr(subject, name)}" for name in names if getattr(subject, name) is not None]
+        known = [f"{name} {getattr(subject, name)}" for name in names if getattr(subject, name) is not None]
         lines = [
-            f"# {bounded(found.verdict, found.max_tv, found.tv_lower_bound)}: {', '.join(told) or 'an engine'}",
+            f"# {bounded(found.verdict, found.max_tv, found.tv_lower_bound)}: {', '.join(known) or 'an engine'}",
             "",
             *found.lines(),
             "",
-            f"Versions: {_told(self.versions)}.",
+            f"Versions: {_listed(self.versions)}.",
         ]
         if subject.options:
-            lines += ["", f"The engine was told: `{subject.options}`."]
+            lines += ["", f"Engine options: `{subject.options}`."]
         if subject.command:
-            lines += ["", "To repeat it:", "", f"    {subject.command}"]
+            lines += ["", "To reproduce:", "", f"    {subject.command}"]
         return "\n".join(lines) + "\n"
 
     @classmethod
@@ -199,7 +212,7 @@ class Certificate:
 
 
 def installed_versions() -> dict[str, str]:
-    """Of Python and of what an engine may be made of."""
+    """Versions of Python and of the packages an engine may depend on."""
     found = {"python": platform.python_version(), "specdec": __version__}
     for name in ("torch", "transformers", "vllm", "numpy"):
         try:
@@ -211,30 +224,30 @@ def installed_versions() -> dict[str, str]:
 
 def _distances(found: Findings) -> list[str]:
     direction = {
-        "equality": "Of 100 tokens, at most {high:.3g} are not the one that the target decides for",
-        "draft": "Towards or away from the draft it differs from the target's by at most {high:.3g} of 100",
-        "lookup": "Towards or away from what the text so far suggests it differs by at most {high:.3g} of 100",
+        "equality": "At most {high:.3g} % of tokens differ from the target's argmax",
+        "draft": "Toward or away from the draft, the distance from the target is at most {high:.3g} %",
+        "lookup": "Toward or away from prompt lookup's guesses, the distance from the target is at most {high:.3g} %",
     }[found.direction]
     return [
         direction.format(high=100 * found.tv_upper_bound)
-        + f" (and in total by at least {100 * found.tv_lower_bound:.3g} of 100), except with probability "
+        + f" (and the total variation distance at least {100 * found.tv_lower_bound:.3g} %), except with probability "
         f"{found.alpha:g}.",
-        f"{found.speculative.num_draws} tokens were judged; a difference of {100 * found.min_detectable_tv:.3g} of 100 "
-        f"in that direction would have been found but with probability {found.beta:g}. Asked for were "
-        f"{100 * found.max_tv:g}, which takes {found.num_draws_needed} tokens.",
+        f"{found.speculative.num_draws} tokens were tested; a distance of {100 * found.min_detectable_tv:.3g} % "
+        f"in that direction would have been detected except with probability {found.beta:g}. Detecting the requested "
+        f"{100 * found.max_tv:g} % takes {found.num_draws_needed} tokens.",
     ]
 
 
 def _speculation(found: Findings) -> list[str]:
     if found.num_drafted is None:
-        return ["", "How many tokens were drafted and accepted was not counted."]
+        return ["", "Draft and accepted tokens were not counted."]
     return ["", f"{found.num_drafted} tokens were drafted, {found.num_accepted} of them accepted."]
 
 
 def _table(found: Findings) -> list[str]:
-    """One line for each instrument; p-values are those of the single instrument."""
+    """One row per instrument, with its uncorrected p-values."""
     lines = [
-        "| instrument | p with speculation | p without | found after | difference with speculation | without |",
+        "| instrument | p with speculation | p without | found after | deviation with speculation | without |",
         "|---|---|---|---|---|---|",
     ]
     for name, p_value in found.speculative.p_values.items():
@@ -248,11 +261,11 @@ def _table(found: Findings) -> list[str]:
         *lines,
         combined,
         "",
-        f"That the two arms have one distribution: p = {found.arms_p_value:.2g}, without a reference.",
+        f"Both arms having the same distribution: p = {found.arms_p_value:.2g} (needs no reference).",
     ]
 
 
-def _interval(interval: Interval | None) -> str:
+def _interval(interval: ConfidenceInterval | None) -> str:
     if interval is None:
         return "-"
     return f"{interval.estimate:+.4f} ({interval.low:+.4f} to {interval.high:+.4f})"
@@ -261,32 +274,32 @@ def _interval(interval: Interval | None) -> str:
 def _arm_lines(title: str, arm: ArmFindings, logit_noise: float) -> list[str]:
     surprise = "" if arm.surprise_z is None else f" Surprise: {arm.surprise_z:+.2f} standard deviations."
     return [
-        f"{title}: {arm.num_outputs} outputs, {arm.num_draws} tokens judged, seeds {arm.seeds[0]} to {arm.seeds[1]}; "
-        f"{arm.num_outside['by rounding']} tokens that the reference does not allow, by up to {arm.largest_gap:.3g} "
-        f"logits, and {arm.num_outside['by more']} by more than rounding explains ({logit_noise:g}).{surprise}",
+        f"{title}: {arm.num_outputs} outputs, {arm.num_draws} tokens tested, seeds {arm.seeds[0]} to {arm.seeds[1]}; "
+        f"{arm.num_outside['by rounding']} tokens outside the reference's support by rounding (up to "
+        f"{arm.largest_gap:.3g} logits), {arm.num_outside['by more']} by more (over {logit_noise:g}).{surprise}",
         "",
         *(f"- {error}" for error in arm.errors),
         *([""] if arm.errors else []),
     ]
 
 
-def _told(values: Mapping[str, Any]) -> str:
-    plain: dict[str, Any] = _plain(values)  # as a certificate that was read back tells it
+def _listed(values: Mapping[str, Any]) -> str:
+    plain: dict[str, Any] = _plain(values)  # as in a certificate that was loaded
     return ", ".join(f"{name} {value}" for name, value in plain.items() if value is not None)
 
 
 def _arm(record: Mapping[str, Any], prefix: str) -> ArmFindings:
     values = {f.name: record[prefix + f.name] for f in fields(ArmFindings)}
-    values["shifts"] = {name: Interval(**shift) for name, shift in values["shifts"].items()}
+    values["shifts"] = {name: ConfidenceInterval(**shift) for name, shift in values["shifts"].items()}
     return ArmFindings(**values | {"seeds": tuple(values["seeds"]), "errors": tuple(values["errors"])})
 
 
 def _plain(value: Any) -> Any:
-    """As JSON reads it back: string keys, lists, and no infinite numbers."""
+    """A value as it comes back from JSON: string keys, lists, and infinities as strings."""
     if isinstance(value, Mapping):
         return {str(key): _plain(each) for key, each in value.items()}
     if isinstance(value, list | tuple | set | frozenset):
         return [_plain(each) for each in value]
-    if isinstance(value, Interval):
+    if isinstance(value, ConfidenceInterval):
         return asdict(value)
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,7 +1,7 @@
-"""Why two greedy outputs differ: by rounding, at a near tie, or by a bug.
+"""Explain why two greedy outputs differ: rounding at a near tie, or a bug.
 
-Half precision rounds otherwise when a step is wider, so logits move a little with the number of tokens scored
-together. Where the target hardly prefers one token to another that little decides; where it does prefer one, it cannot.
+In half precision, rounding depends on the width of a step, so logits change slightly with the number of tokens scored
+together. That can flip a near tie, but not a clear preference.
 """
 
 from __future__ import annotations
@@ -18,18 +18,21 @@ from specdec.models.base import LanguageModel, hold, prefill
 from specdec.runtime.devices import upload
 
 WIDTHS = (1, 2, 4, 8)  # tokens per step
-_TAIL = 64  # tokens at the end that are scored in steps; those before them at once
-SAFETY = 4.0  # times the noise seen: a few samples seldom show the largest
+_TAIL = 64  # tokens at the end scored in steps; those before are scored at once
+SAFETY = 4.0  # factor on the measured noise: a few samples rarely include the largest
 
 
 @dataclass(frozen=True, slots=True)
 class Divergence:
-    """Where two outputs part.
+    """The first difference of two outputs.
 
-    position: index of the first token that differs. tokens: the two tokens, None where an output has ended.
-    margin: by how much the reference prefers its likeliest token to the second, in logits.
-    gap: by how much it prefers it to the worse of the two tokens; inf where one output had ended.
-    noise: spread of the difference of the two leading logits over step widths, in logits.
+    Attributes:
+        position: index of the first differing token.
+        tokens: the two tokens; None for an output that has ended.
+        margin: the reference's logit difference between its top two tokens.
+        gap: the reference's logit difference between its top token and the worse of `tokens`; inf if one has ended.
+        noise: variation of the difference of the top two logits over step widths, in logits.
+        verdict: "rounding tie" or "bug".
     """
 
     position: int
@@ -43,8 +46,8 @@ class Divergence:
         ours, theirs = self.tokens
         return (
             f"{self.verdict}: at position {self.position} one output has token {ours} and the other {theirs}; the "
-            f"reference's first two tokens are {self.margin:.3g} logits apart, the worse of these is {self.gap:.3g} "
-            f"behind, and rounding moves logits by {self.noise:.3g}"
+            f"reference's top two tokens are {self.margin:.3g} logits apart, the worse of the two outputs' tokens is "
+            f"{self.gap:.3g} logits below the top, and rounding noise is {self.noise:.3g} logits"
         )
 
 
@@ -55,10 +58,16 @@ def explain(
     reference: LanguageModel,
     model: LanguageModel | None = None,
 ) -> Divergence | None:
-    """Why greedy outputs of one prompt differ; None if they do not.
+    """Explain why two greedy outputs of a prompt differ.
 
-    reference: the target in float32. model: the target in the engine's own dtype, whose rounding is measured; the
-    reference itself if None.
+    Args:
+        prompt: token ids.
+        ours, theirs: token ids of the two outputs.
+        reference: the target in float32.
+        model: the target in the engine's dtype, whose rounding noise is measured; None for the reference.
+
+    Returns:
+        The first difference, or None if the outputs are equal.
     """
     position = first_difference(ours, theirs)
     if position is None:
@@ -81,15 +90,15 @@ def explain(
 
 
 def first_difference(ours: Sequence[int], theirs: Sequence[int]) -> int | None:
-    """The first position where two outputs differ, one being longer included; None if they are equal."""
+    """The first position where two outputs differ, including a difference in length; None if they are equal."""
     pairs = enumerate(zip_longest(ours, theirs))
     return next((index for index, (mine, other) in pairs if mine != other), None)
 
 
 def margin(target: LanguageModel, prompt: Sequence[int], output: Sequence[int], position: int) -> float:
-    """By how much the target's likeliest token leads the second at a position of an output, in log-probability.
+    """Log-probability difference between the target's top two tokens at a position of an output.
 
-    A small margin is a near tie, which rounding decides; a large one is a bug of one of the engines.
+    A small margin is a near tie that rounding can flip; a large one points to a bug.
     """
     logits = last_logits(target, [*prompt, *output[:position]], num_prompt=len(prompt))
     first, second = logits.topk(2).values.tolist()
@@ -104,11 +113,15 @@ def logit_noise(
     widths: Sequence[int] = WIDTHS,
     num_prompt: int | None = None,
 ) -> float:
-    """Spread of the difference of two logits after a context, scored in steps of several widths, in logits.
+    """Range of the difference of two logits after a context over several step widths, in logits.
 
-    tokens: int64 [2], whose logits; the two leading ones if None. expected: the difference in float32, if it is known:
-    the spread then includes the error of the model's dtype. num_prompt: tokens of the context that are the prompt; None
-    for all.
+    Args:
+        model: the model.
+        context: token ids.
+        expected: the difference in float32, if known; the range then includes the error of the model's dtype.
+        tokens: int64 [2], the two tokens; None for the top two.
+        widths: tokens per step.
+        num_prompt: number of prompt tokens in the context; None for all.
     """
     if tokens is None:
         tokens = last_logits(model, context, num_prompt=num_prompt).topk(2).indices
@@ -121,20 +134,20 @@ def logit_noise(
 def last_logits(
     model: LanguageModel, context: Sequence[int], width: int | None = None, num_prompt: int | None = None
 ) -> Tensor:
-    """Logits after a context, float [vocab]; its end is scored in steps of `width` tokens, or all at once if None.
+    """Logits after a context, float [vocab], with its end scored in steps of `width` tokens, or at once if None.
 
-    num_prompt: tokens of the context that are the prompt, which an encoder reads as a whole; None for all.
+    num_prompt: number of prompt tokens in the context, which an encoder needs as a whole; None for all.
     """
     cache = model.allocate(1, len(context))
     if width is None:
         return _wide(prefill(model, context, cache, slot=0, num_prompt=num_prompt).flatten())
     start = max(0, len(context) - _TAIL)
-    if model.is_encoder_decoder:  # what is scored in steps is behind the prompt
+    if model.is_encoder_decoder:  # only tokens after the prompt are scored in steps
         hold(model, context[:num_prompt], cache, slot=0)
         start = max(start, cache.num_cached[0])
     if start > cache.num_cached[0]:
         prefill(model, context[cache.num_cached[0] : start], cache, slot=0, num_prompt=num_prompt)
-    # the short step comes first: it is the last one whose width is asked about
+    # the short step comes first, so that the last one has the requested width
     for stop in range(start + ((len(context) - start) % width or width), len(context) + 1, width):
         logits = model.forward(upload([context[cache.num_cached[0] : stop]], model.device), cache, last_only=True)
         cache.num_cached[0] = stop

@@ -1,20 +1,20 @@
-"""The exact output distribution of the real decode loop, by feeding it every draw that makes a difference.
+"""The exact output distribution of the real decoding loop, by enumerating the random draws that matter.
 
-What the loop does with a uniform changes only where a distribution's threshold is passed. So a few uniforms, one from
-each piece between thresholds, weighted by the length of the piece, are as good as all, and the loop's output over them
-*is* its distribution. If all thresholds of a pair are multiples of 1/N, the pieces are the N cells of a grid.
+The loop's behaviour changes only where a uniform crosses a threshold of some distribution. One uniform from each
+interval between thresholds, weighted by the interval's length, therefore represents all uniforms, and the weighted
+outputs *are* the output distribution. If all thresholds are multiples of 1/N, the intervals are the N cells of a grid.
 
-*Token and block verification.* One step needs k draft uniforms, k accept uniforms and one for the last token; a whole
-run would need the product over its steps. But the loop is deterministic given its uniforms, and what it remembers of
-a step is only what was drafted, accepted and drawn. So the tree of such histories is walked: each node fixes one
-assignment that leads to it, and runs the loop, from the prompt on, over all pieces of the next step
-(`exact_distribution`). A token tree needs a draft and an accept uniform for each of its nodes.
+*Token and block verification.* A step needs k draft uniforms, k accept uniforms and one final uniform, and a run the
+product over its steps. But the loop is deterministic given its uniforms, and a step affects later ones only through
+the tokens drafted, accepted and sampled. So we walk the tree of these histories: each node stores one assignment of
+uniforms that leads to it, and runs the loop from the prompt over all intervals of the next step
+(`exact_distribution`). A token tree needs a draft and an accept uniform per node.
 
-*Coupled verification.* The noise of a position is a waiting time for each token. Only their proportions decide a race,
-and those of exponential waiting times are uniform on the simplex. Over three tokens that is a triangle; the token that
-wins a race under a distribution p changes where the line from a corner through p is crossed. All such lines of the
-distributions in play cut the triangle into polygons whose areas are rational numbers: one point of each, weighted by
-its area, stands for all noise (`race_pieces`). A run needs one for each position, whatever is drafted and however often
+*Coupled verification.* The noise of a position is one waiting time per token. A race depends only on their
+proportions, which for exponential waiting times are uniform on the simplex. Over three tokens that is a triangle, and
+the winner under a distribution p changes across the lines from a corner through p. The lines of all distributions
+involved cut the triangle into polygons with rational areas; one point per polygon, weighted by its area, represents all
+noise (`race_pieces`). A run needs one per position, however often that position is drafted
 (`exact_coupled_distribution`).
 """
 
@@ -41,27 +41,27 @@ from specdec.verification import Draft, Rule, Verification, VerificationRule, ve
 
 MakeDecoder = Callable[[UniformSource, VerificationRule, int], Decoder]
 Tokens = tuple[int, ...]
-Pieces = Sequence[tuple[float, float]]  # (a uniform, how much of [0, 1) it stands for)
+Pieces = Sequence[tuple[float, float]]  # (a uniform, the length of the interval it represents)
 
 
 @dataclass(frozen=True, slots=True)
 class Each:
-    """Pieces, or a number of equal pieces, for the uniform of each draft position; of a tree, of each node."""
+    """Pieces, or a number of equal pieces, for the uniform of each draft position or tree node."""
 
     pieces: tuple[int | Pieces, ...]
 
 
-# for draft, accept and last uniforms; a number of equal pieces
+# for the draft, accept and final uniforms; a number stands for that many equal pieces
 Grid = tuple[int | Pieces | Each, int | Pieces | Each, int | Pieces]
 
 
 def equal_pieces(count: int) -> Pieces:
-    """For thresholds that are multiples of 1/count: the midpoints."""
+    """Midpoints, for thresholds that are multiples of 1/count."""
     return [((i + 0.5) / count, 1 / count) for i in range(count)]
 
 
 def pieces_between(thresholds: Iterable[float]) -> Pieces:
-    """For any thresholds; those that differ by less than 1e-9 are taken for one."""
+    """Midpoints between arbitrary thresholds; those less than 1e-9 apart count as one."""
     edges = [0.0]
     for threshold in sorted(thresholds):
         if edges[-1] + 1e-9 < threshold < 1 - 1e-9:
@@ -71,7 +71,7 @@ def pieces_between(thresholds: Iterable[float]) -> Pieces:
 
 @dataclass(frozen=True, slots=True)
 class StepUniforms:
-    """The uniforms of one step: by draft position, or node of a tree, twice, and for whichever token comes last."""
+    """The uniforms of one step: draft and accept uniforms by draft position or tree node, and the final uniform."""
 
     draft: tuple[float, ...]
     accept: tuple[float, ...]
@@ -79,7 +79,7 @@ class StepUniforms:
 
 
 class ScriptedUniforms:
-    """A uniform source that reads from scripts: row seed -> the step beginning at an origin -> its uniforms.
+    """A uniform source that reads scripts: row seed -> origin of the step -> its uniforms.
 
     tree: the shape of the drafts, or None for chains.
     """
@@ -96,20 +96,20 @@ class ScriptedUniforms:
 
     def _one(self, seed: int, position: int, role: int, origin: int) -> float:
         step = self.scripts[seed].get(origin)
-        if step is None:  # a step after the one that is being enumerated
+        if step is None:  # a step after the enumerated one
             return 0.5
         kind, branch = off_branch(role)
-        place: int = branch + (self.tree.num_within(position - origin) if self.tree else position - origin)
+        index: int = branch + (self.tree.num_within(position - origin) if self.tree else position - origin)
         if kind == Role.DRAFT:
-            return step.draft[place]
+            return step.draft[index]
         if kind == Role.ACCEPT:
-            return step.accept[place]
+            return step.accept[index]
         return step.last
 
 
 @dataclass(frozen=True, slots=True)
 class _Node:
-    """A history of the loop: a script that leads to it, the tokens emitted by then, its probability."""
+    """A history of the loop: a script that leads to it, the tokens emitted so far, and its probability."""
 
     script: dict[int, StepUniforms]
     tokens: Tokens
@@ -126,12 +126,20 @@ def exact_distribution(
     constraint: Constraint | None = None,
     tree: Tree | None = None,
 ) -> dict[Tokens, float]:
-    """Distribution of the first num_tokens tokens that the decoder emits, fewer behind a stop token: {tokens:
-    probability}.
+    """The exact distribution of the first num_tokens tokens that a decoder emits, fewer after a stop token.
 
-    make_decoder: (uniforms, rule, max_batch_size) -> a fresh decoder. grid: pieces for the uniforms of every step, or
-    for those of the step after given tokens, without the prompt. params: their stop tokens end a request; their seed is
-    not used. constraint: what the output may say. tree: the shape of the drafts, or None for chains.
+    Args:
+        make_decoder: (uniforms, rule, max_batch_size) -> a fresh decoder.
+        prompt: token ids.
+        num_tokens: number of tokens to emit.
+        grid: pieces for the uniforms of every step, or a function from the emitted tokens to those of the next step.
+        params: sampling parameters; the seed is not used.
+        rule: the verification rule.
+        constraint: constrains the output, if given.
+        tree: the shape of the drafts, or None for chains.
+
+    Returns:
+        {tokens: probability}.
     """
     params = replace(params or SamplingParams(), max_tokens=num_tokens)
     runs = _Runs(make_decoder, prompt, params, rule, constraint, tree)
@@ -148,7 +156,7 @@ def exact_distribution(
 
 
 def _expand(runs: _Runs, node: _Node, grid: Grid) -> list[_Node]:
-    """The outcomes of the step after a node, with the weight of the uniforms that lead to each."""
+    """The outcomes of the step after a node, weighted by the uniforms that lead to each."""
     origin, number = len(runs.prompt) + len(node.tokens), len(node.script)
     num_drafted = runs.gamma if number else 0  # the first token comes from the prefill
     uniforms, weights = zip(*_choices(grid, num_drafted), strict=True)
@@ -175,14 +183,14 @@ def _for_each(pieces: int | Pieces | Each, count: int) -> list[Pieces]:
 
 @dataclass(frozen=True, slots=True)
 class _Outcome:
-    """All tokens emitted up to a step, and what the step drafted."""
+    """All tokens emitted up to a step, and the step's draft."""
 
     tokens: Tokens
     drafted: Tokens
 
 
 class _Runs:
-    """Runs the real loop, from the prompt on, once for each script."""
+    """Runs the real loop from the prompt on, once per script."""
 
     def __init__(
         self,
@@ -202,28 +210,28 @@ class _Runs:
         return len(tokens) == self.params.max_tokens or tokens[-1] in self.stop
 
     def step(self, scripts: list[dict[int, StepUniforms]], number: int) -> list[_Outcome]:
-        """What became of step `number`, the prefill being step 0, in the run of each script."""
+        """The outcome of step `number` in the run of each script; the prefill is step 0."""
         drafts: list[Tensor] = []
 
         @Rule
         def recording(
             target: Distribution, draft: Draft, accept_uniforms: Tensor, final_uniforms: Tensor
         ) -> Verification:
-            drafts.append(draft.tokens.clone())  # a recorded step's place is used again
+            drafts.append(draft.tokens.clone())  # recorded steps reuse the buffer
             return self.rule(target, draft, accept_uniforms, final_uniforms)
 
         decoder = self.make_decoder(ScriptedUniforms(scripts, self.tree), recording, len(scripts))
         rows = _run(decoder, self.prompt, self.params, len(scripts), self.constraint)
         if number == 0:
             return [_Outcome(tuple(row.output[:1]), ()) for row in rows]
-        drafted = drafts[len(scripts) + number - 1]  # one call for each prefill, then one for each step of the batch
+        drafted = drafts[len(scripts) + number - 1]  # one call per prefill, then one per step of the batch
         return [_outcome(row, number, drafted[index].tolist()) for index, row in enumerate(rows)]
 
 
 def _run(
     decoder: Decoder, prompt: Tokens, params: SamplingParams, num_rows: int, constraint: Constraint | None
 ) -> list[Generation]:
-    """The same request in so many rows, row r with the seed r."""
+    """Run the same request in num_rows rows, row r with seed r."""
     stop = frozenset(params.stop_token_ids)
     requests = [
         Request(seed, prompt, replace(params, seed=seed), stop, constraint=constraint) for seed in range(num_rows)
@@ -239,37 +247,37 @@ def _outcome(row: Generation, number: int, drafted: list[int]) -> _Outcome:
 # ---- coupled verification
 
 Point = tuple[Fraction, ...]  # shares of three waiting times, which sum to 1
-RacePieces = Sequence[tuple[tuple[float, ...], Fraction]]  # (a uniform for each token, how much noise it stands for)
+RacePieces = Sequence[tuple[tuple[float, ...], Fraction]]  # (one uniform per token, the probability it represents)
 
 
 def race_pieces(distributions: Iterable[Sequence[float]]) -> RacePieces:
-    """Noise that stands for all noise, as far as races under these distributions go; the weights sum to 1.
+    """Weighted noise that represents all noise in races under these distributions; the weights sum to 1.
 
-    distributions: of two or three tokens, the same number in each; probabilities are taken for the nearest fractions
-    with a denominator of at most 10,000.
+    distributions: over two or three tokens, all the same; probabilities are rounded to fractions with denominators of
+    at most 10,000.
     Raises ValueError for distributions over more tokens.
     """
     exact = {tuple(Fraction(prob).limit_denominator(10_000) for prob in distribution) for distribution in distributions}
     vocab_size = len(next(iter(exact)))
     if vocab_size not in (2, 3):
-        raise ValueError(f"distributions over {vocab_size} tokens must be over two or three; cut the toy's vocabulary")
+        raise ValueError(f"distributions over {vocab_size} tokens must be over two or three; use a smaller vocabulary")
     corners = [tuple(Fraction(int(i == j)) for j in range(3)) for i in range(3)]
     polygons: list[list[Point]] = [corners]
     for distribution, (a, b) in itertools.product(sorted(exact), itertools.combinations(range(vocab_size), 2)):
         if distribution[a] or distribution[b]:
             polygons = [half for polygon in polygons for half in _halves(polygon, a, b, distribution)]
-    return [(_noise_at(_centre(polygon))[:vocab_size], _area(polygon)) for polygon in polygons]
+    return [(_noise_at(_center(polygon))[:vocab_size], _area(polygon)) for polygon in polygons]
 
 
 def _halves(polygon: list[Point], a: int, b: int, distribution: Point) -> list[list[Point]]:
-    """A convex polygon cut where tokens a and b wait equally long under a distribution."""
+    """Cut a convex polygon where tokens a and b have equal waiting times under a distribution."""
     sides = [point[a] * distribution[b] - point[b] * distribution[a] for point in polygon]
     halves = [_clipped(polygon, [sign * side for side in sides]) for sign in (1, -1)]
     return [half for half in halves if _area(half) > 0]
 
 
 def _clipped(polygon: list[Point], sides: list[Fraction]) -> list[Point]:
-    """What of a convex polygon lies on the side that is not negative."""
+    """The part of a convex polygon on the non-negative side."""
     kept: list[Point] = []
     for i, (point, side) in enumerate(zip(polygon, sides, strict=True)):
         before, side_before = polygon[i - 1], sides[i - 1]
@@ -282,7 +290,7 @@ def _clipped(polygon: list[Point], sides: list[Fraction]) -> list[Point]:
 
 
 def _area(polygon: list[Point]) -> Fraction:
-    """As a part of the whole triangle."""
+    """Area relative to the whole triangle."""
     return sum((_determinant(polygon[0], b, c) for b, c in itertools.pairwise(polygon[1:])), Fraction(0))
 
 
@@ -293,7 +301,7 @@ def _determinant(p: Point, q: Point, r: Point) -> Fraction:
     return p[0] * minor(1, 2) - p[1] * minor(0, 2) + p[2] * minor(0, 1)
 
 
-def _centre(polygon: list[Point]) -> Point:
+def _center(polygon: list[Point]) -> Point:
     return tuple(sum(coordinates, Fraction(0)) / len(polygon) for coordinates in zip(*polygon, strict=True))
 
 
@@ -303,16 +311,16 @@ def _noise_at(shares: Point) -> tuple[float, ...]:
 
 
 class ScriptedNoise:
-    """A uniform source for coupled draws: float64 [rows, positions, vocab], from a first position on, by row seed."""
+    """A uniform source for coupled draws. noise: float64 [rows, positions, vocab] by row seed, from first_position."""
 
     def __init__(self, noise: Tensor, first_position: int) -> None:
         self._noise, self._first_position = noise, first_position
 
     def __call__(self, seeds: Tensor, positions: Tensor, roles: Tensor, origins: Tensor) -> Tensor:
         if (roles != Role.COUPLED).any():
-            raise ValueError(f"roles={roles.tolist()} must be {int(Role.COUPLED)}: here all draws are coupled")
-        places = (positions - self._first_position).clamp(max=self._noise.shape[1] - 1)  # padding may stand beyond
-        return self._noise[seeds, places, origins]
+            raise ValueError(f"roles={roles.tolist()} must be {int(Role.COUPLED)}: all draws are coupled here")
+        index = (positions - self._first_position).clamp(max=self._noise.shape[1] - 1)  # padding may lie beyond
+        return self._noise[seeds, index, origins]
 
 
 def coupled_runs(
@@ -323,10 +331,10 @@ def coupled_runs(
     rule: VerificationRule = verify_coupled,
     constraint: Constraint | None = None,
 ) -> list[tuple[Tokens, Fraction]]:
-    """What the decoder emits, and its probability, for every choice of noise at len(pieces) positions, in one order.
+    """The decoder's output and its probability for every choice of noise at len(pieces) positions, in a fixed order.
 
-    Arguments as for `exact_distribution`. pieces: of each position in turn, from `race_pieces` of all distributions
-    that target or draft may have there.
+    Arguments as for `exact_distribution`. pieces: for each position, `race_pieces` of all distributions that target or
+    draft can have there.
     """
     choices = list(itertools.product(*pieces))
     noise = torch.tensor([[uniforms for uniforms, _ in choice] for choice in choices], dtype=torch.float64)
@@ -338,7 +346,7 @@ def coupled_runs(
 
 
 def exact_coupled_distribution(runs: Iterable[tuple[Tokens, Fraction]]) -> dict[Tokens, float]:
-    """The distribution of what `coupled_runs` emits: {tokens: probability}."""
+    """The output distribution from `coupled_runs`: {tokens: probability}."""
     distribution: dict[Tokens, Fraction] = defaultdict(Fraction)
     for tokens, weight in runs:
         distribution[tokens] += weight

@@ -1,7 +1,4 @@
-"""What the instruments need to know of a distribution of tens of thousands of probabilities: a few sums.
-
-Each sum is taken once, over as many distributions as fit a processor's cache.
-"""
+"""The few sums over a vocabulary-sized distribution that the instruments need, computed in cache-sized blocks."""
 
 from __future__ import annotations
 
@@ -17,20 +14,19 @@ Array = NDArray[np.float64]
 Dot = Callable[[Tensor, Tensor], Tensor]
 
 _BLOCK = 1 << 20  # probabilities
-# surprise bets on these: that the distribution was raised to the power 1 + exponent
+# the surprise instrument bets that the distribution was raised to the power 1 + exponent
 EXPONENTS = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0, -1 / 16, -1 / 8, -1 / 4, -1 / 2)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Facts:
-    """Of n tokens and their distributions; everything float64 [n] but `tempered`, float64 [n, exponents].
+    """Sums over n tokens and their distributions; all float64 [n] except `tempered`, float64 [n, exponents].
 
-    prob: the token's probability. above: that of all tokens that are likelier, or as likely and of a smaller id.
-    before: that of all smaller ids. entropy, variance: of the distribution, in nats and their square. collision: sum
-    of squares.
-    tempered: ln sum_v p(v)^(1 + exponent).
-    up, down: probability of the tokens that the draft gives more, or less, than the target does.
-    sign: which of the two the token is: 1, -1 or 0. All three are 0 without a draft.
+    prob: the token's probability. above: total probability of more probable tokens, ties by lower id.
+    before: total probability of lower ids. entropy, variance: of the surprise, in nats and nats squared.
+    collision: sum of squared probabilities. tempered: ln sum_v p(v)^(1 + exponent).
+    up, down: probability of the tokens to which the draft gives more, or less, than the target.
+    sign: 1 if the token is in `up`, -1 if in `down`, else 0. All three are 0 without a draft.
     """
 
     prob: Array
@@ -49,7 +45,7 @@ class Facts:
         """probs, draft_probs: float [n, vocab]. tokens: int64 [n]."""
         size = max(1, _BLOCK // probs.shape[1])
         drafts = draft_probs.split(size) if draft_probs is not None else [None] * len(probs.split(size))
-        room = probs.new_empty(3, size, probs.shape[1])  # fresh memory for each product would cost more than it
+        room = probs.new_empty(3, size, probs.shape[1])  # allocating per product would dominate
         blocks = [_sums(*block, room) for block in zip(probs.split(size), tokens.split(size), drafts, strict=True)]
         return cls(*(torch.cat(parts).numpy() for parts in zip(*blocks, strict=True)))
 
@@ -61,7 +57,7 @@ def _sums(probs: Tensor, tokens: Tensor, draft_probs: Tensor | None, room: Tenso
     likelier = (probs > prob) | ((probs == prob) & smaller)
     product, logs, power = room[:, : len(probs)]
 
-    def dot(rows: Tensor, others: Tensor) -> Tensor:  # torch sums in a tree; a matrix product would lose four digits
+    def dot(rows: Tensor, others: Tensor) -> Tensor:  # torch sums pairwise; a matrix product would lose four digits
         return torch.mul(rows, others, out=product).sum(-1)
 
     torch.clamp(probs, min=torch.finfo(probs.dtype).tiny, out=logs).log_()

@@ -1,8 +1,8 @@
 """Broken samplers, each a bug that a real engine shipped: the negative controls of every instrument.
 
-A mutant is a decoder with one thing wrong. `MUTANTS` names them M1 to M13; where a bug has two shapes, both are here.
-`TREE_MUTANTS`, T1 to T4, are what can go wrong with token trees beside those.
-They go with any target and any proposer that draws, so that they can be planted in a real engine.
+A mutant is a decoder with one bug. `MUTANTS` has M1 to M13, some in two variants; `TREE_MUTANTS` has T1 to T4, the
+additional ones of token trees. They work with any target and any sampling proposer, so they can be planted in a real
+engine.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from specdec.verification import (
     Rule,
     Verification,
     VerificationRule,
-    draw_last,
+    draw_final,
     final_distribution,
     verify_block,
     verify_tokens,
@@ -43,7 +43,7 @@ Maker = Callable[[UniformSource, VerificationRule, int], Decoder]
 
 
 class Plant(Protocol):
-    """Makes decoders of a pair in which a bug is planted; see `maker`, `MUTANTS` has them by name."""
+    """Makes decoders of a pair with a planted bug; see `maker`. `MUTANTS` lists them by name."""
 
     def __call__(self, target: Any, draft: Any, gamma: int, **parts: Any) -> Maker: ...
 
@@ -60,9 +60,9 @@ def maker(
     break_uniforms: Callable[[UniformSource], UniformSource] = lambda source: source,
     records: bool | None = None,
 ) -> Maker:
-    """A function that makes decoders of this pair from (uniforms, rule, max_batch_size), with parts replaced.
+    """A function that makes decoders of this pair from (uniforms, rule, max_batch_size), with some parts replaced.
 
-    target: a LanguageModel. draft: what the proposer is made of, with a source of uniforms.
+    target: a LanguageModel. draft: passed to the proposer together with the uniform source.
     gamma: tokens proposed per step.
     """
 
@@ -83,11 +83,11 @@ def maker(
     return make
 
 
-# ---- what proposes
+# ---- proposers
 
 
 class GreedyDraftDeclaredSampled(Proposer):
-    """M1: proposes the most probable token but declares the distribution it did not draw from."""
+    """M1: proposes the most probable token but declares the full distribution."""
 
     def __init__(self, proposer: Proposer) -> None:
         self._proposer = proposer
@@ -99,7 +99,7 @@ class GreedyDraftDeclaredSampled(Proposer):
 
 
 class SampledDraftDeclaredOneHot(GreedyDraftDeclaredSampled):
-    """No bug, though it looks like M1: given the draft token, the output has the target's distribution."""
+    """Not a bug, though it resembles M1: the output is lossless conditional on the draft token."""
 
     def propose(self, batch: Batch, limits: Sequence[int]) -> Draft:
         draft = self._proposer.propose(batch, limits)
@@ -107,7 +107,7 @@ class SampledDraftDeclaredOneHot(GreedyDraftDeclaredSampled):
 
 
 class NeverProposes(GreedyDraftDeclaredSampled):
-    """M13: speculation is silently off. Lossless, and yet no evidence about speculation: counts alone show it."""
+    """M13: speculation is silently off. The output is lossless; only the counts reveal it."""
 
     def propose(self, batch: Batch, limits: Sequence[int]) -> Draft:
         return Draft.empty(len(batch.rows), batch.sampling.vocab_size, batch.sampling.device)
@@ -127,7 +127,7 @@ class StaleDraftCache(DraftModelProposer):
 
 
 def with_rule(broken: VerificationRule) -> Callable[[VerificationRule], VerificationRule]:
-    """Replace the rule, keeping whatever records its calls around it."""
+    """Replace the rule but still call the original, in case it records its calls."""
 
     def break_rule(rule: VerificationRule) -> VerificationRule:
         @Rule
@@ -144,7 +144,7 @@ def with_rule(broken: VerificationRule) -> Callable[[VerificationRule], Verifica
 def recover_from_target(
     target: Distribution, draft: Draft, accept_uniforms: Tensor, final_uniforms: Tensor
 ) -> Verification:
-    """M2: after a rejection draws from the target's distribution, not from the residual."""
+    """M2: after a rejection, samples from the target distribution instead of the residual."""
     accepted = verify_tokens(target, draft, accept_uniforms, final_uniforms).accepted
     uniform = final_uniforms.gather(1, accepted.unsqueeze(1)).squeeze(1)
     return Verification(accepted, target.at(accepted).draw(uniform))
@@ -160,13 +160,13 @@ def accept_always(target: Distribution, draft: Draft, accept_uniforms: Tensor, f
 def reuse_accept_uniform(
     target: Distribution, draft: Draft, accept_uniforms: Tensor, final_uniforms: Tensor
 ) -> Verification:
-    """M4: the uniform that rejected also draws the recovered token."""
+    """M4: the uniform of the rejection also samples the recovered token."""
     reused = torch.cat([accept_uniforms, final_uniforms[:, -1:]], 1)
     return verify_tokens(target, draft, accept_uniforms, reused)
 
 
 def share_draft_stream(source: UniformSource) -> UniformSource:
-    """M4: accepting reads the stream that the draft was drawn from."""
+    """M4: accept tests use the stream that sampled the draft."""
 
     def shared(seeds: Tensor, positions: Tensor, roles: Tensor, origins: Tensor) -> Tensor:
         return source(seeds, positions, torch.where(roles == Role.ACCEPT, int(Role.DRAFT), roles), origins)
@@ -178,7 +178,7 @@ def share_draft_stream(source: UniformSource) -> UniformSource:
 def accept_at_equality(
     target: Distribution, draft: Draft, accept_uniforms: Tensor, final_uniforms: Tensor
 ) -> Verification:
-    """M5: u <= target/draft, which accepts an impossible token at u = 0. Without u = 0 it cannot be seen."""
+    """M5: u <= target/draft, which accepts an impossible token at u = 0 and is undetectable otherwise."""
     return verify_tokens(target, draft, accept_uniforms - 2.0**-54, final_uniforms)
 
 
@@ -186,7 +186,7 @@ def accept_at_equality(
 def argmax_for_draw(
     target: Distribution, draft: Draft, accept_uniforms: Tensor, final_uniforms: Tensor
 ) -> Verification:
-    """M6: takes the most probable token where a draw is meant."""
+    """M6: takes the argmax instead of sampling."""
     accepted = verify_tokens(target, draft, accept_uniforms, final_uniforms).accepted
     return Verification(accepted, final_distribution(target, draft, accepted).dense().argmax(-1))
 
@@ -195,17 +195,17 @@ def argmax_for_draw(
 def wrong_accept_row(
     target: Distribution, draft: Draft, accept_uniforms: Tensor, final_uniforms: Tensor
 ) -> Verification:
-    """M7: draft token i is tested against the target's row i + 1."""
+    """M7: draft token i is verified against target row i + 1."""
     shifted = Dense(target.dense().roll(-1, 1)) if draft.tokens.shape[1] else target
     accepted = verify_tokens(shifted, draft, accept_uniforms, final_uniforms).accepted
-    return draw_last(target, draft, accepted, final_uniforms)
+    return draw_final(target, draft, accepted, final_uniforms)
 
 
 @Rule
 def wrong_bonus_row(
     target: Distribution, draft: Draft, accept_uniforms: Tensor, final_uniforms: Tensor
 ) -> Verification:
-    """M7: the bonus token is drawn from the row before its own."""
+    """M7: the bonus token is sampled from the previous row."""
     right = verify_tokens(target, draft, accept_uniforms, final_uniforms)
     if not draft.tokens.shape[1]:
         return right
@@ -217,22 +217,22 @@ def wrong_bonus_row(
 def block_with_token_residual(
     target: Distribution, draft: Draft, accept_uniforms: Tensor, final_uniforms: Tensor
 ) -> Verification:
-    """M12: block verification, but the recovered token comes from token verification's residual."""
+    """M12: block verification with the residual of token verification."""
     accepted = verify_block(target, draft, accept_uniforms, final_uniforms).accepted
-    return draw_last(target, draft, accepted, final_uniforms)
+    return draw_final(target, draft, accepted, final_uniforms)
 
 
 # ---- the loop
 
 
 class _BrokenLoop(Decoder):
-    """A loop whose steps are made of parts that may be broken."""
+    """A decoder whose step is composed of replaceable parts."""
 
     runs_ahead = False
 
 
 class TopKOnOneSide(_BrokenLoop):
-    """M8: the bonus and recovered tokens come from the distribution without top-k, whatever was asked."""
+    """M8: bonus and recovered tokens ignore top-k."""
 
     def _verify(self, batch: Batch, logits: Tensor, draft: Draft) -> tuple[Verification, Tensor]:
         outcome, finite = super()._verify(batch, logits, draft)
@@ -246,7 +246,7 @@ class TopKOnOneSide(_BrokenLoop):
 
 
 class ForgetsRollback(LanguageModel):
-    """M9: a target that appends behind whatever it wrote last, rejected tokens included, while there is room."""
+    """M9: a target that appends to whatever it wrote last, including rejected tokens, while there is room."""
 
     def __init__(self, model: Any) -> None:
         self._model = model
@@ -269,7 +269,7 @@ class ForgetsRollback(LanguageModel):
 
 
 class _Endless(Generation):
-    """Looks at the last token of a step only, and cuts nothing."""
+    """Checks only the last token of a step and truncates nothing."""
 
     __slots__ = ()
 
@@ -283,7 +283,7 @@ class _Endless(Generation):
 
 
 class IgnoredStop(_BrokenLoop):
-    """M10: a stop token inside an accepted run is passed over."""
+    """M10: a stop token inside an accepted run is ignored."""
 
     def _prefill(self, row: Generation, cache: Any, slot: int) -> None:
         row.__class__ = _Endless
@@ -291,7 +291,7 @@ class IgnoredStop(_BrokenLoop):
 
 
 class OverlongDraft(IgnoredStop):
-    """M10: forgets that `max_tokens` bounds the draft, and does not cut the output."""
+    """M10: `max_tokens` neither bounds the draft nor truncates the output."""
 
     def _propose(self, batch: Batch) -> Draft:
         assert self.proposer
@@ -300,7 +300,7 @@ class OverlongDraft(IgnoredStop):
 
 
 class SoftGreedy(_BrokenLoop):
-    """M11: at temperature 0 a draft token is tested against the softmax, so that another than the argmax can pass."""
+    """M11: at temperature 0 a draft token is verified against the softmax, so a non-argmax token can pass."""
 
     def _verify(self, batch: Batch, logits: Tensor, draft: Draft) -> tuple[Verification, Tensor]:
         accept_uniforms, final_uniforms = self._draws(
@@ -309,17 +309,17 @@ class SoftGreedy(_BrokenLoop):
         soft = Dense(logits.to(torch.promote_types(logits.dtype, torch.float32)).softmax(-1))
         accepted = verify_tokens(soft, draft, accept_uniforms, final_uniforms).accepted
         distribution, finite = batch.sampling.distribution(logits, draft.tokens)
-        return draw_last(distribution, draft, accepted, final_uniforms), finite
+        return draw_final(distribution, draft, accepted, final_uniforms), finite
 
     def _draws(self, rows: RowParams, origins: Tensor, draft: Draft) -> tuple[Tensor, Tensor]:
-        return super()._draws(replace(rows, all_greedy=False), origins, draft)  # its rule has a use for uniforms
+        return super()._draws(replace(rows, all_greedy=False), origins, draft)  # this rule needs uniforms
 
 
 # ---- constraints: these do something only where a request has one, so they are not of the list
 
 
 def unconstrained(batch: Batch) -> Batch:
-    """A batch whose rows may say anything."""
+    """A batch without constraints."""
     sampling = batch.sampling
     free = SamplingState(
         sampling.params,
@@ -333,21 +333,21 @@ def unconstrained(batch: Batch) -> Batch:
 
 
 class UnconstrainedTarget(_BrokenLoop):
-    """The constraint is applied to the draft alone."""
+    """The constraint is applied to the draft only."""
 
     def _verify(self, batch: Batch, logits: Tensor, draft: Draft) -> tuple[Verification, Tensor]:
         return super()._verify(unconstrained(batch), logits, draft)
 
 
 class UnconstrainedDraft(DraftModelProposer):
-    """No bug: the constraint applies to the target alone, and the draft declares the distribution it was drawn from."""
+    """Not a bug: the constraint applies to the target only, and the draft declares the distribution it used."""
 
     def propose(self, batch: Batch, limits: Sequence[int]) -> Draft:
         return super().propose(unconstrained(batch), limits)
 
 
 class UnconstrainedDraw(UnconstrainedDraft):
-    """Declares the distribution under the constraint, but draws without it."""
+    """Declares the constrained distribution but samples without the constraint."""
 
     def propose(self, batch: Batch, limits: Sequence[int]) -> Draft:
         draft, rows = super().propose(batch, limits), [row.progress if row else None for row in batch.rows]
@@ -359,7 +359,7 @@ class UnconstrainedDraw(UnconstrainedDraft):
 
 
 class _KeepsRejected(Progress):
-    """Goes on from the end of the last draft, though a part of it was rejected."""
+    """Continues from the end of the last draft although part of it was rejected."""
 
     def emit(self, tokens: Sequence[int]) -> None:
         longest = max(map(len, self._states))
@@ -368,7 +368,7 @@ class _KeepsRejected(Progress):
 
 
 class ConstraintNotRolledBack(_BrokenLoop):
-    """Rejected tokens stay in a row's progress."""
+    """Rejected tokens remain in a row's progress."""
 
     def _prefill(self, row: Generation, cache: Any, slot: int) -> None:
         super()._prefill(row, cache, slot)
@@ -380,13 +380,13 @@ class ConstraintNotRolledBack(_BrokenLoop):
 
 
 def tree_maker(target: Any, draft: Any, tree: Tree, **parts: Any) -> Maker:
-    """As `maker`, with drafts of a tree; the rule is to be `verify_tree`. parts: as for `maker`."""
+    """`maker` with tree drafts; use it with the rule `verify_tree`. parts: see `maker`."""
     proposer: Any = parts.pop("proposer", DraftModelProposer)
     return maker(target, draft, len(tree), proposer=partial(proposer, tree=tree), **parts)
 
 
 class SiblingsWithReplacement(Proposer):
-    """T1: draws each sibling from the whole distribution of its family, but verifies as if without replacement."""
+    """T1: samples siblings with replacement but verifies as if without."""
 
     def __init__(self, proposer: Any) -> None:
         self._proposer = proposer
@@ -404,7 +404,7 @@ class SiblingsWithReplacement(Proposer):
 
 
 class LateSiblingsWithReplacement(SiblingsWithReplacement):
-    """T1 below the first level only, where few tests look."""
+    """T1 below the first level only, where few tests would notice."""
 
     def propose(self, batch: Batch, limits: Sequence[int]) -> Draft:
         right: Draft = self._proposer.propose(batch, limits)
@@ -418,13 +418,13 @@ class LateSiblingsWithReplacement(SiblingsWithReplacement):
 def wrong_parent_row(
     target: Distribution, draft: Draft, accept_uniforms: Tensor, final_uniforms: Tensor
 ) -> Verification:
-    """T2: what follows a node is verified by the target's distribution after the node before it."""
+    """T2: the children of a node are verified with the target distribution of its parent."""
     before = [0, *range(draft.tokens.shape[1])]
     return verify_tree(Dense(target.dense()[:, before]), draft, accept_uniforms, final_uniforms)
 
 
 class StaleMask(_BrokenLoop):
-    """T3: scores a tree as if its nodes followed each other, each seeing all before it."""
+    """T3: scores a tree with a causal mask, as if it were a chain."""
 
     def _score(self, batch: Batch, draft: Draft, cache: Any) -> Tensor:
         cache.num_cached[: len(batch.rows)] = [length - 1 for length in batch.num_tokens()]
@@ -433,20 +433,20 @@ class StaleMask(_BrokenLoop):
 
 
 class CompactsOffByOne(_BrokenLoop):
-    """T4: keeps the cache entry of the node before the one that was accepted."""
+    """T4: keeps the cache entry of the node preceding the accepted one."""
 
     def _compact(self, cache: Any, origins: Tensor, path: Tensor) -> None:
         super()._compact(cache, origins, (path - 1).clamp(min=0))
 
 
 class NeverCompacts(_BrokenLoop):
-    """T4: leaves a tree's cache entries where they are."""
+    """T4: does not move the cache entries of the accepted path."""
 
     def _compact(self, cache: Any, origins: Tensor, path: Tensor) -> None:
         pass
 
 
-TREE_MUTANTS: dict[str, Callable[..., Maker]] = {  # as `tree_maker`
+TREE_MUTANTS: dict[str, Callable[..., Maker]] = {  # called like `tree_maker`
     "T1 siblings with replacement": partial(tree_maker, break_proposer=SiblingsWithReplacement),
     "T1 late siblings with replacement": partial(tree_maker, break_proposer=LateSiblingsWithReplacement),
     "T2 wrong parent row": partial(tree_maker, break_rule=with_rule(wrong_parent_row)),

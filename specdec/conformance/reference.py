@@ -1,7 +1,7 @@
-"""The distributions that an engine's tokens should have been drawn from: the target's own, by teacher forcing.
+"""The target's own distributions at every position of given outputs, by teacher forcing.
 
-An emitted token is judged given the tokens before it, whatever those are: so nothing of the engine is needed but its
-output, and one wrong token does not spoil the judgement of the next.
+Each emitted token is tested given the tokens before it, whatever they are. So only the engine's output is needed, and
+a wrong token does not affect the tests of the following ones.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from specdec.sampling.distributions import Dense, Distribution
 from specdec.sampling.state import SamplingState
 from specdec.sampling_params import SamplingParams
 
-_CHUNK = 1 << 22  # probabilities held at a time: as few as keep a step wide, for fresh memory costs more than a sum
-_REMEMBERED = 1 << 14  # positions of prompts whose keys and values are kept for the next outputs
-_LEAST = -87.0  # log-probability below which float32 has no number
+_CHUNK = 1 << 22  # probabilities held at a time: few, because allocating memory costs more than summing it
+_REMEMBERED = 1 << 14  # prompt positions whose keys and values are cached
+_LEAST = -87.0  # log-probability below which float32 underflows
 
 Tokens = Sequence[int]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Positions:
-    """Some positions of several outputs, row by row, each with its distribution.
+    """n positions of several outputs, output by output.
 
-    distribution: distributions [n]. logits: float [n, vocab], the model's own. tokens: int64 [n], what was emitted.
-    requests, places: int64 [n], which output and where in it.
+    distribution: distributions [n]. logits: float [n, vocab], the model's. tokens: int64 [n], the emitted tokens.
+    requests, places: int64 [n], index of the output and position in it.
     """
 
     distribution: Distribution
@@ -45,10 +45,13 @@ class Positions:
 class Reference:
     """A model's distributions at every position of given outputs, in float32 or wider.
 
-    model: the target, or a draft whose distributions are wanted. sampling: processors and truncation, by the road that
-    decoding takes. batch_size: outputs scored together.
-    Raises ValueError for a model in half precision, whose distributions would be another engine's opinion, and for a
-    constraint.
+    Args:
+        model: the target, or a draft model.
+        sampling: logits processors and truncation, applied by the same code as in decoding.
+        batch_size: outputs scored together.
+
+    Raises:
+        ValueError: for a model in half precision, which is no reference, and for constrained sampling.
     """
 
     def __init__(self, model: LanguageModel, sampling: SamplingParams, batch_size: int = 8) -> None:
@@ -63,7 +66,7 @@ class Reference:
 
     @classmethod
     def load(cls, target: str, sampling: SamplingParams, *, device: str = "auto", batch_size: int = 8) -> Reference:
-        """The reference of a model by its name, in float32; names and errors as for `Engine.load`."""
+        """Load a model by name as a float32 reference; names and errors as for `Engine.load`."""
         from specdec.models.causal import CausalLM
         from specdec.models.loading import as_device, load_pretrained
         from specdec.models.seq2seq import Seq2SeqLM
@@ -78,16 +81,16 @@ class Reference:
 
     @property
     def stop_token_ids(self) -> frozenset[int]:
-        """Tokens that end an output: those asked for, and the model's own unless they are ignored."""
+        """Tokens that end an output: the requested stop tokens, and the model's EOS tokens unless ignored."""
         stop = frozenset(self.sampling.stop_token_ids)
         eos = self.model.eos_token_ids
         return stop if self.sampling.ignore_eos else stop | eos
 
     @torch.inference_mode()
     def distributions(self, prompts: Sequence[Tokens], outputs: Sequence[Tokens]) -> Iterator[Positions]:
-        """The distributions of all tokens of outputs that continue prompts; both hold token ids, none may be empty.
+        """Distributions of all tokens of the outputs, in chunks. No prompt or output may be empty.
 
-        Chunks of two references with the same vocabulary and batch size have the same positions.
+        Two references with the same vocabulary and batch size yield chunks of the same positions.
         """
         for first in range(0, len(prompts), self.batch_size):
             rows = slice(first, first + self.batch_size)
@@ -118,7 +121,7 @@ class Reference:
         state = self._state(self.sampling, prompts, before)
         distribution, finite = state.distribution(logits, fed[:, 1:])
         if not finite.all():
-            raise FloatingPointError("logits of the reference are NaN, +inf or all -inf, so there is no distribution")
+            raise FloatingPointError("logits of the reference must give a distribution but are NaN, +inf or all -inf")
         return distribution
 
     def _state(self, sampling: SamplingParams, prompts: Sequence[Tokens], before: Sequence[Tokens]) -> SamplingState:
@@ -128,7 +131,7 @@ class Reference:
         return upload([[*row, *[0] * (width - len(row))] for row in rows], self.model.device)
 
     def _prefilled(self, prompts: Sequence[Tokens], room: int) -> Cache:
-        """A cache that holds all but the last token of each prompt: an earlier call's, if its prompts were the same."""
+        """A cache with all but the last token of each prompt; reused from an earlier call with the same prompts."""
         keys = tuple(map(tuple, prompts))
         capacity = max(map(len, prompts)) + room
         cache = self._caches.pop(keys, None)
@@ -142,7 +145,7 @@ class Reference:
         return cache
 
     def _forget(self, room: int) -> None:
-        """Drop caches, the least recently used first, until there is room for so many positions more."""
+        """Drop the least recently used caches until `room` more positions fit."""
         kept = sum(len(cache.num_cached) * cache.capacity for cache in self._caches.values())
         while self._caches and kept + room > _REMEMBERED:
             cache = self._caches.popitem(last=False)[1]
@@ -150,20 +153,19 @@ class Reference:
 
     @torch.inference_mode()
     def gap(self, prompt: Tokens, output: Tokens, logits: Tensor) -> float:
-        """By how much the last token of an output misses its distribution's support, in logits; 0 if it does not miss
-        it.
+        """Distance of an output's last token from the support of its distribution, in logits; 0 if it is inside.
 
-        logits: float [vocab], the model's own where that token was drawn.
-        Rounding may move a token over the edge of a top-k, a nucleus or an argmax: then the gap is small. It is inf for
-        a token that no rounding makes possible.
+        Rounding can move a token across the boundary of top-k, top-p or argmax; the gap is then small. It is inf for
+        a token that no rounding can explain.
+        logits: float [vocab], the model's at that position.
         """
-        whole = replace(self.sampling, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0)
-        distribution, _ = self._state(whole, [prompt], [output[:-1]]).distribution(logits[None, None])
+        untruncated = replace(self.sampling, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0)
+        distribution, _ = self._state(untruncated, [prompt], [output[:-1]]).distribution(logits[None, None])
         return boundary_gap(distribution.dense()[0, 0].double().log(), output[-1], self.sampling)
 
 
 def _chosen(rows: Tensor, real: Tensor) -> Tensor:
-    """Those of rows [batch, width, ...] that are real, bool [batch, width]: without a copy if all of them are."""
+    """The rows [batch, width, ...] selected by bool [batch, width], without a copy if all are."""
     return rows.flatten(0, 1) if real.all() else rows[real]
 
 
@@ -172,10 +174,10 @@ def _chosen_distributions(distribution: Distribution, real: Tensor) -> Distribut
 
 
 def boundary_gap(log_probs: Tensor, token: int, sampling: SamplingParams) -> float:
-    """How far a token is outside what sampling keeps, in logits: 0 inside, inf if it is impossible anyhow.
+    """Distance of a token from the set that truncation keeps, in logits: 0 inside, inf if it is forbidden anyway.
 
     log_probs: float64 [vocab], at temperature 1 and before truncation; -inf is forbidden.
-    Under top-p it is the mass in front of the token that is too large, as a logarithm; else a distance of logits.
+    Under top-p it is the logarithm of the excess mass before the token, otherwise a difference of logits.
     """
     own = float(log_probs[token])
     if own == -math.inf:

@@ -16,17 +16,19 @@ from specdec.conformance import mutants
 from specdec.conformance.audit import audit
 from specdec.conformance.certificate import Findings
 from specdec.conformance.reference import Reference
-from specdec.conformance.verdicts import Limits
+from specdec.conformance.verdicts import AuditLimits
 from specdec.models.markov import MarkovModel
 from specdec.proposers.draft_model import DraftModelProposer
-from specdec.verification import verify_block, verify_tokens
+from specdec.verification import Rule, verify_block, verify_tokens
 
 PARAMS = SamplingParams(max_tokens=32)
 NUM_RUNS, NUM_DRAWS = 200, 480
-ROUGH = Limits(max_tv=0.3)  # what so few draws can see
+ROUGH = AuditLimits(max_tv=0.3)  # what so few draws can see
 
 
-def run(engine: ToyEngine, num_draws: int = 4000, limits: Limits = ROUGH, seed: int = 0, prompts=PROMPTS) -> Findings:
+def run(
+    engine: ToyEngine, num_draws: int = 4000, limits: AuditLimits = ROUGH, seed: int = 0, prompts=PROMPTS
+) -> Findings:
     rows = 64 if num_draws > 1000 else 16
     sampling = engine.params
     return audit(
@@ -133,7 +135,7 @@ def test_a_uniform_used_twice_is_found() -> None:
 def test_a_distance_of_a_twentieth_is_found_in_20_000_tokens_and_bounded() -> None:
     """Missed with probability at most 1e-6, which the audit states; the bounds hold but with probability 1e-6."""
     wrong = MarkovModel(leaning(TARGET.table, DRAFT.table, 0.05))
-    found = run(ToyEngine(PARAMS, speculative_target=wrong), 20_000, Limits())
+    found = run(ToyEngine(PARAMS, speculative_target=wrong), 20_000, AuditLimits())
     assert found.min_detectable_tv <= 0.05
     assert found.speculative.p_value <= 1e-6
     assert found.verdict == "lossy"
@@ -190,8 +192,8 @@ def silent(draft, source):
 @pytest.mark.parametrize(
     ("engine", "reason"),
     [
-        (ToyEngine(PARAMS, proposer=silent), "no token was drafted; check that it is switched on"),
-        (ToyEngine(PARAMS, rule=accept_never), "drafted tokens none was accepted; check the draft"),
+        (ToyEngine(PARAMS, proposer=silent), "no token was drafted; check that it is enabled"),
+        (ToyEngine(PARAMS, rule=Rule(accept_never)), "draft tokens was accepted; check the draft"),
     ],
     ids=["off", "never accepts"],
 )
@@ -210,7 +212,8 @@ def test_without_counts_no_engine_is_called_lossless() -> None:
     found = audit(Uncounted(engine), reference, PROMPTS, num_draws=1000, batch_size=64, limits=ROUGH)
     assert found.verdict == "inconclusive"
     assert found.headline == (
-        "inconclusive: speculation not confirmed: the engine has no num_drafted and num_accepted; let it count them"
+        "inconclusive: speculation not confirmed: the engine does not count num_drafted and num_accepted; "
+        "add the counters"
     )
     assert (found.num_drafted, found.num_accepted) == (None, None)
     again = audit(engine, reference, PROMPTS, num_draws=1000, batch_size=64, limits=ROUGH)
@@ -219,7 +222,7 @@ def test_without_counts_no_engine_is_called_lossless() -> None:
 
 
 def test_both_reasons_are_told_where_draws_are_missing_too() -> None:
-    found = run(ToyEngine(PARAMS, proposer=silent), 300, Limits())
+    found = run(ToyEngine(PARAMS, proposer=silent), 300, AuditLimits())
     assert [reason.split(" must")[0] for reason in found.reasons[1:]] == ["num_draws=300"]
 
 
@@ -227,11 +230,11 @@ def test_both_reasons_are_told_where_draws_are_missing_too() -> None:
 
 
 def test_too_few_draws_give_no_verdict_and_say_how_many_it_takes() -> None:
-    found = run(ToyEngine(PARAMS), 300, Limits())
+    found = run(ToyEngine(PARAMS), 300, AuditLimits())
     assert found.verdict == "inconclusive"
     needed = found.num_draws_needed
     assert found.reasons == (
-        f"num_draws=300 must be at least {needed} to see a distance of max_tv=0.05; give more prompts or draws",
+        f"num_draws=300 must be at least {needed} to detect a distance of max_tv=0.05; use more prompts or draws",
     )
     assert 13_362 < needed < 20_000  # seven tests share alpha
     assert found.min_detectable_tv > 0.05
@@ -240,12 +243,12 @@ def test_too_few_draws_give_no_verdict_and_say_how_many_it_takes() -> None:
 @pytest.mark.parametrize("name", ["alpha", "beta", "max_tv"])
 def test_limits_are_probabilities(name: str) -> None:
     with pytest.raises(ValueError, match=f"{name}=1.5 must lie between 0 and 1"):
-        Limits(**{name: 1.5})
+        AuditLimits(**{name: 1.5})
 
 
 def test_noise_is_not_negative() -> None:
     with pytest.raises(ValueError, match="logit_noise=-1 must be >= 0; 0 allows no rounding"):
-        Limits(logit_noise=-1)
+        AuditLimits(logit_noise=-1)
 
 
 # -- greedy decoding -------------------------------------------------------------------------------------------
@@ -255,7 +258,7 @@ MANY_PROMPTS = [[a, b] for a in range(8) for b in range(8)]
 
 
 def test_greedy_is_judged_by_equality() -> None:
-    found = run(ToyEngine(GREEDY), prompts=MANY_PROMPTS, limits=Limits())
+    found = run(ToyEngine(GREEDY), prompts=MANY_PROMPTS, limits=AuditLimits())
     assert found.verdict == "lossless"
     assert found.direction == "equality"
     assert found.speculative.num_draws == 64 * 16  # each prompt once
@@ -264,7 +267,7 @@ def test_greedy_is_judged_by_equality() -> None:
 
 
 def test_greedy_with_too_few_prompts_says_so() -> None:
-    found = run(ToyEngine(GREEDY), limits=Limits())
+    found = run(ToyEngine(GREEDY), limits=AuditLimits())
     assert found.verdict == "inconclusive"
     assert "num_draws=48 must be at least 270" in found.reasons[0]
 
@@ -274,7 +277,7 @@ def test_a_greedy_bug_is_named() -> None:
         ToyEngine(GREEDY, rule=mutants.accept_always, draft=MarkovModel(distributions(9))), prompts=MANY_PROMPTS
     )
     assert found.verdict == "lossy"
-    assert "has probability 0 under the reference and misses what it allows by" in found.speculative.errors[0]
+    assert "has probability 0 under the reference, " in found.speculative.errors[0]
 
 
 def test_near_ties_that_rounding_swaps_in_both_arms_are_no_bug() -> None:
@@ -284,7 +287,10 @@ def test_near_ties_that_rounding_swaps_in_both_arms_are_no_bug() -> None:
 
     def verdict(logit_noise: float) -> Findings:
         return audit(
-            ToyEngine(GREEDY, swapped, swapped), Reference(tie, GREEDY), prompts, limits=Limits(logit_noise=logit_noise)
+            ToyEngine(GREEDY, swapped, swapped),
+            Reference(tie, GREEDY),
+            prompts,
+            limits=AuditLimits(logit_noise=logit_noise),
         )
 
     assert verdict(1e-2).verdict == "lossless"
@@ -300,7 +306,7 @@ def test_an_impossible_token_is_named() -> None:
     """Zeros of the target that an engine with top-k on one side emits."""
     target, draft = grid_pair(12)
     params = replace(PARAMS, top_k=1)
-    exact = Limits(max_tv=0.3, logit_noise=1e-3)
+    exact = AuditLimits(max_tv=0.3, logit_noise=1e-3)
     found = run(ToyEngine(params, target, draft, decoder=mutants.TopKOnOneSide), prompts=[[1, 2]], limits=exact)
     assert found.verdict == "lossy"
     assert found.speculative.num_draws < 4000  # at once
@@ -314,7 +320,7 @@ def test_a_token_that_the_model_cannot_say_misses_by_infinity() -> None:
     found = run(ToyEngine(PARAMS, target, even, rule=mutants.accept_always), prompts=[[1, 0]])
     assert found.verdict == "lossy"
     assert "token 2 at position" in found.speculative.errors[0]
-    assert "by inf logits" in found.speculative.errors[0]
+    assert "inf logits from being allowed" in found.speculative.errors[0]
 
 
 def test_outputs_that_go_on_behind_a_stop_token_are_named() -> None:
@@ -322,13 +328,13 @@ def test_outputs_that_go_on_behind_a_stop_token_are_named() -> None:
     assert run(ToyEngine(params, stop=stop)).verdict == "lossless"
     found = run(ToyEngine(params, stop=stop, decoder=mutants.IgnoredStop))
     assert found.verdict == "lossy"
-    assert "by stop token 0 at" in found.speculative.errors[0]
+    assert "(stop token 0 at" in found.speculative.errors[0]
 
 
 def test_outputs_longer_than_max_tokens_are_named() -> None:
     found = run(ToyEngine(PARAMS, decoder=mutants.OverlongDraft))
     assert found.verdict == "lossy"
-    assert "must end after 32, by max_tokens=32" in found.speculative.errors[0]
+    assert "must end after 32 (max_tokens=32)" in found.speculative.errors[0]
 
 
 class Stops(ToyEngine):
@@ -344,7 +350,7 @@ class Stops(ToyEngine):
 def test_ends_that_are_wrong_in_both_arms_are_not_speculations() -> None:
     found = run(Stops(PARAMS))
     assert found.verdict == "inconclusive"
-    assert "has 31 tokens and must end after 32, by max_tokens=32" in found.speculative.errors[0]
+    assert "has 31 tokens but must end after 32 (max_tokens=32)" in found.speculative.errors[0]
 
 
 class OneSeed(ToyEngine):
@@ -357,7 +363,7 @@ class OneSeed(ToyEngine):
 def test_a_seed_that_is_ignored_is_named() -> None:
     found = run(OneSeed(PARAMS))
     assert found.verdict == "lossy"
-    assert "seeds must be independent" in found.speculative.errors[0]
+    assert "must give independent outputs" in found.speculative.errors[0]
 
 
 class Empty(ToyEngine):
@@ -368,7 +374,7 @@ class Empty(ToyEngine):
 def test_an_empty_output_is_named() -> None:
     found = run(Empty(PARAMS))
     assert found.verdict == "lossy"
-    assert "has 0 tokens and must end after 32" in found.speculative.errors[0]
+    assert "has 0 tokens but must end after 32" in found.speculative.errors[0]
 
 
 class Silent(ToyEngine):
@@ -380,15 +386,15 @@ def test_input_that_makes_no_audit_is_refused() -> None:
     small = grid_pair(1)[0]
     with pytest.raises(ValueError, match=r"token \d at position 0 must be below the reference's vocabulary of 3"):
         audit(ToyEngine(PARAMS, MarkovModel(distributions(3).flip(-1))), Reference(small, PARAMS), [[1]])
-    with pytest.raises(ValueError, match=r"the draft's vocabulary of 3 tokens must be the reference's, 8; audit"):
+    with pytest.raises(ValueError, match=r"the draft's vocabulary of 3 tokens must equal the reference's, 8; audit"):
         audit(ToyEngine(PARAMS), Reference(TARGET, PARAMS), PROMPTS, draft=Reference(small, PARAMS))
     named = ToyEngine(PARAMS)
     named.vocab_size = 9
-    with pytest.raises(ValueError, match=r"the engine's vocabulary of 9 tokens must be the reference's, 8; audit"):
+    with pytest.raises(ValueError, match=r"the engine's vocabulary of 9 tokens must equal the reference's, 8; audit"):
         audit(named, Reference(TARGET, PARAMS), PROMPTS)
-    with pytest.raises(ValueError, match="prompts must be at least one"):
+    with pytest.raises(ValueError, match="prompts must hold at least one"):
         audit(named, Reference(TARGET, PARAMS), [])
-    with pytest.raises(ValueError, match="the engine gave 0 outputs and must give one for each of 3 prompts"):
+    with pytest.raises(ValueError, match="the engine returned 0 outputs but must return one per prompt, 3"):
         audit(Silent(PARAMS), Reference(TARGET, PARAMS), PROMPTS, batch_size=3)
 
 

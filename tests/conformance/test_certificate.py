@@ -15,7 +15,7 @@ from specdec import SamplingParams
 from specdec.conformance.audit import audit
 from specdec.conformance.certificate import Certificate, Findings, Subject, bounded
 from specdec.conformance.reference import Reference
-from specdec.conformance.verdicts import Limits
+from specdec.conformance.verdicts import AuditLimits
 
 SUBJECT = Subject("toy", "1.0", "markov", "draft_model", 3, "token", "pytest bench/ -m equivalence --engines toy")
 # what the project's definition of a certificate asks for
@@ -49,7 +49,7 @@ FIELDS = [
 
 def findings(**sampling) -> Findings:
     params = SamplingParams(max_tokens=16, **sampling)
-    limits = Limits(max_tv=0.5)
+    limits = AuditLimits(max_tv=0.5)
     return audit(ToyEngine(params), Reference(TARGET, params), PROMPTS, num_draws=300, limits=limits)
 
 
@@ -70,13 +70,13 @@ def test_the_record_has_the_fields_of_the_definition_and_is_plain_json() -> None
     assert record["seeds"][0] == 0
 
 
-def test_another_schema_is_refused() -> None:
-    with pytest.raises(ValueError, match="schema_version=99 must be 1; make the certificate again"):
+def test_another_schema_is_rejected() -> None:
+    with pytest.raises(ValueError, match="schema_version=99 must be 1; repeat the audit"):
         Certificate.from_record({"schema_version": 99})
 
 
 @pytest.mark.parametrize(
-    ("verdict", "low", "told"),
+    ("verdict", "low", "text"),
     [
         ("lossless", 0.0, "lossless (TV < 0.1)"),
         ("lossy", 0.03, "lossy (TV > 0.03)"),
@@ -84,19 +84,19 @@ def test_another_schema_is_refused() -> None:
         ("inconclusive", 0.0, "inconclusive"),
     ],
 )
-def test_a_verdict_is_told_with_its_bound(verdict: str, low: float, told: str) -> None:
-    """In reports, too, which are read without what audits need."""
-    assert bounded(verdict, 0.1, low) == told
-    assert format.verdict({"verdict": verdict, "max_tv": 0.1, "tv_lower_bound": low}) == told
+def test_a_verdict_is_printed_with_its_bound(verdict: str, low: float, text: str) -> None:
+    """Also in reports, which do not import the audit."""
+    assert bounded(verdict, 0.1, low) == text
+    assert format.verdict({"verdict": verdict, "max_tv": 0.1, "tv_lower_bound": low}) == text
 
 
-def test_the_page_says_what_was_found() -> None:
+def test_the_page_states_the_findings() -> None:
     page = Certificate.of(SUBJECT, findings()).markdown()
     assert page.startswith(
         "# lossless (TV < 0.5): engine toy, engine_version 1.0, pair markov, method draft_model, gamma 3"
     )
     assert "| pit_rank |" in page
-    assert "300 tokens were judged" in page
+    assert "300 tokens were tested" in page
     assert re.search(r"\n\d+ tokens were drafted, \d+ of them accepted\.\n", page)
     assert "    pytest bench/ -m equivalence --engines toy" in page
     assert "None" not in page
@@ -105,4 +105,4 @@ def test_the_page_says_what_was_found() -> None:
 def test_the_page_of_greedy_decoding() -> None:
     page = Certificate.of(Subject(), findings(temperature=0)).markdown()
     assert page.startswith("# lossless (TV < 0.5): an engine")  # three prompts are 48 tokens, enough for max_tv=0.5
-    assert "not the one that the target decides for" in page
+    assert "differ from the target's argmax" in page

@@ -90,7 +90,7 @@ def test_four_tokens_are_refused() -> None:
 
 def test_noise_is_for_coupled_draws_only() -> None:
     source = ScriptedNoise(torch.rand(1, 1, 3), 0)
-    with pytest.raises(ValueError, match="must be 4: here all draws are coupled"):
+    with pytest.raises(ValueError, match="must be 4: all draws are coupled here"):
         source(*(torch.tensor([[x]]) for x in (0, 0, Role.ACCEPT, 0)))
 
 

@@ -9,19 +9,19 @@ from helpers.audited import PROMPTS, ToyEngine
 
 from specdec import SamplingParams
 from specdec.conformance.audit import SEED_STRIDE, audit
-from specdec.conformance.betting import Interval
+from specdec.conformance.betting import ConfidenceInterval
 from specdec.conformance.certificate import ArmFindings, Speculation
 from specdec.conformance.reference import Reference
-from specdec.conformance.verdicts import Limits, judge
+from specdec.conformance.verdicts import AuditLimits, judge
 
 NAMES = ("pit_rank", "pit_id", "serial", "surprise", "lookup", "draft")
-LIMITS, NEEDED = Limits(), 1000
+LIMITS, NEEDED = AuditLimits(), 1000
 SPECULATES = Speculation(100, 50)
 SOUND = ArmFindings(
     p_values=dict.fromkeys(NAMES, 0.5) | {"support": 1.0},
     p_value=1.0,
     found_after=dict.fromkeys(NAMES),
-    shifts=dict.fromkeys(NAMES, Interval(0.0, -0.1, 0.1)),
+    shifts=dict.fromkeys(NAMES, ConfidenceInterval(0.0, -0.1, 0.1)),
     surprise_z=0.0,
     num_draws=NEEDED,
     num_outputs=10,
