@@ -12,8 +12,7 @@ from typing import Any
 
 from bench.workloads.base import Malformed, Prompt, UnavailableError, find_all, prompts_of
 from bench.workloads.sources import rows_of
-from specdec.distill.prompts import first_exchange
-from specdec.distill.prompts import read as read_dialogues
+from specdec.distill.prompts import first_exchange, read_dialogues
 from specdec.prompts import array_rows
 from specdec.runtime.artifacts import LoadError
 

@@ -1,4 +1,4 @@
-"""Continue a prompt, and show which tokens were drafted and accepted.
+"""Answer or continue a prompt with speculative decoding, showing which tokens were drafted and accepted.
 
 python -m specdec "Repeat this twice: def mean(values): return sum(values) / len(values)" --method hybrid --gamma auto
 echo "Why is the sky blue?" | python -m specdec - --method hybrid --temperature 0.8 --marks
@@ -19,21 +19,21 @@ from specdec.methods import METHODS, VERIFICATION_NAMES, is_method
 from specdec.models.formats import DTYPE_NAMES, LOAD_FORMATS
 from specdec.prompts import encode, encode_bytes, encode_raw, whole
 from specdec.runtime.checks import nearest
-from specdec.runtime.progress import show_what_can_be_shown
+from specdec.runtime.progress import replace_unencodable
 from specdec.sampling_params import SamplingParams
 
-if TYPE_CHECKING:  # torch takes seconds: wrong arguments are named before it is imported
+if TYPE_CHECKING:  # importing torch takes seconds; report argument errors first
     from specdec.cli.screen import Paint
     from specdec.engine import Engine
     from specdec.requests import Chunk, Completion
 
-INTERRUPTED, PIPE_CLOSED = 130, 141  # what a shell says of a program that ends by SIGINT, and by SIGPIPE
+INTERRUPTED, PIPE_CLOSED = 130, 141  # shell exit statuses for SIGINT and SIGPIPE
 WARM_UP_TOKENS = 4
 
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        """Say in one line what is wrong, and which name is near to one that is unknown."""
+        """Report the error in one line, suggesting the nearest known name."""
         self.exit(2, f"error: {message}{self._nearest(message)}; see --help\n")
 
     def _nearest(self, message: str) -> str:
@@ -45,38 +45,53 @@ class _Parser(argparse.ArgumentParser):
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """The command-line parser."""
     assert __doc__
     top = _Parser("specdec", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    top.add_argument("prompt", help="a question, or with --raw a text to go on with; - reads it from standard input")
+    top.add_argument("prompt", help="question, or with --raw a text to continue; - reads standard input")
     _model_options(top.add_argument_group("models and method"))
     _sampling_options(top.add_argument_group("sampling"))
-    top.add_argument("--raw", action="store_true", help="the prompt as it stands, without the model's chat template")
+    top.add_argument("--raw", action="store_true", help="do not apply the model's chat template")
     top.add_argument("--marks", action="store_true", help="mark tokens as [+accepted][~recovered][*bonus]plain")
-    top.add_argument("--no-plain", action="store_true", help="do not decode again without speculation, to compare")
+    top.add_argument("--no-plain", action="store_true", help="skip the comparison with plain decoding")
     return top
 
 
 def _model_options(group: Any) -> None:
-    group.add_argument("--target", default="smollm2-135m", help="a bundled name, a hub id, a folder or a GGUF file")
-    group.add_argument("--draft", help="likewise, for the methods that need one (default: the one that comes with it)")
+    group.add_argument(
+        "--target",
+        default="smollm2-135m",
+        help="bundled model name, hub id, folder or GGUF file (default: %(default)s)",
+    )
+    group.add_argument("--draft", help="draft model or head, for methods that need one (default: the packaged one)")
     methods = "; ".join(f"{spec.name}: {spec.summary}" for spec in METHODS.values())
-    methods += "; or module:attribute of your own"
-    group.add_argument("--method", type=_method, default="ngram", metavar="NAME", help=methods)
-    group.add_argument("--gamma", type=_gamma, default=4, help="tokens proposed per step, or auto: as many as pay")
-    group.add_argument("--verification", default="token", choices=VERIFICATION_NAMES, help="rule that verifies a draft")
-    group.add_argument("--dtype", default="bfloat16", choices=DTYPE_NAMES)
-    group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    group.add_argument("--load-format", default="auto", choices=LOAD_FORMATS, help="dummy: random weights")
+    group.add_argument(
+        "--method",
+        type=_method,
+        default="ngram",
+        metavar="NAME",
+        help=f"{methods}; or module:attribute of your own (default: %(default)s)",
+    )
+    group.add_argument(
+        "--gamma", type=_gamma, default=4, help="tokens drafted per step, or auto (default: %(default)s)"
+    )
+    group.add_argument(
+        "--verification", default="token", choices=VERIFICATION_NAMES, help="verification rule (default: %(default)s)"
+    )
+    group.add_argument("--dtype", default="bfloat16", choices=DTYPE_NAMES, help="default: %(default)s")
+    group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
+    group.add_argument("--load-format", default="auto", choices=LOAD_FORMATS, help="auto, or dummy for random weights")
 
 
 def _sampling_options(group: Any) -> None:
-    group.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
-    group.add_argument("--top-p", type=float, default=1.0)
-    group.add_argument("--top-k", type=int, default=0)
-    group.add_argument("--min-p", type=float, default=0.0)
-    group.add_argument("--max-tokens", type=int, default=128, help="tokens to emit at the most")
-    group.add_argument("--seed", type=int, default=0)
+    group.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default: %(default)s)")
+    group.add_argument("--top-p", type=float, default=1.0, help="1 keeps all tokens (default: %(default)s)")
+    group.add_argument("--top-k", type=int, default=0, help="0 keeps all tokens (default: %(default)s)")
+    group.add_argument("--min-p", type=float, default=0.0, help="0 keeps all tokens (default: %(default)s)")
+    group.add_argument(
+        "--max-tokens", type=int, default=128, help="maximum number of tokens to emit (default: %(default)s)"
+    )
+    group.add_argument("--seed", type=int, default=0, help="random seed (default: %(default)s)")
     group.add_argument("--ignore-eos", action="store_true", help="do not stop at the model's end-of-sequence token")
 
 
@@ -117,12 +132,12 @@ def _load(options: argparse.Namespace) -> Engine:
 def _prompt(options: argparse.Namespace) -> str:
     text: str = sys.stdin.read() if options.prompt == "-" else options.prompt
     if not text.strip():
-        raise ValueError(f"prompt={text!r} must not be empty; give a text, or - to read it from standard input")
+        raise ValueError(f"prompt={text!r} must not be empty; pass a text, or - to read standard input")
     return whole(text, "prompt")
 
 
 class _Clocked:
-    """A stream, and the seconds that were spent in it, not on what is done with its chunks."""
+    """Times a stream: counts seconds spent producing chunks, not consuming them."""
 
     def __init__(self, chunks: Iterator[Chunk]) -> None:
         self._chunks, self.seconds = chunks, 0.0
@@ -141,7 +156,7 @@ class _Clocked:
 
 @dataclass(frozen=True, slots=True)
 class Decoded:
-    """A completion and the seconds that it took."""
+    """A completion and the seconds it took."""
 
     completion: Completion
     seconds: float
@@ -160,14 +175,14 @@ def show(chunks: Iterator[Chunk], tokenizer: Any, paint: Paint) -> Decoded:
 
 
 def decode_plainly(target: Any, prompt: Sequence[int], sampling: SamplingParams, verification: str) -> Decoded:
-    """The same prompt with the same target and nothing proposed."""
+    """Decode the same prompt with the same target and no drafts."""
     from specdec.engine import Engine
     from specdec.runtime.progress import bar
 
     plain = Engine(target, method="autoregressive", verification=verification)
     _warm_up(plain, prompt, sampling)
     stream = _Clocked(plain.stream([prompt], sampling))
-    with bar(sampling.max_tokens, "token", "plain decoding, to compare") as done:
+    with bar(sampling.max_tokens, "token", "plain decoding for comparison") as done:
         for chunk in stream:
             done.update(len(chunk.token_ids))
     assert stream.completion is not None
@@ -175,9 +190,9 @@ def decode_plainly(target: Any, prompt: Sequence[int], sampling: SamplingParams,
 
 
 def _warm_up(engine: Engine, prompt: Sequence[int], sampling: SamplingParams) -> None:
-    """Let first calls be over before anything is timed: a prompt of the same length, but another one."""
-    few = SamplingParams(temperature=sampling.temperature, max_tokens=min(WARM_UP_TOKENS, sampling.max_tokens))
-    engine.generate([[prompt[0]] * len(prompt)], few)
+    """Run the first, slower calls before timing, on another prompt of the same length."""
+    short = SamplingParams(temperature=sampling.temperature, max_tokens=min(WARM_UP_TOKENS, sampling.max_tokens))
+    engine.generate([[prompt[0]] * len(prompt)], short)
 
 
 def _decoder(tokenizer: Any) -> Callable[[Sequence[int]], str]:
@@ -187,28 +202,28 @@ def _decoder(tokenizer: Any) -> Callable[[Sequence[int]], str]:
 
 
 def summary(completion: Completion, paint: Paint) -> list[str]:
-    """What became of the tokens, in lines."""
+    """A summary of the tokens' sources, as lines of text."""
     from specdec.cli.screen import SOURCES
 
     counts = completion.counts
     by_source = {source: completion.sources.count(source) for source in SOURCES}
     legend = paint.legend({source: f"{number} {source}" for source, number in by_source.items()})
-    rate = "nothing was drafted"
+    rate = "no tokens drafted"
     if counts.acceptance_rate is not None:
-        rate = f"{counts.num_accepted} of {counts.num_drafted} drafted tokens accepted: {counts.acceptance_rate:.1%}"
+        rate = f"{counts.num_accepted} of {counts.num_drafted} draft tokens accepted ({counts.acceptance_rate:.1%})"
     per_call = f", {counts.mean_acceptance_length:.2f} tokens per target call" if counts.num_steps else ""
     return [f"{len(completion.token_ids)} tokens: {legend}", f"{rate}{per_call}"]
 
 
 def comparison(decoded: Decoded, plain: Decoded, *, must_agree: bool) -> list[str]:
-    """How much faster it was than plain decoding, token by token, and whether it said the same.
+    """Speed-up per token over plain decoding, and whether the outputs are equal.
 
-    must_agree: whether the distribution leaves no choice: at temperature 0, and with coupled verification.
+    must_agree: whether they should be equal: at temperature 0, and with coupled verification.
     """
     ours, theirs = decoded.completion.token_ids, plain.completion.token_ids
     speedup = (plain.seconds / len(theirs)) / (decoded.seconds / len(ours))
     lines = [
-        f"{speedup:.2f} times as fast as plain decoding (one prompt, timed once: no benchmark)",
+        f"{speedup:.2f}x the speed of plain decoding (one prompt, timed once; not a benchmark)",
         f"{decoded.seconds:.2f} s for {len(ours)} tokens, plain decoding {plain.seconds:.2f} s for {len(theirs)}",
     ]
     return lines + ([_agreement(ours, theirs)] if must_agree else [])
@@ -216,30 +231,30 @@ def comparison(decoded: Decoded, plain: Decoded, *, must_agree: bool) -> list[st
 
 def _agreement(ours: Sequence[int], theirs: Sequence[int]) -> str:
     if ours == theirs:
-        return "the same tokens as plain decoding"
+        return "same tokens as plain decoding"
     both = list(zip(ours, theirs, strict=False))
     at = next((at for at, (one, other) in enumerate(both) if one != other), len(both))
     return (
-        f"other tokens than plain decoding from token {at + 1} on: in 16 bits a near tie may fall either way; "
+        f"tokens differ from plain decoding from token {at + 1} on: 16-bit rounding can flip a near tie; "
         "with --dtype float32 it should not"
     )
 
 
 def run(options: argparse.Namespace) -> None:
-    """Decode a prompt and show it: the text on standard output, what is said about it on standard error."""
+    """Decode a prompt: print the text to standard output and statistics to standard error."""
     text, sampling = _prompt(options), _sampling(options)
     engine = _load(options)
-    from specdec.cli.screen import Paint, has_colours
+    from specdec.cli.screen import Paint, has_colors
 
     tokenizer = engine.tokenizer
     prompt = _encoded(text, tokenizer, options)
-    engine.stream([prompt], sampling).close()  # checks them before anything is decoded
+    engine.stream([prompt], sampling).close()  # validates the arguments before decoding
     _warm_up(engine, prompt, sampling)
     chunks = engine.stream([prompt], sampling)
-    about = Paint(has_colours(sys.stderr), options.marks)
+    about = Paint(has_colors(sys.stderr), options.marks)
     if about.shows:
         _say([about.legend()])
-    decoded = show(chunks, tokenizer, Paint(has_colours(sys.stdout), options.marks))
+    decoded = show(chunks, tokenizer, Paint(has_colors(sys.stdout), options.marks))
     _say(["", *summary(decoded.completion, about)])
     if options.method != "autoregressive" and not options.no_plain:
         plain = decode_plainly(engine.target, prompt, sampling, options.verification)
@@ -258,9 +273,9 @@ def _say(lines: Sequence[str]) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit status: 0; 2 for what the user got wrong, said in one line; as a shell says of what ended it by a signal."""
+    """Run the command line. Exit status: 0; 2 for user errors, reported in one line; 130 or 141 for signals."""
     options = parser().parse_args(arguments)
-    show_what_can_be_shown(sys.stdout, sys.stderr)
+    replace_unencodable(sys.stdout, sys.stderr)
     try:
         run(options)
     except KeyboardInterrupt:
@@ -284,7 +299,7 @@ def _is_load_error(error: RuntimeError) -> bool:
 
 
 def _leave_pipes() -> None:
-    """Let the interpreter flush what is left to nowhere, or it would complain once more."""
+    """Redirect output to devnull, so that the interpreter's final flush does not fail again."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     for stream in (sys.stdout, sys.stderr):
         os.dup2(nowhere, stream.fileno())

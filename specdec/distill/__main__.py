@@ -1,4 +1,4 @@
-"""Train drafts for a target model. The steps that take long go on where they were stopped.
+"""Train draft models, draft heads and n-gram tables for a target model. Long steps resume where they stopped.
 
 python -m specdec.distill corpus --target smollm2-135m --prompts sharegpt --folder work
 python -m specdec.distill score  --target smollm2-135m --folder work
@@ -17,74 +17,96 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from specdec.distill import commands
-from specdec.runtime.progress import show_what_can_be_shown
+from specdec.runtime.progress import replace_unencodable
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """The command-line parser."""
     assert __doc__
     top = argparse.ArgumentParser("python -m specdec.distill", description=__doc__.splitlines()[0])
     verbs = top.add_subparsers(dest="verb", required=True)
     for name, run in commands.VERBS.items():
         verb = verbs.add_parser(name, help=(run.__doc__ or "").splitlines()[0])
         verb.set_defaults(run=run)
-        verb.add_argument("--target", required=True, help="a bundled name, a hub id or a folder")
+        verb.add_argument("--target", required=True, help="bundled model name, hub id or folder")
         if name != "tree":
-            verb.add_argument("--folder", type=Path, required=True, help="where the corpus is")
-        verb.add_argument("--device", default="cpu")
-        verb.add_argument("--seed", type=int, default=0)
+            verb.add_argument("--folder", type=Path, required=True, help="folder of the corpus")
+        verb.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
+        verb.add_argument("--seed", type=int, default=0, help="random seed")
         if name == "corpus":
             _corpus_options(verb)
         if name == "tree":
             _tree_options(verb)
         if name in ("head", "draft", "table", "tree"):
-            verb.add_argument("--out", type=Path, required=True, help="where the result is written")
+            verb.add_argument("--out", type=Path, required=True, help="output folder")
         if name == "compare":
-            verb.add_argument("--head", type=Path, required=True, help="a head that was trained")
+            verb.add_argument("--head", type=Path, required=True, help="folder of a trained head")
         if name == "head":
-            verb.add_argument("--vocabulary", type=int, default=16384, help="tokens that the head drafts")
+            verb.add_argument("--vocabulary", type=int, default=16384, help="size of the draft vocabulary")
         if name == "table":
-            verb.add_argument("--max-ngram", type=int, default=3, help="longest context, in tokens")
-            verb.add_argument("--min-count", type=int, default=2, help="how often a continuation must have been seen")
+            verb.add_argument("--max-ngram", type=int, default=3, help="maximum context length in tokens")
+            verb.add_argument(
+                "--min-count", type=int, default=2, help="minimum number of occurrences of a continuation"
+            )
         if name in ("head", "draft"):
             _training_options(verb)
     return top
 
 
 def _corpus_options(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("--prompts", default="sharegpt", help="sharegpt, or a file of JSON lines with prompt and reply")
-    verb.add_argument("--evaluation", type=Path, nargs="*", default=[], help="files whose text must not be learnt")
-    verb.add_argument("--num-prompts", type=int, default=3072, help="that the target answers")
-    verb.add_argument("--num-replies", type=int, default=0, help="further answers that are taken as they are")
-    verb.add_argument("--num-about-texts", type=int, default=0, help="questions about a text, that the target answers")
-    verb.add_argument("--temperatures", type=float, nargs="+", default=[0.0, 0.7, 1.0])
-    verb.add_argument("--max-tokens", type=int, default=256, help="of an answer")
-    verb.add_argument("--batch-size", type=int, default=64)
+    verb.add_argument(
+        "--prompts", default="sharegpt", help="sharegpt, or a JSON lines file with fields prompt and reply"
+    )
+    verb.add_argument(
+        "--evaluation", type=Path, nargs="*", default=[], help="evaluation files; overlapping training text is excluded"
+    )
+    verb.add_argument("--num-prompts", type=int, default=3072, help="number of prompts for the target to answer")
+    verb.add_argument(
+        "--num-replies", type=int, default=0, help="number of further dialogues used with their own reply"
+    )
+    verb.add_argument(
+        "--num-about-texts", type=int, default=0, help="number of questions about a text for the target to answer"
+    )
+    verb.add_argument(
+        "--temperatures",
+        type=float,
+        nargs="+",
+        default=[0.0, 0.7, 1.0],
+        help="sampling temperatures, cycled over prompts",
+    )
+    verb.add_argument("--max-tokens", type=int, default=256, help="maximum tokens per answer")
+    verb.add_argument("--batch-size", type=int, default=64, help="prompts decoded at once")
 
 
 def _tree_options(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("--draft", help="a head or a draft model (default: the head that comes with the target)")
-    verb.add_argument("--prompts", default="sharegpt", help="sharegpt, or a file of JSON lines with prompt")
-    verb.add_argument("--num-prompts", type=int, default=32)
-    verb.add_argument("--max-tokens", type=int, default=64, help="of an answer")
-    verb.add_argument("--temperatures", type=float, nargs="+", default=[0.0, 1.0])
-    verb.add_argument("--widths", type=int, nargs="+", default=[6, 3, 2, 1], help="children by level, to measure with")
-    verb.add_argument("--nodes", type=int, help="of the tree (default: as many as pay by costs measured here)")
-    verb.add_argument("--batch-size", type=int, default=1)
+    verb.add_argument("--draft", help="draft head or draft model (default: the head packaged with the target)")
+    verb.add_argument("--prompts", default="sharegpt", help="sharegpt, or a JSON lines file with the field prompt")
+    verb.add_argument("--num-prompts", type=int, default=32, help="number of prompts to measure on")
+    verb.add_argument("--max-tokens", type=int, default=64, help="maximum tokens per answer")
+    verb.add_argument("--temperatures", type=float, nargs="+", default=[0.0, 1.0], help="sampling temperatures")
+    verb.add_argument(
+        "--widths",
+        type=int,
+        nargs="+",
+        default=[6, 3, 2, 1],
+        help="children per node, by level, of the tree to measure",
+    )
+    verb.add_argument("--nodes", type=int, help="tree size (default: the fastest by step costs measured here)")
+    verb.add_argument("--batch-size", type=int, default=1, help="prompts decoded at once")
 
 
 def _training_options(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("--steps", type=int, default=2000)
-    verb.add_argument("--tokens-per-batch", type=int, default=4096)
-    verb.add_argument("--learning-rate", type=float, default=3e-3)
-    verb.add_argument("--cost-ratio", type=float, help="time of a draft step over a target step (default: measured)")
-    verb.add_argument("--evaluate-every", type=int, default=200, help="in steps")
+    verb.add_argument("--steps", type=int, default=2000, help="training steps")
+    verb.add_argument("--tokens-per-batch", type=int, default=4096, help="tokens per training step")
+    verb.add_argument("--learning-rate", type=float, default=3e-3, help="peak learning rate")
+    verb.add_argument("--cost-ratio", type=float, help="draft step time / target step time (default: measured)")
+    verb.add_argument("--evaluate-every", type=int, default=200, help="steps between evaluations")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one step; what a user got wrong is said in one line."""
+    """Run one step. User errors are reported in one line, with exit status 2."""
     options = parser().parse_args(arguments)
-    show_what_can_be_shown(sys.stdout, sys.stderr)
+    replace_unencodable(sys.stdout, sys.stderr)
     try:
         options.run(options)
     except (ValueError, OSError, commands.LoadError) as error:

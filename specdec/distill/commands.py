@@ -1,4 +1,4 @@
-"""The steps of `python -m specdec.distill`, each from parsed options."""
+"""The steps of `python -m specdec.distill`, each a function of the parsed options."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from specdec.distill.tree import count
 from specdec.drafts import RATES_FILE, kind_of, load_with_drafts
 from specdec.engine import Engine
 from specdec.methods import packaged_draft
-from specdec.models.derived import materialise, save_derived
+from specdec.models.derived import materialize, save_derived
 from specdec.models.eagle import fingerprint, load_head, new_head, write_config
 from specdec.models.loading import load_pretrained, read_vocabulary
 from specdec.prompts import encode
@@ -34,10 +34,10 @@ from specdec.proposers.draft_model import DraftModelProposer
 from specdec.proposers.eagle import EagleProposer
 from specdec.proposers.table import NgramTable
 from specdec.runtime.artifacts import LoadError as LoadError
-from specdec.trees.optimal import expected_accepted, optimal_tree, tree_that_pays
+from specdec.trees.optimal import expected_accepted, fastest_tree, optimal_tree
 from specdec.trees.shape import Tree
 
-FREQUENT = 4096  # tokens whose probabilities count at every training step
+FREQUENT = 4096  # most frequent tokens, included in the loss at every training step
 DRAFT_SHAPE = {
     "hidden_size": 256,
     "intermediate_size": 768,
@@ -49,11 +49,11 @@ DRAFT_SHAPE = {
 
 
 def make_corpus(options: Namespace) -> None:
-    """Let the target answer prompts, and keep what it says."""
+    """Generate the corpus: let the target answer prompts."""
     engine = Engine.load(options.target, device=options.device, max_batch_size=options.batch_size)
     tokenizer = engine.target.tokenizer
-    dialogues = prompts.read(options.prompts)
-    texts, left_out = corpus.plan(
+    dialogues = prompts.read_dialogues(options.prompts)
+    texts, left_out = corpus.plan_texts(
         dialogues,
         tokenizer,
         num_prompts=options.num_prompts,
@@ -65,8 +65,8 @@ def make_corpus(options: Namespace) -> None:
         excluded=prompts.EvaluationText(options.evaluation),
     )
     options.folder.mkdir(parents=True, exist_ok=True)
-    corpus.write(texts, engine, options.folder / "texts.jsonl", max_tokens=options.max_tokens)
-    made = list(corpus.read(options.folder / "texts.jsonl"))
+    corpus.write_texts(texts, engine, options.folder / "texts.jsonl", max_tokens=options.max_tokens)
+    made = list(corpus.read_texts(options.folder / "texts.jsonl"))
     corpus.write_held_out(made, tokenizer, options.folder / "held_out.jsonl")
     facts = (
         _asked(options)
@@ -80,15 +80,15 @@ def make_corpus(options: Namespace) -> None:
 
 
 def score(options: Namespace) -> None:
-    """Run the target over the corpus and keep its features."""
+    """Run the target over the corpus and store its features."""
     model, _ = load_pretrained(options.target, dtype=torch.bfloat16, device=options.device)
-    texts = list(corpus.read(options.folder / "texts.jsonl"))
+    texts = list(corpus.read_texts(options.folder / "texts.jsonl"))
     dataset.score(texts, model, options.folder)
     print(f"score: features of {len(texts)} texts in {options.folder}; next: head, draft or table")
 
 
 def train_head(options: Namespace) -> None:
-    """Train a feature head (method eagle)."""
+    """Train an EAGLE head (method eagle)."""
     model, _, data, counts = _prepare(options)
     vocabulary = _largest(counts, options.vocabulary)
     cost_ratio = options.cost_ratio or head_cost_ratio(options.target, len(vocabulary), options.device)
@@ -97,11 +97,14 @@ def train_head(options: Namespace) -> None:
     _train(student, data, options, cost_ratio)
     best = _best(options)
     head.save(options.out, fingerprint(model), _about(options) | best)
-    _say_trained("head", best, options)
+    _print_result("head", best, options)
 
 
 def train_draft(options: Namespace) -> None:
-    """Train a draft model of its own: `out` is an ordinary model, `out`/derived the same without its embeddings."""
+    """Train a draft model (method draft_model).
+
+    `out` is an ordinary model, `out`/derived the same without embeddings.
+    """
     model, tokenizer, data, counts = _prepare(options)
     names = ("vocab_size", "max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")
     shared = {name: getattr(model.config, name) for name in names}
@@ -111,13 +114,13 @@ def train_draft(options: Namespace) -> None:
     _train(student, data, options, cost_ratio)
     best = _best(options)
     save_derived(options.out / "derived", config, student.module.state_dict(), model, _about(options) | best)
-    materialise(options.out / "derived", model, tokenizer, options.out)
-    _say_trained("draft", best, options)
+    materialize(options.out / "derived", model, tokenizer, options.out)
+    _print_result("draft", best, options)
 
 
 def count_table(options: Namespace) -> None:
     """Count an n-gram table (method ngram_table)."""
-    texts = list(corpus.read(options.folder / "texts.jsonl"))
+    texts = list(corpus.read_texts(options.folder / "texts.jsonl"))
     unseen = set(corpus.held_out(texts))
     spoken = [text.output for i, text in enumerate(texts) if i not in unseen and text.temperature is not None]
     vocab_size = read_vocabulary(options.target).vocab_size
@@ -129,7 +132,7 @@ def count_table(options: Namespace) -> None:
 
 
 def compare_with_lookup(options: Namespace) -> None:
-    """Print when prompt lookup is better than a head, by the length of its match."""
+    """Compare prompt lookup with a head, by the length of the match."""
     model, _ = load_pretrained(options.target, dtype=torch.bfloat16, device=options.device)
     guesser = HeadGuesser(load_head(str(options.head), model), model)
     data = Dataset(options.folder)
@@ -141,16 +144,20 @@ def compare_with_lookup(options: Namespace) -> None:
 
 
 def best_tree(options: Namespace) -> None:
-    """Measure how often a draft's siblings are accepted, and write the best tree (method tree)."""
+    """Measure acceptance rates of a draft's siblings and write the best tree (method tree)."""
     source = options.draft or packaged_draft(options.target, "tree")
     if source is None:
-        raise ValueError(f"draft={options.draft!r} must be named: none comes with the target {options.target!r}")
+        raise ValueError(
+            f"draft={options.draft!r} must be given: no draft is packaged with {options.target!r}; use --draft"
+        )
     loading = {"dtype": torch.bfloat16, "device": options.device, "load_format": "auto", "attention": "sdpa"}
     target, drafts = load_with_drafts(options.target, [source], **loading)
     draft: Any = drafts[source]
     tree = Tree.balanced(options.widths)
     proposer = (EagleProposer if kind_of(draft) == "head" else DraftModelProposer)(draft, tree=tree)
-    asked = [encode(each.prompt, target.tokenizer) for each in prompts.read(options.prompts)[: options.num_prompts]]
+    asked = [
+        encode(each.prompt, target.tokenizer) for each in prompts.read_dialogues(options.prompts)[: options.num_prompts]
+    ]
     sizes = {"max_tokens": options.max_tokens, "batch_size": options.batch_size, "seed": options.seed}
     counts = count(target, proposer, asked, tree, options.temperatures, **sizes)
     acceptance, (step_s, level_s) = counts.acceptance(), tree_costs(target, draft)
@@ -162,25 +169,25 @@ def best_tree(options: Namespace) -> None:
     lines = (f" {json.dumps(name)}: {json.dumps(value)}" for name, value in facts.items())
     (options.out / RATES_FILE).write_text("{\n" + ",\n".join(lines) + "\n}\n")
     for level, (rates, tried) in enumerate(zip(acceptance, counts.tried, strict=False), 1):
-        print(f"level {level}, {tried[0]:6} times:", *(f"{rate:6.3f}" for rate in rates))
-    best = tree_that_pays(acceptance, step_s, level_s)
-    print(f"one level costs {level_cost:.3f} of a step; " + _described("best by these costs", best, acceptance))
+        print(f"level {level}, {tried[0]:6} samples:", *(f"{rate:6.3f}" for rate in rates))
+    best = fastest_tree(acceptance, step_s, level_s)
+    print(f"a level costs {level_cost:.3f} steps; " + _described("best at these costs", best, acceptance))
     if options.nodes:
         best = optimal_tree(acceptance, options.nodes, level_cost)
-        print(_described("asked for", best, acceptance))
+        print(_described("requested", best, acceptance))
     if best:
         best.save(options.out / "tree.json", **about)
 
 
 def _described(name: str, tree: Tree | None, acceptance: list[list[float]]) -> str:
     if tree is None:
-        return f"{name}: none, plain decoding is faster"
+        return f"{name}: no tree, plain decoding is faster"
     tokens = 1 + expected_accepted(tree, acceptance)
-    return f"{name}: {len(tree)} nodes in levels of {', '.join(map(str, tree.widths))}, {tokens:.2f} tokens a step"
+    return f"{name}: {len(tree)} nodes in levels of {', '.join(map(str, tree.widths))}, {tokens:.2f} tokens per step"
 
 
 def _prepare(options: Namespace) -> tuple[Any, Any, Dataset, Tensor]:
-    """The target, its tokenizer, the data set, and how often each token occurs in it."""
+    """The target, its tokenizer, the data set, and the token counts of the data set."""
     model, tokenizer = load_pretrained(options.target, dtype=torch.bfloat16, device=options.device)
     data = Dataset(options.folder)
     torch.manual_seed(options.seed)
@@ -189,7 +196,7 @@ def _prepare(options: Namespace) -> tuple[Any, Any, Dataset, Tensor]:
 
 
 def _largest(counts: Tensor, number: int) -> Tensor:
-    """Where the largest counts are, ascending."""
+    """Indices of the largest counts, ascending."""
     return counts.topk(min(number, len(counts))).indices.sort().values
 
 
@@ -208,15 +215,15 @@ def _train(student: Student, data: Dataset, options: Namespace, cost_ratio: floa
 
 
 def _best(options: Namespace) -> dict[str, Any]:
-    """What was seen of the weights that were kept."""
+    """The evaluation of the best weights."""
     folder = options.out / "training"
     step = torch.load(folder / "best.pt", weights_only=True)["step"]
     seen = [json.loads(line) for line in (folder / "progress.jsonl").read_text().splitlines()]
     return {"held_out": next(line for line in seen if line["step"] == step)}
 
 
-def _say_trained(what: str, best: dict[str, Any], options: Namespace) -> None:
-    """One line: what was seen of the weights that were kept, on texts that were held out."""
+def _print_result(what: str, best: dict[str, Any], options: Namespace) -> None:
+    """Print the held-out evaluation of the best weights in one line."""
     numbers = {name: value for name, value in best["held_out"].items() if isinstance(value, int | float)}
     seen = ", ".join(f"{name}={value:.3g}" for name, value in numbers.items())
     print(f"{what}: in {options.out}; held-out texts at the best step: {seen}")

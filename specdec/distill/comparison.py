@@ -1,4 +1,4 @@
-"""When to copy and when to draw: prompt lookup against a drawing draft, by how long the copied text's match is."""
+"""Prompt lookup against a sampling draft, by the length of the match: when is copying better?"""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from specdec.distill.students import Guesser
 from specdec.distill.training import accepted_ahead
 from specdec.proposers.ngram import LookupIndex
 
-LONGEST = 8  # matches of this many tokens or more are counted together
-DEPTH = 4  # tokens of a draft
+LONGEST = 8  # matches of at least this many tokens are counted together
+DEPTH = 4  # tokens per draft
 
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """At positions of held-out text where the longest match has `match` tokens.
+    """Results over the positions of held-out text whose longest match has `match` tokens.
 
-    positions: how many. lookup, draft: tokens that are accepted on average, of one proposed and of DEPTH proposed.
+    positions: their number. lookup, draft: mean accepted tokens of one proposed and of DEPTH proposed.
     """
 
     match: int
@@ -32,7 +32,7 @@ class Comparison:
 
 
 def compare(student: Guesser, dataset: Dataset, temperature: float) -> list[Comparison]:
-    """By length of match; texts that the target said at a temperature, and drafts verified at the same."""
+    """One comparison per match length, on texts the target generated at a temperature, verified at the same."""
     sums: dict[int, Any] = defaultdict(lambda: torch.zeros(5, dtype=torch.float64))
     for index in dataset.held_out(temperature):
         batch = dataset.batch([index])
@@ -48,12 +48,12 @@ def compare(student: Guesser, dataset: Dataset, temperature: float) -> list[Comp
 
 
 def copies(tokens: Sequence[int], start: int, depth: int) -> Iterator[tuple[int, int, int]]:
-    """(position of the last known token, longest match, copied tokens that come true) along a text's continuation."""
+    """(position of the last known token, longest match, correctly copied tokens) along a text's continuation."""
     indices = [LookupIndex(size, size) for size in range(1, LONGEST + 1)]
     for known in range(start, len(tokens) - depth):
         guesses = [index.continuation(list(tokens[:known]), depth) for index in indices]
         match = max((size for size, guess in enumerate(guesses, 1) if guess), default=0)
         guess = guesses[match - 1] if match else []
         pairs = zip(guess, tokens[known : known + depth], strict=False)
-        come_true = next((i for i, (ours, theirs) in enumerate(pairs) if ours != theirs), len(guess))
-        yield known - 1, match, come_true
+        num_correct = next((i for i, (ours, theirs) in enumerate(pairs) if ours != theirs), len(guess))
+        yield known - 1, match, num_correct

@@ -1,6 +1,6 @@
-"""The text that drafts learn from: what the target itself says to many prompts, at several temperatures.
+"""The training corpus for drafts: the target's own answers to many prompts, at several temperatures.
 
-A draft is asked to go on where the target left off, so the target's own text is what it should know best.
+A draft continues text written by the target, so the target's own text is what it should learn.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from specdec.runtime.progress import bar
 from specdec.sampling_params import SamplingParams
 
 HELD_OUT = 40
-MAX_PROMPT_TOKENS, MAX_TEXT_TOKENS = 256, 1280  # of questions, and of questions about a text
-WINDOW = 1024  # texts that are sorted by length among each other
-GROUP = 256  # prompts handed to the engine at once; what a kill may lose
+MAX_PROMPT_TOKENS, MAX_TEXT_TOKENS = 256, 1280  # limits for questions, and for questions about a text
+WINDOW = 1024  # texts sorted by length together
+GROUP = 256  # prompts per engine call; the most that an interrupted run loses
 
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """One text: prompt and continuation as token ids; the continuation is empty until the target has spoken.
+    """A prompt and its continuation as token ids; the continuation is empty until the target has generated it.
 
-    temperature: at which the target says it; None for somebody else's answer. seed: of the sampling.
+    temperature: of the target's sampling; None for an answer from the data set. seed: of the sampling.
     """
 
     prompt: tuple[int, ...]
@@ -39,11 +39,11 @@ class Text:
 
     @property
     def is_missing(self) -> bool:
-        """Whether the target has still to be asked."""
+        """Whether the target still has to generate the continuation."""
         return self.temperature is not None and not self.output
 
 
-def plan(
+def plan_texts(
     dialogues: Sequence[Dialogue],
     tokenizer: Any,
     *,
@@ -55,18 +55,31 @@ def plan(
     seed: int = 0,
     excluded: EvaluationText | None = None,
 ) -> tuple[list[Text], dict[str, int]]:
-    """The texts to make, in an order that is the same every time, and how many dialogues were left out and why.
+    """Choose the texts of a corpus, in a reproducible order.
 
-    num_prompts: prompts that the target answers, with the temperatures in turn. num_replies: further dialogues whose
-    own answer is taken, cut to max_tokens. num_about_texts: questions about a text, which the target answers.
-    Raises ValueError if there are not enough dialogues.
+    Args:
+        dialogues: the available dialogues.
+        tokenizer: the target's tokenizer.
+        num_prompts: prompts for the target to answer, cycling through the temperatures.
+        num_replies: further dialogues used with their own reply, truncated to max_tokens.
+        num_about_texts: questions about a text for the target to answer.
+        temperatures: of the target's sampling.
+        max_tokens: maximum length of a reply.
+        seed: of the random choice.
+        excluded: evaluation text that must not overlap with the corpus.
+
+    Returns:
+        The texts, and how many dialogues were left out, by reason.
+
+    Raises:
+        ValueError: if there are not enough usable dialogues.
     """
     left_out = dict.fromkeys(("overlapping", "not_ascii", "too_long"), 0)
     texts: list[Text] = []
 
-    def prompt_of(dialogue: Dialogue, most: int) -> tuple[int, ...] | None:
+    def prompt_of(dialogue: Dialogue, max_tokens: int) -> tuple[int, ...] | None:
         prompt = encode(dialogue.prompt, tokenizer)
-        reason = _why_not(dialogue, len(prompt) > most, excluded)
+        reason = _why_not(dialogue, len(prompt) > max_tokens, excluded)
         if reason:
             left_out[reason] += 1
         return None if reason else prompt
@@ -87,8 +100,8 @@ def plan(
             texts.append(Text(prompt, (), temperatures[len(texts) % len(temperatures)], seed + index))
     if len(texts) < total:
         raise ValueError(
-            f"num_prompts={num_prompts}, num_replies={num_replies} and num_about_texts={num_about_texts} must be at "
-            f"most the {len(texts)} usable dialogues together (left out: {left_out}); ask for fewer, or give more"
+            f"num_prompts={num_prompts}, num_replies={num_replies} and num_about_texts={num_about_texts} must add up "
+            f"to at most the {len(texts)} usable dialogues (left out: {left_out}); request fewer, or provide more"
         )
     windows = [texts[start : start + WINDOW] for start in range(0, len(texts), WINDOW)]
     return [text for window in windows for text in sorted(window, key=lambda text: len(text.prompt))], left_out
@@ -103,19 +116,19 @@ def _why_not(dialogue: Dialogue, is_too_long: bool, excluded: EvaluationText | N
 
 
 def held_out(texts: Sequence[Text]) -> list[int]:
-    """Which texts are kept for evaluation: every so manieth, unless its prompt occurs again and would be learnt."""
+    """Indices of the texts held out for evaluation: every HELD_OUT-th whose prompt occurs only once."""
     counts = Counter(text.prompt for text in texts)
     return [index for index in range(0, len(texts), HELD_OUT) if counts[texts[index].prompt] == 1]
 
 
 def write_held_out(texts: Sequence[Text], tokenizer: Any, path: Path) -> None:
-    """Write the questions that are kept for evaluation, as a file of prompts that the benchmark reads."""
+    """Write the held-out questions as a file of prompts for the benchmark."""
     questions = (decode(texts[index].prompt, tokenizer) for index in held_out(texts))
     path.write_text("".join(json.dumps({"prompt": question}) + "\n" for question in questions if question))
 
 
-def write(texts: Sequence[Text], engine: Engine, path: Path, *, max_tokens: int) -> None:
-    """Let the target complete the texts and write them as JSON lines, behind those that the file already holds."""
+def write_texts(texts: Sequence[Text], engine: Engine, path: Path, *, max_tokens: int) -> None:
+    """Let the target complete the texts and append them to a JSON lines file, resuming after those already there."""
     num_done = _drop_broken_end(path)
     with path.open("a", encoding="utf-8") as out, bar(len(texts), "text", initial=num_done) as done:
         for start in range(num_done, len(texts), GROUP):
@@ -126,13 +139,13 @@ def write(texts: Sequence[Text], engine: Engine, path: Path, *, max_tokens: int)
             done.update(len(group))
 
 
-def read(path: Path) -> Iterator[Text]:
-    """The texts of a corpus. Raises ValueError naming file and line for a broken one."""
+def read_texts(path: Path) -> Iterator[Text]:
+    """The texts of a corpus. Raises ValueError naming file and line for a malformed one."""
     for place, row in rows(path):
         try:
             yield Text(tuple(row["prompt"]), tuple(row["output"]), row["temperature"], row["seed"])
         except (KeyError, TypeError) as error:
-            raise ValueError(f"{place}: must be a text of a corpus, it lacks {error}; make the corpus again") from None
+            raise ValueError(f"{place}: must be a corpus text but lacks {error}; rebuild the corpus") from None
 
 
 def _completed(texts: Sequence[Text], engine: Engine, max_tokens: int) -> Iterator[Text]:
@@ -146,7 +159,7 @@ def _completed(texts: Sequence[Text], engine: Engine, max_tokens: int) -> Iterat
 
 
 def _drop_broken_end(path: Path) -> int:
-    """Cut off a line that a killed run left unfinished; returns how many whole ones there are."""
+    """Remove a line that an interrupted run left incomplete; returns the number of complete lines."""
     content = path.read_bytes() if path.exists() else b""
     whole = content[: content.rfind(b"\n") + 1]
     if len(whole) < len(content):

@@ -1,4 +1,4 @@
-"""What a draft step costs beside a target step, measured on this machine at batch size 1, as decoding will run them."""
+"""Cost of a draft step relative to a target step, measured on this machine at batch size 1 as in decoding."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from specdec.models.fusion import fuse
 from specdec.models.loading import load_pretrained
 from specdec.runtime.timing import durations_s
 
-CONTEXT = 256  # tokens in the caches
+CONTEXT = 256  # cached tokens
 REPETITIONS = 15
 
 
 def head_cost_ratio(source: str, vocabulary_size: int, device: str) -> float:
-    """Time of one step of a head that drafts so many tokens over that of its target, a source for `load_pretrained`."""
+    """Step time of a head with this draft vocabulary over that of its target, a source for `load_pretrained`."""
     model, _ = load_pretrained(source, dtype=torch.bfloat16, device=device)
     head = new_head(model, torch.arange(vocabulary_size, device=model.device))
     head.placed(model.device, model.dtype).eval().requires_grad_(False).fuse()
@@ -34,7 +34,7 @@ def head_cost_ratio(source: str, vocabulary_size: int, device: str) -> float:
 
 
 def draft_cost_ratio(source: str, config: Any, device: str) -> float:
-    """Time of one step of a Llama of this configuration over that of the target."""
+    """Step time of a Llama model with this configuration over that of the target."""
     model, _ = load_pretrained(source, dtype=torch.bfloat16, device=device)
     draft = LlamaForCausalLM(config).to(model.device, model.dtype).eval().requires_grad_(False)
     return _model_seconds(draft) / _model_seconds(model)
@@ -52,5 +52,5 @@ def _model_seconds(model: Any) -> float:
 
 @torch.inference_mode()
 def _seconds(step: Callable[[], Any], device: torch.device) -> float:
-    """The median over repetitions, the first ones apart."""
+    """Median over repetitions after warm-up."""
     return median(durations_s(step, device, repeats=REPETITIONS, warm_up=3))

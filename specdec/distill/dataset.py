@@ -1,7 +1,7 @@
-"""What a draft is trained on: tokens and the target's features for them, on disk, read in batches of like length.
+"""The training data: tokens and the target's features on disk, read in batches of similar length.
 
-A feature is what the target's output head reads, so the target's distribution at any position is one product away and
-need not be stored.
+A feature is the input of the target's output head, so distributions need not be stored: each is one matrix product
+away.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from specdec.distill import corpus
 from specdec.distill.corpus import Text
 from specdec.runtime.progress import bar
 
-WINDOW = 256  # texts whose features are in memory at once; what a kill may lose
+WINDOW = 256  # texts whose features are in memory at once; the most that an interrupted run loses
 
 
 @dataclass(frozen=True, slots=True)
 class TextBatch:
-    """Texts of like length, padded at their ends.
+    """Texts of similar length, right-padded.
 
     tokens: int64 [texts, width]. features: bfloat16 [texts, width, hidden], the target's after each token.
-    lengths, starts: int64 [texts], tokens of a text and of its prompt.
+    lengths, starts: int64 [texts], number of tokens of each text and of its prompt.
     """
 
     tokens: Tensor
@@ -50,8 +50,12 @@ class TextBatch:
 class Dataset:
     """Texts and features in a folder written by `score`.
 
-    folder: holds texts.json, tokens.bin (int32) and features.bin (bfloat16 [tokens, hidden]); read piecewise.
-    Raises ValueError if the files do not belong together.
+    Args:
+        folder: holds texts.json, tokens.bin (int32) and features.bin (bfloat16 [tokens, hidden]), which are
+            memory-mapped.
+
+    Raises:
+        ValueError: if the files do not match.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -65,13 +69,15 @@ class Dataset:
             self.tokens = np.memmap(folder / "tokens.bin", np.int32, "r", shape=(num_tokens,))
             self.features = np.memmap(folder / "features.bin", np.uint16, "r", shape=(num_tokens, hidden_size))
         except (OSError, ValueError) as error:
-            raise ValueError(f"{folder} must hold {num_tokens} tokens and features ({error}); score it again") from None
+            raise ValueError(
+                f"folder={str(folder)!r} must hold {num_tokens} tokens with features ({error}); run score again"
+            ) from None
 
     def __len__(self) -> int:
         return len(self.ends)
 
     def length(self, index: int) -> int:
-        """Tokens of a text."""
+        """Number of tokens of a text."""
         return int(self.ends[index] - (self.ends[index - 1] if index else 0))
 
     def batch(self, indices: Sequence[int]) -> TextBatch:
@@ -92,7 +98,7 @@ class Dataset:
         return some.view(torch.bfloat16).float().square().mean(0).sqrt()
 
     def held_out(self, temperature: float) -> list[int]:
-        """Texts for evaluation that the target said at a temperature."""
+        """Held-out texts that the target generated at a temperature."""
         return [index for index in sorted(self._held_out) if self.temperatures[index] == temperature]
 
     def training_batches(self, tokens_per_batch: int, seed: int, epoch: int) -> list[list[int]]:
@@ -115,7 +121,7 @@ class Dataset:
 
 
 def score(texts: Sequence[Text], model: Any, folder: Path, *, tokens_per_batch: int = 2048) -> None:
-    """Run the target over the texts and write a folder that `Dataset` reads, behind those that it already holds.
+    """Run the target over the texts and append tokens and features to a `Dataset` folder, resuming where it stopped.
 
     model: a transformers causal language model.
     """
@@ -124,7 +130,7 @@ def score(texts: Sequence[Text], model: Any, folder: Path, *, tokens_per_batch: 
     num_done = _num_scored(folder)
     with (folder / "tokens.bin").open("ab") as tokens, (folder / "features.bin").open("ab") as features:
         written = int(ends[num_done - 1]) if num_done else 0
-        tokens.truncate(written * 4)  # what a killed run has written beyond its last note
+        tokens.truncate(written * 4)  # drop what an interrupted run wrote after its last record
         features.truncate(written * 2 * model.config.hidden_size)
         with bar(len(texts), "text", initial=num_done) as done:
             for start in range(num_done, len(texts), WINDOW):
@@ -134,7 +140,7 @@ def score(texts: Sequence[Text], model: Any, folder: Path, *, tokens_per_batch: 
                     features.write(states.view(torch.int16).numpy().tobytes())
                 tokens.flush()
                 features.flush()
-                _note(texts, ends, start + len(window), model.config.hidden_size, folder)
+                _record(texts, ends, start + len(window), model.config.hidden_size, folder)
 
 
 def _num_scored(folder: Path) -> int:
@@ -144,7 +150,7 @@ def _num_scored(folder: Path) -> int:
 
 @torch.inference_mode()
 def _features(texts: Sequence[Text], model: Any, tokens_per_batch: int, done: tqdm) -> list[Tensor]:
-    """The target's features of each text, bfloat16 [tokens, hidden], computed in batches of like length."""
+    """The target's features of each text, bfloat16 [tokens, hidden], computed in batches of similar length."""
     rows = [text.prompt + text.output for text in texts]
     order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
     features: list[Tensor] = [torch.empty(0)] * len(rows)
@@ -159,8 +165,8 @@ def _features(texts: Sequence[Text], model: Any, tokens_per_batch: int, done: tq
     return features
 
 
-def _note(texts: Sequence[Text], ends: Any, num_done: int, hidden_size: int, folder: Path) -> None:
-    """Write down, in one step, what the folder holds."""
+def _record(texts: Sequence[Text], ends: Any, num_done: int, hidden_size: int, folder: Path) -> None:
+    """Record the folder's contents atomically."""
     description = {
         "hidden_size": hidden_size,
         "ends": ends[:num_done].tolist(),

@@ -1,4 +1,4 @@
-"""The loss of every draft: how far its distribution is from the target's, without storing the logits."""
+"""The distillation loss of all drafts, computed without storing the logits."""
 
 from __future__ import annotations
 
@@ -8,27 +8,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
-HARD = 0.25  # weight of the target's likeliest token beside its distribution
-CHUNK = 512  # positions whose logits exist at once
+HARD = 0.25  # weight of the hard-label term relative to the soft-label term
+CHUNK = 512  # positions whose logits are in memory at once
 
 
 def distillation_loss(
     hidden: Tensor, weight: Tensor, features: Tensor, target_weight: Tensor, place_weights: Sequence[float]
 ) -> Tensor:
-    """Mean cross-entropy of a draft's distributions against the target's, plus HARD times that against its likeliest
-    token.
+    """Mean cross-entropy against the target's distributions plus HARD times that against the target's argmax.
 
-    hidden: float [places, positions, width]: for each place in a draft the states whose product with weight, float
-    [tokens, width], is the draft's logits. features: [positions, hidden], target_weight: [tokens, hidden]: likewise
-    the target's, which get no gradient. place_weights: of each place in the sum.
-    The distributions are taken over the given tokens only: to match the target on every set of tokens is to match it.
+    The distributions are restricted to the given tokens; matching the target on every subset is matching it.
+
+    Args:
+        hidden: float [places, positions, width]; for each place in a draft, the states that give its logits.
+        weight: float [tokens, width], the draft's output matrix.
+        features: float [positions, hidden], the target's states; no gradient.
+        target_weight: float [tokens, hidden], the target's output matrix; no gradient.
+        place_weights: weight of each place in the sum.
     """
     loss: Tensor = _FusedLoss.apply(hidden, weight, features, target_weight, tuple(place_weights))
     return loss
 
 
 class _FusedLoss(torch.autograd.Function):
-    """Gradients are made together with the loss, chunk by chunk: the logits of a batch would take gigabytes."""
+    """Computes gradients with the loss, chunk by chunk: the logits of a whole batch would take gigabytes."""
 
     @staticmethod
     def forward(

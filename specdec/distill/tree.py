@@ -1,4 +1,4 @@
-"""How often a draft's siblings are accepted, by level and rank: a Monte Carlo run of the real loop with a wide tree."""
+"""Acceptance rates of siblings by level and rank, measured by running the real decoding loop with a wide tree."""
 
 from __future__ import annotations
 
@@ -17,27 +17,27 @@ from specdec.trees.shape import MAX_LEVELS, Tree
 from specdec.trees.verification import verify_tree
 from specdec.verification import Draft, Rule, Verification
 
-MIN_TRIED = 50  # times that a level must have been reached to be told apart from the one before
+MIN_TRIED = 50  # samples a level needs to get rates of its own
 
 
 @dataclass(frozen=True, slots=True)
 class Counts:
-    """By level and rank: how often a sibling was there where its parent had been accepted, and how often it was it."""
+    """By level and rank: how often a sibling existed below an accepted parent, and how often it was accepted."""
 
     tried: list[list[int]]
     accepted: list[list[int]]
 
     @classmethod
     def of(cls, tree: Tree) -> Counts:
-        """None yet."""
-        most = [
+        """Zero counts for a tree."""
+        max_children = [
             max(tree.num_children(node) for node in tree.families if len(tree.lineage(node)) == level)
             for level in range(tree.depth)
         ]
-        return cls([[0] * each for each in most], [[0] * each for each in most])
+        return cls([[0] * each for each in max_children], [[0] * each for each in max_children])
 
     def add(self, draft: Draft, outcome: Verification) -> None:
-        """Count what became of a draft; an idle row proposes nothing."""
+        """Count the outcome of a draft."""
         if draft.tree is None or outcome.path is None:
             return
         tree = draft.tree
@@ -55,9 +55,10 @@ class Counts:
                 self.accepted[level][tree.ranks[node]] += 1
 
     def acceptance(self) -> list[list[float]]:
-        """The rates, as `specdec.trees.optimal.optimal_tree` takes them; rarely reached levels are like the one before.
+        """Acceptance rates for `specdec.trees.optimal.optimal_tree`.
 
-        Ranks beyond those that a level was tried with keep the first level's ratio to the rank before.
+        Rarely reached levels take the rates of the previous one. Ranks that a level was not tried with keep the first
+        level's ratio to the previous rank.
         """
         levels: list[list[float]] = []
         for tried, accepted in zip(self.tried, self.accepted, strict=True):
@@ -83,9 +84,9 @@ def count(
     batch_size: int,
     seed: int = 0,
 ) -> Counts:
-    """Decode prompts at each temperature, and count. proposer: draws drafts of this tree.
+    """Decode prompts at each temperature and count acceptances. proposer: drafts trees of this shape.
 
-    Source: Chen et al. 2024 (Sequoia), who measure acceptance in the same way.
+    Source: Chen et al. 2024 (Sequoia), who measure acceptance rates in the same way.
     """
     counts = Counts.of(tree)
 

@@ -47,9 +47,9 @@ def test_marks_are_those_of_the_tokens(capsys: pytest.CaptureFixture[str], plain
     assert re.sub(r"\[.(\d+ )\]", r"\1", out) == f"{plain_text}\n"
     assert err.splitlines()[0] == "[+accepted], [~recovered], [*bonus], plain"
     assert "11 tokens: [+8 accepted], [~0 recovered], [*2 bonus], 1 plain\n" in err
-    assert "8 of 8 drafted tokens accepted: 100.0%, 5.00 tokens per target call\n" in err
-    assert re.search(r"^\d+\.\d\d times as fast as plain decoding \(one prompt,", err, re.MULTILINE)
-    assert err.endswith("the same tokens as plain decoding\n")
+    assert "8 of 8 draft tokens accepted (100.0%), 5.00 tokens per target call\n" in err
+    assert re.search(r"^\d+\.\d\dx the speed of plain decoding \(one prompt,", err, re.MULTILINE)
+    assert err.endswith("same tokens as plain decoding\n")
 
 
 def test_without_a_terminal_there_is_nothing_but_text(capsys: pytest.CaptureFixture[str], plain_text: str) -> None:
@@ -87,9 +87,9 @@ def test_on_a_terminal_sources_are_colours(monkeypatch: pytest.MonkeyPatch, plai
 def test_the_bar_of_plain_decoding_goes_from_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "xterm")
     shown = on_a_terminal(COUPLED, monkeypatch)
-    bars = [line for line in shown.split("\r") if "plain decoding, to compare" in line]
+    bars = [line for line in shown.split("\r") if "plain decoding for comparison" in line]
     assert bars
-    last = shown.rindex("plain decoding, to compare")
+    last = shown.rindex("plain decoding for comparison")
     assert re.match(r"\r +\r\d+\.\d\d times as fast", shown[shown.index("\r", last) :])
 
 
@@ -131,22 +131,22 @@ def test_summary_by_hand() -> None:
     steps = (Step(4, 2, "recovered"), Step(3, 3, "bonus"), Step(0, 0, "bonus"), Step(2, 1, None))
     assert summary(completion(tuple(range(11)), steps), Paint()) == [
         "11 tokens: 6 accepted, 1 recovered, 1 bonus, 2 plain",
-        "6 of 9 drafted tokens accepted: 66.7%, 2.25 tokens per target call",
+        "6 of 9 draft tokens accepted (66.7%), 2.25 tokens per target call",
     ]
-    assert summary(completion((5,)), Paint())[1] == "nothing was drafted"
+    assert summary(completion((5,)), Paint())[1] == "no tokens drafted"
 
 
 def test_comparison_by_hand() -> None:
     """12 tokens in 2 s are 6 a second, 9 in 3 s are 3: twice as fast, though the outputs have other lengths."""
     ours, theirs = Decoded(completion(tuple(range(12))), 2.0), Decoded(completion(tuple(range(9))), 3.0)
     speed, times, agreement = comparison(ours, theirs, must_agree=True)
-    assert speed.startswith("2.00 times as fast as plain decoding (one prompt")
+    assert speed.startswith("2.00x the speed of plain decoding (one prompt")
     assert times == "2.00 s for 12 tokens, plain decoding 3.00 s for 9"
-    assert agreement.startswith("other tokens than plain decoding from token 10 on")
+    assert agreement.startswith("tokens differ from plain decoding from token 10 on")
     assert comparison(ours, theirs, must_agree=False) == [speed, times]
     other = Decoded(completion((0, 1, 7)), 1.0)
     assert "from token 3 on" in comparison(ours, other, must_agree=True)[-1]
-    assert comparison(ours, ours, must_agree=True)[-1] == "the same tokens as plain decoding"
+    assert comparison(ours, ours, must_agree=True)[-1] == "same tokens as plain decoding"
 
 
 # -- how it ends ---------------------------------------------------------------------------------------------------
@@ -155,7 +155,7 @@ def test_comparison_by_hand() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([" "], "prompt=' ' must not be empty; give a text, or - to read it from standard input"),
+        ([" "], "prompt=' ' must not be empty; pass a text, or - to read standard input"),
         (["x", "--max-tokens", "0"], "max_tokens=0 must be"),
         (["x", "--temperature", "-1"], "temperature=-1.0 must be finite and >= 0"),
         (["x", "--method", "draft_model", "--target", TINY], 'method="draft_model" needs a draft'),
@@ -217,7 +217,9 @@ def test_wrong_arguments_are_named_without_torch(arguments: list[str], message: 
 def test_a_model_without_a_tokenizer_is_not_fed_bytes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tiny.make("llama", tiny.GQA).save_pretrained(tmp_path)
     assert main(["Hello", "--target", str(tmp_path)]) == 2
-    assert capsys.readouterr().err.startswith("error: a text prompt needs a model with a tokenizer; load one with it")
+    assert capsys.readouterr().err.startswith(
+        "error: a text prompt needs a model with a tokenizer; load one with a tokenizer"
+    )
 
 
 def test_a_stream_that_lacks_characters_ends_in_no_traceback(plain_text: str) -> None:

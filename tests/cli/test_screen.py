@@ -9,7 +9,7 @@ import pytest
 from test_streaming import Bytes
 
 from specdec import Chunk
-from specdec.cli.screen import Paint, has_colours, pieces
+from specdec.cli.screen import Paint, has_colors, pieces
 from specdec.requests import Completion
 
 TEXTS = [("a", "accepted"), (" b", "recovered"), ("\n", "bonus"), ("", "accepted")]
@@ -20,7 +20,7 @@ TEXTS = [("a", "accepted"), (" b", "recovered"), ("\n", "bonus"), ("", "accepted
     [
         (Paint(), "a b\n"),
         (Paint(marks=True), "[+a][~ b][*\n][+]"),
-        (Paint(colours=True), "\033[32ma\033[0m\033[4;35m b\033[0m\033[36m\n\033[0m"),
+        (Paint(colors=True), "\033[32ma\033[0m\033[4;35m b\033[0m\033[36m\n\033[0m"),
         (Paint(True, True), "\033[32m[+a]\033[0m\033[4;35m[~ b]\033[0m\033[36m[*\n]\033[0m\033[32m[+]\033[0m"),
     ],
 )
@@ -30,7 +30,7 @@ def test_each_source_is_shown_in_its_own_way(paint: Paint, shown: str) -> None:
 
 def test_the_legend_is_shown_as_tokens_are() -> None:
     assert Paint(marks=True).legend() == "[+accepted], [~recovered], [*bonus], plain"
-    assert Paint(colours=True).legend({"accepted": "3"}) == (
+    assert Paint(colors=True).legend({"accepted": "3"}) == (
         "\033[32m3\033[0m, \033[4;35mrecovered\033[0m, \033[36mbonus\033[0m, plain"
     )
     assert [paint.shows for paint in (Paint(), Paint(True), Paint(marks=True))] == [False, True, True]
@@ -48,8 +48,8 @@ def test_the_legend_is_shown_as_tokens_are() -> None:
 def test_colours_are_for_terminals_of_those_who_want_them(environment: dict[str, str], expected: bool) -> None:
     master, slave = os.openpty()
     with os.fdopen(slave, "w") as terminal, os.fdopen(master):
-        assert has_colours(terminal, environment) == expected
-    assert not has_colours(io.StringIO(), environment)
+        assert has_colors(terminal, environment) == expected
+    assert not has_colors(io.StringIO(), environment)
 
 
 def chunk(tokens: tuple[int, ...], sources: tuple[str, ...], completion: Completion | None = None) -> Chunk:

@@ -22,26 +22,26 @@ def test_a_plan_takes_turns_with_temperatures_and_leaves_out_what_must_not_be_le
     forbidden.write_text(json.dumps({"q": DIALOGUES[7].prompt}) + "\n")
     odd = [Dialogue("Привет, как дела?"), Dialogue("long " * 300), *DIALOGUES]
     options = {"num_prompts": 30, "num_replies": 9, "excluded": EvaluationText([forbidden])}
-    texts, left_out = corpus.plan(odd, tokenizer, **options)
-    assert (texts, left_out) == corpus.plan(odd, tokenizer, **options)
+    texts, left_out = corpus.plan_texts(odd, tokenizer, **options)
+    assert (texts, left_out) == corpus.plan_texts(odd, tokenizer, **options)
     assert left_out == {"overlapping": 1, "not_ascii": 1, "too_long": 1}
     assert sorted(str(text.temperature) for text in texts) == ["0.0"] * 10 + ["0.7"] * 10 + ["1.0"] * 10 + ["None"] * 9
     assert all(text.is_missing == (text.temperature is not None) for text in texts)
     assert len({text.prompt for text in texts}) == 39
     assert tokenizer.decode(texts[0].prompt).endswith("<|im_start|>assistant\n")
-    with pytest.raises(ValueError, match=r"num_prompts=40, .* must be at most the 39 usable dialogues"):
-        corpus.plan(odd, tokenizer, num_prompts=40, excluded=options["excluded"])
+    with pytest.raises(ValueError, match=r"num_prompts=40, .* must add up to at most the 39 usable dialogues"):
+        corpus.plan_texts(odd, tokenizer, num_prompts=40, excluded=options["excluded"])
 
 
 def test_questions_about_texts_come_last(default_model) -> None:
     """They are made of replies, long ones, and the target is to answer them."""
     long = [Dialogue(f"What is topic {n}?", f"Topic {n} is this. " * 100) for n in range(12)]
-    texts, _ = corpus.plan(long, default_model.tokenizer, num_prompts=4, num_replies=2, num_about_texts=5)
+    texts, _ = corpus.plan_texts(long, default_model.tokenizer, num_prompts=4, num_replies=2, num_about_texts=5)
     assert [text.is_missing for text in texts].count(True) == 9
     about = [default_model.tokenizer.decode(text.prompt) for text in texts if len(text.prompt) > 256]
     assert len(about) >= 3
     assert all("This" in prompt or "Topic" in prompt for prompt in about)
-    assert texts == corpus.plan(long, default_model.tokenizer, num_prompts=4, num_replies=2, num_about_texts=5)[0]
+    assert texts == corpus.plan_texts(long, default_model.tokenizer, num_prompts=4, num_replies=2, num_about_texts=5)[0]
 
 
 @pytest.fixture
@@ -58,13 +58,13 @@ def planned() -> list[Text]:
 def test_a_killed_run_goes_on_where_it_was(engine, planned, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(corpus, "GROUP", 4)
     whole, killed = tmp_path / "whole.jsonl", tmp_path / "killed.jsonl"
-    corpus.write(planned, engine, whole, max_tokens=5)
+    corpus.write_texts(planned, engine, whole, max_tokens=5)
     lines = whole.read_text().splitlines(keepends=True)
     assert len(lines) == 11
     killed.write_text("".join(lines[:6]) + lines[6][:10])
-    corpus.write(planned, engine, killed, max_tokens=5)
+    corpus.write_texts(planned, engine, killed, max_tokens=5)
     assert killed.read_text() == whole.read_text()
-    texts = list(corpus.read(whole))
+    texts = list(corpus.read_texts(whole))
     assert texts[-1] == planned[-1]
     expected = engine.generate([planned[3].prompt], SamplingParams(temperature=1, max_tokens=5, seed=3))
     assert texts[3].output == expected[0].token_ids
@@ -77,4 +77,4 @@ def test_a_broken_line_is_named(tmp_path: Path, line: str) -> None:
     path = tmp_path / "texts.jsonl"
     path.write_text('{"prompt": [1], "output": [2], "temperature": 0, "seed": 0}\n' + line + "\n")
     with pytest.raises(ValueError, match=r"texts\.jsonl:2: .*must be"):
-        list(corpus.read(path))
+        list(corpus.read_texts(path))

@@ -46,7 +46,7 @@ def test_an_epoch_has_every_text_once_but_those_held_out(data: Dataset, texts) -
 def test_files_that_do_not_belong_together_are_refused(data: Dataset, tmp_path: Path) -> None:
     path = tmp_path / "features.bin"
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(ValueError, match=r"must hold \d+ tokens and features .* score it again"):
+    with pytest.raises(ValueError, match=r"must hold \d+ tokens with features .* run score again"):
         Dataset(tmp_path)
 
 

@@ -18,22 +18,22 @@ def write(path: Path, *rows: object) -> Path:
 
 def test_a_file_of_json_lines(tmp_path: Path) -> None:
     path = write(tmp_path / "p.jsonl", {"prompt": "Why?", "reply": "Because."}, {"prompt": "How?"})
-    assert prompts.read(str(path)) == [Dialogue("Why?", "Because."), Dialogue("How?")]
+    assert prompts.read_dialogues(str(path)) == [Dialogue("Why?", "Because."), Dialogue("How?")]
 
 
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ("{broken\n", r"p\.jsonl:2: must be one JSON object a line"),
+        ("{broken\n", r"p\.jsonl:2: must be one JSON object per line"),
         ("[1]\n", r"p\.jsonl:2: '\[1\]' must be a JSON object"),
-        ({"reply": "x"}, r"p\.jsonl:2: prompt=None must be a text that is not empty"),
-        ({"prompt": " "}, r"p\.jsonl:2: prompt=' ' must be a text that is not empty"),
+        ({"reply": "x"}, r"p\.jsonl:2: prompt=None must be a non-empty string"),
+        ({"prompt": " "}, r"p\.jsonl:2: prompt=' ' must be a non-empty string"),
     ],
 )
 def test_a_broken_line_is_named(tmp_path: Path, row: object, message: str) -> None:
     path = write(tmp_path / "p.jsonl", {"prompt": "Why?"}, row)
     with pytest.raises(ValueError, match=message):
-        prompts.read(str(path))
+        prompts.read_dialogues(str(path))
 
 
 def test_sharegpt_is_read_up_to_the_record_that_is_cut_off(tmp_path: Path) -> None:
@@ -50,7 +50,7 @@ def test_sharegpt_is_read_up_to_the_record_that_is_cut_off(tmp_path: Path) -> No
     source = tmp_path / "sharegpt.json"
     source.write_text(json.dumps(records, indent=1)[:-60])
     prompts._convert(source, tmp_path / "made")
-    assert prompts.read(str(tmp_path / "made" / "dialogues.jsonl")) == [Dialogue("Hi {you}", "Hello")] * 2
+    assert prompts.read_dialogues(str(tmp_path / "made" / "dialogues.jsonl")) == [Dialogue("Hi {you}", "Hello")] * 2
 
 
 def test_ten_words_in_a_row_are_an_overlap(tmp_path: Path) -> None:

@@ -66,7 +66,7 @@ def test_the_command_writes_what_an_engine_reads(
     assert main([*command, "--out", str(tmp_path / "made")]) == 0
     printed = capsys.readouterr().out
     assert "level 1, " in printed
-    assert "asked for: " in printed
+    assert "requested: " in printed
     rates, tree = Rates.load(tmp_path / "made" / "acceptance.json"), Tree.load(tmp_path / "made" / "tree.json")
     assert rates.acceptance[0] == (1.0, 0.0)
     assert set(tree.paths) <= set(Tree.chain(5).paths)  # further siblings are of no use to it
@@ -76,13 +76,15 @@ def test_the_command_writes_what_an_engine_reads(
     "content",
     ["{}", '{"acceptance": [[0.9, 0.9]], "level_cost": 0.1}', '{"acceptance": [[0.9]], "level_cost": -1}', "x"],
 )
-def test_rates_that_are_none_are_refused(content: str, tmp_path: Path) -> None:
+def test_invalid_rates_are_rejected(content: str, tmp_path: Path) -> None:
     path = tmp_path / "acceptance.json"
     path.write_text(content)
-    with pytest.raises(ValueError, match=r"must be JSON with|must be probabilities|level_cost=-1.0 must be at least 0"):
+    with pytest.raises(
+        ValueError, match=r"must be a JSON object|must be probabilities|level_cost=-1.0 must be at least 0"
+    ):
         Rates.load(path)
 
 
-def test_without_a_draft_it_is_said(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_a_missing_draft_is_reported(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert main(["tree", "--target", "no-such-model", "--out", str(tmp_path)]) == 2
-    assert "draft=None must be named: none comes with the target 'no-such-model'" in capsys.readouterr().err
+    assert "draft=None must be given: no draft is packaged with 'no-such-model'" in capsys.readouterr().err
