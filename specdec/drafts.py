@@ -19,7 +19,7 @@ from specdec.models.loading import (
     read_vocabulary,
     resolve,
 )
-from specdec.models.placement import PlacementError, plan
+from specdec.models.placement import PlacementError, plan_placement
 from specdec.models.vocabularies import SharedVocabulary, check_coverage, share
 from specdec.proposers.table import NgramTable
 from specdec.runtime.checks import require
@@ -141,8 +141,10 @@ def place_models(
         assert indices is not None, "there is a draft"
         return [devices[index] for index in indices]
 
-    of_target = on(plan(sizes[target], largest, usable, placement).target)
-    return of_target, {source: on(plan(sizes[target], sizes[source], usable, placement).draft) for source in drafts}
+    of_target = on(plan_placement(sizes[target], largest, usable, placement).target)
+    return of_target, {
+        source: on(plan_placement(sizes[target], sizes[source], usable, placement).draft) for source in drafts
+    }
 
 
 def _load(place: str, target: Any, options: dict[str, Any]) -> AnyDraft:

@@ -15,7 +15,7 @@ from bench.first_light.attention import BACK_ENDS, Shape, attended
 from bench.first_light.report import Report
 from bench.measure import machine
 from bench.measure.cost import roofline
-from specdec.runtime.timing import durations_in_queue_s, durations_s, synchronise
+from specdec.runtime.timing import durations_in_queue_s, durations_s, synchronize
 
 _PACKAGES = ("triton", "gguf", "llguidance", "pytest", "pytest_benchmark", "hypothesis", "scipy", "pynvml", "vllm")
 _CARD = "name,driver_version,memory.total,power.limit,clocks.max.sm,clocks.max.memory,clocks.sm,temperature.gpu"
@@ -134,7 +134,7 @@ def _attention(report: Report, device: torch.device) -> None:
         for name, back_end in BACK_ENDS.items():
             try:
                 output = attended(inputs, back_end)
-                synchronise(device)
+                synchronize(device)
             except RuntimeError as error:
                 taken[name] = f"refuses: {str(error).strip().partition(chr(10))[0]}"
             else:

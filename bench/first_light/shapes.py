@@ -24,7 +24,7 @@ from specdec.models.base import score
 from specdec.models.causal import CausalLM
 from specdec.models.loading import read_layer_bytes
 from specdec.runtime.recording import Recorder
-from specdec.runtime.timing import durations_in_queue_s, durations_s, synchronise
+from specdec.runtime.timing import durations_in_queue_s, durations_s, synchronize
 from specdec.stats import RunTotals, predicted_speedup
 
 PAIRS = {"8b": "llama-8b-1b-shape", "135m": "smollm2-135m-shape", "tiny": "tiny-random"}
@@ -95,7 +95,7 @@ def loaded(report: Report, pair: Pair, device: torch.device) -> Loaded | None:
     models, start_s = None, time.perf_counter()
     with report.attempt(f"{pair.name} is loaded"):
         models = load(pair, device)
-        synchronise(device)
+        synchronize(device)
         seconds = time.perf_counter() - start_s
         peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
         memory = f", peak memory {peak / num_bytes:.2f} of its weights" if peak else ""
@@ -277,10 +277,10 @@ def _kernels(run: Callable[[], object], device: torch.device) -> list[dict[str, 
     from torch.profiler import ProfilerActivity, profile
 
     on_gpu = device.type == "cuda"
-    synchronise(device)
+    synchronize(device)
     with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as profiled:
         run()
-        synchronise(device)
+        synchronize(device)
     field, wanted = ("self_device_time_total", "CUDA") if on_gpu else ("self_cpu_time_total", "CPU")
     found = [
         {"name": event.key, "count": event.count, "us": round(us, 2)}

@@ -123,7 +123,7 @@ def _layers(shape: Shape, num_tokens: int) -> None:
         tree = layers.Places(at.positions, at.places, at.starts, ways, at.extent)
         layers.run_layers([layer], states, (angles, angles), [(block, block)], tree)
     head, _ = weight("head")
-    layers.product(layers.normalise(states[0], norm, 1e-5), head)
+    layers.product(layers.rms_norm(states[0], norm, 1e-5), head)
 
 
 def _resources(target: int, name: str, kernel: Any) -> Resources:

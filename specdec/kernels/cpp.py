@@ -53,24 +53,24 @@ class Call(Structure):
     """The arrays of one call."""
 
     _fields_ = (
-        *((name, c_void_p) for name in ("hidden", "cos", "sin", "turns", "positions", "places", "starts", "ways")),
+        *((name, c_void_p) for name in ("hidden", "cos", "sin", "turns", "positions", "places", "starts", "paths")),
         ("layers", POINTER(POINTER(Layer))),
         *((name, POINTER(c_void_p)) for name in ("keys", "values")),
         ("result", c_void_p),
-        *((name, c_int64) for name in ("num_layers", "rows", "width", "capacity", "longest_way", "num_threads")),
+        *((name, c_int64) for name in ("num_layers", "rows", "width", "capacity", "longest_path", "num_threads")),
     )
 
 
 @dataclass(frozen=True, slots=True)
 class TreePlaces:
-    """Where the tokens of a tree stand in the cache: places int64 [rows, width], and starts int64 [rows] of the tree.
+    """Where the tokens of a tree are in the cache: places int64 [rows, width], and starts int64 [rows] of the tree.
 
-    ways: int64 [width, n], by position the columns on the way to each token, itself last, as `trees.columns.ways`.
+    paths: int64 [width, n], the columns on the path to each token, itself last; see `trees.columns.tree_paths`.
     """
 
     places: Tensor
     starts: Tensor
-    ways: Tensor
+    paths: Tensor
 
 
 def available(dtype: torch.dtype) -> bool:
@@ -129,9 +129,9 @@ def run_layers(
     hidden = hidden.contiguous()
     result = torch.empty_like(hidden)
     arrays = [hidden, *(each.contiguous() for each in (*angles, positions))]
-    arrays += [each.contiguous() for each in (tree.places, tree.starts, tree.ways)] if tree else arrays[-1:]
+    arrays += [each.contiguous() for each in (tree.places, tree.starts, tree.paths)] if tree else arrays[-1:]
     given = [each.data_ptr() for each in arrays] + ([] if tree else [None, None])
-    sizes = (len(layers), rows, width, capacity, tree.ways.shape[1] if tree else 0, torch.get_num_threads())
+    sizes = (len(layers), rows, width, capacity, tree.paths.shape[1] if tree else 0, torch.get_num_threads())
     call = Call(*given, layers, *blocks, result.data_ptr(), *sizes)
     _function("layers", hidden.dtype)(call)
     return result
@@ -155,11 +155,11 @@ def run_projection(projection: Projection, inputs: Tensor, outputs: Tensor) -> N
     function(projection, inputs.data_ptr(), outputs.data_ptr(), tokens, torch.get_num_threads())
 
 
-def normalise(inputs: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+def rms_norm(inputs: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     """Root mean square normalisation over the last dimension, a multiple of 16."""
     inputs, size = inputs.contiguous(), inputs.shape[-1]
     outputs = torch.empty_like(inputs)
-    function = _function("normalise", inputs.dtype)
+    function = _function("rms_norm", inputs.dtype)
     function(inputs.data_ptr(), weight.data_ptr(), epsilon, inputs.numel() // size, size, outputs.data_ptr())
     return outputs
 
@@ -281,7 +281,7 @@ _ARGUMENTS = {
     "layers": (POINTER(Call),),
     "keep": (POINTER(c_void_p), c_void_p, c_void_p, *(c_int64,) * 6),
     "project": (POINTER(Projection), c_void_p, c_void_p, c_int64, c_int64),
-    "normalise": (c_void_p, c_void_p, c_float, c_int64, c_int64, c_void_p),
+    "rms_norm": (c_void_p, c_void_p, c_float, c_int64, c_int64, c_void_p),
     "largest": (c_void_p, c_int64, c_int64, c_void_p, c_void_p),
     "confidence": (c_void_p, c_int64, c_int64, c_void_p),
     "softmax": (c_void_p, c_int64, c_int64, c_void_p, c_void_p),

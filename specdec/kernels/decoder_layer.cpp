@@ -167,7 +167,7 @@ inline void store_block(T* out, const float* sums, const T* bias, int64_t block,
 // ---- normalisation, positions, attention
 
 template <class T>
-inline void normalise(const T* x, const T* weight, float epsilon, int64_t size, T* out) {
+inline void rms_norm(const T* x, const T* weight, float epsilon, int64_t size, T* out) {
     __m512 squares = _mm512_setzero_ps();
     for (int64_t i = 0; i < size; i += 16) squares = _mm512_fmadd_ps(load(x + i), load(x + i), squares);
     const __m512 scale = _mm512_set1_ps(1.0f / std::sqrt(_mm512_reduce_add_ps(squares) / size + epsilon));
@@ -235,17 +235,17 @@ struct Query<bf16, VECTORS> {  // in pairs, without a conversion
 #endif
 
 // What some queries of one row see: query q the positions up to seen[q] - 1. A position is its own place in the cache,
-// but for the nodes of a tree, from position `shared` on: the places of those on the way to q are ways[q], from there.
+// but for the nodes of a tree, from position `shared` on: the places of those on the path to q are paths[q], from there.
 struct Sight {
     int64_t seen[MAX_TOGETHER], shared;
-    const int64_t* ways[MAX_TOGETHER];
+    const int64_t* paths[MAX_TOGETHER];
     int64_t place(int64_t q, int64_t position) const {
-        return position < shared ? position : shared + ways[q][position - shared];
+        return position < shared ? position : shared + paths[q][position - shared];
     }
 };
 
 // One head's output for up to TILE consecutive queries of one row. The sums over positions are in their order, wherever
-// a position's place is: so a node of a tree has the bits that it has in plain decoding.
+// a position's place is: so a node of a tree is bit-identical to plain decoding.
 // queries, outputs: [count][head_dim]. scores: room for TILE times (most + KEYS) numbers.
 template <class T, int VECTORS, int TILE>
 void attend(const T* queries, const T* keys, const T* values, const Sight& sight, int64_t count, float scaling,
@@ -358,15 +358,15 @@ struct Layer {
 // Layers of one shape, one after the other. hidden, result [rows * width, hidden]; cos, sin [n, head_dim], turns int64
 // [rows * width] the tokens' places in them; positions int64 [rows * width]; keys, values: each layer's [rows,
 // num_kv_heads, capacity, head_dim], the rows' own. places: int64 [rows * width], where in them the tokens are put, which
-// is at their positions, but for a tree's. starts: int64 [rows], where a tree begins, and ways: int64 [width *
-// longest_way], the columns on the way to each token; null without a tree.
+// is at their positions, but for a tree's. starts: int64 [rows], where a tree begins, and paths: int64 [width *
+// longest_path], the columns on the path to each token; null without a tree.
 struct Call {
     const void *hidden, *cos, *sin;
-    const int64_t *turns, *positions, *places, *starts, *ways;
+    const int64_t *turns, *positions, *places, *starts, *paths;
     const Layer* const* layers;
     void *const *keys, *const *values;
     void* result;
-    int64_t num_layers, rows, width, capacity, longest_way, num_threads;
+    int64_t num_layers, rows, width, capacity, longest_path, num_threads;
 };
 }
 
@@ -402,16 +402,16 @@ struct Work {
     }
 };
 
-// Every thread normalises all tokens for itself: that takes less time than to wait for the others.
+// Every thread normalizes all tokens for itself: that takes less time than to wait for the others.
 template <class T>
-void normalise_all(const Work<T>& work, const void* weight, float epsilon, const T* x, T* normed) {
+void rms_norm_all(const Work<T>& work, const void* weight, float epsilon, const T* x, T* normed) {
     const int64_t size = work.size;
     if (!weight) {
         std::memcpy(normed, x, work.tokens * size * sizeof(T));
         return;
     }
     for (int64_t t = 0; t < work.tokens; t++)
-        normalise(x + t * size, static_cast<const T*>(weight), epsilon, size, normed + t * size);
+        rms_norm(x + t * size, static_cast<const T*>(weight), epsilon, size, normed + t * size);
 }
 
 // Turns a query in place; puts a turned key, or a value, where it belongs in the cache.
@@ -428,7 +428,7 @@ void place_head(const Work<T>& work, const Layer& layer, int64_t t, int64_t head
         return;
     }
     const void* norm = is_query ? layer.query_norm : layer.key_norm;
-    if (norm) normalise(x, static_cast<const T*>(norm), layer.epsilon, dim, x);
+    if (norm) rms_norm(x, static_cast<const T*>(norm), layer.epsilon, dim, x);
     alignas(64) T turned[MAX_HEAD_DIM];
     const int64_t turn = work.call.turns[t] * dim;
     rotate(x, work.cos + turn, work.sin + turn, dim, turned);
@@ -470,7 +470,7 @@ void attend_all(const Work<T>& work, const Layer& layer, const T* keys, const T*
                 sight.shared = work.call.starts ? work.call.starts[row] : work.most;
                 for (int64_t q = 0; q < count; q++) {
                     sight.seen[q] = work.call.positions[token(q)] + 1;
-                    if (work.call.ways) sight.ways[q] = work.call.ways + (first + q) / group * work.call.longest_way;
+                    if (work.call.paths) sight.paths[q] = work.call.paths + (first + q) / group * work.call.longest_path;
                     std::memcpy(queries + q * dim, work.qkv + token(q) * work.wide + place(q), dim * sizeof(T));
                 }
                 const int64_t block = (row * work.kv_heads + kv_head) * work.call.capacity * dim;
@@ -521,14 +521,14 @@ void project_onto(const Work<T>& work, const Projection& projection, const T* x,
 // Called by all threads of a team, each with room of its own for normed inputs.
 template <class T>
 void run_layer(const Work<T>& work, const Layer& layer, const T* hidden, T* keys, T* values, T* normed, T* result) {
-    normalise_all(work, layer.norm_before_attention, layer.epsilon, hidden, normed);
+    rms_norm_all(work, layer.norm_before_attention, layer.epsilon, hidden, normed);
     project_and_place(work, layer, normed, keys, values);
     work.barrier.wait();
     attend_all(work, layer, keys, values);
     work.barrier.wait();
     project_onto(work, layer.output, work.attended, hidden, result);
     work.barrier.wait();
-    normalise_all(work, layer.norm_before_mlp, layer.epsilon, result, normed);
+    rms_norm_all(work, layer.norm_before_mlp, layer.epsilon, result, normed);
     gate_and_up(work, layer.gate_up, normed);
     work.barrier.wait();
     project_onto<T>(work, layer.down, work.activated, result, result);
@@ -589,12 +589,12 @@ void project_bfloat16(const Projection* p, const void* x, void* y, int64_t token
     run_projection<bf16>(*p, static_cast<const bf16*>(x), static_cast<bf16*>(y), tokens, num_threads);
 }
 
-void normalise_float32(const float* x, const float* weight, float epsilon, int64_t tokens, int64_t size, float* out) {
-    for (int64_t t = 0; t < tokens; t++) normalise(x + t * size, weight, epsilon, size, out + t * size);
+void rms_norm_float32(const float* x, const float* weight, float epsilon, int64_t tokens, int64_t size, float* out) {
+    for (int64_t t = 0; t < tokens; t++) rms_norm(x + t * size, weight, epsilon, size, out + t * size);
 }
-void normalise_bfloat16(const void* x, const void* weight, float epsilon, int64_t tokens, int64_t size, void* out) {
+void rms_norm_bfloat16(const void* x, const void* weight, float epsilon, int64_t tokens, int64_t size, void* out) {
     for (int64_t t = 0; t < tokens; t++)
-        normalise(static_cast<const bf16*>(x) + t * size, static_cast<const bf16*>(weight), epsilon, size,
+        rms_norm(static_cast<const bf16*>(x) + t * size, static_cast<const bf16*>(weight), epsilon, size,
                   static_cast<bf16*>(out) + t * size);
 }
 }

@@ -71,13 +71,13 @@ class Places:
     """Where the tokens of a call stand, int64 all.
 
     positions, places: [rows, width], in the text and in the cache. starts: [rows], valid places before the call.
-    ways: of a tree [width, n], see `trees.columns.ways`, else None. extent: a bound on the places that are seen.
+    paths: of a tree [width, n], see `trees.columns.tree_paths`, else None. extent: a bound on the places that are seen.
     """
 
     positions: Tensor
     places: Tensor
     starts: Tensor
-    ways: Tensor | None
+    paths: Tensor | None
     extent: int
 
 
@@ -148,7 +148,7 @@ def normed_states(states: Tensor, norm: Tensor | None, epsilon: float) -> Normed
     if norm is None:
         return Normed(states)
     if not _defers_norm(states):
-        return Normed(normalise(states, norm, epsilon))
+        return Normed(rms_norm(states, norm, epsilon))
     scaled, squares = torch.empty_like(states), _float32(states, len(states), 1)
     size = states.shape[1]
     block = triton.next_power_of_2(size)
@@ -322,7 +322,7 @@ def _float32(like: Tensor, *shape: int) -> Tensor:
     return torch.empty(shape, dtype=torch.float32, device=like.device)
 
 
-def normalise(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     """RMSNorm over the last dimension of x [..., n]."""
     x = x.contiguous()
     out, size = torch.empty_like(x), x.shape[-1]
@@ -437,7 +437,7 @@ def _place_heads(
 def _attend(layer: Layer, keys: Tensor, values: Tensor, at: Places, scratch: _Scratch) -> Tensor:
     """Attention of the placed queries: [tokens, heads * head_dim]."""
     (rows, width), group = at.positions.shape, layer.num_heads // layer.num_kv_heads
-    is_tree = at.ways is not None
+    is_tree = at.paths is not None
     num_tiles = width * triton.cdiv(group, 16) if is_tree else triton.cdiv(width * group, 16)
     num_splits = scratch.peaks.shape[2]
     _attend_kernel[(num_splits, layer.num_kv_heads, rows * num_tiles)](
@@ -446,13 +446,13 @@ def _attend(layer: Layer, keys: Tensor, values: Tensor, at: Places, scratch: _Sc
         values,
         at.positions,
         at.starts,
-        at.ways,
+        at.paths,
         scratch.sums,
         scratch.peaks,
         scratch.totals,
         width,
         num_tiles,
-        at.ways.shape[1] if at.ways is not None else 0,
+        at.paths.shape[1] if at.paths is not None else 0,
         num_splits,
         keys.shape[2],
         keys.stride(0),
@@ -746,20 +746,20 @@ def _place_kernel(
     tl.store(target + half, high.to(queries.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["width", "num_tiles", "way_length", "num_splits"])
+@triton.jit(do_not_specialize=["width", "num_tiles", "path_length", "num_splits"])
 def _attend_kernel(
     queries,
     keys,
     values,
     positions,
     starts,
-    ways,
+    paths,
     sums,
     peaks,
     totals,
     width,
     num_tiles,
-    way_length,
+    path_length,
     num_splits,
     capacity,
     slot_stride,
@@ -804,8 +804,8 @@ def _attend_kernel(
         if IS_TREE:  # by position: what is valid, then the nodes on the way to this one, which see no others
             start = tl.load(starts + row).to(tl.int32)
             behind = place - start
-            on_way = tl.load(ways + node * way_length + tl.maximum(behind, 0), mask=exists & (behind >= 0), other=0)
-            stored = tl.where(behind >= 0, start + on_way.to(tl.int32), place)
+            on_path = tl.load(paths + node * path_length + tl.maximum(behind, 0), mask=exists & (behind >= 0), other=0)
+            stored = tl.where(behind >= 0, start + on_path.to(tl.int32), place)
         dim = tl.arange(0, BLOCK_DIM)
         has_dim = dim < HEAD_DIM
         head = token * NUM_HEADS + kv_head * GROUP + member

@@ -329,7 +329,7 @@ def _is_cut(top_ps, min_ps, row, HAS_TOP_P: tl.constexpr, HAS_MIN_P: tl.constexp
 
 
 @_jit
-def _normalise_kernel(
+def _normalize_kernel(
     probs, floors, places, top_ps, min_ps, masses, out, vocab, per_row, chunks,
     BLOCK: tl.constexpr, CHUNKS: tl.constexpr, HAS_TOP_P: tl.constexpr, HAS_MIN_P: tl.constexpr,
 ):  # fmt: skip
@@ -713,7 +713,7 @@ def _truncated(
     constants = {"HAS_TOP_P": top_p is not None, "HAS_MIN_P": min_p is not None, **rows.blocks}
     _kept_kernel[rows.grid](probs, floors, place, min_p, masses, *sizes, **constants)
     chunks = _power(rows.num_chunks)
-    _normalise_kernel[rows.grid](probs, floors, place, top_p, min_p, masses, out, *sizes, CHUNKS=chunks, **constants)
+    _normalize_kernel[rows.grid](probs, floors, place, top_p, min_p, masses, out, *sizes, CHUNKS=chunks, **constants)
     return out
 
 
@@ -798,8 +798,8 @@ def _num_accepted_like(
 num_accepted.register_fake(_num_accepted_like)
 
 
-@torch.library.custom_op("specdec::last_token", mutates_args=())
-def last_token(
+@torch.library.custom_op("specdec::final_token", mutates_args=())
+def final_token(
     target: Tensor,
     draft: Sequence[Tensor | None],
     accepted: Tensor,
@@ -807,7 +807,7 @@ def last_token(
     uniforms: Tensor,
     weight: Tensor | None,
 ) -> Tensor:
-    """The token behind the accepted ones, int64 [batch], drawn as by `specdec.verification.draw_last`.
+    """The token behind the accepted ones, int64 [batch], drawn as by `specdec.verification.draw_final`.
 
     target: [batch, k + 1, vocab], k > 0. draft: as for `num_accepted`. uniforms: float64 [batch, k + 1].
     The residual is nowhere written out. Sums are taken as by `draw`.
@@ -829,7 +829,7 @@ def last_token(
     return out
 
 
-def _last_token_like(
+def _final_token_like(
     target: Tensor,
     draft: Sequence[Tensor | None],
     accepted: Tensor,
@@ -840,7 +840,7 @@ def _last_token_like(
     return torch.empty_like(accepted)
 
 
-last_token.register_fake(_last_token_like)
+final_token.register_fake(_final_token_like)
 
 
 def _contiguous(distribution: Sequence[Tensor | None]) -> tuple[Tensor | None, Tensor | None]:

@@ -25,12 +25,12 @@ _MIN_EXTENT = 256
 
 @dataclass(slots=True)
 class _Window:
-    """Where the current forward call writes and what it may see.
+    """Where the current forward call writes and what it attends to.
 
-    slots: the rows' slots. positions: int64 [rows, width]. extent: places seen, the last one written included.
-    start: the first place if it is the same in all rows, so that a plain copy will do.
-    places: int64 [rows, width], where the tokens are put: at their positions, unless they are a tree's.
-    starts: int64 [rows], what is valid of each slot. branches: of a tree, or None.
+    slots: the rows' slots. positions: int64 [rows, width]. extent: number of cache columns attended to, including the
+    last one written. start: the first column if it is the same in all rows, which allows a plain copy.
+    places: int64 [rows, width], the columns written: the positions, except for trees.
+    starts: int64 [rows], valid tokens per slot. branches: for a tree, else None.
     """
 
     slots: slice
@@ -59,7 +59,7 @@ class RaggedCache(Cache):  # type: ignore[misc]  # transformers has no complete 
     ) -> Tensor:
         """Prepare to append `width` tokens to each of `rows` slots; returns their positions, int64 [rows, width].
 
-        branches: of a tree, whose tokens do not follow each other; its `width` is this one.
+        branches: for the nodes of a tree, with the same `width`.
         """
         lengths, first = self.num_cached[first_slot : first_slot + rows], branches.first if branches else 0
         extent = max(lengths) + first + width
@@ -74,9 +74,9 @@ class RaggedCache(Cache):  # type: ignore[misc]  # transformers has no complete 
     def open_at(
         self, first_slot: int, starts: Tensor, width: int, extent: int, branches: Branches | None = None
     ) -> Tensor:
-        """As `open`, with nothing asked of the host: rows begin at starts, int64 [rows], and see `extent` places.
+        """`open` without host involvement: rows begin at starts, int64 [rows], and attend to `extent` columns.
 
-        extent: at least what any row has when the call is done, except for padding, which is put at the end.
+        extent: at least the length of every row after the call; padding beyond it is written at the end.
         """
         return self._open(first_slot, starts, width, extent, None, branches)
 
@@ -91,7 +91,7 @@ class RaggedCache(Cache):  # type: ignore[misc]  # transformers has no complete 
         return positions
 
     def seen_positions(self) -> Tensor:
-        """The position of each place that the open window's queries may see, int64 [rows or 1, 1, extent]."""
+        """The position of each cache column in the open window's extent, int64 [rows or 1, 1, extent]."""
         window = self.window
         places = torch.arange(window.extent, device=window.positions.device)
         if window.branches is None:
@@ -102,9 +102,9 @@ class RaggedCache(Cache):  # type: ignore[misc]  # transformers has no complete 
         return torch.where(columns < 0, places, of_nodes).unsqueeze(1)
 
     def keep(self, starts: Tensor, path: Tensor) -> None:
-        """Move each row's entry at starts[r] + path[r, i] to starts[r] + i, i = 0, 1, ..., as accepted nodes of a tree.
+        """Keep the accepted path of a tree: move each row's entry at starts[r] + path[r, i] to starts[r] + i.
 
-        starts: int64 [rows], of the first slots. path: int64 [rows, n], path[r, i] >= i and ascending.
+        starts: int64 [rows], for the first slots. path: int64 [rows, n], ascending with path[r, i] >= i.
         """
         blocks = [block for layer in self.layers if layer.is_initialized for block in (layer.keys, layer.values)]
         if len({(block.shape, block.dtype) for block in blocks}) == 1 and cpp.take(blocks[0]):
@@ -116,11 +116,11 @@ class RaggedCache(Cache):  # type: ignore[misc]  # transformers has no complete 
             _keep(self.features.unsqueeze(1), starts, path)
 
     def extent_for(self, length: int) -> int:
-        """A bound for sequences of this length, one of few, so that few shapes occur."""
+        """An upper bound on this length, rounded so that few shapes occur."""
         return min(max(_MIN_EXTENT, 1 << (length - 1).bit_length()), self.capacity)
 
     def copy_slot(self, source: int, slot: int, num_tokens: int) -> None:
-        """Let a slot hold the first num_tokens of another's sequence, or of its own."""
+        """Copy the first num_tokens of a slot to another, or truncate a slot."""
         blocks = [block for layer in self.layers if layer.is_initialized for block in (layer.keys, layer.values)]
         for block in blocks:
             block[slot, :, :num_tokens] = block[source, :, :num_tokens]
@@ -129,9 +129,9 @@ class RaggedCache(Cache):  # type: ignore[misc]  # transformers has no complete 
         self.num_cached[slot] = num_tokens
 
     def write(self, block: Tensor, states: Tensor) -> Tensor:
-        """Put states [rows, heads, width, dim] into a block [slots, heads, capacity, dim] where the open window is.
+        """Write states [rows, heads, width, dim] to the open window of a block [slots, heads, capacity, dim].
 
-        Returns what the window's queries may see: [rows, heads, extent, dim].
+        Returns the columns within the extent: [rows, heads, extent, dim].
         """
         window, rows = self.window, block[self.window.slots]
         if window.start is not None:
@@ -151,15 +151,15 @@ class RaggedCache(Cache):  # type: ignore[misc]  # transformers has no complete 
         return layer.keys[self.window.slots], layer.values[self.window.slots]
 
     def mask(self, dtype: torch.dtype) -> Tensor:
-        """Additive mask [rows, 1, width, extent] of the open window: 0 where a token sees, else the least number.
+        """Additive attention mask [rows, 1, width, extent] of the open window: 0 where attended, else the minimum.
 
-        A token sees places up to its own, of a tree's those before all nodes, its ancestors' and its own.
+        A token attends to columns up to its own; a tree node to those before the tree, its ancestors and itself.
         """
         window = self.window
         places = torch.arange(window.extent, device=window.positions.device)
         if window.branches is None:
             hidden = places > window.positions.unsqueeze(-1)
-        else:  # a column for what is valid, then the tree's, then one for what is behind them
+        else:  # one column for the valid tokens, the tree's columns, and one for those after them
             seen = torch.nn.functional.pad(visible(window.branches, places.device).float(), (1, 0), value=1.0)
             seen = torch.nn.functional.pad(seen, (0, 1)) > 0
             columns = (places - window.starts.unsqueeze(1) + 1).clamp(0, seen.shape[1] - 1)
@@ -169,7 +169,7 @@ class RaggedCache(Cache):  # type: ignore[misc]  # transformers has no complete 
 
 
 def _keep(block: Tensor, starts: Tensor, path: Tensor) -> None:
-    """As `RaggedCache.keep`, in one block [slots, heads, capacity, dim]."""
+    """`RaggedCache.keep` for one block [slots, heads, capacity, dim]."""
     starts, path = starts.to(block.device).unsqueeze(1), path.to(block.device)
     row = torch.arange(len(path), device=block.device).unsqueeze(1)
     to = (starts + torch.arange(path.shape[1], device=block.device)).clamp(max=block.shape[2] - 1)

@@ -1,4 +1,4 @@
-"""Any transformers decoder-only model behind the `LanguageModel` seam, through the ragged static cache."""
+"""Transformers decoder-only models as `LanguageModel`s, with the ragged static cache."""
 
 from __future__ import annotations
 
@@ -21,17 +21,24 @@ from specdec.trees.shape import Tree
 
 
 class UnsupportedModelError(ValueError):
-    """A model whose state cannot be rolled back by setting a length, or that does not take per-row positions."""
+    """A model whose cache cannot be rolled back by length, or that does not support per-row positions."""
 
 
 class CausalLM(LanguageModel):
-    """A transformers causal language model and its tokenizer.
+    """A transformers causal language model with its tokenizer.
 
-    model: in eval mode, with eager or SDPA attention. tokenizer: transformers tokenizer, or None for token ids only.
-    is_spread: whether the weights are on several devices; tokens then go to the first, and logits come back to it.
-    context_length: tokens that prompt and output may have together; a sliding window limits it to the window,
-    within which it equals full attention; `context_name` is the name of what limits it in the model's config.
-    Raises UnsupportedModelError if the model would be decoded wrongly; this is tried out, not only looked up.
+    Args:
+        model: in eval mode, with eager or SDPA attention.
+        tokenizer: a transformers tokenizer, or None for token ids only.
+
+    Attributes:
+        context_length: maximum length of prompt and output together. A sliding window limits it to the window, within
+            which attention is full.
+        context_name: the field of the model's config that limits it.
+        is_spread: whether the weights are on several devices; tokens then go to the first, which returns the logits.
+
+    Raises:
+        UnsupportedModelError: if the model would be decoded incorrectly, which is verified by running it.
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: Any = None) -> None:
@@ -61,26 +68,26 @@ class CausalLM(LanguageModel):
 
     @property
     def is_recordable(self) -> bool:
-        """Whether its calls can be recorded: they stay on one device and need nothing that only the host can tell."""
+        """Whether calls can be captured as CUDA graphs: on one device, without decisions by the host."""
         return not self.is_spread and not any(map(depends_on_length, self.model.modules()))
 
     @property
     def step_bytes(self) -> int:
-        """Bytes of weights that a step reads: all but the embedding table, of which it looks up a few rows."""
+        """Bytes of weights that a step reads: all except the embedding table, of which it reads a few rows."""
         return weight_bytes(module for module in self.model.modules() if not isinstance(module, nn.Embedding))
 
     @property
     def token_bytes(self) -> int:
-        """Bytes of keys and values that a token of context has."""
+        """Bytes of keys and values per token of context."""
         config = self.config
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         return int(2 * self.num_layers * heads * head_dim * self.dtype.itemsize)
 
     def first_layers(self, number: int) -> CausalLM:
-        """The model that ends behind so many layers, with the same norm, head and weights; it takes the same caches.
+        """The model cut after its first `number` layers, with the same norm, head and weights, for the same caches.
 
-        Raises ValueError unless 1 <= number < the model's, and UnsupportedModelError if it cannot be cut.
+        Raises ValueError unless 1 <= number < num_layers, and UnsupportedModelError if the model cannot be cut.
         """
         name = type(self.model).__name__
         if not 1 <= number < self.num_layers:
@@ -88,16 +95,16 @@ class CausalLM(LanguageModel):
                 f"exit_layer={number} must be at least 1 and below the layers of {name}, {self.num_layers}"
             )
         if self.is_spread or any(hasattr(module, "_hf_hook") for module in self.model.modules()):
-            raise UnsupportedModelError(f"{name} is spread over devices; to draft with its first layers put it on one")
+            raise UnsupportedModelError(f"{name} is spread over devices; put it on one to draft with its first layers")
         if self._factors:
             raise UnsupportedModelError(
-                f"{name} has rotary factors that depend on the length (longrope), for which its first layers cannot "
-                'share its cache; use another method, such as "ngram"'
+                f"{name} has length-dependent rotary factors (longrope), so its first layers cannot share its cache; "
+                'use another method, such as "ngram"'
             )
         shorter = first_layers(self.model, self.num_layers, number)
         if shorter is None:
             raise UnsupportedModelError(
-                f"{name} must have its {self.num_layers} layers in one list to be cut behind one"
+                f"{name} must have its {self.num_layers} layers in one list to be cut; use another method"
             )
         return CausalLM(shorter, self.tokenizer)
 
@@ -142,14 +149,14 @@ class CausalLM(LanguageModel):
     ) -> Tensor:
         if self._factors:
             raise UnsupportedModelError(
-                f"{type(self.model).__name__} has rotary factors that depend on the length (longrope), so its steps "
-                "cannot be recorded; use records=False"
+                f"{type(self.model).__name__} has length-dependent rotary factors (longrope), so its steps cannot be "
+                "recorded; use records=False"
             )
         cache.open_at(first_slot, starts, tokens.shape[1], extent, branches)
         return self._logits(tokens, cache, 0 if last is None else last)
 
     def _logits(self, tokens: Tensor, cache: RaggedCache, keep: int | Tensor) -> Tensor:
-        """Logits at the cache's open window: of the last `keep` tokens, 0 for all, or at the indices `keep`."""
+        """Logits of the cache's open window: of the last `keep` tokens (0 for all), or at the indices `keep`."""
         if self._fused:
             self._last_hidden = self._fused.features(tokens, cache)
             kept = slice(-keep, None) if isinstance(keep, int) else keep
@@ -158,7 +165,7 @@ class CausalLM(LanguageModel):
             logits = self.model(
                 input_ids=tokens,
                 attention_mask=cache.mask(self.dtype),
-                # padding may stand beyond the last position that the model knows
+                # padding may lie beyond the model's last position
                 position_ids=cache.window.positions.clamp(max=self.context_length - 1),
                 past_key_values=cache,
                 use_cache=True,
@@ -169,7 +176,7 @@ class CausalLM(LanguageModel):
         return logits.to(self.device)  # type: ignore[no-any-return]
 
     def check_tree(self) -> None:
-        """Raise UnsupportedModelError if tokens do not stand at the positions and see the tokens that a tree says."""
+        """Raise UnsupportedModelError if the model ignores the positions or the attention mask of a tree."""
         check_tree_equals_plain(self)
 
     def _remember(self, body: Any, inputs: Any, output: Any) -> None:
@@ -177,7 +184,7 @@ class CausalLM(LanguageModel):
 
 
 def eos_token_ids(model: PreTrainedModel, tokenizer: Any = None) -> frozenset[int]:
-    """Tokens that end a model's sequences: from its generation config, else from its config, else its tokenizer's."""
+    """A model's end-of-sequence tokens, from its generation config, else its config, else its tokenizer."""
     eos = getattr(model.generation_config, "eos_token_id", None)
     if eos is None:
         eos = getattr(model.config.get_text_config(decoder=True), "eos_token_id", None)
@@ -190,21 +197,19 @@ _CONTEXT_NAMES = ("max_position_embeddings", "max_seq_len", "n_positions", "n_ct
 
 
 def _rollback_limits(model: PreTrainedModel) -> tuple[int, int, str]:
-    """(number of cache layers, context length up to which every layer is full attention, what limits it)."""
+    """(number of cache layers, context length up to which attention is full in every layer, name of the limit)."""
     name, config = type(model).__name__, model.config.get_text_config(decoder=True)
     if model.config.is_encoder_decoder:
-        raise UnsupportedModelError(
-            f"{name} is an encoder-decoder, which `Seq2SeqLM` is for; give a decoder-only model"
-        )
+        raise UnsupportedModelError(f"{name} is an encoder-decoder; use Seq2SeqLM, or a decoder-only model")
     if getattr(model, "_is_stateful", False):
         raise UnsupportedModelError(
             f"{name} keeps a recurrent state, which cannot be rolled back after a rejection; "
-            "give a model with full attention in every layer"
+            "use a model with full attention in every layer"
         )
     attention = config._attn_implementation
     if attention not in ("eager", "sdpa"):
         raise UnsupportedModelError(
-            f"attention={attention!r} of {name} must be 'eager' or 'sdpa': others take no mask for each row"
+            f"attention={attention!r} of {name} must be 'eager' or 'sdpa': others do not support per-row masks"
         )
     named = (name for name in _CONTEXT_NAMES if isinstance(getattr(config, name, None), int))
     context_name = next(named, "max_position_embeddings")
@@ -218,20 +223,20 @@ def _rollback_limits(model: PreTrainedModel) -> tuple[int, int, str]:
         elif type(layer) is not DynamicLayer:
             raise UnsupportedModelError(
                 f"layer {index} of {name} keeps a {type(layer).__name__}, which cannot be "
-                "rolled back after a rejection; give a model with full attention in every layer"
+                "rolled back after a rejection; use a model with full attention in every layer"
             )
     return len(layers) or config.num_hidden_layers, limit, context_name
 
 
 def _thresholds(lm: CausalLM) -> list[int]:
-    """Lengths at which the model may begin to compute otherwise, as its config names them, those of a trial first."""
+    """Lengths at which the model's computation may change, from its config, and the length of a short trial."""
     named = {6, *_named_lengths(lm.config.to_dict())}
-    most = max(2, lm.context_length - 4)
-    return sorted({min(length, most) for length in named if length < lm.context_length})
+    longest = max(2, lm.context_length - 4)
+    return sorted({min(length, longest) for length in named if length < lm.context_length})
 
 
 def _named_lengths(config: Mapping[str, Any]) -> Iterator[int]:
-    """Windows, chunks and the like, also twice as long: there may be a second one; and where rotary factors change."""
+    """Window and chunk sizes and their doubles, in case of a second window, and lengths where rotary factors change."""
     for name, value in config.items():
         if isinstance(value, Mapping):
             yield from _named_lengths(value)
@@ -244,7 +249,7 @@ _FIXED_FACTORS = {"default", "linear", "yarn", "llama3", "proportional"}  # rota
 
 
 def _is_about_fixed_factors(config: Mapping[str, Any], name: str) -> bool:
-    """Whether a length only says how the rotary factors were made, which no longer depend on it."""
+    """Whether a length only describes how fixed rotary factors were computed."""
     rope = config if "rope_type" in config else config.get("rope_parameters") or {}
     return (
         name.startswith("original_max") and rope.get("rope_type") in _FIXED_FACTORS and "scaling_beta" not in str(rope)
@@ -252,7 +257,7 @@ def _is_about_fixed_factors(config: Mapping[str, Any], name: str) -> bool:
 
 
 def _for_trial(lm: CausalLM, length: int) -> CausalLM:
-    """The model, or for long texts its first layers, as many as have one of each kind, over the same weights."""
+    """The model, or for long texts its first layers, including one of each kind, over the same weights."""
     kinds = getattr(lm.config, "layer_types", None) or ()
     kept = next((n for n in range(2, len(kinds)) if set(kinds[:n]) == set(kinds)), 2)
     if length <= _LONG_TRIAL or kept >= lm.num_layers or lm.is_spread:
@@ -265,12 +270,12 @@ def _for_trial(lm: CausalLM, length: int) -> CausalLM:
     return twin
 
 
-_LONG_TRIAL = 256  # tokens, from which on a trial of all layers would take long
+_LONG_TRIAL = 256  # tokens beyond which a trial of all layers would take too long
 
 
 @torch.inference_mode()
 def _check_ragged_equals_plain(lm: CausalLM) -> None:
-    """Compare logits through the ragged cache with those of plain forward calls, at each length that may matter."""
+    """Compare logits from the ragged cache with those of plain forward calls, at each relevant length."""
     for threshold in _thresholds(lm):
         name, ends = type(lm.model).__name__, _ends(threshold, lm.context_length)
         tried = _for_trial(lm, threshold)
@@ -278,13 +283,13 @@ def _check_ragged_equals_plain(lm: CausalLM) -> None:
         try:
             expected = _plain_logits(tried, tokens, ends)
             actual = _ragged_logits(tried, tokens, threshold)[[end - ends[-1] - 1 for end in ends]]
-        except Exception as error:  # whatever an architecture raises: it is not made for this
+        except Exception as error:  # whatever an architecture raises: it does not support this
             raise UnsupportedModelError(_why_refused(lm, error)) from error
         check_logits(actual, expected, name, lm.num_layers)
 
 
 def _ends(threshold: int, context_length: int) -> list[int]:
-    """Lengths of text whose last logits are compared: below a threshold, at it, and beyond."""
+    """Text lengths at which logits are compared: below, at and beyond a threshold."""
     ends = (
         range(threshold - 1, threshold + 4) if threshold <= _LONG_TRIAL else (threshold, threshold + 1, threshold + 3)
     )
@@ -292,7 +297,7 @@ def _ends(threshold: int, context_length: int) -> list[int]:
 
 
 def _plain_logits(lm: CausalLM, tokens: Sequence[int], ends: Sequence[int]) -> Tensor:
-    """Logits after the first so many tokens, each by a call of its own without cache, [len(ends), vocab]."""
+    """Logits after the first `end` tokens for each of `ends`, each by an uncached call, [len(ends), vocab]."""
 
     def after(end: int) -> Tensor:
         inputs = torch.tensor([tokens[:end]], device=lm.device)
@@ -302,9 +307,10 @@ def _plain_logits(lm: CausalLM, tokens: Sequence[int], ends: Sequence[int]) -> T
 
 
 def _ragged_logits(lm: CausalLM, tokens: list[int], threshold: int) -> Tensor:
-    """Logits after each of the last tokens, from the one before the threshold on, [positions, vocab].
+    """Logits after each token from the one before the threshold on, [positions, vocab].
 
-    They are fed to a slot that has been rolled back, in pieces, the last one beside a longer and a shorter row.
+    The tokens are fed in pieces to a slot that was rolled back, the last piece in a batch with a longer and a shorter
+    row.
     """
     cut = max(0, threshold - 2)
     longer, shorter = tokens[::-1][: cut + 3], tokens[:1]

@@ -1,4 +1,4 @@
-"""Measured seconds of a step of target and draft, by width."""
+"""Measured step times of target and draft, by width."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from specdec.models.base import LanguageModel, prefill, score
 from specdec.runtime.recording import Recorder
 from specdec.runtime.timing import durations_s
 
-MAX_DRAFT_LENGTH = 8  # tokens drafted in a step at the most
+MAX_DRAFT_LENGTH = 8  # maximum tokens drafted per step
 
 
 @dataclass(frozen=True, slots=True)
 class StepCosts:
-    """Seconds. target_s: of a target step by its width, from one token up. draft_s: of drawing one draft token.
+    """Step times in seconds. target_s: a target step by width, from one token up. draft_s: one draft token.
 
-    start_s: of drawing a draft, however short: what was emitted since the last one must be read first.
+    start_s: fixed cost of a draft, whose model must first process the tokens emitted since the last one.
     """
 
     target_s: tuple[float, ...]
@@ -27,11 +27,11 @@ class StepCosts:
     start_s: float = 0.0
 
     def verified_s(self, num_drafted: int) -> float:
-        """A target step that verifies that many draft tokens."""
+        """Seconds of a target step that verifies num_drafted draft tokens."""
         return self.target_s[min(num_drafted, len(self.target_s) - 1)]
 
     def step_s(self, num_drafted: int) -> float:
-        """A step that draws that many draft tokens and verifies them."""
+        """Seconds of a step that drafts num_drafted tokens and verifies them."""
         return self.verified_s(num_drafted) + (self.start_s + num_drafted * self.draft_s if num_drafted else 0.0)
 
 
@@ -41,10 +41,7 @@ def target_costs(
     records: bool | None = None,
     widths: Sequence[int] = range(1, MAX_DRAFT_LENGTH + 2),
 ) -> tuple[float, ...]:
-    """Seconds of a target step of so many tokens in each of so many rows, for each width the least of a few.
-
-    records: as for `Recorder`.
-    """
+    """Seconds of a target step with `rows` rows, for each width the minimum of a few runs. records: see `Recorder`."""
     context = max(1, min(64, target.context_length - max(widths)))
     recorder = Recorder(target.device, records)
     cache = target.allocate(rows, recorder.capacity(context + max(widths)))

@@ -1,7 +1,7 @@
-"""A draft model whose embeddings are its target's, projected to a smaller width, and so need not be stored.
+"""Draft models whose embeddings are projections of the target's, so that they need not be stored.
 
-A folder holds the layers and two projections; `materialise` makes of it and of the target an ordinary transformers
-folder, which any engine loads.
+A folder holds the layers and two projections; `materialize` combines it with the target into an ordinary transformers
+folder that any engine can load.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 from specdec.models.eagle import fingerprint, save_weights, write_config
 
 WEIGHTS_FILE = "derived.safetensors"
-BODY = "body."  # before the names of the layers' weights, as transformers' LlamaModel has them
+BODY = "body."  # prefix of the layers' weights, which are named as in transformers' LlamaModel
 
 
 def save_derived(folder: Path, config: Any, weights: dict[str, Tensor], target: Any, about: dict[str, Any]) -> None:
@@ -29,10 +29,10 @@ def save_derived(folder: Path, config: Any, weights: dict[str, Tensor], target: 
 
 
 @torch.inference_mode()
-def materialise(folder: Path, target: Any, tokenizer: Any, out: Path) -> None:
-    """Write the LlamaForCausalLM of a folder of `save_derived`, with the target's tokenizer, into the folder `out`.
+def materialize(folder: Path, target: Any, tokenizer: Any, out: Path) -> None:
+    """Write a folder of `save_derived` as an ordinary LlamaForCausalLM with the target's tokenizer.
 
-    Raises ValueError if the draft was made for another target.
+    Raises ValueError if the draft was trained for another target.
     """
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -40,8 +40,8 @@ def materialise(folder: Path, target: Any, tokenizer: Any, out: Path) -> None:
     recorded = config.specdec.pop("target")
     if (own := fingerprint(target)) != recorded:
         raise ValueError(
-            f"fingerprint={recorded} recorded in the draft {str(folder)!r} must be that of the target's weights, "
-            f"{own}; give the model that the draft was trained for, or train a draft for this one"
+            f"fingerprint={recorded} recorded in the draft {str(folder)!r} must match the target's weights, {own}; "
+            "use the model that the draft was trained for, or train a draft for this one"
         )
     weights = load_file(folder / WEIGHTS_FILE)
     model = LlamaForCausalLM(config).to(torch.bfloat16)

@@ -1,11 +1,11 @@
 """An EAGLE-style head: one decoder layer that drafts from the target's own features.
 
-A feature is what the target's output head reads: its last hidden state, after the final norm. From the feature of one
-token and the embedding of the next the head guesses the feature of that next token; the target's output head, cut
-down to a draft vocabulary, makes a distribution of it. Its own guesses stand in for features that the target has not
-computed yet. Source: Li et al. 2024 (arXiv:2401.15077).
+A feature is the input of the target's output head: its last hidden state after the final norm. From the feature of one
+token and the embedding of the next, the head predicts the feature of that next token; the target's output head,
+restricted to a draft vocabulary, turns it into a distribution. Where the target has not computed features yet, the
+head uses its own predictions. Source: Li et al. 2024 (arXiv:2401.15077).
 
-A folder holds config.json and model.safetensors in the layout of vLLM's `eagle` method, which reads the whole
+A folder holds config.json and model.safetensors in the layout of vLLM's `eagle` method, which uses the full
 vocabulary, and draft_vocabulary.json, the token ids that this library drafts.
 """
 
@@ -34,12 +34,19 @@ from specdec.trees.optimal import Rates
 
 
 class EagleHead(nn.Module):
-    """The trained part, and the target's embedding and output head that it borrows.
+    """The trained layer with the target's embedding and output head, which it shares.
 
-    config: of the layer; hidden_size and vocab_size are the target's.
-    embedding, output: float [vocab, hidden]. draft_vocabulary: int64 [draft vocab], ascending.
-    rates: how often its siblings are accepted, by level and rank, if that was measured.
-    Raises ValueError for a draft vocabulary that does not ascend or is outside the target's.
+    Args:
+        config: of the layer; hidden_size and vocab_size are the target's.
+        embedding: float [vocab, hidden], the target's.
+        output: float [vocab, hidden], the target's.
+        draft_vocabulary: int64 [draft vocab], ascending token ids.
+
+    Attributes:
+        rates: measured acceptance rates of siblings by level and rank, or None.
+
+    Raises:
+        ValueError: for a draft vocabulary that is not ascending or exceeds the target's.
     """
 
     embedding: Tensor
@@ -64,22 +71,22 @@ class EagleHead(nn.Module):
 
     @property
     def vocab_size(self) -> int:
-        """The target's number of tokens."""
+        """Size of the target's vocabulary."""
         return len(self.embedding)
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """The device of the weights."""
         return self.embedding.device
 
     @property
     def step_bytes(self) -> int:
-        """Bytes of weights that a step reads: its own, and the rows of the output head that it drafts."""
+        """Bytes of weights that a step reads: the layer's, and the output head's rows of the draft vocabulary."""
         own = weight_bytes([*self.fc.modules(), *self.layers.modules()])
         return own + self.output.numel() * self.output.element_size()
 
     def allocate(self, num_slots: int, capacity: int) -> RaggedCache:
-        """An empty cache; a slot's place i is for the token at i + 1, since the first has no feature before it."""
+        """An empty cache. Slot position i belongs to token i + 1, as the first token has no feature before it."""
         return RaggedCache(1, num_slots, capacity)
 
     def mix(self, features: Tensor, tokens: Tensor) -> Tensor:
@@ -95,7 +102,7 @@ class EagleHead(nn.Module):
         first_slot: int = 0,
         branches: Branches | None = None,
     ) -> Tensor:
-        """Guessed features of the tokens, [rows, width, hidden]; the cache's lengths are left to the caller.
+        """Predicted features of the tokens, [rows, width, hidden]. The caller updates the cache's lengths.
 
         features: float [rows, width, hidden], of the token before each. tokens: int64 [rows, width].
         Row r belongs to slot first_slot + r. branches: of a tree, as for a LanguageModel.
@@ -105,7 +112,7 @@ class EagleHead(nn.Module):
         return self._guess(self.mix(features, tokens), cache)
 
     def forward_at(self, features: Tensor, tokens: Tensor, starts: Tensor, cache: RaggedCache, extent: int) -> Tensor:
-        """As `forward` from the first slot on, where row r begins at place starts[r], and sees `extent` places."""
+        """`forward` from the first slot on; row r begins at position starts[r] and attends to `extent` positions."""
         cache.open_at(0, starts, tokens.shape[1], extent)
         return self._guess(self.mix(features, tokens), cache)
 
@@ -121,23 +128,23 @@ class EagleHead(nn.Module):
         return guessed
 
     def logits(self, features: Tensor) -> Tensor:
-        """Logits [..., draft vocab] of the token after the features' own, [..., hidden]."""
+        """Logits [..., draft vocab] of the next token from features [..., hidden]."""
         return self._project(features)
 
     def placed(self, device: torch.device, dtype: torch.dtype) -> EagleHead:
-        """The head on a device and in a dtype; angles of positions stay float32, or distant ones would be wrong."""
+        """Move the head to a device and dtype; rotary angles stay float32, which distant positions need."""
         self.to(device, dtype)
         self.rotary = LlamaRotaryEmbedding(self.config).to(device)
         return self
 
     def fuse(self) -> None:
-        """Fewer, larger steps, see `specdec.models.fusion`; a fused head can no longer be trained or saved."""
+        """Fuse operations, see `specdec.models.fusion`. A fused head can no longer be trained or saved."""
         self.fc, self._project = Projection(_linear(self.fc.weight)), Projection(_linear(self.output))
         layer = FusedLayer(self.layers[0], Shared())
         self.layers[0], self._stack = layer, stack_of([layer], self.rotary) if layer.kernel else None
 
     def save(self, folder: Path, fingerprint: str, about: dict[str, Any]) -> None:
-        """Write the folder that `load_head` reads. fingerprint: the target's. about: further facts for its card."""
+        """Write a folder for `load_head`. fingerprint: the target's. about: further entries of the config."""
         config = self.config.to_diff_dict() | {"architectures": ["LlamaForCausalLM"], "dtype": "bfloat16"}
         config["specdec"] = {"target": fingerprint} | about
         write_config(folder, config)
@@ -152,14 +159,14 @@ def write_config(folder: Path, config: dict[str, Any]) -> None:
 
 
 def save_weights(folder: Path, name: str, weights: Mapping[str, Tensor]) -> None:
-    """Write weights in bfloat16, as readable as the config.json beside them."""
+    """Write weights in bfloat16 with the permissions of the folder's config.json."""
     narrow = {key: value.detach().bfloat16().cpu().contiguous() for key, value in weights.items()}
     save_file(narrow, folder / name, {"format": "pt"})
-    shutil.copymode(folder / "config.json", folder / name)  # safetensors lets only the owner read
+    shutil.copymode(folder / "config.json", folder / name)  # safetensors writes files readable by the owner only
 
 
 def new_head(model: Any, draft_vocabulary: Tensor) -> EagleHead:
-    """An untrained head for a transformers model: one Llama layer of the model's own dimensions."""
+    """An untrained head for a transformers model: one Llama layer with the model's dimensions."""
     theirs = model.config.get_text_config(decoder=True)
     names = ["vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim"]
     names += ["max_position_embeddings", "rope_parameters", "rms_norm_eps"]
@@ -169,10 +176,10 @@ def new_head(model: Any, draft_vocabulary: Tensor) -> EagleHead:
 
 
 def load_head(source: str, model: Any, load_format: str = "auto") -> EagleHead:
-    """The head in a folder, for the transformers model that it was trained for, in its dtype and on its device.
+    """Load a head for the transformers model that it was trained for, in the model's dtype and on its device.
 
-    load_format: "dummy" draws random weights for any model of the right shape.
-    Raises LoadError for a damaged folder, and ValueError if the head is another model's.
+    load_format: "dummy" for random weights, with any model of the right shape.
+    Raises LoadError for a damaged folder, and ValueError if the head belongs to another model.
     """
     folder, is_dummy = Path(source), load_format == "dummy"
     with explained(f"source={source!r} must be a folder with an undamaged head", "train or copy it again"):
@@ -202,10 +209,10 @@ _VOCABULARY_RULE = "draft_vocabulary must be a JSON list of token ids"
 
 
 def check_draft_vocabulary(tokens: Tensor, vocab_size: int) -> Tensor:
-    """The token ids that a head drafts, int64 [n], n >= 1, if they ascend within [0, vocab_size); else ValueError.
+    """The draft vocabulary, int64 [n], n >= 1, if it ascends within [0, vocab_size); else raises ValueError.
 
-    Distributions over some of the tokens are looked up by bisection: in another order, or with a token twice, what is
-    verified would not be what was drawn from, and the output no longer the target's.
+    `Partial` distributions are looked up by bisection. With unsorted or duplicate ids, the verified distribution would
+    differ from the sampled one and the output would no longer be lossless.
     """
     if tokens.ndim != 1 or not len(tokens) or int(tokens[0]) < 0 or int(tokens[-1]) >= vocab_size:
         raise ValueError(f"draft_vocabulary must be a list of token ids in [0, {vocab_size}); write it anew")
@@ -219,7 +226,7 @@ def check_draft_vocabulary(tokens: Tensor, vocab_size: int) -> Tensor:
 
 
 def fingerprint(model: Any) -> str:
-    """A hash of samples of every weight of a model, the same in float32 and bfloat16."""
+    """A hash of samples of all weights of a model, equal in float32 and bfloat16."""
     digest = hashlib.sha256()
     for weight in model.parameters():
         sample = weight.detach().flatten()[:: max(1, weight.numel() // 1024)]

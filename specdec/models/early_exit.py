@@ -1,4 +1,4 @@
-"""The first layers of a transformers model as a model of their own, over the same weights."""
+"""A transformers model cut to its first layers, sharing the weights."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from specdec.models.fusion import FusedDecoder
 
 
 def first_layers(module: nn.Module, num_layers: int, kept: int) -> Any:
-    """The same module with the first `kept` of its num_layers layers only; None if there is no list of its layers.
+    """The module with only the first `kept` of its num_layers layers; None if it has no list of layers.
 
-    Nothing is copied but references, and fused layers are run as such.
+    Weights are shared, and fused layers stay fused.
     """
     if isinstance(module, FusedDecoder):
         body = first_layers(module.body, num_layers, kept)
@@ -30,5 +30,5 @@ def first_layers(module: nn.Module, num_layers: int, kept: int) -> Any:
         return None
     clone = copy.copy(module)
     clone._modules = {**module._modules, **replaced}
-    clone._forward_hooks = OrderedDict()  # those of the whole model are not for its beginning
+    clone._forward_hooks = OrderedDict()  # the hooks belong to the full model
     return clone

@@ -1,4 +1,4 @@
-"""A language model on another device than the one that decides about its tokens."""
+"""A language model on a different device from the one that verifies its tokens."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from specdec.trees.columns import Branches
 
 
 class Elsewhere(LanguageModel):
-    """A language model as if it were on `home`: tokens go to where it is, and logits come back.
+    """Presents a language model as if it were on the device `home`: moves tokens to it and logits back.
 
-    This is the one place where they cross. It cannot be recorded: a recording stays on one device.
+    This is the only place where data crosses devices. It cannot be captured as a CUDA graph.
     """
 
     def __init__(self, model: LanguageModel, home: torch.device) -> None:
@@ -43,5 +43,5 @@ class Elsewhere(LanguageModel):
 
 
 def seen_from(model: LanguageModel, home: torch.device) -> LanguageModel:
-    """The model, or if it is on another device than `home` its stand-in there."""
+    """The model, wrapped in `Elsewhere` if it is not on the device `home`."""
     return model if model.device == home else Elsewhere(model, home)

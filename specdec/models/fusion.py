@@ -22,7 +22,7 @@ from torch.nn.functional import embedding, linear, scaled_dot_product_attention,
 
 from specdec.kernels import cpp, gpu
 from specdec.models.cache import RaggedCache
-from specdec.trees.columns import ways
+from specdec.trees.columns import tree_paths
 
 FUSABLE = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer")
 _BODIES = ("LlamaModel", "MistralModel", "Qwen2Model", "Qwen3Model")
@@ -140,7 +140,7 @@ class GpuStack:
         window, first = cache.window, self._layers[0]
         shape = (first.num_kv_heads, first.head_dim, hidden.dtype)
         blocks = [cache.blocks(layer.index, *shape) for layer in self._layers]
-        tree = None if window.branches is None else ways(window.branches, hidden.device)
+        tree = None if window.branches is None else tree_paths(window.branches, hidden.device)
         at = self._places(
             window.positions.contiguous(), window.places.contiguous(), window.starts.contiguous(), tree, window.extent
         )
@@ -180,7 +180,7 @@ class Stack:
         angles, blocks, window = self._angles_of(hidden, cache), self._blocks(cache, hidden.dtype), cache.window
         tree = None
         if window.branches is not None:
-            tree = cpp.TreePlaces(window.places, window.starts, ways(window.branches, hidden.device))
+            tree = cpp.TreePlaces(window.places, window.starts, tree_paths(window.branches, hidden.device))
         return cpp.run_layers(self._pointers, hidden, angles, window.positions, blocks, cache.capacity, tree)
 
     def _angles_of(self, hidden: Tensor, cache: RaggedCache) -> tuple[Tensor, Tensor, Tensor]:
@@ -299,9 +299,9 @@ class Norm(nn.Module):
         if self.on_gpu:
             from specdec.kernels import triton_layers
 
-            return triton_layers.normalise(x, self.weight, self.epsilon)
+            return triton_layers.rms_norm(x, self.weight, self.epsilon)
         if self.has_kernel and x.dtype == self.weight.dtype:
-            return cpp.normalise(x, self.weight, self.epsilon)
+            return cpp.rms_norm(x, self.weight, self.epsilon)
         # for a few rows twice as fast as torch's own composite
         length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
         scale = torch.rsqrt(length.square().div_(x.shape[-1]).add_(self.epsilon))

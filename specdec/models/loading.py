@@ -184,7 +184,7 @@ def packaged() -> list[str]:
 
 
 def _with_embeddings(folder: Path) -> Path:
-    from specdec.models.derived import WEIGHTS_FILE, materialise
+    from specdec.models.derived import WEIGHTS_FILE, materialize
 
     if not (folder / WEIGHTS_FILE).exists():
         return folder
@@ -193,7 +193,7 @@ def _with_embeddings(folder: Path) -> Path:
     def make(staging: Path) -> dict[str, Any]:
         target = json.loads((folder / "config.json").read_text())["specdec"]["made_with"]["target"]
         with others_bars():
-            materialise(folder, *load_pretrained(target, dtype=torch.bfloat16), staging / "made")
+            materialize(folder, *load_pretrained(target, dtype=torch.bfloat16), staging / "made")
         return {"name": folder.name, "target": target, "weights_sha256": digest}
 
     rule = f"source={folder.name!r} must be put together once"

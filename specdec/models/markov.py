@@ -1,7 +1,7 @@
-"""A toy language model with a known distribution, for proofs: a Markov table of order two.
+"""A toy language model with a known distribution, for exact tests: a Markov chain of order two.
 
-The distribution of the next token depends on the last token and, *read back from the cache*, on the one before it, so
-that a stale cache, a wrong row or a wrong position changes the output distribution and is seen.
+The next-token distribution depends on the last token and, *read back from the cache*, on the one before. So a stale
+cache, a wrong row or a wrong position changes the output distribution and is detected.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ class MarkovCache:
 class MarkovModel(LanguageModel):
     """Next-token distributions from a table.
 
-    table: float64 [vocab, vocab, vocab]; table[a, b] is the distribution of the token after ..., a, b. At the start of
-    a sequence a is token 0. Raises ValueError unless each row is a distribution.
+    table: float64 [vocab, vocab, vocab]; table[a, b] is the distribution after tokens a, b. At the start of a sequence,
+    a is token 0. Raises ValueError unless each row is a distribution.
     """
 
     def __init__(self, table: Tensor, context_length: int = 1 << 20) -> None:
@@ -93,7 +93,7 @@ class MarkovModel(LanguageModel):
         before = columns - 1 if branches is None else torch.tensor(branches.parents[first:], device=self.device)
         places, before = ((starts.unsqueeze(1) + each).clamp(max=cache.capacity - 1) for each in (columns, before))
         stored = cache.tokens[first_slot : first_slot + len(tokens)]
-        stored.scatter_(1, places, tokens)  # padding may stand beyond the end
+        stored.scatter_(1, places, tokens)  # padding may lie beyond the end
         previous = torch.where(before >= 0, stored.gather(1, before.clamp(min=0)), 0)
         logits = self.table[previous, stored.gather(1, places)].log()
         return logits if last is None else logits[:, last]

@@ -1,8 +1,8 @@
-"""Which device has which layers of a target and of its draft: pure functions of bytes.
+"""Assignment of the layers of a target and its draft to devices, as pure functions of their sizes.
 
-A model's layers stay in order and go to devices in order, each device a contiguous run of them; what stands before the
-first layer (embeddings) goes with it, and what stands behind the last (final norm, output head) with that. Runs are
-chosen so that the fullest device has as few bytes as possible, and among those so that devices are filled evenly.
+Each device gets a contiguous run of layers, in order. Modules before the first layer (embeddings) are placed with it,
+modules after the last (final norm, output head) with that. The runs minimize the bytes on the fullest device, and
+among those assignments balance the devices.
 """
 
 from __future__ import annotations
@@ -16,16 +16,15 @@ Devices = tuple[int, ...]  # the device of each layer
 
 
 class PlacementError(ValueError):
-    """A placement is unknown, or the devices do not suffice for it."""
+    """An unknown placement, or one that does not fit the devices."""
 
 
 @dataclass(frozen=True, slots=True)
 class LayerBytes:
     """Bytes of a model's weights.
 
-    layers: of each decoder layer, at least one. before, after: of what stands in front of them and behind them.
-    shared: of `before` and `after` both, where they share weights (tied embeddings): counted once on one device, and
-    on two needed twice.
+    layers: of each decoder layer, at least one. before, after: of the modules before and after the layers.
+    shared: of weights in both `before` and `after` (tied embeddings), stored once on one device but twice on two.
     """
 
     layers: tuple[int, ...]
@@ -39,16 +38,16 @@ class LayerBytes:
         sizes = (*self.layers, self.before, self.after, self.shared)
         if not self.layers or min(sizes) < 0 or self.shared > min(self.before, self.after):
             raise ValueError(
-                f"{self} must have layers, no negative bytes, and share no more than there is; count again"
+                f"{self} must have at least one layer, sizes >= 0, and shared <= min(before, after); correct the sizes"
             )
 
     @property
     def total(self) -> int:
-        """On one device."""
+        """Bytes on a single device."""
         return self.on(0, len(self.layers))
 
     def on(self, first: int, end: int) -> int:
-        """Of the layers from `first` to before `end`, and what goes with them; 0 for none."""
+        """Bytes of layers first to end - 1 with the modules placed with them; 0 for an empty run."""
         if first == end:
             return 0
         before, after = first == 0, end == len(self.layers)
@@ -58,14 +57,14 @@ class LayerBytes:
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """The device of each layer of the target, and of the draft, if there is one."""
+    """The device of each layer of the target and, if there is one, of the draft."""
 
     target: Devices
     draft: Devices | None = None
 
 
 def parse(text: str) -> tuple[int, int]:
-    """Devices of the target and of the draft, (0, 1) meaning that it is on the target's; (0, 0) for auto.
+    """(devices of the target, devices of the draft); 0 for a draft on the target's device, (0, 0) for auto.
 
     text: "same", "separate", "ratio:T:D" or "auto". Raises PlacementError.
     """
@@ -76,24 +75,25 @@ def parse(text: str) -> tuple[int, int]:
     if kind == "ratio" and len(numbers) == 2 and all(each.isdecimal() and int(each) > 0 for each in numbers):
         return int(numbers[0]), int(numbers[1])
     raise PlacementError(
-        f"placement={text!r} must be same, separate, auto or ratio:T:D, T devices for the target and D for the draft; "
-        "try ratio:6:2"
+        f"placement={text!r} must be same, separate, auto or ratio:T:D with T devices for the target and D for the "
+        "draft; try ratio:6:2"
     )
 
 
 def num_devices(text: str) -> int:
-    """How many devices a placement needs at the least."""
+    """The minimum number of devices for a placement."""
     return max(sum(parse(text)), 1)
 
 
-def plan(target: LayerBytes, draft: LayerBytes | None, memories: Sequence[int], placement: str) -> Placement:
-    """Where the layers go.
+def plan_placement(target: LayerBytes, draft: LayerBytes | None, memories: Sequence[int], placement: str) -> Placement:
+    """Assign the layers to devices.
 
-    memories: bytes that may be filled with weights on each device. placement: "same": all on the first device.
-    "separate": the target on the first, the draft on the second. "ratio:T:D": the target on the first T, the draft on
-    the D after them. "auto": the first of these that fits, and with as few devices as possible: same, separate,
-    ratio:2:1, ratio:3:1, ratio:2:2 and so on; without a draft the target on the fewest that hold it.
-    Raises PlacementError naming what lacks.
+    memories: bytes available for weights on each device.
+    placement: "same": all on the first device. "separate": the target on the first, the draft on the second.
+    "ratio:T:D": the target on the first T devices, the draft on the next D. "auto": the first that fits, with as few
+    devices as possible: same, separate, ratio:2:1, ratio:3:1, ratio:2:2 and so on; without a draft, the fewest devices
+    that hold the target.
+    Raises PlacementError naming the missing memory or devices.
     """
     if placement != "auto":
         return _plan(target, draft, memories, placement)
@@ -104,8 +104,8 @@ def plan(target: LayerBytes, draft: LayerBytes | None, memories: Sequence[int], 
             continue
     needed = target.total + (draft.total if draft else 0)
     raise PlacementError(
-        f"placement='auto' must fit into {len(memories)} devices with {_gigabytes(sum(memories))} in all, but target "
-        f"and draft have {_gigabytes(needed)} of weights{_lack(needed, sum(memories))}; quantise, or use smaller models"
+        f"placement='auto' must fit into {len(memories)} devices with {_gigabytes(sum(memories))} in total, but target "
+        f"and draft have {_gigabytes(needed)} of weights{_lack(needed, sum(memories))}; quantize, or use smaller models"
     )
 
 
@@ -141,19 +141,19 @@ def _on_one(target: LayerBytes, draft: LayerBytes | None, memory: int) -> Placem
     if needed > memory:
         raise PlacementError(
             f"placement='same' must fit into {_gigabytes(memory)} of one device, but target and draft have "
-            f"{_gigabytes(needed)} of weights{_lack(needed, memory)}; use auto, another placement, or quantise"
+            f"{_gigabytes(needed)} of weights{_lack(needed, memory)}; use auto or another placement, or quantize"
         )
     return Placement((0,) * len(target.layers), (0,) * len(draft.layers) if draft else None)
 
 
 def _spread(whose: str, model: LayerBytes, memories: Sequence[int], placement: str) -> Devices:
-    """The device of each layer, balanced, within the memories."""
+    """The device of each layer, balanced within the available memory."""
     loads = _balance(model, memories, max)
     if loads is None:
         raise PlacementError(
             f"placement={placement!r} must fit the {whose}'s {len(model.layers)} layers and "
-            f"{_gigabytes(model.total)} of weights into {len(memories)} devices of {_gigabytes(sum(memories))} in all"
-            f"{_lack(model.total, sum(memories))}; use more devices, auto, or quantise"
+            f"{_gigabytes(model.total)} of weights into {len(memories)} devices of {_gigabytes(sum(memories))} in total"
+            f"{_lack(model.total, sum(memories))}; use more devices or auto, or quantize"
         )
     fullest = max(model.on(first, end) for first, end in loads)
     even = _balance(model, [min(memory, fullest) for memory in memories], lambda sofar, load: sofar + load * load)
@@ -164,12 +164,12 @@ def _spread(whose: str, model: LayerBytes, memories: Sequence[int], placement: s
 def _balance(
     model: LayerBytes, limits: Sequence[int], combine: Callable[[int, int], int]
 ) -> list[tuple[int, int]] | None:
-    """The run of layers of each device that costs least, as (first, end); None if no way keeps within the limits.
+    """The cheapest run of layers for each device, as (first, end), by dynamic programming; None if nothing fits.
 
-    combine: (cost of the devices before, load of this one) -> cost. By dynamic programming over devices.
+    combine: (cost of the previous devices, load of this one) -> cost.
     """
     count = len(model.layers)
-    costs: list[float] = [0.0] + [math.inf] * count  # of placing that many layers on the devices so far
+    costs: list[float] = [0.0] + [math.inf] * count  # of placing 0, 1, ... layers on the devices so far
     choices: list[list[int]] = []
     for limit in limits:
         options = [
@@ -196,4 +196,4 @@ def _gigabytes(count: int) -> str:
 
 
 def _lack(needed: int, there: int) -> str:
-    return f" ({_gigabytes(needed - there)} lack)" if needed > there else " (no cut between layers fits)"
+    return f" ({_gigabytes(needed - there)} short)" if needed > there else " (no split between layers fits)"

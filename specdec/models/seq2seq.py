@@ -1,11 +1,11 @@
-"""Encoder-decoders of the T5 family behind the `LanguageModel` seam: the prompt is what the encoder reads.
+"""Encoder-decoder models of the T5 family as `LanguageModel`s: the encoder reads the prompt.
 
-A row's tokens are its prompt and what was emitted, as for any model, and its last prompt token stands for the token
-that the decoder starts from. So the decoder's position of token i is i - (n - 1) behind a prompt of n tokens, and what
-the loop, the proposers and verification know of rows holds unchanged. A slot has, besides the decoder's own keys and
-values, those of the encoded prompt, which are computed once, when it is read.
+A row's tokens are its prompt and its output, as for any model, and the last prompt token stands for the decoder's start
+token. For a prompt of n tokens, token i is thus at decoder position i - (n - 1), and the loop, proposers and
+verification work unchanged. Besides the decoder's keys and values, a slot holds those of the encoded prompt, which are
+computed once.
 
-The decoder's layers are run here, not by transformers, whose relative position biases are the same for all rows.
+The decoder layers are run here because transformers uses the same relative position biases for all rows.
 """
 
 from __future__ import annotations
@@ -67,12 +67,19 @@ class Seq2SeqCache:
 
 
 class Seq2SeqLM(LanguageModel):
-    """A transformers encoder-decoder with T5's layers and its tokenizer: T5, T5 1.1, Flan-T5, mT5, UMT5.
+    """A transformers encoder-decoder of the T5 family with its tokenizer: T5, T5 1.1, Flan-T5, mT5, UMT5.
 
-    model: in eval mode. tokenizer: transformers tokenizer, or None for token ids only.
-    context_length: relative positions have no end, so it is no limit; how long a prompt the model is good for is
-    another question. Penalties count the prompt as they count that of any model.
-    Raises UnsupportedModelError if the model would be decoded wrongly; this is tried out, not only looked up.
+    Penalties count prompt tokens as for any model.
+
+    Args:
+        model: in eval mode.
+        tokenizer: a transformers tokenizer, or None for token ids only.
+
+    Attributes:
+        context_length: no limit, since positions are relative; quality may still degrade for long prompts.
+
+    Raises:
+        UnsupportedModelError: if the model would be decoded incorrectly, which is verified by running it.
     """
 
     is_encoder_decoder = True
@@ -106,7 +113,7 @@ class Seq2SeqLM(LanguageModel):
 
     @property
     def token_bytes(self) -> int:
-        """Bytes of keys and values that a token of context has, in the prompt or behind it."""
+        """Bytes of keys and values per token of context, in the prompt or the output."""
         return int(2 * self.num_layers * self.config.num_heads * self.config.d_kv * self.dtype.itemsize)
 
     def allocate(self, num_slots: int, capacity: int, *, keep_features: bool = False) -> Seq2SeqCache:
@@ -121,9 +128,9 @@ class Seq2SeqLM(LanguageModel):
 
     @torch.inference_mode()
     def read(self, prompt: Sequence[int], cache: Seq2SeqCache, slot: int) -> None:
-        """Encode a prompt for a slot, which then holds all of it but the last token.
+        """Encode a prompt into a slot, which then holds all but its last token.
 
-        Raises ValueError if it exceeds the cache's capacity.
+        Raises ValueError if the prompt exceeds the cache's capacity.
         """
         if len(prompt) > cache.capacity:
             raise ValueError(

@@ -1,9 +1,9 @@
-"""A draft model with another tokenizer: the tokens that both have, and a text in the draft's own tokens.
+"""Draft models with a different tokenizer: the shared tokens, and the text in the draft's own tokens.
 
-The draft's distribution is restricted to the tokens that target and draft share, by what they spell, and normalised
-again; it is then a distribution over the target's tokens like any other, so verification is as lossless as ever. What
-the draft reads is the target's text in the draft's own tokens; which tokens these are changes how good a draft is,
-never what it is verified against.
+The draft's distribution is restricted to the tokens that both vocabularies share, matched by their text, and
+renormalized. It is then a distribution over the target's tokens like any other, so verification stays lossless. The
+draft model reads the target's text re-encoded in its own tokens; how that is done affects the draft's quality, never
+its verification.
 
 Source: Timor et al. 2025 (arXiv:2502.05202), token-level intersection (TLI).
 """
@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-Piece = bytes | str  # what a token spells; a str is a special token, which is not text
+Piece = bytes | str  # a token's text; a str is a special token, which is not text
 Encode = Callable[[str], list[int]]
 
 MIN_COVERAGE = 0.5  # see `check_coverage`
@@ -48,13 +48,13 @@ def mean(values: list[float]) -> float:
 
 
 class SharedVocabulary:
-    """The tokens that a target and a draft both have.
+    """The tokens shared by a target and a draft.
 
     tokens: int64 [n], ascending, the target's ids. draft_tokens: int64 [n], the draft's ids of the same tokens.
-    target_pieces: what the target's tokens spell, by id; what is missing is left out of the text.
-    encode: a text's tokens in the draft's vocabulary, with nothing added. prefix: what the draft wants a text to begin
-    with. beginning: the target's token that is left out where a text begins with it, or None.
-    Raises ValueError if nothing is shared.
+    target_pieces: the text of the target's tokens by id; missing ones are dropped. encode: encodes a text in the
+    draft's vocabulary without special tokens. prefix: the tokens with which the draft's texts begin.
+    beginning: the target's token to drop at the start of a text, or None.
+    Raises ValueError if no token is shared.
     """
 
     def __init__(
@@ -85,22 +85,22 @@ class SharedVocabulary:
         return logits.index_select(-1, self.draft_tokens)
 
     def to_draft(self, tokens: Tensor) -> Tensor:
-        """The draft's ids of shared tokens, which are given by the target's ids, int64 [...]."""
+        """Convert shared tokens from the target's ids to the draft's, int64 [...]."""
         places = torch.searchsorted(self.tokens, tokens.contiguous()).clamp(max=len(self.tokens) - 1)
         return self.draft_tokens.index_select(0, places.flatten()).view(tokens.shape)
 
     def coverage(self, tokens: Sequence[int]) -> float:
-        """How much of a text of the target's tokens is shared, in [0, 1]. Raises ValueError if there are none."""
+        """The fraction of a text's tokens that is shared. Raises ValueError for an empty text."""
         if not tokens:
             raise ValueError("tokens=[] must not be empty; give a text that the target may say")
         return float(torch.isin(torch.tensor(list(tokens)), self.tokens.cpu()).double().mean())
 
 
 class Rewritten:
-    """A growing text of the target's tokens, in the draft's.
+    """A growing text, re-encoded from the target's tokens to the draft's.
 
-    tokens: the draft's. num_settled: how many leading ones of them stay as they are, whatever follows. The text is cut
-    in front of its last word, which alone is encoded again: a constant time per token, however long the text is.
+    tokens: the draft's tokens. num_settled: the number of leading ones that can no longer change. Only the last word is
+    re-encoded, so a token takes constant time, however long the text is.
     """
 
     def __init__(self, shared: SharedVocabulary) -> None:
@@ -111,7 +111,7 @@ class Rewritten:
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
     def follow(self, tokens: list[int]) -> None:
-        """Take in what was appended to the target's tokens since the last call."""
+        """Process the tokens appended since the last call, given all of the target's tokens."""
         begins = self._num_read == 0 and tokens[:1] == [self._shared.beginning]
         new = tokens[self._num_read + begins :]
         self._num_read = len(tokens)
@@ -124,7 +124,7 @@ class Rewritten:
         self.tokens += self._encode(self._rest)
 
     def _text(self, token: int) -> str:
-        """What a token adds to the text; bytes of a character that is not whole yet wait for the rest of it."""
+        """The text a token adds; the bytes of an incomplete character are held back."""
         piece = self._shared.target_pieces.get(token, "")
         return self._utf8.decode(piece) if isinstance(piece, bytes) else self._utf8.decode(b"", final=True) + piece
 
@@ -134,13 +134,13 @@ class Rewritten:
 
 @dataclass(frozen=True, slots=True)
 class _Splitting:
-    """How a text may be encoded in parts. cuts: whether at all. drops_space: the tokenizer adds a leading space."""
+    """How a text can be encoded in parts. cuts: whether it can. drops_space: the tokenizer adds a leading space."""
 
     cuts: bool
     drops_space: bool = False
 
     def place(self, text: str) -> int:
-        """Where the last word begins, its space included, behind another and before more of it; 0 for nowhere."""
+        """Start of the last word, at the space between two non-space characters; 0 if there is none."""
         end = len(text)
         while self.cuts and (place := text.rfind(" ", 1, end)) > 0:
             around = text[place - 1] + text[place + 1 : place + 2]
@@ -150,12 +150,12 @@ class _Splitting:
         return 0
 
     def later(self, text: str) -> str:
-        """A part that is not the first, as it is to be encoded."""
+        """A part other than the first, as it must be encoded."""
         return text[1:] if self.drops_space else text
 
 
 def _splitting(encode: Encode) -> _Splitting:
-    """The way in which parts of a sample have the tokens of the whole; not at all where none does."""
+    """How to split texts such that the parts of the sample encode to the tokens of the whole, if possible."""
     whole = encode(SAMPLE)
     for split in (_Splitting(True), _Splitting(True, drops_space=True)):
         text, parts = SAMPLE, list[int]()
@@ -168,25 +168,25 @@ def _splitting(encode: Encode) -> _Splitting:
 
 
 def _by_piece(pieces: Mapping[int, Piece]) -> dict[Piece, int]:
-    """Tokens by what they spell; of several that spell the same the first, so that none is taken twice."""
+    """Tokens by their text; the first of several with the same text, so that none is used twice."""
     found: dict[Piece, int] = {}
     for token, piece in pieces.items():
         found.setdefault(piece, token)
     return found
 
 
-# ---- of tokenizers
+# ---- tokenizers
 
 
 def share(target: Any, draft: Any, sizes: tuple[int, int], device: torch.device | str = "cpu") -> SharedVocabulary:
-    """What two transformers tokenizers share. sizes: of the models' vocabularies, beyond which no token is taken.
+    """The tokens shared by two transformers tokenizers. sizes: of the models' vocabularies, which bound token ids.
 
-    Raises ValueError if they share nothing, or if a tokenizer is of a kind whose tokens cannot be spelled out.
+    Raises ValueError if they share nothing, or if the text of a tokenizer's tokens cannot be determined.
     """
     ours, theirs = (pieces_of(each, size) for each, size in zip((target, draft), sizes, strict=True))
     probe = draft("a").input_ids
     prefix = probe[:1] if probe and probe[0] == draft.bos_token_id else []
-    # a draft that knows the token and adds none of its own is to read it, as in the midst of a text
+    # a draft that has the token and adds none of its own should read it like any other
     beginning = target.bos_token_id if prefix or ours.get(target.bos_token_id) not in theirs.values() else None
 
     def encode(text: str) -> list[int]:
@@ -196,14 +196,13 @@ def share(target: Any, draft: Any, sizes: tuple[int, int], device: torch.device 
 
 
 def check_coverage(shared: SharedVocabulary, tokenizer: Any, sizes: tuple[int, int]) -> None:
-    """Raise ValueError unless most of what the target may say is shared; say once what is, as speed depends on it.
+    """Raise ValueError unless the shared tokens cover most of a sample text; log the coverage once.
 
-    tokenizer: the target's. A token that is not shared can never be accepted, so that at a coverage of c no draft,
-    however good, has a target call emit more than about 1 / (1 - c) tokens on the average: at 0.5 two. Measured with
-    SmolLM2-135M as its own draft, restricted to its first n tokens, 4 drafted: 4.3 at a coverage of 0.96, 2.7 at 0.71,
-    2.0 at 0.52, 1.7 at 0.41. Numbers of tokens do not tell: the tokenizers of SmolLM2 (49,152), Mistral 7B (32,000),
-    Tekken (130,072) and Claude 2 (65,000) have 22 to 91 % of each other's tokens, which make up 89 to 99 % of the
-    sample.
+    tokenizer: the target's. A token that is not shared can never be accepted, so at coverage c even a perfect draft
+    emits at most about 1 / (1 - c) tokens per target call: two at 0.5. Measured with SmolLM2-135M as its own draft,
+    restricted to its first n tokens, gamma 4: 4.3 at a coverage of 0.96, 2.7 at 0.71, 2.0 at 0.52, 1.7 at 0.41. The
+    share of tokens is no guide: the tokenizers of SmolLM2 (49,152), Mistral 7B (32,000), Tekken (130,072) and Claude 2
+    (65,000) share 22 to 91 % of their tokens, which cover 89 to 99 % of the sample.
     """
     coverage = shared.coverage(tokenizer(SAMPLE, add_special_tokens=False).input_ids)
     what = (
@@ -226,10 +225,10 @@ def _say_once(what: str) -> None:
 
 
 def pieces_of(tokenizer: Any, vocab_size: int) -> dict[int, Piece]:
-    """What each token of a transformers tokenizer spells, by id; those that spell a byte alone come last.
+    """The text of each token of a transformers tokenizer, by id; single-byte tokens come last.
 
-    Raises ValueError for a tokenizer that is neither byte-level nor SentencePiece-like: its tokens are no parts of a
-    text that need only be put together.
+    Raises ValueError for a tokenizer that is neither byte-level nor SentencePiece-like: its texts are not simply the
+    concatenation of its tokens' texts.
     """
     spelled = _spelling(tokenizer)
     added = {token: _added(entry) for token, entry in tokenizer.added_tokens_decoder.items()}
@@ -255,22 +254,22 @@ def _spelling(tokenizer: Any) -> Callable[[str], bytes]:
 
 
 def _added(token: Any) -> Piece:
-    """What a token spells that was added to a tokenizer: its text, unless it is a special one."""
+    """The text of a token that was added to a tokenizer, unless it is a special token."""
     return str(token) if token.special else str(token).encode()
 
 
 def _types(decoder: Mapping[str, Any]) -> set[str]:
-    """The kinds of a tokenizers decoder and of those in it."""
+    """The types of a decoder and of the decoders nested in it."""
     return {decoder["type"]}.union(*(_types(each) for each in decoder.get("decoders", ())))
 
 
 def _is_byte(text: str) -> bool:
-    """Whether a SentencePiece token stands for one byte, such as <0x0A>."""
+    """Whether a SentencePiece token is a single byte, such as <0x0A>."""
     return len(text) == 6 and text.startswith("<0x") and text.endswith(">")
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """The printable character that a byte-level tokenizer writes for each byte: its own, or one from 256 up."""
+    """Byte-level tokenizers' printable character for each byte: the byte's own, or one from 256 up."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}

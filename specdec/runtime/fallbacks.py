@@ -1,4 +1,4 @@
-"""Where a fast way cannot be taken: for users one warning that names the cause, in tests and benchmarks an error."""
+"""Fallbacks to slower code: one warning with the cause for users, an error in tests and benchmarks."""
 
 from __future__ import annotations
 
@@ -10,18 +10,17 @@ STRICT = "SPECDEC_STRICT"  # environment variable; 1 makes fallbacks errors, as 
 
 
 class FallbackError(RuntimeError):
-    """Something would have run in a slower way than it was meant to, unnoticed."""
+    """Something would silently have run on a slower path than intended."""
 
 
 def fall_back(what: str, cause: Exception | str) -> None:
-    """Say once what runs in a slower way, and why.
+    """Warn once about what runs on a slower path and why.
 
-    Raises FallbackError instead if SPECDEC_STRICT is 1: a test or a benchmark of something that did not run is worth
-    nothing.
+    Raises FallbackError instead if SPECDEC_STRICT is 1: a test or benchmark of code that did not run is worthless.
     """
     message = f"{what}: {_first_line(cause) if isinstance(cause, Exception) else cause}"
     if os.environ.get(STRICT, "0") == "1":
-        error = FallbackError(f"{message}; to go on all the same, set {STRICT}=0")
+        error = FallbackError(f"{message}; set {STRICT}=0 to continue anyway")
         raise error from (cause if isinstance(cause, Exception) else None)
     _warn_once(message)
 

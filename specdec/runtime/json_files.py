@@ -1,4 +1,4 @@
-"""Small JSON files of somebody else's making: read, and their shapes checked, with one sentence for what is wrong."""
+"""Reading and validating small JSON files from users, with one-sentence error messages."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ T = TypeVar("T")
 
 
 def read_json(path: Path, what: str, make: Callable[[Any], T]) -> T:
-    """What `make` makes of a file's content.
+    """Read a JSON file and convert its content with `make`.
 
-    what: the argument's name and the rule, for messages: "tree must be a JSON file with rank paths".
-    Raises ValueError for a file that cannot be read, is no JSON, nests too deep, holds NaN or infinite numbers, or
-    whose content `make` refuses with a ValueError, TypeError, KeyError or the like.
+    what: the argument's name and rule, for messages: "tree must be a JSON file of rank paths".
+    Raises ValueError for a file that cannot be read, is not JSON, is nested too deeply, or holds NaN or infinities,
+    and if `make` raises a ValueError, TypeError, KeyError or the like.
     """
     name, rule = what.split(" ", 1)
     try:
         return make(json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_number))
     except RecursionError:
-        cause = "it nests too deep"
+        cause = "it is nested too deeply"
     except KeyError as error:
         cause = f"{error} is missing"
     except (OSError, ValueError, TypeError, AttributeError, OverflowError) as error:
@@ -54,9 +54,9 @@ def finite_number(value: Any, name: str) -> float:
 def fields(value: Any) -> Mapping[str, Any]:
     """An object. Raises ValueError for anything else."""
     if not isinstance(value, dict):
-        raise ValueError(f"a {type(value).__name__} is no JSON object")
+        raise ValueError(f"a {type(value).__name__} is not a JSON object")
     return value
 
 
 def _no_number(text: str) -> NoReturn:
-    raise ValueError(f"{text} is no JSON number")
+    raise ValueError(f"{text} is not a JSON number")

@@ -1,7 +1,7 @@
-"""Files that are trusted later: code and weights in a cache folder, which nobody but their user may have written.
+"""Checks that cached code and weights could only have been written by the user who loads them.
 
-What others can write, be it a folder further up, they can replace by files of their own, which would then run or speak
-as whoever loads them.
+Anyone who can write to a file or to one of its parent folders can replace it, and it would then run with the
+permissions of the user who loads it.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from pathlib import Path
 
 
 def check_private(path: Path) -> None:
-    """Check that nobody but this process's user and root can have changed a file or folder, or its name.
+    """Check that only this process's user and root can have changed a file or folder, or any of its parents.
 
-    Every folder up to it counts. One that does not exist yet is nobody's. Raises PermissionError saying which and why.
+    Folders that do not exist yet pass. Raises PermissionError naming the folder and the reason.
     """
-    if not hasattr(os, "geteuid"):  # Windows has other means, and a cache below each user's own folder
+    if not hasattr(os, "geteuid"):  # Windows has other permissions, and keeps the cache below the user's folder
         return
     for part in (path, *path.parents, *(real := path.resolve()).parents, real):
         try:
@@ -27,13 +27,13 @@ def check_private(path: Path) -> None:
             continue
         if found.st_uid not in (0, os.geteuid()):
             raise PermissionError(f"{part} belongs to another user, uid {found.st_uid}")
-        shared = stat.S_ISDIR(found.st_mode) and found.st_mode & stat.S_ISVTX  # as /tmp
+        shared = stat.S_ISDIR(found.st_mode) and found.st_mode & stat.S_ISVTX  # sticky, like /tmp
         if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not shared and not stat.S_ISLNK(found.st_mode):
-            raise PermissionError(f"{part} can be written by others (chmod go-w would end that)")
+            raise PermissionError(f"{part} is writable by others; run chmod go-w on it")
 
 
 def make_private_folder(folder: Path) -> None:
-    """Make a folder, and those above it that do not exist, for this user alone. Raises OSError as `check_private`."""
+    """Create a folder and its missing parents for this user only. Raises OSError like `check_private`."""
     check_private(folder)
     for part in (*reversed(folder.parents), folder):
         if not part.exists():
@@ -42,14 +42,14 @@ def make_private_folder(folder: Path) -> None:
 
 
 def close_off(folder: Path) -> None:
-    """Let nobody else into a folder, nor write its files, whatever the umask was when they were made."""
+    """Deny others access to a folder and write access to its files, whatever the umask was."""
     for file in folder.iterdir():
         file.chmod(stat.S_IMODE(file.stat().st_mode) & ~0o022)
     folder.chmod(0o700)
 
 
 def sha256(file: Path) -> str:
-    """In hexadecimal; of a file that has not changed since it was read before it is known."""
+    """SHA-256 in hexadecimal, cached while the file does not change."""
     found = file.stat()
     return _sha256(file, found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
 

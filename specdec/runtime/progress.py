@@ -1,4 +1,4 @@
-"""Progress of long work: a bar where stderr is a terminal, which goes when the work is done; not a byte in logs."""
+"""Progress bars, shown only if stderr is a terminal and removed when done; nothing is written to logs."""
 
 from __future__ import annotations
 
@@ -15,10 +15,9 @@ from tqdm import tqdm
 def bar(
     total: int, unit: str, label: str = "", *, initial: int = 0, file: TextIO | None = None, shown: bool = True
 ) -> tqdm:
-    """A bar to be used in a `with` statement; `update(n)` says that n more of `total` are done.
+    """A progress bar for a `with` statement; `update(n)` advances it by n of `total`.
 
-    initial: how many were done before. file: where it is drawn, if it is a terminal; stderr by default.
-    shown: False for none at all.
+    initial: number already done. file: where to draw it, if a terminal; stderr by default. shown: False disables it.
     """
     return tqdm(
         total=total,
@@ -26,14 +25,14 @@ def bar(
         desc=label or None,
         initial=initial,
         file=file or sys.stderr,
-        disable=None if shown else True,  # None is tqdm's word for: unless the file is a terminal
+        disable=None if shown else True,  # for tqdm, None disables it unless the file is a terminal
         leave=False,
         dynamic_ncols=True,
     )
 
 
-def show_what_can_be_shown(*streams: TextIO) -> None:
-    """Let streams that are not UTF-8 write ? for characters that they do not have, instead of ending the program."""
+def replace_unencodable(*streams: TextIO) -> None:
+    """Let streams that are not UTF-8 write ? for characters they cannot encode, instead of raising."""
     for stream in streams:
         if isinstance(stream, TextIOWrapper) and (stream.encoding or "").lower().replace("-", "") != "utf8":
             stream.reconfigure(errors="replace")
@@ -41,9 +40,9 @@ def show_what_can_be_shown(*streams: TextIO) -> None:
 
 @contextmanager
 def others_bars() -> Iterator[None]:
-    """Let transformers and the hub draw their own bars only where stderr is a terminal: they would draw them in logs.
+    """Disable the progress bars of transformers and the hub unless stderr is a terminal.
 
-    Whoever sets HF_HUB_DISABLE_PROGRESS_BARS has decided already.
+    Does nothing if HF_HUB_DISABLE_PROGRESS_BARS is set.
     """
     from transformers.utils import logging
 

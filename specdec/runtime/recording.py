@@ -1,11 +1,11 @@
-"""Work of fixed shapes, recorded once on a GPU and replayed: CUDA graphs.
+"""CUDA graphs: computations of fixed shapes, captured once on a GPU and replayed.
 
-A decode step of a small model is bound by the host, which launches hundreds of kernels for it. A graph launches them
-at once. What is recorded must not touch the host: no transfer, no decision about a tensor's content.
+A decode step of a small model is limited by the host, which launches hundreds of kernels; a graph launches them all at
+once. Captured code must not involve the host: no transfers, no decisions based on tensor values.
 
-The graphs of a recorder compute in one pool of memory, so that together they need no more than the largest of them.
-Replaying one overwrites whatever another has left there: all that is read after a replay, the inputs and outputs of
-recordings, has memory of its own outside the pool.
+All graphs of a recorder share one memory pool, so together they need no more memory than the largest. A replay
+overwrites what another graph left in the pool; everything read after a replay, that is inputs and outputs, therefore
+has its own memory outside the pool.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from specdec.runtime.devices import on_device
 from specdec.runtime.fallbacks import fall_back
-from specdec.runtime.timing import synchronise
+from specdec.runtime.timing import synchronize
 
 T = TypeVar("T")
 Work = Callable[[], None]
@@ -30,12 +30,13 @@ _CAPACITY_STEP = 1024  # tokens
 
 
 class Recorder:
-    """Calls functions of tensors, as a CUDA graph from the second call with the same shapes on.
+    """Calls functions of tensors, from the second call with the same shapes on as a CUDA graph.
 
-    device: where the tensors are. records: None for "if it is a GPU"; True on a CPU goes through the same motions,
-    fixed inputs and outputs included, which is how they are tested.
-    What a call returns is overwritten by the next call of the same function with the same shapes, and by nothing else.
-    `seconds` is the time that first and recording calls took, compilation included.
+    The result of a call is overwritten by the next call of the same function with the same shapes, and by nothing
+    else. `seconds` is the total time of first and capturing calls, including compilation.
+
+    device: where the tensors are. records: None records on GPUs only; True on a CPU uses the same fixed inputs and
+    outputs without graphs, for tests.
     """
 
     def __init__(self, device: torch.device, records: bool | None = None) -> None:
@@ -46,7 +47,7 @@ class Recorder:
         self._graphs: Graphs = CudaGraphs(device) if device.type == "cuda" else Repetition()
 
     def __call__(self, function: Callable[..., T], *args: Any) -> T:
-        """function(*args), the arguments being tensors, hashable values, and tuples and frozen dataclasses of them."""
+        """function(*args). Arguments are tensors, hashable values, and tuples and frozen dataclasses of these."""
         if not self.records:
             return function(*args)
         with torch.inference_mode(), on_device(self.device):
@@ -59,14 +60,14 @@ class Recorder:
             try:
                 return self._first(key, function, args)
             finally:
-                synchronise(self.device)
+                synchronize(self.device)
                 self.seconds += time.perf_counter() - start_s
 
     @torch.inference_mode()
     def place(self, value: T) -> InPlace[T]:
-        """The value at a place that recordings read, one for all values of the same shapes, which it overwrites.
+        """Copy a value into the fixed buffer shared by all values of the same shapes, which recordings read in place.
 
-        For what changes less often than it is read: nothing is copied then when a recording is called.
+        For values that change less often than they are read: calling a recording then copies nothing.
         """
         tensors: list[Tensor] = []
         key = _structure(value, tensors)
@@ -78,20 +79,20 @@ class Recorder:
         return self._places[key]
 
     def capacity(self, num_tokens: int) -> int:
-        """How large a cache to allocate for so many tokens: in large steps, since recordings end with their cache.
+        """The cache capacity to allocate for num_tokens tokens: in large steps, as recordings are tied to a cache.
 
-        The extents that are seen follow from it, so that there are few of them, and all are even.
+        Attention extents follow from it, so they are few and even.
         """
         return -(-num_tokens // _CAPACITY_STEP) * _CAPACITY_STEP if self.records else num_tokens
 
     def forget(self) -> None:
-        """Let go of everything that was recorded, and of its memory."""
+        """Drop all recordings and free their memory."""
         self._recordings.clear()
         self._places.clear()
         self._graphs.forget()
 
     def _first(self, key: Hashable, function: Callable[..., T], args: tuple[Any, ...]) -> T:
-        """The first call runs as it is, which also readies libraries and allocates caches; the second is recorded."""
+        """The first call runs normally, which initializes libraries and allocates caches; the second is captured."""
         if key not in self._recordings:
             self._recordings[key] = None
             return function(*args)
@@ -100,7 +101,7 @@ class Recorder:
 
 
 class InPlace(Generic[T]):
-    """A tensor, or a value that holds tensors, which stays where it is: recordings use it there and copy nothing."""
+    """A tensor, or a value with tensors, at a fixed address that recordings use without copying."""
 
     def __init__(self, value: T) -> None:
         self.value = value
@@ -113,17 +114,17 @@ class InPlace(Generic[T]):
 
 
 class Recording:
-    """One function at fixed places in memory.
+    """One function with inputs and outputs at fixed addresses.
 
-    It runs once as it is recorded: `outputs` are then what it said, in the places where every call leaves them.
+    It runs once while it is captured; `outputs` then holds the results, where every later call leaves its own.
     """
 
     def __init__(self, function: Callable[..., Any], args: tuple[Any, ...], graphs: Graphs) -> None:
         self._inputs = [tensor.clone() for tensor in _tensors(args)]
         fixed = _replaced(args, iter(self._inputs))
         self._run = lambda: function(*fixed)
-        said = graphs.prepare(self._run)
-        self.outputs = _replaced(said, iter([_copy(tensor) for tensor in _tensors(said)]))
+        result = graphs.prepare(self._run)
+        self.outputs = _replaced(result, iter([_copy(tensor) for tensor in _tensors(result)]))
         self._replay = graphs.capture(self._leave_outputs)
 
     def __call__(self, tensors: list[Tensor]) -> Any:
@@ -142,23 +143,23 @@ def _copy(tensor: Tensor) -> Tensor:
 
 
 class Graphs(Protocol):
-    """How work on tensors at fixed places is done again."""
+    """Captures and replays work on tensors at fixed addresses."""
 
     def prepare(self, run: Callable[[], T]) -> T:
-        """Do work that is captured next, so that nothing is left to be set up, and return what it says."""
+        """Run work once before it is captured, so that nothing is left to initialize; returns its result."""
         ...
 
     def capture(self, run: Work) -> Work:
-        """What does the work again. Capturing it does not do it."""
+        """A function that repeats the work. Capturing does not run it."""
         ...
 
     def forget(self) -> None:
-        """Nothing that was captured is called any more."""
+        """Captured work will not be called again."""
         ...
 
 
 class Repetition:
-    """What there is instead of graphs on a CPU: the work itself."""
+    """The CPU's substitute for graphs: runs the work again."""
 
     def prepare(self, run: Callable[[], T]) -> T:
         return run()
@@ -172,7 +173,7 @@ class Repetition:
 
 @contextmanager
 def without_garbage_collection() -> Iterator[None]:
-    """Collect no garbage inside: destroying a graph of an engine that is gone would end a capture in progress."""
+    """Disable garbage collection: destroying the graph of a collected engine would abort a capture in progress."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:
@@ -183,7 +184,7 @@ def without_garbage_collection() -> Iterator[None]:
 
 
 class CudaGraphs:
-    """CUDA graphs of one device, which must be the current one, with one memory pool and one stream for capturing."""
+    """CUDA graphs on one device, which must be current, with one memory pool and one capture stream."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -191,17 +192,17 @@ class CudaGraphs:
         self._stream: Any = None
 
     def prepare(self, run: Callable[[], T]) -> T:
-        """On the capturing stream: the libraries' workspaces, one a stream, then come from outside the pool."""
+        """Run on the capture stream, so that the libraries' per-stream workspaces are allocated outside the pool."""
         self._stream = self._stream or torch.cuda.Stream(self._device)
         before = torch.cuda.current_stream(self._device)
         self._stream.wait_stream(before)
         with torch.cuda.stream(self._stream):
-            said = run()
+            result = run()
         before.wait_stream(self._stream)
-        return said
+        return result
 
     def capture(self, run: Work) -> Work:
-        """A graph's replay; the work itself where there can be no graph, which is a fallback.
+        """The replay of a graph, or as a fallback the work itself if it cannot be captured.
 
         Raises torch.OutOfMemoryError.
         """
@@ -212,32 +213,32 @@ class CudaGraphs:
         self._abandon_pool()
         if isinstance(failure, torch.OutOfMemoryError):
             raise failure
-        fall_back("a step cannot be recorded as a CUDA graph and runs as it is, which is slower", failure)
+        fall_back("a step cannot be captured as a CUDA graph and runs eagerly, which is slower", failure)
         return run
 
     def _failure(self, graph: torch.cuda.CUDAGraph, run: Work) -> RuntimeError | None:
-        """Capture work, and return why it was not captured. The current stream is afterwards what it was before."""
+        """Capture work; returns the reason if that failed. Restores the current stream."""
         self._pool = self._pool or torch.cuda.graph_pool_handle()
         before, failure = torch.cuda.current_stream(self._device), None
         try:
-            # thread_local: what other threads do with the device is no part of it, and is not forbidden meanwhile
+            # thread_local: other threads may use the device meanwhile, and are not captured
             with (
                 without_garbage_collection(),
                 torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"),
             ):
                 try:
                     run()
-                except RuntimeError as error:  # to end such a capture raises another error, which says less
+                except RuntimeError as error:  # ending the capture raises a less specific error
                     failure = error
         except RuntimeError as error:
             failure = failure or error
-        finally:  # torch 2.11 stays on the capturing stream where a capture does not end well
+        finally:  # torch 2.11 stays on the capture stream after a failed capture
             torch.cuda.set_stream(before)
         return failure
 
     def _abandon_pool(self) -> None:
-        """After a failed capture: the allocator may go on as if it were in progress, and refuses this pool."""
-        with suppress(RuntimeError):  # it did end
+        """After a failed capture the allocator may consider it in progress and reject this pool."""
+        with suppress(RuntimeError):  # the capture did end
             torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), self._pool)
         self._pool = None
 
@@ -249,7 +250,7 @@ class CudaGraphs:
 
 
 def _structure(value: Any, tensors: list[Tensor]) -> Hashable:
-    """What is left of a value when its tensors, which go to the list, are taken out: their shapes, and all else."""
+    """A hashable key of a value with its tensors replaced by shape and dtype; the tensors are appended to the list."""
     if isinstance(value, Tensor):
         tensors.append(value)
         return value.shape, value.dtype
@@ -283,5 +284,5 @@ def _parts(record: Any) -> list[Any]:
 
 
 def _is_record(value: Any) -> bool:
-    """Whether a value is what it holds: a frozen dataclass."""
+    """Whether a value is an instance of a frozen dataclass."""
     return is_dataclass(value) and not isinstance(value, type) and value.__dataclass_params__.frozen  # type: ignore

@@ -1,4 +1,4 @@
-"""Clock readings that wait for the device."""
+"""Timing with device synchronization."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ from typing import Any
 import torch
 
 
-def synchronise(device: torch.device) -> None:
-    """Wait for a GPU; nothing to wait for on a CPU."""
+def synchronize(device: torch.device) -> None:
+    """Wait for a GPU; does nothing on a CPU."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def now_s(device: torch.device) -> float:
-    """A clock reading in seconds, once the device has done what it was given."""
-    synchronise(device)
+    """A clock reading in seconds after the device has finished its work."""
+    synchronize(device)
     return time.perf_counter()
 
 
 def sleep_until(moment_s: float) -> None:
-    """Sleep until a clock reading in seconds; not at all if it has passed."""
+    """Sleep until a clock reading in seconds; returns at once if it has passed."""
     time.sleep(max(0.0, moment_s - time.perf_counter()))
 
 
 def durations_s(run: Callable[[], object], device: torch.device, *, repeats: int, warm_up: int) -> list[float]:
-    """Seconds of each of so many calls, after others that are not counted."""
+    """Seconds of each of `repeats` calls, after `warm_up` calls that are not counted."""
     durations = []
     for _ in range(warm_up + repeats):
         start_s = now_s(device)
@@ -41,9 +41,9 @@ def durations_s(run: Callable[[], object], device: torch.device, *, repeats: int
 def durations_in_queue_s(
     run: Callable[[], object], device: torch.device, *, repeats: int, warm_up: int, calls: int = 20
 ) -> list[float]:
-    """Seconds of a call, so many times: on a GPU the mean of `calls` calls between two marks in its queue.
+    """Like `durations_s`, but on a GPU each is the mean of `calls` calls between two events on its stream.
 
-    So the host is not waited for between calls: it must be quicker to launch one than the GPU to do it.
+    The GPU then does not wait for the host between calls, provided that launching one is faster than running it.
     """
     if device.type != "cuda":
         return durations_s(run, device, repeats=repeats, warm_up=warm_up)
@@ -61,7 +61,7 @@ def durations_in_queue_s(
 
 
 class Stopwatch:
-    """Adds up seconds by name. On a GPU marks go into its queue, so that nothing waits until the sums are asked for."""
+    """Accumulates seconds by name. On a GPU it records events, so nothing waits until the totals are read."""
 
     def __init__(self, device: torch.device) -> None:
         self._on_gpu, self._device = device.type == "cuda", device
@@ -70,7 +70,7 @@ class Stopwatch:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Count what is done, or given to the GPU, inside."""
+        """Time the work done, or queued on the GPU, inside."""
         start = self._mark()
         yield
         self._marks.append((name, start, self._mark()))
@@ -78,11 +78,11 @@ class Stopwatch:
             self._collect()
 
     def add(self, name: str, seconds: float) -> None:
-        """Count what was measured elsewhere."""
+        """Add seconds measured elsewhere."""
         self._seconds[name] += seconds
 
     def seconds(self) -> dict[str, float]:
-        """The sums by name."""
+        """Total seconds by name."""
         if self._marks:
             self._collect()
         return dict(self._seconds)
@@ -95,7 +95,7 @@ class Stopwatch:
         return event
 
     def _collect(self) -> None:
-        synchronise(self._device)
+        synchronize(self._device)
         for name, start, end in self._marks:
             self._seconds[name] += start.elapsed_time(end) / 1e3 if self._on_gpu else end - start
         self._marks.clear()

@@ -239,8 +239,8 @@ def fake_gpu(backend: str = "cudnn", *, triton: bool = False) -> Iterator[Watch]
         patch.setattr(torch.cuda, "get_device_properties", lambda device: _Properties())
         patch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0) if triton else (7, 5))
         patch.setenv("SPECDEC_STRICT", "1" if triton else "0")  # without them one kind of fallback is meant
-        patch.setattr("specdec.runtime.timing.synchronise", lambda device: None)
-        patch.setattr("specdec.runtime.recording.synchronise", lambda device: None)
+        patch.setattr("specdec.runtime.timing.synchronize", lambda device: None)
+        patch.setattr("specdec.runtime.recording.synchronize", lambda device: None)
         patch.setattr("specdec.runtime.recording.CudaGraphs", lambda device: WatchedGraphs(watch))
         patch.setattr("specdec.runtime.recording.on_device", lambda device: contextlib.nullcontext())
         patch.setattr("specdec.decoding.Stopwatch", _NoStopwatch)

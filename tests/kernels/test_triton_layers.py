@@ -92,7 +92,7 @@ def test_products(num_tokens: int, num_inputs: int, num_outputs: int, dtype: tor
     assert error(actual, torch.nn.functional.silu(gate) * up) < tolerance
     normed = triton_layers.normed_states(residual, norm, 1e-5)
     assert error(triton_layers.product(normed, both), rms(residual, norm) @ both.double().T) < tolerance
-    assert error(triton_layers.normalise(residual, norm, 1e-5), rms(residual, norm)) < tolerance
+    assert error(triton_layers.rms_norm(residual, norm, 1e-5), rms(residual, norm)) < tolerance
 
 
 def test_interleaved_outputs_come_back_in_order() -> None:

@@ -319,7 +319,7 @@ def test_a_row_does_not_depend_on_its_batch_mates(size: int, num_rows: int) -> N
     together = rows_of(BATCH_MATES[:num_rows], size).distribution(logits)[0].dense()
     drawn = Dense(together).draw(draws)
     assert (together[:2] / together[:2].sum(-1, keepdim=True) != together[:2]).any(), (
-        "to normalise again would not show"
+        "normalizing twice would go unnoticed"
     )
     for row in range(num_rows):
         rows = rows_of(BATCH_MATES[row : row + 1], size)
@@ -364,7 +364,7 @@ for name in [name for name in vars(fast) if name.endswith("_kernel")]:
 
 
 def some_probs(num_rows: int, size: int) -> Tensor:
-    """Not normalised, mostly zeros."""
+    """Not normalized, mostly zeros."""
     probs = random(num_rows, size).exp() * (random(num_rows, size, seed=7) < -0.4)
     probs[:, size // 3] += 0.01
     return probs
@@ -505,7 +505,7 @@ class Operations(TorchDispatchMode):
 
 
 SOFTMAX = ["_scan_kernel", "_softmax_kernel"]
-SEARCH, CUT = ["_search_kernel"] * 8 + ["_floor_kernel"], ["_kept_kernel", "_normalise_kernel"]
+SEARCH, CUT = ["_search_kernel"] * 8 + ["_floor_kernel"], ["_kept_kernel", "_normalize_kernel"]
 
 
 @pytest.mark.parametrize(
@@ -535,7 +535,7 @@ def test_token_verification_is_three_kernels(form: str, launched: list[str]) -> 
     with Operations() as operations:
         verify_tokens(target, draft, draws[:, :3], draws[:, 3:])
     assert launched == ["_accept_kernel", "_last_masses_kernel", "_last_draw_kernel"]
-    assert operations.names == ["num_accepted", "last_token"]
+    assert operations.names == ["num_accepted", "final_token"]
 
 
 # -- the operators, and exact distributions through the loop ---------------------------------------------------
@@ -559,7 +559,7 @@ def test_operators_are_what_they_declare() -> None:
         (fast.draw, [target.probs, draws]),
         (fast.race, [target.probs, random_uniforms(2, 3, 9)]),
         (fast.num_accepted, [[target.probs, None], form, draft.tokens, draft.num_proposed, draws[:, :2]]),
-        (fast.last_token, [target.probs, form, draft.num_proposed, draft.num_proposed, draws, None]),
+        (fast.final_token, [target.probs, form, draft.num_proposed, draft.num_proposed, draws, None]),
     ]
     for operator, arguments in calls:
         torch.library.opcheck(operator, tuple(arguments), test_utils=("test_schema", "test_faketensor"))

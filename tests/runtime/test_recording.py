@@ -100,7 +100,7 @@ def test_a_gpu_is_the_current_device_while_it_is_recorded(monkeypatch: pytest.Mo
             return lambda: self.prepare(run)
 
     monkeypatch.setattr(torch.cuda, "device", device)
-    monkeypatch.setattr("specdec.runtime.recording.synchronise", lambda device: None)
+    monkeypatch.setattr("specdec.runtime.recording.synchronize", lambda device: None)
     monkeypatch.setattr("specdec.runtime.recording.CudaGraphs", lambda device: Graphs())
     recorder = Recorder(torch.device("cuda", 1))
     for i in range(4):
