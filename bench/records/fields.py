@@ -14,7 +14,7 @@ pair | | The pair of models, by its name in pairs.toml.
 target | | The large model, whose distribution is sampled.
 draft | | What proposes tokens: a model, a head or a table; empty if the method needs none.
 method | | How tokens are proposed; autoregressive is plain decoding, which proposes none.
-gamma | tokens | Tokens proposed per step; auto is as many as pay.
+gamma | tokens | Tokens proposed per step; auto: as many as are worth verifying.
 placement | | Where the layers of target and draft are on several devices.
 workload | | Where the prompts are from.
 prompt_format | | Prompts as a chat (instruct) or as text to go on with (raw).

@@ -120,7 +120,7 @@ def read(path: Path) -> Results:
     except UnreadableError as error:
         raise ValueError(f"{path} {error}") from error
     except (KeyError, TypeError, AttributeError, ValueError, OverflowError, RecursionError) as error:
-        raise ValueError(f"{path} must be written by `pytest bench/ --benchmark-json`; {error!r} is amiss") from error
+        raise ValueError(f"{path} must be written by `pytest bench/ --benchmark-json`; {error!r} is invalid") from error
 
 
 def _of_journal(path: Path) -> dict[str, Any]:
@@ -141,7 +141,7 @@ def _of_journal(path: Path) -> dict[str, Any]:
 
 
 class UnreadableError(Exception):
-    """What is amiss with a file, the rule and the remedy."""
+    """What is wrong with a file, the rule and the remedy."""
 
 
 def _parse(name: str, document: dict[str, Any]) -> Results:

@@ -124,7 +124,8 @@ def _report(arguments: argparse.Namespace) -> None:
         pages = page.render(told) if arguments.html else ""
     except (KeyError, TypeError, AttributeError, ArithmeticError, IndexError) as error:
         names = ", ".join(map(str, arguments.runs))
-        raise ValueError(f"{names} must be written by `pytest bench/ --benchmark-json`; {error!r} is amiss") from error
+        message = f"{names} must be written by `pytest bench/ --benchmark-json`; {error!r} is invalid"
+        raise ValueError(message) from error
     contents = {"html": pages, "markdown": markdown.render(told), "csv": csv_text.render(runs)}
     written = [path for option in contents if (path := getattr(arguments, option))]
     for option, content in contents.items():

@@ -1,4 +1,4 @@
-"""How many tokens to draft: as many as pay, by measured costs and by how sure the draft is.
+"""How many tokens to draft: as many as are worth verifying, by measured costs and by how sure the draft is.
 
 One more token costs a draft step and a wider target step, and is emitted if it and all drafted before it are accepted.
 It pays while the probability of that, per second of its cost, is above the tokens per second that the run makes anyway
@@ -62,7 +62,7 @@ class AdaptiveLength:
         return [more and each > 0 for each in reach]
 
     def num_copied(self, lengths: Sequence[int], num_rows: int) -> int:
-        """How many tokens to copy, none included: as many as bring most above their cost.
+        """How many tokens to copy, possibly none: the number with the largest gain over its cost.
 
         lengths: how many could be copied, for each row that could. num_rows: rows that share the step.
         """

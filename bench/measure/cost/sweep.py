@@ -27,7 +27,7 @@ from specdec.proposers.ngram import LookupIndex
 from specdec.proposers.suffix import SAMPLED_DOUBT, OwnText
 from specdec.proposers.tree import levels_of
 from specdec.runtime.recording import Recorder
-from specdec.runtime.timing import synchronise
+from specdec.runtime.timing import synchronize
 from specdec.sampling.state import SamplingState
 from specdec.sampling_params import SamplingParams
 from specdec.trees.columns import Branches
@@ -168,7 +168,7 @@ def _step(target: CausalLM, rows: int, width: int, context: int) -> Sized:
     def run() -> None:
         cache.num_cached[:] = [context] * rows
         score(target, tokens, cache, recorder)
-        synchronise(target.device)
+        synchronize(target.device)
 
     return Sized(run, target.step_bytes + rows * (context + width) * target.token_bytes, rows * width)
 
@@ -183,7 +183,7 @@ def _head_step(head: EagleHead, target: CausalLM, rows: int) -> Sized:
     def run() -> None:
         cache.num_cached[:] = [CONTEXT] * rows
         head.logits(head(features, tokens, cache))
-        synchronise(target.device)
+        synchronize(target.device)
 
     token_bytes = target.token_bytes // target.num_layers  # a head's layer has its target's dimensions
     return Sized(run, head.step_bytes + rows * (CONTEXT + 1) * token_bytes, rows)
@@ -211,7 +211,7 @@ def _tree_step(head: EagleHead, target: CausalLM, num_nodes: int) -> Sized:
                 guessed = head(guessed[:, level.above], fed, own, branches=level.branches)
             head.logits(guessed)
         target.forward(tokens, cache, branches=Branches.behind_root(tree.parents))
-        synchronise(target.device)
+        synchronize(target.device)
 
     num_bytes = target.step_bytes + tree.depth * head.step_bytes + CONTEXT * target.token_bytes
     expected = 1 + expected_accepted(tree, rates.acceptance)
@@ -227,7 +227,7 @@ def _sampling(target: CausalLM, vocab_size: int) -> Sized:
 
     def run() -> None:
         state.distribution(logits)[0].draw(uniforms)
-        synchronise(target.device)
+        synchronize(target.device)
 
     return Sized(run, None, WIDTH)
 

@@ -1,4 +1,4 @@
-"""Files of runs: what is in them, what is amiss with them, and shards that are one campaign."""
+"""Files of runs: what is in them, what is wrong with them, and shards that are one campaign."""
 
 from __future__ import annotations
 
@@ -104,11 +104,11 @@ def test_no_cell_of_the_csv_is_a_formula(tmp_path: Path) -> None:
         ({"shard": "1/1000000000"}, "must be of shard I/N with 1 <= I <= N <= 10000, and is of 1/1000000000"),
         ({"shard": "0/0"}, "must be of shard I/N"),
         ({"shard": [3, 2]}, "must be of shard I/N"),
-        ({"shard": "1/2/3"}, "is amiss"),
+        ({"shard": "1/2/3"}, "is invalid"),
         ({"cells_of_shards": [int("9" * 400)]}, "an integer must be below 2\\*\\*64"),
-        ({"cells_of_shards": [None]}, "is amiss"),
+        ({"cells_of_shards": [None]}, "is invalid"),
         ({"schema_version": int("9" * 400)}, "an integer must be below 2\\*\\*64"),
-        ({"cells_of_shards": [1e400]}, "is amiss"),
+        ({"cells_of_shards": [1e400]}, "is invalid"),
     ],
 )
 def test_numbers_that_no_run_has_are_refused_at_once(tmp_path: Path, changes: Any, message: str) -> None:
@@ -143,7 +143,7 @@ LACKING = {name: value for name, value in decoded("ngram", 2).items() if name no
         ("[" * 100_000, "must be written by `pytest bench/ --benchmark-json`; RecursionError"),
     ],
 )
-def test_what_is_amiss_is_named(content: Any, message: str, tmp_path: Path) -> None:
+def test_what_is_wrong_is_named(content: Any, message: str, tmp_path: Path) -> None:
     path = tmp_path / "run.json"
     path.write_text(content if isinstance(content, str) else json.dumps(content))
     with pytest.raises(ValueError) as caught:  # noqa: PT011 - the message is looked at below

@@ -1,0 +1,69 @@
+"""Words that no text of the project may use: they belong to a private dialect, not to the field."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SUFFIXES = {".py", ".md", ".html", ".css", ".toml", ".cpp", ".h", ".sh", ".ipynb"}
+BANNED = {  # pattern -> what to write instead
+    r"laws?": "distribution, the target's distribution",
+    r"amiss": "invalid, missing",
+    r"manieth": "n-th",
+    r"as many (?:\w+ )?as pay": "as many as are worth verifying",
+    r"none included": "possibly none",
+    r"(?:gives?|has|have|had) the bits": "is bit-identical to",
+    r"the tree of so many": "the tree of that size",
+    r"is told once|are told once": "is logged once",
+    r"others came before": "earlier requests",
+    r"what people call": "public entry point",
+    r"what may speak for": "draft sources",
+    r"beside other work": "on a busy machine",
+}
+EXCEPTIONS: dict[str, str] = {}  # path -> why its words stay
+
+
+def violations(text: str) -> list[str]:
+    """Messages naming each banned phrase of a text, its line and the replacement."""
+    found = []
+    for pattern, instead in BANNED.items():
+        for match in re.finditer(rf"\b(?:{pattern})\b", text, re.IGNORECASE):
+            line = text.count("\n", 0, match.start()) + 1
+            found.append(f"line {line}: {match[0]!r} must be written as: {instead}")
+    return found
+
+
+def files() -> Iterator[Path]:
+    """The texts of the library, the benchmark and the documentation, without measured results."""
+    yield ROOT / "README.md"
+    for folder in ("specdec", "bench", "docs"):
+        for path in sorted((ROOT / folder).rglob("*")):
+            if path.suffix in SUFFIXES and "baselines" not in path.parts:
+                yield path
+
+
+def test_no_banned_words() -> None:
+    found = {
+        str(path.relative_to(ROOT)): messages
+        for path in files()
+        if (messages := violations(path.read_text(encoding="utf-8")))
+    }
+    assert not {path: messages for path, messages in found.items() if path not in EXCEPTIONS}
+    assert not set(EXCEPTIONS) - set(found), "these exceptions are no longer needed"
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["the law of the target", "every so manieth step", "what is amiss", "as many tokens as pay", "has the bits of"],
+)
+def test_banned_words_are_found(text: str) -> None:
+    assert len(violations(f"first line\n{text}")) == 1
+    assert violations(f"first line\n{text}")[0].startswith("line 2: ")
+
+
+def test_parts_of_words_are_not_banned() -> None:
+    assert not violations("a lawn, an outlaw and a claw")
