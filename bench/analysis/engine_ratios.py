@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from bench.records.intervals import Interval, geometric_mean_interval
+from bench.records.intervals import BootstrapInterval, geometric_mean_interval
 
 Record = dict[str, Any]
 
@@ -17,7 +17,7 @@ class Lead:
 
     ours: Record
     theirs: Record
-    times: Interval
+    times: BootstrapInterval
 
 
 def leads(records: Sequence[Record]) -> list[Lead]:

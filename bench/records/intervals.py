@@ -14,7 +14,7 @@ CONFIDENCE = 0.95
 
 
 @dataclass(frozen=True, slots=True)
-class Interval:
+class BootstrapInterval:
     """An estimate and the ends of its 95 % interval, which are None if there is but one observation."""
 
     estimate: float
@@ -22,7 +22,7 @@ class Interval:
     high: float | None
 
 
-def geometric_mean_interval(ratios: Sequence[float]) -> Interval:
+def geometric_mean_interval(ratios: Sequence[float]) -> BootstrapInterval:
     """Geometric mean of ratios and its percentile bootstrap interval over the observations.
 
     ratios: one for each round, > 0. The resampling is seeded, so equal ratios give equal intervals. With few
@@ -34,12 +34,12 @@ def geometric_mean_interval(ratios: Sequence[float]) -> Interval:
         raise ValueError(f"ratios={list(ratios)} must be finite, > 0 and at least one; check the clock")
     logs = np.log(ratios)
     if len(logs) == 1:
-        return Interval(float(ratios[0]), None, None)
+        return BootstrapInterval(float(ratios[0]), None, None)
     low, high = _ends(np.random.default_rng(0).choice(logs, (NUM_RESAMPLES, len(logs))).mean(1))
-    return Interval(math.exp(logs.mean()), math.exp(low), math.exp(high))
+    return BootstrapInterval(math.exp(logs.mean()), math.exp(low), math.exp(high))
 
 
-def unpaired_ratio_interval(above: Sequence[float], below: Sequence[float]) -> Interval:
+def unpaired_ratio_interval(above: Sequence[float], below: Sequence[float]) -> BootstrapInterval:
     """Ratio of two geometric means of values that do not belong together, each resampled for itself, as above.
 
     above, below: > 0. Raises ValueError if one of them is empty or has a value that is not > 0.
@@ -50,14 +50,14 @@ def unpaired_ratio_interval(above: Sequence[float], below: Sequence[float]) -> I
     logs = [np.log(values) for values in (above, below)]
     estimate = math.exp(logs[0].mean() - logs[1].mean())
     if min(len(above), len(below)) == 1:
-        return Interval(estimate, None, None)
+        return BootstrapInterval(estimate, None, None)
     random = np.random.default_rng(0)
     drawn = [random.choice(each, (NUM_RESAMPLES, len(each))).mean(1) for each in logs]
     low, high = _ends(drawn[0] - drawn[1])
-    return Interval(estimate, math.exp(low), math.exp(high))
+    return BootstrapInterval(estimate, math.exp(low), math.exp(high))
 
 
-def rate_interval(numerators: Sequence[int], denominators: Sequence[int]) -> Interval | None:
+def rate_interval(numerators: Sequence[int], denominators: Sequence[int]) -> BootstrapInterval | None:
     """Ratio of two sums over prompts, and its percentile bootstrap interval over the prompts, as above.
 
     A prompt with a denominator of 0 tells nothing of the rate, but counts as one that may be drawn: resamples of such
@@ -69,13 +69,13 @@ def rate_interval(numerators: Sequence[int], denominators: Sequence[int]) -> Int
         return None
     estimate = sum(numerators) / sum(denominators)
     if len(numerators) == 1:
-        return Interval(estimate, None, None)
+        return BootstrapInterval(estimate, None, None)
     drawn = np.random.default_rng(0).integers(len(numerators), size=(NUM_RESAMPLES, len(numerators)))
     above, below = (np.asarray(counts)[drawn].sum(1) for counts in (numerators, denominators))
-    return Interval(estimate, *_ends(above[below > 0] / below[below > 0]))
+    return BootstrapInterval(estimate, *_ends(above[below > 0] / below[below > 0]))
 
 
-def mean_difference_interval(ours: Sequence[float], theirs: Sequence[float]) -> Interval:
+def mean_difference_interval(ours: Sequence[float], theirs: Sequence[float]) -> BootstrapInterval:
     """Mean of paired differences, one for each prompt, and its percentile bootstrap interval over prompts, as above.
 
     Raises ValueError if there are none, or not as many of both.
@@ -84,9 +84,9 @@ def mean_difference_interval(ours: Sequence[float], theirs: Sequence[float]) -> 
         raise ValueError(f"{len(ours)} values must be as many as those they are compared with, {len(theirs)}, and some")
     differences = np.asarray(ours, dtype=np.float64) - np.asarray(theirs, dtype=np.float64)
     if len(differences) == 1:
-        return Interval(float(differences[0]), None, None)
+        return BootstrapInterval(float(differences[0]), None, None)
     drawn = np.random.default_rng(0).choice(differences, (NUM_RESAMPLES, len(differences))).mean(1)
-    return Interval(float(differences.mean()), *_ends(drawn))
+    return BootstrapInterval(float(differences.mean()), *_ends(drawn))
 
 
 def _ends(resampled: npt.NDArray[np.float64]) -> tuple[float, float]:

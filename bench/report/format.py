@@ -6,7 +6,7 @@ from typing import Any
 
 from bench.analysis.best_gamma import BestGamma
 from bench.analysis.engine_ratios import Lead
-from bench.records.intervals import Interval
+from bench.records.intervals import BootstrapInterval
 
 Record = dict[str, Any]
 
@@ -22,10 +22,10 @@ def percent(rate: float | None, digits: int = 1) -> str:
 def interval(record: Record, name: str, form: str = ".2f") -> str:
     """A field with the ends of its interval, if it has any."""
     value, low, high = (record[f"{name}{end}"] for end in ("", "_low", "_high"))
-    return between(Interval(value, low, high), form) if value is not None else "-"
+    return between(BootstrapInterval(value, low, high), form) if value is not None else "-"
 
 
-def between(told: Interval, form: str = ".2f") -> str:
+def between(told: BootstrapInterval, form: str = ".2f") -> str:
     if told.low is None or told.high is None:
         return f"{told.estimate:{form}}"
     return f"{told.estimate:{form}} [{told.low:{form}}, {told.high:{form}}]"

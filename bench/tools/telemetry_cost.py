@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.measure import machine, telemetry
-from bench.records.intervals import Interval, geometric_mean_interval, mean_difference_interval
+from bench.records.intervals import BootstrapInterval, geometric_mean_interval, mean_difference_interval
 
 CLOCKS = {"wall": time.perf_counter, "processor": time.process_time}
 PROMPT = "Write a short story about a clockmaker who repairs the same clock every year."
@@ -31,8 +31,8 @@ class Cost:
     that it ran.
     """
 
-    times: Interval
-    per_sample_s: Interval
+    times: BootstrapInterval
+    per_sample_s: BootstrapInterval
     num_samples: int
     cpu_share: float
 
@@ -63,7 +63,7 @@ def measure(
     added, each = mean_difference_interval(*zip(*both, strict=True)), rounds * len(meters) / num_samples
     low, high = (None if end is None else end * each for end in (added.low, added.high))
     times = geometric_mean_interval([with_s / without_s for with_s, without_s in both])
-    return Cost(times, Interval(added.estimate * each, low, high), num_samples, cpu_s / wall_s)
+    return Cost(times, BootstrapInterval(added.estimate * each, low, high), num_samples, cpu_s / wall_s)
 
 
 @contextlib.contextmanager

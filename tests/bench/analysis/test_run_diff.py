@@ -12,7 +12,7 @@ from helpers.bench_runs import MACHINE, audited, decoded, loaded, sized, write
 from bench.analysis import run_diff
 from bench.analysis.run_diff import Difference
 from bench.records import campaigns, results
-from bench.records.intervals import Interval, geometric_mean_interval, unpaired_ratio_interval
+from bench.records.intervals import BootstrapInterval, geometric_mean_interval, unpaired_ratio_interval
 from bench.report import changes
 
 
@@ -22,7 +22,7 @@ def pair_of_runs(folder: Path, before: list[Any], after: list[Any], **changes: A
     return first, second
 
 
-SAME = Interval(1.0, 1.0, 1.0)
+SAME = BootstrapInterval(1.0, 1.0, 1.0)
 PLAIN = {"baseline_per_prompt_latency_s": [2.0, 4.0]}  # as of `decoded` without other times
 
 
@@ -34,14 +34,14 @@ def only(folder: Path, before: Any, after: Any, **changes: Any) -> Difference:
 @pytest.mark.parametrize(
     ("latency_s", "verdict", "times"),
     [
-        ((0.5, 1.0), "faster", Interval(2.0, 2.0, 2.0)),
-        ((4.0, 8.0), "slower", Interval(0.25, 0.25, 0.25)),
-        ((0.5, 4.0), "no difference seen", Interval(1.0, 0.5, 2.0)),
-        ((1.0, 2.0), "no difference seen", Interval(1.0, 1.0, 1.0)),
+        ((0.5, 1.0), "faster", BootstrapInterval(2.0, 2.0, 2.0)),
+        ((4.0, 8.0), "slower", BootstrapInterval(0.25, 0.25, 0.25)),
+        ((0.5, 4.0), "no difference seen", BootstrapInterval(1.0, 0.5, 2.0)),
+        ((1.0, 2.0), "no difference seen", BootstrapInterval(1.0, 1.0, 1.0)),
     ],
 )
 def test_a_verdict_is_by_the_interval(
-    latency_s: tuple[float, ...], verdict: str, times: Interval, tmp_path: Path
+    latency_s: tuple[float, ...], verdict: str, times: BootstrapInterval, tmp_path: Path
 ) -> None:
     """Two prompts: an interval over their resamples ends at the less and the greater ratio."""
     found = only(tmp_path, decoded("ngram", 2), decoded("ngram", 2, latency_s, **PLAIN))
@@ -57,21 +57,21 @@ def test_times_are_per_token(tmp_path: Path) -> None:
     """Twice as long for twice as many tokens is as fast."""
     after = decoded("ngram", 2, (2.0, 4.0), per_prompt_tokens=[20, 20], baseline_per_prompt_tokens=[20, 20])
     found = only(tmp_path, decoded("ngram", 2), after)
-    assert (found.verdict, found.times) == ("no difference seen", Interval(1.0, 1.0, 1.0))
+    assert (found.verdict, found.times) == ("no difference seen", BootstrapInterval(1.0, 1.0, 1.0))
 
 
 def test_rounds_of_a_batch_are_one_observation(tmp_path: Path) -> None:
     """(1 + 3) / 20 seconds per token against (1 + 1) / 20."""
     cells = [decoded("ngram", 2, latency_s, batch_size=2, **PLAIN) for latency_s in ((1.0, 3.0), (1.0, 1.0))]
     found = only(tmp_path, *cells)
-    assert (found.times, found.verdict) == (Interval(2.0, None, None), "no difference seen")
+    assert (found.times, found.verdict) == (BootstrapInterval(2.0, None, None), "no difference seen")
     assert found.reasons == ("one round has no interval",)
 
 
 def test_what_the_machine_did_is_seen_beside_it(tmp_path: Path) -> None:
     """Twice as fast, as plain decoding beside it is: nothing that the cell has done."""
     found = only(tmp_path, decoded("ngram", 2), decoded("ngram", 2, (0.5, 1.0)))
-    assert (found.verdict, found.times, found.plain) == ("no difference seen", SAME, Interval(2.0, 2.0, 2.0))
+    assert (found.verdict, found.times, found.plain) == ("no difference seen", SAME, BootstrapInterval(2.0, 2.0, 2.0))
     assert only(tmp_path, decoded("autoregressive"), decoded("autoregressive")).plain is None
 
 
@@ -183,13 +183,13 @@ def test_load_is_one_observation(tmp_path: Path) -> None:
 def test_costs_are_compared_by_their_rounds(tmp_path: Path) -> None:
     """Rounds of 0.5 and 0.25 s against themselves: the ratio of resampled means lies between 1/2 and 2."""
     found = only(tmp_path, sized("width", 1, 0.5), sized("width", 1, 0.5))
-    assert (found.verdict, found.times) == ("no difference seen", Interval(1.0, 0.5, 2.0))
+    assert (found.verdict, found.times) == ("no difference seen", BootstrapInterval(1.0, 0.5, 2.0))
 
 
 def test_unpaired_ratios_have_an_interval() -> None:
     found = unpaired_ratio_interval([8.0] * 4, [2.0] * 3)
     assert [found.estimate, found.low, found.high] == pytest.approx([4.0, 4.0, 4.0])
-    assert unpaired_ratio_interval([8.0], [2.0]) == Interval(pytest.approx(4.0), None, None)
+    assert unpaired_ratio_interval([8.0], [2.0]) == BootstrapInterval(pytest.approx(4.0), None, None)
     with pytest.raises(ValueError, match=r"values=\[0\.0\] must be finite, > 0"):
         unpaired_ratio_interval([1.0], [0.0])
 
@@ -204,7 +204,8 @@ def test_without_a_difference_few_verdicts_say_so() -> None:
     intervals = [geometric_mean_interval(np.exp(row).tolist()) for row in noise]
     assert sum(run_diff.verdict(each) != "no difference seen" for each in intervals) <= 45
     halved = [
-        Interval(each.estimate, *np.sqrt([each.low * each.estimate, each.high * each.estimate])) for each in intervals
+        BootstrapInterval(each.estimate, *np.sqrt([each.low * each.estimate, each.high * each.estimate]))
+        for each in intervals
     ]
     assert sum(run_diff.verdict(each) != "no difference seen" for each in halved) > 45
     real = [run_diff.verdict(geometric_mean_interval((1.1 * np.exp(row)).tolist())) for row in noise[:50]]

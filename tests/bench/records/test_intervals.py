@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from bench.records.intervals import Interval, geometric_mean_interval, rate_interval
+from bench.records.intervals import BootstrapInterval, geometric_mean_interval, rate_interval
 
 
 def test_equal_ratios_leave_no_doubt() -> None:
@@ -53,13 +53,13 @@ def test_ratios_must_be_positive(ratios: list[float]) -> None:
 
 def test_a_rate_is_a_ratio_of_sums() -> None:
     """Two prompts: a resample is one of them twice (a quarter each), or both."""
-    assert rate_interval([1, 9], [10, 30]) == Interval(10 / 40, 1 / 10, 9 / 30)
-    assert rate_interval([3], [10]) == Interval(0.3, None, None)
+    assert rate_interval([1, 9], [10, 30]) == BootstrapInterval(10 / 40, 1 / 10, 9 / 30)
+    assert rate_interval([3], [10]) == BootstrapInterval(0.3, None, None)
 
 
 def test_prompts_without_a_draft_tell_nothing_of_the_rate() -> None:
     assert rate_interval([0, 0], [0, 0]) is None
-    assert rate_interval([5, 0, 0], [10, 0, 0]) == Interval(0.5, 0.5, 0.5)
+    assert rate_interval([5, 0, 0], [10, 0, 0]) == BootstrapInterval(0.5, 0.5, 0.5)
 
 
 def test_the_interval_of_a_rate_agrees_with_the_normal_one() -> None:
