@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from bench.analysis.run_diff import INCOMPARABLE, VERDICTS, Difference, differences
 from bench.records.results import Results, cell_id
 from bench.records.schema import Record
+from bench.report.charts.changes import pictures
 from bench.report.columns import heading, labels_of, text
 from bench.report.document import Card, Chapter, Heading, Table, section, table
 from bench.report.format import between
@@ -80,7 +81,13 @@ def chapter(before: Results, after: Results, name: str) -> Chapter:
     cards += [Card(f"{same} of {len(known)}", "cells whose outputs are equal, token for token")] if known else []
     about = (f"the earlier: {before.name}: {before.described()}", f"the later: {after.name}: {after.described()}")
     parts = section(
-        "cells", "Cell by cell", MEANING if found else "", *_reasons(found), _table(found), *_audits(before, after)
+        "cells",
+        "Cell by cell",
+        MEANING if found else "",
+        *_reasons(found),
+        *pictures(before, after, found),
+        _table(found),
+        *_audits(before, after),
     )
     return Chapter(name, f"What changed: {after.name} against {before.name}", about, tuple(cards), tuple(parts))
 

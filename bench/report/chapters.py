@@ -1,4 +1,4 @@
-"""What is said of a run: the answer first, then each question with its tables and pictures."""
+"""The sections of a report on a run: the answer first, then each question with its tables and charts."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from bench.records.grouping import BLOCK, WITHOUT_ENGINE, drafting, fastest, gro
 from bench.records.results import Results
 from bench.records.schema import Record
 from bench.report import summary
-from bench.report.charts import cost, decoding
+from bench.report.charts import run as charts
+from bench.report.charts.model import Picture
+from bench.report.charts.names import distribution
 from bench.report.columns import PARTS, heading, labels_of, shown, text
 from bench.report.document import Chapter, Command, Document, Facts, Heading, Section, Table, section, table
 from bench.report.format import between, cell_name, interval, percent, verdict
@@ -21,15 +23,13 @@ from bench.report.terminal import load
 
 def chapter(run: Results, name: str) -> Chapter:
     """A run. name: for links."""
-    pictures = cost.sections(run.pictured)
+    pictures = charts.sections(run.pictured)
     sections = [
-        *section("short", "In short", *summary.cautions(run), _fastest(run.cells)),
+        *section("short", "Summary", *summary.cautions(run), _fastest(run.cells)),
         *_speedups(run, pictures["speedup"]),
-        *section("acceptance", "How much is accepted", _ACCEPTANCE, *pictures["acceptance"])[
-            : bool(pictures["acceptance"])
-        ],
+        *section("acceptance", "Acceptance", *_explained(_ACCEPTANCE, pictures["acceptance"])),
         *_times(run, pictures["time"]),
-        *section("throughput", "Throughput against latency", *_told(_THROUGHPUT, pictures["throughput"])),
+        *section("throughput", "Throughput vs. latency", *_explained(_THROUGHPUT, pictures["throughput"])),
         *_loads(run, pictures["load"]),
         *_energies(run, pictures["energy"]),
         *_qualities(run),
@@ -37,7 +37,7 @@ def chapter(run: Results, name: str) -> Chapter:
         *_published(run),
         *_costs(run, pictures["cost"]),
         *section("cells", "All cells", *_cells(run)),
-        *section("machine", "How it was measured", *_machine(run)),
+        *section("machine", "Environment and command", *_machine(run)),
     ]
     about = (*_subject(run.cells), run.described())
     return Chapter(name, run.name, about, tuple(summary.cards(run)), tuple(sections))
@@ -47,27 +47,26 @@ def _subject(cells: Sequence[Record]) -> Iterator[str]:
     """What was decoded, in a line."""
     if not cells:
         return
-    told = {name: list(dict.fromkeys(str(cell[name]) for cell in cells)) for name in ("pair", "workload", "engine")}
-    distributions = dict.fromkeys(map(decoding.distribution, cells))
-    numbers = sorted({cell["num_prompts"] for cell in cells})
-    tokens = sorted({cell["max_tokens"] for cell in cells if cell["max_tokens"]})
-    lengths = f" of up to {' or '.join(map(str, tokens))} tokens" if tokens else ""
-    yield (
-        f"{', '.join(told['pair'])}; {', '.join(told['workload'])}, {' or '.join(map(str, numbers))} prompts{lengths}, "
-        f"{', '.join(distributions)}; decoded by {', '.join(told['engine'])}"
+    pairs, workloads, engines = (
+        ", ".join(dict.fromkeys(str(cell[name]) for cell in cells)) for name in ("pair", "workload", "engine")
     )
+    distributions = ", ".join(dict.fromkeys(map(distribution, cells)))
+    num_prompts = " or ".join(map(str, sorted({cell["num_prompts"] for cell in cells})))
+    max_tokens = " or ".join(map(str, sorted({cell["max_tokens"] for cell in cells if cell["max_tokens"]})))
+    lengths = f", up to {max_tokens} tokens each" if max_tokens else ""
+    yield f"{pairs}; {workloads}, {num_prompts} prompts{lengths}; {distributions}; engines: {engines}"
 
 
 _ACCEPTANCE = (
-    "Accepted: of the tokens drafted, with 95 % intervals over prompts. Efficiency: of the tokens that a perfect draft "
-    "would have emitted. By position: the share of steps in which that place of the draft was kept, for each method's "
-    "longest fixed draft."
+    "Acceptance rate is the share of drafted tokens that are accepted, with 95 % bootstrap intervals over prompts. "
+    "System efficiency is the number of emitted tokens over the number a perfect draft would emit. Acceptance by "
+    "position is the share of steps that accept the token at that position, for each method's longest fixed draft."
 )
-_THROUGHPUT = "Up and to the left is better. One point for each cell; point at it to see which."
+_THROUGHPUT = "One point per cell; up and to the left is better. Point at one to see its gamma and batch size."
 
 
-def _told(sentence: str, pictures: Sequence[Any]) -> list[Any]:
-    """A sentence about pictures, if there are any."""
+def _explained(sentence: str, pictures: Sequence[Picture]) -> list[Any]:
+    """Charts below a sentence about them, if there are any."""
     return [sentence, *pictures] if pictures else []
 
 
@@ -82,35 +81,35 @@ _FASTEST = (
 
 
 def _fastest(cells: Sequence[Record]) -> Table:
-    """The fastest cell of each engine, beside its plain decoding's block."""
+    """The fastest cell of each engine."""
     groups = grouped(drafting(cells), *BLOCK).values()
     best = [max(group, key=lambda cell: cell["speedup"]) for group in groups]
     return shown(best, _FASTEST, "The fastest method of each engine")
 
 
 def _speedups(run: Results, pictures: Sequence[Any]) -> list[Section]:
-    parted = [cell for cell in run.cells if cell["speedup_from_averaging"] is not None]
-    names = ("predicted_speedup", *(f"speedup_from_{part}" for part in PARTS), "speedup", "expected_speedup")
-    predicted = (
-        "Predicted beside measured: what each part adds to the prediction to make the measured speed-up, and what the "
-        "closed form of Leviathan et al. gives"
-    )
+    attributed = [cell for cell in run.cells if cell["speedup_from_averaging"] is not None]
+    columns = ("predicted_speedup", *(f"speedup_from_{part}" for part in PARTS), "speedup", "expected_speedup")
+    caption = "From predicted to measured speed-up: what each effect adds, and the closed form of Leviathan et al."
     return section(
         "speedup",
-        "How much faster",
-        *_told(
-            "Speed-ups are geometric means over prompts decoded side by side, with 95 % bootstrap intervals; below 1 "
-            "is slower. A prediction knows acceptance and times of phases, and leaves out the prompt.",
-            pictures,
-        ),
+        "Speed-up",
+        *_explained(_SPEEDUP, pictures),
         _leads(run.cells),
         _best_gammas(run.cells),
-        shown(parted, names, predicted),
+        shown(attributed, columns, caption),
     )
+
+
+_SPEEDUP = (
+    "Time per token of plain decoding over that of the method, for the same prompts decoded in turns by the same "
+    "engine: geometric mean over prompts with a 95 % bootstrap interval. Below 1 the method is slower. Predictions "
+    "follow from the acceptance rate and the time of each phase, and exclude prefill."
+)
 
 
 def _leads(cells: Sequence[Record]) -> Table:
-    """Engines beside each other, at the best that each can do."""
+    """Engines against each other, each at its best."""
     blocks = grouped(cells, *WITHOUT_ENGINE)
     varying = labels_of(cells)[:-3] if cells else []
     rows = [
@@ -125,15 +124,15 @@ def _leads(cells: Sequence[Record]) -> Table:
     ]
     headings: list[Heading | str] = [
         *(Heading(heading(name), name) for name in varying),
-        "this",
-        "over this",
+        "engine",
+        "against",
         "times as fast [95 %]",
     ]
-    return table(headings, rows, "Engines beside each other")
+    return table(headings, rows, "Engines against each other")
 
 
 def _best_gammas(cells: Sequence[Record]) -> Table:
-    """The best number of draft tokens: what costs and acceptance predict, and what was measured."""
+    """The best number of draft tokens: predicted from costs and acceptance, and measured."""
     varying = labels_of(cells)[:-1] if cells else []
     rows = [
         (
@@ -146,47 +145,43 @@ def _best_gammas(cells: Sequence[Record]) -> Table:
         )
         for best in best_gammas(cells)
     ]
-    ends: list[Heading | str] = [
-        "predicted best",
-        "its prediction",
-        "measured",
-        "measured best",
-        Heading("speed-up [95 %]", "speedup"),
-    ]
-    headings: list[Heading | str] = [*(Heading(heading(name), name) for name in varying), *ends]
-    return table(headings, rows, "The best gamma")
+    headings: list[Heading | str] = [Heading(heading(name), name) for name in varying]
+    headings += ["predicted best", "its speed-up", "measured", "measured best"]
+    headings += [Heading("speed-up [95 %]", "speedup")]
+    return table(headings, rows, "Best gamma")
 
 
-def _times(run: Results, pictures: Sequence[Any]) -> list[Section]:
-    silent = [cell["engine"] for cell in run.cells if cell["scoring_time_s"] is None]
-    told = [cell["engine"] for cell in run.cells if cell["scoring_time_s"] is not None]
-    engines = [engine for engine in dict.fromkeys(silent) if engine not in told]
-    untold = f"{' and '.join(engines)} do not tell the times of phases." if engines else ""
-    sentence = (
-        "A step drafts, scores the draft with the target, and accepts, recovers and draws. Scoring and verification "
-        "are shown per emitted token, so that methods with fewer steps need less. Cells ran one after the other: if "
-        "the machine was slower for a while, a cell's times are longer; only speed-ups are measured side by side. "
-        f"{untold}"
-    )
-    return section("time", "Where the time goes", *_told(sentence.strip(), pictures))
+def _times(run: Results, pictures: Sequence[Picture]) -> list[Section]:
+    reporting = {cell["engine"] for cell in run.cells if cell["scoring_time_s"] is not None}
+    silent = [engine for engine in dict.fromkeys(cell["engine"] for cell in run.cells) if engine not in reporting]
+    missing = f" Phase times are not available for {' and '.join(silent)}." if silent else ""
+    return section("time", "Time per phase", *_explained(_TIME + missing, pictures))
 
 
-def _loads(run: Results, pictures: Sequence[Any]) -> list[Section]:
+_TIME = (
+    "A step drafts tokens, scores them with the target model, and verifies them: it accepts or rejects, and samples "
+    "the recovered or bonus token. Scoring and verification are shown per emitted token, so fewer steps mean less "
+    "time. These are absolute times of cells that ran one after the other, so they also reflect changes in machine "
+    "load; speed-ups do not."
+)
+
+
+def _loads(run: Results, pictures: Sequence[Picture]) -> list[Section]:
     if not run.loads:
         return []
-    names = [name for name in _LOAD if any(record.get(name) is not None for record in run.loads)]
-    labels = ["rate", *(name for name in labels_of(run.loads) if name != "rate")]
-    rows = [tuple(_load_text(record, name) for name in (*labels, *names)) for record in run.loads]
-    headings = [Heading(heading(name), name) for name in (*labels, *names)]
-    sentence = (
-        "Requests arrive at a rate whether or not the earlier ones are done, and all times count from the arrival. "
-        "Above 1 in the first picture a method pays; requests wait for each other, so that each rate is one run "
-        "without an interval."
-    )
+    known = [name for name in _LOAD if any(record.get(name) is not None for record in run.loads)]
+    columns = ["rate", *(name for name in labels_of(run.loads) if name != "rate"), *known]
+    rows = [tuple(_load_text(record, name) for name in columns) for record in run.loads]
+    headings = [Heading(heading(name), name) for name in columns]
     verdicts = [f"{line}." for block in grouped(run.loads, *BLOCK).values() for line in load.verdicts(block)]
-    return section("load", "Under load", sentence, *pictures, *verdicts, table(headings, rows, "Each rate"))
+    return section("load", "Under load", _UNDER_LOAD, *pictures, *verdicts, table(headings, rows, "By arrival rate"))
 
 
+_UNDER_LOAD = (
+    "Open-loop load: requests arrive at a fixed rate whether or not earlier ones have finished, and latencies count "
+    "from the arrival. Where the speed-up under load is above 1, speculation pays off. Requests of a run queue behind "
+    "each other and are not independent, so each rate is one observation without an interval."
+)
 _LOAD = (
     *("num_requests", "num_finished", "goodput", "within_limits_rate", "throughput_tok_s", "mean_num_in_flight"),
     *(f"{name}_p{percent}_s" for name in ("ttft", "inter_token", "latency") for percent in (50, 95, 99)),
@@ -215,10 +210,10 @@ _ENERGY = (
 def _energies(run: Results, pictures: Sequence[Any]) -> list[Section]:
     known = [cell for cell in run.cells if cell["energy_j"] is not None]
     unknown = [cell for cell in run.cells if cell["energy_j"] is None]
-    reasons = _reasons(unknown, "energy_reason", "Energy was not measured", "The file does not say why")
+    reasons = _reasons(unknown, "energy_reason", "Energy was not measured", "the file does not say why")
     about = (
-        "Energy is that of the whole device while the prompts were decoded, GPUs or else processor packages, idle "
-        "power included."
+        "Energy of the whole device while the prompts were decoded, idle power included: of the GPUs or, without any, "
+        "of the CPU packages."
         if known
         else ""
     )
@@ -227,13 +222,13 @@ def _energies(run: Results, pictures: Sequence[Any]) -> list[Section]:
 
 
 def _reasons(cells: Sequence[Record], name: str, what: str, unknown: str) -> list[str]:
-    """Why something is not known, for how many cells."""
+    """Why a value is missing, and in how many cells."""
     counts: dict[str, int] = {}
     for cell in cells:
         reason = cell[name] or ""
         counts[reason] = counts.get(reason, 0) + 1
-    number_of = {reason: f" of {count} cells" if len(counts) > 1 else "" for reason, count in counts.items()}
-    return [f"{what}{number_of[each]}: {each or unknown.lower()}." for each in counts]
+    cells_of = {reason: f" in {count} cells" if len(counts) > 1 else "" for reason, count in counts.items()}
+    return [f"{what}{cells_of[each]}: {each or unknown}." for each in counts]
 
 
 def _qualities(run: Results) -> list[Section]:
@@ -241,7 +236,7 @@ def _qualities(run: Results) -> list[Section]:
     unknown = [cell for cell in run.cells if cell["quality"] is None and cell["quality_reason"]]
     reasons = _reasons(unknown, "quality_reason", "Outputs were not scored", "")
     names = ("quality_metric", "quality", "quality_baseline", "quality_difference")
-    scores = shown(known, names, "The workload's own score, of the same prompts with and without speculation")
+    scores = shown(known, names, "The workload's own metric on the same prompts, with and without speculation")
     return section("quality", "Quality", *reasons, scores)
 
 
@@ -258,16 +253,18 @@ def _certificates(run: Results) -> list[Section]:
         "min_detectable_tv",
     )
     audits = shown([{**record, "verdict": verdict(record)} for record in run.certificates], names, "Audits")
-    reasons = [
-        f"{record.get('engine')} {record.get('method')} {record.get('gamma')}: {'; '.join(map(str, told))}."
+    explanations = [
+        f"{record.get('engine')} {record.get('method')} {record.get('gamma')}: {'; '.join(map(str, reasons))}."
         for record in run.certificates
-        if (told := record.get("reasons")) and record["verdict"] != "lossless"
+        if (reasons := record.get("reasons")) and record["verdict"] != "lossless"
     ]
-    sentence = (
-        "Every emitted token is compared with the target's exact distribution. Lossy means wrong and unlike the "
-        "engine's own plain decoding; inconclusive says what a verdict takes."
-    )
-    return section("certificates", "Is it lossless", sentence, audits, *reasons)
+    return section("certificates", "Losslessness audits", _AUDITS, audits, *explanations)
+
+
+_AUDITS = (
+    "Each audit tests the emitted tokens against the target's exact distribution. Lossy: they deviate, and the "
+    "engine's plain decoding does not deviate likewise. Inconclusive: the reason below says what a verdict would need."
+)
 
 
 def _published(run: Results) -> list[Section]:
@@ -284,34 +281,30 @@ def _published(run: Results) -> list[Section]:
         "published_setting",
         "published_source",
     )
-    sentence = "What others measured with the same pair and method; their machine and prompts are others."
-    return section("published", "Beside published results", sentence, shown(cells, names, "Ours beside theirs"))
+    sentence = "Published for the same models and method, on other machines and prompts."
+    return section("published", "Published results", sentence, shown(cells, names, "This run and published results"))
 
 
-def _costs(run: Results, pictures: Sequence[Any]) -> list[Section]:
+def _costs(run: Results, pictures: Sequence[Picture]) -> list[Section]:
     sizes = [record for record in run.costs if record["step_s"] is None]
     steps = [record for record in run.costs if record["step_s"] is not None]
-    bandwidths = [record["read_bandwidth"] for record in sizes if record["read_bandwidth"]]
-    sentence = (
-        f"This machine reads memory at {bandwidths[0] / 1e9:.1f} GB/s; the roofline is what reading weights and cache "
-        "must take at that speed."
-        if bandwidths
-        else ""
-    )
+    bandwidth = next((record["read_bandwidth"] for record in sizes if record["read_bandwidth"]), None)
+    roofline = [_ROOFLINE.format(bandwidth / 1e9)] if bandwidth else []
+    phases = ("axis", "size", "step_s", *(f"{phase}_share" for phase in _PHASES))
     return section(
         "cost",
-        "What a step costs",
-        sentence,
+        "Step costs",
+        *roofline,
         *pictures,
         _cost_table(sizes, ("axis", "size", "median_s", "roofline_share"), "Time by size"),
-        _cost_table(
-            steps,
-            ("axis", "size", "step_s", *(f"{phase}_share" for phase in _PHASES)),
-            "Shares of a decode step; size is the number of rows",
-        ),
+        _cost_table(steps, phases, "Phases of a decode step; size is the batch size"),
     )
 
 
+_ROOFLINE = (
+    "Measured memory read bandwidth is {:.1f} GB/s; the roofline is the time it takes to read the weights and the KV "
+    "cache once at that rate."
+)
 _PHASES = ("draft", "scoring", "verification", "bookkeeping")
 
 
@@ -347,7 +340,7 @@ _CELLS = (
 
 def _cells(run: Results) -> Iterator[Any]:
     if run.cells:
-        everything = shown(run.cells, _CELLS, "Every cell; --csv has all fields of each")
+        everything = shown(run.cells, _CELLS, "Every cell; --csv has all fields")
         yield Table(everything.headings, everything.rows, everything.caption, sortable=True)
 
 
@@ -369,14 +362,14 @@ def _machine(run: Results) -> Iterator[Any]:
     }
     yield Facts(tuple((name, str(value)) for name, value in facts.items() if value not in (None, "")))
     if run.command:
-        yield "The command:"
+        yield "Command:"
         yield Command(run.command)
     else:
-        yield "The file does not tell the command that made it; files that are written now do."
+        yield "The file does not record the command that produced it; newer versions do."
 
 
 def _options(run: Results) -> dict[str, Any]:
-    """What all cells have in common."""
+    """Options that are the same in all cells."""
     names = ("dtype", "device", "quantisation", "verification", "max_tokens", "temperature", "top_p", "top_k", "seed")
     records = run.cells or run.costs
     common = {name: {str(record[name]) for record in records} for name in names if records}
@@ -388,7 +381,7 @@ def _options(run: Results) -> dict[str, Any]:
 
 
 def glossary(records: Iterable[Record]) -> Table:
-    """One sentence for each field of the records, with the heading under which the tables show it."""
+    """A sentence for each field of the records, with the heading that tables show it under."""
     names = fields.ordered(name for record in records for name in fields.scalars(record))
     rows = [
         (heading(name), name, fields.column(name).unit or "-", fields.column(name).meaning)
@@ -398,8 +391,8 @@ def glossary(records: Iterable[Record]) -> Table:
     return table(["heading", "field", "unit", "meaning"], rows)
 
 
-def document(runs: Sequence[Results], first: Sequence[Chapter] = ()) -> Document:
-    """All runs. first: chapters before them, of what differs."""
+def document(runs: Sequence[Results], compared: Sequence[Chapter] = ()) -> Document:
+    """All runs. compared: chapters on what changed between them, which come first."""
     records = [record for run in runs for record in run.records]
     chapters = [chapter(run, f"run{index}") for index, run in enumerate(runs, 1)]
-    return Document("Speculative decoding: what was measured", (*first, *chapters), glossary(records))
+    return Document("Speculative decoding benchmark", (*compared, *chapters), glossary(records))

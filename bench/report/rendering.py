@@ -1,7 +1,7 @@
-"""Results as text, tables, a page and pictures: `python -m bench.report RUN.json [OTHER.json ...]`.
+"""Results as text, tables, a page and charts: `python -m bench.report RUN.json [OTHER.json ...]`.
 
-The tables of each run are printed, and of several runs what the later ones changed against the first. Shards of one
-campaign (--shard) are one run.
+Prints the tables of each run and, given several runs, what changed in the later ones against the first. Shards of one
+campaign (--shard) count as one run.
 """
 
 from __future__ import annotations
@@ -16,10 +16,12 @@ from pathlib import Path
 from bench.records import campaigns, results
 from bench.records.results import Results
 from bench.report import changes, chapters, csv_text, markdown
-from bench.report.charts import cost as cost_charts
+from bench.report.charts import files
+from bench.report.charts.model import Picture
 from bench.report.document import Document
-from bench.report.html import page
 from bench.report.terminal import audits, cost, decoding, load
+
+REMEDY = "free space there or name another"
 
 
 def render(run: Path) -> str:
@@ -46,33 +48,38 @@ def _tables(run: Results) -> Iterator[str]:
 
 
 def document(runs: Sequence[Results]) -> Document:
-    """What the reports say: of several runs first what the later ones changed against the first."""
-    first = [changes.chapter(runs[0], after, f"changes{index}") for index, after in enumerate(runs[1:], 1)]
-    return chapters.document(runs, first)
+    """The report: what changed in the later runs against the first, then each run."""
+    compared = [changes.chapter(runs[0], after, f"changes{index}") for index, after in enumerate(runs[1:], 1)]
+    return chapters.document(runs, compared)
 
 
-def draw(run: Results, folder: Path) -> list[Path]:
-    """Draw a run's pictures into FOLDER/RUN-*.png; returns their files.
+def draw(report: Document, runs: Sequence[Results], folder: Path) -> list[Path]:
+    """Write the charts of `document(runs)` to FOLDER/RUN-*.svg and return the paths.
 
-    Raises ValueError if matplotlib is missing, or the folder cannot be written.
+    Raises ValueError if the folder cannot be written.
     """
-    try:
-        from bench.report.charts import drawing
-    except ImportError as error:
-        raise ValueError(f"plots={folder} needs matplotlib ({error}); pip install matplotlib") from error
-    try:
-        return drawing.write(cost_charts.pictures(run.pictured), folder, run.file_name, run.described())
-    except OSError as error:
-        raise ValueError(f"plots={folder} must be a folder that can be written ({error.strerror}); {REMEDY}") from error
+    paths = []
+    for chapter, run in zip(report.chapters, [*runs[1:], *runs], strict=True):
+        pictures = [part for section in chapter.sections for part in section.parts if isinstance(part, Picture)]
+        try:
+            paths += files.write(pictures, folder, run.file_name, run.described())
+        except OSError as error:
+            raise ValueError(f"plots={folder} must be a writable folder ({error.strerror}); {REMEDY}") from error
+    return paths
 
 
-REMEDY = "free space there, or name another"
+def _page(report: Document, path: Path) -> str:
+    try:
+        from bench.report.html import page
+    except ImportError as error:  # the other outputs need no template engine
+        raise ValueError(f"html={path} needs Jinja2 ({error}); pip install jinja2") from error
+    return page.render(report)
 
 
 def write(option: str, path: Path, content: str) -> None:
-    """Write a file whole or not at all: where it cannot be, what was there before is kept.
+    """Write a file atomically: on failure its former content is kept.
 
-    Raises ValueError naming the option.
+    Raises ValueError, which names the option.
     """
     try:
         if path.exists() and not path.is_file():  # a device or a pipe
@@ -80,11 +87,11 @@ def write(option: str, path: Path, content: str) -> None:
         else:
             _replace(path, content)
     except OSError as error:
-        raise ValueError(f"{option}={path} must be a file that can be written ({error.strerror}); {REMEDY}") from error
+        raise ValueError(f"{option}={path} must be a writable file ({error.strerror}); {REMEDY}") from error
 
 
 def _replace(path: Path, content: str) -> None:
-    descriptor, beside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with open(descriptor, "w", encoding="utf-8", newline="") as stream:
             stream.write(content)
@@ -92,26 +99,28 @@ def _replace(path: Path, content: str) -> None:
             os.fsync(stream.fileno())
         umask = os.umask(0)
         os.umask(umask)
-        os.chmod(beside, 0o666 & ~umask)  # as any other file; a temporary one is its owner's alone
-        os.replace(beside, path)
+        os.chmod(temporary, 0o666 & ~umask)  # mkstemp makes files that only their owner can read
+        os.replace(temporary, path)
     except BaseException:
-        os.unlink(beside)
+        os.unlink(temporary)
         raise
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__)
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN.json", help="of `pytest bench/ --benchmark-json`")
-    parser.add_argument("--html", type=Path, metavar="FILE", help="a page with tables and pictures; needs nothing else")
-    parser.add_argument("--markdown", type=Path, metavar="FILE", help="the same without pictures")
-    parser.add_argument("--csv", type=Path, metavar="FILE", help="a row for each cell, with all fields, in SI units")
-    parser.add_argument("--plots", type=Path, metavar="FOLDER", help="draw pictures into this folder; needs matplotlib")
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN.json", help="from `pytest bench/ --benchmark-json`")
+    parser.add_argument(
+        "--html", type=Path, metavar="FILE", help="write a self-contained page with tables and charts; needs Jinja2"
+    )
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the same without charts")
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="write one row per cell with all fields, in SI units")
+    parser.add_argument("--plots", type=Path, metavar="FOLDER", help="write the charts as SVG files to this folder")
     arguments = parser.parse_args()
     try:
         _report(arguments)
     except ValueError as error:
         parser.error(str(error))
-    except BrokenPipeError:  # `| head` has read enough; files have been written before
+    except BrokenPipeError:  # as with `| head`: all files have been written by now
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
@@ -120,21 +129,15 @@ def _report(arguments: argparse.Namespace) -> None:
     try:
         texts = [text(run) for run in runs]
         differences = [line for after in runs[1:] for line in ("", *changes.lines(runs[0], after))]
-        told = document(runs)
-        pages = page.render(told) if arguments.html else ""
+        report = document(runs)
+        page = _page(report, arguments.html) if arguments.html else ""
     except (KeyError, TypeError, AttributeError, ArithmeticError, IndexError) as error:
         names = ", ".join(map(str, arguments.runs))
-        message = f"{names} must be written by `pytest bench/ --benchmark-json`; {error!r} is invalid"
-        raise ValueError(message) from error
-    contents = {"html": pages, "markdown": markdown.render(told), "csv": csv_text.render(runs)}
-    written = [path for option in contents if (path := getattr(arguments, option))]
-    for option, content in contents.items():
-        if path := getattr(arguments, option):
-            write(option, path, content)
-    drawn = [path for run in runs if arguments.plots for path in draw(run, arguments.plots)]
-    lines = ["\n\n".join(texts), *differences, *(f"written: {path}" for path in written)]
+        raise ValueError(f"{names} must be written by `pytest bench/ --benchmark-json`; it raised {error!r}") from error
+    contents = {"html": page, "markdown": markdown.render(report), "csv": csv_text.render(runs)}
+    written = [(option, path) for option in contents if (path := getattr(arguments, option))]
+    for option, path in written:
+        write(option, path, contents[option])
+    drawn = draw(report, runs, arguments.plots) if arguments.plots else []
+    lines = ["\n\n".join(texts), *differences, *(f"written: {path}" for _, path in written)]
     print(*lines, *(f"drawn: {path}" for path in drawn), sep="\n", flush=True)
-
-
-if __name__ == "__main__":
-    main()

@@ -103,7 +103,7 @@ def test_a_report_needs_neither_torch_nor_pytest() -> None:
     run = ROOT / "bench" / "baselines" / "engines-cpu.json"
     code = (
         f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
-        "missing = ('torch', 'transformers', 'pytest', 'scipy', 'datasets', 'vllm')\n"
+        "missing = ('torch', 'transformers', 'pytest', 'scipy', 'datasets', 'vllm', 'jinja2', 'matplotlib')\n"
         "sys.modules.update(dict.fromkeys(missing))\n"
         "from bench.report.rendering import main; main()"
     )

@@ -1,4 +1,4 @@
-"""Charts as plain data: made in `charts.decoding` and `charts.cost`, drawn by `charts.drawing` and `html.svg`."""
+"""Charts as plain data: built by the other modules of this package, drawn by `charts.svg`."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Series:
-    """Points of one kind. low, high: ends of their intervals, or None. dashed: computed or for comparison.
+    """Points of one color and marker, which `kind` selects; -1 is the neutral one of plain decoding.
 
-    kind: series of the same kind have the same colour. line: whether the points are joined, but for the last
-    num_loose. names: of each point, where its place on the x axis does not say what it is.
+    low, high: ends of the points' intervals. dashed: predicted, or a line to compare with. line: whether the points are
+    joined; the last `num_detached` never are. names: what each point is, where its x value does not say it.
     """
 
     label: str
@@ -21,16 +21,16 @@ class Series:
     high: tuple[float, ...] | None = None
     dashed: bool = False
     line: bool = True
-    num_loose: int = 0
+    num_detached: int = 0
     names: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Chart:
-    """Lines over numbers. name: of its file. title: what is shown, and in a second line of which models and prompts.
+    """Series over a numeric x axis.
 
-    log_x, log_y: powers of two, or of ten where x has none. ticks: labels of places on the x axis, where the numbers
-    themselves do not say it.
+    name: part of the file name. title: what is shown and, on a second line, for which models and prompts. ticks: places
+    and labels of the x axis, where numbers alone would not do. y_max: least value the y axis reaches.
     """
 
     name: str
@@ -41,12 +41,12 @@ class Chart:
     log_x: bool = False
     log_y: bool = False
     ticks: tuple[tuple[float, str], ...] | None = None
-    y_most: float = 0.0
+    y_max: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class Bars:
-    """Stacked bars, each of parts that add up to 1. bars: (label, note at its end, parts)."""
+    """Stacked bars whose shares add up to 1. bars: (label, note at the right, one share per part)."""
 
     name: str
     title: str
@@ -57,7 +57,7 @@ class Bars:
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """One row of `Rows`: a value with the ends of its interval (the value itself, if it has none), and a prediction."""
+    """One row of `Rows`: a value, the ends of its interval (the value itself if it has none) and a prediction."""
 
     label: str
     value: float
@@ -69,13 +69,22 @@ class Line:
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """Values with intervals, one below the other. reference: the value that they are compared with."""
+    """A forest plot: values with intervals, one per row, against a reference value.
+
+    x_min, x_max: what the axis includes. digits: decimals of the values. keys: (kind, meaning) of colors that labels do
+    not explain.
+    """
 
     name: str
     title: str
     x_label: str
     lines: tuple[Line, ...]
     reference: float = 1.0
+    reference_label: str = "plain decoding"
+    x_min: float = 0.0
+    x_max: float = 0.0
+    digits: int = 2
+    keys: tuple[tuple[int, str], ...] = ()
 
 
 Picture = Chart | Bars | Rows

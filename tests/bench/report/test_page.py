@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from html.parser import HTMLParser
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +13,8 @@ from helpers.bench_runs import audited, decoded, loaded, sized, write
 
 from bench.records import campaigns, fields
 from bench.report import rendering
-from bench.report.charts.model import Bars, Chart, Line, Rows, Series
 from bench.report.document import Chapter, Document, Section, Table, table
-from bench.report.html import page, svg
-from bench.report.html.markup import Markup, element, join
+from bench.report.html import page
 
 BASELINES = Path(__file__).parents[3] / "bench" / "baselines"
 HOSTILE = "\"><script>alert(1)</script><img src=http://e/x onerror=alert(2)>&amp;'"
@@ -123,10 +120,10 @@ def test_energy_quality_audits_and_published_results_are_told(tmp_path: Path) ->
     records = [decoded("ngram", 2, **energy, **score, **source), audited("lossy"), audited("lossless", gamma=4)]
     parsed = Parsed(page_of(tmp_path, *records))
     assert parsed.table("Energy, power")[1][3:] == ["12.5", "0.125", "0.500", "50.0"]
-    told = {caption: parsed.table(caption)[1] for caption in ("The workload's", "Audits", "Ours beside theirs")}
+    told = {caption: parsed.table(caption)[1] for caption in ("The workload's", "Audits", "This run and published")}
     assert told["The workload's"][3:] == ["rouge_1", "0.250", "0.500", "-0.250 [-0.500, +0.000]"]
     assert told["Audits"][3:] == ["token", "lossy", "0.5", "0.75", "20,000", "0.03", "0.04"]
-    assert told["Ours beside theirs"][3:] == ["2.00 [1.50, 2.50]", "1.84", "50.0%", "32.0%", "3.00", "a paper"]
+    assert told["This run and published"][3:] == ["2.00 [1.50, 2.50]", "1.84", "50.0%", "32.0%", "3.00", "a paper"]
     assert "specdec ngram 2: p is small." in parsed.texts
     assert "1 of 2" in parsed.texts
 
@@ -137,7 +134,7 @@ def test_load_is_told_by_rate(tmp_path: Path) -> None:
     assert parsed.texts[parsed.texts.index("1 requests/s") + 1] == (
         "up to this rate specdec with ngram, gamma 2, pays, by median latency; at 2.5 it does not"
     )
-    rows = parsed.table("Each rate")
+    rows = parsed.table("By arrival rate")
     told = dict(zip(rows[0], rows[4], strict=True))
     assert {name: told[name] for name in ("rate", "method", "requests", "goodput", "latency 95 %, s")} == {
         **{"rate": "2.5", "method": "ngram", "requests": "10", "goodput": "1.25", "latency 95 %, s": "5"},
@@ -149,7 +146,7 @@ def test_load_is_told_by_rate(tmp_path: Path) -> None:
 def test_what_is_not_known_says_why(tmp_path: Path) -> None:
     reasons = {"energy_reason": "there is no meter", "quality_metric": "pass_at_1", "quality_reason": "code is not run"}
     parsed = Parsed(page_of(tmp_path, decoded("ngram", 2, **reasons), decoded("eagle", 2)))
-    assert "Energy was not measured of 1 cells: there is no meter." in parsed.texts
+    assert "Energy was not measured in 1 cells: there is no meter." in parsed.texts
     assert "Outputs were not scored: code is not run." in parsed.texts
 
 
@@ -157,7 +154,7 @@ def test_how_it_was_measured_is_told(tmp_path: Path) -> None:
     parsed = Parsed(page_of(tmp_path, decoded("ngram", 2), command="pytest bench/ --gammas '2'"))
     for text in ("2026-01-02 03:04:05 UTC", "a processor", "2.13.0", "abc", "pytest bench/ --gammas '2'"):
         assert text in parsed.texts
-    assert any("does not tell the command" in text for text in Parsed(page_of(tmp_path, decoded("ngram", 2))).texts)
+    assert any("does not record the command" in text for text in Parsed(page_of(tmp_path, decoded("ngram", 2))).texts)
 
 
 def test_every_heading_that_shows_a_field_is_explained(tmp_path: Path) -> None:
@@ -179,108 +176,6 @@ def test_figures_have_their_numbers_beside_them(tmp_path: Path) -> None:
         ["ngram", "gamma 2", "0.5 [0.25, 0.75]"],
         ["ngram", "gamma auto", "0.625 [0.25, 0.75]"],
     ] in list(numbers_of(parsed))
-
-
-CHART = Chart(
-    "name",
-    "what\nof which",
-    "gamma: tokens",
-    "speed-up",
-    (
-        Series("a", (1.0, 2.0, 4.0), (1.0, 1.5, 3.0), 0, (0.5, 1.0, 2.0), (2.0, 2.5, 3.5), num_loose=1),
-        Series("b", (1.0, 4.0), (0.25, 2.0), 1),
-        Series("b: predicted", (1.0, 4.0), (0.5, 1.75), 1, dashed=True),
-    ),
-)
-
-
-def scale_of(drawn: str, attribute: str, labels: str) -> tuple[float, float]:
-    """(place of 0, places for 1) of an axis, by two of its labels: as a reader finds it."""
-    found = {
-        float(text): float(place)
-        for place, text in re.findall(rf'<text {attribute}="([\d.]+)"[^>]*class="{labels}">([\d.]+)</text>', drawn)
-    }
-    (first, start), (last, end) = min(found.items()), max(found.items())
-    unit = (end - start) / (last - first)
-    return start - first * unit, unit
-
-
-def test_what_is_drawn_stands_where_its_numbers_are() -> None:
-    drawn = svg.draw(CHART)
-    x0, x1 = scale_of(re.sub(r' y="[\d.]+"', "", drawn), "x", "mid")
-    y0, y1 = scale_of(re.sub(r' x="[\d.]+"', "", drawn), "y", "end")
-    y0 -= 4  # a label stands that much below its line
-    points = re.findall(r'<path d="M([\d.]+) ([\d.]+)[^"]*" class="point"/>', drawn)
-    read = [((float(x) - x0) / x1, (float(y) - y0) / y1) for x, y in points]
-    expected = [point for series in CHART.series if not series.dashed for point in zip(series.x, series.y, strict=True)]
-    assert [y for _, y in read] == pytest.approx([y for _, y in expected], abs=0.01)
-    assert [x for x, _ in read] == pytest.approx([x for x, _ in expected], abs=0.04)  # beside each other
-    whiskers = re.findall(r'd="M[\d.]+ ([\d.]+)V([\d.]+)M', drawn)
-    ends = [tuple((float(y) - y0) / y1 for y in pair) for pair in whiskers]
-    assert ends == [pytest.approx(pair, abs=0.01) for pair in ((0.5, 2.0), (1.0, 2.5), (2.0, 3.5))]
-    lines = re.findall(r'<path d="M([^"]+)" class="(line|dash)"/>', drawn)
-    assert sorted((kind, path.count("L")) for path, kind in lines) == [("dash", 1), ("line", 1), ("line", 1)]
-
-
-def test_one_long_interval_does_not_press_all_else_together() -> None:
-    """It goes on beyond the axis, without a cap; its end is told in words."""
-    series = Series("a", (1.0, 2.0), (1.0, 2.0), 0, (0.5, 1.0), (1.5, 90.0))
-    drawn = svg.draw(Chart("", "", "gamma", "", (series,)))
-    labels = [float(label) for label in re.findall(r'class="end">([\d.]+)</text>', drawn)]
-    assert max(labels) == 6
-    assert "a, gamma 2: 2 [1, 90]" in drawn
-    whiskers = re.findall(r'd="(M[\d. ]+V[^"]+)"', drawn)
-    assert [path.count("h6") for path in whiskers] == [2, 1]
-    assert float(whiskers[1].partition("V")[2].partition("M")[0]) == svg.TOP
-    rows = svg.draw(Rows("", "", "", (Line("a", 2.0, 1.0, 90.0), Line("b", 1.0, 0.5, 1.5))))
-    assert max(float(label) for label in re.findall(r'class="mid">([\d.]+)</text>', rows)) == 6
-    assert "2.00 [1.00, 90.00]" in rows
-
-
-def test_rows_and_bars_are_drawn_to_scale() -> None:
-    rows = Rows("name", "title", "speed-up", (Line("a", 1.5, 1.25, 2.0, 0, 1.75), Line("b", 0.5, 0.5, 0.5, 1)))
-    drawn = svg.draw(rows)
-    x0, x1 = scale_of(re.sub(r' y="[\d.]+"', "", drawn), "x", "mid")
-    points = [(float(x) - x0) / x1 for x in re.findall(r'<path d="M([\d.]+) [^"]*" class="point"/>', drawn)]
-    assert points == pytest.approx([1.5, 0.5], abs=0.01)
-    (predicted,) = re.findall(r'<line x1="([\d.]+)"[^>]*class="predicted"/>', drawn)
-    assert (float(predicted) - x0) / x1 == pytest.approx(1.75, abs=0.01)
-    bars = Bars("name", "title", "share", ("draft", "scoring"), (("a", "1 ms", (0.25, 0.75)),))
-    widths = [float(width) for width in re.findall(r'width="([\d.]+)"', svg.draw(bars))]
-    assert widths[1] == pytest.approx(3 * widths[0], rel=1e-3)
-
-
-@pytest.mark.parametrize(
-    ("most", "labels"),
-    [(1.0, "0 0.2 0.4 0.6 0.8 1"), (2.86, "0 1 2 3"), (0.29, "0 0.1 0.2 0.3"), (4000.0, "0 1,000 2,000 3,000 4,000")],
-)
-def test_ticks_are_round_and_hold_all(most: float, labels: str) -> None:
-    assert " ".join(label for _, label in svg.ticks(most)) == labels
-    assert svg.ticks(most)[-1][0] >= most
-
-
-def test_labels_of_an_axis_do_not_touch_each_other() -> None:
-    sizes = tuple(float(2**power) for power in range(20))
-    drawn = svg.draw(Chart("", "", "", "", (Series("", sizes, sizes),), log_x=True))
-    labels = re.findall(r'<text x="([\d.]+)" y="256" class="mid">([\d,]+)</text>', drawn)
-    ends = [(float(x) - 3 * len(text), float(x) + 3 * len(text)) for x, text in labels]
-    assert len(labels) > 5
-    assert all(right < left for (_, right), (left, _) in pairwise(ends))
-    assert labels[-1][1] == "524,288"
-
-
-def test_colours_and_forms_tell_methods_apart() -> None:
-    forms = {svg.marker(kind, 0, 0) for kind in range(svg.NUM_KINDS)}
-    style = page.STYLE.read_text()
-    assert len(forms) == svg.NUM_KINDS
-    for scheme in (style[: style.index("@media")], style[style.index("@media") :]):
-        colours = re.findall(r"--k\d: (#\w+);", scheme)
-        assert len(set(colours)) == len(colours) == svg.NUM_KINDS
-
-
-def test_text_is_escaped_wherever_it_comes_from() -> None:
-    assert element("p", "<b>", title='"') == '<p title="&quot;">&lt;b&gt;</p>'
-    assert join("<", Markup("<br>")) == "&lt;<br>"
 
 
 def test_hostile_records_are_only_text(tmp_path: Path) -> None:
@@ -305,7 +200,7 @@ def check_is_self_contained(text: str) -> None:
         assert not {"src", "srcset", "data", "action", "xlink:href", "style"} & set(attributes)
         assert not any(name.startswith("on") for name in attributes)
         assert (attributes.get("href") or "#").startswith("#")
-    for asset in (page.STYLE, page.SCRIPT):
+    for asset in (*page.STYLES, page.SCRIPT):
         assert not re.search(r"url\(|@import|@font-face|https?:|fetch|import\(|XMLHttp", asset.read_text())
     targets = {attributes["id"] for _, attributes in parsed.tags if "id" in attributes}
     links = {(attributes["href"] or "")[1:] for tag, attributes in parsed.tags if tag == "a"}
@@ -330,21 +225,21 @@ def many(number: int) -> list[Any]:
     return [decoded("ngram", gamma, workload=f"w{block}") for block in range(number // 4) for gamma in (1, 2, 4, 8)]
 
 
-def test_a_large_page_leaves_out_pictures_and_says_so(tmp_path: Path) -> None:
+def test_a_large_page_omits_charts_and_says_so(tmp_path: Path) -> None:
     document = rendering.document(campaigns.read_all([write(tmp_path / "run.json", many(400))]))
     whole, small = page.render(document), page.render(document, 500_000)
     assert len(whole.encode()) > 500_000 >= len(small.encode())
-    assert "pictures are left out, to keep the page small; --plots draws them all." in small
+    assert "charts are omitted to keep the page small; --plots writes all of them." in small
     assert len(Parsed(small).table("Every cell")) == 401
-    assert "left out, to keep" not in whole
+    assert "are omitted to keep" not in whole
 
 
-def test_a_larger_one_leaves_out_rows_and_says_so() -> None:
+def test_a_larger_one_omits_rows_and_says_so() -> None:
     cells = Table(table(["cell"], []).headings, (("x" * 90,),) * 5000, "Every cell", sortable=True)
     section = Section("cells", "All cells", (cells,))
     document = Document("title", (Chapter("run", "run", (), (), (section,)),), table(["a", "b", "c", "d"], []))
     text = page.render(document, 200_000)
-    assert len(Parsed(text).table("Every cell: the first 1000 of 5000 rows; --csv has all cells")) == 1001
+    assert len(Parsed(text).table("Every cell: the first 1000 of 5000 rows; --csv has all of them")) == 1001
     with pytest.raises(ValueError, match=r"the page has \d+ bytes and must have at most 10; report fewer runs"):
         page.render(document, 10)
 

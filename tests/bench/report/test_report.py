@@ -168,7 +168,7 @@ def test_a_target_that_cannot_be_written_is_named(
     with pytest.raises(SystemExit) as left:
         command(monkeypatch, run, f"--{option}", target)
     assert left.value.code == 2
-    message = f"{option}={target} must be a file that can be written (No such file or directory); free space there"
+    message = f"{option}={target} must be a writable file (No such file or directory); free space there"
     assert message in capsys.readouterr().err
 
 
@@ -193,8 +193,9 @@ def test_a_full_device_is_named() -> None:
 
 def test_a_folder_of_pictures_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match=r"plots=.*file must be a folder that can be written \(File exists\)"):
-        rendering.draw(run_of(tmp_path, decoded("ngram", 2)), tmp_path / "file")
+    runs = [run_of(tmp_path, decoded("ngram", 2))]
+    with pytest.raises(ValueError, match=r"plots=.*file must be a writable folder \(File exists\)"):
+        rendering.draw(rendering.document(runs), runs, tmp_path / "file")
 
 
 def test_what_no_one_could_foresee_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:

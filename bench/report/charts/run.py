@@ -1,0 +1,24 @@
+"""All charts of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from bench.report.charts import cost, decoding, load
+from bench.report.charts.model import Picture
+
+Record = dict[str, Any]
+
+
+def pictures(records: Sequence[Record]) -> list[Picture]:
+    """All charts that the records have the values for."""
+    return [picture for section in sections(records).values() for picture in section]
+
+
+def sections(records: Sequence[Record]) -> dict[str, list[Picture]]:
+    """The same by section of the report, in its order."""
+    costs = [record for record in records if record.get("axis") is not None]
+    loads = [record for record in records if record.get("rate") is not None]
+    cells = [record for record in records if record.get("axis") is None and record.get("rate") is None]
+    return {**decoding.sections(cells), "load": list(load.charts(loads)), "cost": list(cost.charts(costs))}
