@@ -1,17 +1,26 @@
-"""The page in a real browser: no error, nothing fetched, everything to be seen, at any width, light and dark."""
+"""The page in a real browser: no errors, nothing fetched, everything visible, at any width, in light and dark."""
 
 from __future__ import annotations
 
+import io
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
+import matplotlib.image
 import pytest
+
+pytest.importorskip("playwright", reason="needs Playwright: pip install playwright")
+
 from helpers import browser
 from helpers.bench_runs import audited, decoded, loaded, sized, write
-from helpers.browser import Browser
+from helpers.browser import Opened, opened
+from playwright.sync_api import Browser
 
 from bench.records import campaigns
 from bench.report import rendering
+from bench.report.charts import files
+from bench.report.charts import run as charts
 from bench.report.html import page
 
 PROGRAM = browser.executable()
@@ -19,7 +28,7 @@ pytestmark = pytest.mark.skipif(PROGRAM is None, reason="needs a browser: apt-ge
 
 BASELINES = Path(__file__).parents[3] / "bench" / "baselines"
 WIDTH = "document.documentElement.scrollWidth"  # innerWidth grows with it on telephones
-# elements with a place on the page, of all that there are
+# elements that take up space, of all that a selector finds
 SEEN = (
     "(of => [...document.querySelectorAll(of)].filter(each => each.checkVisibility() && each.offsetWidth !== 0).length)"
 )
@@ -48,99 +57,141 @@ def everything(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def engines(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The page of a committed run, as it is made now."""
+    """The page of a committed run, as it is rendered now."""
     path = tmp_path_factory.mktemp("page") / "engines-cpu.html"
     path.write_text(page.render(rendering.document(campaigns.read_all([BASELINES / "engines-cpu.json"]))))
     return path
 
 
-@pytest.mark.parametrize("width", [1400, 400])
+def check_is_clean(found: Opened, path: Path, width: int) -> None:
+    assert (found.errors, found.requests) == ([], [path.as_uri()])
+    assert found.page.evaluate(WIDTH) <= width
+
+
+@pytest.mark.parametrize("width", [1280, 400])
 def test_a_real_run_is_seen_whole(width: int, engines: Path, window: Browser) -> None:
-    path = engines
-    window.open(path, width)
-    assert window.errors() == []
-    assert window.requests() == [path.as_uri()]
-    assert window.evaluate(WIDTH) <= width
-    tables, figures = path.read_text().count("<table"), path.read_text().count("<figure")
+    tables, figures = engines.read_text().count("<table"), engines.read_text().count("<figure")
     assert figures >= 20
-    assert window.evaluate(f"{SEEN}('figure svg.chart')") == figures
-    assert window.evaluate(f"{SEEN}('table')") == tables - figures  # those of the figures are folded
-    assert window.evaluate("document.querySelectorAll('svg.chart path.point').length") > 100
+    with opened(window, engines, width) as found:
+        check_is_clean(found, engines, width)
+        assert found.page.evaluate(f"{SEEN}('figure svg.chart')") == figures
+        assert found.page.evaluate(f"{SEEN}('table')") == tables - figures  # those of the figures are folded
+        assert found.page.evaluate("document.querySelectorAll('svg.chart path.point').length") > 100
 
 
-@pytest.mark.parametrize("width", [1400, 400])
+@pytest.mark.parametrize("width", [1280, 400])
 @pytest.mark.parametrize("script", [True, False])
 def test_all_kinds_of_cells_are_seen_with_and_without_script(
     width: int, script: bool, everything: Path, window: Browser
 ) -> None:
-    window.open(everything, width, script=script)
-    assert (window.errors(), window.requests()) == ([], [everything.as_uri()])
-    shown = window.html()
-    for title in (
-        "What changed: after against before",
-        "Under load",
-        "Is it lossless",
-        "What a step costs",
-        "Glossary",
-    ):
-        assert title in shown
-    window.call("Emulation.setScriptExecutionDisabled", value=False)  # the page was loaded without; now it is looked at
-    assert window.evaluate(WIDTH) <= width
-    assert window.evaluate(f"{SEEN}('figure svg.chart')") == everything.read_text().count("<figure")
-    assert window.evaluate(f"{ROWS}.length") == 10 + 4 + 4  # of the differences, and of each run's cells
-    assert window.evaluate("document.querySelectorAll('input').length") == (3 if script else 0)
+    with opened(window, everything, width, script=script) as found:
+        check_is_clean(found, everything, width)
+        for title in ("What changed: after against before", "Under load", "Losslessness", "Step costs", "Glossary"):
+            assert found.page.get_by_role("heading", name=title).first.is_visible()
+        assert found.page.evaluate(f"{SEEN}('figure svg.chart')") == everything.read_text().count("<figure")
+        assert found.page.evaluate(f"{ROWS}.length") == 10 + 4 + 4  # of the differences, and of each run's cells
+        assert found.page.locator("input").count() == (3 if script else 0)
 
 
-def test_figures_are_as_wide_as_their_frame_and_labels_within(everything: Path, engines: Path, window: Browser) -> None:
+def test_charts_have_names_and_descriptions_for_screen_readers(engines: Path, window: Browser) -> None:
+    with opened(window, engines) as found:
+        charts = found.page.get_by_role("img", name=re.compile("^Speed-up over plain decoding, each method"))
+        assert charts.count() == 1
+        session = found.page.context.new_cdp_session(found.page)
+        nodes = session.send("Accessibility.getFullAXTree")["nodes"]
+        images = [each for each in nodes if each["role"]["value"] in ("image", "img", "graphics-document")]
+        assert len(images) == engines.read_text().count("<figure")
+        assert all(each["name"]["value"] for each in images)
+        assert any("specdec ngram, gamma auto: 1.78 [1.34, 2.43]" in each["description"]["value"] for each in images)
+
+
+@pytest.mark.parametrize("width", [1280, 400])
+def test_figures_fill_their_frames_and_labels_are_inside(
+    width: int, everything: Path, engines: Path, window: Browser
+) -> None:
+    outside = """[...document.querySelectorAll('svg.chart')].flatMap(image => {
+        const frame = image.getBoundingClientRect();
+        return [...image.querySelectorAll('text')].filter(text => {
+            const place = text.getBoundingClientRect();
+            return place.left < frame.left - 1 || place.right > frame.right + 1
+                || place.top < frame.top - 1 || place.bottom > frame.bottom + 1;
+        }).map(text => text.textContent);
+    })"""
+    sizes = "[...document.querySelectorAll('svg.chart')].map(each => each.getBoundingClientRect().width)"
     for path in (everything, engines):
-        for width in (1400, 400):
-            window.open(path, width)
-            outside = """[...document.querySelectorAll('svg.chart')].flatMap(image => {
-                const frame = image.getBoundingClientRect();
-                return [...image.querySelectorAll('text')].filter(text => {
-                    const place = text.getBoundingClientRect();
-                    return place.left < frame.left - 1 || place.right > frame.right + 1
-                        || place.top < frame.top - 1 || place.bottom > frame.bottom + 1;
-                }).map(text => text.textContent);
-            })"""
-            assert window.evaluate(outside) == []
-            sizes = "[...document.querySelectorAll('svg.chart')].map(each => each.getBoundingClientRect().width)"
-            assert min(window.evaluate(sizes)) > 330  # 11 px letters are 8 px there at the least
+        with opened(window, path, width) as found:
+            assert found.page.evaluate(outside) == []
+            assert min(found.page.evaluate(sizes)) > 330  # letters of 11 are 8 pixels there
 
 
-def test_labels_do_not_lie_upon_each_other(everything: Path, engines: Path, window: Browser) -> None:
+def test_labels_overlap_neither_each_other_nor_a_line(everything: Path, engines: Path, window: Browser) -> None:
+    overlapping = """[...document.querySelectorAll('svg.chart')].flatMap(image => {
+        const box = each => [each, each.getBoundingClientRect()];
+        const texts = [...image.querySelectorAll('text')].map(box);
+        const lines = [...image.querySelectorAll('.reference, .grid, .predicted, .base, .track')].map(box);
+        return texts.flatMap(([one, a], index) => [...texts.slice(index + 1), ...lines].filter(([other, b]) =>
+            a.left < b.right - 1 && b.left < a.right - 1 && a.top < b.bottom - 3 && b.top < a.bottom - 3
+        ).map(([other]) => one.textContent + ' / ' + (other.textContent || other.getAttribute('class'))));
+    })"""
     for path in (everything, engines):
-        window.open(path)
-        overlapping = """[...document.querySelectorAll('svg.chart')].flatMap(image => {
-            const places = [...image.querySelectorAll('text')].map(text => [text, text.getBoundingClientRect()]);
-            return places.flatMap(([one, a], index) => places.slice(index + 1).filter(([other, b]) =>
-                a.left < b.right - 1 && b.left < a.right - 1 && a.top < b.bottom - 3 && b.top < a.bottom - 3
-            ).map(([other]) => one.textContent + ' / ' + other.textContent));
-        })"""
-        assert window.evaluate(overlapping) == []
+        with opened(window, path) as found:
+            assert found.page.evaluate(overlapping) == []
+
+
+def edges(found: Opened, region: str) -> list[float]:
+    """How much each edge of an element differs from its middle, in the mean brightness of a column of pixels."""
+    shot = found.page.locator(region).first.screenshot()
+    brightness = matplotlib.image.imread(io.BytesIO(shot))[..., :3].mean((0, 2))
+    middle = brightness[len(brightness) // 2 - 20 : len(brightness) // 2 + 20].max()
+    return [abs(float(middle - brightness[index])) for index in (0, -2)]
+
+
+def test_a_table_shows_on_which_side_it_goes_on(tmp_path: Path, window: Browser) -> None:
+    cell = "".join(f"<td>{'&nbsp;' * 40}</td>" for _ in range(8))
+    style = "".join(path.read_text() for path in page.STYLES)
+    html = "<style>{}</style><div class=scroll><table><tr>{}</tr></table></div>"
+    for dark in (False, True):
+        for name, cells in (("wide", cell), ("narrow", "<td>a</td>")):
+            (tmp_path / f"{name}.html").write_text(html.format(style, cells))
+        with opened(window, tmp_path / "narrow.html", 400, dark=dark) as found:
+            assert max(edges(found, ".scroll")) < 0.02
+        with opened(window, tmp_path / "wide.html", 400, dark=dark) as found:
+            left, right = edges(found, ".scroll")
+            assert left < 0.02 < 0.05 < right
+            found.page.evaluate("document.querySelector('.scroll').scrollLeft = 1e6")
+            left, right = edges(found, ".scroll")
+            assert right < 0.02 < 0.05 < left
+
+
+def test_wide_tables_scroll_by_keyboard(engines: Path, window: Browser) -> None:
+    with opened(window, engines, 400) as found:
+        region = found.page.get_by_role("region", name="Every cell; --csv has all fields")
+        assert region.evaluate("each => each.scrollWidth > each.clientWidth")
+        region.focus()
+        found.page.keyboard.press("ArrowRight")
+        found.page.wait_for_function("document.activeElement.scrollLeft > 0")
 
 
 def test_rows_are_sorted_and_filtered(engines: Path, window: Browser) -> None:
-    window.open(engines)
-    column = f"{ROWS}.map(row => row.cells[3].textContent)"
-    heading = "document.querySelectorAll('.sortable th')[3]"
-    assert window.evaluate(f"{heading}.textContent") == "tokens/s"
-    before = window.evaluate(column)
-    assert window.evaluate(f"{heading}.click(); {column}") == sorted(before, key=float, reverse=True)
-    assert window.evaluate(f"{heading}.click(); {column}") == sorted(before, key=float)
-    speedups = f"{ROWS}.map(row => row.cells[7].textContent)"
-    window.evaluate("document.querySelectorAll('.sortable th')[7].click()")
-    assert window.evaluate(speedups)[-3:] == ["-", "-", "-"]  # plain decoding has none, and comes last
-    window.evaluate(
-        "filter = document.querySelector('.filter'); filter.value = 'vllm eagle';"
-        "filter.dispatchEvent(new Event('input'))"
-    )
-    names = window.evaluate(f"{ROWS}.map(row => row.cells[0].textContent + ' ' + row.cells[1].textContent)")
-    assert names == ["vllm eagle"] * 3
+    with opened(window, engines) as found:
+        column = f"{ROWS}.map(row => row.cells[3].textContent)"
+        heading = found.page.locator(".sortable th").nth(3)
+        assert heading.text_content() == "tokens/s"
+        before = found.page.evaluate(column)
+        heading.click()
+        assert found.page.evaluate(column) == sorted(before, key=float, reverse=True)
+        heading.click()
+        assert found.page.evaluate(column) == sorted(before, key=float)
+        found.page.locator(".sortable th").nth(7).click()
+        # plain decoding has no speed-up, and comes last
+        assert found.page.evaluate(f"{ROWS}.map(row => row.cells[7].textContent)")[-3:] == ["-", "-", "-"]
+        found.page.locator(".filter").fill("vllm eagle")
+        names = found.page.evaluate(f"{ROWS}.map(row => row.cells[0].textContent + ' ' + row.cells[1].textContent)")
+        assert names == ["vllm eagle"] * 3
 
 
-def test_what_is_written_can_be_read_in_light_and_dark(engines: Path, window: Browser) -> None:
-    """Contrast as WCAG 2.1 has it: 4.5 of text, 3 of lines and points."""
+def test_text_and_points_have_contrast_in_light_and_dark(engines: Path, window: Browser) -> None:
+    """The minimum of WCAG 2.1: 4.5 for text, 3 for points."""
     measured = """(() => {
         const parts = text => text.match(/[\\d.]+/g).slice(0, 3).map(Number);
         const light = text => {
@@ -162,16 +213,34 @@ def test_what_is_written_can_be_read_in_light_and_dark(engines: Path, window: Br
     })()"""
     grounds = []
     for dark in (False, True):
-        window.open(engines, dark=dark)
-        found = window.evaluate(measured)
-        assert found["text"] >= 4.5
-        assert found["points"] >= 3
-        grounds.append(found["page"])
+        with opened(window, engines, dark=dark) as found:
+            contrast = found.page.evaluate(measured)
+        assert contrast["text"] >= 4.5
+        assert contrast["points"] >= 3
+        grounds.append(contrast["page"])
     assert grounds[0] > 0.9 > 0.05 > grounds[1]
+
+
+def test_files_of_charts_are_shown_by_a_browser(tmp_path: Path, window: Browser) -> None:
+    """As images, alone: in the size that they ask for, with all their text inside."""
+    (run,) = campaigns.read_all([BASELINES / "engines-cpu.json"])
+    for path in files.write(charts.pictures(run.pictured)[:2], tmp_path, "run", run.described()):
+        (tmp_path / "image.html").write_text(f"<img src='{path.name}' alt=''>")
+        with opened(window, tmp_path / "image.html") as found:
+            assert found.page.evaluate("document.images[0].complete && document.images[0].naturalWidth") == 742
+        with opened(window, path) as found:
+            assert (found.errors, found.requests) == ([], [path.as_uri()])
+            outside = """[...document.querySelectorAll('text')].filter(text => {
+                const place = text.getBBox(), frame = document.documentElement.viewBox.baseVal;
+                return text.parentNode === document.documentElement
+                    && (place.x < 0 || place.x + place.width > frame.x + frame.width
+                        || place.y < frame.y || place.y + place.height > frame.y + frame.height);
+            }).length"""
+            assert found.page.evaluate(outside) == 0
 
 
 def test_a_script_error_would_be_seen(tmp_path: Path, window: Browser) -> None:
     (tmp_path / "broken.html").write_text("<script>undefined.name</script><img src='http://127.0.0.1:9/x'>")
-    window.open(tmp_path / "broken.html", 400)
-    assert any("TypeError" in error for error in window.errors())
-    assert len(window.requests()) == 2
+    with opened(window, tmp_path / "broken.html", 400) as found:
+        assert any("undefined" in error for error in found.errors)
+        assert len(found.requests) == 2
