@@ -43,7 +43,11 @@ def render(document: Document, max_bytes: int = MAX_BYTES) -> str:
 
 def _page(document: Document) -> str:
     environment = Environment(
-        loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+        loader=FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        keep_trailing_newline=True,
     )
     environment.filters |= {
         "blocks": _blocks,

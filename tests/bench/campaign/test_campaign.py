@@ -109,7 +109,7 @@ def test_a_part_can_be_reported_and_says_what_is_missing(campaign: Any) -> None:
     assert run.missing_shards == (3 - found["larger"],)
     told = page.render(rendering.document([run]))
     assert f"{run.shortage}." in told
-    assert told.count("Up to which rate it pays: specdec") >= 1
+    assert told.count("Speed-up under load: specdec") >= 1
 
 
 def test_another_part_does_not_resume_it(make_config: Callable[..., BenchConfig], tmp_path: Path) -> None:
