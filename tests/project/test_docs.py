@@ -88,9 +88,9 @@ def test_blocks_that_do_not_run_compile_and_name_programs_that_exist() -> None:
 
 def test_benchmark_options_exist() -> None:
     """Each `--option` of a `pytest bench/` command, in blocks and in sentences."""
-    from bench.campaign.options import OPTIONS
+    from bench.campaign.config import BenchConfig, options_of
 
-    known = {f"--{option.name}" for option in OPTIONS} | {"--benchmark-json"}
+    known = {option.flag for option in options_of(BenchConfig)} | {"--benchmark-json"}
     commands = [command for text in TEXTS.values() for command in re.findall(r"pytest bench/ ((?:\\\n|[^\n`])*)", text)]
     used = {option for command in commands for option in re.findall(r"(?<!\S)--[\w-]+", command)}
     assert len(used) > 8
