@@ -16,9 +16,10 @@ from bench.measure import machine
 from bench.measure.interrupts import Interrupts
 from bench.measure.progress import line_below
 from bench.measure.session import Session
-from bench.records import sweeps
+from bench.records import results, sweeps
 from bench.records.schema import CELL_FIELDS, LOAD_FIELDS, SCHEMA_VERSION, Cell, Gamma
-from bench.report.terminal import audits, cost, decoding, load
+from bench.report import chapters
+from bench.report.terminal import chapter
 
 SESSION = pytest.StashKey[Session]()
 
@@ -199,23 +200,13 @@ def pytest_benchmark_update_json(config: pytest.Config, output_json: dict[str, A
 @pytest.hookimpl(trylast=True)
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     session = config.stash.get(SESSION, None)
-    if session and session.failure:
+    if not session:
+        return
+    if session.failure:
         terminalreporter.write_line(f"ERROR: {session.failure}", red=True)
-    if session and session.records["cells"]:
+    if measured := [record for kind in session.records.values() for record in kind]:
         terminalreporter.section("speculative decoding")
-        for line in decoding.render(session.records["cells"]):
-            terminalreporter.write_line(line)
-    if session and session.records["loads"]:
-        terminalreporter.section("under load")
-        for line in load.lines(session.records["loads"]):
-            terminalreporter.write_line(line)
-    if session and session.records["certificates"]:
-        terminalreporter.section("certificates")
-        for line in audits.lines(session.records["certificates"]):
-            terminalreporter.write_line(line)
-    if session and session.records["costs"]:
-        terminalreporter.section("cost against size")
-        for line in cost.lines(session.records["costs"]):
+        for line in chapter.render(chapters.chapter(results.of_records(measured), "run")):
             terminalreporter.write_line(line)
 
 

@@ -37,7 +37,7 @@ part() { # NAME SECONDS COMMAND...: the output goes to a log and, at its end, to
   # an interrupt, upon which pytest still writes what it has
   ((seconds < left)) || seconds=$left
   timeout --signal=INT --kill-after="${GRACE:-20}" "$seconds" "$@" >"$work/$name.log" 2>&1 || failed+=("$name")
-  tail -n 25 "$work/$name.log"
+  tail -n 60 "$work/$name.log"
   printf -- '-- %s took %d s\n' "$name" $((SECONDS - start))
   keep
 }

@@ -1,4 +1,4 @@
-"""The best number of draft tokens: what measured acceptance and costs predict, beside the best that was measured."""
+"""The best number of draft tokens: as measured acceptance and costs predict it, and as measured."""
 
 from __future__ import annotations
 
@@ -6,15 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from bench.records.schema import CELL_FIELDS, Gamma
+from bench.records.schema import CELL_FIELDS, Gamma, Record
 from specdec.stats import predicted_speedups
-
-Record = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
 class BestGamma:
-    """Of cells of one engine and method that differ in gamma only, their records in ascending order, "auto" last.
+    """Records of one engine and method that differ in gamma only, in ascending order, "auto" last.
 
     predicted: speed-up of gamma = 0, 1, ... up to the largest number measured; 0 is plain decoding, 1.0.
     """
@@ -24,24 +22,24 @@ class BestGamma:
 
     @property
     def predicted_gamma(self) -> int:
-        """The least of those with the highest prediction."""
+        """The smallest gamma with the highest prediction."""
         return self.predicted.index(max(self.predicted))
 
     @property
     def measured(self) -> Record:
-        """The record of the fastest cell, "auto" included: it shows whether a fixed length is worth choosing."""
+        """The record of the fastest cell, "auto" included."""
         return max(self.records, key=lambda record: record["speedup"])
 
 
 def best_gammas(records: Sequence[Record]) -> list[BestGamma]:
     """One for each engine and method of a run, in the order of the run.
 
-    Acceptance by position is that of the next larger gamma measured, itself included: what is predicted for a measured
-    gamma is then its own `predicted_speedup`. Where tokens that are accepted come in runs, as copies do, a smaller
-    gamma begins more of its steps inside a run, and is somewhat better than a larger one's acceptance predicts.
-    Costs are those of all numeric gammas. "auto" has drafts of many lengths, and so no cost of one: it is left out of
-    the prediction, but may be the best measured. Left out are engines that tell no phase times, what was measured
-    with "auto" only, and trees: one of fewer nodes is another tree, not the beginning of a larger one.
+    Acceptance by position is that of the smallest measured gamma that is at least as large, so the prediction for a
+    measured gamma is its own `predicted_speedup`. Where accepted tokens come in runs, as in copies, a smaller gamma
+    starts more of its steps inside a run and is somewhat better than a larger one's acceptance predicts.
+    Costs are those of all numeric gammas. "auto" has drafts of many lengths and therefore no cost of its own: it is not
+    predicted, but may be the best measured. Engines without phase times, methods measured with "auto" only and trees
+    are left out: a tree with fewer nodes is a different tree, not a prefix of the larger one.
     """
     groups: dict[tuple[Any, ...], list[Record]] = {}
     for record in records:

@@ -1,4 +1,4 @@
-"""Up to which request rate speculation pays."""
+"""The request rate up to which speculation pays."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 def ratios(plain: Sequence[dict[str, Any]], method: Sequence[dict[str, Any]]) -> dict[float, float | None]:
-    """By rate: the median latency of plain decoding over that of a method; None where one has none. Above 1 it pays."""
+    """By rate: median latency of plain decoding over that of a method, None if unknown; above 1 the method pays."""
     theirs = {record["rate"]: record.get("latency_p50_s") for record in plain}
     ours = {record["rate"]: record.get("latency_p50_s") for record in method}
     both = [(rate, theirs[rate], ours[rate]) for rate in sorted(theirs.keys() & ours.keys())]
@@ -18,7 +18,7 @@ def ratios(plain: Sequence[dict[str, Any]], method: Sequence[dict[str, Any]]) ->
 def pays(plain: Sequence[dict[str, Any]], method: Sequence[dict[str, Any]]) -> dict[float, bool | None]:
     """By rate: whether the median latency of a method is below that of plain decoding.
 
-    A median that is not known, as half of the requests were not finished, is longer than any; None if neither is known.
+    An unknown median (half of the requests did not finish) is longer than any other; None if neither is known.
     """
     theirs = {record["rate"]: record["latency_p50_s"] or math.inf for record in plain}
     ours = {record["rate"]: record["latency_p50_s"] or math.inf for record in method}
@@ -29,9 +29,9 @@ def pays(plain: Sequence[dict[str, Any]], method: Sequence[dict[str, Any]]) -> d
 
 
 def stops_paying(paid: dict[float, bool | None]) -> tuple[float | None, float | None]:
-    """The rates between which a method stops paying: the last at which it does, all before it too, and the next.
+    """The rates between which a method stops paying: the last one at which it and all lower ones pay, and the next.
 
-    None for the first if it pays at none, for the second if it does not stop; rates that tell nothing are passed over.
+    The first is None if it pays at none, the second if it never stops; rates with unknown latencies are skipped.
     """
     last = None
     for rate, is_paid in sorted(paid.items()):
@@ -42,7 +42,7 @@ def stops_paying(paid: dict[float, bool | None]) -> tuple[float | None, float | 
 
 
 def highest_rate(records: Sequence[dict[str, Any]], percent: int) -> float | None:
-    """The highest rate at which so many percent of the requests kept the limits, as at all lower ones; None: none."""
+    """The highest rate at which, and below which, so many percent of the requests kept the limits; None: no rate."""
     highest = None
     for record in sorted(records, key=lambda record: record["rate"]):
         if record["within_limits_rate"] < percent / 100:

@@ -1,14 +1,12 @@
-"""Engines compared by the best that each can do: the reference engine's fastest cell beside every other engine's."""
+"""Engines compared at their best: the reference engine's fastest cell against every other engine's."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from bench.records.intervals import BootstrapInterval, geometric_mean_interval
-
-Record = dict[str, Any]
+from bench.records.schema import Record
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,10 +21,10 @@ class Lead:
 def leads(records: Sequence[Record]) -> list[Lead]:
     """For each other engine: the reference's plain decoding and best method over its plain decoding and its best.
 
-    records: of cells that differ in engine, method and gamma only. No two of these cells ran side by side, but each
-    ran beside its own engine's plain decoding, and the plain decoding of each engine beside the reference's: the ratio
-    of two cells is the product of these three, for each round. Which cell is best is chosen by the same measurement,
-    which flatters both sides a little. Engines whose plain decoding was not measured are left out.
+    records: of cells that differ in engine, method and gamma only. These cells did not run side by side, but each ran
+    beside its own engine's plain decoding, and the plain decoding of each engine beside the reference's: the ratio of
+    two cells is the product of these three ratios, round by round. The best cell is chosen by the same measurement,
+    which favors both sides a little. Engines whose plain decoding was not measured are left out.
     """
     engines = {record["engine"]: [each for each in records if each["engine"] == record["engine"]] for record in records}
     ours = engines.pop(records[0]["reference_engine"], [])
@@ -61,7 +59,7 @@ def _gains(record: Record) -> list[float]:
 
 
 def _ratios(above: Record, its_arm: str, below: Record, other_arm: str) -> list[float]:
-    """Of seconds per emitted token, for each round."""
+    """Ratios of seconds per emitted token, for each round."""
     return [a / b for a, b in zip(time_per_token(above, its_arm), time_per_token(below, other_arm), strict=True)]
 
 

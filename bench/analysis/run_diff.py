@@ -1,8 +1,8 @@
-"""What differs between two runs, cell by cell: faster, slower, no difference seen, or why they cannot be compared.
+"""Differences between two runs, cell by cell: faster, slower, no difference seen, or why they cannot be compared.
 
-Times of two runs differ with whatever else the machine does, so a verdict rests on what is paired inside each run: the
-ratio to plain decoding of the same prompts, measured by turns. Where a cell has nothing beside it (plain decoding
-itself, costs of steps) other times say that the machine changed, or everything on it, and no more.
+Times of two runs also differ with the load of the machine, so a verdict rests on what is paired inside each run: the
+ratio to plain decoding of the same prompts, measured alternately. For a cell without such a pair (plain decoding
+itself, costs of steps) different times only show that the machine changed, or everything on it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from bench.records.intervals import BootstrapInterval, geometric_mean_interval, 
 from bench.records.results import Results, cell_id
 from bench.records.schema import Record
 
-# what must be the same for times of a cell to be compared
+# must be equal for times of a cell to be comparable
 CONDITIONS = (
     "target",
     "draft",
@@ -44,11 +44,11 @@ VERDICTS = (FASTER, SLOWER, NO_DIFFERENCE, MACHINE_CHANGED, INCOMPARABLE)
 class Difference:
     """A cell in two runs.
 
-    record: in the run in which it is, the later one if in both. verdict: on the later one, as above, or "only in NAME".
-    times: how many times as fast the later one is: by its ratio to plain decoding where both runs have that beside it,
-    else by its times as they are. plain: how many times as fast plain decoding beside it is, which shows what the
-    machine, or a change of the engine as a whole, has done. reasons: why no interval, or no verdict, can be had.
-    outputs_equal: whether all emitted tokens are the same; None if that is not known.
+    record: of the later run if both have the cell. verdict: on the later one, as above, or "only in NAME".
+    times: speed of the later one over the earlier: by the ratios to plain decoding if both runs have them, else by the
+    times. plain: the same for plain decoding beside it, which shows a change of the machine or of the whole engine.
+    reasons: why there is no interval or no verdict. outputs_equal: whether all emitted tokens are equal; None if
+    unknown.
     """
 
     record: Record
@@ -65,7 +65,7 @@ class Difference:
 
 
 def differences(before: Results, after: Results) -> list[Difference]:
-    """Of every cell that one of two runs has; audits apart, which are no times."""
+    """Of every cell that is in at least one of two runs, except audits, which have no times."""
     earlier, later = ({cell_id(each): each for each in _timed(run)} for run in (before, after))
     found = [
         _difference(before, after, earlier[name], record) if name in earlier else _lone(record, after)
@@ -101,14 +101,14 @@ def _difference(before: Results, after: Results, earlier: Record, later: Record)
 
 
 def verdict(times: BootstrapInterval) -> str:
-    """By the interval of how many times as fast: it is a difference if 1 is not within."""
+    """By the interval of the ratio of speeds: a difference if it excludes 1."""
     if times.low is not None and times.low > 1:
         return FASTER
     return SLOWER if times.high is not None and times.high < 1 else NO_DIFFERENCE
 
 
 def _unpaired_verdict(times: BootstrapInterval) -> str:
-    """Of times that nothing was measured beside: whether the machine, or all that runs on it, is as fast as it was."""
+    """Of unpaired times: whether the machine, or everything on it, is as fast as before."""
     return NO_DIFFERENCE if verdict(times) == NO_DIFFERENCE else MACHINE_CHANGED
 
 
@@ -133,45 +133,45 @@ def _obstacles(before: Results, after: Results, earlier: Record, later: Record) 
     yield from _changes("options", earlier, later, CONDITIONS)
     yield from _changes("prompts", earlier, later, PROMPTS)
     if _other_prompts(before, after):
-        yield "prompts: the workload's texts are others"
+        yield "prompts: the workload's texts differ"
     if later["axis"] is not None:
         if not (earlier["per_round_s"] and later["per_round_s"]):
-            yield "rounds: their times were not kept"
+            yield "rounds: their times were not recorded"
     elif later["rate"] is not None:
-        yield "load: requests wait for each other, so that a run is but one observation"
+        yield "load: requests wait for each other, so a run is a single observation"
     elif not _has_times(earlier, later, ""):
-        yield "prompts: times of single prompts were not kept, or not of as many"
+        yield "prompts: times of single prompts were not recorded, or for different numbers of prompts"
 
 
 def _changes(what: str, ours: dict[str, Any], theirs: dict[str, Any], names: Sequence[str] = ()) -> Iterator[str]:
-    """Values that are not the same."""
+    """Values that differ."""
     for name in names or sorted({*ours, *theirs}):
         if ours.get(name) != theirs.get(name):
             yield f"{what}: {name} was {ours.get(name)} and is {theirs.get(name)}"
 
 
 def _versions(run: Results, record: Record) -> dict[str, Any]:
-    """Of what times depend on; specdec's own is what two runs are made to compare."""
-    told = dict(run.machine.get("versions") or {})
+    """Versions that times depend on; specdec's own is what two runs compare."""
+    versions = dict(run.machine.get("versions") or {})
     engine = str(record.get("engine") or "specdec")
     for name in ("specdec", "vllm"):
-        told.pop(name, None)
+        versions.pop(name, None)
     others = {"engine": record.get("engine_version")} if engine != "specdec" else {}
-    return {**told, "python": run.machine.get("python_version"), **others}
+    return {**versions, "python": run.machine.get("python_version"), **others}
 
 
 def _other_prompts(before: Results, after: Results) -> bool:
-    """Whether two runs of the same workloads had other texts; False where that is not known."""
+    """Whether two runs of the same workloads had different texts; False if unknown."""
     ours, theirs = (run.configuration or {} for run in (before, after))
     names = ("workloads", "num_prompts", "seed", "prompt_lengths")
     if any(ours.get(name) != theirs.get(name) for name in names):
-        return False  # the digest is that of all workloads together
+        return False  # the digest is of all workloads together
     digests = [each.get("prompts_sha256") for each in (ours, theirs)]
     return None not in digests and digests[0] != digests[1]
 
 
 def _has_times(earlier: Record, later: Record, arm: str) -> bool:
-    """Whether both have as many rounds, with the times of their prompts."""
+    """Whether both have the times of their prompts, and equally many."""
     names = (f"{arm}per_prompt_latency_s", f"{arm}per_prompt_tokens")
     lengths = {len(record.get(name) or ()) for record in (earlier, later) for name in names}
     return len(lengths) == 1 and 0 not in lengths

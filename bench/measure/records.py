@@ -1,4 +1,4 @@
-"""The record of a cell: flat, numbers in SI units, identities as strings, by the names of the project's definitions."""
+"""Builds the record of a cell: flat, numbers in SI units, identities as strings; `bench.records.fields` declares it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from specdec.stats import RunTotals, SpeedupParts, attribute_speedup, expected_s
 def build(
     cell: Cell, pair: Pair, config: BenchConfig, engine_version: str, device: str, measurement: Measurement
 ) -> dict[str, Any]:
-    """The record of a measured cell. What cannot be known, or has nothing to be compared with, is None."""
+    """The record of a measured cell. What is not known, or has nothing to be compared with, is None."""
     candidate, baseline = measurement.runs[CANDIDATE], measurement.runs.get(BASELINE)
     counts, times = _total_counts(candidate), _total_times(candidate)
     speedup = _comparison("speedup", candidate, baseline)
@@ -61,7 +61,7 @@ def build_load(
     served: Served,
     arrivals_s: Sequence[float],
 ) -> dict[str, Any]:
-    """The record of a load cell, see `bench.measure.load`. What cannot be known is None."""
+    """The record of a load cell, see `bench.measure.load`. What is not known is None."""
     results = [result for result in served.results if result is not None]
     run = Run(tuple(results), served.phase_times)
     counts, times = _total_counts([run]), served.phase_times
@@ -139,7 +139,7 @@ def _identity(cell: Cell, pair: Pair, config: BenchConfig, engine_version: str, 
 
 
 def _published(pair: Pair, method: str) -> dict[str, Any]:
-    """What others measured with the pair and the method, to be shown beside ours."""
+    """Published results for the pair and the method."""
     found = pair.published_for(method)
     names = ("speedup", "acceptance_rate", "mean_acceptance_length", "setting", "source")
     return {f"published_{name}": getattr(found, name, None) for name in names}
@@ -159,21 +159,21 @@ def _acceptance(counts: AcceptanceCounts | None) -> dict[str, Any]:
 
 
 def _acceptance_by_prompt(results: Sequence[PromptResult]) -> dict[str, Any]:
-    """Counts of each prompt, and the acceptance rate's bootstrap interval over prompts; None if they are not told."""
+    """Counts of each prompt, and the acceptance rate's interval over prompts; None if the engine does not count."""
     counts = [result.counts for result in results if result.counts is not None]
-    told = len(counts) == len(results)
+    known = len(counts) == len(results)
     drafted, accepted = [each.num_drafted for each in counts], [each.num_accepted for each in counts]
-    interval = rate_interval(accepted, drafted) if told else None
+    interval = rate_interval(accepted, drafted) if known else None
     return {
         "acceptance_rate_low": interval.low if interval else None,
         "acceptance_rate_high": interval.high if interval else None,
-        "per_prompt_drafted": drafted if told else None,
-        "per_prompt_accepted": accepted if told else None,
+        "per_prompt_drafted": drafted if known else None,
+        "per_prompt_accepted": accepted if known else None,
     }
 
 
 def _phases(method: str, counts: AcceptanceCounts | None, times: PhaseTimes | None) -> dict[str, Any]:
-    """Seconds in the phases of the whole run; a phase that an engine does not tell is None.
+    """Seconds in the phases of the whole run; None for phases that an engine does not report.
 
     overhead_rate: share of the time outside model forwards; None where drafting is mostly forwards, too.
     """
@@ -195,8 +195,8 @@ def _phases(method: str, counts: AcceptanceCounts | None, times: PhaseTimes | No
 def _latencies(runs: Sequence[Run]) -> dict[str, Any]:
     """Means over prompts, and the throughput of all rounds together.
 
-    A round takes from its start to the last token of its prompts, by the engine's clock: what the harness does around
-    it, such as reading a server's counters, is not the engine's.
+    A round lasts from its start to the last token of its prompts, by the engine's clock: work of the harness around it,
+    such as reading a server's counters, does not count.
     """
     results = _results(runs)
     run_s = sum(max(result.latency_s for result in run.results) for run in runs)
@@ -218,8 +218,8 @@ def _latencies(runs: Sequence[Run]) -> dict[str, Any]:
 def _comparison(name: str, faster: list[Run] | None, slower: list[Run] | None) -> dict[str, Any]:
     """How many times faster one arm is: latency per emitted token of the other over its own, paired by round.
 
-    Where both emit equally many tokens this is the ratio of latencies. Where they do not (rounding or sampling led
-    them apart) a ratio of latencies would reward the one that happened to stop sooner.
+    With equally many tokens this is the ratio of latencies. With different numbers (after rounding differences, or
+    with sampling) a ratio of latencies would reward the arm that happened to stop sooner.
     """
     if not faster or not slower:
         return {name: None, f"{name}_low": None, f"{name}_high": None}
@@ -236,7 +236,7 @@ def _time_per_token(run: Run) -> float:
 def _predictions(
     gamma: Gamma, speedup: float | None, run: RunTotals | None, plain: RunTotals | None
 ) -> dict[str, float | None]:
-    """What acceptance and phase times imply; all None for an engine that does not tell its phases.
+    """What acceptance and phase times imply; all None for an engine that does not report its phases.
 
     cost_ratio: one drafted token over one plain step. step_cost_ratio: scoring and verifying a step over the same.
     predicted_speedup and speedup_from_*: the parts of `speedup`, see `specdec.stats.SpeedupParts`.
@@ -254,7 +254,7 @@ def _predictions(
         scoring_s=times.scoring_s / counts.num_steps,
         verification_s=times.verification_s / counts.num_steps,
     )
-    # the closed form's one rate: that of the first draft token, which is always looked at; it knows one length only
+    # the closed form has one rate, here that of the first draft token, and one draft length
     expected = None if gamma == "auto" else expected_speedup(counts.acceptance_rate_at[0], gamma, cost_ratio)
     attributed = astuple(attribute_speedup(speedup, predicted, run, plain))
     return dict(zip(names, (cost_ratio, run.step_s / plain.step_s, expected, *attributed), strict=True))
@@ -273,7 +273,7 @@ def _results(runs: Sequence[Run]) -> list[PromptResult]:
 
 
 def _per_prompt(arm: str, runs: list[Run] | None) -> dict[str, Any]:
-    """What another arm made of each prompt, so that the speed-ups can be computed again."""
+    """Times and tokens of another arm, so that the speed-ups can be computed again."""
     return {
         f"{arm}_per_prompt_latency_s": [result.latency_s for result in _results(runs)] if runs else None,
         f"{arm}_per_prompt_tokens": [len(result.token_ids) for result in _results(runs)] if runs else None,
@@ -281,7 +281,7 @@ def _per_prompt(arm: str, runs: list[Run] | None) -> dict[str, Any]:
 
 
 def _totals(runs: Sequence[Run] | None) -> RunTotals | None:
-    """None if the engine does not tell counts and times."""
+    """None if the engine does not report counts and times."""
     counts, times = (_total_counts(runs), _total_times(runs)) if runs else (None, None)
     num_tokens = sum(len(result.token_ids) for result in _results(runs or []))
     return RunTotals(counts, times, num_tokens) if counts and times else None

@@ -20,7 +20,7 @@ from bench.measure.models import Models
 from bench.measure.paired import Clock
 from bench.measure.progress import NOWHERE
 from bench.measure.prompts import Prompts
-from bench.records.results import NEEDED
+from bench.records.fields import KINDS
 from bench.records.schema import Record
 
 
@@ -61,7 +61,7 @@ class Session:
         self.prompts = Prompts(config, max(map(len, self._arrivals.values()), default=0))
         self.models = Models(config, self.device)
         self.progress: TextIO = NOWHERE
-        self.records: dict[str, list[Record]] = {kind: [] for kind in NEEDED}
+        self.records: dict[str, list[Record]] = {kind: [] for kind in KINDS}
         self.cells_of_shards: list[int] = []
         self.failure: str | None = None
         self.num_resumed = 0

@@ -21,24 +21,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol
 
+from bench.records.fields import ENERGY
+
 POWERCAP = Path("/sys/class/powercap")
-FIELDS = (
-    "energy_j",
-    "energy_per_token_j",
-    "energy_per_accepted_token_j",
-    "average_power_w",
-    "peak_power_w",
-    "average_utilisation_rate",
-    "peak_memory_bytes",
-    "peak_temperature_c",
-    "energy_reason",
-    "counted_energy_j",
-    "energy_difference_rate",
-    "cpu_energy_j",
-    "cpu_energy_reason",
-    "telemetry_hz",
-    "telemetry_overhead_rate",
-)
+FIELDS = tuple(each.name for each in ENERGY)
 
 Span = tuple[float, float]  # beginning and end, readings of time.perf_counter
 Points = Sequence[tuple[float, float]]  # (time, value), in order of time; between them the value is a straight line

@@ -9,17 +9,18 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from bench.records.results import NEEDED, Results, _short, cell_id, read
+from bench.records.fields import KINDS
+from bench.records.results import Results, _short, cell_id, read
 from bench.records.schema import Record
 
 
 def read_all(paths: Sequence[Path]) -> list[Results]:
     """The runs of some files, in order; shards of one campaign are one run.
 
-    Files are put together if they say so themselves (--shard), or if they are of one configuration and have no cell in
-    common, as parts of a run that were chosen with -k.
-    Raises ValueError for a file that is none of these benchmarks', for a cell that two shards have, and for shards of
-    different configurations.
+    Files are merged if they are shards (--shard), or if they have the same configuration and no cell in common, as
+    parts of a run that were selected with -k.
+    Raises ValueError for a file that these benchmarks did not write, for a cell that is in two shards, and for shards
+    of different configurations.
     """
     return merge([read(path) for path in paths])
 
@@ -36,7 +37,7 @@ def merge(runs: Sequence[Results]) -> list[Results]:
 
 
 def _belongs(run: Results, campaign: Sequence[Results]) -> bool:
-    """Whether a run goes on with what others began."""
+    """Whether a run belongs to the campaign of others."""
     first = campaign[0]
     if run.configuration is None or first.configuration is None or differing(first, run):
         return False
@@ -47,7 +48,7 @@ def _belongs(run: Results, campaign: Sequence[Results]) -> bool:
 
 
 def differing(before: Results, after: Results) -> list[str]:
-    """Options and circumstances in which two runs differ, with both values; shards apart."""
+    """Options and circumstances in which two runs differ, with both values; except for the shard."""
     ours, theirs = (run.configuration or {} for run in (before, after))
     keys = sorted({*ours, *theirs} - {"shard"})
     return [
@@ -58,7 +59,7 @@ def differing(before: Results, after: Results) -> list[str]:
 
 
 def _union(campaign: Sequence[Results]) -> Results:
-    """One run of several. Raises ValueError for a cell that two of them have."""
+    """Several runs as one. Raises ValueError for a cell that is in two of them."""
     first = campaign[0]
     owners: dict[str, str] = {}
     for run in campaign:
@@ -73,14 +74,14 @@ def _union(campaign: Sequence[Results]) -> Results:
     if len(campaign) == 1:
         return replace(first, missing_shards=_missing(first, {first.shard[0] if first.shard else 1}))
     kinds: dict[str, Any] = {
-        kind: _ordered([record for run in campaign for record in getattr(run, kind)]) for kind in NEEDED
+        kind: _ordered([record for run in campaign for record in getattr(run, kind)]) for kind in KINDS
     }
     whole = replace(first, name=_joined([run.name for run in campaign]), **kinds)
     return replace(whole, missing_shards=_missing(first, {run.shard[0] for run in campaign if run.shard}))
 
 
 def _ordered(records: Sequence[Record]) -> tuple[Record, ...]:
-    """As one run would have had them: what is compared stands together."""
+    """In the order that a single run has: cells that are compared are adjacent."""
     names = ("pair", "placement", "workload", "batch_size", "engine", "axis", "method")
     places = {name: list(dict.fromkeys(str(record.get(name)) for record in records)) for name in names}
 
@@ -95,14 +96,14 @@ def _ordered(records: Sequence[Record]) -> tuple[Record, ...]:
 
 
 def _missing(run: Results, shards: Collection[int]) -> tuple[int, ...]:
-    """Parts of a run's campaign that are not among some; a part without a cell writes no file."""
+    """Shards of a run's campaign that are missing; a shard without cells writes no file."""
     _, number = run.shard or (1, 1)
     cells = run.cells_of_shards if len(run.cells_of_shards) == number else (1,) * number
     return tuple(index for index in range(1, number + 1) if index not in shards and cells[index - 1])
 
 
 def _joined(names: Sequence[str]) -> str:
-    """What the names of shards have in common, and how many there are."""
+    """The common start of the shards' names, and how many there are."""
     common = next(_common_starts(names)).rstrip("-_. 0123456789")
     return f"{common or names[0]}, {len(names)} shards"
 
@@ -115,15 +116,12 @@ def _common_starts(names: Sequence[str]) -> Iterator[str]:
 
 
 def _check_complete(runs: Sequence[Results]) -> None:
-    """Shards that lack others, while there are other shards, are of one campaign that was not one.
-
-    Raises ValueError naming what they differ in.
-    """
+    """Raises ValueError if shards with the same number of parts were not merged, naming what they differ in."""
     incomplete = [run for run in runs if run.missing_shards]
     for first, second in pairwise(incomplete):
         if first.shard and second.shard and first.shard[1] == second.shard[1] and first.shard != second.shard:
             raise ValueError(
                 f"{first.name} and {second.name} must be shards of one campaign, but "
-                f"{'; '.join(differing(first, second)) or 'they do not tell their configurations'}; "
+                f"{'; '.join(differing(first, second)) or 'their configurations are not recorded'}; "
                 "measure one again with the other's options, or report each alone"
             )

@@ -1,244 +1,388 @@
-"""What each number of a record means, in a sentence: the glossary of the reports, and the order of their columns."""
+"""Every field of a record, declared once: what it means, which records have it, and how reports show it.
+
+Reading, the glossary, the terminal, the HTML page, Markdown and CSV follow this table, and tests hold what is built
+against it: a new field takes one entry here and one line that computes it.
+"""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from types import UnionType
 from typing import Any
 
-_IDENTITY = """
-engine | | What decoded: specdec, transformers, vllm, or a vLLM server.
-engine_version | | The engine's version.
-pair | | The pair of models, by its name in pairs.toml.
-target | | The large model, whose distribution is sampled.
-draft | | What proposes tokens: a model, a head or a table; empty if the method needs none.
-method | | How tokens are proposed; autoregressive is plain decoding, which proposes none.
-gamma | tokens | Tokens proposed per step; auto: as many as are worth verifying.
-placement | | Where the layers of target and draft are on several devices.
-workload | | Where the prompts are from.
-prompt_format | | Prompts as a chat (instruct) or as text to go on with (raw).
-prompt_lengths | tokens | The least and the largest length of the prompts that were chosen; empty if all.
-dtype | | Number format of the weights.
-device | | What the models ran on.
-batch_size | prompts | Prompts decoded together.
-verification | | The rule that accepts drafted tokens: token by token, as a block, or coupled to the draft's noise.
-load_format | | How the weights were had; dummy are random ones, whose times alone mean anything.
-quantisation | | How the weights are stored, if not in the number format.
-engine_options | | Options that were handed to vLLM.
-max_tokens | tokens | The most that a prompt may be answered with.
-temperature | 1 | Of sampling; 0 is greedy.
-top_p | 1 | Mass of the likeliest tokens that are sampled from; 1 is all.
-top_k | tokens | Number of the likeliest tokens that are sampled from; 0 is all.
-seed | | Of prompts and draws.
-rate | requests/s | Requests that arrive in a second, as asked for, whether or not the earlier ones are done.
-arrivals | | Whether requests arrive at random (poisson) or at equal distances (constant).
-duration_s | s | How long requests arrived.
-drain_s | s | How long after the last arrivals a request may still be finished.
-ttft_limit_s | s | The longest time to a first token of a request that counts as good.
-inter_token_limit_s | s | The longest time from token to token of a request that counts as good.
-num_prompts | prompts | Prompts that were decoded.
-num_rows_skipped | rows | Malformed rows of the workload that were left out.
-num_rows_passed_over | rows | Sound rows of the workload without a prompt, as a dialogue that begins with an answer.
-reference_engine | | The engine that the others are compared with.
-"""
-_RESULTS = """
-throughput_tok_s | tokens/s | Tokens emitted for all prompts, over the time of all rounds.
-latency_s | s | From a request's start to its last token, mean over prompts.
-ttft_s | s | From a request's start to its first token, mean over prompts.
-inter_token_s | s | From a token to the next, mean over prompts.
-speedup | 1 | Time per emitted token of the same engine's plain decoding beside it, over its own; geometric mean.
-speedup_low | 1 | Lower end of the 95 % bootstrap interval of the speed-up, over prompts.
-speedup_high | 1 | Upper end of the 95 % bootstrap interval of the speed-up, over prompts.
-predicted_speedup | 1 | What measured acceptance by position and times of drafting, scoring and verifying imply.
-expected_speedup | 1 | What the closed form of Leviathan et al. 2023 gives with the first position's acceptance rate.
-speedup_from_truncation | 1 | Measured less predicted that is due to tokens cut behind a stop token.
-speedup_from_bookkeeping | 1 | Measured less predicted that is due to bookkeeping around the phases.
-speedup_from_prefill | 1 | Measured less predicted that is due to the prompt, which speculation does not shorten.
-speedup_from_averaging | 1 | The rest: means over prompts against ratios of total times.
-speedup_of_reference | 1 | How many times as fast the reference engine is beside it, with the same method and gamma.
-speedup_of_reference_low | 1 | Lower end of the 95 % interval of the speed-up of the reference engine.
-speedup_of_reference_high | 1 | Upper end of the 95 % interval of the speed-up of the reference engine.
-cost_ratio | 1 | One drafted token over one plain step of the target.
-step_cost_ratio | 1 | Scoring and verifying a step over one plain step.
-acceptance_rate | 1 | Accepted over drafted tokens.
-acceptance_rate_low | 1 | Lower end of the 95 % bootstrap interval of the acceptance rate, over prompts.
-acceptance_rate_high | 1 | Upper end of the 95 % bootstrap interval of the acceptance rate, over prompts.
-mean_acceptance_length | tokens | Tokens out per target call, the recovered or bonus token included.
-system_efficiency | 1 | Emitted tokens over what a perfect draft would have emitted.
-num_steps | steps | Decode steps, that is target calls, of all prompts.
-num_drafted | tokens | Tokens proposed.
-num_accepted | tokens | Proposed tokens that were kept.
-num_tokens | tokens | Tokens emitted.
-draft_time_per_token_s | s | Time spent proposing, over tokens proposed.
-prefill_time_s | s | Time in the target's forward passes over prompts, all prompts together.
-scoring_time_s | s | Time in the target's forward passes of decode steps, all prompts together.
-verification_time_s | s | Time in accepting, recovering and drawing, all prompts together.
-bookkeeping_time_s | s | Time in everything else, all prompts together.
-recording_time_s | s | Time in recording shapes for the device, all prompts together.
-warm_up_time_s | s | Time before the measurement, compilation included.
-overhead_rate | 1 | Share of the time outside model forwards; empty where drafting is a model's work, too.
-num_outputs_equal | prompts | Greedy outputs that equal the same engine's plain decoding, token for token.
-num_outputs_equal_reference | prompts | Greedy outputs that equal the reference engine's, token for token.
-output_sha256 | | Digest of the emitted token ids.
-"""
-_QUALITY = """
-quality_metric | | The workload's own score: exact_match, pass_at_1 or rouge_1.
-quality | 1 | Mean score of the outputs, from 0 to 1.
-quality_baseline | 1 | Mean score of plain decoding's outputs.
-quality_difference | 1 | Mean of the paired differences between the two.
-quality_difference_low | 1 | Lower end of the 95 % bootstrap interval of the difference in quality, over prompts.
-quality_difference_high | 1 | Upper end of the 95 % bootstrap interval of the difference in quality, over prompts.
-quality_reason | | Why there is no score.
-"""
-_ENERGY = """
-energy_j | J | Energy of the whole device while the prompts were decoded, idle power included.
-energy_per_token_j | J | Energy of the GPUs over emitted tokens.
-energy_per_accepted_token_j | J | Energy of the GPUs over accepted tokens.
-average_power_w | W | Mean power of the GPUs over the time of the measured rounds.
-peak_power_w | W | Highest power sampled.
-average_utilisation_rate | 1 | Mean share of the time in which the GPUs worked.
-peak_memory_bytes | bytes | Most memory in use on the GPUs.
-peak_temperature_c | °C | Highest temperature of a GPU.
-energy_reason | | Why there is no energy.
-counted_energy_j | J | Energy by the GPUs' own counters; empty where they have none.
-energy_difference_rate | 1 | By how much the counters say more than the integral of sampled power, over the latter.
-cpu_energy_j | J | Energy of the processor packages over the time of the measured rounds.
-cpu_energy_reason | | Why there is no energy of the processors.
-telemetry_hz | 1/s | Samples a second.
-telemetry_overhead_rate | 1 | Share of the time that sampling took.
-"""
-_PUBLISHED = """
-published_speedup | 1 | What others measured with this pair and method.
-published_acceptance_rate | 1 | The acceptance rate that others measured.
-published_mean_acceptance_length | tokens | The mean acceptance length that others measured.
-published_setting | | What they measured it on.
-published_source | | Where they say so.
-"""
-_COSTS = """
-axis | | What is made larger: a step's width, context, batch, the vocabulary, or a text.
-size | | How large.
-tokens | tokens | Tokens that this work handles.
-median_s | s | Median time of doing it once.
-bytes_read | bytes | What must be read from memory, at the least.
-read_bandwidth | bytes/s | At which this machine reads memory, measured in the same run.
-prompt_tokens | tokens | Of all prompts together that went through the slots.
-roofline_s | s | What reading takes at the least.
-roofline_share | 1 | The time that the machine could take at best over the time measured.
-depth | 1 | Levels of the tree that was drawn and scored.
-expected_tokens | 1 | Tokens that a step with this tree emits, by what was measured of the draft.
-step_s | s | Time of a decode step of the whole batch.
-draft_share | 1 | Share of a step spent proposing.
-scoring_share | 1 | Share of a step in target forward passes.
-verification_share | 1 | Share of a step in accepting, recovering and drawing.
-bookkeeping_share | 1 | Share of a step in everything else.
-"""
-_CERTIFICATES = """
-verdict | | Of an audit: lossless, lossy or inconclusive, with the distance that it rests on.
-p_value | 1 | How likely such outputs are under the target's distribution; the least of all instruments, corrected.
-control_p_value | 1 | Corrected p-value of the engine's own plain decoding.
-arms_p_value | 1 | That speculation and plain decoding have one distribution, without a reference.
-tv_lower_bound | 1 | The distance to the target's distribution in total variation is at least this.
-tv_upper_bound | 1 | Along the direction looked at it is at most this.
-min_detectable_tv | 1 | The least distance along the direction that the audit would have found.
-max_tv | 1 | The distance that it was asked to find.
-direction | | The direction looked at: equality, towards the draft, or towards what the text suggests.
-num_draws | tokens | Tokens that were judged.
-num_draws_needed | tokens | How many it takes to find what was asked for.
-num_outputs | outputs | Outputs that were judged.
-control_num_draws | tokens | Tokens of plain decoding that were judged.
-control_num_outputs | outputs | Outputs of plain decoding that were judged.
-surprise_z | 1 | Surprise of the tokens in standard deviations, for reading only.
-control_surprise_z | 1 | Surprise of plain decoding, in standard deviations.
-largest_gap | logits | The most by which a token missed the distribution's support.
-control_largest_gap | logits | The most by which a token of plain decoding missed the distribution's support.
-alpha | 1 | The probability that a lossless engine is called lossy, at the most.
-beta | 1 | The probability that a detectable distance is missed, at the most.
-logit_noise | logits | What rounding explains.
-options | | Options of the engine that was audited.
-command | | How to do it again.
-schema_version | | Of the record's form.
-"""
-_LOAD = """
-num_requests | requests | Requests that arrived.
-num_finished | requests | Requests that were done in time.
-num_unfinished | requests | Requests that were not done when duration and drain were over.
-num_refused | requests | Requests that the server, or a client with too much in flight, did not take.
-offered_rate | requests/s | Requests that arrived, over the duration.
-achieved_rate | requests/s | Finished requests over the time until the last token.
-goodput | requests/s | Finished requests that kept both limits, over the time until the last token.
-within_limits_rate | 1 | Share of all requests that kept both limits.
-ttft_p50_s | s | Half of all requests have their first token within this time of their arrival.
-ttft_p95_s | s | Of all requests 95 % have their first token within this time of their arrival.
-ttft_p99_s | s | Of all requests 99 % have their first token within this time of their arrival.
-inter_token_p50_s | s | Half of all requests have at most this time from token to token.
-inter_token_p95_s | s | Of all requests 95 % have at most this time from token to token.
-inter_token_p99_s | s | Of all requests 99 % have at most this time from token to token.
-latency_p50_s | s | Half of all requests are done within this time of their arrival; unfinished ones are the slowest.
-latency_p95_s | s | Of all requests 95 % are done within this time of their arrival; unfinished ones are the slowest.
-latency_p99_s | s | Of all requests 99 % are done within this time of their arrival; unfinished ones are the slowest.
-queue_s | s | From the arrival to the slot, mean over finished requests.
-queue_p50_s | s | Half of all requests wait at most so long for a slot.
-queue_p95_s | s | Of all requests 95 % wait at most so long for a slot.
-queue_p99_s | s | Of all requests 99 % wait at most so long for a slot.
-mean_num_in_flight | requests | Requests that have arrived and are not done, on the average.
-peak_num_in_flight | requests | The most requests that had arrived and were not done at any time.
-busy_rate | 1 | Share of the time that was not spent waiting for an arrival.
-peak_send_delay_s | s | How late a client was at the most; empty where nothing is sent.
-"""
-_TEXTS = (_IDENTITY, _RESULTS, _LOAD, _QUALITY, _ENERGY, _PUBLISHED, _COSTS, _CERTIFICATES)
-# names of a family: what is measured, then which value of its distribution
-_FAMILIES = (
-    (r"(?P<of>.+?)_?p(?P<percent>50|90|95|99)(?P<unit>_s)?", "{percent} % of requests have a {of} of at most this."),
-    (r"(?P<of>.+)_(?P<end>low|high)", "The {end} end of the 95 % interval of {of}."),
-    (r"per_prompt_(?P<of>.+)", "The {of} of each prompt."),
-    (r"(?P<arm>baseline|reference)_(?P<of>.+)", "The {of} of the {arm} beside it."),
-)
+from bench.records.schema import PERCENTILES
+
+CELLS, LOADS, COSTS, CERTIFICATES = KINDS = ("cells", "loads", "costs", "certificates")
+DECODED = (CELLS, LOADS)
+MEASURED = (CELLS, LOADS, COSTS)
 
 
 @dataclass(frozen=True, slots=True)
-class Column:
-    """A field of a record. unit: SI, "1" for a ratio, "" for what is no number. meaning: one sentence."""
+class Field:
+    """One field of a record.
+
+    type: of its value, which may also be None; a list has one value for each prompt, request or position.
+    unit: SI, "1" for a ratio, "" for what is not a number. meaning: one sentence that stands alone.
+    heading: of its column; its name in words by default. form, scale: numbers are shown as format(value * scale, form).
+    tables: names of the reports' tables that show it, with spaces between; columns are in the order of this file.
+    ends: fields with the ends of its interval. beside: fields that share its column.
+    kinds: of records that have it. needed: those of them that cannot be shown without it.
+    default: what a record is read as that was written before the field existed.
+    """
 
     name: str
+    type: type | UnionType
     unit: str
     meaning: str
+    heading: str = ""
+    form: str = ""
+    scale: float = 1
+    tables: str = ""
+    ends: tuple[str, ...] = ()
+    beside: tuple[str, ...] = ()
+    kinds: tuple[str, ...] = ()
+    needed: tuple[str, ...] = ()
+    default: Any = None
 
     @property
-    def heading(self) -> str:
-        """The name in words."""
-        return re.sub(r"_(s|j|w|c|tok_s)$", "", self.name).replace("_", " ")
+    def title(self) -> str:
+        return self.heading or self.name.replace("_", " ")
+
+    def text(self, value: Any) -> str:
+        """A value as reports show it."""
+        if value is None:
+            return "-"
+        if isinstance(value, int | float):
+            return format(value * self.scale, self.form or ("," if isinstance(value, int) else ".3g"))
+        return str(value)
 
 
-def _parse(text: str) -> list[Column]:
-    return [Column(*(part.strip() for part in line.split("|"))) for line in text.strip().splitlines()]
+def _interval(field: Field) -> list[Field]:
+    """A field, and the ends of its 95 % bootstrap interval over prompts."""
+    low, high = (
+        Field(f"{field.name}_{end}", float, "1", f"{word} end of the 95 % bootstrap interval of {field.name}.")
+        for end, word in (("low", "Lower"), ("high", "Upper"))
+    )
+    return [replace(field, heading=f"{field.title} [95 %]", ends=(low.name, high.name)), low, high]
 
 
-COLUMNS = {column.name: column for text in _TEXTS for column in _parse(text)}
+def _percentiles(name: str, what: str, heading: str = "", form: str = ".3f", scale: float = 1) -> list[Field]:
+    """Percentiles of a time over all requests of a load cell, which share a column."""
+    first, *others = (
+        Field(f"{name}_p{percent}_s", float, "s", f"{what}: percentile over all requests, unfinished ones slowest.")
+        for percent in PERCENTILES
+    )
+    names = tuple(each.name for each in others)
+    tables = "load" if heading else ""
+    return [replace(first, heading=heading, form=form, scale=scale, beside=names, tables=tables), *others]
 
 
-def column(name: str) -> Column:
-    """What a field means; of a field that is not known here, what its name tells."""
-    if name in COLUMNS:
-        return COLUMNS[name]
-    unit = "s" if name.endswith("_s") else "J" if name.endswith("_j") else ""
-    for pattern, meaning in _FAMILIES:
-        if found := re.fullmatch(pattern, name):
-            words = {key: (part or "").replace("_", " ") for key, part in found.groupdict().items()}
-            return Column(name, unit, meaning.format(**words))
-    return Column(name, unit, f"The record's field {name}.")
+# a table: each field takes one or two lines
+# fmt: off
+_IDENTITY = [
+    Field("engine", str, "", "Engine: specdec, transformers, vllm or a vLLM server.",
+          kinds=(*DECODED, CERTIFICATES), needed=DECODED),
+    Field("engine_version", str, "", "Version of the engine.", kinds=(*DECODED, CERTIFICATES)),
+    Field("pair", str, "", "Pair of models, by its name in pairs.toml.", kinds=KINDS, needed=MEASURED),
+    Field("target", str, "", "The large model, whose distribution is sampled."),
+    Field("draft", str, "", "What proposes tokens: a model, a head or a table; empty if the method needs none."),
+    Field("method", str, "", "Drafting method; autoregressive is plain decoding, without drafts.",
+          kinds=KINDS, needed=DECODED),
+    Field("gamma", int | str, "tokens", "Tokens proposed per step; auto adapts the number to what is accepted.",
+          kinds=KINDS, needed=DECODED),
+    Field("placement", str, "", "How the layers of target and draft are placed on several devices.", default="same"),
+    Field("workload", str, "", "Data set that the prompts are from.", needed=DECODED),
+    Field("prompt_format", str, "", "Prompts as a chat (instruct) or as text to continue (raw).", default="instruct"),
+    Field("prompt_lengths", str, "tokens", "Shortest and longest prompt that was selected; empty if all were."),
+    Field("dtype", str, "", "Number format of the weights.", kinds=MEASURED, needed=MEASURED),
+    Field("device", str, "", "Device that the models ran on.", kinds=MEASURED, needed=MEASURED),
+    Field("batch_size", int, "prompts", "Prompts decoded together.", needed=DECODED),
+    Field("verification", str, "", "Acceptance rule: by token, by block, or coupled to the draft's noise.",
+          tables="audits", kinds=(*DECODED, CERTIFICATES)),
+    Field("synthetic_acceptance_rates", list, "1", "Prescribed acceptance rates by position; empty for real drafts."),
+    Field("load_format", str, "", "How the weights were loaded; dummy means random weights, for timing only."),
+    Field("quantisation", str, "", "How the weights are quantized.", "quantization", default="none"),
+    Field("engine_options", str, "", "Options passed to vLLM."),
+    Field("max_tokens", int, "tokens", "Maximum number of tokens per answer.", needed=(LOADS,)),
+    Field("temperature", float, "1", "Sampling temperature; 0 is greedy.", kinds=MEASURED, needed=DECODED),
+    Field("top_p", float, "1", "Probability mass of the tokens that are sampled from; 1 keeps all."),
+    Field("top_k", int, "tokens", "Number of the most likely tokens that are sampled from; 0 keeps all."),
+    Field("seed", int, "", "Seed of the prompt selection and of the random draws."),
+    Field("num_prompts", int, "prompts", "Prompts that were decoded.", needed=(CELLS,)),
+    Field("num_rows_skipped", int, "rows", "Malformed rows of the workload that were left out."),
+    Field("num_rows_passed_over", int, "rows", "Well-formed rows of the workload that contain no prompt."),
+]
+_TIMES = [
+    Field("throughput_tok_s", float, "tokens/s", "Tokens emitted for all prompts, over the time of all rounds.",
+          "tokens/s", ".1f", tables="fastest cells load", needed=DECODED),
+    Field("latency_s", float, "s", "Time from a request's start to its last token, mean over prompts.",
+          "latency, s", ".3f", tables="cells", needed=(CELLS,)),
+    Field("ttft_s", float, "s", "Time from a request's start to its first token, mean over prompts.",
+          "first token, s", ".3f", tables="details"),
+    Field("inter_token_s", float, "s", "Time from one token to the next, mean over prompts.",
+          "between tokens, ms", ".2f", 1e3, "details"),
+]
+_SPEEDUPS = [
+    *_interval(
+        Field("speedup", float, "1", "Time per token of plain decoding over that of this cell, side by side.",
+              "speed-up", ".2f", tables="fastest cells parts published")
+    ),
+    Field("predicted_speedup", float, "1", "Speed-up that acceptance by position and the times of the phases imply.",
+          "predicted", ".2f", tables="parts"),
+    Field("speedup_from_truncation", float, "1", "Measured less predicted speed-up: tokens cut off after a stop token.",
+          "truncation", "+z.3f", tables="parts"),
+    Field("speedup_from_bookkeeping", float, "1", "Measured less predicted speed-up: work around the phases.",
+          "bookkeeping", "+z.3f", tables="parts"),
+    Field("speedup_from_prefill", float, "1", "Measured less predicted speed-up: the prompt, read at full cost.",
+          "prefill", "+z.3f", tables="parts"),
+    Field("speedup_from_averaging", float, "1", "Measured less predicted speed-up: the rest, from averaging ratios.",
+          "averaging", "+z.3f", tables="parts"),
+    Field("expected_speedup", float, "1", "Closed form of Leviathan et al. 2023 with the first position's acceptance.",
+          "closed form", ".2f", tables="parts"),
+    *_interval(
+        Field("speedup_of_reference", float, "1", "Speed of the reference engine over this one's with the same method.",
+              "reference is faster", ".2f", tables="cells")
+    ),
+    Field("reference_engine", str, "", "Engine that the others are compared with."),
+    Field("cost_ratio", float, "1", "Time to draft one token over one plain step of the target."),
+    Field("step_cost_ratio", float, "1", "Time to score and verify one step over one plain step of the target."),
+    Field("num_outputs_equal", int, "prompts", "Greedy outputs equal to plain decoding's; its own to the reference's.",
+          "same outputs", tables="fastest cells"),
+    Field("num_outputs_equal_reference", int, "prompts", "Greedy outputs equal to the reference engine's."),
+    Field("first_difference_at", list, "tokens", "Position at which each output first differs from the other arm's."),
+    Field("margin_at_difference", list, "logits", "Gap between the two most likely tokens at the first difference."),
+]
+_ACCEPTANCE = [
+    Field("acceptance_rate", float, "1", "Accepted over drafted tokens.",
+          "accepted", ".1%", tables="fastest cells published"),
+    Field("acceptance_rate_at", list, "1", "Share of steps in which each draft position was accepted."),
+    Field("mean_acceptance_length", float, "tokens", "Tokens emitted per target call, recovered and bonus included.",
+          "length", ".2f", tables="fastest cells published"),
+    Field("system_efficiency", float, "1", "Emitted tokens over those that a perfect draft would have emitted.",
+          "efficiency", ".1%", tables="details"),
+    Field("num_steps", int, "steps", "Decode steps, that is target calls, of all prompts.", kinds=MEASURED),
+    Field("num_drafted", int, "tokens", "Tokens proposed.", kinds=(*DECODED, CERTIFICATES)),
+    Field("num_accepted", int, "tokens", "Proposed tokens that were accepted.", kinds=(*DECODED, CERTIFICATES)),
+    Field("num_tokens", int, "tokens", "Tokens emitted."),
+    Field("draft_time_per_token_s", float, "s", "Time spent proposing, over tokens proposed.",
+          "ms per proposed token", ".3f", 1e3, "details"),
+    Field("prefill_time_s", float, "s", "Time in the target's forward passes over prompts, all prompts together.",
+          "prefill, s", ".3f", tables="details"),
+    Field("scoring_time_s", float, "s", "Time in the target's forward passes of decode steps, all prompts together.",
+          "scoring, s", ".3f", tables="details"),
+    Field("verification_time_s", float, "s", "Time to accept, recover and draw tokens, all prompts together.",
+          "verification, s", ".3f", tables="details"),
+    Field("bookkeeping_time_s", float, "s", "Time outside the other phases, all prompts together."),
+    Field("recording_time_s", float, "s", "Time spent recording shapes for the device, all prompts together."),
+    Field("warm_up_time_s", float, "s", "Time before the measurement, compilation included."),
+    Field("overhead_rate", float, "1", "Share of time outside model forwards; empty where a model drafts, too."),
+    Field("output_sha256", str, "", "SHA-256 of the emitted token ids."),
+]
+_INTERVAL_OF_ACCEPTANCE = _interval(Field("acceptance_rate", float, "1", ""))[1:]
+_PER_PROMPT = [
+    Field("per_prompt_latency_s", list, "s", "Latency of each prompt."),
+    Field("per_prompt_ttft_s", list, "s", "Time to first token of each prompt."),
+    Field("per_prompt_tokens", list, "tokens", "Tokens emitted for each prompt."),
+    Field("per_prompt_drafted", list, "tokens", "Tokens proposed for each prompt."),
+    Field("per_prompt_accepted", list, "tokens", "Proposed tokens of each prompt that were accepted."),
+    Field("baseline_per_prompt_latency_s", list, "s", "Latency of each prompt in plain decoding."),
+    Field("baseline_per_prompt_tokens", list, "tokens", "Tokens emitted for each prompt in plain decoding."),
+    Field("reference_per_prompt_latency_s", list, "s", "Latency of each prompt by the reference engine."),
+    Field("reference_per_prompt_tokens", list, "tokens", "Tokens emitted for each prompt by the reference engine."),
+]
+_LOAD = [
+    Field("rate", float, "requests/s", "Requested rate of arrivals, whether or not earlier requests are finished.",
+          needed=(LOADS,)),
+    Field("arrivals", str, "", "Arrival process: random (poisson) or equally spaced (constant).", needed=(LOADS,)),
+    Field("duration_s", float, "s", "Time during which requests arrive.", needed=(LOADS,)),
+    Field("drain_s", float, "s", "Time after the last arrival in which requests may still finish.", needed=(LOADS,)),
+    Field("ttft_limit_s", float, "s", "Longest time to first token of a good request.", needed=(LOADS,)),
+    Field("inter_token_limit_s", float, "s", "Longest mean time between tokens of a good request.", needed=(LOADS,)),
+    Field("num_requests", int, "requests", "Requests that arrived.", "requests", needed=(LOADS,)),
+    Field("num_finished", int, "requests", "Requests that finished before the drain time was over.",
+          "finished", tables="load", needed=(LOADS,)),
+    Field("num_unfinished", int, "requests", "Requests that were not finished when the drain time was over."),
+    Field("num_refused", int, "requests", "Requests refused by the server, or by a client with too many in flight."),
+    Field("offered_rate", float, "requests/s", "Requests that arrived, over the duration."),
+    Field("achieved_rate", float, "requests/s", "Finished requests over the time until the last token."),
+    Field("goodput", float, "requests/s", "Finished requests within both limits, over the time until the last token.",
+          form=".2f", tables="load", needed=(LOADS,)),
+    Field("within_limits_rate", float, "1", "Share of all requests that kept both limits.",
+          "within limits", ".1%", tables="load", needed=(LOADS,)),
+    Field("mean_num_in_flight", float, "requests", "Mean number of requests that have arrived and are not finished.",
+          "in flight", ".1f", tables="load", needed=(LOADS,)),
+    Field("peak_num_in_flight", int, "requests", "Largest number of requests in flight at one time."),
+    *_percentiles("ttft", "Time from arrival to first token", "first token p50 p95 p99, s"),
+    *_percentiles("inter_token", "Mean time between tokens", "between tokens p50 p95 p99, ms", ".1f", 1e3),
+    *_percentiles("latency", "Time from arrival to last token", "latency p50 p95 p99, s"),
+    Field("queue_s", float, "s", "Time from arrival to a free slot, mean over finished requests."),
+    *_percentiles("queue", "Time from arrival to a free slot"),
+    Field("busy_rate", float, "1", "Share of time not spent waiting for an arrival; empty if the engine cannot tell."),
+    Field("peak_send_delay_s", float, "s", "Longest delay of the client in sending a request; empty if none is sent."),
+    Field("per_request_arrival_s", list, "s", "Arrival of each request, from the start of the run."),
+    Field("per_request_ttft_s", list, "s", "Time to first token of each request; empty if it did not finish."),
+    Field("per_request_latency_s", list, "s", "Latency of each request; empty if it did not finish."),
+    Field("per_request_tokens", list, "tokens", "Tokens emitted for each request; empty if it did not finish."),
+]
+_QUALITY = [
+    Field("quality_metric", str, "", "Score of the workload: exact_match, pass_at_1 or rouge_1.", tables="quality"),
+    Field("quality", float, "1", "Mean score of the outputs, from 0 to 1.", "score", ".3f", tables="quality"),
+    Field("quality_baseline", float, "1", "Mean score of plain decoding's outputs.",
+          "of plain decoding", ".3f", tables="quality"),
+    *_interval(
+        Field("quality_difference", float, "1", "Mean difference in score from plain decoding, prompt by prompt.",
+              "difference", "+z.3f", tables="quality")
+    ),
+    Field("quality_reason", str, "", "Why there is no score."),
+    Field("per_prompt_quality", list, "1", "Score of each prompt's output."),
+    Field("baseline_per_prompt_quality", list, "1", "Score of each prompt's output in plain decoding."),
+]
+ENERGY = [
+    Field("energy_j", float, "J", "Energy of the whole device while the prompts were decoded, idle power included.",
+          "J", ".1f", tables="energy"),
+    Field("energy_per_token_j", float, "J", "Energy per emitted token.", "J per emitted token", ".3f", tables="energy"),
+    Field("energy_per_accepted_token_j", float, "J", "Energy per accepted token.",
+          "J per accepted token", ".3f", tables="energy"),
+    Field("average_power_w", float, "W", "Mean power over the measured rounds.", "W", ".1f", tables="energy"),
+    Field("peak_power_w", float, "W", "Highest sampled power of the GPUs.", "peak W", ".1f", tables="energy"),
+    Field("average_utilisation_rate", float, "1", "Mean share of time in which the GPUs were busy.",
+          "utilization", ".1%", tables="energy"),
+    Field("peak_memory_bytes", float, "bytes", "Peak memory in use on the GPUs.",
+          "peak memory, GB", ".1f", 1e-9, "energy"),
+    Field("peak_temperature_c", float, "°C", "Highest temperature of a GPU.", "peak °C", ".0f", tables="energy"),
+    Field("energy_reason", str, "", "Why there is no energy."),
+    Field("counted_energy_j", float, "J", "Energy by the GPUs' own counters; empty where they have none."),
+    Field("energy_difference_rate", float, "1", "Counted energy over the integral of sampled power, less 1."),
+    Field("cpu_energy_j", float, "J", "Energy of the processor packages over the measured rounds."),
+    Field("cpu_energy_reason", str, "", "Why there is no energy of the processors."),
+    Field("telemetry_hz", float, "1/s", "Samples per second."),
+    Field("telemetry_overhead_rate", float, "1", "Share of the time that sampling took."),
+]
+_PUBLISHED = [
+    Field("published_speedup", float, "1", "Speed-up that others measured with this pair and method.",
+          "their speed-up", ".2f", tables="published"),
+    Field("published_acceptance_rate", float, "1", "Acceptance rate that others measured with this pair and method.",
+          "their acceptance", ".1%", tables="published"),
+    Field("published_mean_acceptance_length", float, "tokens", "Mean acceptance length that others measured.",
+          "their length", ".2f", tables="published"),
+    Field("published_setting", str, "", "Hardware and prompts of the published result.", "setting", tables="published"),
+    Field("published_source", str, "", "Where the result was published.", "source", tables="published"),
+]
+_COSTS = [
+    Field("axis", str, "", "What is varied: width of a step, context, batch, vocabulary or length of a text.",
+          needed=(COSTS,)),
+    Field("size", int, "", "Value on the axis: tokens, rows, nodes, slots or vocabulary entries.", needed=(COSTS,)),
+    Field("tokens", int, "tokens", "Tokens that the work handles.", needed=(COSTS,)),
+    Field("median_s", float, "s", "Median time to do the work once.", "ms", ".3f", 1e3, "sizes", needed=(COSTS,)),
+    Field("bytes_read", int, "bytes", "Bytes that must be read from memory at least."),
+    Field("read_bandwidth", float, "bytes/s", "Memory read bandwidth of this machine, measured in the same run."),
+    Field("prompt_tokens", int, "tokens", "Tokens of all prompts that went through the slots."),
+    Field("roofline_s", float, "s", "Shortest possible time, to read those bytes."),
+    Field("roofline_share", float, "1", "Shortest possible time over the measured time.",
+          "of the roofline", ".0%", tables="sizes"),
+    Field("depth", int, "1", "Levels of the tree."),
+    Field("expected_tokens", float, "1", "Tokens that a step with this tree is expected to emit."),
+    Field("step_s", float, "s", "Time of a decode step of the whole batch.", "ms per step", ".2f", 1e3, "steps"),
+    Field("draft_share", float, "1", "Share of a step spent proposing.", "draft", ".1%", tables="steps"),
+    Field("scoring_share", float, "1", "Share of a step in target forward passes.", "scoring", ".1%", tables="steps"),
+    Field("verification_share", float, "1", "Share of a step spent accepting, recovering and drawing tokens.",
+          "verification", ".1%", tables="steps"),
+    Field("bookkeeping_share", float, "1", "Share of a step in everything else.", "bookkeeping", ".1%", tables="steps"),
+]
+_CERTIFICATES = [
+    Field("verdict", str, "", "Verdict of an audit, with its bound on the distance in total variation (TV).",
+          tables="audits", needed=(CERTIFICATES,)),
+    Field("reasons", list, "", "Reasons for the verdict."),
+    Field("p_value", float, "1", "Smallest p-value of all tests against the target's distribution, corrected.",
+          "p", ".2g", tables="audits", needed=(CERTIFICATES,)),
+    Field("control_p_value", float, "1", "Corrected p-value of the engine's own plain decoding.",
+          "p of plain decoding", ".2g", tables="audits"),
+    Field("arms_p_value", float, "1", "The p-value of speculation and plain decoding having one distribution."),
+    Field("num_draws", int, "tokens", "Tokens that were judged.", "tokens judged", tables="audits"),
+    Field("tv_lower_bound", float, "1", "Lower bound on the distance to the target's distribution."),
+    Field("tv_upper_bound", float, "1", "Upper bound on the distance in the tested direction.",
+          "TV at most", ".2g", tables="audits"),
+    Field("min_detectable_tv", float, "1", "Smallest distance in the tested direction that would have been detected.",
+          "detectable TV", ".2g", tables="audits"),
+    Field("max_tv", float, "1", "Distance that the audit was asked to detect."),
+    Field("direction", str, "", "Direction tested: equality, towards the draft, or towards what the text suggests."),
+    Field("num_draws_needed", int, "tokens", "Tokens needed to detect the distance asked for."),
+    Field("num_outputs", int, "outputs", "Outputs that were judged."),
+    Field("control_num_draws", int, "tokens", "Tokens of plain decoding that were judged."),
+    Field("control_num_outputs", int, "outputs", "Outputs of plain decoding that were judged."),
+    Field("surprise_z", float, "1", "Surprise of the tokens in standard deviations; no verdict rests on it."),
+    Field("control_surprise_z", float, "1", "Surprise of plain decoding's tokens in standard deviations."),
+    Field("largest_gap", float, "logits", "Largest distance of a token from the support of the distribution."),
+    Field("control_largest_gap", float, "logits", "Largest distance of plain decoding's tokens from the support."),
+    Field("alpha", float, "1", "Maximum probability of calling a lossless engine lossy."),
+    Field("beta", float, "1", "Maximum probability of missing a detectable distance."),
+    Field("logit_noise", float, "logits", "Rounding error that is tolerated."),
+    Field("options", str, "", "Options of the audited engine."),
+    Field("command", str, "", "Command that repeats the audit."),
+    Field("sampling", dict, "", "Sampling parameters of the audit."),
+    Field("versions", dict, "", "Versions of the packages."),
+]
+_ARMS = [
+    Field(f"{arm}{name}", type_, "", f"{what} {whose}.")
+    for arm, whose in (("", "with speculation"), ("control_", "in plain decoding"))
+    for name, type_, what in (
+        ("p_values", dict, "The p-value of each test"),
+        ("found_after", dict, "Tokens after which each test rejects"),
+        ("shifts", dict, "Shift of each test's statistic from its exact mean"),
+        ("seeds", list, "First and last seed"),
+        ("num_outside", dict, "Tokens outside the support of the distribution"),
+        ("errors", list, "Impossible outputs"),
+    )
+]
+# fmt: on
+_VERSION = [Field("schema_version", int, "", "Version of the record's format.", kinds=KINDS)]
+_GROUPS = (
+    (DECODED, _IDENTITY + _TIMES),
+    ((CELLS,), _SPEEDUPS),
+    (DECODED, _ACCEPTANCE),
+    ((CELLS,), _INTERVAL_OF_ACCEPTANCE + _PER_PROMPT + _QUALITY),
+    ((LOADS,), _LOAD),
+    (DECODED, ENERGY + _PUBLISHED),
+    ((COSTS,), _COSTS),
+    ((CERTIFICATES,), _CERTIFICATES + _ARMS),
+    (KINDS, _VERSION),
+)
+FIELDS = {each.name: each if each.kinds else replace(each, kinds=kinds) for kinds, group in _GROUPS for each in group}
+
+
+def field(name: str) -> Field:
+    """The declaration of a field; one that other versions may have written says so."""
+    return FIELDS.get(name) or Field(name, object, "", "A field that this version does not know.")
+
+
+def names(kind: str) -> set[str]:
+    """What a record of a kind has; a cost cell only those that its axis has."""
+    return {each.name for each in FIELDS.values() if kind in each.kinds}
+
+
+def shown_in(table: str) -> list[Field]:
+    """The columns of a report's table."""
+    return [each for each in FIELDS.values() if table in each.tables.split()]
+
+
+def needed(kind: str) -> list[str]:
+    """What a record of a kind cannot be shown without."""
+    return [each.name for each in FIELDS.values() if kind in each.needed]
 
 
 def scalars(record: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a record that are one value each; of those that are None the known ones, as others may be lists."""
-    return {
-        name: value
-        for name, value in record.items()
-        if isinstance(value, str | int | float) or (value is None and name in COLUMNS)
-    }
+    """The fields of a record that have a single value."""
+    return {name: value for name, value in record.items() if _is_scalar(name, value)}
+
+
+def _is_scalar(name: str, value: Any) -> bool:
+    if value is None:
+        return name in FIELDS and FIELDS[name].type not in (list, dict)
+    return isinstance(value, str | int | float)
 
 
 def ordered(names: Iterable[str]) -> list[str]:
-    """Names in the order of the glossary, then those that it lacks, by alphabet."""
-    places = {name: place for place, name in enumerate(COLUMNS)}
+    """Names in the order of this file, then those that are not declared, in alphabetical order."""
+    places = {name: place for place, name in enumerate(FIELDS)}
     return sorted(set(names), key=lambda name: (places.get(name, len(places)), name))

@@ -17,13 +17,13 @@ def drafting(cells: Iterable[Record]) -> list[Record]:
 
 
 def fastest(cells: Sequence[Record]) -> list[Record]:
-    """Of each engine and method the cell with the highest speed-up, in the order of the run."""
+    """The cell with the highest speed-up of each engine and method, in the order of the run."""
     groups = grouped(drafting(cells), *(name for name in CELL_FIELDS if name != "gamma"))
     return [max(group, key=lambda cell: cell["speedup"]) for group in groups.values()]
 
 
 def grouped(records: Iterable[Record], *names: str) -> dict[Any, list[Record]]:
-    """By the value of a key, or the values of several."""
+    """By the value of a field, or the values of several."""
     groups: dict[Any, list[Record]] = {}
     for record in records:
         values = tuple(record.get(name) for name in names)

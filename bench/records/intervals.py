@@ -15,7 +15,7 @@ CONFIDENCE = 0.95
 
 @dataclass(frozen=True, slots=True)
 class BootstrapInterval:
-    """An estimate and the ends of its 95 % interval, which are None if there is but one observation."""
+    """An estimate and the ends of its 95 % interval, which are None if there is only one observation."""
 
     estimate: float
     low: float | None
@@ -40,9 +40,9 @@ def geometric_mean_interval(ratios: Sequence[float]) -> BootstrapInterval:
 
 
 def unpaired_ratio_interval(above: Sequence[float], below: Sequence[float]) -> BootstrapInterval:
-    """Ratio of two geometric means of values that do not belong together, each resampled for itself, as above.
+    """Ratio of two geometric means of unpaired values, each resampled independently, as above.
 
-    above, below: > 0. Raises ValueError if one of them is empty or has a value that is not > 0.
+    above, below: > 0. Raises ValueError if one is empty or has a value that is not > 0.
     """
     for values in (above, below):
         if not values or not all(math.isfinite(value) and value > 0 for value in values):
@@ -60,8 +60,8 @@ def unpaired_ratio_interval(above: Sequence[float], below: Sequence[float]) -> B
 def rate_interval(numerators: Sequence[int], denominators: Sequence[int]) -> BootstrapInterval | None:
     """Ratio of two sums over prompts, and its percentile bootstrap interval over the prompts, as above.
 
-    A prompt with a denominator of 0 tells nothing of the rate, but counts as one that may be drawn: resamples of such
-    prompts alone are left out. Returns None if all are 0. Raises ValueError if there are not as many of both.
+    Prompts with a denominator of 0 are resampled, too; resamples that consist of such prompts only are left out.
+    Returns None if all denominators are 0. Raises ValueError if the numbers of both differ.
     """
     if len(numerators) != len(denominators):
         raise ValueError(f"{len(numerators)} numerators must be as many as the denominators, {len(denominators)}")
@@ -78,7 +78,7 @@ def rate_interval(numerators: Sequence[int], denominators: Sequence[int]) -> Boo
 def mean_difference_interval(ours: Sequence[float], theirs: Sequence[float]) -> BootstrapInterval:
     """Mean of paired differences, one for each prompt, and its percentile bootstrap interval over prompts, as above.
 
-    Raises ValueError if there are none, or not as many of both.
+    Raises ValueError if there are none, or if the numbers of both differ.
     """
     if not ours or len(ours) != len(theirs):
         raise ValueError(f"{len(ours)} values must be as many as those they are compared with, {len(theirs)}, and some")
@@ -90,7 +90,7 @@ def mean_difference_interval(ours: Sequence[float], theirs: Sequence[float]) -> 
 
 
 def _ends(resampled: npt.NDArray[np.float64]) -> tuple[float, float]:
-    """Of the middle 95 % of the resamples' values."""
+    """The ends of the middle 95 % of the resampled values."""
     tail = (1 - CONFIDENCE) / 2
     low, high = np.quantile(resampled, [tail, 1 - tail])
     return float(low), float(high)

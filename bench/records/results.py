@@ -1,46 +1,28 @@
-"""Runs as they were written: read, checked, sorted by what was measured, and shards of one campaign put together."""
+"""Runs as they were written: read, checked and sorted by what was measured."""
 
 from __future__ import annotations
 
 import json
 import math
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from bench.records.fields import COLUMNS
+from bench.records import fields
 from bench.records.schema import CELL_FIELDS, MAX_PARTS, SCHEMA_VERSION, Record
 from bench.records.untrusted import harmless, loads, printable
-
-# fields that records had not always, with what held before they were told
-LATER_FIELDS = {"prompt_format": "instruct", "quantisation": "none", "placement": "same"}
-LISTS = (
-    "acceptance_rate_at",
-    "synthetic_acceptance_rates",
-    *(f"{arm}per_prompt_{name}" for arm in ("", "baseline_", "reference_") for name in ("latency_s", "tokens")),
-)
-# what a record cannot be shown without, by what was measured
-NEEDED = {
-    "cells": (*CELL_FIELDS, "dtype", "device", "temperature", "num_prompts", "latency_s", "throughput_tok_s"),
-    "loads": (
-        *(*CELL_FIELDS, "dtype", "device", "temperature", "max_tokens", "rate", "arrivals", "duration_s", "drain_s"),
-        *("ttft_limit_s", "inter_token_limit_s", "num_requests", "num_finished", "goodput", "within_limits_rate"),
-        *("throughput_tok_s", "mean_num_in_flight"),
-    ),
-    "costs": ("axis", "size", "tokens", "median_s", "pair", "dtype", "device"),
-    "certificates": ("verdict", "p_value"),
-}
 
 
 @dataclass(frozen=True, slots=True)
 class Results:
     """One run, or several shards of one.
 
-    name: of its file, without the ending. machine, date, commit: where and when it ran, and of which source ("" if that
-    is not known). command, configuration: how; None in files that do not tell. shard: (I, N) of --shard, or None.
-    cells, loads, costs, certificates: records of what was decoded, of open-loop load, of the cost sweep, of audits.
+    name: of its file, without the suffix. machine, date, commit: where and when it ran, and of which source ("" if
+    unknown). command, configuration: None in files that do not record them. shard: (I, N) of --shard, or None.
+    cells, loads, costs, certificates: records of decoding, of open-loop load, of the cost sweep and of audits.
     """
 
     name: str
@@ -59,22 +41,22 @@ class Results:
 
     @property
     def records(self) -> list[Record]:
-        """All of them, as measured: unknown fields included."""
+        """All records, unknown fields included."""
         return [*self.cells, *self.loads, *self.costs, *self.certificates]
 
     @property
     def pictured(self) -> list[Record]:
-        """Those that there are pictures of."""
+        """Records that are shown in pictures."""
         return [*self.cells, *self.loads, *self.costs]
 
     @property
     def file_name(self) -> str:
-        """The name as part of a file's."""
+        """The name as part of a file name."""
         return re.sub(r"[^\w.-]+", "-", self.name)
 
     @property
     def engines(self) -> list[str]:
-        """Those of its cells, in their order."""
+        """The engines of its cells, in their order."""
         return list(dict.fromkeys(str(record["engine"]) for record in (*self.cells, *self.loads)))
 
     @property
@@ -84,15 +66,17 @@ class Results:
 
     @property
     def shortage(self) -> str:
-        """That parts of the campaign are missing, and which; "" if none is."""
-        told = ", ".join(map(str, self.missing_shards))
+        """Which parts of the campaign are missing; "" if none is."""
+        missing = ", ".join(map(str, self.missing_shards))
         verb = "is" if len(self.missing_shards) == 1 else "are"
         parts = "part" if len(self.missing_shards) == 1 else "parts"
-        return f"Not the whole campaign: {parts} {told} of it {verb} missing" if told else ""
+        return f"Not the whole campaign: {parts} {missing} of it {verb} missing" if missing else ""
 
     def described(self) -> str:
-        """When, on what and with which versions, in a line."""
+        """When, on what and with which versions, in a line; "" for a run that is not in a file yet."""
         machine = self.machine
+        if not machine:
+            return ""
         hardware = ", ".join(machine.get("gpus") or ()) or _processor(machine)
         versions = (f"{name} {version}" for name, version in (machine.get("versions") or {}).items() if version)
         return ", ".join([self.date[:10], hardware, f"Python {machine.get('python_version', '?')}", *versions])
@@ -108,9 +92,9 @@ def _short(value: Any) -> str:
 
 
 def read(path: Path) -> Results:
-    """The run of a pytest-benchmark JSON file, or of a journal, which a run that was cut off leaves.
+    """The run of a pytest-benchmark JSON file, or of the journal that an interrupted run leaves.
 
-    Raises ValueError if the file holds none of these benchmarks'.
+    Raises ValueError if these benchmarks did not write the file.
     """
     try:
         document = _of_journal(path) if path.suffix == ".jsonl" else loads(path.read_text(encoding="utf-8"))
@@ -124,7 +108,7 @@ def read(path: Path) -> Results:
 
 
 def _of_journal(path: Path) -> dict[str, Any]:
-    """A journal in the form of a pytest-benchmark file, as far as it goes."""
+    """A journal in the form of a pytest-benchmark file, with the cells that it has so far."""
     first, *cells = harmless(complete_lines(path)[0]) or [{}]
     configuration = first["configuration"]
     return {
@@ -141,7 +125,17 @@ def _of_journal(path: Path) -> dict[str, Any]:
 
 
 class UnreadableError(Exception):
-    """What is wrong with a file, the rule and the remedy."""
+    """A file cannot be used; the message has the rule and the remedy."""
+
+
+def of_records(records: Iterable[Record]) -> Results:
+    """A run that is not in a file yet."""
+    return Results("", {}, "", "", None, None, None, **_by_kind(map(complete, records)))
+
+
+def _by_kind(records: Iterable[Record]) -> dict[str, Any]:
+    listed = list(records)
+    return {kind: tuple(each for each in listed if kind_of(each) == kind) for kind in fields.KINDS}
 
 
 def _parse(name: str, document: dict[str, Any]) -> Results:
@@ -150,20 +144,25 @@ def _parse(name: str, document: dict[str, Any]) -> Results:
     if not benchmarks:
         raise UnreadableError("must have at least one finished cell, and has none; see why the run's cells failed")
     _check_schema(document.get("schema_version", benchmarks[0]["extra_info"].get("schema_version")))
-    kinds: dict[str, list[Record]] = {kind: [] for kind in NEEDED}
-    for benchmark in benchmarks:
-        record = _record(benchmark)
-        kinds[kind_of(record)].append(_checked(record, benchmark.get("name", "?")))
+    records = [_checked(_record(benchmark), benchmark.get("name", "?")) for benchmark in benchmarks]
     commit = (document.get("commit_info") or {}).get("id") or ""
     configuration, command = document.get("configuration"), document.get("command")
     shard = _shard(document.get("shard") or (configuration or {}).get("shard"))
-    told: dict[str, Any] = {kind: tuple(records) for kind, records in kinds.items()}
-    told["cells_of_shards"] = tuple(map(int, document.get("cells_of_shards") or ()))
-    return Results(name, dict(machine), str(document["datetime"]), commit[:10], command, configuration, shard, **told)
+    return Results(
+        name,
+        dict(machine),
+        str(document["datetime"]),
+        commit[:10],
+        command,
+        configuration,
+        shard,
+        **_by_kind(records),
+        cells_of_shards=tuple(map(int, document.get("cells_of_shards") or ())),
+    )
 
 
 def _record(benchmark: dict[str, Any]) -> Record:
-    """What a cell wrote, with what an audit's record leaves to the cell's parameters, and the times of its rounds."""
+    """The record of a cell and the times of its rounds; parameters of an audit that its record lacks are added."""
     record = benchmark["extra_info"]
     rounds_s = (benchmark.get("stats") or {}).get("data")
     parameters = (benchmark.get("params") or {}) if "verdict" in record else {}
@@ -190,7 +189,7 @@ def _shard(text: Any) -> tuple[int, int] | None:
 
 
 def kind_of(record: Record) -> str:
-    """What a record is of: one of NEEDED."""
+    """The kind of a record: one of `fields.KINDS`."""
     if record.get("axis") is not None:
         return "costs"
     if record.get("rate") is not None:
@@ -199,9 +198,9 @@ def kind_of(record: Record) -> str:
 
 
 def _checked(record: Record, name: str) -> Record:
-    """Complete. Raises UnreadableError for what cannot be shown."""
+    """The complete record. Raises UnreadableError if it cannot be shown."""
     kind = kind_of(record)
-    if lacking := [each for each in NEEDED[kind] if each not in record and each not in LATER_FIELDS]:
+    if lacking := [each for each in fields.needed(kind) if each not in record]:
         raise UnreadableError(f"must be whole, but cell {name} lacks {', '.join(lacking)}; measure it again")
     if kind == "certificates":
         return record
@@ -214,19 +213,19 @@ def _checked(record: Record, name: str) -> Record:
 
 
 def complete(record: Record) -> Record:
-    """With None for known fields that a record lacks, or what held before they were told."""
-    return {**dict.fromkeys((*COLUMNS, *LISTS)), **LATER_FIELDS, **record}
+    """With the default of each declared field that a record lacks."""
+    return {**{name: each.default for name, each in fields.FIELDS.items()}, **record}
 
 
 def _is_sound(name: str, value: Any) -> bool:
-    """Whether a field that is known to be a number is one, or is not known."""
-    if name not in COLUMNS or not COLUMNS[name].unit or name in ("gamma", "prompt_lengths"):
+    """Whether the value of a field that is declared as a number is one."""
+    if value is None or fields.field(name).type not in (int, float):
         return True
-    return value is None or (isinstance(value, int | float) and math.isfinite(value))
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def cell_id(record: Record) -> str:
-    """What names a record within a run."""
+    """The name of a record within a run."""
     if record.get("axis") is not None:
         return f"cost-{record['axis']}-{record['size']}"
     names = [str(record[name]) for name in (*CELL_FIELDS, "rate") if record.get(name) is not None]
@@ -245,7 +244,7 @@ def _is_cell(line: Any) -> bool:
 
 
 def complete_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """The lines of a journal and how many bytes they have; a last line without its end is left out."""
+    """The lines of a journal and their number of bytes, without a last line that is incomplete."""
     content = path.read_bytes()
     num_bytes = content.rfind(b"\n") + 1
     lines: list[dict[str, Any]] = []
@@ -257,7 +256,7 @@ def complete_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
         if not (_is_cell(line) if lines else _is_header(line)):
             raise ValueError(
                 f"journal={path} must be JSON lines, but line {number} is damaged; leave out --resume to "
-                "begin anew (the old journal is then kept)"
+                "start over (the old journal is then kept)"
             )
         lines.append(line)
     return lines, num_bytes

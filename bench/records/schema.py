@@ -13,7 +13,7 @@ Gamma = int | Literal["auto"]
 class Cell:
     """One measurement, under the names of its pytest parameters.
 
-    gamma: 0 for "autoregressive". rate: requests a second that arrive; None: a fixed number of prompts.
+    gamma: 0 for "autoregressive". rate: of arrivals in requests per second; None for a fixed number of prompts.
     """
 
     engine: str
@@ -32,14 +32,14 @@ class Cell:
 
     @property
     def shard_key(self) -> str:
-        """What decides on its part of a campaign; methods are compared at each rate, so that these share it."""
+        """Decides which shard it belongs to; methods are compared at each rate, so they share a shard."""
         return self.id if self.rate is None else replace(self, method="any", gamma=0).id
 
 
 CELL_FIELDS = tuple(field.name for field in fields(Cell) if field.name != "rate")
 LOAD_FIELDS = (*CELL_FIELDS, "rate")
 SCHEMA_VERSION = 1  # of a record
-HEAD = b'{"schema_version": '  # what a journal begins with
+HEAD = b'{"schema_version": '  # the first bytes of a journal
 PERCENTILES = (50, 95, 99)
-PLAIN = {"temperature": 1.0, "top_k": 0, "top_p": 1.0}  # what goes without saying in the name of a certificate
+PLAIN = {"temperature": 1.0, "top_k": 0, "top_p": 1.0}  # left out of the name of a certificate
 MAX_PARTS = 10_000  # of a campaign

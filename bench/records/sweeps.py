@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bench.records import phases
 
-CONTEXT = 256  # tokens that a sequence has where the sweep is not over contexts
+CONTEXT = 256  # tokens of a sequence in sweeps that do not vary the context
 WIDTH = 5  # tokens of a step that verifies four
 SWEEPS = {
     "width": (1, 2, 3, 4, 5, 6, 8, 9, 12, 16, 24, 32, 48, 64),
@@ -20,5 +20,5 @@ SWEEPS = {
     "slots": (1, 2, 4, 8, 16),
     **phases.SWEEPS,
 }
-NUM_REQUESTS, REQUEST_TOKENS = 32, 128  # that go through slots, and tokens that each of them is to emit
+NUM_REQUESTS, REQUEST_TOKENS = 32, 128  # of the sweep over slots, and tokens that each emits
 SMOKE_SWEEPS = dict.fromkeys(SWEEPS, (16,))

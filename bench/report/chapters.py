@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 from bench.analysis.best_gamma import best_gammas
+from bench.analysis.break_even import ratios
 from bench.analysis.engine_ratios import leads
 from bench.records import fields
 from bench.records.grouping import BLOCK, WITHOUT_ENGINE, drafting, fastest, grouped
@@ -15,17 +17,17 @@ from bench.report import summary
 from bench.report.charts import run as charts
 from bench.report.charts.model import Picture
 from bench.report.charts.names import distribution
-from bench.report.columns import PARTS, heading, labels_of, shown, text
+from bench.report.columns import heading, labels_of, shown, text
 from bench.report.document import Chapter, Command, Document, Facts, Heading, Section, Table, section, table
-from bench.report.format import between, cell_name, interval, percent, verdict
-from bench.report.terminal import load
+from bench.report.format import cell_name, interval
+from bench.report.sentences import load_verdicts, overheads, tree_gain
 
 
 def chapter(run: Results, name: str) -> Chapter:
     """A run. name: for links."""
     pictures = charts.sections(run.pictured)
     sections = [
-        *section("short", "Summary", *summary.cautions(run), _fastest(run.cells)),
+        *section("short", "Summary", *summary.cautions(run), *overheads(run.cells), _fastest(run.cells)),
         *_speedups(run, pictures["speedup"]),
         *section("acceptance", "Acceptance", *_explained(_ACCEPTANCE, pictures["acceptance"])),
         *_times(run, pictures["time"]),
@@ -39,22 +41,32 @@ def chapter(run: Results, name: str) -> Chapter:
         *section("cells", "All cells", *_cells(run)),
         *section("machine", "Environment and command", *_machine(run)),
     ]
-    about = (*_subject(run.cells), run.described())
-    return Chapter(name, run.name, about, tuple(summary.cards(run)), tuple(sections))
+    about = (*_subject(run.cells or run.loads), run.described())
+    return Chapter(name, run.name, tuple(filter(None, about)), tuple(summary.cards(run)), tuple(sections))
 
 
-def _subject(cells: Sequence[Record]) -> Iterator[str]:
-    """What was decoded, in a line."""
-    if not cells:
+def _subject(records: Sequence[Record]) -> Iterator[str]:
+    """What was decoded, in one sentence."""
+    if not records:
         return
-    pairs, workloads, engines = (
-        ", ".join(dict.fromkeys(str(cell[name]) for cell in cells)) for name in ("pair", "workload", "engine")
+    told = {name: ", ".join(dict.fromkeys(str(record[name]) for record in records)) for name in _SUBJECT}
+    special = [told[name] for name in ("placement", "quantisation") if told[name] != fields.field(name).default]
+    raw = " as raw text" if told["prompt_format"] == "raw" else ""
+    prompts, tokens = _range(records, "num_prompts"), _range(records, "max_tokens")
+    yield (
+        f"{', '.join([told['pair'], told['dtype'], *special])} on {told['device']}; {told['workload']}{raw}, "
+        f"{prompts or 'some'} prompts of up to {tokens or 'some'} tokens, batch size {told['batch_size']}, "
+        f"{', '.join(dict.fromkeys(map(distribution, records)))}; decoded by {told['engine']}"
     )
-    distributions = ", ".join(dict.fromkeys(map(distribution, cells)))
-    num_prompts = " or ".join(map(str, sorted({cell["num_prompts"] for cell in cells})))
-    max_tokens = " or ".join(map(str, sorted({cell["max_tokens"] for cell in cells if cell["max_tokens"]})))
-    lengths = f", up to {max_tokens} tokens each" if max_tokens else ""
-    yield f"{pairs}; {workloads}, {num_prompts} prompts{lengths}; {distributions}; engines: {engines}"
+
+
+_SUBJECT = ("pair", "dtype", "placement", "quantisation", "device", "workload", "prompt_format", "batch_size", "engine")
+
+
+def _range(records: Sequence[Record], name: str) -> str:
+    """The least and the largest value of a field; "" if it is not known."""
+    values = [record[name] for record in records if record[name]]
+    return " to ".join(dict.fromkeys([str(min(values)), str(max(values))])) if values else ""
 
 
 _ACCEPTANCE = (
@@ -70,34 +82,22 @@ def _explained(sentence: str, pictures: Sequence[Picture]) -> list[Any]:
     return [sentence, *pictures] if pictures else []
 
 
-_FASTEST = (
-    "throughput_tok_s",
-    "speedup",
-    "predicted_speedup",
-    "acceptance_rate",
-    "mean_acceptance_length",
-    "num_outputs_equal",
-)
-
-
 def _fastest(cells: Sequence[Record]) -> Table:
     """The fastest cell of each engine."""
     groups = grouped(drafting(cells), *BLOCK).values()
     best = [max(group, key=lambda cell: cell["speedup"]) for group in groups]
-    return shown(best, _FASTEST, "The fastest method of each engine")
+    return shown(best, "fastest", "The fastest method of each engine")
 
 
 def _speedups(run: Results, pictures: Sequence[Any]) -> list[Section]:
-    attributed = [cell for cell in run.cells if cell["speedup_from_averaging"] is not None]
-    columns = ("predicted_speedup", *(f"speedup_from_{part}" for part in PARTS), "speedup", "expected_speedup")
-    caption = "From predicted to measured speed-up: what each effect adds, and the closed form of Leviathan et al."
+    predicted = [cell for cell in run.cells if cell["predicted_speedup"] is not None]
     return section(
         "speedup",
         "Speed-up",
         *_explained(_SPEEDUP, pictures),
         _leads(run.cells),
         _best_gammas(run.cells),
-        shown(attributed, columns, caption),
+        shown(predicted, "parts", "From predicted to measured speed-up: what each effect adds"),
     )
 
 
@@ -117,18 +117,14 @@ def _leads(cells: Sequence[Record]) -> Table:
             *(text(block[0], name) for name in varying),
             cell_name(each.ours),
             cell_name(each.theirs),
-            between(each.times),
+            interval(each.times),
         )
         for block in blocks.values()
         for each in leads(block)
     ]
-    headings: list[Heading | str] = [
-        *(Heading(heading(name), name) for name in varying),
-        "engine",
-        "against",
-        "times as fast [95 %]",
-    ]
-    return table(headings, rows, "Engines against each other")
+    headings: list[Heading | str] = [Heading(heading(name), name) for name in varying]
+    headings += ["engine", "against", "times as fast [95 %]"]
+    return table(headings, rows, "Engines against each other", len(varying) + 2)
 
 
 def _best_gammas(cells: Sequence[Record]) -> Table:
@@ -141,21 +137,22 @@ def _best_gammas(cells: Sequence[Record]) -> Table:
             f"{best.predicted[best.predicted_gamma]:.2f}",
             ", ".join(str(each["gamma"]) for each in best.records),
             str(best.measured["gamma"]),
-            interval(best.measured, "speedup"),
+            text(best.measured, "speedup"),
         )
         for best in best_gammas(cells)
     ]
     headings: list[Heading | str] = [Heading(heading(name), name) for name in varying]
     headings += ["predicted best", "its speed-up", "measured", "measured best"]
-    headings += [Heading("speed-up [95 %]", "speedup")]
-    return table(headings, rows, "Best gamma")
+    headings += [Heading(heading("speedup"), "speedup")]
+    return table(headings, rows, "Best gamma", len(varying))
 
 
 def _times(run: Results, pictures: Sequence[Picture]) -> list[Section]:
     reporting = {cell["engine"] for cell in run.cells if cell["scoring_time_s"] is not None}
     silent = [engine for engine in dict.fromkeys(cell["engine"] for cell in run.cells) if engine not in reporting]
     missing = f" Phase times are not available for {' and '.join(silent)}." if silent else ""
-    return section("time", "Time per phase", *_explained(_TIME + missing, pictures))
+    times = shown(run.cells, "details", "Times of every cell")
+    return section("time", "Time per phase", *_explained(_TIME + missing, pictures), times)
 
 
 _TIME = (
@@ -169,42 +166,44 @@ _TIME = (
 def _loads(run: Results, pictures: Sequence[Picture]) -> list[Section]:
     if not run.loads:
         return []
-    known = [name for name in _LOAD if any(record.get(name) is not None for record in run.loads)]
-    columns = ["rate", *(name for name in labels_of(run.loads) if name != "rate"), *known]
-    rows = [tuple(_load_text(record, name) for name in columns) for record in run.loads]
-    headings = [Heading(heading(name), name) for name in columns]
-    verdicts = [f"{line}." for block in grouped(run.loads, *BLOCK).values() for line in load.verdicts(block)]
-    return section("load", "Under load", _UNDER_LOAD, *pictures, *verdicts, table(headings, rows, "By arrival rate"))
+    first = run.loads[0]
+    sentence = (
+        f"Requests arrive for {first['duration_s']:g} s ({first['arrivals']} arrivals), whether or not earlier ones "
+        f"are finished, and may finish up to {first['drain_s']:g} s later; all times count from the arrival. A request "
+        f"is good if its first token comes within {first['ttft_limit_s']:g} s and the others within "
+        f"{first['inter_token_limit_s']:g} s each. A method pays at rates where the ratio of plain decoding's median "
+        "latency to its own is above 1. Requests wait for each other: each rate is one observation without an interval."
+    )
+    varying = [name for name in BLOCK if len({record[name] for record in run.loads}) > 1]
+    verdicts = [
+        f"{' '.join([*(text(block[0], name) for name in varying), line])}."
+        for block in grouped(run.loads, *BLOCK).values()
+        for line in load_verdicts(block)
+    ]
+    return section("load", "Under load", sentence, *pictures, _load_table(run.loads), *verdicts)
 
 
-_UNDER_LOAD = (
-    "Open-loop load: requests arrive at a fixed rate whether or not earlier ones have finished, and latencies count "
-    "from the arrival. Where the speed-up under load is above 1, speculation pays off. Requests of a run queue behind "
-    "each other and are not independent, so each rate is one observation without an interval."
-)
-_LOAD = (
-    *("num_requests", "num_finished", "goodput", "within_limits_rate", "throughput_tok_s", "mean_num_in_flight"),
-    *(f"{name}_p{percent}_s" for name in ("ttft", "inter_token", "latency") for percent in (50, 95, 99)),
-)
+def _load_table(loads: Sequence[Record]) -> Table:
+    """By rate, with the ratio of plain decoding's median latency to each method's."""
+    labels = ["rate", *(name for name in labels_of(loads) if name != "rate")]
+    ratio_of: dict[int, float | None] = {}
+    for block in grouped(loads, *BLOCK).values():
+        arms = grouped(block, "method", "gamma")
+        plain = arms.pop(("autoregressive", 0), [])
+        for arm in arms.values():
+            by_rate = ratios(plain, arm)
+            ratio_of |= {id(record): by_rate.get(record["rate"]) for record in arm}
+    ordered = sorted(loads, key=lambda record: record["rate"])
+    cells = ["-" if (ratio := ratio_of.get(id(record))) is None else f"{ratio:.2f}" for record in ordered]
+    return _with_column(shown(ordered, "load", "By arrival rate", labels), "plain latency ratio", cells)
 
 
-def _load_text(record: Record, name: str) -> str:
-    value = record.get(name)
-    if name in ("throughput_tok_s", "within_limits_rate"):
-        return text(record, name) if name == "throughput_tok_s" else percent(value)
-    return "-" if value is None else f"{value:.3g}" if isinstance(value, float) else str(value)
-
-
-_ENERGY = (
-    "energy_j",
-    "energy_per_token_j",
-    "energy_per_accepted_token_j",
-    "average_power_w",
-    "peak_power_w",
-    "average_utilisation_rate",
-    "peak_memory_bytes",
-    "peak_temperature_c",
-)
+def _with_column(table: Table, heading: str, cells: Sequence[str]) -> Table:
+    """A table with a column after its labels that is not a field of its records."""
+    place = table.num_labels
+    headings = (*table.headings[:place], Heading(heading), *table.headings[place:])
+    rows = [(*row[:place], cell, *row[place:]) for row, cell in zip(table.rows, cells, strict=True)]
+    return replace(table, headings=headings, rows=tuple(rows))
 
 
 def _energies(run: Results, pictures: Sequence[Any]) -> list[Section]:
@@ -217,7 +216,7 @@ def _energies(run: Results, pictures: Sequence[Any]) -> list[Section]:
         if known
         else ""
     )
-    measured = shown(known, _ENERGY, "Energy, power and memory")
+    measured = shown(known, "energy", "Energy, power and memory")
     return section("energy", "Energy", about, *reasons, *pictures, measured)
 
 
@@ -235,24 +234,14 @@ def _qualities(run: Results) -> list[Section]:
     known = [cell for cell in run.cells if cell["quality"] is not None]
     unknown = [cell for cell in run.cells if cell["quality"] is None and cell["quality_reason"]]
     reasons = _reasons(unknown, "quality_reason", "Outputs were not scored", "")
-    names = ("quality_metric", "quality", "quality_baseline", "quality_difference")
-    scores = shown(known, names, "The workload's own metric on the same prompts, with and without speculation")
+    scores = shown(known, "quality", "The workload's own metric on the same prompts, with and without speculation")
     return section("quality", "Quality", *reasons, scores)
 
 
 def _certificates(run: Results) -> list[Section]:
     if not run.certificates:
         return []
-    names = (
-        "verification",
-        "verdict",
-        "p_value",
-        "control_p_value",
-        "num_draws",
-        "tv_upper_bound",
-        "min_detectable_tv",
-    )
-    audits = shown([{**record, "verdict": verdict(record)} for record in run.certificates], names, "Audits")
+    audits = shown(run.certificates, "audits", "Audits")
     explanations = [
         f"{record.get('engine')} {record.get('method')} {record.get('gamma')}: {'; '.join(map(str, reasons))}."
         for record in run.certificates
@@ -271,18 +260,10 @@ def _published(run: Results) -> list[Section]:
     cells = [cell for cell in fastest(run.cells) if cell["published_source"]]
     if not cells:
         return []
-    names = (
-        "speedup",
-        "published_speedup",
-        "acceptance_rate",
-        "published_acceptance_rate",
-        "mean_acceptance_length",
-        "published_mean_acceptance_length",
-        "published_setting",
-        "published_source",
-    )
     sentence = "Published for the same models and method, on other machines and prompts."
-    return section("published", "Published results", sentence, shown(cells, names, "This run and published results"))
+    return section(
+        "published", "Published results", sentence, shown(cells, "published", "This run and published results")
+    )
 
 
 def _costs(run: Results, pictures: Sequence[Picture]) -> list[Section]:
@@ -290,14 +271,15 @@ def _costs(run: Results, pictures: Sequence[Picture]) -> list[Section]:
     steps = [record for record in run.costs if record["step_s"] is not None]
     bandwidth = next((record["read_bandwidth"] for record in sizes if record["read_bandwidth"]), None)
     roofline = [_ROOFLINE.format(bandwidth / 1e9)] if bandwidth else []
-    phases = ("axis", "size", "step_s", *(f"{phase}_share" for phase in _PHASES))
+    per_token = [f"{1e6 * record['median_s'] / record['tokens']:.1f}" for record in sizes]
     return section(
         "cost",
         "Step costs",
         *roofline,
         *pictures,
-        _cost_table(sizes, ("axis", "size", "median_s", "roofline_share"), "Time by size"),
-        _cost_table(steps, phases, "Phases of a decode step; size is the batch size"),
+        tree_gain(sizes),
+        _with_column(shown(sizes, "sizes", "Time by size", ["axis", "size"]), "µs per token", per_token),
+        shown(steps, "steps", "Phases of a decode step; size is the batch size", ["method", "temperature", "size"]),
     )
 
 
@@ -305,43 +287,10 @@ _ROOFLINE = (
     "Measured memory read bandwidth is {:.1f} GB/s; the roofline is the time it takes to read the weights and the KV "
     "cache once at that rate."
 )
-_PHASES = ("draft", "scoring", "verification", "bookkeeping")
 
 
-def _cost_table(records: Sequence[Record], names: Sequence[str], caption: str) -> Table:
-    headings = [Heading(heading(name), name) for name in names]
-    rows = [
-        tuple(percent(record[name], 1) if name in SHARES else text(record, name) for name in names)
-        for record in records
-    ]
-    return table(headings, rows, caption)
-
-
-SHARES = tuple(f"{phase}_share" for phase in _PHASES)
-
-_CELLS = (
-    "throughput_tok_s",
-    "latency_s",
-    "ttft_s",
-    "inter_token_s",
-    "speedup",
-    "predicted_speedup",
-    "acceptance_rate",
-    "mean_acceptance_length",
-    "system_efficiency",
-    "draft_time_per_token_s",
-    "prefill_time_s",
-    "scoring_time_s",
-    "verification_time_s",
-    "speedup_of_reference",
-    "num_outputs_equal",
-)
-
-
-def _cells(run: Results) -> Iterator[Any]:
-    if run.cells:
-        everything = shown(run.cells, _CELLS, "Every cell; --csv has all fields")
-        yield Table(everything.headings, everything.rows, everything.caption, sortable=True)
+def _cells(run: Results) -> Iterator[Table]:
+    yield replace(shown(run.cells, "cells", "Every cell; --csv has all fields"), sortable=True)
 
 
 def _machine(run: Results) -> Iterator[Any]:
@@ -373,18 +322,14 @@ def _options(run: Results) -> dict[str, Any]:
     names = ("dtype", "device", "quantisation", "verification", "max_tokens", "temperature", "top_p", "top_k", "seed")
     records = run.cells or run.costs
     common = {name: {str(record[name]) for record in records} for name in names if records}
-    return {
-        fields.column(name).heading: values.pop()
-        for name, values in common.items()
-        if len(values) == 1 and values != {"None"}
-    }
+    return {heading(name): values.pop() for name, values in common.items() if len(values) == 1 and values != {"None"}}
 
 
 def glossary(records: Iterable[Record]) -> Table:
     """A sentence for each field of the records, with the heading that tables show it under."""
     names = fields.ordered(name for record in records for name in fields.scalars(record))
     rows = [
-        (heading(name), name, fields.column(name).unit or "-", fields.column(name).meaning)
+        (heading(name), name, fields.field(name).unit or "-", fields.field(name).meaning)
         for name in names
         if any(record.get(name) is not None for record in records)
     ]

@@ -13,10 +13,9 @@ from bench.records.schema import Record
 
 
 def render(runs: Sequence[Results]) -> str:
-    """All cells of all runs. The order of the columns is the glossary's, then that of the alphabet.
+    """All cells of all runs. Columns are in the order of the glossary, then in alphabetical order.
 
-    run: the file's name. kind: of the record, in the singular. A field that a cell does not have, or that is not known,
-    is empty.
+    run: the file's name. kind: of the record, in the singular. A field that a cell lacks, or that is unknown, is empty.
     """
     rows = [
         {"run": inert(run.name), "kind": kind_of(record).removesuffix("s"), **_scalars(record)}
@@ -32,11 +31,11 @@ def render(runs: Sequence[Results]) -> str:
 
 
 def inert(text: str) -> str:
-    """A text that no spreadsheet takes for a formula, of names that others wrote."""
+    """An untrusted text, quoted if a spreadsheet would take it for a formula."""
     return f"'{text}" if text.startswith(("=", "+", "-", "@")) else text
 
 
 def _scalars(record: Record) -> dict[str, Any]:
-    """Single values; numbers may begin with a minus."""
+    """Single values; numbers may start with a minus."""
     values = fields.scalars(record).items()
     return {inert(name): inert(value) if isinstance(value, str) else value for name, value in values}

@@ -1,6 +1,6 @@
-"""What a report says, as plain data: chapters of sentences, tables and pictures.
+"""A report as plain data: chapters of sentences, tables and pictures.
 
-`bench.report.chapters` decides it; `bench.report.html.page` and `bench.report.markdown` write it.
+`bench.report.chapters` makes it; `bench.report.html`, `bench.report.markdown` and `bench.report.terminal` render it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from bench.report.charts.model import Picture
 
 @dataclass(frozen=True, slots=True)
 class Heading:
-    """Of a table's column. name: the record's field that it shows, or "" for what is no field."""
+    """Heading of a column. name: the field that it shows, or "" if it shows none."""
 
     text: str
     name: str = ""
@@ -21,12 +21,16 @@ class Heading:
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """Rows of texts, one for each heading. caption: what they are of. sortable: whether other orders make sense."""
+    """Rows of texts, one for each heading.
+
+    caption: what they are of. sortable: whether readers may sort it. num_labels: how many columns name a row.
+    """
 
     headings: tuple[Heading, ...]
     rows: tuple[tuple[str, ...], ...]
     caption: str = ""
     sortable: bool = False
+    num_labels: int = 1
 
     def __post_init__(self) -> None:
         for row in self.rows:
@@ -36,21 +40,21 @@ class Table:
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """Names and what is true of them."""
+    """Names and values."""
 
     rows: tuple[tuple[str, str], ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """Something to type."""
+    """A command line."""
 
     text: str
 
 
 @dataclass(frozen=True, slots=True)
 class Card:
-    """A number that answers the question, and in a sentence what it is."""
+    """A number that answers the question, and a sentence that says what it is."""
 
     number: str
     sentence: str
@@ -70,7 +74,7 @@ class Section:
 
 @dataclass(frozen=True, slots=True)
 class Chapter:
-    """A run, or what differs between two. about: in a line or two, of what it is. cards: the answer."""
+    """A run, or the differences between two. about: its subject in a line or two. cards: the answer."""
 
     name: str
     title: str
@@ -87,12 +91,14 @@ class Document:
 
 
 def section(name: str, title: str, *parts: Part) -> list[Section]:
-    """A section, or none if it has nothing to say."""
-    told = tuple(part for part in parts if part and not (isinstance(part, Table) and not part.rows))
-    return [Section(name, title, told)] if told else []
+    """A section, or none if it is empty."""
+    kept = tuple(part for part in parts if part and not (isinstance(part, Table) and not part.rows))
+    return [Section(name, title, kept)] if kept else []
 
 
-def table(headings: Sequence[Heading | str], rows: Sequence[Sequence[str]], caption: str = "") -> Table:
-    """A table; a heading that is a text shows no field."""
-    told = tuple(each if isinstance(each, Heading) else Heading(each) for each in headings)
-    return Table(told, tuple(map(tuple, rows)), caption)
+def table(
+    headings: Sequence[Heading | str], rows: Sequence[Sequence[str]], caption: str = "", num_labels: int = 1
+) -> Table:
+    """A table; a heading given as a text shows no field."""
+    named = tuple(each if isinstance(each, Heading) else Heading(each) for each in headings)
+    return Table(named, tuple(map(tuple, rows)), caption, num_labels=num_labels)

@@ -1,4 +1,4 @@
-"""A report as Markdown: everything but the pictures."""
+"""A report as Markdown, without its pictures."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def render(document: Document) -> str:
 
 
 def escape(text: str) -> str:
-    """Text that means itself, in one line."""
+    """Text in one line, with Markdown's special characters escaped."""
     return SPECIAL.sub(r"\\\1", " ".join(text.split()))
 
 

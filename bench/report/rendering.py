@@ -10,7 +10,7 @@ import argparse
 import os
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from bench.records import campaigns, results
@@ -18,8 +18,8 @@ from bench.records.results import Results
 from bench.report import changes, chapters, csv_text, markdown
 from bench.report.charts import files
 from bench.report.charts.model import Picture
-from bench.report.document import Document
-from bench.report.terminal import audits, cost, decoding, load
+from bench.report.document import Chapter, Document
+from bench.report.terminal import chapter as terminal
 
 REMEDY = "free space there or name another"
 
@@ -34,23 +34,18 @@ def render(run: Path) -> str:
 
 def text(run: Results) -> str:
     """The tables of a run, for a terminal."""
-    return "\n".join([run.described(), "", *_tables(run)])
-
-
-def _tables(run: Results) -> Iterator[str]:
-    if run.shortage:
-        yield from (run.shortage, "")
-    yield from decoding.render(run.cells) if run.cells else ()
-    yield from load.lines(run.loads) if run.loads else ()
-    if run.certificates:
-        yield from audits.lines(run.certificates)
-    yield from cost.lines(run.costs) if run.costs else ()
+    return "\n".join(terminal.render(chapters.chapter(run, "run")))
 
 
 def document(runs: Sequence[Results]) -> Document:
     """The report: what changed in the later runs against the first, then each run."""
     compared = [changes.chapter(runs[0], after, f"changes{index}") for index, after in enumerate(runs[1:], 1)]
     return chapters.document(runs, compared)
+
+
+def _changes_last(document: Document) -> list[Chapter]:
+    """On a terminal the changes come last, where the reader is."""
+    return sorted(document.chapters, key=lambda chapter: chapter.name.startswith("changes"))
 
 
 def draw(report: Document, runs: Sequence[Results], folder: Path) -> list[Path]:
@@ -127,9 +122,8 @@ def main() -> None:
 def _report(arguments: argparse.Namespace) -> None:
     runs = campaigns.read_all(arguments.runs)
     try:
-        texts = [text(run) for run in runs]
-        differences = [line for after in runs[1:] for line in ("", *changes.lines(runs[0], after))]
         report = document(runs)
+        texts = ["\n".join(terminal.render(each)) for each in _changes_last(report)]
         page = _page(report, arguments.html) if arguments.html else ""
     except (KeyError, TypeError, AttributeError, ArithmeticError, IndexError) as error:
         names = ", ".join(map(str, arguments.runs))
@@ -139,5 +133,5 @@ def _report(arguments: argparse.Namespace) -> None:
     for option, path in written:
         write(option, path, contents[option])
     drawn = draw(report, runs, arguments.plots) if arguments.plots else []
-    lines = ["\n\n".join(texts), *differences, *(f"written: {path}" for _, path in written)]
+    lines = ["\n\n\n".join(texts), *(f"written: {path}" for _, path in written)]
     print(*lines, *(f"drawn: {path}" for path in drawn), sep="\n", flush=True)

@@ -1,4 +1,4 @@
-"""What comes first in a report: the numbers that answer the question, and what a reader must know before the others."""
+"""What comes first in a report: the numbers that answer the question, and cautions."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from bench.report.format import cell_name, verdict
 
 MAX_CARDS = 6
 FEW_ROUNDS = 10
-HEADLINE_ROUNDS = 5  # below, a factor is in the tables with its interval, but no answer
-FREE = 1.25  # times the time of a step of one token
+HEADLINE_ROUNDS = 5  # with fewer, a speed-up is shown in the tables only
+FREE = 1.25  # tokens are called free up to this times the time of a step of one token
 
 
 def cards(run: Results) -> Iterator[Card]:
@@ -36,7 +36,7 @@ def cards(run: Results) -> Iterator[Card]:
 
 
 def _is_telling(cell: Record) -> bool:
-    """Whether a cell's times may stand at the head of a page: of a model's own output, over more than a few rounds."""
+    """Whether a cell's speed-up may be an answer: measured on a real model's output, over more than a few rounds."""
     is_real = cell["load_format"] != "dummy" and not cell.get("synthetic_acceptance_rates")
     return is_real and _num_rounds(cell) >= HEADLINE_ROUNDS
 
@@ -46,7 +46,7 @@ def _num_rounds(cell: Record) -> int:
 
 
 def _load_cards(loads: Sequence[Record]) -> Iterator[Card]:
-    """Of each engine under load: the arm that pays up to the highest rate."""
+    """The method of each engine that pays up to the highest rate."""
     for block in grouped(loads, *BLOCK).values():
         arms = grouped(block, "method", "gamma")
         plain = arms.pop(("autoregressive", 0), [])
@@ -57,7 +57,7 @@ def _load_cards(loads: Sequence[Record]) -> Iterator[Card]:
 
 
 def _load_card(arm: str, last: float | None, first: float | None) -> Iterator[Card]:
-    """last, first: the last rate at which it pays, and the first at which it does not; nothing if that is not known."""
+    """last, first: the last rate at which it pays, and the first at which it does not; None if unknown."""
     if last is not None:
         end = "the highest rate measured" if first is None else f"at {first:g} it does not"
         yield Card(f"{last:g} requests/s", f"up to this rate {arm} pays, by median latency; {end}")
@@ -66,7 +66,7 @@ def _load_card(arm: str, last: float | None, first: float | None) -> Iterator[Ca
 
 
 def _best_leads(block: Sequence[Record]) -> list[Lead]:
-    """Over each other engine at its best, or at plain decoding if that is all it has."""
+    """Over each other engine at its best, or at plain decoding if it has nothing else."""
     by_engine = {each.theirs["engine"]: each for each in leads(block)}  # the last one is that over its best
     return list(by_engine.values())
 
@@ -78,7 +78,7 @@ def _arm(record: Record) -> str:
 
 
 def _own(run: Results, block: Sequence[Record]) -> list[Record]:
-    """Cells of the engine that the run is about; of all if it has none."""
+    """Cells of the reference engine; of all engines if it has none."""
     own = [cell for cell in drafting(block) if cell["engine"] == run.reference]
     return own or drafting(block)
 
@@ -87,7 +87,7 @@ def _certainty(record: Record) -> str:
     low, high = record["speedup_low"], record["speedup_high"]
     if low is None:
         return "from one round, without an interval"
-    caution = "; within it is 1, so this may be chance" if low <= 1 <= high else ""
+    caution = "; it includes 1, so this may be chance" if low <= 1 <= high else ""
     return f"95 % interval {low:.2f} to {high:.2f}{caution}"
 
 
@@ -109,56 +109,55 @@ def _other_cards(run: Results) -> Iterator[Card]:
     if run.certificates:
         lossless = [record for record in run.certificates if record["verdict"] == "lossless"]
         loosest = max(lossless, key=lambda record: record.get("max_tv") or 0.0, default={"verdict": "lossless"})
-        told = f"audits found speculation to be {verdict(loosest)}"
-        yield Card(f"{len(lossless)} of {len(run.certificates)}", told)
+        yield Card(f"{len(lossless)} of {len(run.certificates)}", f"audits found speculation to be {verdict(loosest)}")
     steps = [record for record in run.costs if record["axis"] == "width"]
     if steps:
         one = min(steps, key=lambda record: record["size"])
         yield Card(f"{1e3 * one['median_s']:.1f} ms", f"a step of {one['size']} token of {one['pair']}, {one['dtype']}")
         free = max(
-            (each for each in steps if each["median_s"] <= 1.25 * one["median_s"]), key=lambda each: each["size"]
+            (each for each in steps if each["median_s"] <= FREE * one["median_s"]), key=lambda each: each["size"]
         )
         if free is not one:
             times = free["median_s"] / one["median_s"]
-            yield Card(f"{free['size']} tokens", f"are scored in {times:.2f} times the time of one")
+            yield Card(f"{free['size']} tokens", f"take {times:.2f} times as long to score as one")
 
 
 def cautions(run: Results) -> Iterator[str]:
-    """What a reader must know before the numbers."""
+    """What a reader must know before reading the numbers."""
     if run.shortage:
         yield f"{run.shortage}."
     if any(cell["load_format"] == "dummy" for cell in run.cells):
-        yield "Random weights: only times mean anything, and no output or acceptance does."
+        yield "Random weights: only times are meaningful, not outputs or acceptance."
     if any(cell.get("synthetic_acceptance_rates") for cell in run.cells):
-        yield "Acceptance was prescribed: only times mean anything."
+        yield "Acceptance was prescribed: only times are meaningful."
     rounds = [_num_rounds(cell) for cell in run.cells]
     if rounds and min(rounds) < FEW_ROUNDS:
-        told = "was 1 round" if min(rounds) == 1 else f"were {min(rounds)} rounds"
+        number = "1 round" if min(rounds) == 1 else f"{min(rounds)} rounds"
         short = ", and too few for a speed-up to be the answer" if min(rounds) < HEADLINE_ROUNDS else ""
-        yield f"There {told}: few, so that the intervals are somewhat too narrow{short}."
+        yield f"Only {number}: the intervals are somewhat too narrow{short}."
     if any(len(group) > 1 for group in grouped(drafting(run.cells), *WITHOUT_ENGINE, "engine", "method").values()):
-        yield "The fastest gamma of a method is chosen by the same measurement, which flatters it a little."
+        yield "The fastest gamma of a method is chosen by the same measurement, which favors it a little."
     if idle := [cell for cell in run.cells if cell["method"] != "autoregressive" and cell["num_drafted"] == 0]:
-        yield f"Nothing was drafted by {', '.join(map(cell_name, idle))}: its speed-up is 1 but for noise."
+        yield f"Nothing was drafted by {', '.join(map(cell_name, idle))}: its speed-up differs from 1 only by noise."
     yield from _partings(run.cells)
     for workload, rows in dict.fromkeys((cell["workload"], cell["num_rows_skipped"]) for cell in run.cells):
         if rows:
-            yield f"Of {workload} {rows} malformed rows were skipped."
+            yield f"{rows} malformed rows of {workload} were skipped."
     for workload, rows in dict.fromkeys((cell["workload"], cell.get("num_rows_passed_over")) for cell in run.cells):
         if rows:
-            yield f"Of {workload} {rows} rows hold no prompt."
+            yield f"{rows} rows of {workload} contain no prompt."
 
 
 def _partings(cells: Sequence[Record]) -> Iterator[str]:
-    """Outputs that are not plain decoding's, and how near a tie that is."""
+    """Outputs that differ from plain decoding's, and how close to a tie they do."""
     parted = [cell for cell in cells if cell["num_outputs_equal"] not in (None, cell["num_prompts"])]
     if not parted:
         return
     engines = ", ".join(dict.fromkeys(cell["engine"] for cell in parted))
     margins = [each for cell in cells for each in cell.get("margin_at_difference") or () if each is not None]
     near = (
-        f" Where outputs part, the two likeliest tokens' logits are {min(margins):.3f} to {max(margins):.3f} apart: in "
-        "16 bits a near tie may fall either way."
+        " Where they first differ, the logits of the two most likely tokens are "
+        f"{min(margins):.3f} to {max(margins):.3f} apart: in 16 bits a near tie may go either way."
         if margins
         else ""
     )

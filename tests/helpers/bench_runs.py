@@ -7,6 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from bench.records import results
+from bench.report import chapters
+from bench.report.terminal import chapter
+
 Record = dict[str, Any]
 MACHINE = {
     "cpu_model": "a processor",
@@ -57,6 +61,7 @@ def audited(verdict: str, **changes: Any) -> Record:
     record = {"schema_version": 1, "engine": "specdec", "engine_version": "0.1.0", "pair": "tiny", "method": "ngram"}
     record |= {"gamma": 2, "verification": "token", "verdict": verdict, "reasons": ["p is small"], "p_value": 0.5}
     record |= {"control_p_value": 0.75, "num_draws": 20_000, "tv_upper_bound": 0.03, "min_detectable_tv": 0.04}
+    record |= {"max_tv": 0.1, "tv_lower_bound": 0.02}
     return record | changes
 
 
@@ -64,6 +69,16 @@ def sized(axis: str, size: int, median_s: float, **changes: Any) -> Record:
     record = {"schema_version": 1, "axis": axis, "size": size, "median_s": median_s, "roofline_s": median_s / 2}
     record |= {"tokens": size, "pair": "tiny", "dtype": "float32", "device": "cpu", "roofline_share": 0.5}
     return record | {"read_bandwidth": 3e10} | changes
+
+
+def printed(records: Sequence[Record]) -> list[str]:
+    """The lines that a terminal gets at the end of a run."""
+    return list(chapter.render(chapters.chapter(results.of_records(records), "run")))
+
+
+def row_of(lines: Sequence[str], *cells: str) -> list[str]:
+    """The first row that begins with these cells, by its words."""
+    return next(words for line in lines if (words := line.split())[: len(cells)] == list(cells))
 
 
 def document(records: Sequence[Record], **changes: Any) -> dict[str, Any]:

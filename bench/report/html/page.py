@@ -56,7 +56,7 @@ def _page(document: Document) -> str:
         "heading": words.heading,
         "numbers": words.numbers,
         "svg": lambda picture: Markup(svg.draw(picture)),
-        "meaning": lambda name: fields.column(name).meaning,
+        "meaning": lambda name: fields.field(name).meaning,
     }
     style, script = (Markup("".join(path.read_text() for path in paths)) for paths in (STYLES, [SCRIPT]))
     return environment.get_template("page.html").render(document=document, style=style, script=script)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from helpers.bench_runs import decoded, printed, row_of
 
 from bench.analysis.best_gamma import best_gammas
-from bench.report.terminal import decoding
 
 RATES = [0.6, 0.4, 0.2, 0.1]
 
@@ -69,8 +69,8 @@ def test_engines_and_methods_are_apart_and_those_without_phase_times_left_out() 
     assert [best.measured["method"] for best in best_gammas(cells)] == ["eagle", "hybrid"]
 
 
-def test_the_line_under_the_table() -> None:
-    lines = decoding._best_gammas([record(2, 1.5), record(4, 1.4), record("auto", 1.3)])
-    assert lines[0] == (
-        "specdec eagle: predicted best gamma 3 (1.69), measured best of 2, 4, auto: 2 (1.50 [1.40, 1.60])"
-    )
+def test_the_row_that_the_terminal_prints() -> None:
+    arms = [record(2, 1.5), record(4, 1.4), record("auto", 1.3)]
+    lines = printed([decoded("eagle") | each for each in arms])
+    row = row_of(lines[lines.index("Best gamma:") :], "specdec", "eagle")
+    assert row[2:] == ["3", "1.69", "2,", "4,", "auto", "2", "1.50", "[1.40,", "1.60]"]

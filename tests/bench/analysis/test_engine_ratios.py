@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from helpers.bench_runs import decoded, printed, row_of
 
 from bench.analysis.engine_ratios import leads
-from bench.report.terminal import decoding
 
 
 def record(engine: str, method: str, gamma: int, latency_s: list[float], **arms: list[float]) -> dict[str, Any]:
@@ -65,9 +65,9 @@ def test_without_another_engine_or_its_plain_decoding_nothing_is_said() -> None:
     assert leads([*RECORDS[:3], *alone]) == []
 
 
-def test_the_lines_under_the_table() -> None:
-    assert decoding._leads(RECORDS)[1:] == [
-        "specdec hybrid 4 is 6.00 [6.00, 6.00] times as fast as vllm autoregressive",
-        "specdec hybrid 4 is 4.00 [4.00, 4.00] times as fast as vllm ngram 2",
-        "",
-    ]
+def test_the_rows_that_the_terminal_prints() -> None:
+    lines = printed([decoded(each["method"]) | each for each in RECORDS])
+    rows = lines[lines.index("Engines against each other:") :]
+    best = row_of(rows, "specdec", "hybrid", "4", "vllm", "autoregressive")
+    assert best[5:] == ["6.00", "[6.00,", "6.00]"]
+    assert row_of(rows, "specdec", "hybrid", "4", "vllm", "ngram", "2")[6:] == ["4.00", "[4.00,", "4.00]"]

@@ -7,13 +7,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers.bench_runs import MACHINE, audited, decoded, loaded, sized, write
+from helpers.bench_runs import MACHINE, audited, decoded, loaded, row_of, sized, write
 
 from bench.analysis import run_diff
 from bench.analysis.run_diff import Difference
 from bench.records import campaigns, results
 from bench.records.intervals import BootstrapInterval, geometric_mean_interval, unpaired_ratio_interval
 from bench.report import changes
+from bench.report.terminal import chapter as terminal
 
 
 def pair_of_runs(folder: Path, before: list[Any], after: list[Any], **changes: Any) -> tuple[Any, Any]:
@@ -122,7 +123,11 @@ def test_outputs_are_compared_by_their_digests(digest: str | None, equal: bool |
         ({"draft": "another"}, {}, "options: draft was None and is another"),
         ({"seed": 1}, {}, "prompts: seed was 0 and is 1"),
         ({"prompt_lengths": "1:9"}, {}, "prompts: prompt_lengths was None and is 1:9"),
-        ({"per_prompt_latency_s": None}, {}, "prompts: times of single prompts were not kept, or not of as many"),
+        (
+            {"per_prompt_latency_s": None},
+            {},
+            "prompts: times of single prompts were not recorded, or for different numbers of prompts",
+        ),
         ({}, {"cpu_model": "another"}, "machine: cpu_model was a processor and is another"),
         ({}, {"gpus": ["a GPU"]}, "machine: gpus was [] and is ['a GPU']"),
         ({}, {"python_version": "3.12"}, "versions: python was 3.11.7 and is 3.12"),
@@ -159,7 +164,7 @@ def test_other_texts_of_the_same_workload_are_seen(tmp_path: Path) -> None:
         for name in "ab"
     ]
     (found,) = run_diff.differences(before, after)
-    assert found.reasons == ("prompts: the workload's texts are others",)
+    assert found.reasons == ("prompts: the workload's texts differ",)
     (found,) = run_diff.differences(before, before)
     assert found.verdict == "no difference seen"
 
@@ -215,12 +220,13 @@ def test_without_a_difference_few_verdicts_say_so() -> None:
 def test_the_terminal_says_what_changed(tmp_path: Path) -> None:
     before = [decoded("ngram", 2), decoded("ngram", 3), decoded("eagle", 2), audited("lossless")]
     after = [decoded("ngram", 2, (0.5, 1.0), **PLAIN), decoded("ngram", 3, top_k=5), audited("lossy")]
-    lines = list(changes.lines(*pair_of_runs(tmp_path, before, after)))
-    assert lines[0] == "after against before: 1 faster, 1 not comparable, 1 only in before"
-    faster = next(line for line in lines if line.startswith("specdec ngram 2"))
-    assert " ".join(faster.split()) == "specdec ngram 2 faster 2.000 [2.000, 2.000] 1.000 [1.000, 1.000] equal"
+    lines = list(terminal.render(changes.chapter(*pair_of_runs(tmp_path, before, after), "changes")))
+    assert lines[0] == "What changed: after against before"
+    assert "     1  of 3 cells: faster" in lines
+    faster = row_of(lines, "ngram", "2", "faster")
+    assert faster[3:] == ["2.000", "[2.000,", "2.000]", "1.000", "[1.000,", "1.000]", "equal"]
     assert "    options: top_k was 0 and is 5" in lines
-    assert all(len(line) <= 120 for line in lines)
+    assert all(len(line) <= 80 for line in lines)
 
 
 def test_the_chapter_counts_and_tells_audits(tmp_path: Path) -> None:
@@ -237,4 +243,4 @@ def test_the_chapter_counts_and_tells_audits(tmp_path: Path) -> None:
     assert cells.rows[0] == (
         *("specdec", "ngram", "2", "faster", "2.000 [2.000, 2.000]", "1.000 [1.000, 1.000]", "equal", "-"),
     )
-    assert audits.rows == (("equivalence-specdec-tiny-ngram-2", "lossless", "lossy"),)
+    assert audits.rows == (("equivalence-specdec-tiny-ngram-2", "lossless (TV < 0.1)", "lossy (TV > 0.02)"),)

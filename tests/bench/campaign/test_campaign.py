@@ -19,7 +19,7 @@ from bench.campaign import arrivals
 from bench.campaign.config import BenchConfig
 from bench.campaign.shards import part_of
 from bench.measure.session import Session
-from bench.records import campaigns
+from bench.records import campaigns, fields
 from bench.report import rendering
 from bench.report.html import page
 
@@ -85,7 +85,7 @@ def test_results_that_cannot_be_written_are_no_loss(campaign: Any, environment: 
     assert again.returncode == 3, again.stdout
     expected = "benchmark_json=/dev/full must be writable (No space left on device); all finished cells are in "
     assert f"{expected}{folder / 'journal.jsonl'}: free space and run again with --resume" in again.stdout
-    assert "under load" in again.stdout  # the tables are printed all the same
+    assert "Under load" in again.stdout  # the tables are printed all the same
     assert finished(folder) == before
 
 
@@ -97,9 +97,10 @@ def test_a_part_has_its_cells_and_tells_which_it_is(campaign: Any) -> None:
     assert (output["shard"], output["configuration"]["shard"]) == (f"{larger}/2",) * 2
     assert output["cells_of_shards"] == [list(PARTS.values()).count(part) for part in (1, 2)]
     assert output["command"].startswith("pytest bench/ --smoke")
-    assert "under load" in found["rest"].stdout
+    assert "Under load" in found["rest"].stdout
     for cell in output["benchmarks"]:
         assert cell["params"]["rate"] == cell["extra_info"]["rate"]
+        assert set(cell["extra_info"]) == fields.names("loads")
 
 
 @pytest.mark.slow

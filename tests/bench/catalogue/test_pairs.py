@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from helpers.bench_runs import printed
 from tokenizers import Tokenizer
 from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from tokenizers.models import BPE
@@ -25,7 +26,6 @@ from bench.measure import models as models_module
 from bench.measure.models import Models
 from bench.measure.paired import CANDIDATE, Measurement
 from bench.records.schema import Cell
-from bench.report.terminal import decoding
 from specdec import SamplingParams
 from specdec.runtime.artifacts import LoadError
 
@@ -386,18 +386,17 @@ def test_published_results_stand_beside_ours(make_config: MakeConfig) -> None:
     assert (record["published_speedup"], record["published_acceptance_rate"]) == (1.84, 0.32)
     plain = measured(pair, "ngram", make_config())
     assert plain["published_speedup"] is plain["published_source"] is None
-    lines = decoding.render([record, plain])
-    assert (
-        "published with draft_model: speed-up 1.84, 32.0% accepted; XSum, greedy, 10 prompts, an RTX 3050"
-        in " ".join(lines)
-    )
-    assert max(map(len, lines)) <= 120
-    assert not [line for line in decoding.render([plain]) if "published" in line]
+    lines = printed([record | {"speedup": 1.5}, plain | {"speedup": 1.25}])
+    published = " ".join(" ".join(lines[lines.index("Published results") :]).split())
+    assert "draft_model 3 1.50 1.84 32.0% XSum, greedy, 10 prompts, an RTX 3050" in published
+    assert max(map(len, lines)) <= 80
+    assert not [line for line in printed([plain | {"speedup": 1.25}]) if "published" in line]
 
 
 def test_the_table_says_how_weights_are_placed_and_stored(make_config: MakeConfig) -> None:
     record = measured(catalogue()["tiny-random"], "ngram", make_config())
-    lines = decoding.render([record | {"placement": "ratio:6:2", "quantisation": "torchao-int8"}])
-    assert "greedy, placed ratio:6:2, torchao-int8 (random weights: times only)" in " ".join(lines[:2])
-    assert max(map(len, lines)) <= 120
-    assert "placed" not in decoding.render([record])[0]
+    lines = printed([record | {"placement": "ratio:6:2", "quantisation": "torchao-int8"}])
+    assert lines[0].startswith("tiny-random, float32, ratio:6:2, torchao-int8 on cpu; ")
+    assert "Random weights: only times are meaningful, not outputs or acceptance." in lines
+    assert max(map(len, lines)) <= 80
+    assert printed([record])[0].startswith("tiny-random, float32 on cpu; ")

@@ -17,6 +17,7 @@ from bench.campaign.config import BenchConfig
 from bench.catalogue.pairs import catalogue
 from bench.engines.base import PromptResult, Run
 from bench.measure import audit
+from bench.records import fields
 from bench.records.schema import Cell
 from specdec import SamplingParams
 from specdec.conformance.audit import audit as audit_engine
@@ -112,6 +113,7 @@ def test_a_run_leaves_certificates(tmp_path: Path) -> None:
     assert "1 passed" in done.stdout
     (cell,) = json.loads(output.read_text())["benchmarks"]
     record = cell["extra_info"]
+    assert set(record) == fields.names("certificates")
     assert (record["verdict"], record["num_draws"]) == ("inconclusive", 300)
     assert record["num_draws_needed"] > 10_000
     assert "speculation not confirmed" in record["reasons"][0]  # two tokens drafted, none accepted

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.bench_runs import printed, row_of, sized
 
 from bench.catalogue.pairs import catalogue
 from bench.engines.base import LoadOptions, PromptResult, Run
@@ -13,7 +14,7 @@ from bench.engines.registry import load
 from bench.engines.specdec import SpecdecEngine
 from bench.measure.cost import phase_shares, roofline, sweep
 from bench.records import phases, sweeps
-from bench.report.terminal import cost
+from bench.report.sentences import tree_gain
 from specdec import AcceptanceCounts, PhaseTimes
 from specdec.decoding import Decoder
 from specdec.requests import Batch
@@ -146,11 +147,12 @@ def test_where_trees_pay_is_told() -> None:
         record("tree", size, median_s, expected_tokens=tokens, depth=2)
         for size, median_s, tokens in ((2, 1.25, 1.5), (8, 1.25, 2.0), (16, 2.0, 2.25), (64, 5.0, 2.5))
     ]
-    assert list(cost.lines([plain, *trees]))[-1] == (
-        "trees expect 1.60 times the tokens per second of plain decoding with 8 nodes in 2 levels; "
-        "the largest measured that pays has 16"
+    assert tree_gain([plain, *trees]) == (
+        "The best tree has 8 nodes in 2 levels and should be 1.60 times as fast as plain decoding; the largest "
+        "measured tree that pays has 16."
     )
-    assert list(cost.lines([plain, trees[-1]]))[-1].endswith("; none measured pays")
+    assert tree_gain([plain, trees[-1]]).endswith("; no measured tree pays.")
+    assert tree_gain([plain]) == tree_gain(trees) == ""
 
 
 def decoded(num_steps: list[int], times: PhaseTimes) -> Run:
@@ -188,10 +190,10 @@ def test_a_step_is_shared_out_by_a_real_engine(engine: SpecdecEngine) -> None:
 
 
 def test_the_tables() -> None:
-    size = {"axis": "width", "size": 4, "tokens": 4, "median_s": 0.002, "roofline_share": 0.5, "read_bandwidth": 3e10}
     shares = {"draft_share": 0.1, "scoring_share": 0.8, "verification_share": 0.06, "bookkeeping_share": 0.04}
-    step = {"axis": "phases-eagle-sampled", "size": 8, "method": "eagle", "temperature": 1.0, "step_s": 0.01} | shares
-    shown = [line.split() for line in cost.lines([size, size | {"axis": "ngram", "roofline_share": None}, step])]
-    assert shown[0][:6] == ["memory", "is", "read", "at", "30.0", "GB/s;"]
-    assert shown[2:4] == [["width", "4", "2.000", "500.0", "50%"], ["ngram", "4", "2.000", "500.0", "-"]]
-    assert shown[5] == ["eagle", "at", "1", "8", "10.00", "10.0%", "80.0%", "6.0%", "4.0%"]
+    step = sized("phases-eagle-sampled", 8, 0.01, method="eagle", temperature=1.0, step_s=0.01, **shares)
+    shown = printed([sized("width", 4, 0.002), sized("ngram", 4, 0.002, roofline_share=None), step])
+    assert "Measured memory read bandwidth is 30.0 GB/s; " in " ".join(shown)
+    assert row_of(shown, "width", "4") == ["width", "4", "500.0", "2.000", "50%"]
+    assert row_of(shown, "ngram", "4") == ["ngram", "4", "500.0", "2.000", "-"]
+    assert row_of(shown, "eagle", "1", "8") == ["eagle", "1", "8", "10.00", "10.0%", "80.0%", "6.0%", "4.0%"]

@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from helpers.bench_runs import loaded, printed, row_of
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from bench.analysis.break_even import highest_rate, pays, ratios, stops_paying
 from bench.campaign.arrivals import Limits, Request, arrivals
 from bench.measure.load import in_flight, percentile, summary
-from bench.report.terminal.load import lines
 
 LIMITS = Limits(ttft_s=1.0, inter_token_s=0.25)
 
@@ -196,17 +196,15 @@ def test_the_highest_rate_within_the_limits_has_all_lower_ones_within_them() -> 
 
 
 def full(rate: float, method: str, latency: float | None, within: float) -> dict[str, Any]:
-    """A record with all that the table shows."""
+    """A record with everything that the table shows."""
     times = {f"{name}_p{each}_s": latency for name in ("ttft", "inter_token", "latency") for each in (50, 95, 99)}
-    identity = {"engine": "specdec", "pair": "tiny", "dtype": "float32", "device": "cpu", "workload": "smoke"}
-    settings = {"batch_size": 4, "placement": "same", "temperature": 0.0, "max_tokens": 8, "arrivals": "poisson"}
-    limits = {"duration_s": 30.0, "drain_s": 60.0, "ttft_limit_s": 2.0, "inter_token_limit_s": 0.2}
+    limits = {"duration_s": 30.0, "drain_s": 60.0, "ttft_limit_s": 2.0, "inter_token_limit_s": 0.2, "batch_size": 4}
     counts = {"num_requests": 60, "num_finished": 57, "goodput": 1.5, "throughput_tok_s": 123.4}
-    arm = {"method": method, "gamma": 0 if method == "autoregressive" else 4, "mean_num_in_flight": 2.5}
-    return identity | settings | limits | counts | arm | times | {"rate": rate, "within_limits_rate": within}
+    changes = limits | counts | times | {"within_limits_rate": within, "mean_num_in_flight": 2.5}
+    return loaded(rate, method, 0 if method == "autoregressive" else 4, **changes)
 
 
-def test_the_table_tells_the_curve_and_the_limits() -> None:
+def test_the_terminal_shows_the_curve_and_the_limits() -> None:
     records = [
         full(2, "autoregressive", 1.0, 1.0),
         full(2, "ngram", 0.5, 1.0),
@@ -214,21 +212,28 @@ def test_the_table_tells_the_curve_and_the_limits() -> None:
         full(8, "ngram", 3.0, 0.5),
         full(16, "ngram", None, 0.1),
     ]
-    shown = lines(records)
-    assert max(map(len, shown)) <= 120
-    text = " ".join("\n".join(shown).split())
-    assert "specdec, tiny, float32 on cpu, smoke, up to 8 tokens, poisson arrivals for 30 s, at most 4 together" in text
-    assert "2 ngram 4 57/60 1.50 123.4 2.5 0.500 0.500 0.500 500 500 500 0.500 0.500 0.500 2.00" in text
-    assert "16 ngram 4 57/60 1.50 123.4 2.5 - - - - - - - - - -" in text
+    shown = printed(records)
+    assert max(map(len, shown)) <= 80
+    table = shown[shown.index("By arrival rate:") :]
+    assert row_of(table, "2", "ngram", "4")[3:] == ["2.00", "123.4", "57", "of", "60", "1.50", "100.0%", "2.5"]
+    times = table[table.index("") + 1 :]
+    assert row_of(times, "2", "ngram", "4")[3:] == ["0.500"] * 3 + ["500.0"] * 3
+    assert row_of(times, "16", "ngram", "4")[3:] == ["-"] * 6
+    assert row_of(times[times.index("") :], "2", "ngram", "4")[3:] == ["0.500"] * 3
+    text = " ".join(" ".join(shown).split())
+    assert "tiny, float32 on cpu; smoke, 2 prompts of up to 10 tokens, batch size 4, greedy; decoded by specdec" in text
+    assert (
+        "arrive for 30 s (poisson arrivals), whether or not earlier ones are finished, and may finish up to 60 s"
+        in text
+    )
     assert "plain decoding: limits kept by 50 % up to 8, 95 % up to 8, 99 % up to 2" in text
     assert (
         "ngram 4: limits kept by 50 % up to 8, 95 % up to 2, 99 % up to 2; does not pay at 8 requests/s, does at 2"
         in text
     )
     stalled = [full(4, "autoregressive", None, 0.0), full(4, "ngram", 9.0, 0.1), full(4, "eagle", None, 0.0)]
-    text = " ".join(" ".join(lines(stalled)).split())
+    text = " ".join(" ".join(printed(stalled)).split())
+    assert "ngram 4: limits kept by 50 % up to no rate, 95 % up to no rate, 99 % up to no rate; pays up to 4" in text
     assert (
-        "ngram 4: limits kept by 50 % up to no rate, 95 % up to no rate, 99 % up to no rate; pays at every rate" in text
+        "eagle 4: limits kept by 50 % up to no rate, 95 % up to no rate, 99 % up to no rate; too few requests" in text
     )
-    assert "eagle 4: limits kept by 50 % up to no rate, 95 % up to no rate, 99 % up to no rate; whether it pays" in text
-    assert "finished within 60 s after the last arrivals" in text

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.bench_runs import decoded, printed, row_of
 from tokenizers import Tokenizer, decoders
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import Metaspace
@@ -19,7 +20,6 @@ from bench.measure.paired import BASELINE, CANDIDATE
 from bench.measure.quality import sandbox, scores
 from bench.measure.quality.sandbox import Outcome
 from bench.records.intervals import mean_difference_interval
-from bench.report.terminal import decoding
 from bench.workloads import registry
 from bench.workloads.base import Number, Prompt, Summary
 
@@ -166,14 +166,14 @@ def test_an_output_keeps_the_spaces_that_it_begins_with() -> None:
     assert scores.texts([Run((PromptResult(emitted, 0.0, 0.0, None, "stop"),))], tokenizer) == [body]
 
 
-def test_the_table_has_a_line_for_quality(
-    make_config: Callable[..., BenchConfig],
-) -> None:
+def test_the_terminal_shows_quality_where_it_was_measured() -> None:
     prompts = [Prompt("a", truth=Number("1")), Prompt("b", truth=Number("2"))]
-    fields = scores.compare("exact_match", prompts, ["1", "2"], ["1", "3"])
-    record = {"engine": "specdec", "method": "ngram", "gamma": 4} | fields
-    line = "specdec ngram 4: exact_match 1.000, of autoregressive decoding 0.500, difference +0.500 [+0.000, +1.000]"
-    assert decoding._qualities([record]) == [line, ""]
-    plain = record | scores.compare("exact_match", prompts, ["1", "2"], None) | {"method": "autoregressive"}
-    assert decoding._qualities([plain])[0] == "specdec autoregressive 4: exact_match 1.000"
-    assert decoding._qualities([record | scores.no_quality("exact_match", "x"), {}]) == []
+    record = decoded("ngram", 4) | scores.compare("exact_match", prompts, ["1", "2"], ["1", "3"])
+    plain = decoded("autoregressive") | scores.compare("exact_match", prompts, ["1", "2"], None)
+    lines = printed([plain, record])
+    quality = lines[lines.index("Quality") :]
+    assert row_of(quality, "specdec", "ngram", "4")[3:] == [
+        *("exact_match", "1.000", "0.500", "+0.500", "[+0.000,", "+1.000]"),
+    ]
+    assert row_of(quality, "specdec", "autoregressive", "0")[3:] == ["exact_match", "1.000", "-", "-"]
+    assert "exact_match" not in " ".join(printed([record | scores.no_quality("exact_match", "x")]))

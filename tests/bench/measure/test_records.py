@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
+from helpers.bench_runs import printed, row_of
 
 from bench.campaign.config import BenchConfig
 from bench.catalogue.pairs import catalogue
@@ -16,7 +17,6 @@ from bench.engines.base import PromptResult, Run
 from bench.measure import records, telemetry
 from bench.measure.paired import BASELINE, CANDIDATE, REFERENCE, Measurement, check_counts, measure
 from bench.records.schema import Cell
-from bench.report.terminal import decoding
 from specdec import AcceptanceCounts, PhaseTimes
 
 TINY = catalogue()["tiny-random"]
@@ -154,53 +154,50 @@ def test_engines_that_tell_no_counts_have_no_acceptance(config: BenchConfig) -> 
         assert record[name] is None, name
 
 
-def test_the_table_shows_how_a_prediction_becomes_the_measured_speedup(record: dict[str, Any]) -> None:
-    lines = decoding.render([record | {"speedup_from_truncation": -1e-9}])
-    shown = [line.split() for line in lines if line.startswith("specdec")]
-    assert shown[1] == ["specdec", "ngram", "2", "2.000", "+0.000", "+0.000", "-0.455", "+2.455", "4.000"]
-    assert "specdec ngram: predicted best gamma 2 (2.00), measured best of 2: 2 (4.00 [2.00, 8.00])" in lines
-    old = {name: value for name, value in record.items() if not name.startswith(("speedup_from", "step_cost"))}
-    assert not [line for line in decoding.render([old]) if "redicted best" in line or "averaging" in line]
-
-
-def test_the_table_shows_energy_where_there_is_any(record: dict[str, Any]) -> None:
-    unknown = dict.fromkeys(telemetry.FIELDS)
-    assert decoding.render([record | unknown]) == decoding.render([record])  # as were old records
-    known = unknown | {"energy_j": 84.0, "energy_per_token_j": 10.5, "energy_per_accepted_token_j": 21.0}
-    known |= {"average_power_w": 42.0, "peak_power_w": 700.25, "average_utilisation_rate": 0.5}
-    known |= {"peak_memory_bytes": 2.5e9, "peak_temperature_c": 61.0}
-    lines = decoding.render([record | known, record | unknown])
-    shown = [line.split() for line in lines if "GB" in line]
-    assert shown == [
-        ["specdec", "ngram", "2", "84.0", "10.500", "21.000", "42.0", "700.2", "50.0%", "2.5", "GB", "61"],
-    ]
-    assert max(map(len, lines)) <= 120
-    assert any("idle power" in line for line in lines)
-
-
-def test_the_table_shows_each_cell_in_120_columns(record: dict[str, Any]) -> None:
-    plain = {"method": "autoregressive", "gamma": 0, "speedup": None, "step_cost_ratio": None}
-    lines = decoding.render([record, record | plain | {"speedup_from_averaging": None}])
-    assert max(map(len, lines)) <= 120
-    assert lines[0].startswith("tiny-random, float32 on cpu, smoke, 2 prompts of up to 4 tokens, batch size 1, greedy")
-    assert lines[2].split() == [
-        "specdec",
-        "ngram",
-        "2",
-        "4.0",
-        "1.000",
-        "100.0%",
-        "3.00",
+def test_the_terminal_shows_how_a_prediction_becomes_the_measured_speedup(record: dict[str, Any]) -> None:
+    lines = printed([record | {"speedup_from_truncation": -1e-9}])
+    parts = lines[lines.index("From predicted to measured speed-up: what each effect adds:") :]
+    assert row_of(parts, "specdec", "ngram", "2")[3:] == [
         "4.00",
         "[2.00,",
         "8.00]",
         "2.00",
-        "2.00",
-        "[2.00,",
-        "2.00]",
-        "1/2",
+        "+0.000",
+        "+0.000",
+        "-0.455",
     ]
-    assert lines[3].split()[7:9] == ["-", "2.00"]
+    assert row_of(parts[parts.index("") :], "specdec", "ngram", "2")[3:] == ["+2.455", "2.00"]
+    best = lines[lines.index("Best gamma:") :]
+    assert row_of(best, "specdec", "ngram")[2:] == ["2", "2.00", "2", "2", "4.00", "[2.00,", "8.00]"]
+    old = {name: value for name, value in record.items() if not name.startswith(("speedup_from", "step_cost"))}
+    assert not [line for line in printed([old]) if "Best gamma" in line or "averaging" in line]
+
+
+def test_the_terminal_shows_energy_where_there_is_any(record: dict[str, Any]) -> None:
+    unknown = dict.fromkeys(telemetry.FIELDS)
+    assert printed([record | unknown]) == printed([record])  # as were old records
+    known = unknown | {"energy_j": 84.0, "energy_per_token_j": 10.5, "energy_per_accepted_token_j": 21.0}
+    known |= {"average_power_w": 42.0, "peak_power_w": 700.25, "average_utilisation_rate": 0.5}
+    known |= {"peak_memory_bytes": 2.5e9, "peak_temperature_c": 61.0}
+    lines = printed([record | known, record | unknown])
+    energy = lines[lines.index("Energy, power and memory:") :]
+    numbers = ["84.0", "10.500", "21.000", "42.0", "700.2", "50.0%", "2.5", "61"]
+    assert row_of(energy, "specdec", "ngram", "2")[3:] == numbers
+    assert max(map(len, lines)) <= 80
+    assert "idle power" in " ".join(lines)
+
+
+def test_the_terminal_shows_each_cell_in_80_columns(record: dict[str, Any]) -> None:
+    plain = {"method": "autoregressive", "gamma": 0, "speedup": None, "step_cost_ratio": None}
+    lines = printed([record, record | plain | {"predicted_speedup": None}])
+    assert max(map(len, lines)) <= 80
+    assert " ".join(lines).startswith(
+        "tiny-random, float32 on cpu; smoke, 2 prompts of up to 4 tokens, batch size 1, greedy; decoded by specdec"
+    )
+    cells = lines[lines.index("Every cell; --csv has all fields:") :]
+    assert row_of(cells, "ngram", "2")[2:] == ["4.0", "1.000", "4.00", "[2.00,", "8.00]", "2.00", "[2.00,", "2.00]"]
+    assert row_of(cells, "autoregressive", "0")[4:6] == ["-", "2.00"]
+    assert row_of(cells[cells.index("") :], "ngram", "2")[2:] == ["1", "of", "2", "100.0%", "3.00"]
 
 
 def test_arms_are_interleaved_and_turned_round() -> None:

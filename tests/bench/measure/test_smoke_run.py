@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from bench.measure.journal import Entry, Journal
-from bench.records import campaigns
+from bench.records import campaigns, fields
 from bench.records.sweeps import SMOKE_SWEEPS
 from bench.report import rendering
 from bench.report.html import page
@@ -25,6 +25,7 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[3]
 Killed = tuple[Path, list[str]]
 Resumed = tuple[Path, dict[str, Any], str]
+OWN_TABLE = ("--benchmark-columns=median",)  # asks for pytest-benchmark's
 CELLS = [
     f"{engine}-tiny-random-{method}-{0 if method == 'autoregressive' else 2}-same-smoke-1"
     for engine, methods in (
@@ -89,6 +90,11 @@ def resumed(killed: Killed, environment: dict[str, str]) -> Resumed:
     return folder, json.loads((folder / "out.json").read_text()), done.stdout
 
 
+def test_records_have_exactly_the_declared_fields(resumed: Resumed) -> None:
+    for cell in resumed[1]["benchmarks"]:
+        assert set(cell["extra_info"]) == fields.names("cells")
+
+
 def test_a_killed_run_is_resumed_where_it_was(killed: Killed, resumed: Resumed) -> None:
     _, before = killed
     folder, output, printout = resumed
@@ -113,7 +119,7 @@ def test_results_say_where_they_come_from_but_not_the_host(resumed: Resumed) -> 
 def test_a_run_can_be_reported(resumed: Resumed) -> None:
     (run,) = campaigns.read_all([resumed[0] / "out.json"])
     told = page.render(rendering.document([run]))
-    assert "Random weights: only times mean anything" in told
+    assert "Random weights: only times are meaningful" in told
     assert told.count('class="point"') > 100
     assert run.command in html.unescape(told)
 
@@ -131,14 +137,16 @@ def test_counts_are_those_of_a_draft_that_is_the_target(resumed: Resumed) -> Non
 
 def test_the_table_is_printed_and_skips_have_a_reason(resumed: Resumed) -> None:
     printout = resumed[2]
-    assert "tiny-random, float32 on cpu, smoke, 2 prompts of up to 8 tokens, batch size 1, greedy" in printout
+    assert "tiny-random, float32 on cpu; smoke, 2 prompts of up to 8 tokens, batch size 1" in printout
     assert "specdec is faster" in printout
     assert "engine=transformers has no method=ngram_store; use" in printout
 
 
 def test_a_finished_journal_is_replayed_and_two_runs_compare(resumed: Resumed, environment: dict[str, str]) -> None:
     folder, output, _ = resumed
-    assert finish(folder, environment, "--resume", f"--benchmark-json={folder / 'again.json'}").returncode == 0
+    done = finish(folder, environment, "--resume", f"--benchmark-json={folder / 'again.json'}", *OWN_TABLE)
+    assert done.returncode == 0
+    assert "Name (time in" in done.stdout
     again = json.loads((folder / "again.json").read_text())
     for cell, replayed in zip(output["benchmarks"], again["benchmarks"], strict=True):
         assert replayed["stats"] == cell["stats"]
@@ -211,10 +219,11 @@ def test_costs_are_measured_and_printed(tmp_path: Path, environment: dict[str, s
     assert done.returncode == 0, done.stdout
     records = [cell["extra_info"] for cell in json.loads((tmp_path / "out.json").read_text())["benchmarks"]]
     assert {record["axis"] for record in records} == set(SMOKE_SWEEPS)
+    assert set().union(*records) == fields.names("costs")
     assert all(record["median_s"] > 0 and record["read_bandwidth"] > 0 for record in records)
     assert all((record["roofline_share"] is None) == (record["bytes_read"] is None) for record in records)
     assert len({record["read_bandwidth"] for record in records}) == 1
     before, first_cell, _ = done.stdout.partition("bench/cost_sweep.py .")
     assert first_cell
     assert "roofline: memory is read at" in before
-    assert "a decode step" in done.stdout
+    assert "Phases of a decode step" in done.stdout
