@@ -22,6 +22,8 @@ from bench.report import chapters
 from bench.report.terminal import chapter
 
 SESSION = pytest.StashKey[Session]()
+# each of these options of pytest-benchmark shows its table
+OWN_TABLE = ("columns", "time_unit", "compare", "histogram", "cprofile", "verbose")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -32,6 +34,7 @@ def pytest_configure(config: pytest.Config) -> None:
     """Check everything that can be checked before tests are collected; exit code 4 for a usage error."""
     try:
         _check_plugins(config)
+        config.option.benchmark_quiet |= not any(getattr(config.option, f"benchmark_{name}") for name in OWN_TABLE)
         config.stash[SESSION] = Session(options.parse_config(config))
         if not config.option.collectonly:
             _check_output(config)
