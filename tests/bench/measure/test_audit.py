@@ -89,7 +89,7 @@ def test_certificates_that_differ_have_names_that_differ(
     certificate = Certificate.of(audit.subject(cell, "1", config), found)
     assert audit.file_name(certificate) == name
     assert Certificate.from_record(certificate.record()).record() == certificate.record()
-    assert ("The engine was told: " in certificate.markdown()) == (options != "{}")
+    assert ("Engine options: " in certificate.markdown()) == (options != "{}")
 
 
 def test_prescribed_acceptance_is_refused(make_config: Callable[..., BenchConfig]) -> None:
