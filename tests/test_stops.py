@@ -19,6 +19,12 @@ A, B, C = LETTERS.values()
 EOS = TOKENIZER.eos_token_id
 
 
+class EndingModel(MarkovModel):
+    """A table with a stop token."""
+
+    eos_token_ids = frozenset({EOS})
+
+
 def model(seed: int) -> MarkovModel:
     """Says a, b, c and two bytes that make up one character, by what came before."""
     said = [A, B, C, *TOKENIZER.convert_tokens_to_ids(["<0xC3>", "<0xA9>"]), EOS]
@@ -26,8 +32,8 @@ def model(seed: int) -> MarkovModel:
     weights = torch.rand(SIZE, len(said), generator=torch.Generator().manual_seed(seed)) + 0.05
     weights[:, -1] = 0.05
     rows[0, :, said] = weights / weights.sum(-1, keepdim=True)
-    target = MarkovModel(rows.expand(SIZE, SIZE, SIZE))
-    target.tokenizer, target.eos_token_ids = TOKENIZER, frozenset({EOS})
+    target = EndingModel(rows.expand(SIZE, SIZE, SIZE))
+    target.tokenizer = TOKENIZER
     return target
 
 
