@@ -235,7 +235,7 @@ def test_logits_without_a_distribution_name_request_position_and_step(broken: st
     ("options", "message"),
     [
         ({"tree": [(0,), (1, 0)]}, r"tree path \(1, 0\) must have its parent"),
-        ({"tree": "no-such-file.json"}, "tree='no-such-file.json' must be a JSON file with rank paths"),
+        ({"tree": "no-such-file.json"}, "tree='no-such-file.json' must be a JSON file of rank paths"),
         (
             {"tree": [(0,), (1,), (2,), (3,)]},
             "a tree with 4 siblings must have at most 3, the tokens that the draft knows",

@@ -75,7 +75,7 @@ def bounded(verdict: Verdict, max_tv: float, tv_lower_bound: float) -> str:
     """A verdict with its bound on the total variation distance: "lossless (TV < 0.1)"."""
     if verdict == "lossless":
         return f"lossless (TV < {max_tv:g})"
-    if verdict == "lossy" and tv_lower_bound > 0:
+    if verdict == "lossy":
         return f"lossy (TV > {tv_lower_bound:.2g})"
     return verdict
 

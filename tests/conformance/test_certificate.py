@@ -80,7 +80,7 @@ def test_another_schema_is_rejected() -> None:
     [
         ("lossless", 0.0, "lossless (TV < 0.1)"),
         ("lossy", 0.03, "lossy (TV > 0.03)"),
-        ("lossy", 0.0, "lossy"),
+        ("lossy", 0.0, "lossy (TV > 0)"),
         ("inconclusive", 0.0, "inconclusive"),
     ],
 )

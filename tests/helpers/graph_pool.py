@@ -210,5 +210,5 @@ def compute_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpp, "available", lambda dtype: False)
     for module in (state, tree):
         monkeypatch.setattr(module, "largest", lambda logits: tuple(logits.max(-1)))
-    monkeypatch.setattr(verification, "_is_none", lambda mask: False)
+    monkeypatch.setattr(verification, "_surely_none", lambda mask: False)
     monkeypatch.setattr(state, "_nucleus", lambda probs, top_p: probs.sort(dim=-1, descending=True).values)

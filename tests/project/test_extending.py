@@ -70,8 +70,8 @@ def test_the_command_line_decodes_with_the_method(run: Run, method: str) -> None
     options = ["--target", TINY, "--load-format", "dummy", "--dtype", "float32", "--max-tokens", "9", "--ignore-eos"]
     done = run("-m", "specdec", "Hello", "--method", method, *options)
     assert done.returncode == 0, done.stderr
-    assert " drafted tokens accepted: " in done.stderr
-    assert done.stderr.endswith("the same tokens as plain decoding\n")
+    assert " draft tokens accepted " in done.stderr
+    assert done.stderr.endswith("same tokens as plain decoding\n")
 
 
 def test_its_own_tests_certify_its_proposer(run: Run, package: tuple[Path, Path]) -> None:

@@ -56,9 +56,10 @@ def head(target, tmp_path: Path) -> Path:
 def test_json_of_another_shape_gets_a_sentence(shape: str, target, head: Path, tmp_path: Path) -> None:
     path = tmp_path / "file.json"
     path.write_bytes(SHAPES[shape])
-    with pytest.raises(ValueError, match=r"^tree='.*file.json' must be a JSON file with rank paths such as .*: "):
+    with pytest.raises(ValueError, match=r"^tree='.*file.json' must be a JSON file of rank paths such as .*: "):
         Tree.load(path)
-    with pytest.raises(ValueError, match=r"^acceptance='.*file.json' must be JSON with acceptance and level_cost: "):
+    rule = r"^acceptance='.*file.json' must be a JSON object with acceptance and level_cost: "
+    with pytest.raises(ValueError, match=rule):
         Rates.load(path)
     shutil.copy(path, head / "draft_vocabulary.json")
     with pytest.raises(LoadError, match=r"source='.*head' must be a folder with an undamaged head \(draft_vocabulary"):
@@ -71,7 +72,7 @@ def test_json_of_another_shape_gets_a_sentence(shape: str, target, head: Path, t
 def test_rates_of_another_shape_get_a_sentence(content: dict, tmp_path: Path) -> None:
     path = tmp_path / "acceptance.json"
     path.write_text(json.dumps(content))
-    with pytest.raises(ValueError, match=r"^acceptance='.*' must be JSON with acceptance and level_cost: "):
+    with pytest.raises(ValueError, match=r"^acceptance='.*' must be a JSON object with acceptance and level_cost: "):
         Rates.load(path)
 
 

@@ -34,7 +34,7 @@ COSTS = StepCosts((1.0,) * (MAX_DRAFT_LENGTH + 1), DRAW_S)
 def cut_before_unlikely_tokens(draft: Draft, threshold: float) -> Draft:
     """Planted bug: a draft ends before the first token that the draft model finds unlikely."""
     likely = (draft.distribution.prob(draft.tokens) >= threshold).long().cumprod(1).sum(1)
-    return replace(draft, lengths=torch.minimum(draft.num_proposed, likely))
+    return replace(draft, num_proposed=torch.minimum(draft.num_proposed, likely))
 
 
 # -- exactly ---------------------------------------------------------------------------------------------------

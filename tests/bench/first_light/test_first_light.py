@@ -23,7 +23,7 @@ from bench.first_light.running import ARCHIVE_FILE, Part, run_parts
 from specdec import Engine, assembly
 from specdec.models.causal import CausalLM
 from specdec.sampling.randomness import Role
-from specdec.verification import verify_tokens
+from specdec.verification import Rule, verify_tokens
 
 ROOT = Path(__file__).parents[3]
 CPU = torch.device("cpu")
@@ -275,6 +275,7 @@ def test_what_only_recorded_decoding_gets_wrong_is_found(
 def test_a_rule_that_accepts_always_is_found(
     models: correctness.Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    @Rule
     def accept_always(target: Any, draft: Any, accept_uniforms: torch.Tensor, final_uniforms: torch.Tensor) -> Any:
         return verify_tokens(target, draft, torch.zeros_like(accept_uniforms) - 1, final_uniforms)
 
