@@ -58,11 +58,6 @@ class Difference:
     reasons: tuple[str, ...] = ()
     outputs_equal: bool | None = None
 
-    @property
-    def is_lone(self) -> bool:
-        """Whether only one of the runs has the cell."""
-        return self.verdict not in VERDICTS
-
 
 def differences(before: Results, after: Results) -> list[Difference]:
     """Of every cell that is in at least one of two runs, except audits, which have no times."""

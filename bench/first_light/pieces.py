@@ -21,7 +21,7 @@ from torch import Tensor
 from specdec.models.loading import SMOLLM2_135M, resolve
 from specdec.runtime.artifacts import LoadError, fetch, folder_of, made_once
 
-PIECE_BYTES = 36 << 20  # a call to a lent machine takes so much beside the sources
+PIECE_BYTES = 36 << 20  # of one upload: transfers to a GPU machine may be limited
 WEIGHTS_FILE = "model.safetensors"
 _BLOCKS = {"Q4_1": 20, "Q8_0": 34}  # bytes of 32 weights
 _LAYER = {  # names in a GGUF file -> in transformers' Llama
