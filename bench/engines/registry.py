@@ -109,11 +109,11 @@ def parse_method(name: str, text: str) -> str:
 
     Raises ValueError for anything else.
     """
-    known = (*METHODS, *VLLM_METHODS)
-    if text not in known and not is_method(text):
-        raise ValueError(f"{name}={text!r} must be one of {', '.join(known)} or module:attribute; check the spelling")
     if is_method(text):
         method_spec(text)
+    elif text not in VLLM_METHODS:
+        known = (*METHODS, *VLLM_METHODS)
+        raise ValueError(f"{name}={text!r} must be one of {', '.join(known)} or module:attribute; check the spelling")
     return text
 
 
@@ -133,8 +133,8 @@ def why_not(
         return missing
     if method not in kind.methods and not _is_own(kind, method):
         return f"engine={engine} has no method={method}; use {', '.join(kind.methods)}"
-    if method == "tree" and verification == "block":
-        return "method=tree has no verification=block; use --verification token or coupled"
+    if verification == "block" and is_method(method) and method_spec(method).drafts_trees:
+        return f"method={method} has no verification=block; use --verification token or coupled"
     if method != "autoregressive" and verification not in kind.verifications:
         return (
             f"engine={engine} has no verification={verification}; use --verification {' or '.join(kind.verifications)}"
