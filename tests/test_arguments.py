@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 from helpers import tiny
-from helpers.toys import grid_pair
 
 from specdec import CausalLM, Engine, EngineBusyError, SamplingParams
+from specdec.conformance.toys import grid_pair
 
 TARGET, DRAFT = grid_pair(4)
 GREEDY = SamplingParams(temperature=0, max_tokens=3)

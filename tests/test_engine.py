@@ -8,9 +8,10 @@ from functools import cache
 import pytest
 import torch
 from helpers import tiny
-from helpers.toys import ExitTarget, grid_pair
+from helpers.toys import ExitTarget
 
 from specdec import METHODS, AcceptanceCounts, Engine, SamplingParams
+from specdec.conformance.toys import grid_pair
 from specdec.drafts import check_same_vocabulary
 from specdec.models.causal import CausalLM
 from specdec.models.eagle import EagleHead, new_head

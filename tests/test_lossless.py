@@ -7,13 +7,14 @@ from functools import partial
 
 import pytest
 import torch
-from helpers.gates import distance, marginal, passes, radius
-from helpers.toys import grid_pair, joint_distribution, table, top_k_distribution
+from helpers.toys import top_k_distribution
 
 from specdec import Engine, SamplingParams
 from specdec.conformance import mutants
 from specdec.conformance.enumeration import exact_distribution
+from specdec.conformance.gates import distance, marginal, passes, radius
 from specdec.conformance.mutants import maker
+from specdec.conformance.toys import grid_pair, joint_distribution, table
 from specdec.decoding import Decoder
 from specdec.models.markov import MarkovModel
 from specdec.proposers.ngram import CountIndex, LookupIndex, NgramProposer

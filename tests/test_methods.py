@@ -8,14 +8,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import pytest
-from helpers.gates import distance
 from helpers.guessing import GUESS, GuessProposer
-from helpers.toys import HALVES, joint_distribution, table
 
 from specdec import METHODS, Engine, SamplingParams
 from specdec.assembly import VERIFICATIONS, EngineOptions, assemble
 from specdec.cli.main import parser
 from specdec.conformance.enumeration import exact_distribution
+from specdec.conformance.gates import distance
+from specdec.conformance.toys import HALVES, joint_distribution, table
 from specdec.methods import VERIFICATION_NAMES, MethodSpec, register
 from specdec.models.markov import MarkovModel
 from specdec.requests import Batch

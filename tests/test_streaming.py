@@ -5,9 +5,9 @@ from __future__ import annotations
 from itertools import groupby
 
 import pytest
-from helpers.toys import grid_pair
 
 from specdec import Chunk, Completion, Engine, SamplingParams
+from specdec.conformance.toys import grid_pair
 from specdec.decoding import Decoder
 from specdec.models.markov import MarkovModel
 from specdec.requests import Request

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers.gates import radius
-from helpers.toys import grid_pair
 
 from specdec import AcceptanceCounts, Engine, SamplingParams
+from specdec.conformance.gates import radius
+from specdec.conformance.toys import grid_pair
 from specdec.sampling.distributions import OneHot
 from specdec.synthetic import SyntheticAcceptance
 from specdec.verification import Draft

@@ -9,13 +9,13 @@ from functools import cache
 import pytest
 import torch
 from helpers.audited import DRAFT, PROMPTS, TARGET, ToyEngine, distributions, leaning
-from helpers.toys import grid_pair
 
 from specdec import SamplingParams
 from specdec.conformance import mutants
 from specdec.conformance.audit import audit
 from specdec.conformance.certificate import Findings
 from specdec.conformance.reference import Reference
+from specdec.conformance.toys import grid_pair
 from specdec.conformance.verdicts import AuditLimits
 from specdec.models.markov import MarkovModel
 from specdec.proposers.draft_model import DraftModelProposer

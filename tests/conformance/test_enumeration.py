@@ -11,19 +11,8 @@ from functools import cache, partial
 
 import pytest
 import torch
-from helpers.gates import distance
 from helpers.strategies import distributions
-from helpers.toys import (
-    Automaton,
-    FeatureTarget,
-    ToyHead,
-    coupled_pieces,
-    distribution_after,
-    grid_pair,
-    joint_distribution,
-    processed_distribution,
-    table,
-)
+from helpers.toys import Automaton, coupled_pieces, distribution_after, processed_distribution
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -39,7 +28,9 @@ from specdec.conformance.enumeration import (
     pieces_between,
     race_pieces,
 )
+from specdec.conformance.gates import distance
 from specdec.conformance.mutants import maker, with_rule
+from specdec.conformance.toys import FeatureTarget, ToyHead, grid_pair, joint_distribution, table
 from specdec.constraints.bans import AllOf, AtLeast, Without
 from specdec.constraints.progress import Constraint
 from specdec.decoding import Decoder

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers.toys import grid_pair
 
 from specdec.conformance.enumeration import exact_distribution
 from specdec.conformance.mutants import MUTANTS
 from specdec.conformance.sizes import BROKEN_DISTRIBUTIONS, total_variation
+from specdec.conformance.toys import grid_pair
 
 NUM_CELLS = 4  # all thresholds of the pair are quarters
 

@@ -6,11 +6,12 @@ from itertools import pairwise
 
 import pytest
 import torch
-from helpers.toys import Automaton, FeatureTarget, ToyHead, grid_pair
+from helpers.toys import Automaton
 from hypothesis import given
 from hypothesis import strategies as st
 
 from specdec import SamplingParams
+from specdec.conformance.toys import FeatureTarget, ToyHead, grid_pair
 from specdec.constraints.progress import DeadEndError, Progress, fewest_tokens, masks
 from specdec.decoding import Decoder
 from specdec.proposers.draft_model import DraftModelProposer

@@ -9,9 +9,9 @@ import re
 
 import pytest
 import torch
-from helpers.toys import grid_pair
 
 from specdec import Completion, Engine, SamplingParams
+from specdec.conformance.toys import grid_pair
 from specdec.constraints.llguidance import GrammarCompiler
 from specdec.constraints.progress import Progress
 from specdec.models.loading import Vocabulary, read_vocabulary

@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
-from helpers.toys import grid_pair
 
 from specdec import Engine, SamplingParams
+from specdec.conformance.toys import grid_pair
 from specdec.distill import corpus
 from specdec.distill.corpus import Text
 from specdec.distill.prompts import Dialogue, EvaluationText

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.toys import table
 
+from specdec.conformance.toys import table
 from specdec.distill.__main__ import main
 from specdec.distill.tree import MIN_TRIED, Counts, count
 from specdec.models.markov import MarkovModel

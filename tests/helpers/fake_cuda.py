@@ -19,6 +19,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from helpers.dispatch import decomposed
+
 DEVICE = torch.device("cuda", 0)
 DATA_DEPENDENT = ("nonzero", "masked_select", "equal", "is_nonzero", "unique", "_unique2", "bincount")
 
@@ -97,13 +99,9 @@ class _Operations(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = func._schema.name.split("::")[1]
-        if func.name().startswith("aten::") and torch._C._dispatch_has_kernel_for_dispatch_key(
-            func.name(), "CompositeImplicitAutograd"
-        ):
-            with self:
-                result = func.decompose(*args, **kwargs)
-            if result is not NotImplemented:
-                return result
+        result = decomposed(self, func, args, kwargs)
+        if result is not NotImplemented:
+            return result
         if name == "_local_scalar_dense":
             if args[0].is_cuda:
                 self._watch.note("read", args[0])

@@ -16,6 +16,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from helpers.dispatch import decomposed
 from specdec.kernels import cpp
 from specdec.proposers import tree
 from specdec.sampling import state
@@ -108,13 +109,9 @@ class Capture(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func.name().startswith("aten::") and torch._C._dispatch_has_kernel_for_dispatch_key(
-            func.name(), "CompositeImplicitAutograd"
-        ):
-            with self:
-                result = func.decompose(*args, **kwargs)
-            if result is not NotImplemented:
-                return result
+        result = decomposed(self, func, args, kwargs)
+        if result is not NotImplemented:
+            return result
         name = func._schema.name.removeprefix("aten::")
         has_mask = name.startswith("index") and any(each.dtype == torch.bool for each in _tensors(args[1:2]))
         if name in OF_THE_HOST or has_mask:

@@ -1,4 +1,4 @@
-"""The toys of the conformance kit, and more that only the tests need."""
+"""Toys that only the tests need; the others are in `specdec.conformance.toys`."""
 
 from __future__ import annotations
 
@@ -11,35 +11,11 @@ from torch import Tensor
 
 from specdec.conformance.enumeration import RacePieces, race_pieces
 from specdec.conformance.toys import (
-    HALVES,
-    QUARTERS,
     FeatureTarget,
-    ToyHead,
-    grid_pair,
-    joint_distribution,
     next_distribution,
-    table,
 )
 from specdec.models.markov import MarkovModel
 from specdec.sampling_params import SamplingParams
-
-__all__ = [
-    "BATCH_MATES",
-    "HALVES",
-    "QUARTERS",
-    "Automaton",
-    "ExitTarget",
-    "FeatureTarget",
-    "ToyHead",
-    "coupled_pieces",
-    "distribution_after",
-    "grid_pair",
-    "joint_distribution",
-    "obvious_distribution",
-    "processed_distribution",
-    "table",
-    "top_k_distribution",
-]
 
 BATCH_MATES = [  # each kind of row, so that every step of the way from logits to a distribution is done for some row
     SamplingParams(),

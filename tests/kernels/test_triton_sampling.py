@@ -17,12 +17,13 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.gates import distance
-from helpers.toys import BATCH_MATES, coupled_pieces, joint_distribution, processed_distribution, table
+from helpers.toys import BATCH_MATES, coupled_pieces, processed_distribution
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from specdec.conformance.enumeration import coupled_runs, exact_coupled_distribution, exact_distribution
+from specdec.conformance.gates import distance
+from specdec.conformance.toys import joint_distribution, table
 from specdec.decoding import Decoder
 from specdec.kernels import cpp, gpu
 from specdec.models.markov import MarkovModel

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from helpers.gates import distance
 from helpers.tiny import GQA
 from helpers.tiny import make as make_causal
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
@@ -20,6 +19,7 @@ from torch import Tensor
 from specdec import Engine, SamplingParams
 from specdec.conformance.divergence import last_logits
 from specdec.conformance.enumeration import exact_distribution, pieces_between
+from specdec.conformance.gates import distance
 from specdec.conformance.mutants import maker
 from specdec.conformance.reference import Reference
 from specdec.models import seq2seq as module

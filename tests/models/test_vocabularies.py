@@ -12,8 +12,6 @@ from functools import cache
 import pytest
 import torch
 from helpers import tiny
-from helpers.gates import distance
-from helpers.toys import joint_distribution, table
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -21,6 +19,8 @@ from transformers import PreTrainedTokenizerFast
 
 from specdec import Engine, SamplingParams
 from specdec.conformance.enumeration import coupled_runs, exact_coupled_distribution, exact_distribution, race_pieces
+from specdec.conformance.gates import distance
+from specdec.conformance.toys import joint_distribution, table
 from specdec.decoding import Decoder
 from specdec.models import vocabularies
 from specdec.models.causal import CausalLM

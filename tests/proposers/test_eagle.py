@@ -7,11 +7,11 @@ from functools import partial
 import pytest
 import torch
 from helpers import tiny
-from helpers.gates import distance, passes, radius
-from helpers.toys import FeatureTarget, ToyHead, grid_pair, joint_distribution
 
 from specdec import Engine, SamplingParams
 from specdec.conformance.enumeration import exact_distribution
+from specdec.conformance.gates import distance, passes, radius
+from specdec.conformance.toys import FeatureTarget, ToyHead, grid_pair, joint_distribution
 from specdec.decoding import Decoder
 from specdec.models.base import PREFILL_CHUNK
 from specdec.models.causal import CausalLM

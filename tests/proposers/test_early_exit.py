@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers import tiny
-from helpers.gates import distance
-from helpers.toys import ExitTarget, grid_pair, joint_distribution
+from helpers.toys import ExitTarget
 
 from specdec import Engine, SamplingParams
 from specdec.conformance.enumeration import exact_distribution
+from specdec.conformance.gates import distance
+from specdec.conformance.toys import grid_pair, joint_distribution
 from specdec.decoding import Decoder
 from specdec.kernels import cpp
 from specdec.models.causal import CausalLM, UnsupportedModelError

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from helpers.gates import distance
-from helpers.toys import HALVES, FeatureTarget, ToyHead, grid_pair, joint_distribution, table
 
 from specdec import Engine, SamplingParams
 from specdec.conformance.enumeration import exact_distribution
+from specdec.conformance.gates import distance
+from specdec.conformance.toys import HALVES, FeatureTarget, ToyHead, grid_pair, joint_distribution, table
 from specdec.decoding import Decoder
 from specdec.models.costs import MAX_DRAFT_LENGTH, StepCosts
 from specdec.models.markov import MarkovModel

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers import tiny
-from helpers.toys import grid_pair
 from hypothesis import given
 from hypothesis import strategies as st
 
 from specdec import Engine, SamplingParams
+from specdec.conformance.toys import grid_pair
 from specdec.models.causal import CausalLM
 from specdec.proposers.draft_model import DraftModelProposer
 from specdec.proposers.ngram import CountIndex, LookupIndex, pad

@@ -8,14 +8,14 @@ from itertools import product
 
 import pytest
 import torch
-from helpers.gates import distance, passes, radius
 from helpers.suffixes import spelt_out
-from helpers.toys import grid_pair, joint_distribution
 from hypothesis import given
 from hypothesis import strategies as st
 
 from specdec import Engine, SamplingParams
 from specdec.conformance.enumeration import exact_distribution
+from specdec.conformance.gates import distance, passes, radius
+from specdec.conformance.toys import grid_pair, joint_distribution
 from specdec.decoding import Decoder
 from specdec.models.markov import MarkovModel
 from specdec.proposers.suffix import (

@@ -13,14 +13,14 @@ from functools import partial
 import pytest
 import torch
 from helpers import tiny
-from helpers.gates import distance
-from helpers.toys import FeatureTarget, ToyHead, grid_pair, joint_distribution
 from test_lossless import GRID, NUM_DRAWS, PROMPT, TARGET, pairs_passing, truth
 from torch import Tensor
 
 from specdec import Engine, SamplingParams
 from specdec.conformance.enumeration import exact_distribution
+from specdec.conformance.gates import distance
 from specdec.conformance.mutants import maker
+from specdec.conformance.toys import FeatureTarget, ToyHead, grid_pair, joint_distribution
 from specdec.decoding import Decoder
 from specdec.models.cache import RaggedCache
 from specdec.models.causal import CausalLM

@@ -9,10 +9,10 @@ from dataclasses import replace
 import pytest
 import torch
 from helpers import tiny
-from helpers.toys import FeatureTarget, ToyHead, grid_pair
 from test_engine import DRAFT, PROMPTS, TARGET, engine_for
 
 from specdec import Completion, Engine, SamplingParams
+from specdec.conformance.toys import FeatureTarget, ToyHead, grid_pair
 from specdec.decoding import Decoder
 from specdec.device_rows import DeviceRows, RowState
 from specdec.models.causal import CausalLM

@@ -12,11 +12,12 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.gates import distance, marginal, passes, radius
-from helpers.toys import ExitTarget, FeatureTarget, ToyHead, joint_distribution, processed_distribution, table
+from helpers.toys import ExitTarget, processed_distribution
 
 from specdec import Engine, SamplingParams
 from specdec.conformance.enumeration import exact_distribution, pieces_between
+from specdec.conformance.gates import distance, marginal, passes, radius
+from specdec.conformance.toys import FeatureTarget, ToyHead, joint_distribution, table
 from specdec.decoding import Decoder
 from specdec.models.costs import MAX_DRAFT_LENGTH, StepCosts
 from specdec.models.markov import MarkovModel

@@ -12,9 +12,10 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.toys import ExitTarget, FeatureTarget, ToyHead, distribution_after
+from helpers.toys import ExitTarget, distribution_after
 
 from specdec import Engine, SamplingParams
+from specdec.conformance.toys import FeatureTarget, ToyHead
 from specdec.models.markov import MarkovModel
 from specdec.proposers.table import NgramTable
 from specdec.sampling.distributions import Distribution

@@ -56,7 +56,7 @@ def test_the_histogram_is_uniform() -> None:
 
     The control is u ** 1.1, whose distance of 0.035 exceeds twice the radius.
     """
-    from helpers.gates import radius
+    from specdec.conformance.gates import radius
 
     def distance(draws: np.ndarray) -> float:
         counts = np.histogram(draws, bins=100, range=(0, 1))[0]

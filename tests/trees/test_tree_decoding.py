@@ -11,22 +11,14 @@ from functools import partial
 import pytest
 import torch
 from helpers import tiny
-from helpers.gates import distance, marginal, passes, radius
-from helpers.toys import (
-    Automaton,
-    FeatureTarget,
-    ToyHead,
-    distribution_after,
-    joint_distribution,
-    processed_distribution,
-    table,
-    top_k_distribution,
-)
+from helpers.toys import Automaton, distribution_after, processed_distribution, top_k_distribution
 
 from specdec import SamplingParams
 from specdec.conformance import mutants
 from specdec.conformance.enumeration import Each, Grid, Tokens, exact_distribution, pieces_between
+from specdec.conformance.gates import distance, marginal, passes, radius
 from specdec.conformance.mutants import tree_maker
+from specdec.conformance.toys import FeatureTarget, ToyHead, joint_distribution, table
 from specdec.decoding import Decoder
 from specdec.kernels import cpp
 from specdec.models.causal import CausalLM

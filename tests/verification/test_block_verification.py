@@ -7,9 +7,7 @@ import math
 
 import pytest
 import torch
-from helpers.gates import distance, marginal, passes, radius
 from helpers.strategies import distribution_rows
-from helpers.toys import joint_distribution, table
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -17,7 +15,9 @@ from torch import Tensor
 from specdec import Engine, SamplingParams
 from specdec.conformance import mutants
 from specdec.conformance.enumeration import exact_distribution
+from specdec.conformance.gates import distance, marginal, passes, radius
 from specdec.conformance.mutants import maker, with_rule
+from specdec.conformance.toys import joint_distribution, table
 from specdec.models.markov import MarkovModel
 from specdec.sampling.distributions import Dense
 from specdec.sampling.randomness import uniforms

@@ -7,15 +7,16 @@ from dataclasses import replace
 import pytest
 import torch
 from helpers import tiny
-from helpers.gates import marginal, passes, radius
 from helpers.strategies import distributions
-from helpers.toys import ExitTarget, FeatureTarget, ToyHead, grid_pair, joint_distribution
+from helpers.toys import ExitTarget
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from specdec import METHODS, Engine, SamplingParams
+from specdec.conformance.gates import marginal, passes, radius
 from specdec.conformance.mutants import maker
+from specdec.conformance.toys import FeatureTarget, ToyHead, grid_pair, joint_distribution
 from specdec.decoding import Decoder
 from specdec.models.causal import CausalLM
 from specdec.models.eagle import new_head
