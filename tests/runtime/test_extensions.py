@@ -24,6 +24,7 @@ from bench.workloads.base import Prompt
 from specdec.methods import MethodSpec
 
 drafting = MethodSpec("drafting", "a draft model", draft_kinds=("model",))
+growing = MethodSpec("growing", "trees of a draft model", draft_kinds=("model",), drafts_trees=True)
 kind = EngineKind("torch", ("autoregressive", "ngram"), load="outside.data:load", max_batch_size=2)
 absent = EngineKind("not-installed", ("ngram",), load="outside.data:load")
 number = 3
@@ -101,6 +102,10 @@ def test_a_method_drafts_with_what_the_pair_has_of_its_kind() -> None:
     assert pair.draft_for(name) == pair.draft_for("draft_model") is not None
     assert not pair.lacks_draft(name)
     assert why_not("specdec", name, 4) is None
+    for trees in ("tree", "outside.data:growing"):
+        reason = f"method={trees} has no verification=block; use --verification token or coupled"
+        assert why_not("specdec", trees, 1, "block") == reason
+        assert why_not("specdec", trees, 1, "coupled") is None
     assert why_not("transformers", name, 1) == (
         f"engine=transformers has no method={name}; use autoregressive, ngram, draft_model"
     )
