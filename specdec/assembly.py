@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import numpy as np
 
 from specdec.decoding import Decoder
-from specdec.drafts import Kind, can_be_recorded, check_draft, kind_of
+from specdec.drafts import Kind, can_be_recorded, check_draft, is_head, kind_of
 from specdec.methods import METHODS, VERIFICATION_NAMES, Builder, MethodSpec, Parts, method_spec
 from specdec.models.base import LanguageModel, LayeredModel
 from specdec.models.costs import MAX_DRAFT_LENGTH, StepCosts, target_costs
@@ -26,7 +26,7 @@ from specdec.verification import VerificationRule, verify_block, verify_coupled,
 
 if TYPE_CHECKING:
     from specdec.drafts import AnyDraft
-    from specdec.models.eagle import EagleHead
+    from specdec.heads.base import Head
 
 VERIFICATIONS: dict[str, VerificationRule] = dict(
     zip(VERIFICATION_NAMES, (verify_tokens, verify_block, verify_coupled), strict=True)
@@ -260,7 +260,7 @@ def _tree(timing: Timing, options: EngineOptions) -> Tree:
 def _best_tree(timing: Timing, num_nodes: int | Literal["auto"]) -> Tree:
     """The best tree of that size by the draft's measured acceptance; "auto": of the size that pays by measured cost."""
     draft: Any = timing.parts.draft
-    rates = (draft.rates if kind_of(draft) == "head" else None) or USUAL_RATES
+    rates = (draft.rates if is_head(kind_of(draft)) else None) or USUAL_RATES
     acceptance = [level[: _num_draftable(draft)] for level in rates.acceptance]
     if num_nodes != "auto":
         return optimal_tree(acceptance, num_nodes, rates.level_cost)
@@ -285,4 +285,4 @@ def _tree_costs(timing: Timing) -> tuple[list[float], float]:
 
 def _num_draftable(draft: Any) -> int:
     """Number of different tokens that a draft can propose."""
-    return len(cast("EagleHead", draft).draft_vocabulary) if kind_of(draft) == "head" else int(draft.vocab_size)
+    return len(cast("Head", draft).draft_vocabulary) if is_head(kind_of(draft)) else int(draft.vocab_size)

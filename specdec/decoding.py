@@ -211,11 +211,11 @@ class Decoder:
         longest = max((len(r.prompt) + r.sampling.max_tokens for r in requests), default=0)
         capacity = longest + self.num_speculative_tokens
         if self._cache is None or self._cache.capacity < capacity:
-            keep_features = self.proposer is not None and self.proposer.needs_features
+            features = self.proposer.feature_layers if self.proposer else ()
             self.recorder.forget()
             self._cache = None  # before there is another
             capacity = self.recorder.capacity(capacity)
-            self._cache = self.target.allocate(self.max_batch_size, capacity, keep_features=keep_features)
+            self._cache = self.target.allocate(self.max_batch_size, capacity, features=features)
         return self._cache
 
     def _admit(self, waiting: deque[Generation], slots: list[Generation | None], cache: Cache) -> Iterator[Generation]:

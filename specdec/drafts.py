@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
 from torch import nn
 
+from specdec.heads.files import VOCABULARY_FILE
 from specdec.models.base import LanguageModel
 from specdec.models.loading import (
     WEIGHTS,
@@ -27,15 +28,15 @@ from specdec.runtime.devices import free_memories
 from specdec.trees.optimal import Rates
 
 if TYPE_CHECKING:
+    from specdec.heads.base import Head
     from specdec.models.causal import CausalLM
-    from specdec.models.eagle import EagleHead
     from specdec.models.seq2seq import Seq2SeqLM
 
-    AnyDraft = LanguageModel | EagleHead | NgramTable
+    AnyDraft = LanguageModel | Head | NgramTable
 
-Kind = Literal["model", "head", "table"]
+Kind = str  # "model", "table", or the format of a head, see `specdec.heads.formats`
 RATES_FILE = "acceptance.json"  # in a draft's folder, what was measured of it
-_FILES: dict[Kind, str] = {"head": "draft_vocabulary.json", "table": "table.safetensors"}
+_FILES: dict[Kind, str] = {"eagle": VOCABULARY_FILE, "table": "table.safetensors"}
 
 
 class HasVocabulary(Protocol):
@@ -56,7 +57,7 @@ def as_language_model(model: Any, tokenizer: Any = None) -> Any:
 
     Raises ValueError for a tokenizer beside anything else.
     """
-    if not hasattr(model, "get_input_embeddings") or kind_of(model) == "head":
+    if not hasattr(model, "get_input_embeddings") or is_head(kind_of(model)):
         require(tokenizer is None, f"tokenizer= is of a transformers model; {type(model).__name__} has its own")
         return model
     from specdec.models.causal import CausalLM
@@ -66,17 +67,27 @@ def as_language_model(model: Any, tokenizer: Any = None) -> Any:
 
 
 def kind_of(draft: Any) -> Kind:
-    """What sort of draft an object is."""
+    """The kind of a draft."""
     if isinstance(draft, NgramTable):
         return "table"
-    return "head" if hasattr(draft, "draft_vocabulary") else "model"
+    return str(draft.format) if hasattr(draft, "draft_vocabulary") else "model"
+
+
+def is_head(kind: Kind | None) -> bool:
+    """Whether drafts of a kind are heads on the target's features."""
+    return kind not in ("model", "table", None)
 
 
 def kind_in(source: str) -> Kind:
-    """What sort of draft a source holds: a folder with a head's or a table's file, else a model."""
+    """The kind of draft in a source: a folder with a head or a table, else a model. Weights are not read."""
     folders = (Path(source), WEIGHTS / source)
-    found = [kind for kind, file in _FILES.items() if any((folder / file).is_file() for folder in folders)]
-    return found[0] if found else "model"
+    for kind, file in _FILES.items():
+        if any((folder / file).is_file() for folder in folders):
+            return kind
+    from specdec.heads import formats  # imports transformers
+
+    heads = [found[0].name for folder in folders if (found := formats.recognized(folder))]
+    return heads[0] if heads else "model"
 
 
 def load_with_drafts(
@@ -148,18 +159,22 @@ def place_models(
 
 
 def _load(place: str, target: Any, options: dict[str, Any]) -> AnyDraft:
-    from specdec.models.eagle import load_head
-
     kind = kind_in(place)
     if kind == "table":
         return NgramTable.load(Path(place) / _FILES["table"])
     if kind == "model":
         return _fused(*load_pretrained(place, **options))
-    head = load_head(place, target, options["load_format"])
+    from specdec.heads import eagle, formats
+
+    found = formats.recognized(Path(place))
+    if found is None:  # a damaged head of our own format: its loader says what is wrong
+        head: Any = eagle.load_head(place, target, options["load_format"])
+    else:
+        head = found[0].load(found[1], target, options["load_format"])
     head.fuse()
     if (rates := Path(place) / RATES_FILE).is_file():
         head.rates = Rates.load(rates)
-    return head
+    return cast("Head", head)
 
 
 def _fused(model: Any, tokenizer: Any) -> CausalLM | Seq2SeqLM:
@@ -188,7 +203,7 @@ _KINDS = ("a decoder-only model", "an encoder-decoder")
 def check_kinds(target: HasVocabulary, kind: Kind) -> None:
     """Raise ValueError if no draft of this kind can propose tokens for the target."""
     require(
-        kind != "head" or not target.is_encoder_decoder,
+        not is_head(kind) or not target.is_encoder_decoder,
         "a head needs the features of a decoder-only target, but this one is an encoder-decoder; use a draft model of "
         'its family, or method="ngram", which copies from the prompt, too',
     )
@@ -212,7 +227,7 @@ def can_be_recorded(target: LanguageModel, draft: AnyDraft | None = None) -> boo
     source: Any = draft
     if draft is None or kind_of(draft) == "table":
         return target.is_recordable
-    is_recordable = kind_of(draft) == "head" or source.is_recordable
+    is_recordable = is_head(kind_of(draft)) or source.is_recordable
     return bool(target.is_recordable and is_recordable and source.device == target.device)
 
 

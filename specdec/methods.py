@@ -138,11 +138,11 @@ def _suffix(parts: Parts) -> SuffixProposer:
 
 def _drawn(parts: Parts) -> Proposer:
     """From a head, or from a draft model."""
-    from specdec.drafts import kind_of
+    from specdec.drafts import is_head, kind_of
     from specdec.models.elsewhere import seen_from
 
     draft: Any = parts.draft
-    if kind_of(draft) == "head":
+    if is_head(kind_of(draft)):
         from specdec.proposers.eagle import EagleProposer
 
         return EagleProposer(draft, adaptive=parts.adaptive, tree=parts.tree)
@@ -165,7 +165,7 @@ def _hybrid(parts: Parts) -> Proposer:
     return HybridProposer(BetterCopies(_suffix(parts), parts.adaptive), _drawn(parts))
 
 
-_HEAD_OR_MODEL: tuple[Kind, ...] = ("head", "model")
+_HEAD_OR_MODEL: tuple[Kind, ...] = ("eagle", "model")
 for _spec in (
     MethodSpec("autoregressive", "nothing"),
     MethodSpec("ngram", "prompt lookup", _ngram, is_adaptive=True),
@@ -173,7 +173,7 @@ for _spec in (
     MethodSpec("ngram_table", "lookup, else a table", _ngram_table, None, ("table",), "ngrams", is_adaptive=True),
     MethodSpec("suffix", "copies from own and finished texts", _suffix, history_bytes=64 << 20, is_adaptive=True),
     MethodSpec("draft_model", "a smaller language model", _drawn, _drawn, ("model",), "draft", is_adaptive=True),
-    MethodSpec("eagle", "a head on the target's features", _drawn, _drawn, ("head",), "eagle", is_adaptive=True),
+    MethodSpec("eagle", "a head on the target's features", _drawn, _drawn, ("eagle",), "eagle", is_adaptive=True),
     MethodSpec("early_exit", "the target's first layers", _exit, _exit, is_adaptive=True, exits_early=True),
     MethodSpec("hybrid", "a copy or a drawn draft", _hybrid, _drawn, _HEAD_OR_MODEL, "eagle", 0, is_adaptive=True),
     MethodSpec("tree", "a head or a draft model", _drawn, _drawn, _HEAD_OR_MODEL, "eagle", drafts_trees=True),

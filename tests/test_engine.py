@@ -13,8 +13,8 @@ from helpers.toys import ExitTarget
 from specdec import METHODS, AcceptanceCounts, Engine, SamplingParams
 from specdec.conformance.toys import grid_pair
 from specdec.drafts import check_same_vocabulary
+from specdec.heads.eagle import EagleHead, new_head
 from specdec.models.causal import CausalLM
-from specdec.models.eagle import EagleHead, new_head
 from specdec.models.markov import MarkovModel
 from specdec.proposers.table import NgramTable
 from specdec.sampling.state import NonFiniteLogitsError

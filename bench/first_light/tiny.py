@@ -56,7 +56,7 @@ class Folders:
 
 def save(size: Size, folder: Path) -> Folders:
     """Make the models of a kind on the CPU and save them, in float32."""
-    from specdec.models.eagle import fingerprint
+    from specdec.models.saving import fingerprint
 
     target = _model(size)
     target.save_pretrained(folder / "target")
@@ -119,7 +119,7 @@ def _disturb(model: Any) -> None:
 
 def _head(model: Any) -> Any:
     """A head that passes the embedding of the last token on, changed a little by the feature before it."""
-    from specdec.models.eagle import new_head
+    from specdec.heads.eagle import new_head
 
     head = new_head(model, torch.arange(VOCAB)[torch.arange(VOCAB) % 4 > 0])
     generator, hidden = torch.Generator().manual_seed(3), model.config.hidden_size

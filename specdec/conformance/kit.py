@@ -160,7 +160,7 @@ class _Wrapper(Proposer):
 
     def __init__(self, proposer: Proposer) -> None:
         self._proposer = proposer
-        self.needs_features = proposer.needs_features
+        self.feature_layers = proposer.feature_layers
 
     def propose(self, batch: Batch, limits: Sequence[int]) -> Draft:
         return self._proposer.propose(batch, limits)

@@ -91,7 +91,7 @@ class GreedyDraftDeclaredSampled(Proposer):
 
     def __init__(self, proposer: Proposer) -> None:
         self._proposer = proposer
-        self.needs_features = proposer.needs_features
+        self.feature_layers = proposer.feature_layers
 
     def propose(self, batch: Batch, limits: Sequence[int]) -> Draft:
         draft = self._proposer.propose(batch, limits)
@@ -390,7 +390,7 @@ class SiblingsWithReplacement(Proposer):
 
     def __init__(self, proposer: Any) -> None:
         self._proposer = proposer
-        self.needs_features = proposer.needs_features
+        self.feature_layers = proposer.feature_layers
 
     def propose(self, batch: Batch, limits: Sequence[int]) -> Draft:
         draft: Draft = self._proposer.propose(batch, limits)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from specdec.conformance.enumeration import Each, Grid, Tokens, pieces_between
 from specdec.conformance.toys import next_distribution
+from specdec.models.base import FeatureLayers
 from specdec.models.markov import MarkovModel
 from specdec.proposers.base import Proposer
 from specdec.requests import Batch, Generation, Request
@@ -190,7 +191,7 @@ class _Probe:
         limits = [toy.num_speculative_tokens if text else 0 for text in texts]
         limits[1::2] = [toy.limit(self.output)] * num_rows
         with torch.inference_mode():
-            draft = proposer.propose(_batch(toy, texts, proposer.needs_features), limits)
+            draft = proposer.propose(_batch(toy, texts, proposer.feature_layers), limits)
         return Draft(draft.tokens[1::2], draft.num_proposed[1::2], draft.distribution[1::2])
 
 
@@ -210,7 +211,7 @@ def _scripted(toy: Toy, output: Tokens, texts: Sequence[list[int] | None], unifo
     return source
 
 
-def _batch(toy: Toy, texts: Sequence[list[int] | None], keep_features: bool) -> Batch:
+def _batch(toy: Toy, texts: Sequence[list[int] | None], features: FeatureLayers) -> Batch:
     """A row for each text, None being an idle one; the seed of row r is r."""
     target, num_rows = toy.target, len(texts)
     params = [SamplingParams(max_tokens=64, temperature=1 if text else 0, seed=row) for row, text in enumerate(texts)]
@@ -221,7 +222,7 @@ def _batch(toy: Toy, texts: Sequence[list[int] | None], keep_features: bool) -> 
             row.tokens[:] = text
     longest = max(len(text) for text in texts if text)
     capacity = longest + 64
-    cache = target.allocate(num_rows, capacity, keep_features=keep_features)
+    cache = target.allocate(num_rows, capacity, features=features)
     padded = [[*(text or [0]), *[0] * longest][:longest] for text in texts]
     target.forward(torch.tensor(padded), cache)
     cache.num_cached[:] = [len(text) - 1 if text else 0 for text in texts]

@@ -7,6 +7,8 @@ from collections.abc import Callable, Collection, Sequence
 import torch
 from torch import Tensor
 
+from specdec.heads.base import Drafting
+from specdec.models.base import FINAL, FeatureLayers
 from specdec.models.markov import MarkovCache, MarkovModel
 from specdec.trees.columns import Branches
 
@@ -30,9 +32,9 @@ def grid_pair(seed: int) -> tuple[MarkovModel, MarkovModel]:
 class FeatureTarget(MarkovModel):
     """A Markov model whose feature of a token is its code: previous token times vocabulary size, plus itself."""
 
-    def allocate(self, num_slots: int, capacity: int, *, keep_features: bool = False) -> MarkovCache:
+    def allocate(self, num_slots: int, capacity: int, *, features: FeatureLayers = ()) -> MarkovCache:
         cache = super().allocate(num_slots, capacity)
-        cache.features = torch.full((num_slots, capacity, 1), -1.0) if keep_features else None
+        cache.features = torch.full((num_slots, capacity, 1), -1.0) if features else None
         return cache
 
     def forward_at(
@@ -59,10 +61,18 @@ class FeatureTarget(MarkovModel):
 class ToyHead:
     """A head for FeatureTarget: it reads the token before from the feature, and so is wrong if that is another's."""
 
+    format = "eagle"
+    drafting: Drafting = "sequential"
+    feature_layers: FeatureLayers = (FINAL,)
+
     def __init__(self, model: MarkovModel) -> None:
         self.table, self.vocab_size, self.device = model.table, model.vocab_size, model.device
         self.draft_vocabulary, self.rates = torch.arange(self.vocab_size), None
         self.num_fed = 0
+
+    def encode(self, features: Tensor) -> Tensor:
+        """The features as they are."""
+        return features
 
     def allocate(self, num_slots: int, capacity: int) -> MarkovCache:
         return MarkovCache(torch.zeros(num_slots, capacity, dtype=torch.int64))

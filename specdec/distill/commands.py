@@ -23,12 +23,13 @@ from specdec.distill.cost import draft_cost_ratio, head_cost_ratio
 from specdec.distill.dataset import Dataset
 from specdec.distill.students import DraftStudent, HeadGuesser, HeadStudent, Student, unscale
 from specdec.distill.tree import count
-from specdec.drafts import RATES_FILE, kind_of, load_with_drafts
+from specdec.drafts import RATES_FILE, is_head, kind_of, load_with_drafts
 from specdec.engine import Engine
+from specdec.heads.eagle import load_head, new_head
 from specdec.methods import packaged_draft
 from specdec.models.derived import materialize, save_derived
-from specdec.models.eagle import fingerprint, load_head, new_head, write_config
 from specdec.models.loading import load_pretrained, read_vocabulary
+from specdec.models.saving import fingerprint, write_config
 from specdec.prompts import encode
 from specdec.proposers.draft_model import DraftModelProposer
 from specdec.proposers.eagle import EagleProposer
@@ -154,7 +155,7 @@ def best_tree(options: Namespace) -> None:
     target, drafts = load_with_drafts(options.target, [source], **loading)
     draft: Any = drafts[source]
     tree = Tree.balanced(options.widths)
-    proposer = (EagleProposer if kind_of(draft) == "head" else DraftModelProposer)(draft, tree=tree)
+    proposer = (EagleProposer if is_head(kind_of(draft)) else DraftModelProposer)(draft, tree=tree)
     asked = [
         encode(each.prompt, target.tokenizer) for each in prompts.read_dialogues(options.prompts)[: options.num_prompts]
     ]

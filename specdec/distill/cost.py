@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from transformers import LlamaForCausalLM
 
+from specdec.heads.eagle import new_head
 from specdec.models.causal import CausalLM
-from specdec.models.eagle import new_head
 from specdec.models.fusion import fuse
 from specdec.models.loading import load_pretrained
 from specdec.runtime.timing import durations_s

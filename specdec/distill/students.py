@@ -17,7 +17,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from specdec.distill.dataset import TextBatch
 from specdec.distill.loss import distillation_loss
-from specdec.models.eagle import EagleHead
+from specdec.heads.eagle import EagleHead
 from specdec.sampling.distributions import spread
 
 PLACE_WEIGHTS = (1.0, 0.7, 0.5)  # of the first, second, third token of a draft

@@ -12,14 +12,22 @@ from specdec.runtime.devices import upload
 from specdec.runtime.recording import Recorder
 from specdec.trees.columns import Branches
 
+FeatureLayers = tuple[int, ...]
+"""Hidden states of a target that a head reads, concatenated in this order in `Cache.features`.
+
+Each is an index into transformers' `hidden_states`: 0 for the embeddings, i for the output of layer i - 1, which enters
+layer i, up to the number of layers for the last layer's output before the final norm; FINAL is that after the norm.
+"""
+FINAL = -1
+
 
 class Cache(Protocol):
     """What a model remembers of the tokens it was given: a fixed number of slots, each holding one sequence.
 
     num_cached: valid tokens per slot. Rolling back is lowering it; nothing else needs to be undone.
     capacity: tokens that a slot can hold.
-    features: float [slots, capacity, hidden], what the model's output head read after each token, in the same places
-    as the tokens; None unless they were asked for.
+    features: float [slots, capacity, width], hidden states of the tokens in the same places, those of all requested
+    layers concatenated; None if none were requested.
     """
 
     num_cached: list[int]
@@ -78,10 +86,10 @@ class LanguageModel(Protocol):
         """Raise ValueError if the model cannot score token trees."""
         return
 
-    def allocate(self, num_slots: int, capacity: int, *, keep_features: bool = False) -> Cache:
+    def allocate(self, num_slots: int, capacity: int, *, features: FeatureLayers = ()) -> Cache:
         """An empty cache of num_slots sequences of up to `capacity` tokens each.
 
-        Raises ValueError if features are to be kept and the model has none.
+        features: hidden states to keep. Raises ValueError for those that the model does not have.
         """
         ...
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from specdec.models.base import LanguageModel, prefill
+from specdec.models.base import FINAL, FeatureLayers, LanguageModel, prefill
 from specdec.models.cache import RaggedCache
 from specdec.models.early_exit import first_layers
 from specdec.models.fusion import FusedDecoder, depends_on_length, weight_bytes
@@ -108,12 +108,14 @@ class CausalLM(LanguageModel):
             )
         return CausalLM(shorter, self.tokenizer)
 
-    def allocate(self, num_slots: int, capacity: int, *, keep_features: bool = False) -> RaggedCache:
+    def allocate(self, num_slots: int, capacity: int, *, features: FeatureLayers = ()) -> RaggedCache:
+        if set(features) - {FINAL}:
+            raise ValueError(f"features={features} must be of the last layer, after the final norm")
         shape = (num_slots, capacity, self.config.hidden_size)
-        features = torch.zeros(shape, dtype=self.dtype, device=self.device) if keep_features else None
+        states = torch.zeros(shape, dtype=self.dtype, device=self.device) if features else None
         if self._factors:
-            return LengthCache(self.num_layers, num_slots, capacity, self.device, features)
-        return RaggedCache(self.num_layers, num_slots, capacity, features)
+            return LengthCache(self.num_layers, num_slots, capacity, self.device, states)
+        return RaggedCache(self.num_layers, num_slots, capacity, states)
 
     @torch.inference_mode()
     def forward(

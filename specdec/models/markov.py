@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from specdec.models.base import LanguageModel
+from specdec.models.base import FeatureLayers, LanguageModel
 from specdec.runtime.devices import upload
 from specdec.trees.columns import Branches
 
@@ -61,9 +61,9 @@ class MarkovModel(LanguageModel):
         self.table = table.double()
         self.vocab_size, self.context_length, self.device = len(table), context_length, table.device
 
-    def allocate(self, num_slots: int, capacity: int, *, keep_features: bool = False) -> MarkovCache:
-        if keep_features:
-            raise ValueError("keep_features=True needs a model with features; a Markov table has none")
+    def allocate(self, num_slots: int, capacity: int, *, features: FeatureLayers = ()) -> MarkovCache:
+        if features:
+            raise ValueError(f"features={features} needs a model with features; a Markov table has none")
         return MarkovCache(torch.zeros(num_slots, capacity, dtype=torch.int64, device=self.device))
 
     def forward(

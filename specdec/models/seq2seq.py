@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import PreTrainedModel
 
-from specdec.models.base import LanguageModel
+from specdec.models.base import FeatureLayers, LanguageModel
 from specdec.models.cache import RaggedCache
 from specdec.models.causal import UnsupportedModelError, check_logits, check_tree_equals_plain, eos_token_ids
 from specdec.models.fusion import weight_bytes
@@ -116,9 +116,9 @@ class Seq2SeqLM(LanguageModel):
         """Bytes of keys and values per token of context, in the prompt or the output."""
         return int(2 * self.num_layers * self.config.num_heads * self.config.d_kv * self.dtype.itemsize)
 
-    def allocate(self, num_slots: int, capacity: int, *, keep_features: bool = False) -> Seq2SeqCache:
-        if keep_features:
-            raise ValueError("keep_features=True needs a decoder-only model; no head is made for an encoder-decoder")
+    def allocate(self, num_slots: int, capacity: int, *, features: FeatureLayers = ()) -> Seq2SeqCache:
+        if features:
+            raise ValueError(f"features={features} needs a decoder-only model; no head is made for an encoder-decoder")
         # zeros: a masked NaN would still poison the sum over values
         shape = (num_slots, self.config.num_heads, capacity, self.config.d_kv)
         blocks = [torch.zeros(shape, dtype=self.dtype, device=self.device) for _ in range(2 * self.num_layers)]

@@ -8,6 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 from torch import Tensor
 
 from specdec.device_rows import RowState
+from specdec.models.base import FeatureLayers
 from specdec.requests import Batch, Generation
 from specdec.sampling.distributions import Distribution
 from specdec.sampling.state import RowParams
@@ -19,11 +20,11 @@ class Proposer(Protocol):
 
     A proposer keeps itself in step by looking at `row.tokens`, which holds committed tokens only: what was rejected
     is not there, and a slot that was given to another request holds another `Generation`.
-    needs_features: whether it reads the target's features, `batch.features`.
+    feature_layers: which of the target's hidden states it reads from `batch.features`, see `models.base.FeatureLayers`.
     A subclass inherits the defaults here: no features, and nothing is kept of finished requests.
     """
 
-    needs_features: bool = False
+    feature_layers: FeatureLayers = ()
 
     def propose(self, batch: Batch, limits: Sequence[int]) -> Draft:
         """A draft with at most limits[r] tokens in row r, and none in an idle row.

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from specdec.models.base import PREFILL_CHUNK
-from specdec.models.eagle import EagleHead
+from specdec.heads.eagle import EagleHead
+from specdec.models.base import FINAL, PREFILL_CHUNK
 from specdec.proposers.adaptive import AdaptiveLength
 from specdec.proposers.chain import ChainProposer, Pending, draw_chain
 from specdec.proposers.ngram import pad
@@ -29,7 +29,7 @@ class EagleProposer(ChainProposer):
     is overwritten at the next step, accepted or not. tree: the shape of its drafts; None draws chains.
     """
 
-    needs_features = True
+    feature_layers = (FINAL,)
     context_length = 1 << 30  # no limit of its own
     max_pending = None
     num_before = 1  # the first token has no feature before it

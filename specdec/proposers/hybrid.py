@@ -103,7 +103,7 @@ class HybridProposer(Proposer):
 
     def __init__(self, lookup: Lookup, fallback: Proposer, max_fallback_tokens: int | None = None) -> None:
         self._lookup, self._fallback, self._max_fallback_tokens = lookup, fallback, max_fallback_tokens
-        self.needs_features = fallback.needs_features
+        self.feature_layers = fallback.feature_layers
 
     def propose(self, batch: Batch, limits: Sequence[int]) -> Draft:
         guesses = self._lookup.guess(batch, limits)

@@ -12,8 +12,8 @@ from helpers import tiny
 
 from specdec import SamplingParams
 from specdec.conformance.mutants import MUTANTS, Maker, maker
+from specdec.heads.eagle import new_head
 from specdec.models.causal import CausalLM
-from specdec.models.eagle import new_head
 from specdec.proposers.eagle import EagleProposer
 from specdec.requests import Request
 from specdec.sampling.randomness import uniforms

@@ -14,8 +14,8 @@ from helpers.fake_cuda import DEVICE, Watch, fake_gpu
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from specdec import Engine, SamplingParams
+from specdec.heads.eagle import EagleHead, new_head
 from specdec.models.causal import CausalLM
-from specdec.models.eagle import EagleHead, new_head
 from specdec.models.fusion import fuse
 from specdec.requests import Completion, Request
 

@@ -7,7 +7,7 @@ from helpers import tiny
 from specdec.distill.dataset import TextBatch
 from specdec.distill.loss import HARD, distillation_loss
 from specdec.distill.students import scale, unroll, unscale
-from specdec.models.eagle import new_head
+from specdec.heads.eagle import new_head
 
 
 @pytest.fixture

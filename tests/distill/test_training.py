@@ -14,7 +14,7 @@ from specdec.distill import dataset, training
 from specdec.distill.dataset import Dataset, TextBatch
 from specdec.distill.students import DraftStudent, HeadStudent
 from specdec.distill.training import Settings, accepted_ahead, evaluate, train
-from specdec.models.eagle import new_head
+from specdec.heads.eagle import new_head
 
 SHAPE = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
 SETTINGS = Settings(num_steps=12, tokens_per_batch=400, evaluate_every=6, save_every=4, seed=3)

@@ -245,7 +245,7 @@ def fake_gpu(backend: str = "cudnn", *, triton: bool = False) -> Iterator[Watch]
         patch.setattr("specdec.decoding.now_s", lambda device: 0.0)
         patch.setattr(causal, "_check_ragged_equals_plain", lambda model: None)  # it compares numbers
         patch.setattr(causal, "check_tree_equals_plain", lambda model: None)
-        patch.setattr("specdec.models.eagle.check_draft_vocabulary", lambda tokens, vocab_size: tokens)
+        patch.setattr("specdec.heads.eagle.check_draft_vocabulary", lambda tokens, vocab_size: tokens)
         patch.setattr(fusion, "scaled_dot_product_attention", attention(backend))
         patch.setattr(torch.nn.functional, "scaled_dot_product_attention", attention(backend))
         patch.setattr(Tensor, "pin_memory", lambda tensor: tensor)

@@ -13,8 +13,8 @@ import torch
 from helpers.tiny import GQA, GREEDY, PROMPTS, make, reference
 
 from specdec import Engine
+from specdec.heads.eagle import new_head
 from specdec.models.causal import CausalLM
-from specdec.models.eagle import new_head
 from specdec.models.fusion import FusedDecoder, Norm, fuse
 from specdec.trees.columns import Branches
 from specdec.trees.shape import Tree

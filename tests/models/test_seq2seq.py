@@ -23,7 +23,7 @@ from specdec.conformance.gates import distance
 from specdec.conformance.mutants import maker
 from specdec.conformance.reference import Reference
 from specdec.models import seq2seq as module
-from specdec.models.base import prefill
+from specdec.models.base import FINAL, prefill
 from specdec.models.cache import RaggedCache
 from specdec.models.causal import CausalLM, UnsupportedModelError
 from specdec.models.elsewhere import Elsewhere, seen_from
@@ -409,8 +409,8 @@ def test_other_encoder_decoders_are_refused() -> None:
 
 def test_features_and_longer_prompts_than_there_is_room_for_are_refused() -> None:
     target = Seq2SeqLM(make("t5"))
-    with pytest.raises(ValueError, match="keep_features=True needs a decoder-only model"):
-        target.allocate(1, 8, keep_features=True)
+    with pytest.raises(ValueError, match=r"features=\(-1,\) needs a decoder-only model"):
+        target.allocate(1, 8, features=(FINAL,))
     with pytest.raises(ValueError, match="a prompt of 13 tokens exceeds the cache's capacity of 8"):
         prefill(target, PROMPTS[0], target.allocate(1, 8), 0)
     with pytest.raises(ValueError, match=r"prompt 0 has token ids outside \[0, 61\)"):

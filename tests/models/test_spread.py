@@ -125,7 +125,7 @@ class Stub(LanguageModel):
     def __init__(self, device: str, logits_at: str) -> None:
         self.device, self.logits_at = torch.device(device), logits_at
 
-    def allocate(self, num_slots: int, capacity: int, *, keep_features: bool = False) -> None:
+    def allocate(self, num_slots: int, capacity: int, *, features: tuple[int, ...] = ()) -> None:
         raise NotImplementedError
 
     def forward(self, tokens: torch.Tensor, cache: object, first_slot: int, last_only: bool) -> torch.Tensor:

@@ -24,6 +24,7 @@ ROOMS = {
         {"verification", "requests"},
         {"trees.verification", "synthetic", "device_rows"},
         {"models"},
+        {"heads"},
         {"proposers"},
         {"drafts", "decoding"},
         {"methods"},

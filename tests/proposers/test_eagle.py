@@ -13,9 +13,9 @@ from specdec.conformance.enumeration import exact_distribution
 from specdec.conformance.gates import distance, passes, radius
 from specdec.conformance.toys import FeatureTarget, ToyHead, grid_pair, joint_distribution
 from specdec.decoding import Decoder
+from specdec.heads.eagle import new_head
 from specdec.models.base import PREFILL_CHUNK
 from specdec.models.causal import CausalLM
-from specdec.models.eagle import new_head
 from specdec.proposers.eagle import EagleProposer
 from specdec.proposers.hybrid import HybridProposer
 from specdec.proposers.ngram import LookupIndex, NgramProposer

@@ -12,6 +12,7 @@ from specdec.conformance.enumeration import exact_distribution
 from specdec.conformance.gates import distance
 from specdec.conformance.toys import HALVES, FeatureTarget, ToyHead, grid_pair, joint_distribution, table
 from specdec.decoding import Decoder
+from specdec.models.base import FeatureLayers
 from specdec.models.costs import MAX_DRAFT_LENGTH, StepCosts
 from specdec.models.markov import MarkovModel
 from specdec.proposers.adaptive import AdaptiveLength
@@ -32,7 +33,7 @@ COSTS = StepCosts((1.0, 1.1, 1.2), 0.01)
 class Afterwards:
     """Draws first, and copies only where the drawn draft does not begin as the copy does."""
 
-    needs_features = False
+    feature_layers: FeatureLayers = ()
 
     def __init__(self, copies: BetterCopies, fallback) -> None:
         self._copies, self._fallback = copies, fallback

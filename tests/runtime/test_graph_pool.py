@@ -11,8 +11,8 @@ from helpers import tiny
 from helpers.graph_pool import EmulatedGraphs, compute_as_on_a_gpu
 
 from specdec import Engine, SamplingParams
+from specdec.heads.eagle import new_head
 from specdec.models.causal import CausalLM
-from specdec.models.eagle import new_head
 from specdec.requests import Completion
 from specdec.runtime.recording import Recording
 

@@ -22,10 +22,10 @@ from specdec.conformance.gates import distance
 from specdec.conformance.mutants import maker
 from specdec.conformance.toys import FeatureTarget, ToyHead, grid_pair, joint_distribution
 from specdec.decoding import Decoder
+from specdec.heads.eagle import new_head
 from specdec.models.cache import RaggedCache
 from specdec.models.causal import CausalLM
 from specdec.models.costs import target_costs
-from specdec.models.eagle import new_head
 from specdec.models.fusion import fuse
 from specdec.proposers.draft_model import DraftModelProposer
 from specdec.proposers.eagle import EagleProposer

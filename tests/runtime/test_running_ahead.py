@@ -15,8 +15,8 @@ from specdec import Completion, Engine, SamplingParams
 from specdec.conformance.toys import FeatureTarget, ToyHead, grid_pair
 from specdec.decoding import Decoder
 from specdec.device_rows import DeviceRows, RowState
+from specdec.heads.eagle import new_head
 from specdec.models.causal import CausalLM
-from specdec.models.eagle import new_head
 from specdec.models.markov import MarkovModel
 from specdec.proposers.draft_model import DraftModelProposer
 from specdec.proposers.eagle import EagleProposer

@@ -20,9 +20,10 @@ from specdec.conformance.gates import distance, marginal, passes, radius
 from specdec.conformance.mutants import tree_maker
 from specdec.conformance.toys import FeatureTarget, ToyHead, joint_distribution, table
 from specdec.decoding import Decoder
+from specdec.heads.eagle import new_head
 from specdec.kernels import cpp
+from specdec.models.base import FINAL
 from specdec.models.causal import CausalLM
-from specdec.models.eagle import new_head
 from specdec.models.fusion import fuse
 from specdec.models.markov import MarkovModel
 from specdec.proposers.draft_model import DraftModelProposer
@@ -451,7 +452,7 @@ def test_with_kernels_a_node_is_bit_identical_to_plain_decoding(head_dim: int, d
     lm, generator = CausalLM(model), torch.Generator().manual_seed(1)
     tree, texts = Tree.balanced([3, 2, 2, 1, 1]), [torch.randint(3, 61, (1, n), generator=generator) for n in (40, 15)]
     nodes = torch.randint(3, 61, (2, len(tree)), generator=generator)
-    cache = lm.allocate(2, 45 + len(tree), keep_features=True)
+    cache = lm.allocate(2, 45 + len(tree), features=(FINAL,))
     for slot, text in enumerate(texts):
         cache.num_cached[slot] = 0
         lm.forward(text[:, :-1], cache, slot)
@@ -471,7 +472,7 @@ def test_with_kernels_a_node_is_bit_identical_to_plain_decoding(head_dim: int, d
     for slot, text in enumerate(texts):
         whole, plain = (
             torch.cat([text, nodes[slot : slot + 1, path[slot]], more[slot : slot + 1]], 1),
-            lm.allocate(1, 60, keep_features=True),
+            lm.allocate(1, 60, features=(FINAL,)),
         )
         assert torch.equal(behind[slot], lm.forward(whole, plain)[0, -3:])
         assert torch.equal(cache.features[slot, : whole.shape[1]], plain.features[0, : whole.shape[1]])
@@ -481,7 +482,7 @@ def test_with_kernels_a_node_is_bit_identical_to_plain_decoding(head_dim: int, d
 def test_entries_are_moved_to_where_a_chain_has_them(has_kernels: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if not has_kernels:
         monkeypatch.setattr(cpp, "take", lambda tensor: False)
-    cache = CausalLM(tiny.make("llama", tiny.GQA)).allocate(3, 20, keep_features=True)
+    cache = CausalLM(tiny.make("llama", tiny.GQA)).allocate(3, 20, features=(FINAL,))
     cache.open(0, 3, 1, torch.device("cpu"))
     for index in range(2):
         keys, values = cache.blocks(index, 2, 8, torch.float32)

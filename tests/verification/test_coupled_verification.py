@@ -18,8 +18,8 @@ from specdec.conformance.gates import marginal, passes, radius
 from specdec.conformance.mutants import maker
 from specdec.conformance.toys import FeatureTarget, ToyHead, grid_pair, joint_distribution
 from specdec.decoding import Decoder
+from specdec.heads.eagle import new_head
 from specdec.models.causal import CausalLM
-from specdec.models.eagle import new_head
 from specdec.models.markov import MarkovModel
 from specdec.proposers.draft_model import DraftModelProposer
 from specdec.proposers.table import NgramTable

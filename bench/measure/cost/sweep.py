@@ -20,9 +20,9 @@ from bench.records import phases
 from bench.records.schema import SCHEMA_VERSION, Record
 from bench.records.sweeps import CONTEXT, NUM_REQUESTS, REQUEST_TOKENS, WIDTH
 from specdec import Engine
+from specdec.heads.eagle import EagleHead
 from specdec.models.base import score
 from specdec.models.causal import CausalLM
-from specdec.models.eagle import EagleHead
 from specdec.proposers.ngram import LookupIndex
 from specdec.proposers.suffix import SAMPLED_DOUBT, OwnText
 from specdec.proposers.tree import levels_of

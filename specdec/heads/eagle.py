@@ -11,22 +11,24 @@ vocabulary, and draft_vocabulary.json, the token ids that this library drafts.
 
 from __future__ import annotations
 
-import hashlib
 import json
-import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.functional import embedding, linear
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
+from specdec.heads.base import Drafting
+from specdec.heads.files import VOCABULARY_FILE, HeadFolder
+from specdec.models.base import FINAL, FeatureLayers
 from specdec.models.cache import RaggedCache
 from specdec.models.fusion import FusedLayer, GpuStack, Projection, Shared, Stack, stack_of, weight_bytes
+from specdec.models.saving import fingerprint, save_weights, write_config
 from specdec.runtime.artifacts import explained
 from specdec.runtime.json_files import integers, read_json
 from specdec.trees.columns import Branches
@@ -49,6 +51,9 @@ class EagleHead(nn.Module):
         ValueError: for a draft vocabulary that is not ascending or exceeds the target's.
     """
 
+    format = "eagle"
+    drafting: Drafting = "sequential"
+    feature_layers: FeatureLayers = (FINAL,)
     embedding: Tensor
     output: Tensor
     draft_vocabulary: Tensor
@@ -88,6 +93,10 @@ class EagleHead(nn.Module):
     def allocate(self, num_slots: int, capacity: int) -> RaggedCache:
         """An empty cache. Slot position i belongs to token i + 1, as the first token has no feature before it."""
         return RaggedCache(1, num_slots, capacity)
+
+    def encode(self, features: Tensor) -> Tensor:
+        """The features as they are: [..., hidden]."""
+        return features
 
     def mix(self, features: Tensor, tokens: Tensor) -> Tensor:
         """The layer's input: features [..., hidden] and the tokens int64 [...] that follow them -> [..., hidden]."""
@@ -148,21 +157,8 @@ class EagleHead(nn.Module):
         config = self.config.to_diff_dict() | {"architectures": ["LlamaForCausalLM"], "dtype": "bfloat16"}
         config["specdec"] = {"target": fingerprint} | about
         write_config(folder, config)
-        (folder / "draft_vocabulary.json").write_text(json.dumps(self.draft_vocabulary.tolist()) + "\n")
+        (folder / VOCABULARY_FILE).write_text(json.dumps(self.draft_vocabulary.tolist()) + "\n")
         save_weights(folder, "model.safetensors", self.state_dict())
-
-
-def write_config(folder: Path, config: dict[str, Any]) -> None:
-    """Write a folder's config.json."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(config, indent=1, sort_keys=True) + "\n")
-
-
-def save_weights(folder: Path, name: str, weights: Mapping[str, Tensor]) -> None:
-    """Write weights in bfloat16 with the permissions of the folder's config.json."""
-    narrow = {key: value.detach().bfloat16().cpu().contiguous() for key, value in weights.items()}
-    save_file(narrow, folder / name, {"format": "pt"})
-    shutil.copymode(folder / "config.json", folder / name)  # safetensors writes files readable by the owner only
 
 
 def new_head(model: Any, draft_vocabulary: Tensor) -> EagleHead:
@@ -184,7 +180,7 @@ def load_head(source: str, model: Any, load_format: str = "auto") -> EagleHead:
     folder, is_dummy = Path(source), load_format == "dummy"
     with explained(f"source={source!r} must be a folder with an undamaged head", "train or copy it again"):
         config = LlamaConfig.from_pretrained(folder, attn_implementation="sdpa")
-        tokens = read_json(folder / "draft_vocabulary.json", _VOCABULARY_RULE, lambda value: integers(value, "it"))
+        tokens = read_json(folder / VOCABULARY_FILE, _VOCABULARY_RULE, lambda value: integers(value, "it"))
         vocabulary = check_draft_vocabulary(torch.tensor(tokens, dtype=torch.int64), config.vocab_size)
         weights = {} if is_dummy else load_file(folder / "model.safetensors")
         recorded = None if is_dummy else config.specdec["target"]
@@ -205,6 +201,16 @@ def load_head(source: str, model: Any, load_format: str = "auto") -> EagleHead:
         return head.placed(model.device, model.dtype).eval().requires_grad_(False)
 
 
+def recognize(folder: HeadFolder) -> str | None:
+    """The dialect of an EAGLE head's folder, None if it is not one."""
+    return "specdec" if (folder.path / VOCABULARY_FILE).is_file() else None
+
+
+def load(folder: HeadFolder, model: Any, load_format: str) -> EagleHead:
+    """See `load_head`."""
+    return load_head(str(folder.path), model, load_format)
+
+
 _VOCABULARY_RULE = "draft_vocabulary must be a JSON list of token ids"
 
 
@@ -223,15 +229,6 @@ def check_draft_vocabulary(tokens: Tensor, vocab_size: int) -> Tensor:
             "once; write it anew, with the head that was trained for it"
         )
     return tokens
-
-
-def fingerprint(model: Any) -> str:
-    """A hash of samples of all weights of a model, equal in float32 and bfloat16."""
-    digest = hashlib.sha256()
-    for weight in model.parameters():
-        sample = weight.detach().flatten()[:: max(1, weight.numel() // 1024)]
-        digest.update(str(tuple(weight.shape)).encode() + sample.bfloat16().cpu().view(torch.int16).numpy().tobytes())
-    return digest.hexdigest()
 
 
 _OTHER_TARGET = "give the model that the head was trained for, or train a head for this one"

@@ -1,0 +1,134 @@
+"""Protocols of drafting heads: small networks that draft from the target's hidden states.
+
+How a head drafts decides which proposer runs it, see `specdec.methods`:
+    sequential: token by token with a cache of its own, fed with features and then with its own outputs (EAGLE, MTP);
+    block: all tokens of a draft in one pass with a cache of its own (DFlash, P-EAGLE);
+    stateless: from the last feature alone, without a cache (Medusa, MLP speculator).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from specdec.models.base import FeatureLayers
+from specdec.trees.columns import Branches
+from specdec.trees.optimal import Rates
+
+Drafting = Literal["sequential", "block", "stateless"]
+
+
+class Head(Protocol):
+    """A head on the target's device, which shares the target's embedding and often its output head.
+
+    format: name of its checkpoint format, which is also that of its method. drafting: how it drafts, see above.
+    feature_layers: hidden states of the target that it reads, concatenated in this order.
+    draft_vocabulary: int64 [n], ascending: the tokens that its logits stand for, all of them if n == vocab_size.
+    rates: measured acceptance rates of siblings by level and rank, or None.
+    """
+
+    format: str
+    drafting: Drafting
+    feature_layers: FeatureLayers
+    draft_vocabulary: Tensor
+    rates: Rates | None
+
+    @property
+    def vocab_size(self) -> int:
+        """Size of the target's vocabulary."""
+        ...
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the weights."""
+        ...
+
+    @property
+    def step_bytes(self) -> int:
+        """Bytes of weights that a pass reads."""
+        ...
+
+    def fuse(self) -> None:
+        """Fuse operations for decoding; a fused head can no longer be trained or saved."""
+        ...
+
+
+class SequentialHead(Head, Protocol):
+    """A head that drafts token by token. Its cache position i belongs to token i + 1: the first has no feature before.
+
+    A state is what the head reads for one position: `encode` makes it of the target's features, and `forward` returns
+    the next position's, which stands in for it where the target has not computed features yet.
+    """
+
+    def allocate(self, num_slots: int, capacity: int) -> Any:
+        """An empty RaggedCache."""
+        ...
+
+    def encode(self, features: Tensor) -> Tensor:
+        """States [..., state width] of features [..., sum of widths of feature_layers]."""
+        ...
+
+    def forward(
+        self, states: Tensor, tokens: Tensor, cache: Any, first_slot: int = 0, branches: Branches | None = None
+    ) -> Tensor:
+        """States of tokens, int64 [rows, width], of the states before each: [rows, width, state width] -> the same.
+
+        Row r belongs to slot first_slot + r; the caller updates the cache's num_cached. branches: of a tree.
+        """
+        ...
+
+    def forward_at(self, states: Tensor, tokens: Tensor, starts: Tensor, cache: Any, extent: int) -> Tensor:
+        """`forward` from the first slot on; row r begins at position starts[r] and attends to `extent` positions."""
+        ...
+
+    def logits(self, states: Tensor) -> Tensor:
+        """Logits [..., draft vocab] of the next token, of states that `forward` returned."""
+        ...
+
+
+class BlockHead(Head, Protocol):
+    """A head that drafts a block of tokens in one pass, over a cache of what it made of the committed positions.
+
+    max_tokens: the most tokens that one pass drafts.
+    """
+
+    max_tokens: int
+
+    def allocate(self, num_slots: int, capacity: int) -> Any:
+        """An empty RaggedCache."""
+        ...
+
+    def extend(self, features: Tensor, tokens: Tensor, cache: Any, first_slot: int = 0) -> None:
+        """Enter committed positions: features [rows, width, ...] of positions, and the tokens after them.
+
+        The caller updates the cache's num_cached.
+        """
+        ...
+
+    def block(self, newest: Tensor, num_tokens: int, cache: Any) -> Any:
+        """One pass for num_tokens drafts after each row's newest token, int64 [rows]; returns what `logits` reads."""
+        ...
+
+    def logits(self, block: Any, newest: Tensor, drafted: Tensor) -> Tensor:
+        """Logits [rows, 1, draft vocab] of the draft token at place i, given those before it, int64 [rows, i].
+
+        Formats whose slots are independent given the block ignore `drafted`.
+        """
+        ...
+
+
+class StatelessHead(Head, Protocol):
+    """A head that drafts from one feature. max_tokens: the most tokens that it drafts."""
+
+    max_tokens: int
+
+    def logits_after(self, features: Tensor, newest: Tensor) -> Callable[[Tensor], Tensor]:
+        """A function from the tokens drafted so far, int64 [rows, i], to logits of the next, [rows, 1, draft vocab].
+
+        features: [rows, width], of the position before the newest token. newest: int64 [rows].
+        It is called with i = 0, 1, 2, ... in order, each time with one token more.
+        """
+        ...
