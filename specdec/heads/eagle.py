@@ -126,7 +126,7 @@ class EagleHead(nn.Module):
         return self._guess(self.mix(features, tokens), cache)
 
     def _guess(self, hidden: Tensor, cache: RaggedCache) -> Tensor:
-        if self._stack and self._stack.takes(hidden.shape[1]):
+        if self._stack and self._stack.supports(hidden.shape[1]):
             return self._stack(hidden, cache)
         guessed: Tensor = self.layers[0](
             hidden,

@@ -1,12 +1,12 @@
-"""The same decoder layers in fewer, larger steps.
+"""Fused decoder layers: fewer, larger operations per decode step.
 
-A decode step of a small model is bound by reading weights and by the number of operations, not by arithmetic. So the
-query, key and value projections become one, and the gate and up projections, and grouped query heads attend to their
-key/value head directly instead of to copies of it. On a CPU with `specdec.kernels` all layers together are one call,
-and what is computed for a token does not depend on how many others are computed beside it; without them bf16 weights
-are laid out once in oneDNN's own format, which is read about twice as fast as the row-major one.
+A decode step of a small model is bound by weight bandwidth and by the number of operations, not by arithmetic. So the
+query, key and value projections are merged into one, the gate and up projections into another, and grouped query heads
+attend to their key/value head without repeating it. With the kernels of `specdec.kernels`, a CPU runs all layers in one
+call, and a token's result does not depend on the number of tokens in the batch. Without them, bf16 weights are packed
+once into oneDNN's own layout, which is read about twice as fast as the row-major one.
 
-What is computed is what transformers computes, in another order of rounding.
+Results equal those of transformers up to rounding.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ _NORMS = ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm")
 
 
 def fuse(model: Any) -> int:
-    """Replace a transformers model's decoder layers and head by fused and packed ones, in place; returns how many.
+    """Replace the decoder layers and head of a transformers model by fused ones, in place; returns their number.
 
-    Leaves layers of an architecture that it does not know. A fused model can run, but no longer be saved or trained.
-    The weights of a layer are let go of before the next is fused.
+    Layers of unsupported architectures are left unchanged. A fused model can no longer be saved or trained. The
+    original weights of each layer are freed before the next layer is fused.
     """
     shared, body = Shared(), model.base_model
     num_replaced = _fuse_below(model, model, body, shared)
@@ -44,9 +44,9 @@ def fuse(model: Any) -> int:
 
 
 def _fuse_below(parent: Any, model: Any, body: Any, shared: Shared) -> int:
-    """Fuse what stands below a module of the model; returns how many layers and heads."""
+    """Fuse the descendants of a module of the model; returns the number of layers and heads replaced."""
     num_replaced = 0
-    for name in [name for name, _ in parent.named_children()]:  # to hold the layers themselves would keep all weights
+    for name in [name for name, _ in parent.named_children()]:  # names: a list of the layers would keep their weights
         child = getattr(parent, name)
         if type(child).__name__ in FUSABLE:
             setattr(parent, name, FusedLayer(child, shared))
@@ -62,9 +62,9 @@ def _fuse_below(parent: Any, model: Any, body: Any, shared: Shared) -> int:
 
 
 def depends_on_length(rotary: Any) -> bool:
-    """Whether transformers' module of rotary angles chooses them by the longest position of a call.
+    """Whether a transformers rotary embedding selects its angles by the largest position of a call.
 
-    It then asks the device for that position, so that no call can be recorded.
+    It then reads that position back from the device, so calls cannot be captured as CUDA graphs.
     """
     kinds = getattr(rotary, "rope_type", "default")
     by_layer = kinds.values() if isinstance(kinds, dict) else [kinds]
@@ -72,16 +72,16 @@ def depends_on_length(rotary: Any) -> bool:
 
 
 def weight_bytes(modules: Iterable[nn.Module]) -> int:
-    """Bytes of these modules' own weights, fused or not; what several share counts once."""
+    """Bytes of the modules' own weights, fused or not; shared weights count once."""
     values = [value for module in modules for value in (*vars(module).values(), *module.parameters(recurse=False))]
     weights = {id(value): value for value in values if isinstance(value, Tensor)}
     return sum(weight.numel() * weight.element_size() for weight in weights.values())
 
 
 class FusedDecoder(nn.Module):
-    """All layers of a model as one call, in the place of transformers' model without a head.
+    """Runs all layers of a model in one call; replaces the transformers model without its head.
 
-    body: the transformers model, whose layers have been fused. As a module it is that model.
+    body: the transformers model, after its layers were fused. Called as a module, this object delegates to it.
     """
 
     def __init__(self, body: Any) -> None:
@@ -93,9 +93,9 @@ class FusedDecoder(nn.Module):
         return self.body(**options)
 
     def features(self, tokens: Tensor, cache: RaggedCache) -> Tensor:
-        """Last hidden states [rows, width, hidden] of tokens int64 [rows, width] at the open window of the cache."""
+        """Last hidden states [rows, width, hidden] of tokens int64 [rows, width] in the open window of the cache."""
         hidden, width = embedding(tokens, self.body.embed_tokens.weight), tokens.shape[1]
-        if self._stack.takes(width):
+        if self._stack.supports(width):
             states = self._stack(hidden, cache)
         else:
             states = layer_by_layer(self.layers, self.body.rotary_emb, hidden, cache)
@@ -104,7 +104,7 @@ class FusedDecoder(nn.Module):
 
 
 def layer_by_layer(layers: Iterable[nn.Module], rotary: Any, hidden: Tensor, cache: RaggedCache) -> Tensor:
-    """hidden [rows, width, hidden] at the cache's open window -> the same after the last layer, without kernels."""
+    """Run the layers without kernels on hidden states [rows, width, hidden] in the cache's open window."""
     mask, angles = cache.mask(hidden.dtype), rotary(hidden, cache.window.positions)
     for layer in layers:
         hidden = layer(hidden, attention_mask=mask, position_embeddings=angles, past_key_values=cache)
@@ -112,14 +112,14 @@ def layer_by_layer(layers: Iterable[nn.Module], rotary: Any, hidden: Tensor, cac
 
 
 def stack_of(layers: Sequence[FusedLayer], rotary: Any) -> Stack | GpuStack:
-    """Fused layers that all have a kernel, as the kernels of their device want them."""
+    """The fused layers, all with a kernel, as one call of the kernels of their device."""
     return Stack(layers, rotary) if isinstance(layers[0].kernel, cpp.Layer) else GpuStack(layers, rotary)
 
 
 class GpuStack:
-    """Fused layers of one shape that follow each other, as `specdec.kernels.triton_layers` wants them.
+    """Consecutive fused layers of the same shape, run by `specdec.kernels.triton_layers`.
 
-    rotary: transformers' module of rotary angles.
+    rotary: the transformers rotary embedding.
     """
 
     def __init__(self, layers: Sequence[FusedLayer], rotary: Any) -> None:
@@ -129,14 +129,14 @@ class GpuStack:
         self._places = triton_layers.Places
         self._layers, self._rotary = layers, rotary
         self._kernels: list[Any] = [layer.kernel for layer in layers]
-        self._angles: dict[int, tuple[Tensor, Tensor]] = {}  # kept: recorded graphs read them where they are
+        self._angles: dict[int, tuple[Tensor, Tensor]] = {}  # kept alive: captured graphs read them at their addresses
 
-    def takes(self, width: int) -> bool:
-        """Whether calls of so many tokens in a row go through the kernels."""
+    def supports(self, width: int) -> bool:
+        """Whether the kernels can process `width` tokens per row."""
         return width <= self._max_width and not depends_on_length(self._rotary)
 
     def __call__(self, hidden: Tensor, cache: RaggedCache) -> Tensor:
-        """hidden [rows, width, hidden] at the open window of the cache -> the same behind the last layer."""
+        """Run all layers on hidden states [rows, width, hidden] in the open window of the cache."""
         window, first = cache.window, self._layers[0]
         shape = (first.num_kv_heads, first.head_dim, hidden.dtype)
         blocks = [cache.blocks(layer.index, *shape) for layer in self._layers]
@@ -156,27 +156,27 @@ class GpuStack:
 
 
 class Stack:
-    """Fused layers of one shape that follow each other, as `specdec.kernels` want them.
+    """Consecutive fused layers of the same shape, run by `specdec.kernels.cpp`.
 
-    rotary: transformers' module of rotary angles.
+    rotary: the transformers rotary embedding.
     """
 
     def __init__(self, layers: Sequence[FusedLayer], rotary: Any) -> None:
         self._indices, self._rotary = [layer.index for layer in layers], rotary
         self._angles_depend_on_length = depends_on_length(rotary)
         self._angles: tuple[Tensor, Tensor] | None = None
-        self._cache: Callable[[], RaggedCache | None] = lambda: None  # whose blocks are known
-        self._known: tuple[cpp.Pointers, cpp.Pointers] | None = None
+        self._cache: Callable[[], RaggedCache | None] = lambda: None  # the cache that `_cached_blocks` point into
+        self._cached_blocks: tuple[cpp.Pointers, cpp.Pointers] | None = None
         self._kernels = [layer.kernel for layer in layers if layer.kernel]
         self._num_kv_heads, self._head_dim = layers[0].num_kv_heads, layers[0].head_dim
         self._pointers = (POINTER(cpp.Layer) * len(layers))(*map(pointer, self._kernels))
 
-    def takes(self, width: int) -> bool:
-        """Whether calls of so many tokens in a row go through the kernels."""
+    def supports(self, width: int) -> bool:
+        """Whether the kernels can process `width` tokens per row."""
         return True
 
     def __call__(self, hidden: Tensor, cache: RaggedCache) -> Tensor:
-        """hidden [rows, width, hidden] at the open window of the cache -> the same behind the last layer."""
+        """Run all layers on hidden states [rows, width, hidden] in the open window of the cache."""
         angles, blocks, window = self._angles_of(hidden, cache), self._blocks(cache, hidden.dtype), cache.window
         tree = None
         if window.branches is not None:
@@ -184,13 +184,13 @@ class Stack:
         return cpp.run_layers(self._pointers, hidden, angles, window.positions, blocks, cache.capacity, tree)
 
     def _angles_of(self, hidden: Tensor, cache: RaggedCache) -> tuple[Tensor, Tensor, Tensor]:
-        """Tables of cos and sin [n, head_dim] and the place of each token in them, int64 [rows, width].
+        """Tables of cos and sin [n, head_dim] and each token's index into them, int64 [rows, width].
 
-        The tables are of all positions: to compute the angles anew is a dozen operations.
+        The tables hold all positions, because recomputing the angles takes a dozen operations.
         """
         positions = cache.window.positions
         if self._angles_depend_on_length:
-            cos, sin = (each.expand(*positions.shape, -1).flatten(0, 1) for each in self._rotary(hidden, positions))
+            cos, sin = (table.expand(*positions.shape, -1).flatten(0, 1) for table in self._rotary(hidden, positions))
             return cos, sin, torch.arange(positions.numel(), device=hidden.device)
         if self._angles is None or len(self._angles[0]) < cache.window.extent or self._angles[0].dtype != hidden.dtype:
             longest = max(2 * cache.window.extent, 512)
@@ -199,28 +199,28 @@ class Stack:
         return *self._angles, positions
 
     def _blocks(self, cache: RaggedCache, dtype: torch.dtype) -> tuple[cpp.Pointers, cpp.Pointers]:
-        """Of the open window's rows; for decode steps, whose rows begin at the first slot, found once."""
-        if self._known and self._cache() is cache and cache.window.slots.start == 0:
-            return self._known
+        """Pointers to the open window's rows; for decode steps, which start at the first slot, looked up only once."""
+        if self._cached_blocks and self._cache() is cache and cache.window.slots.start == 0:
+            return self._cached_blocks
         arrays = [cache.blocks(index, self._num_kv_heads, self._head_dim, dtype) for index in self._indices]
         keys, values = zip(*arrays, strict=True)
         blocks = (cpp.pointers(keys), cpp.pointers(values))
         if cache.window.slots.start == 0:
-            self._cache, self._known = ref(cache), blocks
+            self._cache, self._cached_blocks = ref(cache), blocks
         return blocks
 
 
 class Projection(nn.Module):
-    """One or several `nn.Linear` of the same input as one product: float [..., in] -> [..., sum of out].
+    """One or several `nn.Linear` with the same input, merged into one: float [..., in] -> [..., sum of out].
 
-    kernel: its description for `specdec.kernels`, or None where another road is taken.
+    kernel: the descriptor for the C++ kernels, or None where another implementation is used.
     """
 
     def __init__(self, *linears: nn.Linear) -> None:
         super().__init__()
-        weight = _joined([each.weight for each in linears])
+        weight = _joined([layer.weight for layer in linears])
         on_cpu = weight.device.type == "cpu"
-        self.bias = None if linears[0].bias is None else _joined([each.bias for each in linears])
+        self.bias = None if linears[0].bias is None else _joined([layer.bias for layer in linears])
         self.num_outputs, self.num_inputs = weight.shape
         self.kernel: cpp.Projection | None = None
         self.is_packed = False
@@ -235,12 +235,12 @@ class Projection(nn.Module):
                 self.bias = nn.functional.pad(self.bias, (0, cpp.whole_blocks(self.num_outputs) - self.num_outputs))
             self.kernel = cpp.Projection(self.weight.data_ptr(), _pointer(self.bias), self.num_inputs, self.num_outputs)
         elif on_cpu and weight.dtype == torch.bfloat16 and _packs_bf16():
-            rows = 8  # the layout is chosen for this many; any number works
+            rows = 8  # the number of rows that the layout is optimized for; any number works
             self.is_packed = True
             self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
 
     def interleave(self, head_dim: int) -> None:
-        """Store the outputs as the Triton kernels turn and place heads; `forward` still gives them in order."""
+        """Interleave the outputs as the Triton rotary kernels expect; `forward` still returns them in order."""
         from specdec.kernels import triton_layers
 
         self.interleaved_dim = head_dim
@@ -282,7 +282,7 @@ class Projection(nn.Module):
 
 
 class Norm(nn.Module):
-    """Root mean square normalisation: norm is transformers', or `nn.Identity` for none."""
+    """Root mean square normalization. norm: the transformers module, or `nn.Identity` for no normalization."""
 
     def __init__(self, norm: Any) -> None:
         super().__init__()
@@ -302,30 +302,30 @@ class Norm(nn.Module):
             return triton_layers.rms_norm(x, self.weight, self.epsilon)
         if self.has_kernel and x.dtype == self.weight.dtype:
             return cpp.rms_norm(x, self.weight, self.epsilon)
-        # for a few rows twice as fast as torch's own composite
+        # for a few rows, twice as fast as torch's composite implementation
         length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
         scale = torch.rsqrt(length.square().div_(x.shape[-1]).add_(self.epsilon))
         return (x * scale).to(x.dtype) * self.weight
 
 
 class Shared:
-    """What the layers of a model have in common: the mask of the call in progress."""
+    """State shared by the layers of a model: the attention mask of the current call."""
 
     def __init__(self) -> None:
         self._mask: Tensor | None = None
 
     def repeated(self, mask: Tensor, times: int) -> Tensor:
-        """For the query heads of a group: [rows, 1, width, extent] -> [rows, 1, times * width, extent]."""
+        """Repeat the mask [rows, 1, width, extent] for the query heads of a group: [rows, 1, times * width, extent]."""
         if mask is not self._mask:
             self._mask, self._repeated = mask, mask.repeat(1, 1, times, 1)
         return self._repeated
 
 
 class FusedLayer(nn.Module):
-    """A decoder layer of the Llama family, with transformers' interface.
+    """A decoder layer of the Llama family, with the interface of transformers.
 
-    layer: the transformers layer, whose weights are taken over. shared: one object for all layers of a model.
-    kernel: its description for `specdec.kernels`, or None where torch's operations are used.
+    layer: the transformers layer that provides the weights. shared: one object for all layers of a model.
+    kernel: the descriptor for the kernels of its device, or None where torch operations are used.
     """
 
     def __init__(self, layer: Any, shared: Shared) -> None:
@@ -346,7 +346,7 @@ class FusedLayer(nn.Module):
             Norm(layer.input_layernorm),
             Norm(layer.post_attention_layernorm),
         )
-        self.kernel = self._describe()
+        self.kernel: Any = self._describe_for_gpu() if self.qkv.on_gpu else self._describe_for_cpu()
 
     def forward(
         self,
@@ -361,10 +361,10 @@ class FusedLayer(nn.Module):
         if past_key_values is not None:
             keys, values = past_key_values.update(keys, values, self.index)
         attended = self._attend(queries, keys, values, attention_mask)
-        return self.behind_attention(hidden_states, attended)
+        return self.after_attention(hidden_states, attended)
 
     def before_attention(self, hidden_states: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values, [rows, heads, width, head_dim] each, the first two turned by their positions."""
+        """Queries, keys and values, each [rows, heads, width, head_dim]; queries and keys are rotated."""
         qkv = self.qkv(self.norm_before_attention(hidden_states))
         heads = qkv.view(*qkv.shape[:2], -1, self.head_dim).transpose(1, 2)
         if self.q_norm.weight is not None:
@@ -374,17 +374,14 @@ class FusedLayer(nn.Module):
         rotated, values = _rotate(heads[:, :num_rotated], cos, sin), heads[:, num_rotated:]
         return rotated[:, : self.num_heads], rotated[:, self.num_heads :], values
 
-    def behind_attention(self, hidden_states: Tensor, attended: Tensor) -> Tensor:
-        """The layer's output from its input and what was attended to, [rows, width, heads * head_dim]."""
+    def after_attention(self, hidden_states: Tensor, attended: Tensor) -> Tensor:
+        """The layer's output, from its input and the attention output, [rows, width, heads * head_dim]."""
         hidden_states = self.output.add_to(hidden_states, attended)
         gate, up = self.gate_up(self.norm_before_mlp(hidden_states)).chunk(2, -1)
         return self.down.add_to(hidden_states, self.activation(gate) * up)
 
-    def _describe(self) -> Any:
-        """This layer as its device's kernels want it; None where they cannot compute it."""
-        return self._describe_for_gpu() if self.qkv.on_gpu else self._describe_for_cpu()
-
     def _describe_for_gpu(self) -> Any:
+        """The layer's descriptor for the Triton kernels; None if they do not support it."""
         from specdec.kernels import triton_layers
 
         norms = [self.norm_before_attention, self.norm_before_mlp, self.q_norm, self.k_norm]
@@ -397,16 +394,16 @@ class FusedLayer(nn.Module):
         ):
             return None
 
-        def both(projection: Projection) -> tuple[Tensor, Tensor | None]:
+        def weight_and_bias(projection: Projection) -> tuple[Tensor, Tensor | None]:
             return projection.weight, projection.bias
 
         if is_interleaved := triton_layers.takes_interleaved(self.head_dim, has_norms=self.q_norm.weight is not None):
             self.qkv.interleave(self.head_dim)
         return triton_layers.Layer(
-            qkv=both(self.qkv),
-            output=both(self.output),
-            gate_up=both(self.gate_up),
-            down=both(self.down),
+            qkv=weight_and_bias(self.qkv),
+            output=weight_and_bias(self.output),
+            gate_up=weight_and_bias(self.gate_up),
+            down=weight_and_bias(self.down),
             norm_before_attention=self.norm_before_attention.weight,
             norm_before_mlp=self.norm_before_mlp.weight,
             query_norm=self.q_norm.weight,
@@ -420,7 +417,8 @@ class FusedLayer(nn.Module):
         )
 
     def _describe_for_cpu(self) -> cpp.Layer | None:
-        projections = [each.kernel for each in (self.qkv, self.output, self.gate_up, self.down)]
+        """The layer's descriptor for the C++ kernels; None if they do not support it."""
+        projections = [projection.kernel for projection in (self.qkv, self.output, self.gate_up, self.down)]
         sizes = (self.qkv.num_inputs, self.qkv.num_outputs, self.down.num_inputs)
         norms = [self.norm_before_attention, self.norm_before_mlp, self.q_norm, self.k_norm]
         epsilons = {norm.epsilon for norm in norms if norm.weight is not None}
@@ -444,7 +442,7 @@ class FusedLayer(nn.Module):
 
     def _attend(self, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
         rows, _, width, _ = queries.shape
-        # the query heads of a group become further query rows of their key/value head, which is then not repeated
+        # the query heads of a group become additional query rows of their key/value head, which is not repeated
         groups = self.num_heads // self.num_kv_heads
         queries = queries.reshape(rows, self.num_kv_heads, groups * width, self.head_dim)
         if mask is None:
@@ -453,7 +451,7 @@ class FusedLayer(nn.Module):
         attended = scaled_dot_product_attention(
             queries, keys, values, attn_mask=self.shared.repeated(mask, groups), scale=self.scaling
         )
-        # reshape: the kernels that there are lay out what they return in different ways
+        # reshape, not view: the layout of the result depends on which attention kernel torch selects
         return attended.reshape(rows, self.num_heads, width, self.head_dim).transpose(1, 2).reshape(rows, width, -1)
 
 

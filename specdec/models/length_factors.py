@@ -1,15 +1,16 @@
-"""LongRoPE: rotary factors that depend on how long a sequence is, row by row.
+"""LongRoPE: rotary factors that depend on the length of each sequence.
 
 A LongRoPE model has two sets of rotary factors: one for sequences of up to `original_max_position_embeddings` tokens,
-one for longer ones. transformers chooses the set by the largest position of a call, for all of its rows, so that the
-logits after a token depend on its neighbours in the batch, on drafted tokens behind it and on how a prompt was cut.
+one for longer ones. transformers selects the set by the largest position of a call, for all of its rows, so the logits
+after a token depend on the other rows of the batch, on the draft tokens after it and on how the prompt was chunked.
 
-Here the logits after n tokens are those of the factors for n tokens, whatever else is computed: what the model gives
-without a cache. `transformers.generate` does the same where it starts over when a sequence crosses the threshold
-(Phi-3, Phi-3.5-MoE); for other architectures it keeps what was computed by the short factors.
+Here the logits after n tokens always use the factors for n tokens, as the model does without a cache.
+`transformers.generate` does the same for Phi-3 and Phi-3.5-MoE, where it recomputes a sequence that crosses the
+threshold; for other architectures it keeps the keys and values computed with the short factors.
 
-As keys and values of all layers depend on the factors, a sequence that crosses the threshold is computed anew, once; a
-step whose draft crosses it is computed by both. A prompt beyond the threshold so costs at most that many tokens more.
+Keys and values of all layers depend on the factors. So a sequence that crosses the threshold is recomputed once, and a
+step whose draft crosses it is computed with both sets. For a prompt longer than the threshold, this recomputes at most
+`original_max_position_embeddings` tokens.
 """
 
 from __future__ import annotations
@@ -23,15 +24,15 @@ from torch import Tensor, nn
 from specdec.models.cache import RaggedCache
 from specdec.trees.columns import Branches, offsets
 
-Forward = Callable[..., Tensor]  # `CausalLM`'s own, see there
-_CHUNK = 512  # tokens that are computed anew at once
+Forward = Callable[..., Tensor]  # `CausalLM._forward`
+_CHUNK = 512  # tokens recomputed per call
 
 
 class LengthCache(RaggedCache):
-    """A ragged cache that can be computed anew.
+    """A ragged cache that also stores the tokens, so that it can be recomputed.
 
-    tokens: int64 [slots, capacity], where their keys and values are. is_long: by slot, which factors its valid tokens
-    were computed with.
+    tokens: int64 [slots, capacity], at the same columns as their keys and values. is_long: per slot, whether its valid
+    tokens were computed with the long factors.
     """
 
     def __init__(
@@ -52,21 +53,21 @@ class LengthCache(RaggedCache):
         to = (starts + torch.arange(path.shape[1], device=path.device)).clamp(max=self.capacity - 1)
         self.tokens[row, to] = self.tokens[row, (starts + path).clamp(max=self.capacity - 1)]
 
-    def note(self, tokens: Tensor) -> None:
-        """Remember the tokens [rows, width] that were written where the open window is."""
+    def write_tokens(self, tokens: Tensor) -> None:
+        """Store the tokens [rows, width] of the open window."""
         self.tokens[self.window.slots].scatter_(1, self.window.places, tokens)
 
 
 class LengthFactors:
-    """Chooses the rotary factors of each row by its own length.
+    """Selects the rotary factors of each row by its own length.
 
-    threshold: tokens up to which a sequence has the short factors. rotaries: the model's rotary modules, whose forward
-    is wrapped; where this object is not at work they do what they did.
+    threshold: the longest sequence, in tokens, that uses the short factors. rotaries: the model's rotary modules; their
+    `forward` is wrapped, and behaves as before outside calls of `LengthFactors.forward`.
     """
 
     def __init__(self, threshold: int, rotaries: Sequence[nn.Module]) -> None:
         self.threshold = threshold
-        self._is_long: Sequence[bool] | None = None  # of the rows of the call in progress
+        self._is_long: Sequence[bool] | None = None  # per row of the current call
         for rotary in rotaries:
             rotary.forward = self._by_row(rotary.forward)
             rotary.length_factors = self  # type: ignore[assignment]
@@ -80,7 +81,7 @@ class LengthFactors:
         last_only: bool = False,
         branches: Branches | None = None,
     ) -> Tensor:
-        """What `plain`, the model's forward with these arguments, gives with each position's own factors."""
+        """Call `plain`, the model's forward with the same arguments, such that each position has its own factors."""
         reach = int(offsets(branches, torch.device("cpu")).max()) + 1 if branches else tokens.shape[1]
         lengths = cache.num_cached[first_slot : first_slot + len(tokens)]
         ends = [length + reach for length in lengths]
@@ -105,19 +106,19 @@ class LengthFactors:
         last_only: bool,
         branches: Branches | None,
     ) -> Tensor:
-        """One call with these rows' factors, all that they read in the cache being of the same."""
-        for slot, wanted in enumerate(is_long, first_slot):
-            if cache.is_long[slot] != wanted:
-                self._compute_anew(plain, cache, slot, wanted)
+        """One call with the given factors per row, after recomputing cached tokens that were computed with others."""
+        for slot, use_long in enumerate(is_long, first_slot):
+            if cache.is_long[slot] != use_long:
+                self._recompute(plain, cache, slot, use_long)
         self._is_long = is_long
         try:
             logits = plain(tokens, cache, first_slot, last_only, branches)
         finally:
             self._is_long = None
-        cache.note(tokens)
+        cache.write_tokens(tokens)
         return logits
 
-    def _compute_anew(self, plain: Forward, cache: LengthCache, slot: int, is_long: bool) -> None:
+    def _recompute(self, plain: Forward, cache: LengthCache, slot: int, is_long: bool) -> None:
         cache.is_long[slot] = is_long
         tokens, cache.num_cached[slot] = cache.tokens[slot : slot + 1, : cache.num_cached[slot]].clone(), 0
         for chunk in tokens.split(_CHUNK, 1) if tokens.numel() else ():
@@ -125,16 +126,16 @@ class LengthFactors:
             cache.num_cached[slot] += chunk.shape[1]
 
     def _by_row(self, forward: Callable[..., Any]) -> Callable[..., Any]:
-        """A rotary module's forward, (hidden, positions [rows, width]) -> cos and sin [rows, width, dim], by row."""
+        """Wrap a rotary module's forward, (hidden, positions [rows, width]) -> cos and sin [rows, width, dim]."""
 
         def short(hidden: Tensor, positions: Tensor, *args: Any, **kwargs: Any) -> Sequence[Tensor]:
             angles: Sequence[Tensor] = forward(hidden, positions.clamp(max=self.threshold - 1), *args, **kwargs)
             return angles
 
         def long(hidden: Tensor, positions: Tensor, *args: Any, **kwargs: Any) -> Sequence[Tensor]:
-            beyond = positions.new_full((*positions.shape[:-1], 1), self.threshold)  # so that the largest one is
+            beyond = positions.new_full((*positions.shape[:-1], 1), self.threshold)  # selects the long factors
             angles = forward(hidden, torch.cat([positions, beyond], -1), *args, **kwargs)
-            return [each[..., :-1, :] for each in angles]
+            return [table[..., :-1, :] for table in angles]
 
         def by_row(x: Tensor, position_ids: Tensor, *args: Any, **kwargs: Any) -> Any:  # transformers' names
             if self._is_long is None:
@@ -142,16 +143,16 @@ class LengthFactors:
             if len(set(self._is_long)) == 1:
                 return tuple((long if self._is_long[0] else short)(x, position_ids, *args, **kwargs))
             chosen = torch.tensor(self._is_long, device=position_ids.device).view(-1, 1, 1)
-            both = [each(x, position_ids, *args, **kwargs) for each in (long, short)]
+            both = [select(x, position_ids, *args, **kwargs) for select in (long, short)]
             return tuple(torch.where(chosen, *pair) for pair in zip(*both, strict=True))
 
         return by_row
 
 
 def length_factors(model: nn.Module, context_length: int) -> LengthFactors | None:
-    """For a LongRoPE model whose context is longer than its threshold; None for any other.
+    """The length factors of a LongRoPE model with a context longer than its threshold; None for any other model.
 
-    Raises ValueError if its layers have several thresholds.
+    Raises ValueError if the thresholds of its layers differ.
     """
     rotaries = [module for module in model.modules() if "longrope" in _rope_types(module)]
     thresholds = {threshold for module in rotaries for threshold in _thresholds(module)}
@@ -159,8 +160,8 @@ def length_factors(model: nn.Module, context_length: int) -> LengthFactors | Non
         return None
     if len(thresholds) > 1:
         raise ValueError(f"original_max_position_embeddings={sorted(thresholds)} must be the same in all layers")
-    known: LengthFactors | None = getattr(rotaries[0], "length_factors", None)
-    return known or LengthFactors(thresholds.pop(), rotaries)
+    existing: LengthFactors | None = getattr(rotaries[0], "length_factors", None)
+    return existing or LengthFactors(thresholds.pop(), rotaries)
 
 
 def _rope_types(module: nn.Module) -> Sequence[str]:
@@ -170,5 +171,5 @@ def _rope_types(module: nn.Module) -> Sequence[str]:
 
 def _thresholds(module: Any) -> list[int]:
     parameters = module.config.rope_parameters
-    each = [parameters] if "rope_type" in parameters else parameters.values()
-    return [int(p["original_max_position_embeddings"]) for p in each if p and p.get("rope_type") == "longrope"]
+    groups = [parameters] if "rope_type" in parameters else parameters.values()  # one for all layers, or one per kind
+    return [int(p["original_max_position_embeddings"]) for p in groups if p and p.get("rope_type") == "longrope"]
