@@ -34,7 +34,8 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 ATTENTIONS = ("eager", "sdpa", "auto")
 QUANTIZATIONS = {"bitsandbytes-4bit": "bitsandbytes", "torchao-int8": "torchao"}  # name -> package
 WEIGHTS_SHARE = 0.9  # of a device's free memory that weights may fill; keys, values and activations need the rest
-COUNTED = re.compile(r"(layers?|experts?|blocks?|depth)$")  # fields of a configuration by which modules are made
+# fields of a configuration, or of a GGUF file's metadata, that say how many modules are made
+COUNTED = re.compile(r"(layers?|experts?|blocks?|depth|(block|expert)(_\w+)?_count)$")
 MAX_PARTS = 10_000  # of one kind, in a model
 _PATH = "pretrained_model_name_or_path"  # what from_pretrained calls its first argument
 
@@ -321,17 +322,25 @@ def _config_and_class(place: _Place) -> tuple[Any, Any]:
 
 def _check_counts(place: _Place) -> None:
     """Raises ValueError for more layers or experts than any model has: making them one by one would never end."""
-    from transformers import PreTrainedConfig
-
-    if "gguf_file" in place.arguments:
-        return  # its configuration is made of the tensors that are there
-    parts = [PreTrainedConfig.get_config_dict(**place.arguments)[0]]
+    parts = [_stored_fields(place)]
     while parts:
         for name, value in parts.pop().items():
             if isinstance(value, dict):
                 parts.append(value)
             elif COUNTED.search(name) and isinstance(value, int) and value > MAX_PARTS:
                 raise ValueError(f"{name}={value} must be at most {MAX_PARTS}")
+
+
+def _stored_fields(place: _Place) -> dict[str, Any]:
+    """The fields of a configuration as they are stored; those of a GGUF file by their names there."""
+    from transformers import PreTrainedConfig
+    from transformers.integrations.gguf import read_gguf_metadata
+
+    if "gguf_file" not in place.arguments:
+        return cast("dict[str, Any]", PreTrainedConfig.get_config_dict(**place.arguments)[0])
+    # the configuration itself takes seconds, as its reader makes an object of each token of the vocabulary
+    path = Path(place.arguments[_PATH], place.arguments["gguf_file"])
+    return cast("dict[str, Any]", read_gguf_metadata(str(path))[0])
 
 
 def _check_weight_files(place: _Place, config: Any) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import struct
 import subprocess
 import sys
 import time
@@ -341,6 +342,31 @@ def test_truncated_gguf(gguf_file, tmp_path, kept):
     message = r"source='.*broken.gguf' must be an undamaged GGUF file .*\(.+\); fetch it again and compare its size"
     with pytest.raises(LoadError, match=message):
         load(broken)
+
+
+@pytest.mark.parametrize("load_format", ["auto", "dummy"])
+@pytest.mark.parametrize(
+    ("key", "stored", "replacement", "message"),
+    [
+        ("llama.block_count", "<II 4 1", "<II 4 1000000000", r"llama.block_count=1000000000 must be at most 10000"),
+        ("tokenizer.ggml.tokens", "<IIQ 9 8 32", "<IIQ 9 8 1099511627776", "."),
+        ("tokenizer.ggml.token_type", "<IIQ 9 5 32", "<IIQ 9 5 1099511627776", "."),
+    ],
+)
+def test_gguf_metadata_that_would_never_end_is_refused(
+    gguf_file, tmp_path, load_format, key, stored, replacement, message
+):
+    """Values and array lengths in a header that is otherwise valid."""
+
+    def packed(text):
+        layout, *numbers = text.split()
+        return key.encode() + struct.pack(layout, *map(int, numbers))
+
+    content, file = gguf_file.read_bytes(), tmp_path / "endless.gguf"
+    assert content.count(packed(stored)) == 1
+    file.write_bytes(content.replace(packed(stored), packed(replacement)))
+    with pytest.raises(LoadError, match=rf"must be an undamaged GGUF file .*\(.*{message}.*\)"):
+        load(file, load_format=load_format)
 
 
 def test_file_that_is_not_gguf(tmp_path):
