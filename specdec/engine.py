@@ -27,7 +27,7 @@ from specdec.models.loading import as_device, as_dtype, with_revision
 from specdec.models.vocabularies import pieces_of
 from specdec.prompts import Message, Prompt, as_messages, as_prompts, as_token_ids, encode_raw, render
 from specdec.requests import Chunk, Completion, Generation, Request, sources_of
-from specdec.runtime.checks import nearest, renamed, require
+from specdec.runtime.checks import renamed, require, require_keywords, with_constructor_spelling, with_spelling
 from specdec.runtime.exclusive import EngineBusyError as EngineBusyError
 from specdec.runtime.exclusive import Exclusive
 from specdec.sampling.randomness import own_seed, sample_seed
@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from specdec.drafts import AnyDraft
 
 
+@with_constructor_spelling
 class Engine:
     """Decodes prompts with a target model and one drafting method; the output distribution is the target's own.
 
@@ -145,10 +146,9 @@ class Engine:
         quantization, tp_plan: of the target's weights and a draft model's, see `load_pretrained`.
         options: as for the constructor. Arguments are checked before any model is loaded.
         """
-        known = inspect.signature(cls.__init__).parameters
-        for name in options:
-            if name not in known or name in ("self", "target", "tokenizer"):
-                raise TypeError(f"{name}= must be an option of Engine.load or of Engine{nearest(name, known)}")
+        own = {*inspect.signature(cls.load).parameters} - {"options"}
+        known = {*inspect.signature(cls).parameters} - {"target", "tokenizer"}
+        require_keywords(options, sorted(own | known), "Engine.load or of Engine")
         dtype, device, target = as_dtype(dtype), as_device(device), with_revision(target, revision)
         if options.get("tree") is not None:
             options["tree"] = as_tree(options["tree"])
@@ -201,6 +201,7 @@ class Engine:
         """Where the time of the last `generate` went."""
         return self._decoder.times
 
+    @with_spelling
     def generate(
         self,
         prompts: Prompt | Sequence[Prompt],
@@ -223,6 +224,7 @@ class Engine:
         completions = self.as_completed(prompts, sampling, arrivals_s=arrivals_s)
         return sorted(completions, key=lambda completion: (completion.index, completion.sample))
 
+    @with_spelling
     def chat(
         self,
         messages: Sequence[Message] | Sequence[Sequence[Message]],
@@ -237,6 +239,7 @@ class Engine:
             require(as_messages(chat) is not None, f"messages={chat!r} must be a list with roles and contents")
         return self.generate(chats, sampling)
 
+    @with_spelling
     def as_completed(
         self,
         prompts: Prompt | Sequence[Prompt],
@@ -255,6 +258,7 @@ class Engine:
         with closing(self._decoder.advance(requests)) as rows:
             yield from (self._complete(row) for row in rows if row.finish_reason)
 
+    @with_spelling
     def stream(
         self,
         prompts: Prompt | Sequence[Prompt],

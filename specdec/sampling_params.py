@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from numbers import Integral, Real
 from typing import Any, NoReturn
 
+from specdec.runtime.checks import with_constructor_spelling
+
 CONSTRAINTS = ("json_schema", "regex", "grammar")
 _MAX_SHOWN = 80  # characters of a wrong value that a message repeats
 
@@ -35,6 +37,7 @@ _TEXTS = {
 }
 
 
+@with_constructor_spelling
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
     """Sampling parameters of one request. Names and defaults follow vLLM.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -168,15 +169,31 @@ def test_bad_options_are_named_before_a_model_is_loaded(options: dict, message: 
     [
         (
             {"max_batchsize": 2},
-            "max_batchsize= must be an option .*; did you mean 'max_batch_size'",
+            "max_batchsize= must be an argument .*; did you mean 'max_batch_size'",
         ),
-        ({"gamma": 2}, "gamma= must be an option of Engine.load or of Engine"),
-        ({"tokenizer": 2}, "tokenizer= must be an option"),
+        ({"devcie": "cpu"}, r"devcie= must be an argument of .*; did you mean 'device'\?"),
+        ({"gamma": 2}, "gamma= must be an argument of Engine.load or of Engine"),
+        ({"tokenizer": 2}, "tokenizer= must be an argument"),
     ],
 )
 def test_unknown_options_are_named_before_a_model_is_loaded(option: dict, message: str) -> None:
     with pytest.raises(TypeError, match=message):
         Engine.load("no/such-model", **option)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: SamplingParams(temprature=0), "temprature= must be an argument of SamplingParams; did you mean 'temp"),
+        (lambda: SamplingParams(max_token=3), "SamplingParams; did you mean 'max_tokens'"),
+        (lambda: Engine(TARGET, metod="ngram"), "metod= must be an argument of Engine; did you mean 'method'"),
+        (lambda: Engine(TARGET).generate([[1]], sampling_params=GREEDY), "Engine.generate; did you mean 'sampling'"),
+        (lambda: Engine(TARGET).stream(prompt=[[1]]), "prompt= must be an argument of Engine.stream; did you mean 'pr"),
+    ],
+)
+def test_unknown_arguments_are_named_with_the_nearest(call: Callable[[], object], message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        call()
 
 
 @pytest.mark.parametrize("name", ["bf16", "bfloat", torch.int8])

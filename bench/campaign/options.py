@@ -9,14 +9,17 @@ from __future__ import annotations
 import argparse
 import os
 import shlex
-from collections.abc import Mapping
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from bench.campaign.config import RATE, BenchConfig, Option, options_of
+from specdec.runtime.checks import nearest
 
 PAGE_HEAD = """\
 # Benchmark options
@@ -27,6 +30,10 @@ ini file, else its default; `--smoke` changes some defaults. Lists are separated
 | Option | Default | Environment variable | Ini key | Meaning |
 |---|---|---|---|---|
 """
+
+
+PREFIX = "SPECDEC_"  # of environment variables
+OTHER_VARIABLES = ("SPECDEC_CACHE", "SPECDEC_STRICT", "SPECDEC_SERVER_API_KEY", "SPECDEC_FIRST_LIGHT_WEIGHTS")
 
 
 def add_options(parser: pytest.Parser, config_class: type[BenchConfig] = BenchConfig) -> None:
@@ -43,12 +50,22 @@ def add_options(parser: pytest.Parser, config_class: type[BenchConfig] = BenchCo
             group.addoption(old.flag, dest=option.key, default=None, help=argparse.SUPPRESS, **kind)
         aliases = [old.key] if old else []
         parser.addini(option.key, f"default of {option.flag}", default=None, aliases=aliases)
+    if hint := _nearest_flags(sys.argv[1:], [option.flag for option in options_of(config_class)]):
+        parser.extra_info["did you mean"] = hint  # which pytest shows only if it does not know an option
+
+
+def _nearest_flags(arguments: Sequence[str], flags: Sequence[str]) -> str:
+    """The flags that options on the command line resemble without being one; pytest checks options itself."""
+    given = [argument.partition("=")[0] for argument in arguments if argument.startswith("--")]
+    found = [get_close_matches(each, flags, n=1, cutoff=0.75) for each in given if each not in flags]
+    return ", ".join(dict.fromkeys(flag for matches in found for flag in matches))
 
 
 def parse_config(
     config: pytest.Config, environment: Mapping[str, str] = os.environ, config_class: type[BenchConfig] = BenchConfig
 ) -> BenchConfig:
     """The options of this run. Raises ValueError naming the option, its value, the rule and the remedy."""
+    _check_variables(environment, config_class)
     texts = {option.name: _given(option, config, environment) for option in options_of(config_class)}
     given = {name: text for name, text in texts.items() if text is not None}
     return build(given, config_class, config.rootpath, shlex.join(["pytest", *config.invocation_params.args]))
@@ -70,6 +87,15 @@ def build(
         value = each.parse(name, given.get(name, default))
         values[name] = folder / value if isinstance(value, Path) and name not in given else value
     return config_class(**values, command=command, named=frozenset(given))
+
+
+def _check_variables(environment: Mapping[str, str], config_class: type[BenchConfig]) -> None:
+    """Raise ValueError for a variable that is almost an option's: it would be ignored."""
+    options = [each for option in options_of(config_class) for each in (option, option.old) if each]
+    known = [name.removeprefix(PREFIX) for name in (*(option.variable for option in options), *OTHER_VARIABLES)]
+    for name in sorted(name.removeprefix(PREFIX) for name in environment if name.startswith(PREFIX)):
+        if name not in known and (question := nearest(name, known)):
+            raise ValueError(f"environment variable {PREFIX}{name} must be one that is known{question}")
 
 
 def _given(option: Option, config: pytest.Config, environment: Mapping[str, str]) -> str | None:

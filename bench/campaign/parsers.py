@@ -19,6 +19,7 @@ from bench.engines.process import SECRET
 from bench.records.schema import MAX_PARTS, Gamma
 from bench.workloads.base import Lengths
 from specdec.models.placement import parse as parse_placement
+from specdec.runtime.checks import nearest
 
 T = TypeVar("T")
 Word = TypeVar("Word", bound=str)
@@ -72,7 +73,7 @@ def choice(*allowed: Word) -> Parser[Word]:
         for value in allowed:
             if value == text:
                 return value
-        raise ValueError(f"{name}={text!r} must be {' or '.join(allowed)}; no other is implemented")
+        raise ValueError(f"{name}={text!r} must be {' or '.join(allowed)}{nearest(text, allowed)}")
 
     return parse
 
@@ -138,7 +139,7 @@ def device(name: str, text: str) -> str:
     kind, _, index = text.partition(":")
     _require(
         text in ("auto", "cpu") or (kind == "cuda" and (index.isdigit() or text == "cuda")),
-        f"{name}={text!r} must be auto, cpu, cuda or cuda:N; check the spelling",
+        f"{name}={text!r} must be auto, cpu, cuda or cuda:N{nearest(text, ('auto', 'cpu', 'cuda'))}",
     )
     return text
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from bench.catalogue.methods import VLLM_DRAFTS
 from specdec.methods import is_method, method_spec
+from specdec.runtime.checks import nearest
 
 KINDS = ("decoder-only", "local-attention", "encoder-decoder")
 _WEIGHT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "torchao-int8": 1, "bitsandbytes-4bit": 0.5}
@@ -121,7 +122,7 @@ def parse_pairs(text: str) -> tuple[Pair, ...]:
 
 def _named(name: str) -> Pair:
     if name not in catalogue():
-        raise ValueError(f"pairs={name!r} must be in the catalogue; {_remedy()}")
+        raise ValueError(f"pairs={name!r} must be in the catalogue; {_remedy()}{nearest(name, catalogue())}")
     return catalogue()[name]
 
 

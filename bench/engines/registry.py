@@ -98,8 +98,8 @@ def parse_engine(name: str, text: str) -> str:
     Raises ValueError for anything else.
     """
     if text not in ENGINES and not extensions.is_extension(GROUP, text):
-        known = ", ".join(ENGINES)
-        raise ValueError(f"{name}={text!r} must be one of {known} or module:attribute; check the spelling")
+        rule = f"must be one of {', '.join(ENGINES)} or module:attribute"
+        raise ValueError(f"{name}={text!r} {rule}{nearest(text, ENGINES)}")
     engine_kind(text)
     return text
 
@@ -113,7 +113,8 @@ def parse_method(name: str, text: str) -> str:
         method_spec(text)
     elif text not in VLLM_METHODS:
         known = (*METHODS, *VLLM_METHODS)
-        raise ValueError(f"{name}={text!r} must be one of {', '.join(known)} or module:attribute; check the spelling")
+        rule = f"must be one of {', '.join(known)} or module:attribute"
+        raise ValueError(f"{name}={text!r} {rule}{nearest(text, known)}")
     return text
 
 

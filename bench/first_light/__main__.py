@@ -11,6 +11,8 @@ from types import FrameType
 
 from bench.first_light.report import FACTS_FILE, Report, num_failed, read, table
 from bench.first_light.running import part, run_parts
+from specdec.runtime.checks import nearest
+from specdec.runtime.command_line import Parser
 
 LIMITS_S = {
     "facts": 25,
@@ -54,7 +56,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m bench.first_light", description=__doc__)
+    parser = Parser(prog="python -m bench.first_light", description=__doc__)
     parser.add_argument("folder", nargs="?", type=Path, default=Path("first-light"), help="where results go")
     parser.add_argument("--parts", type=_names, default=tuple(LIMITS_S), help=f"of {','.join(LIMITS_S)}, comma between")
     parser.add_argument("--budget", type=float, default=900.0, metavar="SECONDS", help="for all parts together")
@@ -66,7 +68,8 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
 def _names(text: str) -> tuple[str, ...]:
     names = tuple(text.split(","))
     if unknown := [name for name in names if name not in LIMITS_S]:
-        raise argparse.ArgumentTypeError(f"parts={','.join(unknown)} must be of {','.join(LIMITS_S)}")
+        rule = f"must be of {','.join(LIMITS_S)}{nearest(unknown[0], LIMITS_S)}"
+        raise argparse.ArgumentTypeError(f"parts={','.join(unknown)} {rule}")
     return names
 
 

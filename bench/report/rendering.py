@@ -20,6 +20,7 @@ from bench.report.charts import files
 from bench.report.charts.model import Picture
 from bench.report.document import Chapter, Document
 from bench.report.terminal import chapter as terminal
+from specdec.runtime.command_line import Parser
 
 REMEDY = "free space there or name another"
 
@@ -102,7 +103,7 @@ def _replace(path: Path, content: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__)
+    parser = Parser(prog="python -m bench.report", description=__doc__)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN.json", help="from `pytest bench/ --benchmark-json`")
     parser.add_argument(
         "--html", type=Path, metavar="FILE", help="write a self-contained page with tables and charts; needs Jinja2"

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from pathlib import Path
 
 from bench.records.schema import PLAIN, Record
 from bench.report.format import verdict
 from specdec.conformance.certificate import Certificate
+from specdec.runtime.command_line import Parser
 
 HEAD = (
     "| engine | method | verification | sampling | verdict | p with speculation | p without | tokens | "
@@ -44,7 +44,7 @@ def _sampling(sampling: Record) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.tools.certificates", description=__doc__)
+    parser = Parser(prog="python -m bench.tools.certificates", description=__doc__)
     parser.add_argument("folder", type=Path, help="where certificates are, as JSON")
     print(HEAD)
     for path in sorted(parser.parse_args().folder.glob("*.json")):

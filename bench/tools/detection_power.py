@@ -8,7 +8,6 @@ told where there is a formula for the first token of a step, as a mean over toke
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -30,6 +29,7 @@ from specdec.decoding import Decoder
 from specdec.drafts import load_with_drafts
 from specdec.prompts import encode
 from specdec.requests import Request
+from specdec.runtime.command_line import Parser
 from specdec.runtime.progress import bar
 from specdec.sampling.randomness import uniforms
 from specdec.verification import verify_tokens
@@ -187,7 +187,7 @@ def _told(sampling: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.tools.detection_power", description=__doc__)
+    parser = Parser(prog="python -m bench.tools.detection_power", description=__doc__)
     parser.add_argument("--num-prompts", type=int, default=16)
     parser.add_argument("--num-draws", type=int, default=20_000, help="tokens of each mutant at the most")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")

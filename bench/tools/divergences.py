@@ -7,7 +7,6 @@ divergence`: the target's margin there in float32, and how far step widths move 
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -27,6 +26,7 @@ from specdec import SamplingParams
 from specdec.conformance.divergence import Divergence, explain
 from specdec.drafts import load_with_drafts
 from specdec.prompts import encode
+from specdec.runtime.command_line import Parser
 
 Record = dict[str, Any]
 
@@ -101,7 +101,7 @@ HEAD = (
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.tools.divergences", description=__doc__)
+    parser = Parser(prog="python -m bench.tools.divergences", description=__doc__)
     parser.add_argument("run", type=Path, help="what --benchmark-json wrote")
     parser.add_argument("--engines", default="transformers,vllm", help="those whose cells are explained")
     parser.add_argument("--vllm-python", type=Path, help="the interpreter that runs vLLM")

@@ -23,6 +23,7 @@ import torch
 
 from bench.tools.kernel_sweep import SHAPES, Shape, places
 from specdec.kernels import triton_layers as layers
+from specdec.runtime.command_line import Parser
 
 SHARED_BYTES = {80: 166_912, 90: 232_448, 120: 101_376}  # that a program may have, by compute capability times ten
 
@@ -44,7 +45,7 @@ class Resources:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--targets", default=",".join(map(str, SHARED_BYTES)), help="compute capabilities, times ten")
     for target in map(int, parser.parse_args(arguments).targets.split(",")):
         for resources in report(target):

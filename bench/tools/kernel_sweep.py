@@ -14,7 +14,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import astuple, dataclass
 from functools import partial
@@ -25,6 +25,9 @@ from typing import Any, TextIO
 
 import torch
 from torch import Tensor
+
+from specdec.runtime.checks import require_choice
+from specdec.runtime.command_line import Parser
 
 CANDIDATES = (
     *((16, 128, 8, 2), (16, 256, 8, 4), (32, 256, 3, 4), (64, 128, 4, 4), (16, 128, 5, 4), (16, 64, 8, 2)),
@@ -65,6 +68,7 @@ class Shape:
         )
 
 
+PARTS = ("rows", "products", "attention", "stacks")
 SHAPES = {
     "135M": Shape(576, 1536, 9, 3, 64, 30, 49152),
     "1B": Shape(2048, 8192, 32, 8, 64, 16, 128256),
@@ -73,19 +77,26 @@ SHAPES = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=90, help="begin nothing new after so many")
     parser.add_argument("--out", type=Path, help="a file for the lines, too")
     parser.add_argument("--shapes", default=",".join(SHAPES))
-    parser.add_argument("--parts", default="rows,products,attention,stacks")
+    parser.add_argument("--parts", default=",".join(PARTS))
     parser.add_argument("--candidates", type=int, default=len(CANDIDATES), help="how many ways to divide a product")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("bench.tools.kernel_sweep needs a GPU; torch sees none")
     with open(options.out or "/dev/null", "a") as file:
         Sweep(file, time.monotonic() + options.seconds, options.candidates).run(
-            [SHAPES[name] for name in options.shapes.split(",")], options.parts.split(",")
+            [SHAPES[name] for name in _words("shapes", options.shapes, SHAPES)], _words("parts", options.parts, PARTS)
         )
+
+
+def _words(name: str, text: str, known: Iterable[str]) -> list[str]:
+    words, known = text.split(","), list(known)
+    for word in words:
+        require_choice(name, word, known)
+    return words
 
 
 class Sweep:

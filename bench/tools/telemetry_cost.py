@@ -8,7 +8,6 @@ A rate above the default 10 samples a second makes a cost that noise hides visib
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import tempfile
 import time
@@ -19,6 +18,7 @@ from typing import Any
 
 from bench.measure import machine, telemetry
 from bench.records.intervals import BootstrapInterval, geometric_mean_interval, mean_difference_interval
+from specdec.runtime.command_line import Parser
 
 CLOCKS = {"wall": time.perf_counter, "processor": time.process_time}
 PROMPT = "Write a short story about a clockmaker who repairs the same clock every year."
@@ -89,7 +89,7 @@ def main() -> None:
     from specdec import SamplingParams
     from specdec.prompts import encode_to_time
 
-    parser = argparse.ArgumentParser(prog="python -m bench.tools.telemetry_cost", description=__doc__)
+    parser = Parser(prog="python -m bench.tools.telemetry_cost", description=__doc__)
     parser.add_argument("--pair", default="smollm2-135m", choices=sorted(catalogue()), help="what decodes, plainly")
     parser.add_argument("--hz", type=float, default=10.0, help="samples a second")
     parser.add_argument("--rounds", type=int, default=20, help="pairs of runs")

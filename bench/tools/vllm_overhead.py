@@ -7,7 +7,6 @@ to vLLM, and one in none but the caller's own, so that neither the harness nor i
 
 from __future__ import annotations
 
-import argparse
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -32,6 +31,7 @@ from bench.records.intervals import geometric_mean_interval
 from bench.workloads import registry
 from specdec import SamplingParams
 from specdec.prompts import encode
+from specdec.runtime.command_line import Parser
 
 PAIR = catalogue()["smollm2-135m"]
 HARNESS = "the harness's environment"
@@ -41,7 +41,7 @@ NOT_PLAIN = ("skip_tokenizer_init", "disable_log_stats", "generation_config")  #
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.tools.vllm_overhead", description=__doc__)
+    parser = Parser(prog="python -m bench.tools.vllm_overhead", description=__doc__)
     parser.add_argument("--vllm-python", type=Path, metavar="PATH", help="interpreter that has vLLM")
     parser.add_argument("--gamma", type=int, default=0, help="tokens that prompt lookup proposes; 0 is plain decoding")
     parser.add_argument("--num-prompts", type=int, default=16)

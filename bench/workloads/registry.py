@@ -10,6 +10,7 @@ from pathlib import Path
 from bench.workloads import cnn_dailymail, gsm8k, humaneval, sharegpt, spec_bench, textfile, wmt14, xsum
 from bench.workloads.base import Malformed, Prompt
 from specdec.runtime import extensions
+from specdec.runtime.checks import nearest
 
 Reader = Callable[[Path | None, Malformed], list[Prompt]]  # (data folder, what is done about malformed rows)
 GROUP: extensions.Group = "specdec.workloads"
@@ -34,8 +35,8 @@ def parse_workloads(name: str, text: str) -> tuple[str, ...]:
     items = tuple(item.strip() for item in text.split(","))
     for item in items:
         if _reader(_split(item)[0]) is None:
-            known = ", ".join(READERS)
-            raise ValueError(f"{name}={item!r} must be {known}, module:attribute or an existing file; check the path")
+            rule = f"must be {', '.join(READERS)}, module:attribute or an existing file"
+            raise ValueError(f"{name}={item!r} {rule}{nearest(item, READERS) or '; check the path'}")
     if len({label(item) for item in items}) < len(items):
         raise ValueError(f"{name}={text!r} must be distinct, also without folder and suffix; rename a file")
     return items
@@ -66,8 +67,9 @@ def read(workload: str, data_dir: Path | None, malformed: Malformed | None = Non
         raise ValueError(f"workloads={workload} must have at least one prompt, but its data have none{reason}")
     chosen = [prompt for prompt in prompts if category in ("", prompt.category)]
     if not chosen:
-        known = ", ".join(sorted({prompt.category for prompt in prompts} - {""})) or "none"
-        raise ValueError(f"workloads={workload} must name a category of {name}; it has {known}")
+        known = sorted({prompt.category for prompt in prompts} - {""})
+        rule = f"must name a category of {name}; it has {', '.join(known) or 'none'}"
+        raise ValueError(f"workloads={workload} {rule}{nearest(category, known)}")
     return chosen
 
 

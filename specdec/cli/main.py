@@ -8,17 +8,16 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from specdec.methods import METHODS, VERIFICATION_NAMES, is_method
 from specdec.models.formats import DTYPE_NAMES, LOAD_FORMATS
 from specdec.prompts import encode, encode_bytes, encode_raw, whole
-from specdec.runtime.checks import nearest
+from specdec.runtime.command_line import Parser
 from specdec.runtime.progress import replace_unencodable
 from specdec.sampling_params import SamplingParams
 
@@ -31,23 +30,10 @@ INTERRUPTED, PIPE_CLOSED = 130, 141  # shell exit statuses for SIGINT and SIGPIP
 WARM_UP_TOKENS = 4
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """Report the error in one line, suggesting the nearest known name."""
-        self.exit(2, f"error: {message}{self._nearest(message)}; see --help\n")
-
-    def _nearest(self, message: str) -> str:
-        if unknown := re.match(r"unrecognized arguments: (--[\w-]+)", message):
-            return nearest(unknown[1], self._option_string_actions)
-        if wrong := re.search(r"invalid choice: '([^']*)' \(choose from (.*)\)", message):
-            return nearest(wrong[1], re.findall(r"[\w-]+", wrong[2]))
-        return ""
-
-
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """The command-line parser."""
     assert __doc__
-    top = _Parser("specdec", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    top = Parser("specdec", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     top.add_argument("prompt", help="question, or with --raw a text to continue; - reads standard input")
     _model_options(top.add_argument_group("models and method"))
     _sampling_options(top.add_argument_group("sampling"))

@@ -17,13 +17,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from specdec.distill import commands
+from specdec.runtime.command_line import Parser
 from specdec.runtime.progress import replace_unencodable
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """The command-line parser."""
     assert __doc__
-    top = argparse.ArgumentParser("python -m specdec.distill", description=__doc__.splitlines()[0])
+    top = Parser("python -m specdec.distill", description=__doc__.splitlines()[0])
     verbs = top.add_subparsers(dest="verb", required=True)
     for name, run in commands.VERBS.items():
         verb = verbs.add_parser(name, help=(run.__doc__ or "").splitlines()[0])

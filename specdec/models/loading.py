@@ -249,9 +249,12 @@ def _locate(source: str, load_format: str) -> _Place:
         return _file(source, path, load_format)
     looks_like_hub_id = _HUB_ID.fullmatch(source)
     if path.suffix in (".gguf", ".json", ".safetensors") or not looks_like_hub_id:
-        raise FileNotFoundError(f"source={source!r} must exist; check the path, or {_remedy()}")
+        raise FileNotFoundError(
+            f"source={source!r} must exist; check the path, or {_remedy()}{nearest(source, _names())}"
+        )
     rule = f"source={source!r} must be a bundled name, an existing path, or a hub id that is cached or within reach"
     remedy = f"check the spelling and the network, or set HF_HUB_OFFLINE=1 to use the hub's cache, or {_remedy()}"
+    remedy += nearest(source, _names())
     name, revision = looks_like_hub_id["name"], looks_like_hub_id["revision"]
     arguments = {_PATH: name} | ({"revision": revision} if revision else {})
     return _Place(arguments | _within_reach(name, revision, rule, remedy), rule, remedy)
@@ -277,8 +280,7 @@ def _within_reach(name: str, revision: str | None, rule: str, remedy: str) -> di
     except Exception as error:  # of whichever HTTP client the hub's library uses
         if isinstance(try_to_load_from_cache(name, "config.json", revision=revision), str):
             return {"local_files_only": True}
-        known = nearest(name, _names())
-        raise LoadError(f"{rule} (the hub does not answer: {error}); {remedy}{known}") from error
+        raise LoadError(f"{rule} (the hub does not answer: {error}); {remedy}") from error
     return {}
 
 

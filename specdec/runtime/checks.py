@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Callable, Iterable
 from difflib import get_close_matches
@@ -35,6 +36,32 @@ def nearest(value: object, known: Iterable[str]) -> str:
     """A question to append to a message where a name is likely misspelt; else nothing."""
     found = get_close_matches(str(value), list(known), n=1, cutoff=0.6)
     return f"; did you mean {found[0]!r}?" if found else ""
+
+
+def require_keywords(keywords: Iterable[str], known: Iterable[str], owner: str) -> None:
+    """Raise TypeError naming the nearest spelling unless all keywords are among those known to `owner`."""
+    known = list(known)
+    for name in keywords:
+        if name not in known:
+            raise TypeError(f"{name}= must be an argument of {owner}{nearest(name, known)}")
+
+
+def with_spelling(function: Callable[P, T]) -> Callable[P, T]:
+    """Let a function name the nearest of its arguments where a keyword is unknown, as Python 3.13 does by itself."""
+    known, owner = list(inspect.signature(function).parameters), function.__qualname__.removesuffix(".__init__")
+
+    @wraps(function)
+    def call(*arguments: P.args, **keywords: P.kwargs) -> T:
+        require_keywords(keywords, known, owner)
+        return function(*arguments, **keywords)
+
+    return call
+
+
+def with_constructor_spelling(made: type[T]) -> type[T]:
+    """Likewise for the constructor of a class."""
+    made.__init__ = with_spelling(made.__init__)  # type: ignore[method-assign]
+    return made
 
 
 def renamed(**names: str) -> Callable[[Callable[P, T]], Callable[P, T]]:

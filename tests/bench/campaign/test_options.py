@@ -142,6 +142,20 @@ def test_load_has_defaults_and_may_be_a_sweep() -> None:
     assert (sweep.limits.ttft_s, sweep.limits.inter_token_s) == (2, 0.2)
 
 
+@pytest.mark.parametrize(
+    ("variable", "message"),
+    [
+        ("SPECDEC_METOHDS", r"SPECDEC_METOHDS must be one that is known; did you mean 'METHODS'\?"),
+        ("SPECDEC_CAHCE", r"did you mean 'CACHE'\?"),
+    ],
+)
+def test_a_misspelt_variable_is_not_ignored(variable: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        config(environment={variable: "x"})
+    others = {"SPECDEC_CACHE": "x", "SPECDEC_STRICT": "1", "SPECDEC_NOTHING_LIKE_ANY_OPTION": "x"}
+    assert config(environment=others) == config()
+
+
 def test_smoke_replaces_defaults_but_not_what_was_given() -> None:
     smoke = config(smoke="1", gammas="3,auto")
     assert [pair.name for pair in smoke.pairs] == ["tiny-random"]
@@ -170,6 +184,12 @@ def test_pairs_may_be_given_by_their_models() -> None:
         ("engines", "sglang", "engines='sglang' must be one of specdec, transformers, vllm"),
         ("engines", "", "engines='' must be one of"),
         ("workloads", "nothing", "workloads='nothing' must be humaneval, .* or an existing file"),
+        ("methods", "ngrm", r"or module:attribute; did you mean 'ngram'\?"),
+        ("engines", "vlm", r"or module:attribute; did you mean 'vllm'\?"),
+        ("workloads", "gms8k", r"or an existing file; did you mean 'gsm8k'\?"),
+        ("pairs", "smollm2-135", r"hub ids or folders; did you mean 'smollm2-135m'\?"),
+        ("arrivals", "poison", r"must be poisson or constant; did you mean 'poisson'\?"),
+        ("device", "cdua", r"cuda or cuda:N; did you mean 'cuda'\?"),
         ("gammas", "0", "gammas=0 must be an integer of at least 1; for plain decoding use --methods autoregressive"),
         ("gammas", "2,two", "gammas=two must be an integer"),
         ("gammas", "2,2", "gammas must be distinct, but 2 is repeated"),
@@ -240,6 +260,7 @@ def test_a_wrong_value_is_named_with_its_rule_and_remedy(option: str, text: str,
         (["--engines", "transformers", "--methods", "ngram_store"], "asked for and must be able to run, but engine="),
         # without xdist the option does not exist, which is a usage error too
         (["-n", "2"], "numprocesses=2 must be 0" if find_spec("xdist") else "unrecognized arguments: -n 2"),
+        (["--metods", "ngram"], "unrecognized arguments: --metods ngram\n  did you mean: --methods\n"),
         (["--benchmark-json", "no-such-folder/out.json"], "out.json must be a file that can be written"),
         (["--journal", "/dev/null"], "journal=/dev/null must be a regular file"),
     ],
