@@ -158,8 +158,8 @@ def exact_distribution(
 def _expand(runs: _Runs, node: _Node, grid: Grid) -> list[_Node]:
     """The outcomes of the step after a node, weighted by the uniforms that lead to each."""
     origin, number = len(runs.prompt) + len(node.tokens), len(node.script)
-    num_drafted = runs.gamma if number else 0  # the first token comes from the prefill
-    uniforms, weights = zip(*_choices(grid, num_drafted), strict=True)
+    num_drafted = runs.max_drafted(node.tokens) if number else 0  # the first token comes from the prefill
+    uniforms, weights = zip(*_choices(grid, num_drafted, runs.gamma - num_drafted), strict=True)
     scripts = [node.script | {origin: each} for each in uniforms]
     outcomes = runs.step(scripts, number)
     scripts_to = dict(zip(outcomes, scripts, strict=True))
@@ -169,11 +169,18 @@ def _expand(runs: _Runs, node: _Node, grid: Grid) -> list[_Node]:
     return [_Node(scripts_to[each], each.tokens, node.probability * weight) for each, weight in mass.items()]
 
 
-def _choices(grid: Grid, num_drafted: int) -> Iterable[tuple[StepUniforms, float]]:
+def _choices(grid: Grid, num_drafted: int, num_unused: int) -> Iterable[tuple[StepUniforms, float]]:
+    """Every combination of pieces for a step's uniforms, with its probability.
+
+    num_unused: positions after the draft, whose uniforms recorded steps read and may not use. They are always 0.5: a
+    loop that used them would draw without chance, and emit another distribution.
+    """
     drafts, accepts = (_for_each(each, num_drafted) for each in grid[:2])
+    unused = (0.5,) * num_unused
     for choice in itertools.product(*drafts, *accepts, *_for_each(grid[2], 1)):
         points, weights = zip(*choice, strict=True)
-        yield StepUniforms(points[:num_drafted], points[num_drafted:-1], points[-1]), math.prod(weights)
+        step = StepUniforms(points[:num_drafted] + unused, points[num_drafted:-1] + unused, points[-1])
+        yield step, math.prod(weights)
 
 
 def _for_each(pieces: int | Pieces | Each, count: int) -> list[Pieces]:
@@ -205,6 +212,11 @@ class _Runs:
         self.constraint, self.tree = constraint, tree
         self.stop = frozenset(params.stop_token_ids)
         self.gamma = make_decoder(ScriptedUniforms([]), rule, 1).num_speculative_tokens
+
+    def max_drafted(self, tokens: Tokens) -> int:
+        """How many tokens the step after these may draft: the last of those to be emitted is never drafted."""
+        limit = self.params.max_tokens - len(tokens) - 1
+        return min(self.gamma, self.tree.num_within(limit) if self.tree else limit)
 
     def is_over(self, tokens: Tokens) -> bool:
         return len(tokens) == self.params.max_tokens or tokens[-1] in self.stop
