@@ -157,7 +157,7 @@ def assemble(target: LanguageModel, draft: AnyDraft | None, options: EngineOptio
     decoder = Decoder(
         target,
         spec.build(replace(parts, adaptive=adaptive, tree=tree)) if spec.build else None,
-        _num_speculative_tokens(options, tree),
+        _num_speculative_tokens(options, tree, _max_tokens(draft)),
         max_batch_size=options.max_batch_size,
         rule=_rule(options),
         adaptive=adaptive,
@@ -175,12 +175,25 @@ def _first_layers(target: LanguageModel, options: EngineOptions) -> LanguageMode
     return target.first_layers(options.exit_layer or max(1, target.num_layers // 4))
 
 
-def _num_speculative_tokens(options: EngineOptions, tree: Tree | None) -> int:
+def _num_speculative_tokens(options: EngineOptions, tree: Tree | None, max_tokens: int | None) -> int:
+    """max_tokens: the most that the draft can propose, None for any number. Raises ValueError if more are asked for."""
     if options.spec.build is None:
         return 0
     if tree:
         return len(tree)
-    return MAX_DRAFT_LENGTH if options.num_speculative_tokens == "auto" else options.num_speculative_tokens
+    if options.num_speculative_tokens == "auto":
+        return min(MAX_DRAFT_LENGTH, max_tokens or MAX_DRAFT_LENGTH)
+    require(
+        max_tokens is None or options.num_speculative_tokens <= max_tokens or options.spec.history_bytes is not None,
+        f"num_speculative_tokens={options.num_speculative_tokens} must be at most {max_tokens}, the draft positions of "
+        "this head; use fewer",
+    )
+    return options.num_speculative_tokens
+
+
+def _max_tokens(draft: AnyDraft | None) -> int | None:
+    """The most tokens that a draft can propose in a step, None for any number."""
+    return cast("Head", draft).max_tokens if draft is not None and is_head(kind_of(draft)) else None
 
 
 def _rule(options: EngineOptions) -> VerificationRule:
@@ -215,14 +228,16 @@ def step_costs(timing: Timing) -> StepCosts:
     costs_s = target_costs(timing.parts.target, timing.num_rows, timing.records)
     if timing.draw is None:
         return StepCosts(costs_s, 0.0)
-    one_s, most_s = (draft_cost(timing, length) for length in (1, MAX_DRAFT_LENGTH))
-    draft_s = max(0.0, (MAX_DRAFT_LENGTH * most_s - one_s) / (MAX_DRAFT_LENGTH - 1))
+    longest = min(MAX_DRAFT_LENGTH, _max_tokens(timing.parts.draft) or MAX_DRAFT_LENGTH)
+    one_s, most_s = (draft_cost(timing, length) for length in (1, longest))
+    draft_s = max(0.0, (longest * most_s - one_s) / max(1, longest - 1))
     return StepCosts(costs_s, draft_s, max(0.0, one_s - draft_s))
 
 
 def draft_cost(timing: Timing, length: int = MAX_DRAFT_LENGTH) -> float:
     """Seconds per token of drafts of this length in each row, the least of a few measurements."""
     assert timing.draw, "a model drafts"
+    length = min(length, _max_tokens(timing.parts.draft) or length)
     decoder = Decoder(
         timing.parts.target,
         timing.draw(timing.parts),

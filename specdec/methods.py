@@ -143,13 +143,22 @@ def _drawn(parts: Parts) -> Proposer:
 
     draft: Any = parts.draft
     if is_head(kind_of(draft)):
-        from specdec.proposers.eagle import EagleProposer
-
-        return EagleProposer(draft, adaptive=parts.adaptive, tree=parts.tree)
+        return _headed(parts)
     from specdec.proposers.draft_model import DraftModelProposer
 
     model = seen_from(draft, parts.target.device)
     return DraftModelProposer(model, adaptive=parts.adaptive, shared=parts.shared, tree=parts.tree)
+
+
+def _headed(parts: Parts) -> Proposer:
+    """From a head, by the way it drafts."""
+    from specdec.proposers.eagle import EagleProposer
+    from specdec.proposers.stateless import StatelessProposer
+
+    head: Any = parts.draft
+    makers: dict[str, Any] = {"sequential": EagleProposer, "stateless": StatelessProposer}
+    proposer: Proposer = makers[head.drafting](head, adaptive=parts.adaptive, tree=parts.tree)
+    return proposer
 
 
 def _exit(parts: Parts) -> Proposer:
@@ -165,7 +174,13 @@ def _hybrid(parts: Parts) -> Proposer:
     return HybridProposer(BetterCopies(_suffix(parts), parts.adaptive), _drawn(parts))
 
 
-_HEAD_OR_MODEL: tuple[Kind, ...] = ("eagle", "model")
+_HEADS = {
+    "eagle": "a head on the target's features",
+    "medusa": "a network per draft position",
+    "hydra": "a network per draft position that reads the draft so far",
+    "mlp_speculator": "a recurrent state advanced by each token",
+}
+_HEAD_OR_MODEL: tuple[Kind, ...] = (*_HEADS, "model")
 for _spec in (
     MethodSpec("autoregressive", "nothing"),
     MethodSpec("ngram", "prompt lookup", _ngram, is_adaptive=True),
@@ -173,7 +188,7 @@ for _spec in (
     MethodSpec("ngram_table", "lookup, else a table", _ngram_table, None, ("table",), "ngrams", is_adaptive=True),
     MethodSpec("suffix", "copies from own and finished texts", _suffix, history_bytes=64 << 20, is_adaptive=True),
     MethodSpec("draft_model", "a smaller language model", _drawn, _drawn, ("model",), "draft", is_adaptive=True),
-    MethodSpec("eagle", "a head on the target's features", _drawn, _drawn, ("eagle",), "eagle", is_adaptive=True),
+    *(MethodSpec(name, summary, _drawn, _drawn, (name,), name, is_adaptive=True) for name, summary in _HEADS.items()),
     MethodSpec("early_exit", "the target's first layers", _exit, _exit, is_adaptive=True, exits_early=True),
     MethodSpec("hybrid", "a copy or a drawn draft", _hybrid, _drawn, _HEAD_OR_MODEL, "eagle", 0, is_adaptive=True),
     MethodSpec("tree", "a head or a draft model", _drawn, _drawn, _HEAD_OR_MODEL, "eagle", drafts_trees=True),

@@ -63,6 +63,7 @@ class ToyHead:
 
     format = "eagle"
     drafting: Drafting = "sequential"
+    max_tokens: int | None = None
     feature_layers: FeatureLayers = (FINAL,)
 
     def __init__(self, model: MarkovModel) -> None:

@@ -8,7 +8,6 @@ How a head drafts decides which proposer runs it, see `specdec.methods`:
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, Literal, Protocol
 
 import torch
@@ -28,6 +27,7 @@ class Head(Protocol):
     feature_layers: hidden states of the target that it reads, concatenated in this order.
     draft_vocabulary: int64 [n], ascending: the tokens that its logits stand for, all of them if n == vocab_size.
     rates: measured acceptance rates of siblings by level and rank, or None.
+    max_tokens: the most tokens that it can draft in a step; None: any number.
     """
 
     format: str
@@ -35,6 +35,7 @@ class Head(Protocol):
     feature_layers: FeatureLayers
     draft_vocabulary: Tensor
     rates: Rates | None
+    max_tokens: int | None
 
     @property
     def vocab_size(self) -> int:
@@ -90,12 +91,7 @@ class SequentialHead(Head, Protocol):
 
 
 class BlockHead(Head, Protocol):
-    """A head that drafts a block of tokens in one pass, over a cache of what it made of the committed positions.
-
-    max_tokens: the most tokens that one pass drafts.
-    """
-
-    max_tokens: int
+    """A head that drafts a block of tokens in one pass, over a cache of what it made of the committed positions."""
 
     def allocate(self, num_slots: int, capacity: int) -> Any:
         """An empty RaggedCache."""
@@ -121,14 +117,19 @@ class BlockHead(Head, Protocol):
 
 
 class StatelessHead(Head, Protocol):
-    """A head that drafts from one feature. max_tokens: the most tokens that it drafts."""
+    """A head that drafts from one hidden state and the tokens after it.
 
-    max_tokens: int
+    A state is what it knows at a draft position. Position 0 drafts the token after the newest one.
+    """
 
-    def logits_after(self, features: Tensor, newest: Tensor) -> Callable[[Tensor], Tensor]:
-        """A function from the tokens drafted so far, int64 [rows, i], to logits of the next, [rows, 1, draft vocab].
+    def start(self, features: Tensor) -> Tensor:
+        """States [rows, 1, width] of features [rows, 1, ...], those of the token before the newest."""
+        ...
 
-        features: [rows, width], of the position before the newest token. newest: int64 [rows].
-        It is called with i = 0, 1, 2, ... in order, each time with one token more.
-        """
+    def advance(self, place: int, states: Tensor, tokens: Tensor) -> Tensor:
+        """States of draft position `place`: those of the position before, and the token before it, int64 [rows, n]."""
+        ...
+
+    def logits(self, place: int, states: Tensor) -> Tensor:
+        """Logits [rows, n, draft vocab] of draft position `place` from its states [rows, n, width]."""
         ...

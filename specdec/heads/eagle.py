@@ -53,6 +53,7 @@ class EagleHead(nn.Module):
 
     format = "eagle"
     drafting: Drafting = "sequential"
+    max_tokens: int | None = None
     feature_layers: FeatureLayers = (FINAL,)
     embedding: Tensor
     output: Tensor

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from specdec.heads import eagle
+from specdec.heads import eagle, medusa, mlp_speculator
 from specdec.heads.files import HeadFolder
 from specdec.runtime.artifacts import LoadError
 
@@ -26,7 +26,12 @@ class HeadFormat:
     load: Callable[[HeadFolder, Any, str], Any]
 
 
-FORMATS: tuple[HeadFormat, ...] = (HeadFormat("eagle", eagle.recognize, eagle.load),)
+FORMATS: tuple[HeadFormat, ...] = (
+    HeadFormat("eagle", eagle.recognize, eagle.load),
+    HeadFormat("medusa", medusa.recognize_medusa, medusa.load_medusa),
+    HeadFormat("hydra", medusa.recognize_hydra, medusa.load_hydra),
+    HeadFormat("mlp_speculator", mlp_speculator.recognize, mlp_speculator.load),
+)
 
 
 def recognized(path: Path) -> tuple[HeadFormat, HeadFolder] | None:

@@ -1,0 +1,100 @@
+"""What heads without a cache share: the target's embedding, and a draft vocabulary that may be smaller."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from specdec.heads.base import Drafting
+from specdec.heads.eagle import check_draft_vocabulary
+from specdec.models.base import FINAL, FeatureLayers
+from specdec.models.fusion import Projection, weight_bytes
+from specdec.trees.optimal import Rates
+
+
+class StatelessModule(nn.Module):
+    """A `StatelessHead` with one set of weights per draft position.
+
+    embedding: float [vocab, hidden], the target's. max_tokens: draft positions.
+    draft_vocabulary: int64 [n], ascending, the tokens of the output layers' rows; None: all of the target's.
+    """
+
+    format: str
+    drafting: Drafting = "stateless"
+    feature_layers: FeatureLayers = (FINAL,)
+    embedding: Tensor
+    draft_vocabulary: Tensor
+
+    def __init__(self, embedding: Tensor, max_tokens: int, draft_vocabulary: Tensor | None = None) -> None:
+        super().__init__()
+        vocabulary = torch.arange(len(embedding)) if draft_vocabulary is None else draft_vocabulary
+        self.register_buffer("embedding", embedding, persistent=False)
+        self.register_buffer("draft_vocabulary", vocabulary.to(embedding.device), persistent=False)
+        self.max_tokens: int | None = max_tokens
+        self.rates: Rates | None = None
+
+    @property
+    def vocab_size(self) -> int:
+        """Size of the target's vocabulary."""
+        return len(self.embedding)
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the weights."""
+        return self.embedding.device
+
+    @property
+    def step_bytes(self) -> int:
+        """Bytes of weights that drafting max_tokens tokens reads; tables of embeddings are looked up, not read."""
+        return weight_bytes(module for module in self.modules() if not isinstance(module, nn.Embedding))
+
+    def fuse(self) -> None:
+        """Pack linear layers for decoding."""
+        for parent in [module for module in self.modules() if not isinstance(module, Projection)]:
+            for name, child in list(parent.named_children()):
+                if type(child) is nn.Linear:
+                    setattr(parent, name, Projection(child))
+
+    def start(self, features: Tensor) -> Tensor:
+        """States [rows, 1, width] of features [rows, 1, hidden]."""
+        return features
+
+    def advance(self, place: int, states: Tensor, tokens: Tensor) -> Tensor:
+        """States [rows, n, width] once more tokens are known, int64 [rows, n]; here they are not read."""
+        return states
+
+    def logits(self, place: int, states: Tensor) -> Tensor:
+        """Logits [..., draft vocab] of draft position `place` from states [..., width]."""
+        raise NotImplementedError
+
+
+def filled(head: StatelessModule, weights: Mapping[str, Tensor], source: Path, target: Any, load_format: str) -> None:
+    """Give a head these weights, the target's dtype and its device.
+
+    weights: by name in the head's state_dict. load_format: "dummy" leaves the random ones that it has.
+    Raises ValueError for a tensor that is missing, unknown or misshapen.
+    """
+    expected = {name: tuple(value.shape) for name, value in head.state_dict().items()}
+    for name in sorted(expected.keys() | weights.keys()):
+        found = tuple(weights[name].shape) if name in weights else None
+        if found != expected.get(name):
+            raise ValueError(
+                f"tensor {name!r} of {str(source)!r} has shape {found} but must have {expected.get(name)}, by the "
+                "other tensors, its config and the target; give the target that the head was trained for"
+            )
+    if load_format != "dummy":
+        head.load_state_dict(weights)
+    head.to(target.device, target.dtype).eval().requires_grad_(False)
+
+
+def ascending(tokens: Tensor, vocab_size: int) -> tuple[Tensor, Tensor]:
+    """A draft vocabulary in ascending order, and the order in which to take the rows of output layers: int64 [n] each.
+
+    Raises ValueError for a token that is out of range or there twice.
+    """
+    order = tokens.long().argsort()
+    return check_draft_vocabulary(tokens.long()[order], vocab_size), order
