@@ -265,5 +265,7 @@ def test_a_tree_of_so_many_nodes_is_made_and_auto_takes_one_that_pays(monkeypatc
 
 def test_a_model_whose_positions_are_those_of_the_cache_drafts_no_trees() -> None:
     model = CausalLM(tiny.make("mpt", tiny.SUPPORTED["mpt"], attention="eager"))
-    with pytest.raises(ValueError, match="MptForCausalLM gives other logits for a token tree than for its paths"):
+    with pytest.raises(
+        ValueError, match="the logits of MptForCausalLM for a token tree differ from those for its paths"
+    ):
         Engine(model, method="tree", draft=model)

@@ -1,4 +1,4 @@
-"""Protocols of a language model and its cache: what decoding and a draft model need, and nothing else."""
+"""Protocols of a language model and its cache, as used by the decoding loop and by draft models."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ FINAL = -1
 
 
 class Cache(Protocol):
-    """What a model remembers of the tokens it was given: a fixed number of slots, each holding one sequence.
+    """A model's state for a fixed number of slots, each holding one sequence.
 
-    num_cached: valid tokens per slot. Rolling back is lowering it; nothing else needs to be undone.
-    capacity: tokens that a slot can hold.
+    num_cached: valid tokens per slot. Rollback only lowers it.
+    capacity: maximum tokens per slot.
     features: float [slots, capacity, width], hidden states of the tokens in the same places, those of all requested
     layers concatenated; None if none were requested.
     """
@@ -37,7 +37,7 @@ class Cache(Protocol):
     def capacity(self) -> int: ...
 
     def copy_slot(self, source: int, slot: int, num_tokens: int) -> None:
-        """Let a slot hold the first num_tokens of another's sequence, at least one, or of its own."""
+        """Copy the first num_tokens >= 1 tokens of a slot to another, or truncate a slot."""
         ...
 
 
@@ -45,17 +45,18 @@ class TreeCache(Cache, Protocol):
     """A cache that can keep the accepted nodes of a token tree."""
 
     def keep(self, starts: Tensor, path: Tensor) -> None:
-        """Move row r's entry at place starts[r] + path[r, i] to starts[r] + i, i = 0, 1, ...; int64 [rows], [rows, n].
+        """Move row r's entry in column starts[r] + path[r, i] to column starts[r] + i, for i = 0, 1, ...
 
-        Rows are those of the first slots; path[r, i] >= i ascends. The accepted nodes of a tree then follow each other.
+        starts: int64 [rows], for the first slots. path: int64 [rows, n], ascending with path[r, i] >= i; the accepted
+        nodes of a tree, which are then consecutive.
         """
         ...
 
 
 class LanguageModel(Protocol):
-    """A causal language model over a ragged cache. A subclass inherits the values that are given here.
+    """A causal language model over a ragged cache. Subclasses inherit the defaults below.
 
-    context_length: tokens that prompt and output may have together, limited by what `context_name` says.
+    context_length: maximum length of prompt and output together. context_name: what limits it.
     tokenizer: a transformers tokenizer, or None for token ids only.
     is_encoder_decoder: whether it is an EncoderDecoder.
     """
@@ -79,7 +80,7 @@ class LanguageModel(Protocol):
 
     @property
     def is_recordable(self) -> bool:
-        """Whether its calls can be recorded: they stay on one device and need nothing that only the host can tell."""
+        """Whether calls can be captured as CUDA graphs: on one device, without decisions by the host."""
         return True
 
     def check_tree(self) -> None:
@@ -94,12 +95,12 @@ class LanguageModel(Protocol):
         ...
 
     def forward(self, tokens: Tensor, cache: Any, first_slot: int = 0, last_only: bool = False) -> Tensor:
-        """Logits after each of the given tokens, which follow the cache's valid tokens.
+        """Logits after each token of a batch that continues the cached sequences.
 
-        tokens: int64 [rows, width]; row r belongs to slot first_slot + r and stands at positions
-        num_cached[slot], num_cached[slot] + 1, ... A row may end in padding: its logits mean nothing.
+        tokens: int64 [rows, width]; row r belongs to slot first_slot + r, at positions num_cached[slot],
+        num_cached[slot] + 1, ... A row may end in padding, with meaningless logits.
         Returns float [rows, width, vocab], or [rows, 1, vocab] for the last token if last_only.
-        The tokens are written after the valid ones; `cache.num_cached` is left to the caller.
+        The tokens are written to the cache; the caller advances `cache.num_cached`.
         """
         ...
 
@@ -115,15 +116,15 @@ class TreeModel(LanguageModel, Protocol):
         last_only: bool = False,
         branches: Branches | None = None,
     ) -> Tensor:
-        """As without branches, but the tokens are a tree's: each follows its parent, and sees its ancestors only.
+        """As `LanguageModel.forward`; with branches, the tokens form a tree, and each attends only to its ancestors.
 
-        They are still written in a row; `TreeCache.keep` then brings the accepted ones together.
+        They are written to consecutive columns; `TreeCache.keep` then moves the accepted ones together.
         """
         ...
 
 
 class FixedShapeModel(LanguageModel, Protocol):
-    """A language model whose calls can be recorded: nothing in them depends on what the host knows."""
+    """A language model whose calls can be captured as CUDA graphs: they do not depend on values known to the host."""
 
     def forward_at(
         self,
@@ -135,10 +136,10 @@ class FixedShapeModel(LanguageModel, Protocol):
         last: Tensor | None = None,
         branches: Branches | None = None,
     ) -> Tensor:
-        """As `forward`, where row r begins at position starts[r], int64 [rows], whatever `cache.num_cached` says.
+        """As `forward`, but row r starts at position starts[r], int64 [rows], and `cache.num_cached` is ignored.
 
-        extent: a bound on the positions that are seen, one of `cache.extent_for`. last: int64 [1], the only position
-        whose logits are wanted, or None for all.
+        extent: an upper bound on the attended positions, from `cache.extent_for`. last: int64 [1], the only column for
+        which to compute logits, or None for all.
         """
         ...
 
@@ -150,7 +151,7 @@ class LayeredModel(LanguageModel, Protocol):
     num_layers: int
 
     def first_layers(self, number: int) -> LanguageModel:
-        """The model that ends after so many layers, over the same caches.
+        """The model cut after its first `number` layers, for the same caches.
 
         Raises ValueError if it cannot be cut there.
         """
@@ -158,20 +159,20 @@ class LayeredModel(LanguageModel, Protocol):
 
 
 class EncoderDecoder(LanguageModel, Protocol):
-    """A language model that encodes a prompt as a whole before it decodes; `prefill` has it do so."""
+    """A language model that encodes the whole prompt before decoding; `prefill` calls `read` for it."""
 
     def read(self, prompt: Sequence[int], cache: Any, slot: int) -> None:
-        """Encode a prompt for a slot, which then holds all of it but the last token: that is fed as any other."""
+        """Encode a prompt into a slot, all but its last token, which is then decoded like any other."""
         ...
 
 
-PREFILL_CHUNK = 512  # tokens; bounds the attention scores and the mask that a long prompt needs at once
+PREFILL_CHUNK = 512  # tokens; bounds the memory for the attention scores and mask of a long prompt
 
 
 def score(
     model: LanguageModel, tokens: Tensor, cache: Cache, recorder: Recorder, branches: Branches | None = None
 ) -> Tensor:
-    """Logits after tokens [rows, width], which follow what the first slots hold, [rows, width, vocab]."""
+    """Logits [rows, width, vocab] after tokens [rows, width] that continue the sequences of the first slots."""
     if not recorder.records:
         if branches is None:
             return model.forward(tokens, cache)
@@ -183,7 +184,7 @@ def score(
     return logits
 
 
-_PREFILL_WIDTHS = (16, 64, 256, PREFILL_CHUNK)  # those that are recorded; a chunk is padded to the next of them
+_PREFILL_WIDTHS = (16, 64, 256, PREFILL_CHUNK)  # captured as CUDA graphs; a chunk is padded to the next larger width
 
 
 def prefill(
@@ -196,8 +197,8 @@ def prefill(
 ) -> Tensor:
     """Append tokens to one slot, in chunks, and advance its length; returns the last token's logits [1, 1, vocab].
 
-    recorder: to replay calls of the same shape, if there is one that records. num_prompt: how many of the first tokens
-    of an empty slot are the prompt, which an encoder reads as a whole; None for all.
+    recorder: replays calls of the same shape, if it records. num_prompt: for an empty slot, the number of leading
+    tokens that are the prompt, for the encoder; None for all.
     Raises ValueError if there are no tokens.
     """
     if not tokens:
@@ -216,7 +217,7 @@ def prefill(
 
 
 def hold(model: LanguageModel, prompt: Sequence[int], cache: Cache, slot: int) -> None:
-    """Have an empty slot hold a prompt but for its last token, which is then fed as any other."""
+    """Prefill an empty slot with all of a prompt but its last token, which is then decoded like any other."""
     if model.is_encoder_decoder:
         cast("EncoderDecoder", model).read(prompt, cache, slot)
     elif len(prompt) > 1:

@@ -1,11 +1,11 @@
 """The ragged static KV cache: one preallocated block per layer, a length per slot.
 
-A slot's keys and values stand at their own positions; what lies beyond its length is stale and never attended to,
-because a query sees slot positions <= its own only. So rolling back is setting a length, and any transformers causal
-model works unchanged: it is given per-row position ids, a 4-D mask and this cache.
+The keys and values of a token are stored at the column of its position. Entries beyond a slot's length are stale and
+never attended to, because a query attends only to positions up to its own. So rollback only sets a length, and any
+transformers causal model works unchanged with per-row position ids, a 4-D mask and this cache.
 
-The nodes of a token tree stand behind each other, whatever their positions: a node's place in the cache is not its
-position then, and it sees its ancestors only. What is accepted of them is moved to where it belongs.
+The nodes of a token tree are stored in consecutive columns, whatever their positions, and attend only to their
+ancestors. The accepted path is then moved to the columns of its positions.
 """
 
 from __future__ import annotations
@@ -43,10 +43,10 @@ class _Window:
 
 
 class RaggedCache(Cache):  # type: ignore[misc]  # transformers has no complete types
-    """Keys and values [slots, heads, capacity, head_dim] for each layer, allocated at the first use.
+    """Keys and values [slots, heads, capacity, head_dim] for each layer, allocated on first use.
 
-    num_cached: valid tokens per slot, owned by the caller. features: float [slots, capacity, hidden] that the model may
-    keep beside them, or None. Raises ValueError where a call would run over the capacity.
+    num_cached: valid tokens per slot, updated by the caller. features: hidden states that the model stores with them,
+    float [slots, capacity, hidden], or None. Raises ValueError if a call would exceed the capacity.
     """
 
     def __init__(self, num_layers: int, num_slots: int, capacity: int, features: Tensor | None = None) -> None:

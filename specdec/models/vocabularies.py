@@ -92,7 +92,7 @@ class SharedVocabulary:
     def coverage(self, tokens: Sequence[int]) -> float:
         """The fraction of a text's tokens that is shared. Raises ValueError for an empty text."""
         if not tokens:
-            raise ValueError("tokens=[] must not be empty; give a text that the target may say")
+            raise ValueError("tokens=[] must not be empty; use a text that the target might generate")
         return float(torch.isin(torch.tensor(list(tokens)), self.tokens.cpu()).double().mean())
 
 
@@ -183,16 +183,17 @@ def share(target: Any, draft: Any, sizes: tuple[int, int], device: torch.device 
 
     Raises ValueError if they share nothing, or if the text of a tokenizer's tokens cannot be determined.
     """
-    ours, theirs = (pieces_of(each, size) for each, size in zip((target, draft), sizes, strict=True))
+    target_pieces, draft_pieces = (pieces_of(*pair) for pair in zip((target, draft), sizes, strict=True))
     probe = draft("a").input_ids
     prefix = probe[:1] if probe and probe[0] == draft.bos_token_id else []
-    # a draft that has the token and adds none of its own should read it like any other
-    beginning = target.bos_token_id if prefix or ours.get(target.bos_token_id) not in theirs.values() else None
+    # keep the target's BOS for a draft whose vocabulary has that token and whose tokenizer adds no BOS itself
+    keeps_bos = not prefix and target_pieces.get(target.bos_token_id) in draft_pieces.values()
+    beginning = None if keeps_bos else target.bos_token_id
 
     def encode(text: str) -> list[int]:
         return list(draft(text, add_special_tokens=False).input_ids)
 
-    return SharedVocabulary(ours, theirs, encode, prefix, beginning, device)
+    return SharedVocabulary(target_pieces, draft_pieces, encode, prefix, beginning, device)
 
 
 def check_coverage(shared: SharedVocabulary, tokenizer: Any, sizes: tuple[int, int]) -> None:
@@ -205,22 +206,22 @@ def check_coverage(shared: SharedVocabulary, tokenizer: Any, sizes: tuple[int, i
     (65,000) share 22 to 91 % of their tokens, which cover 89 to 99 % of the sample.
     """
     coverage = shared.coverage(tokenizer(SAMPLE, add_special_tokens=False).input_ids)
-    what = (
+    summary = (
         f"the draft's tokenizer, of {sizes[1]} tokens, shares {len(shared.tokens)} of the target's {sizes[0]}, which "
         f"make up {coverage:.0%} of a sample text"
     )
     if coverage < MIN_COVERAGE:
         raise ValueError(
-            f"{what} and must make up at least {MIN_COVERAGE:.0%} of it; use a draft whose tokenizer is closer, "
+            f"{summary} and must make up at least {MIN_COVERAGE:.0%} of it; use a draft with a more similar tokenizer, "
             'or method="ngram", which needs none'
         )
-    _say_once(what)
+    _warn_once(summary)
 
 
 @cache
-def _say_once(what: str) -> None:
+def _warn_once(summary: str) -> None:
     logging.getLogger("specdec").warning(
-        "%s: it drafts no others, and the output distribution stays the target's", what
+        "%s: only shared tokens are drafted; the output distribution is unchanged", summary
     )
 
 

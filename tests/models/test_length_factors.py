@@ -108,7 +108,10 @@ def test_a_model_that_computes_by_the_longest_row_from_some_length_on_is_refused
         return (cos, sin) if position_ids.max() < length else (cos * 0.5, sin * 2)
 
     rotary.forward = by_the_longest
-    with pytest.raises(UnsupportedModelError, match="LlamaForCausalLM gives other logits with per-row positions"):
+    with pytest.raises(
+        UnsupportedModelError,
+        match="the logits of LlamaForCausalLM differ between calls with and without per-row positions",
+    ):
         CausalLM(model)
 
 

@@ -259,7 +259,7 @@ def test_an_index_that_names_pickled_weights_is_refused(copy, other):
     (copy / "model.safetensors").rename(copy / "adapter.safetensors")
     index = {"metadata": {}, "weight_map": dict.fromkeys(weights, other)}
     (copy / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(LoadError, match=r"\(model.safetensors.index.json must name .safetensors alone.*but names"):
+    with pytest.raises(LoadError, match=r"\(model.safetensors.index.json must name only .safetensors.*but names"):
         load(copy)
 
 
@@ -499,6 +499,6 @@ def test_an_architecture_without_sdpa_is_not_called_damaged(kind, tmp_path, capl
         caplog.clear()
         engine = Engine.load(str(tmp_path), dtype="float32", device="cpu", load_format=load_format)
         assert engine.target.config._attn_implementation == "eager"
-        assert "ForCausalLM has no SDPA in transformers: its eager attention is used" in caplog.text
-        with pytest.raises(ValueError, match=r"attention='sdpa' must be one that \w+ has in .* use attention='eager'"):
+        assert "ForCausalLM does not support SDPA in transformers: using eager attention" in caplog.text
+        with pytest.raises(ValueError, match=r"attention='sdpa' must be supported by \w+ in .* use attention='eager'"):
             load(tmp_path, attention="sdpa", load_format=load_format)

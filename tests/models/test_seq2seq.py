@@ -108,7 +108,7 @@ def test_a_tree_whose_siblings_stand_behind_each_other_is_refused(monkeypatch: p
     """Biases by place instead of by position."""
     target = Seq2SeqLM(make("t5"))
     monkeypatch.setattr(RaggedCache, "seen_positions", lambda self: torch.arange(self.window.extent))
-    with pytest.raises(UnsupportedModelError, match="T5ForConditionalGeneration gives other logits for a token tree"):
+    with pytest.raises(UnsupportedModelError, match="logits of T5ForConditionalGeneration for a token tree differ"):
         Engine(target, method="tree", draft=target, tree=TREE)
 
 
@@ -291,7 +291,7 @@ def test_buckets_are_transformers_own(num_buckets: int, most: int) -> None:
 def test_wrong_positions_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """The check at construction sees a bias that is one distance off."""
     monkeypatch.setattr(module, "distance_buckets", lambda *args: distance_buckets(*args).roll(1))
-    with pytest.raises(UnsupportedModelError, match="T5ForConditionalGeneration gives other logits with per-row pos"):
+    with pytest.raises(UnsupportedModelError, match="the logits of T5ForConditionalGeneration differ between calls"):
         Seq2SeqLM(make("t5"))
 
 

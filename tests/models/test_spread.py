@@ -217,13 +217,13 @@ def test_encoder_decoders_cannot_be_spread() -> None:
         ({"tp_plan": "manual"}, "tp_plan='manual' must be one of these; use None or auto"),
         (
             {"tp_plan": "auto"},
-            "tp_plan='auto' must be used by processes that torchrun starts, .*; run torchrun --nproc",
+            "tp_plan='auto' must be used in processes started by torchrun, .*; run torchrun --nproc",
         ),
         (
             {"quantization": "torchao-int8", "load_format": "dummy"},
-            "quantization='torchao-int8' must be of weights that are stored unquantized; name a folder",
+            "quantization='torchao-int8' requires unquantized weights; name a folder",
         ),
-        ({"tp_plan": "auto", "load_format": "dummy"}, "tp_plan='auto' must be of weights that are stored"),
+        ({"tp_plan": "auto", "load_format": "dummy"}, "tp_plan='auto' requires unquantized weights"),
     ],
 )
 def test_wrong_ways_of_loading_are_named(
@@ -247,7 +247,7 @@ def test_the_old_spelling_is_accepted_with_a_warning(load: Callable[..., Any], f
 def test_a_package_that_lacks_is_named(name: str, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     package = loading.QUANTIZATIONS[name]
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=f"must have the package {package}; pip install {package}"):
+    with pytest.raises(ValueError, match=f"requires the package {package}; pip install {package}"):
         load_pretrained(str(folders["llama"]), dtype=torch.bfloat16, quantization=name)
 
 
