@@ -147,6 +147,6 @@ def test_deep_models_of_16_bits_may_differ_by_more_rounding(
     with (
         nullcontext()
         if is_sound
-        else pytest.raises(UnsupportedModelError, match="the logits of .* differ between calls with and without")
+        else pytest.raises(UnsupportedModelError, match=r"the logits of .* differ between calls with and without")
     ):
         check_logits(actual, expected, "a model", num_layers)
