@@ -35,8 +35,6 @@ PlainOutputs = dict[Any, list[list[int]]]
 class Audits:
     """Measures audit cells, and writes their certificates into the folder of the options."""
 
-    prefix = "equivalence-"
-
     def __init__(self, context: Context) -> None:
         self._context = context
         self._plain_outputs: PlainOutputs = {}

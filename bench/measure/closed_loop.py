@@ -24,8 +24,6 @@ from bench.records.schema import Cell, Record
 class ClosedLoop:
     """Measures speed-up cells. runnable: the cells of the run that are not skipped."""
 
-    prefix = ""
-
     def __init__(self, context: Context, runnable: Collection[Cell]) -> None:
         self._context, self._runnable = context, frozenset(runnable)
 

@@ -32,8 +32,6 @@ class Load:
 class Loaded:
     """Measures load cells. arrivals: by rate, seconds from the start at which requests arrive."""
 
-    prefix = "load-"
-
     def __init__(self, context: Context, arrivals: Mapping[float, Sequence[float]]) -> None:
         self._context, self._arrivals = context, arrivals
 

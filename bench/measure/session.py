@@ -32,13 +32,15 @@ class Identified(Protocol):
 
 
 class Measurer(Protocol):
-    """Measures the cells of one kind. prefix: what their names in the journal begin with."""
-
-    prefix: str
+    """Measures the cells of one kind."""
 
     def measure(self, cell: Any, benchmark: Any) -> Entry:
         """A cell's record, and the times of its rounds by the fixture of pytest-benchmark."""
         ...
+
+
+# what names in the journal begin with, by the kind of cell
+_PREFIXES = {"cells": "", "loads": "load-", "costs": "cost-", "certificates": "equivalence-"}
 
 
 class Session:
@@ -66,6 +68,7 @@ class Session:
         self.failure: str | None = None
         self.num_resumed = 0
         self._journal: Journal | None = None
+        self._measurers: dict[str, Measurer] = {}
 
     @property
     def journal(self) -> Journal:
@@ -76,23 +79,33 @@ class Session:
         """Begin or resume the journal; until then nothing has been written. progress: where bars are drawn."""
         config, self.progress = self.config, progress
         self._journal = Journal.open(config.journal, self.configuration(), resume=config.resume)
-        self._measurers = self._made_measurers(Context(config, self.device, self.models, self.prompts, progress))
         names = {self._name("loads" if config.rate else "cells", each.cell) for each in self.plans}
         self.num_resumed = len(self.journal.cells.keys() & names)
 
-    def _made_measurers(self, context: Context) -> dict[str, Measurer]:
-        # these import transformers, which takes seconds: not for --help, a usage error or --collect-only
-        from bench.measure.audit import Audits
-        from bench.measure.closed_loop import ClosedLoop
-        from bench.measure.cost.sweep import CostSweep
-        from bench.measure.loaded import Loaded
+    def _measurer(self, kind: str) -> Measurer:
+        """The measurer of a kind, made when its first cell is measured."""
+        if kind not in self._measurers:
+            context = Context(self.config, self.device, self.models, self.prompts, self.progress)
+            self._measurers[kind] = self._made_measurer(kind, context)
+        return self._measurers[kind]
 
-        return {
-            "cells": ClosedLoop(context, [each.cell for each in self.plans if not each.skip]),
-            "loads": Loaded(context, self._arrivals),
-            "costs": CostSweep(context, self.roofline),
-            "certificates": Audits(context),
-        }
+    def _made_measurer(self, kind: str, context: Context) -> Measurer:
+        # these import transformers, which takes seconds: not for a usage error, or a run that is replayed
+        if kind == "cells":
+            from bench.measure.closed_loop import ClosedLoop
+
+            return ClosedLoop(context, [each.cell for each in self.plans if not each.skip])
+        if kind == "loads":
+            from bench.measure.loaded import Loaded
+
+            return Loaded(context, self._arrivals)
+        if kind == "costs":
+            from bench.measure.cost.sweep import CostSweep
+
+            return CostSweep(context, self.roofline)
+        from bench.measure.audit import Audits
+
+        return Audits(context)
 
     def close(self) -> None:
         """Unload the models; the journal has every finished cell."""
@@ -112,7 +125,7 @@ class Session:
         if name in self.journal.cells:
             self.clock.replay(benchmark, self.journal.cells[name].rounds_s)
         else:
-            self._keep(name, self._measurers[kind].measure(cell, benchmark))
+            self._keep(name, self._measurer(kind).measure(cell, benchmark))
         self.records[kind].append(self.journal.cells[name].record)
         return self.records[kind][-1]
 
@@ -149,7 +162,7 @@ class Session:
 
     def _name(self, kind: str, cell: Identified) -> str:
         """Of a cell in the journal."""
-        return self._measurers[kind].prefix + cell.id
+        return _PREFIXES[kind] + cell.id
 
     def _keep(self, name: str, entry: Entry) -> None:
         try:

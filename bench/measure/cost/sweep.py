@@ -49,8 +49,6 @@ class CostCell:
 class CostSweep:
     """Measures cost cells with specdec's engine and the first pair. ceiling: returns the roofline's record."""
 
-    prefix = "cost-"
-
     def __init__(self, context: Context, ceiling: Callable[[], Record]) -> None:
         self._context, self._ceiling = context, ceiling
 
