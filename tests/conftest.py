@@ -1,17 +1,18 @@
 """How tests/ runs: shuffled, file by file on a worker per core; and the real model, loaded once by each worker."""
 
+from __future__ import annotations
+
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from hypothesis import settings
 
-from specdec.drafts import load_with_drafts
-from specdec.methods import packaged_draft
-from specdec.models.causal import CausalLM
-from specdec.models.loading import load_pretrained, resolve
+if TYPE_CHECKING:
+    from specdec.models.causal import CausalLM  # imports transformers, for which the process that starts workers waits
 
 ALL_THREADS = max(1, torch.get_num_threads() // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1)))
 MAX_WORKERS = 8  # each that meets the real model holds up to 4 GB
@@ -50,6 +51,10 @@ def pytest_configure(config: pytest.Config) -> None:
         config.option.random_order_enabled = True
     elif os.environ.get("CI"):
         raise pytest.UsageError("pytest-random-order must be installed; pip install -e '.[test]'")
+    # no deadline: the machine may be busy. derandomize: CI shows the same examples to everybody
+    settings.register_profile("dev", deadline=None, max_examples=100)
+    settings.register_profile("ci", deadline=None, max_examples=200, derandomize=True, print_blob=True)
+    settings.load_profile("ci" if os.environ.get("CI") else "dev")
 
 
 @pytest.hookimpl(trylast=True)
@@ -81,12 +86,19 @@ def _threads(request: pytest.FixtureRequest) -> Iterator[None]:
 @pytest.fixture(scope="session")
 def default_model() -> CausalLM:
     """The default pair's target in float32, where equal means equal."""
+    from specdec.models.causal import CausalLM
+    from specdec.models.loading import load_pretrained
+
     return CausalLM(*load_pretrained("smollm2-135m", dtype=torch.float32))
 
 
 @pytest.fixture(scope="session")
 def default_pair() -> tuple[CausalLM, dict[str, Any]]:
     """The default target as people load it, in float32, and its drafts by method."""
+    from specdec.drafts import load_with_drafts
+    from specdec.methods import packaged_draft
+    from specdec.models.loading import resolve
+
     names = {method: packaged_draft("smollm2-135m", method) for method in ("eagle", "draft_model", "hybrid", "tree")}
     sources = {method: resolve(name) for method, name in names.items() if name}
     options = {"dtype": torch.float32, "device": "cpu", "attention": "sdpa", "load_format": "auto"}
