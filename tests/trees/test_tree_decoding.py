@@ -217,8 +217,7 @@ def test_siblings_of_every_level_are_drawn_without_replacement(proposer: type, m
 
 # -- mutants -------------------------------------------------------------------------------------------------
 
-NUM_DRAWS, SUPPORT = 4700, 9
-RADIUS = radius(NUM_DRAWS, SUPPORT)
+SUPPORT = 9
 SHARP = torch.tensor([[4, 0, 0], [0, 4, 0], [0, 0, 4], [3, 1, 0], [0, 3, 1], [1, 0, 3], [2, 1, 1]]).double() / 4
 SHARP_PAIR = MarkovModel(table(6, SHARP)), MarkovModel(table(106, COINS))
 # name: tree, pair, the greatest distance of two neighbouring tokens' distribution, by the enumeration of four tokens
@@ -232,10 +231,15 @@ MUTANTS = {
 }
 
 
-def pairs_passing(make, distribution: dict) -> list[bool]:
+def num_draws_to_see(stated: float) -> int:
+    """The fewest draws of which twice the radius is below a distance, and a few more."""
+    return math.ceil(1.02 * (2 * radius(1, SUPPORT) / stated) ** 2)
+
+
+def pairs_passing(make, distribution: dict, num_draws: int) -> list[bool]:
     """Whether each pair of neighbouring tokens passes the gate, on real random draws."""
-    requests = [Request(i, PROMPT, SamplingParams(max_tokens=4, seed=i)) for i in range(NUM_DRAWS)]
-    outputs = [tuple(row.output) for row in make(uniforms, verify_tree, NUM_DRAWS).run(requests)]
+    requests = [Request(i, PROMPT, SamplingParams(max_tokens=4, seed=i)) for i in range(num_draws)]
+    outputs = [tuple(row.output) for row in make(uniforms, verify_tree, num_draws).run(requests)]
     return [
         passes([output[i : i + 2] for output in outputs], marginal(distribution, (i, i + 1)), SUPPORT) for i in range(3)
     ]
@@ -243,8 +247,9 @@ def pairs_passing(make, distribution: dict) -> list[bool]:
 
 @pytest.mark.parametrize(("tree", "pair"), [(PAIR, FLAT_PAIR), (LATE_FORK, FLAT_PAIR), (SECOND_FORK, SHARP_PAIR)])
 def test_gate_passes_real_trees(tree: Tree, pair: tuple[MarkovModel, MarkovModel]) -> None:
-    """False-alarm probability at most 3e-6, for any seeds."""
-    assert pairs_passing(tree_maker(*pair, tree), joint_distribution(pair[0], PROMPT, 4)) == [True] * 3
+    """False-alarm probability at most 3e-6, for any seeds; as many draws as show each mutant of the tree."""
+    num_draws = max(num_draws_to_see(stated) for other, _, stated in MUTANTS.values() if other == tree)
+    assert pairs_passing(tree_maker(*pair, tree), joint_distribution(pair[0], PROMPT, 4), num_draws) == [True] * 3
 
 
 @pytest.mark.parametrize("name", mutants.TREE_MUTANTS)
@@ -255,8 +260,9 @@ def test_a_tree_mutant_is_caught_exactly_and_by_the_gate(name: str) -> None:
     broken = exact(make, tree, 4, *pair)
     distances = [distance(marginal(broken, (i, i + 1)), marginal(truth, (i, i + 1))) for i in range(3)]
     assert max(distances) == pytest.approx(stated, abs=1e-9)
-    assert stated > 2 * RADIUS, f"{NUM_DRAWS} draws are too few to see it"
-    assert not pairs_passing(make, truth)[distances.index(max(distances))]
+    num_draws = num_draws_to_see(stated)
+    assert stated > 2 * radius(num_draws, SUPPORT), f"{num_draws} draws are too few to see it"
+    assert not pairs_passing(make, truth, num_draws)[distances.index(max(distances))]
 
 
 # -- invariants ----------------------------------------------------------------------------------------------
