@@ -43,12 +43,17 @@ def outputs(make: Maker, rule=verify_tokens) -> list[list[int]]:
     return [row.output for row in sorted(make(uniforms, rule, 5).run(requests), key=lambda row: row.request.index)]
 
 
+@cache
+def right_outputs(rule) -> list[list[int]]:
+    return outputs(maker(*pair(), 2), rule)
+
+
 @pytest.mark.parametrize("name", MUTANTS)
 def test_a_planted_bug_changes_what_is_emitted(name: str) -> None:
     """All but M5, which only u = 0 shows; every row ends, a mutant that ignores `max_tokens` a draft later."""
     rule = verify_block if name.startswith("M12") else verify_tokens
     broken = outputs(MUTANTS[name](*pair(), 2), rule)
-    assert (broken == outputs(maker(*pair(), 2), rule)) == name.startswith("M5")
+    assert (broken == right_outputs(rule)) == name.startswith("M5")
     assert all(1 <= len(output) <= 12 + 2 for output in broken)
 
 

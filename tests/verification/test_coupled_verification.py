@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 
 import pytest
 import torch
@@ -19,6 +21,7 @@ from specdec.conformance.mutants import maker
 from specdec.conformance.toys import FeatureTarget, ToyHead, grid_pair, joint_distribution
 from specdec.decoding import Decoder
 from specdec.heads.eagle import new_head
+from specdec.models.base import LanguageModel
 from specdec.models.causal import CausalLM
 from specdec.models.markov import MarkovModel
 from specdec.proposers.draft_model import DraftModelProposer
@@ -144,6 +147,20 @@ def emitted(engine: Engine, num_seeds: int = 2) -> list[tuple[int, ...]]:
     return [completion.token_ids for completion in completions]
 
 
+@cache
+def plainly_emitted(make_target: Callable[[], LanguageModel]) -> list[tuple[int, ...]]:
+    """Of a target without a draft, which no draft may change."""
+    return emitted(Engine(make_target(), verification="coupled"))
+
+
+def toy() -> ExitTarget:
+    return ExitTarget(TARGET.table, DRAFT.table)
+
+
+def llama() -> CausalLM:
+    return CausalLM(tiny.make("llama", tiny.GQA))
+
+
 def drafts_for(method: str, target) -> dict:
     if isinstance(target, CausalLM):
         model = CausalLM(tiny.make("gpt2", tiny.SMALL))
@@ -158,8 +175,7 @@ def drafts_for(method: str, target) -> dict:
 @pytest.mark.parametrize("method", [method for method in METHODS if method != "autoregressive"])
 def test_toy_output_does_not_depend_on_the_draft(method: str, gamma: int | str, max_batch_size: int) -> None:
     """To the last token, with every sampling parameter, in any batch, in slots that are reused."""
-    target = ExitTarget(TARGET.table, DRAFT.table)
-    plain = Engine(target, verification="coupled")
+    target = toy()
     engine = Engine(
         target,
         method=method,
@@ -169,9 +185,10 @@ def test_toy_output_does_not_depend_on_the_draft(method: str, gamma: int | str, 
         **drafts_for(method, target),
     )
     if gamma != "auto":
-        assert emitted(engine) == emitted(plain)
+        assert emitted(engine) == plainly_emitted(toy)
     else:  # draft lengths depend on the clock; nothing may be drafted at all
         params = [replace(SAMPLED[0], seed=seed) for seed in range(6)]
+        plain = Engine(target, verification="coupled")
         ours, theirs = (each.generate([[0, 1, 2, 0, 1]] * 6, params) for each in (engine, plain))
         assert [c.token_ids for c in ours] == [c.token_ids for c in theirs]
 
@@ -192,10 +209,10 @@ def test_float32_models_give_the_same_output(method: str, gamma: int, max_batch_
     Logits of a wider step differ by rounding, about 1e-6. That changes a race only if two waiting times are that
     close: probability below 1e-3 for these 320 tokens, and seeds are fixed, so it happens always or never.
     """
-    target = CausalLM(tiny.make("llama", tiny.GQA))
+    target = llama()
     options = {"num_speculative_tokens": gamma, "max_batch_size": max_batch_size, "verification": "coupled"}
     engine = Engine(target, method=method, records=records, **options, **drafts_for(method, target))
-    assert emitted(engine) == emitted(Engine(target, verification="coupled"))
+    assert emitted(engine) == plainly_emitted(llama)
 
 
 def test_a_self_draft_is_always_accepted() -> None:
@@ -220,8 +237,14 @@ def draws(make, num_tokens: int = 4) -> list[tuple[int, ...]]:
     return [tuple(row.output) for row in rows]
 
 
-def plain_decoder(source, rule, max_batch_size):
-    return Decoder(TARGET, max_batch_size=max_batch_size, rule=rule, uniforms=source)
+@cache
+def plain_draws() -> list[tuple[int, ...]]:
+    """Without a draft."""
+
+    def make(source, rule, max_batch_size):
+        return Decoder(TARGET, max_batch_size=max_batch_size, rule=rule, uniforms=source)
+
+    return draws(make)
 
 
 def passing(outputs: list[tuple[int, ...]]) -> list[bool]:
@@ -259,7 +282,7 @@ def test_gate_passes_the_coupled_sampler() -> None:
     """False-alarm probability at most 3e-6, for any seeds."""
     outputs = draws(maker(TARGET, DRAFT, 2))
     assert passing(outputs) == [True] * 3
-    assert outputs == draws(plain_decoder)
+    assert outputs == plain_draws()
 
 
 def test_noise_shared_between_positions_is_caught() -> None:
@@ -275,7 +298,7 @@ def test_noise_keyed_by_the_origin_is_caught_by_equality() -> None:
     """Its distribution is the target's, so no gate detects it."""
     broken = draws(maker(TARGET, DRAFT, 2, decoder=KeyedByOrigin))
     assert passing(broken) == [True] * 3
-    assert broken != draws(plain_decoder)
+    assert broken != plain_draws()
 
 
 def test_a_draft_with_independent_noise_is_lossless_but_accepted_less() -> None:
@@ -283,7 +306,7 @@ def test_a_draft_with_independent_noise_is_lossless_but_accepted_less() -> None:
     requests = [Request(i, PROMPT, SamplingParams(max_tokens=12, seed=i)) for i in range(50)]
     steps = [step for row in make(uniforms, verify_coupled, 50).run(requests) for step in row.steps]
     assert sum(step.num_accepted for step in steps) < 0.8 * sum(step.num_drafted for step in steps)
-    assert draws(make) == draws(plain_decoder)
+    assert draws(make) == plain_draws()
 
 
 def test_coupled_acceptance_rate() -> None:
