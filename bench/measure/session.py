@@ -136,7 +136,8 @@ class Session:
         from bench.measure.cost import roofline
 
         if "roofline" not in self.journal.cells:
-            self._keep("roofline", Entry(roofline.measure(torch.device(self.device)), []))
+            sizes = roofline.SMOKE_SIZES if self.config.smoke else roofline.SIZES
+            self._keep("roofline", Entry(roofline.measure(torch.device(self.device), sizes), []))
         return self.journal.cells["roofline"].record
 
     def versions(self) -> dict[str, str | None]:

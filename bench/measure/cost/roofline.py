@@ -19,6 +19,7 @@ from specdec.models.fusion import Projection
 from specdec.runtime.timing import durations_in_queue_s
 
 SIZES = tuple(2**n for n in (22, 24, 26, 28, 29))  # bytes; the last is memory, whatever the caches
+SMOKE_SIZES = SIZES[:2]  # of a run that looks whether everything works: 512 MB take seconds
 Way = tuple[Callable[[], object], int]  # goes through a block once; the bytes that it reads and writes
 
 
