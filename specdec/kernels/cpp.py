@@ -56,7 +56,7 @@ class Call(Structure):
         *((name, c_void_p) for name in ("hidden", "cos", "sin", "turns", "positions", "places", "starts", "paths")),
         ("layers", POINTER(POINTER(Layer))),
         *((name, POINTER(c_void_p)) for name in ("keys", "values")),
-        ("result", c_void_p),
+        ("results", POINTER(c_void_p)),
         *((name, c_int64) for name in ("num_layers", "rows", "width", "capacity", "longest_path", "num_threads")),
     )
 
@@ -116,9 +116,12 @@ def run_layers(
     positions: Tensor,
     blocks: tuple[Pointers, Pointers],
     capacity: int,
-    tree: TreePlaces | None = None,
-) -> Tensor:
-    """Decoder layers of one shape, one after the other: hidden [rows, width, hidden] -> the same.
+    tree: TreePlaces | None,
+    after: Sequence[int],
+) -> list[Tensor]:
+    """Run decoder layers of one shape one after the other on hidden states [rows, width, hidden].
+
+    Returns the hidden states after the first n layers, for each n of `after`.
 
     layers: to `Layer`s. angles: tables of cos and sin [n, head_dim], and the place of each token in them, int64
     [rows, width]. positions: int64 [rows, width].
@@ -127,14 +130,17 @@ def run_layers(
     """
     rows, width, _ = hidden.shape
     hidden = hidden.contiguous()
-    result = torch.empty_like(hidden)
+    states = [torch.empty_like(hidden) for _ in after]
+    results = (c_void_p * len(layers))()
+    for number, state in zip(after, states, strict=True):
+        results[number - 1] = state.data_ptr()
     arrays = [hidden, *(each.contiguous() for each in (*angles, positions))]
     arrays += [each.contiguous() for each in (tree.places, tree.starts, tree.paths)] if tree else arrays[-1:]
     given = [each.data_ptr() for each in arrays] + ([] if tree else [None, None])
     sizes = (len(layers), rows, width, capacity, tree.paths.shape[1] if tree else 0, torch.get_num_threads())
-    call = Call(*given, layers, *blocks, result.data_ptr(), *sizes)
+    call = Call(*given, layers, *blocks, results, *sizes)
     _function("layers", hidden.dtype)(call)
-    return result
+    return states
 
 
 def keep(blocks: Sequence[Tensor], starts: Tensor, path: Tensor) -> None:

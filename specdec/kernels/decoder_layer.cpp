@@ -355,7 +355,8 @@ struct Layer {
     int64_t num_heads, num_kv_heads, head_dim;
 };
 
-// Layers of one shape, one after the other. hidden, result [rows * width, hidden]; cos, sin [n, head_dim], turns int64
+// Layers of one shape, one after the other. hidden [rows * width, hidden]; results: by layer, where its output of the
+// same shape is written, or null where nobody but the next layer reads it; cos, sin [n, head_dim], turns int64
 // [rows * width] the tokens' places in them; positions int64 [rows * width]; keys, values: each layer's [rows,
 // num_kv_heads, capacity, head_dim], the rows' own. places: int64 [rows * width], where in them the tokens are put, which
 // is at their positions, but for a tree's. starts: int64 [rows], where a tree begins, and paths: int64 [width *
@@ -365,7 +366,7 @@ struct Call {
     const int64_t *turns, *positions, *places, *starts, *paths;
     const Layer* const* layers;
     void *const *keys, *const *values;
-    void* result;
+    void* const* results;
     int64_t num_layers, rows, width, capacity, longest_path, num_threads;
 };
 }
@@ -543,7 +544,7 @@ void run_layers(const Call& call) {
         const std::unique_ptr<T[]> normed(new T[work.tokens * work.size]);
         const T* hidden = static_cast<const T*>(call.hidden);
         for (int64_t i = 0; i < call.num_layers; i++) {
-            T* result = i + 1 < call.num_layers ? work.spare[i % 2] : static_cast<T*>(call.result);
+            T* result = call.results[i] ? static_cast<T*>(call.results[i]) : work.spare[i % 2];
             run_layer(work, *call.layers[i], hidden, static_cast<T*>(call.keys[i]), static_cast<T*>(call.values[i]),
                       normed.get(), result);
             hidden = result;

@@ -97,16 +97,18 @@ def run_layers(
     angles: tuple[Tensor, Tensor],
     blocks: Sequence[tuple[Tensor, Tensor]],
     at: Places,
-) -> Tensor:
-    """Decoder layers one after the other: hidden [rows, width, hidden] -> the same shape, a new tensor.
+    after: Sequence[int] = (),
+) -> list[Tensor]:
+    """Run decoder layers one after the other on hidden states [rows, width, hidden].
+
+    Returns the hidden states after the first n layers, for each n of `after`, ascending; of all layers if it is empty.
 
     angles: tables of cos and sin [positions, head_dim]. blocks: each layer's keys and values
     [rows, kv heads, capacity, head_dim], written at the places of the call.
     """
+    rows, after = hidden.reshape(-1, hidden.shape[-1]).contiguous(), after or [len(layers)]
     with on_device(hidden.device):
-        return _run_layers(layers, hidden.reshape(-1, hidden.shape[-1]).contiguous(), angles, blocks, at).view_as(
-            hidden
-        )
+        return [states.view_as(hidden) for states in _run_layers(layers, rows, angles, blocks, at, after)]
 
 
 def _run_layers(
@@ -115,11 +117,13 @@ def _run_layers(
     angles: tuple[Tensor, Tensor],
     blocks: Sequence[tuple[Tensor, Tensor]],
     at: Places,
-) -> Tensor:
+    after: Sequence[int],
+) -> list[Tensor]:
     scratch = _Scratch.of(layers[0], at, hidden)
     states, normed = hidden, normed_states(hidden, layers[0].norm_before_attention, layers[0].epsilon)
     following = [*(layer.norm_before_attention for layer in layers[1:]), None]
-    for layer, (keys, values), next_norm in zip(layers, blocks, following, strict=True):
+    results = []
+    for number, (layer, (keys, values), next_norm) in enumerate(zip(layers, blocks, following, strict=True), 1):
         if layer.is_interleaved:
             _launch_product(normed, *layer.qkv, scratch.queries, heads=_Heads(layer, angles, keys, values, at))
         else:
@@ -128,7 +132,9 @@ def _run_layers(
         states, normed = added_product(attended, *layer.output, states, layer.norm_before_mlp, layer.epsilon)
         inner = product(normed, *layer.gate_up, gated=True)
         states, normed = added_product(inner, *layer.down, states, next_norm, layer.epsilon)
-    return states
+        if number in after:
+            results.append(states)
+    return results
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,7 @@ ancestors. The accepted path is then moved to the columns of its positions.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from specdec.kernels import cpp
+from specdec.models.base import FeatureLayers
 from specdec.runtime.devices import upload
 from specdec.trees.columns import Branches, offsets, visible
 
@@ -45,14 +47,31 @@ class _Window:
 class RaggedCache(Cache):  # type: ignore[misc]  # transformers has no complete types
     """Keys and values [slots, heads, capacity, head_dim] for each layer, allocated on first use.
 
-    num_cached: valid tokens per slot, updated by the caller. features: hidden states that the model stores with them,
-    float [slots, capacity, hidden], or None. Raises ValueError if a call would exceed the capacity.
+    num_cached: valid tokens per slot, updated by the caller. features: hidden states of `feature_layers`, concatenated,
+    that the model stores with them, float [slots, capacity, width], or None. Raises ValueError if a call would exceed
+    the capacity.
     """
 
-    def __init__(self, num_layers: int, num_slots: int, capacity: int, features: Tensor | None = None) -> None:
-        self.num_slots, self.capacity, self.features = num_slots, capacity, features
+    def __init__(self, num_layers: int, num_slots: int, capacity: int) -> None:
+        self.num_slots, self.capacity = num_slots, capacity
         self.num_cached = [0] * num_slots
+        self.features: Tensor | None = None
+        self.feature_layers: FeatureLayers = ()
+        self._feature_blocks: Sequence[Tensor] = ()  # views of the features, one per layer
         super().__init__(layers=[_RaggedLayer(self) for _ in range(num_layers)])
+
+    def add_features(
+        self, layers: FeatureLayers, widths: Sequence[int], dtype: torch.dtype, device: torch.device
+    ) -> None:
+        """Allocate `features` for the hidden states of these layers, each of its own width."""
+        self.feature_layers = layers
+        self.features = torch.zeros(self.num_slots, self.capacity, sum(widths), dtype=dtype, device=device)
+        self._feature_blocks = self.features.split(list(widths), -1)
+
+    def write_features(self, index: int, states: Tensor) -> None:
+        """Store hidden states [rows, width, n] of layer feature_layers[index] for the tokens of the open window."""
+        block = self._feature_blocks[index]
+        self.write(block.unsqueeze(1), states.to(block).unsqueeze(1))
 
     def open(
         self, first_slot: int, rows: int, width: int, device: torch.device, branches: Branches | None = None

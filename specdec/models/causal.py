@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -14,6 +16,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from specdec.models.base import FINAL, FeatureLayers, LanguageModel, prefill
 from specdec.models.cache import RaggedCache
 from specdec.models.early_exit import first_layers
+from specdec.models.features import HiddenStates
 from specdec.models.fusion import FusedDecoder, depends_on_length, weight_bytes
 from specdec.models.length_factors import LengthCache, length_factors
 from specdec.trees.columns import Branches
@@ -53,9 +56,8 @@ class CausalLM(LanguageModel):
         self.is_spread = len({weight.device for weight in model.parameters()}) > 1
         self.num_layers, self.context_length, self.context_name = _rollback_limits(model)
         self._factors = length_factors(model, self.context_length)
-        self._last_hidden: Tensor
         self._fused = model.base_model if isinstance(model.base_model, FusedDecoder) else None
-        model.base_model.register_forward_hook(self._remember)
+        self._owns_features = True
 
     @property
     def eos_token_ids(self) -> frozenset[int]:
@@ -106,16 +108,48 @@ class CausalLM(LanguageModel):
             raise UnsupportedModelError(
                 f"{name} must have its {self.num_layers} layers in one list to be cut; use another method"
             )
-        return CausalLM(shorter, self.tokenizer)
+        cut = CausalLM(shorter, self.tokenizer)
+        cut._owns_features = False  # those of the shared cache belong to the full model
+        return cut
 
     def allocate(self, num_slots: int, capacity: int, *, features: FeatureLayers = ()) -> RaggedCache:
-        if set(features) - {FINAL}:
-            raise ValueError(f"features={features} must be of the last layer, after the final norm")
-        shape = (num_slots, capacity, self.config.hidden_size)
-        states = torch.zeros(shape, dtype=self.dtype, device=self.device) if features else None
-        if self._factors:
-            return LengthCache(self.num_layers, num_slots, capacity, self.device, states)
-        return RaggedCache(self.num_layers, num_slots, capacity, states)
+        """An empty cache of num_slots sequences of up to `capacity` tokens each.
+
+        features: hidden states to keep, on the device of the tokens and in the model's dtype. They take as many bytes
+        as their widths together, times num_slots * capacity * dtype.itemsize: for A layers, A * hidden_size numbers per
+        token. Raises ValueError for those that the model does not have, and UnsupportedModelError if its layers cannot
+        be read.
+        """
+        cache = (
+            LengthCache(self.num_layers, num_slots, capacity, self.device)
+            if self._factors
+            else RaggedCache(self.num_layers, num_slots, capacity)
+        )
+        if features:
+            cache.add_features(features, self._widths(features), self.dtype, self.device)
+        return cache
+
+    def _widths(self, features: FeatureLayers) -> list[int]:
+        """The width of each of these hidden states; raises as `allocate`."""
+        name, num_layers = type(self.model).__name__, self.config.num_hidden_layers
+        outside = [layer for layer in features if not FINAL <= layer <= num_layers]
+        if outside:
+            raise ValueError(
+                f"features={features} must be from 0, the embeddings, to {num_layers}, the number of layers of {name}, "
+                f"or {FINAL} for the state after the final norm; correct {', '.join(map(str, outside))} in the config "
+                "of the head, or use a head of this model"
+            )
+        widths = (self._fused or self._hidden_states).widths
+        if not widths.keys() >= set(features):
+            raise UnsupportedModelError(
+                f"features={features} needs a model with a list of layers, each of which reads the output of the one "
+                f"before, but {name} has none; use a head that reads {sorted(widths)} only, or another method"
+            )
+        return [widths[layer] for layer in features]
+
+    @cached_property
+    def _hidden_states(self) -> HiddenStates:
+        return HiddenStates(self.model, self.config.num_hidden_layers)
 
     @torch.inference_mode()
     def forward(
@@ -158,12 +192,18 @@ class CausalLM(LanguageModel):
         return self._logits(tokens, cache, 0 if last is None else last)
 
     def _logits(self, tokens: Tensor, cache: RaggedCache, keep: int | Tensor) -> Tensor:
-        """Logits of the cache's open window: of the last `keep` tokens (0 for all), or at the indices `keep`."""
+        """Logits of the cache's open window: of the last `keep` tokens (0 for all), or at the indices `keep`.
+
+        Also writes the features of the window.
+        """
+        layers = cache.feature_layers if self._owns_features else ()
         if self._fused:
-            self._last_hidden = self._fused.features(tokens, cache)
+            states = self._fused.hidden_states(tokens, cache, layers)
+            for index, layer in enumerate(layers):
+                cache.write_features(index, states[layer])
             kept = slice(-keep, None) if isinstance(keep, int) else keep
-            logits = self.model.lm_head(self._last_hidden[:, kept])
-        else:
+            return self.model.lm_head(states[FINAL][:, kept]).to(self.device)  # type: ignore[no-any-return]
+        with self._hidden_states.reading(layers, cache.write_features) if layers else nullcontext():
             logits = self.model(
                 input_ids=tokens,
                 attention_mask=cache.mask(self.dtype),
@@ -173,16 +213,11 @@ class CausalLM(LanguageModel):
                 use_cache=True,
                 logits_to_keep=keep,
             ).logits
-        if cache.features is not None:
-            cache.write(cache.features.unsqueeze(1), self._last_hidden.unsqueeze(1).to(self.device))
         return logits.to(self.device)  # type: ignore[no-any-return]
 
     def check_tree(self) -> None:
         """Raise UnsupportedModelError if the model ignores the positions or the attention mask of a tree."""
         check_tree_equals_plain(self)
-
-    def _remember(self, body: Any, inputs: Any, output: Any) -> None:
-        self._last_hidden = output[0]
 
 
 def eos_token_ids(model: PreTrainedModel, tokenizer: Any = None) -> frozenset[int]:

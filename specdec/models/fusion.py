@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.functional import embedding, linear, scaled_dot_product_attention, silu
 
 from specdec.kernels import cpp, gpu
+from specdec.models.base import FINAL, FeatureLayers
 from specdec.models.cache import RaggedCache
 from specdec.trees.columns import tree_paths
 
@@ -92,23 +93,39 @@ class FusedDecoder(nn.Module):
     def forward(self, **options: Any) -> Any:
         return self.body(**options)
 
-    def features(self, tokens: Tensor, cache: RaggedCache) -> Tensor:
-        """Last hidden states [rows, width, hidden] of tokens int64 [rows, width] in the open window of the cache."""
-        hidden, width = embedding(tokens, self.body.embed_tokens.weight), tokens.shape[1]
-        if self._stack.supports(width):
-            states = self._stack(hidden, cache)
+    @property
+    def widths(self) -> dict[int, int]:
+        """The width of each hidden state, by its index as in `FeatureLayers`."""
+        return dict.fromkeys(range(FINAL, len(self.layers) + 1), self.body.embed_tokens.weight.shape[1])
+
+    def hidden_states(self, tokens: Tensor, cache: RaggedCache, layers: FeatureLayers = ()) -> dict[int, Tensor]:
+        """Hidden states [rows, width, hidden] by index: those of `layers`, and FINAL.
+
+        tokens: int64 [rows, width], in the open window of the cache.
+        """
+        hidden, num_layers = embedding(tokens, self.body.embed_tokens.weight), len(self.layers)
+        after = sorted({num_layers, *(layer for layer in layers if layer > 0)})
+        if self._stack.supports(tokens.shape[1]):
+            states = self._stack.states(hidden, cache, after)
         else:
-            states = layer_by_layer(self.layers, self.body.rotary_emb, hidden, cache)
-        features: Tensor = self.body.norm(states)
-        return features
+            states = layer_by_layer(self.layers, self.body.rotary_emb, hidden, cache, after)
+        by_index = {0: hidden, **dict(zip(after, states, strict=True))}
+        return by_index | {FINAL: self.body.norm(by_index[num_layers])}
 
 
-def layer_by_layer(layers: Iterable[nn.Module], rotary: Any, hidden: Tensor, cache: RaggedCache) -> Tensor:
-    """Run the layers without kernels on hidden states [rows, width, hidden] in the cache's open window."""
-    mask, angles = cache.mask(hidden.dtype), rotary(hidden, cache.window.positions)
-    for layer in layers:
+def layer_by_layer(
+    layers: Iterable[nn.Module], rotary: Any, hidden: Tensor, cache: RaggedCache, after: Sequence[int]
+) -> list[Tensor]:
+    """Run the layers without kernels on hidden states [rows, width, hidden] in the cache's open window.
+
+    Returns the hidden states after the first n layers for each n of `after`, ascending.
+    """
+    mask, angles, states = cache.mask(hidden.dtype), rotary(hidden, cache.window.positions), []
+    for number, layer in enumerate(layers, 1):
         hidden = layer(hidden, attention_mask=mask, position_embeddings=angles, past_key_values=cache)
-    return hidden
+        if number in after:
+            states.append(hidden)
+    return states
 
 
 def stack_of(layers: Sequence[FusedLayer], rotary: Any) -> Stack | GpuStack:
@@ -137,6 +154,10 @@ class GpuStack:
 
     def __call__(self, hidden: Tensor, cache: RaggedCache) -> Tensor:
         """Run all layers on hidden states [rows, width, hidden] in the open window of the cache."""
+        return self.states(hidden, cache, [len(self._layers)])[0]
+
+    def states(self, hidden: Tensor, cache: RaggedCache, after: Sequence[int]) -> list[Tensor]:
+        """The same, with the hidden states after the first n layers for each n of `after`, ascending."""
         window, first = cache.window, self._layers[0]
         shape = (first.num_kv_heads, first.head_dim, hidden.dtype)
         blocks = [cache.blocks(layer.index, *shape) for layer in self._layers]
@@ -144,7 +165,7 @@ class GpuStack:
         at = self._places(
             window.positions.contiguous(), window.places.contiguous(), window.starts.contiguous(), tree, window.extent
         )
-        return self._run(self._kernels, hidden, self._angles_up_to(cache.capacity, hidden), blocks, at)
+        return self._run(self._kernels, hidden, self._angles_up_to(cache.capacity, hidden), blocks, at, after)
 
     def _angles_up_to(self, capacity: int, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """Tables of cos and sin [capacity, head_dim]."""
@@ -177,11 +198,15 @@ class Stack:
 
     def __call__(self, hidden: Tensor, cache: RaggedCache) -> Tensor:
         """Run all layers on hidden states [rows, width, hidden] in the open window of the cache."""
+        return self.states(hidden, cache, [len(self._kernels)])[0]
+
+    def states(self, hidden: Tensor, cache: RaggedCache, after: Sequence[int]) -> list[Tensor]:
+        """The same, with the hidden states after the first n layers for each n of `after`, ascending."""
         angles, blocks, window = self._angles_of(hidden, cache), self._blocks(cache, hidden.dtype), cache.window
         tree = None
         if window.branches is not None:
             tree = cpp.TreePlaces(window.places, window.starts, tree_paths(window.branches, hidden.device))
-        return cpp.run_layers(self._pointers, hidden, angles, window.positions, blocks, cache.capacity, tree)
+        return cpp.run_layers(self._pointers, hidden, angles, window.positions, blocks, cache.capacity, tree, after)
 
     def _angles_of(self, hidden: Tensor, cache: RaggedCache) -> tuple[Tensor, Tensor, Tensor]:
         """Tables of cos and sin [n, head_dim] and each token's index into them, int64 [rows, width].

@@ -35,10 +35,8 @@ class LengthCache(RaggedCache):
     tokens were computed with the long factors.
     """
 
-    def __init__(
-        self, num_layers: int, num_slots: int, capacity: int, device: torch.device, features: Tensor | None = None
-    ) -> None:
-        super().__init__(num_layers, num_slots, capacity, features)
+    def __init__(self, num_layers: int, num_slots: int, capacity: int, device: torch.device) -> None:
+        super().__init__(num_layers, num_slots, capacity)
         self.tokens = torch.zeros(num_slots, capacity, dtype=torch.int64, device=device)
         self.is_long = [False] * num_slots
 
