@@ -86,7 +86,7 @@ def kind_in(source: str) -> Kind:
             return kind
     from specdec.heads import formats  # imports transformers
 
-    heads = [found[0].name for folder in folders if (found := formats.recognized(folder))]
+    heads = [found.format.name for folder in folders if (found := formats.recognized(folder))]
     return heads[0] if heads else "model"
 
 
@@ -170,7 +170,7 @@ def _load(place: str, target: Any, options: dict[str, Any]) -> AnyDraft:
     if found is None:  # a damaged head of our own format: its loader says what is wrong
         head: Any = eagle.load_head(place, target, options["load_format"])
     else:
-        head = found[0].load(found[1], target, options["load_format"])
+        head = found.load(target, options["load_format"])
     head.fuse()
     if (rates := Path(place) / RATES_FILE).is_file():
         head.rates = Rates.load(rates)

@@ -8,7 +8,9 @@ How a head drafts decides which proposer runs it, see `specdec.methods`:
 
 from __future__ import annotations
 
-from typing import Any, Literal, Protocol
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -18,6 +20,19 @@ from specdec.trees.columns import Branches
 from specdec.trees.optimal import Rates
 
 Drafting = Literal["sequential", "block", "stateless"]
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """Something about a head that its checkpoint does not reliably tell.
+
+    name: what is chosen, "feature layers". readings: of each reading, by its label, the values of the head's options as
+    `Head.with_options` takes them and JSON can hold them, {"2, 16, 29": {"feature_layers": [2, 16, 29]}}; that of the
+    head itself is first.
+    """
+
+    name: str
+    readings: Mapping[str, Mapping[str, Any]]
 
 
 class Head(Protocol):
@@ -50,6 +65,17 @@ class Head(Protocol):
     @property
     def step_bytes(self) -> int:
         """Bytes of weights that a pass reads."""
+        ...
+
+    def choices(self) -> tuple[Choice, ...]:
+        """What its checkpoint does not reliably tell; () if there is nothing. See `specdec.heads.convention`."""
+        ...
+
+    def with_options(self, options: Mapping[str, Any]) -> Self:
+        """A head with the same weights that is read otherwise. options: of one or more readings of `choices`.
+
+        Not for a fused head. Raises ValueError for an option that it does not have.
+        """
         ...
 
     def fuse(self) -> None:

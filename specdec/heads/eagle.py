@@ -12,9 +12,9 @@ vocabulary, and draft_vocabulary.json, the token ids that this library drafts.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from safetensors.torch import load_file
@@ -23,7 +23,7 @@ from torch.nn.functional import embedding, linear
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
-from specdec.heads.base import Drafting
+from specdec.heads.base import Choice, Drafting
 from specdec.heads.files import VOCABULARY_FILE, HeadFolder
 from specdec.models.base import FINAL, FeatureLayers
 from specdec.models.cache import RaggedCache
@@ -147,6 +147,18 @@ class EagleHead(nn.Module):
         self.rotary = LlamaRotaryEmbedding(self.config).to(device)
         return self
 
+    def choices(self) -> tuple[Choice, ...]:
+        """None: a head of this format is trained here."""
+        return ()
+
+    def with_options(self, options: Mapping[str, Any]) -> Self:
+        """The head itself. Raises ValueError for any option."""
+        if options:
+            raise ValueError(
+                f"options={dict(options)} must be empty, as this head has none; remove its convention.json"
+            )
+        return self
+
     def fuse(self) -> None:
         """Fuse operations, see `specdec.models.fusion`. A fused head can no longer be trained or saved."""
         self.fc, self._project = Projection(_linear(self.fc.weight)), Projection(_linear(self.output))
@@ -189,7 +201,8 @@ def load_head(source: str, model: Any, load_format: str = "auto") -> EagleHead:
     for name in ("hidden_size", "vocab_size"):
         if (ours := getattr(config, name)) != (wanted := getattr(theirs, name)):
             raise ValueError(f"{name}={ours} of the head {source!r} must be the target's, {wanted}; {_OTHER_TARGET}")
-    if recorded is not None and (own := fingerprint(model)) != recorded:
+    is_known = recorded is None or model.device.type == "meta"
+    if not is_known and (own := fingerprint(model)) != recorded:
         raise ValueError(
             f"fingerprint={recorded} recorded in the head {source!r} must be that of the target's weights, {own}; "
             f"{_OTHER_TARGET}"
@@ -197,7 +210,7 @@ def load_head(source: str, model: Any, load_format: str = "auto") -> EagleHead:
     with explained(f"source={source!r} must hold the weights of one layer", "train or copy it again"):
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(0)
-            head = EagleHead(config, *_borrowed(model), vocabulary.to(model.device))
+            head = EagleHead(config, *_borrowed(model), vocabulary)
         head.load_state_dict(weights or head.state_dict())
         return head.placed(model.device, model.dtype).eval().requires_grad_(False)
 

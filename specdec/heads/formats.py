@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from specdec.heads import eagle, medusa, mlp_speculator
-from specdec.heads.files import HeadFolder
+from specdec.heads.files import CONFIG, HeadFolder
+from specdec.models.base import FINAL, FeatureLayers
 from specdec.runtime.artifacts import LoadError
 
 
@@ -16,33 +17,80 @@ from specdec.runtime.artifacts import LoadError
 class HeadFormat:
     """A checkpoint format.
 
-    name: also that of its method. recognize: the dialect of a folder of this format ("SpecForge"), None for any other
-    folder. load: of (folder, the transformers target, load_format as `load_pretrained` takes it) makes the head, in
-    the target's dtype and on its device; raises LoadError for a damaged folder and ValueError for another target's.
+    name: also that of its method. title: for people, "EAGLE-3 head". signs: what it is recognized by, for people.
+    recognize: the dialect of a folder of this format ("SpecForge"), None for any other folder.
+    load: of (folder, the transformers target, load_format as `load_pretrained` takes it) makes the head, in the
+    target's dtype and on its device; raises LoadError for a damaged folder and ValueError for another target's. It is
+    first called with a folder and a target whose weights are shapes alone, on the "meta" device: see `FoundHead.check`.
     """
 
     name: str
+    title: str
+    signs: str
     recognize: Callable[[HeadFolder], str | None]
     load: Callable[[HeadFolder, Any, str], Any]
 
 
 FORMATS: tuple[HeadFormat, ...] = (
-    HeadFormat("eagle", eagle.recognize, eagle.load),
-    HeadFormat("medusa", medusa.recognize_medusa, medusa.load_medusa),
-    HeadFormat("hydra", medusa.recognize_hydra, medusa.load_hydra),
-    HeadFormat("mlp_speculator", mlp_speculator.recognize, mlp_speculator.load),
+    HeadFormat("eagle", "EAGLE head", "draft_vocabulary.json beside the weights", eagle.recognize, eagle.load),
+    HeadFormat("medusa", "Medusa heads", "0.0.linear.weight", medusa.recognize_medusa, medusa.load_medusa),
+    HeadFormat("hydra", "Hydra heads", "hydra_mlp.*", medusa.recognize_hydra, medusa.load_hydra),
+    HeadFormat(
+        *("mlp_speculator", "MLP speculator", "emb.0.weight, proj.0.weight and ln.0.weight"),
+        mlp_speculator.recognize,
+        mlp_speculator.load,
+    ),
 )
 
 
-def recognized(path: Path) -> tuple[HeadFormat, HeadFolder] | None:
-    """The format of the head in a folder, and what was read of it; None if there is no head in it.
+@dataclass(frozen=True, slots=True)
+class FoundHead:
+    """A head in a folder. dialect: as its format names it."""
 
-    Raises LoadError for a damaged folder.
+    format: HeadFormat
+    folder: HeadFolder
+    dialect: str
+
+    def load(self, target: Any, load_format: str = "auto") -> Any:
+        """The head, see `HeadFormat.load`."""
+        return self.format.load(self.folder, target, load_format)
+
+    def check(self, skeleton: Any) -> str:
+        """What the head is, in a phrase; found out by loading its shapes for those of its target, without any weights.
+
+        skeleton: the transformers target on the "meta" device. Raises what `HeadFormat.load` raises.
+        """
+        return self.described(self.format.load(replace(self.folder, only_shapes=True), skeleton, "auto"))
+
+    def described(self, head: Any) -> str:
+        """For people: format, dialect, number of layers, draft vocabulary and features."""
+        num_tokens = f"draft vocabulary {len(head.draft_vocabulary)} of {head.vocab_size}"
+        parts = [f"{self.format.title} ({self.dialect})", num_tokens, features(head.feature_layers)]
+        if head.max_tokens is not None:
+            parts.insert(1, f"{head.max_tokens} draft positions")
+        if (layers := getattr(head, "layers", None)) is not None:
+            parts.insert(1, f"{len(layers)} layer{'s' * (len(layers) != 1)}")
+        return ", ".join(parts)
+
+
+def features(layers: FeatureLayers) -> str:
+    """Feature layers for people."""
+    if layers == (FINAL,):
+        return "final features"
+    names = ", ".join("final" if layer == FINAL else str(layer) for layer in layers)
+    return f"features of layer{'s' * (len(layers) != 1)} {names}"
+
+
+def recognized(path: Path, *, allow_pickle: bool = False) -> FoundHead | None:
+    """The head in a folder; None if there is none in it.
+
+    Raises PickleError for weights that are only pickled and not allowed, see `HeadFolder.open`.
     """
-    if not (path / "config.json").is_file():
+    if not (path / CONFIG).is_file():
         return None
     try:
-        folder = HeadFolder.open(path)
+        folder = HeadFolder.open(path, allow_pickle=allow_pickle)
     except (LoadError, ValueError):
         return None  # the loader of models says what is wrong
-    return next(((each, folder) for each in FORMATS if each.recognize(folder) is not None), None)
+    dialects = ((each, each.recognize(folder)) for each in FORMATS)
+    return next((FoundHead(each, folder, dialect) for each, dialect in dialects if dialect is not None), None)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
-from specdec.heads.base import Drafting
+from specdec.heads.base import Choice, Drafting
 from specdec.heads.eagle import check_draft_vocabulary
 from specdec.models.base import FINAL, FeatureLayers
 from specdec.models.fusion import Projection, weight_bytes
@@ -51,6 +51,18 @@ class StatelessModule(nn.Module):
     def step_bytes(self) -> int:
         """Bytes of weights that drafting max_tokens tokens reads; tables of embeddings are looked up, not read."""
         return weight_bytes(module for module in self.modules() if not isinstance(module, nn.Embedding))
+
+    def choices(self) -> tuple[Choice, ...]:
+        """None: these formats leave nothing open."""
+        return ()
+
+    def with_options(self, options: Mapping[str, Any]) -> Self:
+        """The head itself. Raises ValueError for any option."""
+        if options:
+            raise ValueError(
+                f"options={dict(options)} must be empty, as this head has none; remove its convention.json"
+            )
+        return self
 
     def fuse(self) -> None:
         """Pack linear layers for decoding."""

@@ -182,7 +182,7 @@ def model():
 def load(folder: Path, model):
     found = formats.recognized(folder)
     assert found
-    return found[0].load(found[1], model, "auto")
+    return found.load(model)
 
 
 @pytest.mark.parametrize("name", CASES)
