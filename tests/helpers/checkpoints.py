@@ -1,0 +1,390 @@
+"""Tiny random checkpoints of drafting heads, in the layouts in which people publish them.
+
+Sizes: states of 32 numbers, 4 heads of 8 of which 2 have keys and values, features of 3 of the target's 8 layers, and
+128 token ids, of which 97 stand for tokens and 40 can be drafted. Names and shapes of tensors, and keys of configs, are
+those of the sources that each function names.
+"""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from tests.helpers import tiny
+
+WIDTH, MLP, HEADS, KV_HEADS, HEAD_DIM = 32, 48, 4, 2, 8
+TOKENS, VOCAB, DRAFT_VOCAB = 97, 128, 40
+TARGET_LAYERS, STATES, BLOCK, RANK = 8, 3, 4, 6
+MASK = TOKENS  # the first id that stands for no token
+DEFAULT_LAYERS = (2, 4, 5)  # of 8, by the rule of EAGLE-3
+
+TARGET = tiny.GQA | {
+    "vocab_size": VOCAB,
+    "hidden_size": WIDTH,
+    "intermediate_size": MLP,
+    "num_hidden_layers": TARGET_LAYERS,
+    "max_position_embeddings": 256,
+}
+LAYER = {
+    "model_type": "llama",
+    "hidden_size": WIDTH,
+    "intermediate_size": MLP,
+    "num_attention_heads": HEADS,
+    "num_key_value_heads": KV_HEADS,
+    "num_hidden_layers": 1,
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "max_position_embeddings": 256,
+    "vocab_size": VOCAB,
+    "tie_word_embeddings": False,
+    "torch_dtype": "float32",
+}
+
+
+def target(dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
+    """The transformers model that the heads here draft for."""
+    return tiny.make("llama", TARGET | changes, dtype)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Config and tensors of a head. file: name of the pickled file of its format, where one is usual."""
+
+    config: Mapping[str, Any]
+    tensors: Mapping[str, Tensor]
+    pickled: str = "pytorch_model.bin"
+
+    def write(self, folder: Path, files: str = "safetensors") -> Path:
+        """Write it as one "safetensors" file, as "shards" with an index, or "pickled", also in the "legacy" way."""
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.json").write_text(json.dumps(dict(self.config)))
+        tensors = {name: tensor.contiguous() for name, tensor in self.tensors.items()}
+        if files == "safetensors":
+            save_file(tensors, folder / "model.safetensors")
+        elif files == "shards":
+            self._write_shards(folder, tensors)
+        else:
+            torch.save(tensors, folder / self.pickled, _use_new_zipfile_serialization=files == "pickled")
+        return folder
+
+    @staticmethod
+    def _write_shards(folder: Path, tensors: dict[str, Tensor]) -> None:
+        names, places = sorted(tensors), {}
+        for number, part in enumerate((names[::2], names[1::2]), 1):
+            file = f"model-{number:05d}-of-00002.safetensors"
+            save_file({name: tensors[name] for name in part}, folder / file)
+            places |= dict.fromkeys(part, file)
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+
+    def with_config(self, **changes: Any) -> Checkpoint:
+        """With other keys in its config; None removes one."""
+        config = {**self.config, **changes}
+        return replace(self, config={key: value for key, value in config.items() if value is not None})
+
+    def with_tensors(self, **changes: Tensor | None) -> Checkpoint:
+        """With other tensors, whose names have dots for double underscores; None removes one."""
+        tensors = {**self.tensors, **{name.replace("__", "."): value for name, value in changes.items()}}
+        return replace(self, tensors={name: value for name, value in tensors.items() if value is not None})
+
+    def renamed(self, old: str, new: str) -> Checkpoint:
+        """With another prefix of those tensors that have this one; an empty one is every tensor's."""
+        names = {name: new + name.removeprefix(old) if name.startswith(old) else name for name in self.tensors}
+        return replace(self, tensors={names[name]: tensor for name, tensor in self.tensors.items()})
+
+
+@dataclass
+class Weights:
+    """Random tensors, each a function of its name: what else a checkpoint holds does not change them."""
+
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+
+    def matrix(self, name: str, *shape: int, std: float = 0.3) -> None:
+        """A weight; of a bias or a state likewise."""
+        self.tensors[name] = torch.randn(shape, generator=_generator(name)) * std
+
+    def norm(self, name: str, width: int = WIDTH) -> None:
+        """The weight of a norm, near 1."""
+        self.tensors[name] = 1 + 0.1 * torch.randn(width, generator=_generator(name))
+
+    def block(self, prefix: str, *, inputs: int = WIDTH, has_input_norm: bool = True, has_bias: bool = False) -> None:
+        """A decoder layer of Llama's. inputs: width of what its queries, keys and values are made of."""
+        rows = {"q_proj": HEADS * HEAD_DIM, "k_proj": KV_HEADS * HEAD_DIM, "v_proj": KV_HEADS * HEAD_DIM}
+        for name, number in rows.items():
+            self.matrix(f"{prefix}self_attn.{name}.weight", number, inputs)
+            if has_bias:
+                self.matrix(f"{prefix}self_attn.{name}.bias", number)
+        self.matrix(f"{prefix}self_attn.o_proj.weight", WIDTH, HEADS * HEAD_DIM)
+        for name in ("gate_proj", "up_proj"):
+            self.matrix(f"{prefix}mlp.{name}.weight", MLP, WIDTH)
+        self.matrix(f"{prefix}mlp.down_proj.weight", WIDTH, MLP)
+        for name in ("input_layernorm",) * has_input_norm + ("post_attention_layernorm",):
+            self.norm(f"{prefix}{name}.weight")
+
+    def query_norms(self, prefix: str) -> None:
+        """Norms of each head's queries and keys, as Qwen3 has them."""
+        for name in ("q_norm", "k_norm"):
+            self.norm(f"{prefix}self_attn.{name}.weight", HEAD_DIM)
+
+
+def _generator(name: str) -> torch.Generator:
+    return torch.Generator().manual_seed(zlib.crc32(name.encode()))
+
+
+def offsets(num_tokens: int = DRAFT_VOCAB, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """d2t, int64 [draft vocab], of an ascending choice of token ids, and t2d, bool [vocab]."""
+    chosen = torch.randperm(TOKENS, generator=torch.Generator().manual_seed(seed))[:num_tokens].sort().values
+    return chosen - torch.arange(num_tokens), torch.zeros(VOCAB, dtype=torch.bool).index_fill(0, chosen, True)
+
+
+# ---- EAGLE and EAGLE-2
+
+
+def eagle(*, has_bias: bool = True, has_embedding: bool = True, para_norm: bool = False) -> Checkpoint:
+    """SafeAILab/EAGLE `eagle/model/cnets1.py`; vLLM `llama_eagle.py`. para_norm: HASS's norms of both inputs."""
+    weights = Weights()
+    weights.matrix("fc.weight", WIDTH, 2 * WIDTH)
+    if has_bias:
+        weights.matrix("fc.bias", WIDTH)
+    weights.block("layers.0.", has_input_norm=False)
+    if has_embedding:
+        weights.tensors["embed_tokens.weight"] = _targets_embedding()
+    if para_norm:
+        weights.norm("embedding_layernorm.weight")
+        weights.norm("hidden_states_layernorm.weight")
+    config = LAYER | {"architectures": ["LlamaForCausalLM"], "bias": has_bias}
+    return Checkpoint(config | ({"add_para_norm": True} if para_norm else {}), weights.tensors)
+
+
+def _targets_embedding() -> Tensor:
+    return target().get_input_embeddings().weight.detach().clone()
+
+
+# ---- EAGLE-3
+
+EAGLE3_DIALECTS = ("SafeAILab", "SpecForge", "AngelSlim", "ModelOpt", "DeepSpec", "speculators")
+
+
+def eagle3(
+    dialect: str = "SafeAILab", *, num_layers: int = 1, layer_ids: tuple[int, ...] | None = None, **options: Any
+) -> Checkpoint:
+    """An EAGLE-3 head in a dialect, one of EAGLE3_DIALECTS.
+
+    layer_ids: as its config gives them, None for those of the dialect. options: keys of the config; `fc_norm` and
+    `norm_before_fc` bring their tensors.
+    Sources: SafeAILab/EAGLE `eagle/model/cnets.py`; SpecForge `llama3_eagle.py`; NVIDIA/Model-Optimizer
+    `hf_spec_export.py`; Tencent/AngelSlim `configs/qwen3/eagle3`; DeepSpec `modeling/eagle3/qwen3`; vLLM speculators
+    `models/eagle3/config.py`.
+    """
+    if dialect == "DeepSpec":
+        return _deepspec_eagle3(num_layers, layer_ids or (0, 2, 3, 4, 6), options)
+    weights = Weights()
+    weights.matrix("fc.weight", WIDTH, STATES * WIDTH)
+    first = "midlayer." if dialect in ("SafeAILab", "SpecForge", "AngelSlim") else "layers.0."
+    weights.block(first, inputs=2 * WIDTH, has_bias=bool(options.get("attention_bias")))
+    weights.norm(f"{first}hidden_norm.weight")
+    for index in range(1, num_layers):
+        weights.block(f"layers.{index}.")
+    if options.get("fc_norm"):
+        for index in range(STATES):
+            weights.norm(f"fc_norm.{index}.weight")
+    if options.get("norm_before_fc"):
+        weights.norm("input_norm.weight", STATES * WIDTH)
+    weights.norm("norm.weight")
+    weights.matrix("lm_head.weight", DRAFT_VOCAB, WIDTH)
+    weights.tensors["d2t"], t2d = offsets()
+    if dialect != "ModelOpt":
+        weights.tensors["t2d"] = t2d
+    return Checkpoint(_eagle3_config(dialect, num_layers, layer_ids) | options, weights.tensors)
+
+
+def _eagle3_config(dialect: str, num_layers: int, layer_ids: tuple[int, ...] | None) -> dict[str, Any]:
+    config = LAYER | {"num_hidden_layers": num_layers, "draft_vocab_size": DRAFT_VOCAB}
+    ids = {"eagle_aux_hidden_state_layer_ids": list(layer_ids)} if layer_ids else {}
+    if dialect == "speculators":
+        return (
+            wrapped("eagle3", "Eagle3Speculator", LAYER | {"num_hidden_layers": num_layers})
+            | {
+                "draft_vocab_size": DRAFT_VOCAB,
+                "norm_before_residual": False,
+                "target_hidden_size": None,
+            }
+            | ids
+        )
+    names = {"SafeAILab": "LlamaForCausalLM", "AngelSlim": "Eagle3LlamaForCausalLM"}
+    config["architectures"] = [names.get(dialect, "LlamaForCausalLMEagle3")]
+    if dialect == "SpecForge":
+        config["eagle_config"] = {"use_aux_hidden_state": True} | (ids or _default_ids())
+    elif dialect == "ModelOpt":
+        flags = {"use_input_layernorm_in_first_layer": True, "use_last_layernorm": True, "use_mtp_layernorm": False}
+        lengths = {"next_layer_regular": True, "parallel_draft_step": 1, "parallel_draft_heads_num_layers": 1}
+        config["eagle_config"] = {"use_aux_hidden_state": True} | (ids or _default_ids()) | flags | lengths
+    return config | (ids if dialect in ("SafeAILab", "AngelSlim") else {})
+
+
+def _default_ids() -> dict[str, Any]:
+    return {"eagle_aux_hidden_state_layer_ids": list(DEFAULT_LAYERS)}
+
+
+def _deepspec_eagle3(num_layers: int, layer_ids: tuple[int, ...], options: Mapping[str, Any]) -> Checkpoint:
+    """Five states, the whole vocabulary, and layers each of which reads the embedding."""
+    weights = Weights()
+    weights.matrix("fc.weight", WIDTH, len(layer_ids) * WIDTH)
+    for index in range(num_layers):
+        weights.block(f"layers.{index}.", inputs=2 * WIDTH)
+        weights.query_norms(f"layers.{index}.")
+        weights.norm(f"layers.{index}.hidden_norm.weight")
+    weights.norm("norm.weight")
+    weights.tensors["embed_tokens.weight"] = _targets_embedding()
+    weights.matrix("lm_head.weight", VOCAB, WIDTH)
+    own = {"target_layer_ids": list(layer_ids), "num_target_layers": TARGET_LAYERS, "ttt_length": 7}
+    own |= {"step_loss_decay": 0.8, "draft_num_hidden_layers": num_layers, "target_model_name_or_path": "org/target"}
+    layers = {"model_type": "qwen3", "head_dim": HEAD_DIM, "num_hidden_layers": num_layers}
+    config = LAYER | layers | {"architectures": ["Qwen3Eagle3Model"]} | own
+    return Checkpoint(config | dict(options), weights.tensors)
+
+
+def wrapped(algorithm: str, architecture: str, layer: Mapping[str, Any], *, num_tokens: int = 3) -> dict[str, Any]:
+    """A speculators config without the keys of the algorithm. Source: vllm-project/speculators `config.py`."""
+    proposal = {"proposal_type": "greedy", "speculative_tokens": num_tokens}
+    return {
+        "architectures": [architecture],
+        "speculators_model_type": algorithm,
+        "speculators_version": "0.5.0",
+        "speculators_config": {
+            "algorithm": algorithm,
+            "default_proposal_method": "greedy",
+            "proposal_methods": [proposal],
+            "verifier": {"name_or_path": "org/target", "architectures": ["LlamaForCausalLM"]},
+        },
+        "transformer_layer_config": dict(layer),
+        "torch_dtype": "float32",
+    }
+
+
+# ---- DFlash and its kin
+
+BLOCK_DIALECTS = ("z-lab", "z-lab nested", "speculators")
+
+
+def dflash(
+    dialect: str = "z-lab", *, num_layers: int = 2, layer_ids: tuple[int, ...] = (1, 3, 5), **options: Any
+) -> Checkpoint:
+    """z-lab/dflash `dflash/model.py`; vllm-project/speculators `models/dflash/config.py`.
+
+    layer_ids: as z-lab counts them: of the layers whose output is read. options: further keys of `dflash_config`, or of
+    the config in the speculators dialect.
+    """
+    config = _block_config("DFlashDraftModel", dialect, num_layers, layer_ids, options)
+    return Checkpoint(config, _block_weights(num_layers, len(layer_ids)).tensors)
+
+
+def _block_weights(num_layers: int, num_states: int) -> Weights:
+    weights = Weights()
+    weights.matrix("fc.weight", WIDTH, num_states * WIDTH)
+    for name in ("hidden_norm", "norm"):
+        weights.norm(f"{name}.weight")
+    for index in range(num_layers):
+        weights.block(f"layers.{index}.")
+        weights.query_norms(f"layers.{index}.")
+    return weights
+
+
+def _block_config(
+    architecture: str, dialect: str, num_layers: int, layer_ids: tuple[int, ...], options: Mapping[str, Any]
+) -> dict[str, Any]:
+    layers = {"model_type": "qwen3", "head_dim": HEAD_DIM, "num_hidden_layers": num_layers}
+    layer = LAYER | layers | {"layer_types": ["full_attention"] * num_layers}
+    if dialect == "speculators":
+        states = {"aux_hidden_state_layer_ids": [index + 1 for index in layer_ids]}
+        own = {"block_size": BLOCK, "mask_token_id": MASK, "draft_vocab_size": VOCAB, "sample_from_anchor": False}
+        return wrapped("dflash", "DFlashSpeculator", layer, num_tokens=BLOCK - 1) | own | states | dict(options)
+    inner = {"mask_token_id": MASK, "target_layer_ids": list(layer_ids)} | dict(options)
+    outer: dict[str, Any] = {"architectures": [architecture], "num_target_layers": TARGET_LAYERS}
+    if dialect == "z-lab nested":
+        inner["block_size"] = BLOCK
+    else:
+        outer["block_size"] = BLOCK
+    return layer | outer | {"dflash_config": inner}
+
+
+def dflash2(*, num_layers: int = 2, group: int = 8, taps: int = 3, top_k: int = 5, **options: Any) -> Checkpoint:
+    """DFlash with short convolutions and a selector of candidates. Source: vLLM `qwen3_dflash2.py`."""
+    weights = _block_weights(num_layers, STATES)
+    for index in range(num_layers):
+        for name in ("attention_conv", "mlp_conv"):
+            prefix = f"layers.{index}.{name}."
+            weights.matrix(f"{prefix}base_kernel", 2, taps, WIDTH)
+            weights.matrix(f"{prefix}kernel_projection.weight", 2 * taps * (WIDTH // group), WIDTH, std=0.1)
+    for name in ("predecessor_codebook", "successor_codebook"):
+        weights.matrix(f"candidate_selector.{name}", VOCAB, RANK)
+    weights.matrix("candidate_selector.hidden_projection.weight", RANK, WIDTH)
+    own = {"conv_kernel_size": taps, "conv_group_size": group, "selector_rank": RANK, "selector_top_k": top_k}
+    own |= {"input_embedding_scale": 1.0, "output_multiplier": 1.0, "final_logit_softcapping": None}
+    config = _block_config("DFlash2DraftModel", "z-lab nested", num_layers, (1, 3, 5), own | options)
+    return Checkpoint(config, weights.tensors)
+
+
+MARKOV_KINDS = ("vanilla", "gated", "rnn")
+
+
+def dspark(
+    dialect: str = "DeepSpec", *, markov: str = "vanilla", num_layers: int = 2, confidence_reads_markov: bool = False
+) -> Checkpoint:
+    """DFlash with own embedding and head, a Markov bias of one of MARKOV_KINDS and a confidence output.
+
+    dialect: "DeepSpec" or "SpecForge". Sources: DeepSpec `modeling/dspark/qwen3`, `markov_head.py`; SpecForge.
+    """
+    weights = _block_weights(num_layers, STATES)
+    weights.tensors["embed_tokens.weight"] = _targets_embedding()
+    weights.matrix("lm_head.weight", VOCAB, WIDTH)
+    for name in ("markov_w1", "markov_w2"):
+        weights.matrix(f"markov_head.{name}.weight", VOCAB, RANK)
+    shapes = {"gated": ("gate_proj", RANK, WIDTH + RANK), "rnn": ("joint_proj", 3 * RANK, 2 * RANK + WIDTH)}
+    if markov in shapes:
+        name, rows, columns = shapes[markov]
+        weights.matrix(f"markov_head.{name}.weight", rows, columns)
+        weights.matrix(f"markov_head.{name}.bias", rows)
+    weights.matrix("confidence_head.proj.weight", 1, WIDTH + RANK * confidence_reads_markov)
+    weights.matrix("confidence_head.proj.bias", 1)
+    own = {"mask_token_id": MASK, "markov_rank": RANK, "markov_head_type": markov, "enable_confidence_head": True}
+    own |= {"confidence_head_with_markov": confidence_reads_markov}
+    layers = {"model_type": "qwen3", "head_dim": HEAD_DIM, "num_hidden_layers": num_layers}
+    outer = LAYER | layers | {"layer_types": ["full_attention"] * num_layers, "num_target_layers": TARGET_LAYERS}
+    outer |= {"block_size": BLOCK, "architectures": ["Qwen3DSparkModel"], "tie_word_embeddings": False}
+    states = {"target_layer_ids": [1, 3, 5]}
+    if dialect == "SpecForge":
+        nested = own | states | {"projector_type": "dspark", "attention_mode": "full"}
+        return Checkpoint(outer | {"architectures": ["DFlashDraftModel"], "dflash_config": nested}, weights.tensors)
+    return Checkpoint(outer | own | states | {"num_anchors": 2}, weights.tensors)
+
+
+def domino(*, num_layers: int = 2, gru: int = 10, emb: int = 12, prefix_len: int = 0) -> Checkpoint:
+    """DFlash with a recurrent correction of its logits. Source: SpecForge (`projector_type: "domino"`)."""
+    weights = _block_weights(num_layers, STATES)
+    weights.matrix("prefix_gru.weight_ih_l0", 3 * gru, WIDTH)
+    weights.matrix("prefix_gru.weight_hh_l0", 3 * gru, gru)
+    weights.matrix("embed_proj.0.weight", emb, WIDTH + gru)
+    weights.matrix("embed_proj.2.weight", VOCAB, emb)
+    own = {"projector_type": "domino", "emb_dim": emb, "gru_hidden_dim": gru}
+    own |= {"pure_draft_prefix_len": prefix_len, "shift_label": False}
+    return Checkpoint(_block_config("DFlashDraftModel", "z-lab", num_layers, (1, 3, 5), own), weights.tensors)
+
+
+def everything() -> Iterator[tuple[str, Checkpoint]]:
+    """A checkpoint of each format and dialect, with its name."""
+    yield "eagle", eagle()
+    yield "hass", eagle(para_norm=True)
+    yield from ((f"eagle3 {dialect}", eagle3(dialect)) for dialect in EAGLE3_DIALECTS)
+    yield from ((f"dflash {dialect}", dflash(dialect)) for dialect in BLOCK_DIALECTS)
+    yield "dflash2", dflash2()
+    yield from ((f"dspark {kind}", dspark(markov=kind)) for kind in MARKOV_KINDS)
+    yield "domino", domino()
