@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tests.helpers import tiny
+from helpers import tiny
 
 WIDTH, MLP, HEADS, KV_HEADS, HEAD_DIM = 32, 48, 4, 2, 8
 TOKENS, VOCAB, DRAFT_VOCAB = 97, 128, 40
