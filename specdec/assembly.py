@@ -16,6 +16,7 @@ from specdec.models.costs import MAX_DRAFT_LENGTH, StepCosts, target_costs
 from specdec.proposers.adaptive import AdaptiveLength
 from specdec.requests import Request
 from specdec.runtime.checks import require, require_choice, require_integer
+from specdec.runtime.progress import doing
 from specdec.runtime.recording import Recorder
 from specdec.sampling_params import SamplingParams
 from specdec.synthetic import SyntheticAcceptance
@@ -220,7 +221,8 @@ def adaptive_length(timing: Timing) -> AdaptiveLength:
     most, fewer = timing.num_rows, list[int]()
     if not Recorder(timing.parts.target.device, timing.records).records:
         fewer = [1 << i for i in range((most - 1).bit_length())]
-    return AdaptiveLength({rows: step_costs(replace(timing, num_rows=rows)) for rows in [*fewer, most]})
+    with doing("measuring costs"):
+        return AdaptiveLength({rows: step_costs(replace(timing, num_rows=rows)) for rows in [*fewer, most]})
 
 
 def step_costs(timing: Timing) -> StepCosts:
@@ -293,9 +295,10 @@ def tree_costs(target: LanguageModel, draft: AnyDraft, num_rows: int = 1) -> tup
 def _tree_costs(timing: Timing) -> tuple[list[float], float]:
     target = timing.parts.target
     widths = [width for width in _TREE_WIDTHS if width < target.context_length]
-    costs_s = target_costs(target, timing.num_rows, timing.records, widths)
-    step_s = np.interp(range(1, max(widths) + 1), widths, costs_s).tolist()
-    return step_s, draft_cost(timing)
+    with doing("measuring costs"):
+        costs_s = target_costs(target, timing.num_rows, timing.records, widths)
+        step_s = np.interp(range(1, max(widths) + 1), widths, costs_s).tolist()
+        return step_s, draft_cost(timing)
 
 
 def _num_draftable(draft: Any) -> int:

@@ -60,7 +60,8 @@ def unpack(folder: Path) -> Path:
         return dataclasses.asdict(SMOLLM2_135M)
 
     rule = f"folder={str(folder)!r} must hold the pieces of {SMOLLM2_135M.name}"
-    return made_once(folder_of(SMOLLM2_135M), make, disk_bytes=SMOLLM2_135M.disk_bytes, rule=rule)
+    what = f"assembling {SMOLLM2_135M.name}, once"
+    return made_once(folder_of(SMOLLM2_135M), make, disk_bytes=SMOLLM2_135M.disk_bytes, rule=rule, what=what)
 
 
 def dequantised(stored: Tensor, kind: str) -> Tensor:

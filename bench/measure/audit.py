@@ -23,7 +23,7 @@ from bench.measure.models import failing_cell
 from bench.measure.progress import cell_bar
 from bench.records.schema import PLAIN, Cell, Gamma
 from specdec import AcceptanceCounts, SamplingParams
-from specdec.conformance.audit import audit
+from specdec.conformance.audit import audit, expectation
 from specdec.conformance.certificate import Certificate, Subject
 from specdec.conformance.reference import Reference
 from specdec.conformance.verdicts import AuditLimits
@@ -49,7 +49,8 @@ class Audits:
         bar = cell_bar(cell, context.config.num_draws, "token", context.progress)
         try:
             with failing_cell(context.device), bar as done:
-                certificate = benchmark.pedantic(partial(run, on_tokens=done.update), rounds=1)
+                announce = done.set_postfix_str if context.progress.isatty() else None
+                certificate = benchmark.pedantic(partial(run, on_tokens=done.update, announce=announce), rounds=1)
         except ValueError as error:
             pytest.fail(str(error), pytrace=False)
         self._save(certificate)
@@ -119,9 +120,11 @@ def certify(
     plain_outputs: PlainOutputs | None = None,
     *,
     on_tokens: Callable[[int], object] = int,
+    announce: Callable[[str], object] | None = None,
 ) -> Certificate:
     """Audit a cell's engine against the pair's target in float32. plain_outputs, on_tokens: as for `Audited`.
 
+    announce: called before the audit with how long it takes, which is measured first; None: it is not.
     Raises ValueError if acceptance is prescribed: such an engine does not verify anything.
     """
     if config.synthetic_acceptance_rates:
@@ -132,6 +135,9 @@ def certify(
         temperature=config.temperature, top_p=config.top_p, top_k=config.top_k, max_tokens=config.max_tokens
     )
     reference, draft = _references(pair, cell, sampling, device)
+    if announce:
+        sizes = {"num_draws": config.num_draws, "batch_size": cell.batch_size}
+        announce(expectation(Audited(engine, cell, sampling), reference, prompts, draft=draft, **sizes))
     findings = audit(
         Audited(engine, cell, sampling, on_tokens, {} if plain_outputs is None else plain_outputs),
         reference,

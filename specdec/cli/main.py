@@ -18,7 +18,7 @@ from specdec.methods import METHODS, VERIFICATION_NAMES, is_method
 from specdec.models.formats import DTYPE_NAMES, LOAD_FORMATS
 from specdec.prompts import encode, encode_bytes, encode_raw, whole
 from specdec.runtime.command_line import Parser
-from specdec.runtime.progress import replace_unencodable
+from specdec.runtime.progress import doing, replace_unencodable
 from specdec.sampling_params import SamplingParams
 
 if TYPE_CHECKING:  # importing torch takes seconds; report argument errors first
@@ -101,7 +101,8 @@ def _sampling(options: argparse.Namespace) -> SamplingParams:
 
 
 def _load(options: argparse.Namespace) -> Engine:
-    from specdec.engine import Engine
+    with doing("importing torch"):
+        from specdec.engine import Engine
 
     return Engine.load(
         options.target,
@@ -235,7 +236,8 @@ def run(options: argparse.Namespace) -> None:
     tokenizer = engine.tokenizer
     prompt = _encoded(text, tokenizer, options)
     engine.stream([prompt], sampling).close()  # validates the arguments before decoding
-    _warm_up(engine, prompt, sampling)
+    with doing("warming up"):
+        _warm_up(engine, prompt, sampling)
     chunks = engine.stream([prompt], sampling)
     about = Paint(has_colors(sys.stderr), options.marks)
     if about.shows:

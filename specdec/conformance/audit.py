@@ -10,6 +10,7 @@ been detected and if it drafted and accepted tokens: with speculation silently o
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import cycle, islice
@@ -20,10 +21,11 @@ from specdec.conformance.betting import Exchangeability
 from specdec.conformance.certificate import Findings, Speculation
 from specdec.conformance.reference import Reference, Tokens
 from specdec.conformance.verdicts import DEFAULT_LIMITS, AuditLimits, bounds, judge
-from specdec.runtime.progress import bar
+from specdec.runtime.progress import announce, bar, doing, is_shown
 from specdec.sampling_params import SamplingParams
 
 SEED_STRIDE = 1 << 20  # number of request seeds reserved for each audit seed
+CALIBRATION_TOKENS = 16  # most tokens of each output by which the duration is estimated
 
 Generate = Callable[[Sequence[Tokens], Sequence[int], int], list[list[int]]]
 
@@ -88,7 +90,8 @@ def audit(
         batch_size: prompts per call of the engine.
         seed: the audit's seed; every request of both arms gets its own seed, from seed * SEED_STRIDE on.
         limits: error rates and the distance to detect.
-        progress: show a progress bar if stderr is a terminal.
+        progress: if stderr is a terminal, say before the audit how many tokens it draws and about how long that takes,
+            measured on a few outputs which are no evidence, and show a progress bar.
 
     Returns:
         The findings, with the verdict.
@@ -97,6 +100,9 @@ def audit(
         ValueError: if vocabularies differ or there are no prompts.
     """
     _check(engine, reference, draft, prompts)
+    if progress and is_shown():
+        announce(expectation(engine, reference, prompts, draft=draft, num_draws=num_draws, batch_size=batch_size))
+    before = _speculation(engine)
     arms = [Arm(number, reference, draft, num_draws, seed, limits) for number in range(2)]
     pair = Exchangeability(arms[0].num_statistics, limits.alpha)
     max_tokens, greedy = reference.sampling.max_tokens, reference.sampling.temperature == 0
@@ -109,12 +115,60 @@ def audit(
             judged.update(min(fewest, num_draws) - judged.n)
             if any(arm.has_errors for arm in arms) or fewest >= num_draws:
                 break
-    return _findings(arms, pair.wealth.p_value, reference.sampling, limits, _speculation(engine))
+    return _findings(arms, pair.wealth.p_value, reference.sampling, limits, _speculation(engine, before))
 
 
-def _speculation(engine: AuditedEngine) -> Speculation | None:
+def _speculation(engine: AuditedEngine, before: Speculation | None = None) -> Speculation | None:
+    """The engine's counts of its drafts, those from before the audit left out."""
     counts = (engine.num_drafted, engine.num_accepted) if isinstance(engine, CountsDrafts) else (None, None)
-    return None if counts[0] is None or counts[1] is None else Speculation(counts[0], counts[1])
+    if counts[0] is None or counts[1] is None:
+        return None
+    num_drafted, num_accepted = (before.num_drafted, before.num_accepted) if before else (0, 0)
+    return Speculation(counts[0] - num_drafted, counts[1] - num_accepted)
+
+
+def expectation(
+    engine: AuditedEngine,
+    reference: Reference,
+    prompts: Sequence[Tokens],
+    *,
+    draft: Reference | None = None,
+    num_draws: int = 20_000,
+    batch_size: int = 8,
+) -> str:
+    """How many tokens an audit draws and about how long it takes; arguments as for `audit`.
+
+    The time per token is measured on one batch of short outputs, after one that warms up. It includes reading the
+    prompts, so that longer outputs take less.
+    """
+    if reference.sampling.temperature == 0:  # each prompt is used once
+        num_draws = min(num_draws, len(prompts) * reference.sampling.max_tokens)
+    with doing("measuring how long the audit takes"):
+        seconds = num_draws * _seconds_per_token(engine, reference, prompts[:batch_size], draft)
+    return f"audit: {num_draws:,} tokens of each arm, about {_duration(seconds)}"
+
+
+def _seconds_per_token(
+    engine: AuditedEngine, reference: Reference, prompts: Sequence[Tokens], draft: Reference | None
+) -> float:
+    """Seconds per token of each arm, judging included."""
+    max_tokens = min(CALIBRATION_TOKENS, reference.sampling.max_tokens)
+    arms = [Arm(number, reference, draft, max_tokens * len(prompts), 0, DEFAULT_LIMITS) for number in range(2)]
+    for repeat in range(2):  # the first one warms up
+        seed = SEED_STRIDE // 2 + 2 * repeat * len(prompts)  # the evidence has other seeds: lower ones
+        questions, start_s = _Questions(range(len(prompts)), prompts, seed), time.perf_counter()
+        answers = [questions.ask(engine.speculative, 0, max_tokens), questions.ask(engine.plain, 1, max_tokens)]
+        for arm, answer in zip(arms, answers, strict=True):
+            arm.observe(answer, max_tokens)
+        seconds = time.perf_counter() - start_s
+    return seconds / max(1, min(sum(map(len, answer.outputs)) for answer in answers))
+
+
+def _duration(seconds: float) -> str:
+    """In the largest unit of which it has at least two."""
+    if seconds >= 2 * 3600:
+        return f"{seconds / 3600:.1f} hours"
+    return f"{seconds / 60:.0f} minutes" if seconds >= 2 * 60 else f"{max(2, seconds):.0f} seconds"
 
 
 @dataclass(frozen=True, slots=True)

@@ -269,7 +269,11 @@ def _library() -> Any:
 
     try:
         folder = made_once(
-            cache_root() / f"kernels-{digest[:8]}", make, disk_bytes=10**7, rule="kernels must be compiled once"
+            cache_root() / f"kernels-{digest[:8]}",
+            make,
+            disk_bytes=10**7,
+            rule="kernels must be compiled once",
+            what="compiling kernels, once",
         )
         return ctypes.CDLL(str(folder / "kernels.so"))
     except (LoadError, OSError) as error:

@@ -25,7 +25,7 @@ from specdec.models.formats import DTYPE_NAMES, LOAD_FORMATS
 from specdec.models.placement import LayerBytes
 from specdec.runtime.artifacts import LoadError, WheelFile, WrongArgumentError, cache_root, explained, fetch, made_once
 from specdec.runtime.checks import nearest, renamed, require_choice
-from specdec.runtime.progress import others_bars
+from specdec.runtime.progress import doing, others_bars
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -89,7 +89,7 @@ def load_pretrained(
     place = _locate(source, load_format)
     special = _special(place, dtype, devices, quantization, tp_plan, load_format)
     load = _stored_model if load_format == "auto" else _random_model
-    with explained(place.rule, place.remedy), others_bars():
+    with explained(place.rule, place.remedy), others_bars(), doing(f"loading {source}"):
         model = _with_attention(attention, partial(load, place, devices, dtype=dtype, **special))
         return model.eval().requires_grad_(False), _tokenizer(place, optional=load_format == "dummy")
 
@@ -197,7 +197,8 @@ def _with_embeddings(folder: Path) -> Path:
         return {"name": folder.name, "target": target, "weights_sha256": digest}
 
     rule = f"source={folder.name!r} must be completed with the target's embeddings, once"
-    return made_once(cache_root() / f"{folder.name}-{digest[:8]}", make, disk_bytes=150_000_000, rule=rule)
+    place = cache_root() / f"{folder.name}-{digest[:8]}"
+    return made_once(place, make, disk_bytes=150_000_000, rule=rule, what=f"assembling {folder.name}, once")
 
 
 # ---- one loaded model

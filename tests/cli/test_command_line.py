@@ -77,6 +77,8 @@ def test_on_a_terminal_sources_are_colours(monkeypatch: pytest.MonkeyPatch, plai
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.delenv("NO_COLOR", raising=False)
     shown = on_a_terminal([*COUPLED, "--no-plain"], monkeypatch)
+    said, _, shown = shown.rpartition("\r")  # what it did vanished before the legend
+    assert all(f"\r{each}" in said for each in ("importing torch", "loading", "warming up"))
     legend, text = shown.splitlines()[:2]
     assert legend == "\033[32maccepted\033[0m, \033[4;35mrecovered\033[0m, \033[36mbonus\033[0m, plain"
     tokens = re.findall(r"(\033\[[1-9][\d;]*m)?(\d+ )(?:\033\[0m)?", text)

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import io
+import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 from helpers.terminal import Terminal
-from transformers.utils import logging
+from transformers.utils import logging as transformers_logging
 
-from specdec.runtime.progress import bar, others_bars
+from specdec import Engine
+from specdec.runtime.progress import announce, bar, doing, is_shown, log_once, others_bars
 
 
 @pytest.fixture
@@ -44,18 +47,63 @@ def test_a_log_gets_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     assert log.getvalue() == ""
 
 
+def test_what_takes_long_is_on_a_terminal_while_it_does(terminal: Terminal, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stderr", terminal.stream)
+    with doing("loading a model"):
+        assert terminal.shown() == "\rloading a model ..."
+        with doing("compiling kernels, once"):
+            assert "compiling kernels, once ..." in terminal.shown()
+        terminal.shown()
+    assert set(terminal.shown()) == {"\r", " "}
+    assert is_shown()
+    announce("it takes a minute")
+    assert terminal.shown() == "it takes a minute\r\n"
+
+
+def test_elsewhere_it_is_logged_once_for_who_wants_it(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    log = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", log)
+    assert not is_shown()
+    caplog.set_level(logging.INFO, "specdec")
+    assert is_shown()
+    for _ in range(2):
+        with doing("measuring what this test measures"):
+            pass
+    announce("it takes a minute")
+    assert caplog.messages == ["measuring what this test measures", "it takes a minute"]
+    assert log.getvalue() == ""
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({}, []),
+        ({"method": "ngram", "num_speculative_tokens": "auto"}, ["measuring costs"]),
+        ({"method": "ngram", "num_speculative_tokens": 3}, []),
+    ],
+)
+def test_an_engine_says_what_its_construction_does(options: dict, said: list[str], caplog) -> None:
+    log_once.cache_clear()
+    caplog.set_level(logging.INFO, "specdec")
+    source = str(Path(__file__).parents[2] / "bench" / "catalogue" / "models" / "tiny")
+    Engine.load(source, load_format="dummy", device="cpu", **options)
+    assert [message for message in caplog.messages if "kernels" not in message] == [f"loading {source}", *said]
+
+
 @contextmanager
 def told_nothing(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """As where nobody has said whether other libraries should draw bars."""
     monkeypatch.delenv("HF_HUB_DISABLE_PROGRESS_BARS", raising=False)
     monkeypatch.setattr(sys.modules["huggingface_hub.utils.tqdm"], "HF_HUB_DISABLE_PROGRESS_BARS", None)  # read once
-    was = logging.is_progress_bar_enabled()
-    logging.enable_progress_bar()
+    was = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.enable_progress_bar()
     try:
         yield
     finally:
         if not was:
-            logging.disable_progress_bar()
+            transformers_logging.disable_progress_bar()
 
 
 def test_other_libraries_draw_on_terminals_only(terminal: Terminal, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -63,9 +111,9 @@ def test_other_libraries_draw_on_terminals_only(terminal: Terminal, monkeypatch:
     with told_nothing(monkeypatch):
         for stream, draws in ((log, False), (terminal.stream, True)):
             monkeypatch.setattr(sys, "stderr", stream)
-            with others_bars(), logging.tqdm(total=3, desc="weights", file=stream) as others:
+            with others_bars(), transformers_logging.tqdm(total=3, desc="weights", file=stream) as others:
                 others.refresh()
-            assert logging.is_progress_bar_enabled()
+            assert transformers_logging.is_progress_bar_enabled()
             assert ("weights" in (terminal.shown() if draws else log.getvalue())) == draws
 
 
@@ -73,8 +121,8 @@ def test_they_draw_again_after_an_error(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(sys, "stderr", io.StringIO())
     with told_nothing(monkeypatch):
         with pytest.raises(ZeroDivisionError), others_bars():
-            1 // logging.is_progress_bar_enabled()  # by zero: none is drawn here
-        assert logging.is_progress_bar_enabled()
+            1 // transformers_logging.is_progress_bar_enabled()  # by zero: none is drawn here
+        assert transformers_logging.is_progress_bar_enabled()
 
 
 def test_who_has_decided_is_heard(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -82,4 +130,4 @@ def test_who_has_decided_is_heard(monkeypatch: pytest.MonkeyPatch) -> None:
     with told_nothing(monkeypatch):
         monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "0")
         with others_bars():
-            assert logging.is_progress_bar_enabled()
+            assert transformers_logging.is_progress_bar_enabled()
