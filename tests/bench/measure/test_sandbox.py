@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -108,6 +110,18 @@ def test_the_home_folder_cannot_be_read(tmp_path: Path, monkeypatch: pytest.Monk
     assert "Read-only" in failing("open('/usr/planted', 'w')")
 
 
+def test_a_program_without_a_reader_ends(tmp_path: Path) -> None:
+    """Whoever started the jail is killed; the jail and its program end long before their time is over."""
+    starting = f"from bench.measure.quality.sandbox import run, Limits; run({PROGRAMS['plain']!r}, Limits(wall_s=1000))"
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])}
+    caller = subprocess.Popen([sys.executable, "-c", starting], env=environment)
+    jail = _eventually(lambda: _children(caller.pid))
+    running = _eventually(lambda: _children(_children(jail)) if _children(jail) else "")
+    caller.kill()
+    caller.wait()
+    assert _eventually(lambda: not _lives(jail) and not _lives(running))
+
+
 def test_no_descriptor_of_the_caller_is_passed_on(tmp_path: Path) -> None:
     descriptor = os.open(tmp_path, os.O_RDONLY)
     os.set_inheritable(descriptor, True)
@@ -172,8 +186,6 @@ ATTACKS = {
     "leave a keyring": "check(libc.syscall(KEYCTL, 1, None))",
     "add a key": "check(libc.syscall(ADD_KEY, b'user', b'left', b'x', 1, ctypes.c_long(-4)))",
     "ask for a key": "check(libc.syscall(REQUEST_KEY, b'user', b'left', None, 0))",
-    "clear its death signal": "check(libc.prctl(1, 0, 0, 0, 0))",
-    "clear it with a dirty upper half": "check(libc.prctl(ctypes.c_ulong(1 + (1 << 32)), 0, 0, 0, 0))",
     "talk to the host of a virtual machine": "check(libc.socket(40, 1, 0))",
     "talk to it with a dirty upper half": "check(libc.syscall(SOCKET, ctypes.c_ulong(40 + (1 << 32)), 1, 0))",
     "open a raw socket of packets": "check(libc.socket(17, 3, 0))",
@@ -210,11 +222,29 @@ def test_a_machine_without_a_known_filter_runs_nothing(tmp_path: Path, monkeypat
         run("pass")
 
 
-@pytest.mark.parametrize("first", ["", "import ctypes\nctypes.CDLL(None).prctl(1, 0, 0, 0, 0)\n"])
-def test_whoever_kills_the_jail_kills_the_program(first: str, tmp_path: Path) -> None:
-    """Also one that means to clear the signal by which it would end."""
+STUBBORN = """
+import ctypes, os, signal, time
+ctypes.CDLL(None).prctl(1, 0, 0, 0, 0)  # no signal when its parent dies
+os.setsid()
+for number in set(signal.Signals):  # an end of process 1 would be its own, but that is not to be had
+    try:
+        os.kill(1, number)
+    except PermissionError:
+        pass
+for number in sorted(set(signal.Signals) - {signal.SIGKILL, signal.SIGSTOP}):
+    signal.signal(number, signal.SIG_IGN)
+while True:
+    time.sleep(1000)
+"""
+PROGRAMS = {"plain": "import time\ntime.sleep(1000)", "stubborn": STUBBORN}
+
+
+@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+@pytest.mark.parametrize("kind", PROGRAMS)
+def test_whatever_ends_the_jail_ends_the_program(kind: str, end: signal.Signals) -> None:
+    """Also one that ignores every signal, leaves its session and wants none when its parent dies."""
     request = {
-        "program": first + "import time\ntime.sleep(1000)",
+        "program": PROGRAMS[kind],
         "word": "w",
         "python": os.path.realpath(sys.executable),
         "binds": sandbox._binds(),
@@ -222,16 +252,30 @@ def test_whoever_kills_the_jail_kills_the_program(first: str, tmp_path: Path) ->
         "wall_s": 1000,
         "limits": {},
     }
-    jail = subprocess.Popen([sys.executable, "-I", "-S", sandbox.JAIL], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    command = [sys.executable, "-I", "-S", sandbox.JAIL]
+    jail = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, process_group=0
+    )
     jail.stdin.write(json.dumps(request).encode())
     jail.stdin.close()
-    children = Path(f"/proc/{jail.pid}/task/{jail.pid}/children")
-    program = _eventually(children.read_text).strip()
-    _eventually(lambda: b"program.py" in Path(f"/proc/{program}/cmdline").read_bytes())
-    jail.kill()
+    guard = _eventually(lambda: _children(jail.pid))
+    running = _eventually(lambda: _children(guard))
+    _eventually(lambda: b"program.py" in Path(f"/proc/{running}/cmdline").read_bytes())
+    _eventually(lambda: kind == "plain" or _ignores(running, signal.SIGSYS))
+    os.killpg(jail.pid, end)  # as a terminal does, to the whole group
     jail.wait()
     jail.stdout.close()
-    assert _eventually(lambda: not _lives(program))
+    assert _eventually(lambda: not _lives(guard) and not _lives(running))
+
+
+def _children(process: int | str) -> str:
+    """The only child's id, or nothing."""
+    return Path(f"/proc/{process}/task/{process}/children").read_text().strip()
+
+
+def _ignores(process: str, number: signal.Signals) -> bool:
+    mask = re.search(r"^SigIgn:\t(\w+)$", Path(f"/proc/{process}/status").read_text(), re.MULTILINE)
+    return bool(mask and int(mask[1], 16) >> (number - 1) & 1)
 
 
 def _lives(process: str) -> bool:
@@ -269,7 +313,8 @@ def test_a_wall_that_cannot_be_built_stops_everything(
         ("os.setresuid(NOBODY, NOBODY, NOBODY)", "pass", "it must"),
         ("    _refuse_calls()\n", "", "it must reach no keyring"),
         ('"keyctl": (250, 219)', '"keyctl": (999, 999)', "it must reach no keyring"),
-        ("PRCTL, SOCKET, SOCKETPAIR = (157, 167)", "PRCTL, SOCKET, SOCKETPAIR = (999, 999)", "it must end with its"),
+        (" | CLONE_NEWPID", "", "it must end with its caller"),
+        ("    program = os.fork()\n", "    program = 0\n", "process 1 of the namespace must report how"),
         ("FAMILIES = (1, 2, 10, 16)", "FAMILIES = (1, 2, 10, 16, 40)", "it must reach no other machine"),
         ('"memfd_create": (319, 279)', '"memfd_create": (999, 999)', "its memory must be counted"),
         ('"io_uring_setup": (425, 425)', '"io_uring_setup": (999, 999)', "its calls must be seen"),
