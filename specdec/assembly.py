@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import numpy as np
 
 from specdec.decoding import Decoder
-from specdec.drafts import Kind, can_be_recorded, check_draft, is_head, kind_of
+from specdec.drafts import MODELS, Kind, can_be_recorded, check_draft, is_head, kind_of
 from specdec.methods import METHODS, VERIFICATION_NAMES, Builder, MethodSpec, Parts, method_spec
 from specdec.models.base import LanguageModel, LayeredModel
 from specdec.models.costs import MAX_DRAFT_LENGTH, StepCosts, target_costs
@@ -263,7 +263,7 @@ def _tree(timing: Timing, options: EngineOptions) -> Tree:
     """The tree that is given, else the best one. Raises ValueError if the models cannot score or draw it."""
     target, draft = timing.parts.target, timing.parts.draft
     target.check_tree()
-    if kind_of(draft) == "model":
+    if kind_of(draft) in MODELS:
         cast("LanguageModel", draft).check_tree()
     tree = options.tree or _best_tree(timing, options.num_speculative_tokens)
     num_tokens = _num_draftable(draft)

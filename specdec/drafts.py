@@ -34,7 +34,8 @@ if TYPE_CHECKING:
 
     AnyDraft = LanguageModel | Head | NgramTable
 
-Kind = str  # "model", "table", or the format of a head, see `specdec.heads.formats`
+MODELS = ("model", "pard")
+Kind = str  # "model", "pard" (a parallel draft model), "table", or the format of a head, see `specdec.heads.formats`
 RATES_FILE = "acceptance.json"  # in a draft's folder, what was measured of it
 _FILES: dict[Kind, str] = {"eagle": VOCABULARY_FILE, "table": "table.safetensors"}
 
@@ -70,12 +71,14 @@ def kind_of(draft: Any) -> Kind:
     """The kind of a draft."""
     if isinstance(draft, NgramTable):
         return "table"
-    return str(draft.format) if hasattr(draft, "draft_vocabulary") else "model"
+    if hasattr(draft, "draft_vocabulary"):
+        return str(draft.format)
+    return "model" if draft.mask_token is None else "pard"
 
 
 def is_head(kind: Kind | None) -> bool:
     """Whether drafts of a kind are heads on the target's features."""
-    return kind not in ("model", "table", None)
+    return kind not in (*MODELS, "table", None)
 
 
 def kind_in(source: str) -> Kind:
@@ -87,7 +90,13 @@ def kind_in(source: str) -> Kind:
     from specdec.heads import formats  # imports transformers
 
     heads = [found.format.name for folder in folders if (found := formats.recognized(folder))]
-    return heads[0] if heads else "model"
+    return heads[0] if heads else "pard" if any(map(_is_parallel, folders)) else "model"
+
+
+def _is_parallel(folder: Path) -> bool:
+    """Whether a folder has a language model that was trained to draft several tokens in a pass (PARD)."""
+    path = folder / "config.json"
+    return path.is_file() and "pard_token" in path.read_text(errors="replace")
 
 
 def load_with_drafts(
@@ -102,9 +111,9 @@ def load_with_drafts(
     places = {source: resolve(source) for source in drafts}
     for place in places.values():
         check_kinds(read_vocabulary(target, options["load_format"]), kind_in(place))
-        if kind_in(place) == "model":
+        if kind_in(place) in MODELS:
             check_vocabularies(target, place, options["load_format"])
-    models = [place for place in places.values() if kind_in(place) == "model"]
+    models = [place for place in places.values() if kind_in(place) in MODELS]
     target_device, devices = place_models(target, models, placement, options)
     model, tokenizer = load_pretrained(target, **options | {"device": target_device})
     loaded = {
@@ -162,7 +171,7 @@ def _load(place: str, target: Any, options: dict[str, Any]) -> AnyDraft:
     kind = kind_in(place)
     if kind == "table":
         return NgramTable.load(Path(place) / _FILES["table"])
-    if kind == "model":
+    if kind in MODELS:
         return _fused(*load_pretrained(place, **options))
     from specdec.heads import eagle, formats
 
@@ -216,7 +225,7 @@ def check_draft(target: LanguageModel, draft: AnyDraft) -> SharedVocabulary | No
     """
     kind = kind_of(draft)
     check_kinds(target, kind)
-    if kind == "model":
+    if kind in MODELS:
         return share_vocabulary(target, cast("LanguageModel", draft), target.device)
     _check_vocab_size(target.vocab_size, draft.vocab_size)
     return None

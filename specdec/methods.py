@@ -150,6 +150,15 @@ def _drawn(parts: Parts) -> Proposer:
     return DraftModelProposer(model, adaptive=parts.adaptive, shared=parts.shared, tree=parts.tree)
 
 
+def _pard(parts: Parts) -> Proposer:
+    from specdec.models.elsewhere import seen_from
+    from specdec.proposers.pard import PardProposer
+
+    draft: Any = parts.draft
+    require(parts.shared is None, "a parallel draft model must have the target's vocabulary; use one of its family")
+    return PardProposer(seen_from(draft, parts.target.device), draft.mask_token, adaptive=parts.adaptive)
+
+
 def _headed(parts: Parts) -> Proposer:
     """From a head, by the way it drafts."""
     from specdec.proposers.eagle import EagleProposer
@@ -169,9 +178,11 @@ def _exit(parts: Parts) -> Proposer:
 
 
 def _hybrid(parts: Parts) -> Proposer:
+    from specdec.drafts import kind_of
     from specdec.proposers.hybrid import BetterCopies, HybridProposer
 
-    return HybridProposer(BetterCopies(_suffix(parts), parts.adaptive), _drawn(parts))
+    draw = _pard if kind_of(parts.draft) == "pard" else _drawn
+    return HybridProposer(BetterCopies(_suffix(parts), parts.adaptive), draw(parts))
 
 
 _HEADS = {
@@ -180,14 +191,15 @@ _HEADS = {
     "hydra": "a network per draft position that reads the draft so far",
     "mlp_speculator": "a recurrent state advanced by each token",
 }
-_HEAD_OR_MODEL: tuple[Kind, ...] = (*_HEADS, "model")
+_HEAD_OR_MODEL: tuple[Kind, ...] = (*_HEADS, "model", "pard")
 for _spec in (
     MethodSpec("autoregressive", "nothing"),
     MethodSpec("ngram", "prompt lookup", _ngram, is_adaptive=True),
     MethodSpec("ngram_store", "online n-gram counts", _ngram_store, is_adaptive=True),
     MethodSpec("ngram_table", "lookup, else a table", _ngram_table, None, ("table",), "ngrams", is_adaptive=True),
     MethodSpec("suffix", "copies from own and finished texts", _suffix, history_bytes=64 << 20, is_adaptive=True),
-    MethodSpec("draft_model", "a smaller language model", _drawn, _drawn, ("model",), "draft", is_adaptive=True),
+    MethodSpec("draft_model", "a smaller language model", _drawn, _drawn, ("model", "pard"), "draft", is_adaptive=True),
+    MethodSpec("pard", "a model that drafts in one pass", _pard, _pard, ("pard",), is_adaptive=True),
     *(MethodSpec(name, summary, _drawn, _drawn, (name,), name, is_adaptive=True) for name, summary in _HEADS.items()),
     MethodSpec("early_exit", "the target's first layers", _exit, _exit, is_adaptive=True, exits_early=True),
     MethodSpec("hybrid", "a copy or a drawn draft", _hybrid, _drawn, _HEAD_OR_MODEL, "eagle", 0, is_adaptive=True),

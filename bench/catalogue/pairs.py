@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
@@ -33,9 +33,9 @@ class Published:
 class Pair:
     """A target and the draft that may speak for it.
 
-    target, draft: a bundled name, a hub id or a folder. head, table: likewise, a head on the target's features and an
-    n-gram table. speculator: what vLLM's own methods take instead of the draft. kind: one of KINDS, attention: one of
-    transformers' implementations. dtype: what `--dtype auto` means.
+    target, draft: a bundled name, a hub id or a folder. table: likewise, an n-gram table. heads: likewise, heads on the
+    target's hidden states by the name of their method; where a pair has none, a draft of that format is taken.
+    kind: one of KINDS, attention: one of transformers' implementations. dtype: what `--dtype auto` means.
     context: tokens that prompt and output may have together, if known. load_format: "dummy" for random weights.
     gated: whether the hub wants the licence accepted. target_params, draft_params: numbers of weights, 0 if not known.
     placement: of the cells that are measured now.
@@ -44,14 +44,13 @@ class Pair:
     name: str
     target: str
     draft: str | None = None
-    head: str | None = None
     table: str | None = None
     dtype: str = "bfloat16"
     context: int | None = None
     load_format: str = "auto"
     licence: str = ""
     source: str = ""
-    speculator: str | None = None
+    heads: Mapping[str, str] = field(default_factory=dict, hash=False)
     kind: str = "decoder-only"
     attention: str = "sdpa"
     gated: bool = False
@@ -70,16 +69,30 @@ class Pair:
 
     def draft_for(self, method: str) -> str | None:
         """What proposes tokens under a method that needs more than the target; None if the pair has no such thing."""
-        if method in VLLM_DRAFTS:
-            return self.speculator or self.draft
-        sources = {"model": self.draft, "head": self.head, "table": self.table}
-        kinds = method_spec(method).draft_kinds if is_method(method) else ()
-        return next((sources[kind] for kind in kinds if sources[kind]), None)
+        kinds = method_spec(method).draft_kinds if is_method(method) else (method,) if method in VLLM_DRAFTS else ()
+        sources = dict.fromkeys(self._draft_kinds(kinds), self.draft) | {"table": self.table} | dict(self.heads)
+        return next((source for kind in kinds if (source := sources.get(kind))), None)
+
+    def _draft_kinds(self, kinds: Sequence[str]) -> Sequence[str]:
+        """The kinds that `draft` may be of. What a user names on the hub may be of any, which is seen when it loads."""
+        if self.source or self.draft is None:
+            return ("model",)
+        kind = _kind_in(folder(self.draft))
+        return (kind,) if kind else kinds
 
     def lacks_draft(self, method: str) -> bool:
         """Whether a method needs more than the target and the pair does not have it."""
         needs_draft = method in VLLM_DRAFTS or (is_method(method) and method_spec(method).draft_kinds)
         return bool(needs_draft) and self.draft_for(method) is None
+
+
+@cache
+def _kind_in(source: str) -> str | None:
+    """The kind of a draft; None for one that may be on the hub."""
+    from specdec.drafts import kind_in
+    from specdec.models.loading import packaged
+
+    return kind_in(source) if source in packaged() or Path(source).expanduser().is_dir() else None
 
 
 @cache

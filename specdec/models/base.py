@@ -59,6 +59,7 @@ class LanguageModel(Protocol):
     context_length: maximum length of prompt and output together. context_name: what limits it.
     tokenizer: a transformers tokenizer, or None for token ids only.
     is_encoder_decoder: whether it is an EncoderDecoder.
+    mask_token: the token that a parallel draft model (PARD) fills in; None for any other model.
     """
 
     vocab_size: int
@@ -67,6 +68,7 @@ class LanguageModel(Protocol):
     context_name: str = "model's context"
     tokenizer: Any = None
     is_encoder_decoder: bool = False
+    mask_token: int | None = None
 
     @property
     def eos_token_ids(self) -> frozenset[int]:

@@ -52,6 +52,7 @@ class CausalLM(LanguageModel):
         self.model, self.tokenizer = model, tokenizer
         self.config = model.config.get_text_config(decoder=True)
         self.vocab_size: int = self.config.vocab_size
+        self.mask_token = getattr(self.config, "pard_token", None)
         self.device, self.dtype = model.device, model.dtype
         self.is_spread = len({weight.device for weight in model.parameters()}) > 1
         self.num_layers, self.context_length, self.context_name = _rollback_limits(model)

@@ -56,7 +56,8 @@ class DraftModelProposer(ChainProposer):
     tree: the shape of the drafts; None draws chains.
     """
 
-    max_pending = 2  # the newest token, and the last of a draft that was accepted as a whole
+    feeds_drafts = True  # whether drafted tokens are fed while a chain is drawn
+    max_pending: int | None = 2  # the newest token, and the last of a draft that was accepted as a whole
 
     def __init__(
         self,
@@ -88,7 +89,7 @@ class DraftModelProposer(ChainProposer):
         draft = self._draft(batch, [tokens for tokens, _ in texts], limits)
         if draft.tokens.shape[1] == 0:
             return draft  # nothing was fed
-        self._fed = fetch_later(self._own(draft.tokens[:, : 0 if self._tree else -1]))
+        self._fed = fetch_later(self._own(draft.tokens[:, : -1 if self.feeds_drafts and not self._tree else 0]))
         for slot, row, (tokens, num_settled) in zip(self._slots, batch.rows, texts, strict=False):
             slot.owner, slot.num_committed, slot.drafted = row, num_settled, tokens[num_settled:]
         return draft
@@ -106,7 +107,7 @@ class DraftModelProposer(ChainProposer):
         assert row
         self._reserve(batch, len(row.tokens) + batch.max_draft)
         self._settle()
-        return self._lacking(batch, slot, row.tokens, self.max_pending)
+        return self._lacking(batch, slot, row.tokens, self.max_pending or batch.max_draft + 1)
 
     def inputs(self, batch: Batch) -> tuple[Any, ...]:
         return (self._cache,)
@@ -117,7 +118,7 @@ class DraftModelProposer(ChainProposer):
         def logits(drafted: Tensor) -> Tensor:
             if drafted.shape[1] == 0:
                 fed = model.forward_at(pending.tokens, pending.starts, cache, extent)
-                return self._of_target(_at(fed, pending.num - 1))
+                return self._of_target(at(fed, pending.num - 1))
             newest, places = self._own(drafted[:, -1:]), pending.ends + drafted.shape[1] - 1
             return self._of_target(model.forward_at(newest, places, cache, extent))
 
@@ -134,7 +135,7 @@ class DraftModelProposer(ChainProposer):
             logits_at = partial(self._branch, batch, texts, self._tree.depth + 1)
             return draw_tree(batch, limits, self._tree, logits_at, self._uniforms, self._vocabulary)
         if batch.recording and not self._adaptive:
-            pending = self._pending(batch, texts, self.max_pending)
+            pending = self._pending(batch, texts, self.max_pending or batch.max_draft + 1)
             return self._record(batch, limits, pending, self._cache, self._cache.num_cached[: len(batch.rows)])
         return self._drawn(batch, texts, limits)
 
@@ -218,7 +219,7 @@ class DraftModelProposer(ChainProposer):
         logits = self._model.forward(tokens, self._cache)
         for index, fed in enumerate(pending):
             self._cache.num_cached[index] += len(fed)
-        return _at(logits, lengths - 1)
+        return at(logits, lengths - 1)
 
     def _feed(self, tokens: Tensor) -> Tensor:
         logits = self._model.forward(tokens, self._cache)
@@ -227,6 +228,6 @@ class DraftModelProposer(ChainProposer):
         return logits
 
 
-def _at(logits: Tensor, places: Tensor) -> Tensor:
+def at(logits: Tensor, places: Tensor) -> Tensor:
     """Each row's logits at its place: [rows, width, vocab] and int64 [rows] -> [rows, 1, vocab]."""
     return logits.gather(1, places.view(-1, 1, 1).expand(-1, 1, logits.shape[-1]))

@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers
 from helpers.bench_runs import printed
+from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from tokenizers.models import BPE
@@ -18,7 +19,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 
 from bench.campaign.config import BenchConfig
 from bench.campaign.plan import plan
-from bench.catalogue.pairs import KINDS, Pair, catalogue
+from bench.catalogue.pairs import KINDS, Pair, catalogue, parse_pairs
 from bench.engines.base import LoadOptions, PromptResult, Run, Setup
 from bench.engines.registry import ENGINES, check_vocabulary, load, why_not_pair
 from bench.measure import machine, records
@@ -35,12 +36,21 @@ LITERATURE = [name for name in catalogue() if name not in OWN]
 
 
 def test_the_pairs_of_the_literature_are_there() -> None:
-    models = {(pair.target.split("/")[-1], (pair.draft or pair.speculator or "").split("/")[-1]) for pair in pairs()}
+    models = {
+        (pair.target.split("/")[-1], draft.split("/")[-1])
+        for pair in pairs()
+        for draft in (pair.draft, *pair.heads.values())
+        if draft
+    }
     assert models == {
         ("Llama-3.1-70B-Instruct", "Llama-3.2-1B-Instruct"),
         ("Llama-3.1-70B-Instruct", "Llama-3.2-1B"),
         ("Meta-Llama-3-8B-Instruct", "llama3-8b-accelerator"),
         ("Llama-3.3-70B-Instruct", "Llama-3.1-8B-Instruct"),
+        ("Llama-3.1-8B-Instruct", "Llama-3.1-8B-Instruct-speculator.eagle3"),
+        ("Qwen3-8B", "Qwen3-8B-speculator.eagle3"),
+        ("Qwen3-8B", "Qwen3-8B-DFlash-b16"),
+        ("Qwen3-8B", "dspark_qwen3_8b_block7"),
         ("Qwen3-8B", "Qwen3-1.7B"),
         ("Qwen3-1.7B", "Qwen3-0.6B"),
         ("gpt-neo-1.3B-xsum-roya", "gpt-neo-125m-xsum-roya"),
@@ -57,7 +67,7 @@ def test_the_pairs_of_the_literature_are_there() -> None:
         assert pair.gated == pair.target.startswith("meta-llama/"), pair.name
         for published in pair.published:
             assert any(word in published.source for word in ("arXiv:", "blog", "vLLM")), pair.name
-            assert published.speedup or published.acceptance_rate, pair.name
+            assert published.speedup or published.acceptance_rate or published.mean_acceptance_length, pair.name
 
 
 def pairs() -> list[Pair]:
@@ -105,7 +115,7 @@ def t5(hidden: int, head_dim: int, inner: int, layers: int, heads: int) -> Any:
 LLAMA_8B, LLAMA_70B = llama(4096, 14336, 32, 32, 8, 128256), llama(8192, 28672, 80, 64, 8, 128256)
 LLAMA_1B = llama(2048, 8192, 16, 32, 8, 128256, tied=True)
 DEEPSEEK = (llama(4096, 11008, 32, 32, 32, 32256), llama(2048, 5504, 24, 16, 16, 32256))
-QWEN3_1_7B = qwen3(2048, 6144, 28, 16, tied=True)
+QWEN3_8B, QWEN3_1_7B = qwen3(4096, 12288, 36, 32, tied=False), qwen3(2048, 6144, 28, 16, tied=True)
 T5_11B, T5_LARGE = t5(1024, 128, 65536, 24, 128), t5(1024, 64, 4096, 24, 16)
 T5_SMALL = t5(512, 64, 2048, 6, 8)
 DIMENSIONS = {  # as their configurations on the hub have them
@@ -113,7 +123,9 @@ DIMENSIONS = {  # as their configurations on the hub have them
     "llama-3.1-70b-1b-misaligned": (LLAMA_70B, LLAMA_1B),
     "llama-3-8b-accelerator": (LLAMA_8B, None),
     "llama-3.3-70b-8b": (LLAMA_70B, LLAMA_8B),
-    "qwen3-8b-1.7b": (qwen3(4096, 12288, 36, 32, tied=False), QWEN3_1_7B),
+    "llama-3.1-8b-heads": (LLAMA_8B, None),
+    "qwen3-8b-heads": (QWEN3_8B, None),
+    "qwen3-8b-1.7b": (QWEN3_8B, QWEN3_1_7B),
     "qwen3-1.7b-0.6b": (QWEN3_1_7B, qwen3(1024, 3072, 28, 16, tied=True)),
     "gpt-neo-1.3b-125m-xsum": (gpt_neo(2048, 24, 16), gpt_neo(768, 12, 12)),
     "deepseek-coder-6.7b-1.3b": DEEPSEEK,
@@ -154,9 +166,19 @@ def test_memory_needed_is_weights_times_their_width() -> None:
     assert [pair.weight_bytes(each) for each in formats] == [4040, 2020, 2020, 1010, 505]
 
 
-def test_a_speculator_is_vllms_alone() -> None:
-    pair = catalogue()["llama-3-8b-accelerator"]
-    assert pair.draft_for("mlp_speculator") == "ibm-fms/llama3-8b-accelerator"
+def test_each_head_is_for_the_method_of_its_format() -> None:
+    pair = catalogue()["qwen3-8b-heads"]
+    assert pair.draft_for("dflash") == "z-lab/Qwen3-8B-DFlash-b16"
+    assert pair.draft_for("eagle3") == "RedHatAI/Qwen3-8B-speculator.eagle3"
+    assert pair.draft_for("draft_model") is pair.draft_for("medusa") is None
+    assert catalogue()["smollm2-135m"].draft_for("hybrid") == "smollm2-135m-eagle"
+
+
+def test_a_draft_that_a_user_names_is_for_the_methods_that_take_its_kind(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    save_file({"0.0.linear.weight": torch.zeros(4, 4), "0.1.weight": torch.zeros(9, 4)}, tmp_path / "model.safetensors")
+    (pair,) = parse_pairs(f"target=smollm2-135m,draft={tmp_path}")
+    assert pair.draft_for("medusa") == pair.draft_for("hybrid") == str(tmp_path)
     assert pair.draft_for("draft_model") is pair.draft_for("eagle") is None
 
 
