@@ -7,7 +7,7 @@ from functools import cache
 
 import pytest
 import torch
-from helpers import tiny
+from helpers import drafts, tiny
 from helpers.toys import ExitTarget
 
 from specdec import METHODS, AcceptanceCounts, Engine, SamplingParams
@@ -41,15 +41,25 @@ def engine_for(method: str, **options) -> Engine:
     if method == "eagle":
         target, head = features_pair()
         return Engine(target, method="eagle", draft=head, **options)
+    if method in drafts.HEAD_METHODS:
+        return Engine(
+            drafts.target(), method=method, draft=drafts.head(method), **{"num_speculative_tokens": 3} | options
+        )
     if method == "early_exit":
         return Engine(ExitTarget(TARGET.table, DRAFT.table), method="early_exit", **options)
     if method == "tree":
         options = {"tree": [(0,), (1,), (0, 0), (0, 1), (1, 0)]} | options
-    drafts = {"draft_model": DRAFT, "hybrid": DRAFT, "tree": DRAFT, "ngram_table": TABLE}
+    models = {
+        "draft_model": DRAFT,
+        "hybrid": DRAFT,
+        "tree": DRAFT,
+        "ngram_table": TABLE,
+        "pard": drafts.parallel(DRAFT),
+    }
     history = (
         {"max_history_bytes": 0} if method == "suffix" else {}
     )  # with one only distributions do not depend on others
-    return Engine(TARGET, method=method, draft=drafts.get(method), **history, **options)
+    return Engine(TARGET, method=method, draft=models.get(method), **history, **options)
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from bench.campaign import parsers
 from bench.campaign.arrivals import PROCESSES, Limits, Process
 from bench.campaign.parsers import Parser
-from bench.catalogue.methods import VLLM_METHODS
+from bench.catalogue.methods import SMOKE_METHODS, VLLM_METHODS
 from bench.catalogue.pairs import Pair, parse_pairs
 from bench.engines.base import VllmOptions
 from bench.engines.registry import ENGINES, parse_engine, parse_method
@@ -100,7 +100,7 @@ class BenchConfig:
         "autoregressive,ngram,draft_model",
         f"drafting methods: {', '.join(METHODS)}; with vLLM also {', '.join(VLLM_METHODS)}",
         metavar="NAME,...",
-        smoke=",".join(METHODS),
+        smoke=",".join(SMOKE_METHODS),
     )
     gammas: tuple[Gamma, ...] = option(
         parsers.listed(parsers.gamma),

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+from specdec.methods import METHODS
+
 # vLLM's own, by its names; whether the installed version has one is seen when its engine starts
 VLLM_DRAFTS = ("eagle3", "medusa", "mlp_speculator", "dflash", "dspark")
 VLLM_METHODS = ("ngram_gpu", "mtp", *VLLM_DRAFTS)
+_SMOKE_DRAFTS = {"model", "table", "eagle"}  # those of the pair of smoke runs
+SMOKE_METHODS = tuple(
+    name for name, spec in METHODS.items() if not spec.draft_kinds or not _SMOKE_DRAFTS.isdisjoint(spec.draft_kinds)
+)

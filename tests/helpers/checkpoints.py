@@ -379,6 +379,41 @@ def domino(*, num_layers: int = 2, gru: int = 10, emb: int = 12, prefix_len: int
     return Checkpoint(_block_config("DFlashDraftModel", "z-lab", num_layers, (1, 3, 5), own), weights.tensors)
 
 
+def medusa(num_heads: int = STATES) -> Checkpoint:
+    """Medusa heads of one residual block each, as FasterDecoding publishes them."""
+    weights = Weights()
+    for place in range(num_heads):
+        weights.matrix(f"{place}.0.linear.weight", WIDTH, WIDTH)
+        weights.matrix(f"{place}.0.linear.bias", WIDTH)
+        weights.matrix(f"{place}.1.weight", VOCAB, WIDTH)
+    return Checkpoint({"medusa_num_heads": num_heads, "medusa_num_layers": 1}, weights.tensors, "medusa_lm_head.pt")
+
+
+def hydra(num_heads: int = STATES) -> Checkpoint:
+    """Grounded perceptrons of one block."""
+    weights = Weights()
+    for place in range(num_heads):
+        for name in ("linear", "res_connection"):
+            weights.matrix(f"hydra_mlp.{place}.0.{name}.weight", WIDTH, (place + 2) * WIDTH)
+            weights.matrix(f"hydra_mlp.{place}.0.{name}.bias", WIDTH)
+        weights.matrix(f"hydra_lm_head.{place}.weight", VOCAB, WIDTH)
+    config = {"hydra_num_heads": num_heads, "hydra_num_layers": 1, "hydra_head_arch": "mlp", "grounded_heads": True}
+    return Checkpoint(config, weights.tensors, "hydra_lm_head.pt")
+
+
+def mlp_speculator(num_tokens: int = STATES, inner: int = 24) -> Checkpoint:
+    """An accelerator of ibm-fms."""
+    weights = Weights()
+    for place in range(num_tokens):
+        weights.matrix(f"speculator.emb.{place}.weight", VOCAB, inner)
+        weights.matrix(f"speculator.proj.{place}.weight", inner, inner if place else WIDTH)
+        weights.matrix(f"speculator.head.{place}.weight", VOCAB, inner)
+        weights.norm(f"speculator.ln.{place}.weight", inner)
+        weights.matrix(f"speculator.ln.{place}.bias", inner)
+    config = {"n_predict": num_tokens, "inner_dim": inner, "emb_dim": WIDTH, "vocab_size": VOCAB}
+    return Checkpoint(config, weights.tensors)
+
+
 def everything() -> Iterator[tuple[str, Checkpoint]]:
     """A checkpoint of each format and dialect, with its name."""
     yield "eagle", eagle()
@@ -388,3 +423,6 @@ def everything() -> Iterator[tuple[str, Checkpoint]]:
     yield "dflash2", dflash2()
     yield from ((f"dspark {kind}", dspark(markov=kind)) for kind in MARKOV_KINDS)
     yield "domino", domino()
+    yield "medusa", medusa()
+    yield "hydra", hydra()
+    yield "mlp_speculator", mlp_speculator()

@@ -370,14 +370,14 @@ def test_the_same_model_under_other_ids_is_accepted_always(temperature: float) -
 
 
 def test_what_is_shared_is_said(caplog: pytest.LogCaptureFixture) -> None:
-    vocabularies._say_once.cache_clear()
+    vocabularies._warn_once.cache_clear()
     with caplog.at_level(logging.WARNING, "specdec"):
         for _ in range(2):
             Engine(llama("byte-level", 1), method="draft_model", draft=llama("prepending", 2))
     assert len(caplog.records) == 1
     assert "the draft's tokenizer, of 700 tokens, shares" in caplog.text
     assert "of the target's 500, which make up" in caplog.text
-    assert "the output distribution stays the target's" in caplog.text
+    assert "the output distribution is unchanged" in caplog.text
 
 
 def test_too_small_an_intersection_is_refused() -> None:
@@ -401,12 +401,12 @@ def test_a_tokenizer_whose_tokens_are_no_parts_of_a_text_is_refused() -> None:
 
 def test_a_head_needs_the_targets_own_vocabulary() -> None:
     target, head = llama("byte-level", 1), letters(0)
-    head.draft_vocabulary = torch.arange(3)
+    head.draft_vocabulary, head.format = torch.arange(3), "eagle"
     try:
         with pytest.raises(ValueError, match="the draft's vocabulary of 96 tokens must be the target's, 500"):
             Engine(target, method="eagle", draft=head)
     finally:
-        del head.draft_vocabulary
+        del head.draft_vocabulary, head.format
 
 
 def test_another_vocabulary_is_checked_before_weights_are_read(tmp_path) -> None:

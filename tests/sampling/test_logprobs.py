@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers.drafts import HEAD_METHODS
 from test_engine import PROMPTS, TARGET, engine_for
 
 from specdec import METHODS, Completion, Engine, SamplingParams
@@ -11,7 +12,7 @@ from specdec import METHODS, Completion, Engine, SamplingParams
 PROCESSED = {"temperature": 0.7, "top_k": 2, "frequency_penalty": 0.4, "logit_bias": {1: 0.5}}
 
 
-RULES = [(method, rule) for method in METHODS if method != "eagle" for rule in ("token", "block", "coupled")]
+RULES = [(method, rule) for method in METHODS if method not in HEAD_METHODS for rule in ("token", "block", "coupled")]
 
 
 @pytest.mark.parametrize(("method", "verification"), [rule for rule in RULES if rule != ("tree", "block")])

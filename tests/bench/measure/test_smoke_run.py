@@ -14,12 +14,12 @@ from typing import Any
 
 import pytest
 
+from bench.catalogue.methods import SMOKE_METHODS
 from bench.measure.journal import Entry, Journal
 from bench.records import campaigns, fields
 from bench.records.sweeps import SMOKE_SWEEPS
 from bench.report import rendering
 from bench.report.html import page
-from specdec.methods import METHODS
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[3]
@@ -29,7 +29,7 @@ OWN_TABLE = ("--benchmark-columns=median",)  # asks for pytest-benchmark's
 CELLS = [
     f"{engine}-tiny-random-{method}-{0 if method == 'autoregressive' else 2}-same-smoke-1"
     for engine, methods in (
-        ("specdec", METHODS),
+        ("specdec", SMOKE_METHODS),
         ("transformers", ("autoregressive", "ngram", "draft_model")),
     )
     for method in methods
@@ -99,7 +99,7 @@ def test_a_killed_run_is_resumed_where_it_was(killed: Killed, resumed: Resumed) 
     _, before = killed
     folder, output, printout = resumed
     assert finished_cells(folder)[: len(before)] == before
-    assert f"specdec: {3 * len(METHODS)} cells, {len(before)} of them taken from the journal" in printout
+    assert f"specdec: {3 * len(SMOKE_METHODS)} cells, {len(before)} of them taken from the journal" in printout
     assert [cell["params"]["engine"] + "-" + cell["param"].partition("-")[2] for cell in output["benchmarks"]] == CELLS
     for line, cell in zip(map(json.loads, finished_cells(folder)), output["benchmarks"], strict=True):
         assert line["rounds_s"] == cell["stats"]["data"]
