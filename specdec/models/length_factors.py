@@ -86,12 +86,16 @@ class LengthFactors:
         is_long = [
             (end if last_only else length + 1) > self.threshold for end, length in zip(ends, lengths, strict=True)
         ]
-        logits = self._run(plain, tokens, cache, first_slot, is_long, last_only, branches)
+        logits, places = self._run(plain, tokens, cache, first_slot, is_long, last_only, branches), cache.window.places
         for row, end in enumerate(ends):
             if end > self.threshold and not is_long[row]:
-                longer = self._run(plain, tokens[row : row + 1], cache, first_slot + row, [True], last_only, branches)
-                is_beyond = cache.window.positions[0] >= self.threshold
-                logits[row] = torch.where(is_beyond.to(logits.device).unsqueeze(1), longer[0], logits[row])
+                slot, columns = first_slot + row, places[row]
+                shorter = None if cache.features is None else cache.features[slot, columns]
+                longer = self._run(plain, tokens[row : row + 1], cache, slot, [True], last_only, branches)
+                is_beyond = (cache.window.positions[0] >= self.threshold).unsqueeze(1)
+                logits[row] = torch.where(is_beyond.to(logits.device), longer[0], logits[row])
+                if cache.features is not None and shorter is not None:  # those that the logits are computed from
+                    cache.features[slot, columns] = torch.where(is_beyond, cache.features[slot, columns], shorter)
         return logits
 
     def _run(

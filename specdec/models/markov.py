@@ -63,7 +63,10 @@ class MarkovModel(LanguageModel):
 
     def allocate(self, num_slots: int, capacity: int, *, features: FeatureLayers = ()) -> MarkovCache:
         if features:
-            raise ValueError(f"features={features} needs a model with features; a Markov table has none")
+            raise ValueError(
+                f"features={features} must be () for a Markov table, which has no hidden states; use a method without "
+                "a head, such as ngram"
+            )
         return MarkovCache(torch.zeros(num_slots, capacity, dtype=torch.int64, device=self.device))
 
     def forward(

@@ -118,7 +118,10 @@ class Seq2SeqLM(LanguageModel):
 
     def allocate(self, num_slots: int, capacity: int, *, features: FeatureLayers = ()) -> Seq2SeqCache:
         if features:
-            raise ValueError(f"features={features} needs a decoder-only model; no head is made for an encoder-decoder")
+            raise ValueError(
+                f"features={features} must be () for an encoder-decoder, which keeps no hidden states; use a method "
+                "without a head, such as ngram"
+            )
         # zeros: a masked NaN would still poison the sum over values
         shape = (num_slots, self.config.num_heads, capacity, self.config.d_kv)
         blocks = [torch.zeros(shape, dtype=self.dtype, device=self.device) for _ in range(2 * self.num_layers)]
