@@ -7,6 +7,7 @@ import torch
 from helpers.tiny import GQA, PROMPTS, make, reference
 
 from specdec import Engine, SamplingParams
+from specdec.models.base import FINAL, prefill
 from specdec.models.causal import CausalLM, UnsupportedModelError
 
 THRESHOLD = 14  # the shortest prompt crosses it late, the longest one early
@@ -128,3 +129,31 @@ def test_long_thresholds_are_tried_with_the_first_layers(monkeypatch) -> None:
     assert len(seen) == 3  # the base trial, one chunk, two chunks
     assert calls
     assert max(calls) < 20
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_features_are_those_that_the_logits_are_computed_from(kind: str) -> None:
+    """Of a text below the threshold, of drafts that cross it, of the same after a rejection, and beyond it."""
+    model = longrope(kind)
+    target, text = CausalLM(model), list(range(3, 25))
+    cache = target.allocate(2, 32, features=(1, FINAL))
+
+    def check(columns: range, length: int) -> None:
+        """The features of these columns are those of a text of that length, by transformers."""
+        with torch.inference_mode():
+            states = model(torch.tensor([text[:length]]), use_cache=False, output_hidden_states=True).hidden_states
+        wanted = torch.cat([states[1], states[-1]], -1)[0, columns.start : columns.stop]
+        torch.testing.assert_close(cache.features[1, columns.start : columns.stop], wanted, rtol=1e-3, atol=1e-3)
+
+    prefill(target, text[: THRESHOLD - 2], cache, 1)
+    check(range(THRESHOLD - 2), THRESHOLD - 2)
+    crossing = torch.tensor([[5] * 5, text[THRESHOLD - 2 : THRESHOLD + 3]])
+    target.forward(crossing, cache)
+    check(range(THRESHOLD - 2, THRESHOLD), THRESHOLD)
+    check(range(THRESHOLD, THRESHOLD + 3), THRESHOLD + 3)
+    cache.num_cached[1] = THRESHOLD - 1  # one of five is kept
+    target.forward(crossing[:, 1:2], cache)
+    check(range(THRESHOLD), THRESHOLD)
+    cache.num_cached[1] = THRESHOLD
+    target.forward(crossing[:, 2:], cache)
+    check(range(THRESHOLD + 3), THRESHOLD + 3)
