@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import os
 import re
-import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -78,22 +78,24 @@ def pytest_report_header(config):
 """
 
 
-def with_toy(
-    folder: Path, environment: dict[str, str], *arguments: str, ini: str = "", variables: dict[str, str] | None = None
-) -> str:
-    """What pytest prints in a folder whose conftest declares another option."""
-    (folder / "conftest.py").write_text(TOY)
-    (folder / "pytest.ini").write_text(f"[pytest]\n{ini}\n")
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *arguments],
-        cwd=folder,
-        env=environment | {"PYTHONPATH": str(ROOT), "COLUMNS": "400"} | (variables or {}),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED), done.stderr
-    return done.stdout
+@pytest.fixture
+def users_variables(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """No variables of this run of pytest."""
+    for name in os.environ.keys() - environment.keys():
+        monkeypatch.delenv(name)
+
+
+@pytest.fixture
+def toy_folder(tmp_path: Path, users_variables: None, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder whose conftest declares another option, as the working directory."""
+    (tmp_path / "conftest.py").write_text(TOY)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def run_pytest(*arguments: str) -> int:
+    """The exit code of a run of pytest inside this one, whose faulthandler it leaves alone."""
+    return pytest.main(["--import-mode=importlib", "-p", "no:cacheprovider", "-p", "no:faulthandler", *arguments])
 
 
 @pytest.mark.parametrize(
@@ -112,17 +114,27 @@ def test_a_field_is_all_that_an_option_takes(
     variables: dict[str, str],
     ini: str,
     value: str,
-    tmp_path: Path,
-    environment: dict[str, str],
+    toy_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    header = with_toy(tmp_path, environment, *arguments, variables=variables, ini=ini).splitlines()
+    (toy_folder / "pytest.ini").write_text(f"[pytest]\n{ini}\n")
+    for name, text in variables.items():
+        monkeypatch.setenv(name, text)
+    assert run_pytest(*arguments) == pytest.ExitCode.NO_TESTS_COLLECTED
+    header = capsys.readouterr().out.splitlines()
     assert value in header
     row = "| `--toy-size N` | `3` | `SPECDEC_TOY_SIZE` | `specdec_toy_size` | size of \\| toys; with --smoke 2 |"
     assert row in header
 
 
-def test_help_shows_a_declared_option_but_not_its_old_name(tmp_path: Path, environment: dict[str, str]) -> None:
-    shown = with_toy(tmp_path, environment, "--help")
+def test_help_shows_a_declared_option_but_not_its_old_name(
+    toy_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "400")
+    (toy_folder / "pytest.ini").write_text("[pytest]\n")
+    assert run_pytest("--help") == pytest.ExitCode.OK
+    shown = capsys.readouterr().out
     assert re.search(r"--toy-size=N +size of \| toys; with --smoke 2 \(default 3; env SPECDEC_TOY_SIZE\)", shown)
     assert re.search(r"specdec_toy_size \(string\):\s+default of --toy-size", shown)
     assert "length" not in shown.replace("prompt-lengths", "").replace("prompt_lengths", "").replace("LENGTHS", "")
@@ -266,14 +278,20 @@ def test_a_wrong_value_is_named_with_its_rule_and_remedy(option: str, text: str,
     ],
 )
 def test_usage_errors_come_before_collection_and_write_nothing(
-    arguments: list[str], message: str, tmp_path: Path, environment: dict[str, str]
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    users_variables: None,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    monkeypatch.chdir(ROOT)
     journal = tmp_path / "journal.jsonl"
-    command = [sys.executable, "-m", "pytest", "bench/", "--smoke", "--device", "cpu", "--journal", str(journal)]
-    done = subprocess.run(
-        [*command, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == pytest.ExitCode.USAGE_ERROR
-    assert message in done.stderr
-    assert "collected" not in done.stdout
+    command = ["bench/", "--smoke", "--device", "cpu", "--journal", str(journal), *arguments]
+    monkeypatch.setattr(sys, "argv", ["pytest", *command])  # in which a misspelt option is looked for
+    status = run_pytest(*command)
+    out, err = capsys.readouterr()
+    assert status == pytest.ExitCode.USAGE_ERROR
+    assert message in err
+    assert "collected" not in out
     assert not journal.exists()
