@@ -39,7 +39,7 @@ def part(name: str, then: str, limit_s: float = 120) -> Part:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("parts", [None, "facts,shapes-8b"])
+@pytest.mark.parametrize("parts", [None, "facts,kernels"])
 def test_without_a_gpu_all_parts_run_to_the_last_line(parts: str | None, tmp_path: Path) -> None:
     arguments = [str(tmp_path), "--device", "cpu", *(["--parts", parts] if parts else [])]
     done = subprocess.run(

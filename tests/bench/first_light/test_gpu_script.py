@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
 from pathlib import Path
 
 import pytest
+import torch
 from helpers.bench_runs import sized
 
 from bench.measure.journal import Entry, Journal
+from specdec.kernels import cpp
+from specdec.runtime.artifacts import cache_root
 
 ROOT = Path(__file__).parents[3]
 pytestmark = pytest.mark.slow
@@ -20,9 +24,13 @@ MEASURED = ("roofline", "roofline-135m", "shapes", "transformers")
 
 @pytest.fixture
 def variables(environment: dict[str, str], tmp_path: Path) -> dict[str, str]:
-    """Without a GPU, and with a cache that has no default pair."""
-    cache = {"SPECDEC_CACHE": str(tmp_path / "cache"), "CUDA_VISIBLE_DEVICES": ""}
-    return environment | cache | {"PYTHON": sys.executable}
+    """Without a GPU, and with a cache that has the kernels but no default pair."""
+    cpp.available(torch.float32)  # compiles them where they are used for the first time
+    cache = tmp_path / "cache"
+    cache.mkdir(mode=0o700)
+    for kernels in filter(Path.is_dir, cache_root().glob("kernels-*")):
+        shutil.copytree(kernels, cache / kernels.name)
+    return environment | {"SPECDEC_CACHE": str(cache), "CUDA_VISIBLE_DEVICES": "", "PYTHON": sys.executable}
 
 
 def visit(folder: Path, variables: dict[str, str]) -> subprocess.CompletedProcess[str]:
