@@ -5,22 +5,32 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
+import shlex
 import subprocess
 import sys
+import tomllib
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 
 import pytest
 
 import specdec
+from bench.campaign.config import BenchConfig, options_of
+from bench.campaign.options import build
+from specdec.cli.main import parser as specdec_parser
+from specdec.distill.__main__ import parser as distill_parser
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 TEXTS = {path.relative_to(ROOT).as_posix(): path.read_text() for path in PAGES}
 # a fence of a language that can run, and the comment above it. Python runs unless the comment says why not; a command
-# runs only if the comment says so, as it could change the environment that the tests run in
+# runs only if the comment says so, as it could change the environment that the tests run in. tests/project/
+# test_extending.py runs the fences that have a title: each is a file
 FENCE = re.compile(r"(?:<!-- (?P<mark>[^>]*) -->\n)?^```(?P<language>python|bash)\n(?P<code>.*?)^```$", re.M | re.S)
 NOT_RUN = re.compile(r"not run: .+|the (test|benchmark) command")  # .ci/run runs these two
+OPENING = re.compile(r"^(?:`{3,}|~{3,})(.*)\n(?:.*\n)*?(?:`{3,}|~{3,})$", re.M)
+SMALLER = {"Qwen/Qwen3-8B": "smollm2-135m", "Qwen/Qwen3-0.6B": "smollm2-135m-draft", '"cuda"': '"cpu"'}
 CHANGES_THE_MACHINE = re.compile(r"\b(install|uninstall|venv|rm|git|sudo)\b")
 
 
@@ -35,6 +45,21 @@ class Block:
     @property
     def runs(self) -> bool:
         return self.mark == "run" if self.language == "bash" else not NOT_RUN.fullmatch(self.mark)
+
+    @property
+    def runnable_code(self) -> str:
+        """With other models, where the comment says so."""
+        code = self.code
+        for large, small in SMALLER.items() if self.mark == "run: with smaller models" else ():
+            code = code.replace(large, small)
+        return code
+
+    @property
+    def commands(self) -> list[list[str]]:
+        """Commands, as words; without comments."""
+        lines = self.code.replace("\\\n", " ").splitlines()
+        words = [shlex.split(line, comments=True) for line in lines]
+        return [list(each) for line in words for is_and, each in groupby(line, "&&".__eq__) if not is_and]
 
 
 def blocks(page: str) -> list[Block]:
@@ -61,7 +86,7 @@ def test_python_runs(page: str) -> None:
     namespace: dict[str, object] = {"__name__": "__main__"}
     for block in blocks(page):
         if block.language == "python" and block.runs:
-            exec(compile(block.code, page, "exec"), namespace)
+            exec(compile(block.runnable_code, page, "exec"), namespace)
 
 
 @pytest.mark.parametrize("page", runnable("bash"))
@@ -86,10 +111,68 @@ def test_blocks_that_do_not_run_compile_and_name_programs_that_exist() -> None:
                 assert module == "venv" or importlib.util.find_spec(module), f"{page}: python -m {module}"
 
 
+@pytest.mark.parametrize("page", TEXTS)
+def test_each_block_is_of_a_kind_that_a_test_looks_at(page: str) -> None:
+    """Or is no code: output, and files with a title, which are those of the extension page's package."""
+    openings = OPENING.findall(TEXTS[page])
+    assert len(openings) * 2 == len(re.findall(r"^(?:`{3,}|~{3,})", TEXTS[page], re.M))
+    titled = [each for each in openings if "title=" in each]
+    assert not titled or page == "docs/extending.md"
+    assert {each for each in openings if each not in titled} <= {"python", "bash", "text"}
+    assert len(blocks(page)) == len([each for each in openings if each in ("python", "bash")])
+
+
+@pytest.mark.parametrize("page", [page for page in TEXTS if any(not each.runs for each in blocks(page))])
+def test_commands_that_do_not_run_are_understood(page: str) -> None:
+    """By the parsers of their programs: each option and each of its values, or the extra that pip installs."""
+    outside = [block for block in blocks(page) if block.language == "bash" and "this page's package" not in block.mark]
+    for words in (words for block in outside for words in block.commands):
+        match words:
+            case [pytest_, "bench/", *options] if pytest_.endswith("pytest"):
+                assert bench_config(options)
+            case ["python", "-m", "specdec", *arguments]:
+                assert specdec_parser().parse_args(arguments)
+            case ["python", "-m", "specdec.distill", *arguments]:
+                assert distill_parser().parse_args(arguments)
+            case ["pip" | ".venv/bin/pip", "install", "-e", package]:
+                assert package.removeprefix(".").strip("[]") in {"", *EXTRAS}
+            case _:
+                assert words[0] in PROGRAMS or (words[:2] == ["python", "-m"] and len(words) <= 4), words
+
+
+PROGRAMS = {
+    "python3",
+    ".",
+    "git",
+    "cd",
+    "vllm/bin/pip",
+    "pre-commit",
+    "ruff",
+    "mypy",
+    "tox",
+    "pytest",
+    ".venv/bin/pytest",
+}
+EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+
+
+def bench_config(options: list[str]) -> object:
+    """The options of `pytest bench/`. Raises ValueError for one that cannot be."""
+    given, rest = {}, iter(options)
+    known = {option.flag: option for option in options_of(BenchConfig)}
+    for word in rest:
+        flag, equals, value = word.partition("=")
+        if flag in known:
+            given[known[flag].name] = value if equals else next(rest) if known[flag].metavar else "1"
+        else:
+            assert flag in ("--benchmark-json", "-m"), word
+            assert equals or next(rest)
+    given.pop("vllm_python", None)  # which the reader makes
+    return build(given)
+
+
 def test_benchmark_options_exist() -> None:
     """Each `--option` of a `pytest bench/` command, in blocks and in sentences."""
-    from bench.campaign.config import BenchConfig, options_of
-
     known = {option.flag for option in options_of(BenchConfig)} | {"--benchmark-json"}
     commands = [command for text in TEXTS.values() for command in re.findall(r"pytest bench/ ((?:\\\n|[^\n`])*)", text)]
     used = {option for command in commands for option in re.findall(r"(?<!\S)--[\w-]+", command)}
