@@ -107,6 +107,8 @@ class Engine:
             exit_layer,
             None if tree is None else as_tree(tree),
         )
+        _check_loaded("target", target, hasattr(target, "forward"))
+        _check_loaded("draft", draft, not isinstance(draft, str | Path))
         model: LanguageModel = as_language_model(target, tokenizer)
         self.target, self.method, self._options = model, method, options
         self.draft: AnyDraft | None = as_language_model(draft, tokenizer if _is_transformers(draft) else None)
@@ -121,9 +123,9 @@ class Engine:
     @renamed(quantisation="quantization")
     def load(
         cls,
-        target: str,
+        target: str | Path,
         *,
-        draft: str | None = None,
+        draft: str | Path | None = None,
         dtype: str | torch.dtype = torch.bfloat16,
         device: str = "auto",
         attention: str = "auto",
@@ -149,6 +151,7 @@ class Engine:
         own = {*inspect.signature(cls.load).parameters} - {"options"}
         known = {*inspect.signature(cls).parameters} - {"target", "tokenizer"}
         require_keywords(options, sorted(own | known), "Engine.load or of Engine")
+        target, draft = _source("target", target), None if draft is None else _source("draft", draft)
         dtype, device, target = as_dtype(dtype), as_device(device), with_revision(target, revision)
         if options.get("tree") is not None:
             options["tree"] = as_tree(options["tree"])
@@ -236,7 +239,10 @@ class Engine:
         """
         chats = as_prompts(messages)
         for chat in chats:
-            require(as_messages(chat) is not None, f"messages={chat!r} must be a list with roles and contents")
+            require(
+                as_messages(chat) is not None,
+                f'messages={chat!r} must be a list such as [{{"role": "user", "content": "Hi"}}], or a list of these',
+            )
         return self.generate(chats, sampling)
 
     @with_spelling
@@ -406,3 +412,13 @@ class Engine:
 def _is_transformers(model: Any) -> bool:
     """Whether a model is one of transformers, which the engine wraps."""
     return hasattr(model, "get_input_embeddings")
+
+
+def _check_loaded(name: str, model: Any, is_loaded: bool) -> None:
+    require(is_loaded, f'{name}={model!r} must be a loaded model; to load one by name use Engine.load("smollm2-135m")')
+
+
+def _source(name: str, source: Any) -> str:
+    """A name or a path as text."""
+    require(isinstance(source, str | Path), f"{name}={source!r} must be a name or a path; pass models to Engine(...)")
+    return str(source)

@@ -30,6 +30,7 @@ _INTEGERS: dict[str, tuple[Callable[[int], bool], str]] = {
     "top_logprobs": (lambda value: value >= 0, "an integer >= 0"),
 }
 _FLAGS = ("ignore_eos", "logprobs", "include_stop_str_in_output")
+_EMPTY: dict[str, Any] = {"stop": (), "bad_words": (), "stop_token_ids": (), "logit_bias": {}}  # what None means
 _TEXTS = {
     "json_schema": (str | Mapping, "a mapping, a JSON string"),
     "regex": (str, "a string"),
@@ -42,6 +43,7 @@ _TEXTS = {
 class SamplingParams:
     """Sampling parameters of one request. Names and defaults follow vLLM.
 
+    Where vLLM has None for no stop strings, stop tokens, biases or bad words, None is accepted.
     They are applied in this order: logit bias; repetition, frequency and presence penalties; the constraint,
     `bad_words` and `min_tokens`; temperature; top-k; top-p; min-p.
 
@@ -111,6 +113,9 @@ class SamplingParams:
             self._reject("min_tokens", f"an integer from 0 to max_tokens={self.max_tokens}")
         if self.top_logprobs and not self.logprobs:
             self._reject("top_logprobs", "0 without logprobs; set logprobs=True")
+        for name, none in _EMPTY.items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, none)
         self._check_token_ids()
         self._check_texts()
 

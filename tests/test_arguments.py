@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -78,7 +79,7 @@ def test_a_text_is_one_prompt_and_messages_go_through_the_template(default_model
         assert answer.prompt_token_ids == tuple(rendered)
     both = engine.chat([messages, messages], GREEDY)
     assert [each.token_ids for each in both] == [answers[0][0].token_ids] * 2
-    with pytest.raises(ValueError, match=r"messages='Hi' must be a list with roles and contents"):
+    with pytest.raises(ValueError, match=r"messages='Hi' must be a list such as \[\{"):
         engine.chat("Hi")
     assert engine.tokenizer is default_model.tokenizer
 
@@ -179,6 +180,28 @@ def test_bad_options_are_named_before_a_model_is_loaded(options: dict, message: 
 def test_unknown_options_are_named_before_a_model_is_loaded(option: dict, message: str) -> None:
     with pytest.raises(TypeError, match=message):
         Engine.load("no/such-model", **option)
+
+
+def test_names_and_models_are_told_apart() -> None:
+    rule = r"must be a loaded model; to load one by name use Engine.load\("
+    for target in ("smollm2-135m", None, Path("folder")):
+        with pytest.raises(ValueError, match=rf"target=.* {rule}"):
+            Engine(target)
+    with pytest.raises(ValueError, match=f"draft='smollm2-135m-draft' {rule}"):
+        Engine(TARGET, method="draft_model", draft="smollm2-135m-draft")
+    for options in ({"target": TARGET}, {"target": None}, {"target": "x", "method": "draft_model", "draft": DRAFT}):
+        with pytest.raises(ValueError, match=r"(target|draft)=.* must be a name or a path; pass models to Engine\("):
+            Engine.load(**options)
+
+
+def test_a_path_is_a_name(tmp_path: Path) -> None:
+    tiny.make("llama", tiny.GQA).save_pretrained(tmp_path)
+    engine = Engine.load(tmp_path, method="draft_model", draft=tmp_path, device="cpu")
+    assert engine.generate([1, 2, 3], GREEDY)[0].counts.acceptance_rate == 1
+
+
+def test_none_is_empty_where_vllm_has_it() -> None:
+    assert SamplingParams(stop=None, bad_words=None, stop_token_ids=None, logit_bias=None) == SamplingParams()
 
 
 @pytest.mark.parametrize(

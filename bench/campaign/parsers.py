@@ -139,7 +139,7 @@ def device(name: str, text: str) -> str:
     kind, _, index = text.partition(":")
     _require(
         text in ("auto", "cpu") or (kind == "cuda" and (index.isdigit() or text == "cuda")),
-        f"{name}={text!r} must be auto, cpu, cuda or cuda:N{nearest(text, ('auto', 'cpu', 'cuda'))}",
+        f"{name}={text!r} must be auto, cpu, cuda or cuda:N; check the spelling",
     )
     return text
 

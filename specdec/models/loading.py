@@ -230,6 +230,7 @@ def _usable_device(device: str | torch.device) -> torch.device:
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:  # an unknown name, or a device missing in this machine or torch
         cause = str(error).splitlines()[0]
+        cause = "there is no such kind" if "Expected one of" in cause else cause
         raise ValueError(f"device={str(device)!r} must be usable here ({cause}); use cpu, cuda or cuda:0") from error
 
 

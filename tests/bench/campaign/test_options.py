@@ -201,7 +201,6 @@ def test_pairs_may_be_given_by_their_models() -> None:
         ("workloads", "gms8k", r"or an existing file; did you mean 'gsm8k'\?"),
         ("pairs", "smollm2-135", r"hub ids or folders; did you mean 'smollm2-135m'\?"),
         ("arrivals", "poison", r"must be poisson or constant; did you mean 'poisson'\?"),
-        ("device", "cdua", r"cuda or cuda:N; did you mean 'cuda'\?"),
         ("gammas", "0", "gammas=0 must be an integer of at least 1; for plain decoding use --methods autoregressive"),
         ("gammas", "2,two", "gammas=two must be an integer"),
         ("gammas", "2,2", "gammas must be distinct, but 2 is repeated"),
