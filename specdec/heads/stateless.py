@@ -99,7 +99,7 @@ def filled(head: StatelessModule, weights: Mapping[str, Tensor], source: Path, t
                 "other tensors, its config and the target; give the target that the head was trained for"
             )
     if load_format != "dummy":
-        head.load_state_dict(weights)
+        head.load_state_dict(weights, assign=True)
     head.to(target.device, target.dtype).eval().requires_grad_(False)
 
 
