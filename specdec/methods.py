@@ -137,13 +137,13 @@ def _suffix(parts: Parts) -> SuffixProposer:
 
 
 def _drawn(parts: Parts) -> Proposer:
-    """From a head, or from a draft model."""
+    """From a head, by how it drafts, or from a draft model."""
     from specdec.drafts import is_head, kind_of
-    from specdec.models.elsewhere import seen_from
 
     draft: Any = parts.draft
     if is_head(kind_of(draft)):
         return _headed(parts)
+    from specdec.models.elsewhere import seen_from
     from specdec.proposers.draft_model import DraftModelProposer
 
     model = seen_from(draft, parts.target.device)
@@ -187,6 +187,7 @@ def _hybrid(parts: Parts) -> Proposer:
 
 _HEADS = {
     "eagle": "a head on the target's features",
+    "eagle3": "a head on features of several layers",
     "medusa": "a network per draft position",
     "hydra": "a network per draft position that reads the draft so far",
     "mlp_speculator": "a recurrent state advanced by each token",

@@ -78,7 +78,7 @@ class ToyHead:
     def allocate(self, num_slots: int, capacity: int) -> MarkovCache:
         return MarkovCache(torch.zeros(num_slots, capacity, dtype=torch.int64))
 
-    def __call__(
+    def forward(
         self,
         features: Tensor,
         tokens: Tensor,
@@ -90,7 +90,7 @@ class ToyHead:
         return features % self.vocab_size * self.vocab_size + tokens.unsqueeze(-1)
 
     def forward_at(self, features: Tensor, tokens: Tensor, starts: Tensor, cache: MarkovCache, extent: int) -> Tensor:
-        return self(features, tokens, cache)
+        return self.forward(features, tokens, cache)
 
     def logits(self, features: Tensor) -> Tensor:
         code = features.squeeze(-1).long()

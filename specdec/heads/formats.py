@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from specdec.heads import eagle, medusa, mlp_speculator
+from specdec.heads import eagle, eagle3, medusa, mlp_speculator
 from specdec.heads.files import CONFIG, HeadFolder
 from specdec.models.base import FINAL, FeatureLayers
 from specdec.runtime.artifacts import LoadError
@@ -33,6 +33,11 @@ class HeadFormat:
 
 FORMATS: tuple[HeadFormat, ...] = (
     HeadFormat("eagle", "EAGLE head", "draft_vocabulary.json beside the weights", eagle.recognize, eagle.load),
+    HeadFormat(
+        *("eagle3", "EAGLE-3 head", "layers.0.self_attn.q_proj of inputs twice as wide as o_proj's outputs"),
+        eagle3.recognize,
+        eagle3.load,
+    ),
     HeadFormat("medusa", "Medusa heads", "0.0.linear.weight", medusa.recognize_medusa, medusa.load_medusa),
     HeadFormat("hydra", "Hydra heads", "hydra_mlp.*", medusa.recognize_hydra, medusa.load_hydra),
     HeadFormat(

@@ -1,4 +1,4 @@
-"""Drafts from a head on the target's features, drawn token by token with the request's own sampling parameters."""
+"""Drafts from a sequential head, drawn token by token with the request's own sampling parameters."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from specdec.heads.eagle import EagleHead
-from specdec.models.base import FINAL, PREFILL_CHUNK
+from specdec.heads.base import SequentialHead
+from specdec.models.base import PREFILL_CHUNK
 from specdec.proposers.adaptive import AdaptiveLength
 from specdec.proposers.chain import ChainProposer, Pending, draw_chain
 from specdec.proposers.ngram import pad
@@ -23,26 +23,26 @@ from specdec.verification import Draft
 
 
 class EagleProposer(ChainProposer):
-    """An EagleHead with its own ragged cache.
+    """A SequentialHead with a cache of its own: EAGLE, EAGLE-3 and MTP.
 
-    The cache holds what was computed from the target's features; what was computed from guessed ones while drafting
-    is overwritten at the next step, accepted or not. tree: the shape of its drafts; None draws chains.
+    The cache holds what was computed from the target's features; what was computed from the head's own states while
+    drafting is overwritten at the next step, accepted or not. tree: the shape of its drafts; None draws chains.
     """
 
-    feature_layers = (FINAL,)
     context_length = 1 << 30  # no limit of its own
     max_pending = None
     num_before = 1  # the first token has no feature before it
 
     def __init__(
         self,
-        head: EagleHead,
+        head: SequentialHead,
         uniforms: UniformSource = uniforms,
         adaptive: AdaptiveLength | None = None,
         tree: Tree | None = None,
     ) -> None:
         self._head, self._uniforms, self._adaptive, self._tree = head, uniforms, adaptive, tree
-        self._vocabulary = head.draft_vocabulary
+        self.feature_layers = head.feature_layers
+        self._vocabulary = head.draft_vocabulary if len(head.draft_vocabulary) < head.vocab_size else None
         self._cache: Any = None
         self._owners: list[tuple[Generation | None, int]] = []  # of each slot, and how much of the cache is valid
 
@@ -71,16 +71,16 @@ class EagleProposer(ChainProposer):
         return self._cache, InPlace(batch.features)
 
     def logits_after(self, pending: Pending, extent: int, *inputs: Any) -> Callable[[Tensor], Tensor]:
-        (cache, features), head, guessed = inputs, self._head, torch.empty(0)
+        (cache, features), head, states = inputs, self._head, torch.empty(0)
 
         def logits(drafted: Tensor) -> Tensor:
-            nonlocal guessed
+            nonlocal states
             if drafted.shape[1]:
-                guessed = head.forward_at(guessed, drafted[:, -1:], pending.ends + drafted.shape[1] - 1, cache, extent)
+                states = head.forward_at(states, drafted[:, -1:], pending.ends + drafted.shape[1] - 1, cache, extent)
             else:
-                known = _features_at(features.value, pending.starts, pending.tokens.shape[1])
-                guessed = _last(head.forward_at(known, pending.tokens, pending.starts, cache, extent), pending.num)
-            return head.logits(guessed)
+                known = head.encode(_features_at(features.value, pending.starts, pending.tokens.shape[1]))
+                states = _last(head.forward_at(known, pending.tokens, pending.starts, cache, extent), pending.num)
+            return head.logits(states)
 
         return logits
 
@@ -97,33 +97,33 @@ class EagleProposer(ChainProposer):
             self._owners = [(None, 0)] * batch.num_slots
 
     def _drawn(self, batch: Batch, limits: Sequence[int]) -> Draft:
-        cache, guessed = self._cache, torch.empty(0)
+        cache, states = self._cache, torch.empty(0)
 
         def logits_after(drafted: Tensor) -> Tensor:
-            nonlocal guessed
+            nonlocal states
             if drafted.shape[1]:
-                guessed = self._head(guessed, drafted[:, -1:], cache)
+                states = self._head.forward(states, drafted[:, -1:], cache)
                 cache.num_cached[: len(batch.rows)] = [length + 1 for length in cache.num_cached[: len(batch.rows)]]
             else:
-                guessed = self._catch_up(batch, max(limits) + 1)
-            return self._head.logits(guessed)
+                states = self._catch_up(batch, max(limits) + 1)
+            return self._head.logits(states)
 
-        return draw_chain(batch, limits, logits_after, self._uniforms, self._adaptive, self._head.draft_vocabulary)
+        return draw_chain(batch, limits, logits_after, self._uniforms, self._adaptive, self._vocabulary)
 
     def _branching(self, batch: Batch, limits: Sequence[int], tree: Tree) -> Draft:
-        """A tree, each level fed with the features guessed for its parents' parents."""
-        guessed = torch.empty(0)
+        """A tree, each level fed with the states of its parents' parents."""
+        states = torch.empty(0)
 
         def logits_at(level: Level, parents: Tensor) -> Tensor:
-            nonlocal guessed
+            nonlocal states
             if level.number:
-                above = guessed[:, level.above]
-                guessed = self._head(above, parents, self._cache, branches=level.branches)
+                above = states[:, level.above]
+                states = self._head.forward(above, parents, self._cache, branches=level.branches)
             else:
-                guessed = self._catch_up(batch, tree.depth + 1)
-            return self._head.logits(guessed)
+                states = self._catch_up(batch, tree.depth + 1)
+            return self._head.logits(states)
 
-        return draw_tree(batch, limits, tree, logits_at, self._uniforms, self._head.draft_vocabulary)
+        return draw_tree(batch, limits, tree, logits_at, self._uniforms, self._vocabulary)
 
     def _pending(self, batch: Batch, longest: int) -> list[list[int]]:
         """The committed tokens that each row lacks; a row that lacks more than `longest` is fed all but one now."""
@@ -142,7 +142,7 @@ class EagleProposer(ChainProposer):
         return row.tokens[self._cache.num_cached[slot] + 1 :]
 
     def _catch_up(self, batch: Batch, longest: int) -> Tensor:
-        """Feed each row the committed tokens it lacks; returns the feature guessed for the last, [rows, 1, hidden].
+        """Feed each row the committed tokens it lacks; returns the state after the last, [rows, 1, width].
 
         longest: tokens that are fed to all rows at once at the most; a row that lacks more is fed before, alone.
         """
@@ -150,17 +150,19 @@ class EagleProposer(ChainProposer):
         cache, pending = self._cache, self._pending(batch, longest)
         tokens, lengths = pad(pending, self._head.device)
         starts = upload(cache.num_cached[: len(pending)], tokens.device)
-        guessed: Tensor = self._head(_features_at(batch.features, starts, tokens.shape[1]), tokens, cache)
+        known = self._head.encode(_features_at(batch.features, starts, tokens.shape[1]))
+        states = self._head.forward(known, tokens, cache)
         for slot, fed in enumerate(pending):
             cache.num_cached[slot] += len(fed)
-        return _last(guessed, lengths)
+        return _last(states, lengths)
 
     def _feed_alone(self, tokens: list[int], features: Tensor, slot: int) -> None:
         """Feed one row these tokens, in chunks."""
         cache = self._cache
         for start in range(cache.num_cached[slot], len(tokens) - 1, PREFILL_CHUNK):
             chunk = upload([tokens[start + 1 : start + 1 + PREFILL_CHUNK]], self._head.device)
-            self._head(features[slot, start : start + chunk.shape[1]].unsqueeze(0), chunk, cache, slot)
+            known = self._head.encode(features[slot, start : start + chunk.shape[1]].unsqueeze(0))
+            self._head.forward(known, chunk, cache, slot)
             cache.num_cached[slot] += chunk.shape[1]
 
 
@@ -171,7 +173,7 @@ def _features_at(features: Tensor, starts: Tensor, width: int) -> Tensor:
     return features[rows[:, None], places.clamp(max=features.shape[1] - 1)]  # padding may stand beyond the end
 
 
-def _last(guessed: Tensor, lengths: Tensor) -> Tensor:
-    """The last real feature of each row: [rows, width, hidden] and int64 [rows] -> [rows, 1, hidden]."""
-    rows = torch.arange(len(guessed), device=guessed.device)
-    return guessed[rows, (lengths - 1).clamp(min=0)].unsqueeze(1)
+def _last(states: Tensor, lengths: Tensor) -> Tensor:
+    """The last real state of each row: [rows, n, width] and int64 [rows] -> [rows, 1, width]."""
+    rows = torch.arange(len(states), device=states.device)
+    return states[rows, (lengths - 1).clamp(min=0)].unsqueeze(1)

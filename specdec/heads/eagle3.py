@@ -1,0 +1,252 @@
+"""EAGLE-3 and EAGLE-3.1 heads: hidden states of several of the target's layers, fused, and layers that read embeddings.
+
+A state is made of the target's features by `fc`. The first layer's attention reads cat[norm(embedding), norm(state)],
+which is twice as wide as the residual stream; so does every layer of DeepSpec's heads. The head's output before its
+final norm (in EAGLE-3.1: after it) is the next position's state. Sources: Li et al. 2025 (arXiv:2503.01840);
+SafeAILab/EAGLE `eagle/model/cnets.py`; vLLM `llama_eagle3.py`; vllm-project/speculators `models/eagle3`;
+NVIDIA/Model-Optimizer `hf_spec_export.py`; DeepSpec `modeling/eagle3/qwen3/modeling.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import embedding
+
+from specdec.heads.checkpoints import (
+    SHARED,
+    Lender,
+    Shapes,
+    SharedParts,
+    Tensors,
+    load_into,
+    other_target,
+    without_prefix,
+)
+from specdec.heads.files import HeadFolder
+from specdec.heads.sequential import SequentialModule, layer_config, new_layer, new_rotary, num_layers_of
+from specdec.models.base import FINAL, FeatureLayers
+from specdec.models.cache import RaggedCache
+from specdec.runtime.artifacts import LoadError
+
+_FIRST = "layers.0."
+_UNUSED = ("verifier_norm.weight", "verifier_lm_head.weight")  # copies of the target's, for training
+
+
+@dataclass(frozen=True, slots=True)
+class Wiring:
+    """How the parts of a head are connected, which its tensors do not show.
+
+    feature_layers: hidden states of the target that `fc` reads; FINAL alone where there is no `fc`.
+    norm_before_residual: whether the residual of a wide layer is the normalized state.
+    norm_before_output: whether the output head reads normalized states.
+    feeds_normed: whether the next state is the normalized one (EAGLE-3.1).
+    """
+
+    feature_layers: FeatureLayers
+    norm_before_residual: bool = False
+    norm_before_output: bool = True
+    feeds_normed: bool = False
+
+
+class WideLayer(nn.Module):
+    """A decoder layer whose attention reads the token's embedding beside the state."""
+
+    def __init__(self, layer: Any, hidden_norm: nn.Module, norm_before_residual: bool) -> None:
+        super().__init__()
+        self.hidden_norm, self.norm_before_residual = hidden_norm, norm_before_residual
+        self.input_layernorm, self.post_attention_layernorm = layer.input_layernorm, layer.post_attention_layernorm
+        self.self_attn, self.mlp = layer.self_attn, layer.mlp
+
+    def mix(self, states: Tensor, embedded: Tensor) -> tuple[Tensor, Tensor]:
+        """What attention reads, [..., 2 * width], and the residual, [..., width]."""
+        normed = self.hidden_norm(states)
+        inputs = torch.cat([self.input_layernorm(embedded), normed], -1)
+        return inputs, normed if self.norm_before_residual else states
+
+    def forward(self, states: Tensor, embedded: Tensor, **attention: Any) -> Tensor:
+        inputs, residual = self.mix(states, embedded)
+        hidden = residual + self.self_attn(inputs, **attention)[0]
+        mixed: Tensor = hidden + self.mlp(self.post_attention_layernorm(hidden))
+        return mixed
+
+
+class Eagle3Head(SequentialModule):
+    """An EAGLE-3 head on the meta device; `load` fills it. See `Wiring`."""
+
+    format = "eagle3"
+
+    def __init__(self, wiring: Wiring, config: Any, shapes: Shapes, feature_size: int) -> None:
+        super().__init__()
+        self.wiring, self.config, self.feature_layers = wiring, config, wiring.feature_layers
+        width, num_states = config.hidden_size, len(wiring.feature_layers)
+        self.fc: Any = None
+        with torch.device("meta"):
+            if "fc.weight" in shapes:
+                self.fc = nn.Linear(num_states * feature_size, width, bias="fc.bias" in shapes)
+            norm: Any = type(new_layer(config, 0, shapes, _FIRST).input_layernorm)
+            self.norm: Any = norm(width, config.rms_norm_eps) if "norm.weight" in shapes else nn.Identity()
+            self.input_norm: Any = nn.Identity()
+            self.fc_norm = nn.ModuleList()
+            if "input_norm.weight" in shapes:
+                self.input_norm = norm(num_states * feature_size, config.rms_norm_eps)
+            if "fc_norm.0.weight" in shapes:
+                self.fc_norm.extend(norm(feature_size, config.rms_norm_eps) for _ in range(num_states))
+            self.layers = nn.ModuleList(self._layer(index, shapes, norm) for index in range(num_layers_of(shapes)))
+        self.rotary = new_rotary(config)
+
+    def _layer(self, index: int, shapes: Shapes, norm: Any) -> nn.Module:
+        prefix, width = f"layers.{index}.", self.config.hidden_size
+        if not _is_wide(shapes, prefix):
+            return new_layer(self.config, index, shapes, prefix)
+        has_norm = f"{prefix}hidden_norm.weight" in shapes
+        hidden_norm = norm(width, self.config.rms_norm_eps) if has_norm else nn.Identity()
+        layer = new_layer(self.config, index, shapes, prefix, 2 * width)
+        if f"{prefix}input_layernorm.weight" not in shapes:
+            layer.input_layernorm = nn.Identity()
+        return WideLayer(layer, hidden_norm, self.wiring.norm_before_residual)
+
+    def encode(self, features: Tensor) -> Tensor:
+        """States [..., width] of features [..., states * target's width]: normalized if the head does, and fused."""
+        if self.fc_norm:
+            parts = features.chunk(len(self.fc_norm), -1)
+            features = torch.cat([norm(part) for norm, part in zip(self.fc_norm, parts, strict=True)], -1)
+        features = self.input_norm(features)
+        return features if self.fc is None else self.fc(features)
+
+    def run(self, states: Tensor, tokens: Tensor, cache: RaggedCache) -> Tensor:
+        """States after the layers; normalized if the head feeds them so."""
+        embedded = embedding(tokens, self.embedding).to(states.dtype)
+        attention = {
+            "attention_mask": cache.mask(states.dtype),
+            "position_embeddings": self.rotary(states, cache.window.positions),
+            "past_key_values": cache,
+        }
+        for layer in self.layers:
+            states = (
+                layer(states, embedded, **attention) if isinstance(layer, WideLayer) else layer(states, **attention)
+            )
+        return self.norm(states) if self.wiring.feeds_normed else states
+
+    def logits(self, states: Tensor) -> Tensor:
+        """Logits [..., draft vocab] of the next token."""
+        needs_norm = self.wiring.norm_before_output and not self.wiring.feeds_normed
+        return self.project(self.norm(states) if needs_norm else states)
+
+    def fuse(self) -> None:
+        """Fuse operations, see `specdec.models.fusion`. A fused head can no longer be saved."""
+        self.fuse_output()
+
+
+def recognize(folder: HeadFolder) -> str | None:
+    """The dialect of an EAGLE-3 head's folder, None if it is not one.
+
+    Its tensors tell: queries of the first layer that are made of twice the width, or by latents (MLA) behind a fused
+    projection. A head with `mask_hidden` drafts in parallel and is another format's.
+    """
+    shapes = _tensors(folder).shapes
+    if "mask_hidden" in shapes or not (_is_wide(shapes, _FIRST) or _is_latent(shapes)):
+        return None
+    if "speculators_model_type" in folder.config:
+        return "speculators"
+    if "target_layer_ids" in folder.config:
+        return "DeepSpec"
+    if "eagle_config" in folder.config:
+        return "ModelOpt"
+    return "SafeAILab" if any(".midlayer." in f".{name}" for name in folder.shapes) else "SpecForge"
+
+
+def load(folder: HeadFolder, model: Any, load_format: str) -> Eagle3Head:
+    """Load a head for a transformers model, in its dtype and on its device.
+
+    Raises LoadError for a folder that is damaged or of a kind that is not supported, and ValueError for a head of
+    another target.
+    """
+    lender, tensors, settings = Lender.of(model), _tensors(folder, load_format), _flat(folder.config)
+    shapes = tensors.shapes
+    if _is_latent(shapes):
+        raise LoadError(
+            f"the head {str(folder.path)!r} has latent attention (MLA, as of Eagle3DeepseekV2ForCausalLM), which is "
+            'not supported; use a head with layers as Llama has them, or another method, such as "ngram"'
+        )
+    wiring, config = _wiring(folder, lender, settings), layer_config(settings, shapes, _FIRST)
+    parts = SharedParts(tensors, lender, config.hidden_size, bool(settings.get("tie_word_embeddings")))
+    parts.check()
+    if "fc.weight" not in shapes and config.hidden_size != lender.hidden_size:
+        raise other_target("hidden_size", config.hidden_size, lender.hidden_size, folder.path)
+    head = Eagle3Head(wiring, config, shapes, lender.hidden_size)
+    load_into(head, tensors.without((*SHARED, *_UNUSED)))
+    head.share(*parts.load(), lender.vocab_size)
+    return head.placed(model.device, model.dtype).eval().requires_grad_(False)
+
+
+def _tensors(folder: HeadFolder, load_format: str = "auto") -> Tensors:
+    def canonical(name: str) -> str | None:
+        key = without_prefix(name)
+        if key.startswith("midlayer."):
+            key = _FIRST + key.removeprefix("midlayer.")
+        return None if key.endswith("rotary_emb.inv_freq") else key
+
+    return Tensors.of(folder, canonical, load_format)
+
+
+def _is_wide(shapes: Shapes, prefix: str) -> bool:
+    query, output = (shapes.get(f"{prefix}self_attn.{name}_proj.weight", (0, 0)) for name in ("q", "o"))
+    return query[1] == 2 * output[0] > 0
+
+
+def _is_latent(shapes: Shapes) -> bool:
+    return "fc.weight" in shapes and any(key.startswith(f"{_FIRST}self_attn.kv_a_proj") for key in shapes)
+
+
+def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config with the sizes of the layers beside the head's own keys."""
+    inner = config.get("transformer_layer_config") or {}
+    return dict(inner) | dict(config.get("eagle_config") or {}) | dict(config)
+
+
+def _wiring(folder: HeadFolder, lender: Lender, config: Mapping[str, Any]) -> Wiring:
+    dialect = recognize(folder)
+    is_speculators = dialect == "speculators"
+    # speculators' `norm_output`, and that of EAGLE-3.1, feeds the normalized state back; SpecForge's is the usual norm
+    # before the output head, which it can leave out
+    normalizes = config.get("norm_output")
+    feeds_normed = bool(normalizes) and (is_speculators or bool(config.get("fc_norm")))
+    return Wiring(
+        _feature_layers(folder, lender, config),
+        # vLLM takes a key that is missing in a speculators config for true
+        norm_before_residual=bool(config.get("norm_before_residual", is_speculators)),
+        norm_before_output=feeds_normed or is_speculators or normalizes is not False,
+        feeds_normed=feeds_normed,
+    )
+
+
+def _feature_layers(folder: HeadFolder, lender: Lender, config: Mapping[str, Any]) -> FeatureLayers:
+    shapes = _tensors(folder).shapes
+    if "fc.weight" not in shapes:
+        return (FINAL,)
+    num_layers, num_states = lender.num_layers, shapes["fc.weight"][1] / lender.hidden_size
+    if (ids := config.get("eagle_aux_hidden_state_layer_ids")) is not None:
+        layers = tuple(ids)
+    elif (ids := config.get("target_layer_ids")) is not None:
+        layers = tuple(index + 1 for index in ids)  # these are of the layers whose output is read
+    else:
+        layers = (2, num_layers // 2, num_layers - 3)
+    if num_states != len(layers):
+        raise other_target(
+            "width of the states that fc.weight reads",
+            shapes["fc.weight"][1],
+            f"{lender.hidden_size} for each of the layers {list(layers)}",
+            folder.path,
+        )
+    for layer in layers:
+        if not 0 <= layer <= num_layers:
+            raise ValueError(
+                f"layer {layer} of {list(layers)}, which the head {str(folder.path)!r} reads, must be in "
+                f"[0, {num_layers}], the target's hidden states; give the target that the head was trained for"
+            )
+    return layers
