@@ -1,0 +1,138 @@
+"""Tiny checkpoints of drafting heads, targets with features for them, and heads whose distributions are on a grid."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from specdec.conformance.toys import QUARTERS
+from specdec.models.base import FeatureLayers
+from specdec.models.cache import RaggedCache
+from specdec.models.causal import CausalLM
+
+
+def write_folder(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Path:
+    """A folder with config.json and model.safetensors."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors")
+    return folder
+
+
+def random_tensors(shapes: Mapping[str, tuple[int, ...]], seed: int = 0) -> dict[str, Tensor]:
+    """Random weights, larger than usual, so that outputs depend on all of them; those of norms are near 1."""
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        name: torch.randn(shape, generator=generator) * 0.3 + float("norm" in name) for name, shape in shapes.items()
+    }
+
+
+def block_shapes(prefix: str, width: int, inputs: int, mlp: int = 48, heads: int = 4, kv_heads: int = 2, dim: int = 8):
+    """Shapes of a decoder layer whose queries, keys and values are made of so many inputs."""
+    shapes = {f"self_attn.{name}_proj.weight": (kv_heads * dim, inputs) for name in "kv"}
+    shapes |= {"self_attn.q_proj.weight": (heads * dim, inputs), "self_attn.o_proj.weight": (width, heads * dim)}
+    shapes |= {f"mlp.{name}_proj.weight": (mlp, width) for name in ("gate", "up")}
+    shapes |= {"mlp.down_proj.weight": (width, mlp), "input_layernorm.weight": (width,)}
+    return {prefix + name: shape for name, shape in (shapes | {"post_attention_layernorm.weight": (width,)}).items()}
+
+
+class OnGrid(nn.Module):
+    """A head for FeatureTarget whose distributions are rounded to quarters, so that they can be enumerated.
+
+    A feature of the target is the code of two tokens; the head reads row `code` of a random table for it.
+    """
+
+    def __init__(self, head: Any, num_codes: int, feature_size: int) -> None:
+        super().__init__()
+        self.head, self.feature_layers, self.format, self.drafting = (
+            head,
+            head.feature_layers,
+            head.format,
+            "sequential",
+        )
+        self.draft_vocabulary, self.vocab_size, self.device, self.rates = (
+            *(head.draft_vocabulary, head.vocab_size, head.device),
+            None,
+        )
+        self.table = torch.randn(num_codes, feature_size, generator=torch.Generator().manual_seed(3)).to(
+            head.embedding.dtype
+        )
+        self.allocate, self.forward, self.forward_at = head.allocate, head.forward, head.forward_at
+
+    def encode(self, features: Tensor) -> Tensor:
+        return self.head.encode(self.table[features.squeeze(-1).long().clamp(min=0)])
+
+    def logits(self, states: Tensor) -> Tensor:
+        probs = self.head.logits(states).softmax(-1).double()
+        rows = QUARTERS[:, : probs.shape[-1]]
+        return rows[(probs.unsqueeze(-2) - rows).abs().sum(-1).argmin(-1)].log()
+
+
+def rms(x: Tensor, weight: Tensor, epsilon: float = 1e-6) -> Tensor:
+    """Root mean square normalization by its definition."""
+    return x / (x.square().mean(-1, keepdim=True) + epsilon).sqrt() * weight
+
+
+def attend(x: Tensor, tensors: Mapping[str, Tensor], prefix: str, dim: int, theta: float = 10_000.0) -> Tensor:
+    """Causal attention with rotary positions 0, 1, ... by its definition: [n, inputs] -> [n, width]."""
+
+    def project(name: str) -> Tensor:
+        out = x @ tensors[f"{prefix}{name}_proj.weight"].T + tensors.get(f"{prefix}{name}_proj.bias", torch.zeros(()))
+        heads = out.view(len(x), -1, dim)
+        norm = tensors.get(f"{prefix}{name}_norm.weight")
+        return heads if norm is None else rms(heads, norm)
+
+    def turned(heads: Tensor) -> Tensor:
+        angles = torch.arange(len(x))[:, None, None] / theta ** (torch.arange(0, dim, 2) / dim)
+        low, high = heads.chunk(2, -1)
+        return torch.cat([low * angles.cos() - high * angles.sin(), high * angles.cos() + low * angles.sin()], -1)
+
+    queries, keys, values = turned(project("q")), turned(project("k")), project("v")
+    groups = queries.shape[1] // keys.shape[1]
+    keys, values = (each.repeat_interleave(groups, 1) for each in (keys, values))
+    scores = torch.einsum("ihd,jhd->hij", queries, keys) / dim**0.5
+    scores = scores.masked_fill(torch.ones(len(x), len(x)).triu(1) > 0, -torch.inf)
+    attended = torch.einsum("hij,jhd->ihd", scores.softmax(-1), values).reshape(len(x), -1)
+    return attended @ tensors[f"{prefix}o_proj.weight"].T + tensors.get(f"{prefix}o_proj.bias", torch.zeros(()))
+
+
+def feed_forward(x: Tensor, tensors: Mapping[str, Tensor], prefix: str) -> Tensor:
+    """Llama's gated MLP by its definition."""
+    gate, up = (x @ tensors[f"{prefix}{name}_proj.weight"].T for name in ("gate", "up"))
+    return (nn.functional.silu(gate) * up) @ tensors[f"{prefix}down_proj.weight"].T
+
+
+class LayerFeaturesLM(CausalLM):
+    """A CausalLM that keeps the hidden states of chosen layers, by transformers' own `output_hidden_states`."""
+
+    layers_kept: FeatureLayers = ()
+
+    def allocate(self, num_slots: int, capacity: int, *, features: FeatureLayers = ()) -> RaggedCache:
+        self.layers_kept, width = features, self.config.hidden_size * len(features)
+        states = torch.zeros(num_slots, capacity, width, dtype=self.dtype) if features else None
+        return RaggedCache(self.num_layers, num_slots, capacity, states)
+
+    def _logits(self, tokens: Tensor, cache: RaggedCache, keep: int | Tensor) -> Tensor:
+        before_norm: list[Tensor] = []
+        hook = self.model.base_model.layers[-1].register_forward_hook(lambda *args: before_norm.append(args[-1]))
+        output = self.model(
+            input_ids=tokens,
+            attention_mask=cache.mask(self.dtype),
+            position_ids=cache.window.positions.clamp(max=self.context_length - 1),
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=keep,
+            output_hidden_states=True,
+        )
+        hook.remove()
+        if cache.features is not None:
+            last = self.num_layers
+            states = [before_norm[0] if i == last else output.hidden_states[i] for i in self.layers_kept]
+            cache.write(cache.features.unsqueeze(1), torch.cat(states, -1).unsqueeze(1))
+        return output.logits
