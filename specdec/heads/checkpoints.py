@@ -93,8 +93,7 @@ class Tensors:
         """Those of these tensors that there are, by canonical name; no others are read."""
         names = {key: self.names[key] for key in keys if key in self.names}
         drawn = {key: _random(key, self.shapes[key]) for key in names if self.is_dummy and key not in TOKEN_MAPS}
-        files = {name: self.folder.files[name] for key, name in names.items() if key not in drawn}
-        tensors = replace(self.folder, files=files).read() if files else {}
+        tensors = self.folder.read({name for key, name in names.items() if key not in drawn})
         return drawn | {key: tensors[name] for key, name in names.items() if key not in drawn}
 
 
@@ -105,11 +104,6 @@ def _random(key: str, shape: tuple[int, ...]) -> Tensor:
     """A weight of "dummy" heads: normal, and near 1 for norms."""
     generator = torch.Generator().manual_seed(0)
     return torch.randn(shape, generator=generator) * 0.02 + float("norm" in key)
-
-
-def without_prefix(name: str, prefixes: Iterable[str] = ("model.", "draft_model.")) -> str:
-    """A tensor's name without the first of these prefixes that it has."""
-    return next((name.removeprefix(prefix) for prefix in prefixes if name.startswith(prefix)), name)
 
 
 def load_into(module: nn.Module, tensors: Tensors) -> None:
@@ -240,7 +234,7 @@ class SharedParts:
         """Embedding [vocab, width], output head [draft vocab, width], draft vocabulary int64 [draft vocab]."""
         given, lender = self.tensors.read(SHARED), self.lender
         embedding = given.get("embed_tokens.weight", lender.embedding)
-        if "embed_tokens.weight" in given and torch.equal(embedding.to(lender.embedding), lender.embedding):
+        if "embed_tokens.weight" in given and _is_equal(embedding, lender.embedding):
             embedding = lender.embedding
         output = given.get("lm_head.weight", embedding if self._uses_embedding else lender.output)
         if "d2t" not in given:
@@ -256,6 +250,10 @@ class SharedParts:
     @property
     def _num_outputs(self) -> int:
         return self.tensors.shapes.get("lm_head.weight", (self.lender.vocab_size,))[0]
+
+
+def _is_equal(ours: Tensor, theirs: Tensor) -> bool:
+    return not (ours.is_meta or theirs.is_meta) and ours.shape == theirs.shape and torch.equal(ours.to(theirs), theirs)
 
 
 def other_target(name: str, ours: object, wanted: object, source: object) -> ValueError:

@@ -10,13 +10,15 @@ NVIDIA/Model-Optimizer `hf_spec_export.py`; DeepSpec `modeling/eagle3/qwen3/mode
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from copy import copy
+from dataclasses import dataclass, fields, replace
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import embedding
 
+from specdec.heads.base import Choice
 from specdec.heads.checkpoints import (
     SHARED,
     Lender,
@@ -25,15 +27,23 @@ from specdec.heads.checkpoints import (
     Tensors,
     load_into,
     other_target,
-    without_prefix,
 )
 from specdec.heads.files import HeadFolder
-from specdec.heads.sequential import SequentialModule, layer_config, new_layer, new_rotary, num_layers_of
+from specdec.heads.sequential import (
+    SequentialModule,
+    layer_config,
+    layer_readings,
+    new_layer,
+    new_rotary,
+    num_layers_of,
+    own_first,
+)
 from specdec.models.base import FINAL, FeatureLayers
 from specdec.models.cache import RaggedCache
 from specdec.runtime.artifacts import LoadError
 
 _FIRST = "layers.0."
+_PLACES = {"before the norm": False, "after the norm": True}
 _UNUSED = ("verifier_norm.weight", "verifier_lm_head.weight")  # copies of the target's, for training
 
 
@@ -80,8 +90,9 @@ class Eagle3Head(SequentialModule):
 
     format = "eagle3"
 
-    def __init__(self, wiring: Wiring, config: Any, shapes: Shapes, feature_size: int) -> None:
+    def __init__(self, wiring: Wiring, config: Any, shapes: Shapes, lender: Lender) -> None:
         super().__init__()
+        self.num_target_layers, feature_size = lender.num_layers, lender.hidden_size
         self.wiring, self.config, self.feature_layers = wiring, config, wiring.feature_layers
         width, num_states = config.hidden_size, len(wiring.feature_layers)
         self.fc: Any = None
@@ -137,6 +148,42 @@ class Eagle3Head(SequentialModule):
         needs_norm = self.wiring.norm_before_output and not self.wiring.feeds_normed
         return self.project(self.norm(states) if needs_norm else states)
 
+    def choices(self) -> tuple[Choice, ...]:
+        """The target's layers, which state is fed back, and where the residual is taken."""
+        feeds = {label: {"feeds_normed": value} for label, value in _PLACES.items()}
+        residual = {label: {"norm_before_residual": value} for label, value in _PLACES.items()}
+        choices = [
+            Choice("feature layers", layer_readings(self.feature_layers, self.num_target_layers)),
+            Choice("state fed back", own_first(feeds, {"feeds_normed": self.wiring.feeds_normed})),
+        ]
+        if any(isinstance(layer, WideLayer) and type(layer.hidden_norm) is not nn.Identity for layer in self.layers):
+            own = {"norm_before_residual": self.wiring.norm_before_residual}
+            choices.append(Choice("residual", own_first(residual, own)))
+        return tuple(choices)
+
+    def with_options(self, options: Mapping[str, Any]) -> Self:
+        """A head with the same weights and other `Wiring`."""
+        known = {each.name for each in fields(Wiring)}
+        if unknown := sorted(set(options) - known):
+            raise ValueError(f"options={unknown} must be of {', '.join(sorted(known))}; measure the convention again")
+        layers = tuple(options.get("feature_layers", self.feature_layers))
+        if len(layers) != len(self.feature_layers):
+            raise ValueError(
+                f"feature_layers={list(layers)} must be {len(self.feature_layers)} layers, as many as the head reads; "
+                "measure the convention again"
+            )
+        other = copy(self)
+        other._modules = dict(self._modules)
+        other.wiring = replace(self.wiring, **{**options, "feature_layers": layers})
+        other.feature_layers = layers
+        other.layers = nn.ModuleList(map(other._rewired, self.layers))
+        return other
+
+    def _rewired(self, layer: Any) -> nn.Module:
+        if not isinstance(layer, WideLayer):
+            return layer  # type: ignore[no-any-return]
+        return WideLayer(layer, layer.hidden_norm, self.wiring.norm_before_residual)
+
     def fuse(self) -> None:
         """Fuse operations, see `specdec.models.fusion`. A fused head can no longer be saved."""
         self.fuse_output()
@@ -157,7 +204,7 @@ def recognize(folder: HeadFolder) -> str | None:
         return "DeepSpec"
     if "eagle_config" in folder.config:
         return "ModelOpt"
-    return "SafeAILab" if any(".midlayer." in f".{name}" for name in folder.shapes) else "SpecForge"
+    return "SafeAILab" if any(name.startswith("midlayer.") for name in folder.shapes) else "SpecForge"
 
 
 def load(folder: HeadFolder, model: Any, load_format: str) -> Eagle3Head:
@@ -166,7 +213,7 @@ def load(folder: HeadFolder, model: Any, load_format: str) -> Eagle3Head:
     Raises LoadError for a folder that is damaged or of a kind that is not supported, and ValueError for a head of
     another target.
     """
-    lender, tensors, settings = Lender.of(model), _tensors(folder, load_format), _flat(folder.config)
+    lender, tensors, settings = Lender.of(model), _tensors(folder, load_format), _settings(folder)
     shapes = tensors.shapes
     if _is_latent(shapes):
         raise LoadError(
@@ -178,7 +225,7 @@ def load(folder: HeadFolder, model: Any, load_format: str) -> Eagle3Head:
     parts.check()
     if "fc.weight" not in shapes and config.hidden_size != lender.hidden_size:
         raise other_target("hidden_size", config.hidden_size, lender.hidden_size, folder.path)
-    head = Eagle3Head(wiring, config, shapes, lender.hidden_size)
+    head = Eagle3Head(wiring, config, shapes, lender)
     load_into(head, tensors.without((*SHARED, *_UNUSED)))
     head.share(*parts.load(), lender.vocab_size)
     return head.placed(model.device, model.dtype).eval().requires_grad_(False)
@@ -186,9 +233,7 @@ def load(folder: HeadFolder, model: Any, load_format: str) -> Eagle3Head:
 
 def _tensors(folder: HeadFolder, load_format: str = "auto") -> Tensors:
     def canonical(name: str) -> str | None:
-        key = without_prefix(name)
-        if key.startswith("midlayer."):
-            key = _FIRST + key.removeprefix("midlayer.")
+        key = _FIRST + name.removeprefix("midlayer.") if name.startswith("midlayer.") else name
         return None if key.endswith("rotary_emb.inv_freq") else key
 
     return Tensors.of(folder, canonical, load_format)
@@ -203,10 +248,9 @@ def _is_latent(shapes: Shapes) -> bool:
     return "fc.weight" in shapes and any(key.startswith(f"{_FIRST}self_attn.kv_a_proj") for key in shapes)
 
 
-def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A config with the sizes of the layers beside the head's own keys."""
-    inner = config.get("transformer_layer_config") or {}
-    return dict(inner) | dict(config.get("eagle_config") or {}) | dict(config)
+def _settings(folder: HeadFolder) -> dict[str, Any]:
+    """The head's config, with ModelOpt's keys beside the others."""
+    return dict(folder.config.get("eagle_config") or {}) | folder.config
 
 
 def _wiring(folder: HeadFolder, lender: Lender, config: Mapping[str, Any]) -> Wiring:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any, Self
+from copy import copy
+from typing import Any, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer, Qwen3Rot
 
 from specdec.heads.base import Choice, Drafting
 from specdec.heads.checkpoints import Shapes
-from specdec.models.base import FeatureLayers
+from specdec.models.base import FINAL, FeatureLayers
 from specdec.models.cache import RaggedCache
 from specdec.models.fusion import Projection, weight_bytes
 from specdec.runtime.artifacts import LoadError
@@ -183,3 +184,41 @@ def as_linear(weight: Tensor) -> nn.Linear:
 def num_layers_of(shapes: Shapes) -> int:
     """Number of layers, which are named layers.0, layers.1, ..."""
     return 1 + max((int(key.split(".")[1]) for key in shapes if key.startswith("layers.")), default=-1)
+
+
+# ---- what a checkpoint does not reliably tell
+
+
+M = TypeVar("M", bound=SequentialModule)
+
+
+def own_first(readings: Mapping[str, Mapping[str, Any]], own: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """The same readings, that of the head itself first."""
+    return dict(sorted(readings.items(), key=lambda each: dict(each[1]) != dict(own)))
+
+
+def reading_layers(head: M, options: Mapping[str, Any]) -> M:
+    """A shallow copy of a head that reads other layers. options: feature_layers, as many as it reads.
+
+    Raises ValueError for other options, or for another number of layers.
+    """
+    if set(options) != {"feature_layers"} or len(options["feature_layers"]) != len(head.feature_layers):
+        raise ValueError(
+            f"options={dict(options)} must be feature_layers, {len(head.feature_layers)} of them; measure the "
+            "convention again"
+        )
+    other = copy(head)
+    other.feature_layers = tuple(options["feature_layers"])
+    return other
+
+
+def layer_readings(layers: FeatureLayers, num_layers: int) -> dict[str, Mapping[str, Any]]:
+    """Feature layers as given, and where all of them are one lower or higher; FINAL also as the state before the norm.
+
+    num_layers: of the target.
+    """
+    around = [layers, *(tuple(layer + by for layer in layers) for by in (-1, 1) if FINAL not in layers)]
+    if FINAL in layers:
+        around.append(tuple(num_layers if layer == FINAL else layer for layer in layers))
+    kept = [each for each in around if all(layer == FINAL or 0 <= layer <= num_layers for layer in each)]
+    return {", ".join(map(str, each)): {"feature_layers": list(each)} for each in kept}

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from specdec.heads.base import Choice, Drafting
-from specdec.heads.eagle import check_draft_vocabulary
+from specdec.heads.checkpoints import check_draft_vocabulary
 from specdec.models.base import FINAL, FeatureLayers
 from specdec.models.fusion import Projection, weight_bytes
 from specdec.trees.optimal import Rates

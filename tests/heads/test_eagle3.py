@@ -9,26 +9,26 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import heads, tiny
-from helpers.heads import LayerFeaturesLM, OnGrid, attend, block_shapes, feed_forward, random_tensors, rms, write_folder
+from helpers import tiny
+from helpers.heads import OnGrid, attend, block_shapes, feed_forward, random_tensors, rms, write_folder
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from specdec import Engine, SamplingParams
-from specdec.conformance.enumeration import coupled_runs, exact_coupled_distribution, exact_distribution
+from specdec.conformance.enumeration import exact_distribution
 from specdec.conformance.gates import distance
 from specdec.conformance.toys import FeatureTarget, joint_distribution, table
 from specdec.decoding import Decoder
 from specdec.heads import eagle3
 from specdec.heads.files import HeadFolder
 from specdec.models.base import FINAL
+from specdec.models.causal import CausalLM
 from specdec.proposers.eagle import EagleProposer
 from specdec.proposers.hybrid import HybridProposer
 from specdec.proposers.ngram import LookupIndex, NgramProposer
 from specdec.runtime.artifacts import LoadError
 from specdec.trees.shape import Tree
-from specdec.trees.verification import verify_tree
-from specdec.verification import verify_block, verify_coupled, verify_tokens
+from specdec.verification import verify_block, verify_tokens
 
 HIDDEN, VOCAB, DRAFTED = 32, 61, 24
 LAYER = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
@@ -295,9 +295,9 @@ def test_greedy_equals_plain_decoding(name: str, method: str, tmp_path: Path) ->
     model = target()
     head = load(DIALECTS[name].write(tmp_path), model)
     prompts, params = [[5, 9, 8, 7, 5, 9, 8], [3], [11, 4] * 8], SamplingParams(temperature=0, max_tokens=64)
-    plain = Engine(LayerFeaturesLM(model), max_batch_size=3).generate(prompts, params)
+    plain = Engine(CausalLM(model), max_batch_size=3).generate(prompts, params)
     options = {"tree": Tree.balanced([2, 2, 1])} if method == "tree" else {"num_speculative_tokens": 3}
-    engine = Engine(LayerFeaturesLM(model), method=method, draft=head, max_batch_size=3, **options)
+    engine = Engine(CausalLM(model), method=method, draft=head, max_batch_size=3, **options)
     found = engine.generate(prompts, params)
     assert [each.token_ids for each in found] == [each.token_ids for each in plain]
     assert sum(each.counts.num_drafted for each in found) > 60
@@ -311,16 +311,16 @@ def shift(by: int, size: int = HIDDEN) -> Tensor:
     return torch.roll(torch.eye(size), by, 0)
 
 
-def shifting_mlp(by: int, prefix: str = "") -> dict[str, Tensor]:
-    """An MLP that, added to the one-hot vector of i, gives that of i + by."""
+def shifting_mlp(by: int, gain: float = 1.0) -> dict[str, Tensor]:
+    """An MLP that, added to the one-hot vector of i, gives that of i + by, times a gain."""
     at_hot = torch.tensor(HIDDEN / (1 + 1e-6 * HIDDEN)).sqrt()
     scale = torch.nn.functional.silu(at_hot) * at_hot
     weights = {
         "gate_proj": torch.eye(HIDDEN),
         "up_proj": torch.eye(HIDDEN),
-        "down_proj": (shift(by) - shift(0)) / scale,
+        "down_proj": (gain * shift(by) - shift(0)) / scale,
     }
-    return {f"{prefix}{name}.weight": weight for name, weight in weights.items()}
+    return {f"{name}.weight": weight for name, weight in weights.items()}
 
 
 def counting_target() -> Any:
@@ -334,7 +334,7 @@ def counting_target() -> Any:
             layer.mlp.load_state_dict(shifting_mlp(index + 1))
             total += index + 1
         model.model.embed_tokens.weight.copy_(torch.eye(HIDDEN))
-        model.lm_head.weight.copy_(shift(1 - total).T.T)
+        model.lm_head.weight.copy_(shift(1 - total))
     model.generation_config.eos_token_id = None
     return model
 
@@ -342,16 +342,14 @@ def counting_target() -> Any:
 def oracle(folder: Path, feeds_normed: bool = False, **config: Any) -> Path:
     """A head that knows `counting_target` by the states before layers 2, 4 and 5."""
     tensors = random_tensors(DIALECTS["original"].shapes(HIDDEN)) | {"norm.weight": torch.ones(HIDDEN)}
-    tensors |= {"midlayer.mlp." + name: weight for name, weight in shifting_mlp(1).items()}
-    for name in ("gate", "up"):
-        tensors[f"midlayer.mlp.{name}_proj.weight"] = torch.eye(HIDDEN)
+    gain = 100.0 if feeds_normed else 1.0  # of the output, which its norm makes of length 1 again
+    tensors |= {f"midlayer.mlp.{name}": weight for name, weight in shifting_mlp(1, gain).items()}
+    if feeds_normed:
+        tensors["norm.weight"] /= HIDDEN**0.5
     tensors["midlayer.post_attention_layernorm.weight"] = torch.ones(HIDDEN)
     tensors["midlayer.self_attn.o_proj.weight"].zero_()
     blocks = [shift(-n * (n + 1) // 2) / 3 for n in (2, 4, 5)]
     tensors["fc.weight"] = torch.cat(blocks, 1)
-    if feeds_normed:  # states are sqrt(HIDDEN) times as long
-        tensors["fc.weight"] *= HIDDEN**0.5
-        tensors["midlayer.mlp.down_proj.weight"] *= HIDDEN**0.5
     tensors["lm_head.weight"] = shift(1)
     sizes = LAYER | {"intermediate_size": HIDDEN, "vocab_size": HIDDEN} | config
     return write_folder(folder, sizes, tensors)
@@ -359,7 +357,11 @@ def oracle(folder: Path, feeds_normed: bool = False, **config: Any) -> Path:
 
 def acceptance(folder: Path) -> float:
     model = counting_target()
-    engine = Engine(LayerFeaturesLM(model), method="eagle3", draft=load(folder, model), num_speculative_tokens=3)
+    return accepted(load(folder, model), model)
+
+
+def accepted(head: Any, model: Any) -> float:
+    engine = Engine(CausalLM(model), method="eagle3", draft=head, num_speculative_tokens=3)
     counts = engine.generate([[5, 6, 7, 8]], SamplingParams(temperature=0, max_tokens=33, ignore_eos=True))[0].counts
     return counts.num_accepted / counts.num_drafted
 
@@ -384,6 +386,34 @@ def test_an_oracle_is_accepted_if_and_only_if_the_right_state_is_fed_back(
     found = acceptance(oracle(tmp_path, feeds_normed, **config))
     assert (found == 1.0) == (wrapper == feeds_normed)
     assert found == 1.0 or found < 0.7
+
+
+@pytest.mark.parametrize("feeds_normed", [False, True])
+def test_one_reading_of_an_oracle_is_accepted_always(feeds_normed: bool, tmp_path: Path) -> None:
+    """However its config misleads: the readings of its choices hold the right one, which the others do not reach."""
+    model = counting_target()
+    head = load(oracle(tmp_path, feeds_normed, eagle_aux_hidden_state_layer_ids=[1, 3, 4]), model)
+    layers, feeds, residual = head.choices()
+    assert [dict(next(iter(each.readings.values()))) for each in (layers, feeds, residual)] == [
+        {"feature_layers": [1, 3, 4]},
+        {"feeds_normed": False},
+        {"norm_before_residual": False},
+    ]
+    found = {
+        (*options["feature_layers"], state["feeds_normed"]): accepted(head.with_options({**options, **state}), model)
+        for options in layers.readings.values()
+        for state in feeds.readings.values()
+    }
+    assert [reading for reading, share in found.items() if share == 1.0] == [(2, 4, 5, feeds_normed)]
+
+
+def test_options_of_a_head_are_checked(tmp_path: Path) -> None:
+    head = load(DIALECTS["original"].write(tmp_path), target())
+    assert head.with_options({}).choices() == head.choices()
+    with pytest.raises(ValueError, match="must be 3 layers"):
+        head.with_options({"feature_layers": [1]})
+    with pytest.raises(ValueError, match="must be of feature_layers, feeds_normed"):
+        head.with_options({"layers": [1]})
 
 
 # ---- refusals

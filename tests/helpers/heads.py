@@ -12,9 +12,6 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from specdec.conformance.toys import QUARTERS
-from specdec.models.base import FeatureLayers
-from specdec.models.cache import RaggedCache
-from specdec.models.causal import CausalLM
 
 
 def write_folder(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Path:
@@ -106,33 +103,3 @@ def feed_forward(x: Tensor, tensors: Mapping[str, Tensor], prefix: str) -> Tenso
     """Llama's gated MLP by its definition."""
     gate, up = (x @ tensors[f"{prefix}{name}_proj.weight"].T for name in ("gate", "up"))
     return (nn.functional.silu(gate) * up) @ tensors[f"{prefix}down_proj.weight"].T
-
-
-class LayerFeaturesLM(CausalLM):
-    """A CausalLM that keeps the hidden states of chosen layers, by transformers' own `output_hidden_states`."""
-
-    layers_kept: FeatureLayers = ()
-
-    def allocate(self, num_slots: int, capacity: int, *, features: FeatureLayers = ()) -> RaggedCache:
-        self.layers_kept, width = features, self.config.hidden_size * len(features)
-        states = torch.zeros(num_slots, capacity, width, dtype=self.dtype) if features else None
-        return RaggedCache(self.num_layers, num_slots, capacity, states)
-
-    def _logits(self, tokens: Tensor, cache: RaggedCache, keep: int | Tensor) -> Tensor:
-        before_norm: list[Tensor] = []
-        hook = self.model.base_model.layers[-1].register_forward_hook(lambda *args: before_norm.append(args[-1]))
-        output = self.model(
-            input_ids=tokens,
-            attention_mask=cache.mask(self.dtype),
-            position_ids=cache.window.positions.clamp(max=self.context_length - 1),
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=keep,
-            output_hidden_states=True,
-        )
-        hook.remove()
-        if cache.features is not None:
-            last = self.num_layers
-            states = [before_norm[0] if i == last else output.hidden_states[i] for i in self.layers_kept]
-            cache.write(cache.features.unsqueeze(1), torch.cat(states, -1).unsqueeze(1))
-        return output.logits
