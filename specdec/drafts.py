@@ -58,7 +58,7 @@ def as_language_model(model: Any, tokenizer: Any = None) -> Any:
 
     Raises ValueError for a tokenizer beside anything else.
     """
-    if not hasattr(model, "get_input_embeddings") or is_head(kind_of(model)):
+    if not hasattr(model, "get_input_embeddings") or hasattr(model, "draft_vocabulary"):  # a head has both
         require(tokenizer is None, f"tokenizer= is of a transformers model; {type(model).__name__} has its own")
         return model
     from specdec.models.causal import CausalLM

@@ -98,10 +98,10 @@ def load_medusa(folder: HeadFolder, target: Any, load_format: str) -> MedusaHead
         for name in [name for name in weights if name.startswith("outputs.")]:
             rows = token_map.long()[order] if len(weights[name]) > len(order) else order
             weights[name] = weights[name][rows]
-    num_places = 1 + _largest(weights, r"blocks\.(\d+)\.")
+    num_places = _count(weights, r"blocks\.(\d+)\.")
     if (shared := weights.pop("outputs.weight", None)) is not None:  # one output layer for all positions
         weights |= {f"outputs.{place}.weight": shared for place in range(num_places)}
-    num_blocks, has_bias = 1 + _largest(weights, r"blocks\.0\.(\d+)\."), "blocks.0.0.linear.bias" in weights
+    num_blocks, has_bias = _count(weights, r"blocks\.0\.(\d+)\."), "blocks.0.0.linear.bias" in weights
     blocks = [[ResidualBlock(hidden, hidden, has_bias=has_bias) for _ in range(num_blocks)] for _ in range(num_places)]
     num_outputs = vocab_size if vocabulary is None else len(vocabulary)
     outputs = [nn.Linear(hidden, num_outputs, bias=False) for _ in range(num_places)]
@@ -123,7 +123,7 @@ def load_hydra(folder: HeadFolder, target: Any, load_format: str) -> HydraHead:
         name.replace("hydra_mlp.", "blocks.").replace("hydra_lm_head.", "outputs."): weights[name] for name in weights
     }
     vocab_size, hidden = target.get_input_embeddings().weight.shape
-    num_places, num_blocks = 1 + _largest(weights, r"blocks\.(\d+)\."), 1 + _largest(weights, r"blocks\.0\.(\d+)\.")
+    num_places, num_blocks = _count(weights, r"blocks\.(\d+)\."), _count(weights, r"blocks\.0\.(\d+)\.")
     blocks = [
         [
             ResidualBlock((place + 2) * hidden, hidden, is_projected=True),
@@ -149,9 +149,16 @@ def _canonical(name: str) -> str:
     return re.sub(r"^lm_heads?\.", "outputs.", name)
 
 
-def _largest(weights: Iterable[str], pattern: str) -> int:
-    """The largest number that a pattern finds at the beginning of names."""
-    return max((int(match[1]) for name in weights if (match := re.match(pattern, name))), default=-1)
+def _count(weights: Iterable[str], pattern: str) -> int:
+    """How many numbers a pattern finds at the beginning of names; they are used to make as many modules.
+
+    Raises ValueError if one is missing below the largest: a name could ask for a billion.
+    """
+    found = {int(match[1]) for name in weights if (match := re.match(pattern, name))}
+    if len(found) <= max(found, default=-1):
+        missing = next(number for number in range(len(found) + 1) if number not in found)
+        raise ValueError(f"tensors {pattern} must be numbered from 0 without a gap, but {missing} is missing")
+    return len(found)
 
 
 def _feature_layer(config: Mapping[str, Any], target: Any) -> int:

@@ -91,6 +91,12 @@ def load(folder: HeadFolder, target: Any, load_format: str) -> MlpSpeculator:
             "use an MLP speculator"
         )
     max_tokens, is_tied = int(config["n_predict"]), bool(config.get("tie_weights", False))
+    num_stored = sum(re.fullmatch(r"emb\.\d+\.weight", name) is not None for name in weights)
+    if max_tokens < 1 or (max_tokens > num_stored and not is_tied):  # before as many modules are made
+        raise ValueError(
+            f"n_predict={max_tokens} of {str(folder.path)!r} must be at least 1, and at most {num_stored}, the stored "
+            "positions, unless they share weights"
+        )
     head = MlpSpeculator(
         target,
         max_tokens,

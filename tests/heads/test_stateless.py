@@ -353,13 +353,29 @@ def test_a_speculator_is_accepted_always_if_and_only_if_it_is_in_step() -> None:
     [
         ("hydra", {"hydra_head_arch": "prefix-mlp"}, r"hydra_head_arch='prefix-mlp' .* must be 'mlp'"),
         ("hydra", {"grounded_heads": False}, "grounded_heads=False"),
-        ("speculator", {"n_predict": 4}, r"tensor 'emb.3.weight' .* has shape None but must have \(61, 24\)"),
+        ("speculator", {"n_predict": 4}, "n_predict=4 .* must be at least 1, and at most 3, the stored positions"),
+        ("speculator", {"n_predict": 10**9}, "n_predict=1000000000 .* must be at least 1, and at most 3"),
+        ("speculator", {"n_predict": 0}, "n_predict=0 .* must be at least 1"),
         ("speculator", {"n_predict": 2}, r"tensor 'emb.2.weight' .* has shape \(61, 24\) but must have None"),
     ],
 )
 def test_a_config_that_does_not_fit_is_refused(name: str, change: dict, message: str, model, tmp_path: Path) -> None:
     folder = write(tmp_path, CASES[name].config | change, CASES[name].make())
     with pytest.raises(ValueError, match=message):
+        load(folder, model)
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor"),
+    [
+        ("medusa, original", "1000000000.0.linear.weight"),
+        ("medusa, original", "0.1000000000.linear.weight"),
+        ("hydra", "hydra_mlp.1000000000.0.linear.weight"),
+    ],
+)
+def test_numbers_in_names_make_no_modules_that_are_not_stored(name: str, tensor: str, model, tmp_path: Path) -> None:
+    folder = write(tmp_path, CASES[name].config, CASES[name].make() | {tensor: random(1)})
+    with pytest.raises(ValueError, match=r"must be numbered from 0 without a gap, but \d is missing"):
         load(folder, model)
 
 
