@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from specdec.models.causal import CausalLM  # imports transformers, for which the process that starts workers waits
 
 ALL_THREADS = max(1, torch.get_num_threads() // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1)))
+FEW_TESTS = 20
 MAX_WORKERS = 8  # each that meets the real model holds up to 4 GB
 
 
@@ -59,10 +61,11 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Let workers begin with the files of slow tests: all would wait for one that begins at the end."""
+    """Let workers begin with the files of slow tests and end with those of few: the others wait for the last one."""
     if hasattr(config, "workerinput"):
         slow = {item.path for item in items if item.get_closest_marker("slow")}
-        items.sort(key=lambda item: item.path not in slow)
+        numbers = Counter(item.path for item in items)
+        items.sort(key=lambda item: (item.path not in slow, numbers[item.path] < FEW_TESTS))
 
 
 @pytest.hookimpl(tryfirst=True)
