@@ -24,7 +24,7 @@ from bench.report import rendering
 from bench.report.html import page
 
 ROOT = Path(__file__).parents[3]
-RATES, METHODS = "20,40,80", ("autoregressive-0", "ngram-2")
+DURATION_S, RATES, METHODS = 0.4, "20,40,80", ("autoregressive-0", "ngram-2")
 CELLS = {f"specdec-tiny-random-{method}-same-smoke-2-{rate}" for method in METHODS for rate in RATES.split(",")}
 PARTS = {cell: part_of(f"specdec-tiny-random-any-0-same-smoke-2-{cell.rpartition('-')[2]}", 2) for cell in CELLS}
 
@@ -35,6 +35,7 @@ def run(
     """A part of the campaign. most_bytes: the size at which the system refuses to let any of its files grow."""
     command = [sys.executable, "-m", "pytest", "bench/", "--smoke", "--device", "cpu", "-p", "no:cacheprovider"]
     command += ["--engines", "specdec", "--methods", "autoregressive,ngram", "--rate", RATES, "--batch-sizes", "2"]
+    command += ["--duration", str(DURATION_S)]
     command += ["--shard", shard, "--journal", str(folder / "journal.jsonl"), *arguments]
     limit = {"preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (most_bytes, most_bytes))}
     environment = environment | {"PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
@@ -132,7 +133,7 @@ def test_records_are_of_the_same_arrivals_and_add_up(campaign: Any) -> None:
         by_rate.setdefault(record["rate"], []).append(record)
     for rate, found in by_rate.items():
         assert {record["method"] for record in found} == {"autoregressive", "ngram"}
-        expected = list(arrivals.arrivals(rate, 1.0, "poisson", 0))
+        expected = list(arrivals.arrivals(rate, DURATION_S, "poisson", 0))
         for record in found:
             assert record["per_request_arrival_s"] == expected
             assert record["num_requests"] == record["num_finished"] == len(expected)
