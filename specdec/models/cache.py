@@ -68,9 +68,13 @@ class RaggedCache(Cache):  # type: ignore[misc]  # transformers has no complete 
         self.features = torch.zeros(self.num_slots, self.capacity, sum(widths), dtype=dtype, device=device)
         self._feature_blocks = self.features.split(list(widths), -1)
 
-    def write_features(self, index: int, states: Tensor) -> None:
-        """Store hidden states [rows, width, n] of layer feature_layers[index] for the tokens of the open window."""
-        block = self._feature_blocks[index]
+    def write_features(self, states: Tensor, index: int | None = None) -> None:
+        """Store hidden states [rows, width, n] of layer feature_layers[index] for the tokens of the open window.
+
+        index: None for the states of all layers, concatenated.
+        """
+        block = self.features if index is None else self._feature_blocks[index]
+        assert block is not None, "features were added"
         self.write(block.unsqueeze(1), states.to(block).unsqueeze(1))
 
     def open(

@@ -200,8 +200,8 @@ class CausalLM(LanguageModel):
         layers = cache.feature_layers if self._owns_features else ()
         if self._fused:
             states = self._fused.hidden_states(tokens, cache, layers)
-            for index, layer in enumerate(layers):
-                cache.write_features(index, states[layer])
+            if layers:
+                cache.write_features(torch.cat([states[layer] for layer in layers], -1))
             kept = slice(-keep, None) if isinstance(keep, int) else keep
             return self.model.lm_head(states[FINAL][:, kept]).to(self.device)  # type: ignore[no-any-return]
         with self._hidden_states.reading(layers, cache.write_features) if layers else nullcontext():

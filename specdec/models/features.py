@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
@@ -34,13 +33,13 @@ class HiddenStates:
         self._layers = next(chains, None)
         self.widths: dict[int, int] = {}
         indices = (*range(num_layers + 1), FINAL) if self._layers is not None else (FINAL,)
-        with self.reading(indices, lambda place, states: self.widths.update({indices[place]: states.shape[-1]})):
+        with self.reading(indices, lambda states, i: self.widths.update({indices[i]: states.shape[-1]})):
             _try(model)
 
     @contextmanager
-    def reading(self, indices: FeatureLayers, take: Callable[[int, Tensor], None]) -> Iterator[None]:
-        """During forward calls inside, call take(i, hidden states [rows, width, n] of indices[i]) as they appear."""
-        handles = [self._hook(index, partial(take, place)) for place, index in enumerate(indices)]
+    def reading(self, indices: FeatureLayers, take: Callable[[Tensor, int], None]) -> Iterator[None]:
+        """During forward calls inside, call take(hidden states [rows, width, n] of indices[i], i) once computed."""
+        handles = [self._hook(each, lambda states, i=i: take(states, i)) for i, each in enumerate(indices)]  # type: ignore[misc]
         try:
             yield
         finally:
@@ -86,7 +85,7 @@ def _is_chain(model: Any, layers: nn.ModuleList) -> bool:
             handle.remove()
     if not len(read) == len(returned) == len(layers) or {x.shape[:-1] for x in (*read, *returned)} != {(1, _TRIAL)}:
         return False
-    return all(torch.equal(x.cpu(), y.cpu()) for x, y in zip(returned[:-1], read[1:], strict=True))
+    return all(bool((x.to(y.device) == y).all()) for x, y in zip(returned[:-1], read[1:], strict=True))
 
 
 @torch.inference_mode()

@@ -15,9 +15,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from specdec import Engine, SamplingParams
 from specdec.heads.eagle import EagleHead, new_head
+from specdec.models.base import FINAL
 from specdec.models.causal import CausalLM
 from specdec.models.fusion import fuse
 from specdec.requests import Completion, Request
+from specdec.runtime.recording import Recorder
+from specdec.trees.columns import Branches
 
 pytestmark = pytest.mark.skipif(
     not torch.backends.cuda.is_built(),
@@ -211,6 +214,23 @@ def test_constrained_rows(method: str, triton: bool) -> None:
 def test_several_rows(method: str, triton: bool) -> None:
     with fake_gpu(triton=triton) as watch:
         check_waits(watch, steady(watch, engine(method, batch=3), batch=3, **SAMPLED))
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_a_recorded_step_keeps_hidden_states_of_layers(kind: str, triton: bool) -> None:
+    with fake_gpu(triton=triton) as watch:
+        target = model(kind, SHAPE if kind == "llama" else tiny.SUPPORTED[kind])
+        fuse(target)
+        lm, recorder = CausalLM(target), Recorder(DEVICE)
+        cache = lm.allocate(2, 1024, features=(2, 0, FINAL, 1))
+        tokens, starts = (torch.ones(shape, dtype=torch.int64, device=DEVICE) for shape in ((2, 4), (2,)))
+        watch.clear()
+        for branches in (None, Branches.behind_root((-1, 0, -1))):
+            for _ in range(3):
+                recorder(lm.forward_at, tokens, starts, cache, 256, 0, None, branches)
+        assert (watch.num_captures, watch.num_replays) == (2, 2)
+        assert watch.in_captures == []
+        assert watch.of_kind("read", "wait", "data-dependent shape", "mask as an index", "host index") == []
 
 
 @pytest.mark.parametrize("backend", ["cudnn", "efficient"])

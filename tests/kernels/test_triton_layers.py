@@ -14,6 +14,7 @@ from helpers.tiny import GQA, GREEDY, PROMPTS, make, reference
 
 from specdec import Engine
 from specdec.heads.eagle import new_head
+from specdec.models.base import FINAL
 from specdec.models.causal import CausalLM
 from specdec.models.fusion import FusedDecoder, Norm, fuse
 from specdec.trees.columns import Branches
@@ -157,6 +158,45 @@ def test_a_node_of_a_tree_is_the_token_of_a_chain(kind: str) -> None:
             chain.num_cached[0] = length - 1
             expected = lm.forward(torch.tensor([way[length - 1 :]], device=DEVICE), chain)[0, -1]
             assert_same(logits[node + 1], expected)
+
+
+@pytest.mark.parametrize("kind", FEW if ON_GPU else ["llama 8"])
+def test_features_are_the_hidden_states_of_transformers(kind: str) -> None:
+    """Of a ragged step and of a tree's nodes; a neighboring layer is seen; the logits keep their bits."""
+    name, options = kind.split()[0].strip(","), KINDS[kind] | {"num_hidden_layers": 3}
+    plain, fused = (make(name, options).to(DEVICE) for _ in range(2))
+    fuse(fused)
+    lm, layers, starts = CausalLM(fused), (2, FINAL, 1, 0, 3), [150, 2] if ON_GPU else [5, 1]
+    torch.manual_seed(1)
+    tokens = torch.randint(3, 61, (2, starts[0] + 3), device=DEVICE)
+    fed = torch.stack([row[start : start + 3] for row, start in zip(tokens, starts, strict=True)])
+    tree = Branches.behind_root((-1, -1))  # the second node follows the root, too
+    for branches, columns in ((None, [0, 1, 2]), (tree, [0, 2])):
+        logits, caches = [], [lm.allocate(2, starts[0] + 3, features=each) for each in ((), layers)]
+        for cache in caches:
+            for slot, start in enumerate(starts):
+                lm.forward(tokens[slot : slot + 1, :start], cache, first_slot=slot)
+                cache.num_cached[slot] = start
+            logits.append(lm.forward(fed, cache, branches=branches))
+        assert_same(*logits)
+        for slot, start in enumerate(starts):
+            text = torch.cat([tokens[slot, :start], fed[slot, columns]])
+            states, before_norm = hidden_states(plain, text)
+            wanted = (states[2], states[-1], states[1], states[0], before_norm)
+            of_text = caches[1].features[slot, [*range(start), *(start + column for column in columns)]]
+            for index, actual in enumerate(of_text.chunk(len(layers), -1)):
+                found = [error(actual, each) < 1e-5 for each in wanted]
+                assert found == [place == index for place in range(len(layers))]
+
+
+@torch.inference_mode()
+def hidden_states(model, text: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """transformers' hidden states of a text, [tokens, hidden] each, and the last layer's output before the norm."""
+    before_norm = []
+    handle = model.model.norm.register_forward_pre_hook(lambda _, args: before_norm.append(args[0][0]))
+    states = model(text.unsqueeze(0), use_cache=False, output_hidden_states=True).hidden_states
+    handle.remove()
+    return [each[0] for each in states], before_norm[0]
 
 
 def assert_same(actual: torch.Tensor, expected: torch.Tensor) -> None:

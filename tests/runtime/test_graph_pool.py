@@ -12,9 +12,10 @@ from helpers.graph_pool import EmulatedGraphs, compute_as_on_a_gpu
 
 from specdec import Engine, SamplingParams
 from specdec.heads.eagle import new_head
+from specdec.models.base import FINAL
 from specdec.models.causal import CausalLM
 from specdec.requests import Completion
-from specdec.runtime.recording import Recording
+from specdec.runtime.recording import Recorder, Recording
 
 SHAPE = tiny.GQA | {"vocab_size": 97, "max_position_embeddings": 512}
 NUM_PROMPT, NUM_TOKENS = 240, 60  # the extent that is seen grows from 256 to 512 on the way, and all is recorded anew
@@ -121,6 +122,24 @@ def test_it_is_seen_where_logits_are_overwritten(
 def test_it_is_seen_where_the_host_is_needed(work: Callable[[torch.Tensor], object], graphs: EmulatedGraphs) -> None:
     graphs.capture(lambda: work(torch.zeros(3)))
     assert graphs.host != []
+
+
+def test_no_replay_overwrites_features(graphs: EmulatedGraphs) -> None:
+    """Of several layers, from steps of several widths that take turns, and so are captured in one pool."""
+    model = tiny.make("llama", SHAPE)
+    target, recorder = CausalLM(model), Recorder(torch.device("cpu"), records=True)
+    text = torch.randint(3, 97, (60,), generator=torch.Generator().manual_seed(0))
+    cache, start = target.allocate(2, 64, features=(1, FINAL, 0)), 0
+    for width in (5, 1, 2, 4) * 5:
+        tokens = torch.stack([text[start : start + width], torch.full((width,), 7)])
+        recorder(target.forward_at, tokens, torch.tensor([start, 0]), cache, 64)
+        start += width
+    with torch.inference_mode():
+        states = model(text[None], use_cache=False, output_hidden_states=True).hidden_states
+    wanted = torch.cat([states[1], states[-1], states[0]], -1)[0]
+    torch.testing.assert_close(cache.features[0, :60], wanted, rtol=1e-3, atol=1e-3)
+    assert graphs.num_captured == 4
+    assert graphs.host == []
 
 
 def test_a_capture_does_nothing(graphs: EmulatedGraphs) -> None:
