@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
@@ -10,25 +12,31 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 import torch
 from torch import nn
 
-from specdec.heads.files import VOCABULARY_FILE
+from specdec.heads.files import VOCABULARY_FILE, PickleError
 from specdec.models.base import LanguageModel
 from specdec.models.loading import (
     WEIGHTS,
     WEIGHTS_SHARE,
+    check_complete,
+    hub_folder,
     load_pretrained,
+    packaged,
     read_layer_bytes,
+    read_skeleton,
     read_vocabulary,
     resolve,
 )
 from specdec.models.placement import PlacementError, plan_placement
 from specdec.models.vocabularies import SharedVocabulary, check_coverage, share
 from specdec.proposers.table import NgramTable
+from specdec.runtime.artifacts import LoadError
 from specdec.runtime.checks import require
 from specdec.runtime.devices import free_memories
 from specdec.trees.optimal import Rates
 
 if TYPE_CHECKING:
     from specdec.heads.base import Head
+    from specdec.heads.formats import FoundHead
     from specdec.models.causal import CausalLM
     from specdec.models.seq2seq import Seq2SeqLM
 
@@ -81,16 +89,49 @@ def is_head(kind: Kind | None) -> bool:
     return kind not in (*MODELS, "table", None)
 
 
-def kind_in(source: str) -> Kind:
-    """The kind of draft in a source: a folder with a head or a table, else a model. Weights are not read."""
-    folders = (Path(source), WEIGHTS / source)
-    for kind, file in _FILES.items():
-        if any((folder / file).is_file() for folder in folders):
-            return kind
-    from specdec.heads import formats  # imports transformers
+@dataclass(frozen=True, slots=True)
+class DraftSource:
+    """What is in a source, before its weights are read. place: as `load_pretrained` takes it. head: if it is one."""
 
-    heads = [found.format.name for folder in folders if (found := formats.recognized(folder))]
-    return heads[0] if heads else "pard" if any(map(_is_parallel, folders)) else "model"
+    place: str
+    kind: Kind
+    head: FoundHead | None = None
+
+
+def find(source: str, load_format: str = "auto", *, allow_pickle: bool = False) -> DraftSource:
+    """Recognize the draft in a source: a folder or hub id with a head, a table or a model. Weights are not read.
+
+    What is on the hub is downloaded. A bundled model is not, nor is a draft of this package put together.
+    allow_pickle: whether a head's weights may be .bin or .pt files. Raises LoadError if they are and it is not allowed.
+    """
+    folder = _folder(source, load_format, allow_pickle)
+    if folder is None:
+        return DraftSource(source, "model")
+    from specdec.heads.formats import recognized  # imports transformers
+
+    try:
+        head = recognized(folder, allow_pickle=allow_pickle)
+    except PickleError:
+        if load_format != "dummy":
+            raise
+        head = None  # random weights need no file
+    if head:
+        return DraftSource(source if source in packaged() else str(folder), head.format.name, head)
+    kinds = [kind for kind, file in _FILES.items() if (folder / file).is_file()]
+    return DraftSource(source, kinds[0] if kinds else "pard" if _is_parallel(folder) else "model")
+
+
+def _folder(source: str, load_format: str, allow_pickle: bool) -> Path | None:
+    """The folder with a source's config; None for a bundled model, a file, and for what is on the hub if not needed."""
+    if source in packaged():
+        return WEIGHTS / source
+    path = Path(source).expanduser()
+    return path if path.is_dir() else hub_folder(source, allow_pickle=allow_pickle) if load_format == "auto" else None
+
+
+def kind_in(source: str) -> Kind:
+    """The kind of draft in a source, see `find`."""
+    return find(source).kind
 
 
 def _is_parallel(folder: Path) -> bool:
@@ -100,27 +141,59 @@ def _is_parallel(folder: Path) -> bool:
 
 
 def load_with_drafts(
-    target: str, drafts: Iterable[str], placement: str = "same", **options: Any
+    target: str, drafts: Iterable[str], placement: str = "same", *, allow_pickle: bool = False, **options: Any
 ) -> tuple[CausalLM | Seq2SeqLM, dict[str, AnyDraft]]:
     """A target and its drafts by source, fused; options and errors as for `load_pretrained`.
 
-    drafts: models' sources, and folders with a head or a table. Vocabularies are compared before weights are read.
+    drafts: models' sources, and folders or hub ids with a head or a table. What is wrong with them, and whether they
+        fit the target, is found out before weights of the target are read.
     placement: over which of the devices that `device` stands for they are spread, see `specdec.models.placement`;
         heads are with the target. What is spread over several devices, quantised or sharded is not fused.
+    allow_pickle: whether a head's weights may be .bin or .pt files, which are read without running code.
     """
-    places = {source: resolve(source) for source in drafts}
-    for place in places.values():
-        check_kinds(read_vocabulary(target, options["load_format"]), kind_in(place))
-        if kind_in(place) in MODELS:
-            check_vocabularies(target, place, options["load_format"])
-    models = [place for place in places.values() if kind_in(place) in MODELS]
+    load_format = options["load_format"]
+    found = {source: find(source, load_format, allow_pickle=allow_pickle) for source in drafts}
+    found = {source: replace(each, place=resolve(each.place)) for source, each in found.items()}
+    descriptions = _check_sources(target, found, options)
+    models = [each.place for each in found.values() if each.kind in MODELS]
     target_device, devices = place_models(target, models, placement, options)
     model, tokenizer = load_pretrained(target, **options | {"device": target_device})
     loaded = {
-        source: _load(place, model, options | {"device": devices.get(place, options["device"])})
-        for source, place in places.items()
+        source: _load(each, model, options | {"device": devices.get(each.place, options["device"])})
+        for source, each in found.items()
     }
+    for source, description in descriptions.items():
+        cast("Any", loaded[source]).description = description
     return _fused(model, tokenizer), loaded  # fused last: a head borrows from the target's unfused layers
+
+
+def _check_sources(target: str, sources: Mapping[str, DraftSource], options: Mapping[str, Any]) -> dict[str, str]:
+    """Check drafts against the target before weights are read. Returns a description of each head, which is logged."""
+    descriptions, load_format = {}, options["load_format"]
+    for source, each in sources.items():
+        check_kinds(read_vocabulary(target, load_format), each.kind)
+        if each.kind in MODELS:
+            check_vocabularies(target, each.place, load_format)
+            _check_model(each.place, load_format)
+        if each.head:
+            skeleton = read_skeleton(target, options["dtype"], load_format)
+            descriptions[source] = each.head.check(skeleton)
+            logging.getLogger("specdec").info("%s: %s", source, descriptions[source])
+            each.head.warn_of_context(skeleton)
+    return descriptions
+
+
+def _check_model(place: str, load_format: str) -> None:
+    """Raise LoadError for a folder that is neither a complete language model nor a head of a known format."""
+    if load_format != "auto" or not Path(place).is_dir():
+        return
+    try:
+        check_complete(place)
+    except LoadError as error:
+        from specdec.heads.formats import FORMATS
+
+        known = "; ".join(f"{each.title} by {each.signs}" for each in FORMATS)
+        raise LoadError(f"{error}. Nor is it a known head: {known}") from error
 
 
 def check_vocabularies(target: str, draft: str, load_format: str = "auto", *, same: bool = False) -> None:
@@ -167,23 +240,33 @@ def place_models(
     }
 
 
-def _load(place: str, target: Any, options: dict[str, Any]) -> AnyDraft:
-    kind = kind_in(place)
-    if kind == "table":
-        return NgramTable.load(Path(place) / _FILES["table"])
-    if kind in MODELS:
-        return _fused(*load_pretrained(place, **options))
-    from specdec.heads import eagle, formats
+def _load(source: DraftSource, target: Any, options: dict[str, Any]) -> AnyDraft:
+    if source.kind == "table":
+        return NgramTable.load(Path(source.place) / _FILES["table"])
+    if source.kind in MODELS:
+        return _fused(*load_pretrained(source.place, **options))
+    if source.head is None:  # a damaged head of our own format: its loader says what is wrong
+        from specdec.heads import eagle
 
-    found = formats.recognized(Path(place))
-    if found is None:  # a damaged head of our own format: its loader says what is wrong
-        head: Any = eagle.load_head(place, target, options["load_format"])
+        head: Any = eagle.load_head(source.place, target, options["load_format"])
     else:
-        head = found.load(target, options["load_format"])
+        head = _as_trained(source.head, target, options["load_format"])
     head.fuse()
-    if (rates := Path(place) / RATES_FILE).is_file():
+    if (rates := Path(source.place) / RATES_FILE).is_file():
         head.rates = Rates.load(rates)
     return cast("Head", head)
+
+
+def _as_trained(found: FoundHead, target: Any, load_format: str) -> Head:
+    """The head, read as `specdec.heads.convention` measured, if it did."""
+    from specdec.heads.convention import stored_options
+
+    head: Head = found.load(target, load_format)
+    if load_format == "auto":
+        found.warn_of_embedding(target)
+        if options := stored_options(found.folder.path, target):
+            head = head.with_options(options)
+    return head
 
 
 def _fused(model: Any, tokenizer: Any) -> CausalLM | Seq2SeqLM:

@@ -19,7 +19,7 @@ from specdec.assembly import EngineOptions, assemble
 from specdec.constraints.bans import AtLeast, Without, all_of
 from specdec.constraints.llguidance import GrammarCompiler
 from specdec.constraints.progress import Constraint
-from specdec.drafts import as_language_model, kind_in, load_with_drafts
+from specdec.drafts import as_language_model, find, load_with_drafts
 from specdec.methods import packaged_draft
 from specdec.models.base import LanguageModel
 from specdec.models.generation_config import sampling_defaults, warn_of_ignored
@@ -134,17 +134,19 @@ class Engine:
         quantization: str | None = None,
         tp_plan: str | None = None,
         revision: str | None = None,
+        allow_pickle: bool = False,
         **options: Any,
     ) -> Engine:
         """An engine from model names: a bundled name such as "smollm2-135m", a hub id, a folder or a GGUF file.
 
-        draft: likewise a draft model, or a folder with a head or a table; None: the draft in this package for the
-            target and the method, if the method needs one and there is one.
+        draft: likewise a draft model, or a folder or hub id with a head or a table; None: the draft in this package
+            for the target and the method, if the method needs one and there is one.
         dtype: of the weights, "bfloat16", "float16", "float32", "float64" or torch's. device: "auto" is "cuda" where
             there is a GPU, else "cpu". attention: "auto" is "sdpa", and "eager" for architectures that have no other.
         revision: a branch, tag or commit of a target on the hub; of any hub id also "organisation/model@revision".
         placement: over which of the devices that `device` stands for ("cuda": all GPUs) target and draft are spread:
             "same", "separate", "ratio:6:2" or "auto", see `specdec.models.placement`.
+        allow_pickle: whether a head's weights may be .bin or .pt files; they are read without running code in them.
         quantization, tp_plan: of the target's weights and a draft model's, see `load_pretrained`.
         options: as for the constructor. Arguments are checked before any model is loaded.
         """
@@ -157,7 +159,8 @@ class Engine:
             options["tree"] = as_tree(options["tree"])
         checked = EngineOptions(**options)
         draft = draft or packaged_draft(target, checked.method)
-        checked.check_draft_kind(kind_in(draft) if draft else None)
+        found = find(draft, load_format, allow_pickle=allow_pickle) if draft else None
+        checked.check_draft_kind(found.kind if found else None)
         model, drafts = load_with_drafts(
             target,
             [draft] if draft else [],
@@ -168,6 +171,7 @@ class Engine:
             load_format=load_format,
             quantization=quantization,
             tp_plan=tp_plan,
+            allow_pickle=allow_pickle,
         )
         engine = cls(model, draft=drafts[draft] if draft else None, **options)
         gc.collect()  # loading leaves a full collection due, 0.2 s with transformers in memory: not within a request
@@ -194,7 +198,8 @@ class Engine:
         target: Any = self.target
         kind = f"{str(getattr(target, 'dtype', '')).removeprefix('torch.')} on {target.device}".strip()
         parts = [f"{name(target)}, {kind}", f"method={self.method!r}"]
-        parts += [f"draft={name(self.draft)}"] if self.draft is not None else []
+        description = getattr(self.draft, "description", None)  # of a head that was loaded from a folder
+        parts += [f"draft={description or name(self.draft)}"] if self.draft is not None else []
         parts += [f"num_speculative_tokens={self.num_speculative_tokens}"] if self.num_speculative_tokens else []
         parts += [f"verification={self._options.verification!r}", f"max_batch_size={self._options.max_batch_size}"]
         return f"Engine({', '.join(parts)})"

@@ -66,6 +66,9 @@ def _model_options(group: Any) -> None:
     )
     group.add_argument("--dtype", default="bfloat16", choices=DTYPE_NAMES, help="default: %(default)s")
     group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
+    group.add_argument(
+        "--allow-pickle", action="store_true", help="read a head from .bin or .pt files; no code in them is run"
+    )
     group.add_argument("--load-format", default="auto", choices=LOAD_FORMATS, help="auto, or dummy for random weights")
 
 
@@ -113,6 +116,7 @@ def _load(options: argparse.Namespace) -> Engine:
         dtype=options.dtype,
         device=options.device,
         load_format=options.load_format,
+        allow_pickle=options.allow_pickle,
     )
 
 

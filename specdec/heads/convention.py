@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ from torch import Tensor
 
 from specdec.heads.base import Choice
 from specdec.models.base import FINAL, FeatureLayers, LanguageModel
+from specdec.models.saving import fingerprint
 from specdec.runtime.artifacts import cache_root
 from specdec.runtime.json_files import fields, read_json
 from specdec.runtime.private_files import make_private_folder
@@ -306,13 +308,13 @@ def conclusion(found: Verdict) -> str:
 # ---- storing it
 
 
-def store(folder: Path, target_fingerprint: str, found: Verdict) -> Path:
+def store(folder: Path, target: Any, found: Verdict) -> Path:
     """Write the reading for the next load, beside the head or, where that cannot be written, into the cache.
 
-    Returns the file. target_fingerprint: of `specdec.models.saving.fingerprint`.
+    Returns the file. target: the transformers model, not fused.
     """
     record = {
-        "target": target_fingerprint,
+        "target": fingerprint(target),
         "options": dict(found.best.reading.options),
         "readings": dict(found.best.reading.labels),
         "accepted_per_draft": round(found.best.mean, 4),
@@ -330,21 +332,23 @@ def store(folder: Path, target_fingerprint: str, found: Verdict) -> Path:
         return path
 
 
-def stored_options(folder: Path, target_fingerprint: str) -> dict[str, Any]:
-    """The options that were stored for a head and this target; {} if there are none.
+def stored_options(folder: Path, target: Any) -> dict[str, Any]:
+    """The options that were stored for a head and this transformers target; {} if there are none.
 
-    Raises ValueError for a file that is damaged or was measured with another target.
+    What was measured with another target is not used, and logged. Raises ValueError for a damaged file.
     """
     path = next((each for each in (folder / CONVENTION_FILE, _cached(folder)) if each.is_file()), None)
     if path is None:
         return {}
     rule = "convention must be a JSON file with target and options; measure it again, or remove it"
-    target, options = read_json(path, rule, lambda value: (str(value["target"]), dict(fields(value["options"]))))
-    if target != target_fingerprint:
-        raise ValueError(
-            f"{str(path)!r} was measured with another target; remove it, or measure it again with "
-            "`python -m specdec.distill convention`"
+    measured, options = read_json(path, rule, lambda value: (str(value["target"]), dict(fields(value["options"]))))
+    if measured != fingerprint(target):
+        logging.getLogger("specdec").warning(
+            "%s was measured with another target and is not used; measure it again with `python -m specdec.distill "
+            "convention`, or remove it",
+            path,
         )
+        return {}
     return options
 
 

@@ -8,7 +8,7 @@ ones are read only where the caller allows it, and then without running what the
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -101,6 +101,19 @@ class HeadFolder:
         empty = {name: stored for name, stored in wanted.items() if self.only_shapes and stored.is_weight}
         tensors = {name: stored.empty() for name, stored in empty.items()}
         return tensors | _stored({name: stored for name, stored in wanted.items() if name not in empty})
+
+    def read_rows(self, name: str, rows: Sequence[int]) -> Tensor:
+        """These rows of a tensor; no others are read."""
+        stored = self.files[name]
+
+        def read() -> Tensor:
+            if stored.file.suffix != ".safetensors":
+                return _unpickled(stored.file, "cpu")[stored.name][list(rows)]
+            with safe_open(stored.file, "pt") as opened:
+                part = opened.get_slice(stored.name)
+                return torch.cat([part[row : row + 1] for row in rows])
+
+        return _explained(stored.file, read)
 
 
 _DTYPES = {

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from specdec.heads import eagle, eagle3, medusa, mlp_speculator
-from specdec.heads.files import CONFIG, HeadFolder
+from specdec.heads.files import CONFIG, HeadFolder, PickleError
 from specdec.models.base import FINAL, FeatureLayers
 from specdec.runtime.artifacts import LoadError
+
+_LOG = logging.getLogger("specdec")
+_EMBEDDING = "embed_tokens.weight"
+_SAMPLED_ROWS, _RESEMBLANCE = 64, 0.3  # of random rows the cosine is about 1 / sqrt(width)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +74,34 @@ class FoundHead:
         """
         return self.described(self.format.load(replace(self.folder, only_shapes=True), skeleton, "auto"))
 
+    def warn_of_context(self, target: Any) -> None:
+        """Log a warning if the head was trained for shorter texts than its target reads."""
+        ours = self.folder.config.get("max_position_embeddings")
+        theirs = getattr(target.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        if isinstance(ours, int) and isinstance(theirs, int) and ours < theirs:
+            _LOG.warning(
+                "max_position_embeddings=%d of the head %r is below the target's, %d: it may draft badly beyond it",
+                *(ours, str(self.folder.path), theirs),
+            )
+
+    def warn_of_embedding(self, target: Any) -> None:
+        """Log a warning if the head has an embedding of its own that does not resemble its target's.
+
+        Heads start from a copy of it; a random one was once exported in its place (TorchSpec#38).
+        """
+        theirs = target.get_input_embeddings().weight.detach()
+        if self.folder.shapes.get(_EMBEDDING) != tuple(theirs.shape):
+            return
+        rows = torch.linspace(0, len(theirs) - 1, _SAMPLED_ROWS).long().unique()
+        ours = self.folder.read_rows(_EMBEDDING, rows.tolist()).float()
+        resemblance = float(torch.cosine_similarity(ours, theirs[rows.to(theirs.device)].cpu().float()).median())
+        if resemblance < _RESEMBLANCE:
+            _LOG.warning(
+                "%s of the head %r does not resemble the target's embedding (median cosine %.2f): if it was not "
+                "trained, hardly any draft will be accepted; compare with another export of the head",
+                *(_EMBEDDING, str(self.folder.path), resemblance),
+            )
+
     def described(self, head: Any) -> str:
         """For people: format, dialect, number of layers, draft vocabulary and features."""
         num_tokens = f"draft vocabulary {len(head.draft_vocabulary)} of {head.vocab_size}"
@@ -95,6 +130,8 @@ def recognized(path: Path, *, allow_pickle: bool = False) -> FoundHead | None:
         return None
     try:
         folder = HeadFolder.open(path, allow_pickle=allow_pickle)
+    except PickleError:
+        raise
     except (LoadError, ValueError):
         return None  # the loader of models says what is wrong
     dialects = ((each, each.recognize(folder)) for each in FORMATS)

@@ -120,6 +120,45 @@ def read_layer_bytes(source: str, dtype: torch.dtype, load_format: str = "auto")
         return _layer_bytes(_skeleton(place, dtype))
 
 
+def read_skeleton(source: str, dtype: torch.dtype, load_format: str = "auto") -> PreTrainedModel:
+    """A model whose weights are shapes alone, on the "meta" device; errors as for `load_pretrained`."""
+    place = _locate(source, load_format)
+    with explained(place.rule, place.remedy):
+        return _skeleton(place, dtype)
+
+
+def check_complete(source: str) -> None:
+    """Raise LoadError unless a folder holds all weights of its model, by the names and shapes in its files' headers."""
+    from transformers.utils import logging as transformers_logging
+
+    place = _locate(source, "auto")
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()  # else what does not fit is listed in a report, too
+    try:
+        with explained(place.rule, place.remedy), others_bars():
+            _stored_model(place, (torch.device("meta"),), dtype=torch.float32)
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+
+
+def hub_folder(source: str, *, allow_pickle: bool = False) -> Path | None:
+    """The folder of a checkpoint on the hub, downloaded unless it is cached; None for a source that is no hub id.
+
+    allow_pickle: whether its .bin and .pt files are downloaded, too. Raises LoadError if it cannot be fetched.
+    """
+    from huggingface_hub import snapshot_download
+
+    known = source in _names() or Path(source).expanduser().exists()
+    if known or not _HUB_ID.fullmatch(source) or Path(source).suffix in _FILE_SUFFIXES:
+        return None
+    place = _locate(source, "auto")
+    options = {key: value for key, value in place.arguments.items() if key != _PATH}
+    patterns = [*_CHECKPOINT_FILES, *_PICKLED_FILES * allow_pickle]
+    with explained(place.rule, place.remedy), others_bars():
+        found = snapshot_download(place.arguments[_PATH], allow_patterns=patterns, ignore_patterns=["*/*"], **options)
+    return Path(found)
+
+
 def _with_attention(attention: str, load: Callable[..., PreTrainedModel]) -> PreTrainedModel:
     """Load the model with the requested attention. Raises ValueError if the architecture does not support it."""
     try:
@@ -249,7 +288,7 @@ def _locate(source: str, load_format: str) -> _Place:
     if path.is_file():
         return _file(source, path, load_format)
     looks_like_hub_id = _HUB_ID.fullmatch(source)
-    if path.suffix in (".gguf", ".json", ".safetensors") or not looks_like_hub_id:
+    if path.suffix in _FILE_SUFFIXES or not looks_like_hub_id:
         raise FileNotFoundError(
             f"source={source!r} must exist; check the path, or {_remedy()}{nearest(source, _names())}"
         )
@@ -287,6 +326,9 @@ def _within_reach(name: str, revision: str | None, rule: str, remedy: str) -> di
 
 
 _HUB_TIMEOUT_S = 10.0
+_CHECKPOINT_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
+_PICKLED_FILES = ("*.bin", "*.pt")
+_FILE_SUFFIXES = (".gguf", ".json", ".safetensors")
 
 
 def _folder(source: str, path: Path, load_format: str) -> _Place:
@@ -361,6 +403,8 @@ def _check_weight_files(place: _Place, config: Any) -> None:
     files = set(json.loads(Path(index).read_text())["weight_map"].values()) if index else set()
     if others := sorted(str(name) for name in files if not str(name).endswith(".safetensors")):
         raise ValueError(f"{named} must name only .safetensors, as other formats can hold code, but names {others[0]}")
+    if outside := sorted(str(name) for name in files if ".." in Path(name).parts or Path(name).is_absolute()):
+        raise ValueError(f"{named} must name files in its own folder, but names {outside[0]}")
 
 
 def _special(
