@@ -9,9 +9,10 @@ NVIDIA/Model-Optimizer `hf_spec_export.py`; DeepSpec `modeling/eagle3/qwen3/mode
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, fields, replace
+from itertools import pairwise
 from typing import Any, Self
 
 import torch
@@ -38,8 +39,10 @@ from specdec.heads.sequential import (
     num_layers_of,
     own_first,
 )
+from specdec.kernels import cpp
 from specdec.models.base import FINAL, FeatureLayers
 from specdec.models.cache import RaggedCache
+from specdec.models.fusion import FusedLayer, Norm, Projection, Shared, Stack
 from specdec.runtime.artifacts import LoadError
 
 _FIRST = "layers.0."
@@ -78,11 +81,44 @@ class WideLayer(nn.Module):
         inputs = torch.cat([self.input_layernorm(embedded), normed], -1)
         return inputs, normed if self.norm_before_residual else states
 
-    def forward(self, states: Tensor, embedded: Tensor, **attention: Any) -> Tensor:
+    def forward(self, states: Tensor, embedded: Tensor, cache: RaggedCache, rotary: Any) -> Tensor:
         inputs, residual = self.mix(states, embedded)
-        hidden = residual + self.self_attn(inputs, **attention)[0]
+        hidden = residual + self.self_attn(inputs, **_attention(states, cache, rotary))[0]
         mixed: Tensor = hidden + self.mlp(self.post_attention_layernorm(hidden))
         return mixed
+
+
+class FusedLayers(nn.Module):
+    """A wide layer and the usual ones after it, fused, see `specdec.models.fusion`. rotary: of the head."""
+
+    def __init__(self, wide: WideLayer, others: Sequence[nn.Module], rotary: Any) -> None:
+        super().__init__()
+        self.norm_before_residual, shared = wide.norm_before_residual, Shared()
+        self.hidden_norm, self.input_layernorm = Norm(wide.hidden_norm), Norm(wide.input_layernorm)
+        wide.input_layernorm = nn.Identity()  # its inputs are normalized by `mix`
+        self.layers = nn.ModuleList(FusedLayer(layer, shared) for layer in (wide, *others))
+        has_kernels = all(isinstance(layer.kernel, cpp.Layer) for layer in self.layers)
+        self._stack = Stack(list(self.layers), rotary) if has_kernels else None  # type: ignore[arg-type]
+
+    mix = WideLayer.mix
+
+    def forward(self, states: Tensor, embedded: Tensor, cache: RaggedCache, rotary: Any) -> Tensor:
+        inputs, residual = self.mix(states, embedded)  # type: ignore[misc]
+        if self._stack:
+            return self._stack.states(residual, cache, [len(self.layers)], inputs)[0]
+        attention, hidden = _attention(states, cache, rotary), residual
+        for number, layer in enumerate(self.layers):
+            hidden = layer(hidden, inputs=None if number else inputs, **attention)
+        return hidden
+
+
+def _attention(states: Tensor, cache: RaggedCache, rotary: Any) -> dict[str, Any]:
+    """What a layer needs besides its input, at the open window of the cache."""
+    return {
+        "attention_mask": cache.mask(states.dtype),
+        "position_embeddings": rotary(states, cache.window.positions),
+        "past_key_values": cache,
+    }
 
 
 class Eagle3Head(SequentialModule):
@@ -108,7 +144,7 @@ class Eagle3Head(SequentialModule):
             if "fc_norm.0.weight" in shapes:
                 self.fc_norm.extend(norm(feature_size, config.rms_norm_eps) for _ in range(num_states))
             self.layers = nn.ModuleList(self._layer(index, shapes, norm) for index in range(num_layers_of(shapes)))
-        self.rotary = new_rotary(config)
+        self.num_layers, self.rotary = len(self.layers), new_rotary(config)
 
     def _layer(self, index: int, shapes: Shapes, norm: Any) -> nn.Module:
         prefix, width = f"layers.{index}.", self.config.hidden_size
@@ -121,6 +157,9 @@ class Eagle3Head(SequentialModule):
             layer.input_layernorm = nn.Identity()
         return WideLayer(layer, hidden_norm, self.wiring.norm_before_residual)
 
+    def allocate(self, num_slots: int, capacity: int) -> RaggedCache:
+        return RaggedCache(self.num_layers, num_slots, capacity)
+
     def encode(self, features: Tensor) -> Tensor:
         """States [..., width] of features [..., states * target's width]: normalized if the head does, and fused."""
         if self.fc_norm:
@@ -132,15 +171,11 @@ class Eagle3Head(SequentialModule):
     def run(self, states: Tensor, tokens: Tensor, cache: RaggedCache) -> Tensor:
         """States after the layers; normalized if the head feeds them so."""
         embedded = embedding(tokens, self.embedding).to(states.dtype)
-        attention = {
-            "attention_mask": cache.mask(states.dtype),
-            "position_embeddings": self.rotary(states, cache.window.positions),
-            "past_key_values": cache,
-        }
         for layer in self.layers:
-            states = (
-                layer(states, embedded, **attention) if isinstance(layer, WideLayer) else layer(states, **attention)
-            )
+            if isinstance(layer, WideLayer | FusedLayers):
+                states = layer(states, embedded, cache, self.rotary)
+            else:
+                states = layer(states, **_attention(states, cache, self.rotary))
         return self.norm(states) if self.wiring.feeds_normed else states
 
     def logits(self, states: Tensor) -> Tensor:
@@ -187,6 +222,14 @@ class Eagle3Head(SequentialModule):
     def fuse(self) -> None:
         """Fuse operations, see `specdec.models.fusion`. A fused head can no longer be saved."""
         self.fuse_output()
+        self.fc = None if self.fc is None else Projection(self.fc)
+        self.norm, self.input_norm = Norm(self.norm), Norm(self.input_norm)
+        self.fc_norm = nn.ModuleList(map(Norm, self.fc_norm))
+        layers, wide = list(self.layers), [i for i, each in enumerate(self.layers) if isinstance(each, WideLayer)]
+        self.layers = nn.ModuleList(
+            FusedLayers(layers[start], layers[start + 1 : end], self.rotary)  # type: ignore[arg-type]
+            for start, end in pairwise([*wide, len(layers)])
+        )
 
 
 def recognize(folder: HeadFolder) -> str | None:

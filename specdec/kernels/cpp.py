@@ -53,7 +53,8 @@ class Call(Structure):
     """The arrays of one call."""
 
     _fields_ = (
-        *((name, c_void_p) for name in ("hidden", "cos", "sin", "turns", "positions", "places", "starts", "paths")),
+        *((name, c_void_p) for name in ("hidden", "inputs", "cos", "sin")),
+        *((name, c_void_p) for name in ("turns", "positions", "places", "starts", "paths")),
         ("layers", POINTER(POINTER(Layer))),
         *((name, POINTER(c_void_p)) for name in ("keys", "values")),
         ("results", POINTER(c_void_p)),
@@ -118,6 +119,7 @@ def run_layers(
     capacity: int,
     tree: TreePlaces | None,
     after: Sequence[int],
+    inputs: Tensor | None = None,
 ) -> list[Tensor]:
     """Run decoder layers of one shape one after the other on hidden states [rows, width, hidden].
 
@@ -127,9 +129,12 @@ def run_layers(
     [rows, width]. positions: int64 [rows, width].
     blocks: to each layer's keys and values [rows, heads, capacity, head_dim], where those at the positions are put.
     tree: where instead, if the tokens are a tree's, which then see their ancestors only.
+    inputs: [rows, width, n], what queries, keys and values of the first layer are made of, as it is; None for its
+    normalized hidden states.
     """
     rows, width, _ = hidden.shape
     hidden = hidden.contiguous()
+    inputs = None if inputs is None else inputs.contiguous()
     states = [torch.empty_like(hidden) for _ in after]
     results = (c_void_p * len(layers))()
     for number, state in zip(after, states, strict=True):
@@ -137,6 +142,7 @@ def run_layers(
     arrays = [hidden, *(each.contiguous() for each in (*angles, positions))]
     arrays += [each.contiguous() for each in (tree.places, tree.starts, tree.paths)] if tree else arrays[-1:]
     given = [each.data_ptr() for each in arrays] + ([] if tree else [None, None])
+    given.insert(1, None if inputs is None else inputs.data_ptr())
     sizes = (len(layers), rows, width, capacity, tree.paths.shape[1] if tree else 0, torch.get_num_threads())
     call = Call(*given, layers, *blocks, results, *sizes)
     _function("layers", hidden.dtype)(call)

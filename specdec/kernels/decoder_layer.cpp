@@ -355,14 +355,15 @@ struct Layer {
     int64_t num_heads, num_kv_heads, head_dim;
 };
 
-// Layers of one shape, one after the other. hidden [rows * width, hidden]; results: by layer, where its output of the
+// Layers of one shape, one after the other. hidden [rows * width, hidden]; inputs [rows * width, in]: what queries, keys
+// and values of the first layer are made of, as it is and of any width, null for its normalized hidden states; results: by layer, where its output of the
 // same shape is written, or null where nobody but the next layer reads it; cos, sin [n, head_dim], turns int64
 // [rows * width] the tokens' places in them; positions int64 [rows * width]; keys, values: each layer's [rows,
 // num_kv_heads, capacity, head_dim], the rows' own. places: int64 [rows * width], where in them the tokens are put, which
 // is at their positions, but for a tree's. starts: int64 [rows], where a tree begins, and paths: int64 [width *
 // longest_path], the columns on the path to each token; null without a tree.
 struct Call {
-    const void *hidden, *cos, *sin;
+    const void *hidden, *inputs, *cos, *sin;
     const int64_t *turns, *positions, *places, *starts, *paths;
     const Layer* const* layers;
     void *const *keys, *const *values;
@@ -388,7 +389,7 @@ struct Work {
 
     explicit Work(const Call& given) : call(given) {
         const Layer& layer = *call.layers[0];
-        tokens = call.rows * call.width, size = layer.qkv.in, dim = layer.head_dim;
+        tokens = call.rows * call.width, size = layer.output.out, dim = layer.head_dim;
         heads = layer.num_heads, kv_heads = layer.num_kv_heads, wide = layer.qkv.out;
         attended_size = heads * dim, mlp_size = layer.down.in;
         weights = size * (wide + attended_size + 3 * mlp_size);
@@ -447,7 +448,7 @@ void project_and_place(const Work<T>& work, const Layer& layer, const T* normed,
 #pragma omp for schedule(static) nowait
     for (int64_t head = 0; head < work.heads + 2 * work.kv_heads; head++) {
         for (int64_t block = head * blocks; block < (head + 1) * blocks; block++)
-            project_block(static_cast<const T*>(layer.qkv.weight), normed, work.tokens, work.size, block,
+            project_block(static_cast<const T*>(layer.qkv.weight), normed, work.tokens, layer.qkv.in, block,
                           work.is_passing, keep);
         for (int64_t t = 0; t < work.tokens; t++) place_head(work, layer, t, head, keys, values);
     }
@@ -521,9 +522,10 @@ void project_onto(const Work<T>& work, const Projection& projection, const T* x,
 
 // Called by all threads of a team, each with room of its own for normed inputs.
 template <class T>
-void run_layer(const Work<T>& work, const Layer& layer, const T* hidden, T* keys, T* values, T* normed, T* result) {
-    rms_norm_all(work, layer.norm_before_attention, layer.epsilon, hidden, normed);
-    project_and_place(work, layer, normed, keys, values);
+void run_layer(const Work<T>& work, const Layer& layer, const T* hidden, const T* inputs, T* keys, T* values, T* normed,
+               T* result) {
+    if (!inputs) rms_norm_all(work, layer.norm_before_attention, layer.epsilon, hidden, normed);
+    project_and_place(work, layer, inputs ? inputs : normed, keys, values);
     work.barrier.wait();
     attend_all(work, layer, keys, values);
     work.barrier.wait();
@@ -545,8 +547,9 @@ void run_layers(const Call& call) {
         const T* hidden = static_cast<const T*>(call.hidden);
         for (int64_t i = 0; i < call.num_layers; i++) {
             T* result = call.results[i] ? static_cast<T*>(call.results[i]) : work.spare[i % 2];
-            run_layer(work, *call.layers[i], hidden, static_cast<T*>(call.keys[i]), static_cast<T*>(call.values[i]),
-                      normed.get(), result);
+            const T* inputs = i == 0 ? static_cast<const T*>(call.inputs) : nullptr;
+            run_layer(work, *call.layers[i], hidden, inputs, static_cast<T*>(call.keys[i]),
+                      static_cast<T*>(call.values[i]), normed.get(), result);
             hidden = result;
         }
     }

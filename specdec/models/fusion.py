@@ -200,13 +200,19 @@ class Stack:
         """Run all layers on hidden states [rows, width, hidden] in the open window of the cache."""
         return self.states(hidden, cache, [len(self._kernels)])[0]
 
-    def states(self, hidden: Tensor, cache: RaggedCache, after: Sequence[int]) -> list[Tensor]:
-        """The same, with the hidden states after the first n layers for each n of `after`, ascending."""
+    def states(
+        self, hidden: Tensor, cache: RaggedCache, after: Sequence[int], inputs: Tensor | None = None
+    ) -> list[Tensor]:
+        """The same, with the hidden states after the first n layers for each n of `after`, ascending.
+
+        inputs: what the first layer's attention reads, see `cpp.run_layers`.
+        """
         angles, blocks, window = self._angles_of(hidden, cache), self._blocks(cache, hidden.dtype), cache.window
         tree = None
         if window.branches is not None:
             tree = cpp.TreePlaces(window.places, window.starts, tree_paths(window.branches, hidden.device))
-        return cpp.run_layers(self._pointers, hidden, angles, window.positions, blocks, cache.capacity, tree, after)
+        at = (window.positions, blocks, cache.capacity, tree, after, inputs)
+        return cpp.run_layers(self._pointers, hidden, angles, *at)
 
     def _angles_of(self, hidden: Tensor, cache: RaggedCache) -> tuple[Tensor, Tensor, Tensor]:
         """Tables of cos and sin [n, head_dim] and each token's index into them, int64 [rows, width].
@@ -379,10 +385,12 @@ class FusedLayer(nn.Module):
         attention_mask: Tensor | None = None,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         past_key_values: RaggedCache | None = None,
+        inputs: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor:
+        """As the transformers layer. inputs: what attention reads instead of the hidden states."""
         assert position_embeddings is not None
-        queries, keys, values = self.before_attention(hidden_states, *position_embeddings)
+        queries, keys, values = self.before_attention(hidden_states if inputs is None else inputs, *position_embeddings)
         if past_key_values is not None:
             keys, values = past_key_values.update(keys, values, self.index)
         attended = self._attend(queries, keys, values, attention_mask)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +21,14 @@ from specdec.conformance.toys import FeatureTarget, joint_distribution, table
 from specdec.decoding import Decoder
 from specdec.heads import eagle3
 from specdec.heads.files import HeadFolder
+from specdec.kernels import cpp
 from specdec.models.base import FINAL
 from specdec.models.causal import CausalLM
 from specdec.proposers.eagle import EagleProposer
 from specdec.proposers.hybrid import HybridProposer
 from specdec.proposers.ngram import LookupIndex, NgramProposer
 from specdec.runtime.artifacts import LoadError
+from specdec.trees.columns import Branches
 from specdec.trees.shape import Tree
 from specdec.verification import verify_block, verify_tokens
 
@@ -52,13 +54,14 @@ class Dialect:
     fc: bool = True
     hidden: int = HIDDEN
     further: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    sizes: dict[str, int] = field(default_factory=dict)
 
     def shapes(self, vocab: int = VOCAB) -> dict[str, tuple[int, ...]]:
         width, shapes = self.hidden, {"norm.weight": (self.hidden,)}
         for index in range(self.num_layers):
             prefix = self.first if index == 0 else f"layers.{index}."
             is_wide = index == 0 or self.all_wide
-            shapes |= block_shapes(prefix, width, 2 * width if is_wide else width)
+            shapes |= block_shapes(prefix, width, 2 * width if is_wide else width, **self.sizes)
             if is_wide and self.fc:
                 shapes[f"{prefix}hidden_norm.weight"] = (width,)
         if self.fc:
@@ -294,6 +297,7 @@ def test_the_heads_distributions_depend_on_their_context(tmp_path: Path) -> None
 def test_greedy_equals_plain_decoding(name: str, method: str, tmp_path: Path) -> None:
     model = target()
     head = load(DIALECTS[name].write(tmp_path), model)
+    head.fuse()
     prompts, params = [[5, 9, 8, 7, 5, 9, 8], [3], [11, 4] * 8], SamplingParams(temperature=0, max_tokens=64)
     plain = Engine(CausalLM(model), max_batch_size=3).generate(prompts, params)
     options = {"tree": Tree.balanced([2, 2, 1])} if method == "tree" else {"num_speculative_tokens": 3}
@@ -509,6 +513,48 @@ def test_latent_attention_is_refused_by_name(tmp_path: Path) -> None:
 def test_other_formats_are_not_taken_for_it(extra: dict[str, tuple[int, ...]], tmp_path: Path) -> None:
     shapes = DIALECTS["original"].shapes() | extra
     assert eagle3.recognize(HeadFolder.open(write_folder(tmp_path, LAYER, random_tensors(shapes)))) is None
+
+
+# ---- fused
+
+FOR_KERNELS = {"mlp": 64, "heads": 2, "kv_heads": 1, "dim": 32}
+LARGE_NORMS = {f"layers.{i}.self_attn.{name}_norm.weight": (32,) for i in range(2) for name in "qk"}
+
+
+@pytest.mark.parametrize("has_kernels", [False, True])
+@pytest.mark.parametrize("name", ["original", "several layers", "3.1", "gpt-oss", "DeepSpec", "speculators"])
+def test_a_fused_head_computes_the_same(name: str, has_kernels: bool, tmp_path: Path) -> None:
+    """A ragged batch, then a step of one token each, then a tree."""
+    dialect, sizes = DIALECTS[name], {}
+    if has_kernels:
+        dialect = replace(dialect, sizes=FOR_KERNELS, further=LARGE_NORMS if name == "DeepSpec" else dialect.further)
+        sizes = {"intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32}
+    if "transformer_layer_config" in dialect.config:
+        sizes = {"transformer_layer_config": dialect.config["transformer_layer_config"] | sizes} | sizes
+    folder, model = dialect.write(tmp_path, **sizes), target()
+    plain, fused = load(folder, model), load(folder, model)
+    fused.fuse()
+    if has_kernels and cpp.available(torch.float32):
+        assert all(layers._stack for layers in fused.layers)
+    generator = torch.Generator().manual_seed(2)
+    features = torch.randn(2, 8, len(dialect.layers) * HIDDEN, generator=generator)
+    tokens = torch.randint(VOCAB, (2, 12), generator=generator)
+    found = []
+    for head in (plain, fused):
+        cache = head.allocate(2, 24)
+        with torch.inference_mode():
+            head(head.encode(features[:1, :5]), tokens[:1, :5], cache, 0)
+            cache.num_cached[0] = 5
+            states = head(head.encode(features[:, 5:]), tokens[:, 5:8], cache)
+            cache.num_cached[:] = [8, 3]
+            next_states = head(states[:, -1:], tokens[:, 8:9], cache)
+            cache.num_cached[:] = [9, 4]
+            branches = Branches.behind_root((-1, -1, 0))
+            nodes = head(next_states.expand(-1, 4, -1), tokens[:, 8:12], cache, branches=branches)
+            found.append([states, next_states, nodes, head.logits(nodes)])
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
+    assert plain.step_bytes == fused.step_bytes
 
 
 # ---- costs
