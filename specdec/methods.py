@@ -188,6 +188,7 @@ def _hybrid(parts: Parts) -> Proposer:
 _HEADS = {
     "eagle": "a head on the target's features",
     "eagle3": "a head on features of several layers",
+    "mtp": "a layer of the target for one token more",
     "medusa": "a network per draft position",
     "hydra": "a network per draft position that reads the draft so far",
     "mlp_speculator": "a recurrent state advanced by each token",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -111,26 +112,25 @@ def load_into(module: nn.Module, tensors: Tensors) -> None:
 
     Raises LoadError for a tensor that is missing, unknown, or of another shape than the module's.
     """
-    check_tensors(module, tensors)
+    check_shapes(module, tensors.shapes, tensors.folder.path)
     module.load_state_dict(tensors.read(module.state_dict()), assign=True)
 
 
-def check_tensors(module: nn.Module, tensors: Tensors) -> None:
+def check_shapes(module: nn.Module, shapes: Shapes, source: Path) -> None:
     """Raise LoadError unless a checkpoint has the tensors of a module, of the same shapes, and no others."""
-    shapes, source = tensors.shapes, str(tensors.folder.path)
-    for key, tensor in module.state_dict().items():
+    wanted, place = module.state_dict(), str(source)
+    for key, tensor in wanted.items():
         if key not in shapes:
-            raise LoadError(f"{key!r} is missing in the head {source!r}; copy it again, or convert it again")
+            raise LoadError(f"{key!r} is missing in the head {place!r}; copy it again, or convert it again")
         if shapes[key] != tuple(tensor.shape):
             raise LoadError(
-                f"{tensors.names[key]!r} of the head {source!r} has the shape {list(shapes[key])}, but by its config "
-                f"it must have {list(tensor.shape)}; correct the config, or copy the head again"
+                f"{key!r} of the head {place!r} has the shape {list(shapes[key])}, but by its config it must have "
+                f"{list(tensor.shape)}; correct the config, or copy the head again"
             )
-    unknown = sorted(set(shapes) - set(module.state_dict()))
-    if unknown:
+    if unknown := sorted(set(shapes) - set(wanted)):
         raise LoadError(
-            f"{', '.join(tensors.names[key] for key in unknown[:3])} of the head {source!r} are tensors that this "
-            "format does not have; without them it might draft wrongly: convert the head, or remove unused tensors"
+            f"{', '.join(unknown[:3])} of the head {place!r} are tensors that this format does not have; without them "
+            "it might draft wrongly: convert the head, or remove unused tensors"
         )
 
 

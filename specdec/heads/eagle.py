@@ -37,11 +37,11 @@ from specdec.heads.checkpoints import (
     load_into,
     other_target,
 )
+from specdec.heads.convention import feature_layer_choice
 from specdec.heads.files import VOCABULARY_FILE, HeadFolder
 from specdec.heads.sequential import (
     SequentialModule,
     layer_config,
-    layer_readings,
     new_layer,
     new_rotary,
     num_layers_of,
@@ -119,7 +119,7 @@ class EagleHead(SequentialModule):
         """Of a published head, whether it reads the target's state after its final norm, as EAGLE does, or before."""
         if self.num_target_layers is None:
             return ()
-        return (Choice("feature layers", layer_readings(self.feature_layers, self.num_target_layers)),)
+        return (feature_layer_choice(self.feature_layers, self.num_target_layers),)
 
     def with_options(self, options: Mapping[str, Any]) -> Self:
         """A head with the same weights that reads other `feature_layers`, one."""

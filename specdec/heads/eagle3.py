@@ -29,11 +29,11 @@ from specdec.heads.checkpoints import (
     load_into,
     other_target,
 )
+from specdec.heads.convention import feature_layer_choice
 from specdec.heads.files import HeadFolder
 from specdec.heads.sequential import (
     SequentialModule,
     layer_config,
-    layer_readings,
     new_layer,
     new_rotary,
     num_layers_of,
@@ -188,7 +188,7 @@ class Eagle3Head(SequentialModule):
         feeds = {label: {"feeds_normed": value} for label, value in _PLACES.items()}
         residual = {label: {"norm_before_residual": value} for label, value in _PLACES.items()}
         choices = [
-            Choice("feature layers", layer_readings(self.feature_layers, self.num_target_layers)),
+            feature_layer_choice(self.feature_layers, self.num_target_layers),
             Choice("state fed back", own_first(feeds, {"feeds_normed": self.wiring.feeds_normed})),
         ]
         if any(isinstance(layer, WideLayer) and type(layer.hidden_norm) is not nn.Identity for layer in self.layers):

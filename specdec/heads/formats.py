@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from specdec.heads import eagle, eagle3, medusa, mlp_speculator
+from specdec.heads import eagle, eagle3, medusa, mlp_speculator, mtp
 from specdec.heads.files import CONFIG, HeadFolder, PickleError
 from specdec.models.base import FINAL, FeatureLayers
 from specdec.runtime.artifacts import LoadError
@@ -45,6 +45,7 @@ FORMATS: tuple[HeadFormat, ...] = (
         eagle3.recognize,
         eagle3.load,
     ),
+    HeadFormat("mtp", "MTP layer", "mtp.fc, mtp_layers.*.input_proj or layers.*.eh_proj", mtp.recognize, mtp.load),
     HeadFormat("medusa", "Medusa heads", "0.0.linear.weight", medusa.recognize_medusa, medusa.load_medusa),
     HeadFormat("hydra", "Hydra heads", "hydra_mlp.*", medusa.recognize_hydra, medusa.load_hydra),
     HeadFormat(

@@ -16,7 +16,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer, Qwen3Rot
 
 from specdec.heads.base import Choice, Drafting
 from specdec.heads.checkpoints import Shapes
-from specdec.models.base import FINAL, FeatureLayers
+from specdec.models.base import FeatureLayers
 from specdec.models.cache import RaggedCache
 from specdec.models.fusion import Projection, weight_bytes
 from specdec.runtime.artifacts import LoadError
@@ -210,15 +210,3 @@ def reading_layers(head: M, options: Mapping[str, Any]) -> M:
     other = copy(head)
     other.feature_layers = tuple(options["feature_layers"])
     return other
-
-
-def layer_readings(layers: FeatureLayers, num_layers: int) -> dict[str, Mapping[str, Any]]:
-    """Feature layers as given, and where all of them are one lower or higher; FINAL also as the state before the norm.
-
-    num_layers: of the target.
-    """
-    around = [layers, *(tuple(layer + by for layer in layers) for by in (-1, 1) if FINAL not in layers)]
-    if FINAL in layers:
-        around.append(tuple(num_layers if layer == FINAL else layer for layer in layers))
-    kept = [each for each in around if all(layer == FINAL or 0 <= layer <= num_layers for layer in each)]
-    return {", ".join(map(str, each)): {"feature_layers": list(each)} for each in kept}
