@@ -7,6 +7,7 @@ python -m specdec.distill draft  --target smollm2-135m --folder work --out my-dr
 python -m specdec.distill table  --target smollm2-135m --folder work --out my-table
 python -m specdec.distill compare --target smollm2-135m --folder work --head my-head
 python -m specdec.distill tree   --target smollm2-135m --prompts held_out.jsonl --out my-tree
+python -m specdec.distill convention --target org/model --draft org/its-eagle3-head
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from specdec.distill import commands
+from specdec.models.formats import DTYPE_NAMES
 from specdec.runtime.command_line import Parser
 from specdec.runtime.progress import replace_unencodable
 
@@ -30,7 +32,7 @@ def parser() -> Parser:
         verb = verbs.add_parser(name, help=(run.__doc__ or "").splitlines()[0])
         verb.set_defaults(run=run)
         verb.add_argument("--target", required=True, help="bundled model name, hub id or folder")
-        if name != "tree":
+        if name not in ("tree", "convention"):
             verb.add_argument("--folder", type=Path, required=True, help="folder of the corpus")
         verb.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
         verb.add_argument("--seed", type=int, default=0, help="random seed")
@@ -38,6 +40,8 @@ def parser() -> Parser:
             _corpus_options(verb)
         if name == "tree":
             _tree_options(verb)
+        if name == "convention":
+            _convention_options(verb)
         if name in ("head", "draft", "table", "tree"):
             verb.add_argument("--out", type=Path, required=True, help="output folder")
         if name == "compare":
@@ -94,6 +98,18 @@ def _tree_options(verb: argparse.ArgumentParser) -> None:
     )
     verb.add_argument("--nodes", type=int, help="tree size (default: the fastest by step costs measured here)")
     verb.add_argument("--batch-size", type=int, default=1, help="prompts decoded at once")
+
+
+def _convention_options(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("--draft", required=True, help="folder or hub id of a head")
+    verb.add_argument("--prompts", default="sharegpt", help="sharegpt, or a JSON lines file with the field prompt")
+    verb.add_argument("--num-prompts", type=int, default=16, help="number of prompts to measure on")
+    verb.add_argument("--max-tokens", type=int, default=64, help="maximum tokens per answer")
+    verb.add_argument("--batch-size", type=int, default=16, help="prompts decoded at once")
+    verb.add_argument("--dtype", default="bfloat16", choices=DTYPE_NAMES, help="default: %(default)s")
+    verb.add_argument(
+        "--allow-pickle", action="store_true", help="read a head from .bin or .pt files; no code in them is run"
+    )
 
 
 def _training_options(verb: argparse.ArgumentParser) -> None:

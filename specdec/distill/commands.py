@@ -19,6 +19,7 @@ from transformers import LlamaConfig
 from specdec.assembly import tree_costs
 from specdec.distill import corpus, dataset, prompts, training
 from specdec.distill.comparison import compare
+from specdec.distill.convention import measure_convention
 from specdec.distill.cost import draft_cost_ratio, head_cost_ratio
 from specdec.distill.dataset import Dataset
 from specdec.distill.students import DraftStudent, HeadGuesser, HeadStudent, Student, unscale
@@ -251,4 +252,5 @@ VERBS: dict[str, Callable[[Namespace], None]] = {
     "table": count_table,
     "compare": compare_with_lookup,
     "tree": best_tree,
+    "convention": measure_convention,
 }

@@ -94,7 +94,7 @@ class Text:
     num_prompt: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Measured:
     """A reading and the expected accepted tokens per draft, float64 [texts], the mean over a text's places."""
 

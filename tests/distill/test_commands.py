@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import checkpoints
 
 from specdec import Engine, SamplingParams
 from specdec.distill.__main__ import main
@@ -117,3 +118,23 @@ def test_when_to_copy_is_printed(work: Path, target_folder: Path, capsys: pytest
     assert header.startswith("text     match  positions")
     assert rows
     assert all(row.startswith(("greedy", "T = 1")) for row in rows)
+
+
+def test_the_convention_of_a_head_is_measured(
+    target_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"prompt": f"What is {n} plus {n}?", "reply": ""} for n in range(4)]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    vocab_size = json.loads((target_folder / "config.json").read_text())["vocab_size"]
+    head = checkpoints.eagle(has_embedding=False).with_config(vocab_size=vocab_size).write(tmp_path / "head")
+    given = ["--target", str(target_folder), "--prompts", str(tmp_path / "prompts.jsonl"), "--dtype", "float32"]
+    sizes = ["--num-prompts", "4", "--max-tokens", "12"]
+    assert main(["convention", *given, *sizes, "--draft", str(head)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("EAGLE head (SafeAILab), 1 layer, ")
+    assert lines[1].split() == ["feature", "layers", "accepted", "per", "draft"]
+    assert {line.split()[0] for line in lines[2:4]} == {"final", "2"}
+    assert lines[4].startswith("The head ")
+    assert (head / "convention.json").exists() == lines[-1].startswith("stored in ")
+    assert main(["convention", *given, *sizes, "--draft", str(target_folder)]) == 2
+    assert "must be a folder or hub id with a head" in capsys.readouterr().err

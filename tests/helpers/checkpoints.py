@@ -426,3 +426,128 @@ def everything() -> Iterator[tuple[str, Checkpoint]]:
     yield "medusa", medusa()
     yield "hydra", hydra()
     yield "mlp_speculator", mlp_speculator()
+
+
+# ---- oracles: heads that compute exactly what their target does
+
+CODE = (WIDTH - 2) // 2  # numbers that stand for a token in a hidden state
+_SHARPNESS = 21.0  # of attention to a single position: the others get less than 1e-20 of it
+ORACLE_TARGET = TARGET | {"num_key_value_heads": HEADS, "tie_word_embeddings": False}
+
+
+def oracle_target() -> Any:
+    """A target whose next token depends on its last two, and whose hidden states differ from layer to layer.
+
+    With c(t) the code of token t, 15 numbers that are 1 or -1: embeddings are [c(t), 0, 1, 1]; the first layer reads
+    the position before and adds [0, c(t - 1), 0, 0]; each further layer rotates both codes by one place, and the last
+    one rotates them back.
+    """
+    model = target(num_key_value_heads=HEADS, tie_word_embeddings=False)
+    random, codes = _generator("oracle"), _codes()
+    with torch.no_grad():
+        model.model.embed_tokens.weight.copy_(_embedded(codes))
+        model.lm_head.weight.copy_(torch.randn(VOCAB, WIDTH, generator=random) * 0.5)
+        model.model.norm.weight.copy_(_final_norm())
+        for index, layer in enumerate(model.model.layers):
+            changes = torch.zeros(WIDTH, WIDTH)
+            if index == 0:
+                changes[CODE : 2 * CODE, :CODE] = torch.eye(CODE) * _rms_of_embedding()
+            else:
+                changes = _rotated(1 if index < TARGET_LAYERS - 1 else -_num_rotations(index)) - torch.eye(WIDTH)
+            tensors = _attention_to(1 if index == 0 else 0, changes, WIDTH)
+            for name, tensor in tensors.items():
+                layer.get_submodule(f"self_attn.{name}").weight.copy_(tensor)
+            layer.mlp.down_proj.weight.zero_()
+            layer.input_layernorm.weight.fill_(1)
+    return model
+
+
+def oracle_eagle3(
+    layers: tuple[int, ...] = (2, 4, 5), *, norm_before_residual: bool = False, feeds_normed: bool = False
+) -> Checkpoint:
+    """An EAGLE-3 head of the speculators dialect that drafts as `oracle_target` does, if it is read as it is made for.
+
+    layers: of the target, -1 for the state after the final norm. A state is scale * [c(t), c(t - 1), 1, 1].
+    """
+    scale = _final_norm() if feeds_normed else torch.full((WIDTH,), 2.0)
+    weights = Weights()
+    weights.block("layers.0.", inputs=2 * WIDTH)
+    weights.tensors["fc.weight"] = torch.cat(
+        [scale[:, None] * share * _codes_in(layer) for layer, share in zip(layers, (0.7, 0.5, -0.2), strict=True)], 1
+    )
+    rms = scale.square().mean().sqrt()
+    state = rms / scale  # times the normalized state: the codes
+    reads = torch.zeros(WIDTH, 2 * WIDTH)  # of [embedding, state], both normalized: 2 * [c(t + 1), c(t), 1, 1]
+    reads[:CODE, :CODE] = 2 * torch.eye(CODE) * _rms_of_embedding()
+    reads[CODE : 2 * CODE, WIDTH : WIDTH + CODE] = 2 * torch.diag(state[:CODE])
+    reads[2 * CODE :, WIDTH + 2 * CODE :] = 2 * torch.diag(state[2 * CODE :])
+    residual = torch.eye(WIDTH) * (1 if norm_before_residual else rms)
+    reads[:, WIDTH:] -= residual
+    attention = _attention_to(0, reads, 2 * WIDTH)
+    weights.tensors |= {f"layers.0.self_attn.{name}.weight": tensor for name, tensor in attention.items()}
+    weights.tensors["layers.0.mlp.down_proj.weight"] = torch.zeros(WIDTH, MLP)
+    for name in ("input_layernorm", "hidden_norm", "post_attention_layernorm"):
+        weights.tensors[f"layers.0.{name}.weight"] = torch.ones(WIDTH)
+    weights.tensors["norm.weight"] = _final_norm()
+    config = wrapped("eagle3", "Eagle3Speculator", LAYER | {"num_key_value_heads": HEADS}) | {
+        "draft_vocab_size": VOCAB,
+        "norm_before_residual": norm_before_residual,
+        "norm_output": feeds_normed,
+        "eagle_aux_hidden_state_layer_ids": [TARGET_LAYERS if layer == -1 else layer for layer in layers],
+    }
+    return Checkpoint(config, weights.tensors)
+
+
+def _codes() -> Tensor:
+    return torch.randint(2, (VOCAB, CODE), generator=_generator("codes")) * 2.0 - 1
+
+
+def _embedded(codes: Tensor) -> Tensor:
+    return torch.cat([codes, torch.zeros(len(codes), CODE), torch.ones(len(codes), 2)], 1)
+
+
+def _rms_of_embedding() -> float:
+    """Root mean square of [c(t), 0, 1, 1]; what is read of the normalized embedding is multiplied by it."""
+    return float(((CODE + 2) / WIDTH) ** 0.5)
+
+
+def _final_norm() -> Tensor:
+    return 0.5 + torch.rand(WIDTH, generator=_generator("final norm"))
+
+
+def _num_rotations(layer: int) -> int:
+    """How often the codes in the state that enters a layer are rotated."""
+    return layer - 1 if 0 < layer < TARGET_LAYERS else 0
+
+
+def _rotated(places: int) -> Tensor:
+    """The matrix that rotates both codes by so many places."""
+    matrix = torch.eye(WIDTH)
+    for code in (slice(0, CODE), slice(CODE, 2 * CODE)):
+        matrix[code, code] = torch.eye(CODE).roll(places, 0)
+    return matrix
+
+
+def _codes_in(layer: int) -> Tensor:
+    """What makes [c(t), c(t - 1), 1, 1] of the state that enters a layer, or, for -1, of that after the final norm."""
+    matrix = _rotated(-_num_rotations(layer))
+    return matrix / _final_norm() if layer == -1 else matrix
+
+
+def _attention_to(distance: int, reads: Tensor, inputs: int) -> dict[str, Tensor]:
+    """Weights of an attention that reads one position, so many before its own, through a matrix.
+
+    Queries and keys are made of a number that is the same in all embeddings, so that rotary angles alone tell positions
+    apart.
+    """
+    angles = distance / 10000.0 ** (torch.arange(HEAD_DIM // 2) * 2 / HEAD_DIM)
+    key = torch.ones(HEAD_DIM)
+    query = torch.cat([angles.cos() + angles.sin(), angles.cos() - angles.sin()])
+    of_constant = torch.zeros(inputs)
+    of_constant[2 * CODE] = _SHARPNESS
+    return {
+        "q_proj": torch.outer(query.repeat(HEADS), of_constant),
+        "k_proj": torch.outer(key.repeat(HEADS), of_constant),
+        "v_proj": reads,
+        "o_proj": torch.eye(WIDTH),
+    }
