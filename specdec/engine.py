@@ -53,8 +53,9 @@ class Engine:
     method: a name in `specdec.methods.METHODS`, or an extension (docs/extending.md). "autoregressive": no drafts.
         "ngram": prompt lookup. "ngram_store": online n-gram counts. "ngram_table": prompt lookup, else a table counted
         beforehand. "suffix": copies from the request's own text or from finished requests, whichever is likelier to be
-        accepted. "draft_model": a smaller language model. "eagle": a head on the target's features. "early_exit": the
-        target's own first layers, with its norm and head. "hybrid": as "suffix" where a copy is expected to bring more
+        accepted. "draft_model": a smaller language model. "eagle": a head on the target's features. "eagle3": one on
+        features of several layers. "mtp": a layer that was trained with the target. "early_exit": the target's own
+        first layers, with its norm and head. "hybrid": as "suffix" where a copy is expected to bring more
         tokens than the draft, else a head or a draft model. "tree": a head or a draft model that proposes several
         continuations at once.
     draft: what the method needs besides the target: a LanguageModel, an EagleHead or an NgramTable. A model with

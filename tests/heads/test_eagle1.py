@@ -17,7 +17,7 @@ from specdec.conformance.enumeration import exact_distribution
 from specdec.conformance.gates import distance
 from specdec.conformance.toys import FeatureTarget, joint_distribution, table
 from specdec.decoding import Decoder
-from specdec.heads import eagle, eagle3
+from specdec.heads import eagle, eagle3, formats
 from specdec.heads.files import HeadFolder
 from specdec.models.base import FINAL
 from specdec.models.causal import CausalLM
@@ -128,6 +128,15 @@ def test_a_dialect_is_recognized_and_computes_its_description(name: str, tmp_pat
                 features = torch.cat([features, guessed[-1:]])
                 ours = head(ours[:, -1:], tokens[None, number : number + 1], cache)
                 cache.num_cached[0] += 1
+
+
+@each_dialect
+def test_a_dialect_is_checked_by_shapes_alone(name: str, tmp_path: Path) -> None:
+    found = formats.recognized(DIALECTS[name].write(tmp_path))
+    assert found
+    assert f"EAGLE head ({DIALECTS[name].expected}), {DIALECTS[name].num_layers} layer" in found.check(
+        target().to("meta")
+    )
 
 
 @each_dialect

@@ -15,11 +15,16 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from specdec import Engine, SamplingParams
-from specdec.conformance.enumeration import exact_distribution
+from specdec.conformance.enumeration import (
+    coupled_runs,
+    exact_coupled_distribution,
+    exact_distribution,
+    race_pieces,
+)
 from specdec.conformance.gates import distance
-from specdec.conformance.toys import FeatureTarget, joint_distribution, table
+from specdec.conformance.toys import HALVES, QUARTERS, FeatureTarget, joint_distribution, table
 from specdec.decoding import Decoder
-from specdec.heads import eagle3
+from specdec.heads import eagle3, formats
 from specdec.heads.files import HeadFolder
 from specdec.kernels import cpp
 from specdec.models.base import FINAL
@@ -30,6 +35,7 @@ from specdec.proposers.ngram import LookupIndex, NgramProposer
 from specdec.runtime.artifacts import LoadError
 from specdec.trees.columns import Branches
 from specdec.trees.shape import Tree
+from specdec.trees.verification import verify_tree
 from specdec.verification import verify_block, verify_tokens
 
 HIDDEN, VOCAB, DRAFTED = 32, 61, 24
@@ -215,6 +221,16 @@ def test_a_dialect_is_recognized_and_computes_its_description(name: str, tmp_pat
                 cache.num_cached[1] += 1
 
 
+@each_dialect
+def test_a_dialect_is_checked_by_shapes_alone(name: str, tmp_path: Path) -> None:
+    """Before any weight is read, for a target that is shapes alone, too."""
+    found = formats.recognized(DIALECTS[name].write(tmp_path))
+    assert found
+    num = DIALECTS[name].drafted or VOCAB
+    assert f"EAGLE-3 head ({DIALECTS[name].expected}), " in (told := found.check(target().to("meta")))
+    assert f"draft vocabulary {num} of {VOCAB}" in told
+
+
 def test_output_rows_follow_a_vocabulary_that_does_not_ascend(tmp_path: Path) -> None:
     dialect = DIALECTS["original"]
     tensors = dialect.tensors()
@@ -231,7 +247,7 @@ def test_output_rows_follow_a_vocabulary_that_does_not_ascend(tmp_path: Path) ->
 # ---- what the loop makes of it
 
 
-def on_grid(name: str, folder: Path) -> OnGrid:
+def on_grid(name: str, folder: Path, rows: Tensor = QUARTERS) -> OnGrid:
     """A loaded head over three tokens, all of which it drafts."""
     dialect = DIALECTS[name]
     tensors = (
@@ -241,20 +257,22 @@ def on_grid(name: str, folder: Path) -> OnGrid:
     )
     tensors = {k: v[:3] if k in ("lm_head.weight", "embed_tokens.weight") else v for k, v in tensors.items()}
     head = load(dialect.write(folder, 3, tensors), target(3))
-    return OnGrid(head, 9, len(dialect.layers) * HIDDEN)
+    return OnGrid(head, 9, len(dialect.layers) * HIDDEN, rows)
 
 
 MARKOV = FeatureTarget(table(0))
 PROMPT = (0, 1, 2, 0)
 
 
-def maker(head: OnGrid, gamma: int = 1, tree: Tree | None = None, hybrid: bool = False, records: bool = False):
+def maker(
+    head: OnGrid, gamma: int = 1, tree: Tree | None = None, hybrid: bool = False, records: bool = False, target=MARKOV
+):
     def make(source, rule, max_batch_size):
         proposer: Any = EagleProposer(head, source, tree=tree)
         if hybrid:
             proposer = HybridProposer(NgramProposer(3, MARKOV.device, lambda: LookupIndex(1, 2)), proposer)
         return Decoder(
-            MARKOV, proposer, gamma, max_batch_size=max_batch_size, rule=rule, uniforms=source, records=records
+            target, proposer, gamma, max_batch_size=max_batch_size, rule=rule, uniforms=source, records=records
         )
 
     return make
@@ -279,6 +297,23 @@ def test_joint_distribution_by_rule(rule: Any, records: bool, tmp_path: Path) ->
 def test_joint_distribution_behind_lookup(tmp_path: Path) -> None:
     found = exact_distribution(maker(on_grid("original", tmp_path), hybrid=True), PROMPT, 3, (4, 4, 12))
     assert distance(found, joint_distribution(MARKOV, PROMPT, 3)) < 1e-12
+
+
+@pytest.mark.parametrize("shape", [((0,), (1,)), ((0,), (1,), (0, 0)), ((0,), (0, 0), (0, 1))])
+@pytest.mark.parametrize("records", [False, True])
+def test_joint_distribution_of_a_tree(shape: Any, records: bool, tmp_path: Path) -> None:
+    tree = Tree(shape)
+    make = maker(on_grid("several layers", tmp_path, HALVES), len(tree), tree, records=records)
+    found = exact_distribution(make, PROMPT, 3, (2, 2, 4), rule=verify_tree, tree=tree)
+    assert distance(found, joint_distribution(MARKOV, PROMPT, 3)) < 1e-12
+
+
+def test_joint_distribution_of_coupled_drafts(tmp_path: Path) -> None:
+    target = FeatureTarget(table(0, HALVES))
+    make = maker(on_grid("original", tmp_path, HALVES), 2, target=target)
+    pieces = [race_pieces(HALVES.tolist())] * 3
+    found = exact_coupled_distribution(coupled_runs(make, PROMPT, pieces))
+    assert distance(found, joint_distribution(target, PROMPT, 3)) < 1e-12
 
 
 def test_the_heads_distributions_depend_on_their_context(tmp_path: Path) -> None:

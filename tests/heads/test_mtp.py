@@ -184,6 +184,8 @@ def test_a_family_is_recognized_and_computes_its_description(name: str, whole: b
     found = formats.recognized(folder)
     assert found
     assert (found.format.name, found.dialect) == ("mtp", family.expected)
+    told = found.check(family.model().to("meta"))
+    assert told == f"MTP layer ({family.expected}), 1 layer, draft vocabulary 61 of 61, final features"
     head = load(folder, model)
     assert head.feature_layers == (FINAL,)
     step = reference(family, parts, model)

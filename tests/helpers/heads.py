@@ -40,13 +40,14 @@ def block_shapes(prefix: str, width: int, inputs: int, mlp: int = 48, heads: int
 
 
 class OnGrid(nn.Module):
-    """A head for FeatureTarget whose distributions are rounded to quarters, so that they can be enumerated.
+    """A head for FeatureTarget whose distributions are rounded to the nearest of `rows`, to be enumerated.
 
     A feature of the target is the code of two tokens; the head reads row `code` of a random table for it.
     """
 
-    def __init__(self, head: Any, num_codes: int, feature_size: int) -> None:
+    def __init__(self, head: Any, num_codes: int, feature_size: int, rows: Tensor = QUARTERS) -> None:
         super().__init__()
+        self.rows = rows
         self.head, self.feature_layers, self.format, self.drafting = (
             head,
             head.feature_layers,
@@ -67,8 +68,7 @@ class OnGrid(nn.Module):
 
     def logits(self, states: Tensor) -> Tensor:
         probs = self.head.logits(states).softmax(-1).double()
-        rows = QUARTERS[:, : probs.shape[-1]]
-        return rows[(probs.unsqueeze(-2) - rows).abs().sum(-1).argmin(-1)].log()
+        return self.rows[(probs.unsqueeze(-2) - self.rows).abs().sum(-1).argmin(-1)].log()
 
 
 def rms(x: Tensor, weight: Tensor, epsilon: float = 1e-6) -> Tensor:
