@@ -1,18 +1,18 @@
 #!/usr/bin/env bash
-# A visit to a machine with a GPU that measures, once `python -m bench.first_light` has found it correct: how near is
-# decoding to what the memory allows, what do the methods gain, how fast is it beside transformers and vLLM? In under
-# eight minutes on an H100, without a network.
+# Benchmarks on a GPU machine, in under eight minutes on an H100, without network: bandwidth utilization of decode steps,
+# speedup of the methods, comparison with transformers and vLLM. Run `python -m bench.first_light` first, which checks
+# that decoding is correct.
 #
-#   bench/gpu.sh [FOLDER]        results go to FOLDER (default: gpu-results); the last lines are the summary
+#   bench/gpu.sh [FOLDER]        writes results to FOLDER (default: gpu-results) and prints a summary
 #
-# FOLDER gets summary.txt and results.tar.gz, which after each part has all that was measured so far: logs, journals and
-# JSON, and of a part that was stopped the journal of its finished cells. Other files are of the part in progress.
-# PYTHON: the interpreter that has this project (default: python3). SPECDEC_VLLM_PYTHON: one that has vLLM, if another.
-# BUDGET: seconds for all parts (default: 450; without a GPU 1500). PARTS: those to run, spaces between (default: all).
-# GRACE: seconds between the interrupt that ends a part at its limit and its death (default: 20).
-# The default pair needs SPECDEC_CACHE with what `pytest bench/` left there on another machine, or the pieces of
-# `python -m bench.first_light --pack` in the folder SPECDEC_FIRST_LIGHT_WEIGHTS; where it is not there it is left out.
-# Without a GPU all runs scaled down, in minutes. A part that fails keeps no other from running; the status is then 1.
+# FOLDER gets summary.txt and results.tar.gz, updated after each part: logs, journals and JSON; for an interrupted part,
+# the journal of its finished cells. Other files belong to the current part.
+# PYTHON: interpreter with this project (default: python3). SPECDEC_VLLM_PYTHON: interpreter with vLLM, if different.
+# BUDGET: seconds for all parts (default: 450; without a GPU 1500). PARTS: parts to run, space-separated (default: all).
+# GRACE: seconds between interrupting a part at its limit and killing it (default: 20).
+# The default pair needs SPECDEC_CACHE with the files that `pytest bench/` downloaded on another machine, or the pieces
+# of `python -m bench.first_light --pack` in the folder SPECDEC_FIRST_LIGHT_WEIGHTS; else it is skipped.
+# Without a GPU everything is scaled down. If a part fails, the others still run, and the exit status is 1.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
@@ -21,11 +21,11 @@ work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 failed=()
 
-keep() { # what there is so far, replaced in one step
+keep() { # replaces the archive of results atomically
   tar -czf "$out/results.tar.gz.new" --exclude='*.lock' -C "$work" . && mv "$out/results.tar.gz.new" "$out/results.tar.gz"
 }
 
-part() { # NAME SECONDS COMMAND...: the output goes to a log and, at its end, to the screen
+part() { # NAME SECONDS COMMAND...: logs the output and prints its end
   local name=$1 seconds=$2 start=$SECONDS left=$((budget - SECONDS))
   shift 2
   [[ -z ${PARTS:-} || " $PARTS " == *" $name "* ]] || return
@@ -34,7 +34,7 @@ part() { # NAME SECONDS COMMAND...: the output goes to a log and, at its end, to
     failed+=("$name: no time was left")
     return
   fi
-  # an interrupt, upon which pytest still writes what it has
+  # SIGINT, so that pytest can write its results
   ((seconds < left)) || seconds=$left
   timeout --signal=INT --kill-after="${GRACE:-20}" "$seconds" "$@" >"$work/$name.log" 2>&1 || failed+=("$name")
   tail -n 60 "$work/$name.log"
@@ -42,7 +42,7 @@ part() { # NAME SECONDS COMMAND...: the output goes to a log and, at its end, to
   keep
 }
 
-measure() { # NAME SECONDS OPTIONS...: a run of the benchmark
+measure() { # NAME SECONDS OPTIONS...: runs the benchmark
   local name=$1 seconds=$2
   shift 2
   part "$name" "$seconds" "$python" -m pytest -q -p no:cacheprovider "$@" \
@@ -69,7 +69,7 @@ else
   load=(--rate 2 --duration 2 --batch-sizes 2 --num-prompts 2 --max-tokens 8)
 fi
 smoke=(bench/ --workloads bench/catalogue/models/tiny/smoke.txt)
-# random weights and prescribed acceptance: what the shapes cost, and whether the prediction holds
+# random weights and prescribed acceptance rates: measures step costs and checks the predicted speedup
 shape+=("${smoke[@]}" --gammas 2,4 --synthetic-acceptance-rates 0.75,0.6,0.5,0.4)
 
 measure roofline "$limit" bench/cost_sweep.py "${sweep[@]}" -k "width or context or batch"
@@ -82,13 +82,13 @@ if "$python" -m bench.first_light.real; then
   measure load "$limit" bench/ --engines specdec --methods autoregressive,hybrid --gammas 4 "${load[@]}"
 fi
 part correctness "$limit" "$python" -m pytest -q -p no:cacheprovider "${tests[@]}" -k "not default_pair"
-if [ -n "${SPECDEC_VLLM_PYTHON:-}" ] || "$python" -c 'import vllm' 2>/dev/null; then  # last: its starts take minutes
+if [ -n "${SPECDEC_VLLM_PYTHON:-}" ] || "$python" -c 'import vllm' 2>/dev/null; then  # last, because vLLM takes minutes to start
   measure shapes-vllm $((2 * limit)) "${shape[@]}" --engines specdec,vllm --methods autoregressive,draft_model
 fi
 
 printf '\n== summary\n'
 {
-  for journal in "$work"/*.jsonl; do  # a run that was stopped may have no JSON
+  for journal in "$work"/*.jsonl; do  # an interrupted run may have no JSON
     [ -e "$journal" ] || continue
     result=${journal%l}
     [ -s "$result" ] || result=$journal

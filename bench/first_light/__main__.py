@@ -23,7 +23,7 @@ LIMITS_S = {
     "transformers": 40,
     "real": 60,
 }
-CPU_LIMIT_S = 600.0  # of a part without a GPU, whose import of torch alone may take a minute on a busy machine
+CPU_LIMIT_S = 600.0  # per part without a GPU: on a busy machine, importing torch alone may take a minute
 TABLE_FILE = "first_light.txt"
 
 
@@ -49,9 +49,9 @@ def main(arguments: list[str] | None = None) -> int:
         run_parts(parts, options.folder, options.budget - (time.monotonic() - start_s))
     except KeyboardInterrupt:
         print("interrupted", flush=True)
-    told = f"{table(read(facts))}\n== {time.monotonic() - start_s:.0f} s on {device}"
-    (options.folder / TABLE_FILE).write_text(told + "\n")
-    print(told, flush=True)
+    text = f"{table(read(facts))}\n== {time.monotonic() - start_s:.0f} s on {device}"
+    (options.folder / TABLE_FILE).write_text(text + "\n")
+    print(text, flush=True)
     return int(num_failed(read(facts)) > 0)
 
 
@@ -73,10 +73,10 @@ def _names(text: str) -> tuple[str, ...]:
     return names
 
 
-def _device(wanted: str) -> tuple[str, str]:
-    """The device to run on, and why it is no GPU, if it is none. A GPU that is asked for is seen to by each part."""
-    if wanted != "auto":
-        return wanted, "--device cpu" if wanted == "cpu" else ""
+def _device(requested: str) -> tuple[str, str]:
+    """(device, reason if it is not a GPU). For a requested GPU, each part checks that it is usable."""
+    if requested != "auto":
+        return requested, "--device cpu" if requested == "cpu" else ""
     from bench.measure.machine import why_no_gpu
 
     reason = why_no_gpu()

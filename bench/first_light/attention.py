@@ -1,4 +1,4 @@
-"""The attention call of a decode step, by torch's own back ends."""
+"""The attention call of a decode step with each of torch's back ends."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ BACK_ENDS: dict[str, Any] = {
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """A decode step's attention: `width` tokens of a row see `extent` places; heads of a group are packed as rows."""
+    """Attention of a decode step: `width` tokens attend to `extent` columns; heads of a group are packed as rows."""
 
     model: str
     num_heads: int
@@ -49,7 +49,7 @@ class Shape:
 
 
 def attended(inputs: Inputs, back_end: Any = None) -> Tensor:
-    """The output, by one back end or by the one that torch chooses. Raises RuntimeError if it refuses."""
+    """The output of one back end, or of torch's default. Raises RuntimeError if the back end does not support it."""
     queries, keys, values, mask = inputs
     with sdpa_kernel([back_end]) if back_end else contextlib.nullcontext():
         return scaled_dot_product_attention(queries, keys, values, attn_mask=mask)

@@ -1,4 +1,4 @@
-"""transformers' own `generate` and this library's plain decoding, in turn, on models of the same shape."""
+"""Alternating measurements of transformers' `generate` and this library's plain decoding, on models of one shape."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ def run(report: Report, device: torch.device) -> None:
 
 def _compare(report: Report, pair: Pair, device: torch.device) -> None:
     target_alone = Pair(pair.name, pair.target, load_format=pair.load_format, context=pair.context)
-    ours = Engine(load(target_alone, device).target)
+    engine = Engine(load(target_alone, device).target)
     options: dict[str, Any] = {"dtype": torch.bfloat16, "device": device, "load_format": pair.load_format}
-    theirs, _ = load_pretrained(folder(pair.target), **options)
-    theirs.generation_config = GenerationConfig()  # its defaults would end the text, or search for another
-    prompts = [[token * 7919 % theirs.config.vocab_size for token in range(n, 2 * n)] for n in (64, 90)]
+    model, _ = load_pretrained(folder(pair.target), **options)
+    model.generation_config = GenerationConfig()  # the model's own may stop early or use beam search
+    prompts = [[token * 7919 % model.config.vocab_size for token in range(n, 2 * n)] for n in (64, 90)]
     arms: dict[str, Callable[[list[int]], float]] = {
-        "specdec": lambda prompt: _ours_s(ours, prompt),
-        "transformers": lambda prompt: _theirs_s(theirs, prompt),
-        "transformers, static cache": lambda prompt: _theirs_s(theirs, prompt, cache_implementation="static"),
+        "specdec": lambda prompt: _specdec_s(engine, prompt),
+        "transformers": lambda prompt: _transformers_s(model, prompt),
+        "transformers, static cache": lambda prompt: _transformers_s(model, prompt, cache_implementation="static"),
     }
     seconds: dict[str, list[float]] = {name: [] for name in arms}
     for arm in arms.values():  # warms up
@@ -52,19 +52,19 @@ def _compare(report: Report, pair: Pair, device: torch.device) -> None:
                 seconds[name].append(arm(prompt))
     token_s = {name: statistics.median(times) / NUM_TOKENS for name, times in seconds.items()}
     report.fact("latency", pair=pair.name, num_tokens=NUM_TOKENS, seconds=seconds, token_s=token_s)
-    told = ", ".join(f"{name} {1e3 * each:.2f}" for name, each in token_s.items())
+    times = ", ".join(f"{name} {1e3 * seconds:.2f}" for name, seconds in token_s.items())
     ratio = token_s["transformers"] / token_s["specdec"]
-    report.fact("latencies", text=f"{pair.name}: ms a token of a whole call: {told}; {ratio:.2f} times as fast")
+    report.fact("latencies", text=f"{pair.name}: ms per token of a call: {times}; {ratio:.2f} times as fast")
 
 
-def _ours_s(engine: Engine, prompt: list[int]) -> float:
+def _specdec_s(engine: Engine, prompt: list[int]) -> float:
     start_s = time.perf_counter()
     engine.generate([prompt], SamplingParams(temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True))
     return now_s(engine.target.device) - start_s
 
 
-def _theirs_s(model: Any, prompt: list[int], **options: Any) -> float:
-    """Seconds of a call. A static cache is used without compiling, which would take longer than the visit."""
+def _transformers_s(model: Any, prompt: list[int], **options: Any) -> float:
+    """Seconds per call. A static cache is used without compilation, which would exceed the time limit."""
     tokens = torch.tensor([prompt], device=model.device)
     config = GenerationConfig(
         max_new_tokens=NUM_TOKENS, do_sample=False, pad_token_id=0, disable_compile=True, **options
@@ -72,5 +72,5 @@ def _theirs_s(model: Any, prompt: list[int], **options: Any) -> float:
     start_s = now_s(model.device)
     output = model.generate(tokens, attention_mask=torch.ones_like(tokens), generation_config=config)
     duration_s = now_s(model.device) - start_s
-    assert output.shape[1] == len(prompt) + NUM_TOKENS, "every call is to emit as many tokens"
+    assert output.shape[1] == len(prompt) + NUM_TOKENS, "every call must emit NUM_TOKENS tokens"
     return duration_s

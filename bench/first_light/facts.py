@@ -1,4 +1,4 @@
-"""The machine: versions, the card, its bandwidth, and what a launch, a graph and a wait of the host cost."""
+"""Facts about the machine: versions, GPU, bandwidth, and the cost of kernel launches, CUDA graphs and host waits."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ _CARD = "name,driver_version,memory.total,power.limit,clocks.max.sm,clocks.max.m
 
 
 def run(report: Report, device: torch.device) -> None:
-    """All facts; those that need a GPU are left out on a CPU."""
-    report.fact("versions", **_versions(), text=_told(_versions()))
+    """Record all facts; on a CPU, without those about a GPU."""
+    report.fact("versions", **_versions(), text=_summary(_versions()))
     report.fact("machine", **machine.information())
     if device.type == "cuda":
         _card(report, device)
@@ -32,8 +32,8 @@ def run(report: Report, device: torch.device) -> None:
         report.fact("bandwidth", **measured, text=roofline.line(measured))
     with report.attempt("launches"):
         costs = _launches(device)
-        told = ", ".join(f"{name} {1e6 * cost_s:.1f} us" for name, cost_s in costs.items())
-        report.fact("launches", **costs, text=f"cost of: {told}")
+        text = ", ".join(f"{name} {1e6 * cost_s:.1f} us" for name, cost_s in costs.items())
+        report.fact("launches", **costs, text=f"cost of: {text}")
     with report.attempt("attention back ends"):
         _attention(report, device)
 
@@ -50,7 +50,7 @@ def _versions() -> dict[str, Any]:
     }
 
 
-def _told(versions: dict[str, Any]) -> str:
+def _summary(versions: dict[str, Any]) -> str:
     names = ("torch", "cuda", "cudnn", "transformers", "cpus", "importable")
     return ", ".join(f"{name} {versions[name]}" for name in names)
 
@@ -67,16 +67,16 @@ def _card(report: Report, device: torch.device) -> None:
             "free_bytes": free,
             "total_bytes": total,
         }
-        told = f"{card.name}, {card.multi_processor_count} SMs, L2 {card.L2_cache_size / 2**20:.0f} MB"
-        report.fact("card", **values, text=f"{told}, {free / 1e9:.1f} of {total / 1e9:.1f} GB free")
+        text = f"{card.name}, {card.multi_processor_count} SMs, L2 {card.L2_cache_size / 2**20:.0f} MB"
+        report.fact("card", **values, text=f"{text}, {free / 1e9:.1f} of {total / 1e9:.1f} GB free")
     with report.attempt("nvidia-smi"):
         command = ["nvidia-smi", f"--query-gpu={_CARD}", "--format=csv,noheader"]
-        told = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
-        report.fact("nvidia-smi", fields=_CARD, values=told, text=told)
+        output = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+        report.fact("nvidia-smi", fields=_CARD, values=output, text=output)
 
 
 def _launches(device: torch.device) -> dict[str, float]:
-    """Seconds of small things that a decode step consists of."""
+    """Seconds of the small operations in a decode step."""
     one, many = torch.zeros(1, device=device), 200
 
     def launch_many() -> None:
@@ -97,7 +97,7 @@ def _launches(device: torch.device) -> dict[str, float]:
 
 
 def _graphs(device: torch.device, launch_many: Callable[[], None], many: int) -> dict[str, float]:
-    """Replaying graphs of one and of many kernels that do next to nothing."""
+    """Seconds to replay CUDA graphs of one and of many trivial kernels."""
     one = torch.zeros(1, device=device)
     single, chain = captured(lambda: one.add_(1)), captured(launch_many)
     in_queue_s = [
@@ -111,7 +111,7 @@ def _graphs(device: torch.device, launch_many: Callable[[], None], many: int) ->
 
 
 def captured(run: Callable[[], object]) -> torch.cuda.CUDAGraph:
-    """A CUDA graph of what a function does."""
+    """Capture a function in a CUDA graph, and replay it once."""
     run()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
@@ -127,18 +127,18 @@ def _median_s(run: Callable[[], object], device: torch.device) -> float:
 
 
 def _attention(report: Report, device: torch.device) -> None:
-    """Which back ends take the calls of a decode step, and how their outputs lie in memory."""
+    """Which back ends support the calls of a decode step, and the strides of their outputs."""
     shape = Shape("8B", num_heads=32, num_kv_heads=8, head_dim=128, extent=256, width=5)
     for dtype in (torch.bfloat16, torch.float32):
-        inputs, taken = shape.inputs(device, dtype), {}
+        inputs, results = shape.inputs(device, dtype), {}
         for name, back_end in BACK_ENDS.items():
             try:
                 output = attended(inputs, back_end)
                 synchronize(device)
             except RuntimeError as error:
-                taken[name] = f"refuses: {str(error).strip().partition(chr(10))[0]}"
+                results[name] = f"unsupported: {str(error).strip().partition(chr(10))[0]}"
             else:
-                taken[name] = f"strides {list(output.stride())}"
-        report.fact("attention", dtype=str(dtype), shape=list(inputs[0].shape), taken=taken)
-        told = ", ".join(f"{name} {how if how.startswith('s') else 'refuses'}" for name, how in taken.items())
-        report.fact("attention back ends", text=f"attention in {dtype} {list(inputs[0].shape)}: {told}")
+                results[name] = f"strides {list(output.stride())}"
+        report.fact("attention", dtype=str(dtype), shape=list(inputs[0].shape), results=results)
+        text = ", ".join(f"{name} {result.partition(':')[0]}" for name, result in results.items())
+        report.fact("attention back ends", text=f"attention in {dtype} {list(inputs[0].shape)}: {text}")

@@ -1,6 +1,6 @@
-"""Kernels alone: the products and the attention of a decode step, in CUDA graphs, against the measured bandwidth.
+"""Microbenchmarks of the matrix products and attention of a decode step, in CUDA graphs, as a share of the bandwidth.
 
-`PRODUCTS` and `ATTENTIONS` are what is timed; a kernel of this library is added to them by name.
+`PRODUCTS` and `ATTENTIONS` list the implementations to time, by name.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from specdec.runtime.timing import durations_in_queue_s
 Product = Callable[[Tensor, Tensor], Tensor]  # inputs [M, in], weights [out, in] -> [M, out]
 Attention = Callable[[Inputs], Tensor]
 PRODUCTS: dict[str, Product] = {"cublas": linear}
-ATTENTIONS: dict[str, Attention] = {name: partial(attended, back_end=each) for name, each in BACK_ENDS.items()}
+ATTENTIONS: dict[str, Attention] = {name: partial(attended, back_end=back_end) for name, back_end in BACK_ENDS.items()}
 ROWS = (1, 2, 5, 9, 16)
-_CALLS = 20  # in a graph, at the least
-_ROTATED_BYTES = 200_000_000  # of weights that calls go through in turn: four times what an H100's L2 holds
+_CALLS = 20  # minimum number of calls in a graph
+_ROTATED_BYTES = 200_000_000  # of weights that calls cycle through: four times the size of an H100's L2 cache
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +42,7 @@ class Layer:
 
 @dataclass(frozen=True, slots=True)
 class Dimensions:
-    """What the shapes of a Llama's products come from."""
+    """Dimensions of a Llama model, which determine the shapes of its products."""
 
     model: str
     hidden: int
@@ -73,7 +73,7 @@ _TINY = Dimensions("tiny", 64, 128, 4, 2, 32, 256)
 
 
 def run(report: Report, device: torch.device) -> None:
-    """Products by layer and rows, then attention by extent and width; each beside its share of the bandwidth."""
+    """Time products by layer and rows, then attention by extent and width, each with its share of the bandwidth."""
     on_gpu = device.type == "cuda"
     models, rows, extents = (MODELS, ROWS, (256, 2048, 8192)) if on_gpu else ((_TINY,), (1, 5), (64,))
     with report.attempt("bandwidth"):
@@ -99,11 +99,13 @@ def _products(report: Report, device: torch.device, layer: Layer, rows: tuple[in
         exact = inputs.float() @ weights[0].float().T
         for name, product in PRODUCTS.items():
             _compare(report, f"{name} {layer.model} {layer.name} of {num_rows}", product(inputs, weights[0]), exact)
-            seconds[name][num_rows] = _seconds_a_call([partial(product, inputs, each) for each in weights], device)
+            calls = [partial(product, inputs, weight) for weight in weights]
+            seconds[name][num_rows] = _seconds_per_call(calls, device)
     for name, by_rows in seconds.items():
         report.fact("product", of=name, model=layer.model, layer=layer.name, bytes=size, seconds=by_rows)
-        told = ", ".join(f"{n}: {1e6 * s:.1f} us {size / s / ceiling:.0%}" for n, s in by_rows.items())
-        report.fact("products", text=f"{layer.model} {layer.name} {layer.outputs}x{layer.inputs} {name} by rows {told}")
+        times = ", ".join(f"{n}: {1e6 * s:.1f} us {size / s / ceiling:.0%}" for n, s in by_rows.items())
+        shape = f"{layer.outputs}x{layer.inputs}"
+        report.fact("products", text=f"{layer.model} {layer.name} {shape} {name} by rows {times}")
 
 
 def _attentions(report: Report, device: torch.device, shape: Shape, ceiling: float) -> None:
@@ -111,19 +113,19 @@ def _attentions(report: Report, device: torch.device, shape: Shape, ceiling: flo
         sized = replace(shape, width=width)
         count = max(2, min(_CALLS, _ROTATED_BYTES // sized.num_bytes)) if device.type == "cuda" else 2
         inputs = [sized.inputs(device, torch.bfloat16) for _ in range(count)]
-        queries, keys, values, mask = (each.float() for each in inputs[0])
-        exact = attended((queries, keys, values, mask), BACK_ENDS["math"])
+        queries, keys, values, mask = inputs[0]
+        exact = attended((queries.float(), keys.float(), values.float(), mask.float()), BACK_ENDS["math"])
         seconds = {}
         for name, attention in ATTENTIONS.items():
             try:
                 output = attention(inputs[0])
             except RuntimeError:
-                continue  # the part `facts` says why
+                continue  # the part `facts` records the reason
             _compare(report, f"{name} attention {sized.model} over {sized.extent}", output, exact)
-            seconds[name] = _seconds_a_call([partial(attention, each) for each in inputs], device)
+            seconds[name] = _seconds_per_call([partial(attention, arguments) for arguments in inputs], device)
         report.fact("attention", model=sized.model, extent=sized.extent, width=width, seconds=seconds)
-        told = ", ".join(f"{name} {1e6 * s:.1f} us {sized.num_bytes / s / ceiling:.0%}" for name, s in seconds.items())
-        report.fact("attentions", text=f"{sized.model} attention of {width} over {sized.extent}: {told}")
+        times = ", ".join(f"{name} {1e6 * s:.1f} us {sized.num_bytes / s / ceiling:.0%}" for name, s in seconds.items())
+        report.fact("attentions", text=f"{sized.model} attention of {width} over {sized.extent}: {times}")
 
 
 def _random(device: torch.device, *shape: int) -> Tensor:
@@ -131,14 +133,14 @@ def _random(device: torch.device, *shape: int) -> Tensor:
 
 
 def _compare(report: Report, name: str, output: Tensor, exact: Tensor) -> None:
-    """In bfloat16 an error of some thousandths is rounding."""
+    """Record a failed check if the relative error exceeds 2 %; in bfloat16 some tenths of a percent are rounding."""
     error = float((output.float() - exact).norm() / exact.norm())
     if not error < 2e-2:
         report.check(name, False, f"relative error {error:.2g} must be below 0.02")
 
 
-def _seconds_a_call(calls: list[Callable[[], object]], device: torch.device) -> float:
-    """Seconds of one of these calls, which go round in a graph."""
+def _seconds_per_call(calls: list[Callable[[], object]], device: torch.device) -> float:
+    """Median seconds per call, cycling through the calls in a CUDA graph."""
     count = max(_CALLS, len(calls))
 
     def run() -> None:

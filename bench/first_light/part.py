@@ -8,7 +8,7 @@ from pathlib import Path
 
 from bench.first_light.report import Report
 
-MODULES: dict[str, tuple[str, ...]] = {  # by part: its module, and what this is told
+MODULES: dict[str, tuple[str, ...]] = {  # part -> module and its arguments
     "facts": ("facts",),
     "correctness": ("correctness",),
     "shapes-8b": ("shapes", "8b"),
@@ -20,7 +20,7 @@ MODULES: dict[str, tuple[str, ...]] = {  # by part: its module, and what this is
 
 
 def main(name: str, facts: str, device: str, *arguments: str) -> None:
-    """Run a part. device: "cuda" or "cpu". arguments: the part's own, if it is to do a share of its work only."""
+    """Run a part. device: "cuda" or "cpu". arguments: select a share of the part's work; none for all of it."""
     import torch
 
     from bench.measure.machine import why_no_gpu
@@ -29,9 +29,9 @@ def main(name: str, facts: str, device: str, *arguments: str) -> None:
     if device == "cuda" and (reason := why_no_gpu()):
         raise SystemExit(f"device=cuda must be usable, but it is not: {reason}")
     report.watch_fallbacks()
-    module, *own = MODULES[name]
-    place = torch.device("cuda", 0) if device == "cuda" else torch.device(device)
-    importlib.import_module(f"bench.first_light.{module}").run(report, place, *own, *arguments)
+    module, *options = MODULES[name]
+    torch_device = torch.device("cuda", 0) if device == "cuda" else torch.device(device)
+    importlib.import_module(f"bench.first_light.{module}").run(report, torch_device, *options, *arguments)
 
 
 if __name__ == "__main__":

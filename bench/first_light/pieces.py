@@ -1,7 +1,7 @@
-"""The default model in a few files, for a machine that can fetch nothing: its quantised weights as they are stored.
+"""The default model in a few small files, for machines without network access: its weights, still quantized.
 
-`pack` writes them where the model can be fetched; `unpack` puts them together where it cannot, without the package
-gguf, as the very folder that `specdec.models.loading.resolve` would have made: bit for bit the same weights.
+`pack` writes them on a machine that can fetch the model. `unpack` recreates, without the package gguf, the folder that
+`specdec.models.loading.resolve` would have made, with bit-identical weights.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from torch import Tensor
 from specdec.models.loading import SMOLLM2_135M, resolve
 from specdec.runtime.artifacts import LoadError, fetch, folder_of, made_once
 
-PIECE_BYTES = 36 << 20  # of one upload: transfers to a GPU machine may be limited
+PIECE_BYTES = 36 << 20  # maximum size of a piece: uploads to a GPU machine may be limited
 WEIGHTS_FILE = "model.safetensors"
-_BLOCKS = {"Q4_1": 20, "Q8_0": 34}  # bytes of 32 weights
+_BLOCKS = {"Q4_1": 20, "Q8_0": 34}  # bytes per 32 weights
 _LAYER = {  # names in a GGUF file -> in transformers' Llama
     "attn_norm": "input_layernorm",
     "ffn_norm": "post_attention_layernorm",
@@ -35,9 +35,9 @@ _OTHERS = {"token_embd.weight": "model.embed_tokens.weight", "output_norm.weight
 
 
 def pack(folder: Path, piece_bytes: int = PIECE_BYTES) -> list[Path]:
-    """Write the default model to FOLDER/piece-1.safetensors and so on, each of at most so many bytes.
+    """Write the default model to FOLDER/piece-1.safetensors and so on, each of at most `piece_bytes`.
 
-    It is fetched if need be. Raises LoadError unless what is written gives the same weights.
+    Fetches the model if necessary. Raises LoadError unless the pieces dequantize to the same weights.
     """
     made = Path(resolve(SMOLLM2_135M.name))
     entries = [*_packed_weights(_gguf(), made), *_packed_files(made)]
@@ -50,7 +50,7 @@ def pack(folder: Path, piece_bytes: int = PIECE_BYTES) -> list[Path]:
 
 
 def unpack(folder: Path) -> Path:
-    """The folder of the default model in the cache, made of the pieces in a folder if it is not there yet.
+    """The folder of the default model in the cache, created from the pieces in `folder` unless it exists.
 
     Raises LoadError if pieces are missing or damaged.
     """
@@ -64,10 +64,10 @@ def unpack(folder: Path) -> Path:
     return made_once(folder_of(SMOLLM2_135M), make, disk_bytes=SMOLLM2_135M.disk_bytes, rule=rule, what=what)
 
 
-def dequantised(stored: Tensor, kind: str) -> Tensor:
-    """Weights bfloat16 [rows, n] of stored ones: Q4_1 or Q8_0 as uint8 [rows, bytes], F32 as they are.
+def dequantized(stored: Tensor, kind: str) -> Tensor:
+    """Dequantize stored weights to bfloat16 [rows, n]. stored: uint8 [rows, bytes] for Q4_1 and Q8_0, else F32.
 
-    They are computed in float32 and rounded once, as transformers does.
+    Computed in float32 and rounded once, as in transformers.
     """
     if kind == "F32":
         return stored.bfloat16()
@@ -76,9 +76,9 @@ def dequantised(stored: Tensor, kind: str) -> Tensor:
     if kind == "Q8_0":
         values = scales * blocks[:, 2:].contiguous().view(torch.int8).float()
     else:
-        least = blocks[:, 2:4].contiguous().view(torch.float16).float()
-        quants = torch.cat([blocks[:, 4:] & 15, blocks[:, 4:] >> 4], 1)  # low halves come first
-        values = scales * quants.float() + least
+        minima = blocks[:, 2:4].contiguous().view(torch.float16).float()
+        quants = torch.cat([blocks[:, 4:] & 15, blocks[:, 4:] >> 4], 1)  # low nibbles first
+        values = scales * quants.float() + minima
     return values.view(len(stored), -1).bfloat16()
 
 
@@ -88,7 +88,7 @@ Entry = tuple[str, Tensor]  # "KIND:name": KIND is a number format of GGUF, or "
 
 
 def _gguf() -> Path:
-    """The GGUF file, which `resolve` does not keep."""
+    """The GGUF file, which `resolve` deletes after conversion."""
     kept = dataclasses.replace(SMOLLM2_135M, name=f"{SMOLLM2_135M.name}-gguf")
 
     def keep(file: Path, folder: Path) -> None:
@@ -105,10 +105,10 @@ def _packed_weights(gguf: Path, made: Path) -> Iterator[Entry]:
     for tensor in GGUFReader(gguf).tensors:
         kind, name = tensor.tensor_type.name, _name(tensor.name)
         orders = _orders(torch.from_numpy(tensor.data.copy()), name)
-        stored = next((each for each in orders if _equal(each, kind, expected[name])), None)
+        stored = next((rows for rows in orders if _equal(rows, kind, expected[name])), None)
         if stored is None:
             raise LoadError(
-                f"{name}, stored as {kind}, must give the weights in {made}; use transformers' 5.17 or newer"
+                f"{name}, stored as {kind}, must dequantize to the weights in {made}; use transformers 5.17 or newer"
             )
         del expected[name]
         yield f"{kind}:{name}", stored
@@ -124,7 +124,7 @@ def _name(name: str) -> str:
 
 
 def _orders(stored: Tensor, name: str) -> Iterator[Tensor]:
-    """The rows as they are and, of queries and keys, in transformers' order: halves of a head one after the other."""
+    """The rows in GGUF order and, for queries and keys, in the order of transformers: the two halves of each head."""
     yield stored
     if "q_proj" in name or "k_proj" in name:
         for head_dim in (32, 64, 128):
@@ -133,7 +133,7 @@ def _orders(stored: Tensor, name: str) -> Iterator[Tensor]:
 
 
 def _equal(stored: Tensor, kind: str, expected: Tensor) -> bool:
-    return torch.equal(dequantised(stored, kind).view(torch.int16), expected.view(torch.int16))
+    return torch.equal(dequantized(stored, kind).view(torch.int16), expected.view(torch.int16))
 
 
 def _packed_files(made: Path) -> Iterator[Entry]:
@@ -146,7 +146,7 @@ def _packed_files(made: Path) -> Iterator[Entry]:
 
 
 def _split(entries: Sequence[Entry], piece_bytes: int) -> list[list[Entry]]:
-    """The largest first, each into the first piece that has room for it; names and lengths take room, too."""
+    """First-fit decreasing: the largest entry first, each into the first piece with enough room, including metadata."""
     pieces: list[list[Entry]] = []
     room: list[int] = []
     for name, tensor in sorted(entries, key=lambda entry: -entry[1].nbytes):
@@ -172,7 +172,7 @@ def _pieces(folder: Path) -> list[Path]:
     with safe_open(paths[0], "pt") as first:
         wanted = {f"piece-{number}.safetensors" for number in range(1, int(first.metadata()["pieces"]) + 1)}
     if missing := sorted(wanted - {path.name for path in paths}):
-        raise LoadError(f"folder={str(folder)!r} must hold {', '.join(missing)}, too; copy all pieces there")
+        raise LoadError(f"folder={str(folder)!r} must also hold {', '.join(missing)}; copy all pieces there")
     return paths
 
 
@@ -185,5 +185,5 @@ def _unpack(paths: Sequence[Path], folder: Path) -> None:
             if kind == "file":
                 (folder / name).write_bytes(zlib.decompress(stored.numpy().tobytes()))
             else:
-                weights[name] = dequantised(stored, kind)
+                weights[name] = dequantized(stored, kind)
     save_file(weights, folder / WEIGHTS_FILE, {"format": "pt"})

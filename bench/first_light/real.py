@@ -1,7 +1,7 @@
-"""The real default pair, where its weights are there: what each method gains, and whether it says the same.
+"""The default pair with its real weights, if available: the speedup of each method, and whether its output is right.
 
 SPECDEC_FIRST_LIGHT_WEIGHTS names a folder with the pieces that `python -m bench.first_light --pack FOLDER` wrote on a
-machine that can fetch the model; without it the model must be in the cache.
+machine with network access; without it, the model must be in the cache.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ _QUESTIONS = (
 
 
 def run(report: Report, device: torch.device) -> None:
-    """Loads the pair, compares its tokens with those of the CPU, and times its methods."""
+    """Load the pair, compare its tokens with those of the CPU, and time its methods."""
     try:
-        if reason := why_not_there():
+        if reason := why_unavailable():
             report.skip("the default pair", reason)
             return
     except LoadError as error:
@@ -61,15 +61,15 @@ def run(report: Report, device: torch.device) -> None:
         _against_cpu(report, models, prompts[:2])
 
 
-def why_not_there() -> str | None:
-    """Why the default model is not in the cache, where its pieces are put together if need be; None if it is.
+def why_unavailable() -> str | None:
+    """Make the default model available in the cache, from its pieces if necessary; returns the reason if it cannot.
 
-    Raises LoadError for pieces that are not whole.
+    Raises LoadError for missing or damaged pieces.
     """
     if is_complete(folder_of(SMOLLM2_135M)):
         return None
     if not (pieces := os.environ.get(WEIGHTS)):
-        return f"its weights are not in the cache, and {WEIGHTS} names no folder with pieces of them"
+        return f"its weights are not in the cache, and {WEIGHTS} names no folder with their pieces"
     unpack(Path(pieces))
     return None
 
@@ -77,42 +77,42 @@ def why_not_there() -> str | None:
 def _tokens(
     report: Report, models: Loaded, prompts: Sequence[Sequence[int]], methods: Sequence[str], num_tokens: int
 ) -> None:
-    """Every method says greedily what plain decoding says, two prompts at a time."""
+    """Check that the greedy output of every method equals plain decoding, two prompts at a time."""
     sampling = SamplingParams(temperature=0, max_tokens=num_tokens)
     plain: list[Any] = []
     for method in ("autoregressive", *methods):
         with report.attempt(f"tokens of {method}"):
             engine = Engine(models.target, method=method, draft=models.drafts.get(method), max_batch_size=2)
-            said = [completion.token_ids for completion in engine.generate(prompts, sampling)]
-            plain = plain or said
-            report.check(
-                f"the default pair's {method} = plain", said == plain, "" if said == plain else _first(said, plain)
-            )
+            tokens = [completion.token_ids for completion in engine.generate(prompts, sampling)]
+            plain = plain or tokens
+            difference = "" if tokens == plain else _first_difference(tokens, plain)
+            report.check(f"the default pair's {method} = plain", tokens == plain, difference)
 
 
 def _against_cpu(report: Report, models: Loaded, prompts: Sequence[Sequence[int]]) -> None:
-    """In bfloat16 a near tie may fall otherwise, so that how many tokens are equal is a fact and no check."""
+    """Compare with the CPU. In bfloat16 near ties may resolve differently, so this is a fact and not a check."""
     sampling = SamplingParams(temperature=0, max_tokens=32)
     options: dict[str, Any] = {"dtype": models.target.dtype, "attention": "sdpa", "load_format": "auto"}
     cpu, _ = load_with_drafts(catalogue()["smollm2-135m"].target, (), device="cpu", **options)
-    ours, theirs = ([c.token_ids for c in Engine(m).generate(prompts, sampling)] for m in (models.target, cpu))
-    told = "the same tokens as on the CPU" if ours == theirs else f"beside the CPU: {_first(ours, theirs)}"
+    tokens, cpu_tokens = ([c.token_ids for c in Engine(m).generate(prompts, sampling)] for m in (models.target, cpu))
+    result = "the same tokens" if tokens == cpu_tokens else _first_difference(tokens, cpu_tokens)
     report.fact(
-        "tokens of the CPU", text=f"the default pair in {models.target.dtype} says {told}", ours=ours, theirs=theirs
+        "tokens of the CPU",
+        text=f"the default pair in {models.target.dtype}, compared with the CPU: {result}",
+        tokens=tokens,
+        cpu_tokens=cpu_tokens,
     )
 
 
-def _first(ours: list[Any], theirs: list[Any]) -> str:
-    """The first difference of two lists of token ids."""
-    for row, (one, other) in enumerate(zip(ours, theirs, strict=True)):
-        if one != other:
-            at = next(
-                (i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other))
-            )
-            return f"first difference in row {row} at token {at}"
-    return "none"
+def _first_difference(rows: list[Any], other_rows: list[Any]) -> str:
+    """Describe the first difference between two lists of token ids that are not equal."""
+    row, (one, other) = next(
+        (row, pair) for row, pair in enumerate(zip(rows, other_rows, strict=True)) if pair[0] != pair[1]
+    )
+    shared = [a == b for a, b in zip(one, other, strict=False)]
+    return f"first difference in row {row} at token {[*shared, False].index(False)}"
 
 
-if __name__ == "__main__":  # for scripts: whether the pair can be used here
-    if told := why_not_there():
-        raise SystemExit(f"the default pair is left out: {told}")
+if __name__ == "__main__":  # for scripts: exits with 1 unless the pair can be used here
+    if reason := why_unavailable():
+        raise SystemExit(f"the default pair is left out: {reason}")

@@ -1,4 +1,4 @@
-"""Facts: one JSON line each, on the disk as soon as they are known; and the table that people read."""
+"""Facts, each written to disk at once as one JSON line, and the table that summarizes them."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from types import MappingProxyType, TracebackType
 from typing import Any
 
 FACTS_FILE = "first_light.jsonl"
-_TRACEBACK_CHARS = 1500  # of a traceback's end that are kept
+_TRACEBACK_CHARS = 1500  # kept from the end of a traceback
 _TABLE_CHARS = 11_000
-_PART_CHARS = 2400  # of the table, for each part
-_LAST = ("transformers", "real", "shapes-135m", "shapes-8b", "correctness")  # what matters most is printed last
+_PART_CHARS = 2400  # of the table, per part
+_LAST = ("transformers", "real", "shapes-135m", "shapes-8b", "correctness")  # the most important parts come last
 
 Fact = dict[str, Any]
 
@@ -32,46 +32,46 @@ class Report:
         self._doing = "start"
 
     def fact(self, name: str, /, text: str = "", **values: Any) -> None:
-        """One fact. text: how the table tells it; nothing for a fact that it leaves out."""
+        """Record a fact. text: its line in the table; empty to omit it there."""
         self._write({"fact": name, **({"text": text} if text else {})}, values)
 
     def check(self, name: str, ok: bool, /, detail: str = "", **values: Any) -> None:
-        """Whether something holds that must."""
+        """Record the outcome of a check."""
         self._write({"check": name, "ok": ok, "detail": detail}, values)
 
     def skip(self, name: str, reason: str) -> None:
-        """Something that cannot be done on this machine."""
+        """Record that something cannot be done on this machine."""
         self._write({"skipped": name, "detail": reason})
 
     def attempt(self, name: str) -> Attempt:
-        """Record an exception raised inside as a failed check called `name`, and go on.
+        """A context that records an exception as a failed check called `name`, and suppresses it.
 
-        A card that is lost is recorded, too, but ends the part: nothing else can be found out in this process.
+        If the device itself failed, the part ends, because nothing else can be measured in this process.
         """
         self._doing = name
         return Attempt(self, name)
 
     def took(self, name: str, seconds: float) -> None:
-        """How long something took."""
+        """Record a duration."""
         self._write({"took": name, "seconds": round(seconds, 3)})
 
     def watch_fallbacks(self) -> None:
-        """From now on whatever specdec warns of is a failed check: it warns where something runs slower than it could.
+        """Record every later warning of specdec as a failed check.
 
-        That is how a capture or a compilation that failed is told.
+        specdec warns when it falls back to something slower, such as after a failed graph capture or compilation.
         """
         logging.getLogger("specdec").addHandler(_Fallbacks(self))
 
     def fallback(self, message: str) -> None:
-        """A warning of specdec's."""
+        """Record a warning of specdec as a failed check."""
         self.check(f"no fallback during {self._doing}", False, message)
 
-    def _write(self, what: Fact, values: Mapping[str, Any] = MappingProxyType({})) -> None:
-        what = {"part": self.part, "at_s": round(time.time(), 2), **what}
-        for name in what.keys() & values.keys():
+    def _write(self, fact: Fact, values: Mapping[str, Any] = MappingProxyType({})) -> None:
+        fact = {"part": self.part, "at_s": round(time.time(), 2), **fact}
+        for name in fact.keys() & values.keys():
             raise ValueError(f"{name}={values[name]!r} must not be the name of a value; rename it")
-        line = json.dumps({**what, **values}, default=str)
-        with self.path.open("ab", buffering=0) as stream:  # one write call: lines of other processes stay whole
+        line = json.dumps({**fact, **values}, default=str)
+        with self.path.open("ab", buffering=0) as stream:  # a single write: lines of several processes do not mix
             stream.write(line.encode() + b"\n")
             os.fsync(stream.fileno())
 
@@ -113,7 +113,7 @@ class _Fallbacks(logging.Handler):
 
 
 def read(path: Path) -> list[Fact]:
-    """All facts of a file; a line that was cut off while it was written is left out."""
+    """All facts of a file, without incomplete lines."""
     lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
     facts = []
     for line in lines:
@@ -125,15 +125,15 @@ def read(path: Path) -> list[Fact]:
 
 
 def table(facts: Sequence[Fact]) -> str:
-    """What was found, part by part, failed checks last in each, at most 11,000 characters."""
+    """A summary by part, failed checks last in each, of at most 11,000 characters."""
     parts = list(dict.fromkeys(fact["part"] for fact in facts))
     parts.sort(key=lambda part: _LAST.index(part) if part in _LAST else -1)
-    told = [_clipped(_lines([fact for fact in facts if fact["part"] == part]), _PART_CHARS) for part in parts]
-    return "\n".join([*told, _summary(facts)])[-_TABLE_CHARS:]
+    texts = [_clipped(_lines([fact for fact in facts if fact["part"] == part]), _PART_CHARS) for part in parts]
+    return "\n".join([*texts, _summary(facts)])[-_TABLE_CHARS:]
 
 
 def num_failed(facts: Iterable[Fact]) -> int:
-    """Failed checks."""
+    """The number of failed checks."""
     return sum(fact.get("ok") is False for fact in facts)
 
 
@@ -142,12 +142,12 @@ def _lines(facts: Sequence[Fact]) -> list[str]:
     failed = [fact for fact in checks if not fact["ok"]]
     title = f"== {facts[0]['part']}" + (f": {len(checks) - len(failed)} of {len(checks)} checks hold" if checks else "")
     skipped = [f"skipped {fact['skipped']}: {fact['detail']}" for fact in facts if "skipped" in fact]
-    told = [fact["text"] for fact in facts if "text" in fact]
-    return [title, *told, *skipped, *(f"FAILED {fact['check']}: {fact['detail']}"[:240] for fact in failed)]
+    texts = [fact["text"] for fact in facts if "text" in fact]
+    return [title, *texts, *skipped, *(f"FAILED {fact['check']}: {fact['detail']}"[:240] for fact in failed)]
 
 
 def _clipped(lines: Sequence[str], num_chars: int) -> str:
-    """The lines without those in the middle that are too many."""
+    """The lines, without as many in the middle as exceed the number of characters."""
     kept = list(lines)
     while sum(map(len, kept)) + len(kept) > num_chars and len(kept) > 2:
         kept.pop(len(kept) // 2)
@@ -158,9 +158,9 @@ def _clipped(lines: Sequence[str], num_chars: int) -> str:
 
 def _summary(facts: Sequence[Fact]) -> str:
     ends = [fact for fact in facts if fact.get("fact") == "end"]
-    told = ", ".join(f"{fact['of']} {fact['outcome']} in {fact['seconds']:.0f} s" for fact in ends)
+    parts = ", ".join(f"{fact['of']} {fact['outcome']} in {fact['seconds']:.0f} s" for fact in ends)
     num_checks = sum("check" in fact for fact in facts)
-    return f"== parts: {told}\n== {num_checks - num_failed(facts)} of {num_checks} checks hold"
+    return f"== parts: {parts}\n== {num_checks - num_failed(facts)} of {num_checks} checks hold"
 
 
 def _reason(error: Exception) -> str:

@@ -1,4 +1,4 @@
-"""Parts as processes: each with a time limit, none able to take another's findings with it."""
+"""Runs each part as a process with a time limit, so that a crash never loses the results of other parts."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from bench.first_light.report import FACTS_FILE, Report
 
 ARCHIVE_FILE = "logs.tar.gz"
 _GRACE_S = 8.0  # between asking a part to stop and killing it
-_MIN_S = 5.0  # a part that has less time is not begun
-_LOG_CHARS = 1500  # of a failed part's log that become a fact
+_MIN_S = 5.0  # a part with less time left is skipped
+_LOG_CHARS = 1500  # characters of a failed part's log that are stored as a fact
 ROOT = Path(__file__).parents[2]
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A command with a time limit in seconds; {facts} in it stands for the file that takes the facts."""
+    """A command with a time limit in seconds; {facts} in it is replaced by the path of the facts file."""
 
     name: str
     command: tuple[str, ...]
@@ -32,23 +32,23 @@ class Part:
 
 
 def part(name: str, limit_s: float, device: str) -> Part:
-    """One of this package's own parts."""
+    """A part of this package."""
     return Part(name, (sys.executable, "-m", "bench.first_light.part", name, "{facts}", device), limit_s)
 
 
 def run_parts(parts: Sequence[Part], folder: Path, budget_s: float) -> None:
-    """Run the parts one after the other, within a budget for all; their facts are in `folder` when this returns.
+    """Run the parts sequentially within a time budget, and write their facts to `folder`.
 
-    The folder holds FACTS_FILE, ARCHIVE_FILE with the logs of finished parts, and the log of the part in progress.
-    An interrupt stops the part in progress in the same way as its limit, and is then raised again.
+    The folder holds FACTS_FILE, ARCHIVE_FILE with the logs of finished parts, and the log of the current part. An
+    interrupt stops the current part as its limit does, and is then raised again.
     """
     report, ends_s = Report("visit", folder / FACTS_FILE), time.monotonic() + budget_s
-    for each in parts:
-        limit_s = min(each.limit_s, ends_s - time.monotonic())
+    for part in parts:
+        limit_s = min(part.limit_s, ends_s - time.monotonic())
         if limit_s < _MIN_S:
-            report.skip(each.name, f"{limit_s:.0f} s were left of the budget of {budget_s:.0f} s")
+            report.skip(part.name, f"{limit_s:.0f} s were left of the budget of {budget_s:.0f} s")
             continue
-        _run(each, limit_s, folder, report)
+        _run(part, limit_s, folder, report)
 
 
 def _run(part: Part, limit_s: float, folder: Path, report: Report) -> None:
@@ -63,7 +63,7 @@ def _run(part: Part, limit_s: float, folder: Path, report: Report) -> None:
                 stdout=stream,
                 stderr=stream,
                 start_new_session=True,
-                preexec_fn=_heed_interrupts,
+                preexec_fn=_accept_interrupts,
             )
             try:
                 outcome = _outcome(process.wait(limit_s))
@@ -81,8 +81,8 @@ def _run(part: Part, limit_s: float, folder: Path, report: Report) -> None:
         _archive(log, folder / ARCHIVE_FILE)
 
 
-def _heed_interrupts() -> None:
-    """A job that a shell runs in the background ignores interrupts, and so would its parts."""
+def _accept_interrupts() -> None:
+    """Reset SIGINT: a shell makes background jobs ignore it, and their children inherit that."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
@@ -93,12 +93,12 @@ def _outcome(status: int) -> str:
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
-    """Interrupt a part and all that it started, so that it can write what it has; then kill what is left of it."""
+    """Interrupt the process group of a part, so that it can write its results; then kill what is still running."""
     if process.poll() is None:
         _signal(process, signal.SIGINT)
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(_GRACE_S)
-    _signal(process, signal.SIGKILL)  # also what outlived a part that has ended
+    _signal(process, signal.SIGKILL)  # even after a normal end: children may still be running
     process.wait()
 
 
@@ -108,7 +108,7 @@ def _signal(process: subprocess.Popen[bytes], number: signal.Signals) -> None:
 
 
 def _archive(log: Path, archive: Path) -> None:
-    """Move a log into the archive, which is replaced in one step: it is whole at any time."""
+    """Move a log into the archive, which is replaced atomically."""
     staging = archive.with_suffix(".new")
     with tarfile.open(staging, "w:gz") as new:
         if archive.exists():

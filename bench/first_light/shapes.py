@@ -1,6 +1,6 @@
-"""Models of real dimensions with random weights: what a step costs, where its time goes, what methods then gain.
+"""Models of real dimensions with random weights: cost of a step, its profile, and the resulting speedup of methods.
 
-Acceptance is prescribed, as it was measured with real weights on a CPU; so tokens mean nothing here, and times all.
+The acceptance rates are prescribed, as measured with real weights on a CPU: only times are meaningful, not tokens.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _DTYPE = torch.bfloat16
 
 
 def run(report: Report, device: torch.device, size: str = "tiny") -> None:
-    """size: "8b" or "135m". The most wanted facts come first: a part may run out of time."""
+    """Measure a pair. size: "8b" or "135m". The most important facts come first, in case time runs out."""
     on_gpu = device.type == "cuda"
     size = size if on_gpu else "tiny"
     if (models := loaded(report, catalogue()[PAIRS[size]], device)) is None:
@@ -87,7 +87,7 @@ class Loaded:
 
 
 def loaded(report: Report, pair: Pair, device: torch.device) -> Loaded | None:
-    """A pair with random weights, and what loading it took; None, with the reason as a fact, if it does not fit."""
+    """Load a pair and record the time and memory it takes; None, with a recorded reason, if it does not fit."""
     num_bytes = _weight_bytes(pair)
     if device.type == "cuda" and (free := torch.cuda.mem_get_info(device)[0]) < 1.2 * num_bytes + 2e9:
         report.skip(pair.name, f"{num_bytes / 1e9:.1f} GB of weights need more than the {free / 1e9:.1f} GB free here")
@@ -99,13 +99,13 @@ def loaded(report: Report, pair: Pair, device: torch.device) -> Loaded | None:
         seconds = time.perf_counter() - start_s
         peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
         memory = f", peak memory {peak / num_bytes:.2f} of its weights" if peak else ""
-        told = f"{pair.name} loaded in {seconds:.1f} s{memory}"
-        report.fact("loaded", text=told, pair=pair.name, seconds=seconds, peak_bytes=peak, weight_bytes=num_bytes)
+        text = f"{pair.name} loaded in {seconds:.1f} s{memory}"
+        report.fact("loaded", text=text, pair=pair.name, seconds=seconds, peak_bytes=peak, weight_bytes=num_bytes)
     return models
 
 
 def load(pair: Pair, device: torch.device) -> Loaded:
-    """A pair as `specdec.Engine.load` has it."""
+    """Load a pair as `specdec.Engine.load` does."""
     sources = {method: folder(source) for method in METHODS if (source := pair.draft_for(method))}
     options: dict[str, Any] = {
         "dtype": _DTYPE,
@@ -125,26 +125,26 @@ def _weight_bytes(pair: Pair) -> int:
 
 @dataclass(slots=True)
 class Decoded:
-    """What decoding took. completions: of one call. times: of its phases."""
+    """The result of a decoding run. completions: of one call. times: of its phases."""
 
     completions: list[Completion]
     times: PhaseTimes
 
     @property
     def totals(self) -> RunTotals:
-        counts = AcceptanceCounts.total(each.counts for each in self.completions)
-        return RunTotals(counts, self.times, sum(len(each.token_ids) for each in self.completions))
+        counts = AcceptanceCounts.total(completion.counts for completion in self.completions)
+        return RunTotals(counts, self.times, sum(len(completion.token_ids) for completion in self.completions))
 
     @property
     def token_s(self) -> float:
-        """Seconds of decoding for each token that decode steps emitted."""
+        """Decoding time per token emitted by decode steps, in seconds."""
         return self.totals.decode_s / self.totals.counts.num_emitted
 
 
 class Work:
-    """What is measured of a pair. ceiling: the bandwidth of the memory in bytes/s.
+    """The measurements of a pair. ceiling: memory bandwidth in bytes/s.
 
-    prompts: token ids that methods continue, one after the other. rates: prescribed acceptance, or None to verify.
+    prompts: token ids, decoded sequentially. rates: prescribed acceptance rates, or None for real verification.
     """
 
     def __init__(
@@ -162,17 +162,17 @@ class Work:
         self._measured: set[tuple[str, int, int]] = set()
 
     def steps(self, role: str, widths: Sequence[int], contexts: Sequence[int]) -> None:
-        """Recorded steps by width and context: replayed back to back, and with a wait for each."""
+        """Time recorded steps by width and context, replayed back to back and with a wait after each."""
         for context in contexts:
             missing = [width for width in widths if (role, width, context) not in self._measured]
-            told = []
+            results = []
             with self._report.attempt(f"{self._models.name} {role} steps over {context}"):
                 for width in missing:
-                    told.append(self._step(role, width, context))
+                    results.append(self._step(role, width, context))
                     self._measured.add((role, width, context))
-            if told:
-                title = f"{self._models.name} {role} step over {context}"
-                self._report.fact("steps", text=f"{title}, width: ms in a row, share of bandwidth: {'; '.join(told)}")
+            if results:
+                title = f"{self._models.name} {role} step over {context}, width: ms in a row, share of bandwidth"
+                self._report.fact("steps", text=f"{title}: {'; '.join(results)}")
 
     def _step(self, role: str, width: int, context: int) -> str:
         model = self._models.model(role)
@@ -185,43 +185,42 @@ class Work:
         return f"{width}: {1e3 * in_queue_s:.3f} ({1e3 * wall_s:.3f} with a wait), {share:.0%}"
 
     def profile(self, role: str, width: int, context: int) -> None:
-        """The kernels of one step, those that take most time first, and what the host adds to them."""
+        """Profile one step: its kernels by decreasing time, and their total against the wall time."""
         name = f"{self._models.name} {role} step of {width} over {context}"
         with self._report.attempt(f"profile of {name}"):
             model = self._models.model(role)
             run = _runner(model, width, context)
             wall_s = statistics.median(durations_s(run, model.device, repeats=7, warm_up=3))
             kernels = _kernels(run, model.device)
-            busy_s, count = sum(each["us"] for each in kernels) / 1e6, sum(each["count"] for each in kernels)
+            busy_s, count = sum(kernel["us"] for kernel in kernels) / 1e6, sum(kernel["count"] for kernel in kernels)
             self._report.fact("profile", of=name, wall_s=wall_s, busy_s=busy_s, kernels=kernels[:_TOP_KERNELS])
             head = f"{name}: {count} kernels, busy {1e3 * busy_s:.3f} of {1e3 * wall_s:.3f} ms"
-            most = "; ".join(f"{each['count']} x {each['name'][:32]} {each['us']:.0f} us" for each in kernels[:6])
-            self._report.fact("profile in short", text=f"{head}; {most}")
+            longest = "; ".join(f"{k['count']} x {k['name'][:32]} {k['us']:.0f} us" for k in kernels[:6])
+            self._report.fact("profile in short", text=f"{head}; {longest}")
 
     def methods(self, temperatures: Sequence[float], methods: Sequence[str], num_tokens: int = 64) -> None:
-        """Methods end to end, beside what their acceptance and the times of their phases predict."""
+        """Time methods end to end, with the speedup predicted from their acceptance and phase times."""
         for temperature in temperatures:
             sampling = SamplingParams(temperature=temperature, max_tokens=num_tokens, ignore_eos=True)
             name = f"{self._models.name} T={temperature:g}"
             if temperature not in self._plain:
                 with self._report.attempt(f"{name} plain"):
                     self._plain[temperature] = decoded(self._engine("autoregressive"), self._prompts, sampling)
-                    self._tell(name, "autoregressive", self._plain[temperature], None)
+                    self._record(name, "autoregressive", self._plain[temperature], None)
             for method in methods if temperature in self._plain else ():
                 with self._report.attempt(f"{name} {method}"):
-                    self._tell(
-                        name, method, decoded(self._engine(method), self._prompts, sampling), self._plain[temperature]
-                    )
+                    run = decoded(self._engine(method), self._prompts, sampling)
+                    self._record(name, method, run, self._plain[temperature])
 
     def _engine(self, method: Any) -> Engine:
         options: dict[str, Any] = {"synthetic_acceptance_rates": self._rates}
-        if method == "tree":  # whose acceptance cannot be prescribed: with random weights a step's cost is all it tells
+        if method == "tree":  # acceptance rates cannot be prescribed for trees: only the cost of a step is meaningful
             options = {"num_speculative_tokens": _TREE_NODES}
         elif method == "autoregressive":
             options = {}
         return Engine(self._models.target, method=method, draft=self._models.drafts.get(method), **options)
 
-    def _tell(self, name: str, method: str, run: Decoded, plain: Decoded | None) -> None:
+    def _record(self, name: str, method: str, run: Decoded, plain: Decoded | None) -> None:
         totals, steps = run.totals, run.totals.counts.num_steps
         phases = ("draft", "scoring", "verification", "bookkeeping")
         per_step_s = {phase: getattr(run.times, f"{phase}_s") / steps for phase in phases}
@@ -232,7 +231,7 @@ class Work:
             "recording_s": run.times.recording_s,
             **{f"{phase}_s": seconds for phase, seconds in per_step_s.items()},
         }
-        told = " + ".join(f"{1e3 * seconds:.2f} {phase}" for phase, seconds in per_step_s.items())
+        times = " + ".join(f"{1e3 * seconds:.2f} {phase}" for phase, seconds in per_step_s.items())
         if plain:
             values["speedup"] = plain.token_s / run.token_s
             costs_s = {f"{phase}_s": per_step_s[phase] for phase in phases[:3]}
@@ -240,12 +239,12 @@ class Work:
             values["predicted_speedup"] = predicted_speedup(rates, step_s=plain.totals.step_s, **costs_s)
         self._report.fact("method", of=name, method=method, **values)
         gain = f", {values['speedup']:.2f} times plain, predicted {values['predicted_speedup']:.2f}" if plain else ""
-        pace = f"{values['tokens_per_s']:.0f} tokens/s, {values['tokens_per_step']:.2f} a step{gain}"
-        self._report.fact("methods", text=f"{name} {method}: {pace}; ms of a step: {told}")
+        pace = f"{values['tokens_per_s']:.0f} tokens/s, {values['tokens_per_step']:.2f} per step{gain}"
+        self._report.fact("methods", text=f"{name} {method}: {pace}; ms per step: {times}")
 
 
 def decoded(engine: Engine, prompts: Sequence[Sequence[int]], sampling: SamplingParams) -> Decoded:
-    """Prompts decoded until all is recorded and then a few times more, of which the median counts."""
+    """Decode the prompts twice to warm up, then three times; returns the run with the median time."""
     runs = []
     for _ in range(5):
         completions = engine.generate(prompts, sampling)
@@ -258,7 +257,7 @@ def _any_prompt(model: CausalLM, length: int) -> list[int]:
 
 
 def _runner(model: CausalLM, width: int, context: int) -> Callable[[], object]:
-    """A step of `width` tokens of one row, of which the last is the context's last; it does not wait."""
+    """A function that queues a step of `width` tokens of one row, ending at position `context`."""
     context = min(context, model.context_length)
     capacity = min(-(-context // _CAPACITY_STEP) * _CAPACITY_STEP, model.context_length)
     tokens = torch.ones(1, width, dtype=torch.int64, device=model.device)
@@ -273,7 +272,7 @@ def _runner(model: CausalLM, width: int, context: int) -> Callable[[], object]:
 
 
 def _kernels(run: Callable[[], object], device: torch.device) -> list[dict[str, Any]]:
-    """Name, number and microseconds of what runs on the device, the longest first."""
+    """Name, count and microseconds of the kernels on the device, the longest first."""
     from torch.profiler import ProfilerActivity, profile
 
     on_gpu = device.type == "cuda"
@@ -281,10 +280,10 @@ def _kernels(run: Callable[[], object], device: torch.device) -> list[dict[str, 
     with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as profiled:
         run()
         synchronize(device)
-    field, wanted = ("self_device_time_total", "CUDA") if on_gpu else ("self_cpu_time_total", "CPU")
-    found = [
+    field, device_type = ("self_device_time_total", "CUDA") if on_gpu else ("self_cpu_time_total", "CPU")
+    kernels = [
         {"name": event.key, "count": event.count, "us": round(us, 2)}
         for event in profiled.key_averages()
-        if event.device_type.name == wanted and (us := getattr(event, field)) > 0
+        if event.device_type.name == device_type and (us := getattr(event, field)) > 0
     ]
-    return sorted(found, key=lambda each: -each["us"])
+    return sorted(kernels, key=lambda kernel: -kernel["us"])

@@ -1,7 +1,7 @@
-"""Small grouped-query models with random weights, with drafts that are accepted now and then.
+"""Small grouped-query models with random weights, with drafts that are accepted some of the time.
 
-A token's embedding dominates what is predicted from it, so that a disturbed copy, a head that passes the embedding
-on, and the first layers all guess well; attention and products still matter enough that a wrong cache shows.
+A token's embedding dominates the prediction of the next token, so a perturbed copy, a head that passes the embedding
+through, and the first layers all predict well. Attention still matters enough for a wrong cache to change the output.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Size:
         return self.head_dim * self.num_heads
 
 
-# q and k norms, biases, odd groups; both sizes of heads; SmolLM2's nine heads and three groups
+# these cover query and key norms, biases, an odd number of heads and both head sizes
 SIZES = {
     "llama": Size("llama", 64, 4, 2),
     "qwen3": Size("qwen3", 32, 4, 2),
@@ -44,7 +44,7 @@ SIZES = {
 
 @dataclass(frozen=True, slots=True)
 class Folders:
-    """Where a target and its drafts were saved."""
+    """Folders of a saved target and its drafts."""
 
     target: str
     draft: str
@@ -105,7 +105,7 @@ def _fill(name: str, weight: torch.Tensor, generator: torch.Generator) -> None:
 
 
 def _layer_scale(name: str, weight: torch.Tensor) -> float:
-    """Queries and keys so large that attention picks places; what is added to the residual, a share of it."""
+    """Large queries and keys, for peaked attention; small outputs to the residual stream."""
     gain = {"q_proj": 1.6, "k_proj": 1.6, "o_proj": 0.6, "down_proj": 0.6}.get(name.split(".")[-2], 1.0)
     return gain / math.sqrt(weight.shape[1])
 

@@ -167,7 +167,7 @@ class Sweep:
                         self.write(fact="failed", product=name, candidate=candidate, error=str(error)[:200])
                 cublas_s = graph_s(over(weights, partial(torch.nn.functional.linear, x)), len(weights))
                 best = min(times, key=lambda key: times[key])
-                usual = layers.usual_blocks(weights[0].shape[0], inputs, torch.bfloat16, gated)
+                usual = layers.default_blocks(weights[0].shape[0], inputs, torch.bfloat16, gated)
                 self.write(
                     fact="product",
                     shape=names[shape],

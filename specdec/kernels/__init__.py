@@ -1,1 +1,1 @@
-"""Kernels for CPUs in C++ (`cpp`) and for GPUs in Triton (`gpu` says where they run)."""
+"""Kernels for CPUs in C++ (`cpp`) and for GPUs in Triton (`gpu` selects them by device)."""

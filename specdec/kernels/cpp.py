@@ -1,6 +1,6 @@
-"""Decoder layers and sampling for CPUs in C++, compiled once on each machine and kept in the cache folder.
+"""C++ kernels for decoder layers and sampling on CPUs, compiled once per machine into the cache folder.
 
-They need Linux, a C++ compiler and AVX-512 (for bfloat16 AVX512-BF16); elsewhere torch's own operations are used.
+They require Linux, a C++ compiler and AVX-512 (AVX512-BF16 for bfloat16); without these, torch operations are used.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch import Tensor
 from specdec.runtime.artifacts import LoadError, cache_root, made_once
 from specdec.runtime.fallbacks import fall_back
 
-BLOCK = 32  # outputs that a projection computes together
+BLOCK = 32  # outputs per block of a projection
 HEAD_DIMS = (32, 64, 96, 128)
 _FOLDER = Path(__file__).parent
 _SOURCES = tuple(_FOLDER / name for name in ("decoder_layer.cpp", "sampling.cpp"))
@@ -33,7 +33,7 @@ _FLAGS = ("-O3", "-std=c++17", "-fPIC", "-fopenmp", "-mavx512f", "-mavx512bw", "
 
 
 class Projection(Structure):
-    """Packed weights; see the source for all three."""
+    """Packed weights of a projection. The fields of these three structures are documented in decoder_layer.cpp."""
 
     _fields_ = (("weight", c_void_p), ("bias", c_void_p), ("inputs", c_int64), ("outputs", c_int64))
 
@@ -54,7 +54,7 @@ class Call(Structure):
 
     _fields_ = (
         *((name, c_void_p) for name in ("hidden", "inputs", "cos", "sin")),
-        *((name, c_void_p) for name in ("turns", "positions", "places", "starts", "paths")),
+        *((name, c_void_p) for name in ("angles", "positions", "places", "starts", "paths")),
         ("layers", POINTER(POINTER(Layer))),
         *((name, POINTER(c_void_p)) for name in ("keys", "values")),
         ("results", POINTER(c_void_p)),
@@ -64,9 +64,9 @@ class Call(Structure):
 
 @dataclass(frozen=True, slots=True)
 class TreePlaces:
-    """Where the tokens of a tree are in the cache: places int64 [rows, width], and starts int64 [rows] of the tree.
+    """Cache columns of a token tree. places: int64 [rows, width], of each token. starts: int64 [rows], of the root.
 
-    paths: int64 [width, n], the columns on the path to each token, itself last; see `trees.columns.tree_paths`.
+    paths: int64 [width, n], the columns on the path to each token, including its own; see `trees.columns.tree_paths`.
     """
 
     places: Tensor
@@ -75,38 +75,36 @@ class TreePlaces:
 
 
 def available(dtype: torch.dtype) -> bool:
-    """Whether this machine has kernels for a dtype; compiles them if they have not been before."""
-    if dtype not in _usable_dtypes():
-        return False
-    return _library() is not None
+    """Whether this machine has kernels for a dtype; the first call compiles them."""
+    return dtype in _supported_dtypes() and _library() is not None
 
 
-def take(tensor: Tensor) -> bool:
-    """Whether there are kernels for a tensor, by its device and dtype."""
+def supports(tensor: Tensor) -> bool:
+    """Whether the kernels support the tensor's device and dtype."""
     return tensor.device.type == "cpu" and available(tensor.dtype)
 
 
 def whole_blocks(outputs: int) -> int:
-    """A number of outputs, rounded up to whole blocks."""
+    """The number of outputs, rounded up to a multiple of BLOCK."""
     return -(-outputs // BLOCK) * BLOCK
 
 
 def pack(weight: Tensor) -> Tensor:
-    """Weights [out, in] in the order in which they are read, [out / 32, in / s, 32, s], s = 2 in bf16 and 1 in float32.
+    """Pack weights [out, in] in the order that the kernels read: [out / 32, in / s, 32, s], s = 2 in bf16, else 1.
 
-    Rows of zeros fill the last block; `in` must be even.
+    The last block is padded with zeros; `in` must be even.
     """
     outputs, inputs = weight.shape
-    together = 2 if weight.dtype == torch.bfloat16 else 1
+    group = 2 if weight.dtype == torch.bfloat16 else 1
     padded = torch.nn.functional.pad(weight.detach(), (0, 0, 0, whole_blocks(outputs) - outputs))
-    return padded.view(-1, BLOCK, inputs // together, together).permute(0, 2, 1, 3).contiguous()
+    return padded.view(-1, BLOCK, inputs // group, group).permute(0, 2, 1, 3).contiguous()
 
 
-Pointers = Any  # of ctypes, to each layer's array
+Pointers = Any  # a ctypes array of pointers, one per layer
 
 
 def pointers(arrays: Sequence[Tensor]) -> Pointers:
-    """Where arrays stand; whoever keeps the pointers must keep the arrays."""
+    """Pointers to the data of tensors; they do not keep the tensors alive."""
     return (c_void_p * len(arrays))(*(array.data_ptr() for array in arrays))
 
 
@@ -125,12 +123,12 @@ def run_layers(
 
     Returns the hidden states after the first n layers, for each n of `after`.
 
-    layers: to `Layer`s. angles: tables of cos and sin [n, head_dim], and the place of each token in them, int64
+    layers: pointers to `Layer`s. angles: tables of cos and sin [n, head_dim], and each token's index into them, int64
     [rows, width]. positions: int64 [rows, width].
-    blocks: to each layer's keys and values [rows, heads, capacity, head_dim], where those at the positions are put.
-    tree: where instead, if the tokens are a tree's, which then see their ancestors only.
-    inputs: [rows, width, n], what queries, keys and values of the first layer are made of, as it is; None for its
-    normalized hidden states.
+    blocks: pointers to each layer's keys and values [rows, heads, capacity, head_dim], written at the positions.
+    tree: for a token tree, the columns to write instead; its tokens attend only to their ancestors.
+    inputs: [rows, width, n], the input of the first layer's query, key and value projections; None for its normalized
+    hidden states.
     """
     rows, width, _ = hidden.shape
     hidden = hidden.contiguous()
@@ -150,7 +148,7 @@ def run_layers(
 
 
 def keep(blocks: Sequence[Tensor], starts: Tensor, path: Tensor) -> None:
-    """Move entries of blocks [slots, heads, capacity, dim] of one shape and dtype, as `RaggedCache.keep`.
+    """`RaggedCache.keep` for blocks [slots, heads, capacity, dim] of the same shape and dtype.
 
     starts: int64 [rows]. path: int64 [rows, n], path[r, i] >= i and ascending.
     """
@@ -161,14 +159,14 @@ def keep(blocks: Sequence[Tensor], starts: Tensor, path: Tensor) -> None:
 
 
 def run_projection(projection: Projection, inputs: Tensor, outputs: Tensor) -> None:
-    """inputs [..., in] -> outputs [..., out rounded up to whole blocks], both contiguous."""
+    """Project inputs [..., in] into outputs [..., whole_blocks(out)], both contiguous."""
     tokens = inputs.numel() // inputs.shape[-1]
     function = _function("project", inputs.dtype)
     function(projection, inputs.data_ptr(), outputs.data_ptr(), tokens, torch.get_num_threads())
 
 
 def rms_norm(inputs: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-    """Root mean square normalisation over the last dimension, a multiple of 16."""
+    """Root mean square normalization over the last dimension, whose size is a multiple of 16."""
     inputs, size = inputs.contiguous(), inputs.shape[-1]
     outputs = torch.empty_like(inputs)
     function = _function("rms_norm", inputs.dtype)
@@ -177,7 +175,7 @@ def rms_norm(inputs: Tensor, weight: Tensor, epsilon: float) -> Tensor:
 
 
 def largest(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Of each row of logits [..., n]: the largest, NaN where any is, and int64 where the first of them stands."""
+    """The maximum of each row of logits [..., n], NaN if a logit is, and the index of its first occurrence, int64."""
     logits = logits.contiguous()
     peaks = logits.new_empty(logits.shape[:-1])
     places = torch.empty(peaks.shape, dtype=torch.int64)
@@ -196,7 +194,7 @@ def confidence(logits: Tensor) -> Tensor:
 
 
 def softmax(logits: Tensor, temperatures: Tensor) -> Tensor:
-    """Distributions float32 [..., vocab] of logits at temperatures [...]; NaN throughout where no distribution is."""
+    """Distributions float32 [..., vocab] of logits at temperatures [...]; rows without a distribution are all NaN."""
     logits, temperatures = logits.contiguous(), temperatures.float().contiguous()
     probs = torch.empty(logits.shape, dtype=torch.float32)
     arguments = (logits.data_ptr(), temperatures.numel(), logits.shape[-1], temperatures.data_ptr(), probs.data_ptr())
@@ -205,7 +203,7 @@ def softmax(logits: Tensor, temperatures: Tensor) -> Tensor:
 
 
 def draw(probs: Tensor, uniforms: Tensor) -> Tensor:
-    """Tokens int64 [...] of probs float32 [..., vocab] at uniforms float64 [...], as `distributions.Dense.draw`."""
+    """`distributions.Dense.draw`: tokens int64 [...] from probs float32 [..., vocab] and uniforms float64 [...]."""
     probs, uniforms = probs.contiguous(), uniforms.contiguous()
     tokens = torch.empty(uniforms.shape, dtype=torch.int64)
     sizes = (tokens.numel(), probs.shape[-1])
@@ -214,7 +212,7 @@ def draw(probs: Tensor, uniforms: Tensor) -> Tensor:
 
 
 def race(probs: Tensor, uniforms: Tensor) -> Tensor:
-    """Tokens int64 [...] of probs float32 [..., vocab] with a uniform float64 for each, as `distributions.race`."""
+    """`distributions.race`: tokens int64 [...] from probs float32 and uniforms float64, both [..., vocab]."""
     probs, uniforms = probs.contiguous(), uniforms.contiguous()
     tokens = torch.empty(probs.shape[:-1], dtype=torch.int64)
     sizes = (tokens.numel(), probs.shape[-1])
@@ -223,7 +221,7 @@ def race(probs: Tensor, uniforms: Tensor) -> Tensor:
 
 
 def uniforms(seeds: Tensor, positions: Tensor, roles: Tensor, origins: Tensor) -> Tensor:
-    """Philox 4x32-10 as `sampling.randomness.uniforms`; what broadcasts along the last axis is not copied along it."""
+    """`sampling.randomness.uniforms` (Philox 4x32-10), without copies of what broadcasts along the last axis."""
     words = (positions, origins, roles, seeds)
     shape = torch.broadcast_tensors(*words)[0].shape  # torch.broadcast_shapes is Python and takes three times as long
     drawn = torch.empty(shape, dtype=torch.float64)
@@ -236,7 +234,7 @@ def uniforms(seeds: Tensor, positions: Tensor, roles: Tensor, origins: Tensor) -
 
 
 def _laid_out(word: Tensor, shape: torch.Size) -> tuple[Tensor, tuple[int, int]]:
-    """An int64 tensor that broadcasts to a shape, and its strides along all axes but the last, and along the last."""
+    """An int64 tensor that broadcasts to `shape`, and its strides along the flattened leading axes and the last one."""
     size = word.shape[-1] if word.ndim else 1
     if word.numel() == size:
         return word.contiguous(), (0, int(size > 1))
@@ -244,8 +242,8 @@ def _laid_out(word: Tensor, shape: torch.Size) -> tuple[Tensor, tuple[int, int]]
 
 
 @cache
-def _usable_dtypes() -> tuple[torch.dtype, ...]:
-    """What this processor can compute with."""
+def _supported_dtypes() -> tuple[torch.dtype, ...]:
+    """The dtypes for which this CPU has the necessary instructions."""
     on_linux = platform.system() == "Linux" and platform.machine() == "x86_64"
     if not on_linux or torch.backends.cpu.get_cpu_capability() != "AVX512":
         return ()
@@ -254,21 +252,21 @@ def _usable_dtypes() -> tuple[torch.dtype, ...]:
 
 @cache
 def _library() -> Any:
-    """The compiled kernels, or None where they cannot be compiled, which is said once."""
+    """The compiled kernels, or None with one warning if they cannot be compiled."""
     compiler = shutil.which(os.environ.get("CXX", "g++"))
     if compiler is None:
         fall_back(_UNUSED, "no C++ compiler was found (install g++, or name one in CXX)")
         return None
-    flags = [*_FLAGS, *(["-mavx512bf16"] if torch.bfloat16 in _usable_dtypes() else [])]
-    texts = [path.read_bytes() for path in (*_SOURCES, _FOLDER / "vectors.h")]
-    digest = hashlib.sha256(b"".join(texts) + " ".join(flags).encode()).hexdigest()
+    flags = [*_FLAGS, *(["-mavx512bf16"] if torch.bfloat16 in _supported_dtypes() else [])]
+    sources = [path.read_bytes() for path in (*_SOURCES, _FOLDER / "vectors.h")]
+    digest = hashlib.sha256(b"".join(sources) + " ".join(flags).encode()).hexdigest()
 
     def make(staging: Path) -> dict[str, Any]:
         (staging / "made").mkdir()
         objects = [str(staging / source.with_suffix(".o").name) for source in _SOURCES]
-        for source, made in zip(_SOURCES, objects, strict=True):
-            _run([compiler, *flags, "-c", str(source), "-o", made])
-        # torch's own OpenMP runtime: two in a process would fight for the cores
+        for source, compiled in zip(_SOURCES, objects, strict=True):
+            _run([compiler, *flags, "-c", str(source), "-o", compiled])
+        # link torch's OpenMP runtime: two runtimes in a process would compete for the cores
         runtimes = [str(path) for path in (Path(torch.__file__).parent / "lib").glob("libgomp*.so*")] or ["-lgomp"]
         _run([compiler, "-shared", *objects, *runtimes, "-o", str(staging / "made" / "kernels.so")])
         return {"source_sha256": digest, "command": [Path(compiler).name, *flags]}

@@ -1,11 +1,11 @@
 // Decoder layers of the Llama family for CPUs with AVX-512, in float32 and bfloat16.
 //
-// A decode step of a small model is bound by reading its weights. So each projection reads them once, front to back,
-// for up to MAX_TILE tokens at a time: several tokens cost what one costs. A token's numbers do not depend on how many
-// others are computed beside it, nor on where a prompt was cut: every sum is taken in one order, over the input
-// dimension by projections, over positions by attention. So verifying a draft gives the very bits of plain decoding.
+// A decode step of a small model is bound by weight bandwidth. So each projection reads its weights once, sequentially,
+// for up to MAX_TILE tokens: several tokens cost as much as one. A token's result does not depend on the number of
+// tokens in the batch or on how a prompt was chunked, because the order of every sum is fixed: over the input dimension
+// in projections, over positions in attention. So verifying a draft is bit-identical to plain decoding.
 //
-// Products are summed in float32, and rounded to the model's own type where a layer's parts meet.
+// Products are accumulated in float32 and rounded to the model's dtype between the parts of a layer.
 
 #include <omp.h>
 
@@ -23,24 +23,25 @@
 
 namespace {
 
-constexpr int64_t BLOCK = 32;     // outputs that a projection computes together: two vectors
-constexpr int64_t MAX_TILE = 12;  // tokens that it computes together: 24 of the 32 registers hold their sums
-constexpr int64_t KEYS = 16;      // positions whose scores fill a vector
-constexpr int64_t MAX_TOGETHER = 8, MAX_HEAD_DIM = 128;  // queries that attend together, and their size
+constexpr int64_t BLOCK = 32;     // outputs per block of a projection: two vectors
+constexpr int64_t MAX_TILE = 12;  // tokens per tile of a projection: their sums use 24 of the 32 registers
+constexpr int64_t KEYS = 16;      // positions per vector of scores
+constexpr int64_t MAX_TOGETHER = 8, MAX_HEAD_DIM = 128;  // bounds on the queries of an attention tile and their size
 
-// Threads that a product of a matrix with so many weights is worth: sharing a little work out costs more than doing it,
-// most of all where other programs want the processors too.
-inline int64_t worth(int64_t weights, int64_t tokens, int64_t num_threads) {
-    constexpr int64_t least = 1 << 16;
-    return std::max<int64_t>(1, std::min(num_threads, weights * ((tokens + MAX_TILE - 1) / MAX_TILE) / least));
+// Number of threads for a product with this many weights. Distributing little work costs more than doing it, above all
+// on a busy machine.
+inline int64_t threads_for(int64_t weights, int64_t tokens, int64_t num_threads) {
+    constexpr int64_t weights_per_thread = 1 << 16;
+    const int64_t num_tiles = (tokens + MAX_TILE - 1) / MAX_TILE;
+    return std::max<int64_t>(1, std::min(num_threads, weights * num_tiles / weights_per_thread));
 }
 
-// Whether weights are read past the caches: read once, more of them than a cache holds, they would only drive out what
-// others need next, such as a draft's own weights.
-inline bool passing(int64_t bytes, int64_t tokens) { return bytes > (16 << 20) && tokens <= MAX_TILE; }
+// Whether to bypass the caches when reading weights: if they are read once and do not fit, they would only evict other
+// data, such as the draft model's weights.
+inline bool bypasses_cache(int64_t bytes, int64_t tokens) { return bytes > (16 << 20) && tokens <= MAX_TILE; }
 
-// Where the threads of a team wait for each other. OpenMP's own barriers spin for milliseconds: where another program
-// holds a processor, a step with hundreds of barriers then takes ten times as long. Here a thread soon yields its own.
+// Barrier for the threads of a team. OpenMP barriers spin for milliseconds: on a busy machine, a step with hundreds of
+// barriers then takes ten times as long. This one yields the processor after a short spin.
 class Barrier {
     std::atomic<int64_t> arrived{0}, passed{0};
 
@@ -52,7 +53,7 @@ class Barrier {
             passed.store(before + 1, std::memory_order_release);
             return;
         }
-        constexpr int spins = 1000;  // tens of microseconds: more than parts of a layer differ in length
+        constexpr int spins = 1000;  // tens of microseconds: longer than the imbalance between threads in a layer
         for (int i = 0; passed.load(std::memory_order_acquire) == before; i++) i < spins ? _mm_pause() : (void)sched_yield();
     }
 };
@@ -64,7 +65,7 @@ inline __m512 silu(__m512 x) {
 
 // ---- projections
 
-// acc[m][0..32) = products of token m's inputs with one block of weights, [in / S][32][S] for S inputs at a time
+// acc[m][0..32) = dot products of token m's inputs with a block of weights [in / S][32][S], S inputs at a time
 template <int M, bool PASSING>
 inline void products(const float* weights, const float* inputs, int64_t in, float (*acc)[BLOCK]) {
     __m512 sum[M][2];
@@ -122,36 +123,36 @@ Products<T> products_for(int64_t tile) {
 }
 
 template <class T>
-Products<T> products_of(int64_t tile, bool is_passing) {
-    return is_passing ? products_for<T, true>(tile) : products_for<T, false>(tile);
+Products<T> products_of(int64_t tile, bool bypasses) {
+    return bypasses ? products_for<T, true>(tile) : products_for<T, false>(tile);
 }
 
-// Tokens in a tile: all tiles are about equally large.
+// Tokens per tile, such that all tiles have about the same size.
 inline int64_t tile_of(int64_t tokens) {
     const int64_t num_tiles = (tokens + MAX_TILE - 1) / MAX_TILE;
     return (tokens + num_tiles - 1) / num_tiles;
 }
 
-// Calls finish(token, block, sums of 32 outputs) for all tokens and one block.
+// Calls finish(token, block, sums of 32 outputs) for all tokens of one block.
 template <class T, class Finish>
-void project_block(const T* weights, const T* inputs, int64_t tokens, int64_t in, int64_t block, bool is_passing,
+void project_block(const T* weights, const T* inputs, int64_t tokens, int64_t in, int64_t block, bool bypasses,
                    Finish finish) {
     const int64_t tile = tile_of(tokens);
     alignas(64) float acc[MAX_TILE][BLOCK];
     for (int64_t first = 0; first < tokens; first += tile) {
         const int64_t count = std::min(tile, tokens - first);
-        products_of<T>(count, is_passing)(weights + block * in * BLOCK, inputs + first * in, in, acc);
+        products_of<T>(count, bypasses)(weights + block * in * BLOCK, inputs + first * in, in, acc);
         for (int64_t m = 0; m < count; m++) finish(first + m, block, acc[m]);
     }
 }
 
-// The same for all blocks, which the threads share out. They do not wait for each other.
+// `project_block` for all blocks, distributed over the threads without a barrier.
 template <class T, class Finish>
-void project(const T* weights, const T* inputs, int64_t tokens, int64_t in, int64_t blocks, bool is_passing,
+void project(const T* weights, const T* inputs, int64_t tokens, int64_t in, int64_t blocks, bool bypasses,
              Finish finish) {
 #pragma omp for schedule(static) nowait
     for (int64_t block = 0; block < blocks; block++)
-        project_block(weights, inputs, tokens, in, block, is_passing, finish);
+        project_block(weights, inputs, tokens, in, block, bypasses, finish);
 }
 
 template <class T>
@@ -164,7 +165,7 @@ inline void store_block(T* out, const float* sums, const T* bias, int64_t block,
     }
 }
 
-// ---- normalisation, positions, attention
+// ---- normalization, rotary embedding, attention
 
 template <class T>
 inline void rms_norm(const T* x, const T* weight, float epsilon, int64_t size, T* out) {
@@ -204,7 +205,7 @@ inline __m512 sums(const __m512 a[16]) {
     return _mm512_add_ps(_mm512_shuffle_f32x4(two[0], two[1], 0x88), _mm512_shuffle_f32x4(two[0], two[1], 0xDD));
 }
 
-// A query, and its products with a key, to be summed over the 16 lanes.
+// A query and its products with a key, in 16 lanes that are still to be summed.
 template <class T, int VECTORS>
 struct Query {
     __m512 parts[VECTORS];
@@ -220,7 +221,7 @@ struct Query {
 
 #ifdef __AVX512BF16__
 template <int VECTORS>
-struct Query<bf16, VECTORS> {  // in pairs, without a conversion
+struct Query<bf16, VECTORS> {  // multiplies bfloat16 pairs without conversion
     __m512bh parts[VECTORS / 2];
     static __m512bh pairs(const bf16* x) { return (__m512bh)_mm512_loadu_si512(x); }
     explicit Query(const bf16* query) {
@@ -234,8 +235,8 @@ struct Query<bf16, VECTORS> {  // in pairs, without a conversion
 };
 #endif
 
-// What some queries of one row see: query q the positions up to seen[q] - 1. A position is its own place in the cache,
-// but for the nodes of a tree, from position `shared` on: the places of those on the path to q are paths[q], from there.
+// The positions that the queries of a tile attend to: query q to those below seen[q]. Position p is cache column p,
+// except in a tree: there, position shared + i is column shared + paths[q][i], the i-th node on the path to q.
 struct Sight {
     int64_t seen[MAX_TOGETHER], shared;
     const int64_t* paths[MAX_TOGETHER];
@@ -244,9 +245,9 @@ struct Sight {
     }
 };
 
-// One head's output for up to TILE consecutive queries of one row. The sums over positions are in their order, wherever
-// a position's place is: so a node of a tree is bit-identical to plain decoding.
-// queries, outputs: [count][head_dim]. scores: room for TILE times (most + KEYS) numbers.
+// Attention of one head for up to TILE consecutive queries of one row. Sums run over positions in order, whatever the
+// column of a position: so a node of a tree is bit-identical to plain decoding.
+// queries, outputs: [count][head_dim]. scores: a buffer of TILE * (max_seen + KEYS) numbers.
 template <class T, int VECTORS, int TILE>
 void attend(const T* queries, const T* keys, const T* values, const Sight& sight, int64_t count, float scaling,
             float* scores, T* outputs) {
@@ -277,7 +278,7 @@ void attend(const T* queries, const T* keys, const T* values, const Sight& sight
     for (int64_t q = 0; q < TILE; q++) {
         for (int v = 0; v < VECTORS; v++) sum[q][v] = _mm512_setzero_ps();
         total[q] = _mm512_setzero_ps();
-        if (q >= count) {  // its weights are 0
+        if (q >= count) {  // an unused query has weights of 0
             std::memset(scores + q * room, 0, room * sizeof(float));
             continue;
         }
@@ -319,7 +320,7 @@ template <class T>
 using Attend = void (*)(const T*, const T*, const T*, const Sight&, int64_t, float, float*, T*);
 
 template <class T>
-Attend<T> attend_of(int64_t head_dim, bool is_narrow) {  // 16 registers hold the sums
+Attend<T> attend_of(int64_t head_dim, bool is_narrow) {  // tiles such that the sums use 16 registers
     switch (head_dim) {
         case 32: return is_narrow ? attend<T, 2, 1> : attend<T, 2, 8>;
         case 64: return is_narrow ? attend<T, 4, 1> : attend<T, 4, 4>;
@@ -329,7 +330,7 @@ Attend<T> attend_of(int64_t head_dim, bool is_narrow) {  // 16 registers hold th
     }
 }
 
-// Of `queries` that read the same keys and values.
+// Number of queries per tile, of `queries` with the same keys and values.
 inline int64_t queries_together(int64_t head_dim, int64_t queries) {
     if (queries == 1) return 1;
     return head_dim == 32 ? 8 : head_dim == 64 ? 4 : 2;
@@ -337,17 +338,17 @@ inline int64_t queries_together(int64_t head_dim, int64_t queries) {
 
 }  // namespace
 
-// ---- what Python sees; pointers are to arrays of the type in the function's name, unless another is written
+// ---- the interface for Python; unless stated otherwise, pointers are to arrays of the type in the function's name
 
 extern "C" {
 
-// weight: as `pack` lays it out. bias: [out] or null.
+// weight: in the layout of `pack`. bias: [out] or null.
 struct Projection {
     const void *weight, *bias;
     int64_t in, out;
 };
 
-// Norms are null where there is none.
+// Missing norms are null.
 struct Layer {
     Projection qkv, output, gate_up, down;
     const void *norm_before_attention, *norm_before_mlp, *query_norm, *key_norm;
@@ -364,7 +365,7 @@ struct Layer {
 // longest_path], the columns on the path to each token; null without a tree.
 struct Call {
     const void *hidden, *inputs, *cos, *sin;
-    const int64_t *turns, *positions, *places, *starts, *paths;
+    const int64_t *angles, *positions, *places, *starts, *paths;
     const Layer* const* layers;
     void *const *keys, *const *values;
     void* const* results;
@@ -374,14 +375,14 @@ struct Call {
 
 namespace {
 
-// What the layers of a call share, and the memory between their parts.
+// Sizes and buffers shared by the layers of a call.
 template <class T>
 struct Work {
     const Call& call;
-    int64_t tokens, size, dim, heads, kv_heads, wide, attended_size, mlp_size, most;
-    int64_t group, together, num_tiles;  // query heads of a key/value head, and how a row's queries of them are cut
-    int64_t weights;  // of a layer
-    bool is_passing;
+    int64_t tokens, size, dim, heads, kv_heads, wide, attended_size, mlp_size, max_seen;
+    int64_t group, together, num_tiles;  // query heads per key/value head, queries per tile, tiles per row
+    int64_t weights;  // number per layer
+    bool bypasses;    // see `bypasses_cache`
     const T *cos, *sin;
     std::unique_ptr<T[]> memory;
     T *qkv, *attended, *activated, *spare[2];
@@ -393,8 +394,8 @@ struct Work {
         heads = layer.num_heads, kv_heads = layer.num_kv_heads, wide = layer.qkv.out;
         attended_size = heads * dim, mlp_size = layer.down.in;
         weights = size * (wide + attended_size + 3 * mlp_size);
-        is_passing = passing(call.num_layers * weights * sizeof(T), tokens);
-        most = *std::max_element(call.positions, call.positions + tokens) + 1;
+        bypasses = bypasses_cache(call.num_layers * weights * sizeof(T), tokens);
+        max_seen = *std::max_element(call.positions, call.positions + tokens) + 1;
         group = heads / kv_heads, together = queries_together(dim, call.width * group);
         num_tiles = (call.width * group + together - 1) / together;
         cos = static_cast<const T*>(call.cos), sin = static_cast<const T*>(call.sin);
@@ -404,7 +405,7 @@ struct Work {
     }
 };
 
-// Every thread normalizes all tokens for itself: that takes less time than to wait for the others.
+// Each thread normalizes all tokens itself, which is faster than a barrier.
 template <class T>
 void rms_norm_all(const Work<T>& work, const void* weight, float epsilon, const T* x, T* normed) {
     const int64_t size = work.size;
@@ -416,7 +417,7 @@ void rms_norm_all(const Work<T>& work, const void* weight, float epsilon, const 
         rms_norm(x + t * size, static_cast<const T*>(weight), epsilon, size, normed + t * size);
 }
 
-// Turns a query in place; puts a turned key, or a value, where it belongs in the cache.
+// Rotates a query in place, or writes a rotated key, or a value, to the cache.
 template <class T>
 void place_head(const Work<T>& work, const Layer& layer, int64_t t, int64_t head, T* keys, T* values) {
     const int64_t dim = work.dim, heads = work.heads, kv_heads = work.kv_heads;
@@ -431,13 +432,13 @@ void place_head(const Work<T>& work, const Layer& layer, int64_t t, int64_t head
     }
     const void* norm = is_query ? layer.query_norm : layer.key_norm;
     if (norm) rms_norm(x, static_cast<const T*>(norm), layer.epsilon, dim, x);
-    alignas(64) T turned[MAX_HEAD_DIM];
-    const int64_t turn = work.call.turns[t] * dim;
-    rotate(x, work.cos + turn, work.sin + turn, dim, turned);
-    std::memcpy(is_query ? x : keys + place, turned, dim * sizeof(T));
+    alignas(64) T rotated_head[MAX_HEAD_DIM];
+    const int64_t angle = work.call.angles[t] * dim;
+    rotate(x, work.cos + angle, work.sin + angle, dim, rotated_head);
+    std::memcpy(is_query ? x : keys + place, rotated_head, dim * sizeof(T));
 }
 
-// A thread that has computed a head of queries, keys or values also places it.
+// The thread that computes a head of queries, keys or values also rotates and stores it.
 template <class T>
 void project_and_place(const Work<T>& work, const Layer& layer, const T* normed, T* keys, T* values) {
     const int64_t blocks = work.dim / BLOCK;
@@ -449,17 +450,17 @@ void project_and_place(const Work<T>& work, const Layer& layer, const T* normed,
     for (int64_t head = 0; head < work.heads + 2 * work.kv_heads; head++) {
         for (int64_t block = head * blocks; block < (head + 1) * blocks; block++)
             project_block(static_cast<const T*>(layer.qkv.weight), normed, work.tokens, layer.qkv.in, block,
-                          work.is_passing, keep);
+                          work.bypasses, keep);
         for (int64_t t = 0; t < work.tokens; t++) place_head(work, layer, t, head, keys, values);
     }
 }
 
-// All heads of a group read the same keys and values, so that their queries attend together, position by position.
+// All query heads of a group have the same keys and values, so their queries are computed in the same tiles.
 template <class T>
 void attend_all(const Work<T>& work, const Layer& layer, const T* keys, const T* values) {
     const int64_t dim = work.dim, width = work.call.width, group = work.group, queries_of_head = width * group;
     const Attend<T> attend_tile = attend_of<T>(dim, queries_of_head == 1);
-    const std::unique_ptr<float[]> scores(new float[work.together * (work.most + KEYS)]);
+    const std::unique_ptr<float[]> scores(new float[work.together * (work.max_seen + KEYS)]);
     alignas(64) T queries[MAX_TOGETHER * MAX_HEAD_DIM], outputs[MAX_TOGETHER * MAX_HEAD_DIM];
     Sight sight;
 #pragma omp for schedule(static) collapse(3) nowait
@@ -469,7 +470,7 @@ void attend_all(const Work<T>& work, const Layer& layer, const T* keys, const T*
                 const int64_t first = tile * work.together, count = std::min(work.together, queries_of_head - first);
                 const auto token = [&](int64_t q) { return row * width + (first + q) / group; };
                 const auto place = [&](int64_t q) { return (kv_head * group + (first + q) % group) * dim; };
-                sight.shared = work.call.starts ? work.call.starts[row] : work.most;
+                sight.shared = work.call.starts ? work.call.starts[row] : work.max_seen;
                 for (int64_t q = 0; q < count; q++) {
                     sight.seen[q] = work.call.positions[token(q)] + 1;
                     if (work.call.paths) sight.paths[q] = work.call.paths + (first + q) / group * work.call.longest_path;
@@ -483,7 +484,7 @@ void attend_all(const Work<T>& work, const Layer& layer, const T* keys, const T*
             }
 }
 
-// silu(gate) * up. Each thread computes a block of gates and the same block of ups, so that both are at hand.
+// silu(gate) * up. A thread computes corresponding blocks of both, so that no intermediate result is stored.
 template <class T>
 void gate_and_up(const Work<T>& work, const Projection& gate_up, const T* normed) {
     const T *weights = static_cast<const T*>(gate_up.weight), *bias = static_cast<const T*>(gate_up.bias);
@@ -493,7 +494,7 @@ void gate_and_up(const Work<T>& work, const Projection& gate_up, const T* normed
     for (int64_t block = 0; block < blocks; block++)
         for (int64_t first = 0; first < work.tokens; first += tile) {
             const int64_t count = std::min(tile, work.tokens - first);
-            const Products<T> multiply = products_of<T>(count, work.is_passing);
+            const Products<T> multiply = products_of<T>(count, work.bypasses);
             multiply(weights + block * size * BLOCK, normed + first * size, size, gates);
             multiply(weights + (blocks + block) * size * BLOCK, normed + first * size, size, ups);
             for (int64_t m = 0; m < count; m++)
@@ -509,18 +510,18 @@ void gate_and_up(const Work<T>& work, const Projection& gate_up, const T* normed
         }
 }
 
-// out = projection of x + residual
+// out = projection(x) + residual
 template <class T>
 void project_onto(const Work<T>& work, const Projection& projection, const T* x, const T* residual, T* out) {
     project(static_cast<const T*>(projection.weight), x, work.tokens, projection.in, work.size / BLOCK,
-            work.is_passing,
+            work.bypasses,
             [&](int64_t t, int64_t block, const float* sums) {
                 const int64_t place = t * work.size + block * BLOCK;
                 store_block(out + place, sums, static_cast<const T*>(projection.bias), block, residual + place);
             });
 }
 
-// Called by all threads of a team, each with room of its own for normed inputs.
+// Called by all threads of a team; `normed` is a buffer of the calling thread.
 template <class T>
 void run_layer(const Work<T>& work, const Layer& layer, const T* hidden, const T* inputs, T* keys, T* values, T* normed,
                T* result) {
@@ -541,7 +542,7 @@ void run_layer(const Work<T>& work, const Layer& layer, const T* hidden, const T
 template <class T>
 void run_layers(const Call& call) {
     const Work<T> work(call);
-#pragma omp parallel num_threads(worth(work.weights, work.tokens, call.num_threads))
+#pragma omp parallel num_threads(threads_for(work.weights, work.tokens, call.num_threads))
     {
         const std::unique_ptr<T[]> normed(new T[work.tokens * work.size]);
         const T* hidden = static_cast<const T*>(call.hidden);
@@ -558,9 +559,9 @@ void run_layers(const Call& call) {
 template <class T>
 void run_projection(const Projection& projection, const T* inputs, T* outputs, int64_t tokens, int64_t num_threads) {
     const int64_t out = (projection.out + BLOCK - 1) / BLOCK * BLOCK;
-#pragma omp parallel num_threads(worth(projection.in * out, tokens, num_threads))
+#pragma omp parallel num_threads(threads_for(projection.in * out, tokens, num_threads))
     project(static_cast<const T*>(projection.weight), inputs, tokens, projection.in, out / BLOCK,
-            passing(projection.in * out * sizeof(T), tokens),
+            bypasses_cache(projection.in * out * sizeof(T), tokens),
             [&](int64_t t, int64_t block, const float* sums) {
                 store_block(outputs + t * out + block * BLOCK, sums, static_cast<const T*>(projection.bias), block);
             });
@@ -572,8 +573,8 @@ extern "C" {
 void layers_float32(const Call* call) { run_layers<float>(*call); }
 void layers_bfloat16(const Call* call) { run_layers<bf16>(*call); }
 
-// Moves, in blocks [slots, heads, capacity, bytes], row r's entry at starts[r] + path[r, i] to starts[r] + i, in order:
-// path [rows, num] ascends, so that nothing is overwritten before it has been moved.
+// Moves row r's entry at starts[r] + path[r, i] to starts[r] + i in blocks [slots, heads, capacity, bytes]. path
+// [rows, num] ascends, so no entry is overwritten before it is moved.
 void keep(void* const* blocks, const int64_t* starts, const int64_t* path, int64_t num_blocks, int64_t rows,
           int64_t heads, int64_t capacity, int64_t bytes, int64_t num) {
     for (int64_t block = 0; block < num_blocks; block++)

@@ -1,4 +1,4 @@
-"""Which tensors the Triton kernels take."""
+"""Selects the Triton kernels for tensors that they support."""
 
 from __future__ import annotations
 
@@ -19,28 +19,28 @@ _UNUSED_ON_GPU = "kernels for this GPU are not used, decoding is slower"
 
 
 def on_gpu(tensor: Tensor) -> bool:
-    """Whether the Triton kernels take a tensor: on a GPU, and with TRITON_INTERPRET=1 anywhere; not in float64.
+    """Whether the Triton kernels support a tensor: on a GPU, or anywhere with TRITON_INTERPRET=1; not in float64.
 
-    Where a GPU cannot run them torch's operations are used, and the reason is logged once.
+    If the GPU cannot run them, torch operations are used and the reason is logged once.
     """
     if tensor.dtype == torch.float64:
         return False
-    return _triton_takes(tensor.device) if tensor.device.type == "cuda" else _interprets()
+    return _triton_supports(tensor.device) if tensor.device.type == "cuda" else _interprets()
 
 
 def for_gpu(tensor: Tensor) -> Any:
-    """The sampling kernels in Triton where they take a tensor, see `on_gpu`, else None."""
+    """The module of Triton sampling kernels if they support the tensor (see `on_gpu`), else None."""
     return importlib.import_module("specdec.kernels.triton_sampling") if on_gpu(tensor) else None
 
 
 def clock(device: torch.device) -> Callable[[], Tensor] | None:
-    """What reads a device's clock when its queue comes to it, in a recording too: int64 [1], nanoseconds.
+    """A function that reads the device's clock in stream order, int64 [1] in nanoseconds; CUDA graphs can capture it.
 
-    None for a GPU that does not run Triton kernels.
+    None for a GPU that cannot run Triton kernels.
     """
     if device.type == "cpu":
         return lambda: torch.full((1,), time.perf_counter_ns())
-    if device.type != "cuda" or not _triton_takes(device):
+    if device.type != "cuda" or not _triton_supports(device):
         return None
     return partial(importlib.import_module("specdec.kernels.triton_clock").now_ns, device)
 
@@ -51,7 +51,7 @@ def _interprets() -> bool:
 
 
 @cache
-def _triton_takes(device: torch.device) -> bool:
+def _triton_supports(device: torch.device) -> bool:
     major, minor = torch.cuda.get_device_capability(device)
     if major < 8:
         fall_back(_UNUSED_ON_GPU, f"its compute capability of {major}.{minor} must be at least 8.0")

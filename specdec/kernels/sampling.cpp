@@ -1,4 +1,4 @@
-// What drawing tokens needs, for CPUs with AVX-512: a few numbers from many logits, and uniforms.
+// Sampling for CPUs with AVX-512: reductions over logits, draws and uniforms.
 
 #include <omp.h>
 
@@ -11,7 +11,7 @@
 
 namespace {
 
-// A row's numbers, 16 at a time; the last vector is filled up with minus infinity.
+// Up to 16 values of a row from index i; the last vector is padded with minus infinity.
 template <class T>
 inline __m512 load_some(const T* row, int64_t i, int64_t size) {
     if (i + 16 <= size) return load(row + i);
@@ -22,7 +22,7 @@ inline __m512 load_some(const T* row, int64_t i, int64_t size) {
     return load(some);
 }
 
-// The largest of a row, or NaN if any is, and where the first of them stands.
+// The maximum of a row, NaN if a value is, and the index of its first occurrence.
 template <class T>
 void largest(const T* row, int64_t size, float* peak, int64_t* place) {
     const __m512i sixteen = _mm512_set1_epi32(16);
@@ -42,7 +42,7 @@ void largest(const T* row, int64_t size, float* peak, int64_t* place) {
     *place = best ? _mm512_mask_reduce_min_epi32(best, where) : 0;
 }
 
-// 16 of exp((x - peak) * scale); 0 where nothing of it is left, so that a barred token stays barred.
+// exp((x - peak) * scale) of 16 values; 0 on underflow, so that a masked token keeps probability 0.
 template <class T>
 inline __m512 exponentials(const T* row, int64_t i, int64_t size, __m512 peak, __m512 scale) {
     const __m512 x = _mm512_mul_ps(_mm512_sub_ps(load_some(row, i, size), peak), scale);
@@ -50,7 +50,7 @@ inline __m512 exponentials(const T* row, int64_t i, int64_t size, __m512 peak, _
     return _mm512_mask_mov_ps(exponential(x), lost, _mm512_setzero_ps());
 }
 
-// The sum of a row's exponentials, which are kept where `out` is given.
+// The sum of a row's exponentials, which are also written to `out` unless it is null.
 template <class T>
 float sum_of_exponentials(const T* row, int64_t size, float peak, float scale, float* out = nullptr) {
     const __m512 peaks = _mm512_set1_ps(peak), scales = _mm512_set1_ps(scale);
@@ -106,8 +106,8 @@ void all_confidences(const T* logits, int64_t rows, int64_t size, float* confide
     }
 }
 
-// Philox 4x32-10, the first two words, as 8 numbers in [0, 1) with 53 bits. Of each 64-bit lane of a counter's word
-// the lower half counts; the seed is the key.
+// The first two words of Philox 4x32-10 as 8 numbers in [0, 1) with 53 bits. Counter words are the lower halves of the
+// 64-bit lanes; the seed is the key.
 inline __m512d philox(__m512i position, __m512i origin, __m512i role, __m512i seed) {
     __m512i c[4] = {position, origin, role, _mm512_setzero_si512()};
     __m512i key[2] = {seed, _mm512_srli_epi64(seed, 32)};
@@ -128,7 +128,7 @@ inline __m512d philox(__m512i position, __m512i origin, __m512i role, __m512i se
 
 }  // namespace
 
-// ---- what Python sees; logits are [rows, size]
+// ---- the interface for Python; logits are [rows, size]
 
 extern "C" {
 void largest_float32(const float* logits, int64_t rows, int64_t size, float* peaks, int64_t* places) {
@@ -146,7 +146,7 @@ void confidence_bfloat16(const void* logits, int64_t rows, int64_t size, float* 
     all_confidences(static_cast<const bf16*>(logits), rows, size, confidences);
 }
 
-// probs: [rows, size]; NaN in rows that have NaN, +inf or nothing but -inf
+// probs: [rows, size]; all NaN for rows with NaN or +inf, or with -inf only
 void softmax_float32(const float* logits, int64_t rows, int64_t size, const float* temperatures, float* probs) {
     softmax(logits, rows, size, temperatures, probs);
 }
@@ -154,7 +154,7 @@ void softmax_bfloat16(const void* logits, int64_t rows, int64_t size, const floa
     softmax(static_cast<const bf16*>(logits), rows, size, temperatures, probs);
 }
 
-// As `Dense.draw`: the token where the sum of probabilities, taken in float64, first exceeds the uniform's share of all.
+// `Dense.draw`: the first token where the cumulative sum, in float64, exceeds the uniform times the total.
 void draw(const float* probs, int64_t rows, int64_t size, const double* uniforms, int64_t* tokens) {
     constexpr int64_t chunk = 64;
     for (int64_t r = 0; r < rows; r++) {
@@ -168,7 +168,7 @@ void draw(const float* probs, int64_t rows, int64_t size, const double* uniforms
             if (before + here > threshold) break;
             before += here;
         }
-        // within the chunk the sum may round below the threshold: then it is the last token with a probability
+        // if rounding keeps the sum below the threshold, this is the last token with a probability above 0
         for (; i < size; i++) {
             if (row[i] > 0) last = i;
             if ((before += row[i]) > threshold) break;
@@ -177,8 +177,8 @@ void draw(const float* probs, int64_t rows, int64_t size, const double* uniforms
     }
 }
 
-// As `race`: the token with the least -log(1 - uniform) / probability, the first of them. As -log(1 - u) >= u, few
-// tokens need a logarithm; the bound is a little wide, so that rounding never decides who needs one.
+// `race`: the first token with the smallest -log(1 - uniform) / probability. Since -log(1 - u) >= u, only tokens with
+// u / probability below the best so far need a logarithm; the bound is widened so that rounding skips none of them.
 void race(const float* probs, int64_t rows, int64_t size, const double* uniforms, int64_t* tokens) {
     for (int64_t r = 0; r < rows; r++) {
         const float* row = probs + r * size;
@@ -186,7 +186,7 @@ void race(const float* probs, int64_t rows, int64_t size, const double* uniforms
         double least = std::numeric_limits<double>::infinity(), bound = least;
         int64_t first = 0;
         for (int64_t i = 0; i < size; i++) {
-            // without a probability the right side is 0, or not a number at first: such a token never wins
+            // a token of probability 0 never wins: the right side is 0, or NaN while the bound is infinite
             if (!(noise[i] < bound * row[i])) continue;
             const double wait = -std::log1p(-noise[i]) / row[i];
             if (wait < least) least = wait, bound = wait * (1 + 0x1p-40), first = i;
@@ -195,7 +195,7 @@ void race(const float* probs, int64_t rows, int64_t size, const double* uniforms
     }
 }
 
-// [rows, size] numbers. words: position, origin, role and seed, each with its strides along both axes.
+// out: [rows, size]. words: position, origin, role and seed, each with its strides along both axes.
 void uniforms(const int64_t* const* words, const int64_t* strides, int64_t rows, int64_t size, double* out) {
     for (int64_t r = 0; r < rows; r++) {
         for (int64_t i = 0; i < size; i += 8) {

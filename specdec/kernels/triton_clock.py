@@ -1,4 +1,4 @@
-"""The GPU's clock as a Triton kernel: what is recorded as a CUDA graph can tell how long its parts took."""
+"""The GPU's clock as a Triton kernel, to time the phases within a CUDA graph."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ def _clock_kernel(out):
 
 
 def now_ns(device: torch.device) -> Tensor:
-    """Nanoseconds on the GPU's clock when all that it was given before is done, int64 [1]; it ticks every 32 to 1024.
+    """The GPU's clock after all work queued before, in nanoseconds, int64 [1]; its resolution is 32 to 1024 ns.
 
-    It is launched without overlap: it begins when the kernel before it has ended, and the next begins behind it.
+    Launched without overlap: it starts after the previous kernel has ended, and the next kernel starts after it.
     """
     out = torch.empty(1, dtype=torch.int64, device=device)
     _clock_kernel[(1,)](out, num_warps=1)

@@ -1,21 +1,21 @@
-"""Decoder layers for decode steps on NVIDIA GPUs, six or seven Triton kernels each.
+"""Decoder layers for decode steps on NVIDIA GPUs, as six or seven Triton kernels per layer.
 
-A decode step reads all weights for a few tokens, so its time is the bytes over the bandwidth plus what it costs to
-start kernels. Per layer: QKV product + rotary embedding + cache write; attention over splits of the context;
-combination of the splits; output product + residual; gate/up product + SiLU; down product + residual. (Where queries
-and keys have norms, or heads an odd size, rotary embedding + cache write are a kernel of their own.)
+A decode step reads all weights for a few tokens, so its time is bytes / bandwidth plus the launch overhead. The kernels
+of a layer: QKV product + rotary embedding + cache write; attention over splits of the context; combination of the
+splits; output product + residual; gate/up product + SiLU; down product + residual. (For models with query and key
+norms, or head sizes not divisible by 16, rotary embedding + cache write are a separate kernel.)
 
-An RMSNorm has no kernel of its own in bfloat16: whoever writes the residual stream also writes it times the norm's
-weight, and the squares' sums; the product that follows divides by their root when it is done. (Normalising within the
-product's loop was measured on an H100: it breaks the pipeline of loads and takes two to four times as long.)
+In bfloat16, RMSNorm is fused into its neighbors: the kernel that writes the residual stream also writes it times the
+norm's weight, and the sums of squares; the next product divides by the root mean square at its end. (Normalizing within
+the product's loop breaks the pipelining of loads and takes two to four times as long, measured on an H100.)
 
-**One order of summation whatever is computed beside a token.** A product runs over the inputs in blocks whose size
-depends on the weight's shape and type only, and each token is a row of its own in the tensor cores' tiles. Attention is
-split at fixed places of the context, `split_places` apart, whatever the length of a row, and the splits are combined in
-order. So a token's numbers are bit-identical alone, in a batch, in a speculative step of any width and as a node of a
-tree, which is why greedy speculation emits exactly what plain decoding emits.
+**Batch-invariant order of summation.** A product accumulates over blocks of inputs whose size depends only on the shape
+and dtype of the weight, and each token is a row of its own in the tiles of the tensor cores. Attention splits the
+context at multiples of `split_size`, whatever the length of a row, and combines the splits in order. So the result for
+a token is bit-identical alone, in a batch, in a speculative step of any width and as a node of a tree. That is why
+greedy speculative decoding emits exactly the tokens of plain decoding.
 
-Needs Triton, which every CUDA build of torch brings. With TRITON_INTERPRET=1 the kernels run on CPU tensors, for tests.
+Needs Triton, which is included in CUDA builds of torch. TRITON_INTERPRET=1 runs the kernels on CPU tensors, for tests.
 """
 
 from __future__ import annotations
@@ -34,20 +34,20 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from specdec.runtime.devices import on_device
 
-MAX_WIDTH = 64  # tokens of a row; for more, as in prompts, large matrix products are faster
+MAX_WIDTH = 64  # maximum tokens per row; for more, as in prompts, torch's matrix products are faster
 _LOG2_E = 1.4426950408889634
-# the interpreter multiplies the bit patterns of bfloat16; widened to float32 first, the products are the same
+# the interpreter multiplies the bit patterns of bfloat16, so convert to float32 first: the products are the same
 _INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 _PRODUCT_OVERLAP, _OTHER_OVERLAP = 1, 1  # see `overlap`; 2 was slower on an H100, 0 by 6 % for 135M parameters
-_PREFETCHED_BYTES = 1 << 10  # of each of a program's rows of weights, while the kernel before it ends
-_SPLIT_BYTES = 32 << 10  # of keys, and of values, that one program holds
+_PREFETCHED_BYTES = 1 << 10  # prefetched of each weight row of a program while the previous kernel ends
+_SPLIT_BYTES = 32 << 10  # of keys, and of values, per program
 
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """A decoder layer's weights: products [out, in] with biases [out] or None, norms [in].
+    """A decoder layer's weights: projections [out, in] with biases [out] or None, norms [in].
 
-    gate_up: [2 * intermediate, hidden], gates first. query_norm, key_norm: [head_dim], or None both.
+    gate_up: [2 * intermediate, hidden], gates first. query_norm, key_norm: [head_dim], or both None.
     """
 
     qkv: tuple[Tensor, Tensor | None]
@@ -63,15 +63,16 @@ class Layer:
     num_heads: int
     num_kv_heads: int
     head_dim: int
-    is_interleaved: bool = False  # the rows of qkv, by `interleaved`
+    is_interleaved: bool = False  # whether the rows of qkv were permuted by `interleaved`
 
 
 @dataclass(frozen=True, slots=True)
 class Places:
-    """Where the tokens of a call stand, int64 all.
+    """Positions and cache columns of the tokens of a call, all int64.
 
-    positions, places: [rows, width], in the text and in the cache. starts: [rows], valid places before the call.
-    paths: of a tree [width, n], see `trees.columns.tree_paths`, else None. extent: a bound on the places that are seen.
+    positions: [rows, width], in the sequence. places: [rows, width], cache columns. starts: [rows], valid columns
+    before the call. paths: for a tree, [width, n], see `trees.columns.tree_paths`, else None. extent: an upper bound on
+    the attended columns.
     """
 
     positions: Tensor
@@ -83,7 +84,7 @@ class Places:
 
 @dataclass(frozen=True, slots=True)
 class Blocks:
-    """How a product is divided: a function of the weight and its type, never of the number of tokens."""
+    """Tile sizes of a product: they depend on the weight's shape and dtype, never on the number of tokens."""
 
     outputs: int
     inputs: int
@@ -104,7 +105,7 @@ def run_layers(
     Returns the hidden states after the first n layers, for each n of `after`, ascending; of all layers if it is empty.
 
     angles: tables of cos and sin [positions, head_dim]. blocks: each layer's keys and values
-    [rows, kv heads, capacity, head_dim], written at the places of the call.
+    [rows, kv heads, capacity, head_dim], written at `at.places`.
     """
     rows, after = hidden.reshape(-1, hidden.shape[-1]).contiguous(), after or [len(layers)]
     with on_device(hidden.device):
@@ -139,9 +140,9 @@ def _run_layers(
 
 @dataclass(frozen=True, slots=True)
 class Normed:
-    """States after an RMSNorm, [tokens, n]; if `squares` is given, the products of them are still to be scaled.
+    """States after an RMSNorm, [tokens, n]; with `squares`, products of them must still be divided by the norm.
 
-    squares: float32 [tokens, parts], sums of the squares of the states before the norm.
+    squares: float32 [tokens, parts], partial sums of the squares of the states before the norm.
     """
 
     states: Tensor
@@ -150,7 +151,7 @@ class Normed:
 
 
 def normed_states(states: Tensor, norm: Tensor | None, epsilon: float) -> Normed:
-    """States [tokens, n] after an RMSNorm with this weight, or as they are."""
+    """States [tokens, n] after an RMSNorm with this weight, or unchanged without one."""
     if norm is None:
         return Normed(states)
     if not _defers_norm(states):
@@ -173,8 +174,8 @@ def added_product(
     epsilon: float,
     blocks: Blocks | None = None,
 ) -> tuple[Tensor, Normed]:
-    """residual + product of x, [tokens, out], and the same after an RMSNorm with this weight."""
-    out, blocks = torch.empty_like(residual), blocks or usual_blocks(len(weight), weight.shape[1], x.dtype)
+    """residual + product of x, [tokens, out], before and after an RMSNorm with the weight `norm`."""
+    out, blocks = torch.empty_like(residual), blocks or default_blocks(len(weight), weight.shape[1], x.dtype)
     if norm is None or not _defers_norm(x):
         _launch_product(Normed(x), weight, bias, out, residual=residual, blocks=blocks)
         return out, normed_states(out, norm, epsilon)
@@ -193,10 +194,10 @@ def product(
     gated: bool = False,
     blocks: Blocks | None = None,
 ) -> Tensor:
-    """x [tokens, in] times weight [out, in] transposed, with float32 sums: [tokens, out].
+    """x [tokens, in] times the transposed weight [out, in], accumulated in float32: [tokens, out].
 
-    gated: weight is [2 * out, in], gates before the others: SiLU(gate) * other.
-    blocks: other than the usual division, for measurements.
+    gated: weight is [2 * out, in], the gates first; returns SiLU(gate) * other.
+    blocks: overrides `default_blocks`, for measurements.
     """
     x = x if isinstance(x, Normed) else Normed(x)
     out = x.states.new_empty(len(x.states), len(weight) // 2 if gated else len(weight))
@@ -205,27 +206,27 @@ def product(
     return out
 
 
-def takes_interleaved(head_dim: int, *, has_norms: bool) -> bool:
-    """Whether the QKV product itself can turn and place heads of this size: a norm needs a whole head first."""
+def supports_interleaving(head_dim: int, *, has_norms: bool) -> bool:
+    """Whether the QKV product can rotate and store heads of this size; query and key norms need a whole head first."""
     return head_dim % 16 == 0 and not has_norms
 
 
 def interleaved(rows: Tensor, head_dim: int) -> Tensor:
-    """Rows [heads * head_dim, ...] of a QKV product, such that those that rotary embedding turns together are near.
+    """Permute rows [heads * head_dim, ...] of a QKV weight such that elements rotated together are in the same tile.
 
-    Of each head 8 of the first half, the 8 of the second half that belong to them, the next 8, and so on.
+    The order within a head: 8 elements of its first half, the matching 8 of its second half, the next 8, and so on.
     """
     return rows.view(-1, 2, head_dim // 16, 8, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape)
 
 
-def in_order(outputs: Tensor, head_dim: int) -> Tensor:
-    """Outputs [..., heads * head_dim] of an interleaved product as those of the product that it was made of."""
+def deinterleaved(outputs: Tensor, head_dim: int) -> Tensor:
+    """Undo `interleaved` on outputs [..., heads * head_dim]."""
     return outputs.view(*outputs.shape[:-1], -1, head_dim // 16, 2, 8).transpose(-3, -2).reshape(outputs.shape)
 
 
 @dataclass(frozen=True, slots=True)
 class _Heads:
-    """Where the QKV product of a layer with interleaved rows leaves its heads; arguments as for `run_layers`."""
+    """Destination of the heads of a QKV product with interleaved rows; fields as for `run_layers`."""
 
     layer: Layer
     angles: tuple[Tensor, Tensor]
@@ -251,7 +252,7 @@ def _launch_product(
     num_tokens, num_inputs = x.states.shape
     num_outputs, num_parts = len(weight) // (1 + gated), 0 if x.squares is None else x.squares.shape[1]
     cos, sin = heads.angles if heads else (None, None)
-    blocks = blocks or usual_blocks(num_outputs, num_inputs, weight.dtype, gated)
+    blocks = blocks or default_blocks(num_outputs, num_inputs, weight.dtype, gated)
     stage_bytes = blocks.inputs * blocks.outputs * (1 + gated) * weight.element_size()
     token_bytes = blocks.inputs * weight.element_size()
     block_tokens, num_stages = _pipeline(num_tokens, blocks, token_bytes, stage_bytes, _shared_bytes(weight.device))
@@ -300,9 +301,9 @@ def _launch_product(
 def _pipeline(
     num_tokens: int, blocks: Blocks, token_bytes: int, weight_bytes: int, shared_bytes: int
 ) -> tuple[int, int]:
-    """(tokens that share a program's weights, stages of its loads) that shared memory holds: neither changes a bit.
+    """(tokens per program, pipeline stages) that fit into shared memory; neither changes any result.
 
-    token_bytes, weight_bytes: of a token's inputs, and of the weights, in one stage.
+    token_bytes, weight_bytes: bytes per stage, of a token's inputs and of the weights.
     """
     for block_tokens in (64, 32, 16):
         num_fitting = shared_bytes // (block_tokens * token_bytes + weight_bytes) - 1
@@ -313,14 +314,14 @@ def _pipeline(
 
 @cache
 def _shared_bytes(device: torch.device) -> int:
-    """Shared memory that a program may have."""
+    """Bytes of shared memory available to a program."""
     if device.type != "cuda":
         return 1 << 30
     return int(torch.cuda.get_device_properties(device).shared_memory_per_block_optin)  # type: ignore[attr-defined]
 
 
 def _defers_norm(x: Tensor) -> bool:
-    """Whether products scale when they are done: the sum of squares is exact then, and nothing overflows."""
+    """Whether products apply the scale of a norm at their end: bfloat16 sums of squares are exact, without overflow."""
     return x.dtype == torch.bfloat16
 
 
@@ -340,27 +341,27 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     return out
 
 
-def usual_blocks(num_outputs: int, num_inputs: int, dtype: torch.dtype, gated: bool = False) -> Blocks:
-    """How a product is divided: what was fastest of twelve ways on an H100, for shapes of 135M, 1B and 8B models."""
+def default_blocks(num_outputs: int, num_inputs: int, dtype: torch.dtype, gated: bool = False) -> Blocks:
+    """Tile sizes of a product: the fastest of twelve on an H100, for shapes of 135M, 1B and 8B models."""
     if dtype == torch.float32:
         return Blocks(32, 32, 2, 4)
     if gated:
         return Blocks(64, 128, 4, 4) if num_outputs >= 4096 else Blocks(16, 64, 8, 2)
     if num_outputs <= 2048 and num_inputs > 2 * num_outputs:
-        return Blocks(16, 256, 8, 4)  # few programs, each with much to read
+        return Blocks(16, 256, 8, 4)  # few programs, each with many weights to read
     return Blocks(64, 128, 4, 4) if 4096 < num_outputs <= 16384 else Blocks(16, 128, 8, 2)
 
 
-def split_places(head_dim: int, dtype: torch.dtype) -> int:
-    """Places of the context that one program attends to: the same for every call, as the order of sums rests on it."""
-    limit = _SPLIT_BYTES // 2 if dtype == torch.float32 else _SPLIT_BYTES  # more would spill registers
+def split_size(head_dim: int, dtype: torch.dtype) -> int:
+    """Cache columns per attention split: constant over calls, because it determines the order of summation."""
+    limit = _SPLIT_BYTES // 2 if dtype == torch.float32 else _SPLIT_BYTES  # more spills registers
     return max(16, min(128, limit // (_padded(head_dim) * dtype.itemsize)))
 
 
 def overlap(x: Tensor, level: int) -> dict[str, Any]:
-    """Launch options by which a kernel starts before the one ahead of it has ended, since Hopper.
+    """Launch options to start a kernel before the previous one has ended (programmatic dependent launch, Hopper).
 
-    level: 0 not; 1 once the last programs of the kernel ahead have ended; 2 once they have started.
+    level: 0 disables it; 1 starts when the last programs of the previous kernel end, 2 when they have started.
     """
     if not level or not x.is_cuda or torch.cuda.get_device_capability(x.device) < (9, 0):
         return {"OVERLAPS": 0}
@@ -368,18 +369,20 @@ def overlap(x: Tensor, level: int) -> dict[str, Any]:
 
 
 def _precision(dtype: torch.dtype) -> str:
-    return "ieee" if dtype == torch.float32 else "tf32"  # of float32 products only
+    return "ieee" if dtype == torch.float32 else "tf32"  # only affects float32 products
 
 
 def _padded(head_dim: int) -> int:
-    """The smallest size that the tensor cores take."""
+    """The head size, padded for the tensor cores."""
     return max(16, int(triton.next_power_of_2(head_dim)))
 
 
 @dataclass(frozen=True, slots=True)
 class _Scratch:
-    """What all layers write anew: queries [tokens, heads, head_dim]; of each split, token and head the unnormalised sum
-    of values, the largest score and the sum of weights, float32 [tokens, heads, splits, head_dim] and without the last.
+    """Buffers reused by all layers. queries: [tokens, heads, head_dim].
+
+    sums: unnormalized sums of values per split, float32 [tokens, heads, splits, head_dim]. peaks, totals: maximum score
+    and sum of weights per split, float32 [tokens, heads, splits]. split: columns per split.
     """
 
     queries: Tensor
@@ -390,15 +393,14 @@ class _Scratch:
 
     @classmethod
     def of(cls, layer: Layer, at: Places, hidden: Tensor) -> _Scratch:
-        split = split_places(layer.head_dim, hidden.dtype)
+        split = split_size(layer.head_dim, hidden.dtype)
         heads = (at.positions.numel(), layer.num_heads)
         shape = (*heads, triton.cdiv(at.extent, split))
-        wide: dict[str, Any] = {"dtype": torch.float32, "device": hidden.device}
         return cls(
             hidden.new_empty(*heads, layer.head_dim),
-            torch.empty(*shape, layer.head_dim, **wide),
-            torch.empty(shape, **wide),
-            torch.empty(shape, **wide),
+            _float32(hidden, *shape, layer.head_dim),
+            _float32(hidden, *shape),
+            _float32(hidden, *shape),
             split,
         )
 
@@ -412,7 +414,7 @@ def _place_heads(
     at: Places,
     scratch: _Scratch,
 ) -> None:
-    """Turn queries and keys by their positions; keys and values go into the cache."""
+    """Rotate queries and keys by their positions; write keys and values to the cache."""
     cos, sin = angles
     num_programs = (len(qkv), layer.num_heads + 2 * layer.num_kv_heads)
     _place_kernel[num_programs](
@@ -441,7 +443,7 @@ def _place_heads(
 
 
 def _attend(layer: Layer, keys: Tensor, values: Tensor, at: Places, scratch: _Scratch) -> Tensor:
-    """Attention of the placed queries: [tokens, heads * head_dim]."""
+    """Attention of `scratch.queries`: [tokens, heads * head_dim]."""
     (rows, width), group = at.positions.shape, layer.num_heads // layer.num_kv_heads
     is_tree = at.paths is not None
     num_tiles = width * triton.cdiv(group, 16) if is_tree else triton.cdiv(width * group, 16)
@@ -494,12 +496,12 @@ def _attend(layer: Layer, keys: Tensor, values: Tensor, at: Places, scratch: _Sc
     return attended
 
 
-# ---- kernels. Numbers of tokens are not specialised: one compiled kernel, so one order of sums, for all of them.
+# ---- kernels. Token counts are never specialized: one compiled kernel for all, so one order of summation.
 
 
 @triton.jit
 def _prefetch_rows(rows, SIZE: tl.constexpr, PREFETCHED: tl.constexpr):
-    """Have the first elements of rows, pointers [n], fetched into the L2 cache."""
+    """Prefetch the first elements of rows (pointers [n]) into the L2 cache."""
     line: tl.constexpr = 1024 // rows.dtype.element_ty.primitive_bitwidth
     lines = tl.minimum(tl.arange(0, PREFETCHED // line) * line, SIZE - 1)
     at = (rows[:, None] + lines[None, :]).to(tl.int64, bitcast=True)
@@ -615,7 +617,7 @@ def _place_interleaved(
     slot_stride, head_stride, NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr, BLOCK_OUTPUTS: tl.constexpr,
 ):  # fmt: skip
-    """Turn queries and keys by their positions; keys and values go into the cache. x: a tile of interleaved heads."""
+    """Rotate queries and keys by position and write keys and values to the cache. x: a tile of interleaved heads."""
     pairs = tl.reshape(x, (BLOCK_TOKENS, BLOCK_OUTPUTS // 16, 2, 8)).permute(0, 1, 3, 2)
     low, high = tl.split(pairs)
     other = tl.reshape(tl.join(high, low).permute(0, 1, 3, 2), (BLOCK_TOKENS, BLOCK_OUTPUTS))
@@ -643,16 +645,16 @@ def _place_interleaved(
 
 @triton.jit
 def _row_sums(values, SIZE: tl.constexpr):
-    """Sums float32 [n] of values float32 [n, SIZE], in one order however many rows there are: those of a product."""
+    """Sums float32 [n] of values float32 [n, SIZE], as a product, so that their order does not depend on n."""
     sums = tl.dot(values, tl.full((SIZE, 16), 1.0, tl.float32), input_precision="ieee")
-    return tl.max(sums, 1)  # of equal columns
+    return tl.max(sums, 1)  # all columns are equal
 
 
 @triton.jit
 def _row_sums_of_squares(values, SIZE: tl.constexpr):
-    """The same of the squares of bfloat16 numbers [n, SIZE], exactly: a square's 16 bits are two such numbers."""
+    """`_row_sums` of the squares of bfloat16 values [n, SIZE], exactly: a 16-bit square is the sum of two bfloat16s."""
     squares = values * values
-    if _INTERPRETED:  # which rounds to bfloat16 otherwise
+    if _INTERPRETED:  # the interpreter converts to bfloat16 with another rounding
         return _row_sums(squares, SIZE)
     ones = tl.full((SIZE, 16), 1.0, tl.bfloat16)
     high = squares.to(tl.bfloat16)
@@ -662,7 +664,7 @@ def _row_sums_of_squares(values, SIZE: tl.constexpr):
 
 @triton.jit
 def _scale_kernel(x, weight, scaled, squares, SIZE: tl.constexpr, BLOCK: tl.constexpr, OVERLAPS: tl.constexpr):
-    """A token's states times a norm's weight, and the sum of the states' squares."""
+    """For a token: its states times the norm's weight, and the sum of their squares."""
     if OVERLAPS > 1:
         gdc_launch_dependents()
     if OVERLAPS > 0:
@@ -712,7 +714,7 @@ def _place_kernel(
     BLOCK: tl.constexpr,
     OVERLAPS: tl.constexpr,
 ):
-    """One head of one token; head: queries, then keys, then values."""
+    """Rotate and store one head of one token. Heads are numbered: queries, then keys, then values."""
     if OVERLAPS > 1:
         gdc_launch_dependents()
     if OVERLAPS > 0:
@@ -780,7 +782,7 @@ def _attend_kernel(
     PRECISION: tl.constexpr,
     OVERLAPS: tl.constexpr,
 ):
-    """One split of one key/value head, for up to 16 of a row's queries: of a tree, those of one node."""
+    """Attention to one split of one key/value head, for up to 16 queries of a row (of one node in a tree)."""
     if OVERLAPS > 1:
         gdc_launch_dependents()
     if OVERLAPS > 0:
@@ -807,11 +809,11 @@ def _attend_kernel(
         place = first + tl.arange(0, SPLIT)
         exists = (place <= last) & (place < capacity)
         stored = place
-        if IS_TREE:  # by position: what is valid, then the nodes on the way to this one, which see no others
+        if IS_TREE:  # in order of position: the valid columns, then those of the nodes on the path to this one
             start = tl.load(starts + row).to(tl.int32)
-            behind = place - start
-            on_path = tl.load(paths + node * path_length + tl.maximum(behind, 0), mask=exists & (behind >= 0), other=0)
-            stored = tl.where(behind >= 0, start + on_path.to(tl.int32), place)
+            depth = place - start
+            on_path = tl.load(paths + node * path_length + tl.maximum(depth, 0), mask=exists & (depth >= 0), other=0)
+            stored = tl.where(depth >= 0, start + on_path.to(tl.int32), place)
         dim = tl.arange(0, BLOCK_DIM)
         has_dim = dim < HEAD_DIM
         head = token * NUM_HEADS + kv_head * GROUP + member
@@ -851,7 +853,7 @@ def _combine_kernel(
     BLOCK_SPLITS: tl.constexpr,
     OVERLAPS: tl.constexpr,
 ):
-    """One head of one token: its splits in order, up to the one with its own place."""
+    """Combine the splits of one head of one token, in order, up to the split with the token's own position."""
     if OVERLAPS > 1:
         gdc_launch_dependents()
     if OVERLAPS > 0:
@@ -864,7 +866,7 @@ def _combine_kernel(
     attended = tl.zeros((BLOCK_DIM,), tl.float32)
     total, peak = 0.0, float("-inf")
     start = 0
-    while start < number:  # the interpreter takes no range of tensors
+    while start < number:  # the interpreter does not support range() with tensors
         split = start + tl.arange(0, BLOCK_SPLITS)
         is_split = split < number
         highest = tl.load(peaks + first + split, mask=is_split, other=float("-inf"))

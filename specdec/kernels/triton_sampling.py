@@ -1,20 +1,20 @@
-"""Sampling and verification on GPUs: Triton kernels behind the entry points of `specdec.sampling.state` and others.
+"""Triton kernels for sampling and verification on GPUs, behind `specdec.sampling` and `specdec.verification`.
 
-Imported when first used: it needs Triton, which comes with CUDA builds of torch. TRITON_INTERPRET=1 runs the kernels on
-CPU tensors. Every entry point is a torch operator, so that fake tensors pass through it too; none reads anything back
-to the host or chooses a shape by values, so all of them can be captured in a CUDA graph.
+Imported on first use, because it needs Triton, which comes with CUDA builds of torch. TRITON_INTERPRET=1 runs the
+kernels on CPU tensors. Every entry point is a torch operator and supports fake tensors. None synchronizes with the host
+or has a data-dependent shape, so CUDA graphs can capture all of them.
 
-A row of the vocabulary is cut into chunks of one size, and most entry points are two kernels: one program per row and
-chunk leaves a number for each chunk, and the next combines them. What a row gives does not depend on its batch mates,
-bit for bit: chunks depend on the vocabulary only; a row that truncation leaves whole is not divided by its sum because
-another row is cut; and no sum depends on how the compiler orders it, which may change with whatever it knows of the
-arguments: their dtype, whether they are 1 or multiples of 16, and where a tensor begins in memory.
+A row of the vocabulary is divided into chunks of equal size, and most entry points launch two kernels: the first writes
+a partial result for each row and chunk, the second combines them. The result of a row is bit-identical whatever the
+other rows of the batch: the chunk size depends only on the vocabulary; a row without truncation is not renormalized
+because another row is truncated; and no sum depends on the order that the compiler chooses, which may vary with the
+dtypes of the arguments, whether sizes are 1 or multiples of 16, and the alignment of tensors.
 
-So integers stand for sums of exponentials within a chunk, in units of 2**-50, and for sums of probabilities in top-p
-and min-p, in units of 2**-61: they are exact, whatever the order. float64 is used where probabilities meet a uniform,
-which has 53 bits: in cumulative sums, acceptance tests and waiting times. In float32 draws would be of 24 bits, and a
-token rarer than 6e-8 in the wrong place would be drawn too often or never. Their tensors begin at multiples of 16
-bytes, and sizes that change with the batch are not compiled in, so that each sum has one order.
+Therefore sums of exponentials within a chunk are integers in units of 2**-50, and sums of probabilities in top-p and
+min-p are integers in units of 2**-61; both are exact in any order. float64 is used where probabilities meet a uniform,
+which has 53 bits: in cumulative sums, acceptance tests and waiting times. float32 has only 24 bits, so a
+token with a probability below 6e-8 would be drawn too often or never, depending on its position. The tensors of float64
+sums are aligned to 16 bytes and batch-dependent sizes are not specialized, which leaves each sum with a single order.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from torch import Tensor
 
 from specdec.runtime.devices import on_device
 
-_WAYS = tl.constexpr(16)  # a pass of a search divides its range by this
-_UNIT = tl.constexpr(2.0**61)  # of sums of probabilities as integers
-_EXPONENTIAL_UNIT = tl.constexpr(2.0**50)  # of sums of up to 4096 exponentials, each at most 1
+_WAYS = tl.constexpr(16)  # a pass of a search divides the range by this
+_UNIT = tl.constexpr(2.0**61)  # scale of sums of probabilities as integers
+_EXPONENTIAL_UNIT = tl.constexpr(2.0**50)  # scale of sums of up to 4096 exponentials, each at most 1
 _DENSE, _ONE_HOT, _PARTIAL = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # forms of a draft's distribution
-_MIN_TEMPERATURE = tl.constexpr(2.0**-126)  # the least normal float32; below it some units take numbers for 0
+_MIN_TEMPERATURE = tl.constexpr(2.0**-126)  # the smallest normal float32; some GPU units flush smaller numbers to 0
 _UNIFORMS_PER_PROGRAM = 512
-_ALIGNMENT = 16  # bytes, at a multiple of which Triton takes a tensor to begin, or compiles another kernel
-_VARYING = ("per_row", "chunks", "num_drafted", "uniform_0", "uniform_1")  # by batch or draft: one kernel for all
+_ALIGNMENT = 16  # bytes; Triton specializes kernels on whether tensors are aligned to this
+_VARYING = ("per_row", "chunks", "num_drafted", "uniform_0", "uniform_1")  # batch-dependent, so never specialized
 _jit = partial(triton.jit, do_not_specialize=_VARYING)
 
 
@@ -45,29 +45,29 @@ _jit = partial(triton.jit, do_not_specialize=_VARYING)
 
 @triton.jit
 def _chunk(vocab, BLOCK: tl.constexpr):
-    """(tokens of the program's chunk, which of them exist)."""
+    """(tokens of the program's chunk, mask of those within the vocabulary)."""
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     return at, at < vocab
 
 
 @triton.jit
 def _key(x, SHIFT: tl.constexpr):
-    """Integers int32 in the order of floats; SHIFT drops bits that are always 0. -0 is 0; NaN is beyond both ends."""
+    """Map floats to int32 keys in the same order; SHIFT drops bits that are always 0. -0 equals 0; NaNs are extreme."""
     bits = tl.where(x == 0.0, 0.0, x).to(tl.int32, bitcast=True)
     return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits) >> SHIFT
 
 
 @triton.jit
 def _units(x, UNIT: tl.constexpr):
-    """Numbers as integers, multiples of 1 / UNIT; NaN is 0."""
+    """Convert numbers to integer multiples of 1 / UNIT, and NaN to 0."""
     return tl.where(x == x, x * UNIT, 0.0).to(tl.int64)
 
 
 @triton.jit
 def _first_above(values, before, threshold, at, size):
-    """The first place where before + the cumulative sum of values exceeds a threshold, and the value is above 0.
+    """The first index with a positive value where before + cumsum(values) exceeds the threshold.
 
-    Where rounding hides it the last place with a value above 0; 0 if there is none.
+    If rounding prevents that, the last index with a positive value; 0 if there is none.
     """
     above = (before + tl.cumsum(values, 0) > threshold) & (values > 0.0)
     first = tl.min(tl.where(above, at, size), 0)
@@ -77,7 +77,7 @@ def _first_above(values, before, threshold, at, size):
 
 @triton.jit
 def _place_of(token, tokens, size, mask, STEPS: tl.constexpr):
-    """Where tokens stand among ascending ones: (place, whether there); by STEPS halvings, 2**STEPS > size."""
+    """Look up tokens in an ascending list: (index, whether found), by STEPS bisections with 2**STEPS > size."""
     low = tl.zeros_like(token)
     high = low + size
     for _ in tl.static_range(STEPS):
@@ -125,7 +125,7 @@ def _uniforms_kernel(
 
 @triton.jit
 def _logits(logits, floors, row, at, mask, vocab, SHIFT: tl.constexpr, HAS_FLOOR: tl.constexpr):
-    """A row's logits in float32, -inf for those below its floor and beyond the end."""
+    """A row's logits in float32; -inf below the row's floor and beyond the vocabulary."""
     x = tl.load(logits + row * vocab + at, mask=mask, other=-float("inf")).to(tl.float32)
     if HAS_FLOOR:
         x = tl.where(_key(x, SHIFT) < tl.load(floors + row * 2 + 1).to(tl.int32), -float("inf"), x)
@@ -134,7 +134,7 @@ def _logits(logits, floors, row, at, mask, vocab, SHIFT: tl.constexpr, HAS_FLOOR
 
 @triton.jit
 def _peak(x, at, mask, vocab):
-    """(the largest, NaN left out; where the first of them stands; whether there is a NaN)."""
+    """(maximum ignoring NaN, index of its first occurrence, whether there is a NaN)."""
     numbers = tl.where(x == x, x, -float("inf"))
     peak = tl.max(numbers, 0)
     return peak, tl.min(tl.where(mask & (numbers == peak), at, vocab), 0), tl.max((x != x).to(tl.int32), 0) > 0
@@ -151,7 +151,7 @@ def _scan_kernel(
     logits, temperatures, floors, peaks, places, sums, vocab, per_row, chunks,
     BLOCK: tl.constexpr, SHIFT: tl.constexpr, HAS_FLOOR: tl.constexpr, HAS_TEMPERATURE: tl.constexpr,
 ):  # fmt: skip
-    """Of each chunk: the largest logit, NaN if any is; its place; the sum of exponentials beside it."""
+    """For each chunk: its maximum logit (NaN if any is), the index of it, the sum of exponentials relative to it."""
     row = tl.program_id(0).to(tl.int64)
     at, mask = _chunk(vocab, BLOCK)
     x = _logits(logits, floors, row, at, mask, vocab, SHIFT, HAS_FLOOR)
@@ -168,7 +168,7 @@ def _scan_kernel(
 
 @triton.jit
 def _combined(peaks, places, sums, row, vocab, chunks, temperature, CHUNKS: tl.constexpr):
-    """Of a row, from its chunks: the largest logit, where it stands, the sum of exponentials, whether any is NaN."""
+    """Combine a row's chunks: (maximum logit, its index, sum of exponentials, whether any logit is NaN)."""
     at = tl.arange(0, CHUNKS)
     mask = at < chunks
     x = tl.load(peaks + row * chunks + at, mask=mask, other=-float("inf"))
@@ -209,18 +209,18 @@ def _softmax_kernel(
         tl.store(place_out + row, place)
 
 
-# ---- the threshold of top-k and top-p: the least key with less than a bound of count or probability above it
+# ---- the threshold of top-k and top-p: the smallest key such that the count or probability above it is below a bound
 
 
 @triton.jit
 def _probe(low, high, number):
-    """The key that probe `number` of _WAYS - 1 looks at."""
+    """The key tested by probe `number` of _WAYS - 1."""
     return low + ((high - low) * (number + 1)) // _WAYS
 
 
 @triton.jit
 def _narrowed(state, partials, bound, row, chunks, CHUNKS: tl.constexpr):
-    """The range [low, high] of the threshold after a pass, from the range that it looked at and what it found above."""
+    """The range [low, high] of the threshold after a pass, from the range before and the sums above its probes."""
     low, high = tl.load(state + row * 2), tl.load(state + row * 2 + 1)
     number, chunk = tl.arange(0, _WAYS), tl.arange(0, CHUNKS)
     places = (row * _WAYS + number[:, None]) * chunks + chunk[None, :]
@@ -236,12 +236,12 @@ def _narrowed(state, partials, bound, row, chunks, CHUNKS: tl.constexpr):
 
 @triton.jit
 def _bound(bounds, keeps_all, row, IS_TOP_K: tl.constexpr):
-    """(how much must be above a key that is too low, whether all are kept anyway)."""
+    """(bound on the count or probability above the threshold, whether the row keeps all tokens)."""
     if IS_TOP_K:
         bound = tl.load(bounds + row)
         is_all = tl.load(keeps_all + row) != 0
     else:
-        top_p = tl.load(bounds + row).to(tl.float32)  # compared with float32 probabilities
+        top_p = tl.load(bounds + row).to(tl.float32)  # the dtype of the probabilities
         bound = tl.maximum(_units(top_p, _UNIT), 1)
         is_all = top_p >= 1.0
     return bound, is_all
@@ -253,18 +253,18 @@ def _search_kernel(
     LOW: tl.constexpr, HIGH: tl.constexpr, BLOCK: tl.constexpr, CHUNKS: tl.constexpr, SHIFT: tl.constexpr,
     IS_TOP_K: tl.constexpr, IS_FIRST: tl.constexpr,
 ):  # fmt: skip
-    """One pass: the range by the pass before, and of each chunk how much is above each of _WAYS - 1 keys in it."""
+    """One pass: narrow the range by the previous pass; sum, per chunk, the values above each of _WAYS - 1 probes."""
     row = tl.program_id(0).to(tl.int64)
     bound, is_all = _bound(bounds, keeps_all, row // per_row, IS_TOP_K)
     if IS_FIRST:
-        least = tl.full([], LOW, tl.int64)
-        most = tl.where(is_all, least, tl.full([], HIGH, tl.int64))
+        low = tl.full([], LOW, tl.int64)
+        high = tl.where(is_all, low, tl.full([], HIGH, tl.int64))
     else:
-        least, most = _narrowed(state_before, partials_before, bound, row, chunks, CHUNKS)
+        low, high = _narrowed(state_before, partials_before, bound, row, chunks, CHUNKS)
     if tl.program_id(1) == 0:
-        tl.store(state + row * 2, least)
-        tl.store(state + row * 2 + 1, most)
-    if least < most:
+        tl.store(state + row * 2, low)
+        tl.store(state + row * 2 + 1, high)
+    if low < high:
         at, mask = _chunk(vocab, BLOCK)
         x = tl.load(values + row * vocab + at, mask=mask, other=0.0).to(tl.float32)
         keys = _key(x, SHIFT)
@@ -273,7 +273,7 @@ def _search_kernel(
         else:
             counted = _units(x, _UNIT)
         for number in tl.static_range(_WAYS - 1):
-            above = tl.sum(tl.where(keys > _probe(least, most, number).to(tl.int32), counted, 0), 0)
+            above = tl.sum(tl.where(keys > _probe(low, high, number).to(tl.int32), counted, 0), 0)
             tl.store(partials + (row * _WAYS + number) * chunks + tl.program_id(1), above.to(tl.int64))
 
 
@@ -282,7 +282,7 @@ def _floor_kernel(
     bounds, keeps_all, state_before, partials_before, state, per_row, chunks,
     CHUNKS: tl.constexpr, IS_TOP_K: tl.constexpr,
 ):  # fmt: skip
-    """The end of a search: the threshold is state[row, 1]."""
+    """Finish a search: writes the threshold to state[row, 1]."""
     row = tl.program_id(0).to(tl.int64)
     bound, _ = _bound(bounds, keeps_all, row // per_row, IS_TOP_K)
     low, high = _narrowed(state_before, partials_before, bound, row, chunks, CHUNKS)
@@ -294,7 +294,7 @@ def _floor_kernel(
 def _kept(
     probs, floors, places, min_ps, row, per_row, at, mask, vocab, HAS_TOP_P: tl.constexpr, HAS_MIN_P: tl.constexpr
 ):
-    """A row's probabilities that top-p and min-p keep, 0 for others."""
+    """A row's probabilities after top-p and min-p: 0 for removed tokens, not renormalized."""
     p = tl.load(probs + row * vocab + at, mask=mask, other=0.0)
     kept = p
     if HAS_TOP_P:
@@ -310,7 +310,7 @@ def _kept_kernel(
     probs, floors, places, min_ps, masses, vocab, per_row, chunks,
     BLOCK: tl.constexpr, HAS_TOP_P: tl.constexpr, HAS_MIN_P: tl.constexpr,
 ):  # fmt: skip
-    """Of each chunk the probability that is kept."""
+    """For each chunk, the total probability kept."""
     row = tl.program_id(0).to(tl.int64)
     at, mask = _chunk(vocab, BLOCK)
     kept = _kept(probs, floors, places, min_ps, row, per_row, at, mask, vocab, HAS_TOP_P, HAS_MIN_P)
@@ -319,7 +319,7 @@ def _kept_kernel(
 
 @triton.jit
 def _is_cut(top_ps, min_ps, row, HAS_TOP_P: tl.constexpr, HAS_MIN_P: tl.constexpr):
-    """Whether top-p or min-p may take something from a row, and not only from one beside it."""
+    """Whether the row itself has a top-p or min-p that may remove tokens."""
     is_cut = tl.full([], 0, tl.int1)
     if HAS_TOP_P:
         is_cut |= tl.load(top_ps + row).to(tl.float32) < 1.0
@@ -333,13 +333,13 @@ def _normalize_kernel(
     probs, floors, places, top_ps, min_ps, masses, out, vocab, per_row, chunks,
     BLOCK: tl.constexpr, CHUNKS: tl.constexpr, HAS_TOP_P: tl.constexpr, HAS_MIN_P: tl.constexpr,
 ):  # fmt: skip
-    """Rows that are cut, divided by what is kept; others as they are."""
+    """Renormalize truncated rows; copy the others unchanged."""
     row = tl.program_id(0).to(tl.int64)
     at, mask = _chunk(vocab, BLOCK)
     chunk = tl.arange(0, CHUNKS)
     mass = tl.sum(tl.load(masses + row * chunks + chunk, mask=chunk < chunks, other=0), 0)
     kept = _kept(probs, floors, places, min_ps, row, per_row, at, mask, vocab, HAS_TOP_P, HAS_MIN_P)
-    # NaN throughout, where mass is 0: 0 / 0
+    # rows without kept probability become all NaN
     total = tl.where(mass > 0, mass.to(tl.float32) / _UNIT, float("nan"))
     whole = tl.load(probs + row * vocab + at, mask=mask, other=0.0)
     is_cut = _is_cut(top_ps, min_ps, row // per_row, HAS_TOP_P, HAS_MIN_P)
@@ -353,7 +353,7 @@ def _normalize_kernel(
 @triton.jit
 def _excess(target, draft, tokens, draft_row, size, weight, at, mask, FORM: tl.constexpr, STEPS: tl.constexpr,
             HAS_WEIGHT: tl.constexpr):  # fmt: skip
-    """max(weight * target - draft, 0), of a chunk: a row of target, and row `draft_row` of a draft's distributions."""
+    """max(weight * target - draft, 0) of a chunk of one target row and of row `draft_row` of the draft."""
     p = tl.load(target + at, mask=mask, other=0.0)
     if HAS_WEIGHT:
         p = p.to(tl.float64) * weight
@@ -370,7 +370,7 @@ def _excess(target, draft, tokens, draft_row, size, weight, at, mask, FORM: tl.c
 
 @_jit
 def _mass_kernel(probs, masses, vocab, chunks, BLOCK: tl.constexpr):
-    """Of each chunk the sum in float64."""
+    """For each chunk, its sum in float64."""
     row = tl.program_id(0).to(tl.int64)
     at, mask = _chunk(vocab, BLOCK)
     p = tl.load(probs + row * vocab + at, mask=mask, other=0.0).to(tl.float64)
@@ -379,7 +379,7 @@ def _mass_kernel(probs, masses, vocab, chunks, BLOCK: tl.constexpr):
 
 @triton.jit
 def _chosen_chunk(masses, uniform, chunks, CHUNKS: tl.constexpr):
-    """(the chunk where the sum first exceeds the uniform's share of all, the sum before it, the share)."""
+    """(first chunk where the cumulative sum exceeds uniform * total, the sum before it, uniform * total)."""
     at = tl.arange(0, CHUNKS)
     threshold = uniform * tl.sum(masses, 0)
     chunk = _first_above(masses, 0.0, threshold, at, chunks)
@@ -399,13 +399,13 @@ def _draw_kernel(probs, uniforms, masses, out, vocab, chunks, BLOCK: tl.constexp
 
 @_jit
 def _wait_kernel(probs, uniforms, waits, places, vocab, chunks, BLOCK: tl.constexpr):
-    """Of each chunk the least waiting time, -log(1 - uniform) / probability, and whose it is."""
+    """For each chunk, the minimum waiting time, -log(1 - uniform) / probability, and its token."""
     row = tl.program_id(0).to(tl.int64)
     at, mask = _chunk(vocab, BLOCK)
     p = tl.load(probs + row * vocab + at, mask=mask, other=0.0).to(tl.float64)
     uniform = tl.load(uniforms + row * vocab + at, mask=mask, other=0.0)
     left = 1.0 - uniform
-    # -log(1 - u) = u * log(left) / (left - 1), whose last two factors err alike; next to 0 it is u
+    # -log(1 - u) = u * log(left) / (left - 1): rounding errors of the last two factors cancel; near u = 0 it is u
     time = tl.where(left == 1.0, uniform, uniform * tl.log(left) / tl.where(left == 1.0, 1.0, left - 1.0))
     wait = tl.where(p > 0.0, time / tl.where(p > 0.0, p, 1.0), float("inf"))  # an impossible token must lose
     least = tl.min(wait, 0)
@@ -430,7 +430,7 @@ def _race_kernel(waits, places, out, vocab, chunks, CHUNKS: tl.constexpr):
 
 @triton.jit
 def _prob_of(probs, tokens, size, row, token, mask, FORM: tl.constexpr, STEPS: tl.constexpr):
-    """Probability, float64, of a token by each row's distribution, in whichever form that is."""
+    """The probability, float64, of a token under each row's distribution, in any form."""
     if FORM == _ONE_HOT:
         prob = (tl.load(tokens + row, mask=mask, other=0) == token).to(tl.float64)
     else:
@@ -447,7 +447,7 @@ def _accept_kernel(
     target, target_tokens, draft, draft_tokens, tokens, lengths, uniforms, out, num_drafted, vocab, size,
     uniform_0, uniform_1, WIDTH: tl.constexpr, TARGET: tl.constexpr, DRAFT: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
-    """How many leading tokens of a row's draft pass; see `specdec.verification.verify_tokens`."""
+    """The number of leading draft tokens accepted per row; see `specdec.verification.verify_tokens`."""
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, WIDTH)
     mask = at < num_drafted
@@ -466,7 +466,7 @@ def _last_masses_kernel(
     target, draft, draft_tokens, accepted, weights, masses, num_drafted, vocab, size, chunks,
     BLOCK: tl.constexpr, FORM: tl.constexpr, STEPS: tl.constexpr, HAS_WEIGHT: tl.constexpr,
 ):  # fmt: skip
-    """Of each chunk the residual's sum and the target's, at the position behind the accepted tokens."""
+    """For each chunk, the sums of the residual and of the target at the position after the accepted tokens."""
     row = tl.program_id(0).to(tl.int64)
     at, mask = _chunk(vocab, BLOCK)
     place = tl.load(accepted + row)
@@ -487,14 +487,14 @@ def _last_draw_kernel(
     uniform_0, uniform_1, BLOCK: tl.constexpr, CHUNKS: tl.constexpr, FORM: tl.constexpr, STEPS: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
 ):  # fmt: skip
-    """The recovered token by the residual, or the bonus token by the target."""
+    """Draw the recovered token from the residual, or the bonus token from the target."""
     row = tl.program_id(0).to(tl.int64)
     place = tl.load(accepted + row)
     here = target + (row * (num_drafted + 1) + place) * vocab
     draft_row = row * num_drafted + tl.minimum(place, num_drafted - 1)
     every = tl.arange(0, CHUNKS)
     excess = tl.load(masses + row * 2 * chunks + every, mask=every < chunks, other=0.0)
-    # where nothing exceeds a rejection has probability 0: the target, then
+    # with an empty residual a rejection has probability 0: use the target
     is_residual = (place < tl.load(lengths + row)) & (tl.sum(excess, 0) > 0.0)
     full = tl.load(masses + (row * 2 + 1) * chunks + every, mask=every < chunks, other=0.0)
     uniform = tl.load(uniforms + row * uniform_0 + place * uniform_1)
@@ -513,7 +513,7 @@ def _last_draw_kernel(
 
 
 def _blocks(size: int) -> dict[str, int]:
-    """How a row is cut into chunks, and how many warps work on one."""
+    """Launch options for a row of this size: the chunk size and the warps per chunk."""
     block = 4096 if size > 1024 else 1024
     return {"BLOCK": block, "num_warps": block // 512}
 
@@ -523,38 +523,38 @@ def _num_chunks(size: int) -> int:
 
 
 def _power(number: int) -> int:
-    """The least power of two that is not less, and at least 16, so that few variants are compiled."""
+    """The next power of two, at least 16 so that few variants are compiled."""
     return max(16, 1 << (number - 1).bit_length())
 
 
 def _aligned(tensor: Tensor) -> Tensor:
-    """Contiguous, and beginning where Triton need not compile another kernel, whose sums may have another order."""
+    """Make a tensor contiguous and aligned: for others Triton compiles a variant that may sum in another order."""
     tensor = tensor.contiguous()
     return tensor if tensor.data_ptr() % _ALIGNMENT == 0 else tensor.clone()
 
 
 def _shift(dtype: torch.dtype) -> int:
-    """How many low bits of a dtype's numbers as float32 are always 0."""
+    """The number of low bits that are always 0 when the dtype is converted to float32."""
     return {torch.bfloat16: 16, torch.float16: 13}.get(dtype, 0)
 
 
 @torch.library.custom_op("specdec::uniforms", mutates_args=())
 def uniforms(seeds: Tensor, positions: Tensor, roles: Tensor, origins: Tensor) -> Tensor:
-    """As `specdec.sampling.randomness.uniforms`; nothing that broadcasts is copied."""
+    """`specdec.sampling.randomness.uniforms`, without copies of broadcast inputs."""
     words = [word.flatten(0, word.ndim - 3) for word in _broadcast(seeds, positions, roles, origins)]
     out = _uniforms_like(seeds, positions, roles, origins)
     grid = (-(-out.numel() // _UNIFORMS_PER_PROGRAM),)
     if out.numel():
         with on_device(out.device):
             _uniforms_kernel[grid](
-                *words, out, out.numel(), *words[0].shape[1:], *(each for word in words for each in word.stride()),
+                *words, out, out.numel(), *words[0].shape[1:], *(stride for word in words for stride in word.stride()),
                 BLOCK=_UNIFORMS_PER_PROGRAM,
             )  # fmt: skip
     return out
 
 
 def _broadcast(*words: Tensor) -> list[Tensor]:
-    """Views of one shape with three axes or more."""
+    """Broadcast tensors to a common shape with at least three axes."""
     views = torch.broadcast_tensors(*words)
     missing = max(0, 3 - views[0].ndim)
     return [view[(None,) * missing] for view in views]
@@ -569,7 +569,7 @@ uniforms.register_fake(_uniforms_like)
 
 
 class _Rows:
-    """Logits as rows, and what a scan leaves of each chunk of a row."""
+    """Logits as rows, with the partial results of a scan for each chunk."""
 
     def __init__(self, logits: Tensor) -> None:
         self.logits, self.vocab = logits.contiguous(), logits.shape[-1]
@@ -594,7 +594,7 @@ class _Rows:
 
 
 def largest(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """As `specdec.sampling.distributions.largest`."""
+    """`specdec.sampling.distributions.largest`."""
     peaks, places, _ = summaries(logits)
     return peaks, places
 
@@ -607,7 +607,7 @@ def confidence(logits: Tensor) -> Tensor:
 
 @torch.library.custom_op("specdec::summaries", mutates_args=())
 def summaries(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Of each row of logits [..., n]: the largest, NaN if any is; where the first of them stands; its probability."""
+    """For each row of logits [..., n]: (maximum, NaN if any logit is; first index of the maximum; its probability)."""
     out = _summaries_like(logits)
     if out[0].numel():
         rows = _Rows(logits)
@@ -636,10 +636,10 @@ def probabilities(
     top_p: Tensor | None,
     min_p: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Distributions float32 [rows, n, vocab] of logits of that shape, and whether they are ones, bool [rows, n].
+    """Distributions float32 [rows, n, vocab] from logits of that shape, and whether each is valid, bool [rows, n].
 
-    The parameters are each row's, as in `sampling.state.RowParams`. NaN throughout where there is no distribution,
-    except in greedy rows, which are one-hot.
+    The parameters are per row, as in `sampling.state.RowParams`. Invalid distributions are all NaN, except in greedy
+    rows, which are one-hot.
     """
     probs, finite = _probabilities_like(logits, temperature, greedy, top_k, keeps_all, top_p, min_p)
     if finite.numel() == 0:
@@ -677,27 +677,27 @@ probabilities.register_fake(_probabilities_like)
 
 
 def _search(rows: _Rows, values: Tensor, bounds: Tensor, keeps_all: Tensor | None, per_row: int) -> Tensor:
-    """The least key that top-k, or top-p if keeps_all is None, keeps in each row: [:, 1] of an int64 [rows, 2]."""
+    """The smallest key that top-k (or top-p if keeps_all is None) keeps in each row: column 1 of an int64 [rows, 2]."""
     is_top_k, shift = keeps_all is not None, _shift(values.dtype)
     low, high = ((-(2**31)) >> shift if is_top_k else 0), (0x7F800000 if is_top_k else 0x3F800000) >> shift
     states = [rows.empty(2, dtype=torch.int64) for _ in range(2)]
     partials = [rows.empty(_WAYS.value * rows.num_chunks, dtype=torch.int64) for _ in range(2)]
-    given = (bounds, None if keeps_all is None else keeps_all.view(torch.uint8))
+    parameters = (bounds, None if keeps_all is None else keeps_all.view(torch.uint8))
     constants = {"CHUNKS": _power(rows.num_chunks), "IS_TOP_K": is_top_k}
     for number in range(_num_passes(high - low)):
         before, after = (number + 1) % 2, number % 2
         _search_kernel[rows.grid](
-            values, *given, states[before], partials[before], states[after], partials[after], rows.vocab, per_row,
+            values, *parameters, states[before], partials[before], states[after], partials[after], rows.vocab, per_row,
             rows.num_chunks, LOW=low, HIGH=high, SHIFT=shift, IS_FIRST=number == 0, **constants, **rows.blocks,
         )  # fmt: skip
     _floor_kernel[(rows.num_rows,)](
-        *given, states[after], partials[after], states[before], per_row, rows.num_chunks, **constants, num_warps=1
+        *parameters, states[after], partials[after], states[before], per_row, rows.num_chunks, **constants, num_warps=1
     )
     return states[before]
 
 
 def _num_passes(width: int) -> int:
-    """Passes that a search needs for a range of keys; each leaves at most a _WAYS-th of its width, rounded down."""
+    """The number of passes to search a range of keys; each reduces its width by a factor of _WAYS, rounded down."""
     passes = 0
     while width:
         width, passes = width // _WAYS.value, passes + 1
@@ -719,10 +719,11 @@ def _truncated(
 
 @torch.library.custom_op("specdec::draw", mutates_args=())
 def draw(probs: Tensor, uniforms: Tensor) -> Tensor:
-    """As `specdec.sampling.distributions.Dense.draw`, uniforms float64 [...].
+    """`specdec.sampling.distributions.Dense.draw` with uniforms float64 [...].
 
-    Sums are float64: within chunks of up to 4096 tokens first, then over chunks. Where rounding within a chunk hides
-    the token it is the last one of the chunk that has a probability; without a distribution it is some token.
+    Sums are float64, within chunks of up to 4096 tokens and then over chunks. If rounding within the chosen chunk keeps
+    its sum below the threshold, this is its last token with positive probability. For a row that is not a distribution
+    the token is arbitrary.
     """
     probs, uniforms, out = _aligned(probs), uniforms.contiguous(), _draw_like(probs, uniforms)
     if out.numel():
@@ -744,7 +745,7 @@ draw.register_fake(_draw_like)
 
 @torch.library.custom_op("specdec::race", mutates_args=())
 def race(probs: Tensor, uniforms: Tensor) -> Tensor:
-    """As `specdec.sampling.distributions.race`, waiting times in float64."""
+    """`specdec.sampling.distributions.race` with waiting times in float64."""
     probs, uniforms, out = probs.contiguous(), uniforms.contiguous(), _draw_like(probs, uniforms)
     if out.numel():
         vocab = probs.shape[-1]
@@ -768,10 +769,10 @@ def num_accepted(
     lengths: Tensor,
     uniforms: Tensor,
 ) -> Tensor:
-    """How many leading draft tokens pass their test: int64 [batch].
+    """The number of leading draft tokens accepted, int64 [batch].
 
-    target, draft: probabilities and tokens: (probs, None) if dense, (None, tokens) if one-hot, (probs, tokens) if
-    the distributions are over some tokens. Other arguments as for `specdec.verification.verify_tokens`.
+    target, draft: distributions as (probs, tokens): (probs, None) if dense, (None, tokens) if one-hot, both if partial,
+    over the given tokens. Other arguments as for `specdec.verification.verify_tokens`.
     """
     out, num_drafted = torch.empty_like(lengths), tokens.shape[1]
     (target_probs, target_tokens), (draft_probs, draft_tokens) = map(_contiguous, (target, draft))
@@ -807,10 +808,10 @@ def final_token(
     uniforms: Tensor,
     weight: Tensor | None,
 ) -> Tensor:
-    """The token behind the accepted ones, int64 [batch], drawn as by `specdec.verification.draw_final`.
+    """`specdec.verification.draw_final`: the token after the accepted ones, int64 [batch].
 
     target: [batch, k + 1, vocab], k > 0. draft: as for `num_accepted`. uniforms: float64 [batch, k + 1].
-    The residual is nowhere written out. Sums are taken as by `draw`.
+    The residual is never materialized. Sums are as in `draw`.
     """
     target, out, (probs, tokens) = _aligned(target), torch.empty_like(accepted), _contiguous(draft)
     num_rows, num_drafted, vocab = target.shape[0], target.shape[1] - 1, target.shape[2]
@@ -818,7 +819,7 @@ def final_token(
     masses = torch.empty(num_rows, 2, chunks, dtype=torch.float64, device=target.device)
     weight = None if weight is None else weight.contiguous()
     form = {"FORM": _form(draft), "STEPS": _steps(draft), "HAS_WEIGHT": weight is not None, **_blocks(vocab)}
-    form["enable_fp_fusion"] = False  # weight * target is rounded, as by torch, before the draft is subtracted
+    form["enable_fp_fusion"] = False  # round weight * target before subtracting the draft, as torch does
     sizes = (num_drafted, vocab, size, chunks)
     with on_device(target.device):
         _last_masses_kernel[(num_rows, chunks)](target, probs, tokens, accepted, weight, masses, *sizes, **form)
@@ -844,7 +845,7 @@ final_token.register_fake(_final_token_like)
 
 
 def _contiguous(distribution: Sequence[Tensor | None]) -> tuple[Tensor | None, Tensor | None]:
-    probs, tokens = (None if each is None else _aligned(each) for each in distribution)
+    probs, tokens = (None if tensor is None else _aligned(tensor) for tensor in distribution)
     return probs, tokens
 
 
@@ -855,6 +856,6 @@ def _form(distribution: Sequence[Tensor | None]) -> int:
 
 
 def _steps(distribution: Sequence[Tensor | None]) -> int:
-    """Halvings to find a token among some; none where they are all there, so that one kernel is compiled for all."""
+    """Bisections to find a token in a partial distribution; 0 for other forms, so that they share a kernel."""
     probs, tokens = distribution
     return 0 if probs is None or tokens is None else probs.shape[-1].bit_length()

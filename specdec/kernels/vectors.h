@@ -1,4 +1,4 @@
-// One vector of 16 numbers in float32, whatever type they have in memory.
+// Vectors of 16 float32 numbers, loaded from and stored as float32 or bfloat16.
 
 #pragma once
 
@@ -24,13 +24,13 @@ inline void store(bf16* p, __m512 x) {
 #endif
 }
 template <class T>
-inline __m512 rounded(__m512 x) {  // to the numbers that T has
+inline __m512 rounded(__m512 x) {  // to the precision of T
     alignas(64) T memory[16];
     store(memory, x);
     return load(memory);
 }
 
-// 2^n times a polynomial, relative error below 3e-7; arguments are at most 0 here or of moderate size
+// 2^n times a polynomial, with a relative error below 3e-7; arguments are clamped at -87, but not from above
 inline __m512 exponential(__m512 x) {
     x = _mm512_max_ps(x, _mm512_set1_ps(-87.0f));
     const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 0);

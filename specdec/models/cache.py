@@ -130,7 +130,7 @@ class RaggedCache(Cache):  # type: ignore[misc]  # transformers has no complete 
         starts: int64 [rows], for the first slots. path: int64 [rows, n], ascending with path[r, i] >= i.
         """
         blocks = [block for layer in self.layers if layer.is_initialized for block in (layer.keys, layer.values)]
-        if len({(block.shape, block.dtype) for block in blocks}) == 1 and cpp.take(blocks[0]):
+        if len({(block.shape, block.dtype) for block in blocks}) == 1 and cpp.supports(blocks[0]):
             cpp.keep(blocks, starts, path)
         else:
             for block in blocks:

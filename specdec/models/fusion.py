@@ -260,7 +260,7 @@ class Projection(nn.Module):
         self.interleaved_dim: int | None = None
         if self.on_gpu:
             self.weight = weight.contiguous()
-        elif cpp.take(weight) and self.num_inputs % 2 == 0:
+        elif cpp.supports(weight) and self.num_inputs % 2 == 0:
             self.weight = cpp.pack(weight)
             if self.bias is not None:
                 self.bias = nn.functional.pad(self.bias, (0, cpp.whole_blocks(self.num_outputs) - self.num_outputs))
@@ -284,7 +284,7 @@ class Projection(nn.Module):
             return outputs
         from specdec.kernels import triton_layers
 
-        return triton_layers.in_order(outputs, self.interleaved_dim)
+        return triton_layers.deinterleaved(outputs, self.interleaved_dim)
 
     def _outputs(self, inputs: Tensor) -> Tensor:
         if self.on_gpu:
@@ -322,7 +322,7 @@ class Norm(nn.Module):
         if type(norm) is not nn.Identity:
             self.weight, self.epsilon = norm.weight.detach(), float(norm.variance_epsilon)
             self.on_gpu = gpu.on_gpu(self.weight)
-            self.has_kernel = not self.on_gpu and cpp.take(self.weight) and len(self.weight) % 16 == 0
+            self.has_kernel = not self.on_gpu and cpp.supports(self.weight) and len(self.weight) % 16 == 0
 
     def forward(self, x: Tensor) -> Tensor:
         if self.weight is None:
@@ -430,7 +430,8 @@ class FusedLayer(nn.Module):
         def weight_and_bias(projection: Projection) -> tuple[Tensor, Tensor | None]:
             return projection.weight, projection.bias
 
-        if is_interleaved := triton_layers.takes_interleaved(self.head_dim, has_norms=self.q_norm.weight is not None):
+        has_norms = self.q_norm.weight is not None
+        if is_interleaved := triton_layers.supports_interleaving(self.head_dim, has_norms=has_norms):
             self.qkv.interleave(self.head_dim)
         return triton_layers.Layer(
             qkv=weight_and_bias(self.qkv),

@@ -141,7 +141,7 @@ def confidence(logits: Tensor) -> Tensor:
     if fast := gpu.for_gpu(logits):
         largest: Tensor = fast.confidence(logits)
         return largest
-    if cpp.take(logits):
+    if cpp.supports(logits):
         return cpp.confidence(logits)
     logits = logits.float()
     return (logits - logits.amax(-1, keepdim=True)).exp().sum(-1).reciprocal()

@@ -63,7 +63,7 @@ class Dense:
         if fast := gpu.for_gpu(self.probs):
             drawn: Tensor = fast.draw(self.probs, uniforms)
             return drawn
-        if self.probs.dtype == torch.float32 and cpp.take(self.probs):
+        if self.probs.dtype == torch.float32 and cpp.supports(self.probs):
             return cpp.draw(self.probs, uniforms)
         cumulative = self.probs.double().cumsum(-1)
         total = cumulative[..., -1:]
@@ -162,7 +162,7 @@ def race(probs: Tensor, uniforms: Tensor) -> Tensor:
     if fast := gpu.for_gpu(probs):
         won: Tensor = fast.race(probs, uniforms)
         return won
-    if probs.dtype == torch.float32 and cpp.take(probs):
+    if probs.dtype == torch.float32 and cpp.supports(probs):
         return cpp.race(probs, uniforms)
     waits = -torch.log1p(-uniforms) / probs.double()
     return waits.masked_fill(probs <= 0, math.inf).argmin(-1)  # 0/0 at u = 0: an impossible token must lose
@@ -192,7 +192,7 @@ def largest(logits: Tensor) -> tuple[Tensor, Tensor]:
     if fast := gpu.for_gpu(logits):
         peak, argmax = fast.largest(logits)
         return peak, argmax
-    if cpp.take(logits):
+    if cpp.supports(logits):
         return cpp.largest(logits)
     if logits.device.type == "cuda":
         peak, argmax = logits.max(-1)
@@ -204,7 +204,7 @@ def largest(logits: Tensor) -> tuple[Tensor, Tensor]:
 
 def softmax(logits: Tensor, temperature: Tensor) -> Tensor:
     """Softmax of logits [rows, n, vocab] at each row's temperature [rows, 1], in float32 or wider."""
-    if cpp.take(logits):
+    if cpp.supports(logits):
         return cpp.softmax(logits, temperature.expand(logits.shape[:-1]))
     return (logits.to(at_least_float32(logits)) / temperature.unsqueeze(-1)).softmax(-1)
 

@@ -104,7 +104,7 @@ def test_a_race_is_the_one_by_torch(size: int, monkeypatch: pytest.MonkeyPatch) 
     uniforms[0, :50], uniforms[1, :50, ::2], uniforms[2, :50] = 0, 1 - 2.0**-53, 1e-300
     won = race(probs, uniforms)
     assert (probs.gather(-1, won.unsqueeze(-1)) > 0).all()
-    monkeypatch.setattr(cpp, "take", lambda tensor: False)
+    monkeypatch.setattr(cpp, "supports", lambda tensor: False)
     assert torch.equal(won, race(probs, uniforms))
 
 
@@ -213,9 +213,9 @@ def test_a_gpu_that_cannot_run_triton_is_told_and_torch_is_used(
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec)
     device = torch.device("cuda")
     with pytest.raises(FallbackError, match=message):
-        gpu._triton_takes.__wrapped__(device)
+        gpu._triton_supports.__wrapped__(device)
     monkeypatch.setenv("SPECDEC_STRICT", "0")
-    assert not gpu._triton_takes.__wrapped__(device)
+    assert not gpu._triton_supports.__wrapped__(device)
     (record,) = caplog.records
     assert record.getMessage().startswith("kernels for this GPU are not used, decoding is slower: ")
     assert message in record.getMessage()

@@ -101,7 +101,7 @@ def test_interleaved_outputs_come_back_in_order() -> None:
     stored = triton_layers.interleaved(rows, 48)
     assert not torch.equal(stored, rows)
     assert stored[:17, 0].tolist() == [*range(8), *range(24, 32), 8]  # what is turned together is near
-    assert torch.equal(triton_layers.in_order(stored[:, 0], 48), rows[:, 0])
+    assert torch.equal(triton_layers.deinterleaved(stored[:, 0], 48), rows[:, 0])
 
 
 @pytest.mark.parametrize(("kind", "dtype"), CASES)

@@ -60,7 +60,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def without_kernels() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gpu, "for_gpu", lambda tensor: None)
-        patch.setattr(cpp, "take", lambda tensor: False)
+        patch.setattr(cpp, "supports", lambda tensor: False)
         patch.setattr(cpp, "available", lambda dtype: False)
         yield
 

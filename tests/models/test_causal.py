@@ -60,7 +60,7 @@ REFUSED = {
     "mamba": ({"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 61, "state_size": 4}, "recurrent state"),
     "gpt_neo": (
         SMALL | {"num_layers": 2, "num_heads": 4, "window_size": 8, "attention_types": [[["local"], 2]]},
-        "other logits",
+        "the logits of .* differ",
     ),
     "lfm2": (GQA | {"layer_types": ["conv", "full_attention"]}, "cannot be rolled back"),
     "jamba": (

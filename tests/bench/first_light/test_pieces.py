@@ -12,19 +12,19 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from bench.first_light import pieces
-from bench.first_light.pieces import dequantised, pack, unpack
+from bench.first_light.pieces import dequantized, pack, unpack
 from specdec.models.loading import SMOLLM2_135M, load_pretrained, resolve
 from specdec.runtime.artifacts import LoadError, folder_of
 
 
 @pytest.mark.parametrize("kind", ["Q4_1", "Q8_0"])
-def test_blocks_are_dequantised_as_gguf_does_it(kind: str) -> None:
+def test_blocks_are_dequantized_as_gguf_does_it(kind: str) -> None:
     """Random weights of very different sizes, quantised by the package itself."""
     weights = np.random.default_rng(0).standard_normal((7, 96), dtype=np.float32) * np.logspace(-4, 3, 7)[:, None]
     kind_of_gguf = gguf.GGMLQuantizationType[kind]
     stored = gguf.quants.quantize(weights.astype(np.float32), kind_of_gguf)
     expected = torch.from_numpy(gguf.quants.dequantize(stored, kind_of_gguf)).bfloat16()
-    assert torch.equal(dequantised(torch.from_numpy(stored), kind), expected)
+    assert torch.equal(dequantized(torch.from_numpy(stored), kind), expected)
 
 
 @pytest.mark.slow
@@ -36,7 +36,7 @@ def test_the_default_model_comes_out_of_its_pieces_as_it_was(tmp_path: Path, mon
     monkeypatch.setenv("SPECDEC_CACHE", str(tmp_path / "cache"))
     monkeypatch.setitem(sys.modules, "gguf", None)
     paths[1].rename(tmp_path / "elsewhere")
-    with pytest.raises(LoadError, match=r"must hold piece-2\.safetensors, too; copy all pieces there"):
+    with pytest.raises(LoadError, match=r"must also hold piece-2\.safetensors; copy all pieces there"):
         unpack(tmp_path / "pieces")
     (tmp_path / "elsewhere").rename(paths[1])
     folder = unpack(tmp_path / "pieces")
