@@ -1,4 +1,4 @@
-"""Builds what an engine decodes with: proposer, verification rule, tree and adaptive draft length."""
+"""Builds the parts of an engine: proposer, verification rule, tree and adaptive draft length."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ VERIFICATIONS: dict[str, VerificationRule] = dict(
     zip(VERIFICATION_NAMES, (verify_tokens, verify_block, verify_coupled), strict=True)
 )
 TREE_VERIFICATIONS: dict[str, VerificationRule] = {"token": verify_tree, "coupled": verify_coupled_tree}
-_TREE_WIDTHS = (1, 2, 3, 5, 7, 9, 12, 13, 16, 20, 24, 25, 32, 36, 48)  # whose costs "auto" measures before it chooses
+_TREE_WIDTHS = (1, 2, 3, 5, 7, 9, 12, 13, 16, 20, 24, 25, 32, 36, 48)  # step widths that "auto" measures
 
 
 @dataclass(frozen=True, slots=True)
 class EngineOptions:
-    """The arguments of `Engine` besides its models. Raises ValueError for what no model could make right."""
+    """The arguments of `Engine` besides its models. Raises ValueError for values that are invalid for every model."""
 
     method: str = "autoregressive"
     num_speculative_tokens: int | Literal["auto"] = 4
@@ -71,16 +71,16 @@ class EngineOptions:
 
     @property
     def is_adaptive(self) -> bool:
-        """Whether drafts end where another token would not pay."""
+        """Whether drafts end as soon as another token is not worth its cost."""
         return self.num_speculative_tokens == "auto" and self.spec.is_adaptive
 
     @property
     def has_own_seeds(self) -> bool:
-        """Whether each request draws by a seed of its own: earlier ones reveal the uniforms behind their outputs."""
+        """Whether each request gets its own seed, because outputs of earlier requests reveal their uniforms."""
         return (self.history_bytes > 0 or self.is_adaptive) and self.verification != "coupled"
 
     def check_draft_kind(self, kind: Kind | None) -> None:
-        """Raise ValueError unless a draft of this kind, None for no draft, is what the method needs."""
+        """Raise ValueError unless the method uses a draft of this kind (None for no draft)."""
         needed = self.spec.draft_kinds
         require(
             kind is not None or not needed,
@@ -88,20 +88,20 @@ class EngineOptions:
         )
         require(
             kind is None or kind in needed,
-            f"a draft is given but method={self.method!r} does not use it, being a {kind}; use "
+            f"draft: method={self.method!r} does not use a {kind}; omit it, or use "
             f"method={' or '.join(repr(spec.name) for spec in METHODS.values() if kind in spec.draft_kinds)}",
         )
 
     def _check_method_options(self) -> None:
         if self.max_history_bytes is not None:
-            require_integer("max_history_bytes", self.max_history_bytes, 0, "; 0 remembers nothing")
+            require_integer("max_history_bytes", self.max_history_bytes, 0, "; 0 disables the history")
             self._check_used("max_history_bytes", lambda spec: spec.history_bytes is not None)
         if self.exit_layer is not None:
             require_integer("exit_layer", self.exit_layer, 1)
             self._check_used("exit_layer", lambda spec: spec.exits_early)
         require(
             self.tree is None or self.spec.drafts_trees,
-            f'a tree is given but method={self.method!r} drafts none; use method="tree"',
+            f'tree: method={self.method!r} does not draft trees; omit it, or use method="tree"',
         )
 
     def _check_used(self, option: str, uses: Callable[[MethodSpec], bool]) -> None:
@@ -132,14 +132,14 @@ class EngineOptions:
         )
         require(
             self.synthetic_acceptance_rates is None,
-            f'synthetic_acceptance_rates are of chains; leave them out with method="{self.method}"',
+            f'synthetic_acceptance_rates must be omitted with method="{self.method}": they apply only to chains',
         )
 
 
 def assemble(target: LanguageModel, draft: AnyDraft | None, options: EngineOptions) -> tuple[Decoder, Tree | None]:
-    """A decoder of the target, and the tree of its drafts if they are trees.
+    """A decoder for the target, and the tree of its drafts if they are trees.
 
-    Raises ValueError if the draft is not what the method needs or cannot propose tokens for the target.
+    Raises ValueError if the method does not use such a draft, or if it cannot propose tokens for the target.
     """
     spec = options.spec
     options.check_draft_kind(None if draft is None else kind_of(draft))
@@ -147,8 +147,8 @@ def assemble(target: LanguageModel, draft: AnyDraft | None, options: EngineOptio
     recordable = None if can_be_recorded(target, draft) else False
     require(
         not options.records or recordable is None,
-        "records=True must be left out: target and draft must be on one device, and their angles of positions must "
-        "not depend on the longest one (dynamic or longrope)",
+        "records=True must be left out: target and draft must be on one device, and their rotary embeddings must not "
+        "depend on the sequence length (dynamic or longrope)",
     )
     source = _first_layers(target, options) if spec.exits_early else draft
     parts = Parts(target, source, shared, history_bytes=options.history_bytes)
@@ -170,8 +170,8 @@ def assemble(target: LanguageModel, draft: AnyDraft | None, options: EngineOptio
 def _first_layers(target: LanguageModel, options: EngineOptions) -> LanguageModel:
     if not isinstance(target, LayeredModel):
         raise ValueError(
-            f"target={type(target).__name__} must be a model that can be cut after its first layers, as CausalLM is, "
-            f'for method="{options.method}"'
+            f'target={type(target).__name__} must have first_layers for method="{options.method}", as CausalLM has; '
+            'use another method, such as "ngram"'
         )
     return target.first_layers(options.exit_layer or max(1, target.num_layers // 4))
 
@@ -203,12 +203,12 @@ def _rule(options: EngineOptions) -> VerificationRule:
     return (TREE_VERIFICATIONS if options.spec.drafts_trees else VERIFICATIONS)[options.verification]
 
 
-# ---- what a step costs, measured here
+# ---- measured costs of a step
 
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """What is timed: steps of so many rows, whose drafts `draw` makes, if a model does. records: as for `Recorder`."""
+    """A configuration to time. draw: builds the proposer if a model drafts, else None. records: as for `Recorder`."""
 
     parts: Parts
     draw: Builder | None
@@ -217,8 +217,8 @@ class Timing:
 
 
 def adaptive_length(timing: Timing) -> AdaptiveLength:
-    """Draft lengths by measured costs, for 1, 2, 4, ... rows; a recorded step has all rows."""
-    most, fewer = timing.num_rows, list[int]()
+    """Adaptive draft lengths with costs measured for 1, 2, 4, ... rows; recorded steps always have all rows."""
+    max_rows, fewer = timing.num_rows, list[int]()
     if not Recorder(timing.parts.target.device, timing.records).records:
         fewer = [1 << i for i in range((most - 1).bit_length())]
     with doing("measuring costs"):
@@ -226,7 +226,7 @@ def adaptive_length(timing: Timing) -> AdaptiveLength:
 
 
 def step_costs(timing: Timing) -> StepCosts:
-    """Measured costs of a step; where no model drafts, only verification takes time."""
+    """Measured costs of a step; without a draft model, drafting is free."""
     costs_s = target_costs(timing.parts.target, timing.num_rows, timing.records)
     if timing.draw is None:
         return StepCosts(costs_s, 0.0)
@@ -237,7 +237,7 @@ def step_costs(timing: Timing) -> StepCosts:
 
 
 def draft_cost(timing: Timing, length: int = MAX_DRAFT_LENGTH) -> float:
-    """Seconds per token of drafts of this length in each row, the least of a few measurements."""
+    """Seconds per draft token and row for drafts of this length, the minimum of a few measurements."""
     assert timing.draw, "a model drafts"
     length = min(length, _max_tokens(timing.parts.draft) or length)
     decoder = Decoder(
@@ -253,14 +253,14 @@ def draft_cost(timing: Timing, length: int = MAX_DRAFT_LENGTH) -> float:
     for _ in range(5):
         num_drafted = sum(step.num_drafted for row in decoder.run(requests) for step in row.steps)
         seconds.append(decoder.times.draft_s * timing.num_rows / num_drafted)
-    return min(seconds[2:])  # the first times warm up
+    return min(seconds[2:])  # the first runs warm up
 
 
 # ---- the shape of a tree
 
 
 def _tree(timing: Timing, options: EngineOptions) -> Tree:
-    """The tree that is given, else the best one. Raises ValueError if the models cannot score or draw it."""
+    """The requested tree, else the best one. Raises ValueError if the models cannot score or draw it."""
     target, draft = timing.parts.target, timing.parts.draft
     target.check_tree()
     if kind_of(draft) in MODELS:
@@ -269,24 +269,25 @@ def _tree(timing: Timing, options: EngineOptions) -> Tree:
     num_tokens = _num_draftable(draft)
     require(
         max(tree.ranks) < num_tokens,
-        f"a tree with {max(tree.ranks) + 1} siblings must have at most {num_tokens}, the tokens that the draft knows",
+        f"a tree with {max(tree.ranks) + 1} siblings must have at most {num_tokens}, the draft's vocabulary; use a "
+        "narrower tree",
     )
     return tree
 
 
 def _best_tree(timing: Timing, num_nodes: int | Literal["auto"]) -> Tree:
-    """The best tree of that size by the draft's measured acceptance; "auto": of the size that pays by measured cost."""
+    """The best tree of a size by the draft's measured acceptance rates; "auto" also chooses the size, by step costs."""
     draft: Any = timing.parts.draft
     rates = (draft.rates if is_head(kind_of(draft)) else None) or USUAL_RATES
     acceptance = [level[: _num_draftable(draft)] for level in rates.acceptance]
     if num_nodes != "auto":
         return optimal_tree(acceptance, num_nodes, rates.level_cost)
     tree = fastest_tree(acceptance, *_tree_costs(timing))
-    return tree or Tree.chain(1)  # to propose nothing is not this method's
+    return tree or Tree.chain(1)  # this method always drafts
 
 
 def tree_costs(target: LanguageModel, draft: AnyDraft, num_rows: int = 1) -> tuple[list[float], float]:
-    """Measured seconds of a target step over 1, 2, ... tokens in each of so many rows, and of drawing one level."""
+    """Measured seconds of a target step with 1, 2, ... tokens in each of num_rows rows, and of drawing one level."""
     parts = Parts(target, draft, check_draft(target, draft))
     records = None if can_be_recorded(target, draft) else False
     return _tree_costs(Timing(parts, METHODS["tree"].draw, num_rows, records))

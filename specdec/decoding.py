@@ -1,19 +1,18 @@
 """The decode loop: prefill, propose, score, verify, commit.
 
-Autoregressive decoding is this loop with nothing proposed. Rows are ragged: each accepts its own number of tokens,
-stops on its own, and its slot goes to the next waiting request.
+Autoregressive decoding is this loop with empty drafts. Rows are ragged: each accepts its own number of tokens and stops
+independently, and its slot is reused by the next waiting request.
 
-Invariant between steps: a row's target cache holds all its tokens but the last. A step feeds that token and the draft,
-so position i of the logits is the distribution of the token that draft token i proposes.
+Invariant between steps: a row's target cache holds all of its tokens except the last. A step feeds that token and the
+draft, so position i of the logits gives the distribution for draft token i.
 
-Where a step can be recorded as a whole, its rows' state stays on the device (`specdec.device_rows`), and the next step
-is launched before this one's outcome is read, so that the device does not wait for the host. A row that turns out to
-have ended was given one step too many, whose outcome is dropped. Everywhere else the host reads each step's outcome
-before it launches the next.
+If a whole step can be captured as a CUDA graph, the state of its rows stays on the device (`specdec.device_rows`), and
+the next step is launched before the outcome of this one is read, so the device does not wait for the host. A row that
+turns out to have ended then ran one step too many, and that step's outcome is dropped. Otherwise the host reads each
+step's outcome before it launches the next.
 
-A draft may be a tree: its nodes are fed in a row, attend to their ancestors only, and the logits after a node give the
-distribution of its children. What is accepted is a path, whose cache entries are then moved to where a chain's would
-be.
+A draft may be a tree: its nodes are fed as one row and attend only to their ancestors, and the logits after a node give
+the distribution of its children. The cache entries of the accepted path are then moved to consecutive positions.
 """
 
 from __future__ import annotations
@@ -46,21 +45,21 @@ from specdec.trees.columns import Branches
 from specdec.trees.shape import Tree
 from specdec.verification import Draft, Verification, VerificationRule, verify_tokens
 
-_IDLE = SamplingParams(temperature=0)  # of a slot without a request
+_IDLE = SamplingParams(temperature=0)  # parameters of an idle slot
 
 
 class Transfer(Protocol):
-    """The columns of a `Packed` on their way to the host, which waits for them when it reads them."""
+    """The columns of a `Packed`, being copied to the host; reading them waits for the copy."""
 
     def tolist(self) -> list[list[int]]: ...
 
 
 class RowOutcome(NamedTuple):
-    """What the host reads of a row's step.
+    """The outcome of a row's step, as read by the host.
 
-    moments_ns: readings of the device's clock between the phases, if it is read. tokens: the draft's. path: of a tree,
-    the accepted nodes first. counts: tokens proposed and accepted, and the token after them.
-    draft_finite, target_finite: whether the distributions come from logits that have one, 0 or 1 each.
+    moments_ns: device clock between the phases, if recorded. tokens: the draft's. path: for a tree, the accepted nodes
+    first. counts: number of tokens proposed, number accepted, and the token after them.
+    draft_finite, target_finite: 1 for each valid distribution, 0 for one from logits without a distribution.
     """
 
     moments_ns: list[int]
@@ -73,9 +72,9 @@ class RowOutcome(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Packed:
-    """The fields of a `RowOutcome` for each row side by side, so that one transfer brings them to the host.
+    """The fields of a `RowOutcome` for all rows in one tensor, for a single transfer to the host.
 
-    columns: int64 [rows, n]. widths: columns of each field.
+    columns: int64 [rows, n]. widths: number of columns of each field.
     """
 
     columns: Tensor
@@ -83,31 +82,31 @@ class Packed:
 
     @classmethod
     def of(cls, draft: Draft, outcome: Verification, finite: Tensor, moments_ns: Sequence[Tensor] = ()) -> Packed:
-        """finite: whether the target's distributions are distributions, bool [rows, k + 1]. moments_ns: int64 [1]."""
-        none = draft.tokens[:, :0]
+        """finite: whether the target's distributions are valid, bool [rows, k + 1]. moments_ns: int64 [1] each."""
+        empty = draft.tokens[:, :0]
         parts = (
-            torch.cat([*moments_ns]).expand(len(draft.tokens), -1) if moments_ns else none,
+            torch.cat([*moments_ns]).expand(len(draft.tokens), -1) if moments_ns else empty,
             draft.tokens,
-            none if outcome.path is None else outcome.path,
+            empty if outcome.path is None else outcome.path,
             torch.stack([draft.num_proposed, outcome.accepted, outcome.next_token], 1),
-            none if draft.finite is None else draft.finite.long(),
+            empty if draft.finite is None else draft.finite.long(),
             finite.long(),
         )
         return cls(torch.cat(parts, 1), tuple(part.shape[1] for part in parts))
 
 
 def unpacked(columns: Sequence[int], widths: Sequence[int]) -> RowOutcome:
-    """A row of a `Packed`."""
+    """Unpack a row of a `Packed`."""
     ends = [*accumulate(widths)]
     return RowOutcome(*([*columns[end - width : end]] for end, width in zip(ends, widths, strict=True)))
 
 
 @dataclass(frozen=True, slots=True)
 class Flight:
-    """A step that the device was given.
+    """A launched step.
 
-    batch: its rows when it was launched. outcome, widths: of a `Packed`. tree: the shape of its drafts, if they are
-    trees. logits: the target's, if the host needs them.
+    batch: its rows at launch. outcome, widths: of a `Packed`. tree: the shape of its drafts, if they are trees. logits:
+    the target's, if the host needs them.
     """
 
     batch: Batch
@@ -121,13 +120,13 @@ class Decoder:
     """Runs requests through one target model and one proposer.
 
     target: the model whose distribution is sampled. proposer: None decodes autoregressively.
-    num_speculative_tokens, max_batch_size: maximum of tokens proposed per step, and of rows decoded together.
-    rule: how a draft is verified. uniforms: the source of randomness. adaptive: what the proposer asks whether another
-    token pays; it learns from each step's outcome. records: whether steps are recorded and replayed, see `Recorder`;
-    None: on a GPU.
+    num_speculative_tokens, max_batch_size: maximum tokens proposed per step, and rows decoded together.
+    rule: the verification rule. uniforms: the source of randomness. adaptive: ends drafts that are no longer worth
+    extending; learns from each step's outcome. records: whether steps are captured and replayed, see `Recorder`; None
+    enables it on a GPU.
     """
 
-    runs_ahead = True  # a subclass that changes how a step is made of its parts sets it to False
+    runs_ahead = True  # set to False by subclasses that override parts of a step
 
     def __init__(
         self,
@@ -148,26 +147,26 @@ class Decoder:
         self._clock = gpu.clock(target.device) if self.recorder.records else None
         self._device_rows = DeviceRows(max_batch_size, num_speculative_tokens + 1, target.device)
         self._mailbox = Mailbox(target.device)
-        self._placed: tuple[Batch, InPlace[RowParams]] | None = None  # whose parameters recorded steps read
+        self._placed: tuple[Batch, InPlace[RowParams]] | None = None  # batch whose parameters recorded steps read
         self._stopwatch, self._total_s, self._recorded_s = Stopwatch(target.device), 0.0, 0.0
         self._cache: Cache | None = None
-        self._prompts: dict[int, tuple[int, Tensor]] = {}  # by slot: whose prompt it still holds, and its last logits
+        self._prompts: dict[int, tuple[int, Tensor]] = {}  # slot -> request whose prompt it holds, and its last logits
 
     @property
     def times(self) -> PhaseTimes:
-        """The phase times of the run in progress, or of the last one."""
+        """The phase times of the current or last run."""
         recording_s = self.recorder.seconds - self._recorded_s
         return PhaseTimes(**self._stopwatch.seconds(), total_s=self._total_s, recording_s=recording_s)
 
     def run(self, requests: Sequence[Request]) -> Iterator[Generation]:
-        """Decode all requests, yielding each as it finishes. Prompts wait for a slot in the order of their arrival.
+        """Decode all requests, yielding each as it finishes. Requests get slots in order of arrival.
 
         Raises NonFiniteLogitsError naming the request, the position and the step.
         """
         return (row for row in self.advance(requests) if row.finish_reason)
 
     def advance(self, requests: Sequence[Request]) -> Generator[Generation]:
-        """As `run`, yielding a row each time that it has emitted tokens, the last time with a finish reason."""
+        """As `run`, but yields a row whenever it has emitted tokens, finally with a finish reason."""
         start_s = time.perf_counter()
         self._stopwatch, self._total_s, self._recorded_s = Stopwatch(self.target.device), 0.0, self.recorder.seconds
         cache = self._reserve(requests)
@@ -176,7 +175,7 @@ class Decoder:
         waiting = deque(Generation(request, start_s + request.arrival_s) for request in arriving)
         slots: list[Generation | None] = [None] * self.max_batch_size
         batch: Batch | None = None
-        flights: deque[Flight] = deque()  # launched, and not read yet
+        flights: deque[Flight] = deque()  # launched steps with unread outcomes
         try:
             while waiting or any(slots):
                 yield from self._admit(waiting, slots, cache)
@@ -193,7 +192,7 @@ class Decoder:
             self._total_s = now_s(self.target.device) - start_s
 
     def _settle(self, flight: Flight, slots: list[Generation | None]) -> Iterator[Generation]:
-        """Read a step's outcome, and yield the rows that have emitted tokens. Slots of those that ended are freed."""
+        """Read a step's outcome, free the slots of finished rows, and yield the rows that have emitted tokens."""
         if flight.batch.lag and self.proposer:
             for slot, row in enumerate(flight.batch.rows):
                 if row and slots[slot] is row:
@@ -207,13 +206,13 @@ class Decoder:
                 yield row
 
     def _reserve(self, requests: Sequence[Request]) -> Cache:
-        """A cache that holds the longest request and the draft tokens that may follow it."""
+        """A cache for the longest request plus a draft."""
         longest = max((len(r.prompt) + r.sampling.max_tokens for r in requests), default=0)
         capacity = longest + self.num_speculative_tokens
         if self._cache is None or self._cache.capacity < capacity:
             features = self.proposer.feature_layers if self.proposer else ()
             self.recorder.forget()
-            self._cache = None  # before there is another
+            self._cache = None  # free the memory before allocating
             capacity = self.recorder.capacity(capacity)
             self._cache = self.target.allocate(self.max_batch_size, capacity, features=features)
         return self._cache
@@ -229,7 +228,7 @@ class Decoder:
                 yield row
 
     def _form_batch(self, slots: list[Generation | None], cache: Cache, previous: Batch | None) -> Batch:
-        """The rows up to the last busy slot, or all where shapes are recorded; the previous batch if unchanged."""
+        """The rows up to the last busy slot, or all slots if shapes are recorded; the previous batch if unchanged."""
         num_rows = max(slot for slot, row in enumerate(slots) if row) + 1
         if self.recorder.records:
             num_rows = self.max_batch_size
@@ -260,7 +259,7 @@ class Decoder:
         )
 
     def _can_run_ahead(self, rows: Sequence[Generation | None], sampling: SamplingState) -> bool:
-        """Whether steps of these rows are recorded as a whole: they depend on tensors alone, and no logits are read."""
+        """Whether whole steps of these rows can be recorded: they depend only on tensors, and no logits are read."""
         return (
             self.runs_ahead
             and self._clock is not None
@@ -272,7 +271,7 @@ class Decoder:
 
     @torch.inference_mode()
     def _prefill(self, row: Generation, cache: Cache, slot: int) -> None:
-        """Score the prompt and emit the first token: a step with an empty draft that is not counted as one."""
+        """Score the prompt and emit the first token: a step with an empty draft, not counted as a decode step."""
         batch = self._batch_of([row], cache)
         with self._stopwatch.phase("prefill_s"):
             logits = self._read(row, cache, slot)
@@ -283,10 +282,10 @@ class Decoder:
         row.steps.clear()
 
     def _read(self, row: Generation, cache: Cache, slot: int) -> Tensor:
-        """Logits after a row's prompt, [1, 1, vocab], which the slot then holds; it is scored once for all samples."""
+        """Prefill a slot with a row's prompt, once for all of its samples; returns the last logits, [1, 1, vocab]."""
         request, num_prompt = row.request, len(row.tokens)
-        held = (each for each, (index, _) in self._prompts.items() if index == request.index and request.sample)
-        source = next(held, None)
+        holders = (holder for holder, (index, _) in self._prompts.items() if index == request.index and request.sample)
+        source = next(holders, None)
         if source is None:
             cache.num_cached[slot] = 0
             logits = prefill(self.target, row.tokens, cache, slot, self.recorder)
@@ -295,14 +294,14 @@ class Decoder:
             logits = self._prompts[source][1]
         self._prompts.pop(slot, None)
         if request.sampling.n > 1:
-            self._prompts[slot] = (request.index, logits.clone())  # a recorded call's place is used again
+            self._prompts[slot] = (request.index, logits.clone())  # recorded calls reuse the memory of their outputs
         return logits
 
     @torch.inference_mode()
     def _step(self, batch: Batch, cache: Cache, num_unread: int) -> Flight:
-        """Launch one target call for the whole batch. num_unread: steps whose outcome the host does not know yet."""
+        """Launch one target call for the whole batch. num_unread: launched steps with unread outcomes."""
         for slot, row in enumerate(batch.rows):
-            if row is None:  # what it holds is about to be written over
+            if row is None:  # the step overwrites the prompt in this slot
                 self._prompts.pop(slot, None)
         if batch.lag:
             return self._launch(batch, cache, num_unread)
@@ -319,7 +318,7 @@ class Decoder:
         return Flight(batch, packed.columns, packed.widths, draft.tree, logits)
 
     def _launch(self, batch: Batch, cache: Cache, num_unread: int) -> Flight:
-        """A step as one recording, which finds its rows' state on the device and leaves the next one there."""
+        """Launch a step as a single recording, which reads and updates the state of its rows on the device."""
         proposer = cast("FixedProposer | None", self.proposer)
         state = self._device_rows.enter(batch.rows, partial(proposer.enter if proposer else _newest, batch))
         if self._placed is None or self._placed[0] is not batch:
@@ -334,9 +333,9 @@ class Decoder:
     def _whole_step(
         self, packed: InPlace[Tensor], params: InPlace[RowParams], extent: int, cache: Cache, *inputs: Any
     ) -> Packed:
-        """A function of tensors alone: a step of the rows whose state is packed, which becomes that after the step.
+        """A whole step as a pure function of tensors, which updates the packed row state in place.
 
-        extent: a bound on the places that a row has, with its draft. inputs: the proposer's.
+        extent: an upper bound on the tokens of a row with its draft. inputs: of the proposer.
         """
         state, rows, now_ns = RowState.unpack(packed.value), params.value, cast("Any", self._clock)
         moments = [now_ns()]
@@ -365,7 +364,7 @@ class Decoder:
         return state.after(draft.tokens, outcome.accepted, outcome.next_token, num_pending)
 
     def _propose(self, batch: Batch) -> Draft:
-        # the token after the draft is never proposed, so a row that may emit n more needs at most n - 1
+        # a step emits one token after the draft, so a row that may emit n more tokens drafts at most n - 1
         limits = [min(self.num_speculative_tokens, row.num_remaining - 1) if row else 0 for row in batch.rows]
         if self.proposer is None or not any(limits):
             return Draft.empty(len(batch.rows), self.target.vocab_size, self.target.device)
@@ -379,47 +378,48 @@ class Decoder:
         return score(self.target, tokens, cache, self.recorder, branches)
 
     def _verify(self, batch: Batch, logits: Tensor, draft: Draft) -> tuple[Verification, Tensor]:
-        """The fate of the draft, and whether the target's distributions are distributions, bool [rows, k + 1]."""
+        """Verify the draft; also returns whether the target's distributions are valid, bool [rows, k + 1]."""
         origins = upload(batch.num_tokens(), self.target.device)
         if batch.sampling.is_stateless:
-            bare = replace(draft, finite=None)  # not an input of the recording: it decides nothing
-            return self.recorder(self._decide, logits, bare, batch.sampling.rows, origins)
+            inputs = replace(draft, finite=None)  # verification does not need it as an input of the recording
+            return self.recorder(self._decide, logits, inputs, batch.sampling.rows, origins)
         distribution, finite = batch.sampling.distribution(logits, draft.tokens, lineage=_lineage(draft))
         return self.rule(distribution, draft, *self._draws(batch.sampling.rows, origins, draft)), finite
 
     def _decide(self, logits: Tensor, draft: Draft, rows: RowParams, origins: Tensor) -> tuple[Verification, Tensor]:
-        """As `_verify`, a function of tensors alone."""
+        """`_verify` as a pure function of tensors."""
         distribution, finite = rows.distribution(logits)
         return self.rule(distribution, draft, *self._draws(rows, origins, draft)), finite
 
     def _draws(self, rows: RowParams, origins: Tensor, draft: Draft) -> tuple[Tensor, Tensor]:
-        """Uniforms for accepting, [rows, k], and for the last token, [rows, depth + 1]; origins: where drafts begin.
+        """Acceptance uniforms [rows, k], and uniforms for the last token [rows, depth + 1].
 
-        Coupled rows have noise for the last token, [rows, depth + 1, vocab], which decides about accepting, too.
+        origins: positions of the drafts. For coupled rows, the last token has noise [rows, depth + 1, vocab], which
+        also decides acceptance.
         """
         num_rows, width = draft.tokens.shape
         offsets, roles, depths = _draws_of_a_step(width, draft.tree, origins.device)
         if rows.all_greedy and not self.rule.always_draws:
-            # every distribution is one-hot: no uniform can change anything
+            # all distributions are one-hot, so uniforms have no effect
             zeros = torch.zeros(num_rows, len(offsets), dtype=torch.float64, device=origins.device)
             return zeros[:, :width], zeros[:, width:]
         origins = origins.unsqueeze(1)
         if rows.coupled:
             draws = noise(rows.seeds, origins + offsets[width:], rows.vocab_size, self.uniforms)
             return draws[:, :1, 0].expand(-1, width), draws
-        # after the draft: a bonus
+        # the token after a fully accepted draft is a bonus
         roles = roles + (roles == Role.RECOVER) * (offsets >= depths[draft.num_proposed].unsqueeze(1))
         draws = self.uniforms(rows.seeds.unsqueeze(1), origins + offsets, roles, origins)
         return draws[:, :width], draws[:, width:]
 
     def _compact(self, cache: Cache, origins: Tensor, path: Tensor) -> None:
-        """Put what the cache has of a tree's accepted nodes, path int64 [rows, depth], where a chain's would be."""
+        """Move the cache entries of accepted tree nodes, path int64 [rows, depth], to consecutive positions."""
         cast("TreeCache", cache).keep(origins, path)
 
     def _commit(self, flight: Flight) -> list[tuple[int, int]]:
-        """Append what a step decided to each of its rows, and record it. The one transfer from the device to the host.
+        """Append the emitted tokens of a step to its rows, and record the step. The only device-to-host transfer.
 
-        Returns how many tokens were drafted and accepted in each row that is not idle, truncation apart.
+        Returns (drafted, accepted) tokens of each busy row, before truncation.
         """
         decided, batch = [], flight.batch
         outcomes = [unpacked(columns, flight.widths) for columns in flight.outcome.tolist()]
@@ -431,11 +431,11 @@ class Decoder:
             num_drafted, num_accepted, next_token = outcome.counts
             decided.append((num_drafted, num_accepted))
             accepted = (outcome.path if flight.tree else range(len(outcome.tokens)))[:num_accepted]
-            emitted = [*(outcome.tokens[place] for place in accepted), next_token]
+            emitted = [*(outcome.tokens[index] for index in accepted), next_token]
             num_kept = row.emit(emitted)
             if row.request.sampling.logprobs:
                 assert flight.logits is not None
-                _add_logprobs(row, flight.logits[index], [0, *(place + 1 for place in accepted)], emitted[:num_kept])
+                _add_logprobs(row, flight.logits[index], [0, *(node + 1 for node in accepted)], emitted[:num_kept])
             batch.sampling.observe(index, emitted[:num_kept])
             row.steps.append(_step(num_drafted, accepted, num_kept, flight.tree))
             row.last_token_s = time.perf_counter()
@@ -443,7 +443,7 @@ class Decoder:
         return decided
 
     def _add_phases(self, moments_ns: Sequence[int]) -> None:
-        """Count the times between moments: before and after the draft, after scoring, after verification."""
+        """Add the times between moments: before the draft, after it, after scoring, after verification."""
         for name, (start_ns, end_ns) in zip(
             ("draft_s", "scoring_s", "verification_s"), pairwise(moments_ns), strict=False
         ):
@@ -451,15 +451,15 @@ class Decoder:
 
 
 def _may_follow(batch: Batch, num_unread: int) -> bool:
-    """Whether to launch a step before the outcomes of num_unread earlier ones are known: if a row is expected to go on.
+    """Whether to launch a step before num_unread outcomes are read: if a row is expected to continue.
 
-    A step of rows that have ended is wasted, and costs more than letting the device wait for the host.
+    A step of only finished rows is wasted, and costs more than letting the device wait for the host.
     """
     return batch.lag >= num_unread and any(row and row.num_remaining > num_unread * _pace(row) for row in batch.rows)
 
 
 def _pace(row: Generation) -> float:
-    """Tokens that a step of the row has emitted on average."""
+    """Mean number of tokens emitted per step of the row."""
     return (len(row.tokens) - len(row.request.prompt) - 1) / len(row.steps) if row.steps else 1.0
 
 
@@ -470,29 +470,28 @@ def _newest(batch: Batch, slot: int) -> list[int]:
     return row.tokens[-1:]
 
 
-@cache  # without a limit: recordings read these tensors where they are
+@cache  # unbounded: recordings hold the addresses of these tensors
 def _draws_of_a_step(width: int, tree: Tree | None, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Offsets and roles of the uniforms for accepting `width` tokens and for the last one, int64 [width + depth + 1].
+    """(position offsets, roles, depths) of the uniforms of a step with `width` draft tokens, int64.
 
-    The nodes of a level are at one position, each on a branch of its own. The third are the levels that a draft has
-    whose first 0, 1, ..., width tokens are proposed.
+    The first two are [width + depth + 1], for acceptance and for the last token; nodes of a level share a position,
+    each on its own branch. depths: [width + 1], number of levels if the first 0, 1, ..., width tokens are proposed.
     """
     widths = tree.widths if tree else (1,) * width
     depths = [0, *(depth for depth, size in enumerate(widths, 1) for _ in range(size))]
-    branches = [place for size in widths for place in range(size)]
+    branches = [branch for size in widths for branch in range(size)]
     offsets = [*(depth - 1 for depth in depths[1:]), *range(len(widths) + 1)]
     roles = [*(on_branch(Role.ACCEPT, branch) for branch in branches), *[Role.RECOVER] * (len(widths) + 1)]
-    as_offsets, as_roles, as_depths = (torch.tensor(each, device=device) for each in (offsets, roles, depths))
-    return as_offsets, as_roles, as_depths
+    return torch.tensor(offsets, device=device), torch.tensor(roles, device=device), torch.tensor(depths, device=device)
 
 
 def _lineage(draft: Draft) -> list[list[int]] | None:
-    """The draft's tokens before each position of the logits, where it is a tree."""
+    """For a tree, the draft nodes on the path to each position of the logits."""
     return [draft.tree.lineage(node) for node in range(-1, len(draft.tree))] if draft.tree else None
 
 
 def _step(num_drafted: int, accepted: Sequence[int], num_kept: int, tree: Tree | None) -> Step:
-    """The record of a step that accepted the draft tokens at these places, and drew one more; num_kept were emitted."""
+    """The record of a step that accepted the draft tokens at these indices and drew one more; num_kept were emitted."""
     depth = tree.depths[num_drafted - 1] if tree and num_drafted else None
     if num_kept <= len(accepted):
         return Step(num_drafted, num_kept, None, depth)
@@ -502,26 +501,27 @@ def _step(num_drafted: int, accepted: Sequence[int], num_kept: int, tree: Tree |
 
 
 def _add_logprobs(row: Generation, logits: Tensor, positions: Sequence[int], tokens: Sequence[int]) -> None:
-    """Log-softmax of the unprocessed logits [width, vocab] at the tokens, each by its position's logits."""
+    """Add the log-softmax of unprocessed logits [width, vocab] at the tokens and their positions."""
     logprobs = logits[upload(positions[: len(tokens)], logits.device)].double().log_softmax(-1)
     row.logprobs += logprobs.gather(1, upload(tokens, logits.device).unsqueeze(1)).squeeze(1).tolist()
     if num_top := min(row.request.sampling.top_logprobs, logits.shape[-1]):
-        values, indices = (each.tolist() for each in logprobs.topk(num_top, -1))
-        row.top_logprobs += [dict(zip(*place, strict=True)) for place in zip(indices, values, strict=True)]
+        values, indices = logprobs.topk(num_top, -1)
+        pairs = zip(indices.tolist(), values.tolist(), strict=True)
+        row.top_logprobs += [dict(zip(*pair, strict=True)) for pair in pairs]
 
 
 def _check_distributions(row: Generation, index: int, outcome: RowOutcome, tree: Tree | None) -> None:
-    """Raise NonFiniteLogitsError for the request and step whose logits give no distribution."""
+    """Raise NonFiniteLogitsError, naming request and step, for logits without a distribution."""
     if all(outcome.draft_finite) and all(outcome.target_finite):
         return
     is_draft = not all(outcome.draft_finite)
-    whose, finite = ("the draft model's", outcome.draft_finite) if is_draft else ("the target's", outcome.target_finite)
+    owner, finite = ("the draft model's", outcome.draft_finite) if is_draft else ("the target's", outcome.target_finite)
     position = finite.index(0)
-    if tree:  # the level of a node: the draft has distributions for those with children, the target for all
+    if tree:  # convert to a level: the draft has one distribution per parent, the target one per node
         position = (0, *tree.depths)[tree.families[position] + 1 if is_draft else position]
     raise NonFiniteLogitsError(
         index,
         position,
-        f"{whose} request {row.request.index} at token position {len(row.tokens) + position} "
+        f"{owner} request {row.request.index} at token position {len(row.tokens) + position} "
         f"(decode step {len(row.steps) + 1})",
     )

@@ -1,7 +1,6 @@
-"""What a decode step must know of its rows, kept on the device: the next step begins before the host has read this one.
+"""Row state on the device, so that a decode step can start before the host has read the outcome of the previous one.
 
-A step that is recorded as a whole takes this state and leaves the next one in its place. The host uploads rows only
-where a slot changes hands.
+A fully recorded step updates this state in place. The host uploads a row only when its slot is reassigned.
 """
 
 from __future__ import annotations
@@ -16,17 +15,17 @@ from specdec.requests import Generation
 from specdec.runtime.devices import upload
 from specdec.runtime.recording import InPlace
 
-_IDLE_LENGTH = 2  # tokens declared for an idle slot, so that the place before the newest is still >= 0
+_IDLE_LENGTH = 2  # length of an idle slot, such that positions before the last token are >= 0
 
 
 @dataclass(frozen=True, slots=True)
 class RowState:
     """The rows of a batch before a step, all int64.
 
-    num_tokens: [rows], tokens so far, so also the position where the next draft begins.
-    remaining: [rows], tokens that may still be emitted; 0 for an idle slot, whose state then stays as it is.
-    pending: [rows, n], the newest tokens, of which the first num_pending [rows] are real, at least one, and the others
-    padding. The last of them is the row's newest, and all are what the draft's cache lacks.
+    num_tokens: [rows], number of tokens, which is also the position of the next draft.
+    remaining: [rows], tokens that may still be emitted; 0 for an idle slot, whose state then does not change.
+    pending: [rows, n], the newest tokens, which are missing in the draft's cache; the first num_pending >= 1 of them
+    are real, ending with the row's last token, and the rest is padding.
     """
 
     num_tokens: Tensor
@@ -36,11 +35,11 @@ class RowState:
 
     @classmethod
     def unpack(cls, packed: Tensor) -> RowState:
-        """The state in a tensor int64 [rows, 3 + n]."""
+        """Unpack the state from a tensor int64 [rows, 3 + n]."""
         return cls(packed[:, 0], packed[:, 1], packed[:, 2], packed[:, 3:])
 
     def packed(self) -> Tensor:
-        """As one tensor, int64 [rows, 3 + n]."""
+        """Pack the state into one tensor, int64 [rows, 3 + n]."""
         return torch.cat([torch.stack([self.num_tokens, self.remaining, self.num_pending], 1), self.pending], 1)
 
     @property
@@ -51,16 +50,16 @@ class RowState:
         return self.pending.gather(1, self.num_pending.unsqueeze(1) - 1)
 
     def limits(self, max_tokens: int, context_length: int) -> Tensor:
-        """Tokens that each row may draft, int64 [rows]: as many as could be emitted before the step's last token.
+        """Maximum draft length of each row, int64 [rows]: a step emits one more token than it accepts.
 
-        max_tokens: upper limit. context_length: tokens that the draft model takes.
+        max_tokens: upper limit. context_length: of the draft model.
         """
         return torch.minimum(self.remaining - 1, context_length - self.num_tokens).clamp(min=0, max=max_tokens)
 
     def after(self, drafted: Tensor, accepted: Tensor, next_token: Tensor, num_pending: Tensor) -> RowState:
         """The state after a step that emitted accepted[r] of the drafted tokens, int64 [rows, n - 1], and one more.
 
-        num_pending: int64 [rows], how many of these the draft's cache then lacks.
+        num_pending: int64 [rows], number of these tokens missing in the draft's cache.
         """
         advance = (accepted + 1) * (self.remaining > 0)
         num_tokens, remaining = self.num_tokens + advance, self.remaining - advance
@@ -73,9 +72,9 @@ class RowState:
 
 
 class DeviceRows:
-    """The packed `RowState` of all slots at a fixed place on the device, and whose state that is.
+    """The packed `RowState` of all slots at a fixed address on the device, and the rows that own them.
 
-    num_slots: rows. num_pending: maximum of tokens that a row may have pending.
+    num_slots: rows. num_pending: maximum number of pending tokens per row.
     """
 
     def __init__(self, num_slots: int, num_pending: int, device: torch.device) -> None:
@@ -84,14 +83,14 @@ class DeviceRows:
         self._owners: dict[int, Generation | None] = {}
 
     def forget(self) -> None:
-        """The rows go on without this state, and are entered anew when it is needed again."""
+        """Invalidate the state, because rows will advance without it; they are uploaded again when needed."""
         self._owners.clear()
 
     @torch.inference_mode()
     def enter(self, rows: Sequence[Generation | None], pending: Callable[[int], list[int]]) -> InPlace[Tensor]:
-        """The state of these rows, of which those that it does not have yet are uploaded, all at once.
+        """The state of these rows; uploads the new ones in one transfer.
 
-        pending: of a busy slot that is entered, the newest tokens that the draft's cache lacks, at least one.
+        pending: returns the tokens missing in the draft's cache, at least one, for a new busy slot.
         """
         new = {slot for slot, row in enumerate(rows) if slot not in self._owners or self._owners[slot] is not row}
         if new:
@@ -103,7 +102,7 @@ class DeviceRows:
         return self._state
 
     def _entry(self, row: Generation | None, slot: int, pending: Callable[[int], list[int]]) -> list[int]:
-        """A one, and the row's state."""
+        """The row's state, preceded by 1 to mark it as new."""
         tokens = pending(slot) if row else [0]
         length, remaining = (len(row.tokens), row.num_remaining) if row else (_IDLE_LENGTH, 0)
         padding = [0] * (self._state.value.shape[1] - 3 - len(tokens))

@@ -1,4 +1,4 @@
-"""What goes into the decode loop, what is in flight in it, and what comes out."""
+"""Requests, their state in the decode loop, and their completions."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ FinishReason = Literal["stop", "length"]
 class Request:
     """One prompt to continue.
 
-    index: the caller's number for it. prompt: token ids, at least one. sampling: its parameters.
-    stop_token_ids: every token that ends it, the model's end-of-sequence tokens included unless they are ignored.
-    arrival_s: seconds after the run's start before which it is not there.
-    constraint: what limits its output, compiled from `sampling`, or None. sample: which sample of its prompt it is;
-    those of one prompt have its index, and `sampling.n` is their number.
-    new_text: makes what its output's text is put together by, which stop strings need; None without a tokenizer.
+    index: the prompt's number. prompt: token ids, at least one. sampling: its parameters.
+    stop_token_ids: all tokens that end it, including the model's end-of-sequence tokens unless they are ignored.
+    arrival_s: arrival time in seconds after the start of the run.
+    constraint: the output constraint compiled from `sampling`, or None. sample: its number among the `sampling.n`
+    samples of the prompt, which share the index.
+    new_text: creates an incremental detokenizer, which stop strings need; None without a tokenizer.
     """
 
     index: int
@@ -46,8 +46,8 @@ class Step:
     """One decode step of one request, after truncation.
 
     num_drafted: tokens proposed. num_accepted: proposed tokens emitted.
-    last: where the token after them came from; None if truncation removed it. Without a draft it is called a bonus.
-    depth: of a tree, its levels, so how many tokens could have been accepted; None for a chain, where all could.
+    last: source of the token after them, "bonus" for an empty draft; None if truncation removed it.
+    depth: for a tree, its number of levels, which is the maximum accepted length; None for a chain.
     """
 
     num_drafted: int
@@ -57,7 +57,7 @@ class Step:
 
 
 def sources_of(steps: Sequence[Step]) -> tuple[TokenSource, ...]:
-    """Where each token that was emitted by some decode steps came from; without a draft it is plain decoding's."""
+    """The source of each token emitted by some decode steps; "plain" for a step without a draft."""
     sources: list[TokenSource] = []
     for step in steps:
         sources += ["accepted"] * step.num_accepted
@@ -68,10 +68,10 @@ def sources_of(steps: Sequence[Step]) -> tuple[TokenSource, ...]:
 
 @dataclass(slots=True, eq=False)
 class Generation:
-    """A request in flight: `tokens` is its prompt and what was emitted so far. Times are clock readings in seconds.
+    """A request in flight. tokens: its prompt and the emitted tokens. Times are clock readings in seconds.
 
-    admitted_s: when it got a slot. progress: how far the emitted tokens have come in the request's constraint.
-    text: of the emitted tokens, as far as it was asked for; it ends at `text_end`, or where it ends if that is None.
+    admitted_s: when it got a slot. progress: state of the request's constraint after the emitted tokens.
+    text: of the emitted tokens, updated on demand; truncated at `text_end` unless that is None.
     stop_reason: the stop token or stop string that ended it.
     """
 
@@ -106,9 +106,9 @@ class Generation:
         return self.tokens[len(self.request.prompt) :]
 
     def emit(self, tokens: Sequence[int]) -> int:
-        """Append tokens up to the first stop token, the one that completes a stop string or `max_tokens`.
+        """Append tokens up to the first stop token, the end of a stop string, or `max_tokens`.
 
-        Returns how many were kept.
+        Returns the number of tokens appended.
         """
         for kept, token in enumerate(tokens, 1):
             self.tokens.append(token)
@@ -123,7 +123,7 @@ class Generation:
         return len(tokens)
 
     def visible_text(self) -> str | None:
-        """The text of the emitted tokens that will not be taken back, all of it at the end; None without tokenizer."""
+        """The final part of the output text, without a possible start of a stop string; None without tokenizer."""
         if self.text is None:
             return None
         self.text.follow(self.output)
@@ -132,7 +132,7 @@ class Generation:
         whole, stop = self.text.text[: self.text_end], self.request.sampling.stop
         if self.finish_reason or not stop or self.request.sampling.include_stop_str_in_output:
             return whole
-        return whole[: len(whole) - _begun(whole, stop)]
+        return whole[: len(whole) - _partial_stop(whole, stop)]
 
     def _completes_stop_string(self, token: int) -> bool:
         assert self.text is not None, "stop strings are refused without a tokenizer"
@@ -146,13 +146,13 @@ class Generation:
                 ends.append((start + len(stop), start, stop))
         if not ends:
             return False
-        end, start, self.stop_reason = min(ends)  # the one that is complete first; of several the longest
+        end, start, self.stop_reason = min(ends)  # the first to be complete, and among those the longest
         self.text_end = end if sampling.include_stop_str_in_output else start
         return True
 
 
-def _begun(text: str, stops: Sequence[str]) -> int:
-    """Characters at the end of a text that may be the beginning of a stop string."""
+def _partial_stop(text: str, stops: Sequence[str]) -> int:
+    """The number of characters at the end of a text that may be the start of a stop string."""
     sizes = (size for stop in stops for size in range(1, len(stop)) if text.endswith(stop[:size]))
     return max(sizes, default=0)
 
@@ -161,13 +161,13 @@ def _begun(text: str, stops: Sequence[str]) -> int:
 class Batch:
     """The rows of a decode step.
 
-    rows: row r lives in cache slot r; None is an idle slot. sampling: the rows' parameters and token counts.
-    num_slots: rows that there may ever be. capacity: tokens that a slot must be able to hold.
-    features: float [slots, capacity, hidden], the target's after each token of a row but its last; None unless the
-    proposer needs them.
-    recorder: replays work of fixed shapes, if it records at all. max_draft: tokens that a row's draft may have.
-    cache: the target's, which holds all tokens of each row but the last; places after these may be written.
-    lag: steps that are launched before the outcome of one is read: 1 where steps are recorded as a whole, else 0.
+    rows: row r uses cache slot r; None is an idle slot. sampling: the rows' parameters and token counts.
+    num_slots: maximum number of rows. capacity: maximum tokens per slot.
+    features: the target's features after each token of a row except its last, float [slots, capacity, hidden]; None
+    unless the proposer needs them.
+    recorder: replays work of fixed shapes, if it records. max_draft: maximum length of a draft.
+    cache: the target's, which holds all tokens of each row except the last; later positions are free for writing.
+    lag: steps launched before the outcome of one is read: 1 if whole steps are recorded, else 0.
     """
 
     rows: list[Generation | None]
@@ -182,15 +182,15 @@ class Batch:
 
     @property
     def recording(self) -> Recorder | None:
-        """The recorder, where the whole of a draft can be recorded: its distribution depends on tensors alone."""
+        """The recorder if whole drafts can be recorded, because sampling depends only on tensors; else None."""
         return self.recorder if self.recorder and self.recorder.records and self.sampling.is_stateless else None
 
     def width(self, longest: int) -> int:
-        """Columns of a draft whose longest row proposes so many tokens: few different ones where it is recorded."""
+        """Padded width of a draft with `longest` tokens: always the maximum if recorded, to limit the shapes."""
         return self.max_draft if longest and self.recorder and self.recorder.records else longest
 
     def num_tokens(self) -> list[int]:
-        """Tokens of each row so far, so also the position where its next draft begins; 1 for an idle slot."""
+        """Number of tokens of each row, which is also the position of its next draft; 1 for an idle slot."""
         return [len(row.tokens) if row else 1 for row in self.rows]
 
     def last_tokens(self) -> list[int]:
@@ -200,16 +200,16 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """What became of one prompt, or of one of its samples.
+    """The output for one prompt, or for one of its samples.
 
-    token_ids: emitted tokens, the stop token included. text: of them as they continue the prompt, up to a stop string,
-    special tokens left out; None without tokenizer.
-    logprobs: log-probability of each emitted token under the target's unprocessed logits, if asked for. top_logprobs:
-    in each of their places, those of the likeliest tokens, the likeliest first, if asked for.
-    steps: one entry for each decode step; the first token comes from the prefill and belongs to none.
-    ttft_s, latency_s: seconds from the call, or from the prompt's arrival, to the first and to the last token, waiting
-    for a slot included. queue_s: the part of both that it waited for a slot. sample: from 0 to `SamplingParams.n` - 1.
-    stop_reason: the stop token or stop string that ended it, if one did.
+    token_ids: emitted tokens, including the stop token. text: the continuation of the prompt, up to a stop string and
+    without special tokens; None without tokenizer.
+    logprobs: log-probability of each emitted token under the target's unprocessed logits, if requested. top_logprobs:
+    for each emitted token, those of the most probable tokens in descending order, if requested.
+    steps: one entry per decode step; the first token comes from the prefill and belongs to none.
+    ttft_s, latency_s: seconds from the call, or from the prompt's arrival, to the first and to the last token. queue_s:
+    time waiting for a slot, included in both. sample: from 0 to `SamplingParams.n` - 1.
+    stop_reason: the stop token or stop string that ended it, if any.
     """
 
     index: int
@@ -228,7 +228,7 @@ class Completion:
 
     @property
     def sources(self) -> tuple[TokenSource, ...]:
-        """Where each emitted token came from; the prefill's is plain, as those of steps without a draft are."""
+        """The source of each emitted token; "plain" for the prefill and for steps without a draft."""
         return ("plain", *sources_of(self.steps))
 
     @property
@@ -243,11 +243,11 @@ class Completion:
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """Tokens of one prompt as they are emitted: the prefill's first, then those of a decode step.
+    """Streamed tokens of one prompt: those of the prefill or of one decode step.
 
-    text: what they add to the text, empty while a character is not complete or while it may be the beginning of a stop
+    text: the text that became final, empty while a character is incomplete or the text may be the start of a stop
     string; None without tokenizer.
-    completion: the whole, with the last chunk of a prompt; until then None. sample: as in the completion.
+    completion: the whole output, in the last chunk of a prompt; else None. sample: as in the completion.
     """
 
     index: int

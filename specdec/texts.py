@@ -18,9 +18,9 @@ _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 class GrowingText:
     """The text of a continuation, without special tokens.
 
-    tokenizer: a transformers tokenizer. before: the tokens that are continued, or (). They keep the space before the
-    first word, which SentencePiece drops at the start of a text.
-    `text` is what is final so far; it excludes an incomplete character at the end.
+    tokenizer: a transformers tokenizer. before: the preceding tokens, or (). They preserve the space before the first
+    word, which SentencePiece drops at the start of a text.
+    text: the final part so far, without an incomplete character at the end.
     """
 
     def __init__(self, tokenizer: Any, before: Sequence[int] = ()) -> None:
@@ -29,8 +29,8 @@ class GrowingText:
         self._tokens = list(before[-_CONTEXT:])
         if self._decode(self._tokens).endswith(_INCOMPLETE):  # ends inside a character: start from scratch
             self._tokens = []
-        self._known = len(self._tokens)  # tokens whose text is final
-        self._from = 0  # first token to decode together with the new ones
+        self._num_final = len(self._tokens)  # tokens with final text
+        self._context_start = 0  # first token to decode together with the new ones
         self.num_tokens, self.text = 0, ""
 
     def append(self, token: int) -> str:
@@ -49,15 +49,15 @@ class GrowingText:
         return self._settle(at_end=True)
 
     def _settle(self, *, at_end: bool) -> str:
-        known = self._decode(self._tokens[self._from : self._known])
-        longer = self._decode(self._tokens[self._from :])
+        context = self._decode(self._tokens[self._context_start : self._num_final])
+        longer = self._decode(self._tokens[self._context_start :])
         if longer.endswith(_INCOMPLETE) and not at_end:
             return ""
-        if not longer.startswith(known):  # the decoder rewrote earlier text: decode the new tokens alone
-            longer = known + self._decode(self._tokens[self._known :])
-        added = longer[len(known) :]
+        if not longer.startswith(context):  # the decoder rewrote earlier text: decode the new tokens alone
+            longer = context + self._decode(self._tokens[self._num_final :])
+        added = longer[len(context) :]
         if added:  # otherwise special tokens or partial characters: keep the context
-            self._from, self._known = self._known, len(self._tokens)
+            self._context_start, self._num_final = self._num_final, len(self._tokens)
             self.text += added
         return added
 

@@ -158,16 +158,19 @@ def test_counts_sum_over_completions() -> None:
             'num_speculative_tokens=0 must be at least 1, or "auto"; for plain decoding use method="autoregressive"',
         ),
         ({"method": "draft_model"}, 'method="draft_model" needs a draft'),
-        ({"method": "ngram", "draft": DRAFT}, "a draft is given but method='ngram' does not use it"),
+        ({"method": "ngram", "draft": DRAFT}, "draft: method='ngram' does not use a model"),
         ({"max_batch_size": 0}, "max_batch_size=0 must be at least 1"),
-        ({"method": "suffix", "max_history_bytes": -1}, "max_history_bytes=-1 must be at least 0; 0 remembers nothing"),
+        (
+            {"method": "suffix", "max_history_bytes": -1},
+            "max_history_bytes=-1 must be at least 0; 0 disables the history",
+        ),
         (
             {"max_history_bytes": 9},
             "max_history_bytes=9 must be left out with method='autoregressive'; use method='suff",
         ),
-        ({"method": "early_exit"}, "target=MarkovModel must be a model that can be cut after its first layers"),
+        ({"method": "early_exit"}, "target=MarkovModel must have first_layers"),
         ({"exit_layer": 2}, "exit_layer=2 must be left out with method='autoregressive'; use method='early_exit'"),
-        ({"method": "suffix", "draft": DRAFT}, "a draft is given but method='suffix' does not use it, being a model"),
+        ({"method": "suffix", "draft": DRAFT}, "draft: method='suffix' does not use a model; omit it"),
         (
             {"method": "draft_model", "draft": MarkovModel(torch.full((5, 5, 5), 0.2))},
             "the draft's vocabulary of 5 tokens must be the target's, 3",
@@ -249,12 +252,12 @@ def test_logits_without_a_distribution_name_request_position_and_step(broken: st
         ({"tree": "no-such-file.json"}, "tree='no-such-file.json' must be a JSON file of rank paths"),
         (
             {"tree": [(0,), (1,), (2,), (3,)]},
-            "a tree with 4 siblings must have at most 3, the tokens that the draft knows",
+            "a tree with 4 siblings must have at most 3, the draft's vocabulary",
         ),
         ({"num_speculative_tokens": 600}, r"num_nodes=600 must lie in \[1, 512\]"),
         ({"verification": "block"}, "verification='block' must be token or coupled with method=\"tree\""),
-        ({"synthetic_acceptance_rates": [0.5]}, "synthetic_acceptance_rates are of chains"),
-        ({"method": "draft_model", "tree": [(0,)]}, "a tree is given but method='draft_model' drafts none"),
+        ({"synthetic_acceptance_rates": [0.5]}, 'synthetic_acceptance_rates must be omitted with method="tree"'),
+        ({"method": "draft_model", "tree": [(0,)]}, "tree: method='draft_model' does not draft trees"),
     ],
 )
 def test_trees_that_cannot_be_drafted_are_refused(options: dict, message: str) -> None:

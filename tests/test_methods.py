@@ -82,8 +82,8 @@ def test_a_name_is_registered_once() -> None:
         ({"num_speculative_tokens": "auto"}, "'guess' cannot; give a number"),
         ({"exit_layer": 1}, "exit_layer=1 must be left out with method='guess'; use method='early_exit'"),
         ({"max_history_bytes": 1}, "max_history_bytes=1 must be left out with method='guess'; use method='suffix' or"),
-        ({"tree": [(0,)]}, "a tree is given but method='guess' drafts none"),
-        ({"draft": TARGET}, "a draft is given but method='guess' does not use it"),
+        ({"tree": [(0,)]}, "tree: method='guess' does not draft trees"),
+        ({"draft": TARGET}, "draft: method='guess' does not use a model"),
     ],
 )
 def test_what_a_method_does_not_take_is_refused(options: dict, message: str) -> None:

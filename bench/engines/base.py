@@ -1,4 +1,4 @@
-"""The seam to an engine that decodes prompts: what it is given, what it returns, what it must do."""
+"""The interface of an engine in the benchmark: its options, its methods and its results."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from bench.records.schema import Gamma
 
 
 class EngineError(RuntimeError):
-    """An engine cannot do what a cell asks of it; the others go on. The message names it, and the remedy."""
+    """An engine cannot run a cell; the run continues with the others. The message names the engine and a remedy."""
 
 
 @dataclass(frozen=True, slots=True)
 class Setup:
-    """How an engine is to decode: what an engine may need a process or a server of its own for."""
+    """A decoding configuration; some engines need a process or server for each."""
 
     method: str
     gamma: Gamma
@@ -31,11 +31,11 @@ class Setup:
 
 @dataclass(frozen=True, slots=True)
 class PromptResult:
-    """What an engine made of one prompt.
+    """An engine's result for one prompt.
 
-    token_ids: emitted tokens, a stop token included. ttft_s, latency_s: from the request's start to its first and
-    last token. counts: acceptance counters by specdec's definitions, or None if the engine does not tell.
-    finish_reason: "stop" or "length". queue_s: of both times, what it waited for a slot, if the engine tells.
+    token_ids: emitted tokens, including a stop token. ttft_s, latency_s: from the start of the request to its first and
+    last token. counts: acceptance counters by specdec's definitions, or None if the engine does not report them.
+    finish_reason: "stop" or "length". queue_s: time waiting for a slot, included in both times; None if not reported.
     """
 
     token_ids: tuple[int, ...]
@@ -48,7 +48,7 @@ class PromptResult:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One call of an engine: a result per prompt, in order, and where the time went, if the engine tells."""
+    """One call of an engine: a result per prompt, in order, and the time per phase if the engine reports it."""
 
     results: tuple[PromptResult, ...]
     phase_times: PhaseTimes | None = None
@@ -56,11 +56,12 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """What became of requests that arrived over time.
+    """The results of requests that arrived over time.
 
-    results: one per request, in order, its times from its arrival; None for one that was not finished in time.
-    refused: of those, the indices of what was not taken. wall_s: from the beginning until the last was done, or time
-    was up. queue_s: mean wait for a slot, where the engine tells no more. peak_send_delay_s: how late a client was.
+    results: one per request, in order, with times from its arrival; None for an unfinished one. refused: indices of
+    unfinished requests that the engine refused. wall_s: until the last request was finished, or the time limit.
+    queue_s: mean wait for a slot, for engines that do not report it per request. peak_send_delay_s: largest delay in
+    sending a request.
     """
 
     results: tuple[PromptResult | None, ...]
@@ -80,18 +81,18 @@ class BenchEngine(Protocol):
     stop_token_ids: frozenset[int]  # the model's own, unless they are ignored
 
     def prepare(self, setups: Collection[Setup]) -> None:
-        """Be ready for these, which a cell is about to use, and let go of what only others needed.
+        """Prepare for the setups of the next cell, and release resources of other setups.
 
-        What earlier prompts left with an engine is forgotten, if it can be. Raises EngineError if it cannot be ready.
+        Engines also clear state from earlier prompts, if they can. Raises EngineError on failure.
         """
         ...
 
     def settle(self) -> None:
-        """Return when it no longer keeps the machine busy after a call."""
+        """Wait until the engine no longer uses the machine after a call."""
         ...
 
     def close(self) -> None:
-        """End what it started."""
+        """Stop the processes that it started."""
         ...
 
     def generate(
@@ -99,15 +100,15 @@ class BenchEngine(Protocol):
     ) -> Run:
         """Continue all prompts, given as token ids, together.
 
-        method: one of the engine's methods. gamma: tokens proposed per step, 0 for "autoregressive". "auto": as
-        many as pay. sampling: one per prompt. They must have been prepared for.
+        method: one of the engine's methods. gamma: tokens proposed per step, 0 for "autoregressive", or "auto" for an
+        adaptive number. sampling: one per prompt. Requires `prepare` with this setup.
         Raises EngineError if the engine fails.
         """
         ...
 
 
 class ServingEngine(BenchEngine, Protocol):
-    """An engine that takes requests while it decodes others: one that has "arrivals" among its extras."""
+    """An engine that accepts requests while it decodes others; its kind has the extra "arrivals"."""
 
     def serve(
         self,
@@ -117,18 +118,18 @@ class ServingEngine(BenchEngine, Protocol):
         sampling: Sequence[SamplingParams],
         limit_s: float,
     ) -> Served:
-        """Continue each prompt from its arrival on, in seconds from the call; give up what is not done at `limit_s`.
+        """Continue each prompt from its arrival, in seconds from the call; abort unfinished requests at `limit_s`.
 
-        setup: prepared for; as many as its batch size are decoded together at the most. Raises EngineError.
+        setup: a prepared one; its batch size limits the requests decoded at once. Raises EngineError.
         """
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class VllmOptions:
-    """How vLLM is had. python: the interpreter that runs it; None is this one. options: JSON, its own options.
+    """How to run vLLM. python: the interpreter that has it; None for the current one. options: vLLM options as JSON.
 
-    server_url: a server that is up; None starts one.
+    server_url: an existing server; None starts one.
     """
 
     python: Path | None = None
@@ -138,9 +139,9 @@ class VllmOptions:
 
 @dataclass(frozen=True, slots=True)
 class LoadOptions:
-    """How a pair's models are loaded and its drafts verified.
+    """How to load a pair's models and verify drafts.
 
-    dtype, device: names that torch knows. quantization: as for `specdec.models.loading`.
+    dtype, device: torch names. quantization: as for `specdec.models.loading`.
     """
 
     dtype: str

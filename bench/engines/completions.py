@@ -1,8 +1,8 @@
 """A client of a vLLM server: streamed completions as token ids, and the counters of its metrics page.
 
-On http.client, not httpx: httpx has timeouts of each read but no deadline of a whole request, its synchronous requests
-cannot be aborted from another thread before their headers are there, and an event costs twice the processor time (10 µs
-instead of 5), which a load generator spends beside the server that it measures.
+Based on http.client, not httpx: httpx has a timeout per read but no deadline for a whole request, its synchronous
+requests cannot be aborted from another thread before the headers arrive, and it takes twice the CPU time per event
+(10 µs instead of 5), on the machine whose server is being measured.
 """
 
 from __future__ import annotations
@@ -30,22 +30,22 @@ from bench.engines.server_answers import (
 )
 from bench.records.untrusted import printable
 
-BUSY = (429, 502, 503, 504)  # statuses of a server that may answer if asked again
+BUSY = (429, 502, 503, 504)  # HTTP statuses after which a retry may succeed
 MAX_OF_PAGE = 1 << 24  # bytes
 MAX_OF_LINE = 1 << 20
 DEADLINE_S = 3600.0  # of one request
 
 
 class BusyError(EngineError):
-    """The server could not be reached, or has too much to do: the same request may succeed later."""
+    """The server is unreachable or overloaded: a retry may succeed."""
 
 
 class Client:
-    """Talks to one server. url: http(s)://host:port, with or without /v1. key: the API key, if it asks for one.
+    """A client of one server. url: http(s)://host:port, with or without /v1. key: the API key, if required.
 
-    vocab_size: of the model; an answer with other tokens is an error. timeout_s: how long the server may say nothing.
-    deadline_s: how long a completion may take; a page may take timeout_s.
-    Every method raises EngineError if it fails. No message has the key in it, even if the server says it.
+    vocab_size: of the model; token ids beyond it are an error. timeout_s: per read, and for a whole page.
+    deadline_s: for a whole completion.
+    Every method raises EngineError on failure. Messages never contain the key, even if the server sends it.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class Client:
         self._connected: set[socket.socket] = set()
 
     def is_healthy(self) -> bool:
-        """Whether it is up and has loaded its model."""
+        """Whether the server is up and has loaded its model."""
         try:
             with self._request("GET", "/health"):
                 return True
@@ -66,27 +66,27 @@ class Client:
             return False
 
     def model(self) -> dict[str, str]:
-        """The model that it serves: its name `id`, and where it is from, `root`."""
+        """The served model: its name `id` and its source `root`."""
         return parse_model(self._read("/v1/models"))
 
     def version(self) -> str:
         return parse_version(self._read("/version"))
 
     def counters(self) -> dict[str, Any]:
-        """Its cumulative counters: requests finished, and of drafts if it makes any."""
+        """The server's cumulative counters: finished requests, and draft tokens if it drafts."""
         return parse_counters(self._read("/metrics"))
 
     def queue(self) -> tuple[float, int] | None:
-        """Seconds that requests have waited for a slot, and how many requests; None if it does not tell."""
+        """Total seconds that requests waited for a slot, and their number; None if not reported."""
         return parse_queue(self._read("/metrics"))
 
     def abort(self) -> None:
-        """Break off the requests that other threads wait for; they raise EngineError."""
+        """Abort the requests of other threads, which then raise EngineError."""
         for connected in list(self._connected):
             _shut(connected)
 
     def complete(self, requests: Sequence[Mapping[str, Any]]) -> list[Row]:
-        """Continue prompts side by side; times are from the start of this call."""
+        """Continue prompts concurrently; times are from the start of this call."""
         start_s = time.perf_counter()
         with ThreadPoolExecutor(len(requests)) as threads:
             return list(threads.map(lambda request: self.complete_one(request, start_s), requests))
@@ -102,9 +102,9 @@ class Client:
                 if line.startswith(b"data: ") and line.strip() != b"data: [DONE]":
                     row.take(parse_object(self._redacted(line[len(b"data: ") :]), "an event"), now_s)
         if row.finish_reason is None:
-            raise EngineError(f"server={self.url} must finish what it began, but ended the stream; see its own log")
+            raise EngineError(f"server={self.url} must finish the completion, but ended the stream; see its log")
         if row.first_s is None:
-            raise EngineError(f"server={self.url} must continue the prompt, but emitted no token; see its own log")
+            raise EngineError(f"server={self.url} must continue the prompt, but emitted no token; see its log")
         return row
 
     def _read(self, path: str) -> str:
@@ -115,8 +115,8 @@ class Client:
         return self._redacted(content).decode(errors="replace")
 
     def _redacted(self, content: bytes) -> bytes:
-        """What the server sent, without the API key: it may be printed, or kept in a record."""
-        for key in (self._key, self._key.replace("/", "\\/")) if self._key else ():  # the other as some write JSON
+        """Content of the server without the API key, as it may be printed or recorded."""
+        for key in (self._key, self._key.replace("/", "\\/")) if self._key else ():  # some encoders of JSON escape /
             content = content.replace(key.encode(), b"(API key)")
         return content
 
@@ -124,18 +124,18 @@ class Client:
     def _request(
         self, method: str, path: str, body: bytes | None = None, deadline_s: float | None = None
     ) -> Iterator[http.client.HTTPResponse]:
-        """The response to a request, if its status says that it is one; the deadline is of all of it."""
+        """The response to a request, checked for its status. deadline_s: until the response is read completely."""
         parts = urlsplit(self.url)
         kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
         connection = kind(parts.hostname or "", parts.port, timeout=self._timeout_s)
-        connected: Any = None  # a connection lets go of its socket before the response has ended
+        connected: Any = None  # the socket, which `connection` may release before the end of the response
         late = Event()
 
         def end() -> None:
             late.set()
             _shut(connected)
 
-        clock = Timer(deadline_s or self._timeout_s, end)  # a server that sends a byte now and then is never silent
+        clock = Timer(deadline_s or self._timeout_s, end)  # read timeouts do not stop a server that sends slowly
         clock.daemon = True
         try:
             try:
@@ -146,10 +146,10 @@ class Client:
                 connection.request(method, parts.path + path, body, self._headers)
             except OSError as error:
                 raise BusyError(f"server={self.url} must be reachable ({error}); start it, or check the URL") from None
-            with connection.getresponse() as response:  # it may own the socket by now
+            with connection.getresponse() as response:  # it may own the socket
                 self._check_status(response)
                 yield response
-            if late.is_set():  # what was read may end anywhere
+            if late.is_set():  # the content may be truncated
                 raise TimeoutError
         except (OSError, http.client.HTTPException, EngineError) as error:
             raise self._failure(error, clock.interval if late.is_set() else None) from None
@@ -159,22 +159,20 @@ class Client:
             connection.close()
 
     def _failure(self, error: Exception, missed_s: float | None) -> EngineError:
-        """What to say of a request that went wrong. missed_s: the deadline, if that was why."""
+        """The EngineError for a failed request. missed_s: the deadline, if that was the reason."""
         if missed_s is not None:
-            return EngineError(f"server={self.url} must be done within {missed_s:g} s, but is not; see its own log")
+            return EngineError(f"server={self.url} must finish within {missed_s:g} s, but did not; see its log")
         if isinstance(error, EngineError):
             return error
         if isinstance(error, TimeoutError):
-            return EngineError(
-                f"server={self.url} must answer within {self._timeout_s:g} s, but says nothing; see its own log"
-            )
-        return EngineError(f"server={self.url} must go on, but the connection broke ({error!r})")
+            return EngineError(f"server={self.url} must answer within {self._timeout_s:g} s, but did not; see its log")
+        return EngineError(f"server={self.url} must stay connected, but the connection broke ({error!r}); see its log")
 
     def _check_status(self, response: http.client.HTTPResponse) -> None:
         if response.status == 200:
             return
         if response.status in (401, 403):
-            raise EngineError(f"server={self.url} must accept the API key; put it into SPECDEC_SERVER_API_KEY")
+            raise EngineError(f"server={self.url} must accept the API key; set SPECDEC_SERVER_API_KEY")
         text = self._redacted(response.read(2 * MAX_SHOWN)).decode(errors="replace")[:MAX_SHOWN]
         text = printable(text)
         kind = BusyError if response.status in BUSY else EngineError
@@ -182,6 +180,6 @@ class Client:
 
 
 def _shut(connected: socket.socket) -> None:
-    """End a connection; whoever waits for it wakes up."""
+    """Shut down a connection, which wakes up threads that wait for it."""
     with suppress(OSError):
         connected.shutdown(socket.SHUT_RDWR)

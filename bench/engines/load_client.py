@@ -1,4 +1,4 @@
-"""A client that sends requests at their times, whether or not earlier ones are done."""
+"""An open-loop client: sends requests at their arrival times, whether or not earlier ones have finished."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Generic, TypeVar
 from bench.engines.base import EngineError
 from bench.engines.completions import BusyError
 
-MAX_IN_FLIGHT = 256  # each has a thread and a connection
+MAX_IN_FLIGHT = 256  # requests, each with a thread and a connection
 ABORT_PERIOD_S = 0.05
 
 T = TypeVar("T")
@@ -20,9 +20,9 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Sent(Generic[T]):
-    """What became of requests: a result, or None for one that was refused or not done in time.
+    """The outcome of requests. results: None for those refused or unfinished.
 
-    refused: their indices. wall_s: until the last was done, or time was up. peak_delay_s: how late one was sent.
+    refused: indices. wall_s: until the last request finished, or the time limit. peak_delay_s: of sending a request.
     """
 
     results: tuple[T | None, ...]
@@ -34,13 +34,13 @@ class Sent(Generic[T]):
 def send_on_time(
     call: Callable[[int, float], T], arrivals_s: Sequence[float], limit_s: float, abort: Callable[[], None]
 ) -> Sent[T]:
-    """Make a call for each arrival, in seconds from now.
+    """Make a call at each arrival, in seconds from now.
 
-    call: (index, when it was due by time.perf_counter) -> result; it raises BusyError if it is refused. abort: breaks
-    off the calls that are out, which then raise EngineError: done at `limit_s`, or as soon as a call has failed.
-    At most MAX_IN_FLIGHT calls are out at a time: one that comes then is refused here. It does not wait, as that would
-    let a slow engine slow the arrivals down.
-    Raises the first EngineError of a call that is none of these.
+    call: (index, due time by time.perf_counter) -> result; raises BusyError if the request is refused. abort: aborts
+    the calls in flight, which then raise EngineError; used at `limit_s` and after a failure.
+    Beyond MAX_IN_FLIGHT calls in flight, requests are refused here. They are not queued, because then a slow engine
+    would slow down the arrivals.
+    Raises the first other EngineError of a call.
     """
     flight = _Flight(call, time.perf_counter())
     with ThreadPoolExecutor(MAX_IN_FLIGHT) as threads:
@@ -60,7 +60,7 @@ def _result(call: Future[T | None] | None) -> T | None:
 
 
 class _Flight(Generic[T]):
-    """The calls that are out."""
+    """The calls in flight."""
 
     def __init__(self, call: Callable[[int, float], T], start_s: float) -> None:
         self.start_s, self.peak_delay_s = start_s, 0.0
@@ -71,7 +71,7 @@ class _Flight(Generic[T]):
         self._num_out, self._is_over = 0, False
 
     def send(self, threads: ThreadPoolExecutor, arrivals_s: Sequence[float]) -> list[Future[T | None] | None]:
-        """Begin each call when it is due; none any more once one has failed."""
+        """Start each call when it is due, until one has failed."""
         calls: list[Future[T | None] | None] = []
         for index, arrival_s in enumerate(arrivals_s):
             due_s = self.start_s + arrival_s
@@ -87,7 +87,7 @@ class _Flight(Generic[T]):
         return calls
 
     def wait(self, calls: Sequence[Future[T | None] | None], limit_s: float) -> None:
-        """Until all are done, one has failed, or time is up."""
+        """Wait until all calls are done, one has failed, or the time limit."""
         end_s = self.start_s + limit_s
         while not self._failed.is_set() and (left_s := end_s - time.perf_counter()) > 0:
             out = next((call for call in calls if call and not call.done()), None)
@@ -96,7 +96,7 @@ class _Flight(Generic[T]):
             self._failed.wait(min(left_s, ABORT_PERIOD_S))
 
     def end(self, abort: Callable[[], None]) -> None:
-        """Break off what is out, again until nothing is: a call may only just have begun."""
+        """Abort the calls in flight, repeatedly, because a call may not have connected yet."""
         self._is_over = True
         while self._num_out:
             abort()

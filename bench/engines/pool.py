@@ -1,4 +1,4 @@
-"""What was started for setups: at most two at a time, a candidate and its baseline."""
+"""Processes or servers for setups, at most two at a time: a candidate and its baseline."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ MAX_ENGINES = 2
 
 
 class Closable(Protocol):
-    """Something that was started and can be ended."""
+    """A resource that must be closed."""
 
     def close(self) -> None: ...
 
@@ -21,7 +21,7 @@ T = TypeVar("T", bound=Closable)
 
 
 class Pool(Generic[T]):
-    """Starts what setups need, and ends it when they no longer do. start: makes one; it takes minutes and gigabytes."""
+    """Starts a resource per setup on demand, and closes unused ones. start: takes minutes and gigabytes."""
 
     def __init__(self, start: Callable[[Setup], T]) -> None:
         self._start = start
@@ -31,7 +31,7 @@ class Pool(Generic[T]):
         return len(self._running)
 
     def prepare(self, setups: Collection[Setup]) -> None:
-        """End what these do not need, but keep a baseline while there is room; start what they lack."""
+        """Close the resources of other setups, except a baseline if there is room; start missing ones."""
         idle = [setup for setup in self._running if setup not in setups]
         for setup in idle:
             if setup.method != "autoregressive" or len(setups) >= MAX_ENGINES:
@@ -41,15 +41,15 @@ class Pool(Generic[T]):
                 self._running[setup] = self._start(setup)
 
     def find(self, method: str, gamma: Gamma, num_prompts: int) -> tuple[Setup, T]:
-        """What was started for these, and for at least as many prompts."""
+        """The setup for a method and gamma, with a sufficient batch size, and its resource."""
         return next(
-            (setup, each)
-            for setup, each in self._running.items()
+            (setup, resource)
+            for setup, resource in self._running.items()
             if (setup.method, setup.gamma) == (method, gamma) and setup.batch_size >= num_prompts
         )
 
     def drop(self, setup: Setup) -> None:
-        """End one that failed; the next cell that needs it starts another."""
+        """Close a failed resource; the next cell that needs it starts another."""
         self._running.pop(setup).close()
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""Processes of engines; a worker answers JSON objects, one a line, and never keeps its caller waiting for ever."""
+"""Child processes of engines, and workers that answer requests as JSON lines, within a timeout."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from typing import IO, Any
 from bench.engines.base import EngineError
 from bench.records.untrusted import printable
 
-SECRET = re.compile("KEY$|TOKEN$|SECRET|PASSWORD", re.IGNORECASE)  # of variables whose values are nobody's business
-NUM_LAST_LINES = 25  # of a worker's standard error: what an error message shows
+SECRET = re.compile("KEY$|TOKEN$|SECRET|PASSWORD", re.IGNORECASE)  # environment variables to redact
+NUM_LAST_LINES = 25  # of a worker's standard error, shown in error messages
 MAX_LINE = 300  # characters
 PIPE_BYTES = 1 << 16
 
 
 class Child:
-    """A running process, and the last lines of what it says. name: what error messages call it.
+    """A running process and the last lines of its output. name: for error messages.
 
-    It and what it starts are one process group, which `close` kills. all_output: keep both of its output streams and
-    give it no input; else only the standard error is kept, and the others are pipes.
+    It has its own process group, which `close` kills. all_output: capture both output streams and provide no input;
+    else only the standard error is captured, and the other streams are pipes.
     """
 
     def __init__(self, name: str, command: Sequence[str], environment: Mapping[str, str], *, all_output: bool) -> None:
@@ -44,13 +44,13 @@ class Child:
         self._is_closed = False
         self._secrets = [value for name, value in environment.items() if SECRET.search(name) and len(value) > 3]
         self._last_lines: deque[str] = deque(maxlen=NUM_LAST_LINES)
-        kept = opened(self.process.stdout if all_output else self.process.stderr)
-        self._reader = Thread(target=_keep_lines, args=(kept, self._last_lines), daemon=True)
+        output = opened(self.process.stdout if all_output else self.process.stderr)
+        self._reader = Thread(target=_keep_lines, args=(output, self._last_lines), daemon=True)
         self._reader.start()
 
     def close(self) -> None:
-        """Kill the process and whatever it started."""
-        if not self._is_closed:  # afterwards its number may be another's
+        """Kill the process group."""
+        if not self._is_closed:  # later, the id may belong to another process
             with suppress(ProcessLookupError):
                 os.killpg(self.process.pid, signal.SIGKILL)
         self._is_closed = True
@@ -58,20 +58,20 @@ class Child:
         self._reader.join()
 
     def ends_within(self, timeout_s: float) -> bool:
-        """Whether the process has ended, or does so soon."""
+        """Whether the process ends within a timeout."""
         with suppress(subprocess.TimeoutExpired):
             self.process.wait(timeout_s)
         return self.process.returncode is not None
 
     def end(self) -> str:
-        """How the process ended."""
+        """Describe how the process ended."""
         if not self.ends_within(10):
             return "closed its output"
         status = self.process.returncode
         return f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with exit status {status}"
 
     def failure(self, text: str) -> EngineError:
-        """An error with what it said at last; the process is killed, so that all of it is there."""
+        """An error with the last lines of output. Kills the process first, so that the output is complete."""
         self.close()
         lines = "\n".join(self._last_lines or ["(nothing)"])
         for secret in self._secrets:  # some programs print their options
@@ -81,7 +81,7 @@ class Child:
 
 
 class Worker:
-    """A process that answers requests. name: what error messages call it."""
+    """A process that answers requests. name: for error messages."""
 
     def __init__(self, name: str, command: Sequence[str], environment: Mapping[str, str]) -> None:
         self._child = Child(name, command, environment, all_output=False)
@@ -95,8 +95,8 @@ class Worker:
     def ask(self, request: Mapping[str, Any], timeout_s: float) -> dict[str, Any]:
         """The worker's answer to a request.
 
-        Raises EngineError, and kills the worker, if it ends, says nothing for `timeout_s` seconds, or answers with
-        something that is no answer or an error.
+        Raises EngineError, and kills the worker, if it ends, does not answer within `timeout_s` seconds, or answers
+        with an error or an invalid object.
         """
         try:
             return self._answer(self._exchange(json.dumps(request).encode() + b"\n", timeout_s))
@@ -105,14 +105,14 @@ class Worker:
             raise
 
     def close(self) -> None:
-        """Kill the worker and whatever it started."""
+        """Kill the worker's process group."""
         self._child.close()
         for stream in (self._requests, self._answers):
             with suppress(BrokenPipeError):
                 stream.close()
 
     def _exchange(self, request: bytes, timeout_s: float) -> bytes:
-        """Write a request and read a line, whichever the worker is ready for: neither may block."""
+        """Write a request and read a line, without blocking on either."""
         deadline_s, answer = time.monotonic() + timeout_s, b""
         with selectors.DefaultSelector() as selector:
             selector.register(self._answers, selectors.EVENT_READ)
@@ -120,7 +120,7 @@ class Worker:
             while not answer.endswith(b"\n"):
                 ready = selector.select(deadline_s - time.monotonic())
                 if not ready or time.monotonic() > deadline_s:
-                    raise self._child.failure(f"must answer within {timeout_s:g} s, but says nothing")
+                    raise self._child.failure(f"must answer within {timeout_s:g} s, but did not")
                 for key, _ in ready:
                     if key.fileobj is self._answers:
                         answer += self._read()
@@ -131,11 +131,11 @@ class Worker:
     def _read(self) -> bytes:
         content = os.read(self._answers.fileno(), PIPE_BYTES)
         if not content:
-            raise self._child.failure(f"must go on, but {self._child.end()}")
+            raise self._child.failure(f"must keep running, but {self._child.end()}")
         return content
 
     def _write(self, content: bytes) -> int:
-        """How much of the content was written; if the worker is dead all of it, as reading will tell."""
+        """The number of bytes written; all of them if the worker is dead, which reading will detect."""
         try:
             return os.write(self._requests.fileno(), content[:PIPE_BYTES])
         except BrokenPipeError:
@@ -147,7 +147,7 @@ class Worker:
         except ValueError:
             answer = None
         if not isinstance(answer, dict):
-            raise self._child.failure(f"must answer with a JSON object, but said {line[:200]!r}")
+            raise self._child.failure(f"must answer with a JSON object, but answered {line[:200]!r}")
         if "error" in answer:
             text = str(answer["error"])
             raise (
@@ -165,6 +165,6 @@ def _keep_lines(stream: IO[bytes], lines: deque[str]) -> None:
 
 
 def opened(stream: IO[bytes] | None) -> IO[bytes]:
-    """A stream of a process that was started with pipes."""
+    """A pipe of a process, asserted to be open."""
     assert stream is not None, "every stream is a pipe"
     return stream

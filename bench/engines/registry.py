@@ -1,4 +1,4 @@
-"""Which engines there are, what each of them can do, and why one cannot run a cell."""
+"""The available engines and their capabilities, and why an engine cannot run a cell."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from specdec.runtime import extensions
 from specdec.runtime.checks import nearest
 
 GROUP: extensions.Group = "specdec.engines"
-EXTRAS = (  # what few engines have
+EXTRAS = (  # optional capabilities
     *("auto gamma", "synthetic acceptance", "placements", "other vocabularies"),
     *("arrivals", "interpreter", "method extensions"),
 )
@@ -24,14 +24,14 @@ EXTRAS = (  # what few engines have
 
 @dataclass(frozen=True, slots=True)
 class EngineKind:
-    """What is known of an engine before it is loaded; an extension of group `specdec.engines` is one.
+    """Static description of an engine; an extension of group `specdec.engines` provides one.
 
-    package: what must be installed to run it. methods: drafting methods that it has.
-    load: `module:function`, imported when the engine is first used; the function takes (Pair, LoadOptions) and returns
-    a BenchEngine, or a ServingEngine if "arrivals" is among the extras.
-    max_batch_size: None is unlimited. verifications: rules that it has. extras: of EXTRAS. kinds: those of pairs that
-    it decodes.
-    Raises ValueError for a `load` or an extra that cannot be meant.
+    package: the package it requires. methods: supported drafting methods.
+    load: `module:function`, imported on first use; the function takes (Pair, LoadOptions) and returns a BenchEngine, or
+    a ServingEngine if "arrivals" is among the extras.
+    max_batch_size: None for unlimited. verifications: supported rules. extras: from EXTRAS. kinds: supported kinds of
+    pairs.
+    Raises ValueError for an invalid `load` or extra.
     """
 
     package: str
@@ -83,7 +83,7 @@ ENGINES = {
 
 
 def engine_kind(engine: str) -> EngineKind:
-    """What is known of an engine, built in or an extension. Raises ExtensionError for one that cannot be used."""
+    """The description of an engine, built in or an extension. Raises ExtensionError for an unusable extension."""
     if engine in ENGINES:
         return ENGINES[engine]
     kind: EngineKind = extensions.load(
@@ -119,7 +119,7 @@ def parse_method(name: str, text: str) -> str:
 
 
 def extension_files(engines: Sequence[str], methods: Sequence[str]) -> list[Path]:
-    """The sources of those engines and methods that are extensions."""
+    """The source files of the engines and methods that are extensions."""
     outside = [(GROUP, name) for name in engines if name not in ENGINES]
     outside += [(METHODS_GROUP, name) for name in methods if name not in (*METHODS, *VLLM_METHODS)]
     return [path for group, name in outside for path in extensions.source_files(group, name)]
@@ -128,7 +128,7 @@ def extension_files(engines: Sequence[str], methods: Sequence[str]) -> list[Path
 def why_not(
     engine: str, method: str, batch_size: int, verification: str = "token", vllm: VllmOptions | None = None
 ) -> str | None:
-    """Why an engine cannot run a cell, and what to do about it; None if it can."""
+    """Why an engine cannot run a cell, with a remedy; None if it can."""
     kind = engine_kind(engine)
     if missing := _why_missing(engine, vllm or VllmOptions()):
         return missing
@@ -149,21 +149,21 @@ def why_not(
 
 
 def _is_own(kind: EngineKind, method: str) -> bool:
-    """Whether a method is an extension of an engine that takes these."""
+    """Whether a method is an extension, and the engine supports these."""
     return "method extensions" in kind.extras and is_method(method) and method not in METHODS
 
 
 def why_not_pair(engine: str, pair: Pair, placement: str) -> str | None:
-    """Why an engine cannot decode a pair, or not so placed, and what to do about it; None if it can."""
+    """Why an engine cannot decode a pair with a placement, with a remedy; None if it can."""
     kind = engine_kind(engine)
     if pair.kind not in kind.kinds:
-        able = [name for name, each in ENGINES.items() if pair.kind in each.kinds]
+        able = [name for name, other in ENGINES.items() if pair.kind in other.kinds]
         remedy = f"use --engines {','.join(able)}" if able else "no engine does yet; use another pair"
-        return f"engine={engine} takes no models of kind {pair.kind}, as pair={pair.name} is; {remedy}"
+        return f"engine={engine} does not support models of kind {pair.kind}, such as pair={pair.name}; {remedy}"
     if placement != "same" and "placements" not in kind.extras:
         return (
-            f"engine={engine} places models by itself, not by placement={placement}; use --placements same and "
-            "--vllm-options such as tensor_parallel_size"
+            f"engine={engine} places models itself and does not support placement={placement}; use --placements same "
+            "and --vllm-options such as tensor_parallel_size"
         )
     return None
 
@@ -182,17 +182,17 @@ def _why_missing(engine: str, vllm: VllmOptions) -> str | None:
 
 
 def load(engine: str, pair: Pair, options: LoadOptions) -> BenchEngine:
-    """An engine with a pair's models in memory."""
+    """Load an engine with a pair's models."""
     load_models = extensions.load(GROUP, engine_kind(engine).load, callable, "a function (Pair, LoadOptions)")
     loaded: BenchEngine = load_models(pair, options)
     return loaded
 
 
 def check_vocabulary(pair: Pair, engine: str) -> None:
-    """Compare what token ids mean to a pair's target and draft model, before any weights are read.
+    """Compare the vocabularies of a pair's target and draft model, before any weights are read.
 
-    Raises LoadError if it is not the same, or for an engine that takes other vocabularies if too little of it is, or
-    if it cannot be had.
+    Raises LoadError if they differ, or if they share too little for an engine that supports different vocabularies, or
+    if they cannot be read.
     """
     from specdec.drafts import check_vocabularies, kind_in
     from specdec.models.loading import resolve

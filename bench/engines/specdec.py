@@ -1,4 +1,4 @@
-"""This library's own engine."""
+"""This library's engine."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from specdec.models.seq2seq import Seq2SeqLM
 
 
 class SpecdecEngine:
-    """specdec.Engine for each method and gamma, all over the same models. drafts: by what the pair names them."""
+    """One specdec.Engine per method, gamma and batch size, with shared models. drafts: by their source in the pair."""
 
     version = specdec.__version__
 
@@ -52,20 +52,20 @@ class SpecdecEngine:
         self._engine = engine
 
     def draft_for(self, method: str) -> Any:
-        """What the pair has to draft with by a method, None if the method needs nothing."""
+        """The pair's draft for a method, None if the method needs none."""
         source = self._pair.draft_for(method)
         return self._drafts[source] if source else None
 
     def prepare(self, setups: Collection[Setup]) -> None:
-        """All setups share the models; what their engines remember of earlier prompts is forgotten."""
+        """Clear the engines' state from earlier prompts; all setups share the models."""
         for engine in self._engines:
             engine.forget()
 
     def settle(self) -> None:
-        """It does nothing between calls."""
+        """Nothing to wait for."""
 
     def close(self) -> None:
-        """Nothing was started."""
+        """Nothing to stop."""
 
     def generate(
         self, prompts: Sequence[Sequence[int]], method: str, gamma: Gamma, sampling: Sequence[SamplingParams]
@@ -106,7 +106,7 @@ def load(pair: Pair, options: LoadOptions) -> SpecdecEngine:
         load_format=pair.load_format,
         quantization=options.quantization,
     )
-    return SpecdecEngine(target, pair, {name: drafts[place] for name, place in sources.items()}, options)
+    return SpecdecEngine(target, pair, {name: drafts[source] for name, source in sources.items()}, options)
 
 
 def _result(completion: Completion) -> PromptResult:

@@ -1,11 +1,11 @@
 """transformers: `generate`, plain, with prompt lookup, or with an assistant model.
 
-transformers returns no acceptance statistics. They are observed from outside: a forward hook on the target sees each
-draft go in, and the streamer is given what each target call emitted. The first call scores the prompt; it counts as a
-decode step if a draft goes with it.
+transformers returns no acceptance statistics, so they are observed: a forward hook on the target receives each draft,
+and the streamer receives the tokens emitted by each target call. The first call scores the prompt; it counts as a
+decode step if it includes a draft.
 
-Sampling with an assistant is measured as transformers does it: 5.23 applies temperature and top-p twice to the
-assistant, so that even a model that assists itself has tokens rejected (T = 1 without top-p: none).
+Sampling with an assistant is measured as implemented: transformers 5.23 applies temperature and top-p twice to the
+assistant, so that even a model that assists itself has rejections (except at T = 1 without top-p).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from specdec.models.seq2seq import start_token
 
 
 class TransformersEngine:
-    """One prompt at a time through `generate`, with weights as transformers loads them."""
+    """Runs `generate` on one prompt at a time, with weights as transformers loads them."""
 
     version = transformers.__version__
 
@@ -41,13 +41,13 @@ class TransformersEngine:
         self.dtype, self.stop_token_ids = str(target.dtype).removeprefix("torch."), eos_token_ids(target)
 
     def prepare(self, setups: Collection[Setup]) -> None:
-        """Nothing: all setups share the models."""
+        """Nothing to do: all setups share the models."""
 
     def settle(self) -> None:
-        """It does nothing between calls."""
+        """Nothing to wait for."""
 
     def close(self) -> None:
-        """Nothing was started."""
+        """Nothing to stop."""
 
     def generate(
         self, prompts: Sequence[Sequence[int]], method: str, gamma: Gamma, sampling: Sequence[SamplingParams]
@@ -70,10 +70,7 @@ class TransformersEngine:
 
 
 def load(pair: Pair, options: LoadOptions) -> TransformersEngine:
-    """The pair's models as transformers loads them; the draft is an instance of its own even if it is the target.
-
-    It knows one rule of verification; cells of others are skipped unless they verify nothing.
-    """
+    """Load the pair's models as transformers does; the draft is a separate instance even if it is the target."""
 
     arguments: dict[str, Any] = {
         "dtype": getattr(torch, options.dtype),
@@ -90,11 +87,11 @@ def load(pair: Pair, options: LoadOptions) -> TransformersEngine:
 
 
 class Observer(BaseStreamer):  # type: ignore[misc]
-    """Watches one `generate` call on a model: when tokens come out, and what became of each draft.
+    """Observes one `generate` call: the times of its tokens and the acceptance of its drafts.
 
-    prompt_length: tokens before the output; of an encoder-decoder the one that its decoder starts from.
-    counts: acceptance counters by specdec's definitions; an accepted token that truncation removed is not counted.
-    times_s: a clock reading for each target call that emitted something. emitted: the token ids.
+    prompt_length: tokens before the output; for an encoder-decoder, the decoder's start token.
+    counts: acceptance counters by specdec's definitions, without accepted tokens that truncation removed.
+    times_s: time of each target call that emitted tokens. emitted: the token ids.
     """
 
     def __init__(self, model: nn.Module, prompt_length: int) -> None:
@@ -113,12 +110,12 @@ class Observer(BaseStreamer):  # type: ignore[misc]
         self._hook.remove()
 
     def _before_forward(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        """Keep the draft: what follows the prompt, or later what follows the one token that is not in the cache."""
+        """Record the draft: the tokens after the prompt, or later after the single uncached token."""
         tokens = kwargs["decoder_input_ids" if "decoder_input_ids" in kwargs else "input_ids"]
         self._draft = tokens[0, 1 if self.times_s else self._prompt_length :]
 
     def put(self, value: Tensor) -> None:
-        """Take what a target call emitted; the first call of all is given the prompt."""
+        """Record the tokens emitted by a target call; the first call receives the prompt."""
         if self._is_prompt:
             self._is_prompt = False
             return
@@ -149,11 +146,11 @@ def _result(emitted: list[int], observer: Observer, stop_token_ids: Sequence[int
 def _num_equal(draft: Sequence[int], emitted: Sequence[int]) -> int:
     """Accepted tokens: the common prefix. A recovered token always differs from the one that it replaces."""
     pairs = enumerate(zip(draft, emitted, strict=False))
-    return next((index for index, (ours, theirs) in pairs if ours != theirs), min(len(draft), len(emitted)))
+    return next((index for index, (drafted, token) in pairs if drafted != token), min(len(draft), len(emitted)))
 
 
 def _generation_config(params: SamplingParams, stop_token_ids: list[int]) -> GenerationConfig:
-    """The same distribution and stop rules as specdec's."""
+    """The generation config with the same distribution and stop rules as specdec."""
     distribution: dict[str, Any] = {"do_sample": False}
     if params.temperature > 0:
         distribution = {

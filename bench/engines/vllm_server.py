@@ -1,8 +1,8 @@
-"""vLLM as its users run it: a server, one that is up or one that is started here on the loopback interface.
+"""vLLM as a server: an existing one, or one started here on the loopback interface.
 
-A server that is up (--server-url) has one model and one way to draft, which cells must agree with; what it does not
-tell, such as its number format, is taken on trust. Tokens are counted by the stream: where it brings those of several
-steps at once, the steps cannot be counted, and the cell has no acceptance.
+An existing server (--server-url) has one model and one drafting configuration, which cells must match; properties that
+it does not report, such as its dtype, are not verified. Tokens are counted from the stream: if an event contains the
+tokens of several steps, steps cannot be counted, and the cell has no acceptance statistics.
 """
 
 from __future__ import annotations
@@ -40,24 +40,24 @@ from specdec import AcceptanceCounts, SamplingParams
 from specdec.models.loading import read_vocabulary, resolve
 
 NUM_ATTEMPTS = 3
-FIRST_PAUSE_S = 0.5  # between attempts; each pause is twice the one before
-DEATH_S = 2.0  # a connection breaks a little before its process is gone
-BUSY_WAIT_S = 1.2  # a server's processes look for more work for a second, each with a CPU to itself
+FIRST_PAUSE_S = 0.5  # between attempts; doubled after each
+DEATH_S = 2.0  # a connection breaks slightly before its process has ended
+BUSY_WAIT_S = 1.2  # an idle server's processes spin for a second, each occupying a CPU
 KEY_VARIABLE = "SPECDEC_SERVER_API_KEY"
 
 
 @dataclass(frozen=True, slots=True)
 class Server:
-    """A server that answers. model: the name of what it serves. child: the process, if it was started here."""
+    """A healthy server. model: the name of the served model. child: its process, if it was started here."""
 
     client: Client
     model: str
     child: Child | None = None
 
     def failure(self) -> EngineError | None:
-        """What became of a process that was started here and has ended."""
+        """The error of a server that was started here and has ended; None if it is running."""
         if self.child and self.child.ends_within(DEATH_S):
-            return self.child.failure(f"must go on, but {self.child.end()}")
+            return self.child.failure(f"must keep running, but {self.child.end()}")
         return None
 
     def close(self) -> None:
@@ -66,7 +66,7 @@ class Server:
 
 
 class VllmServerEngine:
-    """vLLM's server with a pair's target: the one at `server_url`, or one for each setup, at most two at a time."""
+    """vLLM servers for a pair: the one at `server_url`, or one per setup, at most two at a time."""
 
     version = ""
 
@@ -133,7 +133,7 @@ class VllmServerEngine:
             self._busy_until_s = time.monotonic() + BUSY_WAIT_S
 
     def _found(self, setup: Setup) -> Server:
-        """The server that is up, if it serves the pair's target and drafts as the setup says."""
+        """The server at `server_url`, after checking that it serves the pair's target and drafts as in the setup."""
         client = Client(str(self._options.vllm.server_url), api_key(), CALL_TIMEOUT_S, self._vocab_size)
         model = client.model()
         check_model(client.url, model, self._pair)
@@ -162,20 +162,20 @@ class VllmServerEngine:
 
 
 def load(pair: Pair, options: LoadOptions) -> VllmServerEngine:
-    """The engine; servers are started, or looked at, when they are first needed."""
+    """The engine; servers are started or checked on first use."""
     return VllmServerEngine(pair, options, stop_tokens(resolve(folder(pair.target))))
 
 
 def api_key(environment: Mapping[str, str] = os.environ, variable: str = KEY_VARIABLE) -> str | None:
-    """The key for a server, without the line's end that files of keys have. Raises EngineError, without the key."""
+    """A server's API key, without surrounding whitespace. Raises EngineError for an invalid one, without showing it."""
     key = environment.get(variable, "").strip()
     if not re.fullmatch(r"[\w.~+/=-]*", key, re.ASCII):
-        raise EngineError(f"{variable} must be letters, digits and -._~+/= alone, as keys in headers are; set it again")
+        raise EngineError(f"{variable} must contain only letters, digits and -._~+/=, to fit into a header; correct it")
     return key or None
 
 
 def server_environment(python: str, device: str, environment: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """The variables of a server, which binds its threads itself: here to all CPUs, as the other engines have them."""
+    """The environment variables of a server, such that it binds its threads to all CPUs, as other engines use them."""
     own = {name: value for name, value in environment.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
     own["VLLM_NO_USAGE_STATS"] = "1"
     if key := api_key(environment) or api_key(environment, "VLLM_API_KEY"):
@@ -188,47 +188,47 @@ def server_environment(python: str, device: str, environment: Mapping[str, str] 
 
 
 def free_port() -> int:
-    """A port of the loopback interface that nobody listens on now."""
+    """A free port of the loopback interface."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         return int(listener.getsockname()[1])
 
 
 def wait_until_healthy(client: Client, child: Child, timeout_s: float) -> None:
-    """Raises EngineError with its last output if a server ends before it answers, or does not in time."""
+    """Raise EngineError, with the last output, if a server ends before it is healthy, or is not healthy in time."""
     deadline_s = time.monotonic() + timeout_s
     while not client.is_healthy():
         if child.process.poll() is not None:
-            raise child.failure(f"must serve, but {child.end()}")
+            raise child.failure(f"must become healthy, but {child.end()}")
         if time.monotonic() > deadline_s:
-            raise child.failure(f"must serve within {timeout_s:g} s, but does not")
+            raise child.failure(f"must become healthy within {timeout_s:g} s, but did not")
         time.sleep(0.2)
 
 
 def check_model(url: str, model: Mapping[str, Any], pair: Pair) -> None:
-    """Raises EngineError if a server has another model: by its name, its origin, or the last part of either."""
+    """Raise EngineError if a server has another model, by its name, its source, or the last component of either."""
     served = {str(model["id"]), str(model.get("root") or model["id"])}
     names = served | {Path(name).name for name in served}
     if not names & {pair.target, folder(pair.target), resolve(folder(pair.target)), Path(pair.target).name}:
         raise EngineError(
-            f"server={url} must serve target={pair.target} of pair={pair.name}, but serves {model['id']}; give another "
+            f"server={url} must serve target={pair.target} of pair={pair.name}, but serves {model['id']}; use another "
             f"--server-url, or --pairs target=MODEL with that model"
         )
 
 
 def check_drafting(url: str, counters: Mapping[str, Any], setup: Setup) -> None:
-    """Raises EngineError if a server's counters show that it drafts otherwise. By which method it does not tell."""
+    """Raise EngineError if a server's counters show another draft length. Servers do not report the method."""
     found = len(counters.get("accepted_at", ()))
-    wanted = setup.gamma if setup.method != "autoregressive" else 0
-    if found != wanted:
+    expected = setup.gamma if setup.method != "autoregressive" else 0
+    if found != expected:
         raise EngineError(
-            f"server={url} must draft gamma={wanted} tokens for method={setup.method}, but drafts {found}; "
+            f"server={url} must draft gamma={expected} tokens for method={setup.method}, but drafts {found}; "
             f"use {'--methods with its method and ' if found else ''}"
             f"{f'--gammas {found}' if found else '--methods autoregressive'}"
         )
 
 
 def request(model: str, prompt: Sequence[int], sampling: Mapping[str, Any]) -> dict[str, Any]:
-    """A request for a streamed completion, all in token ids."""
+    """A request for a streamed completion, with token ids in both directions."""
     return {
         "model": model,
         "prompt": list(prompt),
@@ -240,18 +240,18 @@ def request(model: str, prompt: Sequence[int], sampling: Mapping[str, Any]) -> d
 
 
 def run(client: Client, requests: Sequence[Mapping[str, Any]]) -> Run:
-    """What became of requests that are made side by side; all are made again if the server is busy."""
+    """Make concurrent requests; retries all of them if the server is busy."""
     before = client.counters()
     rows = _attempted(client, requests)
     after = client.counters()
-    # of this run alone, if nobody else used the server; a lone prompt's are then its own
-    is_ours = after["num_finished"] - before["num_finished"] == len(requests) == 1 and "num_drafts" in after
-    ours = difference(after, before) if is_ours else None
-    return Run(tuple(_result(row, row.drafts or ours, "num_drafts" in after) for row in rows))
+    # the server's counters are those of the prompt if it was the only one, and nobody else used the server
+    is_alone = after["num_finished"] - before["num_finished"] == len(requests) == 1 and "num_drafts" in after
+    drafts = difference(after, before) if is_alone else None
+    return Run(tuple(_result(row, row.drafts or drafts, "num_drafts" in after) for row in rows))
 
 
 def serve(client: Client, requests: Sequence[Mapping[str, Any]], arrivals_s: Sequence[float], limit_s: float) -> Served:
-    """What became of requests that were sent one by one, each at its time; what a busy server refuses stays refused."""
+    """Send each request at its arrival time; requests refused by a busy server are not retried."""
     before = client.queue()
     sent = send_on_time(
         lambda index, due_s: client.complete_one(requests[index], due_s), arrivals_s, limit_s, client.abort
@@ -281,7 +281,7 @@ def _result(row: Row, drafts: Mapping[str, Any] | None, is_drafting: bool) -> Pr
 
 
 def _counts(emitted: Sequence[int], drafts: Mapping[str, Any] | None) -> AcceptanceCounts | None:
-    """None where the stream brought the tokens of several steps at once."""
+    """Acceptance counters; None if an event of the stream contained the tokens of several steps."""
     try:
         return acceptance(emitted, drafts)
     except EngineError:

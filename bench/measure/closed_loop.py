@@ -46,11 +46,11 @@ class ClosedLoop:
         return Entry(record, measurement.rounds_s)
 
     def _arm_cells(self, cell: Cell) -> dict[str, Cell]:
-        """What each arm decodes: plain decoding and the reference engine, where they are something else."""
+        """The cell of each arm: the candidate, plain decoding and the reference engine, without duplicates."""
         config = self._context.config
         reference = replace(cell, engine=config.reference_engine)
         cells = {CANDIDATE: cell}
-        # a server that is already running drafts, or it does not
+        # an external server cannot be switched to plain decoding
         if cell.method != "autoregressive" and not (cell.engine == "vllm-server" and config.server_url):
             cells[BASELINE] = replace(cell, method="autoregressive", gamma=0)
         if cell.engine != reference.engine and reference in self._runnable:
@@ -58,11 +58,11 @@ class ClosedLoop:
         return cells
 
     def _warm_up(self, cells: Mapping[str, Cell], pair: Pair, batches: Sequence[Batch]) -> float:
-        """Decode a few tokens after the longest prompts; on a GPU, which records steps by shape, everything twice.
+        """Decode a few tokens after the longest prompts; on a GPU, which captures graphs by shape, everything twice.
 
-        Returns the seconds that the candidate took, compilation included.
+        Returns the candidate's time in seconds, including compilation.
         """
-        context, taken_s = self._context, {}
+        context, durations_s = self._context, {}
         longest = max(batches, key=lambda batch: (len(batch), max(map(len, batch))))
         context.models.prepare(cells.values(), pair)
         for arm, cell in cells.items():
@@ -70,19 +70,19 @@ class ClosedLoop:
             self._generate(cell, pair, longest, 0, WARM_UP_TOKENS)
             for batch in 2 * list(batches) if context.device.startswith("cuda") else ():
                 self._generate(cell, pair, batch, 0, context.config.max_tokens)
-            taken_s[arm] = time.perf_counter() - start_s
-        return taken_s[CANDIDATE]
+            durations_s[arm] = time.perf_counter() - start_s
+        return durations_s[CANDIDATE]
 
     def _run(
         self, cell: Cell, cells: Mapping[str, Cell], pair: Pair, batches: Sequence[Batch], benchmark: Any
     ) -> tuple[Measurement, telemetry.Trace]:
         context = self._context
-        context.models.prepare(cells.values(), pair)  # again: prompts of the warm-up must be new to the engines
-        arms = {name: self._arm(each, pair, batches) for name, each in cells.items()}
+        context.models.prepare(cells.values(), pair)  # again, so that engines forget the prompts of the warm-up
+        arms = {name: self._arm(arm_cell, pair, batches) for name, arm_cell in cells.items()}
         sampler = context.sampler(cell)
         with cell_bar(cell, len(batches) * len(arms), "run", context.progress) as done, sampler:
 
-            def settle() -> None:  # after each run of an arm, outside of what is timed
+            def settle() -> None:  # after each run of an arm, untimed
                 context.models.settle()
                 done.update()
 
@@ -94,33 +94,33 @@ class ClosedLoop:
         return lambda index: self._generate(cell, pair, batches[index], index * cell.batch_size, max_tokens)
 
     def _generate(self, cell: Cell, pair: Pair, batch: Batch, first: int, max_tokens: int) -> Run:
-        """Decode a batch. first: the number of its first prompt."""
+        """Decode a batch. first: index of its first prompt."""
         context = self._context
         sampling = context.config.sampling(first, len(batch), max_tokens)
         with failing_cell(context.device):
             return context.models.engine(cell.engine, pair).generate(batch, cell.method, cell.gamma, sampling)
 
     def _check(self, cells: Mapping[str, Cell], pair: Pair, measurement: Measurement) -> None:
-        """Assert that the arms were measured on equal terms, and that their counters add up."""
+        """Assert that the arms are comparable, and that their counters are consistent."""
         config = self._context.config
-        engines = {each.engine: self._context.models.engine(each.engine, pair) for each in cells.values()}
+        engines = {cell.engine: self._context.models.engine(cell.engine, pair) for cell in cells.values()}
         fairness.check_terms(engines, config.dtype_of(pair))
-        for arm, each in cells.items():
-            check_counts(measurement.runs[arm], each.method, config.max_tokens)
-            fairness.check_ends(measurement.runs[arm], engines[each.engine].stop_token_ids, config.max_tokens)
+        for arm, cell in cells.items():
+            check_counts(measurement.runs[arm], cell.method, config.max_tokens)
+            fairness.check_ends(measurement.runs[arm], engines[cell.engine].stop_token_ids, config.max_tokens)
 
     def _divergences(self, prompts: Batch, measurement: Measurement) -> Record:
         """Where greedy outputs diverge from the reference's, else from plain decoding's, and the target's margin there.
 
         The margin is computed by specdec's target; None without that engine.
         """
-        config, theirs = self._context.config, measurement.runs.get(REFERENCE) or measurement.runs.get(BASELINE)
-        if not theirs or config.temperature > 0 or config.synthetic_acceptance_rates:
+        config, expected = self._context.config, measurement.runs.get(REFERENCE) or measurement.runs.get(BASELINE)
+        if not expected or config.temperature > 0 or config.synthetic_acceptance_rates:
             return {"first_difference_at": None, "margin_at_difference": None}
-        positions = fairness.differences(measurement.runs[CANDIDATE], theirs)
+        positions = fairness.differences(measurement.runs[CANDIDATE], expected)
         engine = self._context.models.loaded("specdec")
         target = engine.target if isinstance(engine, SpecdecEngine) else None
         return {
             "first_difference_at": positions,
-            "margin_at_difference": fairness.margins(target, prompts, theirs, positions) if target else None,
+            "margin_at_difference": fairness.margins(target, prompts, expected, positions) if target else None,
         }

@@ -18,7 +18,7 @@ WARM_UP_TOKENS = 8
 
 @dataclass(frozen=True, slots=True)
 class Context:
-    """A run's options, models and prompts. device: as torch names it. progress: where bars are drawn."""
+    """A run's options, models and prompts. device: a torch device. progress: stream for progress bars."""
 
     config: BenchConfig
     device: str
@@ -27,22 +27,22 @@ class Context:
     progress: TextIO
 
     def chosen(self, cell: Cell, pair: Pair) -> list[Encoded]:
-        """A cell's prompts, encoded by the reference engine's tokenizer: the same for every engine."""
+        """A cell's prompts, encoded by the reference engine's tokenizer so that all engines get the same tokens."""
         tokenizer = self.models.engine(self.config.reference_engine, pair).tokenizer
         return self.prompts.chosen(cell, pair, tokenizer)
 
     def version(self, cell: Cell, pair: Pair) -> str:
-        """That of a cell's engine."""
+        """The version of a cell's engine."""
         return self.models.engine(cell.engine, pair).version
 
     def sampler(self, cell: Cell) -> telemetry.Sampler:
-        """What samples power, utilization, memory and temperature while a cell runs."""
+        """The sampler of power, utilization, memory and temperature for a cell."""
         if cell.engine == "vllm-server" and self.config.server_url:
             reason = f"the server at {self.config.server_url} may be another machine"
             return telemetry.Sampler({"gpu": reason, "cpu": reason}, self.config.telemetry_hz)
         return telemetry.Sampler(telemetry.meters(machine.gpu_uuids(self.device)), self.config.telemetry_hz)
 
     def telemetry_fields(self, record: Record, trace: telemetry.Trace, spans: Sequence[telemetry.Span]) -> Record:
-        """The telemetry fields of a record that has its counts. spans: when the candidate ran."""
+        """The telemetry fields of a cell. record: with its token counts. spans: when the candidate ran."""
         counts = record["num_tokens"], record["num_accepted"]
         return telemetry.record(trace, spans, self.config.telemetry_hz, *counts)

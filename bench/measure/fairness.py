@@ -1,4 +1,4 @@
-"""What arms must have in common before their times are compared, and where greedy outputs diverge."""
+"""Conditions for a fair comparison of arms, and where their greedy outputs diverge."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ def check_ends(runs: Sequence[Run], stop_token_ids: Collection[int], max_tokens:
         assert found == expected, f"an output must end after {expected}, but ended after {found}"
 
 
-def differences(ours: Sequence[Run], theirs: Sequence[Run]) -> list[int | None]:
+def differences(candidate: Sequence[Run], reference: Sequence[Run]) -> list[int | None]:
     """The position at which the outputs of two arms diverge, for each prompt; None if they are equal."""
-    pairs = zip(_results(ours), _results(theirs), strict=True)
-    return [first_difference(mine.token_ids, other.token_ids) for mine, other in pairs]
+    pairs = zip(_results(candidate), _results(reference), strict=True)
+    return [first_difference(result.token_ids, expected.token_ids) for result, expected in pairs]
 
 
 def margins(
-    target: LanguageModel, prompts: Sequence[Sequence[int]], theirs: Sequence[Run], positions: Sequence[int | None]
+    target: LanguageModel, prompts: Sequence[Sequence[int]], reference: Sequence[Run], positions: Sequence[int | None]
 ) -> list[float | None]:
-    """The target's margin where another output diverges from the reference's, for each prompt; None if none does."""
-    rows = zip(prompts, _results(theirs), positions, strict=True)
+    """The target's margin where a candidate diverges from the reference, for each prompt; None where it does not."""
+    rows = zip(prompts, _results(reference), positions, strict=True)
     return [
         None if position is None else margin(target, prompt, result.token_ids, position)
         for prompt, result, position in rows

@@ -1,6 +1,6 @@
-"""Ctrl-C that Python would lose: KeyboardInterrupt in a weak reference's callback or in `__del__` is only reported.
+"""Keeps Ctrl-C from being lost: Python only reports a KeyboardInterrupt in a weakref callback or in `__del__`.
 
-Without this module the cell would go on, or fail for another reason, although it was interrupted.
+Without this module, an interrupted cell would continue, or fail for another reason.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from typing import Any, Self
 
 
 class Interrupts:
-    """A context manager that raises KeyboardInterrupt at its end if Ctrl-C was pressed, whatever else was raised.
+    """A context manager that raises KeyboardInterrupt on exit if Ctrl-C was pressed, even after another exception.
 
-    It does nothing where the process ignores Ctrl-C, as in a shell's background, or has another handler for it.
+    Does nothing if the process ignores SIGINT, as background jobs of a shell do, or has another handler for it.
     """
 
     def __enter__(self) -> Self:

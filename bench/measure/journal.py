@@ -30,7 +30,7 @@ class Entry:
 class Journal:
     """An open journal, locked against other runs.
 
-    cells: finished cells by id. kept_as: where an earlier journal was moved, if there was one.
+    cells: finished cells by id. kept_as: the new name of an earlier journal, if there was one.
     """
 
     def __init__(
@@ -76,13 +76,13 @@ class Journal:
         elif (version := lines[0]["schema_version"]) != SCHEMA_VERSION:
             raise ValueError(
                 f"journal={path} must have schema_version={SCHEMA_VERSION} to be resumed, but has {version!r}: another "
-                "version of the benchmarks wrote it; use that one, or leave out --resume to begin anew (the old "
-                "journal is then kept)"
+                "version of the benchmarks wrote it; use that one, or omit --resume to start over (the old journal "
+                "is then kept)"
             )
         elif differing := _differing(lines[0]["configuration"], configuration):
             raise ValueError(
-                f"journal={path} must be of this configuration to resume it, but {differing}; repeat that "
-                "command line, or leave out --resume to begin anew (the old journal is then kept)"
+                f"journal={path} must have this configuration to be resumed, but {differing}; repeat that "
+                "command line, or omit --resume to start over (the old journal is then kept)"
             )
         cells = {line["cell"]: Entry(line["record"], line["rounds_s"]) for line in lines[1:]}
         stream = path.open("r+b", buffering=0)
@@ -119,7 +119,7 @@ class Journal:
             os.fsync(self._stream.fileno())
         except OSError:
             self._stream.seek(end)
-            self._stream.truncate()  # half of the line may have been written before the disk was full
+            self._stream.truncate()  # part of the line may have been written before the disk was full
             raise
 
 
@@ -131,13 +131,13 @@ def _locked(path: Path) -> BaseFileLock:
         return lock.acquire().lock
     except Timeout:
         raise ValueError(
-            f"journal={path} must be of one run at a time, but another one writes it; wait for its end, or name "
-            "another file with --journal"
+            f"journal={path} must be used by one run at a time, but another run is writing it; wait until it ends, or "
+            "name another file with --journal"
         ) from None
 
 
 def _check_header(path: Path) -> None:
-    """Raises ValueError for a file that is not a journal, which would be lost; a truncated header is accepted."""
+    """Raise ValueError for a file that is not a journal and would be overwritten; a truncated header is accepted."""
     start = b""
     if path.exists():
         with path.open("rb") as stream:
@@ -150,11 +150,11 @@ def _check_header(path: Path) -> None:
         raise ValueError(f"journal={path} must be a journal or a new file, but holds something else; name another file")
 
 
-def _differing(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
+def _differing(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
     """The keys in which two configurations differ, with both values; empty if there are none."""
-    theirs, ours = json.loads(json.dumps(theirs)), json.loads(json.dumps(ours))
-    keys = [key for key in {**theirs, **ours} if theirs.get(key) != ours.get(key)]
-    return ", ".join(f"{key} was {theirs.get(key)!r} and is {ours.get(key)!r}" for key in keys)
+    old, new = json.loads(json.dumps(old)), json.loads(json.dumps(new))
+    keys = [key for key in {**old, **new} if old.get(key) != new.get(key)]
+    return ", ".join(f"{key} was {old.get(key)!r} and is {new.get(key)!r}" for key in keys)
 
 
 def _keep(path: Path) -> Path | None:

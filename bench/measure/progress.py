@@ -10,7 +10,7 @@ from typing import Any, TextIO
 from bench.records.schema import Cell
 from specdec.runtime.progress import bar
 
-NOWHERE = io.StringIO()  # not a terminal, so nothing is drawn
+NOWHERE = io.StringIO()  # not a terminal, so no bars are drawn
 
 
 class LineBelow(io.TextIOBase):
@@ -20,7 +20,7 @@ class LineBelow(io.TextIOBase):
         self._terminal = terminal
 
     @property
-    def encoding(self) -> str:  # type: ignore[override]  # by which tqdm chooses its characters
+    def encoding(self) -> str:  # type: ignore[override]  # tqdm chooses its characters by it
         return self._terminal.encoding
 
     def write(self, text: str) -> int:
@@ -44,9 +44,9 @@ class LineBelow(io.TextIOBase):
 
 
 def line_below(stdout: TextIO, environment: Mapping[str, str] = os.environ) -> TextIO:
-    """Where bars are drawn: below pytest's line if stdout is a terminal, else nowhere.
+    """The stream for progress bars: the line below pytest's if stdout is a terminal, else NOWHERE.
 
-    Must be called before pytest captures output: it captures the file descriptor, of which this keeps a copy.
+    Must be called before pytest captures output, because it duplicates the file descriptor.
     """
     if not stdout.isatty() or environment.get("TERM", "dumb") == "dumb":
         return NOWHERE

@@ -22,12 +22,11 @@ Encoded = tuple[Prompt, tuple[int, ...]]  # a prompt and its token ids
 
 
 class Prompts:
-    """The sampled prompts of each workload, read when this is made.
+    """The sampled prompts of each workload, read on construction.
 
-    by_workload: by label; where a workload that was not named is unavailable, the reason. malformed: the rows that
-    were left out, likewise.
-    num_requests: requests of the highest rate; without a rate it is not used.
-    Raises ValueError if a workload has too few prompts, and if code is to be run and there is no sandbox.
+    by_workload: by label, the prompts or the reason why a default workload is unavailable. malformed: by label, the
+    skipped rows. num_requests: requests at the highest rate; unused without a rate.
+    Raises ValueError if a workload has too few prompts, or if code must be executed and there is no sandbox.
     """
 
     def __init__(self, config: BenchConfig, num_requests: int = 0) -> None:
@@ -37,11 +36,11 @@ class Prompts:
         self._check_code_execution()
 
     def available(self) -> Iterator[list[Prompt]]:
-        """The prompts of each workload that has some."""
+        """The prompts of each available workload."""
         return (prompts for prompts in self.by_workload.values() if not isinstance(prompts, str))
 
     def why_unavailable(self, cell: Cell) -> str | None:
-        """Why a cell's workload has no prompts; None if it has."""
+        """Why a cell's workload is unavailable; None if it is available."""
         prompts = self.by_workload[self._bucket(cell)[0]]
         return prompts if isinstance(prompts, str) else None
 
@@ -51,12 +50,12 @@ class Prompts:
         return hashlib.sha256(texts.encode()).hexdigest()
 
     def rows_left_out(self, cell: Cell) -> dict[str, int]:
-        """For the record: how many rows of the cell's workload are malformed, and how many hold no prompt."""
+        """Record fields: the number of malformed rows of the cell's workload, and of rows without a prompt."""
         read = self.malformed[self._bucket(cell)[0]]
         return {"num_rows_skipped": len(read.skipped), "num_rows_passed_over": len(read.passed_over)}
 
     def chosen(self, cell: Cell, pair: Pair, tokenizer: Any) -> list[Encoded]:
-        """The cell's prompts, of the length asked for, with their token ids.
+        """The cell's prompts of the requested lengths, with their token ids.
 
         tokenizer: the reference engine's. Fails the cell if there are too few, or if one exceeds the pair's context.
         """
@@ -69,14 +68,14 @@ class Prompts:
         return chosen
 
     def _of_length(self, cell: Cell, encoded: Iterator[Encoded], lengths: Lengths) -> list[Encoded]:
-        """The first prompts whose length was asked for."""
-        least, most = lengths
+        """The first prompts of the requested lengths."""
+        shortest, longest = lengths
         num_prompts = self._config.num_prompts
-        fitting = ((prompt, tokens) for prompt, tokens in encoded if least <= len(tokens) <= most)
+        fitting = ((prompt, tokens) for prompt, tokens in encoded if shortest <= len(tokens) <= longest)
         chosen = list(islice(fitting, num_prompts))
         if len(chosen) < num_prompts:
             pytest.fail(
-                f"prompt_lengths={least}:{most} must hold for at least num_prompts={num_prompts} of the prompts "
+                f"prompt_lengths={shortest}:{longest} must hold for at least num_prompts={num_prompts} of the prompts "
                 f"of workload={cell.workload}, but does for {len(chosen)}; widen it, or lower --num-prompts",
                 pytrace=False,
             )
@@ -97,7 +96,7 @@ class Prompts:
         return bucket(cell.workload, self._config.prompt_lengths)
 
     def _read(self, workload: str) -> list[Prompt] | str:
-        """The sampled prompts; the reason if a workload that was not named is unavailable."""
+        """The sampled prompts, or the reason why a default workload is unavailable."""
         config = self._config
         try:
             prompts = registry.read(workload, config.data_dir, self.malformed[registry.label(workload)])
@@ -105,37 +104,36 @@ class Prompts:
             if "workloads" in config.named:
                 raise
             return str(error)
-        num_prompts = self._num_wanted(len(prompts))
-        least = 1 if config.rate else max(config.batch_sizes)
-        if not least <= num_prompts <= len(prompts):
+        num_prompts = self._num_prompts(len(prompts))
+        if not (1 if config.rate else max(config.batch_sizes)) <= num_prompts <= len(prompts):
             raise ValueError(
-                f"num_prompts={num_prompts} must be at most {len(prompts)}, what workload {workload} has, "
+                f"num_prompts={num_prompts} must be at most {len(prompts)}, the prompts of workload {workload}, "
                 "and at least the batch size; lower --num-prompts or --batch-sizes"
             )
-        # a prompt's length is known only with a tokenizer: until then all are kept, in random order
+        # selecting by length needs a tokenizer: until one is loaded, keep all prompts in random order
         return registry.sample(prompts, len(prompts) if config.prompt_lengths else num_prompts, config.seed)
 
-    def _num_wanted(self, num_available: int) -> int:
-        """The number of prompts that was named, else the default as far as there are so many; with a rate, one each."""
+    def _num_prompts(self, num_available: int) -> int:
+        """The requested number of prompts, else the default or, with a rate, one per request, as far as available."""
         config = self._config
         if "num_prompts" in config.named:
             return config.num_prompts
         return min(self._num_requests if config.rate else config.num_prompts, num_available)
 
     def _check_code_execution(self) -> None:
-        """Raises ValueError if code is to be run and there is no sandbox."""
+        """Raise ValueError if code must be executed and there is no sandbox."""
         has_code = any(isinstance(prompt.truth, UnitTest) for prompts in self.available() for prompt in prompts)
         if self._config.allow_code_execution and has_code and (reason := sandbox.why_not()):
             raise ValueError(
-                f"allow_code_execution=1 must be able to shut code in, but here {reason}; run as root or where users "
-                "have namespaces, in a container with --cap-add SYS_ADMIN, or leave the option out"
+                f"allow_code_execution=1 must have a working sandbox, but {reason}; run as root or enable user "
+                "namespaces, in a container use --cap-add SYS_ADMIN, or omit the option"
             )
 
 
 def encoded_prompt(prompt: Prompt, tokenizer: Any, config: BenchConfig, pair: Pair) -> tuple[int, ...]:
-    """A prompt's token ids in the format asked for; its bytes for random weights without a tokenizer.
+    """A prompt's token ids in the requested format; its bytes for random weights without a tokenizer.
 
-    Fails the cell if there is no tokenizer, or none with a chat template where that was named.
+    Fails the cell if there is no tokenizer, or if prompt_format=instruct was requested without a chat template.
     """
     is_raw = config.prompt_format == "raw"
     if not is_raw and "prompt_format" in config.named and not getattr(tokenizer, "chat_template", None):

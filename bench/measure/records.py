@@ -26,7 +26,7 @@ from specdec.stats import RunTotals, SpeedupParts, attribute_speedup, expected_s
 def build(
     cell: Cell, pair: Pair, config: BenchConfig, engine_version: str, device: str, measurement: Measurement
 ) -> dict[str, Any]:
-    """The record of a measured cell. What is not known, or has nothing to be compared with, is None."""
+    """The record of a measured cell. Values that are unknown or lack a comparison are None."""
     candidate, baseline = measurement.runs[CANDIDATE], measurement.runs.get(BASELINE)
     counts, times = _total_counts(candidate), _total_times(candidate)
     speedup = _comparison("speedup", candidate, baseline)
@@ -40,7 +40,7 @@ def build(
         **speedup,
         "reference_engine": config.reference_engine,
         **_comparison("speedup_of_reference", measurement.runs.get(REFERENCE), candidate),
-        # the closed form is of chains
+        # the closed form applies only to chains
         **_predictions(
             "auto" if cell.method == "tree" else cell.gamma, speedup["speedup"], _totals(candidate), _totals(baseline)
         ),
@@ -61,7 +61,7 @@ def build_load(
     served: Served,
     arrivals_s: Sequence[float],
 ) -> dict[str, Any]:
-    """The record of a load cell, see `bench.measure.load`. What is not known is None."""
+    """The record of a load cell, see `bench.measure.load`. Unknown values are None."""
     results = [result for result in served.results if result is not None]
     run = Run(tuple(results), served.phase_times)
     counts, times = _total_counts([run]), served.phase_times
@@ -70,9 +70,9 @@ def build_load(
         for at, result in zip(arrivals_s, served.results, strict=True)
     ]
     summary = load.summary(requests, config.duration, config.limits)
-    taken = [index for index in range(len(requests)) if index not in served.refused]
-    ends = [each.arrival_s + each.latency_s if each else served.wall_s for each in requests]
-    mean_in_flight, peak_in_flight = load.in_flight([(arrivals_s[index], ends[index]) for index in taken])
+    accepted = [index for index in range(len(requests)) if index not in served.refused]
+    ends = [request.arrival_s + request.latency_s if request else served.wall_s for request in requests]
+    mean_in_flight, peak_in_flight = load.in_flight([(arrivals_s[index], ends[index]) for index in accepted])
     return {
         "schema_version": SCHEMA_VERSION,
         **_identity(cell, pair, config, engine_version, device),
@@ -84,7 +84,7 @@ def build_load(
         "inter_token_limit_s": config.inter_token_limit,
         **summary,
         "queue_s": served.queue_s if summary["queue_s"] is None else summary["queue_s"],
-        "num_unfinished": len(taken) - len(results),
+        "num_unfinished": len(accepted) - len(results),
         "num_refused": len(served.refused),
         "mean_num_in_flight": mean_in_flight,
         "peak_num_in_flight": peak_in_flight,
@@ -92,13 +92,13 @@ def build_load(
         "peak_send_delay_s": served.peak_send_delay_s,
         **_acceptance(counts),
         **_phases(cell.method, counts, times),
-        "bookkeeping_time_s": None,  # waiting for arrivals would be part of it
+        "bookkeeping_time_s": None,  # it would include waiting for arrivals
         "overhead_rate": None,
         "output_sha256": output_sha256([result.token_ids if result else () for result in served.results]),
         "per_request_arrival_s": list(arrivals_s),
-        "per_request_ttft_s": [each and each.ttft_s for each in requests],
-        "per_request_latency_s": [each and each.latency_s for each in requests],
-        "per_request_tokens": [each and each.num_tokens for each in requests],
+        "per_request_ttft_s": [request and request.ttft_s for request in requests],
+        "per_request_latency_s": [request and request.latency_s for request in requests],
+        "per_request_tokens": [request and request.num_tokens for request in requests],
     }
 
 
@@ -161,21 +161,21 @@ def _acceptance(counts: AcceptanceCounts | None) -> dict[str, Any]:
 def _acceptance_by_prompt(results: Sequence[PromptResult]) -> dict[str, Any]:
     """Counts of each prompt, and the acceptance rate's interval over prompts; None if the engine does not count."""
     counts = [result.counts for result in results if result.counts is not None]
-    known = len(counts) == len(results)
-    drafted, accepted = [each.num_drafted for each in counts], [each.num_accepted for each in counts]
-    interval = rate_interval(accepted, drafted) if known else None
+    is_complete = len(counts) == len(results)
+    drafted, accepted = [c.num_drafted for c in counts], [c.num_accepted for c in counts]
+    interval = rate_interval(accepted, drafted) if is_complete else None
     return {
         "acceptance_rate_low": interval.low if interval else None,
         "acceptance_rate_high": interval.high if interval else None,
-        "per_prompt_drafted": drafted if known else None,
-        "per_prompt_accepted": accepted if known else None,
+        "per_prompt_drafted": drafted if is_complete else None,
+        "per_prompt_accepted": accepted if is_complete else None,
     }
 
 
 def _phases(method: str, counts: AcceptanceCounts | None, times: PhaseTimes | None) -> dict[str, Any]:
-    """Seconds in the phases of the whole run; None for phases that an engine does not report.
+    """Seconds per phase over the whole run; None for phases that an engine does not report.
 
-    overhead_rate: share of the time outside model forwards; None where drafting is mostly forwards, too.
+    overhead_rate: fraction of the time outside model forwards; None if drafting itself consists of forwards.
     """
     overhead_s = times.total_s - times.prefill_s - times.scoring_s if times else 0.0
     num_drafted = counts.num_drafted if counts else 0
@@ -193,10 +193,10 @@ def _phases(method: str, counts: AcceptanceCounts | None, times: PhaseTimes | No
 
 
 def _latencies(runs: Sequence[Run]) -> dict[str, Any]:
-    """Means over prompts, and the throughput of all rounds together.
+    """Means over prompts, and the throughput over all rounds.
 
-    A round lasts from its start to the last token of its prompts, by the engine's clock: work of the harness around it,
-    such as reading a server's counters, does not count.
+    A round lasts from its start to the last token of its prompts, by the engine's clock. This excludes work of the
+    harness, such as reading a server's counters.
     """
     results = _results(runs)
     run_s = sum(max(result.latency_s for result in run.results) for run in runs)
@@ -216,29 +216,29 @@ def _latencies(runs: Sequence[Run]) -> dict[str, Any]:
 
 
 def _comparison(name: str, faster: list[Run] | None, slower: list[Run] | None) -> dict[str, Any]:
-    """How many times faster one arm is: latency per emitted token of the other over its own, paired by round.
+    """Speedup of one arm over another: ratio of latencies per emitted token, paired by round, with its interval.
 
-    With equally many tokens this is the ratio of latencies. With different numbers (after rounding differences, or
-    with sampling) a ratio of latencies would reward the arm that happened to stop sooner.
+    For outputs of equal length this is the ratio of latencies. For outputs of different length (after rounding
+    differences, or with sampling) the ratio of latencies would favor the arm that happened to stop sooner.
     """
     if not faster or not slower:
         return {name: None, f"{name}_low": None, f"{name}_high": None}
-    ratios = [_time_per_token(theirs) / _time_per_token(ours) for ours, theirs in zip(faster, slower, strict=True)]
+    ratios = [_time_per_token(slow) / _time_per_token(fast) for fast, slow in zip(faster, slower, strict=True)]
     interval = geometric_mean_interval(ratios)
     return {name: interval.estimate, f"{name}_low": interval.low, f"{name}_high": interval.high}
 
 
 def _time_per_token(run: Run) -> float:
-    """Seconds per emitted token; one number for a batch, whose rows are not independent."""
+    """Seconds per emitted token of a batch as a whole, because its rows are not independent."""
     return sum(result.latency_s for result in run.results) / sum(len(result.token_ids) for result in run.results)
 
 
 def _predictions(
     gamma: Gamma, speedup: float | None, run: RunTotals | None, plain: RunTotals | None
 ) -> dict[str, float | None]:
-    """What acceptance and phase times imply; all None for an engine that does not report its phases.
+    """Predictions from acceptance and phase times; all None for an engine that does not report its phases.
 
-    cost_ratio: one drafted token over one plain step. step_cost_ratio: scoring and verifying a step over the same.
+    cost_ratio: time per draft token / plain step. step_cost_ratio: time to score and verify a step / plain step.
     predicted_speedup and speedup_from_*: the parts of `speedup`, see `specdec.stats.SpeedupParts`.
     """
     parts = [f"speedup_from_{field.name}" for field in fields(SpeedupParts)[1:]]
@@ -254,18 +254,18 @@ def _predictions(
         scoring_s=times.scoring_s / counts.num_steps,
         verification_s=times.verification_s / counts.num_steps,
     )
-    # the closed form has one rate, here that of the first draft token, and one draft length
+    # the closed form needs a single rate, here that of the first draft token, and a fixed draft length
     expected = None if gamma == "auto" else expected_speedup(counts.acceptance_rate_at[0], gamma, cost_ratio)
     attributed = astuple(attribute_speedup(speedup, predicted, run, plain))
     return dict(zip(names, (cost_ratio, run.step_s / plain.step_s, expected, *attributed), strict=True))
 
 
-def _num_equal(ours: list[Run], theirs: list[Run] | None, config: BenchConfig) -> int | None:
-    """Prompts with the same output; only greedy outputs can be compared, and none where acceptance was prescribed."""
-    if not theirs or config.temperature > 0 or config.synthetic_acceptance_rates:
+def _num_equal(runs: list[Run], others: list[Run] | None, config: BenchConfig) -> int | None:
+    """The number of prompts with equal outputs; None with sampling or with prescribed acceptance rates."""
+    if not others or config.temperature > 0 or config.synthetic_acceptance_rates:
         return None
-    pairs = zip(_results(ours), _results(theirs), strict=True)
-    return sum(mine.token_ids == other.token_ids for mine, other in pairs)
+    pairs = zip(_results(runs), _results(others), strict=True)
+    return sum(result.token_ids == other.token_ids for result, other in pairs)
 
 
 def _results(runs: Sequence[Run]) -> list[PromptResult]:
@@ -273,7 +273,7 @@ def _results(runs: Sequence[Run]) -> list[PromptResult]:
 
 
 def _per_prompt(arm: str, runs: list[Run] | None) -> dict[str, Any]:
-    """Times and tokens of another arm, so that the speed-ups can be computed again."""
+    """Times and tokens of another arm, from which the speedups can be recomputed."""
     return {
         f"{arm}_per_prompt_latency_s": [result.latency_s for result in _results(runs)] if runs else None,
         f"{arm}_per_prompt_tokens": [len(result.token_ids) for result in _results(runs)] if runs else None,
@@ -293,8 +293,8 @@ def _total_counts(runs: Sequence[Run]) -> AcceptanceCounts | None:
 
 
 def _total_times(runs: Sequence[Run]) -> PhaseTimes | None:
-    """The sum over rounds, in target calls of a batch each."""
+    """The sum over rounds; None unless all of them report phase times."""
     times = [run.phase_times for run in runs if run.phase_times is not None]
     if len(times) < len(runs):
         return None
-    return PhaseTimes(*(sum(getattr(each, field.name) for each in times) for field in fields(PhaseTimes)))
+    return PhaseTimes(*(sum(getattr(phases, field.name) for phases in times) for field in fields(PhaseTimes)))

@@ -1,11 +1,11 @@
-"""Power, energy, utilisation, memory and temperature while a cell is measured.
+"""Power, energy, utilization, memory and temperature while a cell is measured.
 
-A thread samples the GPUs (NVML) and the processor packages (RAPL) at a stated rate; what is integrated is exactly the
-time of the candidate's rounds, with the samples interpolated at both ends of each. It is the whole device that is
-measured, its idle power and whatever else runs on it included; memory is all that is in use on it, other engines'
-models included. What cannot be read is None, with the reason.
+A thread samples the GPUs (NVML) and the processor packages (RAPL) at a given rate. Power is integrated over the
+candidate's rounds only, with samples interpolated at both ends of each round. Values are those of whole devices: they
+include idle power, other programs and the memory of other engines' models. Values that cannot be read are None, with
+the reason.
 
-`python -m bench.measure.telemetry` shows what can be read on this machine, and what reading it costs.
+`python -m bench.measure.telemetry` shows what can be read on this machine, and the overhead of sampling.
 """
 
 from __future__ import annotations
@@ -24,29 +24,29 @@ from typing import Any, Protocol
 from bench.records.fields import ENERGY
 
 POWERCAP = Path("/sys/class/powercap")
-FIELDS = tuple(each.name for each in ENERGY)
+FIELDS = tuple(field.name for field in ENERGY)
 
-Span = tuple[float, float]  # beginning and end, readings of time.perf_counter
-Points = Sequence[tuple[float, float]]  # (time, value), in order of time; between them the value is a straight line
+Span = tuple[float, float]  # start and end, by time.perf_counter
+Points = Sequence[tuple[float, float]]  # (time, value) in order of time, interpolated linearly
 
 
 class UnavailableError(RuntimeError):
-    """Something cannot be read here, or no longer; the message is the reason."""
+    """A meter cannot be read on this machine, or stopped working; the message is the reason."""
 
 
 class Meter(Protocol):
-    """Something that can be read again and again."""
+    """A device that can be sampled."""
 
     def read(self) -> Any:
-        """Its state now. Raises UnavailableError."""
+        """The current reading. Raises UnavailableError."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class GpuReading:
-    """All GPUs of a run together: the sums of power and memory, the mean utilisation, the highest temperature.
+    """All GPUs of a run: total power and memory, mean utilization, highest temperature.
 
-    energy_j: what their own counters have, which began with the driver; None if one of them has none.
+    energy_j: total of the GPUs' energy counters since the driver was loaded; None if a GPU has no counter.
     """
 
     power_w: float
@@ -57,7 +57,7 @@ class GpuReading:
 
 
 class GpuMeter:
-    """GPUs by NVML. uuids: as torch tells them. nvml: the module pynvml, of the package nvidia-ml-py."""
+    """Reads GPUs by NVML. uuids: as reported by torch. nvml: the module pynvml, of the package nvidia-ml-py."""
 
     def __init__(self, uuids: Sequence[str], nvml: Any = None) -> None:
         self._nvml = nvml or _import_nvml()
@@ -70,29 +70,29 @@ class GpuMeter:
     def read(self) -> GpuReading:
         nvml, handles = self._nvml, self._handles
         try:
-            utilisations = [nvml.nvmlDeviceGetUtilizationRates(each).gpu / 100 for each in handles]
+            utilizations = [nvml.nvmlDeviceGetUtilizationRates(handle).gpu / 100 for handle in handles]
             sensor = nvml.NVML_TEMPERATURE_GPU
             return GpuReading(
                 sum(map(self._power_w, handles)),
-                sum(utilisations) / len(handles),
-                sum(nvml.nvmlDeviceGetMemoryInfo(each).used for each in handles),
-                max(nvml.nvmlDeviceGetTemperature(each, sensor) for each in handles),
+                sum(utilizations) / len(handles),
+                sum(nvml.nvmlDeviceGetMemoryInfo(handle).used for handle in handles),
+                max(nvml.nvmlDeviceGetTemperature(handle, sensor) for handle in handles),
                 self._counted_j(),
             )
-        except nvml.NVMLError as error:  # it fell off the bus, for instance
+        except nvml.NVMLError as error:  # for instance, the GPU has fallen off the bus
             raise UnavailableError(f"NVML could not read the GPU: {error}") from error
 
     def _counted_j(self) -> float | None:
-        """GPUs count their energy from Volta on."""
+        """Total of the energy counters, which GPUs have since Volta."""
         try:
-            return float(sum(self._nvml.nvmlDeviceGetTotalEnergyConsumption(each) for each in self._handles)) / 1000
+            return float(sum(map(self._nvml.nvmlDeviceGetTotalEnergyConsumption, self._handles))) / 1000
         except self._nvml.NVMLError_NotSupported:
             return None
 
     def _power_w(self, handle: Any) -> float:
-        """At this moment where the GPU tells; else as nvidia-smi has it, on newer GPUs the mean of the last second."""
+        """Instantaneous power if the GPU reports it, else that of nvidia-smi, on newer GPUs a mean over one second."""
         nvml = self._nvml
-        with contextlib.suppress(nvml.NVMLError):  # drivers that know no such field
+        with contextlib.suppress(nvml.NVMLError):  # drivers without this field
             (value,) = nvml.nvmlDeviceGetFieldValues(handle, [nvml.NVML_FI_DEV_POWER_INSTANT])
             if value.nvmlReturn == 0:
                 return float(value.value.uiVal) / 1000
@@ -100,16 +100,16 @@ class GpuMeter:
 
 
 class RaplMeter:
-    """Energy of all processor packages, in joules since this was made, by Linux's powercap.
+    """Energy of all processor packages since creation, in joules, by Linux powercap.
 
-    Counters begin again at their maximum, which at a hundred watts takes minutes: it is to be read more often.
+    The counters wrap around within minutes at a hundred watts, so it must be read more often than that.
     """
 
     def __init__(self, powercap: Path = POWERCAP) -> None:
-        # intel-rapl:0 is a package (AMD's are called so, too), intel-rapl:0:0 a part of it
+        # intel-rapl:0 is a package (also on AMD), intel-rapl:0:0 a part of it
         self._packages = [path for path in sorted(powercap.glob("intel-rapl:*")) if path.name.count(":") == 1]
         if not self._packages:
-            raise UnavailableError(f"{powercap} has no intel-rapl: the processor, or a virtual machine, does not tell")
+            raise UnavailableError(f"{powercap} has no intel-rapl: the processor or virtual machine does not expose it")
         self._ranges = [self._number(path / "max_energy_range_uj") for path in self._packages]
         self._last = self._counters()
         self._total_uj = 0
@@ -134,7 +134,7 @@ class RaplMeter:
 
 @dataclass(slots=True)
 class Trace:
-    """What was sampled: (time, reading) by meter, the reason where there is none, and what sampling cost."""
+    """Recorded samples: (time, reading) by meter, reasons for missing meters, and the time spent sampling."""
 
     samples: dict[str, list[tuple[float, Any]]] = field(default_factory=dict)
     reasons: dict[str, str] = field(default_factory=dict)
@@ -143,10 +143,10 @@ class Trace:
 
 
 class Sampler:
-    """Samples meters in a thread while it is entered, and once at the beginning and at the end.
+    """A context that samples meters in a thread, and once at the start and at the end.
 
-    meters: by name, either a meter, or the reason why there is none. hz: samples a second; 0 samples nothing.
-    A meter that fails keeps its reason, and nothing of what it said before: part of an energy is none.
+    meters: by name, a meter or the reason why it is missing. hz: samples per second; 0 disables sampling.
+    If a meter fails, its earlier samples are discarded and the reason is kept: a partial energy would be misleading.
     """
 
     def __init__(self, meters: Mapping[str, Meter | str], hz: float) -> None:
@@ -179,7 +179,7 @@ class Sampler:
     def _run(self) -> None:
         due_s = time.perf_counter()
         while self._meters:
-            due_s = max(due_s + self._period_s, time.perf_counter())  # what was missed is not made up for
+            due_s = max(due_s + self._period_s, time.perf_counter())  # missed samples are skipped
             if self._ended.wait(due_s - time.perf_counter()):
                 break
             self._sample()
@@ -198,12 +198,12 @@ class Sampler:
 
 
 def meters(uuids: Sequence[str]) -> dict[str, Meter | str]:
-    """The meter "cpu", and "gpu" for a run that uses GPUs. uuids: theirs."""
-    gpu = {"gpu": _made(lambda: GpuMeter(uuids))} if uuids else {}
-    return {**gpu, "cpu": _made(RaplMeter)}
+    """The meter "cpu", and "gpu" if there are uuids of GPUs; a string is the reason why a meter is missing."""
+    gpu = {"gpu": _meter_or_reason(lambda: GpuMeter(uuids))} if uuids else {}
+    return {**gpu, "cpu": _meter_or_reason(RaplMeter)}
 
 
-def _made(make: Callable[[], Meter]) -> Meter | str:
+def _meter_or_reason(make: Callable[[], Meter]) -> Meter | str:
     try:
         return make()
     except UnavailableError as error:
@@ -211,10 +211,10 @@ def _made(make: Callable[[], Meter]) -> Meter | str:
 
 
 def record(trace: Trace, spans: Sequence[Span], hz: float, num_tokens: int, num_accepted: int | None) -> dict[str, Any]:
-    """The fields of a cell's record, `FIELDS`.
+    """The telemetry fields of a cell's record, `FIELDS`.
 
-    spans: when the candidate ran. num_tokens, num_accepted: that it emitted, and accepted of its drafts (None if the
-    engine does not tell). energy_j is that of the GPUs, or, in a run without one, of the processor packages.
+    spans: when the candidate ran. num_tokens: emitted tokens. num_accepted: accepted draft tokens, or None if the
+    engine does not report them. energy_j is measured on the GPUs, or without GPUs on the processor packages.
     """
     duration_s = sum(end - start for start, end in spans)
     gpu, cpu = trace.samples.get("gpu"), trace.samples.get("cpu")
@@ -223,7 +223,7 @@ def record(trace: Trace, spans: Sequence[Span], hz: float, num_tokens: int, num_
     values |= {"telemetry_hz": hz, "telemetry_overhead_rate": trace.cpu_s / trace.wall_s if trace.cpu_s else None}
     values |= {"cpu_energy_j": cpu_energy_j, "cpu_energy_reason": trace.reasons.get("cpu")}
     if gpu:
-        values |= _of_gpus(gpu, spans, duration_s)
+        values |= _gpu_fields(gpu, spans, duration_s)
     elif cpu_energy_j is not None and "gpu" not in trace.reasons:
         values |= {"energy_j": cpu_energy_j, "average_power_w": cpu_energy_j / duration_s}
     else:
@@ -234,9 +234,12 @@ def record(trace: Trace, spans: Sequence[Span], hz: float, num_tokens: int, num_
     return values
 
 
-def _of_gpus(samples: Sequence[tuple[float, GpuReading]], spans: Sequence[Span], duration_s: float) -> dict[str, Any]:
+def _gpu_fields(
+    samples: Sequence[tuple[float, GpuReading]], spans: Sequence[Span], duration_s: float
+) -> dict[str, Any]:
     series: dict[str, list[tuple[float, Any]]] = {
-        each.name: [(time_s, getattr(reading, each.name)) for time_s, reading in samples] for each in fields(GpuReading)
+        name: [(time_s, getattr(reading, name)) for time_s, reading in samples]
+        for name in (field.name for field in fields(GpuReading))
     }
     counts = all(counted is not None for _, counted in series["energy_j"])
     counted_j = sum(_rise(series["energy_j"], span) for span in spans) if counts else None
@@ -255,12 +258,12 @@ def _of_gpus(samples: Sequence[tuple[float, GpuReading]], spans: Sequence[Span],
 
 
 def clip(points: Points, span: Span) -> list[tuple[float, float]]:
-    """The part of a broken line within a span, with points at both ends of it.
+    """The part of a piecewise linear curve within a span, with points at both ends.
 
-    Before the first point and behind the last the line is level. Raises ValueError if there are no points.
+    Before the first and after the last point the curve is constant. Raises ValueError if there are no points.
     """
     if not points:
-        raise ValueError("points=[] must not be empty: nothing was sampled")
+        raise ValueError("points=[] must not be empty; sample at least once")
     start_s, end_s = span
     times = [time_s for time_s, _ in points]
     inside = points[bisect_right(times, start_s) : bisect_left(times, end_s)]
@@ -268,12 +271,12 @@ def clip(points: Points, span: Span) -> list[tuple[float, float]]:
 
 
 def integral(points: Points) -> float:
-    """The area under a broken line: the trapezoid rule."""
+    """The area under a piecewise linear curve, by the trapezoidal rule."""
     return sum((after[0] - before[0]) * (before[1] + after[1]) / 2 for before, after in pairwise(points))
 
 
 def _rise(points: Points, span: Span) -> float:
-    """By how much a counter rose within a span."""
+    """The increase of a counter within a span."""
     (_, first), *_, (_, last) = clip(points, span)
     return last - first
 
@@ -298,12 +301,12 @@ def _import_nvml() -> Any:
 
 
 def _nvml_uuid(uuid: str) -> str:
-    """NVML says GPU-..., torch leaves that out; parts of a GPU begin with MIG-."""
+    """Add the prefix GPU-, which NVML uses and torch omits; MIG partitions have the prefix MIG-."""
     return uuid if uuid.startswith(("GPU-", "MIG-")) else f"GPU-{uuid}"
 
 
 def main(hz: float = 10, seconds: float = 5) -> None:
-    """Print what can be read here, and which share of a processor's time reading it takes."""
+    """Print the readings available on this machine, and the CPU overhead of sampling."""
     from bench.measure import machine
 
     device = machine.resolve_device("auto")

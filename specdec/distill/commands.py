@@ -224,11 +224,11 @@ def _best(options: Namespace) -> dict[str, Any]:
     return {"held_out": next(line for line in seen if line["step"] == step)}
 
 
-def _print_result(what: str, best: dict[str, Any], options: Namespace) -> None:
+def _print_result(kind: str, best: dict[str, Any], options: Namespace) -> None:
     """Print the held-out evaluation of the best weights in one line."""
     numbers = {name: value for name, value in best["held_out"].items() if isinstance(value, int | float)}
-    seen = ", ".join(f"{name}={value:.3g}" for name, value in numbers.items())
-    print(f"{what}: in {options.out}; held-out texts at the best step: {seen}")
+    evaluation = ", ".join(f"{name}={value:.3g}" for name, value in numbers.items())
+    print(f"{kind}: in {options.out}; held-out texts at the best step: {evaluation}")
 
 
 def _about(options: Namespace) -> dict[str, Any]:

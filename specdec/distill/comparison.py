@@ -55,5 +55,5 @@ def copies(tokens: Sequence[int], start: int, depth: int) -> Iterator[tuple[int,
         match = max((size for size, guess in enumerate(guesses, 1) if guess), default=0)
         guess = guesses[match - 1] if match else []
         pairs = zip(guess, tokens[known : known + depth], strict=False)
-        num_correct = next((i for i, (ours, theirs) in enumerate(pairs) if ours != theirs), len(guess))
+        num_correct = next((i for i, (copied, token) in enumerate(pairs) if copied != token), len(guess))
         yield known - 1, match, num_correct

@@ -22,7 +22,7 @@ from specdec.sampling_params import SamplingParams
 HELD_OUT = 40
 MAX_PROMPT_TOKENS, MAX_TEXT_TOKENS = 256, 1280  # limits for questions, and for questions about a text
 WINDOW = 1024  # texts sorted by length together
-GROUP = 256  # prompts per engine call; the most that an interrupted run loses
+GROUP = 256  # prompts per engine call; an interrupted run loses at most this many
 
 
 @dataclass(frozen=True, slots=True)

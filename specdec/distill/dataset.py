@@ -22,7 +22,7 @@ from specdec.distill import corpus
 from specdec.distill.corpus import Text
 from specdec.runtime.progress import bar
 
-WINDOW = 256  # texts whose features are in memory at once; the most that an interrupted run loses
+WINDOW = 256  # texts with features in memory at once; an interrupted run loses at most this many
 
 
 @dataclass(frozen=True, slots=True)

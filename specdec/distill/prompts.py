@@ -66,7 +66,7 @@ def about_texts(dialogues: Sequence[Dialogue], seed: int) -> Iterator[Dialogue]:
         elif kind == 1:
             yield Dialogue(f"{first.reply[:2400]}\n\nWhat are the main points of this text?")
         elif kind == 2:
-            found = "\n\n".join(each.reply[:1100] for each in random.sample([first, second, third], 3))
+            found = "\n\n".join(dialogue.reply[:1100] for dialogue in random.sample([first, second, third], 3))
             yield Dialogue(
                 f"Answer the question with the help of these documents.\n\n{found}\n\nQuestion: {first.prompt}"
             )

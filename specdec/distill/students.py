@@ -1,7 +1,7 @@
-"""The two drafts that are trained: a small language model of its own, and a head on the target's features.
+"""The two trainable drafts: a small language model, and a head on the target's features.
 
-Both guess, for every token of a text at once, the distribution of the token after it; the head also as it would guess
-if the last one or more features were its own guesses.
+Both predict the next-token distribution at every token of a text at once. The head also predicts it with its own
+predictions in place of the last features, as when drafting several tokens.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from specdec.distill.loss import distillation_loss
 from specdec.heads.eagle import EagleHead
 from specdec.sampling.distributions import spread
 
-PLACE_WEIGHTS = (1.0, 0.7, 0.5)  # of the first, second, third token of a draft
+PLACE_WEIGHTS = (1.0, 0.7, 0.5)  # loss weight of the first, second, third token of a draft
 
 
 class Scale(nn.Module):
-    """A weight matrix [out, in] as a trained matrix times fixed scales of its rows and columns.
+    """A weight matrix [out, in], parametrized as a trained matrix times fixed scales of its rows and columns.
 
-    An optimiser moves all entries alike, so inputs and outputs of very different size are first brought to one.
+    An optimizer updates all entries by similar amounts, so inputs and outputs are scaled to unit size.
     """
 
     rows: Tensor
@@ -43,24 +43,24 @@ class Scale(nn.Module):
 
 
 def scale(layer: Any, rows: Tensor | float, columns: Tensor | float) -> None:
-    """Train a linear layer's weight under scales; `unscale` makes it an ordinary weight again."""
+    """Parametrize a linear layer's weight by `Scale`, until `unscale`."""
     register_parametrization(layer, "weight", Scale(rows, columns))
 
 
 def unscale(module: nn.Module) -> None:
-    """Fold all scales into the weights."""
+    """Fold all scales into ordinary weights."""
     for part in module.modules():
         if is_parametrized(part):
             remove_parametrizations(part, "weight")
 
 
 class Guesser(Protocol):
-    """A draft and its distributions along a text. target_output: the target's output matrix [vocab, hidden]."""
+    """A draft that predicts along a text. target_output: the target's output matrix [vocab, hidden]."""
 
     target_output: Tensor
 
     def logits(self, batch: TextBatch, depth: int) -> list[Tensor]:
-        """For each place d in a draft: logits [texts, width, vocab], at j of the token after j, d tokens drafted."""
+        """For each draft position d, logits [texts, width, vocab] of the token after j, with d draft tokens before."""
         ...
 
 
@@ -69,11 +69,11 @@ class Student(Guesser, Protocol):
 
     @property
     def module(self) -> nn.Module:
-        """What is trained."""
+        """The module with the trained parameters."""
         ...
 
     def loss(self, batch: TextBatch, random: torch.Generator) -> Tensor:
-        """What to make smaller."""
+        """The training loss."""
         ...
 
 
@@ -86,15 +86,15 @@ class HeadGuesser:
 
     def logits(self, batch: TextBatch, depth: int) -> list[Tensor]:
         head = self.module
-        known = [head.logits(hidden) for hidden in unroll(head, batch, depth)]
-        return [spread(logits, head.draft_vocabulary, head.vocab_size, -torch.inf) for logits in known]
+        reduced = [head.logits(hidden) for hidden in unroll(head, batch, depth)]
+        return [spread(logits, head.draft_vocabulary, head.vocab_size, -torch.inf) for logits in reduced]
 
 
 class DraftStudent:
-    """A Llama of its own whose input and output embeddings are the target's, projected to its width.
+    """A small Llama model with the target's input and output embeddings, projected to its width.
 
-    config: of the Llama. target: a transformers model, whose matrices [vocab, hidden] stay as they are.
-    frequent: int64 tokens, ascending, whose probabilities count at every step; others take turns.
+    config: of the small model. target: a transformers model; its embeddings [vocab, hidden] are not trained.
+    frequent: int64, ascending tokens that are in the loss at every step; others are sampled.
     """
 
     def __init__(self, config: LlamaConfig, target: Any, frequent: Tensor) -> None:
@@ -116,12 +116,12 @@ class DraftStudent:
         return states
 
     def loss(self, batch: TextBatch, random: torch.Generator) -> Tensor:
-        wanted = _positions(batch, 0)
-        tokens = _some(len(self.target_output), self.frequent, random)
+        positions = _positions(batch, 0)
+        tokens = _loss_tokens(len(self.target_output), self.frequent, random)
         output = self.target_output[tokens]
-        hidden = self.hidden(batch.tokens)[wanted].unsqueeze(0)
+        hidden = self.hidden(batch.tokens)[positions].unsqueeze(0)
         return distillation_loss(
-            hidden, self.module["project_out"](output.float()), batch.features[wanted], output, (1.0,)
+            hidden, self.module["project_out"](output.float()), batch.features[positions], output, (1.0,)
         )
 
     def logits(self, batch: TextBatch, depth: int) -> list[Tensor]:
@@ -130,9 +130,9 @@ class DraftStudent:
 
 
 class HeadStudent(HeadGuesser):
-    """An EagleHead, unrolled over its own features for as many tokens as PLACE_WEIGHTS has.
+    """An EagleHead, unrolled over its own features for len(PLACE_WEIGHTS) tokens.
 
-    target: the transformers model. frequent: int64 places in the draft vocabulary, as for DraftStudent.
+    target: the transformers model. frequent: int64 indices into the draft vocabulary, as for DraftStudent.
     sizes: float [hidden], the root mean square of each of the target's features.
     """
 
@@ -149,31 +149,31 @@ class HeadStudent(HeadGuesser):
         layer.post_attention_layernorm.weight.data = _size(sizes) / sizes
 
     def loss(self, batch: TextBatch, random: torch.Generator) -> Tensor:
-        wanted = _positions(batch, len(PLACE_WEIGHTS))
-        output = self.module.output[_some(len(self.module.output), self.frequent, random)]
-        hidden = torch.stack([states[wanted] for states in unroll(self.module, batch, len(PLACE_WEIGHTS))])
-        return distillation_loss(hidden, output, batch.features[wanted], output, PLACE_WEIGHTS)
+        positions = _positions(batch, len(PLACE_WEIGHTS))
+        output = self.module.output[_loss_tokens(len(self.module.output), self.frequent, random)]
+        hidden = torch.stack([states[positions] for states in unroll(self.module, batch, len(PLACE_WEIGHTS))])
+        return distillation_loss(hidden, output, batch.features[positions], output, PLACE_WEIGHTS)
 
 
 def unroll(head: EagleHead, batch: TextBatch, depth: int) -> list[Tensor]:
-    """For each place in a draft the head's guessed features: [texts, width, hidden], at j of token j.
+    """The head's predicted features for each draft position: [texts, width, hidden], at j for token j.
 
-    At place d (from 0) the features of the d tokens before j are the head's guesses, at places 0 to d - 1, of tokens
-    that were drafted; those before are the target's. The one at position 0 means nothing.
+    At draft position d (from 0), the features of the last d tokens before j are the head's own predictions at draft
+    positions 0 to d - 1; earlier ones are the target's. The prediction at token 0 is meaningless.
     """
     tokens = batch.tokens
     width = tokens.shape[1]
     offsets = torch.arange(width, device=tokens.device)
-    behind = offsets[:, None] - offsets  # how far a key is behind a query
+    distance = offsets[:, None] - offsets  # from a key to a later query
     rotation = head.rotary(batch.features.float(), offsets[None])
     features, states = _shifted(batch.features.float()), []
     keys: list[Tensor] = []
     values: list[Tensor] = []
     for place in range(depth):
         hidden = head.mix(features, tokens)
-        # the target's features up to here are keys of place 0, the guessed ones in between of the places after
-        masks = [behind >= place, *(behind == place - earlier for earlier in range(1, place + 1))]
-        masks[0] = masks[0] & ((offsets > 0) | (behind == 0))  # position 0 has no feature before it
+        # keys from the target's features are those of place 0; keys from predicted features, of the later places
+        masks = [distance >= place, *(distance == place - earlier for earlier in range(1, place + 1))]
+        masks[0] = masks[0] & ((offsets > 0) | (distance == 0))  # token 0 has no previous feature
         states.append(_layer(head.layers[0], hidden, rotation, keys, values, torch.cat(masks, 1)))
         features = _shifted(states[-1])
     return states
@@ -182,7 +182,7 @@ def unroll(head: EagleHead, batch: TextBatch, depth: int) -> list[Tensor]:
 def _layer(
     layer: Any, hidden: Tensor, rotation: tuple[Tensor, Tensor], keys: list[Tensor], values: list[Tensor], mask: Tensor
 ) -> Tensor:
-    """A Llama decoder layer whose keys and values are those given and its own, which are appended."""
+    """A Llama decoder layer that attends to the given keys and values and its own, which are appended to them."""
     attention = layer.self_attn
     shape = (*hidden.shape[:2], -1, attention.head_dim)
     query, key, value = (
@@ -201,7 +201,7 @@ def _layer(
 
 
 def _shifted(features: Tensor) -> Tensor:
-    """Features of the token before each; zero before the first."""
+    """Features shifted by one token to the right, with zeros first."""
     return torch.cat([torch.zeros_like(features[:, :1]), features[:, :-1]], 1)
 
 
@@ -211,16 +211,16 @@ def _size(x: Tensor) -> Tensor:
 
 
 def _positions(batch: TextBatch, num_before: int) -> Tensor:
-    """Positions with a next token and num_before tokens before them: bool [texts, width].
+    """Positions with a next token and num_before earlier tokens: bool [texts, width].
 
-    Those inside prompts count too: the target's distribution there is as good a lesson, and costs nothing more to know.
+    Includes positions in prompts: the target's distribution there is equally useful, and already computed.
     """
     positions = torch.arange(batch.tokens.shape[1], device=batch.tokens.device)
     return (positions >= num_before) & (positions < batch.lengths[:, None] - 1)
 
 
-def _some(size: int, frequent: Tensor, random: torch.Generator) -> Tensor:
-    """The frequent ones of `size` tokens and half as many others, drawn anew; ascending."""
+def _loss_tokens(size: int, frequent: Tensor, random: torch.Generator) -> Tensor:
+    """The frequent tokens and half as many random ones of `size`, ascending."""
     others = torch.randint(size, (len(frequent) // 2,), generator=random)
     tokens: Tensor = torch.cat([frequent, others.to(frequent.device)]).unique()
     return tokens

@@ -1,4 +1,4 @@
-"""The training loop: batches in a fixed order, evaluation on held-out texts, checkpoints, and the best of them kept."""
+"""The training loop: reproducible batches, evaluation on held-out texts, checkpoints and the best weights."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from specdec.distill.dataset import Dataset, TextBatch
 from specdec.distill.students import Guesser, Student
 from specdec.runtime.progress import bar
 
-MAX_DEPTH = 4  # tokens of a draft that evaluation looks at
-EVALUATED = 24  # held-out texts at each temperature
+MAX_DEPTH = 4  # draft tokens that are evaluated
+EVALUATED = 24  # held-out texts evaluated at each temperature
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """How to train.
+    """Training settings.
 
-    num_steps: optimiser steps. tokens_per_batch: of a step, padding included. learning_rate: of the layers' matrices
-    (Muon, matched to AdamW's scale); the other parameters get a third of it with AdamW. The rate rises over the first
-    `warmup` of the steps and falls to zero over the last `decay` of them.
-    evaluate_every, save_every: in steps. seed: of the order of batches, of initial weights and of sampled tokens.
+    num_steps: optimizer steps. tokens_per_batch: tokens per step, including padding. learning_rate: peak rate of the
+    layers' matrices (Muon, matched to the scale of AdamW); other parameters use AdamW with a third of it. The rate
+    rises over the first `warmup` fraction of the steps and falls to zero over the last `decay` fraction.
+    evaluate_every, save_every: in steps. seed: for the order of batches, the initial weights and sampled tokens.
     """
 
     num_steps: int
@@ -42,28 +42,28 @@ class Settings:
     seed: int = 0
 
     def rate_at(self, step: int) -> float:
-        """The learning rate's factor at a step."""
+        """The learning rate at a step, relative to its peak."""
         done = step / self.num_steps
         return min(1.0, (done + 1 / self.num_steps) / self.warmup, (1 - done) / self.decay)
 
 
 @dataclass(frozen=True, slots=True)
 class Acceptance:
-    """Probability that the first, second, ... token of a draft is accepted, by temperature of text and sampling."""
+    """Probability that the first, second, ... token of a draft is accepted, with greedy and with sampled text."""
 
     greedy: list[float]
     sampled: list[float]
 
     def tokens_per_call(self, gamma: int) -> tuple[float, float]:
-        """Expected tokens per target call with drafts of gamma tokens: greedy, and at temperature 1."""
+        """Expected tokens per target call with drafts of gamma tokens: (greedy, at temperature 1)."""
         return 1 + sum(self.greedy[:gamma]), 1 + sum(self.sampled[:gamma])
 
 
 def train(student: Student, dataset: Dataset, settings: Settings, folder: Path, *, cost_ratio: float) -> None:
-    """Train, or go on from folder/checkpoint.pt; folder/best.pt holds the best weights, progress.jsonl what was seen.
+    """Train a student, resuming from folder/checkpoint.pt; writes best.pt (best weights) and progress.jsonl.
 
-    cost_ratio: time of a draft step over that of a target step, with which drafts are valued.
-    Raises ValueError for a checkpoint that is damaged or was made with other settings.
+    cost_ratio: draft step time / target step time, used to select the best weights.
+    Raises ValueError for a damaged checkpoint or one with different settings.
     """
     folder.mkdir(parents=True, exist_ok=True)
     optimizers = _optimizers(student.module, settings)
@@ -75,7 +75,7 @@ def train(student: Student, dataset: Dataset, settings: Settings, folder: Path, 
             optimizer.load_state_dict(saved)
         best = state["best"]
     first = state["step"] if state else 0
-    _forget_after(first, folder / "progress.jsonl")
+    _truncate_progress(first, folder / "progress.jsonl")
     device = next(student.module.parameters()).device
     with bar(settings.num_steps, "step", initial=first) as steps:
         for step, indices in _batches(dataset, settings, first):
@@ -140,16 +140,15 @@ def _step(
 def evaluate(student: Student, dataset: Dataset) -> Acceptance:
     """Acceptance on held-out texts, computed from the distributions along them.
 
-    Along greedy text a draft is accepted as far as its likeliest tokens are the text's. At temperature 1, with p the
-    target's and q the draft's distribution, the probability that tokens 1 to m are accepted is the mean over the
-    target's text x of min(1, q/p)(x_1) ... min(1, q/p)(x_(m-1)) * sum_y min(p, q)(y): a draft's path weighted by the
-    target's.
+    On greedy text, a draft is accepted up to the first token that differs from the text. At temperature 1, with p the
+    target's and q the draft's distribution, the probability that tokens 1 to m are accepted is the mean over texts x of
+    the target of min(1, q/p)(x_1) ... min(1, q/p)(x_(m-1)) * sum_y min(p, q)(y): draft paths reweighted to the target.
     """
     return Acceptance(_by_position(student, dataset, 0.0), _by_position(student, dataset, 1.0))
 
 
 def _by_position(student: Student, dataset: Dataset, temperature: float) -> list[float]:
-    """Mean acceptance by place in a draft."""
+    """Mean acceptance by position in the draft."""
     device = next(student.module.parameters()).device
     sums, count = torch.zeros(MAX_DEPTH), 0
     for index in dataset.held_out(temperature)[:EVALUATED]:
@@ -163,10 +162,10 @@ def _by_position(student: Student, dataset: Dataset, temperature: float) -> list
 
 @torch.no_grad()
 def accepted_ahead(student: Guesser, batch: TextBatch, temperature: float, depth: int) -> Tensor:
-    """Probability that drafts begun behind each token of one text are accepted up to each place.
+    """Probability that a draft starting after each token of one text is accepted up to each of its tokens.
 
-    Returns [depth, width - depth]: entry [d, j] for the token at j + 1 + d of a draft that begins after the token j,
-    as in `evaluate`.
+    Returns [depth, width - depth]: entry [d, j] is for the token at position j + 1 + d of a draft that starts after
+    token j, as in `evaluate`.
     """
     with torch.autocast(batch.tokens.device.type, torch.bfloat16):
         distributions = student.logits(batch, depth)
@@ -174,30 +173,32 @@ def accepted_ahead(student: Guesser, batch: TextBatch, temperature: float, depth
     text = batch.tokens[0, 1:, None]
     path = torch.ones(len(text) + 1 - depth, device=text.device)
     accepted = []
-    goal = target[0, :-1].float().softmax(-1)
-    for place, distribution in enumerate(distributions):
+    target_probs = target[0, :-1].float().softmax(-1)
+    for depth_index, distribution in enumerate(distributions):
         logits = distribution[0, :-1].float()
         if temperature == 0:
-            kept = final = (logits.argmax(-1) == text[:, 0]).float()
+            ratio = overlap = (logits.argmax(-1) == text[:, 0]).float()
         else:
             probs = logits.softmax(-1)
-            kept = (probs.gather(1, text) / goal.gather(1, text)).clamp(max=1)[:, 0]
-            final = torch.minimum(probs, goal).sum(-1)
-        here = slice(place, place + len(path))
-        accepted.append(path * final[here])
-        path = path * kept[here]
+            ratio = (probs.gather(1, text) / target_probs.gather(1, text)).clamp(max=1)[:, 0]
+            overlap = torch.minimum(probs, target_probs).sum(-1)
+        window = slice(depth_index, depth_index + len(path))
+        accepted.append(path * overlap[window])
+        path = path * ratio[window]
     return torch.stack(accepted)
 
 
 def _evaluate_and_log(
     student: Student, dataset: Dataset, cost_ratio: float, folder: Path, step: int, loss: float
 ) -> float:
-    """The best speed-up that the acceptance promises, averaged over greedy and sampled; written to progress.jsonl."""
+    """The predicted speedup with the best gamma, averaged over greedy and sampled; appends it to progress.jsonl."""
     student.module.eval()
-    seen = evaluate(student, dataset)
+    acceptance = evaluate(student, dataset)
     student.module.train()
-    value = max(sum(seen.tokens_per_call(gamma)) / 2 / (1 + gamma * cost_ratio) for gamma in range(1, MAX_DEPTH + 1))
-    line = {"step": step, "loss": loss, **asdict(seen), "cost_ratio": cost_ratio, "predicted_speedup": value}
+    value = max(
+        sum(acceptance.tokens_per_call(gamma)) / 2 / (1 + gamma * cost_ratio) for gamma in range(1, MAX_DEPTH + 1)
+    )
+    line = {"step": step, "loss": loss, **asdict(acceptance), "cost_ratio": cost_ratio, "predicted_speedup": value}
     with (folder / "progress.jsonl").open("a") as out:
         out.write(json.dumps(line) + "\n")
     tqdm.write(json.dumps(line))
@@ -207,20 +208,20 @@ def _evaluate_and_log(
 # ---- checkpoints
 
 
-def _forget_after(step: int, progress: Path) -> None:
-    """Drop what was seen after the checkpoint: it will be seen again."""
+def _truncate_progress(step: int, progress: Path) -> None:
+    """Remove evaluations after the checkpoint, because they will be repeated."""
     if progress.exists():
         lines = progress.read_text().splitlines(keepends=True)
         progress.write_text("".join(line for line in lines if json.loads(line)["step"] <= step))
 
 
 def _save(path: Path, content: dict[str, Any]) -> None:
-    """In one step: a kill leaves the old one."""
+    """Save atomically: if the process is killed, the old file remains."""
     try:
         torch.save(content, path.with_suffix(".new"))
-    except RuntimeError as error:  # how torch says that the disk is full
+    except RuntimeError as error:  # raised by torch if the disk is full
         cause = str(error).splitlines()[0]
-        raise OSError(f"{path} must be written ({cause}); free space and start again, it goes on from here") from error
+        raise OSError(f"{path} must be written ({cause}); free space and rerun to resume training") from error
     os.replace(path.with_suffix(".new"), path)
 
 
@@ -231,7 +232,9 @@ def _load(path: Path, settings: Settings) -> dict[str, Any] | None:
         state: dict[str, Any] = torch.load(path, weights_only=True)
     except (RuntimeError, EOFError, pickle.UnpicklingError, OSError) as error:
         cause = str(error).splitlines()[0]
-        raise ValueError(f"{path} must be a whole checkpoint ({cause}); remove it to start anew") from None
+        raise ValueError(f"{path} must be a complete checkpoint ({cause}); remove it to start over") from None
     if state["settings"] != asdict(settings):
-        raise ValueError(f"{path} was made with {state['settings']}, not {asdict(settings)}; use those, or remove it")
+        raise ValueError(
+            f"{path} must have settings {asdict(settings)}, but has {state['settings']}; use those, or remove it"
+        )
     return state

@@ -75,11 +75,11 @@ def test_acceptance_rises(new_student, data, tmp_path: Path) -> None:
 
 def test_a_damaged_checkpoint_and_other_settings_are_refused(new_student, data, tmp_path: Path) -> None:
     train(new_student(), data, SETTINGS, tmp_path / "run", cost_ratio=0.1)
-    with pytest.raises(ValueError, match=r"was made with .*'seed': 3.*; use those, or remove it"):
+    with pytest.raises(ValueError, match=r"must have settings .*, but has .*; use those, or remove it"):
         train(new_student(), data, Settings(num_steps=12), tmp_path / "run", cost_ratio=0.1)
     path = tmp_path / "run" / "checkpoint.pt"
     path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(ValueError, match=r"checkpoint\.pt must be a whole checkpoint .* remove it to start anew"):
+    with pytest.raises(ValueError, match=r"checkpoint\.pt must be a complete checkpoint .* remove it to start over"):
         train(new_student(), data, SETTINGS, tmp_path / "run", cost_ratio=0.1)
 
 
@@ -92,7 +92,7 @@ def test_a_full_disk_is_said_and_leaves_the_old_checkpoint(new_student, data, tm
         raise RuntimeError("PytorchStreamWriter failed writing file")
 
     monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(OSError, match=r"checkpoint\.pt must be written .* free space and start again"):
+    with pytest.raises(OSError, match=r"checkpoint\.pt must be written .* free space and rerun"):
         training._save(tmp_path / "run" / "checkpoint.pt", {})
     assert (tmp_path / "run" / "checkpoint.pt").read_bytes() == before
 

@@ -1,6 +1,6 @@
-"""vLLM as a plain script has it, `LLM.generate`, to measure what the harness's worker adds; see `tools/vllm_overhead`.
+"""A plain script with `LLM.generate`, to measure the overhead of the harness's worker; see `tools/vllm_overhead`.
 
-It speaks as the worker does, and is given the same arguments of the engine; what those leave out, it leaves out too.
+It has the worker's protocol, and passes the same arguments to the engine.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import vllm_worker  # beside this file
 
 
 def serve(requests: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """An answer to each request, the first of which starts the engine."""
+    """Answer each request; the first one starts the engine."""
     from vllm import LLM, SamplingParams
 
     first = next(requests)

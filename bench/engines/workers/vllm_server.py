@@ -1,7 +1,7 @@
-"""Starts vLLM's own server: a script for the interpreter that has vLLM.
+"""Starts vLLM's server: a script for the interpreter that has vLLM.
 
-Its one argument is JSON: the same configuration as a worker's first request, and where to listen. The configuration is
-checked against the installed version first.
+Its argument is JSON: the configuration, as in a worker's first request, and the address to listen on. The configuration
+is checked against the installed version first.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ def main() -> None:
         engine = vllm_worker.checked(**configuration)
     except vllm_worker.Refused as error:
         sys.exit(str(error))
-    # not the command `vllm`: it wants the package to be called so, which builds for some hardware are not
+    # not the command `vllm`, which requires the package name vllm: builds for some hardware have another
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *arguments({**engine, **address})]
     os.execv(sys.executable, command)
 
 
 def arguments(options: Mapping[str, Any]) -> Iterator[str]:
-    """Options of the command line from keyword arguments."""
+    """Convert keyword arguments to command-line options."""
     for key, value in options.items():
         name = key.replace("_", "-")
         if isinstance(value, bool):

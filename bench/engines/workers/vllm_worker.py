@@ -1,8 +1,8 @@
-"""What runs vLLM: a script for the interpreter that has it, which need not have anything of this project.
+"""A worker that runs vLLM: a script for the interpreter that has it, without other dependencies.
 
-It reads JSON objects from its standard input, one a line, and answers each with one on what was its standard output;
-whatever vLLM prints goes to the standard error. The first object describes the engine, each other one a batch of
-prompts. It ends with its input, or with the process that started it. An answer with "error" says what was wrong.
+It reads JSON lines from its standard input and answers each with a JSON line on its original standard output; output of
+vLLM goes to the standard error. The first request describes the engine, each later one a batch of prompts. It ends with
+its input, or with its parent process. An answer with "error" is an error message.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ FILLED_IN_BY_VLLM = {"target_model_config", "target_parallel_config", "draft_mod
 
 
 class Refused(ValueError):
-    """A request that cannot be met; the message says all there is to say."""
+    """A request that cannot be fulfilled; the message needs no traceback."""
 
 
 def main(serve: Callable[[Iterator[dict[str, Any]]], Iterator[dict[str, Any]]]) -> None:
-    """Answer requests until there are no more. serve: makes an answer of each."""
+    """Answer requests until the input ends. serve: yields an answer for each."""
     answers = take_stdout()
     requests = map(json.loads, iter(sys.stdin.readline, ""))
     try:
@@ -46,7 +46,7 @@ def main(serve: Callable[[Iterator[dict[str, Any]]], Iterator[dict[str, Any]]]) 
 
 
 def take_stdout() -> TextIO:
-    """The standard output, for answers only; from now on file descriptor 1 is the standard error."""
+    """Reserve the standard output for answers: redirects file descriptor 1 to the standard error."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     end_with_parent()
@@ -54,13 +54,13 @@ def take_stdout() -> TextIO:
 
 
 def end_with_parent() -> None:
-    """Have the system kill this process when the one that started it is gone, however that ended."""
+    """On Linux, have the kernel kill this process when its parent ends, for whatever reason."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def serve(requests: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """An answer to each request, the first of which starts the engine."""
+    """Answer each request; the first one starts the engine."""
     llm, answer = start(**next(requests))
     yield answer
     for request in requests:
@@ -70,7 +70,7 @@ def serve(requests: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
 def start(
     engine: dict[str, Any], speculative: dict[str, Any] | None, optional: dict[str, Any]
 ) -> tuple[Any, dict[str, Any]]:
-    """The engine, and what is to be known of it; arguments and errors as for `checked`."""
+    """Start the engine; returns it and its description. Arguments and errors as for `checked`."""
     import vllm
 
     arguments = checked(engine, speculative, optional)
@@ -81,10 +81,10 @@ def start(
 
 
 def checked(engine: dict[str, Any], speculative: dict[str, Any] | None, optional: dict[str, Any]) -> dict[str, Any]:
-    """All arguments of the engine.
+    """The engine's arguments, checked against the installed version.
 
-    engine, speculative: of vLLM's EngineArgs and SpeculativeConfig. optional: EngineArgs that are left out where this
-    version does not know them. Raises Refused for others that it does not know.
+    engine, speculative: of vLLM's EngineArgs and SpeculativeConfig. optional: EngineArgs that are dropped if unknown.
+    Raises Refused for other unknown arguments.
     """
     import vllm
     from vllm import EngineArgs
@@ -105,7 +105,7 @@ def field_names(kind: Any) -> set[str]:
 
 
 def check_keys(name: str, given: Iterable[str], known: set[str], version: str) -> None:
-    """Raises Refused for keys that this version's own class does not have."""
+    """Raise Refused for keys that this version does not have."""
     if unknown := sorted(set(given) - known):
         raise Refused(
             f"{name} {', '.join(unknown)} must be known to vLLM {version}, which is installed; "
@@ -114,7 +114,7 @@ def check_keys(name: str, given: Iterable[str], known: set[str], version: str) -
 
 
 def check_method(method: str | None, kind: Any, version: str) -> None:
-    """Raises Refused for a method that this version's own class does not list, if it lists them."""
+    """Raise Refused for a method that this version does not list, if it lists methods."""
     hint = get_type_hints(kind).get("method")
     known = {name for part in (hint, *get_args(hint)) for name in get_args(part) if isinstance(name, str)}
     if known and method is not None and method not in known:
@@ -124,17 +124,17 @@ def check_method(method: str | None, kind: Any, version: str) -> None:
 
 
 def check_rule(config: Any, version: str) -> None:
-    """Raises Refused where vLLM accepts a rule of verification but follows another: only its newer runner has block."""
+    """Raise Refused if vLLM would ignore the verification rule: only its newer model runner implements block."""
     rule = getattr(config.speculative_config, "rejection_sample_method", "standard")
     if rule == "block" and not getattr(config, "use_v2_model_runner", False):
         raise Refused(
-            f"rejection_sample_method=block must have a model runner that follows it, which vLLM {version} does not "
-            "use here; use --verification token"
+            f"rejection_sample_method=block must be implemented by the model runner, but that of vLLM {version} for "
+            "this configuration does not; use --verification token"
         )
 
 
 def described(llm: Any) -> dict[str, Any]:
-    """What became of the configuration."""
+    """The configuration in effect."""
     import torch
 
     config = llm.llm_engine.vllm_config
@@ -147,10 +147,10 @@ def described(llm: Any) -> dict[str, Any]:
 
 
 def generate(llm: Any, prompts: list[list[int]], sampling: list[dict[str, Any]]) -> dict[str, Any]:
-    """Continue all prompts together, watching each step of the engine.
+    """Continue all prompts together, recording each step of the engine.
 
     prompts: token ids. sampling: arguments of vLLM's SamplingParams for each. Times are in seconds from the start of
-    this call. Counters are differences of vLLM's own over this call.
+    this call; counters are the increase of vLLM's counters during this call.
     """
     before = counters(llm)
     rows = {str(index): Row() for index in range(len(prompts))}
@@ -163,7 +163,7 @@ def generate(llm: Any, prompts: list[list[int]], sampling: list[dict[str, Any]])
         for output in outputs:
             rows[output.request_id].take(output.outputs[0], now_s)
             if output.finished and list(output.prompt_token_ids) != prompts[int(output.request_id)]:
-                raise RuntimeError(f"prompt {output.request_id} must be continued as it was given, but vLLM changed it")
+                raise RuntimeError(f"prompt {output.request_id} must be continued unchanged, but vLLM changed it")
     return {
         "results": [dataclasses.asdict(row) for row in rows.values()],
         "counters": difference(counters(llm), before),
@@ -171,7 +171,7 @@ def generate(llm: Any, prompts: list[list[int]], sampling: list[dict[str, Any]])
 
 
 def params(arguments: Mapping[str, Any]) -> Any:
-    """vLLM's SamplingParams: what a step emitted is told at once, as token ids only."""
+    """vLLM's SamplingParams, for outputs after every step, as token ids only."""
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
@@ -180,10 +180,10 @@ def params(arguments: Mapping[str, Any]) -> Any:
 
 @dataclasses.dataclass
 class Row:
-    """What became of a prompt.
+    """The result of a prompt.
 
-    emitted: tokens that each step gave, the prefill's first. first_s, last_s: when the first and last token came.
-    drafts: vLLM's own account of this prompt's drafts, if it keeps one.
+    emitted: number of tokens per step, the prefill's first. first_s, last_s: time of the first and last token.
+    drafts: vLLM's draft statistics of this prompt, if available.
     """
 
     token_ids: list[int] = dataclasses.field(default_factory=list)
@@ -194,20 +194,20 @@ class Row:
     drafts: dict[str, Any] | None = None
 
     def take(self, output: Any, now_s: float) -> None:
-        """Add what a step gave."""
+        """Add the output of a step."""
         if output.token_ids:
             self.token_ids += output.token_ids
             self.emitted.append(len(output.token_ids))
             self.first_s = now_s if self.first_s is None else self.first_s
             self.last_s = now_s
         self.finish_reason = output.finish_reason
-        drafts = getattr(output, "spec_decode_metrics", None)  # not every version has it
+        drafts = getattr(output, "spec_decode_metrics", None)  # missing in older versions
         if drafts is not None:
             self.drafts = {"histogram": list(drafts.histogram), "num_drafted": drafts.num_draft_tokens}
 
 
 def counters(llm: Any) -> dict[str, Any] | None:
-    """vLLM's cumulative counters of drafts by our names; None where nothing is drafted."""
+    """vLLM's cumulative draft counters under the names of COUNTERS; None without drafting."""
     metrics = {metric.name: metric for metric in llm.get_metrics()}
     if not set(COUNTERS.values()) <= set(metrics):
         return None

@@ -119,7 +119,7 @@ def test_another_part_does_not_resume_it(make_config: Callable[..., BenchConfig]
     with closing(Session(config)) as first:
         first.open()
     with closing(Session(dataclasses.replace(config, shard="2/2", resume=True))) as other:
-        expected = "must be of this configuration to resume it, but shard was '1/2' and is '2/2'"
+        expected = "must have this configuration to be resumed, but shard was '1/2' and is '2/2'"
         with pytest.raises(ValueError, match=expected):
             other.open()
 

@@ -266,12 +266,12 @@ def test_models_are_loaded_once_for_each_placement(make_config: MakeConfig) -> N
         (
             "t5-11b-small",
             ("vllm",),
-            "engine=vllm takes no models of kind encoder-decoder, .*; use --engines specdec,transformers",
+            "engine=vllm does not support models of kind encoder-decoder, .*; use --engines specdec,transformers",
         ),
         (
             "gpt-neo-1.3b-125m-xsum",
             ("specdec",),
-            "engine=specdec takes no models of kind local-attention, .*; use --engines transformers",
+            "engine=specdec does not support models of kind local-attention, .*; use --engines transformers",
         ),
     ],
 )
@@ -285,7 +285,7 @@ def test_what_an_engine_does_not_take_is_refused_by_name(
 
 def test_engines_that_place_by_themselves_say_so(make_config: MakeConfig) -> None:
     config = make_config(engines=("vllm",), placements=("separate",))
-    with pytest.raises(ValueError, match="engine=vllm places models by itself, not by placement=separate; use --pl"):
+    with pytest.raises(ValueError, match="engine=vllm places models itself and does not support placement=separate"):
         plan(config)
 
 

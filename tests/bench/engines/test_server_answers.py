@@ -107,8 +107,8 @@ def test_what_is_no_token_fails_the_cell(asked: Any, token: Any) -> None:
         (['data: {"choices": [null]}'], "choices=None must be an object"),
         ([event([1], "because")], "finish_reason='because' must be stop or length"),
         ([event([1], ["stop"])], r"finish_reason=\['stop'\] must be stop or length"),
-        ([event([1], "stop"), event([2])], "must end where it says so, but sent tokens after the end"),
-        ([event([1, 2, 3]), event([4, 5])], "must end at max_tokens=4, but went on"),
+        ([event([1], "stop"), event([2])], "must send no tokens after its finish_reason, but did"),
+        ([event([1, 2, 3]), event([4, 5])], "must stop at max_tokens=4, but did not"),
         ([event([], "stop")], "must continue the prompt, but emitted no token"),
         ([event([1], "stop", metrics=3)], "metrics=3 must be an object"),
         ([event([1], "stop", metrics={"speculative_decoding": {"a": 1}})], "acceptance_histogram=None must be a list"),
@@ -143,16 +143,16 @@ def test_counters_that_are_no_counts_are_errors(value: str) -> None:
 
 def test_counters_that_do_not_fit_together_are_errors() -> None:
     start = "vllm:spec_decode_num_"
-    with pytest.raises(EngineError, match="must tell vllm:spec_decode_num_draft_tokens_total"):
+    with pytest.raises(EngineError, match="must report vllm:spec_decode_num_draft_tokens_total"):
         parse_counters(f"{start}drafts_total 3")
     page = "\n".join(f"{start}{name}_total 3" for name in ("drafts", "draft_tokens", "accepted_tokens"))
     with pytest.raises(EngineError, match=r"positions of accepted tokens must be 0, 1, ..., but are \[7\]"):
         parse_counters(f'{page}\n{start}accepted_tokens_per_pos_total{{position="7"}} 1')
-    with pytest.raises(EngineError, match="counters must only grow"):
+    with pytest.raises(EngineError, match="counters must only increase"):
         difference({"num_finished": 1}, {"num_finished": 2})
-    with pytest.raises(EngineError, match="counters must only grow"):
+    with pytest.raises(EngineError, match="counters must only increase"):
         difference({"num_finished": 1, "accepted_at": [1, 2]}, {"num_finished": 0, "accepted_at": [1]})
-    with pytest.raises(EngineError, match="must be of the steps that emitted"):
+    with pytest.raises(EngineError, match="must match the emitted tokens"):
         acceptance([1, 1], {"histogram": [0, 0, 1 << 52], "num_drafted": 3})
 
 
@@ -185,9 +185,9 @@ def endless_line(handler: Any) -> None:
 
 def test_a_request_has_a_deadline(asked: Any) -> None:
     start_s = time.perf_counter()
-    with pytest.raises(EngineError, match=r"must be done within 0\.4 s, but is not"):
+    with pytest.raises(EngineError, match=r"must finish within 0\.4 s, but did not"):
         asked(slowly, complete, deadline_s=0.4)
-    with pytest.raises(EngineError, match=r"must be done within 1 s, but is not"):
+    with pytest.raises(EngineError, match=r"must finish within 1 s, but did not"):
         asked(slowly, Client.counters)
     assert time.perf_counter() - start_s < 10
 
@@ -214,7 +214,7 @@ def test_a_key_is_stripped(end: str, asked: Any) -> None:
 
 @pytest.mark.parametrize("key", ["Hush\r\nHost: evil", "Hush Hush", "Hush\x00", "Hüsh", 'Hush"'])
 def test_what_cannot_be_a_key_is_refused_without_telling_it(key: str) -> None:
-    with pytest.raises(EngineError, match="SPECDEC_SERVER_API_KEY must be letters, digits") as caught:
+    with pytest.raises(EngineError, match="SPECDEC_SERVER_API_KEY must contain only letters, digits") as caught:
         api_key({"SPECDEC_SERVER_API_KEY": key})
     assert "Hush" not in str(caught.value)
 

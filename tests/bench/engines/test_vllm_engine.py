@@ -175,7 +175,7 @@ def test_on_a_cpu_threads_are_as_many_as_the_others_have_and_not_bound(tmp_path:
 def test_without_vllm_the_remedy_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(adapter, "installed_version", lambda python: None)
     reason = why_not("vllm", "ngram", 1, vllm=VllmOptions(Path("/some/python")))
-    assert str(reason).startswith("engine=vllm needs an interpreter that has vLLM, and /some/python has not; give one")
+    assert str(reason).startswith("engine=vllm needs an interpreter with vLLM, and /some/python has none; create one")
     monkeypatch.setattr(adapter, "installed_version", lambda python: "0.32.0")
     assert why_not("vllm", "ngram", 1) is None
     assert str(why_not("vllm", "hybrid", 1)).startswith("engine=vllm has no method=hybrid; use autoregressive, ngram")

@@ -187,9 +187,9 @@ def test_a_busy_server_is_asked_again_but_not_for_ever(server: Any) -> None:
     ("plan", "message"),
     [
         (400, "must accept the request, but answered 400: no"),
-        (401, "must accept the API key; put it into SPECDEC_SERVER_API_KEY"),
-        ("broken off", "must finish what it began, but ended the stream"),
-        ("silence", r"must answer within 0\.5 s, but says nothing"),
+        (401, "must accept the API key; set SPECDEC_SERVER_API_KEY"),
+        ("broken off", "must finish the completion, but ended the stream"),
+        ("silence", r"must answer within 0\.5 s, but did not"),
     ],
 )
 def test_what_goes_wrong_is_told_and_not_tried_again(server: Any, plan: Any, message: str) -> None:
@@ -242,7 +242,9 @@ def test_a_server_that_does_not_start_is_an_error(tmp_path: Path, monkeypatch: p
     (tmp_path / "vllm_server.py").write_text("import sys; print('address already in use'); sys.exit(1)")
     monkeypatch.setattr(vllm_server, "SCRIPT", tmp_path / "vllm_worker.py")
     engine = VllmServerEngine(catalogue()["tiny-random"], LoadOptions("float32", "cpu"), ())
-    with pytest.raises(EngineError, match=r"(?s)must serve, but ended with exit status 1; .*address already in use"):
+    with pytest.raises(
+        EngineError, match=r"(?s)must become healthy, but ended with exit status 1; .*address already in use"
+    ):
         engine.prepare({NGRAM})
 
 

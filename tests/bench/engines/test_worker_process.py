@@ -46,11 +46,14 @@ def test_answers_come_one_by_one_whatever_their_size(started: Started) -> None:
     [
         (
             "import sys; print('last words', file=sys.stderr); sys.exit(3)",
-            "go on, but ended with exit status 3; .*\nlast",
+            "keep running, but ended with exit status 3; .*\nlast",
         ),
-        ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", "go on, but was killed by SIGKILL; .*\n.nothing."),
-        ("print('no JSON', flush=True); input()", "must answer with a JSON object, but said b'no JSON"),
-        ("print('[1]', flush=True); input()", "must answer with a JSON object, but said b'.1."),
+        (
+            "import os, signal; os.kill(os.getpid(), signal.SIGKILL)",
+            "keep running, but was killed by SIGKILL; .*\n.nothing.",
+        ),
+        ("print('no JSON', flush=True); input()", "must answer with a JSON object, but answered b'no JSON"),
+        ("print('[1]', flush=True); input()", "must answer with a JSON object, but answered b'.1."),
         ('print(\'{"error": "E: text"}\', flush=True)', "worker=it failed: E: text; its last output was"),
         ('print(\'{"error": "text", "explained": true}\', flush=True)', "^worker=it: text$"),
     ],
@@ -65,7 +68,7 @@ def test_a_worker_that_fails_is_an_error_with_its_last_words(started: Started, s
 @pytest.mark.parametrize("request_size", [1, 5 * PIPE_BYTES])  # the larger one cannot even be written
 def test_a_silent_worker_is_killed_in_time(started: Started, request_size: int) -> None:
     worker, start_s = started("import time; time.sleep(600)"), time.monotonic()
-    with pytest.raises(EngineError, match=r"worker=it must answer within 0\.5 s, but says nothing"):
+    with pytest.raises(EngineError, match=r"worker=it must answer within 0\.5 s, but did not"):
         worker.ask({"x": "x" * request_size}, 0.5)
     assert time.monotonic() - start_s < 30
     assert not exists(worker.pid)

@@ -179,7 +179,9 @@ def test_a_journal_is_one_runs_at_a_time(opened: Opened, path: Path, tmp_path: P
     content = path.read_bytes()
     (tmp_path / "link.jsonl").symlink_to(path)
     for place, resume in product((path, tmp_path / "link.jsonl"), (False, True)):
-        with pytest.raises(ValueError, match=r"must be of one run at a time, but another one writes it; wait for"):
+        with pytest.raises(
+            ValueError, match=r"must be used by one run at a time, but another run is writing it; wait until"
+        ):
             Journal.open(place, CONFIGURATION, resume=resume)
     assert path.read_bytes() == content
     assert set(opened(resume=True).cells) == {"a"}  # it has ended

@@ -81,6 +81,6 @@ def test_a_machine_that_cannot_shut_code_in_refuses(
 ) -> None:
     monkeypatch.setattr(sandbox, "why_not", lambda: "unshare: Operation not permitted")
     config = make_config(workloads=("humaneval",), data_dir=DATA, num_prompts=2, allow_code_execution=True)
-    with pytest.raises(ValueError, match="allow_code_execution=1 must be able to shut code in, but here unshare: Oper"):
+    with pytest.raises(ValueError, match="allow_code_execution=1 must have a working sandbox, but unshare: Oper"):
         Prompts(config)
     Prompts(make_config(workloads=("gsm8k",), data_dir=DATA, num_prompts=2, allow_code_execution=True))

@@ -163,7 +163,7 @@ def test_a_finished_journal_is_replayed_and_two_runs_compare(resumed: Resumed, e
 def test_another_configuration_is_not_mixed_in(resumed: Resumed, environment: dict[str, str]) -> None:
     done = finish(resumed[0], environment, "--resume", "--seed", "1")
     assert done.returncode == pytest.ExitCode.USAGE_ERROR
-    assert "must be of this configuration to resume it, but seed was 0 and is 1" in done.stderr
+    assert "must have this configuration to be resumed, but seed was 0 and is 1" in done.stderr
 
 
 PLANTED = """
@@ -208,7 +208,7 @@ def test_two_runs_with_one_journal(tmp_path: Path, environment: dict[str, str]) 
         journal.append("a", Entry({}, [0.1]))
         done = finish(tmp_path, environment)
     assert done.returncode == pytest.ExitCode.USAGE_ERROR
-    assert "must be of one run at a time, but another one writes it" in done.stderr
+    assert "must be used by one run at a time, but another run is writing it" in done.stderr
     assert len(finished_cells(tmp_path)) == 1
 
 
