@@ -76,8 +76,8 @@ class Engine:
         gives the same tokens at any temperature, whatever is proposed, and also if nothing is.
     synthetic_acceptance_rates: to time shapes without their weights: accept draft positions with these probabilities
         instead of verifying. The output is then no longer the target's.
-    records: whether steps are recorded once per shape and replayed (CUDA graphs); None: on a GPU, if target and draft
-        are on that one alone and neither has rotary angles that depend on the sequence length (dynamic or longrope).
+    records: whether steps are captured once per shape and replayed as CUDA graphs. None enables it if target and draft
+        are on one GPU and their rotary embeddings do not depend on the sequence length (dynamic or longrope).
     Raises ValueError naming the value, the rule and the remedy.
     """
 
@@ -288,7 +288,7 @@ class Engine:
             yield from (self._chunk(row, lengths) for row in rows)
 
     def forget(self) -> None:
-        """Drop the text of finished requests, so that none of it is copied; what "auto" has learned stays.
+        """Drop the text of finished requests, so that drafts no longer copy from it; keeps the statistics of "auto".
 
         Raises EngineBusyError while a call or stream of this engine is not finished.
         """
@@ -296,10 +296,10 @@ class Engine:
             if self._decoder.proposer:
                 self._decoder.proposer.forget()
             if not self._options.is_adaptive:
-                self._num_requests = 0  # nothing that is left depends on the uniforms that were used
+                self._num_requests = 0  # no remaining state depends on uniforms that were used
 
     def _chunk(self, row: Generation, lengths: dict[tuple[int, int], int]) -> Chunk:
-        """What a row has emitted since the last chunk. lengths: of the text given so far, by prompt and sample."""
+        """The tokens of a row since its last chunk. lengths: of the text returned so far, by prompt and sample."""
         key, steps = (row.request.index, row.request.sample), row.steps[-1:]
         sources = sources_of(steps) if steps else ("plain",)
         text = row.visible_text()
@@ -318,7 +318,7 @@ class Engine:
         sampling = SamplingParams() if sampling is None else sampling
         params = [sampling] * len(prompts) if isinstance(sampling, SamplingParams) else sampling
         require(
-            isinstance(params, Sequence) and all(isinstance(each, SamplingParams) for each in params),
+            isinstance(params, Sequence) and all(isinstance(entry, SamplingParams) for entry in params),
             f"sampling={sampling!r} must be a SamplingParams, or a list of them; use SamplingParams(temperature=0)",
         )
         require(
@@ -327,12 +327,14 @@ class Engine:
         )
         arrivals_s = [0.0] * len(prompts) if arrivals_s is None else arrivals_s
         require(
-            len(arrivals_s) == len(prompts) and all(0 <= each < math.inf for each in arrivals_s),
+            len(arrivals_s) == len(prompts) and all(0 <= arrival_s < math.inf for arrival_s in arrivals_s),
             f"arrivals_s={list(arrivals_s)[:8]} must be seconds >= 0, one for each of the {len(prompts)} prompts",
         )
         requests = zip(prompts, params, arrivals_s, strict=True)
         return [
-            self._request(index, sample, *each) for index, each in enumerate(requests) for sample in range(each[1].n)
+            self._request(index, sample, *request)
+            for index, request in enumerate(requests)
+            for sample in range(request[1].n)
         ]
 
     def _request(self, index: int, sample: int, prompt: Any, sampling: SamplingParams, arrival_s: float) -> Request:
@@ -341,13 +343,12 @@ class Engine:
         require(len(tokens) > 0, f"prompt {index} must not be empty: give at least one token")
         require(
             all(0 <= token < vocab_size for token in tokens),
-            f"prompt {index} has token ids outside [0, {vocab_size}); was it tokenised for another model?",
+            f"prompt {index} must have token ids in [0, {vocab_size}); was it tokenized for another model?",
         )
         require(
             len(tokens) + sampling.max_tokens <= context,
             f"prompt {index} has {len(tokens)} tokens, which with max_tokens={sampling.max_tokens} exceeds "
-            f"the {self.target.context_name} of {context}, up to which it is decoded; shorten the prompt or lower "
-            "max_tokens",
+            f"the {self.target.context_name} of {context}; shorten the prompt or lower max_tokens",
         )
         out_of_range = [t for t in (*sampling.logit_bias, *sampling.stop_token_ids) if t >= vocab_size]
         require(
@@ -367,18 +368,18 @@ class Engine:
 
     def _check_needs(self, sampling: SamplingParams) -> None:
         """Raise ValueError if the engine lacks what a parameter needs."""
-        of_text = [name for name in (sampling.constraint, "stop", "bad_words") if name and getattr(sampling, name)]
-        if of_text:
-            require(self.tokenizer is not None, f"{of_text[0]} needs a model with a tokenizer; load one with it")
+        textual = [name for name in (sampling.constraint, "stop", "bad_words") if name and getattr(sampling, name)]
+        if textual:
+            require(self.tokenizer is not None, f"{textual[0]} needs a model with a tokenizer; load one with it")
         limiting = [*filter(None, [sampling.constraint]), *(["bad_words"] if sampling.bad_words else [])]
         limiting += ["min_tokens"] if sampling.min_tokens else []
         require(
             not limiting or self._options.synthetic_acceptance_rates is None,
-            f"{' and '.join(limiting)} must not go with synthetic_acceptance_rates, by which any token is accepted",
+            f"{' and '.join(limiting)} must be omitted with synthetic_acceptance_rates, which accept any token",
         )
 
     def _constraint(self, sampling: SamplingParams, stop_token_ids: frozenset[int]) -> Constraint | None:
-        """What limits the tokens of a request: a grammar, texts that must not occur, a least number of tokens."""
+        """The constraint of a request: grammar, banned words and minimum length combined; None without any."""
         vocab_size, limits = self.target.vocab_size, list[Constraint]()
         if sampling.constraint is not None:
             self._grammars = self._grammars or GrammarCompiler(self.tokenizer, vocab_size)
@@ -416,7 +417,7 @@ class Engine:
 
 
 def _is_transformers(model: Any) -> bool:
-    """Whether a model is one of transformers, which the engine wraps."""
+    """Whether a model is a transformers model, which the engine wraps."""
     return hasattr(model, "get_input_embeddings")
 
 

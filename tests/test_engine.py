@@ -205,7 +205,7 @@ def test_a_tokenizer_whose_tokens_cannot_be_compared_is_refused() -> None:
     ("prompts", "sampling", "message"),
     [
         ([[0], []], None, "prompt 1 must not be empty"),
-        ([[0, 3]], None, r"prompt 0 has token ids outside \[0, 3\)"),
+        ([[0, 3]], None, r"prompt 0 must have token ids in \[0, 3\)"),
         (["hello"], None, "a text prompt needs a model with a tokenizer"),
         ([[0]] * 2, [SamplingParams()], "1 sampling parameters must be one, or one for each of the 2 prompts"),
         ([[0]], SamplingParams(logit_bias={7: 1.0}), r"logit_bias and stop_token_ids of prompt 0 .* not \[7\]"),

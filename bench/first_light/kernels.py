@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import cycle, islice
@@ -139,7 +139,7 @@ def _compare(report: Report, name: str, output: Tensor, exact: Tensor) -> None:
         report.check(name, False, f"relative error {error:.2g} must be below 0.02")
 
 
-def _seconds_per_call(calls: list[Callable[[], object]], device: torch.device) -> float:
+def _seconds_per_call(calls: Sequence[Callable[[], object]], device: torch.device) -> float:
     """Median seconds per call, cycling through the calls in a CUDA graph."""
     count = max(_CALLS, len(calls))
 

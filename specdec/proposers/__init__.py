@@ -1,1 +1,1 @@
-"""Proposers: what drafts tokens, a module each."""
+"""Proposers draft tokens; one module for each."""

@@ -1,4 +1,4 @@
-"""The protocol of a proposer: what drafts tokens for verification."""
+"""The protocol of a proposer, which drafts tokens for verification."""
 
 from __future__ import annotations
 
@@ -34,15 +34,15 @@ class Proposer(Protocol):
         ...
 
     def forget(self) -> None:
-        """Drop what is kept of finished requests."""
+        """Drop the state of finished requests."""
         return
 
 
 @runtime_checkable
 class FixedProposer(Proposer, Protocol):
-    """A proposer whose drafts can be functions of tensors alone, so that a whole decode step can be recorded.
+    """A proposer with drafts that can be pure functions of tensors, so that whole decode steps can be recorded.
 
-    is_fixed: whether they are, as it is set up. context_length: tokens beyond which it drafts nothing.
+    is_fixed: whether they are in this configuration. context_length: rows with more tokens get no draft.
     """
 
     @property
@@ -52,32 +52,32 @@ class FixedProposer(Proposer, Protocol):
     def context_length(self) -> int: ...
 
     def enter(self, batch: Batch, slot: int) -> list[int]:
-        """Prepare the cache for the row in a busy slot; returns the newest tokens that it lacks, `RowState.pending`.
+        """Prepare the cache for the row in a busy slot; returns the tokens that it lacks, `RowState.pending`.
 
-        From then on it learns of the row's drafts from `drafted` only.
+        Later drafts of the row are reported only by `drafted`.
         """
         ...
 
     def inputs(self, batch: Batch) -> tuple[Any, ...]:
-        """What drafts are made from besides the rows, as arguments of a recorded function."""
+        """Further inputs of `draft_from`, as arguments of a recorded function."""
         ...
 
     def draft_from(
         self, state: RowState, rows: RowParams, num_tokens: int, extent: int, *inputs: Any
     ) -> tuple[Tensor, Distribution, Tensor]:
-        """A function of tensors alone: num_tokens for each row, see `specdec.proposers.chain.draw_fixed`.
+        """Draft num_tokens for each row, as a pure function of tensors; see `specdec.proposers.chain.draw_fixed`.
 
-        extent: a bound on the places that a row has, with its draft. inputs: as above.
+        extent: an upper bound on the tokens of a row with its draft. inputs: from `inputs`.
         """
         ...
 
     def num_pending(self, accepted: Tensor, num_tokens: int) -> Tensor:
-        """How many of each row's newest tokens the cache lacks after a draft of num_tokens was verified.
+        """Number of each row's newest tokens that the cache lacks after verification of a draft of num_tokens.
 
-        accepted: int64 [rows]; a function of tensors alone.
+        accepted: int64 [rows]. A pure function of tensors.
         """
         ...
 
     def drafted(self, slot: int, row: Generation, length: int) -> None:
-        """Note that a draft was made for the row in a slot when the row had `length` tokens."""
+        """Record that a draft was made for the row in a slot when the row had `length` tokens."""
         ...

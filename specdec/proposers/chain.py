@@ -1,4 +1,4 @@
-"""Drawing a draft token by token, each from its own distribution, given those before it."""
+"""Draws a draft token by token, each from its distribution given the previous ones."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from specdec.verification import Draft
 
 @dataclass(frozen=True, slots=True)
 class Pending:
-    """The newest tokens of each row, which the drafting cache lacks.
+    """The newest tokens of each row, which are missing in the draft's cache.
 
-    tokens: int64 [rows, n], the first num[r] of a row being real, at least one in a busy row, and the rest padding.
-    starts: int64 [rows], the places in the cache where they go.
+    tokens: int64 [rows, n]; the first num[r] of row r are real (at least one in a busy row), the rest is padding.
+    starts: int64 [rows], their first column in the cache.
     """
 
     tokens: Tensor
@@ -36,15 +36,15 @@ class Pending:
 
     @property
     def ends(self) -> Tensor:
-        """The places after them, int64 [rows]."""
+        """The columns after them, int64 [rows]."""
         return self.starts + self.num
 
 
 class ChainProposer(FixedProposer):
-    """A FixedProposer that draws chains with a model; where steps are recorded, a draft is one recording.
+    """A FixedProposer that draws chains with a model; if steps are recorded, a draft is a single recording.
 
-    max_pending: maximum of tokens that a row's cache lacks when a draft is recorded; None: as many as a step emits.
-    num_before: tokens at the beginning of a text that have no place in the cache.
+    max_pending: maximum number of pending tokens per row in a recorded draft; None for as many as a step emits.
+    num_before: number of leading tokens that are not stored in the cache.
     """
 
     max_pending: int | None
@@ -55,7 +55,7 @@ class ChainProposer(FixedProposer):
 
     @abstractmethod
     def logits_after(self, pending: Pending, extent: int, *inputs: Any) -> Callable[[Tensor], Tensor]:
-        """The function that `draw_fixed` draws by: logits after the pending tokens and those drafted so far."""
+        """The function for `draw_fixed` that returns logits after the pending tokens and the draft so far."""
 
     @property
     def is_fixed(self) -> bool:
@@ -77,13 +77,13 @@ class ChainProposer(FixedProposer):
     def _record(
         self, batch: Batch, limits: Sequence[int], pending: Sequence[Sequence[int]], cache: Any, starts: Sequence[int]
     ) -> Draft:
-        """The whole draft as one recording. pending, starts: of each row, see `Pending`."""
+        """Draw the whole draft in a single recording. pending, starts: of each row, see `Pending`."""
         assert batch.recording
-        device, most = batch.sampling.device, self.max_pending or batch.max_draft + 1
-        extent = cache.extent_for(max(starts) + most + batch.max_draft)
+        device, max_pending = batch.sampling.device, self.max_pending or batch.max_draft + 1
+        extent = cache.extent_for(max(starts) + max_pending + batch.max_draft)
         drafted, distribution, finite = batch.recording(
             self._draw,
-            Pending(*pad(pending, device, most), upload(starts, device)),
+            Pending(*pad(pending, device, max_pending), upload(starts, device)),
             upload(batch.num_tokens(), device),
             batch.sampling.rows,
             batch.max_draft,
@@ -103,9 +103,9 @@ def draw_chain(
 ) -> Draft:
     """A draft of up to limits[r] tokens for row r, drawn with the rows' own sampling parameters.
 
-    logits_after: tokens drafted so far, int64 [rows, i], with i growing by one from call to call -> logits of the
-    next, [rows, 1, vocab]. adaptive: ends the draft where another token would not pay. vocabulary: int64, ascending,
-    the tokens that the logits are of, or None for all.
+    logits_after: maps the draft so far, int64 [rows, i] with i increasing by one per call, to the logits of the next
+    token, [rows, 1, vocab]. adaptive: ends the draft when another token is not worth its cost. vocabulary: int64,
+    ascending, the tokens of the logits' columns, or None for all.
     """
     device, num_proposed = batch.sampling.device, list(limits)
     draws = draft_uniforms(batch.sampling.rows, upload(batch.num_tokens(), device), max(limits), uniforms)
@@ -142,10 +142,10 @@ def draw_fixed(
     uniforms: UniformSource,
     vocabulary: Tensor | None = None,
 ) -> tuple[Tensor, Distribution, Tensor]:
-    """As `draw_chain`, a function of tensors alone, so that it can be recorded: all rows draft num_tokens.
+    """`draw_chain` as a pure function of tensors, which can be recorded: all rows draft num_tokens.
 
-    origins: int64 [rows], where the drafts begin.
-    Returns tokens int64 [rows, k], their distributions [rows, k], and whether these are distributions, bool [rows, k].
+    origins: int64 [rows], positions of the drafts.
+    Returns tokens int64 [rows, k], their distributions [rows, k], and whether these are valid, bool [rows, k].
     """
     draws = draft_uniforms(rows, origins, num_tokens, uniforms)
     drafted = origins.new_empty(len(origins), 0)
@@ -159,9 +159,9 @@ def draw_fixed(
 
 
 def draft_uniforms(rows: RowParams, origins: Tensor, num_tokens: int, uniforms: UniformSource) -> Tensor:
-    """Uniforms that draw a draft, float64 [rows, num_tokens]; zeros where nothing is left to chance.
+    """Uniforms to draw a draft, float64 [rows, num_tokens]; zeros if all rows are greedy.
 
-    Coupled rows have one for each token, the target's own: float64 [rows, num_tokens, vocab].
+    Coupled rows have one per token of the vocabulary, shared with the target: float64 [rows, num_tokens, vocab].
     """
     if rows.all_greedy:
         return torch.zeros(len(origins), num_tokens, dtype=torch.float64, device=origins.device)

@@ -25,14 +25,14 @@ from specdec.verification import Draft
 
 @dataclass(slots=True)
 class _Slot:
-    """What a cache slot was fed: num_committed of the owner's tokens, then `drafted` tokens that may be rejected."""
+    """The content of a cache slot: num_committed of the owner's tokens, then `drafted` tokens that may be rejected."""
 
     owner: Generation | None = None
     num_committed: int = 0
     drafted: list[int] = field(default_factory=list)
 
     def num_valid(self, row: Generation, tokens: Sequence[int]) -> int:
-        """How many leading tokens of the row's the cache already holds; at least one token is left to feed."""
+        """The number of the row's leading tokens in the cache, such that at least one token is left to feed."""
         if self.owner is not row:
             return 0
         valid = self.num_committed
@@ -46,13 +46,13 @@ class _Slot:
 class DraftModelProposer(ChainProposer):
     """A draft model with its own ragged cache.
 
-    The cache is kept in step by comparison: what a slot holds is valid as far as it agrees with the committed tokens.
-    This covers rejection (the rejected tail is overwritten), full acceptance (the last draft token was never fed, and
-    is fed now with the bonus token) and a slot that changed hands (nothing is valid). The nodes of a tree do not stand
-    where accepted ones would: they are fed again, in the call that is made for the newest token anyway.
+    The cache is synchronized by comparison: a slot is valid up to its first difference from the committed tokens. This
+    covers rejection (the rejected tail is overwritten), full acceptance (the last draft token was never fed, and is fed
+    with the bonus token) and a reassigned slot (nothing is valid). Accepted tree nodes are not in consecutive columns:
+    they are fed again, in the call that feeds the newest token.
 
-    shared: what the model's vocabulary shares with the target's, where it is another one; the model then reads the text
-    in its own tokens, of which the newest may change as the text goes on, and drafts shared tokens only.
+    shared: the vocabulary shared with the target, if the model's is different; the model then reads the text re-encoded
+    in its own tokens, the last of which may change as the text grows, and drafts shared tokens only.
     tree: the shape of the drafts; None draws chains.
     """
 
@@ -72,7 +72,7 @@ class DraftModelProposer(ChainProposer):
         self._texts: dict[Generation, Rewritten] = {}
         self._cache: Any = None
         self._slots: list[_Slot] = []
-        self._fed: Tensor | None = None  # drafted tokens that the last call fed, [rows, n]
+        self._fed: Tensor | None = None  # draft tokens fed by the last call, [rows, n]
 
     @torch.inference_mode()
     def propose(self, batch: Batch, limits: Sequence[int]) -> Draft:
@@ -125,7 +125,7 @@ class DraftModelProposer(ChainProposer):
         return logits
 
     def num_pending(self, accepted: Tensor, num_tokens: int) -> Tensor:
-        return 1 + (accepted == num_tokens).long()  # the last token of a draft is not fed while it is drawn
+        return 1 + (accepted == num_tokens).long()  # the last token of a draft is not fed while drafting
 
     def drafted(self, slot: int, row: Generation, length: int) -> None:
         self._slots[slot] = _Slot(row, length)
@@ -139,51 +139,51 @@ class DraftModelProposer(ChainProposer):
             return self._record(batch, limits, pending, self._cache, self._cache.num_cached[: len(batch.rows)])
         return self._drawn(batch, texts, limits)
 
-    def _branch(self, batch: Batch, texts: Sequence[list[int]], most: int, level: Level, parents: Tensor) -> Tensor:
+    def _branch(self, batch: Batch, texts: Sequence[list[int]], longest: int, level: Level, parents: Tensor) -> Tensor:
         """Logits of a level's children, from the tokens of its parents."""
         if level.number == 0:
-            return self._of_target(self._catch_up(batch, texts, most))
+            return self._of_target(self._catch_up(batch, texts, longest))
         model = cast("TreeModel", self._model)
         return self._of_target(model.forward(self._own(parents), self._cache, branches=level.branches))
 
     def _read(self, batch: Batch) -> list[tuple[list[int], int]]:
-        """Each row's tokens as the model is to be fed them, and how many leading ones of them stay as they are."""
+        """Each row's tokens in the model's vocabulary, and the number of leading ones that can no longer change."""
         if self._shared is None:
             return [(row.tokens, len(row.tokens)) if row else ([0], 0) for row in batch.rows]
         old = self._texts
         self._texts = {row: old.get(row) or Rewritten(self._shared) for row in batch.rows if row}
         for row, text in self._texts.items():
             text.follow(row.tokens)
-        # a text may be empty, such as that of a token that only begins one
+        # the text of a token may be empty, as for a start-of-sequence token
         read = [self._texts[row] if row else None for row in batch.rows]
         return [(text.tokens, text.num_settled) if text and text.tokens else ([0], 0) for text in read]
 
     def _reserve(self, batch: Batch, longest: int) -> None:
-        """A cache for the longest row there may be; its text in the model's own tokens may be longer still."""
+        """Ensure that the cache fits the longest row, which may have more tokens in the model's own vocabulary."""
         capacity = self._cache.capacity if self._cache else 0
         if capacity < max(batch.capacity, longest) or len(self._slots) < batch.num_slots:
             needed = longest if longest <= batch.capacity else 2 * longest
             if batch.recorder:
                 needed = batch.recorder.capacity(needed)
                 if self._cache:
-                    batch.recorder.forget()  # what was recorded with the old one
-            self._cache = None  # before there is another
+                    batch.recorder.forget()  # recordings refer to the old cache
+            self._cache = None  # free the memory before allocating
             self._cache = self._model.allocate(batch.num_slots, max(batch.capacity, needed))
             self._slots, self._fed = [_Slot() for _ in range(batch.num_slots)], None
 
     def _settle(self) -> None:
-        """Enter what the last call fed, which has become known on the host since."""
+        """Record the tokens that the last call fed, whose transfer to the host has finished since."""
         if self._fed is not None:
             for slot, fed in zip(self._slots, self._fed.tolist(), strict=False):
                 slot.drafted = slot.drafted + fed
             self._fed = None
 
     def _own(self, tokens: Tensor) -> Tensor:
-        """Drafted tokens by the model's own ids."""
+        """Convert draft tokens to the model's own ids."""
         return self._shared.to_draft(tokens) if self._shared else tokens
 
     def _of_target(self, logits: Tensor) -> Tensor:
-        """The model's logits of those tokens that it may draft."""
+        """The model's logits of the tokens that it can draft."""
         return self._shared.of(logits) if self._shared else logits
 
     def _drawn(self, batch: Batch, texts: Sequence[list[int]], limits: Sequence[int]) -> Draft:
@@ -194,27 +194,27 @@ class DraftModelProposer(ChainProposer):
 
         return draw_chain(batch, limits, logits_after, self._uniforms, self._adaptive, self._vocabulary)
 
-    def _pending(self, batch: Batch, texts: Sequence[list[int]], most: int) -> list[list[int]]:
-        """The committed tokens that each slot lacks, at least one; what is beyond `most` of them is fed now."""
-        return [self._lacking(batch, slot, tokens, most) for slot, tokens in enumerate(texts)]
+    def _pending(self, batch: Batch, texts: Sequence[list[int]], longest: int) -> list[list[int]]:
+        """The committed tokens that each slot lacks, at least one; if more than `longest`, feeds all but one now."""
+        return [self._lacking(batch, slot, tokens, longest) for slot, tokens in enumerate(texts)]
 
-    def _lacking(self, batch: Batch, slot: int, tokens: list[int], most: int) -> list[int]:
-        """The same for one slot, whose row the model is to be fed as these tokens."""
+    def _lacking(self, batch: Batch, slot: int, tokens: list[int], longest: int) -> list[int]:
+        """`_pending` for one slot. tokens: the row's text in the model's vocabulary."""
         row = batch.rows[slot]
         valid = self._slots[slot].num_valid(row, tokens) if row else 0
         self._cache.num_cached[slot] = valid
         missing = tokens[valid:]
-        if row and len(missing) > 1 and (valid == 0 or len(missing) > most):
+        if row and len(missing) > 1 and (valid == 0 or len(missing) > longest):
             prefill(self._model, missing[:-1], self._cache, slot, batch.recorder, len(row.request.prompt))
             return missing[-1:]
         return missing
 
-    def _catch_up(self, batch: Batch, texts: Sequence[list[int]], most: int) -> Tensor:
+    def _catch_up(self, batch: Batch, texts: Sequence[list[int]], longest: int) -> Tensor:
         """Feed each row the committed tokens its slot lacks; returns the logits after the last, [rows, 1, vocab].
 
-        most: tokens for which all rows have room; a row that lacks more is first fed alone.
+        longest: maximum tokens per row in the joint call; a row that lacks more is first fed alone.
         """
-        pending = self._pending(batch, texts, most)
+        pending = self._pending(batch, texts, longest)
         tokens, lengths = pad(pending, self._model.device)
         logits = self._model.forward(tokens, self._cache)
         for index, fed in enumerate(pending):

@@ -31,7 +31,7 @@ class EagleProposer(ChainProposer):
 
     context_length = 1 << 30  # no limit of its own
     max_pending = None
-    num_before = 1  # the first token has no feature before it
+    num_before = 1  # the first token has no previous feature
 
     def __init__(
         self,
@@ -44,7 +44,7 @@ class EagleProposer(ChainProposer):
         self.feature_layers = head.feature_layers
         self._vocabulary = head.draft_vocabulary if len(head.draft_vocabulary) < head.vocab_size else None
         self._cache: Any = None
-        self._owners: list[tuple[Generation | None, int]] = []  # of each slot, and how much of the cache is valid
+        self._owners: list[tuple[Generation | None, int]] = []  # of each slot: its row, and the number of valid entries
 
     @torch.inference_mode()
     def propose(self, batch: Batch, limits: Sequence[int]) -> Draft:
@@ -85,14 +85,14 @@ class EagleProposer(ChainProposer):
         return logits
 
     def num_pending(self, accepted: Tensor, num_tokens: int) -> Tensor:
-        return accepted + 1  # all that a step emits: their features have only become known in it
+        return accepted + 1  # all emitted tokens: the target computed their features in this step
 
     def drafted(self, slot: int, row: Generation, length: int) -> None:
         self._owners[slot] = (row, length - 1)
 
     def _reserve(self, batch: Batch) -> None:
         if self._cache is None or self._cache.capacity < batch.capacity or len(self._owners) < batch.num_slots:
-            self._cache = None  # before there is another
+            self._cache = None  # free the memory before allocating
             self._cache = self._head.allocate(batch.num_slots, batch.capacity)
             self._owners = [(None, 0)] * batch.num_slots
 
@@ -126,11 +126,11 @@ class EagleProposer(ChainProposer):
         return draw_tree(batch, limits, tree, logits_at, self._uniforms, self._vocabulary)
 
     def _pending(self, batch: Batch, longest: int) -> list[list[int]]:
-        """The committed tokens that each row lacks; a row that lacks more than `longest` is fed all but one now."""
+        """The committed tokens that each row lacks; if more than `longest`, feeds all but one now."""
         return [self._lacking(batch, slot, longest) for slot in range(len(batch.rows))]
 
     def _lacking(self, batch: Batch, slot: int, longest: int) -> list[int]:
-        """The same for one slot, to which they are taken to be fed next."""
+        """`_pending` for one slot, assuming that the result is fed next."""
         assert batch.features is not None
         row, (owner, valid) = batch.rows[slot], self._owners[slot]
         self._cache.num_cached[slot] = valid if row and owner is row else 0
@@ -144,7 +144,7 @@ class EagleProposer(ChainProposer):
     def _catch_up(self, batch: Batch, longest: int) -> Tensor:
         """Feed each row the committed tokens it lacks; returns the state after the last, [rows, 1, width].
 
-        longest: tokens that are fed to all rows at once at the most; a row that lacks more is fed before, alone.
+        longest: maximum tokens per row in the joint call; a row that lacks more is first fed alone.
         """
         assert batch.features is not None
         cache, pending = self._cache, self._pending(batch, longest)
@@ -157,7 +157,7 @@ class EagleProposer(ChainProposer):
         return _last(states, lengths)
 
     def _feed_alone(self, tokens: list[int], features: Tensor, slot: int) -> None:
-        """Feed one row these tokens, in chunks."""
+        """Feed tokens to one row, in chunks."""
         cache = self._cache
         for start in range(cache.num_cached[slot], len(tokens) - 1, PREFILL_CHUNK):
             chunk = upload([tokens[start + 1 : start + 1 + PREFILL_CHUNK]], self._head.device)
@@ -167,10 +167,10 @@ class EagleProposer(ChainProposer):
 
 
 def _features_at(features: Tensor, starts: Tensor, width: int) -> Tensor:
-    """Features [slots, capacity, hidden] from starts[r] on, int64 [rows] -> [rows, width, hidden]."""
+    """Gather features [slots, capacity, hidden] from starts[r] on, int64 [rows] -> [rows, width, hidden]."""
     rows = torch.arange(len(starts), device=starts.device)
     places = starts[:, None] + torch.arange(width, device=starts.device)
-    return features[rows[:, None], places.clamp(max=features.shape[1] - 1)]  # padding may stand beyond the end
+    return features[rows[:, None], places.clamp(max=features.shape[1] - 1)]  # padding may exceed the capacity
 
 
 def _last(states: Tensor, lengths: Tensor) -> Tensor:

@@ -1,12 +1,12 @@
-"""Self-drafting: the target's first layers, with its own norm and head, draw the draft (LayerSkip's early exit).
+"""Self-drafting: the target's first layers, with its final norm and head, draw the draft (LayerSkip's early exit).
 
-No weights and no cache of its own: keys and values of these layers go where the target keeps them. The target's step
-computes these layers again for all tokens of the draft, and so is exact whatever stands there. To go on from the stored
-states instead would save nothing: the last drafted token has not been through these layers, and what they cost for one
-token, reading their weights, is what they cost for a few.
+It needs no weights or cache of its own: it writes keys and values of these layers to the target's cache. The target
+step recomputes these layers for all draft tokens, so it is exact whatever was written. Reusing the stored states would
+save nothing: the last draft token has not passed through these layers, and reading their weights for one token costs as
+much as for several.
 
-Source: Elhoushi et al. 2024, LayerSkip (arXiv:2404.16710), whose models are trained to be left early; others seldom
-guess well from their first layers.
+Source: Elhoushi et al. 2024, LayerSkip (arXiv:2404.16710). Its models are trained for early exit; the first layers of
+other models seldom predict well.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from specdec.verification import Draft
 
 
 class EarlyExitProposer(ChainProposer):
-    """Drafts with a model that shares the target's cache, which holds all tokens of a row but the last.
+    """Drafts with a model that shares the target's cache, which holds all tokens of a row except the last.
 
     model: the target's first layers, see `specdec.models.early_exit`.
     """
@@ -74,7 +74,7 @@ class EarlyExitProposer(ChainProposer):
         return torch.ones_like(accepted)
 
     def drafted(self, slot: int, row: Generation, length: int) -> None:
-        """Nothing is kept of a row."""
+        """Nothing to record: no state is kept per row."""
 
     def _drawn(self, batch: Batch, limits: Sequence[int]) -> Draft:
         cache: Any = batch.cache

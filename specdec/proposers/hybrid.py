@@ -1,4 +1,4 @@
-"""Copy where there is something to copy, else draw: a free deterministic proposer first, then one that costs time."""
+"""Combines two proposers: copies tokens if there is a match, else draws them with a model."""
 
 from __future__ import annotations
 
@@ -16,47 +16,46 @@ from specdec.requests import Batch, Generation
 from specdec.sampling.distributions import Dense, Distribution, OneHot
 from specdec.verification import Draft
 
-_DRAWN_PRIOR = (2.0, 4.0)  # tokens accepted of tokens looked at, of a row's drawn drafts before it had any
+_DRAWN_PRIOR = (2.0, 4.0)  # prior counts of a row's drawn drafts: tokens accepted, tokens tested
 
 
 class Lookup(Protocol):
-    """What a hybrid copies from; `NgramProposer` is one."""
+    """The source of a hybrid's copies, such as `NgramProposer`."""
 
     def guess(self, batch: Batch, limits: Sequence[int]) -> list[list[int]]:
-        """The tokens to copy in each row, at most limits[r]; none where the row's draft is rather to be drawn."""
+        """The tokens to copy in each row, at most limits[r]; none if the row's draft should be drawn."""
         ...
 
     def forget(self) -> None:
-        """Drop what is kept of finished requests."""
+        """Drop the state of finished requests."""
         ...
 
 
 @dataclass(slots=True)
 class _Drawn:
-    """What became of a row's drawn drafts. step: the number of the last one's step, if it is not counted yet."""
+    """Acceptance statistics of a row's drawn drafts. step: number of the last step, if it is not counted yet."""
 
     accepted: float = _DRAWN_PRIOR[0]
-    looked_at: float = _DRAWN_PRIOR[1]
+    tested: float = _DRAWN_PRIOR[1]
     step: int | None = None
 
     def reach(self, limit: int) -> list[float]:
-        """The probability that verification comes so far in a drawn draft, expected, for each of its tokens."""
-        return [(self.accepted / self.looked_at) ** number for number in range(1, limit + 1)]
+        """For each token of a drawn draft, the estimated probability that it and all before it are accepted."""
+        return [(self.accepted / self.tested) ** number for number in range(1, limit + 1)]
 
     def observe(self, row: Generation) -> None:
         if self.step is not None and self.step < len(row.steps):
             step = row.steps[self.step]
             self.accepted += step.num_accepted
-            self.looked_at += min(step.num_accepted + 1, step.num_drafted)
+            self.tested += min(step.num_accepted + 1, step.num_drafted)
             self.step = None
 
 
 class BetterCopies:
-    """Copies that are expected to bring more tokens than a drawn draft, by the row's own past; above their costs,
-    where these are known.
+    """Copies with a larger expected gain than a drawn draft, estimated from the row's past steps and measured costs.
 
-    A row's choice is made before anything is drawn, by committed tokens and by what became of past steps: a choice
-    that looked at the drawn draft would change its distribution.
+    The choice is made before the draft is drawn, from committed tokens and past steps: a choice that depended on the
+    drawn draft would change its distribution.
     """
 
     def __init__(self, copier: SuffixProposer, adaptive: AdaptiveLength | None = None) -> None:
@@ -84,21 +83,21 @@ class BetterCopies:
         self.copier.forget()
 
     def _is_better(self, row: Generation, copy: Copy, limit: int, num_rows: int) -> bool:
-        """Whether a copy brings more than a drawn draft would, all rows of the step being taken to be alike."""
+        """Whether a copy has at least the expected gain of a drawn draft, assuming that all rows are alike."""
         drawn = self._drawn[row]
         drawn.observe(row)
         if not self._adaptive:
             return bool(copy.tokens) and copy.score >= sum(drawn.reach(limit))
-        _, gain = self._adaptive.best_length([num_rows * each for each in copy.reach], num_rows)
-        _, least = self._adaptive.best_length([num_rows * each for each in drawn.reach(limit)], num_rows, drawn=True)
-        return gain > 0 and gain >= least
+        _, copied_gain = self._adaptive.best_length([num_rows * p for p in copy.reach], num_rows)
+        _, drawn_gain = self._adaptive.best_length([num_rows * p for p in drawn.reach(limit)], num_rows, drawn=True)
+        return copied_gain > 0 and copied_gain >= drawn_gain
 
 
 class HybridProposer(Proposer):
-    """Each row's draft comes from `lookup` where it has a guess, else from `fallback`.
+    """Drafts each row with `lookup` if it has a guess, else with `fallback`.
 
-    Which of the two speaks depends on committed tokens only, so either's distribution is the distribution that its
-    tokens are drawn from. max_fallback_tokens: limit to the fallback's drafts, which cost time; None for none.
+    The choice depends only on committed tokens, so the declared distribution remains that of the drafted tokens.
+    max_fallback_tokens: maximum length of the fallback's drafts, which cost time; None for no limit.
     """
 
     def __init__(self, lookup: Lookup, fallback: Proposer, max_fallback_tokens: int | None = None) -> None:
@@ -117,7 +116,7 @@ class HybridProposer(Proposer):
         drawn = self._fallback.propose(batch, drawn_limits)
         if not any(guesses):
             return drawn
-        return _merged(copied, drawn) if drawn.tokens.shape[1] else copied  # it may have drawn nothing
+        return _merged(copied, drawn) if drawn.tokens.shape[1] else copied
 
     def forget(self) -> None:
         self._lookup.forget()
@@ -128,25 +127,25 @@ def _merged(copied: Draft, drawn: Draft) -> Draft:
     """The rows of `copied` that propose something, the others of `drawn`."""
     from_copied = copied.num_proposed > 0
     width = max(copied.tokens.shape[1], drawn.tokens.shape[1])
-    mine, theirs = _widened(copied, width), _widened(drawn, width)
+    copied, drawn = _widened(copied, width), _widened(drawn, width)
     rows = from_copied[:, None]
     distribution: Distribution
-    if isinstance(mine.distribution, OneHot) and isinstance(theirs.distribution, OneHot):
+    if isinstance(copied.distribution, OneHot) and isinstance(drawn.distribution, OneHot):
         distribution = OneHot(
-            torch.where(rows, mine.distribution.tokens, theirs.distribution.tokens), mine.distribution.vocab_size
+            torch.where(rows, copied.distribution.tokens, drawn.distribution.tokens), copied.distribution.vocab_size
         )
     else:
-        distribution = Dense(torch.where(rows[..., None], mine.distribution.dense(), theirs.distribution.dense()))
+        distribution = Dense(torch.where(rows[..., None], copied.distribution.dense(), drawn.distribution.dense()))
     return Draft(
-        torch.where(rows, mine.tokens, theirs.tokens),
-        torch.where(from_copied, mine.num_proposed, theirs.num_proposed),
+        torch.where(rows, copied.tokens, drawn.tokens),
+        torch.where(from_copied, copied.num_proposed, drawn.num_proposed),
         distribution,
-        finite=theirs.finite,
+        finite=drawn.finite,
     )
 
 
 def _widened(draft: Draft, width: int) -> Draft:
-    """The same draft with more padding."""
+    """The draft padded to a width."""
     columns = torch.arange(width, device=draft.tokens.device).clamp(max=draft.tokens.shape[1] - 1)
     finite = None if draft.finite is None else draft.finite[:, columns]
     return Draft(draft.tokens[:, columns], draft.num_proposed, draft.distribution[:, columns], finite=finite)

@@ -22,7 +22,7 @@ Ngram = tuple[int, ...]
 
 
 class TokenIndex(Protocol):
-    """Guesses how a growing list of tokens goes on."""
+    """Predicts the continuation of a growing list of tokens."""
 
     def continuation(self, tokens: list[int], limit: int) -> list[int]:
         """At most `limit` tokens; `tokens` is the list of the last call with more appended."""
@@ -108,10 +108,9 @@ def _sizes(min_ngram: int, max_ngram: int) -> range:
 
 
 class NgramProposer(Proposer):
-    """Proposes what an index of each request's own tokens suggests.
+    """Proposes the continuations found by an index of each request's own tokens.
 
-    new_index: makes the index of a request. adaptive: settles how much of a suggestion is proposed, and is told what
-    became of it; None for all.
+    new_index: creates the index of a request. adaptive: limits the length by observed acceptance; None for no limit.
     """
 
     def __init__(
@@ -132,7 +131,7 @@ class NgramProposer(Proposer):
         return Draft.deterministic(*pad(guesses, self._device, width), self._vocab_size)
 
     def guess(self, batch: Batch, limits: Sequence[int]) -> list[list[int]]:
-        """The proposed tokens of each row, none where nothing is known, or where a constraint forbids the first."""
+        """The proposed tokens of each row, up to the first one that a constraint forbids; none without a match."""
         old = self._indices
         self._indices = {row: old.get(row) or self._new_index() for row in batch.rows if row is not None}
         guesses = [
@@ -145,12 +144,12 @@ class NgramProposer(Proposer):
     def _cut(
         self, guesses: Sequence[list[int]], rows: Sequence[Generation | None], adaptive: AdaptiveLength
     ) -> list[list[int]]:
-        """As much of each guess as pays, by what became of those before."""
+        """Truncate the guesses to the length that is worth verifying, by the acceptance of earlier ones."""
         for row, number, num_copied in self._pending:
             if number < len(row.steps):
                 adaptive.observe_copy(num_copied, min(row.steps[number].num_accepted, num_copied))
-        most = adaptive.num_copied([len(guess) for guess in guesses if guess], sum(row is not None for row in rows))
-        kept = [guess[:most] for guess in guesses]
+        length = adaptive.num_copied([len(guess) for guess in guesses if guess], sum(row is not None for row in rows))
+        kept = [guess[:length] for guess in guesses]
         self._pending = [
             (row, len(row.steps), len(copied))
             for row, guess, copied in zip(rows, guesses, kept, strict=True)
@@ -160,7 +159,7 @@ class NgramProposer(Proposer):
 
 
 def pad(rows: Sequence[Sequence[int]], device: torch.device, width: int | None = None) -> tuple[Tensor, Tensor]:
-    """Lists of token ids -> tokens int64 [rows, width] padded with 0, and their lengths int64 [rows].
+    """Convert lists of token ids to a tensor int64 [rows, width], padded with 0, and their lengths, int64 [rows].
 
     width: the longest list's length if None.
     """

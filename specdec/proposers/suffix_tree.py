@@ -1,11 +1,11 @@
-"""A suffix tree of texts, with counts: how often each short run of tokens occurred, and what followed it.
+"""A suffix tree of texts with counts: how often each short run of tokens occurred, and which tokens followed it.
 
-The tree has a node for each run of up to `depth` tokens that occurred at least twice. One that occurred once is not
-spelt out: a leaf says where it ended, and the text itself goes on from there. So the tree of given texts is one and the
-same however it came about, and forgetting the oldest text is exact: what is left is the tree of the other texts.
+The tree has a node for each run of up to `depth` tokens that occurred at least twice. A run that occurred once is a
+leaf with the position of its end, from which the text itself continues. So the tree is a function of its texts alone,
+and dropping the oldest text is exact: the result is the tree of the other texts.
 
-Appending a token touches the runs that end in it and occurred before: at most `depth`, however long the text is.
-Source: Oliaro et al. 2024, SuffixDecoding (arXiv:2411.04975), whose trees are cut at a depth, too.
+Appending a token updates the runs that end with it and occurred before: at most `depth`, however long the text is.
+Source: Oliaro et al. 2024, SuffixDecoding (arXiv:2411.04975), which also limits the depth.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-DEPTH = 16  # tokens of a run: 15 of context and the one behind
-SEPARATOR = -1  # stands behind each text that is complete; no run reaches over it
-# at the most on 64-bit CPython, with the entries of nodes and leaves, and with a forgotten token for each that is kept
+DEPTH = 16  # maximum length of a run: 15 tokens of context and the next token
+SEPARATOR = -1  # terminates each complete text; no run extends across it
+# upper bounds on 64-bit CPython, including dictionary entries and one dropped token per kept one
 NODE_BYTES, TOKEN_BYTES = 360, 160
 
 
@@ -24,9 +24,9 @@ NODE_BYTES, TOKEN_BYTES = 360, 160
 class Node:
     """A run of tokens that occurred at least twice.
 
-    count: how often. total: how often with a token behind it. last: where its latest occurrence ends.
-    children: by the token behind it, the longer run, or where its only occurrence ends.
-    likeliest: the commonest of these tokens, among equals that of the latest occurrence; None if it is to be looked up.
+    count: number of occurrences. total: occurrences followed by a token. last: position of the end of the latest one.
+    children: next token -> longer run, or the position of the end of its only occurrence.
+    likeliest: the most frequent next token, ties to the latest occurrence; None if it must be recomputed.
     """
 
     count: int = 0
@@ -36,35 +36,35 @@ class Node:
     children: dict[int, Place] = field(default_factory=dict)
 
 
-Place = Node | int  # where a run is in the tree: at a node, or for one that occurred once where it ends in the text
+Place = Node | int  # a run in the tree: its node, or for a single occurrence the position of its end
 
 
 class SuffixTree:
-    """Grows by tokens; complete texts can be forgotten, oldest first.
+    """A tree that grows token by token; complete texts can be dropped, oldest first.
 
-    depth: tokens of the longest runs that are counted, at least 2.
+    depth: maximum length of counted runs, at least 2.
     """
 
     def __init__(self, depth: int = DEPTH) -> None:
         if depth < 2:
-            raise ValueError(f"depth={depth} must be at least 2: a token of context and the one behind it")
+            raise ValueError(f"depth={depth} must be at least 2, for one token of context and the next token")
         self.depth = depth
         self._root = Node()
-        self._open = [self._root]  # the runs that end with the text and occurred before, from the empty one up
+        self._open = [self._root]  # suffixes of the text that occurred before, from the empty one up
         self._text: list[int] = []
-        self._start = 0  # position of the first token that is kept
-        self._num_forgotten = 0  # tokens of it that are no longer counted
-        self._begin = 0  # position at which the growing text begins
-        self._lengths: deque[int] = deque()  # of the complete texts, separators included
+        self._start = 0  # position of the first token in _text
+        self._num_forgotten = 0  # leading tokens of _text that are no longer counted
+        self._begin = 0  # position of the start of the growing text
+        self._lengths: deque[int] = deque()  # of complete texts, including separators
         self._num_nodes = 0
 
     @property
     def num_bytes(self) -> int:
-        """Memory that the tree takes, at the most."""
+        """Upper bound on the memory of the tree."""
         return NODE_BYTES * self._num_nodes + TOKEN_BYTES * (len(self._text) - self._num_forgotten)
 
     def append(self, token: int) -> None:
-        """One more token of the text that is growing."""
+        """Append a token to the growing text."""
         position = self._start + len(self._text)
         self._text.append(token)
         runs = [self._root]
@@ -84,17 +84,17 @@ class SuffixTree:
         self._open = runs[: self.depth]
 
     def _second(self, first: int, position: int, length: int) -> Node:
-        """The node of a run that occurs for the second time, with what stood behind the first occurrence."""
+        """Create the node of a run at its second occurrence, with the token after the first occurrence as a child."""
         self._num_nodes += 1
         node = Node(count=2, last=position)
-        behind = self._text[first + 1 - self._start]
-        if length < self.depth and behind != SEPARATOR:
-            node.children[behind] = first + 1
-            node.total, node.likeliest = 1, behind
+        next_token = self._text[first + 1 - self._start]
+        if length < self.depth and next_token != SEPARATOR:
+            node.children[next_token] = first + 1
+            node.total, node.likeliest = 1, next_token
         return node
 
     def complete(self) -> None:
-        """The text that was growing is complete; the next begins."""
+        """Complete the growing text and start the next."""
         self._text.append(SEPARATOR)
         self._open = [self._root]
         end = self._start + len(self._text)
@@ -102,18 +102,18 @@ class SuffixTree:
         self._begin = end
 
     def forget_oldest(self) -> None:
-        """Uncount the oldest of the complete texts; none may be growing."""
+        """Drop the oldest complete text; no text may be growing."""
         length = self._lengths.popleft()
         first = self._start + self._num_forgotten
         for position in range(first, first + length - 1):
             self._uncount(position)
         self._num_forgotten += length
-        if 2 * self._num_forgotten >= len(self._text):  # to shift what is left costs as much as was added since
+        if 2 * self._num_forgotten >= len(self._text):  # amortizes the cost of shifting the list
             del self._text[: self._num_forgotten]
             self._start, self._num_forgotten = self._start + self._num_forgotten, 0
 
     def _uncount(self, position: int) -> None:
-        """Runs that begin at a position, where the earliest occurrence of each of them is."""
+        """Uncount the runs that start at a position, which is the earliest occurrence of each."""
         node = self._root
         for token in self._text[position - self._start : position - self._start + self.depth]:
             if token == SEPARATOR:
@@ -126,27 +126,27 @@ class SuffixTree:
                 del node.children[token]
                 return
             child.count -= 1
-            if child.count == 1:  # the occurrence that is left is the latest
+            if child.count == 1:  # the remaining occurrence is the latest
                 node.children[token] = child.last
                 self._num_nodes -= _chain_length(child)
                 return
             node = child
 
     def ends(self) -> list[Place]:
-        """Where the runs are that end with the growing text and occurred before; the empty one first, each longer."""
+        """The suffixes of the growing text that occurred before, from the empty one up."""
         return list(self._open)
 
     def find(self, tokens: Sequence[int]) -> list[Place]:
-        """Where the runs are that end with other tokens, as `ends`."""
+        """The suffixes of other tokens that occur in the tree, as `ends`."""
         places: list[Place] = [self._root]
         for token in tokens[-self.depth + 1 :]:
-            places = self.behind(places, token, ())
+            places = self.extended(places, token, ())
         return places
 
-    def behind(self, places: Sequence[Place], token: int, drafted: Sequence[int]) -> list[Place]:
-        """The places of runs that are longer by a token, from those of all runs that end before it.
+    def extended(self, places: Sequence[Place], token: int, drafted: Sequence[int]) -> list[Place]:
+        """The suffixes after one more token, from those before it.
 
-        drafted: tokens that are taken to stand behind the text.
+        drafted: tokens assumed to follow the growing text.
         """
         longer = (self._child(place, token, drafted) for place in places[: self.depth - 1])
         return [self._root, *(place for place in longer if place is not None)]
@@ -157,7 +157,7 @@ class SuffixTree:
         return place + 1 if self._token_at(place + 1, drafted) == token else None
 
     def likeliest(self, place: Place, drafted: Sequence[int]) -> int | None:
-        """The token that followed a run most often; None if none did."""
+        """The most frequent token after a run; None if no token followed it."""
         if not isinstance(place, Node):
             return self._token_at(place + 1, drafted)
         if place.likeliest is None and place.total:
@@ -165,21 +165,21 @@ class SuffixTree:
         return place.likeliest
 
     def times(self, place: Place, token: int, drafted: Sequence[int]) -> tuple[int, int]:
-        """How often a token followed a run, and how often any did."""
+        """(number of times that a token followed a run, number of times that any token did)."""
         if isinstance(place, Node):
             return _count(place, token), place.total
-        behind = self._token_at(place + 1, drafted)
-        return int(behind == token), int(behind is not None)
+        next_token = self._token_at(place + 1, drafted)
+        return int(next_token == token), int(next_token is not None)
 
     def _token_at(self, position: int, drafted: Sequence[int]) -> int | None:
-        """A run that reaches the end of the text goes on into what is drafted, as a text that repeats itself does."""
+        """The token at a position, which may be in the draft: so a repeating text is continued beyond its end."""
         index = position - self._start
         token = self._text[index] if index < len(self._text) else drafted[index - len(self._text)]
         return token if token != SEPARATOR else None
 
 
 def _count(node: Node, token: int) -> int:
-    """How often a token followed a run."""
+    """The number of times that a token followed a run."""
     child = node.children.get(token)
     return child.count if isinstance(child, Node) else int(child is not None)
 
@@ -189,8 +189,8 @@ def _count_and_last(place: Place) -> tuple[int, int]:
 
 
 def _chain_length(node: Node) -> int:
-    """Nodes below and including one of two occurrences: all of them occur twice, so none has two below."""
+    """The number of nodes from one with two occurrences downward, a chain: each has two occurrences and one child."""
     length, place = 1, node
-    while (below := next((child for child in place.children.values() if isinstance(child, Node)), None)) is not None:
-        length, place = length + 1, below
+    while (child := next((child for child in place.children.values() if isinstance(child, Node)), None)) is not None:
+        length, place = length + 1, child
     return length

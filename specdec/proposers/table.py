@@ -1,4 +1,4 @@
-"""A table of n-grams: the likeliest next token after the last few, counted once from a model's own text."""
+"""An n-gram table: the most frequent next token by context, counted once from a model's own text."""
 
 from __future__ import annotations
 
@@ -18,12 +18,11 @@ Array = npt.NDArray[Any]
 
 
 class NgramTable:
-    """Continuations by context, the longest known context first.
+    """Continuations by context; the longest matching context is used.
 
-    contexts: for each context length n, from 1 up, the known contexts sorted, uint64 [entries]: the tokens' bits,
-    one after another.
-    tokens: for each, the token that follows, int32 [entries]. vocab_size: of the model.
-    Raises ValueError where they do not fit together: another order, lengths, or tokens that there are none of.
+    contexts: for each context length n, from 1 up, sorted contexts, uint64 [entries], with the bits of their tokens
+    concatenated. tokens: the next token of each, int32 [entries]. vocab_size: of the model.
+    Raises ValueError for inconsistent arrays: wrong order, lengths or token ids.
     """
 
     def __init__(self, contexts: Sequence[Array], tokens: Sequence[Array], vocab_size: int) -> None:
@@ -45,20 +44,20 @@ class NgramTable:
                 raise ValueError(f"tokens.{size} must lie in [0, {self.vocab_size}); count the table anew")
 
     def _split(self, contexts: Array, size: int) -> list[Array]:
-        """The tokens of contexts of so many, the last one first; the first one with all bits before it."""
+        """The tokens of contexts of `size` tokens, last one first; the final entry includes all higher bits."""
         shifted = [contexts >> np.uint64(self._bits * place) for place in range(size)]
-        return [*(each & np.uint64((1 << self._bits) - 1) for each in shifted[:-1]), shifted[-1]]
+        return [*(codes & np.uint64((1 << self._bits) - 1) for codes in shifted[:-1]), shifted[-1]]
 
     def continuation(self, tokens: list[int], limit: int) -> list[int]:
-        """At most `limit` tokens; none are guessed behind an unknown context."""
+        """Up to `limit` tokens; ends at an unknown context."""
         text = tokens[-len(self._contexts) :]
-        num_known = len(text)
-        while len(text) - num_known < limit:
+        num_given = len(text)
+        while len(text) - num_given < limit:
             token = self._next(text)
             if token is None:
                 break
             text.append(token)
-        return text[num_known:]
+        return text[num_given:]
 
     def _next(self, text: list[int]) -> int | None:
         for size in range(min(len(self._contexts), len(text)), 0, -1):
@@ -75,9 +74,9 @@ class NgramTable:
     def count(
         cls, texts: Iterable[Sequence[int]], vocab_size: int, *, max_ngram: int = 4, min_count: int = 2
     ) -> NgramTable:
-        """Count texts. A context of n tokens is kept if what follows it most often did so min_count times.
+        """Count texts. A context is kept if its most frequent next token occurred at least min_count times.
 
-        Raises ValueError if max_ngram tokens of such a vocabulary do not fit into 64 bits.
+        Raises ValueError if max_ngram tokens of this vocabulary do not fit into 64 bits.
         """
         bits = _bits(vocab_size)
         if not 1 <= max_ngram <= 64 // bits:
@@ -97,7 +96,7 @@ class NgramTable:
         """Raises LoadError for a missing or damaged file."""
         rule = f"table={str(path)!r} must be an undamaged n-gram table"
         with explained(rule, "count or copy it again"), safe_open(path, "numpy") as file:
-            sizes = range(1, (len(file.keys()) + 1) // 2 + 1)  # of an odd number one lacks its other half
+            sizes = range(1, (len(file.keys()) + 1) // 2 + 1)  # rounded up, so that a missing array is an error
             contexts = [file.get_tensor(f"contexts.{n}") for n in sizes]
             tokens = [file.get_tensor(f"tokens.{n}") for n in sizes]
             return cls(contexts, tokens, _vocab_size(file.metadata()))
@@ -111,7 +110,7 @@ def _vocab_size(metadata: dict[str, str] | None) -> int:
 
 
 class Fallback:
-    """One index and, where it knows nothing, another."""
+    """Uses one index, and another if the first has no continuation."""
 
     def __init__(self, first: TokenIndex, second: TokenIndex) -> None:
         self._first, self._second = first, second
@@ -125,7 +124,7 @@ def _bits(vocab_size: int) -> int:
 
 
 def _commonest(texts: Sequence[Array], n: int, bits: int, min_count: int) -> tuple[Array, Array]:
-    """The contexts of n tokens, sorted, and what follows each most often; ties go to the lower token."""
+    """The sorted contexts of n tokens, and the most frequent next token of each; ties go to the lower id."""
     codes, following = [np.zeros(0, np.uint64)], [np.zeros(0, np.uint64)]
     for text in texts:
         if len(text) > n:
@@ -146,6 +145,6 @@ def _commonest(texts: Sequence[Array], n: int, bits: int, min_count: int) -> tup
 
 
 def _changes(values: Array) -> Array:
-    """Where a value differs from the one before it."""
+    """Whether each value differs from the previous one."""
     changes: Array = np.r_[True, values[1:] != values[:-1]][: len(values)]
     return changes

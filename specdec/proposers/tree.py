@@ -1,4 +1,4 @@
-"""Drawing a draft that is a tree, level by level: the children of a node without replacement from its distribution."""
+"""Draws a token tree level by level: the children of a node without replacement from its distribution."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ LogitsAt = Callable[["Level", Tensor], Tensor]
 
 
 class Level:
-    """A level of a tree as its parents see it: which nodes have children there, and how many.
+    """A level of a tree, by its parents.
 
-    number: 0 for the root. parents: the nodes, -1 being the root. counts: children of each.
-    inner: the places of the parents among all nodes that have children, without the root: what a draft model is fed.
-    above: of each parent the place of its own parent among the parents of the level before.
+    number: 0 for the children of the root. parents: nodes with children in the level; -1 is the root. counts: number of
+    children of each. inner: indices of the parents among all nodes with children except the root, which are the input
+    of a draft model. above: for each parent, the index of its own parent among the parents of the previous level.
     """
 
     def __init__(self, tree: Tree, number: int) -> None:
@@ -37,7 +37,7 @@ class Level:
         before = Level(tree, number - 1).parents if number else []
         self.above = [before.index(tree.parents[node]) for node in self.parents if number]
         self.lineage = [tree.lineage(node) for node in self.parents]
-        fed = [node for node in tree.families if node >= 0]  # a draft is not asked what follows a leaf
+        fed = [node for node in tree.families if node >= 0]  # leaves need no distribution
         numbers = {-1: -1} | {node: place for place, node in enumerate(fed)}
         known = [node for node in fed if node < last]
         self.branches = Branches(
@@ -61,11 +61,11 @@ def draw_tree(
 ) -> Draft:
     """A draft of the tree's first limits[r] levels for row r, drawn with the rows' own sampling parameters.
 
-    logits_at: (level, the tokens of its parents, int64 [rows, parents]; of the root none) -> logits of their children,
-    [rows, parents, vocab]. vocabulary: int64, ascending, the tokens that the logits are of, or None for all.
+    logits_at: (level, tokens of its parents int64 [rows, parents], empty for the root) -> logits of their children,
+    [rows, parents, vocab]. vocabulary: int64, ascending, the tokens of the logits' columns, or None for all.
     """
     device, rows = batch.sampling.device, batch.sampling.rows
-    if not (batch.recorder and batch.recorder.records):  # there all drafts have one shape
+    if not (batch.recorder and batch.recorder.records):  # recorded drafts all have the same shape
         tree = tree.cut(max(limits))
     draws = tree_uniforms(rows, upload(batch.num_tokens(), device), tree, uniforms)
     tokens = torch.empty(len(batch.rows), 0, dtype=torch.int64, device=device)
@@ -87,12 +87,12 @@ def draw_tree(
 def draw_siblings(
     distribution: Distribution, logits: Tensor, counts: Sequence[int], draws: Tensor, vocabulary: Tensor | None = None
 ) -> Tensor:
-    """Children of some nodes, each node's without replacement from its distribution: int64 [rows, sum of counts].
+    """Draw the children of nodes without replacement from each node's distribution: int64 [rows, sum of counts].
 
-    distribution: [rows, nodes]. logits: [rows, nodes, n], as the distribution's, of `vocabulary`. counts: children of
-    each node.
+    distribution: [rows, nodes]. logits: [rows, nodes, n], those of the distribution, over `vocabulary`. counts: number
+    of children of each node.
     draws: float64 [rows, sum of counts], or [rows, sum of counts, vocab] for races.
-    Where a distribution has no token left the most probable by the logits is taken.
+    Once a distribution has no token left, the token with the largest remaining logit is used.
     """
     if isinstance(distribution, OneHot):
         nodes = [node for node, count in enumerate(counts) for _ in range(count)]
@@ -113,28 +113,28 @@ def draw_siblings(
 
 
 def _ranked(first: Tensor, logits: Tensor, most: int, vocabulary: Tensor | None) -> Tensor:
-    """Certain tokens, int64 [rows, nodes], and behind each the largest others by the logits: [rows, nodes, most]."""
+    """The given tokens int64 [rows, nodes], each followed by the tokens with the largest other logits: [..., most]."""
     places = logits.topk(most).indices
     others = places if vocabulary is None else vocabulary[places]
-    is_first = others == first.unsqueeze(-1)  # nowhere where a bias or a constraint chose it
+    is_first = others == first.unsqueeze(-1)  # absent if a bias or a constraint selected it
     order = is_first.int().argsort(stable=True, dim=-1)[..., : most - 1]
     return torch.cat([first.unsqueeze(-1), others.gather(-1, order)], -1)
 
 
 def _likeliest(logits: Tensor, taken: Tensor, vocabulary: Tensor | None) -> Tensor:
-    """The tokens with the largest logits [rows, nodes, n] but for those that are taken, int64 [rows, nodes, rank]."""
+    """The tokens with the largest logits [rows, nodes, n], except those already taken, int64 [rows, nodes, rank]."""
     places = taken if vocabulary is None else torch.searchsorted(vocabulary, taken)
-    # one that is forbidden, too, must come before one that is taken
+    # prefer even a forbidden token to one that is taken
     left = logits.clamp(min=torch.finfo(logits.dtype).min).scatter(-1, places, -torch.inf)
     best = largest(left)[1]
     return best if vocabulary is None else vocabulary[best]
 
 
 def tree_uniforms(rows: RowParams, origins: Tensor, tree: Tree, uniforms: UniformSource) -> Tensor:
-    """Uniforms that draw a tree, float64 [rows, nodes]; zeros where nothing is left to chance.
+    """Uniforms to draw a tree, float64 [rows, nodes]; zeros if all rows are greedy.
 
-    The nodes of a level are at one position, each on a branch of its own. Coupled rows have one uniform for each token,
-    the target's own, which all nodes of a level share: float64 [rows, nodes, vocab].
+    The nodes of a level share a position, each on its own branch. Coupled rows have one uniform per token of the
+    vocabulary, shared with the target and by all nodes of a level: float64 [rows, nodes, vocab].
     """
     if rows.all_greedy:
         return torch.zeros(len(origins), len(tree), dtype=torch.float64, device=origins.device)
@@ -146,9 +146,8 @@ def tree_uniforms(rows: RowParams, origins: Tensor, tree: Tree, uniforms: Unifor
     return uniforms(rows.seeds.unsqueeze(1), origins + offsets, roles.expand(len(origins), -1), origins)
 
 
-@cache  # without a limit: recordings read these tensors where they are
+@cache  # unbounded: recordings hold the addresses of these tensors
 def _draws_of_nodes(tree: Tree, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Offsets and roles of the uniforms that draw the nodes, int64 [nodes]."""
-    places = [place for width in tree.widths for place in range(width)]
-    roles = [on_branch(Role.DRAFT, place) for place in places]
+    """Position offsets and roles of the uniforms to draw the nodes, int64 [nodes]."""
+    roles = [on_branch(Role.DRAFT, branch) for width in tree.widths for branch in range(width)]
     return torch.tensor(tree.depths, device=device) - 1, torch.tensor(roles, device=device)

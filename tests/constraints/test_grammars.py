@@ -186,7 +186,7 @@ def test_missing_requirements_are_named(monkeypatch: pytest.MonkeyPatch, vocabul
         GrammarCompiler(object(), 3)
     target.tokenizer = draft.tokenizer = vocabulary.tokenizer
     synthetic = Engine(target, method="draft_model", draft=draft, synthetic_acceptance_rates=[0.5])
-    with pytest.raises(ValueError, match="regex must not go with synthetic_acceptance_rates"):
+    with pytest.raises(ValueError, match="regex must be omitted with synthetic_acceptance_rates"):
         synthetic.generate([[0]], SamplingParams(regex="a"))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"need the package llguidance; pip install llguidance"):

@@ -101,7 +101,7 @@ def test_a_sliding_window_bounds_the_context() -> None:
     engine = Engine(target, method="ngram")
     inside = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
     assert list(engine.generate([PROMPTS[3]], inside)[0].token_ids) == reference(model, PROMPTS[3])
-    with pytest.raises(ValueError, match=r"exceeds the sliding window of 16, up to which it is decoded; shorten"):
+    with pytest.raises(ValueError, match=r"exceeds the sliding window of 16; shorten"):
         engine.generate([PROMPTS[2]], inside)
 
 

@@ -413,5 +413,5 @@ def test_features_and_longer_prompts_than_there_is_room_for_are_refused() -> Non
         target.allocate(1, 8, features=(FINAL,))
     with pytest.raises(ValueError, match="a prompt of 13 tokens exceeds the cache's capacity of 8"):
         prefill(target, PROMPTS[0], target.allocate(1, 8), 0)
-    with pytest.raises(ValueError, match=r"prompt 0 has token ids outside \[0, 61\)"):
+    with pytest.raises(ValueError, match=r"prompt 0 must have token ids in \[0, 61\)"):
         Engine(target).generate([[61]])

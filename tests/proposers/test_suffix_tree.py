@@ -116,7 +116,7 @@ def test_a_run_that_reaches_the_end_goes_on_into_the_draft(period: list[int], nu
     places = tree.ends()
     for _ in range(number):
         token = tree.likeliest(places[-1], drafted)
-        places = tree.behind(places, token, drafted)
+        places = tree.extended(places, token, drafted)
         drafted.append(token)
     assert drafted == obvious_continuation(text, len(period), number)
 
@@ -174,7 +174,7 @@ def ask(tree: SuffixTree, number: int) -> None:
     """How the text goes on, by the longest runs."""
     places, drafted = tree.ends(), []
     while len(drafted) < number and (token := tree.likeliest(places[-1], drafted)) is not None:
-        places = tree.behind(places, token, drafted)
+        places = tree.extended(places, token, drafted)
         drafted.append(token)
 
 
