@@ -354,12 +354,12 @@ def check_same_vocabulary(target: HasVocabulary, draft: HasVocabulary) -> None:
     _check_vocab_size(target.vocab_size, draft.vocab_size)
     tokenizers = [target.tokenizer, draft.tokenizer]
     if all(tokenizers):
-        ours, theirs = (tokenizer.get_vocab() for tokenizer in tokenizers)
-        different = min((token for token, _ in ours.items() ^ theirs.items()), default=None)
+        target_tokens, draft_tokens = (tokenizer.get_vocab() for tokenizer in tokenizers)
+        different = min((token for token, _ in target_tokens.items() ^ draft_tokens.items()), default=None)
         require(
-            ours == theirs,
+            target_tokens == draft_tokens,
             f"the draft's tokenizer must be the target's, but token {different!r} is "
-            f"{ours.get(different)} for the target and {theirs.get(different)} for the draft; "
+            f"{target_tokens.get(different)} for the target and {draft_tokens.get(different)} for the draft; "
             "use a draft of the same family",
         )
 

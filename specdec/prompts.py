@@ -118,7 +118,7 @@ def encode_to_time(text: str, tokenizer: Any) -> tuple[int, ...]:
 def decode(tokens: Sequence[int], tokenizer: Any) -> str | None:
     """The question that `encode` turns into these token ids, or None if there is none."""
     one, other = encode("a", tokenizer), encode("b", tokenizer)
-    start = next(i for i, (ours, theirs) in enumerate(zip(one, other, strict=True)) if ours != theirs)
+    start = next(i for i, (left, right) in enumerate(zip(one, other, strict=True)) if left != right)
     text: str = tokenizer.decode(tokens[start : len(tokens) - (len(one) - start - 1)])
     return text if encode(text, tokenizer) == tuple(tokens) else None
 

@@ -62,7 +62,7 @@ def test_token_ids_are_one_prompt_in_whatever_they_come(prompts) -> None:
         ([{"role": "user", "content": "Hi"}], "messages need a model whose tokenizer has a chat template"),
     ],
 )
-def test_what_is_no_prompt_gets_a_sentence(prompts, message: str) -> None:
+def test_invalid_prompts_have_a_helpful_message(prompts, message: str) -> None:
     for call in (Engine(TARGET).generate, Engine(TARGET).stream, Engine(TARGET).as_completed):
         with pytest.raises(ValueError, match=message):
             call(prompts, GREEDY)
@@ -135,7 +135,7 @@ def test_numbers_of_numpy_are_numbers() -> None:
 
 
 @pytest.mark.parametrize("sampling", [{"temperature": 0}, "greedy", [GREEDY, {"n": 1}], 3])
-def test_what_are_no_sampling_parameters_gets_a_sentence(sampling) -> None:
+def test_invalid_sampling_parameters_have_a_helpful_message(sampling) -> None:
     with pytest.raises(ValueError, match=r"sampling=.* must be a SamplingParams, or a list of them"):
         Engine(TARGET).generate([[0], [1]], sampling)
 
@@ -280,7 +280,7 @@ def test_an_end_that_only_the_tokenizer_knows_ends_a_text() -> None:
     assert Engine(model, tokenizer=Ends()).generate([[3, 4]], favoured)[0].finish_reason == "length"
 
 
-def test_what_generate_would_apply_is_named_and_offered(caplog: pytest.LogCaptureFixture) -> None:
+def test_ignored_generation_config_entries_are_named_and_offered(caplog: pytest.LogCaptureFixture) -> None:
     model = tiny.make("llama", tiny.GQA)
     Engine(model)
     assert not caplog.records

@@ -89,7 +89,7 @@ def test_the_first_layers_draft_and_change_nothing(default_model: CausalLM, prom
 
 
 @pytest.mark.skipif(not cpp.available(torch.bfloat16), reason="kernels need Linux, a C++ compiler and AVX512-BF16")
-def test_trees_say_in_bf16_what_plain_decoding_says(prompts: list) -> None:
+def test_tree_output_in_bf16_equals_plain_decoding(prompts: list) -> None:
     """Near ties included: a node's logits are the same bits, of a head's tree and of a draft model's."""
     tree = [(0,), (1,), (2,), (0, 0), (0, 1), (1, 0), (0, 0, 0)]
     plain = None

@@ -86,7 +86,7 @@ def test_a_row_in_any_batch_equals_the_row_alone(method: str) -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_counts_and_sources_agree_with_what_was_emitted(method: str) -> None:
+def test_counts_and_sources_agree_with_the_output(method: str) -> None:
     for completion in engine_for(method, max_batch_size=2).generate(PROMPTS, SamplingParams(max_tokens=17, seed=9)):
         counts = completion.counts
         assert len(completion.token_ids) == 17 == len(completion.sources) == 1 + counts.num_emitted
@@ -192,7 +192,7 @@ class Tokenizer:
         self.get_vocab = lambda: vocabulary
 
 
-def test_a_tokenizer_whose_tokens_cannot_be_compared_is_refused() -> None:
+def test_an_incomparable_tokenizer_is_refused() -> None:
     target, draft = grid_pair(4)
     target.tokenizer, draft.tokenizer = Tokenizer({"a": 0, "b": 1, "c": 2}), Tokenizer({"a": 0, "c": 1, "b": 2})
     with pytest.raises(ValueError, match="tokenizer Tokenizer must be byte-level or SentencePiece-like for a draft"):
@@ -265,7 +265,7 @@ def test_trees_that_cannot_be_drafted_are_refused(options: dict, message: str) -
         Engine(TARGET, draft=DRAFT, **{"method": "tree"} | options)
 
 
-def test_a_tree_of_so_many_nodes_is_made_and_auto_takes_one_that_pays(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tree_has_the_requested_size_and_auto_chooses_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """By what is usual where nothing was measured, with no more siblings than the draft has tokens."""
     assert len(Engine(TARGET, method="tree", draft=DRAFT, num_speculative_tokens=9).tree) == 9
     free = {width: 1.0 if width <= 6 else 9.0 for width in range(1, 99)}
@@ -276,7 +276,7 @@ def test_a_tree_of_so_many_nodes_is_made_and_auto_takes_one_that_pays(monkeypatc
     assert len(Engine(TARGET, method="tree", draft=DRAFT, num_speculative_tokens="auto").tree) in (4, 5)
 
 
-def test_a_model_whose_positions_are_those_of_the_cache_drafts_no_trees() -> None:
+def test_a_model_with_positions_from_the_cache_drafts_no_trees() -> None:
     model = CausalLM(tiny.make("mpt", tiny.SUPPORTED["mpt"], attention="eager"))
     with pytest.raises(
         ValueError, match="the logits of MptForCausalLM for a token tree differ from those for its paths"

@@ -129,7 +129,7 @@ def test_mutant_is_caught_exactly_and_by_the_gate(name: str) -> None:
     assert not pairs_passing(make, params, distribution)[distances.index(max(distances))]
 
 
-def test_gate_false_alarms_are_within_what_it_declares() -> None:
+def test_gate_false_alarms_are_within_the_declared_rate() -> None:
     """At a declared alpha of 5 %, correct samplers fail in at most 5 % of 400 trials (binomial bound at 1e-6: 45)."""
     generator = torch.Generator().manual_seed(0)
     distribution = {(i,): 1 / 8 for i in range(8)}
@@ -155,7 +155,7 @@ def self_draft_acceptance(proposer: type) -> float:
     return sum(step.num_accepted for step in steps) / sum(step.num_drafted for step in steps)
 
 
-def test_self_draft_is_always_accepted_and_a_stale_draft_cache_is_seen() -> None:
+def test_self_draft_is_always_accepted_and_a_stale_draft_cache_is_detected() -> None:
     assert self_draft_acceptance(mutants.DraftModelProposer) == 1
     assert self_draft_acceptance(mutants.StaleDraftCache) < 1  # M9 in the draft: lossless, but slower
 

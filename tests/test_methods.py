@@ -86,7 +86,7 @@ def test_a_name_is_registered_once() -> None:
         ({"draft": TARGET}, "draft: method='guess' does not use a model"),
     ],
 )
-def test_what_a_method_does_not_take_is_refused(options: dict, message: str) -> None:
+def test_options_that_a_method_does_not_use_are_refused(options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Engine(TARGET, method="guess", **options)
 

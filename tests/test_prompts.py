@@ -39,7 +39,7 @@ def test_a_text_must_have_something_in_it() -> None:
         text_of({"prompt": 7}, "prompt", "f:1")
 
 
-def test_without_a_tokenizer_a_text_is_refused_and_its_bytes_are_asked_for_by_name() -> None:
+def test_without_a_tokenizer_text_is_refused_and_the_message_offers_bytes() -> None:
     with pytest.raises(ValueError, match="a text prompt needs a model with a tokenizer; load one"):
         encode("aé", None)
     assert encode_bytes("aé") == (97, 195, 169)

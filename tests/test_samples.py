@@ -40,7 +40,7 @@ def together(engine: Engine, prompts: list, params: list[SamplingParams]) -> lis
 @pytest.mark.parametrize(
     ("method", "verification"), [*((method, "token") for method in FORGETFUL), ("draft_model", "coupled")]
 )
-def test_samples_are_what_their_seeds_give(method: str, verification: str) -> None:
+def test_samples_follow_from_their_seeds(method: str, verification: str) -> None:
     """In any batch, beside other prompts, in slots that change hands; the first is what one sample gives."""
     expected = alone(engine_for(method, verification=verification), PROMPTS, PARAMS)
     for max_batch_size, records in ((1, False), (2, False), (3, True), (11, False)):

@@ -89,7 +89,7 @@ def test_predicted_speedup() -> None:
 PLAIN = RunTotals(counted(*[(0, 0, 1)] * 8), PhaseTimes(1.0, 0.0, 1.5, 0.5, 3.5), 10)
 
 
-def test_each_part_of_a_speedup_is_what_one_more_thing_changes() -> None:
+def test_each_part_of_a_speedup_is_the_effect_of_one_change() -> None:
     """Four steps of 0.5 s emit 10 of the 12 tokens that they decided about, in 2.5 s with the bookkeeping."""
     counts = counted((3, 3, 4), (3, 1, 2), (3, 3, 3), (3, 1, 1))
     run = RunTotals(counts, PhaseTimes(1.0, 0.25, 1.5, 0.25, 3.5), 12)
@@ -106,7 +106,7 @@ def test_only_bookkeeping_of_one_run_is_bookkeeping() -> None:
 
 
 @given(st.lists(st.floats(0.01, 10), min_size=12, max_size=12), st.floats(0.1, 10))
-def test_the_parts_add_up_to_what_was_measured(times: list[float], measured: float) -> None:
+def test_the_parts_add_up_to_the_measured_speedup(times: list[float], measured: float) -> None:
     run, plain = (
         RunTotals(counts, PhaseTimes(*spent[:4], total_s=sum(spent)), 9)
         for counts, spent in ((counted((2, 1, 2), (2, 2, 3)), times[:6]), (counted((0, 0, 1)), times[6:]))

@@ -80,7 +80,7 @@ def test_a_stop_string_ends_the_output_with_the_token_that_completes_it(name: st
     assert found
 
 
-def test_streams_hold_back_what_may_begin_a_stop_string() -> None:
+def test_streams_hold_back_a_possible_start_of_a_stop_string() -> None:
     """So that nothing which is cut was ever given."""
     held = 0
     for seed in range(20):
@@ -145,6 +145,6 @@ def test_bad_words_forbid_exactly_the_tokens_that_would_complete_one(default_mod
         ({"bad_words": ["a"]}, "bad_words needs a model with a tokenizer"),
     ],
 )
-def test_what_needs_text_needs_a_tokenizer(options: dict, message: str) -> None:
+def test_textual_parameters_need_a_tokenizer(options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Engine(MarkovModel(torch.ones(2, 2, 2) / 2)).generate([[0]], SamplingParams(**options))

@@ -135,7 +135,7 @@ def test_completions_come_as_they_are_finished() -> None:
         engine().as_completed([[]])
 
 
-def test_closing_drops_what_is_not_finished_and_the_engine_goes_on() -> None:
+def test_closing_drops_unfinished_requests_and_the_engine_stays_usable() -> None:
     ours = engine(2)
     completions = ours.as_completed(PROMPTS, PARAMS)
     assert next(completions).index == 0
@@ -147,7 +147,7 @@ def test_closing_drops_what_is_not_finished_and_the_engine_goes_on() -> None:
     ]
 
 
-def test_waiting_for_a_slot_is_told() -> None:
+def test_queueing_time_is_reported() -> None:
     """One slot: nobody has it before the one before is done."""
     params = [SamplingParams(max_tokens=6)] * 3
     first, second, third = Engine(TARGET).generate(PROMPTS[:3], params)
@@ -161,13 +161,13 @@ def test_waiting_for_a_slot_is_told() -> None:
 # -- arrivals ------------------------------------------------------------------------------------------------
 
 
-def test_what_a_prompt_gets_does_not_depend_on_when_it_arrives() -> None:
+def test_output_does_not_depend_on_arrival_times() -> None:
     at_once = engine().generate(PROMPTS, PARAMS)
     arriving = engine().generate(PROMPTS, PARAMS, arrivals_s=[0.02, 0.0, 0.01, 0.0, 0.03])
     assert [without_times(each) for each in arriving] == [without_times(each) for each in at_once]
 
 
-def test_nobody_is_decoded_before_they_arrive_and_slots_go_by_arrival() -> None:
+def test_no_request_is_decoded_before_its_arrival_and_slots_go_by_arrival() -> None:
     """One slot: rows come out one after the other, in the order of their arrival, waiting where nobody is there."""
     arrivals = [0.03, 0.0, 0.06]
     requests = [Request(i, (i,), SamplingParams(max_tokens=4), arrival_s=each) for i, each in enumerate(arrivals)]

@@ -31,7 +31,7 @@ def test_pieces_make_up_the_text_whatever_the_decoder_rewrites(kind: str, data: 
 
 
 @given(st.text(st.characters(exclude_categories=["Cs"]), max_size=12))
-def test_text_that_stands_alone_is_what_the_tokenizer_decodes(text: str) -> None:
+def test_standalone_text_equals_the_tokenizers_decoding(text: str) -> None:
     tokenizer = KINDS["sentencepiece"]
     ids = tokenizer(text).input_ids
     assert text_after(tokenizer, (), ids) == tokenizer.decode(ids, skip_special_tokens=True)

@@ -9,9 +9,9 @@ from typing import Any
 
 def ratios(plain: Sequence[dict[str, Any]], method: Sequence[dict[str, Any]]) -> dict[float, float | None]:
     """By rate: median latency of plain decoding over that of a method, None if unknown; above 1 the method pays."""
-    theirs = {record["rate"]: record.get("latency_p50_s") for record in plain}
-    ours = {record["rate"]: record.get("latency_p50_s") for record in method}
-    both = [(rate, theirs[rate], ours[rate]) for rate in sorted(theirs.keys() & ours.keys())]
+    plain_s = {record["rate"]: record.get("latency_p50_s") for record in plain}
+    method_s = {record["rate"]: record.get("latency_p50_s") for record in method}
+    both = [(rate, plain_s[rate], method_s[rate]) for rate in sorted(plain_s.keys() & method_s.keys())]
     return {rate: slower / faster if slower and faster else None for rate, slower, faster in both}
 
 
@@ -20,11 +20,11 @@ def pays(plain: Sequence[dict[str, Any]], method: Sequence[dict[str, Any]]) -> d
 
     An unknown median (half of the requests did not finish) is longer than any other; None if neither is known.
     """
-    theirs = {record["rate"]: record["latency_p50_s"] or math.inf for record in plain}
-    ours = {record["rate"]: record["latency_p50_s"] or math.inf for record in method}
+    plain_s = {record["rate"]: record["latency_p50_s"] or math.inf for record in plain}
+    method_s = {record["rate"]: record["latency_p50_s"] or math.inf for record in method}
     return {
-        rate: ours[rate] < theirs[rate] if min(ours[rate], theirs[rate]) < math.inf else None
-        for rate in sorted(theirs.keys() & ours.keys())
+        rate: method_s[rate] < plain_s[rate] if min(method_s[rate], plain_s[rate]) < math.inf else None
+        for rate in sorted(plain_s.keys() & method_s.keys())
     }
 
 

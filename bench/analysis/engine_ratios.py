@@ -11,10 +11,10 @@ from bench.records.schema import Record
 
 @dataclass(frozen=True, slots=True)
 class Lead:
-    """How many times faster one cell is than another, by their records: latency per emitted token, round by round."""
+    """The speed of one cell over another's, by latency per emitted token, paired by round."""
 
-    ours: Record
-    theirs: Record
+    record: Record
+    other: Record
     times: BootstrapInterval
 
 
@@ -24,27 +24,27 @@ def leads(records: Sequence[Record]) -> list[Lead]:
     records: of cells that differ in engine, method and gamma only. These cells did not run side by side, but each ran
     beside its own engine's plain decoding, and the plain decoding of each engine beside the reference's: the ratio of
     two cells is the product of these three ratios, round by round. The best cell is chosen by the same measurement,
-    which favors both sides a little. Engines whose plain decoding was not measured are left out.
+    which favors both sides a little. Engines without a measurement of plain decoding are skipped.
     """
-    engines = {record["engine"]: [each for each in records if each["engine"] == record["engine"]] for record in records}
-    ours = engines.pop(records[0]["reference_engine"], [])
-    if not ours:
-        return []
-    return [lead for theirs in engines.values() for lead in _leads(ours, theirs)]
+    engines: dict[str, list[Record]] = {}
+    for record in records:
+        engines.setdefault(record["engine"], []).append(record)
+    reference = engines.pop(records[0]["reference_engine"], [])
+    return [lead for others in engines.values() for lead in _leads(reference, others)]
 
 
-def _leads(ours: Sequence[Record], theirs: Sequence[Record]) -> Iterator[Lead]:
-    plain = next((record for record in theirs if record["method"] == "autoregressive"), None)
-    own_plain = next((record for record in ours if record["method"] == "autoregressive"), None)
+def _leads(reference: Sequence[Record], others: Sequence[Record]) -> Iterator[Lead]:
+    plain = next((record for record in others if record["method"] == "autoregressive"), None)
+    own_plain = next((record for record in reference if record["method"] == "autoregressive"), None)
     if not plain or not own_plain or not plain.get("reference_per_prompt_latency_s"):
         return
     between = _ratios(plain, "", plain, "reference_")
-    best, their_best = _best(ours), _best(theirs)
-    combinations = [(own_plain, plain), (best, plain), (best, their_best)]
-    for mine, other in combinations:
-        if mine and other:
-            ratios = zip(_gains(mine), between, _gains(other), strict=True)
-            yield Lead(mine, other, geometric_mean_interval([gain * ratio / loss for gain, ratio, loss in ratios]))
+    best, other_best = _best(reference), _best(others)
+    combinations = [(own_plain, plain), (best, plain), (best, other_best)]
+    for record, other in combinations:
+        if record and other:
+            ratios = zip(_gains(record), between, _gains(other), strict=True)
+            yield Lead(record, other, geometric_mean_interval([gain * ratio / loss for gain, ratio, loss in ratios]))
 
 
 def _best(records: Sequence[Record]) -> Record | None:

@@ -91,7 +91,7 @@ def _difference(before: Results, after: Results, earlier: Record, later: Record)
         return Difference(later, _unpaired_verdict(times), times, None, _few(times), outputs_equal)
     plain_ratios = _ratios(earlier, later, "baseline_")
     plain = geometric_mean_interval(plain_ratios)
-    times = geometric_mean_interval([ours / plain for ours, plain in zip(ratios, plain_ratios, strict=True)])
+    times = geometric_mean_interval([ratio / plain for ratio, plain in zip(ratios, plain_ratios, strict=True)])
     return Difference(later, verdict(times), times, plain, _few(times), outputs_equal)
 
 
@@ -138,11 +138,11 @@ def _obstacles(before: Results, after: Results, earlier: Record, later: Record) 
         yield "prompts: times of single prompts were not recorded, or for different numbers of prompts"
 
 
-def _changes(what: str, ours: dict[str, Any], theirs: dict[str, Any], names: Sequence[str] = ()) -> Iterator[str]:
+def _changes(what: str, old: dict[str, Any], new: dict[str, Any], names: Sequence[str] = ()) -> Iterator[str]:
     """Values that differ."""
-    for name in names or sorted({*ours, *theirs}):
-        if ours.get(name) != theirs.get(name):
-            yield f"{what}: {name} was {ours.get(name)} and is {theirs.get(name)}"
+    for name in names or sorted({*old, *new}):
+        if old.get(name) != new.get(name):
+            yield f"{what}: {name} was {old.get(name)} and is {new.get(name)}"
 
 
 def _versions(run: Results, record: Record) -> dict[str, Any]:
@@ -157,11 +157,11 @@ def _versions(run: Results, record: Record) -> dict[str, Any]:
 
 def _other_prompts(before: Results, after: Results) -> bool:
     """Whether two runs of the same workloads had different texts; False if unknown."""
-    ours, theirs = (run.configuration or {} for run in (before, after))
+    old, new = (run.configuration or {} for run in (before, after))
     names = ("workloads", "num_prompts", "seed", "prompt_lengths")
-    if any(ours.get(name) != theirs.get(name) for name in names):
+    if any(old.get(name) != new.get(name) for name in names):
         return False  # the digest is of all workloads together
-    digests = [each.get("prompts_sha256") for each in (ours, theirs)]
+    digests = [each.get("prompts_sha256") for each in (old, new)]
     return None not in digests and digests[0] != digests[1]
 
 

@@ -49,12 +49,12 @@ def _belongs(run: Results, campaign: Sequence[Results]) -> bool:
 
 def differing(before: Results, after: Results) -> list[str]:
     """Options and circumstances in which two runs differ, with both values; except for the shard."""
-    ours, theirs = (run.configuration or {} for run in (before, after))
-    keys = sorted({*ours, *theirs} - {"shard"})
+    old, new = (run.configuration or {} for run in (before, after))
+    keys = sorted({*old, *new} - {"shard"})
     return [
-        f"{key} was {_short(ours.get(key))} and is {_short(theirs.get(key))}"
+        f"{key} was {_short(old.get(key))} and is {_short(new.get(key))}"
         for key in keys
-        if ours.get(key) != theirs.get(key)
+        if old.get(key) != new.get(key)
     ]
 
 

@@ -75,14 +75,16 @@ def rate_interval(numerators: Sequence[int], denominators: Sequence[int]) -> Boo
     return BootstrapInterval(estimate, *_ends(above[below > 0] / below[below > 0]))
 
 
-def mean_difference_interval(ours: Sequence[float], theirs: Sequence[float]) -> BootstrapInterval:
+def mean_difference_interval(values: Sequence[float], others: Sequence[float]) -> BootstrapInterval:
     """Mean of paired differences, one for each prompt, and its percentile bootstrap interval over prompts, as above.
 
     Raises ValueError if there are none, or if the numbers of both differ.
     """
-    if not ours or len(ours) != len(theirs):
-        raise ValueError(f"{len(ours)} values must be as many as those they are compared with, {len(theirs)}, and some")
-    differences = np.asarray(ours, dtype=np.float64) - np.asarray(theirs, dtype=np.float64)
+    if not values or len(values) != len(others):
+        raise ValueError(
+            f"{len(values)} and {len(others)} values must be pairs, at least one; pass one value of each per prompt"
+        )
+    differences = np.asarray(values, dtype=np.float64) - np.asarray(others, dtype=np.float64)
     if len(differences) == 1:
         return BootstrapInterval(float(differences[0]), None, None)
     drawn = np.random.default_rng(0).choice(differences, (NUM_RESAMPLES, len(differences))).mean(1)

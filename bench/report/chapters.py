@@ -49,14 +49,15 @@ def _subject(records: Sequence[Record]) -> Iterator[str]:
     """What was decoded, in one sentence."""
     if not records:
         return
-    told = {name: ", ".join(dict.fromkeys(str(record[name]) for record in records)) for name in _SUBJECT}
-    special = [told[name] for name in ("placement", "quantisation") if told[name] != fields.field(name).default]
-    raw = " as raw text" if told["prompt_format"] == "raw" else ""
+    subject = {name: ", ".join(dict.fromkeys(str(record[name]) for record in records)) for name in _SUBJECT}
+    special = [subject[name] for name in ("placement", "quantisation") if subject[name] != fields.field(name).default]
+    raw = " as raw text" if subject["prompt_format"] == "raw" else ""
     prompts, tokens = _range(records, "num_prompts"), _range(records, "max_tokens")
     yield (
-        f"{', '.join([told['pair'], told['dtype'], *special])} on {told['device']}; {told['workload']}{raw}, "
-        f"{prompts or 'some'} prompts of up to {tokens or 'some'} tokens, batch size {told['batch_size']}, "
-        f"{', '.join(dict.fromkeys(map(distribution, records)))}; decoded by {told['engine']}"
+        f"{', '.join([subject['pair'], subject['dtype'], *special])} on {subject['device']}; "
+        f"{subject['workload']}{raw}, "
+        f"{prompts or 'some'} prompts of up to {tokens or 'some'} tokens, batch size {subject['batch_size']}, "
+        f"{', '.join(dict.fromkeys(map(distribution, records)))}; decoded by {subject['engine']}"
     )
 
 
@@ -115,8 +116,8 @@ def _leads(cells: Sequence[Record]) -> Table:
     rows = [
         (
             *(text(block[0], name) for name in varying),
-            cell_name(each.ours),
-            cell_name(each.theirs),
+            cell_name(each.record),
+            cell_name(each.other),
             interval(each.times),
         )
         for block in blocks.values()

@@ -67,7 +67,7 @@ def _load_card(arm: str, last: float | None, first: float | None) -> Iterator[Ca
 
 def _best_leads(block: Sequence[Record]) -> list[Lead]:
     """Over each other engine at its best, or at plain decoding if it has nothing else."""
-    by_engine = {each.theirs["engine"]: each for each in leads(block)}  # the last one is that over its best
+    by_engine = {each.other["engine"]: each for each in leads(block)}  # the last one is that over its best
     return list(by_engine.values())
 
 
@@ -94,7 +94,7 @@ def _certainty(record: Record) -> str:
 def _lead_sentence(found: Lead) -> str:
     times = found.times
     ends = "" if times.low is None else f", 95 % interval {times.low:.2f} to {times.high:.2f}"
-    return f"{_arm(found.ours)} over {_arm(found.theirs).removesuffix(',')}{ends}"
+    return f"{_arm(found.record)} over {_arm(found.other).removesuffix(',')}{ends}"
 
 
 def _same_card(bests: Sequence[Record]) -> Card | None:

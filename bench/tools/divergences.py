@@ -70,10 +70,10 @@ def partings(records: Sequence[Record], prompts: Sequence[Sequence[int]], engine
             if position is None:
                 continue
             method, gamma, prompt, tokens = record["method"], record["gamma"], prompts[number], record["max_tokens"]
-            theirs = engines.output(record["reference_engine"], "autoregressive", 0, prompt, tokens)
-            ours = engines.output(record["engine"], method, gamma, prompt, tokens)
+            expected = engines.output(record["reference_engine"], "autoregressive", 0, prompt, tokens)
+            output = engines.output(record["engine"], method, gamma, prompt, tokens)
             exact, own = engines.model(torch.float32), engines.model(engines.dtype)
-            why = explain(prompt, ours, theirs, exact, own)
+            why = explain(prompt, output, expected, exact, own)
             yield Parting(record["engine"], method, gamma, number, position, why)
 
 

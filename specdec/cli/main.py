@@ -211,19 +211,19 @@ def comparison(decoded: Decoded, plain: Decoded, *, must_agree: bool) -> list[st
 
     must_agree: whether they should be equal: at temperature 0, and with coupled verification.
     """
-    ours, theirs = decoded.completion.token_ids, plain.completion.token_ids
-    speedup = (plain.seconds / len(theirs)) / (decoded.seconds / len(ours))
+    ids, plain_ids = decoded.completion.token_ids, plain.completion.token_ids
+    speedup = (plain.seconds / len(plain_ids)) / (decoded.seconds / len(ids))
     lines = [
         f"{speedup:.2f}x the speed of plain decoding (one prompt, timed once; not a benchmark)",
-        f"{decoded.seconds:.2f} s for {len(ours)} tokens, plain decoding {plain.seconds:.2f} s for {len(theirs)}",
+        f"{decoded.seconds:.2f} s for {len(ids)} tokens, plain decoding {plain.seconds:.2f} s for {len(plain_ids)}",
     ]
-    return lines + ([_agreement(ours, theirs)] if must_agree else [])
+    return lines + ([_agreement(ids, plain_ids)] if must_agree else [])
 
 
-def _agreement(ours: Sequence[int], theirs: Sequence[int]) -> str:
-    if ours == theirs:
+def _agreement(ids: Sequence[int], plain_ids: Sequence[int]) -> str:
+    if ids == plain_ids:
         return "same tokens as plain decoding"
-    both = list(zip(ours, theirs, strict=False))
+    both = list(zip(ids, plain_ids, strict=False))
     at = next((at for at, (one, other) in enumerate(both) if one != other), len(both))
     return (
         f"tokens differ from plain decoding from token {at + 1} on: 16-bit rounding can flip a near tie; "

@@ -144,10 +144,10 @@ class Arm:
         )
 
     def _distributions(self, answers: Answers) -> Iterator[tuple[Positions, Positions | None]]:
-        ours = self._reference.distributions(answers.prompts, answers.outputs)
+        distributions = self._reference.distributions(answers.prompts, answers.outputs)
         if self._draft is None or not self.names:
-            return zip(ours, repeat(None), strict=False)
-        return zip(ours, self._draft.distributions(answers.prompts, answers.outputs), strict=True)
+            return zip(distributions, repeat(None), strict=False)
+        return zip(distributions, self._draft.distributions(answers.prompts, answers.outputs), strict=True)
 
     def _judge(
         self,
@@ -161,16 +161,16 @@ class Arm:
         outside = positions.distribution.prob(positions.tokens) == 0
         for index in outside.nonzero().flatten().tolist():
             self._note_outside(answers, positions, index)
-        columns, wanted = [outside.double().numpy(force=True)[:, None]], self._limit - self.num_draws
+        columns, num_needed = [outside.double().numpy(force=True)[:, None]], self._limit - self.num_draws
         draws = self._draws(positions, draft, guesses) if self.names else None
         for name in self.names:
             assert draws is not None
             reading, evidence = INSTRUMENTS[name].read(draws), self._evidence[name]
-            evidence.wealth.bet(reading.log_factors[:wanted])
-            evidence.shift.add(reading.shifts[:wanted, 0])
+            evidence.wealth.bet(reading.log_factors[:num_needed])
+            evidence.shift.add(reading.shifts[:num_needed, 0])
             columns.append(reading.shifts)
         if draws is not None:
-            self._add_surprise(draws.facts, wanted, positions.requests.numpy(force=True), log_probs)
+            self._add_surprise(draws.facts, num_needed, positions.requests.numpy(force=True), log_probs)
         self._num_judged += len(positions.tokens)
         self.num_draws = min(self._limit, self._num_judged)
         return np.concatenate(columns, 1)
@@ -199,12 +199,12 @@ class Arm:
         places = torch.arange(self._num_judged, self._num_judged + count)
         return uniforms(key, places, roles, arm).numpy()
 
-    def _add_surprise(self, facts: Facts, wanted: int, requests: NDArray[np.int64], log_probs: Array) -> None:
+    def _add_surprise(self, facts: Facts, num_needed: int, requests: NDArray[np.int64], log_probs: Array) -> None:
         possible = facts.prob > 0
         logs = np.log(np.where(possible, facts.prob, 1.0))
         np.add.at(log_probs, requests, logs)
-        self._surprise += float((logs + facts.entropy)[:wanted][possible[:wanted]].sum())
-        self._variance += float(facts.variance[:wanted].sum())
+        self._surprise += float((logs + facts.entropy)[:num_needed][possible[:num_needed]].sum())
+        self._variance += float(facts.variance[:num_needed].sum())
 
     def _note_outside(self, answers: Answers, positions: Positions, index: int) -> None:
         request, place = int(positions.requests[index]), int(positions.places[index])

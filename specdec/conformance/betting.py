@@ -75,9 +75,9 @@ class Exchangeability:
     def __init__(self, num_statistics: int, level: float) -> None:
         self.wealth = Wealth(num_statistics * len(self.STAKES), level)
 
-    def observe(self, ours: Array, theirs: Array) -> None:
-        """ours, theirs: statistics of both arms' answers to the same prompts, float64 [prompts, statistics]."""
-        exponents = ((ours - theirs)[..., None] * self.STAKES).reshape(len(ours), -1)
+    def observe(self, first: Array, second: Array) -> None:
+        """first, second: statistics of both arms' answers to the same prompts, float64 [prompts, statistics]."""
+        exponents = ((first - second)[..., None] * self.STAKES).reshape(len(first), -1)
         size = np.abs(exponents)
         self.wealth.bet(exponents - size - np.log1p(np.exp(-2 * size)) + math.log(2))
 

@@ -43,9 +43,9 @@ class Divergence:
     verdict: Literal["rounding tie", "bug"]
 
     def __str__(self) -> str:
-        ours, theirs = self.tokens
+        first, second = self.tokens
         return (
-            f"{self.verdict}: at position {self.position} one output has token {ours} and the other {theirs}; the "
+            f"{self.verdict}: at position {self.position} one output has token {first} and the other {second}; the "
             f"reference's top two tokens are {self.margin:.3g} logits apart, the worse of the two outputs' tokens is "
             f"{self.gap:.3g} logits below the top, and rounding noise is {self.noise:.3g} logits"
         )
@@ -53,8 +53,8 @@ class Divergence:
 
 def explain(
     prompt: Sequence[int],
-    ours: Sequence[int],
-    theirs: Sequence[int],
+    first: Sequence[int],
+    second: Sequence[int],
     reference: LanguageModel,
     model: LanguageModel | None = None,
 ) -> Divergence | None:
@@ -62,21 +62,21 @@ def explain(
 
     Args:
         prompt: token ids.
-        ours, theirs: token ids of the two outputs.
+        first, second: token ids of the two outputs.
         reference: the target in float32.
         model: the target in the engine's dtype, whose rounding noise is measured; None for the reference.
 
     Returns:
         The first difference, or None if the outputs are equal.
     """
-    position = first_difference(ours, theirs)
+    position = first_difference(first, second)
     if position is None:
         return None
-    context = [*prompt, *ours[:position]]
+    context = [*prompt, *first[:position]]
     logits = last_logits(reference, context, num_prompt=len(prompt))
     top = logits.topk(2)
     margin = float(top.values[0] - top.values[1])
-    tokens = tuple(output[position] if position < len(output) else None for output in (ours, theirs))
+    tokens = tuple(output[position] if position < len(output) else None for output in (first, second))
     gaps = [float("inf") if token is None else float(top.values[0] - logits[token]) for token in tokens]
     noise = logit_noise(model or reference, context, margin, top.indices, num_prompt=len(prompt))
     return Divergence(
@@ -89,10 +89,10 @@ def explain(
     )
 
 
-def first_difference(ours: Sequence[int], theirs: Sequence[int]) -> int | None:
+def first_difference(first: Sequence[int], second: Sequence[int]) -> int | None:
     """The first position where two outputs differ, including a difference in length; None if they are equal."""
-    pairs = enumerate(zip_longest(ours, theirs))
-    return next((index for index, (mine, other) in pairs if mine != other), None)
+    pairs = enumerate(zip_longest(first, second))
+    return next((index for index, (token, other) in pairs if token != other), None)
 
 
 def margin(target: LanguageModel, prompt: Sequence[int], output: Sequence[int], position: int) -> float:

@@ -1,21 +1,21 @@
-"""Certify a proposer: that what an engine emits with it has exactly the target's distribution.
+"""Certify that decoding with a proposer is lossless: the output has exactly the target's distribution.
 
     def test_my_proposer_is_lossless():
         certify_proposer(lambda target, uniforms: MyProposer(target.vocab_size, target.device, uniforms))
 
-A proposer makes the output wrong if its draft declares another distribution than its tokens were drawn from, or if it
-decides about a draft by something that the draft's own draws decide. Five checks look for it:
+A proposer makes the output wrong if its draft declares another distribution than that of its tokens, or if decisions
+about a draft depend on its own draws. Five checks detect this:
 
-* *draws*: for every draft that it can make on the toys, the probability of each token is what the draft declares;
-* *enumeration*: the joint distribution of the real loop's output on the toys is the target's, over all uniforms;
-* *identity*: in ragged batches, greedy output is that of plain decoding, and so is coupled output, seed by seed;
-* *gate*: with the real generator, in ragged batches whose rows end early, output passes a test whose error rates are
-  stated in `gates`, under token and block verification;
-* *mutants*: the same proposer with a wrong declared distribution is refused by the first two checks. If it is not,
-  the toys cannot see this proposer's errors, and it is not certified.
+* *draws*: for every possible draft on the toys, the probability of each token is the declared one;
+* *enumeration*: the joint output distribution of the real loop on the toys is the target's, over all uniforms;
+* *identity*: in ragged batches, greedy output equals plain decoding, and so does coupled output for each seed;
+* *gate*: with the real random generator, in ragged batches with rows that end early, the output passes a test with the
+  error rates stated in `gates`, under token and block verification;
+* *mutants*: the first two checks refuse the same proposer with a wrong declared distribution. If they do not, the toys
+  cannot reveal this proposer's errors, and it is not certified.
 
-A proposer is made for targets of two and three tokens, must propose chains, and draws token i of a draft by the uniform
-of `Role.DRAFT` at its position, as `specdec.proposers.chain.draw_chain` does.
+A proposer is created for targets with two and three tokens, must propose chains, and draws token i of a draft with the
+uniform of `Role.DRAFT` at its position, as `specdec.proposers.chain.draw_chain` does.
 """
 
 from __future__ import annotations
@@ -54,16 +54,16 @@ TOYS = (
 GATE_TARGET: Any = TOYS[0].target
 GATE_PROMPT = TOYS[0].prompt
 NUM_DRAWS, SUPPORT, NUM_SLOTS = 2100, 9, 64
-MAX_ENUMERATIONS = 4  # until no new distribution is declared
-VISIBLE = 1e-4  # distance from the truth that counts as seen
+MAX_ENUMERATIONS = 4  # repetitions until no new distribution is declared
+VISIBLE = 1e-4  # minimum distance from the truth that counts as detected
 
 
 @dataclass(frozen=True, slots=True)
 class Certificate:
-    """What was found of a proposer that passed all checks.
+    """The result for a proposer that passed all checks.
 
-    num_drafted, num_accepted: tokens in the runs of the gate. min_detectable_tv: the distance in total variation of
-    two neighboring tokens that the gate misses with probability at most 1e-6. num_mutants: that were refused.
+    num_drafted, num_accepted: tokens in the runs of the gate. min_detectable_tv: the total variation distance of two
+    neighboring tokens that the gate misses with probability at most 1e-6. num_mutants: number of refused mutants.
     """
 
     num_drafted: int
@@ -81,9 +81,9 @@ class Certificate:
 def certify_proposer(make_proposer: MakeProposer) -> Certificate:
     """Certify that decoding with a proposer is lossless; a few seconds.
 
-    make_proposer: (target, uniforms) -> a fresh proposer for a target over two or three tokens, which draws by
+    make_proposer: (target, uniforms) -> a new proposer for a target with two or three tokens, which draws from
     `uniforms`. It is called often.
-    Raises NotCertified, an AssertionError, that says in a sentence what is wrong, and where.
+    Raises NotCertified, an AssertionError with one sentence about the error and its location.
     """
     checked = _wrap(make_proposer, _Checked)
     for toy in TOYS:
@@ -115,7 +115,7 @@ def _check_exact(toy: Toy, make_proposer: MakeProposer) -> None:
     probe(toy, make_proposer, steps)
     found, truth = _enumerate(toy, make_proposer, steps), _truth(toy)
     if distance(found, truth) > TOLERANCE:
-        worst = max(found.keys() | truth.keys(), key=lambda each: abs(found.get(each, 0) - truth.get(each, 0)))
+        worst = max(found.keys() | truth.keys(), key=lambda tokens: abs(found.get(tokens, 0) - truth.get(tokens, 0)))
         raise NotCertified(
             f"on the toy {toy.name!r} the output is at a distance of {distance(found, truth):.4g} (total variation) "
             f"from the target's distribution: {list(worst)} has probability {found.get(worst, 0):.6g}, and must have "
@@ -128,8 +128,7 @@ def _truth(toy: Toy) -> dict[Tokens, float]:
 
 
 def _enumerate(toy: Toy, make_proposer: MakeProposer, steps: Steps) -> dict[Tokens, float]:
-    """The output's exact distribution; repeated while the loop makes the proposer declare what `steps` do not know."""
-
+    """The output's exact distribution; repeated while the proposer declares distributions missing in `steps`."""
     target: Any = toy.target
 
     def make(source: UniformSource, rule: VerificationRule, max_batch_size: int) -> Decoder:
@@ -156,7 +155,7 @@ def _enumerate(toy: Toy, make_proposer: MakeProposer, steps: Steps) -> dict[Toke
 
 
 class _Wrapper(Proposer):
-    """Passes calls on to a proposer."""
+    """Delegates to a proposer."""
 
     def __init__(self, proposer: Proposer) -> None:
         self._proposer = proposer
@@ -167,7 +166,7 @@ class _Wrapper(Proposer):
 
 
 class _Recording(_Wrapper):
-    """Notes the distributions that are declared, by place."""
+    """Records the declared distributions by place."""
 
     def __init__(self, proposer: Proposer, steps: Steps) -> None:
         super().__init__(proposer)
@@ -184,7 +183,7 @@ class _Recording(_Wrapper):
 
 
 class _Checked(_Wrapper):
-    """Checks what every draft must be."""
+    """Checks every draft for consistency."""
 
     def propose(self, batch: Batch, limits: Sequence[int]) -> Draft:
         draft = super().propose(batch, limits)
@@ -224,7 +223,7 @@ class _Flattened(_Wrapper):
 
 
 class _Tilted(_Wrapper):
-    """Declares the first token likelier than it is drawn."""
+    """Declares a higher probability of the first token than it is drawn with."""
 
     def propose(self, batch: Batch, limits: Sequence[int]) -> Draft:
         draft = super().propose(batch, limits)
@@ -234,7 +233,7 @@ class _Tilted(_Wrapper):
 
 
 class _Greedy(_Wrapper):
-    """Proposes the likeliest token of the distribution that it declares."""
+    """Proposes the most probable token of the declared distribution."""
 
     def propose(self, batch: Batch, limits: Sequence[int]) -> Draft:
         draft = super().propose(batch, limits)
@@ -249,7 +248,7 @@ MUTANTS: dict[str, Callable[[Proposer], Proposer]] = {
 
 
 def _refuses(make_proposer: MakeProposer, name: str, mutant: Callable[[Proposer], Proposer]) -> bool:
-    """Whether both exact checks refuse a mutant; False if it differs from the proposer in nothing."""
+    """Whether both exact checks refuse a mutant; False if it behaves like the original."""
     toy, broken, seen = TOYS[0], _wrap(make_proposer, mutant), list[str]()
     steps = Steps(toy)
     try:
@@ -275,17 +274,17 @@ def _check_identity(make_proposer: MakeProposer, rule: VerificationRule, params:
         for index, stop in enumerate([frozenset[int](), frozenset({1})] * 8)
     ]
     found, plain = (_outputs(proposer, rule, requests, 3) for proposer in (make_proposer, None))
-    for request, ours, theirs in zip(requests, found, plain, strict=True):
-        if ours.output != theirs.output:
+    for request, row, expected in zip(requests, found, plain, strict=True):
+        if row.output != expected.output:
             how = "greedy" if params.temperature == 0 else "coupled"
             raise NotCertified(
                 f"{how} output must be that of plain decoding, but for prompt {list(request.prompt)} and "
-                f"max_tokens={request.sampling.max_tokens} it is {ours.output} instead of {theirs.output}"
+                f"max_tokens={request.sampling.max_tokens} it is {row.output} instead of {expected.output}"
             )
 
 
 def _gate(make_proposer: MakeProposer, rule: VerificationRule) -> list[Generation]:
-    """The rows of a run of the real generator; every fourth request is another, which ends early or is greedy."""
+    """The rows of a run with real uniforms; every fourth request is a batch mate that ends early or is greedy."""
     mates = (
         Request(0, (1,), SamplingParams(max_tokens=9), frozenset({0})),
         Request(0, (0, 2, 1), SamplingParams(max_tokens=2, temperature=0)),
@@ -298,7 +297,8 @@ def _gate(make_proposer: MakeProposer, rule: VerificationRule) -> list[Generatio
         for index in range(NUM_DRAWS * 4 // 3)
     ]
     requests = [
-        replace(each, index=index, sampling=replace(each.sampling, seed=index)) for index, each in enumerate(requests)
+        replace(request, index=index, sampling=replace(request.sampling, seed=index))
+        for index, request in enumerate(requests)
     ]
     rows = _outputs(make_proposer, rule, requests, NUM_SLOTS)
     outputs = [tuple(row.output) for row in rows if row.request.index % 4 != 3]
@@ -317,7 +317,7 @@ def _gate(make_proposer: MakeProposer, rule: VerificationRule) -> list[Generatio
 def _outputs(
     make_proposer: MakeProposer | None, rule: VerificationRule, requests: Sequence[Request], num_slots: int
 ) -> list[Generation]:
-    """The finished rows, in the order of the requests; without a proposer they are plain decoding's."""
+    """The finished rows in order of the requests; plain decoding without a proposer."""
     proposer = make_proposer(GATE_TARGET, uniforms) if make_proposer else None
     decoder = Decoder(GATE_TARGET, proposer, 3 if proposer else 0, max_batch_size=num_slots, rule=rule, records=False)
     return sorted(decoder.run(requests), key=lambda row: row.request.index)

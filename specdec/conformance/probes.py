@@ -1,9 +1,9 @@
-"""What a proposer draws, compared with what it declares, for every draft that it can make after a text.
+"""Compares the tokens that a proposer draws with the distributions that it declares, for all drafts on a toy.
 
-All drafts are made in ragged batches with idle rows. The token that a proposer draws is a function of one uniform,
-constant between a few jumps. A sweep finds the jumps and bisection locates them, so the probability of each token is
-known to 1e-8, whatever the proposer does inside. That is compared with the distribution that its draft declares. The
-jumps are also the thresholds that an enumeration of the decode loop needs (`Steps.grid`).
+Drafts are made in ragged batches with idle rows. The drawn token is a piecewise constant function of one uniform. A
+sweep finds its jumps and bisection locates them, so the probability of each token is known to 1e-8 for any
+implementation, and is compared with the declared one. The jumps are also the thresholds for an enumeration of the
+decode loop (`Steps.grid`).
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ from specdec.sampling_params import SamplingParams
 from specdec.verification import Draft
 
 MakeProposer = Callable[[MarkovModel, UniformSource], Proposer]
-SWEEP, BISECTIONS = 64, 23  # equally spaced uniforms, and halvings of each interval with a jump
-MAX_JUMPS = 8  # of a draw over three tokens; an inverse distribution function has two
+SWEEP, BISECTIONS = 64, 23  # equally spaced uniforms, and bisections of each interval with a jump
+MAX_JUMPS = 8  # maximum for a draw over three tokens; an inverse distribution function has two
 TOLERANCE = 1e-6  # of probabilities, which may be float32
-NOTHING = -1  # stands for a token where a draft has ended
+NOTHING = -1  # placeholder token after the end of a draft
 
 
 class NotCertified(AssertionError):
-    """A proposer does something that makes the output distribution wrong; the message says what, and where."""
+    """A proposer that would make the output distribution wrong; the message names the error and its location."""
 
 
 @dataclass(frozen=True, slots=True)
 class Toy:
-    """A target of few tokens, a prompt, and how far it is continued: num_tokens, num_speculative_tokens per step."""
+    """A small test case: a target with few tokens, a prompt, the number of tokens to emit and to propose per step."""
 
     name: str
     target: MarkovModel
@@ -50,13 +50,13 @@ class Toy:
     stop_token_ids: tuple[int, ...] = ()
 
     def limit(self, output: Tokens) -> int:
-        """The most tokens that may be proposed after an output."""
+        """The maximum draft length after an output."""
         return max(0, min(self.num_speculative_tokens, self.num_tokens - len(output) - 1))
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a draft token stands: the output before the draft, and the draft before the token."""
+    """The context of a draft token: the output before the draft, and the draft before the token."""
 
     output: Tokens
     drafted: Tokens
@@ -67,9 +67,9 @@ class Place:
 
 @dataclass(slots=True)
 class Steps:
-    """What is known of a proposer's draws on a toy, by place: distributions that it declared, and jumps of its draws.
+    """A proposer's draws on a toy by place: its declared distributions, and the jumps of its draws.
 
-    size: how many different distributions are known.
+    size: number of different declared distributions.
     """
 
     toy: Toy
@@ -81,10 +81,10 @@ class Steps:
         return sum(map(len, self.declared.values()))
 
     def add(self, place: Place, probs: Sequence[float]) -> None:
-        self.declared[place].add(tuple(round(each, 9) for each in probs))
+        self.declared[place].add(tuple(round(prob, 9) for prob in probs))
 
     def grid(self, output: Tokens) -> Grid:
-        """Pieces for the uniforms of the step after an output: constant on each is what is drafted and accepted."""
+        """Pieces for the uniforms of the step after an output, on each of which draft and acceptance are constant."""
         places = [place for place in self.declared if place.output == output]
         count = self.toy.num_speculative_tokens
         draft: list[list[float]] = [[] for _ in range(count)]
@@ -108,11 +108,11 @@ class Steps:
 
 def _residual_edges(target: Sequence[float], draft: Sequence[float]) -> Iterable[float]:
     excess = [max(p - q, 0.0) for p, q in zip(target, draft, strict=True)]
-    return itertools.accumulate(each / (sum(excess) or 1.0) for each in excess)
+    return itertools.accumulate(mass / (sum(excess) or 1.0) for mass in excess)
 
 
 def probe(toy: Toy, make_proposer: MakeProposer, steps: Steps) -> None:
-    """Find all drafts that a proposer can make on a toy. Raises NotCertified where a draw is not as declared."""
+    """Find all drafts that a proposer can make on a toy. Raises NotCertified if a draw differs from its declaration."""
     for length in range(1, toy.num_tokens):
         for output in itertools.product(range(toy.target.vocab_size), repeat=length):
             if toy.limit(output) and not set(output) & set(toy.stop_token_ids):

@@ -168,7 +168,7 @@ def test_comparison_by_hand() -> None:
         (["é" * 3, *MODELS, "--top-p", "2"], "top_p=2.0 must be in (0, 1]"),
     ],
 )
-def test_what_is_wrong_is_said_in_one_line(
+def test_errors_are_reported_in_one_line(
     arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(arguments) == 2
@@ -187,7 +187,7 @@ def test_what_is_wrong_is_said_in_one_line(
         ([], "the following arguments are required: prompt"),
     ],
 )
-def test_so_is_what_the_options_do_not_allow(
+def test_invalid_option_values_are_refused(
     arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as ended:

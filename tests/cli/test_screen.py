@@ -66,7 +66,7 @@ def test_a_character_comes_with_its_last_token_and_with_that_ones_source() -> No
     assert list(pieces(chunks, decode)) == expected
 
 
-def test_what_is_left_of_a_character_comes_at_the_end() -> None:
+def test_an_incomplete_character_is_returned_at_the_end() -> None:
     done = Completion(0, (0,), (0, 1, 2, 0), None, "length", None, (), 0.0, 0.0, 0.0)
     chunks = [chunk((0, 1, 2), ("bonus", "accepted", "recovered")), chunk((0,), ("bonus",), done)]
     assert [text for text, _ in pieces(chunks, decode)] == ["", "", "€", "\N{REPLACEMENT CHARACTER}"]

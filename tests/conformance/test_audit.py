@@ -74,7 +74,7 @@ def test_p_values_of_the_arms_are_valid() -> None:
 
 
 @pytest.mark.slow
-def test_intervals_hold_what_is_true() -> None:
+def test_intervals_contain_the_true_value() -> None:
     """Each of an audit's intervals misses zero with probability at most alpha."""
     for found in correct_runs():
         assert found.tv_lower_bound == 0
@@ -221,7 +221,7 @@ def test_without_counts_no_engine_is_called_lossless() -> None:
     assert again.num_drafted > again.num_accepted > 0
 
 
-def test_both_reasons_are_told_where_draws_are_missing_too() -> None:
+def test_both_reasons_are_given_if_draws_are_missing_too() -> None:
     found = run(ToyEngine(PARAMS, proposer=silent), 300, AuditLimits())
     assert [reason.split(" must")[0] for reason in found.reasons[1:]] == ["num_draws=300"]
 
@@ -266,7 +266,7 @@ def test_greedy_is_judged_by_equality() -> None:
     assert found.tv_upper_bound == pytest.approx(1 - 1e-6 ** (1 / 1024))
 
 
-def test_greedy_with_too_few_prompts_says_so() -> None:
+def test_greedy_with_too_few_prompts_gives_a_reason() -> None:
     found = run(ToyEngine(GREEDY), limits=AuditLimits())
     assert found.verdict == "inconclusive"
     assert "num_draws=48 must be at least 270" in found.reasons[0]
@@ -323,7 +323,7 @@ def test_a_token_that_the_model_cannot_say_misses_by_infinity() -> None:
     assert "inf logits from being allowed" in found.speculative.errors[0]
 
 
-def test_outputs_that_go_on_behind_a_stop_token_are_named() -> None:
+def test_outputs_that_continue_after_a_stop_token_are_named() -> None:
     params, stop = replace(PARAMS, stop_token_ids=(0,)), frozenset([0])
     assert run(ToyEngine(params, stop=stop)).verdict == "lossless"
     found = run(ToyEngine(params, stop=stop, decoder=mutants.IgnoredStop))

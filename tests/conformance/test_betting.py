@@ -43,7 +43,7 @@ def test_wealth_does_not_depend_on_how_tokens_come() -> None:
     assert parts.found_after == whole.found_after
 
 
-def test_a_p_value_that_float_cannot_hold_is_told_as_the_smallest() -> None:
+def test_an_underflowing_p_value_is_reported_as_the_smallest_float() -> None:
     wealth = Wealth(1, 0.01)
     wealth.bet(np.array([[5000.0]]))
     assert wealth.p_value == 1e-300
@@ -60,7 +60,7 @@ def test_swapping_the_arms_costs_what_it_wins() -> None:
     assert max(stakes) == pytest.approx(1, abs=1e-12)  # a symmetric grid does not know the sign before it has seen any
 
 
-def test_arms_that_differ_are_told_apart_and_equal_arms_never_are() -> None:
+def test_different_arms_are_distinguished_and_equal_arms_never_are() -> None:
     rng = np.random.default_rng(1)
     pair = Exchangeability(1, 0.01)
     pair.observe(rng.normal(1.0, 1.0, size=(200, 1)), rng.normal(0.0, 1.0, size=(200, 1)))
@@ -93,7 +93,7 @@ def test_draws_needed_for_a_rate_by_hand() -> None:
     assert min_detectable_rate(270, 1e-6) <= 0.05 < min_detectable_rate(269, 1e-6)
 
 
-def test_a_rate_is_bounded_by_what_would_have_shown_it() -> None:
+def test_a_rate_bound_follows_from_the_detection_probability() -> None:
     assert rate_upper_bound(0, 100, 1e-6) == pytest.approx(1 - 1e-6 ** (1 / 100))
     assert rate_upper_bound(5, 100, 1e-6) > rate_upper_bound(0, 100, 1e-6)
     assert rate_upper_bound(100, 100, 1e-6) == 1

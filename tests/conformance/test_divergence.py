@@ -70,7 +70,7 @@ def test_an_output_that_ends_is_no_tie() -> None:
     assert (found.verdict, found.tokens) == ("bug", (0, None))
 
 
-def test_the_last_step_has_the_width_that_was_asked_for() -> None:
+def test_the_last_step_has_the_requested_width() -> None:
     target = model(CLEAR)
     leads = [last_logits(Rounding(target.table), [1] * 100, width) for width in (1, 2, 4, 8)]
     assert [float(lead[0] - lead[1]) - CLEAR for lead in leads] == pytest.approx([1e-3, 2e-3, 4e-3, 8e-3], rel=1e-6)

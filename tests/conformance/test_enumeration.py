@@ -292,7 +292,7 @@ def test_joint_distribution_of_any_pair(target: MarkovModel, draft: MarkovModel,
         assert distance(distribution, processed_distribution(target, params, prompt, 3)) < 1e-12
 
 
-def test_processors_on_one_side_only_are_seen() -> None:
+def test_logits_processors_on_one_side_only_are_detected() -> None:
     """A target that penalises what the draft does not: the grid is fine enough to see it."""
     target, draft = model([[1, 2, 1], [4, 1, 1]]), model([[1, 1, 1], [2, 1, 1]])
     params, prompt = with_processors(["penalties"]), (1, 0)
@@ -437,7 +437,7 @@ def test_joint_distribution_of_each_proposer_under_a_constraint(propose, gamma: 
     ],
     ids=["constraint on the draft alone", "constraint on the declared distribution alone", "rejected tokens kept"],
 )
-def test_broken_constraints_are_seen(broken: dict) -> None:
+def test_broken_constraints_are_detected(broken: dict) -> None:
     params = SamplingParams(**EVEN_ENDING)
     distribution = constrained_distribution(
         maker(*EVEN_PAIR, 1, **broken), params, verify_tokens, 3, (EVEN_ZEROS, None)

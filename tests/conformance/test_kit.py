@@ -152,7 +152,7 @@ def test_a_broken_proposer_is_refused_in_a_sentence(broken: type) -> None:
     ("make_proposer", "message"),
     [(by_other_uniforms, "must be drawn by the uniforms of Role.DRAFT"), (tree, "drafts trees, but the kit certifies")],
 )
-def test_what_the_kit_cannot_look_at_is_refused(make_proposer, message: str) -> None:
+def test_proposers_that_the_kit_cannot_certify_are_refused(make_proposer, message: str) -> None:
     with pytest.raises(NotCertified, match=message):
         certify_proposer(make_proposer)
 
@@ -171,7 +171,7 @@ class WritesIntoTheText(Broken):
 
 
 @pytest.mark.parametrize("rule", [verify_tokens, verify_block])
-def test_the_gate_refuses_a_proposer_whose_distance_it_is_to_see(rule) -> None:
+def test_the_gate_refuses_a_proposer_at_the_detectable_distance(rule) -> None:
     """By token verification the mutant's exact distance exceeds twice the radius, so that it cannot pass by chance."""
     toy, make_proposer = kit.TOYS[0], kit._wrap(drawn, GreedyDraftDeclaredSampled)
     found = kit._enumerate(replace(toy, stop_token_ids=()), make_proposer, Steps(replace(toy, stop_token_ids=())))

@@ -49,7 +49,7 @@ def right_outputs(rule) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("name", MUTANTS)
-def test_a_planted_bug_changes_what_is_emitted(name: str) -> None:
+def test_every_mutant_changes_the_output(name: str) -> None:
     """All but M5, which only u = 0 shows; every row ends, a mutant that ignores `max_tokens` a draft later."""
     rule = verify_block if name.startswith("M12") else verify_tokens
     broken = outputs(MUTANTS[name](*pair(), 2), rule)
@@ -57,7 +57,7 @@ def test_a_planted_bug_changes_what_is_emitted(name: str) -> None:
     assert all(1 <= len(output) <= 12 + 2 for output in broken)
 
 
-def test_a_bug_can_be_planted_behind_a_head() -> None:
+def test_mutants_work_with_a_draft_head() -> None:
     target, _ = pair()
     head = new_head(target.model, torch.arange(0, 61, 2)).eval()
     makes = [plant(target, head, 2, proposer=EagleProposer) for plant in (maker, MUTANTS["M3 accept always"])]

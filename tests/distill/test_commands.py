@@ -45,7 +45,7 @@ def test_each_step_prints_a_line_of_result(work: Path) -> None:
     assert "held-out texts at the best step: step=3" in lines[2]
 
 
-def test_the_corpus_says_how_it_was_made(work: Path) -> None:
+def test_the_corpus_records_its_settings(work: Path) -> None:
     facts = json.loads((work / "corpus.json").read_text())
     assert (facts["texts"], facts["num_prompts"], facts["seed"]) == (50, 45, 0)
     assert facts["left_out"] == {"overlapping": 0, "not_ascii": 0, "too_long": 0}
@@ -58,7 +58,7 @@ def test_the_corpus_says_how_it_was_made(work: Path) -> None:
 @pytest.mark.parametrize(
     ("method", "draft"), [("eagle", "head"), ("draft_model", "draft"), ("ngram_table", "table"), ("hybrid", "head")]
 )
-def test_the_engine_takes_what_was_made(work: Path, target_folder: Path, method: str, draft: str) -> None:
+def test_the_engine_loads_the_result(work: Path, target_folder: Path, method: str, draft: str) -> None:
     place = {"dtype": torch.float32}
     plain = Engine.load(str(target_folder), **place).generate(["What is 7 plus 7?"], GREEDY)
     engine = Engine.load(str(target_folder), draft=str(work / draft), method=method, **place)
@@ -84,7 +84,7 @@ def test_a_head_for_other_weights_is_refused(work: Path, target_folder: Path, tm
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "config.json", "draft_vocabulary.json"])
-def test_a_damaged_head_is_said_to_be_damaged(work: Path, target_folder: Path, tmp_path: Path, file: str) -> None:
+def test_a_damaged_head_is_reported(work: Path, target_folder: Path, tmp_path: Path, file: str) -> None:
     import shutil
 
     from specdec.runtime.artifacts import LoadError
@@ -103,7 +103,7 @@ def test_a_damaged_head_is_said_to_be_damaged(work: Path, target_folder: Path, t
         (["head", "--out", "x"], "texts.json"),
     ],
 )
-def test_what_is_missing_is_named(arguments, message, target_folder: Path, tmp_path: Path, capsys) -> None:
+def test_missing_items_are_named(arguments, message, target_folder: Path, tmp_path: Path, capsys) -> None:
     code = main([arguments[0], "--target", str(target_folder), "--folder", str(tmp_path), *arguments[1:]])
     assert code == 2
     error = capsys.readouterr().err

@@ -16,7 +16,7 @@ from specdec.distill.prompts import Dialogue, EvaluationText
 DIALOGUES = [Dialogue(f"What is {n} plus {n}? Think of it step by step, then say it.", f"{2 * n}") for n in range(40)]
 
 
-def test_a_plan_takes_turns_with_temperatures_and_leaves_out_what_must_not_be_learnt(default_model, tmp_path) -> None:
+def test_a_corpus_cycles_through_temperatures_and_excludes_evaluation_text(default_model, tmp_path) -> None:
     tokenizer = default_model.tokenizer
     forbidden = tmp_path / "e.jsonl"
     forbidden.write_text(json.dumps({"q": DIALOGUES[7].prompt}) + "\n")

@@ -42,7 +42,7 @@ def weights(student) -> torch.Tensor:
     return torch.cat([parameter.detach().flatten() for parameter in student.module.parameters()])
 
 
-def test_a_killed_run_ends_as_if_it_had_not_been(new_student, data, tmp_path: Path, monkeypatch) -> None:
+def test_a_killed_run_resumes_to_the_same_result(new_student, data, tmp_path: Path, monkeypatch) -> None:
     whole, killed = new_student(), new_student()
     train(whole, data, SETTINGS, tmp_path / "whole", cost_ratio=0.1)
     step, seen = training._step, itertools.count()
@@ -83,7 +83,7 @@ def test_a_damaged_checkpoint_and_other_settings_are_refused(new_student, data, 
         train(new_student(), data, SETTINGS, tmp_path / "run", cost_ratio=0.1)
 
 
-def test_a_full_disk_is_said_and_leaves_the_old_checkpoint(new_student, data, tmp_path: Path, monkeypatch) -> None:
+def test_a_full_disk_is_reported_and_keeps_the_old_checkpoint(new_student, data, tmp_path: Path, monkeypatch) -> None:
     train(new_student(), data, SETTINGS, tmp_path / "run", cost_ratio=0.1)
     before = (tmp_path / "run" / "checkpoint.pt").read_bytes()
 

@@ -34,7 +34,7 @@ def test_a_draft_that_is_the_target_has_its_first_sibling_accepted(temperature: 
     assert counts.tried[0][0] == counts.tried[0][2] > counts.tried[1][0] > MIN_TRIED
 
 
-def test_the_rank_of_what_the_target_says_is_counted() -> None:
+def test_the_rank_of_the_targets_token_is_counted() -> None:
     """A draft that swaps the first and the second choice: greedy, the second sibling is always the one."""
     order = TARGET.table.argsort(-1, descending=True)
     first, second = (order[..., i : i + 1] for i in (0, 1))
@@ -55,7 +55,7 @@ def test_levels_and_ranks_that_were_not_measured_are_like_those_that_were() -> N
     assert sum(Counts([[60, 60], [60]], [[30, 30], [50]]).acceptance()[1]) == pytest.approx(1)
 
 
-def test_the_command_writes_what_an_engine_reads(
+def test_the_command_writes_a_tree_that_an_engine_loads(
     target_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The target drafts for itself; a folder of a draft with `acceptance.json` needs no more than its name."""

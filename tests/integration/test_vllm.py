@@ -147,7 +147,7 @@ def test_a_wrong_key_is_an_error_that_names_the_version(module: Any) -> None:
         engine.prepare({Setup("ngram", 2, 1)})
 
 
-def test_what_vllm_lacks_is_told_in_its_own_words(engine: vllm.VllmEngine) -> None:
+def test_options_that_vllm_lacks_are_reported_with_its_message(engine: vllm.VllmEngine) -> None:
     with pytest.raises(EngineError, match=r"(?s)method=suffix.*[Aa]rctic"):
         engine.prepare({Setup("suffix", 2, 1)})
 

@@ -131,7 +131,7 @@ def test_uniforms_are_those_of_philox(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("compiler", "message"), [("no-such-compiler", "no C\\+\\+ compiler was found"), ("false", "false failed")]
 )
-def test_without_a_working_compiler_it_is_said_and_torch_is_used(
+def test_without_a_working_compiler_torch_is_used_with_a_warning(
     compiler: str,
     message: str,
     tmp_path: Path,
@@ -202,7 +202,7 @@ def test_kernels_are_compiled_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     ("capability", "spec", "message"),
     [((7, 5), "found", "compute capability of 7.5 must be at least 8.0"), ((9, 0), None, "pip install triton")],
 )
-def test_a_gpu_that_cannot_run_triton_is_told_and_torch_is_used(
+def test_a_gpu_without_triton_support_falls_back_to_torch_with_a_warning(
     capability: tuple[int, int],
     spec: str | None,
     message: str,

@@ -189,9 +189,7 @@ def test_softmax_at_each_rows_temperature_with_greedy_rows_between(size: int, dt
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("options", [{}, {"top_k": 2}, {"top_p": 0.5}, {"min_p": 0.1}])
 @pytest.mark.parametrize("size", [2, 1000])
-def test_rows_without_a_distribution_are_told_and_are_nan_throughout(
-    size: int, options: dict, temperature: float
-) -> None:
+def test_rows_without_a_distribution_are_flagged_and_all_nan(size: int, options: dict, temperature: float) -> None:
     logits = random(4, 1, size)
     logits[0, 0, -1], logits[1, 0, 0], logits[2, 0] = torch.nan, torch.inf, -torch.inf
     params = [SamplingParams(temperature=temperature)] * 3 + [SamplingParams(**options)]
@@ -542,7 +540,7 @@ def test_token_verification_is_three_kernels(form: str, launched: list[str]) -> 
 # -- the operators, and exact distributions through the loop ---------------------------------------------------
 
 
-def test_operators_are_what_they_declare() -> None:
+def test_operators_pass_opcheck() -> None:
     """Their schemas, and the shapes and dtypes that fake tensors get."""
     words = [torch.arange(3, device=DEVICE)] * 4
     rows, logits = (

@@ -70,7 +70,7 @@ def test_generate_gives_the_same(kind: str) -> None:
     assert list(ours) == theirs[0, len(prompt) :].tolist()
 
 
-def test_samples_copy_what_a_slot_was_computed_with() -> None:
+def test_samples_copy_the_factors_of_their_slot() -> None:
     engine = Engine(CausalLM(longrope("phi3")), method="ngram", max_batch_size=2)
     prompt = list(range(3, 25))
     first, second = engine.generate([prompt], SamplingParams(n=2, temperature=0, max_tokens=8, ignore_eos=True))
@@ -87,7 +87,7 @@ def test_the_wrapped_model_itself_stays_as_it_was() -> None:
         assert torch.equal(model(input_ids=prompt, use_cache=False).logits, before)
 
 
-def test_what_cannot_go_with_it_is_refused() -> None:
+def test_incompatible_options_are_refused() -> None:
     target = CausalLM(longrope("llama"))
     with pytest.raises(UnsupportedModelError, match=r"length-dependent rotary factors.*use another method"):
         Engine(target, method="early_exit", exit_layer=1)

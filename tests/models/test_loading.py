@@ -118,7 +118,7 @@ def test_folder_has_the_stored_weights_ready_for_inference(llama):
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-def test_dtype_and_attention_are_what_was_asked_for(llama, dtype, attention):
+def test_dtype_and_attention_are_as_requested(llama, dtype, attention):
     model, _ = load(llama, dtype=dtype, attention=attention, device=torch.device("cpu"))
     assert {weight.dtype for weight in model.parameters()} == {dtype}
     assert model.config._attn_implementation == attention
@@ -436,7 +436,7 @@ def test_a_draft_with_another_vocabulary_is_refused_before_any_weights_are_read(
 # ---- what is asked of the hub, and which attention an architecture has
 
 
-def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch, tmp_path, llama) -> None:
+def test_an_unreachable_hub_is_probed_once(monkeypatch, tmp_path, llama) -> None:
     """Then its cache alone is looked at, and a name that is near a bundled one is a question."""
     import huggingface_hub
 
@@ -462,7 +462,7 @@ def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch, tmp_path, llama) 
     assert load("org/cached", load_format="dummy")[0].config.vocab_size == len(WORDS)
 
 
-def test_a_revision_is_asked_for(monkeypatch, tmp_path) -> None:
+def test_a_revision_is_requested(monkeypatch, tmp_path) -> None:
     import huggingface_hub
 
     asked = []

@@ -152,7 +152,7 @@ def test_shared_weights_count_once_on_one_device_and_twice_on_two() -> None:
         ([10**12], "elsewhere", "placement='elsewhere' must be"),
     ],
 )
-def test_what_lacks_is_named(memories: list[int], placement: str, message: str) -> None:
+def test_missing_memory_or_devices_are_named(memories: list[int], placement: str, message: str) -> None:
     with pytest.raises(PlacementError, match=message):
         plan_placement(LayerBytes((2 * 10**9,) * 70), LayerBytes((2 * 10**9,)), memories, placement)
 

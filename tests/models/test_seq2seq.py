@@ -91,7 +91,7 @@ def test_greedy_output_equals_generate(kind: str, attention: str) -> None:
 
 
 @pytest.mark.parametrize("records", [False, True])
-def test_trees_say_what_generate_says(records: bool) -> None:
+def test_tree_output_equals_generate(records: bool) -> None:
     """Siblings have the same distance to what is before them; the paths of rows that accept much are moved together."""
     model = make("t5")
     expected, target = [generated(model, prompt) for prompt in PROMPTS], Seq2SeqLM(model)
@@ -104,7 +104,7 @@ def test_trees_say_what_generate_says(records: bool) -> None:
     assert accepted[0] > accepted[1]
 
 
-def test_a_tree_whose_siblings_stand_behind_each_other_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_that_positions_siblings_sequentially_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """Biases by place instead of by position."""
     target = Seq2SeqLM(make("t5"))
     monkeypatch.setattr(RaggedCache, "seen_positions", lambda self: torch.arange(self.window.extent))
@@ -139,7 +139,7 @@ def test_a_decoder_of_another_depth_than_the_encoder() -> None:
     assert list(Engine(Seq2SeqLM(model), method="ngram").generate([PROMPTS[1]], params)[0].token_ids) == output
 
 
-def test_what_follows_a_prompt_is_prefilled_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_continuation_of_a_prompt_is_prefilled_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """The prompt is read as a whole, however long; the rest of a row that a draft model has not seen is not."""
     model = make("t5")
     target, row = Seq2SeqLM(model), [*PROMPTS[0], *[8, 7, 6, 5, 4, 3, 9, 2]]
@@ -237,7 +237,7 @@ def test_joint_distribution_of_a_draft_model() -> None:
 
 
 @pytest.mark.parametrize("prompt", [PROMPTS[1], PROMPTS[2]])
-def test_audits_score_behind_the_whole_prompt(prompt: list[int]) -> None:
+def test_audits_score_after_the_whole_prompt(prompt: list[int]) -> None:
     """The distributions of teacher forcing, and the logits that a divergence is explained by, in steps of any width."""
     model, output = make("t5"), [8, 7, 6, 5, 3]
     expected = torch.stack([scored(model, prompt, output[:i]) for i in range(len(output))])
@@ -407,7 +407,7 @@ def test_other_encoder_decoders_are_refused() -> None:
         Seq2SeqLM(make("t5", decoder_start_token_id=None))
 
 
-def test_features_and_longer_prompts_than_there_is_room_for_are_refused() -> None:
+def test_features_and_too_long_prompts_are_refused() -> None:
     target = Seq2SeqLM(make("t5"))
     with pytest.raises(ValueError, match=r"features=\(-1,\) needs a decoder-only model"):
         target.allocate(1, 8, features=(FINAL,))

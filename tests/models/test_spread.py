@@ -195,7 +195,7 @@ def test_one_processor_has_auto_but_not_separate(folders: dict[str, Path]) -> No
         load_with_drafts(str(folders["llama"]), [str(folders["draft"])], "separate", **load)
 
 
-def test_free_memory_is_what_the_system_says(tmp_path: Path) -> None:
+def test_free_memory_is_that_of_the_system(tmp_path: Path) -> None:
     (tmp_path / "meminfo").write_text("MemTotal: 2000 kB\nMemAvailable:    1000 kB\n")
     assert devices.free_host_memory(tmp_path / "meminfo") == 1_024_000
     assert devices.free_host_memory(tmp_path / "nothing") > 2**20

@@ -234,7 +234,7 @@ def read(shared: SharedVocabulary, tokens: list[int]) -> list[int]:
     return text.tokens
 
 
-def test_special_tokens_are_read_as_what_the_draft_makes_of_them() -> None:
+def test_special_tokens_are_read_as_the_draft_encodes_them() -> None:
     """Those that it has as its own, others as text; some models use the one that begins a text within it, too."""
     tokenizer, other = trained("byte-level", SIZES["byte-level"]), trained("metaspace", SIZES["metaspace"])
     shared, bos = shared_between("byte-level", "metaspace"), tokenizer.bos_token_id
@@ -243,7 +243,7 @@ def test_special_tokens_are_read_as_what_the_draft_makes_of_them() -> None:
     assert shared.encode("<s></s>") == [other.bos_token_id, other.eos_token_id]
 
 
-def test_the_beginning_of_a_text_is_the_drafts_own() -> None:
+def test_the_start_of_a_text_is_the_drafts() -> None:
     """It adds its own, or does not know the target's."""
     tokenizer = trained("byte-level", SIZES["byte-level"])
     state = trained("metaspace", SIZES["metaspace"]).backend_tokenizer.to_str()
@@ -278,7 +278,7 @@ PROMPTS = ["The old lighthouse keeper", "x = 5", 'Dear Dr. Williams, "thank you"
 
 @pytest.mark.parametrize("method", ["draft_model", "hybrid", "tree"])
 @pytest.mark.parametrize(("target", "draft"), [("byte-level", "prepending"), ("metaspace", "byte-level")])
-def test_greedy_output_is_the_targets_own(target: str, draft: str, method: str) -> None:
+def test_greedy_output_is_the_targets(target: str, draft: str, method: str) -> None:
     """Four prompts in two slots, float32; the draft is a random model with a tokenizer of another kind."""
     greedy = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
     expected = [c.token_ids for c in Engine(llama(target, 1)).generate(PROMPTS, greedy)]
@@ -392,7 +392,7 @@ def test_nothing_shared_is_refused() -> None:
         SharedVocabulary({0: b"a"}, {0: b"b"}, longest_match)
 
 
-def test_a_tokenizer_whose_tokens_are_no_parts_of_a_text_is_refused() -> None:
+def test_a_tokenizer_without_text_per_token_is_refused() -> None:
     word_piece = Tokenizer(models.WordPiece({"a": 0, "##b": 1, "[UNK]": 2}, unk_token="[UNK]"))
     word_piece.decoder = decoders.WordPiece()
     with pytest.raises(ValueError, match="must be byte-level or SentencePiece-like for a draft"):

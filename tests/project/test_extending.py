@@ -88,7 +88,7 @@ def test_its_own_tests_certify_its_proposer(run: Run, package: tuple[Path, Path]
     assert "1 passed" in done.stdout
 
 
-def test_its_broken_proposer_is_refused_as_the_page_says(run: Run) -> None:
+def test_its_broken_proposer_is_refused_as_documented(run: Run) -> None:
     code = (
         "from my_package.broken import MostFrequentToken as Broken\n"
         "from specdec.conformance.kit import certify_proposer\n"

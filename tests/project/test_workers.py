@@ -47,7 +47,7 @@ def test_a_debugger_a_listing_and_single_files_need_no_workers(conftest: Any, gi
     assert distributed(conftest, **given) == (None, "no")
 
 
-def test_what_tests_start_is_no_worker(monkeypatch: pytest.MonkeyPatch, conftest: Any) -> None:
+def test_subprocesses_of_tests_are_no_xdist_workers(monkeypatch: pytest.MonkeyPatch, conftest: Any) -> None:
     """pytest-benchmark measures nothing in workers; the cores are shared with the other workers."""
     monkeypatch.setenv("PYTEST_XDIST_WORKER", "gw7")
     monkeypatch.setenv("OMP_NUM_THREADS", "99")

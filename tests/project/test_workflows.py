@@ -32,7 +32,7 @@ def test_there_are_workflows_for_tests_and_for_a_gpu() -> None:
 
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.name)
-def test_each_job_says_where_it_runs_and_each_step_does_one_thing(path: Path) -> None:
+def test_each_job_names_its_runner_and_each_step_does_one_thing(path: Path) -> None:
     workflow = read(path)
     assert workflow["on"]
     assert workflow["permissions"] == {"contents": "read"}

@@ -130,7 +130,7 @@ def test_the_rule_for_copies() -> None:
     assert costly.num_copied([MAX_DRAFT_LENGTH], 8) == costly.num_copied([], 1) == 0
 
 
-def test_copies_follow_what_became_of_those_before() -> None:
+def test_copy_lengths_follow_the_acceptance_of_earlier_copies() -> None:
     adaptive = AdaptiveLength(StepCosts(tuple(1 + 0.3 * width for width in range(MAX_DRAFT_LENGTH + 1)), 0.0))
     for _ in range(300):
         adaptive.observe_copy(5, 2)
@@ -143,7 +143,7 @@ def test_copies_follow_what_became_of_those_before() -> None:
     assert adaptive.num_copied([MAX_DRAFT_LENGTH], 1) == 5, "it is tried again"
 
 
-def test_a_jump_of_the_cost_is_passed_where_enough_lies_behind_it() -> None:
+def test_a_step_in_the_cost_is_crossed_if_the_gain_beyond_it_is_large_enough() -> None:
     """The second token costs half a step, those behind it nothing: as with kernels that take tokens by the block."""
     adaptive = AdaptiveLength(StepCosts((1.0, 1.0, *(1.5,) * (MAX_DRAFT_LENGTH - 1)), 0.0))
     assert adaptive.num_copied([MAX_DRAFT_LENGTH], 1) == MAX_DRAFT_LENGTH

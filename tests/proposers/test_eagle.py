@@ -57,7 +57,7 @@ def test_a_head_that_knows_the_target_is_always_accepted(max_batch_size: int, ga
         assert completion.counts.num_accepted == completion.counts.num_drafted > 0
 
 
-def test_a_head_behind_lookup_catches_up_and_is_still_in_step() -> None:
+def test_a_head_catches_up_after_copied_drafts() -> None:
     """While lookup speaks the head is not called; then it is fed what it missed, once."""
     target = FeatureTarget(grid_pair(1)[0].table)
     head = ToyHead(target)
@@ -143,7 +143,7 @@ def test_a_step_of_the_head_reads_its_layer_and_the_tokens_that_it_drafts() -> N
 
 
 @pytest.mark.parametrize("tree", [None, Tree.balanced([2, 1])], ids=["chain", "tree"])
-def test_what_a_head_keeps_is_what_a_fresh_one_computes(tree: Tree | None) -> None:
+def test_the_cache_of_a_head_equals_a_fresh_computation(tree: Tree | None) -> None:
     """At accepted positions, too, where features were guessed while drafting: only acceptance would suffer."""
     model = tiny.make("llama", tiny.GQA)
     head = new_head(model, torch.arange(61)).eval()

@@ -103,7 +103,7 @@ def test_copies_begin_at_longer_matches_where_tokens_are_drawn(temperature: floa
 
 
 @pytest.mark.parametrize(("num_accepted", "shortest"), [(0, 1), (2, 8)])
-def test_what_became_of_drawn_drafts_counts(num_accepted: int, shortest: int) -> None:
+def test_the_acceptance_of_drawn_drafts_is_used(num_accepted: int, shortest: int) -> None:
     """A draft that was never accepted in ten steps of the row leaves it to copies of any length; one that always was
     to the surest only. What became of copies, and of other rows, does not count.
     """

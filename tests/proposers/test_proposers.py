@@ -156,7 +156,7 @@ def test_a_row_copies_while_the_others_can_neither_copy_nor_draw() -> None:
     assert {tuple(map(bool, each)) for each in drafted} & {(True, False), (False, True)}
 
 
-def test_a_row_that_fell_behind_catches_up_beside_one_that_is_almost_done() -> None:
+def test_a_lagging_row_catches_up_next_to_an_almost_finished_one() -> None:
     """What a row lacks is fed with the others only as far as all have room for it: here there are two tokens left."""
     model = CausalLM(tiny.make("llama", tiny.GQA))
     rows = [Generation(Request(i, (5, 9), SamplingParams(temperature=0, max_tokens=28)), 0.0) for i in range(2)]

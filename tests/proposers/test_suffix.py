@@ -123,7 +123,7 @@ def num_drafted(engine: Engine, prompt: list[int] = (3,), max_tokens: int = 5) -
     return completion.counts.num_drafted
 
 
-def test_what_one_request_said_the_next_copies_until_it_is_forgotten() -> None:
+def test_later_requests_copy_earlier_ones_until_forget() -> None:
     """Five tokens that follow each other in no text of its own; the first request finds nothing to copy."""
     remembering = engine()
     assert [num_drafted(remembering) for _ in range(3)] == [0, 3, 3]
@@ -206,7 +206,7 @@ class Peeking(SuffixProposer):
 
 
 @pytest.mark.parametrize("history", HISTORIES)
-def test_joint_distribution_whatever_was_said_before(history: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_joint_distribution_with_any_history(history: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Exactly, for copies of one and two tokens, while requests of the same batch finish and are remembered."""
     monkeypatch.setattr("specdec.proposers.suffix.SAMPLED_DOUBT", 0.5)  # to copy more of these short texts
     distribution, lengths = joint_distribution_after(history, SuffixProposer)
@@ -214,7 +214,7 @@ def test_joint_distribution_whatever_was_said_before(history: str, monkeypatch: 
     assert lengths >= {1, 2}
 
 
-def test_a_history_that_is_asked_by_the_outcome_is_seen() -> None:
+def test_a_history_that_peeks_at_the_outcome_is_detected() -> None:
     distribution, _ = joint_distribution_after("texts", Peeking, 3)
     assert distance(distribution, joint_distribution(TARGET, (0, 1, 2, 0), 3)) > 0.01
 
@@ -254,13 +254,13 @@ def said_again() -> list[tuple[int, ...]]:
     return outputs
 
 
-def test_a_request_that_copies_what_its_own_seed_said_has_the_distribution_all_the_same() -> None:
+def test_copying_an_output_of_the_same_seed_keeps_the_distribution() -> None:
     """Fails falsely with probability at most 1e-6 for any seeds; uniforms that come again are told apart from that."""
     distribution = dict.fromkeys(product(range(2), repeat=3), 1 / 8)
     assert passes(said_again(), distribution, 8)
 
 
-def test_uniforms_that_come_again_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_repeated_uniforms_are_detected(monkeypatch: pytest.MonkeyPatch) -> None:
     """A draft that was accepted by some uniforms is accepted by them again, and what they rejected is rejected again.
 
     So the second output leans towards what the first one drafted.
@@ -273,7 +273,7 @@ def test_uniforms_that_come_again_are_seen(monkeypatch: pytest.MonkeyPatch) -> N
     assert not passes(said, distribution, 8)
 
 
-def test_coupled_and_plain_seeds_stay_what_they_are() -> None:
+def test_coupled_and_plain_seeds_are_unchanged() -> None:
     """Where no output depends on others a seed gives one sample, and the first request of an engine keeps its seed."""
     params = SamplingParams(max_tokens=20, seed=5)
     plain = Engine(TARGET, verification="coupled").generate([[0, 1, 2]], params)[0].token_ids

@@ -89,7 +89,7 @@ def test_forgetting_the_oldest_is_exact(texts: list[list[int]], number: int, dep
 
 
 @given(texts, texts, st.integers(2, 5))
-def test_what_is_added_after_forgetting_is_counted_the_same(first: list, then: list, depth: int) -> None:
+def test_texts_added_after_forgetting_are_counted_equally(first: list, then: list, depth: int) -> None:
     tree = grow(first, depth)
     for _ in first[1:]:
         tree.forget_oldest()
@@ -197,7 +197,7 @@ def looks_per_token(tokens: list[int], piece: int) -> list[float]:
 
 
 @pytest.mark.parametrize("piece", [100, 500])
-def test_a_token_costs_the_same_however_much_was_said(piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cost_per_token_does_not_grow_with_the_text(piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Looks are counted, not time: to append, to ask and to forget, in a text whose tokens are as unlike as words."""
     monkeypatch.setattr("specdec.proposers.suffix_tree.Node", CountedNode)
     looks = looks_per_token(words(20_000), piece)
@@ -219,7 +219,7 @@ def test_a_text_that_repeats_itself_costs_as_much_as_the_depth_allows(
 @pytest.mark.parametrize(
     "tokens", [words(10_000), 2 * words(2000), [7] * 10_000], ids=["words", "said twice", "all alike"]
 )
-def test_memory_is_what_it_says(tokens: list[int]) -> None:
+def test_num_bytes_bounds_the_memory(tokens: list[int]) -> None:
     """As allocated: within what it says, and at least a fifth of it, when a part of it has been forgotten, too."""
     tracemalloc.start()
     tree = SuffixTree()

@@ -50,7 +50,7 @@ def test_the_largest_token_ids_are_kept_apart() -> None:
         NgramTable.count(texts, 65537, max_ngram=4)
 
 
-def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
+def test_saving_and_loading_round_trips(tmp_path: Path) -> None:
     path = tmp_path / "table.safetensors"
     NgramTable.count([[1, 2, 3, 1, 2, 3]], 7, max_ngram=3).save(path)
     loaded = NgramTable.load(path)

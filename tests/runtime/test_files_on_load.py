@@ -94,7 +94,7 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         ([0, 2, 10**12], r"token ids in \[0, 61\)"),
     ],
 )
-def test_a_head_whose_vocabulary_would_make_it_lossy_is_refused(vocabulary, message: str, target, head: Path) -> None:
+def test_a_head_with_an_invalid_vocabulary_is_refused(vocabulary, message: str, target, head: Path) -> None:
     (head / "draft_vocabulary.json").write_text(json.dumps(vocabulary))
     with pytest.raises(LoadError, match=message):
         load_head(str(head), target)
@@ -130,7 +130,7 @@ ARRAYS = {f"contexts.{n}": array for n, array in enumerate(TABLE._contexts, 1)} 
         ("contexts.2", lambda array: array.reshape(1, -1), r"contexts.2 must be uint64"),
     ],
 )
-def test_a_table_whose_parts_do_not_fit_is_refused(name: str, change, message: str, tmp_path: Path) -> None:
+def test_an_inconsistent_table_is_refused(name: str, change, message: str, tmp_path: Path) -> None:
     path = tmp_path / "table.safetensors"
     TABLE.save(path)
     assert NgramTable.load(path).continuation([1], 3) == TABLE.continuation([1], 3) != []

@@ -72,7 +72,9 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> EmulatedGraphs:
 
 @pytest.mark.parametrize("temperature", [0, 1])
 @pytest.mark.parametrize("method", METHODS)
-def test_no_replay_overwrites_what_is_read_behind_it(method: str, temperature: float, graphs: EmulatedGraphs) -> None:
+def test_no_replay_overwrites_values_that_are_read_later(
+    method: str, temperature: float, graphs: EmulatedGraphs
+) -> None:
     recorded, plain = (completion(method, temperature, records) for records in (True, False))
     assert recorded.token_ids == plain.token_ids
     assert recorded.logprobs == pytest.approx(plain.logprobs, abs=1e-4)
@@ -92,7 +94,7 @@ def test_no_replay_overwrites_the_state_of_rows(method: str, temperature: float,
 
 
 @pytest.mark.parametrize(("method", "temperature"), [("draft_model", 0), ("eagle", 1)])
-def test_it_is_seen_where_tokens_are_overwritten(
+def test_overwritten_tokens_are_detected(
     method: str, temperature: float, graphs: EmulatedGraphs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("specdec.runtime.recording.Recording", OutputsInThePool)
@@ -102,9 +104,7 @@ def test_it_is_seen_where_tokens_are_overwritten(
 
 
 @pytest.mark.parametrize("method", ["autoregressive", "ngram", "draft_model"])
-def test_it_is_seen_where_logits_are_overwritten(
-    method: str, graphs: EmulatedGraphs, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_overwritten_logits_are_detected(method: str, graphs: EmulatedGraphs, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("specdec.runtime.recording.Recording", OutputsInThePool)
     recorded, plain = (completion(method, 1, records) for records in (True, False))
     assert recorded.logprobs != pytest.approx(plain.logprobs, abs=1e-4)
@@ -119,7 +119,7 @@ def test_it_is_seen_where_logits_are_overwritten(
         lambda numbers: numbers.sum().item(),
     ],
 )
-def test_it_is_seen_where_the_host_is_needed(work: Callable[[torch.Tensor], object], graphs: EmulatedGraphs) -> None:
+def test_host_synchronization_is_detected(work: Callable[[torch.Tensor], object], graphs: EmulatedGraphs) -> None:
     graphs.capture(lambda: work(torch.zeros(3)))
     assert graphs.host != []
 

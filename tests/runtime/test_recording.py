@@ -54,7 +54,7 @@ def scaled(pair: Pair, shift: Tensor) -> tuple[Pair, Tensor]:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_a_recorded_function_says_what_the_function_says(device: str) -> None:
+def test_a_recorded_function_equals_the_function(device: str) -> None:
     recorder = Recorder(torch.device(device), records=True)
     for i in range(5):
         numbers = torch.arange(3.0, device=device) + i

@@ -245,7 +245,7 @@ class Poisoned(MarkovModel):
 
 
 @pytest.mark.parametrize("poisoned", ["target", "draft"])
-def test_logits_without_a_distribution_are_told_of_the_same(poisoned: str, launched: dict[int, int]) -> None:
+def test_logits_without_a_distribution_are_reported_alike(poisoned: str, launched: dict[int, int]) -> None:
     draft = Poisoned(TARGET.table) if poisoned == "draft" else TARGET
     target = Poisoned(TARGET.table) if poisoned == "target" else TARGET
     request = Request(7, (0, 1), SamplingParams(max_tokens=60, seed=1))
@@ -281,7 +281,7 @@ def rows_of(*lengths: int) -> Iterator[Generation]:
         yield row
 
 
-def test_the_state_behind_a_step() -> None:
+def test_the_state_after_a_step() -> None:
     state = RowState.unpack(torch.tensor([[7, 9, 1, 4, 0, 0], [7, 2, 2, 3, 4, 0], [2, 0, 1, 0, 0, 0]]))
     assert state.newest.tolist() == [[4], [4], [0]]
     assert state.limits(2, 100).tolist() == [2, 1, 0]

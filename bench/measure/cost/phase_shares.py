@@ -37,8 +37,8 @@ def shares(axis: str, runs: Sequence[Run]) -> dict[str, Any]:
     token, and drafting a head's reading of the prompt.
     """
     method, temperature = parse(axis)
-    told = [run.phase_times for run in runs if run.phase_times is not None]
-    times = PhaseTimes(*(sum(getattr(each, field.name) for each in told) for field in fields(PhaseTimes)))
+    reported = [run.phase_times for run in runs if run.phase_times is not None]
+    times = PhaseTimes(*(sum(getattr(each, field.name) for each in reported) for field in fields(PhaseTimes)))
     decode_s = times.total_s - times.prefill_s
     return {
         "method": method,

@@ -119,9 +119,9 @@ def rouge_1(text: str, reference: str) -> float:
     Words are runs of letters a to z and digits in lower case, as in the package `rouge-score`, without stemming.
     Source: Lin 2004, ROUGE: a package for automatic evaluation of summaries.
     """
-    ours, theirs = (Counter(re.findall(r"[a-z0-9]+", each.lower())) for each in (text, reference))
-    num_shared = (ours & theirs).total()
-    return 2 * num_shared / (ours.total() + theirs.total()) if num_shared else 0.0
+    words, reference_words = (Counter(re.findall(r"[a-z0-9]+", each.lower())) for each in (text, reference))
+    num_shared = (words & reference_words).total()
+    return 2 * num_shared / (words.total() + reference_words.total()) if num_shared else 0.0
 
 
 def program(test: UnitTest, text: str) -> str:

@@ -31,8 +31,8 @@ RECORDS = [
 ]
 
 
-def test_ratios_are_chained_through_what_ran_side_by_side() -> None:
-    found = [(lead.ours["method"], lead.theirs["method"], lead.theirs["gamma"]) for lead in leads(RECORDS)]
+def test_ratios_are_chained_through_paired_measurements() -> None:
+    found = [(lead.record["method"], lead.other["method"], lead.other["gamma"]) for lead in leads(RECORDS)]
     assert found == [
         ("autoregressive", "autoregressive", 0),
         ("hybrid", "autoregressive", 0),

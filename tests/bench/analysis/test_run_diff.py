@@ -69,7 +69,7 @@ def test_rounds_of_a_batch_are_one_observation(tmp_path: Path) -> None:
     assert found.reasons == ("one round has no interval",)
 
 
-def test_what_the_machine_did_is_seen_beside_it(tmp_path: Path) -> None:
+def test_speed_changes_of_the_machine_are_not_attributed_to_a_cell(tmp_path: Path) -> None:
     """Twice as fast, as plain decoding beside it is: nothing that the cell has done."""
     found = only(tmp_path, decoded("ngram", 2), decoded("ngram", 2, (0.5, 1.0)))
     assert (found.verdict, found.times, found.plain) == ("no difference seen", SAME, BootstrapInterval(2.0, 2.0, 2.0))
@@ -134,7 +134,7 @@ def test_outputs_are_compared_by_their_digests(digest: str | None, equal: bool |
         ({}, {"versions": MACHINE["versions"] | {"torch": "2"}}, "versions: torch was 2.13.0 and is 2"),
     ],
 )
-def test_what_cannot_be_compared_says_why(cell: Any, run: Any, reason: str, tmp_path: Path) -> None:
+def test_incomparable_runs_give_a_reason(cell: Any, run: Any, reason: str, tmp_path: Path) -> None:
     found = only(tmp_path, decoded("ngram", 2), decoded("ngram", 2, **cell), machine_info=MACHINE | run)
     assert (found.verdict, found.times, found.reasons) == ("not comparable", None, (reason,))
     assert found.outputs_equal is True
@@ -155,7 +155,7 @@ def test_versions_that_are_compared_may_differ(tmp_path: Path) -> None:
     assert only(tmp_path, *arms, **changed).reasons == ("versions: engine was 0 and is 1",)
 
 
-def test_other_texts_of_the_same_workload_are_seen(tmp_path: Path) -> None:
+def test_other_texts_of_the_same_workload_are_detected(tmp_path: Path) -> None:
     told = {"workloads": ["smoke"], "num_prompts": 2, "seed": 0, "prompt_lengths": None}
     before, after = [
         results.read(
@@ -169,7 +169,7 @@ def test_other_texts_of_the_same_workload_are_seen(tmp_path: Path) -> None:
     assert found.verdict == "no difference seen"
 
 
-def test_cells_of_one_run_only_are_told(tmp_path: Path) -> None:
+def test_cells_of_only_one_run_are_listed(tmp_path: Path) -> None:
     before, after = [decoded("ngram", 1), decoded("ngram", 2)], [decoded("ngram", 2), decoded("ngram", 3)]
     found = run_diff.differences(*pair_of_runs(tmp_path, before, after))
     assert [(each.record["gamma"], each.verdict) for each in found] == [
@@ -217,7 +217,7 @@ def test_without_a_difference_few_verdicts_say_so() -> None:
     assert real.count("faster") >= 45
 
 
-def test_the_terminal_says_what_changed(tmp_path: Path) -> None:
+def test_the_terminal_lists_changes(tmp_path: Path) -> None:
     before = [decoded("ngram", 2), decoded("ngram", 3), decoded("eagle", 2), audited("lossless")]
     after = [decoded("ngram", 2, (0.5, 1.0), **PLAIN), decoded("ngram", 3, top_k=5), audited("lossy")]
     lines = list(terminal.render(changes.chapter(*pair_of_runs(tmp_path, before, after), "changes")))

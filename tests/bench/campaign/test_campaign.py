@@ -91,7 +91,7 @@ def test_results_that_cannot_be_written_are_no_loss(campaign: Any, environment: 
 
 
 @pytest.mark.slow
-def test_a_part_has_its_cells_and_tells_which_it_is(campaign: Any) -> None:
+def test_a_shard_has_its_cells_and_its_number(campaign: Any) -> None:
     folder, found = campaign
     larger, output = found["larger"], json.loads((folder / "out.json").read_text())
     assert {cell["param"] for cell in output["benchmarks"]} == {cell for cell in CELLS if PARTS[cell] == larger}
@@ -105,7 +105,7 @@ def test_a_part_has_its_cells_and_tells_which_it_is(campaign: Any) -> None:
 
 
 @pytest.mark.slow
-def test_a_part_can_be_reported_and_says_what_is_missing(campaign: Any) -> None:
+def test_a_shard_can_be_reported_with_a_note_on_missing_ones(campaign: Any) -> None:
     folder, found = campaign
     (run,) = campaigns.read_all([folder / "out.json"])
     assert run.missing_shards == (3 - found["larger"],)
@@ -211,7 +211,7 @@ def test_a_gpu_that_fails_mid_run_marks_its_cell_and_loses_no_other(
 
 
 @pytest.mark.filterwarnings("ignore:Benchmark fixture was not used at all")
-def test_a_gpu_without_room_for_the_weights_is_told(session: Session, benchmark: Any, monkeypatch: Any) -> None:
+def test_a_gpu_with_too_little_memory_is_reported(session: Session, benchmark: Any, monkeypatch: Any) -> None:
     def full(*_: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 130.00 GiB")
 

@@ -27,7 +27,7 @@ def test_every_gamma_is_a_cell_and_plain_decoding_is_one(make_config: MakeConfig
     assert cells[0].id == "specdec-tiny-random-autoregressive-0-same-smoke-1"
 
 
-def test_what_cannot_run_is_skipped_once_with_reason_and_remedy(make_config: MakeConfig) -> None:
+def test_impossible_cells_are_skipped_once_with_reason_and_remedy(make_config: MakeConfig) -> None:
     plans = plan(make_config(pairs=(Pair("bare", "tiny"),)))
     skipped = {each.cell: each.skip for each in plans if each.skip}
     assert skipped == {
@@ -52,7 +52,7 @@ def test_what_cannot_run_is_skipped_once_with_reason_and_remedy(make_config: Mak
         ({"batch_sizes": (4,), "engines": ("transformers",)}, "no cell can run: engine=transformers decodes at most"),
     ],
 )
-def test_what_is_asked_for_by_name_and_cannot_run_is_an_error(
+def test_requested_cells_that_cannot_run_are_an_error(
     changes: dict[str, Any], message: str, make_config: MakeConfig
 ) -> None:
     with pytest.raises(ValueError, match=message):

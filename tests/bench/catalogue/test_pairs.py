@@ -213,7 +213,7 @@ def four_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
         ("vllm", "llama-3.1-70b-1b", "same", {"quantization": "torchao-int8"}, None),
     ],
 )
-def test_what_does_not_fit_is_named(
+def test_missing_memory_is_named(
     engine: str, name: str, placement: str, changes: dict[str, Any], reason: str | None, make_config: MakeConfig
 ) -> None:
     got = machine.why_no_room(engine, catalogue()[name], placement, make_config(**changes), "cuda")
@@ -275,7 +275,7 @@ def test_models_are_loaded_once_for_each_placement(make_config: MakeConfig) -> N
         ),
     ],
 )
-def test_what_an_engine_does_not_take_is_refused_by_name(
+def test_unsupported_pairs_are_refused_by_name(
     name: str, engines: tuple[str, ...], message: str, make_config: MakeConfig
 ) -> None:
     config = make_config(pairs=(catalogue()[name],), engines=engines, named=frozenset({"pairs"}))
@@ -345,7 +345,7 @@ def test_another_tokenizer_is_for_specdec_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("engine", ["specdec", "transformers", "vllm"])
-def test_every_engine_is_spared_a_pair_whose_vocabularies_differ(
+def test_pairs_with_different_vocabularies_are_skipped_by_every_engine(
     engine: str, mismatched: Pair, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(models_module, "load_engine", lambda *_: pytest.fail("weights were asked for"))
@@ -355,7 +355,7 @@ def test_every_engine_is_spared_a_pair_whose_vocabularies_differ(
             models.engine(engine, mismatched)
 
 
-def test_a_gated_pair_that_cannot_be_had_says_how(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gated_pair_names_the_remedy(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(pair: Pair, engine: str) -> None:
         raise LoadError("source='meta-llama/...' must be within reach")
 
@@ -417,7 +417,7 @@ def test_published_results_stand_beside_ours(make_config: MakeConfig) -> None:
     assert not [line for line in printed([plain | {"speedup": 1.25}]) if "published" in line]
 
 
-def test_the_table_says_how_weights_are_placed_and_stored(make_config: MakeConfig) -> None:
+def test_the_table_shows_placement_and_quantization(make_config: MakeConfig) -> None:
     record = measured(catalogue()["tiny-random"], "ngram", make_config())
     lines = printed([record | {"placement": "ratio:6:2", "quantisation": "torchao-int8"}])
     assert lines[0].startswith("tiny-random, float32, ratio:6:2, torchao-int8 on cpu; ")

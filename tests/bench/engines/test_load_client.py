@@ -54,7 +54,7 @@ def test_arrivals_do_not_wait_for_answers(server: Server) -> None:
     assert sent.wall_s >= 0.04
 
 
-def test_what_is_not_done_in_time_is_broken_off_and_no_error(server: Server) -> None:
+def test_late_requests_are_aborted_without_error(server: Server) -> None:
     def some(index: int, due_s: float) -> int:
         return index if index == 1 else server(index, due_s)
 

@@ -90,7 +90,7 @@ def test_a_good_answer_is_taken(asked: Any) -> None:
 
 
 @pytest.mark.parametrize("token", [-1, 10**12, 1.5, None, True, "7", 100, [3], {}])
-def test_what_is_no_token_fails_the_cell(asked: Any, token: Any) -> None:
+def test_invalid_token_ids_fail_the_cell(asked: Any, token: Any) -> None:
     with pytest.raises(EngineError, match=r"token_ids=.* must be integers from 0 and below 100"):
         asked(sent(event([3, token], "length")), complete)
 
@@ -213,7 +213,7 @@ def test_a_key_is_stripped(end: str, asked: Any) -> None:
 
 
 @pytest.mark.parametrize("key", ["Hush\r\nHost: evil", "Hush Hush", "Hush\x00", "Hüsh", 'Hush"'])
-def test_what_cannot_be_a_key_is_refused_without_telling_it(key: str) -> None:
+def test_an_invalid_key_is_refused_without_showing_it(key: str) -> None:
     with pytest.raises(EngineError, match="SPECDEC_SERVER_API_KEY must contain only letters, digits") as caught:
         api_key({"SPECDEC_SERVER_API_KEY": key})
     assert "Hush" not in str(caught.value)
@@ -239,7 +239,7 @@ def test_a_server_that_echoes_the_key_gets_it_into_no_error(asked: Any, answer: 
     assert "Hush" not in "".join(traceback.format_exception(caught.value))
 
 
-def test_what_a_server_says_moves_no_cursor(asked: Any) -> None:
+def test_server_output_contains_no_control_characters(asked: Any) -> None:
     for answer, action in (
         (sent("\x1b[2J", status=500), complete),
         (sent("data: " + json.dumps({"error": "\x1b[2J"})), complete),
@@ -254,7 +254,7 @@ def test_nor_into_a_record(asked: Any) -> None:
     assert asked(sent(json.dumps({"data": [{"id": KEY}]})), Client.model)["id"] == "(API key)"
 
 
-def test_what_a_server_that_is_started_here_prints_is_told_without_secrets() -> None:
+def test_output_of_a_started_server_is_shown_without_secrets() -> None:
     environment = {"VLLM_API_KEY": KEY, "HF_TOKEN": "hf_abcdef", "PATH": "/bin:/usr/bin"}
     child = Child("engine=x", ["sh", "-c", "echo key $VLLM_API_KEY $HF_TOKEN"], environment, all_output=True)
     child.ends_within(10)

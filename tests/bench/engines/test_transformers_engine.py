@@ -78,7 +78,7 @@ def test_counters_add_up_when_sampling(engine: BenchEngine, method: str) -> None
 
 
 @pytest.mark.parametrize("method", ["ngram", "draft_model"])
-def test_counters_agree_with_what_transformers_tells_its_candidate_generator(
+def test_counters_agree_with_transformers_candidate_generator(
     engine: BenchEngine, method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     told: list[tuple[int, int]] = []

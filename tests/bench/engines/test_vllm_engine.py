@@ -123,7 +123,7 @@ def test_prescribed_acceptance_has_a_rate_for_each_position() -> None:
     assert configuration(TINY, options, PLAIN)["speculative"] is None
 
 
-def test_options_of_vllm_are_added_to_what_the_harness_says() -> None:
+def test_options_of_vllm_are_added_to_those_of_the_harness() -> None:
     given = {"enforce_eager": True, "max_num_seqs": 8, "speculative_config": {"draft_tensor_parallel_size": 1}}
     options = LoadOptions("float32", "cpu", verification="block", vllm=VllmOptions(options=json.dumps(given)))
     plain, drafted = (configuration(TINY, options, setup) for setup in (PLAIN, DRAFTED))
@@ -215,7 +215,7 @@ def test_there_are_two_workers_at_most_and_a_baseline_stays(engine: VllmEngine) 
     assert engine.version == "1.2"
 
 
-def test_another_dtype_than_asked_for_is_an_error(engine: VllmEngine) -> None:
+def test_another_dtype_than_requested_is_an_error(engine: VllmEngine) -> None:
     engine._options = LoadOptions("bfloat16", "cpu")
     with pytest.raises(EngineError, match="must have dtype=bfloat16, but has float32; use --dtype float32"):
         engine.prepare({PLAIN})

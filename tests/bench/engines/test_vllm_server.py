@@ -133,7 +133,7 @@ def test_a_load_counts_from_each_arrival(server: Any) -> None:
         assert (len(result.token_ids), result.counts.num_drafted) == (12, 9)
 
 
-def test_a_load_keeps_refusals_and_breaks_off_what_is_late(server: Any) -> None:
+def test_a_load_records_refusals_and_aborts_late_requests(server: Any) -> None:
     server.planned = [503, "silence", "stream"]
     served = vllm_server.serve(client(server), [REQUEST] * 3, [0.0, 0.1, 0.2], 0.35)
     assert [result is not None for result in served.results] == [False, False, True]
@@ -142,7 +142,7 @@ def test_a_load_keeps_refusals_and_breaks_off_what_is_late(server: Any) -> None:
     assert served.wall_s < 2  # the silent one was not waited for
 
 
-def test_a_load_ends_with_what_goes_wrong(server: Any) -> None:
+def test_an_error_ends_the_load(server: Any) -> None:
     server.planned = ["stream", 400]
     with pytest.raises(EngineError, match="must accept the request, but answered 400: no"):
         vllm_server.serve(client(server), [REQUEST] * 3, [0.0, 0.05, 3600.0], 7200)
@@ -174,7 +174,7 @@ def test_steps_that_came_at_once_are_not_counted() -> None:
     assert vllm_server._counts([1, 2], None) is None
 
 
-def test_a_busy_server_is_asked_again_but_not_for_ever(server: Any) -> None:
+def test_requests_to_a_busy_server_are_retried_a_few_times(server: Any) -> None:
     server.planned = [503, 429]
     assert run(client(server), [REQUEST]).results[0].token_ids
     server.planned = [503] * 5
@@ -192,7 +192,7 @@ def test_a_busy_server_is_asked_again_but_not_for_ever(server: Any) -> None:
         ("silence", r"must answer within 0\.5 s, but did not"),
     ],
 )
-def test_what_goes_wrong_is_told_and_not_tried_again(server: Any, plan: Any, message: str) -> None:
+def test_errors_are_reported_and_not_retried(server: Any, plan: Any, message: str) -> None:
     server.planned = [plan]
     with pytest.raises(EngineError, match=f"server={server.url} {message}"):
         run(client(server, "secret"), [REQUEST])
@@ -230,7 +230,7 @@ def test_a_server_that_does_not_agree_is_an_error(server: Any, pair: Pair, setup
         served(server, pair).prepare({setup})
 
 
-def test_a_server_that_is_not_there_is_an_error(server: Any) -> None:
+def test_an_unreachable_server_is_an_error(server: Any) -> None:
     options = LoadOptions("bfloat16", "cpu", vllm=VllmOptions(server_url="http://127.0.0.1:9"))
     with pytest.raises(
         EngineError, match=r"server=http://127.0.0.1:9 must be reachable \(.*\); start it, or check the"

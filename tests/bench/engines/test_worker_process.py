@@ -82,7 +82,7 @@ def test_only_the_last_lines_are_kept(started: Started) -> None:
     assert lines[1:] == [f"line {i}" for i in range(5000 - NUM_LAST_LINES, 5000)]
 
 
-def test_what_a_worker_started_ends_with_it(started: Started) -> None:
+def test_child_processes_of_a_worker_end_with_it(started: Started) -> None:
     worker = started(
         "import json, subprocess, sys\n"
         "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
@@ -161,7 +161,7 @@ def environment(tmp_path: Path) -> dict[str, str]:
         ({}, None, "it failed: MemoryError: out of memory; its last output was:\na greeting .*\na word before the end"),
     ],
 )
-def test_the_worker_tells_what_its_vllm_does_not_know(
+def test_the_worker_reports_options_unknown_to_its_vllm(
     started: Started,
     environment: dict[str, str],
     engine: dict[str, str],

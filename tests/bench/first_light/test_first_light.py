@@ -93,7 +93,7 @@ def test_parts_that_die_or_hang_lose_no_facts(tmp_path: Path, monkeypatch: pytes
         assert archive.extractfile("good.log").read() == b"said\n"  # type: ignore[union-attr]
 
 
-def test_what_a_part_started_ends_with_it(tmp_path: Path) -> None:
+def test_child_processes_of_a_part_end_with_it(tmp_path: Path) -> None:
     child = "import subprocess; child = subprocess.Popen(['sleep', '600']); print(child.pid, flush=True)"
     run_parts([part("parent", child)], tmp_path, budget_s=1000)
     with tarfile.open(tmp_path / ARCHIVE_FILE) as archive:
@@ -131,7 +131,7 @@ def test_an_interrupted_visit_still_prints_its_table(tmp_path: Path) -> None:
     assert "parts: facts was interrupted in" in told
 
 
-def test_a_gpu_that_is_asked_for_and_not_there_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_requested_but_missing_gpu_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert main([str(tmp_path), "--device", "cuda", "--parts", "facts"]) == 1
     (failed,) = [fact for fact in read(tmp_path / FACTS_FILE) if fact.get("ok") is False]
@@ -186,7 +186,7 @@ def test_values_of_any_name_are_kept(tmp_path: Path) -> None:
     assert (check["check"], check["name"], check["ok"]) == ("holds", "a card", True)
 
 
-def test_values_do_not_hide_what_a_fact_is(tmp_path: Path) -> None:
+def test_values_cannot_overwrite_the_name_of_a_fact(tmp_path: Path) -> None:
     report = Report("facts", tmp_path / FACTS_FILE)
     with pytest.raises(ValueError, match="fact='else' must not be the name of a value; rename it"):
         report.fact("card", **{"fact": "else"})
@@ -194,7 +194,7 @@ def test_values_do_not_hide_what_a_fact_is(tmp_path: Path) -> None:
         report.check("card", True, **{"part": "else"})
 
 
-def test_the_card_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_gpu_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     card = SimpleNamespace(name="a card", multi_processor_count=132, L2_cache_size=2**20)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10**9, 2 * 10**9))
@@ -251,7 +251,7 @@ def test_tiny_drafts_are_accepted_and_rejected(models: correctness.Models, tmp_p
         assert 0 < accepted < drafted, method
 
 
-def test_what_only_recorded_decoding_gets_wrong_is_found(
+def test_errors_of_recorded_decoding_only_are_found(
     models: correctness.Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Logits of another token, from a place on that only the second phase reaches."""
@@ -301,7 +301,7 @@ def against(cpu: correctness.Models, there: correctness.Models, share: correctne
     return [fact for fact in read(path) if fact.get("check", "").endswith("= CPU")]
 
 
-def test_what_rounding_may_do_is_told_from_faults_when_tokens_are_drawn(
+def test_rounding_is_distinguished_from_errors_in_sampled_tokens(
     in_bfloat16: tuple[correctness.Models, correctness.Models], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """bfloat16 against float32: tokens differ, and each first one that does is explained; by other uniforms none is."""
@@ -324,7 +324,7 @@ def test_what_rounding_may_do_is_told_from_faults_when_tokens_are_drawn(
 
 
 @pytest.mark.parametrize(("shift", "is_explained"), [(8e-5, True), (0.02, False)])
-def test_a_boundary_is_told_from_a_fault_where_tokens_are_drafted(
+def test_a_uniform_near_a_boundary_explains_a_drafted_token(
     shift: float, is_explained: bool, models: correctness.Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A device whose uniforms are a little off, as if it rounded otherwise; and one that is off by more than that."""

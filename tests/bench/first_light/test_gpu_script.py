@@ -57,7 +57,7 @@ def test_without_a_gpu_all_parts_run_to_the_last_line(variables: dict[str, str],
     assert told == {f"{part}.json" for part in MEASURED}
 
 
-def test_what_is_stopped_is_told_from_its_journal(variables: dict[str, str], tmp_path: Path) -> None:
+def test_an_interrupted_part_is_reported_from_its_journal(variables: dict[str, str], tmp_path: Path) -> None:
     """A benchmark that has measured two cells, and then hangs and hears no interrupt."""
     journal = Journal.open(tmp_path / "journal", {"cpu_model": "a processor"}, resume=False)
     for size in (1, 5):

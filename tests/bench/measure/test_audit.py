@@ -54,7 +54,7 @@ def test_both_arms_are_the_cell_s_engine_with_its_sampling_and_seeds_of_their_ow
     ]
 
 
-def test_plain_decoding_is_asked_once_for_all_methods_of_a_run() -> None:
+def test_plain_decoding_runs_once_for_all_methods_of_a_run() -> None:
     engine, outputs, params = Recorded(), {}, SamplingParams()
     for method in ("ngram", "draft_model"):
         audited = audit.Audited(engine, replace(CELL, method=method), params, plain_outputs=outputs)  # type: ignore[arg-type]

@@ -121,7 +121,7 @@ def test_sampling_takes_logits_as_the_target_gives_them(monkeypatch: pytest.Monk
     assert [(logits.shape, logits.dtype) for logits in seen] == [((1, 5, 50), torch.bfloat16)]
 
 
-def test_what_an_axis_needs() -> None:
+def test_requirements_of_an_axis() -> None:
     needs = {axis: sweep.needs(axis) for axis in sweeps.SWEEPS}
     assert needs["width"] == needs["ngram"] == needs["phases-autoregressive-greedy"] == "autoregressive"
     assert needs["head"] == needs["phases-eagle-sampled"] == "eagle"
@@ -138,7 +138,7 @@ def test_a_tree_is_drawn_and_scored(engine: SpecdecEngine) -> None:
     assert 1 < facts["expected_tokens"] < 1 + facts["depth"]
 
 
-def test_where_trees_pay_is_told() -> None:
+def test_the_break_even_of_trees_is_reported() -> None:
     def record(axis: str, size: int, median_s: float, **facts: float) -> dict[str, Any]:
         return {"axis": axis, "size": size, "median_s": median_s, "tokens": size, "roofline_share": None} | facts
 

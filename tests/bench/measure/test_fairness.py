@@ -22,7 +22,7 @@ def engine(dtype: str = "float32", stops: frozenset[int] = frozenset({2})) -> An
     return SimpleNamespace(dtype=dtype, stop_token_ids=stops)
 
 
-def test_another_dtype_or_stop_rule_is_seen() -> None:
+def test_another_dtype_or_stop_rule_is_detected() -> None:
     check_terms({"a": engine(), "b": engine()}, "float32")
     with pytest.raises(AssertionError, match="engine=b must have dtype=float32, but has bfloat16"):
         check_terms({"a": engine(), "b": engine("bfloat16")}, "float32")

@@ -50,7 +50,7 @@ def written(path: Path, *cells: str) -> Path:
     return path
 
 
-def test_resuming_gives_back_what_was_finished_and_goes_on(opened: Opened, path: Path) -> None:
+def test_resuming_returns_finished_cells_and_continues(opened: Opened, path: Path) -> None:
     written(path, "a", "b")
     journal = opened(resume=True)
     assert journal.cells == {"a": ENTRY, "b": ENTRY}
@@ -58,7 +58,7 @@ def test_resuming_gives_back_what_was_finished_and_goes_on(opened: Opened, path:
     assert set(opened(resume=True).cells) == {"a", "b", "c"}
 
 
-def test_resuming_nothing_begins_anew(opened: Opened, path: Path) -> None:
+def test_resuming_without_a_journal_starts_a_new_one(opened: Opened, path: Path) -> None:
     assert opened(resume=True).cells == {}
     assert path.read_bytes().count(b"\n") == 1
 
@@ -78,7 +78,7 @@ def test_a_first_line_that_a_kill_cut_off_is_written_again(opened: Opened, path:
     assert set(opened(resume=True).cells) == {"a"}
 
 
-def test_another_configuration_is_an_error_that_names_what_differs(opened: Opened, path: Path) -> None:
+def test_another_configuration_is_an_error_that_names_the_differences(opened: Opened, path: Path) -> None:
     content = written(path, "a").read_bytes()
     with pytest.raises(ValueError, match="seed was 0 and is 1, dtype was None and is 'float32'; repeat"):
         opened({"seed": 1, "gammas": [2, 4], "dtype": "float32"}, resume=True)
@@ -209,7 +209,7 @@ def test_a_killed_run_holds_no_journal(opened: Opened, path: Path) -> None:
         '{"schema_version": 1, "configuration": 5}\n',
     ],
 )
-def test_what_is_no_journal_is_not_overwritten(opened: Opened, path: Path, content: str, resume: bool) -> None:
+def test_a_file_that_is_no_journal_is_not_overwritten(opened: Opened, path: Path, content: str, resume: bool) -> None:
     path.parent.mkdir()
     path.write_text(content)
     with pytest.raises(ValueError, match="must be a journal or a new file, but holds something else; name another"):

@@ -89,7 +89,7 @@ def test_percentiles_are_numpys(values: list[float], percent: int) -> None:
     assert percentile(values, percent) == pytest.approx(float(np.percentile(values, percent)))
 
 
-def test_what_never_ends_has_no_percentile() -> None:
+def test_percentiles_beyond_finished_requests_are_none() -> None:
     assert percentile([1.0, 2.0, 3.0, math.inf, math.inf], 50) == 3.0
     assert percentile([1.0, 2.0, math.inf, math.inf], 50) is None  # halfway to infinity
     assert percentile([1.0, math.inf, math.inf], 50) is None
@@ -134,7 +134,7 @@ def test_a_table_by_hand() -> None:
     assert (found["queue_p50_s"], found["queue_s"]) == (pytest.approx(0.15), pytest.approx(0.3))
 
 
-def test_what_all_finish_has_every_percentile() -> None:
+def test_all_percentiles_exist_if_every_request_finishes() -> None:
     rows = [Request(0.0, 0.1 * n, 0.1 * n, 1) for n in range(1, 102)]
     found = summary(rows, 5.0, LIMITS)
     assert [found[f"latency_p{each}_s"] for each in (50, 95, 99)] == pytest.approx([5.1, 9.6, 10.0])
@@ -142,7 +142,7 @@ def test_what_all_finish_has_every_percentile() -> None:
     assert found["achieved_rate"] == pytest.approx(101 / 10.1)
 
 
-def test_nothing_finished_is_told_and_not_an_error() -> None:
+def test_a_run_without_finished_cells_is_reported_without_error() -> None:
     found = summary([None, None], 4.0, LIMITS)
     assert (found["num_finished"], found["goodput"], found["achieved_rate"], found["offered_rate"]) == (0, 0, 0, 0.5)
     assert found["latency_s"] is found["latency_p50_s"] is None

@@ -63,7 +63,7 @@ def test_latency_is_from_the_arrival_not_from_the_slot(engine: SpecdecEngine) ->
     assert table["latency_p50_s"] > 0.3 * waits[-1][2]
 
 
-def test_what_is_not_done_in_time_is_given_up_and_the_next_load_is_served(engine: SpecdecEngine) -> None:
+def test_late_requests_are_aborted_and_the_next_load_is_served(engine: SpecdecEngine) -> None:
     setup, slow = Setup("autoregressive", 0, 1), SamplingParams(temperature=0, max_tokens=64, ignore_eos=True)
     late = engine.serve(PROMPTS, [0.0] * 6, setup, [slow] * 6, 0.0)
     assert late.results == (None,) * 6
@@ -161,7 +161,7 @@ def test_nothing_finished_is_a_record_of_a_cell_that_stalled(config: BenchConfig
     assert (record["mean_num_in_flight"], record["peak_num_in_flight"]) == (21 / 12, 2)
 
 
-def test_what_does_not_add_up_is_an_error(engine: SpecdecEngine) -> None:
+def test_inconsistent_counters_are_an_error(engine: SpecdecEngine) -> None:
     good = engine.serve(PROMPTS[:2], [0.0, 0.0], Setup("draft_model", 2, 2), [GREEDY] * 2, 600)
     loaded.check(engine, CELL, good, 16, "float32")
     with pytest.raises(AssertionError):

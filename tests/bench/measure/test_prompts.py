@@ -19,7 +19,7 @@ DATA = Path(__file__).parents[1] / "data"
 RANDOM = Pair("p", "t", load_format="dummy")  # whose prompts are bytes without a tokenizer
 
 
-def test_a_model_that_is_measured_for_what_it_says_needs_a_tokenizer(make_config: Callable[..., BenchConfig]) -> None:
+def test_a_quality_score_needs_a_tokenizer(make_config: Callable[..., BenchConfig]) -> None:
     config = make_config(workloads=("humaneval",), data_dir=DATA, num_prompts=2)
     cell = Cell("specdec", "p", "autoregressive", 0, "same", "humaneval", 1)
     with pytest.raises(pytest.fail.Exception, match="pair=p must have a tokenizer to read prompts; name a target with"):

@@ -57,7 +57,7 @@ def test_a_difference_is_paired() -> None:
     # of 4 draws 0, 1, 2, 3 or 4 are the first prompt's, with chances .316, .422, .211, .047, .004
     assert (mixed.estimate, mixed.low, mixed.high) == (0.25, 0, 0.75)
     assert mean_difference_interval([1], [0]).low is None
-    with pytest.raises(ValueError, match="2 values must be as many as those they are compared with, 1"):
+    with pytest.raises(ValueError, match="2 and 1 values must be pairs"):
         mean_difference_interval([1, 2], [1])
 
 
@@ -96,7 +96,7 @@ def measured(*texts: str, plain: tuple[str, ...]) -> dict[str, list[Run]]:
         ({"synthetic_acceptance_rates": (0.5,), "engines": ("specdec",)}, Pair("p", "t"), "acceptance was prescribed"),
     ],
 )
-def test_what_is_not_a_models_output_has_no_quality(
+def test_prescribed_output_has_no_quality(
     changes: dict[str, Any], pair: Pair, reason: str | None, make_config: Callable[..., BenchConfig]
 ) -> None:
     config = make_config(workloads=("gsm8k",), data_dir=DATA, num_prompts=2, **changes)

@@ -136,7 +136,7 @@ def test_a_speedup_is_paired_round_by_round(config: BenchConfig) -> None:
         assert [record[f"{name}{end}"] for end in ("", "_low", "_high")] == pytest.approx([times] * 3)
 
 
-def test_what_stops_sooner_is_not_called_faster(config: BenchConfig) -> None:
+def test_stopping_earlier_does_not_count_as_faster(config: BenchConfig) -> None:
     plain, short = counted((0, 0, 1), (0, 0, 1), (0, 0, 1)), counted((0, 0, 1))
     measurement = Measurement({BASELINE: [run([1, 2, 3, 4], 4.0, plain)], CANDIDATE: [run([1, 2], 2.0, short)]}, [2.0])
     cell = Cell("specdec", TINY.name, "ngram", 2, "same", "smoke", 1)
@@ -173,7 +173,7 @@ def test_the_terminal_shows_how_a_prediction_becomes_the_measured_speedup(record
     assert not [line for line in printed([old]) if "Best gamma" in line or "averaging" in line]
 
 
-def test_the_terminal_shows_energy_where_there_is_any(record: dict[str, Any]) -> None:
+def test_the_terminal_shows_energy_if_measured(record: dict[str, Any]) -> None:
     unknown = dict.fromkeys(telemetry.FIELDS)
     assert printed([record | unknown]) == printed([record])  # as were old records
     known = unknown | {"energy_j": 84.0, "energy_per_token_j": 10.5, "energy_per_accepted_token_j": 21.0}

@@ -43,7 +43,7 @@ def test_a_program_that_comes_to_its_end_passes_and_one_that_fails_does_not() ->
 @pytest.mark.parametrize(
     "program", ["import sys\nsys.exit(0)", "import os\nos._exit(0)", "def (", "\0", "x = '\ud800'"]
 )
-def test_what_leaves_before_its_tests_or_is_no_program_fails(program: str) -> None:
+def test_programs_that_exit_early_or_are_invalid_fail(program: str) -> None:
     assert not run(program + "\nassert False").passed
 
 
@@ -84,7 +84,7 @@ def test_files_are_limited_one_by_one_and_together() -> None:
     assert run("open('small', 'wb').write(bytes(1 << 19))", limits).passed
 
 
-def test_nothing_is_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_files_are_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     before = set(os.listdir("/tmp")), Path("/proc/self/mounts").read_text()
     assert run("open('left', 'w').write('x')\nopen('/work/too', 'w').write('x')").passed
@@ -166,7 +166,7 @@ def test_a_local_socket_of_the_machine_cannot_be_reached() -> None:
         "check(libc.mount(b'tmpfs', b'/work', b'tmpfs', 0, None))",
     ],
 )
-def test_there_is_no_road_back_to_privileges(action: str) -> None:
+def test_privileges_cannot_be_regained(action: str) -> None:
     """0x10000000 would be a namespace of users, in which it had privileges again; 0x20000 one of mounts."""
     program = """
         import ctypes, os, resource, stat
@@ -359,7 +359,7 @@ def test_an_ordinary_user_has_the_same_walls() -> None:
     assert done.stdout == "None True False\n", done.stderr
 
 
-def test_a_home_that_would_be_seen_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_home_folder_among_system_libraries_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Some users live below /usr."""
     monkeypatch.setenv("HOME", "/usr/share")
     sandbox.why_not.cache_clear()

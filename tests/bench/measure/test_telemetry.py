@@ -36,7 +36,7 @@ CPU = [(each["time_s"], each["energy_j"]) for each in RECORDED["cpu"]]
 times = st.integers(0, 40).map(lambda quarter: quarter / 4)  # whose sums are exact
 
 
-def test_a_recorded_trace_gives_what_was_integrated_by_hand() -> None:
+def test_a_recorded_trace_equals_the_integral_by_hand() -> None:
     values = record(Trace({"gpu": GPU, "cpu": CPU}, cpu_s=0.01, wall_s=4.0), SPANS, 10, num_tokens=50, num_accepted=25)
     # from 10.5 to 11.5 s: 150 W rises to 200 W in half a second, then stays: 87.5 J + 100 J
     # from 12.5 to 13.25 s: 150 W falls to 100 W in half a second, then rises to 150 W in a quarter: 62.5 J + 31.25 J
@@ -247,7 +247,7 @@ def test_counters_that_cannot_be_read_are_named(content: str | None, powercap: P
         RaplMeter(powercap)
 
 
-def test_a_machine_without_counters_says_so(tmp_path: Path) -> None:
+def test_a_machine_without_counters_gives_a_reason(tmp_path: Path) -> None:
     with pytest.raises(UnavailableError, match="has no intel-rapl: the processor"):
         RaplMeter(tmp_path / "nothing")
 

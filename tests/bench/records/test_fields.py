@@ -50,7 +50,7 @@ def test_a_new_field_is_one_declaration(kind: str, tmp_path: Path, monkeypatch: 
 
 
 @pytest.mark.parametrize("kind", fields.KINDS)
-def test_a_field_that_is_needed_is_asked_for(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_required_field_is_an_error(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     toy = Field("toy_s", float, "s", "Time that a toy takes.", kinds=(kind,), needed=(kind,))
     monkeypatch.setitem(fields.FIELDS, toy.name, toy)
     with pytest.raises(ValueError, match="cell cell-0 lacks toy_s; measure it again"):

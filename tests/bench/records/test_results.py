@@ -20,7 +20,7 @@ from bench.report.html import page
 ROOT = Path(__file__).parents[3]
 
 
-def test_records_are_sorted_by_what_was_measured(tmp_path: Path) -> None:
+def test_records_are_sorted_by_kind(tmp_path: Path) -> None:
     records = [decoded("ngram", 2), sized("width", 1, 0.5), audited("lossless"), loaded(3.0, "ngram", 2)]
     run = results.read(write(tmp_path / "run.json", records))
     assert [(record["method"], record["rate"]) for record in run.cells] == [("ngram", None)]
@@ -143,7 +143,7 @@ LACKING = {name: value for name, value in decoded("ngram", 2).items() if name no
         ("[" * 100_000, "must be written by `pytest bench/ --benchmark-json`; RecursionError"),
     ],
 )
-def test_what_is_wrong_is_named(content: Any, message: str, tmp_path: Path) -> None:
+def test_errors_are_named(content: Any, message: str, tmp_path: Path) -> None:
     path = tmp_path / "run.json"
     path.write_text(content if isinstance(content, str) else json.dumps(content))
     with pytest.raises(ValueError) as caught:  # noqa: PT011 - the message is looked at below
@@ -185,7 +185,7 @@ def test_shards_may_say_so_in_their_configuration(tmp_path: Path) -> None:
     assert [record["gamma"] for record in run.cells] == [1, 2]
 
 
-def test_a_missing_shard_is_said(tmp_path: Path) -> None:
+def test_a_missing_shard_is_reported(tmp_path: Path) -> None:
     (run,) = campaigns.read_all([shard(tmp_path, 1, [1], 3), shard(tmp_path, 3, [2], 3)])
     assert run.missing_shards == (2,)
     (run,) = campaigns.read_all([shard(tmp_path, 2, [1], 3)])

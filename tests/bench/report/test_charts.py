@@ -183,7 +183,7 @@ def test_batch_sizes_are_joined_where_there_are_several() -> None:
     assert chart.series == (Series("eagle", (1.0, 4.0), (10.0, 10.0), 0, names=names),)
 
 
-def test_gammas_in_words_stand_behind_the_numbers() -> None:
+def test_named_gammas_are_sorted_after_numbers() -> None:
     cells = [cell("ngram", gamma, 1.5) for gamma in (4, "auto", 2)] + [cell("ngram", "2x2", 1.5, step_cost_ratio=None)]
     _, chart = all_charts.sections(cells)["speedup"]
     assert isinstance(chart, Chart)
@@ -253,7 +253,7 @@ def test_a_run_is_drawn_into_files(tmp_path: Path) -> None:
     assert all(ET.parse(path).getroot().tag == "{http://www.w3.org/2000/svg}svg" for path in paths)
 
 
-def test_the_committed_charts_are_what_their_runs_give(tmp_path: Path) -> None:
+def test_the_committed_charts_are_those_of_their_runs(tmp_path: Path) -> None:
     """After a change of the charts: `python -m bench.report bench/baselines/RUN.json --plots FOLDER`."""
     folder = BASELINE.with_name("plots")
     for name in ("cost-cpu", "engines-cpu", "load-cpu"):
@@ -281,7 +281,7 @@ def test_references_to_committed_charts_are_right() -> None:
         ("[1, 2]", "must be written by `pytest bench/"),
     ],
 )
-def test_what_is_no_result_is_refused(
+def test_invalid_results_are_refused(
     content: str | None, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     run = tmp_path / "run.json"
@@ -316,7 +316,7 @@ def report_without_jinja(*arguments: object) -> subprocess.CompletedProcess[str]
     return subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
 
 
-def test_the_printed_run_lists_what_was_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+def test_the_printed_run_lists_its_charts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     machine = {"gpus": [], "cpu_count": 2, "cpu_model": "CPU", "versions": {}, "python_version": "3"}
     width = size("width", 1, 0.004, 0.002) | {"read_bandwidth": 3e10, "roofline_share": 0.5}
     run = {"machine_info": machine, "datetime": "2026-01-01T00", "benchmarks": [{"extra_info": width}]}
@@ -327,7 +327,7 @@ def test_the_printed_run_lists_what_was_drawn(tmp_path: Path, monkeypatch: pytes
     assert (tmp_path / "cost-width.svg").is_file()
 
 
-def test_what_changed_is_a_forest_plot_per_engine(tmp_path: Path) -> None:
+def test_changes_are_a_forest_plot_per_engine(tmp_path: Path) -> None:
     """Twice as fast beside the same plain decoding, as fast, and a cell that only one of the runs has."""
     rounds = [1.0, 1.5, 2.0, 2.5]
     cells = [decoded("ngram", 2, rounds), decoded("eagle", 2, rounds, engine="vllm")]

@@ -38,7 +38,7 @@ def test_a_wide_table_continues_below_with_its_labels() -> None:
     assert [line.split()[0] for line in lines[1:5]] == [line.split()[0] for line in lines[7:]]
 
 
-def test_what_does_not_vary_is_a_title() -> None:
+def test_constant_settings_are_in_the_title() -> None:
     rows = [["same-engine-name", f"method{row}", *["1"] * 9] for row in range(3)]
     lines = grid.lines(table(["engine", "method", *(f"number{index}" for index in range(9))], rows, num_labels=2))
     assert lines[0] == "engine same-engine-name:"

@@ -66,7 +66,7 @@ def page_of(folder: Path, *records: Any, **changes: Any) -> str:
     return page.render(rendering.document(campaigns.read_all([write(folder / "run.json", records, **changes)])))
 
 
-def test_tables_say_what_the_records_say(tmp_path: Path) -> None:
+def test_tables_agree_with_the_records(tmp_path: Path) -> None:
     cells = [decoded("autoregressive"), decoded("ngram", 2), decoded("eagle", 4, speedup=3.0, speedup_high=3.5)]
     parsed = Parsed(page_of(tmp_path, *cells))
     head, *rows = parsed.table("Every cell")
@@ -110,7 +110,7 @@ def test_the_answer_comes_first(tmp_path: Path) -> None:
     assert "specdec with eagle, gamma 4, over its plain decoding, 95 % interval 0.50 to 2.50; it includes 1" in text
 
 
-def test_energy_quality_audits_and_published_results_are_told(tmp_path: Path) -> None:
+def test_energy_quality_audits_and_published_results_are_shown(tmp_path: Path) -> None:
     energy = {
         "energy_j": 12.5,
         "energy_per_token_j": 0.125,
@@ -131,7 +131,7 @@ def test_energy_quality_audits_and_published_results_are_told(tmp_path: Path) ->
     assert "1 of 2" in parsed.texts
 
 
-def test_load_is_told_by_rate(tmp_path: Path) -> None:
+def test_load_results_are_listed_by_rate(tmp_path: Path) -> None:
     loads = [loaded(rate, *arm) for rate in (1.0, 2.5) for arm in (("autoregressive", 0, 2.0), ("ngram", 2, rate))]
     parsed = Parsed(page_of(tmp_path, *loads))
     assert parsed.texts[parsed.texts.index("1 requests/s") + 1] == (
@@ -147,20 +147,20 @@ def test_load_is_told_by_rate(tmp_path: Path) -> None:
     assert any(text.startswith("ngram 2: limits kept by 50 % up to 2.5") for text in parsed.texts)
 
 
-def test_engines_under_load_are_told_apart(tmp_path: Path) -> None:
+def test_engines_under_load_have_distinct_names(tmp_path: Path) -> None:
     loads = [loaded(2.0, "ngram", 2, engine=engine) for engine in ("specdec", "vllm")]
     verdicts = [each for each in Parsed(page_of(tmp_path, *loads)).texts if "limits kept" in each]
     assert [each.partition(":")[0] for each in verdicts] == ["specdec ngram 2", "vllm ngram 2"]
 
 
-def test_what_is_not_known_says_why(tmp_path: Path) -> None:
+def test_unknown_values_give_a_reason(tmp_path: Path) -> None:
     reasons = {"energy_reason": "there is no meter", "quality_metric": "pass_at_1", "quality_reason": "code is not run"}
     parsed = Parsed(page_of(tmp_path, decoded("ngram", 2, **reasons), decoded("eagle", 2)))
     assert "Energy was not measured in 1 cells: there is no meter." in parsed.texts
     assert "Outputs were not scored: code is not run." in parsed.texts
 
 
-def test_how_it_was_measured_is_told(tmp_path: Path) -> None:
+def test_the_measurement_setup_is_shown(tmp_path: Path) -> None:
     parsed = Parsed(page_of(tmp_path, decoded("ngram", 2), command="pytest bench/ --gammas '2'"))
     for text in ("2026-01-02 03:04:05 UTC", "a processor", "2.13.0", "abc", "pytest bench/ --gammas '2'"):
         assert text in parsed.texts
@@ -225,7 +225,7 @@ def test_pages_of_committed_runs_need_nothing_else(path: Path) -> None:
     assert "nan" not in re.findall(r'="(nan|inf|-inf)', text)
 
 
-def test_the_committed_page_is_what_its_run_gives() -> None:
+def test_the_committed_page_is_that_of_its_run() -> None:
     """After a change of the report: `python -m bench.report bench/baselines/engines-cpu.json --html THE_SAME.html`."""
     run = BASELINES / "engines-cpu.json"
     assert run.with_suffix(".html").read_text() == page.render(rendering.document(campaigns.read_all([run])))
@@ -235,7 +235,7 @@ def many(number: int) -> list[Any]:
     return [decoded("ngram", gamma, workload=f"w{block}") for block in range(number // 4) for gamma in (1, 2, 4, 8)]
 
 
-def test_a_large_page_omits_charts_and_says_so(tmp_path: Path) -> None:
+def test_a_large_page_omits_charts_with_a_note(tmp_path: Path) -> None:
     document = rendering.document(campaigns.read_all([write(tmp_path / "run.json", many(400))]))
     whole, small = page.render(document), page.render(document, 500_000)
     assert len(whole.encode()) > 500_000 >= len(small.encode())
@@ -244,7 +244,7 @@ def test_a_large_page_omits_charts_and_says_so(tmp_path: Path) -> None:
     assert "are omitted to keep" not in whole
 
 
-def test_a_larger_one_omits_rows_and_says_so() -> None:
+def test_a_larger_page_omits_rows_with_a_note() -> None:
     cells = Table(table(["cell"], []).headings, (("x" * 90,),) * 5000, "Every cell", sortable=True)
     section = Section("cells", "All cells", (cells,))
     document = Document("title", (Chapter("run", "run", (), (), (section,)),), table(["a", "b", "c", "d"], []))

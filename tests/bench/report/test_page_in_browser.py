@@ -69,7 +69,7 @@ def check_is_clean(found: Opened, path: Path, width: int) -> None:
 
 
 @pytest.mark.parametrize("width", [1280, 400])
-def test_a_real_run_is_seen_whole(width: int, engines: Path, window: Browser) -> None:
+def test_a_real_run_is_rendered_completely(width: int, engines: Path, window: Browser) -> None:
     tables, figures = engines.read_text().count("<table"), engines.read_text().count("<figure")
     assert figures >= 20
     with opened(window, engines, width) as found:
@@ -81,7 +81,7 @@ def test_a_real_run_is_seen_whole(width: int, engines: Path, window: Browser) ->
 
 @pytest.mark.parametrize("width", [1280, 400])
 @pytest.mark.parametrize("script", [True, False])
-def test_all_kinds_of_cells_are_seen_with_and_without_script(
+def test_all_kinds_of_cells_are_rendered_with_and_without_script(
     width: int, script: bool, everything: Path, window: Browser
 ) -> None:
     with opened(window, everything, width, script=script) as found:
@@ -239,7 +239,7 @@ def test_files_of_charts_are_shown_by_a_browser(tmp_path: Path, window: Browser)
             assert found.page.evaluate(outside) == 0
 
 
-def test_a_script_error_would_be_seen(tmp_path: Path, window: Browser) -> None:
+def test_a_script_error_is_detected(tmp_path: Path, window: Browser) -> None:
     (tmp_path / "broken.html").write_text("<script>undefined.name</script><img src='http://127.0.0.1:9/x'>")
     with opened(window, tmp_path / "broken.html", 400) as found:
         assert any("undefined" in error for error in found.errors)

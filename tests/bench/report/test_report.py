@@ -112,7 +112,7 @@ def test_markdown_has_the_tables(tmp_path: Path) -> None:
             assert width.get(number - 1, width[number]) == width[number], line
 
 
-def test_markdown_cannot_be_broken_by_what_a_record_says(tmp_path: Path) -> None:
+def test_markdown_escapes_the_values_of_a_record(tmp_path: Path) -> None:
     run = run_of(tmp_path, decoded("ngram", 2, workload=HOSTILE), decoded("ngram", 2, workload="other"))
     told = markdown.render(rendering.document([run]))
     assert "<script" not in told.replace("\\<script", "")
@@ -142,7 +142,7 @@ def test_files_are_written_whether_or_not_anybody_reads_the_tables(tmp_path: Pat
     assert len(rows_of(target.read_text())) == 1
 
 
-def test_a_missing_part_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+def test_a_missing_part_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     command(monkeypatch, write(tmp_path / "a.json", [decoded("ngram", 2)], shard="2/3", configuration={}))
     assert "Not the whole campaign: parts 1, 3 of it are missing" in capsys.readouterr().out
 
@@ -173,7 +173,7 @@ def test_a_target_that_cannot_be_written_is_named(
     assert message in capsys.readouterr().err
 
 
-def test_a_full_disk_keeps_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_keeps_the_existing_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(_: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -199,7 +199,7 @@ def test_a_folder_of_pictures_that_cannot_be_written_is_named(tmp_path: Path) ->
         rendering.draw(rendering.document(runs), runs, tmp_path / "file")
 
 
-def test_what_no_one_could_foresee_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+def test_unexpected_errors_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     """A list where a name should be."""
     run = write(tmp_path / "a.json", [decoded("ngram", 2, workload=["a"])])
     with pytest.raises(SystemExit):

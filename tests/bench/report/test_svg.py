@@ -57,7 +57,7 @@ def paths(root: ET.Element, pattern: str) -> list[tuple[float, ...]]:
     return [tuple(map(float, match.groups())) for match in found if match]
 
 
-def test_what_is_drawn_stands_where_its_numbers_are() -> None:
+def test_marks_are_at_the_positions_of_their_values() -> None:
     root = body(svg.draw(CHART))
     x0, x1 = scale_of(root, "x", "mid")
     y0, y1 = scale_of(root, "y", "end")

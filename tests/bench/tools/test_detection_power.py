@@ -39,7 +39,7 @@ def test_judging_ends_where_a_bug_is_found() -> None:
     assert f"| {first} after {found.found_by[first]}" in detection_power.line(found)
 
 
-def test_greedy_prompts_are_taken_once_and_the_sampling_is_told() -> None:
+def test_greedy_prompts_are_used_once_and_the_sampling_is_recorded() -> None:
     found = judge("M11 soft greedy", replace(detection_power.SAMPLED, temperature=0.0))
     assert found.sampling == {"temperature": 0.0}
     assert found.num_draws <= 3 * detection_power.MAX_TOKENS
@@ -58,6 +58,6 @@ def test_sizes_are_means_over_tokens() -> None:
     assert found["M5 accept at equality"] == 0
 
 
-def test_stop_tokens_are_told_by_their_number() -> None:
+def test_stop_tokens_are_shown_by_their_number() -> None:
     found = replace(judge("none", num_draws=64), sampling={"stop_token_ids": (1, 2)}, size=None)
     assert detection_power.line(found).startswith("| none | stop_token_ids 2 |  | no")

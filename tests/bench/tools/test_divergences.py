@@ -45,7 +45,7 @@ def test_only_prompts_that_parted_are_decoded_again() -> None:
     assert divergences.line(found) == "| vllm | ngram 3 | 1 | 2 | 2 | 1 / 0 | 2 | 2 | 0 | bug |"
 
 
-def test_outputs_that_are_equal_now_are_said_to_be() -> None:
+def test_outputs_that_are_equal_now_are_reported_as_equal() -> None:
     engines = Recorded({("specdec", "autoregressive"): [0, 0], ("vllm", "ngram"): [0, 0]})
     (found,) = divergences.partings([record()], [[1], [2, 3]], engines)
     assert found.divergence is None

@@ -15,7 +15,7 @@ def test_shapes_are_those_of_the_models() -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_gpu_it_gives_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.argv", ["kernel_sweep"])
     with pytest.raises(SystemExit, match="needs a GPU"):
         main()

@@ -44,7 +44,7 @@ def test_rounds_are_paired_and_take_turns_in_going_first() -> None:
     assert cost.per_sample_s.estimate == pytest.approx(0.1 * (1 + 2 + 4 + 8) / 4 / 2)
 
 
-def test_sampling_that_takes_processor_time_is_seen() -> None:
+def test_cpu_time_of_sampling_is_recorded() -> None:
     """By the thread's own processor time, which a busy machine does not lengthen."""
 
     class Greedy(Meter):

