@@ -83,16 +83,16 @@ def _shard_key(item: Any) -> str | None:
 @pytest.hookimpl(wrapper=True)  # around pytest-benchmark's, and inside of the terminal's, which prints tables after it
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> Generator[None, object, object]:
     """Let a failure to write the results end in a message: the journal has them. A shard may have no cells."""
-    ours = session.config.stash[SESSION]
-    if exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED and len(ours.cells_of_shards) > 1:
+    run = session.config.stash[SESSION]
+    if exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED and len(run.cells_of_shards) > 1:
         session.exitstatus = pytest.ExitCode.OK
     try:
         return (yield)
     except OSError as error:
         session.exitstatus = pytest.ExitCode.INTERNAL_ERROR
-        ours.failure = (
+        run.failure = (
             f"benchmark_json={session.config.getoption('benchmark_json')} must be writable ({error.strerror}); all "
-            f"finished cells are in {ours.config.journal}: free space and run again with --resume"
+            f"finished cells are in {run.config.journal}: free space and run again with --resume"
         )
         return None
 

@@ -1,6 +1,6 @@
-"""Speculative decoding that provably says what the target model would have said.
+"""Speculative decoding with a provably unchanged output distribution.
 
-What is named here is imported when it is first used, so that the command line can check its arguments without torch.
+Names are imported on first use, so that the command line can check its arguments without importing torch.
 """
 
 from importlib import import_module

@@ -42,7 +42,7 @@ def stops_paying(paid: dict[float, bool | None]) -> tuple[float | None, float | 
 
 
 def highest_rate(records: Sequence[dict[str, Any]], percent: int) -> float | None:
-    """The highest rate at which, and below which, so many percent of the requests kept the limits; None: no rate."""
+    """The highest rate up to which the given percentage of requests kept the limits; None if there is none."""
     highest = None
     for record in sorted(records, key=lambda record: record["rate"]):
         if record["within_limits_rate"] < percent / 100:

@@ -1,1 +1,1 @@
-"""Engines behind one protocol, a module each."""
+"""The engines of the benchmark, with a common protocol; one module for each."""

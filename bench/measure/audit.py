@@ -65,7 +65,7 @@ class Audits:
 
 @dataclass(frozen=True, slots=True)
 class Audited:
-    """A cell's engine as an audit sees it: the two arms are its method and its own plain decoding.
+    """Adapts a cell's engine for an audit: the arms are the cell's method and the same engine's plain decoding.
 
     counts: of each output of the speculative arm, None where its engine does not report them.
     on_tokens: called with the number of tokens that the speculative arm has emitted since the last call.
@@ -81,12 +81,12 @@ class Audited:
 
     @property
     def num_drafted(self) -> int | None:
-        """Tokens drafted by the speculative arm so far, None if its engine does not report them."""
+        """Draft tokens of the speculative arm so far; None if its engine does not report them."""
         return None if None in self.counts else sum(each.num_drafted for each in self.counts if each)
 
     @property
     def num_accepted(self) -> int | None:
-        """Of these, how many were accepted."""
+        """Accepted draft tokens of the speculative arm so far; None if its engine does not report them."""
         return None if None in self.counts else sum(each.num_accepted for each in self.counts if each)
 
     def speculative(self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], max_tokens: int) -> list[list[int]]:
@@ -153,7 +153,7 @@ def certify(
 
 
 def _references(pair: Pair, cell: Cell, sampling: SamplingParams, device: str) -> tuple[Reference, Reference | None]:
-    """References for the target and, if it has the same vocabulary, for the draft model; none for a draft head."""
+    """References for the target and for a draft model with the same vocabulary; None for other drafts."""
     source = pair.draft_for(cell.method)
     sources = [folder(source)] if source and kind_in(folder(source)) == "model" else []
     target, drafts = load_with_drafts(
@@ -183,12 +183,12 @@ def subject(cell: Cell, version: str, config: BenchConfig) -> Subject:
 
 
 def _options(cell: Cell, config: BenchConfig) -> str | None:
-    """The engine's own options, if it was given any."""
+    """The engine's options as JSON; None if there are none."""
     return config.vllm_options if cell.engine == "vllm" and json.loads(config.vllm_options) else None
 
 
 def file_name(certificate: Certificate) -> str:
-    """Of a certificate, without its suffix: what distinguishes it from the others of its engine."""
+    """The file name of a certificate without suffix, from everything that distinguishes it."""
     subject, sampling = certificate.subject, certificate.findings.sampling
     truncation = {name: sampling[name] for name in ("temperature", "top_k", "top_p")}
     given = json.loads(subject.options or "{}").get("speculative_config", {})

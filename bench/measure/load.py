@@ -1,4 +1,4 @@
-"""Open-loop load: what became of the requests, by the same definitions for every engine.
+"""Open-loop load: statistics of requests, with the same definitions for every engine.
 
 Open loop: a request arrives at its time whether or not earlier ones are finished, and waits if no slot is free. All
 times of a request count from its arrival. Cells with the same seed have the same arrivals, at another rate only faster
@@ -21,7 +21,7 @@ from bench.records.schema import PERCENTILES
 
 
 def percentile(values: Sequence[float], percent: float) -> float | None:
-    """Linear interpolation between the two nearest sorted values, as numpy's; None if that is infinite.
+    """A percentile by linear interpolation as in numpy; None if it is infinite.
 
     Raises ValueError if there are no values.
     """
@@ -35,7 +35,7 @@ def percentile(values: Sequence[float], percent: float) -> float | None:
 
 
 def summary(requests: Sequence[Request | None], duration_s: float, limits: Limits) -> dict[str, Any]:
-    """The fields of a record that follow from its requests, which are None if they did not finish."""
+    """Record fields computed from the requests; unfinished requests are None."""
     finished = [request for request in requests if request is not None]
     span_s = max([duration_s, *(request.arrival_s + request.latency_s for request in finished)])
     num_good = sum(map(limits.hold, finished))
@@ -61,7 +61,7 @@ def _known(values: Sequence[float | None]) -> list[float]:
 
 
 def _num_longer(requests: Sequence[Request | None]) -> int:
-    """Requests with more than one token, or that might have had more."""
+    """The number of requests that have, or might have had, more than one token."""
     return sum(request is None or request.num_tokens > 1 for request in requests)
 
 
@@ -73,9 +73,9 @@ def _spread(name: str, values: Sequence[float], num_requests: int) -> dict[str, 
 
 
 def in_flight(spans: Sequence[tuple[float, float]]) -> tuple[float, int]:
-    """Mean number of spans that cover a moment, from 0 to the last end, and the largest number.
+    """(mean, maximum) number of overlapping spans, from 0 to the last end.
 
-    A span that ends where another begins does not overlap it.
+    A span that ends when another starts does not overlap it.
     """
     end_s = max((end for _, end in spans), default=0.0)
     if not end_s:

@@ -36,7 +36,7 @@ class Loaded:
         self._context, self._arrivals = context, arrivals
 
     def measure(self, cell: Cell, benchmark: Any) -> Entry:
-        """The record of a cell, whose requests are served once; pytest-benchmark times that."""
+        """Serve a cell's requests once, timed by pytest-benchmark; returns its record."""
         context, config = self._context, self._context.config
         pair = config.pair_of(cell)
         assert cell.rate is not None, "a load cell has a rate"
@@ -60,7 +60,7 @@ class Loaded:
         return Entry(record, list(benchmark.stats.stats.data))
 
     def warm_up(self, cell: Cell, engine: ServingEngine, prompts: Batch) -> float:
-        """Serve the longest prompt in every slot; on a GPU, which records steps by shape, all prompts twice, too.
+        """Serve the longest prompt in every slot; on a GPU, which captures graphs by shape, also all prompts twice.
 
         Returns the seconds that it took, compilation included.
         """
@@ -75,7 +75,7 @@ class Loaded:
         self._serve(cell, engine, Load(prompts, [0.0] * len(prompts), sampling))
 
     def _serve(self, cell: Cell, engine: ServingEngine, load: Load) -> tuple[Served, tuple[float, float]]:
-        """What became of the requests, and when they were served, by time.perf_counter."""
+        """Serve the requests; returns the outcome and the time span by time.perf_counter."""
         config, setup = self._context.config, Setup(cell.method, cell.gamma, cell.batch_size)
         start_s = time.perf_counter()
         served = engine.serve(load.prompts, load.arrivals_s, setup, load.sampling, config.duration + config.drain)
@@ -83,7 +83,7 @@ class Loaded:
 
 
 def check(engine: ServingEngine, cell: Cell, served: Served, max_tokens: int, dtype: str) -> None:
-    """Assert that the terms are those of other cells, and that the engine's counters add up."""
+    """Assert that the cell is comparable with others, and that the engine's counters are consistent."""
     finished = Run(tuple(result for result in served.results if result is not None))
     assert not any(served.results[index] for index in served.refused)
     fairness.check_terms({cell.engine: engine}, dtype)

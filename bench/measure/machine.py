@@ -117,8 +117,8 @@ def device_failure(error: RuntimeError, device: str) -> str | None:
         return f"device={device} must have room for this cell, but {cause}; lower --batch-sizes or --max-tokens"
     if isinstance(error, torch.AcceleratorError):
         return (
-            f"device={device} must go on, but {cause}; finished cells are in the journal: see what became of the GPU "
-            "(nvidia-smi), then run again with --resume"
+            f"device={device} must keep working, but {cause}; finished cells are in the journal: check the GPU "
+            "(nvidia-smi), then rerun with --resume"
         )
     return None
 

@@ -1,4 +1,4 @@
-"""One run of the benchmarks: its plan, its journal, and who measures which kind of cell."""
+"""One run of the benchmarks: its plan, its journal, and the measurement of each kind of cell."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Measurer(Protocol):
     """Measures the cells of one kind."""
 
     def measure(self, cell: Any, benchmark: Any) -> Entry:
-        """A cell's record, and the times of its rounds by the fixture of pytest-benchmark."""
+        """Measure a cell with the pytest-benchmark fixture; returns its record and the times of its rounds."""
         ...
 
 
@@ -44,11 +44,11 @@ _PREFIXES = {"cells": "", "loads": "load-", "costs": "cost-", "certificates": "e
 
 
 class Session:
-    """Checks everything that can be checked before anything expensive starts, then measures cell by cell.
+    """Checks the options before any expensive work, then measures cell by cell.
 
-    plans: all cells. records: those of the finished cells by kind, in the order of the run; the kinds are those of
-    `bench.records.results`: cells, loads, costs, certificates.
-    cells_of_shards: how many cells each part of the campaign has. clock: pytest-benchmark's timer.
+    plans: all cells. records: of finished cells by kind, in order of the run; kinds as in `bench.records.results`:
+    cells, loads, costs, certificates.
+    cells_of_shards: number of cells in each shard. clock: pytest-benchmark's timer.
     failure: why the results could not be written.
     Raises ValueError naming an option that cannot be satisfied here.
     """
@@ -76,7 +76,7 @@ class Session:
         return self._journal
 
     def open(self, progress: TextIO = NOWHERE) -> None:
-        """Begin or resume the journal; until then nothing has been written. progress: where bars are drawn."""
+        """Start or resume the journal; nothing is written before. progress: stream for progress bars."""
         config, self.progress = self.config, progress
         self._journal = Journal.open(config.journal, self.configuration(), resume=config.resume)
         names = {self._name("loads" if config.rate else "cells", each.cell) for each in self.plans}
@@ -108,7 +108,7 @@ class Session:
         return Audits(context)
 
     def close(self) -> None:
-        """Unload the models; the journal has every finished cell."""
+        """Unload the models and close the journal."""
         self.models.close()
         if self.progress is not NOWHERE:
             self.progress.close()
@@ -116,11 +116,11 @@ class Session:
             self._journal.close()
 
     def why_skipped(self, plan: Plan) -> str | None:
-        """Why a cell cannot run here, and the remedy."""
+        """Why a cell cannot run here, with a remedy; None if it can."""
         return plan.skip or self.prompts.why_unavailable(plan.cell)
 
     def run(self, kind: str, cell: Identified, benchmark: Any) -> Record:
-        """The record of a cell, from the journal, or measured and then put there."""
+        """The record of a cell, from the journal, or measured and added to it."""
         name = self._name(kind, cell)
         if name in self.journal.cells:
             self.clock.replay(benchmark, self.journal.cells[name].rounds_s)
@@ -130,7 +130,7 @@ class Session:
         return self.records[kind][-1]
 
     def roofline(self) -> Record:
-        """The memory bandwidth of this machine, from the journal, or measured and then put there."""
+        """The memory bandwidth of this machine, from the journal, or measured and added to it."""
         import torch
 
         from bench.measure.cost import roofline
@@ -141,7 +141,7 @@ class Session:
         return self.journal.cells["roofline"].record
 
     def versions(self) -> dict[str, str | None]:
-        """Versions of what results depend on; vLLM's is that of the interpreter that runs it."""
+        """Versions of the packages that results depend on; vLLM's from the interpreter that runs it."""
         installed = machine.versions()
         if not {"vllm", "vllm-server"} & set(self.config.engines):
             return installed
@@ -150,7 +150,7 @@ class Session:
         return installed | {"vllm": installed_version(self.config.vllm_python)}
 
     def configuration(self) -> dict[str, Any]:
-        """Everything that changes results: cells of different configurations must not be mixed."""
+        """Everything that affects results: cells of different configurations must not be mixed."""
         return {
             **result_options(self.config),
             "device": self.device,

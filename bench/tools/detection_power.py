@@ -1,9 +1,9 @@
-"""Which instrument finds which planted bug, after how many tokens: `python -m bench.tools.detection_power`.
+"""Which instrument detects which mutant, after how many tokens: `python -m bench.tools.detection_power`.
 
 Each mutant of `specdec.conformance.mutants` is planted in this library's own engine with a real pair, and its output is
 judged as an audit judges one: against the target's distributions in float32, at the audit's own false-alarm rate. The
-engine without a bug comes first: it must be found innocent by the same tokens. How far a mutant is from the target is
-told where there is a formula for the first token of a step, as a mean over tokens that the sound engine emitted.
+unmodified engine comes first: it must pass with the same tokens. A mutant's distance from the target is given if there
+is a formula for the first token of a step, as a mean over tokens emitted by the unmodified engine.
 """
 
 from __future__ import annotations
@@ -51,12 +51,11 @@ FEW = 2048  # tokens are enough to be no wiser about those
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """What became of a mutant. found_by: instrument -> tokens after which it alone rejects. num_draws: tokens judged.
+    """The findings on a mutant. found_by: instrument -> tokens after which it alone rejects. num_draws: tokens judged.
 
-    sampling: what of it is not plain. size: total variation between the distribution of a step's first token and the
-    target's, None where no formula has it. tv_lower_bound: of all tokens, by those judged. errors: what is wrong
-    beyond doubt.
-    p_value: the least, corrected for their number.
+    sampling: parameters that differ from plain sampling. size: total variation between the distribution of a step's
+    first token and the target's, None without a formula. tv_lower_bound: over all judged tokens. errors: definite
+    errors. p_value: the smallest one, corrected for multiple tests.
     """
 
     mutant: str
@@ -108,7 +107,7 @@ def judge(
 
 
 def _rounds(num_prompts: int, *, once: bool) -> Iterator[tuple[list[int], list[int]]]:
-    """Numbers of prompts and seeds, batch by batch: for ever, or each prompt once."""
+    """Indices of prompts and seeds, batch by batch: endless, or each prompt once."""
     for first in range(0, num_prompts, ROWS) if once else count(0, ROWS):
         seeds = [*range(first, min(first + ROWS, num_prompts) if once else first + ROWS)]
         yield [seed % num_prompts for seed in seeds], seeds
@@ -134,7 +133,7 @@ def _sampling(name: str, prompts: Sequence[tuple[int, ...]]) -> SamplingParams:
 
 
 def sizes(references: Sequence[Reference], prompts: Sequence[Tokens], outputs: Sequence[Tokens]) -> dict[str, float]:
-    """Mean distance of each mutant that has a formula, over the tokens of outputs, by its name."""
+    """Mean distance over the output tokens, by the name of each mutant with a formula."""
     sums, num_tokens = dict.fromkeys(BROKEN_DISTRIBUTIONS, 0.0), sum(map(len, outputs))
     for both in zip(*(each.distributions(prompts, outputs) for each in references), strict=True):
         target_probs, draft_probs = (positions.distribution.dense().double() for positions in both)
@@ -144,7 +143,7 @@ def sizes(references: Sequence[Reference], prompts: Sequence[Tokens], outputs: S
 
 
 def findings(num_prompts: int, num_draws: int, dtype: torch.dtype, names: Sequence[str] = PLANTED) -> Iterator[Finding]:
-    """Of the engine as it is, "none", and of mutants."""
+    """Findings on the unmodified engine, "none", and on the mutants."""
     draft = folder(str(PAIR.draft))
 
     def load(dtype: torch.dtype) -> tuple[Any, Any]:
@@ -172,16 +171,16 @@ def findings(num_prompts: int, num_draws: int, dtype: torch.dtype, names: Sequen
 
 def line(found: Finding) -> str:
     """A row of the table, in Markdown."""
-    told = [f"{name} after {after}" for name, after in sorted(found.found_by.items(), key=lambda item: item[1])]
+    detections = [f"{name} after {after}" for name, after in sorted(found.found_by.items(), key=lambda item: item[1])]
     if found.errors:
-        told.append(f"by name: {found.errors[0]}")
+        detections.append(f"by name: {found.errors[0]}")
     unseen = f"no (p = {found.p_value:.2g}){f'; {NEVER[found.mutant]}' if found.mutant in NEVER else ''}"
-    said = "; ".join(told) or unseen
+    detected = "; ".join(detections) or unseen
     size = "" if found.size is None else f"{found.size:.3f}"
-    return f"| {found.mutant} | {_told(found.sampling)} | {size} | {said} | {found.num_draws} |"
+    return f"| {found.mutant} | {_parameters(found.sampling)} | {size} | {detected} | {found.num_draws} |"
 
 
-def _told(sampling: dict[str, Any]) -> str:
+def _parameters(sampling: dict[str, Any]) -> str:
     values = {name: len(value) if name == "stop_token_ids" else value for name, value in sampling.items()}
     return ", ".join(f"{name} {value:g}" for name, value in values.items()) or "T = 1"
 

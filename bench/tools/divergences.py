@@ -1,8 +1,8 @@
 """Why greedy outputs of a run differ, rounding or a bug: `python -m bench.tools.divergences RUN.json`.
 
-Prompts whose outputs the run found to part are decoded again, by plain decoding of the run's reference engine and by
-the cell's engine and method, one at a time as the run did; where they part is then explained by `specdec.conformance.
-divergence`: the target's margin there in float32, and how far step widths move its logits in the run's own dtype.
+Prompts with different outputs are decoded again, by plain decoding of the run's reference engine and by the cell's
+engine and method. `specdec.conformance.divergence` then explains the first difference: the target's margin there in
+float32, and how much step widths change its logits in the run's dtype.
 """
 
 from __future__ import annotations

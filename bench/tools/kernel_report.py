@@ -1,4 +1,4 @@
-"""What the Triton kernels of decode steps need on GPUs that need not be there: registers, stack and shared memory.
+"""Registers, stack and shared memory of the Triton kernels of decode steps, for GPUs that need not be present.
 
     python -m bench.tools.kernel_report [--targets 80,90,120]
 
@@ -104,7 +104,7 @@ def _compiling(target: int, note: Callable[[str, Any], None]) -> Iterator[None]:
 
 
 def _layers(shape: Shape, num_tokens: int) -> None:
-    """A layer of each kind for steps of so many tokens, and the norm and the head behind them."""
+    """Run a layer, the final norm and the head for steps of num_tokens tokens, as a chain and as a tree."""
 
     def weight(name: str) -> tuple[torch.Tensor, None]:
         outputs, inputs, _, gated, _ = shape.products()[name]
@@ -120,8 +120,8 @@ def _layers(shape: Shape, num_tokens: int) -> None:
     angles = torch.empty(1024, shape.head_dim, dtype=torch.bfloat16)
     layers.run_layers([layer], states, (angles, angles), [(block, block)], at)
     if num_tokens > 1:
-        ways = torch.zeros(num_tokens, 3, dtype=torch.int64)
-        tree = layers.Places(at.positions, at.places, at.starts, ways, at.extent)
+        paths = torch.zeros(num_tokens, 3, dtype=torch.int64)
+        tree = layers.Places(at.positions, at.places, at.starts, paths, at.extent)
         layers.run_layers([layer], states, (angles, angles), [(block, block)], tree)
     head, _ = weight("head")
     layers.product(layers.rms_norm(states[0], norm, 1e-5), head)

@@ -1,4 +1,4 @@
-"""How fast the decode kernels are on a GPU, alone: products by how they are divided, attention, and stacks of layers.
+"""Microbenchmarks of the decode kernels on a GPU: products by tile sizes, attention, and stacks of layers.
 
     python -m bench.tools.kernel_sweep [--seconds 60] [--out FILE]
 
@@ -260,7 +260,7 @@ def over(weights: list[Tensor], run: Callable[[Tensor], object]) -> Callable[[],
 
 
 def graph_s(run: Callable[[], object], calls: int, replays: int = 10) -> float:
-    """Seconds of one of so many calls in a CUDA graph, the median of several replays."""
+    """Seconds per call for calls in a CUDA graph, the median of several replays."""
     for _ in range(min(3, calls)):
         run()
     torch.cuda.synchronize()
@@ -307,7 +307,7 @@ def places(rows: int, width: int, start: int, extent: int, device: str = "cuda")
 def one_product(
     x: Tensor, normed: bool, gated: bool, residual: Tensor | None, candidate: tuple[int, ...], weight: Tensor
 ) -> None:
-    """As a layer has it: behind a norm, or with a residual and a norm that follows."""
+    """A product as in a layer: after a norm, or with a residual and a norm after it."""
     from specdec.kernels import triton_layers as layers
 
     blocks = layers.Blocks(*candidate)

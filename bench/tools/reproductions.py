@@ -34,7 +34,7 @@ def table(records: Sequence[Record]) -> str:
 
 
 def filled(page: str) -> str:
-    """The page with each table made anew from its run."""
+    """The page with each table regenerated from its run."""
     return BLOCK.sub(lambda found: _block(found[1]), page)
 
 

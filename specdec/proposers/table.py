@@ -32,16 +32,16 @@ class NgramTable:
 
     def _check(self) -> None:
         if len(self._contexts) != len(self._tokens) or not 1 <= len(self._contexts) <= 64 // self._bits:
-            raise ValueError(f"an n-gram table must have contexts of 1 to {64 // self._bits} tokens; count it anew")
+            raise ValueError(f"an n-gram table must have contexts of 1 to {64 // self._bits} tokens; count it again")
         for size, (contexts, tokens) in enumerate(zip(self._contexts, self._tokens, strict=True), 1):
             if contexts.ndim != 1 or contexts.shape != tokens.shape or contexts.dtype != np.uint64:
-                raise ValueError(f"contexts.{size} must be uint64, with a token for each; count the table anew")
+                raise ValueError(f"contexts.{size} must be uint64, with a token for each; count the table again")
             if (contexts[1:] <= contexts[:-1]).any():
-                raise ValueError(f"contexts.{size} must ascend, each once; count the table anew")
+                raise ValueError(f"contexts.{size} must ascend, each once; count the table again")
             if any((part >= self.vocab_size).any() for part in self._split(contexts, size)):
-                raise ValueError(f"contexts.{size} must be of tokens in [0, {self.vocab_size}); count the table anew")
+                raise ValueError(f"contexts.{size} must be of tokens in [0, {self.vocab_size}); count the table again")
             if not np.issubdtype(tokens.dtype, np.integer) or ((tokens < 0) | (tokens >= self.vocab_size)).any():
-                raise ValueError(f"tokens.{size} must lie in [0, {self.vocab_size}); count the table anew")
+                raise ValueError(f"tokens.{size} must lie in [0, {self.vocab_size}); count the table again")
 
     def _split(self, contexts: Array, size: int) -> list[Array]:
         """The tokens of contexts of `size` tokens, last one first; the final entry includes all higher bits."""

@@ -18,11 +18,20 @@ BANNED = {  # pattern -> what to write instead
     r"none included": "possibly none",
     r"(?:gives?|has|have|had) the bits": "is bit-identical to",
     r"the tree of so many": "the tree of that size",
-    r"is told once|are told once": "is logged once",
     r"others came before": "earlier requests",
     r"what people call": "public entry point",
     r"what may speak for": "draft sources",
     r"beside other work": "on a busy machine",
+    r"told": "reported, logged, given",
+    r"(?:is|are|was|were) said(?! to)": "is logged, is documented",
+    r"ours|theirs": "the thing: candidate and baseline, first and second",
+    r"(?:of|in|by|than) so many": "of n, of the given number",
+    r"gone on with": "continued by",
+    r"lets? go of": "frees, releases",
+    r"what became of": "the outcome, the result of",
+    r"(?:can|may|cannot|must|could) be had|is had|are had": "is available, can be downloaded",
+    r"anew": "again, from scratch",
+    r"roads?": "path, implementation",
 }
 EXCEPTIONS: dict[str, str] = {}  # path -> why its words stay
 

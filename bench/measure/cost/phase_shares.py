@@ -19,7 +19,7 @@ PROMPT = (
 
 
 def runner(engine: BenchEngine, axis: str, rows: int) -> tuple[Callable[[], None], list[Run]]:
-    """What decodes the prompt in each of so many rows, each with its own seed, and the runs that this has made."""
+    """A function that decodes the prompt in `rows` rows with different seeds, and the list of its results."""
     method, temperature = parse(axis)
     gamma = 0 if method == "autoregressive" else GAMMA
     prompts = [encode_to_time(PROMPT, engine.tokenizer)] * rows
@@ -31,14 +31,14 @@ def runner(engine: BenchEngine, axis: str, rows: int) -> tuple[Callable[[], None
 
 
 def shares(axis: str, runs: Sequence[Run]) -> dict[str, Any]:
-    """For the record: seconds of a step of the whole batch, all runs together, and each phase's share of them.
+    """Record fields: seconds per step of the batch over all runs, and the share of each phase.
 
-    Everything but the prefill of the target counts as steps: verification includes the draw of each prompt's first
-    token, and drafting a head's reading of the prompt.
+    Everything except the target's prefill counts as steps: verification includes drawing each prompt's first token, and
+    drafting includes a head's prefill.
     """
     method, temperature = parse(axis)
     reported = [run.phase_times for run in runs if run.phase_times is not None]
-    times = PhaseTimes(*(sum(getattr(each, field.name) for each in reported) for field in fields(PhaseTimes)))
+    times = PhaseTimes(*(sum(getattr(phases, field.name) for phases in reported) for field in fields(PhaseTimes)))
     decode_s = times.total_s - times.prefill_s
     return {
         "method": method,
@@ -51,5 +51,5 @@ def shares(axis: str, runs: Sequence[Run]) -> dict[str, Any]:
 
 
 def _num_steps(run: Run) -> int:
-    """Target calls: all rows begin together, so it is those of the row that needs most."""
+    """Number of target calls: the maximum over rows, which all start together."""
     return max(result.counts.num_steps for result in run.results if result.counts is not None)

@@ -1,7 +1,7 @@
-"""The ceiling: how fast memory is read on this machine, measured in the same run as what is compared with it.
+"""The roofline: the memory bandwidth of this machine, measured in the same run as the results compared with it.
 
-By size: what was read a moment ago may still be in a cache, and caches may be larger than the system says (those of a
-virtual machine's host). Weights that are read in every step are compared with a block as large that is read as often.
+Measured by block size, because repeatedly read data may stay in a cache, and caches may be larger than reported (in a
+virtual machine). Weights read in every step are compared with a block of the same size that is read as often.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ Way = tuple[Callable[[], object], int]  # goes through a block once; the bytes t
 
 
 def measure(device: torch.device, sizes: tuple[int, ...] = SIZES, repeats: int = 9) -> dict[str, Any]:
-    """A record: `bandwidths` in bytes/s by `sizes` of blocks in bytes, and the `ways` that reached them.
+    """Measure `bandwidths` in bytes/s by block `sizes` in bytes, with the `ways` that reached them.
 
-    No single way is the fastest everywhere: a reduction may be bound by its arithmetic, a copy also writes; but what
-    was moved in a second once can be moved. Each way's best time counts.
+    No way is the fastest everywhere: a reduction may be compute-bound, and a copy also writes. The bandwidth is the
+    best time of any of them, because a rate that was reached once is possible.
     """
     fastest = [_fastest(device, size, repeats) for size in sizes]
     return {
@@ -40,23 +40,23 @@ def measure(device: torch.device, sizes: tuple[int, ...] = SIZES, repeats: int =
 
 
 def read_s(record: dict[str, Any], num_bytes: int) -> float:
-    """Seconds that reading so many bytes takes at the least: at the bandwidth of blocks of this size."""
+    """The minimum time in seconds to read num_bytes, at the bandwidth of blocks of this size."""
     sizes, bandwidths = np.log2(record["sizes"]), record["bandwidths"]
     return num_bytes / float(np.interp(np.log2(num_bytes), sizes, bandwidths))
 
 
 def line(record: dict[str, Any]) -> str:
-    """What was measured, for people."""
+    """A one-line summary of the measurement."""
     speeds = [f"{bandwidth / 1e9:.1f}" for bandwidth in record["bandwidths"]]
     sizes = [f"{size / 2**20:.0f}" for size in record["sizes"]]
     return (
         f"roofline: memory is read at {speeds[-1]} GB/s (blocks of {sizes[-1]} MB, {record['ways'][-1]}); "
-        f"blocks of {', '.join(sizes[:-1])} MB, which caches hold in part, at {', '.join(speeds[:-1])} GB/s"
+        f"blocks of {', '.join(sizes[:-1])} MB, partly from caches, at {', '.join(speeds[:-1])} GB/s"
     )
 
 
 def _fastest(device: torch.device, size: int, repeats: int) -> tuple[float, str]:
-    """(bytes/s, name) of the fastest way to go through a block."""
+    """(bytes/s, name) of the fastest way to process a block."""
     ways = _ways(torch.ones(size // 2, dtype=torch.bfloat16, device=device))
     return max(
         (moved / min(durations_in_queue_s(run, device, repeats=repeats, warm_up=2)), name)
@@ -81,7 +81,7 @@ def _ways(block: Tensor) -> dict[str, Way]:
 
 
 def _product(weight: Tensor) -> Callable[[], object]:
-    """What a decode step does with its weights, as this library does it on the device."""
+    """The product of one row with a weight, as computed in decode steps on this device."""
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     linear.weight = nn.Parameter(weight, requires_grad=False)
     row = weight.new_ones(1, weight.shape[1])

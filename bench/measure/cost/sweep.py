@@ -91,9 +91,9 @@ class CostSweep:
 
 @dataclass(frozen=True, slots=True)
 class Sized:
-    """Work of one size. run: does it once. bytes_read: from memory, at least; None if that is not what it costs.
+    """Work of one size. run: does it once. bytes_read: lower bound on memory reads; None if they do not limit it.
 
-    tokens: how many it handles, so that costs can be compared. facts: other fields of its record, once it has run.
+    tokens: number of tokens processed, to compare costs. facts: further fields of its record, available after a run.
     """
 
     run: Callable[[], object]
@@ -138,7 +138,7 @@ def sized(engine: SpecdecEngine, axis: str, size: int, prompts: Sequence[Sequenc
 
 
 def _phases(engine: SpecdecEngine, axis: str, rows: int) -> Sized:
-    """Decoding a prompt, in each of so many rows. Times of the rounds count, not of the warm-up before."""
+    """Decode a prompt in each of `rows` rows. Only the rounds are timed, not the warm-up."""
     run, runs = phase_shares.runner(engine, axis, rows)
     return Sized(
         run, None, rows * phase_shares.NUM_TOKENS, lambda: phase_shares.shares(axis, runs[-_rounds(axis)[0] :])
@@ -146,7 +146,7 @@ def _phases(engine: SpecdecEngine, axis: str, rows: int) -> Sized:
 
 
 def _requests(target: CausalLM, slots: int, prompts: Sequence[Sequence[int]]) -> Sized:
-    """Plain decoding of requests through so many slots, each refilled as its row ends; prompts are read, too."""
+    """Plain decoding of requests with `slots` slots, each reused as soon as its row ends, including prefills."""
     engine = Engine(target, max_batch_size=slots)
     requests = list(islice(cycle(prompts), NUM_REQUESTS))
     longest = target.context_length - max(map(len, requests))
@@ -157,7 +157,7 @@ def _requests(target: CausalLM, slots: int, prompts: Sequence[Sequence[int]]) ->
 
 
 def _step(target: CausalLM, rows: int, width: int, context: int) -> Sized:
-    """A decode step of `width` tokens in each row, behind `context` tokens."""
+    """A decode step of `width` tokens in each row, after `context` tokens."""
     context = min(context, target.context_length - width)  # prompt and step together must fit
     tokens = torch.ones(rows, width, dtype=torch.int64, device=target.device)
     recorder = Recorder(target.device)
@@ -172,7 +172,7 @@ def _step(target: CausalLM, rows: int, width: int, context: int) -> Sized:
 
 
 def _head_step(head: EagleHead, target: CausalLM, rows: int) -> Sized:
-    """One more token drafted in each row: the head's layer over as many tokens of context, and its logits."""
+    """Draft one token in each row: the head's layer over the context, and its logits."""
     cache = head.allocate(rows, CONTEXT + 1)
     features = torch.zeros(rows, 1, target.config.hidden_size, dtype=target.dtype, device=target.device)
     tokens = torch.ones(rows, 1, dtype=torch.int64, device=target.device)
@@ -188,9 +188,9 @@ def _head_step(head: EagleHead, target: CausalLM, rows: int) -> Sized:
 
 
 def _tree_step(head: EagleHead, target: CausalLM, num_nodes: int) -> Sized:
-    """The best tree of so many nodes, drawn by the head level by level and scored in one call, without verifying it.
+    """Draft the best tree with num_nodes nodes level by level with the head, and score it in one call.
 
-    expected_tokens: that a step emits, by what was measured of the draft. depth: the tree's levels.
+    expected_tokens: per step, from the draft's measured acceptance rates. depth: number of levels of the tree.
     """
     rates = head.rates or USUAL_RATES
     tree = optimal_tree(rates.acceptance, num_nodes, rates.level_cost)
@@ -217,7 +217,7 @@ def _tree_step(head: EagleHead, target: CausalLM, num_nodes: int) -> Sized:
 
 
 def _sampling(target: CausalLM, vocab_size: int) -> Sized:
-    """The distribution of five positions at temperature 1, of logits as the target gives them, and a draw from each."""
+    """Compute the distributions of five positions at temperature 1 from logits, and draw from each."""
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(1, WIDTH, vocab_size, generator=generator).to(target.device, target.dtype)
     uniforms = torch.rand(1, WIDTH, dtype=torch.float64, generator=generator).to(target.device)
@@ -231,7 +231,7 @@ def _sampling(target: CausalLM, vocab_size: int) -> Sized:
 
 
 def _copying(make: Callable[[], Callable[[list[int]], object]], num_tokens: int) -> Sized:
-    """Copies of a few tokens from a text that grows as in decoding. make: -> what copies, from the text so far."""
+    """Copy a few tokens from a text that grows as in decoding. make: creates a copier, given the text so far."""
     generator = torch.Generator().manual_seed(0)
     text = torch.randint(0, 5000, (num_tokens,), generator=generator).tolist()
     step = 8

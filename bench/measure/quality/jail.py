@@ -1,4 +1,4 @@
-"""Runs one Python program that nobody trusts, on Linux: `python -I -S jail.py`, a request on stdin, a report on stdout.
+"""Runs one untrusted Python program on Linux: `python -I -S jail.py`, with a request on stdin and a report on stdout.
 
 The program gets namespaces of its own (files, processes, network, System V memory; users, too, if the caller is not
 root). In them are the interpreter and the system's libraries, read-only, an empty folder in memory to work in, a
@@ -12,7 +12,7 @@ It is not bubblewrap, which was tried (0.8): it would replace the mounts, the na
 filter, the limits and the report. It is a package of the system, not of the index, so that this would have to stay for
 machines without it, and each of the two would be tested by half.
 
-This file is run as a script, needs no package, and runs only what it is told to by `bench.measure.quality.sandbox`.
+This file is run as a script by `bench.measure.quality.sandbox` and needs no package.
 """
 
 from __future__ import annotations
@@ -41,25 +41,25 @@ MOUNT_ATTR_RDONLY, MOUNT_ATTR_NOSUID, MOUNT_ATTR_NODEV = 1, 2, 4
 PR_SET_SECUREBITS, PR_SET_NO_NEW_PRIVS = 28, 38
 SECBIT_NOROOT, SECBIT_NOROOT_LOCKED = 1, 2
 PR_SET_SECCOMP, SECCOMP_MODE_FILTER = 22, 2
-# as the machine names itself: how the kernel names its calls' kind, and the numbers of calls that are refused. By hand:
-# this file is run without any package, and the bindings on the index (pyseccomp, of 2021) need a system's libseccomp
+# machine -> AUDIT_ARCH constant, and refused system calls by number on each machine. Listed by hand, because this file
+# must not need packages, and the bindings on PyPI (pyseccomp, of 2021) need libseccomp
 ARCHITECTURES = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
 REFUSED = {
-    # keyrings, which are neither files nor parted by namespaces
+    # keyrings, which namespaces do not isolate
     "add_key": (248, 217),
     "request_key": (249, 218),
     "keyctl": (250, 219),
-    # memory that neither RLIMIT_AS nor the size of a mount counts
+    # memory that neither RLIMIT_AS nor the size of a mount limits
     "memfd_create": (319, 279),
     "memfd_secret": (447, 447),
     "shmget": (29, 194),
     "msgget": (68, 186),
     "semget": (64, 190),
-    # calls by another road, which no filter sees
+    # asynchronous system calls, which bypass the filter
     "io_uring_setup": (425, 425),
     "io_uring_enter": (426, 426),
     "io_uring_register": (427, 427),
-    # other processes, other namespaces, and parts of the kernel that no such program needs
+    # other processes and namespaces, and kernel features that such programs do not need
     "ptrace": (101, 117),
     "process_vm_readv": (310, 270),
     "process_vm_writev": (311, 271),
@@ -74,11 +74,11 @@ REFUSED = {
 SOCKET, SOCKETPAIR = (41, 198), (53, 199)
 FAMILIES = (1, 2, 10, 16)  # AF_UNIX, AF_INET, AF_INET6 and AF_NETLINK, which the network's namespace parts
 OUTPUT, VERDICT = 1, 3  # the program's file descriptors
-OUTPUT_BYTES = 2000  # of what the program wrote, its end is reported
-ROOT, JAIL, WORK = "/tmp", "/tmp/jail", "/tmp/jail/work"  # mounted over whatever is there
+OUTPUT_BYTES = 2000  # reported from the end of the program's output
+ROOT, JAIL, WORK = "/tmp", "/tmp/jail", "/tmp/jail/work"  # mounted over existing content
 
-# whether the program came to its end is said by a word that its own code is not given, so that `sys.exit(0)` is no
-# success; one that means to cheat could find the word, as it could find the tests
+# the runner writes a secret word if the program reaches its end, so that `sys.exit(0)` is not a success; a malicious
+# program could find the word, as it could find the tests
 RUNNER = """
 import os, sys
 word = sys.argv.pop()
@@ -123,7 +123,7 @@ def _guard(become_program: Callable[[], NoReturn], lifeline: int, ended: int) ->
 
 
 def _become(request: dict[str, Any], is_root: bool, output: int, verdict: int) -> NoReturn:
-    """Turn into the program; what cannot be set up ends it, with the reason as its output."""
+    """Set up the jail and become the program; on failure exits, with the reason as output."""
     _keep_only(output, verdict)
     try:
         os.umask(0o022)
@@ -140,7 +140,7 @@ def _become(request: dict[str, Any], is_root: bool, output: int, verdict: int) -
 
 
 def _unshare(is_root: bool) -> None:
-    """Leave the caller's namespaces; who is not root needs a namespace of users, too, which gives the others."""
+    """Enter new namespaces; without root privileges, this requires a user namespace."""
     uid, gid = os.geteuid(), os.getegid()
     flags = CLONE_NEWNS | CLONE_NEWIPC | CLONE_NEWPID | CLONE_NEWNET
     _call("unshare", flags | (0 if is_root else CLONE_NEWUSER))
@@ -153,7 +153,7 @@ def _unshare(is_root: bool) -> None:
 
 
 def _keep_only(output: int, verdict: int) -> None:
-    """Leave no file descriptor but nothing to read, the output and the verdict."""
+    """Close all file descriptors except an empty stdin, the output and the verdict."""
     output, verdict = os.dup(output), os.dup(verdict)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     for number, descriptor in ((OUTPUT, output), (2, output), (VERDICT, verdict)):
@@ -162,7 +162,7 @@ def _keep_only(output: int, verdict: int) -> None:
 
 
 def _close_off(binds: list[str], disk_bytes: int, program: str) -> None:
-    """Enter a file system of the program's own: `binds`, read-only, and a folder with the program."""
+    """Enter a new file system with `binds`, read-only, and a folder with the program."""
     _mount(None, "/", None, MS_REC | MS_PRIVATE)
     sources = {path: os.open(path, os.O_PATH) for path in binds if not os.path.islink(path)}
     links = {path: os.readlink(path) for path in binds if os.path.islink(path)}
@@ -179,12 +179,12 @@ def _close_off(binds: list[str], disk_bytes: int, program: str) -> None:
     _call("pivot_root", ROOT.encode(), f"{ROOT}/old".encode())
     os.chdir("/")
     _call("umount2", b"/old", MNT_DETACH)
-    os.chroot("/jail")  # the kernel gives no namespace of users to one that is in a chroot: no new powers
+    os.chroot("/jail")  # the kernel refuses new user namespaces in a chroot, and so new privileges
     os.chdir("/work")
 
 
 def _bind(descriptor: int, to: str) -> None:
-    """Show a file or folder, which may be hidden by now, at a new place."""
+    """Bind-mount an open file or folder at a new path."""
     source = f"/proc/self/fd/{descriptor}"
     os.makedirs(to if os.path.isdir(source) else os.path.dirname(to), exist_ok=True)
     if not os.path.isdir(source):
@@ -194,13 +194,13 @@ def _bind(descriptor: int, to: str) -> None:
 
 
 def _restrict(path: str) -> None:
-    """Make a mount and all below it read-only, without devices, and without programs that give privileges."""
+    """Make a mount tree read-only, without devices and setuid programs."""
     attributes = struct.pack("QQQQ", MOUNT_ATTR_RDONLY | MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV, 0, 0, 0)
     _call("syscall", MOUNT_SETATTR, AT_FDCWD, path.encode(), AT_RECURSIVE, attributes, ctypes.c_size_t(len(attributes)))
 
 
 def _drop_privileges(is_root: bool) -> None:
-    """Have no privileges after `execve`, for good: the system's root becomes nobody, a namespace's a mere user."""
+    """Drop all privileges permanently at `execve`: root becomes nobody, also in a user namespace."""
     _call("prctl", PR_SET_SECUREBITS, *map(ctypes.c_ulong, (SECBIT_NOROOT | SECBIT_NOROOT_LOCKED, 0, 0, 0)))
     if is_root:
         os.setgroups([])
@@ -211,15 +211,15 @@ def _drop_privileges(is_root: bool) -> None:
 
 
 def _refuse_calls() -> None:
-    """Install the filter, for good; privileges can no longer come, so it needs none."""
+    """Install the filter permanently; PR_SET_NO_NEW_PRIVS makes that possible without privileges."""
     program = b"".join(_filter(os.uname().machine))
     instructions = ctypes.create_string_buffer(program, len(program))
-    told = struct.pack("HxxxxxxP", len(program) // 8, ctypes.addressof(instructions))
-    _call("prctl", PR_SET_SECCOMP, ctypes.c_ulong(SECCOMP_MODE_FILTER), ctypes.c_char_p(told), 0, 0)
+    sock_fprog = struct.pack("HxxxxxxP", len(program) // 8, ctypes.addressof(instructions))
+    _call("prctl", PR_SET_SECCOMP, ctypes.c_ulong(SECCOMP_MODE_FILTER), ctypes.c_char_p(sock_fprog), 0, 0)
 
 
 def _filter(machine: str) -> list[bytes]:
-    """The instructions of classic BPF by which the kernel looks at each call: its number, kind and first argument."""
+    """The filter in classic BPF: tests the number, the architecture and the first argument of each system call."""
     if machine not in ARCHITECTURES:
         raise OSError(f"a filter of system calls must be known for this machine, and {machine} is not")
     column = list(ARCHITECTURES).index(machine)
@@ -227,7 +227,7 @@ def _filter(machine: str) -> list[bytes]:
     argument = _bpf(0x20, 16)  # the first, whose lower half is all that the kernel takes
     families = [_bpf(0x15, family, len(FAMILIES) - place) for place, family in enumerate(FAMILIES)]
     lines = [_bpf(0x20, 4), _bpf(0x15, ARCHITECTURES[machine], 1), kill, _bpf(0x20, 0)]
-    lines += [_bpf(0x35, 0x40000000, 0, 1), kill]  # x32, another set of numbers
+    lines += [_bpf(0x35, 0x40000000, 0, 1), kill]  # x32, which has other numbers
     for numbers in REFUSED.values():
         lines += _when(numbers[column], [refuse])
     for numbers in (SOCKET, SOCKETPAIR):
@@ -236,12 +236,12 @@ def _filter(machine: str) -> list[bytes]:
 
 
 def _when(number: int, body: list[bytes]) -> list[bytes]:
-    """The body for one call."""
+    """The instructions for one system call."""
     return [_bpf(0x15, number, 0, len(body)), *body]
 
 
 def _bpf(code: int, value: int, if_true: int = 0, if_false: int = 0) -> bytes:
-    """0x20 loads a word, 0x15 and 0x35 jump ahead where it is equal or no less, 0x06 ends."""
+    """Encode an instruction. 0x20 loads a word, 0x15 and 0x35 jump if it is equal or not less, 0x06 returns."""
     return struct.pack("HBBI", code, if_true, if_false, value)
 
 
@@ -271,11 +271,11 @@ def _status(ended: int) -> int:
 
 
 def _report(word: str, status: int | None, output: int, verdict: int) -> dict[str, Any]:
-    said = os.pread(verdict, len("not set up") + len(word), 0).decode(errors="replace")
+    written = os.pread(verdict, len("not set up") + len(word), 0).decode(errors="replace")
     start = max(0, os.fstat(output).st_size - OUTPUT_BYTES)
     text = os.pread(output, OUTPUT_BYTES, start).decode(errors="replace")
-    passed = status == 0 and said == word
-    return {"is_set_up": said != "not set up", "passed": passed, "status": status, "output": text}
+    passed = status == 0 and written == word
+    return {"is_set_up": written != "not set up", "passed": passed, "status": status, "output": text}
 
 
 def _mount(source: str | None, target: str, kind: str | None, flags: int, data: str | None = None) -> None:

@@ -38,7 +38,7 @@ def of_run(
     outputs = {arm: texts(of_arm, tokenizer) for arm, of_arm in runs.items()}
     try:
         return compare(metric, prompts, outputs[CANDIDATE], outputs.get(BASELINE))
-    except sandbox.SandboxError as error:  # the measurement is worth keeping without a score
+    except sandbox.SandboxError as error:  # keep the measurement without a score
         return no_quality(metric, f"code could not be run: {error}")
 
 
@@ -53,7 +53,7 @@ def _why_none(config: BenchConfig, pair: Pair, metric: str) -> str | None:
 
 
 def texts(runs: Sequence[Run], tokenizer: Any) -> list[str]:
-    """The output for each prompt as a text without special tokens that continues one, with its leading spaces."""
+    """Each prompt's output as a continuation, without special tokens but with leading spaces."""
     outputs = [result.token_ids for run in runs for result in run.results]
     if tokenizer is None:
         return [bytes(token % 256 for token in tokens).decode(errors="replace") for tokens in outputs]
@@ -61,7 +61,7 @@ def texts(runs: Sequence[Run], tokenizer: Any) -> list[str]:
 
 
 def metric_of(prompts: Sequence[Prompt]) -> str | None:
-    """The name of the score of these prompts' outputs; None if there is none that all have."""
+    """The metric of these prompts; None unless all have the same."""
     names = {METRICS.get(type(prompt.truth)) for prompt in prompts}
     return names.pop() if len(names) == 1 else None
 
@@ -69,7 +69,7 @@ def metric_of(prompts: Sequence[Prompt]) -> str | None:
 def compare(
     metric: str, prompts: Sequence[Prompt], texts: Sequence[str], plain_texts: Sequence[str] | None
 ) -> dict[str, Any]:
-    """The fields of a record: means over prompts, and the paired difference with its 95 % bootstrap interval.
+    """Record fields: means over prompts, and the paired difference with its 95 % bootstrap interval.
 
     texts, plain_texts: each prompt's output, and that of autoregressive decoding by the same engine, if there is one.
     Raises SandboxError if code would have to be run and cannot be.
@@ -90,7 +90,7 @@ def compare(
 
 
 def no_quality(metric: str | None, reason: str | None) -> dict[str, Any]:
-    """The fields of a record without quality. reason: why there is none of this metric."""
+    """Record fields without a quality. reason: why it is missing."""
     names = ("", "_baseline", "_difference", "_difference_low", "_difference_high")
     return {
         "quality_metric": metric,
@@ -102,7 +102,7 @@ def no_quality(metric: str | None, reason: str | None) -> dict[str, Any]:
 
 
 def score(prompt: Prompt, text: str) -> float:
-    """What an output is worth, from 0 to 1. Raises SandboxError if it is code that cannot be run."""
+    """The score of an output, from 0 to 1. Raises SandboxError for code that cannot be run."""
     match prompt.truth:
         case Number(truth):
             return float((found := final_number(text)) is not None and found == final_number(truth))
@@ -114,22 +114,22 @@ def score(prompt: Prompt, text: str) -> float:
 
 
 def rouge_1(text: str, reference: str) -> float:
-    """F measure of the words that two texts share, each as often as in the text that has it less often.
+    """ROUGE-1 F measure: shared words of two texts, each counted as often as in the text with fewer occurrences.
 
     Words are runs of letters a to z and digits in lower case, as in the package `rouge-score`, without stemming.
     Source: Lin 2004, ROUGE: a package for automatic evaluation of summaries.
     """
-    words, reference_words = (Counter(re.findall(r"[a-z0-9]+", each.lower())) for each in (text, reference))
+    words, reference_words = (Counter(re.findall(r"[a-z0-9]+", t.lower())) for t in (text, reference))
     num_shared = (words & reference_words).total()
     return 2 * num_shared / (words.total() + reference_words.total()) if num_shared else 0.0
 
 
 def program(test: UnitTest, text: str) -> str:
-    """What is run: the function that an output holds, or the head gone on with by it, and then its test."""
+    """The program to run: the function in an output, or the prompt's head continued by the output, and its test."""
     code = function_of(text, test.entry_point, test.head)
     return f"{code}\n{test.test}\ncheck({test.entry_point})\n"
 
 
-@lru_cache(maxsize=10_000)  # speculative output is mostly the same as plain output, and comes again in each cell
+@lru_cache(maxsize=10_000)  # most outputs are equal in plain and speculative decoding, and in all cells
 def _passes(program: str) -> bool:
     return sandbox.run(program).passed

@@ -177,7 +177,7 @@ def session(make_config: Callable[..., BenchConfig], tmp_path: Path) -> Any:
     [
         (
             torch.AcceleratorError("CUDA error: GPU is lost\nCompile with TORCH_USE_CUDA_DSA"),
-            r"device=cpu must go on, but CUDA error: GPU is lost; finished cells are in the journal: .* --resume",
+            r"device=cpu must keep working, but CUDA error: GPU is lost; finished cells are in the journal.* --resume",
         ),
         (
             torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),

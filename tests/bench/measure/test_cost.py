@@ -64,7 +64,7 @@ def test_a_block_is_read_as_fast_as_blocks_of_its_size() -> None:
     assert read == pytest.approx([2**10 / 4e9, 2**20 / 4e9, 2**21 / 3e9, 2**24 / 1e9, 2**30 / 1e9])
     assert roofline.line(CEILING) == (
         "roofline: memory is read at 1.0 GB/s (blocks of 16 MB, a sum); "
-        "blocks of 1, 4 MB, which caches hold in part, at 4.0, 2.0 GB/s"
+        "blocks of 1, 4 MB, partly from caches, at 4.0, 2.0 GB/s"
     )
 
 

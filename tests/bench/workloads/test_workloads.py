@@ -215,7 +215,7 @@ def test_an_unreachable_hub_names_the_remedy(workload: str, monkeypatch: pytest.
     fake_hub(monkeypatch, fail)
     remedy = rf"connect to the network, or put it into a folder as {workload}\*\.jsonl and name that with --data-dir"
     with pytest.raises(
-        UnavailableError, match=rf"workloads={workload} must be had from the hub once \(offline\); {remedy}"
+        UnavailableError, match=rf"workloads={workload} must be downloaded from the hub once \(offline\); {remedy}"
     ):
         registry.read(workload, None)
     monkeypatch.setitem(sys.modules, "datasets", None)
