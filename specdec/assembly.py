@@ -220,9 +220,9 @@ def adaptive_length(timing: Timing) -> AdaptiveLength:
     """Adaptive draft lengths with costs measured for 1, 2, 4, ... rows; recorded steps always have all rows."""
     max_rows, fewer = timing.num_rows, list[int]()
     if not Recorder(timing.parts.target.device, timing.records).records:
-        fewer = [1 << i for i in range((most - 1).bit_length())]
+        fewer = [1 << i for i in range((max_rows - 1).bit_length())]
     with doing("measuring costs"):
-        return AdaptiveLength({rows: step_costs(replace(timing, num_rows=rows)) for rows in [*fewer, most]})
+        return AdaptiveLength({rows: step_costs(replace(timing, num_rows=rows)) for rows in [*fewer, max_rows]})
 
 
 def step_costs(timing: Timing) -> StepCosts:

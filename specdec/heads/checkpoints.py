@@ -252,10 +252,10 @@ class SharedParts:
         return self.tensors.shapes.get("lm_head.weight", (self.lender.vocab_size,))[0]
 
 
-def _is_equal(ours: Tensor, theirs: Tensor) -> bool:
-    return not (ours.is_meta or theirs.is_meta) and ours.shape == theirs.shape and torch.equal(ours.to(theirs), theirs)
+def _is_equal(stored: Tensor, lent: Tensor) -> bool:
+    return not (stored.is_meta or lent.is_meta) and stored.shape == lent.shape and torch.equal(stored.to(lent), lent)
 
 
-def other_target(name: str, ours: object, wanted: object, source: object) -> ValueError:
+def other_target(name: str, value: object, expected: object, source: object) -> ValueError:
     """The error for a head of another target."""
-    return ValueError(f"{name}={ours} of the head {str(source)!r} must be the target's, {wanted}; {_OTHER_TARGET}")
+    return ValueError(f"{name}={value} of the head {str(source)!r} must be the target's, {expected}; {_OTHER_TARGET}")

@@ -147,11 +147,11 @@ class EagleHead(SequentialModule):
 
 def new_head(model: Any, draft_vocabulary: Tensor) -> EagleHead:
     """An untrained head for a transformers model: one Llama layer with the model's dimensions."""
-    theirs = model.config.get_text_config(decoder=True)
+    target_config = model.config.get_text_config(decoder=True)
     names = ["vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim"]
     names += ["max_position_embeddings", "rope_parameters", "rms_norm_eps"]
-    known = {name: getattr(theirs, name) for name in names if getattr(theirs, name, None) is not None}
-    config = LlamaConfig(num_hidden_layers=1, attn_implementation="sdpa", **known)
+    shared = {name: getattr(target_config, name) for name in names if getattr(target_config, name, None) is not None}
+    config = LlamaConfig(num_hidden_layers=1, attn_implementation="sdpa", **shared)
     return EagleHead(config, *_borrowed(model), draft_vocabulary)
 
 
@@ -168,10 +168,10 @@ def load_head(source: str, model: Any, load_format: str = "auto") -> EagleHead:
         vocabulary = check_draft_vocabulary(torch.tensor(tokens, dtype=torch.int64), config.vocab_size)
         weights = {} if is_dummy else load_file(folder / "model.safetensors")
         recorded = None if is_dummy else config.specdec["target"]
-    theirs = model.config.get_text_config(decoder=True)
+    target_config = model.config.get_text_config(decoder=True)
     for name in ("hidden_size", "vocab_size"):
-        if (ours := getattr(config, name)) != (wanted := getattr(theirs, name)):
-            raise ValueError(f"{name}={ours} of the head {source!r} must be the target's, {wanted}; {_OTHER_TARGET}")
+        if (value := getattr(config, name)) != (expected := getattr(target_config, name)):
+            raise ValueError(f"{name}={value} of the head {source!r} must be the target's, {expected}; {_OTHER_TARGET}")
     is_known = recorded is None or model.device.type == "meta"
     if not is_known and (own := fingerprint(model)) != recorded:
         raise ValueError(

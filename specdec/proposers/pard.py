@@ -25,7 +25,7 @@ from specdec.verification import Draft
 class PardProposer(DraftModelProposer):
     """A parallel draft model. mask_token: the token id that it fills in.
 
-    The places of mask tokens in its cache are written over in the next step, so all that a step emits is fed anew.
+    The next step overwrites the cache entries of mask tokens, so all emitted tokens of a step are fed again.
     """
 
     max_pending = None

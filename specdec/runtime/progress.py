@@ -52,7 +52,7 @@ def others_write() -> Iterator[None]:
 
 
 def is_shown() -> bool:
-    """Whether anybody sees what is said: stderr is a terminal, or INFO is logged."""
+    """Whether announcements are visible: stderr is a terminal, or INFO is logged."""
     return sys.stderr.isatty() or logging.getLogger("specdec").isEnabledFor(logging.INFO)
 
 

@@ -277,7 +277,7 @@ torch.distributed.destroy_process_group()  # else its threads may outlive the in
 """
 
 
-def test_tensor_parallel_processes_decode_what_one_does(folders: dict[str, Path], tmp_path: Path) -> None:
+def test_tensor_parallel_processes_decode_as_a_single_one(folders: dict[str, Path], tmp_path: Path) -> None:
     """Each of two processes holds a part of every weight, and says what this one does, which holds all."""
     models = [str(folders["llama"]), str(folders["draft"])]
     whole = Engine.load(models[0], draft=models[1], method="draft_model", dtype=torch.float32)

@@ -487,7 +487,7 @@ def test_with_kernels_a_node_is_bit_identical_to_plain_decoding(head_dim: int, d
 @pytest.mark.parametrize("has_kernels", [False, pytest.param(True, marks=needs_kernels)])
 def test_entries_are_moved_to_where_a_chain_has_them(has_kernels: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if not has_kernels:
-        monkeypatch.setattr(cpp, "take", lambda tensor: False)
+        monkeypatch.setattr(cpp, "supports", lambda tensor: False)
     cache = CausalLM(tiny.make("llama", tiny.GQA)).allocate(3, 20, features=(FINAL,))
     cache.open(0, 3, 1, torch.device("cpu"))
     for index in range(2):

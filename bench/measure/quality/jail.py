@@ -1,16 +1,16 @@
 """Runs one untrusted Python program on Linux: `python -I -S jail.py`, with a request on stdin and a report on stdout.
 
-The program gets namespaces of its own (files, processes, network, System V memory; users, too, if the caller is not
-root). In them are the interpreter and the system's libraries, read-only, an empty folder in memory to work in, a
-loopback that is down, and nothing else: no home, no /proc, no device, no way to another user or to more processes.
-Process 1 of its namespace is a guard of ours, which ends when its caller does, however that ends; the kernel then kills
-the program, whatever it did to its signals. What namespaces do not separate, such as keyrings, sockets of virtual
-machines and memory that no limit counts, a filter of system calls (seccomp) refuses. All this is done before the
-program runs, and what cannot be done is an error instead. It is no defence against a hole in the kernel.
+The program runs in new namespaces (mounts, processes, network, System V IPC; also users, unless the caller is root).
+They contain the interpreter and the system's libraries, read-only, an empty folder in memory, and a loopback interface
+that is down: no home folder, /proc or devices, and no access to other users or processes. Process 1 of its namespace is
+a guard that ends when the caller ends, for whatever reason; the kernel then kills the program, whatever its signal
+handlers. A seccomp filter refuses system calls for resources that namespaces do not isolate, such as keyrings, sockets
+of virtual machines and memory that escapes the limits. Everything is set up before the program starts; if any part
+fails, it does not run. This is no defense against kernel vulnerabilities.
 
-It is not bubblewrap, which was tried (0.8): it would replace the mounts, the namespaces and the guard, but not the
-filter, the limits and the report. It is a package of the system, not of the index, so that this would have to stay for
-machines without it, and each of the two would be tested by half.
+bubblewrap 0.8 was tried: it would replace the mounts, the namespaces and the guard, but not the filter, the limits and
+the report. It is a system package, so all of this would remain for machines without it, and each variant would be
+tested only half as much.
 
 This file is run as a script by `bench.measure.quality.sandbox` and needs no package.
 """

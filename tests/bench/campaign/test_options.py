@@ -168,7 +168,7 @@ def test_a_misspelt_variable_is_not_ignored(variable: str, message: str) -> None
     assert config(environment=others) == config()
 
 
-def test_smoke_replaces_defaults_but_not_what_was_given() -> None:
+def test_smoke_replaces_defaults_but_not_given_options() -> None:
     smoke = config(smoke="1", gammas="3,auto")
     assert [pair.name for pair in smoke.pairs] == ["tiny-random"]
     assert (smoke.num_prompts, smoke.max_tokens, smoke.gammas) == (2, 8, (3, "auto"))
