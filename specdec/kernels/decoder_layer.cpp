@@ -358,7 +358,7 @@ struct Layer {
 
 // Layers of one shape, one after the other. hidden [rows * width, hidden]; inputs [rows * width, in]: what queries, keys
 // and values of the first layer are made of, as it is and of any width, null for its normalized hidden states; results: by layer, where its output of the
-// same shape is written, or null where nobody but the next layer reads it; cos, sin [n, head_dim], turns int64
+// same shape is written, or null where nobody but the next layer reads it; cos, sin [n, head_dim], angles int64
 // [rows * width] the tokens' places in them; positions int64 [rows * width]; keys, values: each layer's [rows,
 // num_kv_heads, capacity, head_dim], the rows' own. places: int64 [rows * width], where in them the tokens are put, which
 // is at their positions, but for a tree's. starts: int64 [rows], where a tree begins, and paths: int64 [width *
