@@ -356,13 +356,13 @@ struct Layer {
     int64_t num_heads, num_kv_heads, head_dim;
 };
 
-// Layers of one shape, one after the other. hidden [rows * width, hidden]; inputs [rows * width, in]: what queries, keys
-// and values of the first layer are made of, as it is and of any width, null for its normalized hidden states; results: by layer, where its output of the
-// same shape is written, or null where nobody but the next layer reads it; cos, sin [n, head_dim], angles int64
-// [rows * width] the tokens' places in them; positions int64 [rows * width]; keys, values: each layer's [rows,
-// num_kv_heads, capacity, head_dim], the rows' own. places: int64 [rows * width], where in them the tokens are put, which
-// is at their positions, but for a tree's. starts: int64 [rows], where a tree begins, and paths: int64 [width *
-// longest_path], the columns on the path to each token; null without a tree.
+// Layers of one shape, one after the other.
+// hidden: [rows * width, hidden]. inputs: [rows * width, in], the input of the first layer's query, key and value
+// projections; null for its normalized hidden states. results: for each layer where to write its output, of the shape of
+// hidden; null where only the next layer reads it. cos, sin: [n, head_dim]. angles: int64 [rows * width], each token's
+// row in them. positions: int64 [rows * width]. keys, values: of each layer [rows, num_kv_heads, capacity, head_dim].
+// places: int64 [rows * width], the columns to write, which are the positions except in a tree. starts: int64 [rows],
+// where a tree begins; paths: int64 [width * longest_path], the columns on the path to each token; null without a tree.
 struct Call {
     const void *hidden, *inputs, *cos, *sin;
     const int64_t *angles, *positions, *places, *starts, *paths;
