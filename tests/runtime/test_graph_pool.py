@@ -93,7 +93,7 @@ def test_no_replay_overwrites_the_state_of_rows(method: str, temperature: float,
     assert graphs.host == []
 
 
-@pytest.mark.parametrize(("method", "temperature"), [("draft_model", 0), ("eagle", 1)])
+@pytest.mark.parametrize(("method", "temperature"), [("early_exit", 0), ("eagle", 0), ("eagle", 1), ("hybrid", 1)])
 def test_overwritten_tokens_are_detected(
     method: str, temperature: float, graphs: EmulatedGraphs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
