@@ -161,10 +161,14 @@ def _pard(parts: Parts) -> Proposer:
 
 def _headed(parts: Parts) -> Proposer:
     """From a head, by the way it drafts."""
+    from specdec.proposers.block import BlockProposer
     from specdec.proposers.eagle import EagleProposer
     from specdec.proposers.stateless import StatelessProposer
 
     head: Any = parts.draft
+    if head.drafting == "block":
+        require(parts.tree is None, f"a {head.format} head drafts chains, not trees; use method={head.format!r}")
+        return BlockProposer(head, adaptive=parts.adaptive)
     makers: dict[str, Any] = {"sequential": EagleProposer, "stateless": StatelessProposer}
     proposer: Proposer = makers[head.drafting](head, adaptive=parts.adaptive, tree=parts.tree)
     return proposer
@@ -193,6 +197,12 @@ _HEADS = {
     "hydra": "a network per draft position that reads the draft so far",
     "mlp_speculator": "a recurrent state advanced by each token",
 }
+_BLOCK_HEADS = {
+    "dflash": "a head that drafts a block in one pass",
+    "dflash2": "DFlash with a choice among candidates by the token before",
+    "dspark": "DFlash with a bias by the token before",
+    "domino": "DFlash with a correction by the draft so far",
+}
 _HEAD_OR_MODEL: tuple[Kind, ...] = (*_HEADS, "model", "pard")
 for _spec in (
     MethodSpec("autoregressive", "nothing"),
@@ -203,8 +213,9 @@ for _spec in (
     MethodSpec("draft_model", "a smaller language model", _drawn, _drawn, ("model", "pard"), "draft", is_adaptive=True),
     MethodSpec("pard", "a model that drafts in one pass", _pard, _pard, ("pard",), is_adaptive=True),
     *(MethodSpec(name, summary, _drawn, _drawn, (name,), name, is_adaptive=True) for name, summary in _HEADS.items()),
+    *(MethodSpec(name, summary, _drawn, _drawn, (name,), name, is_adaptive=True) for name, summary in _BLOCK_HEADS.items()),
     MethodSpec("early_exit", "the target's first layers", _exit, _exit, is_adaptive=True, exits_early=True),
-    MethodSpec("hybrid", "a copy or a drawn draft", _hybrid, _drawn, _HEAD_OR_MODEL, "eagle", 0, is_adaptive=True),
+    MethodSpec("hybrid", "a copy or a drawn draft", _hybrid, _drawn, (*_HEAD_OR_MODEL, *_BLOCK_HEADS), "eagle", 0, is_adaptive=True),
     MethodSpec("tree", "a head or a draft model", _drawn, _drawn, _HEAD_OR_MODEL, "eagle", drafts_trees=True),
 ):
     register(_spec)

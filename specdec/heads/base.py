@@ -117,7 +117,13 @@ class SequentialHead(Head, Protocol):
 
 
 class BlockHead(Head, Protocol):
-    """A head that drafts a block of tokens in one pass, over a cache of what it made of the committed positions."""
+    """A head that drafts a block of tokens in one pass, over a cache of what it made of the committed positions.
+
+    Its cache position i belongs to token i, and is known once the target has computed features of it. max_tokens: the
+    most tokens that one pass drafts.
+    """
+
+    max_tokens: int
 
     def allocate(self, num_slots: int, capacity: int) -> Any:
         """An empty RaggedCache."""
@@ -126,18 +132,33 @@ class BlockHead(Head, Protocol):
     def extend(self, features: Tensor, tokens: Tensor, cache: Any, first_slot: int = 0) -> None:
         """Enter committed positions: features [rows, width, ...] of positions, and the tokens after them.
 
-        The caller updates the cache's num_cached.
+        Row r belongs to slot first_slot + r. The caller updates the cache's num_cached.
         """
+        ...
+
+    def extend_at(self, features: Tensor, tokens: Tensor, starts: Tensor, cache: Any, extent: int) -> None:
+        """`extend` from the first slot on; row r begins at position starts[r]. extent: a bound on all positions."""
         ...
 
     def block(self, newest: Tensor, num_tokens: int, cache: Any) -> Any:
         """One pass for num_tokens drafts after each row's newest token, int64 [rows]; returns what `logits` reads."""
         ...
 
+    def block_at(self, newest: Tensor, num_tokens: int, starts: Tensor, cache: Any, extent: int) -> Any:
+        """`block`, where the newest tokens are at positions starts, int64 [rows]. extent: a bound on all positions."""
+        ...
+
     def logits(self, block: Any, newest: Tensor, drafted: Tensor) -> Tensor:
         """Logits [rows, 1, draft vocab] of the draft token at place i, given those before it, int64 [rows, i].
 
         Formats whose slots are independent given the block ignore `drafted`.
+        """
+        ...
+
+    def confidence(self, block: Any, newest: Tensor, drafted: Tensor) -> Tensor | None:
+        """Probability, float32 [rows], that the draft token at place i will be accepted, given those before it.
+
+        None if the head does not tell.
         """
         ...
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from specdec.heads import eagle, eagle3, medusa, mlp_speculator, mtp
+from specdec.heads import dflash, dflash2, domino, dspark, eagle, eagle3, medusa, mlp_speculator, mtp
 from specdec.heads.files import CONFIG, HeadFolder, PickleError
 from specdec.models.base import FINAL, FeatureLayers
 from specdec.runtime.artifacts import LoadError
@@ -46,6 +46,10 @@ FORMATS: tuple[HeadFormat, ...] = (
         eagle3.load,
     ),
     HeadFormat("mtp", "MTP layer", "mtp.fc, mtp_layers.*.input_proj or layers.*.eh_proj", mtp.recognize, mtp.load),
+    HeadFormat("dflash", "DFlash head", "hidden_norm.weight and fc.weight, and a block_size", dflash.recognize, dflash.load),
+    HeadFormat("dflash2", "DFlash2 head", "candidate_selector.*", dflash2.recognize, dflash2.load),
+    HeadFormat("dspark", "DSpark head", "markov_head.markov_w1.weight", dspark.recognize, dspark.load),
+    HeadFormat("domino", "Domino head", "prefix_gru.weight_ih_l0", domino.recognize, domino.load),
     HeadFormat("medusa", "Medusa heads", "0.0.linear.weight", medusa.recognize_medusa, medusa.load_medusa),
     HeadFormat("hydra", "Hydra heads", "hydra_mlp.*", medusa.recognize_hydra, medusa.load_hydra),
     HeadFormat(

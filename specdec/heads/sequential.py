@@ -24,15 +24,15 @@ from specdec.trees.columns import Branches
 from specdec.trees.optimal import Rates
 
 
-class SequentialModule(nn.Module, ABC):
-    """A `heads.base.SequentialHead` whose layers keep their keys and values in a RaggedCache.
+class HeadModule(nn.Module):
+    """A `heads.base.Head` with decoder layers that keep their keys and values in a RaggedCache.
 
     embedding: float [vocab, width] and output: float [draft vocab, width] may be the target's own.
     config: of the layers, a transformers config. rotary: transformers' module of rotary angles.
     """
 
     format: str
-    drafting: Drafting = "sequential"
+    drafting: Drafting
     feature_layers: FeatureLayers
     vocab_size: int
     embedding: Tensor
@@ -84,8 +84,21 @@ class SequentialModule(nn.Module, ABC):
         self.output_head = Projection(as_linear(self.output))
 
     def allocate(self, num_slots: int, capacity: int) -> RaggedCache:
-        """An empty cache. Slot position i belongs to token i + 1, as the first token has no feature before it."""
+        """An empty cache."""
         return RaggedCache(len(self.layers), num_slots, capacity)
+
+    def placed(self, device: torch.device, dtype: torch.dtype) -> Self:
+        """Move the head to a device and dtype; rotary angles stay float32, which distant positions need."""
+        make, self.rotary = type(self.rotary), nn.Identity()
+        self.to(device, dtype)
+        self.rotary = make(self.config).to(device)
+        return self
+
+
+class SequentialModule(HeadModule, ABC):
+    """A `heads.base.SequentialHead`. Slot position i belongs to token i + 1: the first token has no feature before it."""
+
+    drafting: Drafting = "sequential"
 
     def encode(self, features: Tensor) -> Tensor:
         """The features as they are."""
@@ -120,13 +133,6 @@ class SequentialModule(nn.Module, ABC):
         """`forward` from the first slot on; row r begins at position starts[r] and attends to `extent` positions."""
         cache.open_at(0, starts, tokens.shape[1], extent)
         return self.run(states, tokens, cache)
-
-    def placed(self, device: torch.device, dtype: torch.dtype) -> Self:
-        """Move the head to a device and dtype; rotary angles stay float32, which distant positions need."""
-        make, self.rotary = type(self.rotary), nn.Identity()
-        self.to(device, dtype)
-        self.rotary = make(self.config).to(device)
-        return self
 
 
 # ---- decoder layers

@@ -200,6 +200,15 @@ class Stack:
         """Run all layers on hidden states [rows, width, hidden] in the open window of the cache."""
         return self.states(hidden, cache, [len(self._kernels)])[0]
 
+    def both_ways(self, hidden: Tensor, cache: RaggedCache) -> Tensor:
+        """The same, but each token attends to all tokens of the window, not only to those before it."""
+        angles, blocks, window = self._angles_of(hidden, cache), self._blocks(cache, hidden.dtype), cache.window
+        width, seen = hidden.shape[1], window.positions[:, -1:].expand_as(window.positions)
+        everything = torch.arange(width).expand(width, width)  # to the kernels, a tree whose paths hold all columns
+        tree = cpp.TreePlaces(window.places, window.starts, everything)
+        after = [len(self._kernels)]
+        return cpp.run_layers(self._pointers, hidden, angles, seen, blocks, cache.capacity, tree, after)[0]
+
     def states(
         self, hidden: Tensor, cache: RaggedCache, after: Sequence[int], inputs: Tensor | None = None
     ) -> list[Tensor]:
@@ -404,7 +413,7 @@ class FusedLayer(nn.Module):
             queries, keys, values = heads.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], 1)
             heads = torch.cat([self.q_norm(queries), self.k_norm(keys), values], 1)
         num_rotated = self.num_heads + self.num_kv_heads
-        rotated, values = _rotate(heads[:, :num_rotated], cos, sin), heads[:, num_rotated:]
+        rotated, values = rotate(heads[:, :num_rotated], cos, sin), heads[:, num_rotated:]
         return rotated[:, : self.num_heads], rotated[:, self.num_heads :], values
 
     def after_attention(self, hidden_states: Tensor, attended: Tensor) -> Tensor:
@@ -489,7 +498,7 @@ class FusedLayer(nn.Module):
         return attended.reshape(rows, self.num_heads, width, self.head_dim).transpose(1, 2).reshape(rows, width, -1)
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary position embedding of [rows, heads, width, head_dim]; cos, sin: [rows, width, head_dim]."""
     half = x.shape[-1] // 2
     rotated = torch.cat([-x[..., half:], x[..., :half]], -1)

@@ -100,12 +100,14 @@ def draw_chain(
     uniforms: UniformSource,
     adaptive: AdaptiveLength | None = None,
     vocabulary: Tensor | None = None,
+    acceptance: Callable[[Tensor], Tensor | None] = lambda drafted: None,
 ) -> Draft:
     """A draft of up to limits[r] tokens for row r, drawn with the rows' own sampling parameters.
 
     logits_after: maps the draft so far, int64 [rows, i] with i increasing by one per call, to the logits of the next
     token, [rows, 1, vocab]. adaptive: ends the draft when another token is not worth its cost. vocabulary: int64,
-    ascending, the tokens of the logits' columns, or None for all.
+    ascending, the tokens of the logits' columns, or None for all. acceptance: maps the same drafts
+    to the probability, float [rows], that the next token will be accepted; None for its distribution's largest one.
     """
     device, num_proposed = batch.sampling.device, list(limits)
     draws = draft_uniforms(batch.sampling.rows, upload(batch.num_tokens(), device), max(limits), uniforms)
@@ -122,12 +124,14 @@ def draw_chain(
             if max(num_proposed) <= i:
                 break
         logits = logits_after(drafted)
+        expected = acceptance(drafted) if adaptive else None
         distribution, is_finite = batch.sampling.distribution(logits, drafted, vocabulary)
         distributions.append(distribution[:, 0])
         finite.append(is_finite)
         drafted = torch.cat([drafted, distributions[-1].draw(draws[:, i]).unsqueeze(1)], 1)
         if adaptive:
-            reach = [a * b for a, b in zip(reach, confidence(logits[:, 0]).tolist(), strict=True)]
+            sureness = confidence(logits[:, 0]) if expected is None else expected
+            reach = [a * b for a, b in zip(reach, sureness.tolist(), strict=True)]
     if not distributions:
         return Draft.empty(len(batch.rows), batch.sampling.vocab_size, device)
     proposed = upload(num_proposed, device)
