@@ -213,9 +213,21 @@ for _spec in (
     MethodSpec("draft_model", "a smaller language model", _drawn, _drawn, ("model", "pard"), "draft", is_adaptive=True),
     MethodSpec("pard", "a model that drafts in one pass", _pard, _pard, ("pard",), is_adaptive=True),
     *(MethodSpec(name, summary, _drawn, _drawn, (name,), name, is_adaptive=True) for name, summary in _HEADS.items()),
-    *(MethodSpec(name, summary, _drawn, _drawn, (name,), name, is_adaptive=True) for name, summary in _BLOCK_HEADS.items()),
+    *(
+        MethodSpec(name, summary, _drawn, _drawn, (name,), name, is_adaptive=True)
+        for name, summary in _BLOCK_HEADS.items()
+    ),
     MethodSpec("early_exit", "the target's first layers", _exit, _exit, is_adaptive=True, exits_early=True),
-    MethodSpec("hybrid", "a copy or a drawn draft", _hybrid, _drawn, (*_HEAD_OR_MODEL, *_BLOCK_HEADS), "eagle", 0, is_adaptive=True),
+    MethodSpec(
+        "hybrid",
+        "a copy or a drawn draft",
+        _hybrid,
+        _drawn,
+        (*_HEAD_OR_MODEL, *_BLOCK_HEADS),
+        "eagle",
+        0,
+        is_adaptive=True,
+    ),
     MethodSpec("tree", "a head or a draft model", _drawn, _drawn, _HEAD_OR_MODEL, "eagle", drafts_trees=True),
 ):
     register(_spec)

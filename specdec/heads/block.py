@@ -43,7 +43,7 @@ class Sight:
 class BlockSettings:
     """What a checkpoint says beside its tensors.
 
-    feature_layers: hidden states of the target that `fc` reads. mask_token: the token id that stands for those to draft.
+    feature_layers: hidden states of the target that `fc` reads. mask_token: the token id at the places to draft.
     block_size: tokens of a block. drafts_at_anchor: whether the newest token's place drafts the token after it, and the
     first mask the second; else the first mask drafts the first. sights: of each layer.
     """
@@ -130,7 +130,7 @@ class BlockModule(HeadModule):
 
         Row r belongs to slot first_slot + r. The caller updates the cache's num_cached.
         """
-        cache.open(first_slot, *features.shape[:2], features.device)
+        cache.open(first_slot, features.shape[0], features.shape[1], features.device)
         self._enter(features, cache)
 
     def extend_at(self, features: Tensor, tokens: Tensor, starts: Tensor, cache: RaggedCache, extent: int) -> None:
@@ -151,16 +151,21 @@ class BlockModule(HeadModule):
     def _keys_and_values(self, states: Tensor) -> Tensor:
         """Of the context, [rows, width, layers * 2 * kv heads * head dim], layer by layer."""
         if self._context is not None:
-            return self._context(states)
-        attentions = [layer.self_attn for layer in self.layers]
-        return torch.cat([each(states) for one in attentions for each in (one.k_proj, one.v_proj)], -1)
+            joint: Tensor = self._context(states)
+            return joint
+        return torch.cat([project(states) for project in self._context_projections()], -1)
+
+    def _context_projections(self) -> list[nn.Linear]:
+        """Of keys and values, layer by layer."""
+        attentions: list[Any] = [layer.self_attn for layer in self.layers]
+        return [project for attention in attentions for project in (attention.k_proj, attention.v_proj)]
 
     # ---- the block
 
     def block(self, newest: Tensor, num_tokens: int, cache: RaggedCache) -> Block:
         """One pass for num_tokens drafts after each row's newest token, int64 [rows]."""
         tokens = self._tokens(newest, num_tokens)
-        cache.open(0, *tokens.shape, tokens.device)
+        cache.open(0, tokens.shape[0], tokens.shape[1], tokens.device)
         return self._run(tokens, num_tokens, cache)
 
     def block_at(self, newest: Tensor, num_tokens: int, starts: Tensor, cache: RaggedCache, extent: int) -> Block:
@@ -188,9 +193,7 @@ class BlockModule(HeadModule):
         angles = self.rotary(hidden, cache.window.positions)
         masks = {sight: _mask(sight, cache, hidden.dtype) for sight in set(self.settings.sights)}
         for layer, sight in zip(self.layers, self.settings.sights, strict=True):
-            hidden = layer(
-                hidden, attention_mask=masks[sight], position_embeddings=angles, past_key_values=cache
-            )
+            hidden = layer(hidden, attention_mask=masks[sight], position_embeddings=angles, past_key_values=cache)
         return hidden
 
     def base_logits(self, hidden: Tensor) -> Tensor:
@@ -210,18 +213,18 @@ class BlockModule(HeadModule):
 
     def fuse(self) -> None:
         """Fuse operations, see `specdec.models.fusion`. A fused head can no longer be saved."""
-        attentions = [layer.self_attn for layer in self.layers]
-        self._context = Projection(*(each for one in attentions for each in (one.k_proj, one.v_proj)))
+        self._context = Projection(*self._context_projections())
         self.fc = Projection(self.fc)
         self.fuse_output()
         self.fuse_layers()
 
     def fuse_layers(self) -> None:
         """Fuse the layers, and run them as one call of the CPU kernels where these can attend as the layers do."""
-        shared, rotary = Shared(), self.rotary
-        self.layers = nn.ModuleList(FusedLayer(layer, shared) for layer in self.layers)
-        if all(layer.kernel for layer in self.layers) and set(self.settings.sights) == {Sight()}:
-            stack = stack_of(list(self.layers), rotary)
+        shared = Shared()
+        layers = [FusedLayer(layer, shared) for layer in self.layers]
+        self.layers = nn.ModuleList(layers)
+        if all(layer.kernel for layer in layers) and set(self.settings.sights) == {Sight()}:
+            stack = stack_of(layers, self.rotary)
             self._stack = stack if isinstance(stack, Stack) else None
 
 

@@ -155,7 +155,10 @@ def _usual_ids(num_target_layers: int, num_layers: int) -> list[int]:
 def _sights(folder: HeadFolder, num_layers: int) -> tuple[Sight, ...]:
     """What each layer attends to. Sliding layers are causal unless the config says otherwise."""
     causal = setting(folder, "causal", setting(folder, "is_causal"))
-    uses_windows, window = setting(folder, "use_swa"), setting(folder, "swa_window_size", setting(folder, "sliding_window"))
+    uses_windows, window = (
+        setting(folder, "use_swa"),
+        setting(folder, "swa_window_size", setting(folder, "sliding_window")),
+    )
     kinds = setting(folder, "layer_types", ["sliding_attention" if uses_windows else "full_attention"] * num_layers)
     if len(kinds) != num_layers:
         raise LoadError(

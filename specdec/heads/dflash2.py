@@ -29,7 +29,7 @@ _OUTSIDE = -1e9  # gives probability 0 to other tokens, but stays finite in case
 
 
 class Convolution(nn.Module):
-    """Both convolutions of a sublayer. num_taps: places that each reads. group: channels that share computed weights."""
+    """Both convolutions of a sublayer. num_taps: places each reads. group: channels that share computed weights."""
 
     def __init__(self, width: int, num_taps: int, group: int) -> None:
         super().__init__()

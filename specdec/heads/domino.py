@@ -53,7 +53,7 @@ class DominoHead(BlockModule):
 
     def _state(self, block: Block, texts: Tensor) -> Tensor:
         """The GRU's state [rows, n] after tokens int64 [rows, m]; block.memory holds those after fewer."""
-        gru = self.prefix_gru
+        gru: Any = self.prefix_gru
         for index in range(len(block.memory), texts.shape[1]):
             before = block.memory[-1] if block.memory else block.hidden.new_zeros(len(texts), gru.hidden_size)
             read = embedding(texts[:, index], self.embedding).to(before.dtype)

@@ -30,7 +30,7 @@ _FIRST = "markov_head.markov_w1.weight"
 
 
 class MarkovHead(nn.Module):
-    """The vanilla bias. vocab_size: of the token before. num_outputs: of the draft vocabulary. width: of hidden states."""
+    """The vanilla bias. num_outputs: size of the draft vocabulary. width: of hidden states."""
 
     def __init__(self, vocab_size: int, num_outputs: int, rank: int, width: int) -> None:
         super().__init__()
@@ -89,11 +89,11 @@ class DSparkHead(BlockModule):
 
     format = "dspark"
     markov_head: MarkovHead
-    confidence_head: ConfidenceHead | None = None
+    confidence_head: ConfidenceHead | None
     confidence_reads_markov: bool = False
 
     def configure(self, folder: HeadFolder) -> None:
-        shapes, width = tensors_of(folder).shapes, self.config.hidden_size
+        shapes, width, self.confidence_head = tensors_of(folder).shapes, self.config.hidden_size, None
         kind = setting(folder, "markov_head_type", "vanilla")
         if kind not in KINDS:
             raise LoadError(
@@ -119,7 +119,8 @@ class DSparkHead(BlockModule):
         for index in range(len(block.memory) - 1, place + 1):
             block.memory.append(self._step(block, texts, index)[1])
         read, _ = self._step(block, texts, place)
-        return block.logits[:, place : place + 1] + head.markov_w2(read).unsqueeze(1)
+        bias: Tensor = head.markov_w2(read)
+        return block.logits[:, place : place + 1] + bias.unsqueeze(1)
 
     def _step(self, block: Block, texts: Tensor, place: int) -> tuple[Tensor, Tensor]:
         return self.markov_head.step(block.memory[place], self._before(texts[:, place]), block.hidden[:, place])

@@ -46,7 +46,9 @@ FORMATS: tuple[HeadFormat, ...] = (
         eagle3.load,
     ),
     HeadFormat("mtp", "MTP layer", "mtp.fc, mtp_layers.*.input_proj or layers.*.eh_proj", mtp.recognize, mtp.load),
-    HeadFormat("dflash", "DFlash head", "hidden_norm.weight and fc.weight, and a block_size", dflash.recognize, dflash.load),
+    HeadFormat(
+        "dflash", "DFlash head", "hidden_norm.weight and fc.weight, and a block_size", dflash.recognize, dflash.load
+    ),
     HeadFormat("dflash2", "DFlash2 head", "candidate_selector.*", dflash2.recognize, dflash2.load),
     HeadFormat("dspark", "DSpark head", "markov_head.markov_w1.weight", dspark.recognize, dspark.load),
     HeadFormat("domino", "Domino head", "prefix_gru.weight_ih_l0", domino.recognize, domino.load),

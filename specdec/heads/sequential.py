@@ -96,7 +96,7 @@ class HeadModule(nn.Module):
 
 
 class SequentialModule(HeadModule, ABC):
-    """A `heads.base.SequentialHead`. Slot position i belongs to token i + 1: the first token has no feature before it."""
+    """A `heads.base.SequentialHead`. Cache position i is of token i + 1: the first has no feature before it."""
 
     drafting: Drafting = "sequential"
 
