@@ -15,6 +15,7 @@ from torch import Tensor
 from specdec import Engine, SamplingParams
 from specdec.heads import formats
 from specdec.heads.block import Sight
+from specdec.kernels import cpp
 from specdec.models.base import FINAL
 from specdec.models.causal import CausalLM
 from specdec.runtime.artifacts import LoadError
@@ -285,3 +286,25 @@ def test_the_format_is_found_in_a_described_check(name: str, model, tmp_path: Pa
     with torch.device("meta"):
         skeleton = type(model)(model.config)
     assert "draft positions" in found.check(skeleton)
+
+
+@pytest.mark.skipif(not cpp.available(torch.float32), reason="this machine has no C++ kernels")
+def test_the_cpu_kernels_attend_both_ways_within_a_block(
+    model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Heads of 32 and an MLP of 64, which the kernels can compute; 9 tokens are more than one of their tiles."""
+    for name, value in {"HEAD_DIM": 32, "MLP": 64, "BLOCK": 9}.items():
+        monkeypatch.setattr(checkpoints, name, value)
+    monkeypatch.setitem(checkpoints.LAYER, "intermediate_size", 64)
+    checkpoint = checkpoints.dflash()
+    head = load(checkpoint, tmp_path, model)
+    head.fuse()
+    assert head._stack is not None
+    features, drafted = torch.randn(40, 3 * WIDTH, generator=torch.Generator().manual_seed(0)), list(range(10, 18))
+    cache = head.allocate(1, 64)
+    head.extend(features.unsqueeze(0), torch.zeros(1, 40, dtype=torch.int64), cache)
+    cache.num_cached = [40]
+    block = model.get_input_embeddings().weight.detach()[[11] + [MASK] * 8]
+    expected = hidden_states(checkpoint.tensors, features, block)[1:]
+    made = head.block(torch.tensor([11]), len(drafted), cache).hidden[0]
+    torch.testing.assert_close(made, expected, rtol=1e-3, atol=1e-3)
