@@ -101,6 +101,29 @@ def test_an_oracle_with_a_wrong_config_is_found_out(
     assert options["feeds_normed"] == made.get("feeds_normed", False)
 
 
+def test_the_last_state_is_found_to_be_after_the_final_norm(
+    target: CausalLM, texts: list[Text], tmp_path: Path
+) -> None:
+    """A config can only name the number of layers, by which some mean the state before the norm and some after."""
+    made = checkpoints.oracle_eagle3((2, 4, FINAL))
+    assert made.config[IDS] == [2, 4, TARGET_LAYERS]
+    result = verdict(measured(made, target, texts, tmp_path))
+    assert (result.is_own, result.is_certain) == (False, True)
+    assert result.best.reading.labels["feature layers"] == "2, 4, final"
+    assert result.best.mean == pytest.approx(NUM_TOKENS, abs=1e-4)
+
+
+@pytest.mark.parametrize("order", [(5, 4, 2), (4, 2, 5)])
+def test_states_in_another_order_are_not_taken_for_the_right_one(
+    order: tuple[int, ...], target: CausalLM, texts: list[Text], tmp_path: Path
+) -> None:
+    """Reversed states are a reading and found; an order that no reading has leaves none that is accepted always."""
+    found = measured(checkpoints.oracle_eagle3().with_config(**{IDS: [*order]}), target, texts, tmp_path)
+    best = verdict(found).best
+    assert (best.mean == pytest.approx(NUM_TOKENS, abs=1e-4)) == (order == (5, 4, 2))
+    assert (best.reading.options["feature_layers"] == [2, 4, 5]) == (order == (5, 4, 2))
+
+
 def test_what_was_found_is_stored_and_used_by_the_next_load(
     target: CausalLM, texts: list[Text], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
