@@ -85,6 +85,12 @@ def test_predicted_speedup() -> None:
         expected_length(1.2, 3)
 
 
+def test_bookkeeping_is_the_time_outside_all_phases() -> None:
+    assert astuple(PhaseTimes()) == (0.0,) * 6
+    times = PhaseTimes(prefill_s=1.0, draft_s=2.0, scoring_s=4.0, verification_s=8.0, total_s=31.0)
+    assert times.bookkeeping_s == 16.0
+
+
 # two prompts: a prefill of 1 s in all, then 4 steps of 0.25 s and 0.5 s of bookkeeping for 8 tokens
 PLAIN = RunTotals(counted(*[(0, 0, 1)] * 8), PhaseTimes(1.0, 0.0, 1.5, 0.5, 3.5), 10)
 
@@ -126,8 +132,9 @@ def test_a_proposer_that_has_a_guess_in_half_of_the_steps_costs_half() -> None:
 
 
 def test_impossible_costs_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"drafted_share=0 must lie in \(0, 1\]"):
-        predicted_speedups([0.5], 0, [(1.0, 1.0)])
+    for share in (-0.5, 0, 1.5):
+        with pytest.raises(ValueError, match=rf"drafted_share={share} must lie in \(0, 1\]"):
+            predicted_speedups([0.5], share, [(1.0, 1.0)])
     for costs in ([], [(0.0, 1.0)], [(1.0, 0.0)]):
         with pytest.raises(ValueError, match=r"step_costs=\[.*\] must be at least one pair of numbers > 0"):
             predicted_speedups([0.5], 1.0, costs)
