@@ -212,10 +212,9 @@ for _spec in (
     MethodSpec("suffix", "copies from own and finished texts", _suffix, history_bytes=64 << 20, is_adaptive=True),
     MethodSpec("draft_model", "a smaller language model", _drawn, _drawn, ("model", "pard"), "draft", is_adaptive=True),
     MethodSpec("pard", "a model that drafts in one pass", _pard, _pard, ("pard",), is_adaptive=True),
-    *(MethodSpec(name, summary, _drawn, _drawn, (name,), name, is_adaptive=True) for name, summary in _HEADS.items()),
     *(
         MethodSpec(name, summary, _drawn, _drawn, (name,), name, is_adaptive=True)
-        for name, summary in _BLOCK_HEADS.items()
+        for name, summary in (_HEADS | _BLOCK_HEADS).items()
     ),
     MethodSpec("early_exit", "the target's first layers", _exit, _exit, is_adaptive=True, exits_early=True),
     MethodSpec(
