@@ -176,6 +176,6 @@ def _sight(folder: HeadFolder, kind: str, causal: bool | None, window: int | Non
     if kind != "sliding_attention" or not isinstance(window, int):
         raise LoadError(
             f"{kind!r} in layer_types of the head {str(folder.path)!r} must be full_attention, or sliding_attention "
-            f"with a window of so many positions, which is {window!r}; copy the head again"
+            f"with an integer window, but the window is {window!r}; copy the head again"
         )
     return Sight(causal is not False, window)

@@ -144,12 +144,12 @@ def check_draft_vocabulary(tokens: Tensor, vocab_size: int) -> Tensor:
     differ from the sampled one and the output would no longer be lossless.
     """
     if tokens.ndim != 1 or not len(tokens) or int(tokens[0]) < 0 or int(tokens[-1]) >= vocab_size:
-        raise ValueError(f"draft_vocabulary must be a list of token ids in [0, {vocab_size}); write it anew")
+        raise ValueError(f"draft_vocabulary must be a list of token ids in [0, {vocab_size}); write it again")
     if bool((tokens[1:] <= tokens[:-1]).any()):
         place = int((tokens[1:] <= tokens[:-1]).nonzero()[0])
         raise ValueError(
             f"draft_vocabulary has {int(tokens[place + 1])} after {int(tokens[place])} and must ascend, each token "
-            "once; write it anew, with the head that was trained for it"
+            "once; write it again, with the head that was trained for it"
         )
     return tokens
 

@@ -83,12 +83,12 @@ class FoundHead:
 
     def warn_of_context(self, target: Any) -> None:
         """Log a warning if the head was trained for shorter texts than its target reads."""
-        ours = self.folder.config.get("max_position_embeddings")
-        theirs = getattr(target.config.get_text_config(decoder=True), "max_position_embeddings", None)
-        if isinstance(ours, int) and isinstance(theirs, int) and ours < theirs:
+        context_length = self.folder.config.get("max_position_embeddings")
+        target_length = getattr(target.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        if isinstance(context_length, int) and isinstance(target_length, int) and context_length < target_length:
             _LOG.warning(
                 "max_position_embeddings=%d of the head %r is below the target's, %d: it may draft badly beyond it",
-                *(ours, str(self.folder.path), theirs),
+                *(context_length, str(self.folder.path), target_length),
             )
 
     def warn_of_embedding(self, target: Any) -> None:
@@ -96,12 +96,14 @@ class FoundHead:
 
         Heads start from a copy of it; a random one was once exported in its place (TorchSpec#38).
         """
-        theirs = target.get_input_embeddings().weight.detach()
-        if self.folder.shapes.get(_EMBEDDING) != tuple(theirs.shape):
+        target_length = target.get_input_embeddings().weight.detach()
+        if self.folder.shapes.get(_EMBEDDING) != tuple(target_length.shape):
             return
-        rows = torch.linspace(0, len(theirs) - 1, _SAMPLED_ROWS).long().unique()
-        ours = self.folder.read_rows(_EMBEDDING, rows.tolist()).float()
-        resemblance = float(torch.cosine_similarity(ours, theirs[rows.to(theirs.device)].cpu().float()).median())
+        rows = torch.linspace(0, len(target_length) - 1, _SAMPLED_ROWS).long().unique()
+        context_length = self.folder.read_rows(_EMBEDDING, rows.tolist()).float()
+        resemblance = float(
+            torch.cosine_similarity(context_length, target_length[rows.to(target_length.device)].cpu().float()).median()
+        )
         if resemblance < _RESEMBLANCE:
             _LOG.warning(
                 "%s of the head %r does not resemble the target's embedding (median cosine %.2f): if it was not "
