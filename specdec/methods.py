@@ -163,12 +163,14 @@ def _headed(parts: Parts) -> Proposer:
     """From a head, by the way it drafts."""
     from specdec.proposers.block import BlockProposer
     from specdec.proposers.eagle import EagleProposer
+    from specdec.proposers.parallel import ParallelHeadProposer
     from specdec.proposers.stateless import StatelessProposer
 
     head: Any = parts.draft
-    if head.drafting == "block":
+    if head.drafting in ("block", "parallel"):
         require(parts.tree is None, f"a {head.format} head drafts chains, not trees; use method={head.format!r}")
-        return BlockProposer(head, adaptive=parts.adaptive)
+        make = BlockProposer if head.drafting == "block" else ParallelHeadProposer
+        return make(head, adaptive=parts.adaptive)
     makers: dict[str, Any] = {"sequential": EagleProposer, "stateless": StatelessProposer}
     proposer: Proposer = makers[head.drafting](head, adaptive=parts.adaptive, tree=parts.tree)
     return proposer
@@ -198,6 +200,7 @@ _HEADS = {
     "mlp_speculator": "a recurrent state advanced by each token",
 }
 _BLOCK_HEADS = {
+    "p_eagle": "an EAGLE-3 head that drafts in one pass",
     "dflash": "a head that drafts a block in one pass",
     "dflash2": "DFlash with a choice among candidates by the token before",
     "dspark": "DFlash with a bias by the token before",

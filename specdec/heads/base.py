@@ -2,7 +2,8 @@
 
 How a head drafts decides which proposer runs it, see `specdec.methods`:
     sequential: token by token with a cache of its own, fed with features and then with its own outputs (EAGLE, MTP);
-    block: all tokens of a draft in one pass with a cache of its own (DFlash, P-EAGLE);
+    parallel: a sequential head that reads mask tokens to draft all tokens in one pass (P-EAGLE);
+    block: all tokens of a draft in one pass with a cache of its own (DFlash);
     stateless: from the last feature alone, without a cache (Medusa, MLP speculator).
 """
 
@@ -19,7 +20,7 @@ from specdec.models.base import FeatureLayers
 from specdec.trees.columns import Branches
 from specdec.trees.optimal import Rates
 
-Drafting = Literal["sequential", "block", "stateless"]
+Drafting = Literal["sequential", "parallel", "block", "stateless"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +114,16 @@ class SequentialHead(Head, Protocol):
 
     def logits(self, states: Tensor) -> Tensor:
         """Logits [..., draft vocab] of the next token, of states that `forward` returned."""
+        ...
+
+
+class ParallelHead(SequentialHead, Protocol):
+    """A sequential head that fills in mask tokens. mask_token: their token id."""
+
+    mask_token: int
+
+    def mask_state(self) -> Tensor:
+        """The state of a mask token, [state width]."""
         ...
 
 

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, fields, replace
 from itertools import pairwise
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -232,14 +232,22 @@ class Eagle3Head(SequentialModule):
         )
 
 
+H = TypeVar("H", bound=Eagle3Head)
+
+
 def recognize(folder: HeadFolder) -> str | None:
     """The dialect of an EAGLE-3 head's folder, None if it is not one.
 
     Its tensors tell: queries of the first layer that are made of twice the width, or by latents (MLA) behind a fused
     projection. A head with `mask_hidden` drafts in parallel and is another format's.
     """
+    return None if "mask_hidden" in folder.shapes else dialect_of(folder)
+
+
+def dialect_of(folder: HeadFolder) -> str | None:
+    """The dialect of a folder with the layers of an EAGLE-3 head, None if it has none."""
     shapes = _tensors(folder).shapes
-    if "mask_hidden" in shapes or not (_is_wide(shapes, _FIRST) or _is_latent(shapes)):
+    if not (_is_wide(shapes, _FIRST) or _is_latent(shapes)):
         return None
     if "speculators_model_type" in folder.config:
         return "speculators"
@@ -256,6 +264,11 @@ def load(folder: HeadFolder, model: Any, load_format: str) -> Eagle3Head:
     Raises LoadError for a folder that is damaged or of a kind that is not supported, and ValueError for a head of
     another target.
     """
+    return load_as(Eagle3Head, folder, model, load_format)
+
+
+def load_as(kind: type[H], folder: HeadFolder, model: Any, load_format: str) -> H:
+    """`load` a head of a kind that has these parts, and perhaps more."""
     lender, tensors, settings = Lender.of(model), _tensors(folder, load_format), _settings(folder)
     shapes = tensors.shapes
     if _is_latent(shapes):
@@ -268,7 +281,7 @@ def load(folder: HeadFolder, model: Any, load_format: str) -> Eagle3Head:
     parts.check()
     if "fc.weight" not in shapes and config.hidden_size != lender.hidden_size:
         raise other_target("hidden_size", config.hidden_size, lender.hidden_size, folder.path)
-    head = Eagle3Head(wiring, config, shapes, lender)
+    head = kind(wiring, config, shapes, lender)
     load_into(head, tensors.without((*SHARED, *_UNUSED)))
     head.share(*parts.load(), lender.vocab_size)
     return head.placed(model.device, model.dtype).eval().requires_grad_(False)
@@ -297,7 +310,7 @@ def _settings(folder: HeadFolder) -> dict[str, Any]:
 
 
 def _wiring(folder: HeadFolder, lender: Lender, config: Mapping[str, Any]) -> Wiring:
-    dialect = recognize(folder)
+    dialect = dialect_of(folder)
     is_speculators = dialect == "speculators"
     # speculators' `norm_output`, and that of EAGLE-3.1, feeds the normalized state back; SpecForge's is the usual norm
     # before the output head, which it can leave out

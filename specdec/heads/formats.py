@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from specdec.heads import dflash, dflash2, domino, dspark, eagle, eagle3, medusa, mlp_speculator, mtp
+from specdec.heads import dflash, dflash2, domino, dspark, eagle, eagle3, medusa, mlp_speculator, mtp, p_eagle
 from specdec.heads.files import CONFIG, HeadFolder, PickleError
 from specdec.models.base import FINAL, FeatureLayers
 from specdec.runtime.artifacts import LoadError
@@ -45,6 +45,7 @@ FORMATS: tuple[HeadFormat, ...] = (
         eagle3.recognize,
         eagle3.load,
     ),
+    HeadFormat("p_eagle", "P-EAGLE head", "mask_hidden beside EAGLE-3's tensors", p_eagle.recognize, p_eagle.load),
     HeadFormat("mtp", "MTP layer", "mtp.fc, mtp_layers.*.input_proj or layers.*.eh_proj", mtp.recognize, mtp.load),
     HeadFormat(
         "dflash", "DFlash head", "hidden_norm.weight and fc.weight, and a block_size", dflash.recognize, dflash.load

@@ -120,5 +120,10 @@ class EagleProposer(HeadProposer):
 
 def _last(states: Tensor, lengths: Tensor) -> Tensor:
     """The last real state of each row: [rows, n, width] and int64 [rows] -> [rows, 1, width]."""
+    return state_at(states, lengths - 1)
+
+
+def state_at(states: Tensor, places: Tensor) -> Tensor:
+    """Each row's state at its place: [rows, n, width] and int64 [rows] -> [rows, 1, width]."""
     rows = torch.arange(len(states), device=states.device)
-    return states[rows, (lengths - 1).clamp(min=0)].unsqueeze(1)
+    return states[rows, places.clamp(min=0)].unsqueeze(1)

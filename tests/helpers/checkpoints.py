@@ -206,6 +206,13 @@ def eagle3(
     return Checkpoint(_eagle3_config(dialect, num_layers, layer_ids) | options, weights.tensors)
 
 
+def p_eagle(dialect: str = "speculators", *, num_layers: int = 2, **options: Any) -> Checkpoint:
+    """An EAGLE-3 head with the vector that stands for the features of mask tokens."""
+    head, weights = eagle3(dialect, num_layers=num_layers, **options), Weights()
+    weights.matrix("mask_hidden", 1, 1, STATES * WIDTH)
+    return Checkpoint({**head.config, "mask_token_id": MASK}, {**head.tensors, **weights.tensors})
+
+
 def _eagle3_config(dialect: str, num_layers: int, layer_ids: tuple[int, ...] | None) -> dict[str, Any]:
     config = LAYER | {"num_hidden_layers": num_layers, "draft_vocab_size": DRAFT_VOCAB}
     ids = {"eagle_aux_hidden_state_layer_ids": list(layer_ids)} if layer_ids else {}
@@ -419,6 +426,7 @@ def everything() -> Iterator[tuple[str, Checkpoint]]:
     yield "eagle", eagle()
     yield "hass", eagle(para_norm=True)
     yield from ((f"eagle3 {dialect}", eagle3(dialect)) for dialect in EAGLE3_DIALECTS)
+    yield "p_eagle", p_eagle()
     yield from ((f"dflash {dialect}", dflash(dialect)) for dialect in BLOCK_DIALECTS)
     yield "dflash2", dflash2()
     yield from ((f"dspark {kind}", dspark(markov=kind)) for kind in MARKOV_KINDS)
