@@ -194,7 +194,7 @@ def _drafts_of_sequential(
 def _drafts_of_block(
     head: Any, features: Tensor, tokens: Tensor, places: list[int], num_tokens: int
 ) -> Iterator[Tensor]:
-    cache = head.allocate(len(places), len(tokens) + num_tokens + 1)
+    cache = head.allocate(len(places), len(tokens) + head.max_tokens + 1)
     head.extend(features[:-1].unsqueeze(0), tokens[1:].unsqueeze(0), cache)
     _copy(cache, places)
     rows = torch.tensor(places, device=tokens.device)

@@ -42,10 +42,12 @@ def texts(target: CausalLM) -> list[Text]:
     return [Text([*each.prompt_token_ids, *each.token_ids], 2) for each in answers]
 
 
-def measured(checkpoint: Checkpoint, target: CausalLM, texts: list[Text], folder: Path) -> list[Measured]:
+def measured(
+    checkpoint: Checkpoint, target: CausalLM, texts: list[Text], folder: Path, num_tokens: int = NUM_TOKENS
+) -> list[Measured]:
     found = formats.recognized(checkpoint.write(folder))
     assert found
-    return measure(target, found.load(target.model), texts, NUM_TOKENS)
+    return measure(target, found.load(target.model), texts, num_tokens)
 
 
 MADE: list[dict[str, Any]] = [
@@ -111,6 +113,21 @@ def test_the_last_state_is_found_to_be_after_the_final_norm(
     assert (result.is_own, result.is_certain) == (False, True)
     assert result.best.reading.labels["feature layers"] == "2, 4, final"
     assert result.best.mean == pytest.approx(NUM_TOKENS, abs=1e-4)
+
+
+@pytest.mark.parametrize("said", [(1, 3, 4), (2, 4, 5), (0, 2, 3), (4, 3, 1)])
+def test_the_layers_of_a_block_head_are_found(
+    said: tuple[int, ...], target: CausalLM, texts: list[Text], tmp_path: Path
+) -> None:
+    """An id means the output of its layer, which is the state that enters the next; here it is one more or less."""
+    settings = {**checkpoints.oracle_dflash().config["dflash_config"], "target_layer_ids": [*said]}
+    head = checkpoints.oracle_dflash().with_config(dflash_config=settings)
+    found = measured(head, target, texts, tmp_path, num_tokens=1)
+    result = verdict(found)
+    assert (result.is_own, result.is_certain) == (said == (1, 3, 4), True)
+    assert result.best.reading.options == {"feature_layers": [2, 4, 5]}
+    np.testing.assert_allclose(result.best.accepted, 1, atol=1e-4)
+    assert sorted(each.mean for each in found)[-2] < 0.9
 
 
 @pytest.mark.parametrize("order", [(5, 4, 2), (4, 2, 5)])

@@ -20,10 +20,12 @@ from specdec.runtime.artifacts import LoadError
 FLOAT = {"dtype": torch.float32, "device": "cpu", "load_format": "auto"}
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
 WHOLE, PRUNED = "1 layer, draft vocabulary 128 of 128", "1 layer, draft vocabulary 40 of 128"
+BLOCKS = "2 layers, 3 draft positions, draft vocabulary 128 of 128"
 KINDS = {
     "eagle": f"EAGLE head (SafeAILab), {WHOLE}, final features",
     "eagle3 SafeAILab": f"EAGLE-3 head (SafeAILab), {PRUNED}, features of layers 2, 4, 5",
     "eagle3 DeepSpec": f"EAGLE-3 head (DeepSpec), {WHOLE}, features of layers 1, 3, 4, 5, 7",
+    "dflash z-lab": f"DFlash head (z-lab), {BLOCKS}, features of layers 2, 4, 6",
     "eagle3 speculators": f"EAGLE-3 head (speculators), {PRUNED}, features of layers 2, 4, 5",
 }
 
@@ -43,7 +45,8 @@ def test_a_head_is_recognized_described_and_drafts(
 ) -> None:
     folder = str(dict(checkpoints.everything())[name].write(tmp_path, layout))
     with caplog.at_level(logging.INFO, "specdec"):
-        engine = Engine.load(target, draft=folder, method=kind_in(folder), dtype="float32", device="cpu")
+        options = {"method": kind_in(folder), "num_speculative_tokens": 3, "dtype": "float32", "device": "cpu"}
+        engine = Engine.load(target, draft=folder, **options)
     said = [record.getMessage() for record in caplog.records if folder in record.getMessage()]
     assert said == [f"{folder}: {KINDS[name]}"]
     assert f"draft={KINDS[name]}," in repr(engine)

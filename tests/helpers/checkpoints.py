@@ -506,6 +506,35 @@ def oracle_eagle3(
     return Checkpoint(config, weights.tensors)
 
 
+def oracle_dflash(layer_ids: tuple[int, ...] = (1, 3, 4)) -> Checkpoint:
+    """A DFlash head whose first draft is as `oracle_target` would draw it; those after it cannot know what it was.
+
+    Two attention heads read the newest token's code, one position before the first mask; two read the code of the token
+    before it from the context. layer_ids: of layers whose output is read.
+    """
+    weights = _block_weights(1, len(layer_ids))
+    weights.tensors["fc.weight"] = torch.cat(
+        [share * _codes_in(index + 1) for index, share in zip(layer_ids, (0.7, 0.5, -0.2), strict=True)], 1
+    )
+    half, constant = HEADS // 2 * HEAD_DIM, 2 * CODE
+    reads, writes = torch.zeros(WIDTH, WIDTH), torch.zeros(WIDTH, WIDTH)
+    reads[: CODE + 1, [*range(CODE), constant]] = torch.eye(CODE + 1) * _rms_of_embedding()
+    reads[half : half + CODE, :CODE] = torch.eye(CODE)
+    writes[:CODE, :CODE] = writes[CODE : 2 * CODE, half : half + CODE] = torch.eye(CODE)
+    writes[:CODE, CODE] = -_codes()[MASK]  # which the residual has
+    near, far = (_attention_to(distance, reads, WIDTH) for distance in (1, 2))
+    attention = near | {"q_proj": torch.cat([near["q_proj"][:half], far["q_proj"][half:]]), "o_proj": writes}
+    weights.tensors |= {f"layers.0.self_attn.{name}.weight": tensor for name, tensor in attention.items()}
+    weights.tensors["layers.0.mlp.down_proj.weight"] = torch.zeros(WIDTH, MLP)
+    for name in ("layers.0.input_layernorm", "layers.0.post_attention_layernorm", "hidden_norm"):
+        weights.tensors[f"{name}.weight"] = torch.ones(WIDTH)
+    for name in ("q_norm", "k_norm"):
+        weights.tensors[f"layers.0.self_attn.{name}.weight"] = torch.full((HEAD_DIM,), _SHARPNESS)
+    weights.tensors["norm.weight"] = _final_norm()
+    config = _block_config("DFlashDraftModel", "z-lab", 1, layer_ids, {})
+    return Checkpoint(config | {"num_key_value_heads": HEADS}, weights.tensors)
+
+
 def _codes() -> Tensor:
     return torch.randint(2, (VOCAB, CODE), generator=_generator("codes")) * 2.0 - 1
 
