@@ -97,13 +97,13 @@ class FoundHead:
 
         Heads start from a copy of it; a random one was once exported in its place (TorchSpec#38).
         """
-        target_length = target.get_input_embeddings().weight.detach()
-        if self.folder.shapes.get(_EMBEDDING) != tuple(target_length.shape):
+        target_embedding = target.get_input_embeddings().weight.detach()
+        if self.folder.shapes.get(_EMBEDDING) != tuple(target_embedding.shape):
             return
-        rows = torch.linspace(0, len(target_length) - 1, _SAMPLED_ROWS).long().unique()
-        context_length = self.folder.read_rows(_EMBEDDING, rows.tolist()).float()
+        rows = torch.linspace(0, len(target_embedding) - 1, _SAMPLED_ROWS).long().unique()
+        stored = self.folder.read_rows(_EMBEDDING, rows.tolist()).float()
         resemblance = float(
-            torch.cosine_similarity(context_length, target_length[rows.to(target_length.device)].cpu().float()).median()
+            torch.cosine_similarity(stored, target_embedding[rows.to(target_embedding.device)].cpu().float()).median()
         )
         if resemblance < _RESEMBLANCE:
             _LOG.warning(

@@ -238,7 +238,7 @@ def changed(**config: Any) -> Checkpoint:
         (changed(target_layer_ids=[1, 3]), "width of the states that fc.weight reads=96"),
         (changed(target_layer_ids=[1, 3, 8]), r"layer 9 of \[2, 4, 9\].* must be in \[0, 8\]"),
         (changed(swa_window_size=4).with_config(layer_types=["sliding_attention"]), "must name the kinds of 2 layers"),
-        (checkpoints.dflash().with_config(layer_types=["sliding_attention"] * 2), "with a window of so many positions"),
+        (checkpoints.dflash().with_config(layer_types=["sliding_attention"] * 2), "with an integer window"),
         (checkpoints.dflash().with_tensors(norm2__weight=torch.ones(3)), "norm2.weight of the head .* does not have"),
         (
             checkpoints.dflash().with_tensors(layers__1__mlp__up_proj__weight=None),

@@ -122,7 +122,7 @@ def test_a_run_that_reaches_the_end_goes_on_into_the_draft(period: list[int], nu
 
 
 def test_a_depth_without_context_is_refused() -> None:
-    with pytest.raises(ValueError, match="depth=1 must be at least 2: a token of context"):
+    with pytest.raises(ValueError, match="depth=1 must be at least 2, for one token of context"):
         SuffixTree(1)
 
 
