@@ -386,6 +386,16 @@ def domino(*, num_layers: int = 2, gru: int = 10, emb: int = 12, prefix_len: int
     return Checkpoint(_block_config("DFlashDraftModel", "z-lab", num_layers, (1, 3, 5), own), weights.tensors)
 
 
+def mtp() -> Checkpoint:
+    """A multi-token-prediction layer as Qwen names its parts, of the target's own kind."""
+    weights = Weights()
+    weights.matrix("mtp.fc.weight", WIDTH, 2 * WIDTH)
+    for name in ("pre_fc_norm_embedding", "pre_fc_norm_hidden", "norm"):
+        weights.norm(f"mtp.{name}.weight")
+    weights.block("mtp.layers.0.")
+    return Checkpoint(LAYER | {"mtp_num_hidden_layers": 1}, weights.tensors)
+
+
 def medusa(num_heads: int = STATES) -> Checkpoint:
     """Medusa heads of one residual block each, as FasterDecoding publishes them."""
     weights = Weights()
@@ -427,6 +437,7 @@ def everything() -> Iterator[tuple[str, Checkpoint]]:
     yield "hass", eagle(para_norm=True)
     yield from ((f"eagle3 {dialect}", eagle3(dialect)) for dialect in EAGLE3_DIALECTS)
     yield "p_eagle", p_eagle()
+    yield "mtp", mtp()
     yield from ((f"dflash {dialect}", dflash(dialect)) for dialect in BLOCK_DIALECTS)
     yield "dflash2", dflash2()
     yield from ((f"dspark {kind}", dspark(markov=kind)) for kind in MARKOV_KINDS)

@@ -409,7 +409,7 @@ def test_other_encoder_decoders_are_refused() -> None:
 
 def test_features_and_too_long_prompts_are_refused() -> None:
     target = Seq2SeqLM(make("t5"))
-    with pytest.raises(ValueError, match=r"features=\(-1,\) needs a decoder-only model"):
+    with pytest.raises(ValueError, match=r"features=\(-1,\) must be \(\) for an encoder-decoder"):
         target.allocate(1, 8, features=(FINAL,))
     with pytest.raises(ValueError, match="a prompt of 13 tokens exceeds the cache's capacity of 8"):
         prefill(target, PROMPTS[0], target.allocate(1, 8), 0)

@@ -410,7 +410,7 @@ def test_a_head_needs_the_targets_own_vocabulary() -> None:
 
 
 def test_another_vocabulary_is_checked_before_weights_are_read(tmp_path) -> None:
-    """Both ways: what shares enough comes as far as its weights, what does not, does not."""
+    """A draft that shares enough is refused for its weights, one that does not before they are looked at."""
     folders = {}
     for name, lm in {"target": llama("byte-level", 1), "near": llama("prepending", 2), "far": letters(0)}.items():
         folders[name] = tmp_path / name
@@ -418,7 +418,7 @@ def test_another_vocabulary_is_checked_before_weights_are_read(tmp_path) -> None
         lm.tokenizer.save_pretrained(folders[name])
         (folders[name] / "model.safetensors").write_bytes(b"not weights")
     for name, error, message in [
-        ("near", LoadError, "target' must hold an undamaged transformers model"),
+        ("near", LoadError, "near' must hold an undamaged transformers model"),
         ("far", ValueError, "which make up .* and must make up at least 50% of it"),
     ]:
         with pytest.raises(error, match=message):

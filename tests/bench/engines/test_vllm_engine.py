@@ -94,7 +94,7 @@ def test_counters_that_contradict_the_tokens_are_an_error() -> None:
 
 
 def test_each_method_has_its_configuration() -> None:
-    pair = Pair("both", "tiny", draft="tiny", head="tiny-head", context=512)
+    pair = Pair("both", "tiny", draft="tiny", heads={"eagle": "tiny-head"}, context=512)
     plain, ngram, drafted, eagle = (
         configuration(pair, OPTIONS, setup) for setup in (PLAIN, NGRAM, DRAFTED, Setup("eagle", 2, 4))
     )
