@@ -98,16 +98,20 @@ class DraftSource:
     head: FoundHead | None = None
 
 
-def find(source: str, load_format: str = "auto", *, allow_pickle: bool = False) -> DraftSource:
+def find(
+    source: str, load_format: str = "auto", *, target: str | None = None, allow_pickle: bool = False
+) -> DraftSource:
     """Recognize the draft in a source: a folder or hub id with a head, a table or a model. Weights are not read.
 
     What is on the hub is downloaded. A bundled model is not, nor is a draft of this package put together.
+    target: the target's source. A model with an MTP layer of its own is a draft model for any other target.
     allow_pickle: whether a head's weights may be .bin or .pt files. Raises LoadError if they are and it is not allowed.
     """
     folder = _folder(source, load_format, allow_pickle)
     if folder is None:
         return DraftSource(source, "model")
     from specdec.heads.formats import recognized  # imports transformers
+    from specdec.heads.mtp import is_whole_model
 
     try:
         head = recognized(folder, allow_pickle=allow_pickle)
@@ -115,7 +119,8 @@ def find(source: str, load_format: str = "auto", *, allow_pickle: bool = False) 
         if load_format != "dummy":
             raise
         head = None  # random weights need no file
-    if head:
+    is_own = target in (None, source)
+    if head and (is_own or head.format.name != "mtp" or not is_whole_model(head.folder)):
         return DraftSource(source if source in packaged() else str(folder), head.format.name, head)
     kinds = [kind for kind, file in _FILES.items() if (folder / file).is_file()]
     return DraftSource(source, kinds[0] if kinds else "pard" if _is_parallel(folder) else "model")
@@ -152,7 +157,7 @@ def load_with_drafts(
     allow_pickle: whether a head's weights may be .bin or .pt files, which are read without running code.
     """
     load_format = options["load_format"]
-    found = {source: find(source, load_format, allow_pickle=allow_pickle) for source in drafts}
+    found = {source: find(source, load_format, target=target, allow_pickle=allow_pickle) for source in drafts}
     found = {source: replace(each, place=resolve(each.place)) for source, each in found.items()}
     descriptions = _check_sources(target, found, options)
     models = [each.place for each in found.values() if each.kind in MODELS]

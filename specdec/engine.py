@@ -20,7 +20,7 @@ from specdec.constraints.bans import AtLeast, Without, all_of
 from specdec.constraints.llguidance import GrammarCompiler
 from specdec.constraints.progress import Constraint
 from specdec.drafts import as_language_model, find, load_with_drafts
-from specdec.methods import packaged_draft
+from specdec.methods import default_draft
 from specdec.models.base import LanguageModel
 from specdec.models.generation_config import sampling_defaults, warn_of_ignored
 from specdec.models.loading import as_device, as_dtype, with_revision
@@ -159,8 +159,8 @@ class Engine:
         if options.get("tree") is not None:
             options["tree"] = as_tree(options["tree"])
         checked = EngineOptions(**options)
-        draft = draft or packaged_draft(target, checked.method)
-        found = find(draft, load_format, allow_pickle=allow_pickle) if draft else None
+        draft = draft or default_draft(target, checked.method)
+        found = find(draft, load_format, target=target, allow_pickle=allow_pickle) if draft else None
         checked.check_draft_kind(found.kind if found else None)
         model, drafts = load_with_drafts(
             target,

@@ -102,6 +102,18 @@ def is_method(name: str) -> bool:
     return name in METHODS or extensions.is_extension(GROUP, name)
 
 
+def default_draft(target: str, method: str) -> str | None:
+    """The draft for a target and a method where none is named: one in this package, or a layer of the target's own.
+
+    Returns its source, or None if there is none.
+    """
+    if method_spec(method).draft_kinds == ("mtp",):
+        from specdec.drafts import find
+
+        return target if find(target, target=target).kind == "mtp" else None
+    return packaged_draft(target, method)
+
+
 def packaged_draft(target: str, method: str) -> str | None:
     """The name of the draft in this package for a target and a method, or None."""
     from specdec.models.loading import packaged

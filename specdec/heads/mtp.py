@@ -176,6 +176,12 @@ def recognize(folder: HeadFolder) -> str | None:
     return None if index is None else _dialect(folder, index).name
 
 
+def is_whole_model(folder: HeadFolder) -> bool:
+    """Whether a folder with an MTP layer has the model that the layer belongs to, and not the layer alone."""
+    names = {"embed_tokens.weight", "layers.0.input_layernorm.weight"}
+    return names <= folder.shapes.keys()
+
+
 def load(folder: HeadFolder, model: Any, load_format: str) -> MtpHead:
     """Load an MTP layer for a transformers model, in its dtype and on its device.
 

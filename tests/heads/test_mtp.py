@@ -21,7 +21,7 @@ from specdec.conformance.enumeration import exact_distribution
 from specdec.conformance.gates import distance
 from specdec.conformance.toys import FeatureTarget, joint_distribution, table
 from specdec.decoding import Decoder
-from specdec.drafts import kind_in
+from specdec.drafts import find, kind_in
 from specdec.heads import formats, mtp
 from specdec.heads.files import HeadFolder
 from specdec.models.base import FINAL
@@ -244,6 +244,26 @@ def test_the_target_and_its_layer_from_one_folder(tmp_path: Path) -> None:
     found = engine.generate([[5, 9, 8]], params)[0]
     assert found.token_ids == plain.generate([[5, 9, 8]], params)[0].token_ids
     assert found.counts.num_drafted > 10
+
+
+def test_the_targets_own_layer_is_the_default_draft(tmp_path: Path) -> None:
+    family = FAMILIES["Qwen"]
+    folder = str(family.write(tmp_path / "with", family.model()))
+    engine = Engine.load(folder, method="mtp", dtype=torch.float32)
+    assert engine.generate([[5, 9, 8]], SamplingParams(max_tokens=16))[0].counts.num_drafted > 0
+    family.model().save_pretrained(tmp_path / "without")
+    with pytest.raises(ValueError, match=r'method="mtp" needs a draft \(mtp\)'):
+        Engine.load(str(tmp_path / "without"), method="mtp", dtype=torch.float32)
+
+
+def test_a_smaller_model_with_a_layer_of_its_own_is_a_draft_model(tmp_path: Path) -> None:
+    """It is an MTP head for itself only; the layer alone, in a folder without the model, stays a head."""
+    family = FAMILIES["Qwen"]
+    whole = str(family.write(tmp_path / "whole", family.model()))
+    alone = str(family.write(tmp_path / "alone", family.model(), whole=False))
+    assert find(whole, target=whole).kind == "mtp"
+    assert find(whole, target="another").kind == "model"
+    assert find(alone, target="another").kind == "mtp"
 
 
 def test_its_choices_hold_what_a_checkpoint_does_not_tell(tmp_path: Path) -> None:
