@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from specdec.heads import dflash, dflash2, domino, dspark, eagle, eagle3, medusa, mlp_speculator, mtp, p_eagle
+from specdec.heads import eagle, eagle3, medusa, mlp_speculator, mtp, p_eagle
+from specdec.heads.blocks import dflash, dflash2, domino, dspark
 from specdec.heads.files import CONFIG, HeadFolder, PickleError
 from specdec.models.base import FINAL, FeatureLayers
 from specdec.runtime.artifacts import LoadError

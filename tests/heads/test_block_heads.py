@@ -14,7 +14,7 @@ from torch import Tensor
 
 from specdec import Engine, SamplingParams
 from specdec.heads import formats
-from specdec.heads.block import Sight
+from specdec.heads.blocks.backbone import Sight
 from specdec.kernels import cpp
 from specdec.models.base import FINAL
 from specdec.models.causal import CausalLM

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-from specdec.heads.block import BlockModule, BlockSettings, Sight
+from specdec.heads.blocks.backbone import BlockModule, BlockSettings, Sight
 from specdec.heads.checkpoints import SHARED, Lender, Shapes, SharedParts, Tensors, load_into, other_target
 from specdec.heads.files import HeadFolder
 from specdec.heads.sequential import layer_config, num_layers_of

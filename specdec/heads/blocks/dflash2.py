@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import embedding, pad
 
-from specdec.heads.block import Block, BlockModule
-from specdec.heads.block_checkpoints import dialect_of, is_block, load_block, required, setting, tensors_of
+from specdec.heads.blocks.backbone import Block, BlockModule
+from specdec.heads.blocks.checkpoints import dialect_of, is_block, load_block, required, setting, tensors_of
 from specdec.heads.files import HeadFolder
 from specdec.models.fusion import Projection
 from specdec.runtime.artifacts import LoadError

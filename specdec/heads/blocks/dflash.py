@@ -1,6 +1,7 @@
 """DFlash: all tokens of a draft in one pass, each independent of the others given the block.
 
-See `specdec.heads.block`. The head has neither an embedding nor an output head of its own. Its drafts are drawn slot by
+See `specdec.heads.blocks.backbone`. The head has neither an embedding nor an output head of its own. Its drafts are
+drawn slot by
 slot, so that their distribution is the product of the slots' distributions.
 Sources: Chen et al. 2026 (arXiv:2602.06036); z-lab/dflash `dflash/model.py`; vllm-project/speculators `models/dflash`.
 """
@@ -9,8 +10,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from specdec.heads.block import BlockModule
-from specdec.heads.block_checkpoints import dialect_of, is_block, load_block, tensors_of
+from specdec.heads.blocks.backbone import BlockModule
+from specdec.heads.blocks.checkpoints import dialect_of, is_block, load_block, tensors_of
 from specdec.heads.files import HeadFolder
 
 _OF_KIN = ("markov_head.", "candidate_selector.", "prefix_gru.")  # tensors of formats that extend it
