@@ -1,8 +1,7 @@
 """DFlash: all tokens of a draft in one pass, each independent of the others given the block.
 
 See `specdec.heads.blocks.backbone`. The head has neither an embedding nor an output head of its own. Its drafts are
-drawn slot by
-slot, so that their distribution is the product of the slots' distributions.
+drawn slot by slot, so that their distribution is the product of the slots' distributions.
 Sources: Chen et al. 2026 (arXiv:2602.06036); z-lab/dflash `dflash/model.py`; vllm-project/speculators `models/dflash`.
 """
 
