@@ -236,6 +236,7 @@ for number in sorted(set(signal.Signals) - {signal.SIGKILL, signal.SIGSTOP}):
 while True:
     time.sleep(1000)
 """
+HEEDING = "import os, signal, sys; signal.signal(int(sys.argv[1]), signal.SIG_DFL); os.execv(sys.argv[2], sys.argv[2:])"
 PROGRAMS = {"plain": "import time\ntime.sleep(1000)", "stubborn": STUBBORN}
 
 
@@ -253,6 +254,8 @@ def test_whatever_ends_the_jail_ends_the_program(kind: str, end: signal.Signals)
         "limits": {},
     }
     command = [sys.executable, "-I", "-S", sandbox.JAIL]
+    if end != signal.SIGKILL:  # a parent such as nohup may ignore the signal, which children inherit
+        command = [sys.executable, "-c", HEEDING, str(int(end)), *map(str, command)]
     jail = subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, process_group=0
     )
@@ -263,7 +266,7 @@ def test_whatever_ends_the_jail_ends_the_program(kind: str, end: signal.Signals)
     _eventually(lambda: b"program.py" in Path(f"/proc/{running}/cmdline").read_bytes())
     _eventually(lambda: kind == "plain" or _ignores(running, signal.SIGSYS))
     os.killpg(jail.pid, end)  # as a terminal does, to the whole group
-    jail.wait()
+    jail.wait(120)
     jail.stdout.close()
     assert _eventually(lambda: not _lives(guard) and not _lives(running))
 
@@ -286,7 +289,10 @@ def _lives(process: str) -> bool:
 
 
 def _eventually(look: object) -> object:
+    """The first true value; fails after two minutes instead of waiting for ever."""
+    end_s = time.monotonic() + 120
     while not (seen := look()):  # type: ignore[operator]
+        assert time.monotonic() < end_s, "what is waited for has not come"
         time.sleep(0.01)
     return seen
 
