@@ -209,7 +209,8 @@ def test_a_neighboring_layer_of_the_kernels_is_seen(monkeypatch: pytest.MonkeyPa
     run = cpp.run_layers
 
     def one_off(*arguments: Any) -> list[Tensor]:
-        return run(*arguments[:-1], [n - 1 if n < NUM_LAYERS else n for n in arguments[-1]])
+        *before, after, inputs = arguments
+        return run(*before, [n - 1 if n < NUM_LAYERS else n for n in after], inputs)
 
     monkeypatch.setattr(cpp, "run_layers", one_off)
     run_all(target, model, (FINAL,))

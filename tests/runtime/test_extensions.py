@@ -168,7 +168,7 @@ def test_an_entry_point_must_be_a_reference(outside: Path) -> None:
 
 
 def test_misspelt_names_are_no_extensions() -> None:
-    with pytest.raises(ValueError, match=r"engines='sglang' must be one of specdec, .* or module:attribute; check"):
+    with pytest.raises(ValueError, match=r"engines='sglang' must be one of specdec, .* or module:attribute"):
         parse_engine("engines", "sglang")
     with pytest.raises(ValueError, match=r"methods='magic' must be one of autoregressive, .* or module:attribute"):
         parse_method("methods", "magic")
