@@ -84,6 +84,22 @@ class Head(Protocol):
         ...
 
 
+class WithoutChoices:
+    """`choices` and `with_options` of a head whose checkpoint tells all, or that is trained here."""
+
+    def choices(self) -> tuple[Choice, ...]:
+        """Nothing is open."""
+        return ()
+
+    def with_options(self, options: Mapping[str, Any]) -> Self:
+        """The head itself. Raises ValueError for any option."""
+        if options:
+            raise ValueError(
+                f"options={dict(options)} must be empty, as this head has none; remove its convention.json"
+            )
+        return self
+
+
 class SequentialHead(Head, Protocol):
     """A head that drafts token by token. Its cache position i belongs to token i + 1: the first has no feature before.
 

@@ -6,7 +6,7 @@ is refused by the name and the shape of a tensor.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from specdec.heads.files import HeadFolder
 from specdec.runtime.artifacts import LoadError
 
 Shapes = Mapping[str, tuple[int, ...]]
-_OTHER_TARGET = "give the model that the head was trained for, or train a head for this one"
+OTHER_TARGET = "give the model that the head was trained for, or train a head for this one"
 
 
 @dataclass(frozen=True, slots=True)
@@ -256,6 +256,25 @@ def _is_equal(stored: Tensor, lent: Tensor) -> bool:
     return not (stored.is_meta or lent.is_meta) and stored.shape == lent.shape and torch.equal(stored.to(lent), lent)
 
 
+def check_feature_layers(
+    layers: Sequence[int], num_inputs: int, lender: Lender, source: object, *, also: Collection[int] = ()
+) -> None:
+    """Raise ValueError unless fc reads these hidden states, which the target must have. also: further ids."""
+    if num_inputs != len(layers) * lender.hidden_size:
+        raise other_target(
+            "width of the states that fc.weight reads",
+            num_inputs,
+            f"{lender.hidden_size} for each of the layers {list(layers)}",
+            source,
+        )
+    for layer in layers:
+        if layer not in also and not 0 <= layer <= lender.num_layers:
+            raise ValueError(
+                f"layer {layer} of {list(layers)}, which the head {str(source)!r} reads, must be in "
+                f"[0, {lender.num_layers}], the target's hidden states; give the target that the head was trained for"
+            )
+
+
 def other_target(name: str, value: object, expected: object, source: object) -> ValueError:
     """The error for a head of another target."""
-    return ValueError(f"{name}={value} of the head {str(source)!r} must be the target's, {expected}; {_OTHER_TARGET}")
+    return ValueError(f"{name}={value} of the head {str(source)!r} must be the target's, {expected}; {OTHER_TARGET}")

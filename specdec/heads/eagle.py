@@ -28,6 +28,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMS
 
 from specdec.heads.base import Choice
 from specdec.heads.checkpoints import (
+    OTHER_TARGET,
     SHARED,
     Lender,
     Shapes,
@@ -152,7 +153,8 @@ def new_head(model: Any, draft_vocabulary: Tensor) -> EagleHead:
     names += ["max_position_embeddings", "rope_parameters", "rms_norm_eps"]
     shared = {name: getattr(target_config, name) for name in names if getattr(target_config, name, None) is not None}
     config = LlamaConfig(num_hidden_layers=1, attn_implementation="sdpa", **shared)
-    return EagleHead(config, *_borrowed(model), draft_vocabulary)
+    lender = Lender.of(model)
+    return EagleHead(config, lender.embedding, lender.output, draft_vocabulary)
 
 
 def load_head(source: str, model: Any, load_format: str = "auto") -> EagleHead:
@@ -171,17 +173,18 @@ def load_head(source: str, model: Any, load_format: str = "auto") -> EagleHead:
     target_config = model.config.get_text_config(decoder=True)
     for name in ("hidden_size", "vocab_size"):
         if (value := getattr(config, name)) != (expected := getattr(target_config, name)):
-            raise ValueError(f"{name}={value} of the head {source!r} must be the target's, {expected}; {_OTHER_TARGET}")
+            raise other_target(name, value, expected, source)
     is_known = recorded is None or model.device.type == "meta"
     if not is_known and (own := fingerprint(model)) != recorded:
         raise ValueError(
             f"fingerprint={recorded} recorded in the head {source!r} must be that of the target's weights, {own}; "
-            f"{_OTHER_TARGET}"
+            f"{OTHER_TARGET}"
         )
     with explained(f"source={source!r} must hold the weights of one layer", "train or copy it again"):
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(0)
-            head = EagleHead(config, *_borrowed(model), vocabulary)
+            lender = Lender.of(model)
+            head = EagleHead(config, lender.embedding, lender.output, vocabulary)
         head.load_state_dict(weights or head.state_dict())
         return head.placed(model.device, model.dtype).eval().requires_grad_(False)
 
@@ -247,10 +250,3 @@ def _tensors(folder: HeadFolder, load_format: str = "auto") -> Tensors:
 
 
 _VOCABULARY_RULE = "draft_vocabulary must be a JSON list of token ids"
-
-
-_OTHER_TARGET = "give the model that the head was trained for, or train a head for this one"
-
-
-def _borrowed(model: Any) -> tuple[Tensor, Tensor]:
-    return model.get_input_embeddings().weight.detach(), model.get_output_embeddings().weight.detach()

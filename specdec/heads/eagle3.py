@@ -26,6 +26,7 @@ from specdec.heads.checkpoints import (
     Shapes,
     SharedParts,
     Tensors,
+    check_feature_layers,
     load_into,
     other_target,
 )
@@ -329,24 +330,12 @@ def _feature_layers(folder: HeadFolder, lender: Lender, config: Mapping[str, Any
     shapes = _tensors(folder).shapes
     if "fc.weight" not in shapes:
         return (FINAL,)
-    num_layers, num_states = lender.num_layers, shapes["fc.weight"][1] / lender.hidden_size
+    num_layers = lender.num_layers
     if (ids := config.get("eagle_aux_hidden_state_layer_ids")) is not None:
         layers = tuple(ids)
     elif (ids := config.get("target_layer_ids")) is not None:
         layers = tuple(index + 1 for index in ids)  # these are of the layers whose output is read
     else:
         layers = (2, num_layers // 2, num_layers - 3)
-    if num_states != len(layers):
-        raise other_target(
-            "width of the states that fc.weight reads",
-            shapes["fc.weight"][1],
-            f"{lender.hidden_size} for each of the layers {list(layers)}",
-            folder.path,
-        )
-    for layer in layers:
-        if not 0 <= layer <= num_layers:
-            raise ValueError(
-                f"layer {layer} of {list(layers)}, which the head {str(folder.path)!r} reads, must be in "
-                f"[0, {num_layers}], the target's hidden states; give the target that the head was trained for"
-            )
+    check_feature_layers(layers, shapes["fc.weight"][1], lender, folder.path)
     return layers

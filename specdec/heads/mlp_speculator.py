@@ -77,14 +77,12 @@ class MlpSpeculator(StatelessModule):
 
 def recognize(folder: HeadFolder) -> str | None:
     """The dialect of an MLP speculator's folder, None if it is not one."""
-    names = {name.removeprefix("speculator.") for name in folder.shapes}
-    return "ibm-fms" if {"emb.0.weight", "proj.0.weight", "ln.0.weight"} <= names else None
+    return "ibm-fms" if {"emb.0.weight", "proj.0.weight", "ln.0.weight"} <= folder.shapes.keys() else None
 
 
 def load(folder: HeadFolder, target: Any, load_format: str) -> MlpSpeculator:
     """Load an MLP speculator. Raises ValueError if its tensors do not fit its config or the target."""
-    config = folder.config
-    weights = {name.removeprefix("speculator."): value for name, value in folder.read().items()}
+    config, weights = folder.config, folder.read()
     if lstm := sorted(name for name in weights if re.match(r"(forget|input|output|cell|qhead)", name)):
         raise ValueError(
             f"tensor {lstm[0]!r} of {str(folder.path)!r} is of Arctic's LSTM speculator, which is not supported; "

@@ -14,7 +14,7 @@ from transformers import LlamaConfig, Qwen3Config
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer, Qwen3RotaryEmbedding
 
-from specdec.heads.base import Choice, Drafting
+from specdec.heads.base import Drafting, WithoutChoices
 from specdec.heads.checkpoints import Shapes
 from specdec.models.base import FeatureLayers
 from specdec.models.cache import RaggedCache
@@ -24,7 +24,7 @@ from specdec.trees.columns import Branches
 from specdec.trees.optimal import Rates
 
 
-class HeadModule(nn.Module):
+class HeadModule(WithoutChoices, nn.Module):
     """A `heads.base.Head` with decoder layers that keep their keys and values in a RaggedCache.
 
     embedding: float [vocab, width] and output: float [draft vocab, width] may be the target's own.
@@ -51,18 +51,6 @@ class HeadModule(nn.Module):
         self.register_buffer("embedding", embedding, persistent=False)
         self.register_buffer("output", output, persistent=False)
         self.register_buffer("draft_vocabulary", draft_vocabulary, persistent=False)
-
-    def choices(self) -> tuple[Choice, ...]:
-        """Nothing: the checkpoint tells all, or the head is trained here."""
-        return ()
-
-    def with_options(self, options: Mapping[str, Any]) -> Self:
-        """The head itself. Raises ValueError for any option."""
-        if options:
-            raise ValueError(
-                f"options={dict(options)} must be empty, as this head has none; remove its convention.json"
-            )
-        return self
 
     @property
     def device(self) -> torch.device:

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from specdec.heads.base import Choice, Drafting
+from specdec.heads.base import Drafting, WithoutChoices
 from specdec.heads.checkpoints import check_draft_vocabulary
 from specdec.models.base import FINAL, FeatureLayers
 from specdec.models.fusion import Projection, weight_bytes
 from specdec.trees.optimal import Rates
 
 
-class StatelessModule(nn.Module):
+class StatelessModule(WithoutChoices, nn.Module, ABC):
     """A `StatelessHead` with one set of weights per draft position.
 
     embedding: float [vocab, hidden], the target's. max_tokens: draft positions.
@@ -52,18 +53,6 @@ class StatelessModule(nn.Module):
         """Bytes of weights that drafting max_tokens tokens reads; tables of embeddings are looked up, not read."""
         return weight_bytes(module for module in self.modules() if not isinstance(module, nn.Embedding))
 
-    def choices(self) -> tuple[Choice, ...]:
-        """None: these formats leave nothing open."""
-        return ()
-
-    def with_options(self, options: Mapping[str, Any]) -> Self:
-        """The head itself. Raises ValueError for any option."""
-        if options:
-            raise ValueError(
-                f"options={dict(options)} must be empty, as this head has none; remove its convention.json"
-            )
-        return self
-
     def fuse(self) -> None:
         """Pack linear layers for decoding."""
         for parent in [module for module in self.modules() if not isinstance(module, Projection)]:
@@ -79,9 +68,9 @@ class StatelessModule(nn.Module):
         """States [rows, n, width] once more tokens are known, int64 [rows, n]; here they are not read."""
         return states
 
+    @abstractmethod
     def logits(self, place: int, states: Tensor) -> Tensor:
         """Logits [..., draft vocab] of draft position `place` from states [..., width]."""
-        raise NotImplementedError
 
 
 def filled(head: StatelessModule, weights: Mapping[str, Tensor], source: Path, target: Any, load_format: str) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from specdec.heads.base import StatelessHead
 from specdec.proposers.adaptive import AdaptiveLength
 from specdec.proposers.chain import ChainProposer, Pending, draw_chain
+from specdec.proposers.head import features_at
 from specdec.proposers.tree import Level, draw_tree
 from specdec.requests import Batch, Generation
 from specdec.runtime.devices import upload
@@ -46,13 +47,15 @@ class StatelessProposer(ChainProposer):
         limits = [min(limit, self._max_tokens) for limit in limits]
         if max(limits) == 0:
             return Draft.empty(len(batch.rows), self._head.vocab_size, self._head.device)
+        assert batch.features is not None
         device = batch.sampling.device
         newest = upload(batch.last_tokens(), device).unsqueeze(1)
         places = upload([max(0, length - 2) for length in batch.num_tokens()], device)
+        features = features_at(batch.features, places, 1)
         if self._tree:
-            logits_at = self._logits_at(_features_at(batch.features, places), newest)
+            logits_at = self._logits_at(features, newest)
             return draw_tree(batch, limits, self._tree, logits_at, self._uniforms, self._vocabulary)
-        logits_after = self._logits_after(_features_at(batch.features, places), newest)
+        logits_after = self._logits_after(features, newest)
         return draw_chain(batch, limits, logits_after, self._uniforms, self._adaptive, self._vocabulary)
 
     @property
@@ -70,7 +73,7 @@ class StatelessProposer(ChainProposer):
 
     def logits_after(self, pending: Pending, extent: int, *inputs: Any) -> Callable[[Tensor], Tensor]:
         features = inputs[0].value
-        return self._logits_after(_features_at(features, (pending.starts - 1).clamp(min=0)), pending.tokens)
+        return self._logits_after(features_at(features, (pending.starts - 1).clamp(min=0), 1), pending.tokens)
 
     def num_pending(self, accepted: Tensor, num_tokens: int) -> Tensor:
         return torch.ones_like(accepted)
@@ -103,9 +106,3 @@ class StatelessProposer(ChainProposer):
             return head.logits(level.number, states)
 
         return logits
-
-
-def _features_at(features: Tensor | None, places: Tensor) -> Tensor:
-    """Features [slots, capacity, width] at places int64 [rows] -> [rows, 1, width]."""
-    assert features is not None
-    return features[torch.arange(len(places), device=places.device), places].unsqueeze(1)

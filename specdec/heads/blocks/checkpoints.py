@@ -6,7 +6,16 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from specdec.heads.blocks.backbone import BlockModule, BlockSettings, Sight
-from specdec.heads.checkpoints import SHARED, Lender, Shapes, SharedParts, Tensors, load_into, other_target
+from specdec.heads.checkpoints import (
+    SHARED,
+    Lender,
+    Shapes,
+    SharedParts,
+    Tensors,
+    check_feature_layers,
+    load_into,
+    other_target,
+)
 from specdec.heads.files import HeadFolder
 from specdec.heads.sequential import layer_config, num_layers_of
 from specdec.models.base import FINAL, FeatureLayers
@@ -128,19 +137,7 @@ def _feature_layers(folder: HeadFolder, lender: Lender, shapes: Shapes) -> Featu
         ids = _usual_ids(lender.num_layers, num_layers_of(shapes)) if ids is None else ids
         # z-lab reads the last entry of transformers' hidden states, which is the one after the final norm
         layers = tuple(FINAL if each + 1 == lender.num_layers else each + 1 for each in ids)
-    if shapes["fc.weight"][1] != len(layers) * lender.hidden_size:
-        raise other_target(
-            "width of the states that fc.weight reads",
-            shapes["fc.weight"][1],
-            f"{lender.hidden_size} for each of the layers {list(layers)}",
-            folder.path,
-        )
-    for layer in layers:
-        if layer != FINAL and not 0 <= layer <= lender.num_layers:
-            raise ValueError(
-                f"layer {layer} of {list(layers)}, which the head {str(folder.path)!r} reads, must be in "
-                f"[0, {lender.num_layers}], the target's hidden states; give the target that the head was trained for"
-            )
+    check_feature_layers(layers, shapes["fc.weight"][1], lender, folder.path, also=(FINAL,))
     return layers
 
 
