@@ -42,8 +42,8 @@ from specdec.heads.sequential import (
 )
 from specdec.kernels import cpp
 from specdec.models.base import FINAL, FeatureLayers
-from specdec.models.cache import RaggedCache
 from specdec.models.fusion import FusedLayer, Norm, Projection, Shared, Stack
+from specdec.models.state.ragged import RaggedCache
 from specdec.runtime.artifacts import LoadError
 
 _FIRST = "layers.0."

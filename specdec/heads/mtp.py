@@ -27,8 +27,8 @@ from specdec.heads.convention import feature_layer_choice
 from specdec.heads.files import HeadFolder
 from specdec.heads.sequential import SequentialModule, own_first
 from specdec.models.base import FINAL, FeatureLayers
-from specdec.models.cache import RaggedCache
 from specdec.models.fusion import FUSABLE, FusedLayer, GpuStack, Projection, Shared, Stack, layer_by_layer, stack_of
+from specdec.models.state.ragged import RaggedCache
 from specdec.runtime.artifacts import LoadError
 
 _BLOCK = "layers.0."

@@ -17,8 +17,8 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer, Qwen3Rot
 from specdec.heads.base import Drafting, WithoutChoices
 from specdec.heads.checkpoints import Shapes
 from specdec.models.base import FeatureLayers
-from specdec.models.cache import RaggedCache
 from specdec.models.fusion import Projection, weight_bytes
+from specdec.models.state.ragged import RaggedCache
 from specdec.runtime.artifacts import LoadError
 from specdec.trees.columns import Branches
 from specdec.trees.optimal import Rates

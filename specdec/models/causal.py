@@ -14,11 +14,11 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from specdec.models.base import FINAL, FeatureLayers, LanguageModel, prefill
-from specdec.models.cache import RaggedCache
 from specdec.models.early_exit import first_layers
 from specdec.models.features import HiddenStates
 from specdec.models.fusion import FusedDecoder, depends_on_length, weight_bytes
-from specdec.models.length_factors import LengthCache, length_factors
+from specdec.models.state.length_factors import LengthCache, length_factors
+from specdec.models.state.ragged import RaggedCache
 from specdec.trees.columns import Branches
 from specdec.trees.shape import Tree
 

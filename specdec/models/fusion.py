@@ -22,7 +22,7 @@ from torch.nn.functional import embedding, linear, scaled_dot_product_attention,
 
 from specdec.kernels import cpp, gpu
 from specdec.models.base import FINAL, FeatureLayers
-from specdec.models.cache import RaggedCache
+from specdec.models.state.ragged import RaggedCache
 from specdec.trees.columns import tree_paths
 
 FUSABLE = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer")

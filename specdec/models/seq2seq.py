@@ -21,9 +21,9 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import PreTrainedModel
 
 from specdec.models.base import FeatureLayers, LanguageModel
-from specdec.models.cache import RaggedCache
 from specdec.models.causal import UnsupportedModelError, check_logits, check_tree_equals_plain, eos_token_ids
 from specdec.models.fusion import weight_bytes
+from specdec.models.state.ragged import RaggedCache
 from specdec.runtime.devices import upload
 from specdec.trees.columns import Branches
 

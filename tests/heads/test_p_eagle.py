@@ -17,8 +17,8 @@ from specdec.conformance.toys import HALVES, QUARTERS, FeatureTarget, joint_dist
 from specdec.decoding import Decoder
 from specdec.heads import formats
 from specdec.models.base import FINAL
-from specdec.models.cache import RaggedCache
 from specdec.models.markov import MarkovCache
+from specdec.models.state.ragged import RaggedCache
 from specdec.proposers.parallel import ParallelHeadProposer
 from specdec.runtime.artifacts import LoadError
 from specdec.verification import verify_block, verify_tokens

@@ -24,11 +24,11 @@ from specdec.conformance.mutants import maker
 from specdec.conformance.reference import Reference
 from specdec.models import seq2seq as module
 from specdec.models.base import FINAL, prefill
-from specdec.models.cache import RaggedCache
 from specdec.models.causal import CausalLM, UnsupportedModelError
 from specdec.models.elsewhere import Elsewhere, seen_from
 from specdec.models.placement import PlacementError
 from specdec.models.seq2seq import Seq2SeqCache, Seq2SeqLM, distance_buckets
+from specdec.models.state.ragged import RaggedCache
 from specdec.runtime.artifacts import LoadError
 from specdec.sampling.distributions import Dense
 from specdec.verification import residual

@@ -23,10 +23,10 @@ from specdec.conformance.mutants import maker
 from specdec.conformance.toys import FeatureTarget, ToyHead, grid_pair, joint_distribution
 from specdec.decoding import Decoder
 from specdec.heads.eagle import new_head
-from specdec.models.cache import RaggedCache
 from specdec.models.causal import CausalLM
 from specdec.models.costs import target_costs
 from specdec.models.fusion import fuse
+from specdec.models.state.ragged import RaggedCache
 from specdec.proposers.draft_model import DraftModelProposer
 from specdec.proposers.eagle import EagleProposer
 from specdec.proposers.hybrid import HybridProposer

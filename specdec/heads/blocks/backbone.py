@@ -24,8 +24,8 @@ from specdec.heads.checkpoints import Lender, Shapes
 from specdec.heads.convention import feature_layer_choice
 from specdec.heads.sequential import HeadModule, new_layer, new_rotary, num_layers_of
 from specdec.models.base import FeatureLayers
-from specdec.models.cache import RaggedCache
 from specdec.models.fusion import FusedLayer, Projection, Shared, Stack, rotate, stack_of
+from specdec.models.state.ragged import RaggedCache
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from specdec.models.cache import RaggedCache
+from specdec.models.state.ragged import RaggedCache
 from specdec.trees.columns import Branches, offsets
 
 Forward = Callable[..., Tensor]  # `CausalLM._forward`
