@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import signal
 import sys
 import time
 from pathlib import Path
-from types import FrameType
 
 from bench.first_light.report import FACTS_FILE, Report, num_failed, read, table
-from bench.first_light.running import part, run_parts
+from bench.first_light.running import Interrupts, part, run_parts
 from specdec.runtime.checks import nearest
 from specdec.runtime.command_line import Parser
 
@@ -35,7 +33,11 @@ def main(arguments: list[str] | None = None) -> int:
 
         print("\n".join(f"{path} has {path.stat().st_size / 2**20:.1f} MiB" for path in pack(options.pack)))
         return 0
-    signal.signal(signal.SIGTERM, _interrupt)
+    with Interrupts() as interrupts:
+        return _visit(options, interrupts)
+
+
+def _visit(options: argparse.Namespace, interrupts: Interrupts) -> int:
     options.folder.mkdir(parents=True, exist_ok=True)
     facts, start_s = options.folder / FACTS_FILE, time.monotonic()
     facts.unlink(missing_ok=True)
@@ -43,11 +45,10 @@ def main(arguments: list[str] | None = None) -> int:
     if reason:
         print(f"no GPU: everything is scaled down ({reason})", flush=True)
         Report("visit", facts).skip("GPU", reason)
-    try:
-        limits_s = LIMITS_S if device == "cuda" else dict.fromkeys(LIMITS_S, CPU_LIMIT_S)
-        parts = [part(name, limits_s[name], device) for name in options.parts]
-        run_parts(parts, options.folder, options.budget - (time.monotonic() - start_s))
-    except KeyboardInterrupt:
+    limits_s = LIMITS_S if device == "cuda" else dict.fromkeys(LIMITS_S, CPU_LIMIT_S)
+    parts = [part(name, limits_s[name], device) for name in options.parts]
+    run_parts(parts, options.folder, options.budget - (time.monotonic() - start_s), interrupts)
+    if interrupts.came:
         print("interrupted", flush=True)
     text = f"{table(read(facts))}\n== {time.monotonic() - start_s:.0f} s on {device}"
     (options.folder / TABLE_FILE).write_text(text + "\n")
@@ -81,10 +82,6 @@ def _device(requested: str) -> tuple[str, str]:
 
     reason = why_no_gpu()
     return ("cpu", reason) if reason else ("cuda", "")
-
-
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
 
 
 if __name__ == "__main__":

@@ -12,11 +12,14 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any, Self
 
 from bench.first_light.report import FACTS_FILE, Report
 
 ARCHIVE_FILE = "logs.tar.gz"
 _GRACE_S = 8.0  # between asking a part to stop and killing it
+_POLL_S = 0.1  # between looks at whether the visit was interrupted
 _MIN_S = 5.0  # a part with less time left is skipped
 _LOG_CHARS = 1500  # characters of a failed part's log that are stored as a fact
 ROOT = Path(__file__).parents[2]
@@ -36,23 +39,50 @@ def part(name: str, limit_s: float, device: str) -> Part:
     return Part(name, (sys.executable, "-m", "bench.first_light.part", name, "{facts}", device), limit_s)
 
 
-def run_parts(parts: Sequence[Part], folder: Path, budget_s: float) -> None:
+class Interrupts:
+    """While entered, SIGINT and SIGTERM set `came` instead of raising an exception.
+
+    An exception would be lost if it were raised in the callback of a weak reference, and would leave a part running if
+    it were raised while its process is started. Signals that the process ignores stay ignored.
+    """
+
+    def __init__(self) -> None:
+        self.came = False
+        self._handlers: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> Self:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                self._handlers[number] = signal.signal(number, self._set)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+
+    def _set(self, number: int, frame: FrameType | None) -> None:
+        self.came = True
+
+
+def run_parts(parts: Sequence[Part], folder: Path, budget_s: float, interrupts: Interrupts) -> None:
     """Run the parts sequentially within a time budget, and write their facts to `folder`.
 
     The folder holds FACTS_FILE, ARCHIVE_FILE with the logs of finished parts, and the log of the current part. An
-    interrupt stops the current part as its limit does, and is then raised again.
+    interrupt stops the current part as its limit does, and no other part is started.
     """
     report, ends_s = Report("visit", folder / FACTS_FILE), time.monotonic() + budget_s
     for part in parts:
+        if interrupts.came:
+            return
         limit_s = min(part.limit_s, ends_s - time.monotonic())
         if limit_s < _MIN_S:
             report.skip(part.name, f"{limit_s:.0f} s were left of the budget of {budget_s:.0f} s")
             continue
-        _run(part, limit_s, folder, report)
+        _run(part, limit_s, folder, report, interrupts)
 
 
-def _run(part: Part, limit_s: float, folder: Path, report: Report) -> None:
-    log, start_s, outcome = folder / f"{part.name}.log", time.monotonic(), "was interrupted"
+def _run(part: Part, limit_s: float, folder: Path, report: Report, interrupts: Interrupts) -> None:
+    log, start_s, outcome = folder / f"{part.name}.log", time.monotonic(), "could not be started"
     command = [word.format(facts=folder / FACTS_FILE) for word in part.command]
     try:
         with log.open("wb") as stream:
@@ -66,9 +96,7 @@ def _run(part: Part, limit_s: float, folder: Path, report: Report) -> None:
                 preexec_fn=_accept_interrupts,
             )
             try:
-                outcome = _outcome(process.wait(limit_s))
-            except subprocess.TimeoutExpired:
-                outcome = f"was stopped at its limit of {limit_s:.0f} s"
+                outcome = _wait(process, limit_s, interrupts)
             finally:
                 _stop(process)
     finally:
@@ -84,6 +112,17 @@ def _run(part: Part, limit_s: float, folder: Path, report: Report) -> None:
 def _accept_interrupts() -> None:
     """Reset SIGINT: a shell makes background jobs ignore it, and their children inherit that."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def _wait(process: subprocess.Popen[bytes], limit_s: float, interrupts: Interrupts) -> str:
+    """How a part ended, or why it has to be stopped."""
+    ends_s = time.monotonic() + limit_s
+    while time.monotonic() < ends_s:
+        if interrupts.came:
+            return "was interrupted"
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return _outcome(process.wait(_POLL_S))
+    return f"was stopped at its limit of {limit_s:.0f} s"
 
 
 def _outcome(status: int) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from bench.first_light import correctness, facts, running, tiny
 from bench.first_light.__main__ import LIMITS_S, main
 from bench.first_light.nudges import LAST, Nudge, nudge
 from bench.first_light.report import FACTS_FILE, Report, num_failed, read, table
-from bench.first_light.running import ARCHIVE_FILE, Part, run_parts
+from bench.first_light.running import ARCHIVE_FILE, Interrupts, Part, run_parts
 from specdec import Engine, assembly
 from specdec.models.causal import CausalLM
 from specdec.sampling.randomness import Role
@@ -70,7 +71,7 @@ def test_parts_that_die_or_hang_lose_no_facts(tmp_path: Path, monkeypatch: pytes
         part("slow", "time.sleep(600)", 6),
         part("good", "pass"),
     ]
-    run_parts(parts, tmp_path, budget_s=1000)
+    run_parts(parts, tmp_path, 1000, Interrupts())
     facts = read(tmp_path / FACTS_FILE)
     assert [fact["text"] for fact in facts if fact.get("fact") == "first"] == [f"a fact of {p.name}" for p in parts]
     ends = {fact["of"]: fact["outcome"] for fact in facts if fact.get("fact") == "end"}
@@ -95,7 +96,7 @@ def test_parts_that_die_or_hang_lose_no_facts(tmp_path: Path, monkeypatch: pytes
 
 def test_child_processes_of_a_part_end_with_it(tmp_path: Path) -> None:
     child = "import subprocess; child = subprocess.Popen(['sleep', '600']); print(child.pid, flush=True)"
-    run_parts([part("parent", child)], tmp_path, budget_s=1000)
+    run_parts([part("parent", child)], tmp_path, 1000, Interrupts())
     with tarfile.open(tmp_path / ARCHIVE_FILE) as archive:
         pid = int(archive.extractfile("parent.log").read().split()[-1])  # type: ignore[union-attr]
     deadline_s = time.monotonic() + 30
@@ -113,9 +114,29 @@ def _runs(pid: int) -> bool:
 
 
 def test_a_part_without_time_is_skipped_by_name(tmp_path: Path) -> None:
-    run_parts([part("late", "pass")], tmp_path, budget_s=1)
+    run_parts([part("late", "pass")], tmp_path, 1, Interrupts())
     (fact,) = read(tmp_path / FACTS_FILE)
     assert (fact["skipped"], fact["detail"]) == ("late", "1 s were left of the budget of 1 s")
+
+
+def test_an_interrupt_while_a_part_starts_stops_it_and_starts_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An exception of the signal's handler would leave Popen without an object for the process it has started."""
+    started = []
+
+    class Popen(subprocess.Popen[bytes]):
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **options)
+            started.append(self.pid)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(running.subprocess, "Popen", Popen)
+    with Interrupts() as interrupts:
+        run_parts([part("first", "time.sleep(600)"), part("second", "pass")], tmp_path, 1000, interrupts)
+    ends = {fact["of"]: fact["outcome"] for fact in read(tmp_path / FACTS_FILE) if fact.get("fact") == "end"}
+    assert ends == {"first": "was interrupted"}
+    assert [_runs(pid) for pid in started] == [False]
 
 
 def runs_a_part(visit: int) -> bool:
