@@ -10,7 +10,7 @@ import numpy as np
 
 from specdec.decoding import Decoder
 from specdec.drafts import MODELS, Kind, can_be_recorded, check_draft, is_head, kind_of
-from specdec.methods import METHODS, VERIFICATION_NAMES, Builder, MethodSpec, Parts, method_spec
+from specdec.methods import DRAFT_SAMPLING_NAMES, METHODS, VERIFICATION_NAMES, Builder, MethodSpec, Parts, method_spec
 from specdec.models.base import LanguageModel, LayeredModel
 from specdec.models.costs import MAX_DRAFT_LENGTH, StepCosts, target_costs
 from specdec.proposers.adaptive import AdaptiveLength
@@ -49,10 +49,12 @@ class EngineOptions:
     max_history_bytes: int | None = None
     exit_layer: int | None = None
     tree: Tree | None = None
+    draft_sampling: str = "probabilistic"
 
     def __post_init__(self) -> None:
         method_spec(self.method)
         require_choice("verification", self.verification, VERIFICATIONS)
+        require_choice("draft_sampling", self.draft_sampling, DRAFT_SAMPLING_NAMES)
         require_integer("max_batch_size", self.max_batch_size, 1)
         self._check_method_options()
         self._check_length()
@@ -99,6 +101,11 @@ class EngineOptions:
         if self.exit_layer is not None:
             require_integer("exit_layer", self.exit_layer, 1)
             self._check_used("exit_layer", lambda spec: spec.exits_early)
+        require(
+            self.draft_sampling == "probabilistic" or self.spec.draw is not None,
+            f"draft_sampling={self.draft_sampling!r} must be left out with method={self.method!r}, which samples no "
+            "drafts from a model",
+        )
         require(
             self.tree is None or self.spec.drafts_trees,
             f'tree: method={self.method!r} does not draft trees; omit it, or use method="tree"',
@@ -163,6 +170,7 @@ def assemble(target: LanguageModel, draft: AnyDraft | None, options: EngineOptio
         rule=_rule(options),
         adaptive=adaptive,
         records=recordable if options.records is None else options.records,
+        greedy_drafts=options.draft_sampling == "greedy",
     )
     return decoder, tree
 

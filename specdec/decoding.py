@@ -123,7 +123,7 @@ class Decoder:
     num_speculative_tokens, max_batch_size: maximum tokens proposed per step, and rows decoded together.
     rule: the verification rule. uniforms: the source of randomness. adaptive: ends drafts that are no longer worth
     extending; learns from each step's outcome. records: whether steps are captured and replayed, see `Recorder`; None
-    enables it on a GPU.
+    enables it on a GPU. greedy_drafts: see `RowParams`.
     """
 
     runs_ahead = True  # set to False by subclasses that override parts of a step
@@ -139,10 +139,11 @@ class Decoder:
         uniforms: UniformSource = uniforms,
         adaptive: AdaptiveLength | None = None,
         records: bool | None = None,
+        greedy_drafts: bool = False,
     ) -> None:
         self.target, self.proposer, self.num_speculative_tokens = target, proposer, num_speculative_tokens
         self.max_batch_size = max_batch_size
-        self.rule, self.uniforms, self.adaptive = rule, uniforms, adaptive
+        self.rule, self.uniforms, self.adaptive, self.greedy_drafts = rule, uniforms, adaptive, greedy_drafts
         self.recorder = Recorder(target.device, records)
         self._clock = gpu.clock(target.device) if self.recorder.records else None
         self._device_rows = DeviceRows(max_batch_size, num_speculative_tokens + 1, target.device)
@@ -244,6 +245,7 @@ class Decoder:
             self.target.vocab_size,
             self.target.device,
             coupled=self.rule.needs_noise,
+            greedy_drafts=self.greedy_drafts,
             constrained=[row.progress if row else None for row in rows],
         )
         return Batch(

@@ -76,6 +76,9 @@ class Engine:
         gives the same tokens at any temperature, whatever is proposed, and also if nothing is.
     synthetic_acceptance_rates: to time shapes without their weights: accept draft positions with these probabilities
         instead of verifying. The output is then no longer the target's.
+    draft_sampling: how a draft model or head chooses tokens above temperature 0. "probabilistic": sampled from its
+        distribution with the request's sampling parameters, which is accepted most often. "greedy": its most probable
+        token, which is verified as a proposal made with certainty. Both are lossless.
     records: whether steps are captured once per shape and replayed as CUDA graphs. None enables it if target and draft
         are on one GPU and their rotary embeddings do not depend on the sequence length (dynamic or longrope).
     Raises ValueError naming the value, the rule and the remedy.
@@ -96,6 +99,7 @@ class Engine:
         max_history_bytes: int | None = None,
         exit_layer: int | None = None,
         tree: Tree | Sequence[Sequence[int]] | str | Path | None = None,
+        draft_sampling: str = "probabilistic",
     ) -> None:
         options = EngineOptions(
             method,
@@ -107,6 +111,7 @@ class Engine:
             max_history_bytes,
             exit_layer,
             None if tree is None else as_tree(tree),
+            draft_sampling,
         )
         _check_loaded("target", target, hasattr(target, "forward"))
         _check_loaded("draft", draft, not isinstance(draft, str | Path))
@@ -203,6 +208,7 @@ class Engine:
         parts += [f"draft={description or name(self.draft)}"] if self.draft is not None else []
         parts += [f"num_speculative_tokens={self.num_speculative_tokens}"] if self.num_speculative_tokens else []
         parts += [f"verification={self._options.verification!r}", f"max_batch_size={self._options.max_batch_size}"]
+        parts += [f"draft_sampling={self._options.draft_sampling!r}"] * (self._options.draft_sampling == "greedy")
         return f"Engine({', '.join(parts)})"
 
     @property

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 GROUP: extensions.Group = "specdec.proposers"
 VERIFICATION_NAMES = ("token", "block", "coupled")
+DRAFT_SAMPLING_NAMES = ("probabilistic", "greedy")
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from specdec.methods import METHODS, VERIFICATION_NAMES, is_method
+from specdec.methods import DRAFT_SAMPLING_NAMES, METHODS, VERIFICATION_NAMES, is_method
 from specdec.models.formats import DTYPE_NAMES, LOAD_FORMATS
 from specdec.prompts import encode, encode_bytes, encode_raw, whole
 from specdec.runtime.command_line import Parser
@@ -63,6 +63,12 @@ def _model_options(group: Any) -> None:
     )
     group.add_argument(
         "--verification", default="token", choices=VERIFICATION_NAMES, help="verification rule (default: %(default)s)"
+    )
+    group.add_argument(
+        "--draft-sampling",
+        default="probabilistic",
+        choices=DRAFT_SAMPLING_NAMES,
+        help="how a draft model or head chooses tokens above temperature 0 (default: %(default)s)",
     )
     group.add_argument("--dtype", default="bfloat16", choices=DTYPE_NAMES, help="default: %(default)s")
     group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
@@ -113,6 +119,7 @@ def _load(options: argparse.Namespace) -> Engine:
         method=options.method,
         num_speculative_tokens=options.gamma,
         verification=options.verification,
+        draft_sampling=options.draft_sampling,
         dtype=options.dtype,
         device=options.device,
         load_format=options.load_format,

@@ -125,7 +125,7 @@ def draw_chain(
                 break
         logits = logits_after(drafted)
         expected = acceptance(drafted) if adaptive else None
-        distribution, is_finite = batch.sampling.distribution(logits, drafted, vocabulary)
+        distribution, is_finite = batch.sampling.distribution(logits, drafted, vocabulary, of_draft=True)
         distributions.append(distribution[:, 0])
         finite.append(is_finite)
         drafted = torch.cat([drafted, distributions[-1].draw(draws[:, i]).unsqueeze(1)], 1)
@@ -155,7 +155,7 @@ def draw_fixed(
     drafted = origins.new_empty(len(origins), 0)
     distributions, finite = [], []
     for i in range(num_tokens):
-        distribution, is_distribution = rows.distribution(logits_after(drafted), vocabulary)
+        distribution, is_distribution = rows.distribution(logits_after(drafted), vocabulary, of_draft=True)
         distributions.append(distribution[:, 0])
         finite.append(is_distribution)
         drafted = torch.cat([drafted, distributions[-1].draw(draws[:, i]).unsqueeze(1)], 1)

@@ -73,7 +73,7 @@ def draw_tree(
     finite: list[Tensor] = []
     for level in levels_of(tree):
         logits = logits_at(level, tokens[:, level.parents] if level.number else tokens)
-        distribution, is_finite = batch.sampling.distribution(logits, tokens, vocabulary, level.lineage)
+        distribution, is_finite = batch.sampling.distribution(logits, tokens, vocabulary, level.lineage, of_draft=True)
         drawn = draw_siblings(
             distribution, logits, level.counts, draws[:, level.start : level.start + sum(level.counts)], vocabulary
         )

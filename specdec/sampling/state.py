@@ -55,6 +55,7 @@ class RowParams:
     max_k: the largest top-k in use. top_k: int64 [rows, 1, 1]. keeps_all: bool [rows, 1, 1], True for rows without
     top-k, whose entry in top_k is max_k. top_p, min_p: float64 [rows, 1, 1].
     coupled: whether all draws at a position, by draft or target, share their noise.
+    greedy_drafts: whether draft models and heads propose their most probable token instead of sampling one.
     """
 
     vocab_size: int
@@ -68,10 +69,17 @@ class RowParams:
     top_p: Tensor | None = None
     min_p: Tensor | None = None
     coupled: bool = False
+    greedy_drafts: bool = False
 
     @classmethod
     def of(
-        cls, params: Sequence[SamplingParams], vocab_size: int, device: torch.device, *, coupled: bool = False
+        cls,
+        params: Sequence[SamplingParams],
+        vocab_size: int,
+        device: torch.device,
+        *,
+        coupled: bool = False,
+        greedy_drafts: bool = False,
     ) -> RowParams:
         """From one SamplingParams per row."""
 
@@ -93,15 +101,19 @@ class RowParams:
             column([p.top_p for p in params], torch.float64) if any(p.top_p < 1 for p in params) else None,
             column([p.min_p for p in params], torch.float64) if any(p.min_p for p in params) else None,
             coupled,
+            greedy_drafts,
         )
 
-    def distribution(self, logits: Tensor, tokens: Tensor | None = None) -> tuple[Distribution, Tensor]:
+    def distribution(
+        self, logits: Tensor, tokens: Tensor | None = None, *, of_draft: bool = False
+    ) -> tuple[Distribution, Tensor]:
         """Distributions [rows, n] of logits [rows, n, vocab], and whether each is valid, bool [rows, n].
 
         A row of logits with a NaN, with +inf or all -inf is invalid, and its distribution arbitrary.
         tokens: int64, ascending, the ids of these logits, or None for the whole vocabulary; others get probability 0.
+        of_draft: whether a draft is sampled from them.
         """
-        if self.all_greedy:
+        if self.all_greedy or (of_draft and self.greedy_drafts):
             peak, argmax = largest(logits)
             return OneHot(argmax if tokens is None else tokens[argmax], self.vocab_size), peak.isfinite()
         if fast := gpu.for_gpu(logits):
@@ -155,7 +167,7 @@ class SamplingState:
 
     params: one SamplingParams per row.
     prompts, outputs: the token ids of each row so far.
-    vocab_size: int. device: where the logits are. coupled: see `RowParams`.
+    vocab_size: int. device: where the logits are. coupled, greedy_drafts: see `RowParams`.
     constrained: each row's progress in its constraint, None for a row without one; () if no row has one.
     `rows` holds the parameters as tensors. `is_stateless` is True if distributions depend only on them and on the
     logits: no penalties, biases or constraints.
@@ -170,11 +182,12 @@ class SamplingState:
         device: torch.device,
         *,
         coupled: bool = False,
+        greedy_drafts: bool = False,
         constrained: Sequence[Progress | None] = (),
     ) -> None:
         self.params, self.vocab_size, self.device = list(params), vocab_size, device
         self._constrained = constrained if any(constrained) else ()
-        self.rows = RowParams.of(params, vocab_size, device, coupled=coupled)
+        self.rows = RowParams.of(params, vocab_size, device, coupled=coupled, greedy_drafts=greedy_drafts)
         self._bias = self._stack_bias()
         self._counts = None
         if any(p.has_penalties for p in params):
@@ -206,6 +219,8 @@ class SamplingState:
         drafted: Tensor | None = None,
         tokens: Tensor | None = None,
         lineage: Sequence[Sequence[int]] | None = None,
+        *,
+        of_draft: bool = False,
     ) -> tuple[Distribution, Tensor]:
         """Next-token distributions, each given the tokens emitted so far and the draft tokens before its position.
 
@@ -217,6 +232,7 @@ class SamplingState:
             tokens: int64, ascending, the ids of these logits, or None for the whole vocabulary; others get
                 probability 0.
             lineage: for a tree, the indices of the draft tokens before each of the n positions.
+            of_draft: whether a draft is sampled from them.
 
         Returns:
             Distributions of shape [rows, n], and whether each is valid, bool [rows, n].
@@ -225,7 +241,7 @@ class SamplingState:
             if tokens is not None:
                 logits, tokens = spread(logits, tokens, self.vocab_size, _BARRED), None
             logits = self._shift(logits.to(at_least_float32(logits), copy=True), drafted, lineage)
-        return self.rows.distribution(logits, tokens)
+        return self.rows.distribution(logits, tokens, of_draft=of_draft)
 
     def _shift(self, logits: Tensor, drafted: Tensor | None, lineage: Sequence[Sequence[int]] | None) -> Tensor:
         if self._bias is not None:
