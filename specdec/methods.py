@@ -174,10 +174,10 @@ def _pard(parts: Parts) -> Proposer:
 
 def _headed(parts: Parts) -> Proposer:
     """From a head, by the way it drafts."""
-    from specdec.proposers.block import BlockProposer
-    from specdec.proposers.eagle import EagleProposer
-    from specdec.proposers.parallel import ParallelHeadProposer
-    from specdec.proposers.stateless import StatelessProposer
+    from specdec.proposers.heads.block import BlockProposer
+    from specdec.proposers.heads.eagle import EagleProposer
+    from specdec.proposers.heads.parallel import ParallelHeadProposer
+    from specdec.proposers.heads.stateless import StatelessProposer
 
     head: Any = parts.draft
     if head.drafting in ("block", "parallel"):

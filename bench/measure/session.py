@@ -92,18 +92,18 @@ class Session:
     def _made_measurer(self, kind: str, context: Context) -> Measurer:
         # these import transformers, which takes seconds: not for a usage error, or a run that is replayed
         if kind == "cells":
-            from bench.measure.closed_loop import ClosedLoop
+            from bench.measure.cells.closed_loop import ClosedLoop
 
             return ClosedLoop(context, [each.cell for each in self.plans if not each.skip])
         if kind == "loads":
-            from bench.measure.loaded import Loaded
+            from bench.measure.cells.loaded import Loaded
 
             return Loaded(context, self._arrivals)
         if kind == "costs":
             from bench.measure.cost.sweep import CostSweep
 
             return CostSweep(context, self.roofline)
-        from bench.measure.audit import Audits
+        from bench.measure.cells.audit import Audits
 
         return Audits(context)
 

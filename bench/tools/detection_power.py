@@ -23,7 +23,7 @@ from specdec import SamplingParams
 from specdec.conformance.arms import Answers, Arm
 from specdec.conformance.mutants import MUTANTS, Maker, maker
 from specdec.conformance.reference import Reference, Tokens
-from specdec.conformance.sizes import BROKEN_DISTRIBUTIONS, total_variation
+from specdec.conformance.statistics.sizes import BROKEN_DISTRIBUTIONS, total_variation
 from specdec.conformance.verdicts import AuditLimits, bounds
 from specdec.decoding import Decoder
 from specdec.drafts import load_with_drafts

@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from specdec.conformance.betting import Shift, Wealth
 from specdec.conformance.certificate import ArmFindings
-from specdec.conformance.facts import Facts
-from specdec.conformance.instruments import INSTRUMENTS, Draws
 from specdec.conformance.reference import Positions, Reference, Tokens
+from specdec.conformance.statistics.betting import Shift, Wealth
+from specdec.conformance.statistics.facts import Facts
+from specdec.conformance.statistics.instruments import INSTRUMENTS, Draws
 from specdec.conformance.verdicts import AuditLimits
 from specdec.proposers.ngram import LookupIndex
 from specdec.sampling.randomness import uniforms

@@ -17,9 +17,9 @@ from itertools import cycle, islice
 from typing import Protocol, runtime_checkable
 
 from specdec.conformance.arms import Answers, Arm
-from specdec.conformance.betting import Exchangeability
 from specdec.conformance.certificate import Findings, Speculation
 from specdec.conformance.reference import Reference, Tokens
+from specdec.conformance.statistics.betting import Exchangeability
 from specdec.conformance.verdicts import DEFAULT_LIMITS, AuditLimits, bounds, judge
 from specdec.runtime.progress import announce, bar, doing, is_shown
 from specdec.sampling_params import SamplingParams

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from specdec import __version__
-from specdec.conformance.betting import ConfidenceInterval
+from specdec.conformance.statistics.betting import ConfidenceInterval
 
 Verdict = Literal["lossless", "lossy", "inconclusive"]
 SCHEMA_VERSION = 1

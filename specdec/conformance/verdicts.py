@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from specdec.conformance.betting import (
+from specdec.conformance.certificate import ArmFindings, Speculation, Verdict
+from specdec.conformance.statistics.betting import (
     draws_needed,
     draws_needed_for_rate,
     min_detectable_rate,
@@ -12,8 +13,7 @@ from specdec.conformance.betting import (
     radius,
     rate_upper_bound,
 )
-from specdec.conformance.certificate import ArmFindings, Speculation, Verdict
-from specdec.conformance.instruments import INSTRUMENTS
+from specdec.conformance.statistics.instruments import INSTRUMENTS
 
 
 @dataclass(frozen=True, slots=True)

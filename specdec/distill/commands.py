@@ -33,7 +33,7 @@ from specdec.models.loading import load_pretrained, read_vocabulary
 from specdec.models.saving import fingerprint, write_config
 from specdec.prompts import encode
 from specdec.proposers.draft_model import DraftModelProposer
-from specdec.proposers.eagle import EagleProposer
+from specdec.proposers.heads.eagle import EagleProposer
 from specdec.proposers.table import NgramTable
 from specdec.runtime.artifacts import LoadError as LoadError
 from specdec.trees.optimal import expected_accepted, fastest_tree, optimal_tree

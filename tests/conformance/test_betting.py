@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from specdec.conformance.betting import (
+from specdec.conformance.statistics.betting import (
     DIRECTION_STAKES,
     GRID_SHARE,
     Exchangeability,

@@ -37,7 +37,7 @@ from specdec.decoding import Decoder
 from specdec.models.costs import StepCosts
 from specdec.models.markov import MarkovModel
 from specdec.proposers.adaptive import AdaptiveLength
-from specdec.proposers.eagle import EagleProposer
+from specdec.proposers.heads.eagle import EagleProposer
 from specdec.proposers.hybrid import HybridProposer
 from specdec.proposers.ngram import LookupIndex, NgramProposer
 from specdec.sampling.distributions import Dense, race

@@ -10,8 +10,8 @@ import torch
 from helpers.strategies import distribution_rows
 from hypothesis import given
 
-from specdec.conformance import facts
-from specdec.conformance.facts import EXPONENTS, Facts
+from specdec.conformance.statistics import facts
+from specdec.conformance.statistics.facts import EXPONENTS, Facts
 
 
 def test_by_hand() -> None:

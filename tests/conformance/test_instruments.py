@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from specdec.conformance.facts import Facts
-from specdec.conformance.instruments import INSTRUMENTS, Draws, Reading
+from specdec.conformance.statistics.facts import Facts
+from specdec.conformance.statistics.instruments import INSTRUMENTS, Draws, Reading
 
 N = 64  # every probability and every threshold is a multiple of 1/N
 DISTRIBUTION = torch.tensor([20, 0, 4, 4, 1, 35]).double() / N

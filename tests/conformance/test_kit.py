@@ -18,7 +18,7 @@ from specdec.conformance.toys import ToyHead, joint_distribution
 from specdec.models.markov import MarkovModel
 from specdec.proposers.base import Proposer
 from specdec.proposers.draft_model import DraftModelProposer
-from specdec.proposers.eagle import EagleProposer
+from specdec.proposers.heads.eagle import EagleProposer
 from specdec.proposers.ngram import LookupIndex, NgramProposer
 from specdec.requests import Batch
 from specdec.sampling.distributions import Dense

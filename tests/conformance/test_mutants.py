@@ -14,7 +14,7 @@ from specdec import SamplingParams
 from specdec.conformance.mutants import MUTANTS, Maker, maker
 from specdec.heads.eagle import new_head
 from specdec.models.causal import CausalLM
-from specdec.proposers.eagle import EagleProposer
+from specdec.proposers.heads.eagle import EagleProposer
 from specdec.requests import Request
 from specdec.sampling.randomness import uniforms
 from specdec.verification import verify_block, verify_tokens

@@ -7,7 +7,7 @@ import torch
 
 from specdec.conformance.enumeration import exact_distribution
 from specdec.conformance.mutants import MUTANTS
-from specdec.conformance.sizes import BROKEN_DISTRIBUTIONS, total_variation
+from specdec.conformance.statistics.sizes import BROKEN_DISTRIBUTIONS, total_variation
 from specdec.conformance.toys import grid_pair
 
 NUM_CELLS = 4  # all thresholds of the pair are quarters

@@ -9,9 +9,9 @@ from helpers.audited import PROMPTS, ToyEngine
 
 from specdec import SamplingParams
 from specdec.conformance.audit import SEED_STRIDE, audit
-from specdec.conformance.betting import ConfidenceInterval
 from specdec.conformance.certificate import ArmFindings, Speculation
 from specdec.conformance.reference import Reference
+from specdec.conformance.statistics.betting import ConfidenceInterval
 from specdec.conformance.verdicts import AuditLimits, judge
 
 NAMES = ("pit_rank", "pit_id", "serial", "surprise", "lookup", "draft")

@@ -15,7 +15,7 @@ from specdec.conformance.toys import FeatureTarget, ToyHead, grid_pair
 from specdec.constraints.progress import DeadEndError, Progress, fewest_tokens, masks
 from specdec.decoding import Decoder
 from specdec.proposers.draft_model import DraftModelProposer
-from specdec.proposers.eagle import EagleProposer
+from specdec.proposers.heads.eagle import EagleProposer
 from specdec.proposers.hybrid import HybridProposer
 from specdec.proposers.ngram import LookupIndex, NgramProposer
 from specdec.proposers.suffix import SuffixProposer

@@ -29,7 +29,7 @@ from specdec.heads.files import HeadFolder
 from specdec.kernels import cpp
 from specdec.models.base import FINAL
 from specdec.models.causal import CausalLM
-from specdec.proposers.eagle import EagleProposer
+from specdec.proposers.heads.eagle import EagleProposer
 from specdec.proposers.hybrid import HybridProposer
 from specdec.proposers.ngram import LookupIndex, NgramProposer
 from specdec.runtime.artifacts import LoadError

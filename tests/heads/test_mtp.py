@@ -26,7 +26,7 @@ from specdec.heads import formats, mtp
 from specdec.heads.files import HeadFolder
 from specdec.models.base import FINAL
 from specdec.models.causal import CausalLM
-from specdec.proposers.eagle import EagleProposer
+from specdec.proposers.heads.eagle import EagleProposer
 from specdec.runtime.artifacts import LoadError
 from specdec.trees.shape import Tree
 

@@ -19,7 +19,7 @@ from specdec.heads import formats
 from specdec.models.base import FINAL
 from specdec.models.markov import MarkovCache
 from specdec.models.state.ragged import RaggedCache
-from specdec.proposers.parallel import ParallelHeadProposer
+from specdec.proposers.heads.parallel import ParallelHeadProposer
 from specdec.runtime.artifacts import LoadError
 from specdec.verification import verify_block, verify_tokens
 

@@ -26,7 +26,7 @@ from specdec.heads import formats
 from specdec.heads.medusa import HydraHead, MedusaHead, ResidualBlock
 from specdec.heads.mlp_speculator import MlpSpeculator
 from specdec.models.causal import CausalLM
-from specdec.proposers.stateless import StatelessProposer
+from specdec.proposers.heads.stateless import StatelessProposer
 from specdec.requests import Request
 from specdec.sampling.randomness import uniforms
 from specdec.trees.shape import Tree

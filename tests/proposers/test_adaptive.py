@@ -18,7 +18,7 @@ from specdec.models.costs import MAX_DRAFT_LENGTH, StepCosts, target_costs
 from specdec.models.markov import MarkovModel
 from specdec.proposers.adaptive import AdaptiveLength, confidence
 from specdec.proposers.draft_model import DraftModelProposer
-from specdec.proposers.eagle import EagleProposer
+from specdec.proposers.heads.eagle import EagleProposer
 from specdec.proposers.hybrid import HybridProposer
 from specdec.proposers.ngram import LookupIndex, NgramProposer
 from specdec.proposers.table import NgramTable

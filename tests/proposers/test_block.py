@@ -18,7 +18,7 @@ from specdec.decoding import Decoder
 from specdec.models.causal import CausalLM
 from specdec.models.costs import StepCosts
 from specdec.proposers.adaptive import AdaptiveLength
-from specdec.proposers.block import BlockProposer
+from specdec.proposers.heads.block import BlockProposer
 from specdec.proposers.hybrid import HybridProposer
 from specdec.proposers.ngram import LookupIndex, NgramProposer
 from specdec.requests import Request

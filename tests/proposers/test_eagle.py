@@ -16,7 +16,7 @@ from specdec.decoding import Decoder
 from specdec.heads.eagle import new_head
 from specdec.models.base import PREFILL_CHUNK
 from specdec.models.causal import CausalLM
-from specdec.proposers.eagle import EagleProposer
+from specdec.proposers.heads.eagle import EagleProposer
 from specdec.proposers.hybrid import HybridProposer
 from specdec.proposers.ngram import LookupIndex, NgramProposer
 from specdec.trees.shape import Tree

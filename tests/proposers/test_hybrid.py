@@ -17,7 +17,7 @@ from specdec.models.costs import MAX_DRAFT_LENGTH, StepCosts
 from specdec.models.markov import MarkovModel
 from specdec.proposers.adaptive import AdaptiveLength
 from specdec.proposers.draft_model import DraftModelProposer
-from specdec.proposers.eagle import EagleProposer
+from specdec.proposers.heads.eagle import EagleProposer
 from specdec.proposers.hybrid import BetterCopies, HybridProposer
 from specdec.proposers.suffix import SuffixProposer
 from specdec.requests import Batch, Generation, Request, Step

@@ -28,7 +28,7 @@ from specdec.models.costs import target_costs
 from specdec.models.fusion import fuse
 from specdec.models.state.ragged import RaggedCache
 from specdec.proposers.draft_model import DraftModelProposer
-from specdec.proposers.eagle import EagleProposer
+from specdec.proposers.heads.eagle import EagleProposer
 from specdec.proposers.hybrid import HybridProposer
 from specdec.proposers.ngram import LookupIndex, NgramProposer
 from specdec.runtime.recording import Recorder, Recording, Repetition

@@ -19,7 +19,7 @@ from specdec.heads.eagle import new_head
 from specdec.models.causal import CausalLM
 from specdec.models.markov import MarkovModel
 from specdec.proposers.draft_model import DraftModelProposer
-from specdec.proposers.eagle import EagleProposer
+from specdec.proposers.heads.eagle import EagleProposer
 from specdec.requests import Generation, Request
 from specdec.runtime.devices import Mailbox
 from specdec.sampling.state import NonFiniteLogitsError

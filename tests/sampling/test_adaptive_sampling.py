@@ -24,7 +24,7 @@ from specdec.models.markov import MarkovModel
 from specdec.proposers.adaptive import AdaptiveLength
 from specdec.proposers.chain import draw_chain
 from specdec.proposers.draft_model import DraftModelProposer
-from specdec.proposers.eagle import EagleProposer
+from specdec.proposers.heads.eagle import EagleProposer
 from specdec.verification import Draft, Rule
 
 # relative to a step of 1 s: another token is not quite worth it after a row of (1, 1) / 2, but is after (3, 1) / 4

@@ -27,7 +27,7 @@ from specdec.models.causal import CausalLM
 from specdec.models.fusion import fuse
 from specdec.models.markov import MarkovModel
 from specdec.proposers.draft_model import DraftModelProposer
-from specdec.proposers.eagle import EagleProposer
+from specdec.proposers.heads.eagle import EagleProposer
 from specdec.requests import Generation, Request, Step
 from specdec.sampling.randomness import uniforms
 from specdec.sampling.state import NonFiniteLogitsError

@@ -16,7 +16,7 @@ from helpers.audited import PROMPTS, ToyEngine
 from bench.campaign.config import BenchConfig
 from bench.catalogue.pairs import catalogue
 from bench.engines.base import PromptResult, Run
-from bench.measure import audit
+from bench.measure.cells import audit
 from bench.records import fields
 from bench.records.schema import Cell
 from specdec import SamplingParams

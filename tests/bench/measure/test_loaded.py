@@ -13,7 +13,8 @@ from bench.campaign.config import BenchConfig
 from bench.catalogue.pairs import catalogue
 from bench.engines.base import LoadOptions, PromptResult, Served, Setup
 from bench.engines.specdec import SpecdecEngine, load
-from bench.measure import loaded, records
+from bench.measure import records
+from bench.measure.cells import loaded
 from bench.measure.context import Context
 from bench.measure.load import summary as load_summary
 from bench.measure.models import Models

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 from helpers.terminal import Terminal
 
-from bench.measure.audit import Audited
+from bench.measure.cells.audit import Audited
 from bench.measure.progress import NOWHERE, cell_bar, line_below
 from bench.records.schema import Cell
 from specdec import SamplingParams

@@ -169,7 +169,7 @@ def test_another_configuration_is_not_mixed_in(resumed: Resumed, environment: di
 PLANTED = """
 import signal, weakref
 import pytest
-from bench.measure.closed_loop import ClosedLoop
+from bench.measure.cells.closed_loop import ClosedLoop
 
 class Thing: pass
 

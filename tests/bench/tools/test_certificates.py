@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.measure import audit
+from bench.measure.cells import audit
 from bench.tools import certificates, detection_power, divergences
 from specdec.conformance.certificate import Certificate
 from specdec.conformance.divergence import Divergence

@@ -15,8 +15,8 @@ from torch import Tensor
 from specdec.heads.base import ParallelHead
 from specdec.proposers.adaptive import AdaptiveLength
 from specdec.proposers.chain import Pending, draw_chain
-from specdec.proposers.eagle import EagleProposer, state_at
-from specdec.proposers.head import features_at
+from specdec.proposers.heads.base import features_at
+from specdec.proposers.heads.eagle import EagleProposer, state_at
 from specdec.proposers.ngram import pad
 from specdec.requests import Batch
 from specdec.runtime.devices import upload

@@ -12,7 +12,7 @@ from torch import Tensor
 from specdec.heads.base import StatelessHead
 from specdec.proposers.adaptive import AdaptiveLength
 from specdec.proposers.chain import ChainProposer, Pending, draw_chain
-from specdec.proposers.head import features_at
+from specdec.proposers.heads.base import features_at
 from specdec.proposers.tree import Level, draw_tree
 from specdec.requests import Batch, Generation
 from specdec.runtime.devices import upload

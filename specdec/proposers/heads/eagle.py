@@ -11,7 +11,7 @@ from torch import Tensor
 from specdec.heads.base import SequentialHead
 from specdec.proposers.adaptive import AdaptiveLength
 from specdec.proposers.chain import Pending, draw_chain
-from specdec.proposers.head import HeadProposer, features_at
+from specdec.proposers.heads.base import HeadProposer, features_at
 from specdec.proposers.ngram import pad
 from specdec.proposers.tree import Level, draw_tree
 from specdec.requests import Batch

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from specdec.conformance.betting import DIRECTION_STAKES, both_signs
-from specdec.conformance.facts import EXPONENTS, Facts
+from specdec.conformance.statistics.betting import DIRECTION_STAKES, both_signs
+from specdec.conformance.statistics.facts import EXPONENTS, Facts
 
 Array = NDArray[np.float64]
 

@@ -1,0 +1,1 @@
+"""One module per kind of cell; a cost sweep is in `bench.measure.cost`."""

@@ -1,0 +1,1 @@
+"""Proposers that draft with a trained head; `specdec.heads` holds the heads."""
