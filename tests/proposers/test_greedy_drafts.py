@@ -18,7 +18,7 @@ from specdec.conformance.toys import FeatureTarget, ToyHead, joint_distribution,
 from specdec.decoding import Decoder
 from specdec.models.markov import MarkovModel
 from specdec.proposers.draft_model import DraftModelProposer
-from specdec.proposers.eagle import EagleProposer
+from specdec.proposers.heads.eagle import EagleProposer
 from specdec.proposers.hybrid import HybridProposer
 from specdec.proposers.ngram import LookupIndex, NgramProposer
 from specdec.sampling.distributions import Dense, OneHot
