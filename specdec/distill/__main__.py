@@ -8,6 +8,7 @@ python -m specdec.distill table  --target smollm2-135m --folder work --out my-ta
 python -m specdec.distill compare --target smollm2-135m --folder work --head my-head
 python -m specdec.distill tree   --target smollm2-135m --prompts held_out.jsonl --out my-tree
 python -m specdec.distill convention --target org/model --draft org/its-eagle3-head
+python -m specdec.distill calibration --target org/model --draft org/its-eagle3-head
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ def parser() -> Parser:
         verb = verbs.add_parser(name, help=(run.__doc__ or "").splitlines()[0])
         verb.set_defaults(run=run)
         verb.add_argument("--target", required=True, help="bundled model name, hub id or folder")
-        if name not in ("tree", "convention"):
+        if name not in ("tree", "convention", "calibration"):
             verb.add_argument("--folder", type=Path, required=True, help="folder of the corpus")
         verb.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
         verb.add_argument("--seed", type=int, default=0, help="random seed")
@@ -40,8 +41,12 @@ def parser() -> Parser:
             _corpus_options(verb)
         if name == "tree":
             _tree_options(verb)
+        if name in ("convention", "calibration"):
+            _measured_options(verb)
         if name == "convention":
-            _convention_options(verb)
+            verb.add_argument("--batch-size", type=int, default=16, help="prompts decoded at once")
+        if name == "calibration":
+            _calibration_options(verb)
         if name in ("head", "draft", "table", "tree"):
             verb.add_argument("--out", type=Path, required=True, help="output folder")
         if name == "compare":
@@ -100,16 +105,20 @@ def _tree_options(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--batch-size", type=int, default=1, help="prompts decoded at once")
 
 
-def _convention_options(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("--draft", required=True, help="folder or hub id of a head")
+def _measured_options(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("--draft", required=True, help="folder or hub id of a draft")
     verb.add_argument("--prompts", default="sharegpt", help="sharegpt, or a JSON lines file with the field prompt")
     verb.add_argument("--num-prompts", type=int, default=16, help="number of prompts to measure on")
     verb.add_argument("--max-tokens", type=int, default=64, help="maximum tokens per answer")
-    verb.add_argument("--batch-size", type=int, default=16, help="prompts decoded at once")
     verb.add_argument("--dtype", default="bfloat16", choices=DTYPE_NAMES, help="default: %(default)s")
     verb.add_argument(
         "--allow-pickle", action="store_true", help="read a head from .bin or .pt files; no code in them is run"
     )
+
+
+def _calibration_options(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("--temperatures", type=float, nargs="+", default=[0.0, 1.0], help="sampling temperatures")
+    verb.add_argument("--num-speculative-tokens", type=int, default=6, help="tokens per draft, at least 2")
 
 
 def _training_options(verb: argparse.ArgumentParser) -> None:

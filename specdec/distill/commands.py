@@ -18,6 +18,7 @@ from transformers import LlamaConfig
 
 from specdec.assembly import tree_costs
 from specdec.distill import corpus, dataset, prompts, training
+from specdec.distill.calibration import measure_calibration
 from specdec.distill.comparison import compare
 from specdec.distill.convention import measure_convention
 from specdec.distill.cost import draft_cost_ratio, head_cost_ratio
@@ -253,4 +254,5 @@ VERBS: dict[str, Callable[[Namespace], None]] = {
     "compare": compare_with_lookup,
     "tree": best_tree,
     "convention": measure_convention,
+    "calibration": measure_calibration,
 }
