@@ -47,7 +47,7 @@ def pytest_configure(config: pytest.Config) -> None:
     """Shuffle modules and the tests of each, so that none can rest on another; the header says by which seed.
 
     `--random-order-seed=N` repeats an order, `--random-order-bucket=none` is the order of the files. Not in
-    pytest.ini: the cells of bench/ keep theirs.
+    pytest.ini: the cells of bench/ keep their order.
     """
     if config.pluginmanager.hasplugin("random_order"):
         config.option.random_order_enabled = True

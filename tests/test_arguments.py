@@ -290,10 +290,10 @@ def test_ignored_generation_config_entries_are_named_and_offered(caplog: pytest.
     assert "generation_config has repetition_penalty=1.7, which transformers.generate applies" in caplog.text
     params = engine.default_sampling(max_tokens=12, ignore_eos=True)
     assert params == SamplingParams(temperature=0, repetition_penalty=1.7, max_tokens=12, ignore_eos=True)
-    ours = engine.generate([tiny.PROMPTS[2]], params)[0].token_ids
+    tokens = engine.generate([tiny.PROMPTS[2]], params)[0].token_ids
     inputs = torch.tensor([tiny.PROMPTS[2]])
-    theirs = model.generate(inputs, max_new_tokens=12, eos_token_id=None, do_sample=False)[0, inputs.shape[1] :]
-    assert list(ours) == theirs.tolist()
+    expected = model.generate(inputs, max_new_tokens=12, eos_token_id=None, do_sample=False)[0, inputs.shape[1] :]
+    assert list(tokens) == expected.tolist()
     model.generation_config.update(do_sample=True, temperature=0.6, top_p=0.9)
     assert engine.default_sampling() == SamplingParams(temperature=0.6, top_p=0.9, top_k=50, repetition_penalty=1.7)
 

@@ -20,7 +20,7 @@ NUM_SAMPLES = [3, 1, 2, 4, 1]  # of each prompt
 PARAMS = [
     SamplingParams(max_tokens=6 + i, seed=i % 2, n=n, frequency_penalty=0.2 * i) for i, n in enumerate(NUM_SAMPLES)
 ]
-FORGETFUL = [method for method in METHODS if "suffix" not in method]  # the others draft by what was said before
+FORGETFUL = [method for method in METHODS if "suffix" not in method]  # the others draft from earlier outputs
 
 
 def alone(engine: Engine, prompts: list, params: list[SamplingParams]) -> list[tuple[int, int, tuple[int, ...]]]:

@@ -91,7 +91,7 @@ def test_a_stream_that_ends_by_a_stop_token_is_whole(stop: int, draft: str) -> N
     """Its last tokens come with their text and the completion; with a draft that is the target inside accepted runs."""
     target = MarkovModel(grid_pair(4)[0].table)
     target.tokenizer = Letters()
-    ours = Engine(
+    streaming = Engine(
         target,
         method="draft_model",
         draft=target if draft == "same" else DRAFT,
@@ -100,7 +100,7 @@ def test_a_stream_that_ends_by_a_stop_token_is_whole(stop: int, draft: str) -> N
     )
     params = [SamplingParams(max_tokens=20, seed=seed, stop_token_ids=(stop,)) for seed in range(20)]
     prompts = [PROMPTS[seed % 5] for seed in range(20)]
-    chunks, completions = list(ours.stream(prompts, params)), ours.generate(prompts, params)
+    chunks, completions = list(streaming.stream(prompts, params)), streaming.generate(prompts, params)
     for index, completion in enumerate(completions):
         own = [chunk for chunk in chunks if chunk.index == index]
         assert sum((chunk.token_ids for chunk in own), ()) == completion.token_ids
@@ -136,13 +136,13 @@ def test_completions_come_as_they_are_finished() -> None:
 
 
 def test_closing_drops_unfinished_requests_and_the_engine_stays_usable() -> None:
-    ours = engine(2)
-    completions = ours.as_completed(PROMPTS, PARAMS)
+    streaming = engine(2)
+    completions = streaming.as_completed(PROMPTS, PARAMS)
     assert next(completions).index == 0
     completions.close()
-    total_s = ours.phase_times.total_s
-    assert total_s >= ours.phase_times.prefill_s > 0  # of what was done
-    assert [without_times(each) for each in ours.generate(PROMPTS, PARAMS)] == [
+    total_s = streaming.phase_times.total_s
+    assert total_s >= streaming.phase_times.prefill_s > 0  # of what was done
+    assert [without_times(each) for each in streaming.generate(PROMPTS, PARAMS)] == [
         without_times(each) for each in engine(2).generate(PROMPTS, PARAMS)
     ]
 

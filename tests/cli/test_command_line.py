@@ -140,15 +140,15 @@ def test_summary_by_hand() -> None:
 
 def test_comparison_by_hand() -> None:
     """12 tokens in 2 s are 6 a second, 9 in 3 s are 3: twice as fast, though the outputs have other lengths."""
-    ours, theirs = Decoded(completion(tuple(range(12))), 2.0), Decoded(completion(tuple(range(9))), 3.0)
-    speed, times, agreement = comparison(ours, theirs, must_agree=True)
+    speculative, plain = Decoded(completion(tuple(range(12))), 2.0), Decoded(completion(tuple(range(9))), 3.0)
+    speed, times, agreement = comparison(speculative, plain, must_agree=True)
     assert speed.startswith("2.00x the speed of plain decoding (one prompt")
     assert times == "2.00 s for 12 tokens, plain decoding 3.00 s for 9"
     assert agreement.startswith("tokens differ from plain decoding from token 10 on")
-    assert comparison(ours, theirs, must_agree=False) == [speed, times]
+    assert comparison(speculative, plain, must_agree=False) == [speed, times]
     other = Decoded(completion((0, 1, 7)), 1.0)
-    assert "from token 3 on" in comparison(ours, other, must_agree=True)[-1]
-    assert comparison(ours, ours, must_agree=True)[-1] == "same tokens as plain decoding"
+    assert "from token 3 on" in comparison(speculative, other, must_agree=True)[-1]
+    assert comparison(speculative, speculative, must_agree=True)[-1] == "same tokens as plain decoding"
 
 
 # -- how it ends ---------------------------------------------------------------------------------------------------

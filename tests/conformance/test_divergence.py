@@ -1,4 +1,4 @@
-"""Greedy outputs that part at a near tie are told from those that part at a bug."""
+"""Greedy outputs that differ at a near tie are distinguished from those that differ by a bug."""
 
 from __future__ import annotations
 

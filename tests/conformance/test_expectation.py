@@ -1,4 +1,4 @@
-"""How long an audit takes is said before it starts, measured, and changes none of its findings."""
+"""The duration of an audit is announced before it starts, is measured, and changes none of its findings."""
 
 from __future__ import annotations
 

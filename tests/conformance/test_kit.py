@@ -98,7 +98,7 @@ class EndsByItsDraw(Broken):
 
 
 class WrongAfterItsFirstDraft(Broken):
-    """Draws as declared only until it is told what became of a draft."""
+    """Draws as declared only until it learns the outcome of a draft."""
 
     def change(self, draft: Draft, batch: Batch) -> Draft:
         is_later = torch.tensor([bool(row and row.steps) for row in batch.rows]).unsqueeze(1)

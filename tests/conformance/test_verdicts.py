@@ -36,27 +36,27 @@ def wrong(p_value: float) -> ArmFindings:
     return replace(SOUND, p_values=SOUND.p_values | {"serial": p_value})
 
 
-def verdict(ours: ArmFindings = SOUND, theirs: ArmFindings = SOUND, arms: float = 1.0, **changes: object) -> str:
+def verdict(audited: ArmFindings = SOUND, plain: ArmFindings = SOUND, arms: float = 1.0, **changes: object) -> str:
     speculation = changes.get("speculation", SPECULATES)
-    return judge(ours, theirs, arms, NEEDED, LIMITS, speculation)[0]  # type: ignore[arg-type]
+    return judge(audited, plain, arms, NEEDED, LIMITS, speculation)[0]  # type: ignore[arg-type]
 
 
 def test_sound_findings_are_lossless() -> None:
     assert verdict() == "lossless"
 
 
-@pytest.mark.parametrize(("p_value", "told"), [(1.4e-7, "lossy"), (1.5e-7, "inconclusive")])
-def test_a_p_value_is_corrected_for_the_number_of_tests(p_value: float, told: str) -> None:
+@pytest.mark.parametrize(("p_value", "expected"), [(1.4e-7, "lossy"), (1.5e-7, "inconclusive")])
+def test_a_p_value_is_corrected_for_the_number_of_tests(p_value: float, expected: str) -> None:
     """Six instruments and the search for repeats share a false-alarm rate of 1e-6."""
-    assert verdict(wrong(p_value), arms=1e-6) == told
+    assert verdict(wrong(p_value), arms=1e-6) == expected
 
 
-@pytest.mark.parametrize(("arms", "told"), [(1e-6, "lossy"), (1.1e-6, "inconclusive")])
-def test_a_wrong_arm_is_lossy_only_if_it_differs_from_the_plain_one(arms: float, told: str) -> None:
-    assert verdict(wrong(1e-20), arms=arms) == told
-    assert verdict(wrong(1e-20), wrong(1e-20), arms=arms) == told
+@pytest.mark.parametrize(("arms", "expected"), [(1e-6, "lossy"), (1.1e-6, "inconclusive")])
+def test_a_wrong_arm_is_lossy_only_if_it_differs_from_the_plain_one(arms: float, expected: str) -> None:
+    assert verdict(wrong(1e-20), arms=arms) == expected
+    assert verdict(wrong(1e-20), wrong(1e-20), arms=arms) == expected
     assert verdict(SOUND, wrong(1e-20), arms=arms) == "inconclusive"
-    assert verdict(arms=arms) == ("inconclusive" if told == "lossy" else "lossless")
+    assert verdict(arms=arms) == ("inconclusive" if expected == "lossy" else "lossless")
 
 
 def test_errors_of_one_arm_alone_are_lossy() -> None:

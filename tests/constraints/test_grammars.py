@@ -119,8 +119,8 @@ def test_tokens_that_the_model_lacks_are_never_allowed(lacking: int, vocabulary:
     """Some models have fewer rows than their tokenizer has tokens: Gemma 3 1B, 262,144 and 262,145."""
     params, size = SamplingParams(regex="(?s:.*)"), vocabulary.vocab_size - lacking
     sizes = (size, vocabulary.vocab_size)
-    ours, whole = (GrammarCompiler(vocabulary.tokenizer, each).compile(params, EOS) for each in sizes)
-    assert torch.equal(Progress(ours).allowed_after(), Progress(whole).allowed_after()[:size])
+    smaller, whole = (GrammarCompiler(vocabulary.tokenizer, each).compile(params, EOS) for each in sizes)
+    assert torch.equal(Progress(smaller).allowed_after(), Progress(whole).allowed_after()[:size])
 
 
 # -- what is refused -------------------------------------------------------------------------------------------

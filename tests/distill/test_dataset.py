@@ -61,8 +61,8 @@ def test_a_killed_run_goes_on_where_it_was(data: Dataset, target, texts, tmp_pat
     dataset.score(texts, target, killed, tokens_per_batch=64)
     for name in ("texts.json", "tokens.bin"):
         assert (killed / name).read_bytes() == (tmp_path / name).read_bytes()
-    ours, theirs = Dataset(killed).batch(range(0, 240, 7)).features, data.batch(range(0, 240, 7)).features
-    torch.testing.assert_close(ours, theirs, rtol=0.02, atol=0.02)  # batched with others
+    resumed, uninterrupted = Dataset(killed).batch(range(0, 240, 7)).features, data.batch(range(0, 240, 7)).features
+    torch.testing.assert_close(resumed, uninterrupted, rtol=0.02, atol=0.02)  # batched with others
 
 
 def test_a_prompt_that_is_learnt_is_not_held_out(texts) -> None:

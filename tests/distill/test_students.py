@@ -62,8 +62,8 @@ def test_the_loss_and_its_gradients_are_those_of_the_formula():
     expected = first + 0.5 * second
     expected.backward()
     torch.testing.assert_close(loss, expected, rtol=1e-2, atol=0)
-    for ours, theirs in zip(got, (hidden.grad, weight.grad), strict=True):  # bfloat16 products
-        assert (ours - theirs).norm() <= 0.04 * theirs.norm()
+    for actual, exact in zip(got, (hidden.grad, weight.grad), strict=True):  # bfloat16 products
+        assert (actual - exact).norm() <= 0.04 * exact.norm()
 
 
 def test_a_scaled_weight_is_a_product_until_it_is_unscaled():

@@ -118,15 +118,15 @@ def test_a_dialect_is_recognized_and_computes_its_description(name: str, tmp_pat
     assert head.embedding.data_ptr() == embedding.data_ptr(), "not a second time in memory"
     features, tokens, cache = torch.randn(7, HIDDEN), torch.randint(VOCAB, (9,)), head.allocate(1, 16)
     with torch.inference_mode():
-        ours = head(head.encode(features[None]), tokens[None, :7], cache)
+        hidden = head(head.encode(features[None]), tokens[None, :7], cache)
         cache.num_cached[0] = 7
         for number in range(7, 10):
             guessed, logits = reference(dialect, embedding[tokens[:number]], features, output)
-            torch.testing.assert_close(ours[0, -1], guessed[-1], rtol=1e-4, atol=1e-4)
-            torch.testing.assert_close(head.logits(ours)[0, -1], logits[-1], rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(hidden[0, -1], guessed[-1], rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(head.logits(hidden)[0, -1], logits[-1], rtol=1e-4, atol=1e-4)
             if number < 9:
                 features = torch.cat([features, guessed[-1:]])
-                ours = head(ours[:, -1:], tokens[None, number : number + 1], cache)
+                hidden = head(hidden[:, -1:], tokens[None, number : number + 1], cache)
                 cache.num_cached[0] += 1
 
 

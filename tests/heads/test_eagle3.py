@@ -209,15 +209,15 @@ def test_a_dialect_is_recognized_and_computes_its_description(name: str, tmp_pat
     with torch.inference_mode():
         head(head.encode(features[:4][None]), tokens[None, :4], cache, 1)
         cache.num_cached[1] = 4
-        ours = head(head.encode(features[4:][None]), tokens[None, 4:9], cache, 1)
+        hidden = head(head.encode(features[4:][None]), tokens[None, 4:9], cache, 1)
         cache.num_cached[1] = 9
         for number in range(9, 12):
             state, read = reference(name, tensors, embedding[tokens[:number]], states)
-            torch.testing.assert_close(ours[0, -1], state[-1], rtol=1e-4, atol=1e-4)
-            torch.testing.assert_close(head.logits(ours)[0, -1], read[-1] @ output.T, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(hidden[0, -1], state[-1], rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(head.logits(hidden)[0, -1], read[-1] @ output.T, rtol=1e-4, atol=1e-4)
             if number < 11:
                 states = torch.cat([states, state[-1:]])
-                ours = head(ours[:, -1:], tokens[None, number : number + 1], cache, 1)
+                hidden = head(hidden[:, -1:], tokens[None, number : number + 1], cache, 1)
                 cache.num_cached[1] += 1
 
 
@@ -227,8 +227,8 @@ def test_a_dialect_is_checked_by_shapes_alone(name: str, tmp_path: Path) -> None
     found = formats.recognized(DIALECTS[name].write(tmp_path))
     assert found
     num = DIALECTS[name].drafted or VOCAB
-    assert f"EAGLE-3 head ({DIALECTS[name].expected}), " in (told := found.check(target().to("meta")))
-    assert f"draft vocabulary {num} of {VOCAB}" in told
+    assert f"EAGLE-3 head ({DIALECTS[name].expected}), " in (description := found.check(target().to("meta")))
+    assert f"draft vocabulary {num} of {VOCAB}" in description
 
 
 def test_output_rows_follow_a_vocabulary_that_does_not_ascend(tmp_path: Path) -> None:
@@ -587,8 +587,8 @@ def test_a_fused_head_computes_the_same(name: str, has_kernels: bool, tmp_path: 
             branches = Branches.behind_root((-1, -1, 0))
             nodes = head(next_states.expand(-1, 4, -1), tokens[:, 8:12], cache, branches=branches)
             found.append([states, next_states, nodes, head.logits(nodes)])
-    for ours, theirs in zip(*found, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
+    for actual, wanted in zip(*found, strict=True):
+        torch.testing.assert_close(actual, wanted, rtol=1e-3, atol=1e-3)
     assert plain.step_bytes == fused.step_bytes
 
 

@@ -184,8 +184,8 @@ def test_a_family_is_recognized_and_computes_its_description(name: str, whole: b
     found = formats.recognized(folder)
     assert found
     assert (found.format.name, found.dialect) == ("mtp", family.expected)
-    told = found.check(family.model().to("meta"))
-    assert told == f"MTP layer ({family.expected}), 1 layer, draft vocabulary 61 of 61, final features"
+    description = found.check(family.model().to("meta"))
+    assert description == f"MTP layer ({family.expected}), 1 layer, draft vocabulary 61 of 61, final features"
     head = load(folder, model)
     assert head.feature_layers == (FINAL,)
     step = reference(family, parts, model)
@@ -194,15 +194,15 @@ def test_a_family_is_recognized_and_computes_its_description(name: str, whole: b
     with torch.inference_mode():
         head(states[None, :3], tokens[None, :3], cache)
         cache.num_cached[0] = 3
-        ours = head(states[None, 3:], tokens[None, 3:7], cache)
+        hidden = head(states[None, 3:], tokens[None, 3:7], cache)
         cache.num_cached[0] = 7
         for number in range(7, 10):
             following, read = step(embedding[tokens[:number]], states)
-            torch.testing.assert_close(ours[0, -1], following[-1], rtol=1e-3, atol=1e-3)
-            torch.testing.assert_close(head.logits(ours)[0, -1], read[-1] @ output.T, rtol=1e-3, atol=1e-3)
+            torch.testing.assert_close(hidden[0, -1], following[-1], rtol=1e-3, atol=1e-3)
+            torch.testing.assert_close(head.logits(hidden)[0, -1], read[-1] @ output.T, rtol=1e-3, atol=1e-3)
             if number < 9:
                 states = torch.cat([states, following[-1:]])
-                ours = head(ours[:, -1:], tokens[None, number : number + 1], cache)
+                hidden = head(hidden[:, -1:], tokens[None, number : number + 1], cache)
                 cache.num_cached[0] += 1
 
 

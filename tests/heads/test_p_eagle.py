@@ -97,8 +97,8 @@ def test_recorded_drafts_are_the_same(records: bool) -> None:
     options = {"method": "p_eagle", "draft": drafts.head("p_eagle"), "num_speculative_tokens": 3, "max_batch_size": 2}
     engine = Engine(drafts.target(), records=records, **options)
     expected = Engine(drafts.target(), records=False, **options).generate(tiny.PROMPTS, params)
-    for ours, theirs in zip(engine.generate(tiny.PROMPTS, params), expected, strict=True):
-        assert (ours.token_ids, ours.steps) == (theirs.token_ids, theirs.steps)
+    for actual, wanted in zip(engine.generate(tiny.PROMPTS, params), expected, strict=True):
+        assert (actual.token_ids, actual.steps) == (wanted.token_ids, wanted.steps)
 
 
 class ToyParallelHead:

@@ -569,7 +569,7 @@ def _num_rotations(layer: int) -> int:
 
 
 def _rotated(places: int) -> Tensor:
-    """The matrix that rotates both codes by so many places."""
+    """The matrix that rotates both codes by `places`."""
     matrix = torch.eye(WIDTH)
     for code in (slice(0, CODE), slice(CODE, 2 * CODE)):
         matrix[code, code] = torch.eye(CODE).roll(places, 0)

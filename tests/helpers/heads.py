@@ -31,7 +31,7 @@ def random_tensors(shapes: Mapping[str, tuple[int, ...]], seed: int = 0) -> dict
 
 
 def block_shapes(prefix: str, width: int, inputs: int, mlp: int = 48, heads: int = 4, kv_heads: int = 2, dim: int = 8):
-    """Shapes of a decoder layer whose queries, keys and values are made of so many inputs."""
+    """Shapes of a decoder layer whose queries, keys and values are projections of `inputs` features."""
     shapes = {f"self_attn.{name}_proj.weight": (kv_heads * dim, inputs) for name in "kv"}
     shapes |= {"self_attn.q_proj.weight": (heads * dim, inputs), "self_attn.o_proj.weight": (width, heads * dim)}
     shapes |= {f"mlp.{name}_proj.weight": (mlp, width) for name in ("gate", "up")}

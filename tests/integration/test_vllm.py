@@ -88,9 +88,9 @@ def test_counters_are_those_of_the_method(records: dict[str, dict[str, Any]], en
 
 def test_a_draft_model_is_accepted_as_by_specdec(records: dict[str, dict[str, Any]]) -> None:
     """The last step of a prompt differs: vLLM's draft is as long as ever, specdec's no longer than may be emitted."""
-    ours, theirs = (records[f"{engine} draft_model"] for engine in ("specdec", "vllm"))
-    assert abs(ours["num_accepted"] - theirs["num_accepted"]) <= ours["num_prompts"]
-    assert abs(ours["num_steps"] - theirs["num_steps"]) <= ours["num_prompts"]
+    own, peer = (records[f"{engine} draft_model"] for engine in ("specdec", "vllm"))
+    assert abs(own["num_accepted"] - peer["num_accepted"]) <= own["num_prompts"]
+    assert abs(own["num_steps"] - peer["num_steps"]) <= own["num_prompts"]
 
 
 def test_in_process_and_served_count_the_same(records: dict[str, dict[str, Any]]) -> None:

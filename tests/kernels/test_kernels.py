@@ -182,7 +182,7 @@ def test_kernels_that_others_could_have_written_are_not_loaded(
     (library,) = tmp_path.glob("cache/kernels-*/kernels.so")
     monkeypatch.setenv("SPECDEC_STRICT", "0")  # as users have it
     library.unlink()  # it is loaded: to shorten it where it stands is a bus error when this process ends
-    library.write_bytes(b"loading this would raise OSError, which is said, too")
+    library.write_bytes(b"loading this would raise an OSError, which is reported")
     (tmp_path / "cache").chmod(0o777)
     assert cpp._library.__wrapped__() is None
     (record,) = caplog.records

@@ -123,9 +123,9 @@ def test_layers_are_those_of_the_original(kind: str, dtype: torch.dtype) -> None
         lm.forward(tokens[slot : slot + 1, : min(full + 3, start + 7)], cache, first_slot=slot)
     cache.num_cached[:] = starts
     actual = lm.forward(torch.stack([row[start : start + 3] for row, start in zip(tokens, starts, strict=True)]), cache)
-    theirs = logits_behind(plain, tokens, starts)
+    unfused = logits_behind(plain, tokens, starts)
     expected = logits_behind(plain.double(), tokens, starts)
-    allowed = 3 * TOLERANCES[dtype] if dtype == torch.float32 else 1.5 * error(theirs, expected)
+    allowed = 3 * TOLERANCES[dtype] if dtype == torch.float32 else 1.5 * error(unfused, expected)
     assert error(actual, expected) < allowed
 
 

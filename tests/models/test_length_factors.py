@@ -63,11 +63,11 @@ def test_generate_gives_the_same(kind: str) -> None:
     """These start over where a text crosses the threshold, so that `generate` is what plain forwards give."""
     model = longrope(kind)
     prompt = PROMPTS[2]
-    ours = Engine(CausalLM(model), method="ngram").generate([prompt], GREEDY)[0].token_ids
-    theirs = model.generate(
+    generated = Engine(CausalLM(model), method="ngram").generate([prompt], GREEDY)[0].token_ids
+    reference = model.generate(
         torch.tensor([prompt]), max_new_tokens=GREEDY.max_tokens, do_sample=False, eos_token_id=None
     )
-    assert list(ours) == theirs[0, len(prompt) :].tolist()
+    assert list(generated) == reference[0, len(prompt) :].tolist()
 
 
 def test_samples_copy_the_factors_of_their_slot() -> None:

@@ -284,8 +284,8 @@ def test_buckets_are_transformers_own(num_buckets: int, most: int) -> None:
     from transformers.models.t5.modeling_t5 import T5Attention
 
     distances = torch.arange(3 * most)
-    theirs = T5Attention._relative_position_bucket(-distances, False, num_buckets, most)
-    assert distance_buckets(num_buckets, most)[distances.clamp(max=most)].tolist() == theirs.tolist()
+    expected = T5Attention._relative_position_bucket(-distances, False, num_buckets, most)
+    assert distance_buckets(num_buckets, most)[distances.clamp(max=most)].tolist() == expected.tolist()
 
 
 def test_wrong_positions_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

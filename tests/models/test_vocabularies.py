@@ -166,8 +166,8 @@ def test_shared_tokens_spell_the_same(target: str, draft: str) -> None:
     shared = shared_between(target, draft)
     pieces = [pieces_of(trained(kind, SIZES[kind]), SIZES[kind]) for kind in (target, draft)]
     pairs = list(zip(shared.tokens.tolist(), shared.draft_tokens.tolist(), strict=True))
-    assert all(pieces[0][ours] == pieces[1][theirs] for ours, theirs in pairs)
-    assert len({theirs for _, theirs in pairs}) == len(pairs) > 100
+    assert all(pieces[0][in_target] == pieces[1][in_draft] for in_target, in_draft in pairs)
+    assert len({in_draft for _, in_draft in pairs}) == len(pairs) > 100
     assert shared.tokens.tolist() == sorted(shared.tokens.tolist())
     assert shared.to_draft(shared.tokens.view(1, -1)).tolist() == [shared.draft_tokens.tolist()]
 
@@ -186,14 +186,14 @@ def test_all_tokens_that_spell_the_same_are_shared(target: str, draft: str) -> N
         texts = {token: tokenizer.decode([*before, token])[start:] for token in range(SIZES[kind])}
         return {text: token for token, text in texts.items() if token not in special and "\ufffd" not in text and text}
 
-    ours, theirs = spelled(target), spelled(draft)
-    expected = {(ours[text], theirs[text]) for text in ours.keys() & theirs.keys()}
+    in_target, in_draft = spelled(target), spelled(draft)
+    expected = {(in_target[text], in_draft[text]) for text in in_target.keys() & in_draft.keys()}
     shared = shared_between(target, draft)
     found = set(zip(shared.tokens.tolist(), shared.draft_tokens.tolist(), strict=True))
     assert expected <= found
-    spaced = [text for text in ours.keys() & theirs.keys() if text[0] == " " and text[1:].isalpha()]
+    spaced = [text for text in in_target.keys() & in_draft.keys() if text[0] == " " and text[1:].isalpha()]
     assert len(spaced) > 20
-    assert sum(text[1:] in ours.keys() & theirs.keys() for text in spaced) > 5, "both with the space and without"
+    assert sum(text[1:] in in_target.keys() & in_draft.keys() for text in spaced) > 5, "both with the space and without"
 
 
 WORDS = ["the", " keeper", " ", "  ", "\n", "é", "你", "1987", ' "No', ".", " x"]
@@ -304,7 +304,7 @@ def test_a_sampled_row_does_not_depend_on_its_batch() -> None:
 
 
 def restricted_greedy(lm: CausalLM, shared: SharedVocabulary, tokens: list[int], num_tokens: int) -> list[int]:
-    """What the draft model would say next, by reading the whole text anew for each token, in the target's ids."""
+    """The draft model's next tokens in the target's ids, from encoding the whole text again for each token."""
     pieces = [shared.target_pieces.get(token, "") for token in tokens]
     spelled = b"".join(piece if isinstance(piece, bytes) else piece.encode() for piece in pieces)
     own = shared.encode(codecs.getincrementaldecoder("utf-8")("replace").decode(spelled)) or [0]
@@ -320,7 +320,7 @@ def restricted_greedy(lm: CausalLM, shared: SharedVocabulary, tokens: list[int],
 
 @pytest.mark.parametrize("records", [False, True])
 def test_the_draft_reads_in_step(records: bool) -> None:
-    """Every draft of ragged rows is what reading the text anew gives, though its last words change their tokens."""
+    """Every draft of ragged rows equals that of encoding the text again, though its last words change their tokens."""
     target, draft = llama("byte-level", 1), llama("prepending", 2)
     shared = share(target.tokenizer, draft.tokenizer, (target.vocab_size, draft.vocab_size))
     seen: list[tuple[list[int], list[int]]] = []

@@ -60,10 +60,10 @@ def test_the_benchmarks_measure_them(measured: list[dict[str, Any]], names: Sequ
     """With the same models the engine emits what specdec does, and so does the method, which drafts."""
     workload, engine, method = names
     by_cell = {(each["workload"], each["engine"], each["method"]): each for each in measured}
-    drafting, theirs = by_cell[workload, "specdec", method], by_cell[workload, engine, "autoregressive"]
+    drafting, peer = by_cell[workload, "specdec", method], by_cell[workload, engine, "autoregressive"]
     assert (workload, "specdec", "autoregressive") in by_cell
-    assert (theirs["engine"], theirs["engine_version"], theirs["method"]) == (engine, "0.1.0", "autoregressive")
-    assert theirs["num_outputs_equal_reference"] == theirs["num_prompts"] == 2
+    assert (peer["engine"], peer["engine_version"], peer["method"]) == (engine, "0.1.0", "autoregressive")
+    assert peer["num_outputs_equal_reference"] == peer["num_prompts"] == 2
     assert (drafting["engine"], drafting["method"], drafting["num_outputs_equal"]) == ("specdec", method, 2)
     assert drafting["num_drafted"] > 0
 

@@ -1,4 +1,4 @@
-"""Names on the package index: nobody is told to install what is not ours, or not what it is said to be."""
+"""Names on the package index: every package that a text says to install is the right one."""
 
 from __future__ import annotations
 

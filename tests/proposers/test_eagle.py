@@ -165,6 +165,6 @@ def test_the_cache_of_a_head_equals_a_fresh_computation(tree: Tree | None) -> No
             head(features[:1, :valid], torch.tensor([text[1 : valid + 1]]), fresh)
         assert valid > 20
         (kept,), (computed,) = proposer._cache.layers, fresh.layers
-        for ours, theirs in ((kept.keys, computed.keys), (kept.values, computed.values)):
-            torch.testing.assert_close(ours[:1, :, :valid], theirs[:1, :, :valid])
+        for actual, expected in ((kept.keys, computed.keys), (kept.values, computed.values)):
+            torch.testing.assert_close(actual[:1, :, :valid], expected[:1, :, :valid])
     assert seen > 10, "hardly anything was accepted"

@@ -74,8 +74,8 @@ def test_it_reads_and_writes_where_the_target_does() -> None:
 
 
 def shared_weights(model: CausalLM, shorter: CausalLM) -> bool:
-    theirs = {weight.data_ptr() for weight in model.model.parameters()}
-    return all(weight.data_ptr() in theirs for weight in shorter.model.parameters())
+    addresses = {weight.data_ptr() for weight in model.model.parameters()}
+    return all(weight.data_ptr() in addresses for weight in shorter.model.parameters())
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen3", "gpt2", "opt", "gpt_neox", "gemma"])

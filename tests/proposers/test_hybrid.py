@@ -51,7 +51,7 @@ class Afterwards:
 
 @pytest.mark.parametrize("kind", ["draft model", "head", "draft model by costs", "decided afterwards"])
 def test_joint_distribution(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Exactly, while rows choose by what became of their own past; the mutant chooses by the tokens drawn."""
+    """Exact, while rows choose by the outcome of their own earlier drafts; the mutant chooses by the tokens drawn."""
     monkeypatch.setattr("specdec.proposers.suffix.SAMPLED_DOUBT", 1.5)
     distributions = set()
 
@@ -105,7 +105,7 @@ def test_copies_begin_at_longer_matches_where_tokens_are_drawn(temperature: floa
 @pytest.mark.parametrize(("num_accepted", "shortest"), [(0, 1), (2, 8)])
 def test_the_acceptance_of_drawn_drafts_is_used(num_accepted: int, shortest: int) -> None:
     """A draft that was never accepted in ten steps of the row leaves it to copies of any length; one that always was
-    to the surest only. What became of copies, and of other rows, does not count.
+    to the surest only. The outcome of copies, and of other rows, does not count.
     """
     lengths = []
     for alike in range(1, 9):

@@ -1,4 +1,4 @@
-"""Suffix decoding: what is copied, how far, and that the distribution is the target's whatever was said before."""
+"""Suffix decoding: what is copied and how far, and that the distribution is the target's with any history."""
 
 from __future__ import annotations
 
@@ -255,7 +255,7 @@ def said_again() -> list[tuple[int, ...]]:
 
 
 def test_copying_an_output_of_the_same_seed_keeps_the_distribution() -> None:
-    """Fails falsely with probability at most 1e-6 for any seeds; uniforms that come again are told apart from that."""
+    """Fails falsely with probability at most 1e-6 for any seeds; repeated uniforms are distinguished from that."""
     distribution = dict.fromkeys(product(range(2), repeat=3), 1 / 8)
     assert passes(said_again(), distribution, 8)
 

@@ -228,7 +228,7 @@ needs_root = pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0,
 ])  # fmt: skip
 @pytest.mark.parametrize("up", [0, 1, 2])
 def test_a_folder_that_others_can_write_is_not_used(tiny, wheel, monkeypatch, tmp_path, action, message, up):
-    """The folder itself and those above it: whoever can write there can put a folder of theirs in its place."""
+    """The folder itself and those above it: whoever can write there can put another folder in its place."""
     monkeypatch.setenv("SPECDEC_CACHE", str(tmp_path / "shared" / "cache"))
     steps = Steps(wheel)
     folder = steps.fetch(tiny)
@@ -240,13 +240,13 @@ def test_a_folder_that_others_can_write_is_not_used(tiny, wheel, monkeypatch, tm
 
 @needs_root
 def test_a_link_through_somebody_elses_folder_is_not_followed(tiny, wheel, monkeypatch, tmp_path):
-    (tmp_path / "theirs").mkdir()
-    give_away(tmp_path / "theirs")
-    (tmp_path / "link").symlink_to(tmp_path / "theirs")
+    (tmp_path / "foreign").mkdir()
+    give_away(tmp_path / "foreign")
+    (tmp_path / "link").symlink_to(tmp_path / "foreign")
     monkeypatch.setenv("SPECDEC_CACHE", str(tmp_path / "link" / "cache"))
     with pytest.raises(LoadError, match="belongs to another user"):
         Steps(wheel).fetch(tiny)
-    assert not list((tmp_path / "theirs").iterdir())
+    assert not list((tmp_path / "foreign").iterdir())
 
 
 def test_a_file_writable_by_others_is_recreated(tiny, wheel):

@@ -91,9 +91,9 @@ def test_greedy_tokens_are_those_of_the_cpu(kind: str) -> None:
 def test_the_default_pair_emits_the_same_tokens_on_a_gpu(method: str) -> None:
     """In float32, greedily; every draft's counts too."""
     sampling, prompts = SamplingParams(temperature=0, max_tokens=32), ["def fibonacci(n):", "The capital of France is"]
-    ours, theirs = (
+    on_gpu, on_cpu = (
         Engine.load("smollm2-135m", method=method, dtype=torch.float32, device=device).generate(prompts, sampling)
         for device in ("cuda", "cpu")
     )
-    assert [c.token_ids for c in ours] == [c.token_ids for c in theirs]
-    assert [c.steps for c in ours] == [c.steps for c in theirs]
+    assert [c.token_ids for c in on_gpu] == [c.token_ids for c in on_cpu]
+    assert [c.steps for c in on_gpu] == [c.steps for c in on_cpu]

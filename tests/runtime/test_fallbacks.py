@@ -1,4 +1,4 @@
-"""What is not done in the fast way it was meant to be is said: once to users, as an error in tests and benchmarks."""
+"""A fallback to a slower path warns users once and is an error in tests and benchmarks."""
 
 from __future__ import annotations
 

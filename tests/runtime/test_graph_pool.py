@@ -18,7 +18,10 @@ from specdec.requests import Completion
 from specdec.runtime.recording import Recorder, Recording
 
 SHAPE = tiny.GQA | {"vocab_size": 97, "max_position_embeddings": 512}
-NUM_PROMPT, NUM_TOKENS = 240, 60  # the extent that is seen grows from 256 to 512 on the way, and all is recorded anew
+NUM_PROMPT, NUM_TOKENS = (
+    240,
+    60,
+)  # the visible extent grows from 256 to 512, and everything is recorded again
 TREE = [(0,), (1,), (0, 0), (0, 1), (1, 0), (0, 0, 0)]
 METHODS = ("autoregressive", "ngram", "suffix", "draft_model", "eagle", "hybrid", "early_exit", "tree")
 

@@ -277,8 +277,8 @@ def test_recorded_steps_emit_the_same_tokens(
     if gamma == "auto":  # where drafts end depends on the clock, and which sample a seed gives on that
         runs = [[run[0], run[len(SAMPLED)]] for run in runs]
     else:
-        ours, theirs = ([[step.num_drafted for step in c.steps] for c in run] for run in runs)
-        assert ours == theirs
+        eager, recorded = ([[step.num_drafted for step in c.steps] for c in run] for run in runs)
+        assert eager == recorded
     assert [c.token_ids for c in runs[0]] == [c.token_ids for c in runs[1]]
 
 
@@ -292,8 +292,8 @@ def test_synthetic_acceptance_is_a_function_of_tensors() -> None:
         )
         for records in (False, True)
     ]
-    ours, theirs = (engine.generate([[0, 1, 2, 0, 1]], SamplingParams(max_tokens=30)) for engine in engines)
-    assert [c.token_ids for c in ours] == [c.token_ids for c in theirs]
+    eager, recorded = (engine.generate([[0, 1, 2, 0, 1]], SamplingParams(max_tokens=30)) for engine in engines)
+    assert [c.token_ids for c in eager] == [c.token_ids for c in recorded]
 
 
 def test_block_verification_is_recorded_too() -> None:

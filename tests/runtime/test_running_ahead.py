@@ -54,7 +54,7 @@ RETURNING = [  # a long row beside short ones, of which every other one keeps bo
 
 @pytest.fixture
 def launched(monkeypatch: pytest.MonkeyPatch) -> dict[int, int]:
-    """How many steps were launched ahead of so many whose outcome was not known."""
+    """Number of steps launched, by the number of earlier steps whose outcome was still unknown."""
     counts: dict[int, int] = defaultdict(int)
     step = Decoder._step
 
@@ -97,12 +97,12 @@ def test_completions_are_the_same(method: str, max_batch_size: int, params: list
 
 @pytest.mark.parametrize("method", METHODS)
 def test_log_probabilities_are_the_same(method: str, launched: dict[int, int]) -> None:
-    ours, theirs = (
+    recorded, eager = (
         engine_for(method, max_batch_size=1, records=records).generate(PROMPTS, CHANGING) for records in (True, False)
     )
     assert launched[1] > 0
-    assert ours[0].logprobs == pytest.approx(theirs[0].logprobs, abs=1e-4)
-    assert [list(each) for each in ours[0].top_logprobs] == [list(each) for each in theirs[0].top_logprobs]
+    assert recorded[0].logprobs == pytest.approx(eager[0].logprobs, abs=1e-4)
+    assert [list(each) for each in recorded[0].top_logprobs] == [list(each) for each in eager[0].top_logprobs]
 
 
 @pytest.mark.parametrize("verification", ["block", "coupled"])

@@ -353,7 +353,7 @@ def test_a_sibling_s_distribution_is_the_family_s_without_those_before(
 
 
 def all_trees(num_nodes: int, depth: int, ranks: int) -> Iterator[Tree]:
-    """Every tree of so many nodes, by adding a node at a time."""
+    """Every tree of `num_nodes` nodes, built by adding a node at a time."""
     known = {frozenset()}
     for _ in range(num_nodes):
         known = {

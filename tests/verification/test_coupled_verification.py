@@ -196,8 +196,8 @@ def test_toy_output_does_not_depend_on_the_draft(method: str, gamma: int | str, 
     else:  # draft lengths depend on the clock; nothing may be drafted at all
         params = [replace(SAMPLED[0], seed=seed) for seed in range(6)]
         plain = Engine(target, verification="coupled")
-        ours, theirs = (each.generate([[0, 1, 2, 0, 1]] * 6, params) for each in (engine, plain))
-        assert [c.token_ids for c in ours] == [c.token_ids for c in theirs]
+        drafted, undrafted = (each.generate([[0, 1, 2, 0, 1]] * 6, params) for each in (engine, plain))
+        assert [c.token_ids for c in drafted] == [c.token_ids for c in undrafted]
 
 
 @pytest.mark.parametrize("verification", ["token", "block"])

@@ -156,10 +156,14 @@ def test_versions_that_are_compared_may_differ(tmp_path: Path) -> None:
 
 
 def test_other_texts_of_the_same_workload_are_detected(tmp_path: Path) -> None:
-    told = {"workloads": ["smoke"], "num_prompts": 2, "seed": 0, "prompt_lengths": None}
+    configuration_of_both = {"workloads": ["smoke"], "num_prompts": 2, "seed": 0, "prompt_lengths": None}
     before, after = [
         results.read(
-            write(tmp_path / f"{name}.json", [decoded("ngram", 2)], configuration=told | {"prompts_sha256": name})
+            write(
+                tmp_path / f"{name}.json",
+                [decoded("ngram", 2)],
+                configuration=configuration_of_both | {"prompts_sha256": name},
+            )
         )
         for name in "ab"
     ]

@@ -109,9 +109,9 @@ def test_a_shard_can_be_reported_with_a_note_on_missing_ones(campaign: Any) -> N
     folder, found = campaign
     (run,) = campaigns.read_all([folder / "out.json"])
     assert run.missing_shards == (3 - found["larger"],)
-    told = page.render(rendering.document([run]))
-    assert f"{run.shortage}." in told
-    assert told.count("Speed-up under load: specdec") >= 1
+    html_page = page.render(rendering.document([run]))
+    assert f"{run.shortage}." in html_page
+    assert html_page.count("Speed-up under load: specdec") >= 1
 
 
 def test_another_part_does_not_resume_it(make_config: Callable[..., BenchConfig], tmp_path: Path) -> None:

@@ -302,7 +302,7 @@ def test_every_kind_of_the_engines_is_known() -> None:
     assert {kind for engine in ENGINES.values() for kind in engine.kinds} <= set(KINDS)
 
 
-# ---- vocabularies, and models that cannot be had
+# ---- vocabularies, and models that are unavailable
 
 
 def saved(folder: Path, config: Any) -> str:
@@ -395,7 +395,7 @@ def test_transformers_decodes_local_attention(tmp_path: Path) -> None:
     assert fast.counts.acceptance_rate == 1
 
 
-# ---- ours beside theirs
+# ---- measured results beside published ones
 
 
 def measured(pair: Pair, method: str, config: BenchConfig) -> dict[str, Any]:
@@ -404,7 +404,7 @@ def measured(pair: Pair, method: str, config: BenchConfig) -> dict[str, Any]:
     return records.build(cell, pair, config, "1", "cpu", Measurement({CANDIDATE: [run]}, [1.0]))
 
 
-def test_published_results_stand_beside_ours(make_config: MakeConfig) -> None:
+def test_published_results_stand_beside_measured_ones(make_config: MakeConfig) -> None:
     pair = catalogue()["gpt-neo-1.3b-125m-xsum"]
     record = measured(pair, "draft_model", make_config())
     assert (record["published_speedup"], record["published_acceptance_rate"]) == (1.84, 0.32)

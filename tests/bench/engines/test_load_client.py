@@ -15,7 +15,7 @@ from bench.engines.load_client import Sent, send_on_time
 
 
 class Server:
-    """Answers when it is told to, or not at all; keeps when each call came."""
+    """Answers once it is set free, or never; keeps the time of each call."""
 
     def __init__(self) -> None:
         self.free, self.aborted = Event(), Event()

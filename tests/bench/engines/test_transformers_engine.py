@@ -81,17 +81,17 @@ def test_counters_add_up_when_sampling(engine: BenchEngine, method: str) -> None
 def test_counters_agree_with_transformers_candidate_generator(
     engine: BenchEngine, method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    told: list[tuple[int, int]] = []
+    updates: list[tuple[int, int]] = []
     kind = PromptLookupCandidateGenerator if method == "ngram" else AssistedCandidateGenerator
     monkeypatch.setattr(
         kind,
         "update_candidate_strategy",
-        lambda self, tokens, scores, num_matches: told.append((scores.shape[1] - 1, int(num_matches))),
+        lambda self, tokens, scores, num_matches: updates.append((scores.shape[1] - 1, int(num_matches))),
     )
     sampling = SamplingParams(temperature=1, top_p=0.9, max_tokens=24, ignore_eos=True)
     (result,) = engine.generate([PROMPT], method, 2, [sampling]).results
     assert result.counts is not None
-    assert (result.counts.num_drafted, result.counts.num_accepted) == tuple(map(sum, zip(*told, strict=True)))
+    assert (result.counts.num_drafted, result.counts.num_accepted) == tuple(map(sum, zip(*updates, strict=True)))
 
 
 def test_generation_configs_are_put_back_as_found(engine: Any) -> None:

@@ -1,4 +1,4 @@
-"""The first visit to a GPU, rehearsed without one: it comes to its last line, and no part takes facts with it."""
+"""The first run on a GPU, rehearsed without one: it reaches its last line, and a failing part loses no facts."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ from specdec.verification import Rule, verify_tokens
 
 ROOT = Path(__file__).parents[3]
 CPU = torch.device("cpu")
-TELLS = "from pathlib import Path; from bench.first_light.report import Report; import sys, os, time; "
-TELLS += (
+REPORTS = "from pathlib import Path; from bench.first_light.report import Report; import sys, os, time; "
+REPORTS += (
     "Report(sys.argv[1], Path(sys.argv[2])).fact('first', text='a fact of ' + sys.argv[1]); print('said', flush=True); "
 )
 
 
 def part(name: str, then: str, limit_s: float = 120) -> Part:
     """A part that writes a fact and then does something."""
-    return Part(name, (sys.executable, "-c", TELLS + then, name, "{facts}"), limit_s)
+    return Part(name, (sys.executable, "-c", REPORTS + then, name, "{facts}"), limit_s)
 
 
 @pytest.mark.slow
@@ -86,9 +86,9 @@ def test_parts_that_die_or_hang_lose_no_facts(tmp_path: Path, monkeypatch: pytes
     assert list(failed) == [f"{name} ends by itself" for name in ("killed", "raises", "deaf", "slow")]
     assert "ZeroDivisionError: division by zero" in failed["raises ends by itself"]["detail"]
     assert "KeyboardInterrupt" in failed["slow ends by itself"]["log"]
-    told = table(facts)
-    assert "a fact of deaf" in told
-    assert "FAILED raises ends by itself: failed with exit status 1; ZeroDivisionError" in told
+    printed = table(facts)
+    assert "a fact of deaf" in printed
+    assert "FAILED raises ends by itself: failed with exit status 1; ZeroDivisionError" in printed
     with tarfile.open(tmp_path / ARCHIVE_FILE) as archive:
         assert archive.getnames() == [f"{p.name}.log" for p in parts]
         assert archive.extractfile("good.log").read() == b"said\n"  # type: ignore[union-attr]
@@ -152,10 +152,10 @@ def test_an_interrupted_visit_still_prints_its_table(tmp_path: Path) -> None:
             assert process.poll() is None
             time.sleep(0.01)
         process.send_signal(signal.SIGTERM)
-        told, _ = process.communicate()
+        printed, _ = process.communicate()
     assert process.returncode == 1
-    assert "interrupted" in told
-    assert "parts: facts was interrupted in" in told
+    assert "interrupted" in printed
+    assert "parts: facts was interrupted in" in printed
 
 
 def test_a_requested_but_missing_gpu_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -206,10 +206,10 @@ def test_a_card_that_is_lost_ends_the_part_and_full_memory_does_not(tmp_path: Pa
 
 def test_values_of_any_name_are_kept(tmp_path: Path) -> None:
     report = Report("facts", tmp_path / FACTS_FILE)
-    report.fact("card", **{"name": "a card", "self": 1, "ok": True}, text="told")
+    report.fact("card", **{"name": "a card", "self": 1, "ok": True}, text="its text")
     report.check("holds", True, **{"name": "a card", "self": 1})
     fact, check = read(tmp_path / FACTS_FILE)
-    assert (fact["fact"], fact["name"], fact["self"], fact["text"]) == ("card", "a card", 1, "told")
+    assert (fact["fact"], fact["name"], fact["self"], fact["text"]) == ("card", "a card", 1, "its text")
     assert (check["check"], check["name"], check["ok"]) == ("holds", "a card", True)
 
 
@@ -227,9 +227,9 @@ def test_the_gpu_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10**9, 2 * 10**9))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     facts._card(Report("facts", tmp_path / FACTS_FILE), torch.device("cuda"))
-    (told,) = [fact for fact in read(tmp_path / FACTS_FILE) if fact.get("fact") == "card"]
-    assert told["text"] == "a card, 132 SMs, L2 1 MB, 1.0 of 2.0 GB free"
-    assert (told["name"], told["capability"], told["total_bytes"]) == ("a card", [9, 0], 2 * 10**9)
+    (fact,) = [each for each in read(tmp_path / FACTS_FILE) if each.get("fact") == "card"]
+    assert fact["text"] == "a card, 132 SMs, L2 1 MB, 1.0 of 2.0 GB free"
+    assert (fact["name"], fact["capability"], fact["total_bytes"]) == ("a card", [9, 0], 2 * 10**9)
 
 
 def test_a_line_that_was_cut_off_is_left_out(tmp_path: Path) -> None:
@@ -246,10 +246,10 @@ def test_the_table_is_short_whatever_was_found(tmp_path: Path) -> None:
         report = Report(name, tmp_path / FACTS_FILE)
         for number in range(300):
             report.check(f"check {number}", False, "x" * 500)
-    told = table(read(tmp_path / FACTS_FILE))
-    assert len(told) <= 11_000
-    assert told.endswith("== 0 of 1500 checks hold")
-    assert "more lines in first_light.jsonl" in told
+    printed = table(read(tmp_path / FACTS_FILE))
+    assert len(printed) <= 11_000
+    assert printed.endswith("== 0 of 1500 checks hold")
+    assert "more lines in first_light.jsonl" in printed
 
 
 # ---- the checks can fail
@@ -272,9 +272,9 @@ def test_tiny_drafts_are_accepted_and_rejected(models: correctness.Models, tmp_p
     """Or else the checks would look at one branch only."""
     found = checks(tmp_path, models, correctness.METHODS[:-1])
     assert all(fact["ok"] for fact in found)
-    told = {fact["check"]: fact["detail"] for fact in found if fact["check"].endswith("= plain")}
+    details = {fact["check"]: fact["detail"] for fact in found if fact["check"].endswith("= plain")}
     for method in correctness.METHODS[1:-1]:
-        accepted, drafted = (int(told[f"llama float32 T=0 {method} token = plain"].split()[i]) for i in (0, 2))
+        accepted, drafted = (int(details[f"llama float32 T=0 {method} token = plain"].split()[i]) for i in (0, 2))
         assert 0 < accepted < drafted, method
 
 

@@ -1,4 +1,4 @@
-"""The visit that measures, rehearsed without a GPU: it comes to its last line, and what is stopped keeps its cells."""
+"""The benchmark script for GPUs, run without one: it reaches its last line, and a stopped part keeps its cells."""
 
 from __future__ import annotations
 
@@ -53,12 +53,12 @@ def test_without_a_gpu_all_parts_run_to_the_last_line(variables: dict[str, str],
     wanted = {f"{part}.{kind}" for part in MEASURED for kind in ("log", "json", "jsonl")}
     assert names(tmp_path / "out") == wanted | {"correctness.log", "summary.txt"}
     summary = (tmp_path / "out" / "summary.txt").read_text()
-    told = {line for line in summary.splitlines() if line.endswith(".json")}
-    assert told == {f"{part}.json" for part in MEASURED}
+    reported = {line for line in summary.splitlines() if line.endswith(".json")}
+    assert reported == {f"{part}.json" for part in MEASURED}
 
 
 def test_an_interrupted_part_is_reported_from_its_journal(variables: dict[str, str], tmp_path: Path) -> None:
-    """A benchmark that has measured two cells, and then hangs and hears no interrupt."""
+    """A benchmark that has measured two cells, then hangs and ignores SIGINT."""
     journal = Journal.open(tmp_path / "journal", {"cpu_model": "a processor"}, resume=False)
     for size in (1, 5):
         journal.append(f"cost-width-{size}", Entry(sized("width", size, 0.5), [0.5]))

@@ -42,9 +42,9 @@ def test_the_default_model_comes_out_of_its_pieces_as_it_was(tmp_path: Path, mon
     folder = unpack(tmp_path / "pieces")
     assert folder == folder_of(SMOLLM2_135M) == Path(resolve(SMOLLM2_135M.name))
     assert folder.parent == tmp_path / "cache"
-    ours, theirs = (load_file(each / "model.safetensors") for each in (folder, made))
-    assert ours.keys() == theirs.keys()
-    assert all(torch.equal(ours[name].view(torch.int16), theirs[name].view(torch.int16)) for name in theirs)
+    unpacked, original = (load_file(each / "model.safetensors") for each in (folder, made))
+    assert unpacked.keys() == original.keys()
+    assert all(torch.equal(unpacked[name].view(torch.int16), original[name].view(torch.int16)) for name in original)
     for path in made.iterdir():
         if path.name != "specdec.json":
             assert (folder / path.name).read_bytes() == path.read_bytes(), path.name

@@ -93,7 +93,7 @@ def test_bytes_and_tokens_of_each_axis(engine: SpecdecEngine) -> None:
 
 
 def test_requests_go_through_slots(engine: SpecdecEngine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The prompts again and again, as many tokens of each as are counted, never more than so many at a time."""
+    """Prompts are repeated, each emits the tokens that are counted, and no more run at a time than there are slots."""
     widest, step = [], Decoder._step
 
     def watched(self: Decoder, batch: Batch, *arguments: Any) -> Any:

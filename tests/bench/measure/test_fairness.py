@@ -1,4 +1,4 @@
-"""Equal terms are asserted, and where greedy outputs part is told."""
+"""Equal terms are asserted, and the first difference of greedy outputs is reported."""
 
 from __future__ import annotations
 

@@ -146,8 +146,8 @@ def test_a_record_by_hand(config: BenchConfig) -> None:
 
 
 def test_an_engine_that_tells_less_has_nulls_and_its_mean_wait(config: BenchConfig) -> None:
-    told = PromptResult((1, 2, 3), 0.5, 1.0, None, "length")
-    served = Served((told, told), wall_s=9.0, queue_s=0.25, peak_send_delay_s=0.001)
+    answer = PromptResult((1, 2, 3), 0.5, 1.0, None, "length")
+    served = Served((answer, answer), wall_s=9.0, queue_s=0.25, peak_send_delay_s=0.001)
     record = records.build_load(CELL, PAIR, config, "1.0", "cpu", served, [0.0, 0.0])
     assert record["queue_s"] == 0.25
     assert record["queue_p50_s"] is record["busy_rate"] is record["acceptance_rate"] is None

@@ -74,13 +74,13 @@ def test_pytest_shows_it_past_its_capture(tmp_path: Path, environment: dict[str,
     assert (process.returncode, log.read_bytes()) == (0, b"")
 
 
-def test_an_audit_tells_how_far_it_is() -> None:
+def test_an_audit_reports_its_progress() -> None:
     class Engine:
         def generate(self, prompts, method, gamma, sampling):
             return SimpleNamespace(results=[SimpleNamespace(token_ids=(1, 2, 3), counts=None) for _ in prompts])
 
-    told: list[int] = []
-    audited = Audited(Engine(), CELL, SamplingParams(), told.append)  # type: ignore[arg-type]
+    reported: list[int] = []
+    audited = Audited(Engine(), CELL, SamplingParams(), reported.append)  # type: ignore[arg-type]
     audited.speculative([[1], [2]], [0, 1], 3)
     audited.plain([[1], [2]], [0, 1], 3)
-    assert told == [6]
+    assert reported == [6]

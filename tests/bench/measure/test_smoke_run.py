@@ -118,10 +118,10 @@ def test_results_say_where_they_come_from_but_not_the_host(resumed: Resumed) -> 
 
 def test_a_run_can_be_reported(resumed: Resumed) -> None:
     (run,) = campaigns.read_all([resumed[0] / "out.json"])
-    told = page.render(rendering.document([run]))
-    assert "Random weights: only times are meaningful" in told
-    assert told.count('class="point"') > 100
-    assert run.command in html.unescape(told)
+    html_page = page.render(rendering.document([run]))
+    assert "Random weights: only times are meaningful" in html_page
+    assert html_page.count('class="point"') > 100
+    assert run.command in html.unescape(html_page)
 
 
 def test_counts_are_those_of_a_draft_that_is_the_target(resumed: Resumed) -> None:

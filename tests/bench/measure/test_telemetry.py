@@ -192,7 +192,7 @@ def test_one_gpu_without_a_counter_leaves_no_count() -> None:
 
 
 def test_a_gpu_that_vanishes_leaves_a_reason_and_no_part_of_an_energy() -> None:
-    with Sampler({"gpu": GpuMeter(["1234"], FakeNvml(lost_at=3)), "cpu": "not told"}, hz=100) as sampler:
+    with Sampler({"gpu": GpuMeter(["1234"], FakeNvml(lost_at=3)), "cpu": "not read"}, hz=100) as sampler:
         while "gpu" not in sampler.trace.reasons:  # the cell goes on
             time.sleep(0.01)
     values = record(sampler.trace, SPANS, 100, num_tokens=50, num_accepted=25)

@@ -35,12 +35,12 @@ def test_a_new_field_is_one_declaration(kind: str, tmp_path: Path, monkeypatch: 
     monkeypatch.setitem(fields.FIELDS, toy.name, toy)
     record = RECORDS[kind] | {"toy_s": 0.0125}
     run = results.read(write(tmp_path / "run.json", [record]))
-    told = rendering.document([run])
-    terminal, html = "\n".join(printed([record])), page.render(told)
+    document = rendering.document([run])
+    terminal, html = "\n".join(printed([record])), page.render(document)
     assert "12.50" in terminal
     assert "toy, ms: Time that a toy takes." in terminal
-    assert "12.50" in markdown.render(told)
-    assert "| toy, ms | toy\\_s | s | Time that a toy takes. |" in markdown.render(told)
+    assert "12.50" in markdown.render(document)
+    assert "| toy, ms | toy\\_s | s | Time that a toy takes. |" in markdown.render(document)
     assert "12.50" in html
     assert "Time that a toy takes." in html.partition('id="glossary"')[2]
     header, row = csv_text.render([run]).splitlines()
@@ -70,8 +70,8 @@ def test_committed_records_are_read_as_they_were_written(path: Path) -> None:
     written = [each["extra_info"] for each in json.loads(path.read_text())["benchmarks"]]
     run = results.read(path)
     for kind in fields.KINDS:
-        ours = [record for record in written if results.kind_of(record) == kind]
-        for record, read in zip(ours, getattr(run, kind), strict=True):
+        of_kind = [record for record in written if results.kind_of(record) == kind]
+        for record, read in zip(of_kind, getattr(run, kind), strict=True):
             assert {name: read[name] for name in record} == record
             assert {name: read[name] for name in fields.FIELDS.keys() - record.keys()} == {
                 name: fields.FIELDS[name].default for name in fields.FIELDS.keys() - record.keys()

@@ -76,8 +76,8 @@ def test_nothing_of_somebody_elses_reaches_the_terminal(tmp_path: Path) -> None:
     machine = MACHINE | {"cpu_model": f"CPU{ESCAPES}"}
     changes = {"machine_info": machine, "command": f"pytest{ESCAPES}", "datetime": f"2026{ESCAPES}"}
     run = results.read(write(tmp_path / f"run{ESCAPES[:4]}.json", [record, decoded("ngram", 4)], **changes))
-    told = rendering.document([run])
-    texts = (rendering.text(run), markdown.render(told), page.render(told), csv_text.render([run]))
+    document = rendering.document([run])
+    texts = (rendering.text(run), markdown.render(document), page.render(document), csv_text.render([run]))
     assert all(not untrusted.UNPRINTABLE.search(text.replace("\n", "").replace("\t", "")) for text in texts)
     assert "\\x1b" in texts[0]
 
@@ -195,8 +195,8 @@ def test_a_missing_shard_is_reported(tmp_path: Path) -> None:
 
 def test_a_shard_without_cells_is_not_missed(tmp_path: Path) -> None:
     """It writes no file."""
-    told = {"configuration": {}, "shard": "1/3", "cells_of_shards": [1, 0, 2]}
-    (run,) = campaigns.read_all([write(tmp_path / "run.json", [decoded("ngram", 1)], **told)])
+    options = {"configuration": {}, "shard": "1/3", "cells_of_shards": [1, 0, 2]}
+    (run,) = campaigns.read_all([write(tmp_path / "run.json", [decoded("ngram", 1)], **options)])
     assert run.missing_shards == (3,)
 
 

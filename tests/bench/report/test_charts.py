@@ -140,12 +140,26 @@ def test_engines_that_tell_less_have_fewer_lines() -> None:
 
 
 def test_numbers_are_shown_against_gamma_in_readable_units() -> None:
-    told = {"acceptance_rate": 0.5, "acceptance_rate_low": 0.25, "acceptance_rate_high": 0.75, "system_efficiency": 0.6}
-    told |= {"draft_time_per_token_s": 0.002, "scoring_time_s": 0.5, "verification_time_s": 0.05, "num_tokens": 100}
-    told |= {"latency_s": 1.5, "energy_per_token_j": 2.0, "energy_per_accepted_token_j": 5.0, "throughput_tok_s": 64.0}
+    measured = {
+        "acceptance_rate": 0.5,
+        "acceptance_rate_low": 0.25,
+        "acceptance_rate_high": 0.75,
+        "system_efficiency": 0.6,
+    }
+    measured |= {"draft_time_per_token_s": 0.002, "scoring_time_s": 0.5, "verification_time_s": 0.05, "num_tokens": 100}
+    measured |= {
+        "latency_s": 1.5,
+        "energy_per_token_j": 2.0,
+        "energy_per_accepted_token_j": 5.0,
+        "throughput_tok_s": 64.0,
+    }
     plain = {"scoring_time_s": 1.0, "verification_time_s": 0.1, "num_tokens": 100, "latency_s": 3.0}
     plain |= {"energy_per_token_j": 4.0, "throughput_tok_s": 32.0, "speedup": None, "acceptance_rate_at": None}
-    cells = [cell("autoregressive", 0, 1.0) | plain, cell("eagle", 2, 1.5, **told), cell("eagle", "auto", 2.0, **told)]
+    cells = [
+        cell("autoregressive", 0, 1.0) | plain,
+        cell("eagle", 2, 1.5, **measured),
+        cell("eagle", "auto", 2.0, **measured),
+    ]
     sections = all_charts.sections(cells)
     measured = {
         chart.name.partition("-specdec")[0]: chart.series[-1]
@@ -176,8 +190,8 @@ def test_numbers_are_shown_against_gamma_in_readable_units() -> None:
 
 
 def test_batch_sizes_are_joined_where_there_are_several() -> None:
-    told = {"throughput_tok_s": 10.0, "latency_s": 1.0}
-    cells = [cell("eagle", 2, 1.5, **told), cell("eagle", 2, 1.5, **told | {"latency_s": 4.0, "batch_size": 8})]
+    measured = {"throughput_tok_s": 10.0, "latency_s": 1.0}
+    cells = [cell("eagle", 2, 1.5, **measured), cell("eagle", 2, 1.5, **measured | {"latency_s": 4.0, "batch_size": 8})]
     (chart,) = all_charts.sections(cells)["throughput"]
     names = ("gamma 2, batch size 2", "gamma 2, batch size 8")
     assert chart.series == (Series("eagle", (1.0, 4.0), (10.0, 10.0), 0, names=names),)

@@ -73,7 +73,7 @@ def test_every_line_fits_and_no_cell_is_lost(
     headings = [f"h{index}" for index in range(num_labels + num_values)]
     lines = grid.lines(table(headings, rows, num_labels=num_labels))
     assert max(map(len, lines)) <= grid.WIDTH
-    told = " ".join(" ".join(lines).split())
+    printed_text = " ".join(" ".join(lines).split())
     for row in rows:
         for cell in row:
-            assert cell == "-" or " ".join(cell.split()) in told
+            assert cell == "-" or " ".join(cell.split()) in printed_text

@@ -96,10 +96,10 @@ def test_no_factor_of_random_weights_or_of_two_prompts_is_the_answer(
     """It stands in the table, with its interval, and the page says why it is no more."""
     fast = decoded("ngram", 2, latency_s, speedup=86.55, **changes)
     other = decoded("ngram", 2, latency_s, engine="vllm", speedup=1.0, **changes)
-    told = page_of(tmp_path, fast, other)
-    assert "86.55" in told
-    assert "×" not in told.split("<table")[0]
-    assert any(word in told for word in ("too few for a speed-up", "Random weights", "Acceptance was prescribed"))
+    text = page_of(tmp_path, fast, other)
+    assert "86.55" in text
+    assert "×" not in text.split("<table")[0]
+    assert any(word in text for word in ("too few for a speed-up", "Random weights", "Acceptance was prescribed"))
 
 
 def test_the_answer_comes_first(tmp_path: Path) -> None:
@@ -123,10 +123,17 @@ def test_energy_quality_audits_and_published_results_are_shown(tmp_path: Path) -
     records = [decoded("ngram", 2, **energy, **score, **source), audited("lossy"), audited("lossless", gamma=4)]
     parsed = Parsed(page_of(tmp_path, *records))
     assert parsed.table("Energy, power")[1][3:] == ["12.5", "0.125", "0.500", "50.0"]
-    told = {caption: parsed.table(caption)[1] for caption in ("The workload's", "Audits", "This run and published")}
-    assert told["The workload's"][3:] == ["rouge_1", "0.250", "0.500", "-0.250 [-0.500, +0.000]"]
-    assert told["Audits"][3:] == ["token", "lossy (TV > 0.02)", "0.5", "0.75", "20,000", "0.03", "0.04"]
-    assert told["This run and published"][3:] == ["2.00 [1.50, 2.50]", "50.0%", "3.00", "1.84", "32.0%", "a paper"]
+    tables = {caption: parsed.table(caption)[1] for caption in ("The workload's", "Audits", "This run and published")}
+    assert tables["The workload's"][3:] == ["rouge_1", "0.250", "0.500", "-0.250 [-0.500, +0.000]"]
+    assert tables["Audits"][3:] == ["token", "lossy (TV > 0.02)", "0.5", "0.75", "20,000", "0.03", "0.04"]
+    assert tables["This run and published"][3:] == [
+        "2.00 [1.50, 2.50]",
+        "50.0%",
+        "3.00",
+        "1.84",
+        "32.0%",
+        "a paper",
+    ]
     assert "specdec ngram 2: p is small." in parsed.texts
     assert "1 of 2" in parsed.texts
 
@@ -138,12 +145,12 @@ def test_load_results_are_listed_by_rate(tmp_path: Path) -> None:
         "up to this rate specdec with ngram, gamma 2, pays, by median latency; at 2.5 it does not"
     )
     rows = parsed.table("By arrival rate")
-    told = dict(zip(rows[0], rows[4], strict=True))
-    assert {name: told[name] for name in ("rate", "method", "finished", "goodput", "latency p50 p95 p99, s")} == {
+    row = dict(zip(rows[0], rows[4], strict=True))
+    assert {name: row[name] for name in ("rate", "method", "finished", "goodput", "latency p50 p95 p99, s")} == {
         **{"rate": "2.5", "method": "ngram", "finished": "9 of 10", "goodput": "1.25"},
         "latency p50 p95 p99, s": "2.500 5.000 -",  # not everybody reached the last
     }
-    assert told["plain latency ratio"] == "0.80"  # plain decoding's 2 s over 2.5 s
+    assert row["plain latency ratio"] == "0.80"  # plain decoding's 2 s over 2.5 s
     assert any(text.startswith("ngram 2: limits kept by 50 % up to 2.5") for text in parsed.texts)
 
 

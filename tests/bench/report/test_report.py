@@ -101,12 +101,12 @@ def markdown_rows(text: str) -> list[list[str]]:
 
 def test_markdown_has_the_tables(tmp_path: Path) -> None:
     cells = decoded("ngram", 2, 3 * [1, 2]), decoded("autoregressive")
-    told = markdown.render(rendering.document([run_of(tmp_path, *cells)]))
-    rows = markdown_rows(told)
+    text = markdown.render(rendering.document([run_of(tmp_path, *cells)]))
+    rows = markdown_rows(text)
     assert ["specdec", "ngram", "2", "6.7", "2.00 [1.50, 2.50]", "6 of 6", "50.0%", "3.00"] in rows
-    assert "- **2.00×** specdec with ngram, gamma 2, over its plain decoding, 95 % interval 1.50 to 2.50" in told
+    assert "- **2.00×** specdec with ngram, gamma 2, over its plain decoding, 95 % interval 1.50 to 2.50" in text
     width: dict[int, int] = {}
-    for number, line in enumerate(told.splitlines()):
+    for number, line in enumerate(text.splitlines()):
         if line.startswith("|"):  # all rows of a table have as many cells
             width[number] = len(re.findall(r"(?<!\\)\|", line))
             assert width.get(number - 1, width[number]) == width[number], line
@@ -114,9 +114,9 @@ def test_markdown_has_the_tables(tmp_path: Path) -> None:
 
 def test_markdown_escapes_the_values_of_a_record(tmp_path: Path) -> None:
     run = run_of(tmp_path, decoded("ngram", 2, workload=HOSTILE), decoded("ngram", 2, workload="other"))
-    told = markdown.render(rendering.document([run]))
-    assert "<script" not in told.replace("\\<script", "")
-    assert [" ".join(HOSTILE.split()), "specdec", "ngram", "2"] in [row[:4] for row in markdown_rows(told)]
+    text = markdown.render(rendering.document([run]))
+    assert "<script" not in text.replace("\\<script", "")
+    assert [" ".join(HOSTILE.split()), "specdec", "ngram", "2"] in [row[:4] for row in markdown_rows(text)]
 
 
 def test_the_command_writes_everything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:

@@ -48,9 +48,9 @@ def test_no_verdict_stands_without_its_bound() -> None:
 
 def test_specdec_is_lossless_by_every_method_and_rule() -> None:
     records = [Certificate.load(path).record() for path in PATHS]
-    ours = {(each["method"], each["verification"]): each["verdict"] for each in records if each["engine"] == "specdec"}
-    assert set(ours.values()) == {"lossless"}
-    assert len(ours) == 12
+    own = {(each["method"], each["verification"]): each["verdict"] for each in records if each["engine"] == "specdec"}
+    assert set(own.values()) == {"lossless"}
+    assert len(own) == 12
 
 
 def test_the_page_has_the_table_of_mutants() -> None:

@@ -62,14 +62,14 @@ def test_cpu_time_of_sampling_is_recorded() -> None:
 
 
 def test_where_nothing_can_be_read_files_take_its_place() -> None:
-    with readable({"gpu": "no driver", "cpu": "not told"}) as (meters, what):
+    with readable({"gpu": "no driver", "cpu": "not read"}) as (meters, what):
         assert isinstance(meters["cpu"], RaplMeter)
         assert meters["cpu"].read() == 0.0
-    assert "gpu: no driver; cpu: not told" in what
+    assert "gpu: no driver; cpu: not read" in what
     with pytest.raises(UnavailableError):
         meters["cpu"].read()  # they are gone
     meter = Meter()
-    with readable({"gpu": meter, "cpu": "not told"}) as (meters, what):
+    with readable({"gpu": meter, "cpu": "not read"}) as (meters, what):
         assert (meters, what) == ({"gpu": meter}, "this machine's own: gpu")
 
 

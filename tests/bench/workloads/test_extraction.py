@@ -107,17 +107,17 @@ def lm_eval(text: str) -> list[str]:
 
 def test_the_level_is_that_of_lm_eval_on_200_outputs() -> None:
     """Whatever one of lm-eval's filters finds right is right here, and the rest only where a reader finds it, too."""
-    ours, theirs = [], []
+    own, by_lm_eval = [], []
     for kind, expected in KINDS.items():
         for truth in TRUTHS:
             text, plain = kind.format(n=truth), truth.replace(",", "")
-            ours.append(scores.score(Prompt("?", truth=Number(truth)), text))
-            theirs.append([found == plain for found in lm_eval(text)])
-            if truth not in ("-3", "0.5"):  # "$-3" is beyond them, and "{n}" inside words of theirs
-                assert tuple(theirs[-1]) == expected, (kind, truth)
-            assert ours[-1] >= max(theirs[-1]), (kind, truth)
-    assert len(ours) == 200
-    assert sum(ours) == 18 * len(TRUTHS)  # all but the two kinds without an answer
+            own.append(scores.score(Prompt("?", truth=Number(truth)), text))
+            by_lm_eval.append([found == plain for found in lm_eval(text)])
+            if truth not in ("-3", "0.5"):  # lm-eval does not match "$-3", nor "{n}" inside words
+                assert tuple(by_lm_eval[-1]) == expected, (kind, truth)
+            assert own[-1] >= max(by_lm_eval[-1]), (kind, truth)
+    assert len(own) == 200
+    assert sum(own) == 18 * len(TRUTHS)  # all but the two kinds without an answer
     assert scores.score(Prompt("?", truth=Number("5")), "#### 50") == 0
 
 
