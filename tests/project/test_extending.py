@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from subprocess import CompletedProcess
 from typing import Any
 
 import pytest
 from helpers import example_package
 from helpers.example_package import PAGE, ROOT
+from helpers.warm import run_python
 
 TINY = str(ROOT / "bench" / "catalogue" / "models" / "tiny")
 NAMES = {  # as entry points, and as module:attribute
     "entry points": ("years", "recompute", "recent"),
     "references": ("my_package.data:prompts:space", "my_package.engine:kind", "my_package.drafts:method"),
 }
-Run = Callable[..., subprocess.CompletedProcess[str]]
+Run = Callable[..., CompletedProcess[str]]
 
 
 @pytest.fixture(scope="module")
@@ -36,9 +36,8 @@ def run(package: tuple[Path, Path]) -> Run:
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("SPECDEC_", "PYTEST_"))}
     environment = kept | {"PYTHONPATH": os.pathsep.join(map(str, (package[1], ROOT)))}
 
-    def python(*arguments: str, folder: Path = ROOT) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, *arguments]
-        return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    def python(*arguments: str, folder: Path = ROOT) -> CompletedProcess[str]:
+        return run_python(*arguments, cwd=folder, env=environment)
 
     return python
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.warm import run_python
 
 from bench.campaign import arrivals
 from bench.campaign.config import BenchConfig
@@ -33,20 +34,21 @@ def run(
     folder: Path, environment: dict[str, str], shard: str, *arguments: str, most_bytes: int | None = None
 ) -> subprocess.CompletedProcess[str]:
     """A part of the campaign. most_bytes: the size at which the system refuses to let any of its files grow."""
-    command = [sys.executable, "-m", "pytest", "bench/", "--smoke", "--device", "cpu", "-p", "no:cacheprovider"]
+    command = ["-m", "pytest", "bench/", "--smoke", "--device", "cpu", "-p", "no:cacheprovider"]
     command += ["--engines", "specdec", "--methods", "autoregressive,ngram", "--rate", RATES, "--batch-sizes", "2"]
     command += ["--duration", str(DURATION_S)]
     command += ["--shard", shard, "--journal", str(folder / "journal.jsonl"), *arguments]
-    limit = {"preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (most_bytes, most_bytes))}
     environment = environment | {"PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
+    if most_bytes is None:
+        return run_python(*command, cwd=ROOT, env=environment)
     return subprocess.run(
-        command,
+        [sys.executable, *command],
         cwd=ROOT,
         env=environment,
         capture_output=True,
         text=True,
         check=False,
-        **(limit if most_bytes else {}),  # type: ignore[call-overload]
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (most_bytes, most_bytes)),
     )
 
 

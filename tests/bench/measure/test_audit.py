@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from subprocess import CompletedProcess
 from typing import Any
 
 import pytest
 from helpers.audited import PROMPTS, ToyEngine
+from helpers.warm import run_python
 
 from bench.campaign.config import BenchConfig
 from bench.catalogue.pairs import catalogue
@@ -98,10 +99,10 @@ def test_prescribed_acceptance_is_refused(make_config: Callable[..., BenchConfig
         audit.certify(Recorded(), CELL, catalogue()["tiny-random"], [[1]], config, "cpu")  # type: ignore[arg-type]
 
 
-def run(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "pytest", "bench/", "--smoke", "-p", "no:cacheprovider", "--engines", "specdec"]
+def run(tmp_path: Path, *arguments: str) -> CompletedProcess[str]:
+    command = ["-m", "pytest", "bench/", "--smoke", "-p", "no:cacheprovider", "--engines", "specdec"]
     command += ["--methods", "autoregressive,ngram", "--journal", str(tmp_path / "journal.jsonl"), *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    return run_python(*command, cwd=ROOT, env=os.environ)
 
 
 def test_a_run_leaves_certificates(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.warm import run_python
 
 from bench.catalogue.methods import SMOKE_METHODS
 from bench.measure.journal import Entry, Journal
@@ -58,9 +59,7 @@ def cost_command(folder: Path) -> list[str]:
 
 
 def finish(folder: Path, environment: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        command(folder, *arguments), cwd=ROOT, env=environment, capture_output=True, text=True, check=False
-    )
+    return run_python(*command(folder, *arguments)[1:], cwd=ROOT, env=environment)
 
 
 def finished_cells(folder: Path) -> list[str]:
@@ -214,9 +213,7 @@ def test_two_runs_with_one_journal(tmp_path: Path, environment: dict[str, str]) 
 
 def test_costs_are_measured_and_printed(tmp_path: Path, environment: dict[str, str]) -> None:
     output = [f"--benchmark-json={tmp_path / 'out.json'}"]
-    done = subprocess.run(
-        [*cost_command(tmp_path), *output], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
-    )
+    done = run_python(*cost_command(tmp_path)[1:], *output, cwd=ROOT, env=environment)
     assert done.returncode == 0, done.stdout
     records = [cell["extra_info"] for cell in json.loads((tmp_path / "out.json").read_text())["benchmarks"]]
     assert {record["axis"] for record in records} == set(SMOKE_SWEEPS)
