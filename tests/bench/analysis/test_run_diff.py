@@ -12,7 +12,7 @@ from helpers.bench_runs import MACHINE, audited, decoded, loaded, row_of, sized,
 from bench.analysis import run_diff
 from bench.analysis.run_diff import Difference
 from bench.records import campaigns, results
-from bench.records.intervals import BootstrapInterval, geometric_mean_interval, unpaired_ratio_interval
+from bench.records.intervals import BootstrapInterval, geometric_mean_interval
 from bench.report import changes
 from bench.report.terminal import chapter as terminal
 
@@ -193,14 +193,6 @@ def test_costs_are_compared_by_their_rounds(tmp_path: Path) -> None:
     """Rounds of 0.5 and 0.25 s against themselves: the ratio of resampled means lies between 1/2 and 2."""
     found = only(tmp_path, sized("width", 1, 0.5), sized("width", 1, 0.5))
     assert (found.verdict, found.times) == ("no difference seen", BootstrapInterval(1.0, 0.5, 2.0))
-
-
-def test_unpaired_ratios_have_an_interval() -> None:
-    found = unpaired_ratio_interval([8.0] * 4, [2.0] * 3)
-    assert [found.estimate, found.low, found.high] == pytest.approx([4.0, 4.0, 4.0])
-    assert unpaired_ratio_interval([8.0], [2.0]) == BootstrapInterval(pytest.approx(4.0), None, None)
-    with pytest.raises(ValueError, match=r"values=\[0\.0\] must be finite, > 0"):
-        unpaired_ratio_interval([1.0], [0.0])
 
 
 def test_without_a_difference_few_verdicts_say_so() -> None:

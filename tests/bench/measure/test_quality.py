@@ -19,7 +19,6 @@ from bench.engines.base import PromptResult, Run
 from bench.measure.paired import BASELINE, CANDIDATE
 from bench.measure.quality import sandbox, scores
 from bench.measure.quality.sandbox import Outcome
-from bench.records.intervals import mean_difference_interval
 from bench.workloads import registry
 from bench.workloads.base import Number, Prompt, Summary
 
@@ -47,18 +46,6 @@ def test_pass_at_1_runs_the_code() -> None:
     assert [scores.score(half, text) for text in right] == [1, 1, 1]
     assert [scores.score(half, text) for text in wrong] == [0, 0, 0, 0]
     assert scores.score(fourfold, "```python\ndef fourfold(x):\n    return twice(twice(x))\n```") == 1
-
-
-def test_a_difference_is_paired() -> None:
-    """Prompt by prompt the difference is always 0.5, however far the prompts are apart."""
-    interval = mean_difference_interval([0.5, 1.0, 0.5, 1.0], [0.0, 0.5, 0.0, 0.5])
-    assert (interval.estimate, interval.low, interval.high) == (0.5, 0.5, 0.5)
-    mixed = mean_difference_interval([1, 0, 1, 1], [0, 0, 1, 1])
-    # of 4 draws 0, 1, 2, 3 or 4 are the first prompt's, with chances .316, .422, .211, .047, .004
-    assert (mixed.estimate, mixed.low, mixed.high) == (0.25, 0, 0.75)
-    assert mean_difference_interval([1], [0]).low is None
-    with pytest.raises(ValueError, match="2 and 1 values must be pairs"):
-        mean_difference_interval([1, 2], [1])
 
 
 def test_the_fields_of_known_outputs() -> None:
