@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -16,7 +17,7 @@ from specdec.conformance.toys import HALVES, QUARTERS, FeatureTarget, ToyHead, g
 from specdec.decoding import Decoder
 from specdec.models.costs import MAX_DRAFT_LENGTH, StepCosts, target_costs
 from specdec.models.markov import MarkovModel
-from specdec.proposers.adaptive import AdaptiveLength, confidence
+from specdec.proposers.adaptive import AdaptiveLength, confidence, together
 from specdec.proposers.draft_model import DraftModelProposer
 from specdec.proposers.heads.eagle import EagleProposer
 from specdec.proposers.hybrid import HybridProposer
@@ -229,6 +230,54 @@ def test_costs_depend_on_how_many_rows_there_are() -> None:
     for _ in range(300):
         adaptive.observe([(0, 0)] * 5)
     assert adaptive.num_copied([1], 1) == 1, "what all five made of their steps says nothing of the time of one's"
+
+
+def test_costs_between_three_measurements() -> None:
+    """Each number of rows lies between its two neighbors; below and above all of them the nearest one counts."""
+    measured = {2: StepCosts((1.0,), 0.1), 4: StepCosts((3.0,), 0.3), 8: StepCosts((4.0,), 0.5)}
+    adaptive = AdaptiveLength(measured)
+    assert [adaptive.costs(rows).step_s(0) for rows in (1, 2, 3, 4, 5, 8, 9)] == [1.0, 1.0, 2.0, 3.0, 3.25, 4.0, 4.0]
+
+
+def test_the_best_length_has_the_largest_gain() -> None:
+    """A step without draft takes 2 s and gives a token per row, so a second is worth half a token per row."""
+    adaptive = AdaptiveLength(StepCosts((2.0, 2.2, 2.6, 3.4), 0.4, 0.1))
+    reach = [0.8, 0.6, 0.3]
+    assert adaptive.best_length(reach, 1) == (2, pytest.approx(1.4 - 0.6 / 2))
+    assert adaptive.best_length(reach, 1, drawn=True) == (2, pytest.approx(1.4 - (0.6 + 0.1 + 2 * 0.4) / 2))
+    assert adaptive.best_length(reach, 2) == (2, pytest.approx(1.4 - 0.6))
+    assert adaptive.best_length([0.05], 1) == (0, 0.0)
+
+
+def test_one_step_is_counted_exactly() -> None:
+    """Two rows draft 3 and 2 tokens, of which 1 and 2 are accepted and 2 and 2 tested, in a step of 3.4 s, not 2."""
+    adaptive = AdaptiveLength(StepCosts((2.0, 2.2, 2.6, 3.4), 0.0))
+    adaptive.observe([(3, 1), (2, 2)])
+    tokens_per_s = 2 * (0.98 + 1 + 3 / 2) / ((0.98 + 3.4 / 2) * 2.0)
+    assert adaptive.best_length([2.0], 2) == (1, pytest.approx(2.0 - tokens_per_s * 0.2))
+    worth = tokens_per_s * 0.2 / ((3 + 3) / (5 + 4))
+    assert [adaptive.pays([reach, 0.0], 0)[0] for reach in (worth - 1e-9, worth + 1e-9)] == [False, True]
+
+
+def test_a_copy_tests_one_token_after_those_accepted() -> None:
+    """Two of five are accepted: 5/6, 5/6, 4/6 of the first three then pass, and 4/5 of the others as before. That the
+    first four do has probability 0.37, and 0.31 if the fourth counts as tested; a token costs 0.35.
+    """
+    adaptive = AdaptiveLength(StepCosts(tuple(1 + 0.35 * width for width in range(MAX_DRAFT_LENGTH + 1)), 0.0))
+    adaptive.observe_copy(5, 2)
+    assert adaptive.num_copied([MAX_DRAFT_LENGTH], 1) == 4
+
+
+def test_drafts_of_unequal_lengths_together() -> None:
+    assert together([[0.5, 0.25], [0.5]]) == [1.0, 0.25]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_confidence_of_large_logits(dtype: torch.dtype) -> None:
+    """exp(300) is infinite in float32. Kernels or the portable code: each dtype takes one of them."""
+    logits = torch.tensor([[300.0, 301.0, 299.0], [-300.0, -300.0, -torch.inf]], dtype=dtype)
+    expected = torch.tensor([1 / (1 + math.exp(-1) + math.exp(-2)), 0.5])
+    torch.testing.assert_close(confidence(logits), expected)
 
 
 def test_confidence_is_the_largest_probability() -> None:
