@@ -63,6 +63,15 @@ def test_expected_length_at_the_ends() -> None:
     assert [expected_length(rate, 4) for rate in (0, 1)] == [1, 5]
 
 
+def test_a_tree_has_slots_and_positions_by_level() -> None:
+    """Six nodes on three levels, of which two are accepted; a tree has no more levels than nodes."""
+    counts = AcceptanceCounts()
+    counts.add_step(6, 2, 3, depth=3)
+    assert astuple(counts) == (1, 6, 2, 3, 4, [1, 1, 0])
+    with pytest.raises(ValueError, match=r"num_drafted=2\] and, for a tree, in \[0, depth=3\]"):
+        counts.add_step(2, 1, 2, depth=3)
+
+
 def test_expected_length_by_simulation() -> None:
     """Independent coins: the mean over 200,000 steps, within six standard errors."""
     passed = torch.rand(200_000, 4, generator=torch.Generator().manual_seed(1)) < 0.7
@@ -81,6 +90,8 @@ def test_predicted_speedup() -> None:
     assert prediction == pytest.approx(1.75 * 30 / 41)
     with pytest.raises(ValueError, match=r"step_s=0 and .* must be > 0"):
         predicted_speedup([], step_s=0, draft_s=0, scoring_s=1, verification_s=0)
+    with pytest.raises(ValueError, match=r"step_s=1 and .*=0 must be > 0"):
+        predicted_speedup([], step_s=1, draft_s=0, scoring_s=0, verification_s=0)
     with pytest.raises(ValueError, match=r"acceptance_rate=1.2 must lie in \[0, 1\]"):
         expected_length(1.2, 3)
 
@@ -135,6 +146,6 @@ def test_impossible_costs_are_refused() -> None:
     for share in (-0.5, 0, 1.5):
         with pytest.raises(ValueError, match=rf"drafted_share={share} must lie in \(0, 1\]"):
             predicted_speedups([0.5], share, [(1.0, 1.0)])
-    for costs in ([], [(0.0, 1.0)], [(1.0, 0.0)]):
+    for costs in ([], [(0.0, 1.0)], [(1.0, 0.0)], [(1.0, -1.0)]):
         with pytest.raises(ValueError, match=r"step_costs=\[.*\] must be at least one pair of numbers > 0"):
             predicted_speedups([0.5], 1.0, costs)

@@ -327,6 +327,52 @@ def test_coupled_verification_follows_the_target_s_own_draws() -> None:
     assert torch.equal(chain.next_token, tree.next_token)
 
 
+@pytest.mark.parametrize("rule", [verify_tree, verify_coupled_tree])
+def test_rows_take_different_branches(rule) -> None:
+    """Two rows of a lopsided tree, whose targets leave no doubt: one takes nodes 0 and 3, its second child, the other
+    nodes 1 and 4, an only child and the last node, while the first row still tries a second one.
+    """
+    tree = Tree(((0,), (1,), (0, 0), (0, 1), (1, 0)))
+    tokens = torch.tensor([[0, 1, 0, 1, 2]] * 2)
+    says = torch.tensor([[0, 1, 0, 0, 2, 0], [1, 0, 2, 0, 0, 0]])  # after the text and after each node
+    draft = Draft(tokens, torch.tensor([5, 5]), Dense(torch.full((2, 3, 3), 1 / 3, dtype=torch.float64)), tree)
+    noise = torch.full((2, 3, 3), 0.5, dtype=torch.float64)
+    final = noise if rule.needs_noise else noise[..., 0]
+    outcome = rule(Dense(OneHot(says, 3).dense().double()), draft, torch.full((2, 5), 0.5, dtype=torch.float64), final)
+    assert outcome.accepted.tolist() == [2, 2]
+    assert outcome.path.tolist() == [[0, 3], [1, 4]]
+    assert outcome.next_token.tolist() == [2, 0]
+
+
+def test_a_chain_without_a_tree_is_verified_as_a_chain() -> None:
+    target = Dense(OneHot(torch.tensor([[1, 2, 0]]), 3).dense().double())
+    draft = Draft.deterministic(torch.tensor([[1, 0]]), torch.tensor([2]), 3)
+    noise = torch.full((1, 3, 3), 0.5, dtype=torch.float64)
+    for outcome in (
+        verify_tree(target, draft, noise[:, :2, 0], noise[..., 0]),
+        verify_coupled_tree(target, draft, noise[:, :2, 0], noise),
+    ):
+        assert (outcome.accepted.tolist(), outcome.next_token.tolist(), outcome.path) == ([1], [2], None)
+
+
+def test_what_the_rules_for_trees_need() -> None:
+    assert (verify_tree.needs_noise, verify_tree.always_draws) == (False, False)
+    assert (verify_coupled_tree.needs_noise, verify_coupled_tree.always_draws) == (True, False)
+
+
+def test_the_tensors_of_a_tree_are_kept() -> None:
+    """A captured CUDA graph holds pointers to them."""
+    tree, device = Tree.balanced([2, 1]), torch.device("cpu")
+    assert verification._layout(tree, device) is verification._layout(tree, device)
+
+
+def test_only_a_cpu_s_mask_is_read() -> None:
+    """Reading one of another device synchronizes; a meta tensor raises if it is read."""
+    masks = [torch.zeros(2, dtype=torch.bool), torch.tensor([False, True])]
+    assert [verification._surely_none(mask) for mask in masks] == [True, False]
+    assert not verification._surely_none(masks[0].to("meta"))
+
+
 # -- the distribution of a sibling ------------------------------------------------------------------------------------
 
 
@@ -347,6 +393,37 @@ def test_a_sibling_s_distribution_is_the_family_s_without_those_before(
     assert float(without(Dense(distribution), taken)[1]) == pytest.approx(sum(rest), abs=1e-15)
     one_hot = sibling_distribution(OneHot(torch.tensor(order[0]), 5), taken, token)
     assert int(one_hot.tokens) == order[rank]
+    inner, mass = without(Partial(Dense(distribution), places, 10), places[taken])
+    assert inner.dense()[places].tolist() == [
+        0.0 if i in order[:rank] else float(p) for i, p in enumerate(distribution)
+    ]
+    assert float(mass) == pytest.approx(sum(rest), abs=1e-15)
+
+
+@pytest.mark.parametrize("token", [0, 1, 2])
+def test_a_certain_token_is_left_until_it_is_taken(token: int) -> None:
+    """Whatever the other ones are: below it, above it, both."""
+    certain, others = OneHot(torch.tensor([token]), 3), [each for each in range(3) if each != token]
+    for taken in (others[:1], others[1:], others):
+        assert without(certain, torch.tensor([taken]))[1].tolist() == [[1.0]]
+        assert sibling_distribution(certain, torch.tensor([taken]), torch.tensor([others[0]])).tokens.tolist() == [
+            token
+        ]
+    assert without(certain, torch.tensor([[token]]))[1].tolist() == [[0.0]]
+
+
+def test_the_first_sibling_has_the_family_s_distribution() -> None:
+    """As it is, not normalized once more."""
+    none, token = torch.empty(2, 0, dtype=torch.int64), torch.tensor([0, 1])
+    dense = Dense(torch.tensor([[0.1, 0.2, 0.7]] * 2))
+    for distribution in (dense, OneHot(token, 3), Partial(dense, torch.tensor([1, 3, 4]), 6)):
+        assert sibling_distribution(distribution, none, token) is distribution
+
+
+def test_padding_may_lie_beyond_a_partial_vocabulary() -> None:
+    partial = Partial(Dense(torch.tensor([[0.5, 0.5]])), torch.tensor([1, 3]), 9)
+    found = sibling_distribution(partial, torch.tensor([[1]]), torch.tensor([8]))
+    assert found.dense().tolist() == [[0, 0, 0, 1, 0, 0, 0, 0, 0]]
 
 
 # -- the best tree -------------------------------------------------------------------------------------------
