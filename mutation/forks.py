@@ -12,7 +12,7 @@ from typing import Any
 Answer = dict[str, Any]
 
 
-def in_fork(call: Callable[[], Answer], timeout_s: float, *, quiet: bool = True) -> Answer | None:
+def in_fork(call: Callable[[], Answer], timeout_s: float | None, *, quiet: bool = True) -> Answer | None:
     """What a call returns in a fork of this process; None if it takes longer than timeout_s. quiet: without its output.
 
     An empty answer means that the fork ended before the call did.
