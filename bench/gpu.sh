@@ -76,7 +76,7 @@ measure roofline "$limit" bench/cost_sweep.py "${sweep[@]}" -k "width or context
 measure roofline-135m "$limit" bench/cost_sweep.py "${sweep_small[@]}" -k "width or context or batch"
 measure shapes "$limit" "${shape[@]}" --engines specdec --methods autoregressive,draft_model,eagle,hybrid,ngram
 measure transformers "$limit" "${smoke[@]}" "${plain[@]}" --engines specdec,transformers --methods autoregressive
-if "$python" -m bench.first_light.real; then
+if "$python" -m bench.first_light.pieces; then
   measure pair "$limit" bench/ --engines specdec,transformers --gammas 4 "${real[@]}" \
     --methods autoregressive,ngram,draft_model,eagle,hybrid
   measure load "$limit" bench/ --engines specdec --methods autoregressive,hybrid --gammas 4 "${load[@]}"

@@ -2,11 +2,15 @@
 
 `pack` writes them on a machine that can fetch the model. `unpack` recreates, without the package gguf, the folder that
 `specdec.models.loading.resolve` would have made, with bit-identical weights.
+
+`python -m bench.first_light.pieces` makes the model available, for scripts: from the cache, else from the pieces in the
+folder SPECDEC_FIRST_LIGHT_WEIGHTS; it exits with 1 if it cannot.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import os
 import shutil
 import zlib
 from collections.abc import Iterator, Sequence
@@ -19,9 +23,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from specdec.models.loading import SMOLLM2_135M, resolve
-from specdec.runtime.artifacts import LoadError, fetch, folder_of, made_once
+from specdec.runtime.artifacts import LoadError, fetch, folder_of, is_complete, made_once
 
 PIECE_BYTES = 36 << 20  # maximum size of a piece: uploads to a GPU machine may be limited
+WEIGHTS = "SPECDEC_FIRST_LIGHT_WEIGHTS"
 WEIGHTS_FILE = "model.safetensors"
 _BLOCKS = {"Q4_1": 20, "Q8_0": 34}  # bytes per 32 weights
 _LAYER = {  # names in a GGUF file -> in transformers' Llama
@@ -62,6 +67,19 @@ def unpack(folder: Path) -> Path:
     rule = f"folder={str(folder)!r} must hold the pieces of {SMOLLM2_135M.name}"
     what = f"assembling {SMOLLM2_135M.name}, once"
     return made_once(folder_of(SMOLLM2_135M), make, disk_bytes=SMOLLM2_135M.disk_bytes, rule=rule, what=what)
+
+
+def why_unavailable() -> str | None:
+    """Make the default model available in the cache, from its pieces if necessary; returns the reason if it cannot.
+
+    Raises LoadError for missing or damaged pieces.
+    """
+    if is_complete(folder_of(SMOLLM2_135M)):
+        return None
+    if not (pieces := os.environ.get(WEIGHTS)):
+        return f"its weights are not in the cache, and {WEIGHTS} names no folder with their pieces"
+    unpack(Path(pieces))
+    return None
 
 
 def dequantized(stored: Tensor, kind: str) -> Tensor:
@@ -187,3 +205,8 @@ def _unpack(paths: Sequence[Path], folder: Path) -> None:
             else:
                 weights[name] = dequantized(stored, kind)
     save_file(weights, folder / WEIGHTS_FILE, {"format": "pt"})
+
+
+if __name__ == "__main__":
+    if reason := why_unavailable():
+        raise SystemExit(f"the default pair is left out: {reason}")

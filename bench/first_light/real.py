@@ -6,25 +6,21 @@ machine with network access; without it, the model must be in the cache.
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from bench.catalogue.pairs import catalogue
-from bench.first_light.pieces import unpack
+from bench.first_light.pieces import why_unavailable
 from bench.first_light.report import Report
 from bench.first_light.shapes import Loaded, Work, load
 from specdec import Engine, SamplingParams
 from specdec.drafts import load_with_drafts
-from specdec.models.loading import SMOLLM2_135M
 from specdec.prompts import encode
-from specdec.runtime.artifacts import LoadError, folder_of, is_complete
+from specdec.runtime.artifacts import LoadError
 
-WEIGHTS = "SPECDEC_FIRST_LIGHT_WEIGHTS"
 _METHODS = ("eagle", "draft_model", "hybrid", "tree", "ngram", "suffix")
 _QUESTIONS = (
     "Write a Python function that returns the n-th Fibonacci number, with a test for it.",
@@ -59,19 +55,6 @@ def run(report: Report, device: torch.device) -> None:
     _tokens(report, models, prompts[:2], _METHODS, 64)
     with report.attempt("tokens of the CPU"):
         _against_cpu(report, models, prompts[:2])
-
-
-def why_unavailable() -> str | None:
-    """Make the default model available in the cache, from its pieces if necessary; returns the reason if it cannot.
-
-    Raises LoadError for missing or damaged pieces.
-    """
-    if is_complete(folder_of(SMOLLM2_135M)):
-        return None
-    if not (pieces := os.environ.get(WEIGHTS)):
-        return f"its weights are not in the cache, and {WEIGHTS} names no folder with their pieces"
-    unpack(Path(pieces))
-    return None
 
 
 def _tokens(
@@ -111,8 +94,3 @@ def _first_difference(rows: list[Any], other_rows: list[Any]) -> str:
     )
     shared = [a == b for a, b in zip(one, other, strict=False)]
     return f"first difference in row {row} at token {[*shared, False].index(False)}"
-
-
-if __name__ == "__main__":  # for scripts: exits with 1 unless the pair can be used here
-    if reason := why_unavailable():
-        raise SystemExit(f"the default pair is left out: {reason}")

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 
+from bench.first_light import __main__ as entry
 from bench.first_light import correctness, facts, running, tiny
 from bench.first_light.__main__ import LIMITS_S, main
 from bench.first_light.nudges import LAST, Nudge, nudge
@@ -39,25 +40,41 @@ def part(name: str, then: str, limit_s: float = 120) -> Part:
     return Part(name, (sys.executable, "-c", REPORTS + then, name, "{facts}"), limit_s)
 
 
+def outcomes(facts: list[dict]) -> dict[str, str]:
+    """How each part ended."""
+    return {fact["of"]: fact["outcome"] for fact in facts if fact.get("fact") == "end"}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("parts", [None, "facts,kernels"])
-def test_without_a_gpu_all_parts_run_to_the_last_line(parts: str | None, tmp_path: Path) -> None:
-    arguments = [str(tmp_path), "--device", "cpu", *(["--parts", parts] if parts else [])]
+def test_without_a_gpu_all_parts_run_to_the_last_line(tmp_path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "bench.first_light", *arguments], cwd=ROOT, capture_output=True, text=True, check=False
+        [sys.executable, "-m", "bench.first_light", str(tmp_path), "--device", "cpu"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     facts = read(tmp_path / FACTS_FILE)
-    wanted = parts.split(",") if parts else list(LIMITS_S)
-    ends = {fact["of"]: fact["outcome"] for fact in facts if fact.get("fact") == "end"}
-    assert ends == dict.fromkeys(wanted, "ended"), done.stdout
+    assert outcomes(facts) == dict.fromkeys(LIMITS_S, "ended"), done.stdout
     assert [fact for fact in facts if fact.get("ok") is False] == []
     assert done.returncode == 0
     assert done.stdout.startswith("no GPU: everything is scaled down (--device cpu)\n")
     assert done.stdout.splitlines()[-1].endswith(" s on cpu")
     assert len(done.stdout) < 12_000
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([FACTS_FILE, ARCHIVE_FILE, "first_light.txt"])
-    named = {name for fact in facts for name in ("fact", "check") if name in fact}
-    assert named == ({"fact", "check"} if parts is None else {"fact"})
+    assert {name for fact in facts for name in ("fact", "check") if name in fact} == {"fact", "check"}
+
+
+def test_only_the_named_parts_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each as a process that ends at once; the test above runs the real ones."""
+    monkeypatch.setattr(entry, "part", lambda name, limit_s, device: part(name, "pass", limit_s))
+    assert main([str(tmp_path), "--device", "cpu", "--parts", "facts,kernels"]) == 0
+    assert outcomes(read(tmp_path / FACTS_FILE)) == {"facts": "ended", "kernels": "ended"}
+    printed = capsys.readouterr().out
+    assert printed.startswith("no GPU: everything is scaled down (--device cpu)\n")
+    assert printed.splitlines()[-1].endswith(" s on cpu")
 
 
 @pytest.mark.slow
@@ -74,8 +91,7 @@ def test_parts_that_die_or_hang_lose_no_facts(tmp_path: Path, monkeypatch: pytes
     run_parts(parts, tmp_path, 1000, Interrupts())
     facts = read(tmp_path / FACTS_FILE)
     assert [fact["text"] for fact in facts if fact.get("fact") == "first"] == [f"a fact of {p.name}" for p in parts]
-    ends = {fact["of"]: fact["outcome"] for fact in facts if fact.get("fact") == "end"}
-    assert ends == {
+    assert outcomes(facts) == {
         "killed": "died of SIGKILL",
         "raises": "failed with exit status 1",
         "deaf": "was stopped at its limit of 6 s",

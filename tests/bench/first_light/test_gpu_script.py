@@ -30,7 +30,9 @@ def variables(environment: dict[str, str], tmp_path: Path) -> dict[str, str]:
     cache.mkdir(mode=0o700)
     for kernels in filter(Path.is_dir, cache_root().glob("kernels-*")):
         shutil.copytree(kernels, cache / kernels.name)
-    return environment | {"SPECDEC_CACHE": str(cache), "CUDA_VISIBLE_DEVICES": "", "PYTHON": sys.executable}
+    variables = {"SPECDEC_CACHE": str(cache), "CUDA_VISIBLE_DEVICES": "", "PYTHON": sys.executable}
+    unused = {"PYTEST_ADDOPTS": "-p no:hypothesispytest"}  # it imports all of Hypothesis at the end of any run
+    return environment | variables | unused
 
 
 def visit(folder: Path, variables: dict[str, str]) -> subprocess.CompletedProcess[str]:
