@@ -39,7 +39,7 @@ JOBS = {  # module -> the tests that are to see its mutants
     "specdec/conformance/reference.py": "tests/conformance/test_reference.py",
     "specdec/conformance/certificate.py": "tests/conformance/test_certificate.py",
     "specdec/conformance/enumeration.py": "tests/conformance/test_enumeration.py",
-    "bench/measure/records.py": "tests/bench/measure/test_records.py",
+    "bench/measure/records.py": "tests/bench/measure/test_records.py tests/bench/measure/test_loaded.py",
     "bench/records/intervals.py": ("tests/bench/records/test_intervals.py tests/bench/analysis/test_run_diff.py"),
     "bench/analysis/run_diff.py": "tests/bench/analysis/test_run_diff.py",
     "bench/workloads/extraction.py": "tests/bench/workloads/test_extraction.py",
@@ -81,7 +81,8 @@ def prepare(module: str, timeout_s: float) -> Path:
 
 def forget_survivors(folder: Path) -> None:
     """Let the survivors run again, with the tests as they are now."""
-    shutil.copytree(ROOT / "tests", folder / "tree" / "tests", dirs_exist_ok=True)
+    for name in ("tests", "mutation"):
+        shutil.copytree(ROOT / name, folder / "tree" / name, dirs_exist_ok=True)
     with closing(sqlite3.connect(folder / "session.sqlite")) as session, session:
         session.execute("DELETE FROM work_results WHERE test_outcome = 'SURVIVED'")
 

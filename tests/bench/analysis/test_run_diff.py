@@ -167,8 +167,9 @@ def test_other_texts_of_the_same_workload_are_detected(tmp_path: Path) -> None:
         )
         for name in "ab"
     ]
-    (found,) = run_diff.differences(before, after)
-    assert found.reasons == ("prompts: the workload's texts differ",)
+    for runs in ((before, after), (after, before)):
+        (found,) = run_diff.differences(*runs)
+        assert found.reasons == ("prompts: the workload's texts differ",)
     (found,) = run_diff.differences(before, before)
     assert found.verdict == "no difference seen"
 

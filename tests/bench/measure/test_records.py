@@ -86,6 +86,10 @@ def test_a_record_holds_the_definitions_of_known_numbers(record: dict[str, Any])
         "mean_acceptance_length": 3.0,
         "system_efficiency": 1.0,
         "draft_time_per_token_s": 0.1,
+        "prefill_time_s": 1.0,
+        "bookkeeping_time_s": 0.0,
+        "recording_time_s": 0.0,
+        "overhead_rate": 0.6 / 2.2,
         "scoring_time_s": 0.6,
         "verification_time_s": 0.2,
         "ttft_s": 0.5,
@@ -114,6 +118,27 @@ def test_a_record_holds_the_definitions_of_known_numbers(record: dict[str, Any])
     }
     for name, value in expected.items():
         assert record[name] == pytest.approx(value), name
+
+
+def test_the_closed_form_takes_the_rate_of_the_first_draft_token(config: BenchConfig) -> None:
+    """1 of 2 steps accept the first of two tokens, none the second: (1 + 1/2 + 1/4) tokens in 1 + 2 / 4 plain steps."""
+    counts, plain = counted((2, 1, 2), (2, 0, 1)), counted((0, 0, 1), (0, 0, 1), (0, 0, 1))
+    arms = {
+        CANDIDATE: [run([1, 2, 3, 4], 1.0, counts, PhaseTimes(0.5, 0.4, 0.6, 0.2, 1.7))],
+        BASELINE: [run([1, 2, 3, 4], 2.0, plain, PhaseTimes(0.5, 0.0, 0.9, 0.3, 1.7))],
+    }
+    cell = Cell("specdec", TINY.name, "ngram", 2, "same", "smoke", 1)
+    record = records.build(cell, TINY, config, "1", "cpu", Measurement(arms, [1.0]))
+    assert record["cost_ratio"] == pytest.approx(0.25)
+    assert record["expected_speedup"] == pytest.approx(1.75 / 1.5)
+
+
+def test_an_output_of_one_token_has_no_time_between_tokens(config: BenchConfig) -> None:
+    arms = {CANDIDATE: [run([1], 0.5, counted()), run([1, 2, 3, 4], 2.0, counted((0, 0, 1), (0, 0, 1), (0, 0, 1)))]}
+    cell = Cell("specdec", TINY.name, "ngram", 2, "same", "smoke", 1)
+    record = records.build(cell, TINY, config, "1", "cpu", Measurement(arms, [0.5, 2.0]))
+    assert record["inter_token_s"] == pytest.approx(1.5 / 3)
+    assert record["throughput_tok_s"] == pytest.approx(5 / 2.5)
 
 
 def test_a_record_is_flat(record: dict[str, Any]) -> None:
