@@ -13,7 +13,8 @@ from helpers.audited import PROMPTS, TARGET, ToyEngine
 from bench.report import format
 from specdec import SamplingParams
 from specdec.conformance.audit import audit
-from specdec.conformance.certificate import Certificate, Findings, Subject, bounded
+from specdec.conformance.betting import ConfidenceInterval
+from specdec.conformance.certificate import ArmFindings, Certificate, Findings, Subject, bounded
 from specdec.conformance.reference import Reference
 from specdec.conformance.verdicts import AuditLimits
 
@@ -106,3 +107,75 @@ def test_the_page_of_greedy_decoding() -> None:
     page = Certificate.of(Subject(), findings(temperature=0)).markdown()
     assert page.startswith("# lossless (TV < 0.5): an engine")  # three prompts are 48 tokens, enough for max_tv=0.5
     assert "differ from the target's argmax" in page
+
+
+def arm(**changes) -> ArmFindings:
+    values = {
+        "p_values": {"pit_rank": 0.125, "draft": 0.5},
+        "p_value": 0.25,
+        "found_after": {"pit_rank": 40, "draft": None},
+        "shifts": {"draft": ConfidenceInterval(0.01, -0.02, 0.04)},
+        "surprise_z": None,
+        "num_draws": 300,
+        "num_outputs": 20,
+        "seeds": (0, 19),
+        "num_outside": {"by rounding": 2, "by more": 1},
+        "largest_gap": 0.0625,
+        "errors": (),
+    }
+    return ArmFindings(**values | changes)
+
+
+def test_every_number_of_the_page() -> None:
+    found = Findings(
+        verdict="lossy",
+        reasons=("a reason", "another"),
+        speculative=arm(errors=("a token twice",)),
+        control=arm(p_values={"pit_rank": 0.75, "draft": 1.0}, p_value=1.0, shifts={}, surprise_z=-1.5, seeds=(20, 39)),
+        arms_p_value=0.375,
+        direction="draft",
+        tv_lower_bound=0.03125,
+        tv_upper_bound=0.125,
+        min_detectable_tv=0.0625,
+        max_tv=0.05,
+        num_draws_needed=480,
+        alpha=0.001,
+        beta=0.01,
+        logit_noise=0.25,
+        sampling={"temperature": 1.0, "top_k": None, "seed": 0},
+        num_drafted=90,
+        num_accepted=60,
+    )
+    assert str(found).splitlines() == [
+        "lossy (TV > 0.031)",
+        "",
+        "- a reason",
+        "- another",
+        "",
+        "Toward or away from the draft, the distance from the target is at most 12.5 % (and the total variation "
+        "distance at least 3.12 %), except with probability 0.001.",
+        "300 tokens were tested; a distance of 6.25 % in that direction would have been detected except with "
+        "probability 0.01. Detecting the requested 5 % takes 480 tokens.",
+        "",
+        "90 tokens were drafted, 60 of them accepted.",
+        "",
+        "| instrument | p with speculation | p without | found after | deviation with speculation | without |",
+        "|---|---|---|---|---|---|",
+        "| pit_rank | 0.12 | 0.75 | 40 tokens | - | - |",
+        "| draft | 0.5 | 1 | - | +0.0100 (-0.0200 to +0.0400) | - |",
+        "| all, corrected | 0.25 | 1 | | | |",
+        "",
+        "Both arms having the same distribution: p = 0.38 (needs no reference).",
+        "",
+        "With speculation: 20 outputs, 300 tokens tested, seeds 0 to 19; 2 tokens outside the reference's support by "
+        "rounding (up to 0.0625 logits), 1 by more (over 0.25).",
+        "",
+        "- a token twice",
+        "",
+        "Without speculation (the control arm): 20 outputs, 300 tokens tested, seeds 20 to 39; 2 tokens outside the "
+        "reference's support by rounding (up to 0.0625 logits), 1 by more (over 0.25). Surprise: -1.50 standard "
+        "deviations.",
+        "",
+        "",
+        "Sampling: temperature 1.0, seed 0.",
+    ]
