@@ -24,7 +24,8 @@ JOBS = {  # module -> the tests that are to see its mutants
     "specdec/stats.py": "tests/test_stats.py",
     "specdec/verification.py": (
         "tests/verification/test_verification.py tests/verification/test_block_verification.py "
-        "tests/verification/test_coupled_verification.py"
+        "tests/verification/test_coupled_verification.py::test_the_draft_is_accepted_while_the_target_samples_the_same "
+        "tests/verification/test_coupled_verification.py::test_greedy_rows_need_no_noise"
     ),
     "specdec/trees/verification.py": "tests/trees/test_trees.py",
     "specdec/sampling/state.py": "tests/sampling/test_sampling.py tests/sampling/test_declared_distributions.py",

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from specdec.conformance import mutants
 from specdec.sampling.distributions import Dense, OneHot
-from specdec.verification import Draft, final_distribution, residual, verify_tokens
+from specdec.trees.shape import Tree
+from specdec.verification import Draft, final_distribution, residual, verify_block, verify_coupled, verify_tokens
 
 LARGEST = 1 - 2.0**-53  # the largest possible uniform
 
@@ -135,6 +136,35 @@ def test_a_draft_must_carry_a_distribution_for_each_token() -> None:
         Draft(torch.zeros(1, 2).long(), torch.ones(1).long(), OneHot(torch.zeros(1, 3).long(), 5))
     with pytest.raises(ValueError, match=r"num_proposed of shape \(2,\) must have shapes \[batch, k\] and \[batch\]"):
         Draft(torch.zeros(1, 2).long(), torch.ones(2).long(), OneHot(torch.zeros(1, 2).long(), 5))
+    with pytest.raises(ValueError, match=r"tokens of shape \(2,\) and num_proposed of shape \(2,\) must have shapes"):
+        Draft(torch.zeros(2).long(), torch.ones(2).long(), OneHot(torch.zeros(2).long(), 5))
+
+
+def test_a_draft_tree_must_have_a_node_for_each_token_and_a_distribution_for_each_family() -> None:
+    tokens, lengths = torch.zeros(1, 2).long(), torch.ones(1).long()
+    of_two = OneHot(torch.zeros(1, 2).long(), 5)
+    assert Draft(tokens, lengths, of_two, Tree.chain(2)).tree == Tree.chain(2)
+    with pytest.raises(ValueError, match="tree of 3 nodes must have one node per token, 2"):
+        Draft(tokens, lengths, of_two, Tree.chain(3))
+    with pytest.raises(ValueError, match="tree of 1 nodes must have one node per token, 2"):
+        Draft(tokens, lengths, of_two, Tree.chain(1))
+    with pytest.raises(ValueError, match=r"must have shape \(1, 1\), one row per family of siblings"):
+        Draft(tokens, lengths, of_two, Tree.balanced([2]))
+
+
+def test_each_distribution_of_a_draft_is_valid_or_not() -> None:
+    tokens, lengths = torch.zeros(1, 2).long(), torch.ones(1).long()
+    distribution = OneHot(tokens, 5)
+    finite = torch.tensor([[True, False]])
+    assert Draft(tokens, lengths, distribution, finite=finite).finite is finite
+    for length in (1, 3):
+        with pytest.raises(ValueError, match=rf"finite of shape \(1, {length}\) must have the distribution's shape"):
+            Draft(tokens, lengths, distribution, finite=torch.ones(1, length, dtype=torch.bool))
+
+
+def test_what_the_rules_need() -> None:
+    needs = [(rule.needs_noise, rule.always_draws) for rule in (verify_tokens, verify_block, verify_coupled)]
+    assert needs == [(False, False), (False, False), (True, False)]
 
 
 @given(distributions(6), st.floats(0, LARGEST))
