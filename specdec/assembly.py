@@ -162,10 +162,13 @@ def assemble(target: LanguageModel, draft: AnyDraft | None, options: EngineOptio
     timing = Timing(parts, spec.draw, options.max_batch_size, recordable)
     tree = _tree(timing, options) if spec.drafts_trees else None
     adaptive = adaptive_length(timing) if options.is_adaptive else None
+    num_tokens = _num_speculative_tokens(options, tree, _max_tokens(draft))
+    for model in (target, draft) if draft is not None and kind_of(draft) in MODELS else (target,):
+        _check_rollback(cast("LanguageModel", model), num_tokens)
     decoder = Decoder(
         target,
         spec.build(replace(parts, adaptive=adaptive, tree=tree)) if spec.build else None,
-        _num_speculative_tokens(options, tree, _max_tokens(draft)),
+        num_tokens,
         max_batch_size=options.max_batch_size,
         rule=_rule(options),
         adaptive=adaptive,
@@ -198,6 +201,15 @@ def _num_speculative_tokens(options: EngineOptions, tree: Tree | None, max_token
         "this head; use fewer",
     )
     return options.num_speculative_tokens
+
+
+def _check_rollback(model: LanguageModel, num_tokens: int) -> None:
+    limit = model.max_draft_tokens
+    require(
+        limit is None or num_tokens <= limit,
+        f"num_speculative_tokens={num_tokens}, for a tree its nodes, must be at most {limit}: more could not be taken "
+        f"back in the layers of {type(model).__name__} with a sliding window; use fewer",
+    )
 
 
 def _max_tokens(draft: AnyDraft | None) -> int | None:

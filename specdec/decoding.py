@@ -286,7 +286,11 @@ class Decoder:
     def _read(self, row: Generation, cache: Cache, slot: int) -> Tensor:
         """Prefill a slot with a row's prompt, once for all of its samples; returns the last logits, [1, 1, vocab]."""
         request, num_prompt = row.request, len(row.tokens)
-        holders = (holder for holder, (index, _) in self._prompts.items() if index == request.index and request.sample)
+        holders = (
+            holder
+            for holder, (index, _) in self._prompts.items()
+            if index == request.index and request.sample and cache.holds(holder, num_prompt)
+        )
         source = next(holders, None)
         if source is None:
             cache.num_cached[slot] = 0
@@ -326,9 +330,9 @@ class Decoder:
         if self._placed is None or self._placed[0] is not batch:
             self._placed = (batch, self.recorder.place(batch.sampling.rows))
         width = self.num_speculative_tokens + 1
-        longest = max(batch.num_tokens()) + (num_unread + 1) * width
         inputs = proposer.inputs(batch) if proposer else ()
-        extent = cast("Any", cache).extent_for(longest)
+        starts = [length - 1 for length in batch.num_tokens()]
+        extent = cast("Any", cache).reserve(0, starts, (num_unread + 1) * width + 1)
         packed = self.recorder(self._whole_step, state, self._placed[1], extent, cache, *inputs)
         return Flight(batch, self._mailbox.send(packed.columns), packed.widths)
 

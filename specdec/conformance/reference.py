@@ -135,7 +135,7 @@ class Reference:
         keys = tuple(map(tuple, prompts))
         capacity = max(map(len, prompts)) + room
         cache = self._caches.pop(keys, None)
-        if cache is None or cache.capacity < capacity:
+        if cache is None or cache.capacity < capacity or not _hold(cache, keys):
             self._forget(len(prompts) * capacity)
             cache = self.model.allocate(len(prompts), capacity)
             for slot, prompt in enumerate(keys):
@@ -162,6 +162,11 @@ class Reference:
         untruncated = replace(self.sampling, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0)
         distribution, _ = self._state(untruncated, [prompt], [output[:-1]]).distribution(logits[None, None])
         return boundary_gap(distribution.dense()[0, 0].double().log(), output[-1], self.sampling)
+
+
+def _hold(cache: Cache, prompts: Sequence[Tokens]) -> bool:
+    """Whether a cache can be rolled back to all but the last token of each prompt."""
+    return all(cache.holds(slot, len(prompt) - 1) for slot, prompt in enumerate(prompts))
 
 
 def _chosen(rows: Tensor, real: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ FINAL = -1
 class Cache(Protocol):
     """A model's state for a fixed number of slots, each holding one sequence.
 
-    num_cached: valid tokens per slot. Rollback only lowers it.
+    num_cached: valid tokens per slot. Rollback only lowers it, to a number that the slot still `holds`.
     capacity: maximum tokens per slot.
     features: float [slots, capacity, width], hidden states of the tokens in the same places, those of all requested
     layers concatenated; None if none were requested.
@@ -36,8 +36,12 @@ class Cache(Protocol):
     @property
     def capacity(self) -> int: ...
 
+    def holds(self, slot: int, num_tokens: int) -> bool:
+        """Whether a slot can be rolled back to its first num_tokens tokens; always to 0, and by one step's tokens."""
+        ...
+
     def copy_slot(self, source: int, slot: int, num_tokens: int) -> None:
-        """Copy the first num_tokens >= 1 tokens of a slot to another, or truncate a slot."""
+        """Copy the first num_tokens >= 1 tokens of a slot to another, or truncate a slot; it must hold them."""
         ...
 
 
@@ -60,6 +64,7 @@ class LanguageModel(Protocol):
     tokenizer: a transformers tokenizer, or None for token ids only.
     is_encoder_decoder: whether it is an EncoderDecoder.
     mask_token: the token that a parallel draft model (PARD) fills in; None for any other model.
+    max_draft_tokens: the most tokens that a step can verify and reject, or draw as a draft; None for any number.
     """
 
     vocab_size: int
@@ -69,6 +74,7 @@ class LanguageModel(Protocol):
     tokenizer: Any = None
     is_encoder_decoder: bool = False
     mask_token: int | None = None
+    max_draft_tokens: int | None = None
 
     @property
     def eos_token_ids(self) -> frozenset[int]:
@@ -140,7 +146,7 @@ class FixedShapeModel(LanguageModel, Protocol):
     ) -> Tensor:
         """As `forward`, but row r starts at position starts[r], int64 [rows], and `cache.num_cached` is ignored.
 
-        extent: an upper bound on the attended positions, from `cache.extent_for`. last: int64 [1], the only column for
+        extent: an upper bound on the attended positions, from `cache.reserve`. last: int64 [1], the only column for
         which to compute logits, or None for all.
         """
         ...
@@ -180,7 +186,7 @@ def score(
             return model.forward(tokens, cache)
         return cast("TreeModel", model).forward(tokens, cache, branches=branches)
     fixed_model, fixed_cache, starts = cast("Any", model), cast("Any", cache), cache.num_cached[: len(tokens)]
-    extent = fixed_cache.extent_for(max(starts) + tokens.shape[1])
+    extent = fixed_cache.reserve(0, starts, tokens.shape[1])
     further = () if branches is None else (0, None, branches)
     logits: Tensor = recorder(fixed_model.forward_at, tokens, upload(starts, model.device), cache, extent, *further)
     return logits
@@ -208,10 +214,12 @@ def prefill(
     if model.is_encoder_decoder and cache.num_cached[slot] == 0:
         cast("EncoderDecoder", model).read(tokens[:num_prompt], cache, slot)
         tokens = tokens[cache.num_cached[slot] :]
-    for start in range(0, len(tokens), PREFILL_CHUNK):
-        chunk = tokens[start : start + PREFILL_CHUNK]
-        if recorder and recorder.records:
-            logits = _prefill_chunk(model, chunk, cache, slot, recorder)
+    records = recorder is not None and recorder.records
+    size = min(PREFILL_CHUNK, cast("Any", cache).max_width) if records else PREFILL_CHUNK
+    for start in range(0, len(tokens), size):
+        chunk = tokens[start : start + size]
+        if recorder and records:
+            logits = _prefill_chunk(model, chunk, cache, slot, recorder, size)
         else:
             logits = model.forward(upload([chunk], model.device), cache, first_slot=slot, last_only=True)
         cache.num_cached[slot] += len(chunk)
@@ -226,9 +234,10 @@ def hold(model: LanguageModel, prompt: Sequence[int], cache: Cache, slot: int) -
         prefill(model, prompt[:-1], cache, slot)
 
 
-def _prefill_chunk(model: Any, chunk: Sequence[int], cache: Any, slot: int, recorder: Recorder) -> Tensor:
-    width = next(width for width in _PREFILL_WIDTHS if width >= len(chunk))
-    start, extent = cache.num_cached[slot], cache.extent_for(cache.num_cached[slot] + width)
+def _prefill_chunk(model: Any, chunk: Sequence[int], cache: Any, slot: int, recorder: Recorder, size: int) -> Tensor:
+    width = min(next(width for width in _PREFILL_WIDTHS if width >= len(chunk)), size)
+    start = cache.num_cached[slot]
+    extent = cache.reserve(slot, [start], width)
     padded = upload([[*chunk, *[0] * (width - len(chunk))]], model.device)
     starts, last = upload([start], model.device), upload([len(chunk) - 1], model.device)
     logits: Tensor = recorder(model.forward_at, padded, starts, cache, extent, slot, last)

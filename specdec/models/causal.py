@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from functools import cached_property
 from typing import Any
@@ -11,7 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.cache_utils import (
+    DummyLayer,
+    DynamicCache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    get_layer_types_and_kwargs,
+)
 
 from specdec.models.base import FINAL, FeatureLayers, LanguageModel, prefill
 from specdec.models.early_exit import first_layers
@@ -19,6 +25,7 @@ from specdec.models.features import HiddenStates
 from specdec.models.fusion import FusedDecoder, depends_on_length, weight_bytes
 from specdec.models.state.length_factors import LengthCache, length_factors
 from specdec.models.state.ragged import RaggedCache
+from specdec.models.state.windows import LocalAttention
 from specdec.trees.columns import Branches
 from specdec.trees.shape import Tree
 
@@ -35,8 +42,7 @@ class CausalLM(LanguageModel):
         tokenizer: a transformers tokenizer, or None for token ids only.
 
     Attributes:
-        context_length: maximum length of prompt and output together. A sliding window limits it to the window, within
-            which attention is full.
+        context_length: maximum length of prompt and output together.
         context_name: the field of the model's config that limits it.
         is_spread: whether the weights are on several devices; tokens then go to the first, which returns the logits.
 
@@ -56,6 +62,8 @@ class CausalLM(LanguageModel):
         self.device, self.dtype = model.device, model.dtype
         self.is_spread = len({weight.device for weight in model.parameters()}) > 1
         self.num_layers, self.context_length, self.context_name = _rollback_limits(model)
+        self._local = _local_attention(model)
+        self.max_draft_tokens = _max_draft_tokens(self._local, self.context_length)
         self._factors = length_factors(model, self.context_length)
         self._fused = model.base_model if isinstance(model.base_model, FusedDecoder) else None
         self._owns_features = True
@@ -122,9 +130,9 @@ class CausalLM(LanguageModel):
         be read.
         """
         cache = (
-            LengthCache(self.num_layers, num_slots, capacity, self.device)
+            LengthCache(self.num_layers, num_slots, capacity, self.device, self._local)
             if self._factors
-            else RaggedCache(self.num_layers, num_slots, capacity)
+            else RaggedCache(self.num_layers, num_slots, capacity, self._local)
         )
         if features:
             cache.add_features(features, self._widths(features), self.dtype, self.device)
@@ -161,6 +169,20 @@ class CausalLM(LanguageModel):
         last_only: bool = False,
         branches: Branches | None = None,
     ) -> Tensor:
+        if tokens.shape[1] <= cache.max_width or branches is not None:
+            return self._call(tokens, cache, first_slot, last_only, branches)
+        slots, pieces = slice(first_slot, first_slot + len(tokens)), tokens.split(cache.max_width, 1)
+        lengths, logits = cache.num_cached[slots], []
+        for piece in pieces:
+            logits.append(self._call(piece, cache, first_slot, last_only))
+            cache.num_cached[slots] = [length + piece.shape[1] for length in cache.num_cached[slots]]
+        cache.num_cached[slots] = lengths
+        return logits[-1] if last_only else torch.cat(logits, 1)
+
+    def _call(
+        self, tokens: Tensor, cache: RaggedCache, first_slot: int, last_only: bool, branches: Branches | None = None
+    ) -> Tensor:
+        """`forward` for no more tokens than fit in one call, see `RaggedCache.max_width`."""
         if self._factors:
             assert isinstance(cache, LengthCache), "allocated by this model"
             return self._factors.forward(self._forward, tokens, cache, first_slot, last_only, branches)
@@ -207,7 +229,7 @@ class CausalLM(LanguageModel):
         with self._hidden_states.reading(layers, cache.write_features) if layers else nullcontext():
             logits = self.model(
                 input_ids=tokens,
-                attention_mask=cache.mask(self.dtype),
+                attention_mask=self._masks(cache),
                 # padding may lie beyond the model's last position
                 position_ids=cache.window.positions.clamp(max=self.context_length - 1),
                 past_key_values=cache,
@@ -215,6 +237,15 @@ class CausalLM(LanguageModel):
                 logits_to_keep=keep,
             ).logits
         return logits.to(self.device)  # type: ignore[no-any-return]
+
+    def _masks(self, cache: RaggedCache) -> Tensor | dict[str, Tensor]:
+        """Attention masks of the open window: one for all layers, or one by kind of layer, as transformers expects."""
+        if not any(cache.local):
+            return cache.mask(self.dtype)
+        kinds = getattr(self.config, "layer_types", None)
+        if kinds is None:
+            return cache.mask(self.dtype, cache.local[0])
+        return {kind: cache.mask(self.dtype, local) for kind, local in zip(kinds, cache.local, strict=False)}
 
     def check_tree(self) -> None:
         """Raise UnsupportedModelError if the model ignores the positions or the attention mask of a tree."""
@@ -235,7 +266,7 @@ _CONTEXT_NAMES = ("max_position_embeddings", "max_seq_len", "n_positions", "n_ct
 
 
 def _rollback_limits(model: PreTrainedModel) -> tuple[int, int, str]:
-    """(number of cache layers, context length up to which attention is full in every layer, name of the limit)."""
+    """(number of cache layers, context length, name of the limit)."""
     name, config = type(model).__name__, model.config.get_text_config(decoder=True)
     if model.config.is_encoder_decoder:
         raise UnsupportedModelError(f"{name} is an encoder-decoder; use Seq2SeqLM, or a decoder-only model")
@@ -255,10 +286,7 @@ def _rollback_limits(model: PreTrainedModel) -> tuple[int, int, str]:
     limit = stated if stated > 0 else 1 << 30  # XLNet says -1
     layers = DynamicCache(config=config).layers
     for index, layer in enumerate(layers):
-        window = getattr(layer, "sliding_window", None)
-        if window is not None:
-            limit, context_name = min((limit, context_name), (window, "sliding window"))
-        elif type(layer) is not DynamicLayer:
+        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer, DummyLayer):
             raise UnsupportedModelError(
                 f"layer {index} of {name} keeps a {type(layer).__name__}, which cannot be "
                 "rolled back after a rejection; use a model with full attention in every layer"
@@ -266,19 +294,57 @@ def _rollback_limits(model: PreTrainedModel) -> tuple[int, int, str]:
     return len(layers) or config.num_hidden_layers, limit, context_name
 
 
+def _local_attention(model: PreTrainedModel) -> tuple[LocalAttention | None, ...]:
+    """The sliding window or chunks of each cache layer, or None for full attention.
+
+    Raises UnsupportedModelError for layers of one kind with different windows: transformers gives them the same mask.
+    """
+    config = model.config.get_text_config(decoder=True)
+    caches, options = get_layer_types_and_kwargs(config)
+    kinds = getattr(config, "layer_types", None) or ["all layers"] * len(caches)
+    local: dict[str, LocalAttention | None] = {}
+    for kind, cache, option in zip(kinds, caches, options, strict=True):
+        window = option.get("sliding_window")
+        own = LocalAttention(window, cache == "chunked_attention") if window else None
+        if cache != "dummy" and local.setdefault(kind, own) != own:
+            raise UnsupportedModelError(
+                f"{type(model).__name__} has different windows in {kind}, {local[kind]} and {own}; use a model with one "
+                "window for each of its layer_types"
+            )
+    return tuple(
+        local.get(kind) for kind in kinds
+    )  # a layer without keys and values of its own reads those of its kind
+
+
+def _max_draft_tokens(local: Sequence[LocalAttention | None], context_length: int) -> int | None:
+    """See `LanguageModel`: two steps, as the next may be launched before one is read, fit beside each window."""
+    overwritten = [each for each in local if each and each.num_columns(context_length) < context_length]
+    return min((each.num_spare // 2 - 1 for each in overwritten), default=None)
+
+
 def _thresholds(lm: CausalLM) -> list[int]:
-    """Lengths at which the model's computation may change, from its config, and the length of a short trial."""
-    named = {6, *_named_lengths(lm.config.to_dict())}
+    """Lengths at which the model's computation may change, from its config, and the length of a short trial.
+
+    Of a local layer, that is where its ring is first overwritten, which its window ends before.
+    """
+    rings = {each.size: each.num_columns(lm.context_length) for each in lm._local if each}
+    overwritten = {size: number for size, number in rings.items() if number < lm.context_length}
+    named = {6, *overwritten.values(), *_named_lengths(lm.config.to_dict(), overwritten)}
     longest = max(2, lm.context_length - 4)
     return sorted({min(length, longest) for length in named if length < lm.context_length})
 
 
-def _named_lengths(config: Mapping[str, Any]) -> Iterator[int]:
-    """Window and chunk sizes and their doubles, in case of a second window, and lengths where rotary factors change."""
+def _named_lengths(config: Mapping[str, Any], known: Container[int] = ()) -> Iterator[int]:
+    """Window and chunk sizes and their doubles, in case of a second window, and lengths where rotary factors change.
+
+    known: sizes that are tried anyway.
+    """
     for name, value in config.items():
         if isinstance(value, Mapping):
-            yield from _named_lengths(value)
+            yield from _named_lengths(value, known)
         elif type(value) is int and value > 1 and _LENGTHS.search(name) and not _is_about_fixed_factors(config, name):
+            if ("window" in name or "chunk" in name) and value in known:
+                continue
             yield from (value, 2 * value) if "window" in name or "chunk" in name else (value,)
 
 
@@ -348,7 +414,7 @@ def _ragged_logits(lm: CausalLM, tokens: list[int], threshold: int) -> Tensor:
     """Logits after each token, starting just before the threshold, [positions, vocab].
 
     The tokens are fed in chunks to a slot that was rolled back, the last chunk in a batch with a longer and a shorter
-    row.
+    row, after other tokens in its place were rejected.
     """
     cut = max(0, threshold - 2)
     longer, shorter = tokens[::-1][: cut + 3], tokens[:1]
@@ -360,6 +426,7 @@ def _ragged_logits(lm: CausalLM, tokens: list[int], threshold: int) -> Tensor:
         if chunk:
             prefill(lm, chunk, cache, 1)
     last = torch.tensor([tokens[cut:]] * 3, device=lm.device)
+    lm.forward(last.flip(1), cache)
     return lm.forward(last, cache)[1]
 
 

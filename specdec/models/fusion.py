@@ -105,7 +105,7 @@ class FusedDecoder(nn.Module):
         """
         hidden, num_layers = embedding(tokens, self.body.embed_tokens.weight), len(self.layers)
         after = sorted({num_layers, *(layer for layer in layers if layer > 0)})
-        if self._stack.supports(tokens.shape[1]):
+        if self._stack.supports(tokens.shape[1]) and not any(cache.local):
             states = self._stack.states(hidden, cache, after)
         else:
             states = layer_by_layer(self.layers, self.body.rotary_emb, hidden, cache, after)
@@ -120,8 +120,9 @@ def layer_by_layer(
 
     Returns the hidden states after the first n layers for each n of `after`, ascending.
     """
-    mask, angles, states = cache.mask(hidden.dtype), rotary(hidden, cache.window.positions), []
-    for number, layer in enumerate(layers, 1):
+    angles, states = rotary(hidden, cache.window.positions), []
+    for number, (layer, local) in enumerate(zip(layers, cache.local, strict=False), 1):
+        mask = cache.mask(hidden.dtype, local)
         hidden = layer(hidden, attention_mask=mask, position_embeddings=angles, past_key_values=cache)
         if number in after:
             states.append(hidden)

@@ -6,6 +6,7 @@ cache, a wrong row or a wrong position changes the output distribution and is de
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -31,8 +32,13 @@ class MarkovCache:
     def capacity(self) -> int:
         return self.tokens.shape[1]
 
-    def extent_for(self, length: int) -> int:
+    max_width = 1 << 30
+
+    def reserve(self, first_slot: int, starts: Sequence[int], width: int) -> int:
         return self.capacity
+
+    def holds(self, slot: int, num_tokens: int) -> bool:
+        return True
 
     def copy_slot(self, source: int, slot: int, num_tokens: int) -> None:
         self.tokens[slot, :num_tokens] = self.tokens[source, :num_tokens]

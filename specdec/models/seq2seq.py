@@ -48,9 +48,18 @@ class Seq2SeqCache:
     def __post_init__(self) -> None:
         self.num_prompt, self.num_cached = [1] * len(self.prompt_lengths), [0] * len(self.prompt_lengths)
 
-    def extent_for(self, length: int) -> int:
-        """A bound for sequences of this length, one of few, so that few shapes occur."""
-        return self.decoder.extent_for(length)
+    @property
+    def max_width(self) -> int:
+        """The most tokens per row of one call."""
+        return self.decoder.max_width
+
+    def reserve(self, first_slot: int, starts: Sequence[int], width: int) -> int:
+        """A bound on the lengths after a call that starts at these, one of few, so that few shapes occur."""
+        return self.decoder.extent_for(max(starts) + width)
+
+    def holds(self, slot: int, num_tokens: int) -> bool:
+        """See `Cache`; what a prompt left is never overwritten."""
+        return self.decoder.holds(slot, max(0, num_tokens - (self.num_prompt[slot] - 1)))
 
     def keep(self, starts: Tensor, path: Tensor) -> None:
         """See `TreeCache`; no prompt has a node of a tree."""

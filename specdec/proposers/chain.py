@@ -80,7 +80,7 @@ class ChainProposer(FixedProposer):
         """Draw the whole draft in a single recording. pending, starts: of each row, see `Pending`."""
         assert batch.recording
         device, max_pending = batch.sampling.device, self.max_pending or batch.max_draft + 1
-        extent = cache.extent_for(max(starts) + max_pending + batch.max_draft)
+        extent = cache.reserve(0, starts, max_pending + batch.max_draft)
         drafted, distribution, finite = batch.recording(
             self._draw,
             Pending(*pad(pending, device, max_pending), upload(starts, device)),

@@ -202,6 +202,8 @@ class DraftModelProposer(ChainProposer):
         """`_pending` for one slot. tokens: the row's text in the model's vocabulary."""
         row = batch.rows[slot]
         valid = self._slots[slot].num_valid(row, tokens) if row else 0
+        if not self._cache.holds(slot, valid):
+            valid = 0
         self._cache.num_cached[slot] = valid
         missing = tokens[valid:]
         if row and len(missing) > 1 and (valid == 0 or len(missing) > longest):

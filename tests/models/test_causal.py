@@ -93,16 +93,14 @@ def test_other_attention_implementations_are_refused() -> None:
         CausalLM(model)
 
 
-def test_a_sliding_window_bounds_the_context() -> None:
-    """Within its window a sliding layer is full attention; beyond it the request is refused."""
+def test_a_sliding_window_does_not_bound_the_context() -> None:
     model = make("mistral", GQA | {"sliding_window": 16})
     target = CausalLM(model)
-    assert target.context_length == 16
-    engine = Engine(target, method="ngram")
-    inside = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
-    assert list(engine.generate([PROMPTS[3]], inside)[0].token_ids) == reference(model, PROMPTS[3])
-    with pytest.raises(ValueError, match=r"exceeds the sliding window of 16; shorten"):
-        engine.generate([PROMPTS[2]], inside)
+    assert (target.context_length, target.context_name) == (64, "max_position_embeddings")
+    beyond = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+    assert list(Engine(target, method="ngram").generate([PROMPTS[2]], beyond)[0].token_ids) == reference(
+        model, PROMPTS[2]
+    )
 
 
 @pytest.mark.parametrize(("kind", "name"), [("mpt", "max_seq_len"), ("gpt2", "n_positions|max_position_embeddings")])

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from specdec.models.state.ragged import RaggedCache
+from specdec.models.state.windows import LocalAttention
 from specdec.trees.columns import Branches, offsets
 
 Forward = Callable[..., Tensor]  # `CausalLM._forward`
@@ -35,8 +36,15 @@ class LengthCache(RaggedCache):
     tokens were computed with the long factors.
     """
 
-    def __init__(self, num_layers: int, num_slots: int, capacity: int, device: torch.device) -> None:
-        super().__init__(num_layers, num_slots, capacity)
+    def __init__(
+        self,
+        num_layers: int,
+        num_slots: int,
+        capacity: int,
+        device: torch.device,
+        local: Sequence[LocalAttention | None] = (),
+    ) -> None:
+        super().__init__(num_layers, num_slots, capacity, local)
         self.tokens = torch.zeros(num_slots, capacity, dtype=torch.int64, device=device)
         self.is_long = [False] * num_slots
 
