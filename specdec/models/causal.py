@@ -308,8 +308,8 @@ def _local_attention(model: PreTrainedModel) -> tuple[LocalAttention | None, ...
         own = LocalAttention(window, cache == "chunked_attention") if window else None
         if cache != "dummy" and local.setdefault(kind, own) != own:
             raise UnsupportedModelError(
-                f"{type(model).__name__} has different windows in {kind}, {local[kind]} and {own}; use a model with one "
-                "window for each of its layer_types"
+                f"{type(model).__name__} has different windows in {kind}, {local[kind]} and {own}; use a model with "
+                "one window for each of its layer_types"
             )
     return tuple(
         local.get(kind) for kind in kinds

@@ -131,7 +131,7 @@ class LengthFactors:
     def _recompute(self, plain: Forward, cache: LengthCache, slot: int, is_long: bool) -> None:
         cache.is_long[slot] = is_long
         tokens, cache.num_cached[slot] = cache.tokens[slot : slot + 1, : cache.num_cached[slot]].clone(), 0
-        for chunk in tokens.split(_CHUNK, 1) if tokens.numel() else ():
+        for chunk in tokens.split(min(_CHUNK, cache.max_width), 1) if tokens.numel() else ():
             self._run(plain, chunk, cache, slot, [is_long], True, None)
             cache.num_cached[slot] += chunk.shape[1]
 
