@@ -2,12 +2,13 @@
 
 A mutant is a decoder with one bug. `MUTANTS` has M1 to M13, some in two variants; `TREE_MUTANTS` has T1 to T4, the
 additional ones of token trees. They work with any target and any sampling proposer, so they can be planted in a real
-engine.
+engine. `WINDOW_MUTANTS` are for targets with a sliding window.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol
@@ -18,6 +19,7 @@ from torch import Tensor
 from specdec.constraints.progress import Progress, masks
 from specdec.decoding import Decoder
 from specdec.models.base import LanguageModel, score
+from specdec.models.state.windows import LocalAttention
 from specdec.proposers.base import Proposer
 from specdec.proposers.draft_model import DraftModelProposer
 from specdec.proposers.tree import tree_uniforms
@@ -445,6 +447,50 @@ class NeverCompacts(_BrokenLoop):
     def _compact(self, cache: Any, origins: Tensor, path: Tensor) -> None:
         pass
 
+
+# ---- sliding windows
+
+
+class _FewColumns(LocalAttention):
+    """A ring of just the window: draft tokens overwrite what is attended to after their rejection."""
+
+    def num_columns(self, capacity: int) -> int:
+        return min(capacity, self.size)
+
+    def reaches(self, num_tokens: int, num_written: int, capacity: int) -> bool:
+        return True
+
+
+class _BySlot(LocalAttention):
+    """Takes columns for positions, which is right until the ring is overwritten."""
+
+    def places(self, ends: Tensor, capacity: int, extent: int) -> Tensor:
+        return torch.arange(extent, device=ends.device).expand(len(ends), -1)
+
+
+def with_window(broken: Callable[[LocalAttention], LocalAttention]) -> Callable[[Any], Any]:
+    """Replace the local attention of each layer of a CausalLM that has one."""
+
+    def break_target(target: Any) -> Any:
+        wrong = copy(target)
+        wrong.local = tuple(local and broken(local) for local in target.local)
+        return wrong
+
+    return break_target
+
+
+def _resized(difference: int) -> Callable[[LocalAttention], LocalAttention]:
+    return lambda local: replace(local, size=local.size + difference)
+
+
+WINDOW_MUTANTS: dict[str, Plant] = {
+    "W1 ring overwritten before the rollback": partial(
+        maker, break_target=with_window(lambda local: _FewColumns(local.size, local.is_chunked))
+    ),
+    "W2 window by slot": partial(maker, break_target=with_window(lambda local: _BySlot(local.size, local.is_chunked))),
+    "W3 window too long": partial(maker, break_target=with_window(_resized(1))),
+    "W3 window too short": partial(maker, break_target=with_window(_resized(-1))),
+}
 
 TREE_MUTANTS: dict[str, Callable[..., Maker]] = {  # called like `tree_maker`
     "T1 siblings with replacement": partial(tree_maker, break_proposer=SiblingsWithReplacement),

@@ -44,6 +44,7 @@ class CausalLM(LanguageModel):
     Attributes:
         context_length: maximum length of prompt and output together.
         context_name: the field of the model's config that limits it.
+        local: by layer, its sliding window or chunks, or None.
         is_spread: whether the weights are on several devices; tokens then go to the first, which returns the logits.
 
     Raises:
@@ -62,8 +63,8 @@ class CausalLM(LanguageModel):
         self.device, self.dtype = model.device, model.dtype
         self.is_spread = len({weight.device for weight in model.parameters()}) > 1
         self.num_layers, self.context_length, self.context_name = _rollback_limits(model)
-        self._local = _local_attention(model)
-        self.max_draft_tokens = _max_draft_tokens(self._local, self.context_length)
+        self.local = _local_attention(model)
+        self.max_draft_tokens = _max_draft_tokens(self.local, self.context_length)
         self._factors = length_factors(model, self.context_length)
         self._fused = model.base_model if isinstance(model.base_model, FusedDecoder) else None
         self._owns_features = True
@@ -130,9 +131,9 @@ class CausalLM(LanguageModel):
         be read.
         """
         cache = (
-            LengthCache(self.num_layers, num_slots, capacity, self.device, self._local)
+            LengthCache(self.num_layers, num_slots, capacity, self.device, self.local)
             if self._factors
-            else RaggedCache(self.num_layers, num_slots, capacity, self._local)
+            else RaggedCache(self.num_layers, num_slots, capacity, self.local)
         )
         if features:
             cache.add_features(features, self._widths(features), self.dtype, self.device)
@@ -327,7 +328,7 @@ def _thresholds(lm: CausalLM) -> list[int]:
 
     Of a local layer, that is where its ring is first overwritten, which its window ends before.
     """
-    rings = {each.size: each.num_columns(lm.context_length) for each in lm._local if each}
+    rings = {each.size: each.num_columns(lm.context_length) for each in lm.local if each}
     overwritten = {size: number for size, number in rings.items() if number < lm.context_length}
     named = {6, *overwritten.values(), *_named_lengths(lm.config.to_dict(), overwritten)}
     longest = max(2, lm.context_length - 4)

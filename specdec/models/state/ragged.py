@@ -22,7 +22,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from specdec.kernels import cpp
 from specdec.models.base import FeatureLayers
-from specdec.models.state.windows import LocalAttention, places_before
+from specdec.models.state.windows import LocalAttention
 from specdec.runtime.devices import upload
 from specdec.trees.columns import Branches, offsets, visible
 
@@ -281,7 +281,7 @@ class RaggedCache(Cache):  # type: ignore[misc]  # transformers has no complete 
         window, size = self.window, local.num_columns(self.capacity)
         first = window.branches.first if window.branches else 0
         ends = (window.starts + first + window.places.shape[1]).clamp(max=self.capacity)
-        places = places_before(ends, size, min(window.extent, size))
+        places = local.places(ends, self.capacity, min(window.extent, size))
         is_outside = local.hides(window.positions.unsqueeze(-1), self._positions(places).unsqueeze(1))
         return self._hidden_at(places) | is_outside | (places < 0).unsqueeze(1)
 

@@ -1,10 +1,10 @@
 """Local attention: sliding windows and chunks, kept in ring buffers of fixed size.
 
 The keys and values of a local layer are stored in R columns. The token at place p is in column p mod R, so column c
-holds the last place written before the end of a call, `places_before`. A query at position q of a layer with window W
-attends to positions q - W + 1 to q. R is at least W plus the width of the widest call, so what a call overwrites is
-outside the window of its first token and of all later ones: rejected draft tokens never replace what a query after the
-rollback attends to.
+holds the last place written before the end of a call, see `LocalAttention.places`. A query at position q of a layer
+with window W attends to positions q - W + 1 to q. R is at least W - 1 plus the width of the widest call, so what a call
+overwrites is outside the window of its first token and of all later ones: rejected draft tokens never replace what a
+query after the rollback attends to.
 
 A rollback is possible while the tokens in the window of the next query have not been overwritten, `reaches`.
 """
@@ -54,17 +54,16 @@ class LocalAttention:
         first_attended = max(0, num_tokens - self.size + 1)
         return num_tokens == 0 or num_written - self.num_columns(capacity) <= first_attended
 
+    def places(self, ends: Tensor, capacity: int, extent: int) -> Tensor:
+        """The last place before each row's end that each column of a ring stores; negative where none was written.
+
+        ends: int64 [rows]. Returns int64 [rows, extent] for the first `extent` columns.
+        """
+        last = ends.unsqueeze(1) - 1
+        return last - (last - torch.arange(extent, device=ends.device)).remainder(self.num_columns(capacity))
+
     def hides(self, queries: Tensor, keys: Tensor) -> Tensor:
         """Whether a query does not attend to a key that is not after it: bool, from int64 positions that broadcast."""
         if self.is_chunked:
             return keys.div(self.size, rounding_mode="floor") != queries.div(self.size, rounding_mode="floor")
         return keys <= queries - self.size
-
-
-def places_before(ends: Tensor, num_columns: int, extent: int) -> Tensor:
-    """The last place before each row's end that each column of a ring stores; negative where none was written.
-
-    ends: int64 [rows]. Returns int64 [rows, extent] for the first `extent` of num_columns columns.
-    """
-    last = ends.unsqueeze(1) - 1
-    return last - (last - torch.arange(extent, device=ends.device)).remainder(num_columns)
