@@ -479,17 +479,15 @@ def with_window(broken: Callable[[LocalAttention], LocalAttention]) -> Callable[
     return break_target
 
 
-def _resized(difference: int) -> Callable[[LocalAttention], LocalAttention]:
-    return lambda local: replace(local, size=local.size + difference)
-
+BROKEN_WINDOWS: dict[str, Callable[[LocalAttention], LocalAttention]] = {
+    "W1 ring overwritten before the rollback": lambda local: _FewColumns(local.size, local.is_chunked),
+    "W2 window by slot": lambda local: _BySlot(local.size, local.is_chunked),
+    "W3 window too long": lambda local: replace(local, size=local.size + 1),
+    "W3 window too short": lambda local: replace(local, size=local.size - 1),
+}
 
 WINDOW_MUTANTS: dict[str, Plant] = {
-    "W1 ring overwritten before the rollback": partial(
-        maker, break_target=with_window(lambda local: _FewColumns(local.size, local.is_chunked))
-    ),
-    "W2 window by slot": partial(maker, break_target=with_window(lambda local: _BySlot(local.size, local.is_chunked))),
-    "W3 window too long": partial(maker, break_target=with_window(_resized(1))),
-    "W3 window too short": partial(maker, break_target=with_window(_resized(-1))),
+    name: partial(maker, break_target=with_window(broken)) for name, broken in BROKEN_WINDOWS.items()
 }
 
 TREE_MUTANTS: dict[str, Callable[..., Maker]] = {  # called like `tree_maker`

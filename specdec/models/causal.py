@@ -23,6 +23,7 @@ from specdec.models.base import FINAL, FeatureLayers, LanguageModel, prefill
 from specdec.models.early_exit import first_layers
 from specdec.models.features import HiddenStates
 from specdec.models.fusion import FusedDecoder, depends_on_length, weight_bytes
+from specdec.models.state.gpt_neo import local_layers, own_masks
 from specdec.models.state.length_factors import LengthCache, length_factors
 from specdec.models.state.ragged import RaggedCache
 from specdec.models.state.windows import LocalAttention
@@ -227,7 +228,10 @@ class CausalLM(LanguageModel):
                 cache.write_features(torch.cat([states[layer] for layer in layers], -1))
             kept = slice(-keep, None) if isinstance(keep, int) else keep
             return self.model.lm_head(states[FINAL][:, kept]).to(self.device)  # type: ignore[no-any-return]
-        with self._hidden_states.reading(layers, cache.write_features) if layers else nullcontext():
+        with (
+            self._hidden_states.reading(layers, cache.write_features) if layers else nullcontext(),
+            own_masks(self.model, cache, self.dtype) if self.config.model_type == "gpt_neo" else nullcontext(),
+        ):
             logits = self.model(
                 input_ids=tokens,
                 attention_mask=self._masks(cache),
@@ -301,6 +305,8 @@ def _local_attention(model: PreTrainedModel) -> tuple[LocalAttention | None, ...
     Raises UnsupportedModelError for layers of one kind with different windows: transformers gives them the same mask.
     """
     config = model.config.get_text_config(decoder=True)
+    if config.model_type == "gpt_neo":
+        return local_layers(config)
     caches, options = get_layer_types_and_kwargs(config)
     kinds = getattr(config, "layer_types", None) or ["all layers"] * len(caches)
     local: dict[str, LocalAttention | None] = {}

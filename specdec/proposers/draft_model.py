@@ -73,6 +73,7 @@ class DraftModelProposer(ChainProposer):
         self._cache: Any = None
         self._slots: list[_Slot] = []
         self._fed: Tensor | None = None  # draft tokens fed by the last call, [rows, n]
+        self._max_draft = 0
 
     @torch.inference_mode()
     def propose(self, batch: Batch, limits: Sequence[int]) -> Draft:
@@ -107,6 +108,7 @@ class DraftModelProposer(ChainProposer):
         assert row
         self._reserve(batch, len(row.tokens) + batch.max_draft)
         self._settle()
+        self._max_draft = batch.max_draft
         return self._lacking(batch, slot, row.tokens, self.max_pending or batch.max_draft + 1)
 
     def inputs(self, batch: Batch) -> tuple[Any, ...]:
@@ -128,6 +130,8 @@ class DraftModelProposer(ChainProposer):
         return 1 + (accepted == num_tokens).long()  # the last token of a draft is not fed while drafting
 
     def drafted(self, slot: int, row: Generation, length: int) -> None:
+        max_pending = self.max_pending or self._max_draft + 1
+        self._cache.reserve(slot, [max(0, length - max_pending)], max_pending + self._max_draft)
         self._slots[slot] = _Slot(row, length)
 
     def _draft(self, batch: Batch, texts: Sequence[list[int]], limits: Sequence[int]) -> Draft:

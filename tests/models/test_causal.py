@@ -6,7 +6,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from helpers.tiny import GQA, GREEDY, PROMPTS, SMALL, SUPPORTED, make, reference
+from helpers.tiny import GQA, GREEDY, PROMPTS, SUPPORTED, make, reference
 
 from specdec import Engine, SamplingParams
 from specdec.models.causal import CausalLM, UnsupportedModelError, check_logits
@@ -58,10 +58,6 @@ REFUSED = {
         "XLMWithLMHeadModel does not support the per-row",
     ),
     "mamba": ({"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 61, "state_size": 4}, "recurrent state"),
-    "gpt_neo": (
-        SMALL | {"num_layers": 2, "num_heads": 4, "window_size": 8, "attention_types": [[["local"], 2]]},
-        "the logits of .* differ",
-    ),
     "lfm2": (GQA | {"layer_types": ["conv", "full_attention"]}, "cannot be rolled back"),
     "jamba": (
         GQA | {"use_mamba_kernels": False, "attn_layer_period": 2, "attn_layer_offset": 1},

@@ -8,18 +8,22 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.tiny import GQA, make
+from helpers.audited import ToyEngine
+from helpers.tiny import GQA, SMALL, make
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from specdec import Engine, SamplingParams
 from specdec.conformance import mutants
+from specdec.conformance.audit import audit
 from specdec.conformance.enumeration import exact_distribution, pieces_between
 from specdec.conformance.gates import distance
 from specdec.conformance.mutants import maker
 from specdec.conformance.reference import Reference
+from specdec.conformance.verdicts import AuditLimits
 from specdec.models.base import prefill
 from specdec.models.causal import CausalLM, UnsupportedModelError
+from specdec.models.fusion import fuse
 from specdec.models.markov import MarkovModel
 from specdec.models.state.ragged import RaggedCache
 from specdec.models.state.windows import LocalAttention
@@ -72,11 +76,14 @@ KINDS: dict[str, dict[str, Any]] = {
     "mimo_v2_flash": MIXED
     | MOE
     | {"v_head_dim": 6, "swa_head_dim": 8, "swa_v_head_dim": 6, "n_routed_experts": 4, "n_group": 1, "topk_group": 1},
+    "gpt_neo": SMALL
+    | {"num_layers": 2, "num_heads": 4, "window_size": WINDOW, "attention_types": [[["local", "global"], 1]]}
+    | {"max_position_embeddings": 128},
     "llama4_text": LONG
     | {"attention_chunk_size": WINDOW, "layer_types": ["chunked_attention", "full_attention"]}
     | {"num_local_experts": 2, "intermediate_size_mlp": 48, "no_rope_layers": [1, 0]},
 }
-EAGER = {"gemma2", "gpt_oss", "vaultgemma", "mimo_v2_flash"}  # their SDPA lacks sinks or softcaps
+EAGER = {"gemma2", "gpt_oss", "vaultgemma", "mimo_v2_flash", "gpt_neo"}  # no SDPA, or none with softcaps or sinks
 PROMPTS = [[5, 9, 8, 7, 5, 9, 8], [3], list(range(3, 3 + RING + 7))]  # the last is wider than a call
 TREE = [(0,), (1,), (0, 0), (1, 0), (0, 0, 0)]
 
@@ -414,6 +421,24 @@ def test_a_window_mutant_is_caught_by_the_enumeration(name: str) -> None:
     assert distance(exact_distribution(make_decoder, SAMPLED_PROMPT, 3, thresholds), joint(3)) > 0.01
 
 
+@pytest.mark.usefixtures("short_spare")
+@pytest.mark.parametrize("name", [None, *mutants.BROKEN_WINDOWS])
+def test_a_window_mutant_is_caught_by_the_audit(name: str | None) -> None:
+    """At temperature 1, by an audit that accuses a correct engine with probability at most 1e-6."""
+    target, draft = sampled_pair()
+    broken = mutants.with_window(mutants.BROKEN_WINDOWS[name])(target) if name else None
+    sampling = SamplingParams(max_tokens=24)
+    found = audit(
+        ToyEngine(sampling, target, draft, speculative_target=broken),
+        Reference(target, sampling, 64),
+        [SAMPLED_PROMPT, (2, 1), (0, 0, 1, 2, 1)],
+        num_draws=4000,
+        batch_size=64,
+        limits=AuditLimits(max_tv=0.3),
+    )
+    assert found.verdict == ("lossy" if name else "lossless"), found.reasons
+
+
 @pytest.mark.parametrize("name", [None, *mutants.WINDOW_MUTANTS])
 def test_a_window_mutant_is_caught_by_greedy_equality(name: str | None) -> None:
     """And the same decoder without the bug is not."""
@@ -440,6 +465,38 @@ def test_the_trial_refuses_a_ring_that_loses_what_a_rollback_needs(
         CausalLM(model)
 
 
-def test_layers_of_one_kind_with_different_windows_are_refused() -> None:
-    with pytest.raises(ValueError, match="size=-1 of a window must be at least 1"):
-        LocalAttention(-1)
+def test_fused_layers_attend_to_their_windows() -> None:
+    """Shapes that kernels take; layers of both kinds, also drafting with the first of them."""
+    options = MIXED | {"hidden_size": 64, "intermediate_size": 96, "head_dim": 32, "use_sliding_window": True}
+    model = make("qwen2", options)
+    expected = [generated(model, prompt) for prompt in PROMPTS]
+    assert fuse(model) == 3  # two layers and the head
+    target = CausalLM(model)
+    for method, choices in {
+        "ngram": {},
+        "early_exit": {"exit_layer": 1},
+        "tree": {"draft": target, "tree": TREE},
+    }.items():
+        assert greedy(Engine(target, method=method, max_batch_size=3, **choices), PROMPTS) == expected, method
+
+
+def test_layers_of_one_kind_with_different_windows_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers gives them one mask."""
+    model = windowed("qwen2", layer_types=["sliding_attention"] * 2)
+    kinds = ["sliding_attention"] * 2, [{"sliding_window": WINDOW}, {"sliding_window": WINDOW + 1}]
+    monkeypatch.setattr("specdec.models.causal.get_layer_types_and_kwargs", lambda config: kinds)
+    with pytest.raises(UnsupportedModelError, match=r"Qwen2ForCausalLM has different windows in sliding_attention"):
+        CausalLM(model)
+
+
+def test_a_window_of_no_token_is_refused() -> None:
+    with pytest.raises(ValueError, match="size=0 of a window must be at least 1"):
+        LocalAttention(0)
+
+
+def test_the_wrapped_model_itself_stays_as_it_was() -> None:
+    """GPT-Neo's own masks are replaced during our calls only."""
+    model = windowed("gpt_neo")
+    before = generated(model, PROMPTS[0])
+    assert greedy(Engine(CausalLM(model), method="ngram"), [PROMPTS[0]]) == [before]
+    assert generated(model, PROMPTS[0]) == before
