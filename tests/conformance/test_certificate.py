@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 from helpers.audited import PROMPTS, TARGET, ToyEngine
+from specdec.conformance.betting import ConfidenceInterval
 
 from bench.report import format
 from specdec import SamplingParams
 from specdec.conformance.audit import audit
-from specdec.conformance.betting import ConfidenceInterval
 from specdec.conformance.certificate import ArmFindings, Certificate, Findings, Subject, bounded
 from specdec.conformance.reference import Reference
 from specdec.conformance.verdicts import AuditLimits
