@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections import Counter
 from collections.abc import Iterator
@@ -66,6 +67,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         slow = {item.path for item in items if item.get_closest_marker("slow")}
         numbers = Counter(item.path for item in items)
         items.sort(key=lambda item: (item.path not in slow, numbers[item.path] < FEW_TESTS))
+
+
+def pytest_collection_finish() -> None:
+    """Keep the million objects of torch, transformers and the test modules out of each later garbage collection."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(tryfirst=True)
