@@ -49,7 +49,7 @@ _FILES: dict[Kind, str] = {"eagle": VOCABULARY_FILE, "table": "table.safetensors
 
 
 class HasVocabulary(Protocol):
-    """A language model, or what is known of it before weights are read."""
+    """A language model, or its description before its weights are read."""
 
     @property
     def vocab_size(self) -> int: ...
@@ -91,7 +91,7 @@ def is_head(kind: Kind | None) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class DraftSource:
-    """What is in a source, before its weights are read. place: as `load_pretrained` takes it. head: if it is one."""
+    """The contents of a source before its weights are read. place: as for `load_pretrained`. head: set for a head."""
 
     place: str
     kind: Kind
@@ -127,7 +127,7 @@ def find(
 
 
 def _folder(source: str, load_format: str, allow_pickle: bool) -> Path | None:
-    """The folder with a source's config; None for a bundled model, a file, and for what is on the hub if not needed."""
+    """The folder with a source's config; None for a bundled model, a file, or a hub model that need not be read."""
     if source in packaged():
         return WEIGHTS / source
     path = Path(source).expanduser()
@@ -216,7 +216,7 @@ Device = str | list[torch.device]  # as `load_pretrained` takes it
 def place_models(
     target: str, drafts: Iterable[str], placement: str, options: Mapping[str, Any]
 ) -> tuple[Device, dict[str, Device]]:
-    """What `load_pretrained` is to be given as device: for the target, and for each draft model by its source.
+    """The device argument of `load_pretrained` for the target, and for each draft model by its source.
 
     options: those of `load_pretrained`; `device` is a kind of device, "cuda" for all GPUs. Raises PlacementError.
     """

@@ -373,7 +373,7 @@ class Engine:
         return Request(index, tokens, sampling, stop, arrival_s, self._constraint(sampling, stop), sample, new_text)
 
     def _check_needs(self, sampling: SamplingParams) -> None:
-        """Raise ValueError if the engine lacks what a parameter needs."""
+        """Raise ValueError for a parameter that needs something the engine does not have."""
         textual = [name for name in (sampling.constraint, "stop", "bad_words") if name and getattr(sampling, name)]
         if textual:
             require(self.tokenizer is not None, f"{textual[0]} needs a model with a tokenizer; load one with it")

@@ -1,4 +1,4 @@
-"""The registry of drafting methods: one entry per method, with what it needs and how its proposer is built.
+"""The registry of drafting methods: one entry per method, with its requirements and the builder of its proposer.
 
 Importing this module is cheap: the command line checks names before it imports torch, and a method's proposer is
 imported when it is built. A method of your own is one `MethodSpec` in your package, see `specdec.runtime.extensions`.
@@ -30,7 +30,7 @@ DRAFT_SAMPLING_NAMES = ("probabilistic", "greedy")
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """What a proposer is built from.
+    """The arguments that a proposer is built from.
 
     draft: of one of the method's `draft_kinds`, or the target's first layers if it exits early; None: there is none.
     shared: what the draft model's vocabulary shares with the target's; None if they are the same.

@@ -1,4 +1,4 @@
-"""What all kinds of cells are measured with."""
+"""The context shared by all kinds of cells."""
 
 from __future__ import annotations
 

@@ -109,7 +109,7 @@ def _oldest_capability(architectures: Sequence[str]) -> tuple[int, int]:
 
 
 def device_failure(error: RuntimeError, device: str) -> str | None:
-    """What to report of an error of a GPU that has failed or is full, with the remedy; None for other errors."""
+    """The message for an error of a failed or full GPU, with the remedy; None for other errors."""
     import torch
 
     cause = str(error).strip().partition("\n")[0]

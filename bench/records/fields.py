@@ -357,7 +357,7 @@ def field(name: str) -> Field:
 
 
 def names(kind: str) -> set[str]:
-    """What a record of a kind has; a cost cell only those that its axis has."""
+    """The fields of a kind of record; for a cost cell, those of its axis."""
     return {each.name for each in FIELDS.values() if kind in each.kinds}
 
 

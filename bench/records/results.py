@@ -1,4 +1,4 @@
-"""Runs as they were written: read, checked and sorted by what was measured."""
+"""Reading runs: checked, and sorted by kind of cell."""
 
 from __future__ import annotations
 

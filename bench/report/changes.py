@@ -32,7 +32,7 @@ def _numbers(found: Difference) -> tuple[str, str, str]:
 
 
 def chapter(before: Results, after: Results, name: str) -> Chapter:
-    """The answer first: how many cells changed which way."""
+    """The answer first: the number of cells that became faster, became slower, or did not change."""
     found = differences(before, after)
     counts = Counter(each.verdict for each in found)
     shown = [verdict for verdict in VERDICTS if counts[verdict]]

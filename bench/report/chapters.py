@@ -46,7 +46,7 @@ def chapter(run: Results, name: str) -> Chapter:
 
 
 def _subject(records: Sequence[Record]) -> Iterator[str]:
-    """What was decoded, in one sentence."""
+    """A sentence on the decoded workload."""
     if not records:
         return
     subject = {name: ", ".join(dict.fromkeys(str(record[name]) for record in records)) for name in _SUBJECT}
@@ -65,7 +65,7 @@ _SUBJECT = ("pair", "dtype", "placement", "quantisation", "device", "workload", 
 
 
 def _range(records: Sequence[Record], name: str) -> str:
-    """The least and the largest value of a field; "" if it is not known."""
+    """The smallest and the largest value of a field; "" if unknown."""
     values = [record[name] for record in records if record[name]]
     return " to ".join(dict.fromkeys([str(min(values)), str(max(values))])) if values else ""
 
@@ -185,7 +185,7 @@ def _loads(run: Results, pictures: Sequence[Picture]) -> list[Section]:
 
 
 def _load_table(loads: Sequence[Record]) -> Table:
-    """By rate, with the ratio of plain decoding's median latency to each method's."""
+    """The table of load cells by rate, with the ratio of plain decoding's median latency to each method's."""
     labels = ["rate", *(name for name in labels_of(loads) if name != "rate")]
     ratio_of: dict[int, float | None] = {}
     for block in grouped(loads, *BLOCK).values():
@@ -338,7 +338,7 @@ def glossary(records: Iterable[Record]) -> Table:
 
 
 def document(runs: Sequence[Results], compared: Sequence[Chapter] = ()) -> Document:
-    """All runs. compared: chapters on what changed between them, which come first."""
+    """The report on all runs. compared: chapters on the changes between them, which come first."""
     records = [record for run in runs for record in run.records]
     chapters = [chapter(run, f"run{index}") for index, run in enumerate(runs, 1)]
     return Document("Speculative decoding benchmark", (*compared, *chapters), glossary(records))

@@ -14,7 +14,7 @@ SETTINGS = ("pair", "workload", "batch_size", "placement", "rate")  # name a cel
 
 
 def shown(records: Sequence[Record], tables: str, caption: str = "", labels: Sequence[str] | None = None) -> Table:
-    """A row for each record: what names it, and the fields of the tables, with spaces between, that any of them has."""
+    """One row per record: its identifying columns, and the fields of the named tables that at least one record has."""
     if not records:
         return Table((), ())
     labels = labels_of(records) if labels is None else labels
@@ -27,7 +27,7 @@ def shown(records: Sequence[Record], tables: str, caption: str = "", labels: Seq
 
 
 def labels_of(records: Sequence[Record]) -> list[str]:
-    """What names a cell among these: engine, method and gamma, and before them whatever varies."""
+    """The name of a cell among these: engine, method and gamma, preceded by the fields that vary."""
     varying = [name for name in SETTINGS if len({str(record.get(name)) for record in records}) > 1]
     return [*varying, "engine", "method", "gamma"]
 

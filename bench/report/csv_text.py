@@ -13,7 +13,7 @@ from bench.records.schema import Record
 
 
 def render(runs: Sequence[Results]) -> str:
-    """All cells of all runs. Columns are in the order of the glossary, then in alphabetical order.
+    """All cells of all runs. Columns follow the order of the glossary, then the alphabet.
 
     run: the file's name. kind: of the record, in the singular. A field that a cell lacks, or that is unknown, is empty.
     """

@@ -13,7 +13,7 @@ from bench.report.charts.model import Picture
 
 @dataclass(frozen=True, slots=True)
 class Heading:
-    """Heading of a column. name: the field that it shows, or "" if it shows none."""
+    """Heading of a column. name: the field shown, "" for none."""
 
     text: str
     name: str = ""
@@ -54,7 +54,7 @@ class Command:
 
 @dataclass(frozen=True, slots=True)
 class Card:
-    """A number that answers the question, and a sentence that says what it is."""
+    """A number that answers the question, and a sentence that explains it."""
 
     number: str
     sentence: str

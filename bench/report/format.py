@@ -19,7 +19,7 @@ def cell_name(record: Record) -> str:
 
 
 def verdict(record: Record) -> str:
-    """An audit's verdict with the bound on the distance in total variation that it rests on, never without."""
+    """An audit's verdict, always with the bound on the total variation distance that it rests on."""
     found, max_tv = record["verdict"], record.get("max_tv")
     if found == "lossless":
         return f"lossless (TV < {max_tv:g})" if max_tv else "lossless (TV bound not recorded)"

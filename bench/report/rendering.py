@@ -39,13 +39,13 @@ def text(run: Results) -> str:
 
 
 def document(runs: Sequence[Results]) -> Document:
-    """The report: what changed in the later runs against the first, then each run."""
+    """The report: the changes of the later runs relative to the first, then each run."""
     compared = [changes.chapter(runs[0], after, f"changes{index}") for index, after in enumerate(runs[1:], 1)]
     return chapters.document(runs, compared)
 
 
 def _changes_last(document: Document) -> list[Chapter]:
-    """On a terminal the changes come last, where the reader is."""
+    """The report for a terminal, where the changes come last, just above the prompt."""
     return sorted(document.chapters, key=lambda chapter: chapter.name.startswith("changes"))
 
 

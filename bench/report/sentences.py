@@ -1,4 +1,4 @@
-"""What several records say together, as sentences."""
+"""Conclusions from several records, as sentences."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from bench.records.schema import PERCENTILES, Record
 
 
 def load_verdicts(block: Sequence[Record]) -> Iterator[str]:
-    """Up to which rate each method and gamma of an engine keeps the limits and pays, plain decoding first."""
+    """The rate up to which each method and gamma of an engine keeps the limits and pays; plain decoding first."""
     plain = [record for record in block if record["method"] == "autoregressive"]
     if plain:
         yield f"plain decoding: {_limits(plain)}"
@@ -27,14 +27,14 @@ def _limits(records: Sequence[Record]) -> str:
 
 
 def _pays(last: float | None, first: float | None) -> str:
-    """last, first: the last rate at which a method pays, and the first at which it does not."""
+    """Break-even. last, first: the last rate at which a method pays, and the first at which it does not."""
     if first is not None:
         return f"does not pay at {first:g} requests/s{'' if last is None else f', does at {last:g}'}"
     return "too few requests finished to tell whether it pays" if last is None else f"pays up to {last:g} requests/s"
 
 
 def tree_gain(costs: Sequence[Record]) -> str:
-    """The best tree by its cost and the measured acceptance of the draft's nodes, and the largest that pays."""
+    """The best tree by its cost and the measured acceptance of the draft's nodes, and the largest tree that pays."""
     trees = [record for record in costs if record["axis"] == "tree"]
     plain = next((record for record in costs if (record["axis"], record["size"]) == ("width", 1)), None)
     if not trees or not plain:
@@ -50,7 +50,7 @@ def tree_gain(costs: Sequence[Record]) -> str:
 
 
 def overheads(cells: Sequence[Record]) -> Iterator[str]:
-    """Time that goes to anything but the models."""
+    """Time spent outside the models."""
     if rates := [100 * rate for cell in cells if (rate := cell["overhead_rate"]) is not None]:
         yield f"Outside model forwards: {min(rates):.1f} to {max(rates):.1f} % of the time."
     if recording_s := sum(cell["recording_time_s"] or 0 for cell in cells):

@@ -1,4 +1,4 @@
-"""What comes first in a report: the numbers that answer the question, and cautions."""
+"""The start of a report: the numbers that answer the question, and cautions."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ FREE = 1.25  # tokens are called free up to this times the time of a step of one
 
 
 def cards(run: Results) -> Iterator[Card]:
-    """The answers: how much faster, than what, and whether the output is the same."""
+    """The answers: the speed-up, its baseline, and whether the output is the same."""
     cells = [cell for cell in run.cells if _is_telling(cell)]
     blocks = list(grouped(cells, *WITHOUT_ENGINE).values())
     bests = [max(found, key=lambda cell: cell["speedup"]) for block in blocks if (found := _own(run, block))]
@@ -36,7 +36,7 @@ def cards(run: Results) -> Iterator[Card]:
 
 
 def _is_telling(cell: Record) -> bool:
-    """Whether a cell's speed-up may be an answer: measured on a real model's output, over more than a few rounds."""
+    """Whether a cell's speed-up counts as an answer: measured on the output of a real model, over enough rounds."""
     is_real = cell["load_format"] != "dummy" and not cell.get("synthetic_acceptance_rates")
     return is_real and _num_rounds(cell) >= HEADLINE_ROUNDS
 
@@ -57,7 +57,7 @@ def _load_cards(loads: Sequence[Record]) -> Iterator[Card]:
 
 
 def _load_card(arm: str, last: float | None, first: float | None) -> Iterator[Card]:
-    """last, first: the last rate at which it pays, and the first at which it does not; None if unknown."""
+    """Break-even. last, first: the last rate at which a method pays, the first at which not; None if unknown."""
     if last is not None:
         end = "the highest rate measured" if first is None else f"at {first:g} it does not"
         yield Card(f"{last:g} requests/s", f"up to this rate {arm} pays, by median latency; {end}")
@@ -66,7 +66,7 @@ def _load_card(arm: str, last: float | None, first: float | None) -> Iterator[Ca
 
 
 def _best_leads(block: Sequence[Record]) -> list[Lead]:
-    """Over each other engine at its best, or at plain decoding if it has nothing else."""
+    """The speed-up over each other engine at its best, or at plain decoding if it has no other method."""
     by_engine = {each.other["engine"]: each for each in leads(block)}  # the last one is that over its best
     return list(by_engine.values())
 
@@ -123,7 +123,7 @@ def _other_cards(run: Results) -> Iterator[Card]:
 
 
 def cautions(run: Results) -> Iterator[str]:
-    """What a reader must know before reading the numbers."""
+    """Cautions to read before the numbers."""
     if run.shortage:
         yield f"{run.shortage}."
     if any(cell["load_format"] == "dummy" for cell in run.cells):
@@ -149,7 +149,7 @@ def cautions(run: Results) -> Iterator[str]:
 
 
 def _partings(cells: Sequence[Record]) -> Iterator[str]:
-    """Outputs that differ from plain decoding's, and how close to a tie they do."""
+    """Outputs that differ from those of plain decoding, and how close to a tie each difference is."""
     parted = [cell for cell in cells if cell["num_outputs_equal"] not in (None, cell["num_prompts"])]
     if not parted:
         return

@@ -33,7 +33,7 @@ Record = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Parting:
-    """Two outputs of a prompt. prompt: its number in the run. position: where the run saw them part.
+    """Two outputs of a prompt. prompt: its number in the run. position: the first difference that the run found.
 
     divergence: where they do now, and why; None if they are equal now.
     """

@@ -30,7 +30,7 @@ SHARED_BYTES = {80: 166_912, 90: 232_448, 120: 101_376}  # that a program may ha
 
 @dataclass(frozen=True, slots=True)
 class Resources:
-    """Of one compiled kernel; stack_bytes: what did not fit into registers."""
+    """Resources of one compiled kernel; stack_bytes: values that did not fit into registers."""
 
     target: int
     name: str

@@ -297,7 +297,7 @@ def random_layer(shape: Shape) -> Any:
 
 
 def places(rows: int, width: int, start: int, extent: int, device: str = "cuda") -> Any:
-    """Where a call's tokens stand that follows `start` others in each row."""
+    """Positions of a call's tokens, which follow `start` others in each row."""
     from specdec.kernels.triton_layers import Places
 
     positions = torch.arange(start, start + width, device=device).repeat(rows, 1)

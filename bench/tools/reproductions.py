@@ -43,7 +43,7 @@ def _block(name: str) -> str:
 
 
 def _cells(record: Record) -> list[str]:
-    """A cell's row: what is not known is a dash."""
+    """A cell's row, with a dash for unknown values."""
 
     def show(name: str, form: str) -> str:
         return "-" if record[name] is None else format(record[name], form)

@@ -1,4 +1,4 @@
-"""What telemetry costs in throughput: the same prompts decoded with the sampler and without, by turns.
+"""The throughput cost of telemetry: the same prompts decoded in turns with and without the sampler.
 
 `python -m bench.tools.telemetry_cost [--pair PAIR] [--hz HZ] [--rounds N]` prints the ratio of the times
 with its interval.
@@ -68,7 +68,7 @@ def measure(
 
 @contextlib.contextmanager
 def readable(found: Mapping[str, Any]) -> Iterator[tuple[dict[str, Any], str]]:
-    """The meters that can be read, and what they are; where none can, one that reads files as powercap's are."""
+    """The readable meters and their names; if there are none, one that reads files in powercap's format."""
     meters = {name: meter for name, meter in found.items() if not isinstance(meter, str)}
     if meters:
         yield meters, "this machine's own: " + ", ".join(meters)

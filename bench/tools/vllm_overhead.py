@@ -1,4 +1,4 @@
-"""What the harness adds to vLLM: `python -m bench.tools.vllm_overhead --vllm-python PATH`.
+"""The overhead of the harness over vLLM: `python -m bench.tools.vllm_overhead --vllm-python PATH`.
 
 The same prompts go, in turn, to an engine as the benchmarks have it and to `LLM.generate` in plain scripts of the same
 interpreter and arguments, but with its tokenizer, and without statistics: one in the environment that the harness gives

@@ -20,7 +20,7 @@ SCHEMA_VERSION = 1
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """What was audited and how to repeat it. None is unknown. options: further engine options, as JSON."""
+    """The audited engine and how to repeat the audit. None: unknown. options: further engine options, as JSON."""
 
     engine: str | None = None
     engine_version: str | None = None

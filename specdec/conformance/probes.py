@@ -146,7 +146,7 @@ class _Probe:
             self.follow((*drafted, token), (*uniforms, middle[token]))
 
     def _draws(self, place: Place, before: tuple[float, ...]) -> tuple[list[float], list[int], list[float]]:
-        """Edges of the intervals of a uniform, 0 and 1 included, the token that each draws, and what is declared."""
+        """Edges of a uniform's intervals, including 0 and 1, the token drawn in each, and the declared distribution."""
         points = [(index + 0.5) / SWEEP for index in range(SWEEP)]
         swept, probs = self._tokens(place, before, points)
         if (swept, probs) != self._tokens(place, before, points):

@@ -1,1 +1,1 @@
-"""Devices, timing, recorded graphs, files and progress: what the rest is built on."""
+"""Devices, timing, recorded graphs, files and progress: the base of all other packages."""

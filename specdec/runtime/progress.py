@@ -1,4 +1,4 @@
-"""Progress bars and what takes long, shown only if stderr is a terminal and removed when done.
+"""Progress bars and messages for long operations, shown only if stderr is a terminal and removed when done.
 
 Logs get no bars; what takes long is logged once, at level INFO of the logger "specdec".
 """
@@ -38,7 +38,7 @@ def bar(
 
 @contextmanager
 def doing(what: str) -> Iterator[None]:
-    """Say what takes long while it does: "loading gpt2"."""
+    """Show a message during a long operation: "loading gpt2"."""
     log_once(what)
     with tqdm(desc=what, bar_format="{desc} ...", file=sys.stderr, disable=None, leave=False, dynamic_ncols=True):
         yield

@@ -279,7 +279,7 @@ def _replaced(value: Any, tensors: Iterator[Tensor]) -> Any:
 
 
 def _parts(record: Any) -> list[Any]:
-    """What a frozen dataclass is made from."""
+    """The constructor arguments of a frozen dataclass."""
     return [getattr(record, field.name) for field in fields(record) if field.init]
 
 

@@ -23,7 +23,7 @@ _MASK = 0xFFFFFFFF
 
 
 class Role(IntEnum):
-    """What a uniform is used for. Two roles never share a draw."""
+    """The purpose of a uniform. Two roles never share a draw."""
 
     DRAFT = 0
     ACCEPT = 1

@@ -1,1 +1,1 @@
-"""What one step costs, by width, context, batch size and phase."""
+"""The cost of one step, by width, context, batch size and phase."""

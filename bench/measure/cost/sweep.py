@@ -36,7 +36,7 @@ from specdec.trees.optimal import USUAL_RATES, expected_accepted, optimal_tree
 
 @dataclass(frozen=True, slots=True)
 class CostCell:
-    """A point of the sweep: what is varied, and its size."""
+    """A point of the sweep: the varied axis, and its size."""
 
     axis: str
     size: int

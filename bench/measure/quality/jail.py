@@ -246,7 +246,7 @@ def _bpf(code: int, value: int, if_true: int = 0, if_false: int = 0) -> bytes:
 
 
 def _ends(guard: int, wall_s: float, parent: int) -> bool:
-    """Whether the guard ends within `wall_s`, without what this process was suspended; else it is killed.
+    """Whether the guard ends within `wall_s`, not counting suspensions of this process; otherwise it is killed.
 
     parent: without it nobody waits for the report.
     """

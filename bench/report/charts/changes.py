@@ -1,4 +1,4 @@
-"""The chart of what changed between two runs: how many times as fast each cell has become."""
+"""The chart of changes between two runs: the speed of each cell relative to the first run."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ KINDS = {NO_DIFFERENCE: -1, SLOWER: 1, FASTER: 2, MACHINE_CHANGED: 4}
 
 
 def pictures(before: Results, after: Results, found: Sequence[Difference]) -> Iterator[Rows]:
-    """A forest plot per engine of the cells that could be compared; of many, the `MAX_LINES` that changed most."""
+    """A forest plot per engine of the comparable cells, at most the `MAX_LINES` that changed most."""
     compared = [each for each in found if each.times is not None]
     largest = {id(each) for each in sorted(compared, key=_change, reverse=True)[:MAX_LINES]}
     shown = [each for each in compared if id(each) in largest]

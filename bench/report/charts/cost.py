@@ -29,7 +29,7 @@ def _microseconds_per_token(record: Record, seconds: float) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Sweep:
-    """A chart of one or several axes. labels: of each axis. value: what is shown, of a record and its seconds."""
+    """A chart of one or several axes. labels: one per axis. value: the shown value of a record and its time."""
 
     title: str
     x_label: str
@@ -115,7 +115,7 @@ def _unknown(axes: Collection[str]) -> dict[str, Sweep]:
 
 
 def _series(sweep: Sweep, axis: str, records: Sequence[Record], kind: int) -> Iterator[Series]:
-    """What was measured and, where it is known, the roofline."""
+    """The measurement and, if known, the roofline."""
     sizes = tuple(float(record["size"]) for record in records)
     label = sweep.labels[axis]
     yield Series(label, sizes, tuple(sweep.value(record, record["median_s"]) for record in records), kind)

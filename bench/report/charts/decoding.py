@@ -21,7 +21,7 @@ PREDICTED = "predicted, prefill excluded"
 
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """A value of a cell that is plotted against gamma.
+    """A value of a cell, plotted against gamma.
 
     value: of a record, in the unit of the label, or None. has_plain: whether plain decoding has it too, as a line to
     compare with. y_max: the largest value possible. low, high: fields with the ends of its interval.
@@ -110,7 +110,7 @@ def sections(cells: Sequence[Record]) -> dict[str, list[Picture]]:
 
 
 def kinds_of(records: Iterable[Record]) -> Kinds:
-    """A number for each drafting method, in the order of the run."""
+    """The color index of each drafting method, in the order of the run."""
     methods = (record["method"] for record in records if record["method"] != "autoregressive")
     return {method: kind for kind, method in enumerate(dict.fromkeys(methods))}
 
@@ -167,7 +167,7 @@ def _engine_speedups(cells: Sequence[Record], kinds: Kinds, y_max: float) -> Ite
 
 
 def _places(cells: Sequence[Record]) -> tuple[dict[Any, float], tuple[tuple[float, str], ...]]:
-    """Where each gamma is on the x axis, and the ticks; gammas that are not numbers come after the largest number.
+    """Position of each gamma on the x axis, and the ticks; gammas that are not numbers come after the largest number.
 
     0 is plain decoding.
     """
@@ -180,17 +180,17 @@ def _places(cells: Sequence[Record]) -> tuple[dict[Any, float], tuple[tuple[floa
 
 
 def _is_number(gamma: Any) -> bool:
-    """Others are "auto" or the name of a tree."""
+    """Whether gamma is a number; otherwise it is "auto" or the name of a tree."""
     return isinstance(gamma, int | float)
 
 
 def _num_detached(ordered: Sequence[Record]) -> int:
-    """How many cells at the end have a gamma that is not a number, after cells where it is."""
+    """The number of cells at the end whose gamma is not a number, after cells whose gamma is one."""
     return sum(not _is_number(cell["gamma"]) for cell in ordered) if _is_number(ordered[0]["gamma"]) else 0
 
 
 def _end(cell: Record, name: str, end: str) -> float:
-    """An end of a value's interval; the value itself where there is none, as with a single round."""
+    """An end of a value's interval; the value itself if there is no interval, as with a single round."""
     return float(cell[name] if cell[end] is None else cell[end])
 
 
@@ -204,7 +204,7 @@ def _metrics(section: str, block: Block, kinds: Kinds) -> Iterator[Chart]:
 
 
 def _against_gamma(metric: Metric, cells: Sequence[Record], kinds: Kinds) -> Iterator[Chart]:
-    """A metric of one engine's cells, as far as it is known, with plain decoding as a line."""
+    """A metric of one engine's cells, where known, with plain decoding as a line."""
     known = [cell for cell in cells if cell["method"] != "autoregressive" and metric.value(cell) is not None]
     if not known:
         return
@@ -238,7 +238,7 @@ def _acceptances(block: Block, kinds: Kinds) -> Iterator[Chart]:
 
 
 def _by_position(cells: Sequence[Record], kinds: Kinds, y_max: float) -> Iterator[Chart]:
-    """For the longest fixed draft of each method; for "auto" where there is no other."""
+    """The cell with the longest fixed draft of each method; "auto" if it has no other."""
     series = []
     for method, group in grouped(cells, "method").items():
         longest = max(group, key=lambda cell: cell["gamma"] if _is_number(cell["gamma"]) else -1)
@@ -258,7 +258,7 @@ def _by_position(cells: Sequence[Record], kinds: Kinds, y_max: float) -> Iterato
 
 
 def _throughputs(cells: Sequence[Record], kinds: Kinds) -> Iterator[Chart]:
-    """For each engine; batch sizes are joined by a line where there are several."""
+    """Charts of throughput against latency, per engine; a line joins several batch sizes."""
     known = [cell for cell in cells if cell["latency_s"] is not None and cell["throughput_tok_s"] is not None]
     for block in grouped(known, "pair", "workload", "placement", "engine").values():
         if len(block) < 2:

@@ -1,4 +1,4 @@
-"""Charts as SVG files that need nothing else, for `--plots`."""
+"""Charts as self-contained SVG files, for `--plots`."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def document(picture: Picture, footer: str) -> str:
 
 
 def _lines(text: str, size: float, class_: str, top: float) -> tuple[list[ET.Element], float]:
-    """Text of a font size, wrapped, from the top on, and where it ends."""
+    """Wrapped text of a font size, from `top` downward, and where it ends."""
     lines = textwrap.wrap(text, int(svg.WIDTH / LETTER * 11 / size))
     placed = [svg.text(0, top + (size + 3) * index + size, line, class_) for index, line in enumerate(lines)]
     return placed, top + (size + 3) * len(lines)

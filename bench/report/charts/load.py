@@ -27,7 +27,7 @@ COMPLETIONS = {
 
 
 def charts(records: Sequence[Record]) -> Iterator[Chart]:
-    """Of each engine, models and workload."""
+    """Charts per engine, models and workload."""
     arms = [arm for arm in grouped(records, "method", "gamma") if arm[0] != "autoregressive"]
     kinds = {arm: kind for kind, arm in enumerate(arms)}
     for block in grouped(records, "pair", "workload", "placement", "engine").values():
@@ -47,7 +47,7 @@ def charts(records: Sequence[Record]) -> Iterator[Chart]:
 
 
 def _speedups(block: Sequence[Record], kinds: Kinds) -> Iterator[RateChart]:
-    """Where speculation stops paying off: the ratio of median latencies at the same arrivals."""
+    """Where speculation stops paying off, by the ratio of median latencies at the same arrivals."""
     arms = grouped(block, "method", "gamma")
     series = []
     for arm, found in arms.items():
@@ -62,7 +62,7 @@ def _speedups(block: Sequence[Record], kinds: Kinds) -> Iterator[RateChart]:
 
 
 def _latencies(block: Sequence[Record], kinds: Kinds) -> Iterator[RateChart]:
-    """A chart per latency: the median as lines, the highest percentile that was reached dashed."""
+    """A chart per latency: medians as solid lines, the highest percentile reached as dashed lines."""
     for of, title in LATENCIES.items():
         known = [each for each in PERCENTILES if any(record.get(f"{of}_p{each}_s") is not None for record in block)]
         series = [

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Series:
-    """Points of one color and marker, which `kind` selects; -1 is the neutral one of plain decoding.
+    """Points of one color and marker, selected by `kind`; -1 is the neutral one of plain decoding.
 
     low, high: ends of the points' intervals. dashed: predicted, or a line to compare with. line: whether the points are
     joined; the last `num_detached` never are. names: what each point is, where its x value does not say it.

@@ -25,7 +25,7 @@ def about(record: Record, *, with_batch: bool = True) -> str:
 
 
 def name(kind: str, record: Record, *, with_engine: bool = True, with_batch: bool = True) -> str:
-    """Of a chart's file."""
+    """The name of a chart's file."""
     parts = [kind, *([record["engine"]] if with_engine else []), record["pair"], record["workload"]]
     parts += [f"batch-{record['batch_size']}"] if with_batch else []
     parts += [record["placement"]] if record.get("placement", "same") != "same" else []

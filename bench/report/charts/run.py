@@ -12,12 +12,12 @@ Record = dict[str, Any]
 
 
 def pictures(records: Sequence[Record]) -> list[Picture]:
-    """All charts that the records have the values for."""
+    """All charts whose values the records have."""
     return [picture for section in sections(records).values() for picture in section]
 
 
 def sections(records: Sequence[Record]) -> dict[str, list[Picture]]:
-    """The same by section of the report, in its order."""
+    """Charts by section of the report, in its order."""
     costs = [record for record in records if record.get("axis") is not None]
     loads = [record for record in records if record.get("rate") is not None]
     cells = [record for record in records if record.get("axis") is None and record.get("rate") is None]

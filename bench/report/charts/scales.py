@@ -29,7 +29,7 @@ class Scale:
 
 
 def axis_end(values: Sequence[float], highs: Sequence[float]) -> float:
-    """What an axis must reach: one far longer interval must not squeeze everything else."""
+    """The largest value that an axis must reach: one very long interval must not squeeze everything else."""
     largest = max(values, default=1.0)
     return max([largest, *(min(high, MAX_STRETCH * largest) for high in highs)])
 
@@ -55,7 +55,7 @@ def log_ticks(low: float, high: float) -> list[Tick]:
 
 
 def thinned(labeled: Sequence[Tick], scale: Scale) -> list[Tick]:
-    """Those whose labels do not overlap; the last one stays."""
+    """The ticks whose labels do not overlap; the last one always stays."""
     kept: list[Tick] = []
     for place, label in reversed(labeled):
         room = (len(label) + len(kept[-1][1])) / 2 * LETTER + 8 if kept else 0

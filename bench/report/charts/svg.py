@@ -173,7 +173,7 @@ def _lines(chart: Chart) -> list[ET.Element]:
 
 
 def _y_ticks(chart: Chart) -> list[Tick]:
-    """From 0, or in powers of ten, to where all values and the ends of their intervals are inside."""
+    """Ticks from 0, or in powers of ten, over a range that contains all values and the ends of their intervals."""
     values = [value for series in chart.series for value in series.y]
     if chart.log_y:
         return log_ticks(min(values), max(values))

@@ -1,4 +1,4 @@
-"""Charts in words and numbers: tooltips, a description for screen readers, and a table of the values."""
+"""Charts as text: tooltips, a description for screen readers, and a table of the values."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from bench.report.charts.model import Bars, Chart, Line, Picture, Rows, Series
 
 
 def heading(picture: Picture) -> tuple[str, str]:
-    """What is shown, and for which models and prompts."""
+    """The title of a chart, and its models and prompts."""
     what, _, about = picture.title.partition("\n")
     return what, about
 
 
 def describe(picture: Picture) -> str:
-    """The chart in a sentence, for those who cannot see it."""
+    """A sentence that describes the chart, for screen readers."""
     match picture:
         case Chart():
             spans = "; ".join(_span(series, picture) for series in picture.series)

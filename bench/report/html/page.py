@@ -1,4 +1,4 @@
-"""A report as one HTML page that needs nothing else: no network, no fonts, and a script only to sort and filter tables.
+"""A report as a self-contained HTML page: no network, no fonts, and a script only to sort and filter tables.
 
 The markup is in `templates`; Jinja2 fills it in and escapes every text. Colors follow the reader's light or dark mode.
 """

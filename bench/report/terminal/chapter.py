@@ -1,4 +1,4 @@
-"""A chapter of a report as lines for a terminal: everything but pictures and a few sections that the page has."""
+"""A chapter of a report as lines for a terminal, without pictures and a few sections of the page."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PAGE_ONLY = ("time", "machine")  # sections of details
 
 
 def render(chapter: Chapter) -> Iterator[str]:
-    """The answers, the sections with their tables, and what the columns mean, once for all of them."""
+    """The answers, the sections with their tables, and one legend of all columns."""
     yield from (chapter.title, "=" * len(chapter.title)) if chapter.title else ()
     for line in chapter.about:
         yield from wrapped(line)
@@ -39,7 +39,7 @@ def wrapped(text: str, indent: str = "") -> list[str]:
 
 
 def _is_shown(section: Section) -> bool:
-    """Whether it says anything without its pictures."""
+    """Whether anything is left without the pictures."""
     if section.name in PAGE_ONLY:
         return False
     has_pictures, has_tables = (any(isinstance(part, kind) for part in section.parts) for kind in (Picture, Table))

@@ -25,7 +25,7 @@ from specdec.verification import Draft
 
 
 class ParallelHeadProposer(EagleProposer):
-    """A ParallelHead with a cache of its own. What mask tokens leave in it is overwritten at the next step."""
+    """A ParallelHead with a cache of its own. Entries of mask tokens are overwritten at the next step."""
 
     _head: ParallelHead
 
