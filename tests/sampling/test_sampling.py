@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from specdec.kernels import cpp
-from specdec.sampling.distributions import Dense, OneHot, Partial, stack_distributions
+from specdec.sampling.distributions import Dense, OneHot, Partial, as_int64, largest, stack_distributions
 from specdec.sampling.state import SamplingState
 from specdec.sampling_params import SamplingParams
 
@@ -312,3 +312,20 @@ def test_a_partial_distribution_equals_the_dense_one_padded_with_zeros(
 def test_excess_over_a_one_hot_distribution() -> None:
     probs, tokens = torch.tensor([[0.5, 0.25, 0.25]]), torch.tensor([1])
     assert torch.equal(OneHot(tokens, 3).excess(probs), Dense(OneHot(tokens, 3).dense()).excess(probs))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("num_positions", [1, 2])
+def test_the_largest_logit_and_its_first_index(num_positions: int, dtype: torch.dtype) -> None:
+    """By kernels or by the portable code, whichever the dtype takes; ties go to the first, and NaN wins."""
+    rows = torch.tensor([[[-3.0, -1.0, -1.0], [2.0, 0.5, 1.0]], [[0.0, math.nan, 5.0], [-math.inf, -4.0, 7.0]]])
+    peaks, places = largest(rows[:, :num_positions].to(dtype))
+    expected = torch.tensor([[-1.0, 2.0], [math.nan, 7.0]])[:, :num_positions]
+    assert torch.equal(peaks.double().nan_to_num(99.0), expected.double().nan_to_num(99.0))
+    valid = ~expected.isnan()
+    assert places[valid].tolist() == torch.tensor([[1, 0], [1, 2]])[:, :num_positions][valid].tolist()
+
+
+def test_seeds_as_signed_integers() -> None:
+    """The 64 bits stay the same."""
+    assert [as_int64(seed) for seed in (0, 5, 2**63 - 1, 2**63, 2**64 - 1)] == [0, 5, 2**63 - 1, -(2**63), -1]
