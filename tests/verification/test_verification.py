@@ -162,6 +162,17 @@ def test_each_distribution_of_a_draft_is_valid_or_not() -> None:
             Draft(tokens, lengths, distribution, finite=torch.ones(1, length, dtype=torch.bool))
 
 
+@pytest.mark.parametrize("rule", [verify_tokens, verify_block, verify_coupled])
+@pytest.mark.parametrize(("lengths", "last"), [([2, 0], [0, 1]), ([1, 2], [2, 0])])
+def test_rows_accept_what_they_proposed(rule, lengths: list[int], last: list[int]) -> None:
+    """Two rows with the same two correct tokens, of which each proposes its own number; then the target's next one."""
+    target = Dense(OneHot(torch.tensor([[1, 2, 0]] * 2), 3).dense().double())
+    draft = Draft.deterministic(torch.tensor([[1, 2]] * 2), torch.tensor(lengths), 3)
+    noise = torch.full((2, 3, 3), 0.5, dtype=torch.float64)
+    outcome = rule(target, draft, noise[:, :2, 0], noise if rule.needs_noise else noise[..., 0])
+    assert (outcome.accepted.tolist(), outcome.next_token.tolist()) == (lengths, last)
+
+
 def test_what_the_rules_need() -> None:
     needs = [(rule.needs_noise, rule.always_draws) for rule in (verify_tokens, verify_block, verify_coupled)]
     assert needs == [(False, False), (False, False), (True, False)]
