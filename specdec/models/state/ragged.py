@@ -126,7 +126,8 @@ class RaggedCache(Cache):  # type: ignore[misc]  # transformers has no complete 
                 f"{self.capacity}; allocate a larger one"
             )
         start = lengths[0] + first if len(set(lengths)) == 1 else None
-        self.reserve(first_slot, lengths, first + width)
+        if self._rings:
+            self._mark(first_slot, lengths, first + width)
         return self._open(first_slot, upload(lengths, device), width, extent, start, branches)
 
     def open_at(
@@ -144,21 +145,27 @@ class RaggedCache(Cache):  # type: ignore[misc]  # transformers has no complete 
 
         Raises ValueError if a slot cannot be rolled back to its start.
         """
-        for slot, start in enumerate(starts, first_slot) if self._rings else ():
+        if self._rings:
+            self._mark(first_slot, starts, width)
+        return self.extent_for(max(starts) + width)
+
+    def _mark(self, first_slot: int, starts: Sequence[int], width: int) -> None:
+        """Record how far each row is written, after checking that it can start there."""
+        for slot, start in enumerate(starts, first_slot):
             if not self.holds(slot, start):
                 raise ValueError(
                     f"num_cached={start} of slot {slot} must be at least {self._num_written[slot] - self.max_width}: "
                     f"{self._num_written[slot]} tokens were written, and a layer with a sliding window no longer holds "
                     "older ones; set it to 0 and prefill again"
                 )
+        for slot, start in enumerate(starts, first_slot):
             self._num_written[slot] = max(self._num_written[slot], start + width) if start else width
-        return self.extent_for(max(starts) + width)
 
     def _open(
         self, first_slot: int, starts: Tensor, width: int, extent: int, start: int | None, branches: Branches | None
     ) -> Tensor:
         slots, first = slice(first_slot, first_slot + len(starts)), branches.first if branches else 0
-        if first + width > self.max_width:
+        if self._rings and first + width > self.max_width:
             raise ValueError(
                 f"width={first + width} must be at most {self.max_width} tokens in one call, as a layer has a sliding "
                 "window; feed fewer at once"
