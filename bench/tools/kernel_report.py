@@ -118,11 +118,11 @@ def _layers(shape: Shape, num_tokens: int) -> None:
     states = torch.empty(1, num_tokens, shape.hidden, dtype=torch.bfloat16)
     block = torch.empty(1, shape.num_kv_heads, 1024, shape.head_dim, dtype=torch.bfloat16)
     angles = torch.empty(1024, shape.head_dim, dtype=torch.bfloat16)
-    layers.run_layers([layer], states, (angles, angles), [(block, block)], at)
+    layers.run_layers([layer], states, [(angles, angles)], [(block, block)], at)
     if num_tokens > 1:
         paths = torch.zeros(num_tokens, 3, dtype=torch.int64)
         tree = layers.Places(at.positions, at.places, at.starts, paths, at.extent)
-        layers.run_layers([layer], states, (angles, angles), [(block, block)], tree)
+        layers.run_layers([layer], states, [(angles, angles)], [(block, block)], tree)
     head, _ = weight("head")
     layers.product(layers.rms_norm(states[0], norm, 1e-5), head)
 

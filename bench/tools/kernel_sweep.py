@@ -231,7 +231,7 @@ class Sweep:
                         break
                     hidden = torch.randn(1, width, shape.hidden, device="cuda").bfloat16()
                     at = places(1, width, context - width, 1 << (context - 1).bit_length())
-                    step_s = graph_s(partial(layers.run_layers, stack, hidden, (cos, sin), blocks, at), 1)
+                    step_s = graph_s(partial(layers.run_layers, stack, hidden, [(cos, sin)] * len(stack), blocks, at), 1)
                     share = shape.layer_bytes * shape.num_layers / step_s / self._bandwidth
                     values = {"width": width, "context": context, "ms": step_s * 1e3, "share": share}
                     mode = [products, others, prefetched]

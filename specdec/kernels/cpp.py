@@ -25,7 +25,8 @@ from specdec.runtime.artifacts import LoadError, cache_root, made_once
 from specdec.runtime.fallbacks import fall_back
 
 BLOCK = 32  # outputs per block of a projection
-HEAD_DIMS = (32, 64, 96, 128)
+HEAD_DIMS = (32, 64, 96, 128, 160, 192, 256)
+ACTIVATIONS = ("silu", "gelu_tanh")  # in the order of decoder_layer.cpp
 _FOLDER = Path(__file__).parent
 _SOURCES = tuple(_FOLDER / name for name in ("decoder_layer.cpp", "sampling.cpp"))
 _UNUSED = "kernels for this CPU are not used, decoding is slower"
@@ -43,9 +44,10 @@ class Layer(Structure):
 
     _fields_ = (
         *((name, Projection) for name in ("qkv", "output", "gate_up", "down")),
-        *((name, c_void_p) for name in ("norm_before_attention", "norm_before_mlp", "query_norm", "key_norm")),
-        *((name, c_float) for name in ("epsilon", "scaling")),
-        *((name, c_int64) for name in ("num_heads", "num_kv_heads", "head_dim")),
+        *((name, c_void_p) for name in ("norm_before_attention", "norm_after_attention")),
+        *((name, c_void_p) for name in ("norm_before_mlp", "norm_after_mlp", "query_norm", "key_norm")),
+        *((name, c_float) for name in ("epsilon", "scaling", "softcap", "residual_scale")),
+        *((name, c_int64) for name in ("num_heads", "num_kv_heads", "head_dim", "activation", "has_float_norms")),
     )
 
 
@@ -53,12 +55,13 @@ class Call(Structure):
     """The arrays of one call."""
 
     _fields_ = (
-        *((name, c_void_p) for name in ("hidden", "inputs", "cos", "sin")),
+        *((name, c_void_p) for name in ("hidden", "inputs")),
         *((name, c_void_p) for name in ("angles", "positions", "places", "starts", "paths")),
         ("layers", POINTER(POINTER(Layer))),
-        *((name, POINTER(c_void_p)) for name in ("keys", "values")),
+        *((name, POINTER(c_void_p)) for name in ("cos", "sin", "keys", "values")),
+        *((name, POINTER(c_int64)) for name in ("columns", "windows")),
         ("results", POINTER(c_void_p)),
-        *((name, c_int64) for name in ("num_layers", "rows", "width", "capacity", "longest_path", "num_threads")),
+        *((name, c_int64) for name in ("num_layers", "rows", "width", "longest_path", "num_threads")),
     )
 
 
@@ -101,6 +104,8 @@ def pack(weight: Tensor) -> Tensor:
 
 
 Pointers = Any  # a ctypes array of pointers, one per layer
+Sizes = Any  # a ctypes array of int64, one per layer
+_UNLIMITED = 1 << 40  # a window that is longer than any sequence
 
 
 def pointers(arrays: Sequence[Tensor]) -> Pointers:
@@ -108,13 +113,58 @@ def pointers(arrays: Sequence[Tensor]) -> Pointers:
     return (c_void_p * len(arrays))(*(array.data_ptr() for array in arrays))
 
 
+@dataclass(frozen=True, slots=True)
+class Angles:
+    """Tables of cos and sin [length, head_dim] of each layer, and pointers to them."""
+
+    tables: Sequence[tuple[Tensor, Tensor]]
+    cos: Pointers
+    sin: Pointers
+
+    @classmethod
+    def of(cls, tables: Sequence[tuple[Tensor, Tensor]]) -> Angles:
+        """tables: contiguous; they are kept alive."""
+        cos, sin = zip(*tables, strict=True)
+        return cls(tables, pointers(cos), pointers(sin))
+
+    @property
+    def length(self) -> int:
+        return len(self.tables[0][0])
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.tables[0][0].dtype
+
+
+@dataclass(frozen=True, slots=True)
+class Blocks:
+    """Where the layers of a call keep keys and values; the tensors are not kept alive.
+
+    keys, values: pointers to [rows, heads, columns, head_dim]; a token's column is taken modulo `columns`. windows: how
+    many positions a token attends to, up to its own.
+    """
+
+    keys: Pointers
+    values: Pointers
+    columns: Sizes
+    windows: Sizes
+
+    @classmethod
+    def of(cls, blocks: Sequence[tuple[Tensor, Tensor]], windows: Sequence[int | None]) -> Blocks:
+        """blocks: keys and values of each layer. windows: of each layer, None for no limit."""
+        keys, values = zip(*blocks, strict=True)
+        sizes = c_int64 * len(blocks)
+        limits = (_UNLIMITED if window is None else window for window in windows)
+        return cls(pointers(keys), pointers(values), sizes(*(each.shape[2] for each in keys)), sizes(*limits))
+
+
 def run_layers(
     layers: Pointers,
     hidden: Tensor,
-    angles: tuple[Tensor, Tensor, Tensor],
+    angles: Angles,
+    index: Tensor,
     positions: Tensor,
-    blocks: tuple[Pointers, Pointers],
-    capacity: int,
+    blocks: Blocks,
     tree: TreePlaces | None,
     after: Sequence[int],
     inputs: Tensor | None = None,
@@ -123,9 +173,8 @@ def run_layers(
 
     Returns the hidden states after the first n layers, for each n of `after`.
 
-    layers: pointers to `Layer`s. angles: tables of cos and sin [n, head_dim], and each token's index into them, int64
-    [rows, width]. positions: int64 [rows, width].
-    blocks: pointers to each layer's keys and values [rows, heads, capacity, head_dim], written at the positions.
+    layers: pointers to `Layer`s. index: int64 [rows, width], of each token in the tables of `angles`.
+    positions: int64 [rows, width]. blocks: written at the positions.
     tree: for a token tree, the columns to write instead; its tokens attend only to their ancestors.
     inputs: [rows, width, n], the input of the first layer's query, key and value projections; None for its normalized
     hidden states.
@@ -137,12 +186,12 @@ def run_layers(
     results = (c_void_p * len(layers))()
     for number, state in zip(after, states, strict=True):
         results[number - 1] = state.data_ptr()
-    arrays = [hidden, *(each.contiguous() for each in (*angles, positions))]
+    arrays = [index.contiguous(), positions.contiguous()]
     arrays += [each.contiguous() for each in (tree.places, tree.starts, tree.paths)] if tree else arrays[-1:]
-    given = [each.data_ptr() for each in arrays] + ([] if tree else [None, None])
-    given.insert(1, None if inputs is None else inputs.data_ptr())
-    sizes = (len(layers), rows, width, capacity, tree.paths.shape[1] if tree else 0, torch.get_num_threads())
-    call = Call(*given, layers, *blocks, results, *sizes)
+    tokens = [each.data_ptr() for each in arrays] + ([] if tree else [None, None])
+    per_layer = (angles.cos, angles.sin, blocks.keys, blocks.values, blocks.columns, blocks.windows, results)
+    sizes = (len(layers), rows, width, tree.paths.shape[1] if tree else 0, torch.get_num_threads())
+    call = Call(hidden.data_ptr(), None if inputs is None else inputs.data_ptr(), *tokens, layers, *per_layer, *sizes)
     _function("layers", hidden.dtype)(call)
     return states
 
@@ -166,12 +215,22 @@ def run_projection(projection: Projection, inputs: Tensor, outputs: Tensor) -> N
 
 
 def rms_norm(inputs: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-    """Root mean square normalization over the last dimension, whose size is a multiple of 16."""
+    """Root mean square normalization over the last dimension, whose size is a multiple of 16.
+
+    weight: of the dtype of the inputs, multiplies after rounding to it; float32 for bfloat16 inputs, before rounding.
+    """
     inputs, size = inputs.contiguous(), inputs.shape[-1]
     outputs = torch.empty_like(inputs)
-    function = _function("rms_norm", inputs.dtype)
+    function = _function("rms_norm" if weight.dtype == inputs.dtype else "rms_norm_once", inputs.dtype)
     function(inputs.data_ptr(), weight.data_ptr(), epsilon, inputs.numel() // size, size, outputs.data_ptr())
     return outputs
+
+
+def softcap(x: Tensor, cap: float) -> Tensor:
+    """cap * tanh(x / cap), rounded once; written over x if that is contiguous."""
+    x = x.contiguous()
+    _function("softcap", x.dtype)(x.data_ptr(), x.numel(), cap)
+    return x
 
 
 def largest(logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -296,6 +355,8 @@ _ARGUMENTS = {
     "keep": (POINTER(c_void_p), c_void_p, c_void_p, *(c_int64,) * 6),
     "project": (POINTER(Projection), c_void_p, c_void_p, c_int64, c_int64),
     "rms_norm": (c_void_p, c_void_p, c_float, c_int64, c_int64, c_void_p),
+    "rms_norm_once": (c_void_p, c_void_p, c_float, c_int64, c_int64, c_void_p),
+    "softcap": (c_void_p, c_int64, c_float),
     "largest": (c_void_p, c_int64, c_int64, c_void_p, c_void_p),
     "confidence": (c_void_p, c_int64, c_int64, c_void_p),
     "softmax": (c_void_p, c_int64, c_int64, c_void_p, c_void_p),

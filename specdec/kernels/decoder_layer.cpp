@@ -1,4 +1,4 @@
-// Decoder layers of the Llama family for CPUs with AVX-512, in float32 and bfloat16.
+// Decoder layers of the Llama and Gemma families for CPUs with AVX-512, in float32 and bfloat16.
 //
 // A decode step of a small model is bound by weight bandwidth. So each projection reads its weights once, sequentially,
 // for up to MAX_TILE tokens: several tokens cost as much as one. A token's result does not depend on the number of
@@ -26,7 +26,7 @@ namespace {
 constexpr int64_t BLOCK = 32;     // outputs per block of a projection: two vectors
 constexpr int64_t MAX_TILE = 12;  // tokens per tile of a projection: their sums use 24 of the 32 registers
 constexpr int64_t KEYS = 16;      // positions per vector of scores
-constexpr int64_t MAX_TOGETHER = 8, MAX_HEAD_DIM = 128;  // bounds on the queries of an attention tile and their size
+constexpr int64_t MAX_TOGETHER = 8, MAX_HEAD_DIM = 256;  // bounds on the queries of an attention tile and their size
 
 // Number of threads for a product with this many weights. Distributing little work costs more than doing it, above all
 // on a busy machine.
@@ -58,9 +58,34 @@ class Barrier {
     }
 };
 
-inline __m512 silu(__m512 x) {
-    const __m512 bounded = _mm512_min_ps(_mm512_sub_ps(_mm512_setzero_ps(), x), _mm512_set1_ps(87.0f));
+// x times the logistic function of z
+inline __m512 gated(__m512 x, __m512 z) {
+    const __m512 bounded = _mm512_min_ps(_mm512_sub_ps(_mm512_setzero_ps(), z), _mm512_set1_ps(87.0f));
     return _mm512_div_ps(x, _mm512_add_ps(_mm512_set1_ps(1.0f), exponential(bounded)));
+}
+
+inline __m512 silu(__m512 x) { return gated(x, x); }
+
+// GELU with the approximation by tanh, written as a logistic function: (1 + tanh(y)) / 2 = logistic(2 y)
+inline __m512 gelu_tanh(__m512 x) {
+    constexpr float linear = 1.5957691216f;  // 2 sqrt(2 / pi)
+    const __m512 square = _mm512_mul_ps(x, x);
+    const __m512 factor = _mm512_fmadd_ps(square, _mm512_set1_ps(linear * 0.044715f), _mm512_set1_ps(linear));
+    return gated(x, _mm512_mul_ps(x, factor));
+}
+
+// cap * tanh(x / cap)
+inline __m512 capped(__m512 x, float cap) {
+    const __m512 y = _mm512_mul_ps(x, _mm512_set1_ps(1.0f / cap)), size = _mm512_abs_ps(y);
+    const __m512 faded = exponential(_mm512_mul_ps(size, _mm512_set1_ps(-2.0f))), one = _mm512_set1_ps(1.0f);
+    const __m512 large = _mm512_div_ps(_mm512_sub_ps(one, faded), _mm512_add_ps(one, faded));
+    const __m512 square = _mm512_mul_ps(y, y);  // near 0 that difference cancels: a Taylor polynomial
+    __m512 small = _mm512_set1_ps(62.0f / 2835);
+    for (float c : {-17.0f / 315, 2.0f / 15, -1.0f / 3, 1.0f}) small = _mm512_fmadd_ps(small, square, _mm512_set1_ps(c));
+    small = _mm512_mul_ps(small, size);
+    const __mmask16 is_small = _mm512_cmp_ps_mask(size, _mm512_set1_ps(0.25f), _CMP_LT_OQ);
+    const __m512 tanh = _mm512_mask_mov_ps(large, is_small, small), signs = _mm512_set1_ps(-0.0f);
+    return _mm512_mul_ps(_mm512_or_ps(tanh, _mm512_and_ps(y, signs)), _mm512_set1_ps(cap));
 }
 
 // ---- projections
@@ -156,24 +181,27 @@ void project(const T* weights, const T* inputs, int64_t tokens, int64_t in, int6
 }
 
 template <class T>
-inline void store_block(T* out, const float* sums, const T* bias, int64_t block, const T* residual = nullptr) {
+inline void store_block(T* out, const float* sums, const T* bias, int64_t block, const T* residual = nullptr,
+                        float scale = 1) {
     for (int64_t half = 0; half < BLOCK; half += 16) {
         __m512 x = load(sums + half);
         if (bias) x = _mm512_add_ps(x, load(bias + block * BLOCK + half));
-        if (residual) x = _mm512_add_ps(x, load(residual + half));
+        if (residual) x = _mm512_fmadd_ps(x, _mm512_set1_ps(scale), load(residual + half));
         store(out + half, x);
     }
 }
 
 // ---- normalization, rotary embedding, attention
 
-template <class T>
-inline void rms_norm(const T* x, const T* weight, float epsilon, int64_t size, T* out) {
+// weight: of type T multiplies the rounded quotient, as in Llama; a float weight of a bf16 state multiplies before the
+// only rounding, as in Gemma.
+template <class T, class W>
+inline void rms_norm(const T* x, const W* weight, float epsilon, int64_t size, T* out) {
     __m512 squares = _mm512_setzero_ps();
     for (int64_t i = 0; i < size; i += 16) squares = _mm512_fmadd_ps(load(x + i), load(x + i), squares);
     const __m512 scale = _mm512_set1_ps(1.0f / std::sqrt(_mm512_reduce_add_ps(squares) / size + epsilon));
     for (int64_t i = 0; i < size; i += 16)
-        store(out + i, _mm512_mul_ps(rounded<T>(_mm512_mul_ps(load(x + i), scale)), load(weight + i)));
+        store(out + i, _mm512_mul_ps(rounded<W>(_mm512_mul_ps(load(x + i), scale)), load(weight + i)));
 }
 
 template <class T>
@@ -235,97 +263,120 @@ struct Query<bf16, VECTORS> {  // multiplies bfloat16 pairs without conversion
 };
 #endif
 
-// The positions that the queries of a tile attend to: query q to those below seen[q]. Position p is cache column p,
-// except in a tree: there, position shared + i is column shared + paths[q][i], the i-th node on the path to q.
+// The positions that the queries of a tile attend to: query q to those from first[q] and below seen[q]. Position p is
+// in cache column p, except in a tree: there, position shared + i is that of column shared + paths[q][i], the i-th node
+// on the path to q. Columns are counted modulo `ring`, the number of columns that the cache has.
 struct Sight {
-    int64_t seen[MAX_TOGETHER], shared;
+    int64_t first[MAX_TOGETHER], seen[MAX_TOGETHER], shared, ring;
     const int64_t* paths[MAX_TOGETHER];
+    int64_t wrapped(int64_t column) const { return column < ring ? column : column % ring; }
     int64_t place(int64_t q, int64_t position) const {
-        return position < shared ? position : shared + paths[q][position - shared];
+        return wrapped(position < shared ? position : shared + paths[q][position - shared]);
     }
 };
 
-// Attention of one head for up to TILE consecutive queries of one row. Sums run over positions in order, whatever the
-// column of a position: so a node of a tree is bit-identical to plain decoding.
-// queries, outputs: [count][head_dim]. scores: a buffer of TILE * (max_seen + KEYS) numbers.
-template <class T, int VECTORS, int TILE>
+// Attention of one head for up to TILE consecutive queries of one row. Sums run over positions in order, in lanes by
+// the position modulo KEYS, whatever the column of a position and the first position of the tile: so a token behind the
+// wrap of a ring, or a node of a tree, is bit-identical to plain decoding.
+// queries, outputs: [count][head_dim]. scores: a buffer of TILE * (the largest number of positions + 2 * KEYS) numbers.
+// softcap: the bound of the scores, or 0.
+template <class T, int VECTORS, int TILE, int PART>
 void attend(const T* queries, const T* keys, const T* values, const Sight& sight, int64_t count, float scaling,
-            float* scores, T* outputs) {
+            float softcap, float* scores, T* outputs) {
     const int64_t* seen = sight.seen;
     constexpr int64_t size = VECTORS * 16;
-    const int64_t most = *std::max_element(seen, seen + count), room = (most + KEYS - 1) / KEYS * KEYS;
+    const int64_t most = *std::max_element(seen, seen + count), least = *std::min_element(sight.first, sight.first + count);
+    const int64_t begin = least / KEYS * KEYS, room = (most - begin + KEYS - 1) / KEYS * KEYS, end = begin + room;
     const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     const auto sees = [&](int64_t q, int64_t j) {
-        return _mm512_cmplt_epi32_mask(lanes, _mm512_set1_epi32(static_cast<int>(seen[q] - j)));
+        const __m512i past_first = _mm512_set1_epi32(static_cast<int>(std::max<int64_t>(sight.first[q] - j, 0)));
+        return _mm512_cmplt_epi32_mask(lanes, _mm512_set1_epi32(static_cast<int>(seen[q] - j))) &
+               _mm512_cmpge_epi32_mask(lanes, past_first);
     };
     __m512 peak[TILE];
     for (int64_t q = 0; q < count; q++) {
         const Query<T, VECTORS> query(queries + q * size);
         peak[q] = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
-        for (int64_t j = 0; j < room; j += KEYS) {
+        for (int64_t j = begin; j < end; j += KEYS) {
             __m512 dots[KEYS];
-            if (most <= sight.shared || j + KEYS <= sight.shared)
-                for (int64_t i = 0; i < KEYS; i++) dots[i] = query.products(keys + std::min(j + i, most - 1) * size);
+            const int64_t column = sight.wrapped(j), last = most - 1 - j;
+            if ((most <= sight.shared || j + KEYS <= sight.shared) && column + std::min(last, KEYS - 1) < sight.ring)
+                for (int64_t i = 0; i < KEYS; i++)
+                    dots[i] = query.products(keys + (column + std::min(i, last)) * size);
             else
                 for (int64_t i = 0; i < KEYS; i++)
                     dots[i] = query.products(keys + sight.place(q, std::min(j + i, seen[q] - 1)) * size);
-            const __m512 score = _mm512_mul_ps(sums(dots), _mm512_set1_ps(scaling));
+            __m512 score = _mm512_mul_ps(sums(dots), _mm512_set1_ps(scaling));
+            if (softcap) score = capped(score, softcap);
             peak[q] = _mm512_mask_max_ps(peak[q], sees(q, j), peak[q], score);
-            store(scores + q * room + j, score);
+            store(scores + q * room + j - begin, score);
         }
     }
-    __m512 total[TILE], sum[TILE][VECTORS];
+    __m512 total[TILE];
     for (int64_t q = 0; q < TILE; q++) {
-        for (int v = 0; v < VECTORS; v++) sum[q][v] = _mm512_setzero_ps();
         total[q] = _mm512_setzero_ps();
         if (q >= count) {  // an unused query has weights of 0
             std::memset(scores + q * room, 0, room * sizeof(float));
             continue;
         }
         const __m512 highest = _mm512_set1_ps(_mm512_reduce_max_ps(peak[q]));
-        for (int64_t j = 0; j < room; j += KEYS) {
-            float* row = scores + q * room + j;
+        for (int64_t j = begin; j < end; j += KEYS) {
+            float* row = scores + q * room + j - begin;
             const __m512 weight = _mm512_maskz_mov_ps(sees(q, j), exponential(_mm512_sub_ps(load(row), highest)));
             total[q] = _mm512_add_ps(total[q], weight);
             store(row, weight);
         }
     }
-    for (int64_t j = 0; j < std::min(most, sight.shared); j++) {
-        __m512 value[VECTORS];
-        for (int v = 0; v < VECTORS; v++) value[v] = load(values + j * size + v * 16);
+    const auto weight_of = [&](int64_t q, int64_t j) { return _mm512_set1_ps(scores[q * room + j - begin]); };
+    for (int64_t part = 0; part < size; part += PART * 16) {  // of a head: its sums are in registers
+        __m512 sum[TILE][PART];
+        for (int64_t q = 0; q < TILE; q++)
+            for (int v = 0; v < PART; v++) sum[q][v] = _mm512_setzero_ps();
+        const int64_t shared = std::min(most, sight.shared);
+        for (int64_t j = least; j < shared;) {
+            const int64_t column = sight.wrapped(j), stop = std::min(shared, j + sight.ring - column);  // of a run
+            for (const T* at = values + column * size + part; j < stop; j++, at += size) {
+                __m512 value[PART];
+                for (int v = 0; v < PART; v++) value[v] = load(at + v * 16);
 #pragma GCC unroll 8
-        for (int q = 0; q < TILE; q++) {
-            const __m512 weight = _mm512_set1_ps(scores[q * room + j]);
-#pragma GCC unroll 8
-            for (int v = 0; v < VECTORS; v++) sum[q][v] = _mm512_fmadd_ps(weight, value[v], sum[q][v]);
+                for (int q = 0; q < TILE; q++) {
+                    const __m512 weight = weight_of(q, j);
+#pragma GCC unroll 16
+                    for (int v = 0; v < PART; v++) sum[q][v] = _mm512_fmadd_ps(weight, value[v], sum[q][v]);
+                }
+            }
         }
-    }
-    for (int64_t j = sight.shared; j < most; j++) {
+        for (int64_t j = std::max(least, sight.shared); j < most; j++) {
 #pragma GCC unroll 8
-        for (int q = 0; q < TILE; q++) {
-            if (q >= count || j >= seen[q]) continue;
-            const __m512 weight = _mm512_set1_ps(scores[q * room + j]);
-            const T* value = values + sight.place(q, j) * size;
-#pragma GCC unroll 8
-            for (int v = 0; v < VECTORS; v++) sum[q][v] = _mm512_fmadd_ps(weight, load(value + v * 16), sum[q][v]);
+            for (int q = 0; q < TILE; q++) {
+                if (q >= count || j >= seen[q] || j < sight.first[q]) continue;
+                const __m512 weight = weight_of(q, j);
+                const T* value = values + sight.place(q, j) * size + part;
+#pragma GCC unroll 16
+                for (int v = 0; v < PART; v++) sum[q][v] = _mm512_fmadd_ps(weight, load(value + v * 16), sum[q][v]);
+            }
         }
-    }
-    for (int64_t q = 0; q < count; q++) {
-        const __m512 scale = _mm512_set1_ps(1.0f / _mm512_reduce_add_ps(total[q]));
-        for (int v = 0; v < VECTORS; v++) store(outputs + q * size + v * 16, _mm512_mul_ps(sum[q][v], scale));
+        for (int64_t q = 0; q < count; q++) {
+            const __m512 scale = _mm512_set1_ps(1.0f / _mm512_reduce_add_ps(total[q]));
+            for (int v = 0; v < PART; v++)
+                store(outputs + q * size + part + v * 16, _mm512_mul_ps(sum[q][v], scale));
+        }
     }
 }
 
 template <class T>
-using Attend = void (*)(const T*, const T*, const T*, const Sight&, int64_t, float, float*, T*);
+using Attend = void (*)(const T*, const T*, const T*, const Sight&, int64_t, float, float, float*, T*);
 
 template <class T>
-Attend<T> attend_of(int64_t head_dim, bool is_narrow) {  // tiles such that the sums use 16 registers
+Attend<T> attend_of(int64_t head_dim, bool is_narrow) {  // tiles such that the sums use up to 16 registers
     switch (head_dim) {
-        case 32: return is_narrow ? attend<T, 2, 1> : attend<T, 2, 8>;
-        case 64: return is_narrow ? attend<T, 4, 1> : attend<T, 4, 4>;
-        case 96: return is_narrow ? attend<T, 6, 1> : attend<T, 6, 2>;
-        case 128: return is_narrow ? attend<T, 8, 1> : attend<T, 8, 2>;
+        case 32: return is_narrow ? attend<T, 2, 1, 2> : attend<T, 2, 8, 2>;
+        case 64: return is_narrow ? attend<T, 4, 1, 4> : attend<T, 4, 4, 4>;
+        case 96: return is_narrow ? attend<T, 6, 1, 6> : attend<T, 6, 2, 6>;
+        case 128: return is_narrow ? attend<T, 8, 1, 8> : attend<T, 8, 2, 8>;
+        case 160: return is_narrow ? attend<T, 10, 1, 10> : attend<T, 10, 3, 5>;
+        case 192: return is_narrow ? attend<T, 12, 1, 12> : attend<T, 12, 4, 4>;
+        case 256: return is_narrow ? attend<T, 16, 1, 16> : attend<T, 16, 4, 4>;
         default: return nullptr;
     }
 }
@@ -333,7 +384,12 @@ Attend<T> attend_of(int64_t head_dim, bool is_narrow) {  // tiles such that the 
 // Number of queries per tile, of `queries` with the same keys and values.
 inline int64_t queries_together(int64_t head_dim, int64_t queries) {
     if (queries == 1) return 1;
-    return head_dim == 32 ? 8 : head_dim == 64 ? 4 : 2;
+    switch (head_dim) {
+        case 32: return 8;
+        case 96: case 128: return 2;
+        case 160: return 3;
+        default: return 4;
+    }
 }
 
 }  // namespace
@@ -348,28 +404,35 @@ struct Projection {
     int64_t in, out;
 };
 
-// Missing norms are null.
+// Missing norms are null; those after attention and MLP are of their outputs, before the residual is added. Norms are
+// float arrays if has_float_norms, see `rms_norm`. softcap: the bound of attention scores, or 0. residual_scale: of the
+// outputs of attention and MLP. activation: an Activation.
 struct Layer {
     Projection qkv, output, gate_up, down;
-    const void *norm_before_attention, *norm_before_mlp, *query_norm, *key_norm;
-    float epsilon, scaling;
-    int64_t num_heads, num_kv_heads, head_dim;
+    const void *norm_before_attention, *norm_after_attention, *norm_before_mlp, *norm_after_mlp, *query_norm, *key_norm;
+    float epsilon, scaling, softcap, residual_scale;
+    int64_t num_heads, num_kv_heads, head_dim, activation, has_float_norms;
 };
+
+enum Activation : int64_t { SILU, GELU_TANH };
 
 // Layers of one shape, one after the other.
 // hidden: [rows * width, hidden]. inputs: [rows * width, in], the input of the first layer's query, key and value
 // projections; null for its normalized hidden states. results: for each layer where to write its output, of the shape of
-// hidden; null where only the next layer reads it. cos, sin: [n, head_dim]. angles: int64 [rows * width], each token's
-// row in them. positions: int64 [rows * width]. keys, values: of each layer [rows, num_kv_heads, capacity, head_dim].
+// hidden; null where only the next layer reads it. cos, sin: of each layer [n, head_dim]. angles: int64 [rows * width],
+// each token's row in them. positions: int64 [rows * width]. keys, values: of each layer [rows, num_kv_heads, columns,
+// head_dim], a ring: a token's column is taken modulo the number of columns. windows: of each layer, the number of
+// positions that a token attends to, up to its own.
 // places: int64 [rows * width], the columns to write, which are the positions except in a tree. starts: int64 [rows],
 // where a tree begins; paths: int64 [width * longest_path], the columns on the path to each token; null without a tree.
 struct Call {
-    const void *hidden, *inputs, *cos, *sin;
+    const void *hidden, *inputs;
     const int64_t *angles, *positions, *places, *starts, *paths;
     const Layer* const* layers;
-    void *const *keys, *const *values;
+    void *const *cos, *const *sin, *const *keys, *const *values;
+    const int64_t *columns, *windows;
     void* const* results;
-    int64_t num_layers, rows, width, capacity, longest_path, num_threads;
+    int64_t num_layers, rows, width, longest_path, num_threads;
 };
 }
 
@@ -383,9 +446,8 @@ struct Work {
     int64_t group, together, num_tiles;  // query heads per key/value head, queries per tile, tiles per row
     int64_t weights;  // number per layer
     bool bypasses;    // see `bypasses_cache`
-    const T *cos, *sin;
     std::unique_ptr<T[]> memory;
-    T *qkv, *attended, *activated, *spare[2];
+    T *qkv, *attended, *activated, *projected, *spare[2];
     mutable Barrier barrier;
 
     explicit Work(const Call& given) : call(given) {
@@ -398,71 +460,92 @@ struct Work {
         max_seen = *std::max_element(call.positions, call.positions + tokens) + 1;
         group = heads / kv_heads, together = queries_together(dim, call.width * group);
         num_tiles = (call.width * group + together - 1) / together;
-        cos = static_cast<const T*>(call.cos), sin = static_cast<const T*>(call.sin);
-        memory.reset(new T[tokens * (2 * size + wide + attended_size + mlp_size)]);
-        spare[0] = memory.get(), spare[1] = spare[0] + tokens * size;
-        qkv = spare[1] + tokens * size, attended = qkv + tokens * wide, activated = attended + tokens * attended_size;
+        memory.reset(new T[tokens * (3 * size + wide + attended_size + mlp_size)]);
+        spare[0] = memory.get(), spare[1] = spare[0] + tokens * size, projected = spare[1] + tokens * size;
+        qkv = projected + tokens * size, attended = qkv + tokens * wide, activated = attended + tokens * attended_size;
     }
 };
 
+// A layer of a call, with its cache and its rotary embedding.
+template <class T>
+struct Place {
+    const Layer& layer;
+    const T *cos, *sin;
+    T *keys, *values;
+    int64_t columns, window;
+
+    Place(const Call& call, int64_t i)
+        : layer(*call.layers[i]), cos(static_cast<const T*>(call.cos[i])), sin(static_cast<const T*>(call.sin[i])),
+          keys(static_cast<T*>(call.keys[i])), values(static_cast<T*>(call.values[i])), columns(call.columns[i]),
+          window(call.windows[i]) {}
+};
+
+template <class T>
+void apply_norm(const Layer& layer, const void* weight, const T* x, int64_t size, T* out) {
+    if (layer.has_float_norms)
+        rms_norm(x, static_cast<const float*>(weight), layer.epsilon, size, out);
+    else
+        rms_norm(x, static_cast<const T*>(weight), layer.epsilon, size, out);
+}
+
 // Each thread normalizes all tokens itself, which is faster than a barrier.
 template <class T>
-void rms_norm_all(const Work<T>& work, const void* weight, float epsilon, const T* x, T* normed) {
+void rms_norm_all(const Work<T>& work, const Layer& layer, const void* weight, const T* x, T* normed) {
     const int64_t size = work.size;
     if (!weight) {
         std::memcpy(normed, x, work.tokens * size * sizeof(T));
         return;
     }
-    for (int64_t t = 0; t < work.tokens; t++)
-        rms_norm(x + t * size, static_cast<const T*>(weight), epsilon, size, normed + t * size);
+    for (int64_t t = 0; t < work.tokens; t++) apply_norm(layer, weight, x + t * size, size, normed + t * size);
 }
 
 // Rotates a query in place, or writes a rotated key, or a value, to the cache.
 template <class T>
-void place_head(const Work<T>& work, const Layer& layer, int64_t t, int64_t head, T* keys, T* values) {
-    const int64_t dim = work.dim, heads = work.heads, kv_heads = work.kv_heads;
+void place_head(const Work<T>& work, const Place<T>& at, int64_t t, int64_t head) {
+    const int64_t dim = work.dim, heads = work.heads, kv_heads = work.kv_heads, column = work.call.places[t];
     T* x = work.qkv + t * work.wide + head * dim;
     const bool is_query = head < heads, is_value = head >= heads + kv_heads;
     const int64_t kv_head = is_value ? head - heads - kv_heads : head - heads;
-    const int64_t block = (t / work.call.width * kv_heads + kv_head) * work.call.capacity;
-    const int64_t place = (block + work.call.places[t]) * dim;
+    const int64_t block = (t / work.call.width * kv_heads + kv_head) * at.columns;
+    const int64_t place = (block + (column < at.columns ? column : column % at.columns)) * dim;
     if (is_value) {
-        std::memcpy(values + place, x, dim * sizeof(T));
+        std::memcpy(at.values + place, x, dim * sizeof(T));
         return;
     }
-    const void* norm = is_query ? layer.query_norm : layer.key_norm;
-    if (norm) rms_norm(x, static_cast<const T*>(norm), layer.epsilon, dim, x);
+    const void* norm = is_query ? at.layer.query_norm : at.layer.key_norm;
+    if (norm) apply_norm(at.layer, norm, x, dim, x);
     alignas(64) T rotated_head[MAX_HEAD_DIM];
     const int64_t angle = work.call.angles[t] * dim;
-    rotate(x, work.cos + angle, work.sin + angle, dim, rotated_head);
-    std::memcpy(is_query ? x : keys + place, rotated_head, dim * sizeof(T));
+    rotate(x, at.cos + angle, at.sin + angle, dim, rotated_head);
+    std::memcpy(is_query ? x : at.keys + place, rotated_head, dim * sizeof(T));
 }
 
 // The thread that computes a head of queries, keys or values also rotates and stores it.
 template <class T>
-void project_and_place(const Work<T>& work, const Layer& layer, const T* normed, T* keys, T* values) {
+void project_and_place(const Work<T>& work, const Place<T>& at, const T* normed) {
     const int64_t blocks = work.dim / BLOCK;
+    const Projection& qkv = at.layer.qkv;
     const auto keep = [&](int64_t t, int64_t block, const float* sums) {
         T* out = work.qkv + t * work.wide + block * BLOCK;
-        store_block(out, sums, static_cast<const T*>(layer.qkv.bias), block);
+        store_block(out, sums, static_cast<const T*>(qkv.bias), block);
     };
 #pragma omp for schedule(static) nowait
     for (int64_t head = 0; head < work.heads + 2 * work.kv_heads; head++) {
         for (int64_t block = head * blocks; block < (head + 1) * blocks; block++)
-            project_block(static_cast<const T*>(layer.qkv.weight), normed, work.tokens, layer.qkv.in, block,
-                          work.bypasses, keep);
-        for (int64_t t = 0; t < work.tokens; t++) place_head(work, layer, t, head, keys, values);
+            project_block(static_cast<const T*>(qkv.weight), normed, work.tokens, qkv.in, block, work.bypasses, keep);
+        for (int64_t t = 0; t < work.tokens; t++) place_head(work, at, t, head);
     }
 }
 
 // All query heads of a group have the same keys and values, so their queries are computed in the same tiles.
 template <class T>
-void attend_all(const Work<T>& work, const Layer& layer, const T* keys, const T* values) {
+void attend_all(const Work<T>& work, const Place<T>& at) {
     const int64_t dim = work.dim, width = work.call.width, group = work.group, queries_of_head = width * group;
     const Attend<T> attend_tile = attend_of<T>(dim, queries_of_head == 1);
-    const std::unique_ptr<float[]> scores(new float[work.together * (work.max_seen + KEYS)]);
+    const std::unique_ptr<float[]> scores(new float[work.together * (work.max_seen + 2 * KEYS)]);
     alignas(64) T queries[MAX_TOGETHER * MAX_HEAD_DIM], outputs[MAX_TOGETHER * MAX_HEAD_DIM];
     Sight sight;
+    sight.ring = at.columns;
 #pragma omp for schedule(static) collapse(3) nowait
     for (int64_t row = 0; row < work.call.rows; row++)
         for (int64_t kv_head = 0; kv_head < work.kv_heads; kv_head++)
@@ -473,21 +556,23 @@ void attend_all(const Work<T>& work, const Layer& layer, const T* keys, const T*
                 sight.shared = work.call.starts ? work.call.starts[row] : work.max_seen;
                 for (int64_t q = 0; q < count; q++) {
                     sight.seen[q] = work.call.positions[token(q)] + 1;
+                    sight.first[q] = std::max<int64_t>(0, sight.seen[q] - at.window);
                     if (work.call.paths) sight.paths[q] = work.call.paths + (first + q) / group * work.call.longest_path;
                     std::memcpy(queries + q * dim, work.qkv + token(q) * work.wide + place(q), dim * sizeof(T));
                 }
-                const int64_t block = (row * work.kv_heads + kv_head) * work.call.capacity * dim;
-                attend_tile(queries, keys + block, values + block, sight, count, layer.scaling, scores.get(), outputs);
+                const int64_t block = (row * work.kv_heads + kv_head) * at.columns * dim;
+                attend_tile(queries, at.keys + block, at.values + block, sight, count, at.layer.scaling,
+                            at.layer.softcap, scores.get(), outputs);
                 for (int64_t q = 0; q < count; q++)
                     std::memcpy(work.attended + token(q) * work.attended_size + place(q), outputs + q * dim,
                                 dim * sizeof(T));
             }
 }
 
-// silu(gate) * up. A thread computes corresponding blocks of both, so that no intermediate result is stored.
+// activation(gate) * up. A thread computes corresponding blocks of both, so that no intermediate result is stored.
 template <class T>
-void gate_and_up(const Work<T>& work, const Projection& gate_up, const T* normed) {
-    const T *weights = static_cast<const T*>(gate_up.weight), *bias = static_cast<const T*>(gate_up.bias);
+void gate_and_up(const Work<T>& work, const Layer& layer, const T* normed) {
+    const T *weights = static_cast<const T*>(layer.gate_up.weight), *bias = static_cast<const T*>(layer.gate_up.bias);
     const int64_t blocks = work.mlp_size / BLOCK, tile = tile_of(work.tokens), size = work.size;
     alignas(64) float gates[MAX_TILE][BLOCK], ups[MAX_TILE][BLOCK];
 #pragma omp for schedule(static) nowait
@@ -504,54 +589,74 @@ void gate_and_up(const Work<T>& work, const Projection& gate_up, const T* normed
                         gate = _mm512_add_ps(gate, load(bias + block * BLOCK + half));
                         up = _mm512_add_ps(up, load(bias + (blocks + block) * BLOCK + half));
                     }
-                    T* out = work.activated + (first + m) * work.mlp_size + block * BLOCK + half;
-                    store(out, _mm512_mul_ps(silu(gate), up));
+                    gate = layer.activation == GELU_TANH ? gelu_tanh(gate) : silu(gate);
+                    store(work.activated + (first + m) * work.mlp_size + block * BLOCK + half, _mm512_mul_ps(gate, up));
                 }
         }
 }
 
-// out = projection(x) + residual
+// out = projection(x) * scale + residual; without a residual, projection(x)
 template <class T>
-void project_onto(const Work<T>& work, const Projection& projection, const T* x, const T* residual, T* out) {
+void project_onto(const Work<T>& work, const Projection& projection, const T* x, const T* residual, float scale,
+                  T* out) {
     project(static_cast<const T*>(projection.weight), x, work.tokens, projection.in, work.size / BLOCK,
             work.bypasses,
             [&](int64_t t, int64_t block, const float* sums) {
                 const int64_t place = t * work.size + block * BLOCK;
-                store_block(out + place, sums, static_cast<const T*>(projection.bias), block, residual + place);
+                store_block(out + place, sums, static_cast<const T*>(projection.bias), block,
+                            residual ? residual + place : nullptr, scale);
             });
 }
 
-// Called by all threads of a team; `normed` is a buffer of the calling thread.
+// hidden + norm(projection(x)), with a barrier after the product. It is returned in `shared` without a norm. With one,
+// which needs a token's whole product, every thread adds all tokens itself, in its buffer `own`.
 template <class T>
-void run_layer(const Work<T>& work, const Layer& layer, const T* hidden, const T* inputs, T* keys, T* values, T* normed,
-               T* result) {
-    if (!inputs) rms_norm_all(work, layer.norm_before_attention, layer.epsilon, hidden, normed);
-    project_and_place(work, layer, inputs ? inputs : normed, keys, values);
+const T* added(const Work<T>& work, const Layer& layer, const Projection& projection, const void* norm, const T* x,
+               const T* hidden, T* shared, T* own) {
+    const int64_t size = work.size;
+    project_onto(work, projection, x, norm ? nullptr : hidden, layer.residual_scale, norm ? work.projected : shared);
     work.barrier.wait();
-    attend_all(work, layer, keys, values);
+    if (!norm) return shared;
+    for (int64_t t = 0; t < work.tokens; t++) {
+        T *of_token = own + t * size, *normed = own + work.tokens * size;
+        apply_norm(layer, norm, work.projected + t * size, size, normed);
+        for (int64_t i = 0; i < size; i += 16)
+            store(of_token + i, _mm512_add_ps(load(hidden + t * size + i), load(normed + i)));
+    }
+    return own;
+}
+
+// Called by all threads of a team, with buffers of the calling thread: `normed` of all tokens, and `own` of them and one
+// more. Returns the layer's output, which is in `shared` or `own`.
+template <class T>
+const T* run_layer(const Work<T>& work, const Place<T>& at, const T* hidden, const T* inputs, T* normed, T* shared,
+                   T* own) {
+    const Layer& layer = at.layer;
+    if (!inputs) rms_norm_all(work, layer, layer.norm_before_attention, hidden, normed);
+    project_and_place(work, at, inputs ? inputs : normed);
     work.barrier.wait();
-    project_onto(work, layer.output, work.attended, hidden, result);
+    attend_all(work, at);
     work.barrier.wait();
-    rms_norm_all(work, layer.norm_before_mlp, layer.epsilon, result, normed);
-    gate_and_up(work, layer.gate_up, normed);
+    hidden = added<T>(work, layer, layer.output, layer.norm_after_attention, work.attended, hidden, shared, own);
+    rms_norm_all(work, layer, layer.norm_before_mlp, hidden, normed);
+    gate_and_up(work, layer, normed);
     work.barrier.wait();
-    project_onto<T>(work, layer.down, work.activated, result, result);
-    work.barrier.wait();
+    return added<T>(work, layer, layer.down, layer.norm_after_mlp, work.activated, hidden, shared, own);
 }
 
 template <class T>
 void run_layers(const Call& call) {
     const Work<T> work(call);
+    const int64_t size = work.tokens * work.size;
 #pragma omp parallel num_threads(threads_for(work.weights, work.tokens, call.num_threads))
     {
-        const std::unique_ptr<T[]> normed(new T[work.tokens * work.size]);
+        const std::unique_ptr<T[]> normed(new T[size]), own(new T[size + work.size]);
         const T* hidden = static_cast<const T*>(call.hidden);
         for (int64_t i = 0; i < call.num_layers; i++) {
-            T* result = call.results[i] ? static_cast<T*>(call.results[i]) : work.spare[i % 2];
+            T *wanted = static_cast<T*>(call.results[i]), *shared = wanted ? wanted : work.spare[i % 2];
             const T* inputs = i == 0 ? static_cast<const T*>(call.inputs) : nullptr;
-            run_layer(work, *call.layers[i], hidden, inputs, static_cast<T*>(call.keys[i]),
-                      static_cast<T*>(call.values[i]), normed.get(), result);
-            hidden = result;
+            hidden = run_layer(work, Place<T>(call, i), hidden, inputs, normed.get(), shared, own.get());
+            if (wanted && hidden != wanted && omp_get_thread_num() == 0) std::memcpy(wanted, hidden, size * sizeof(T));
         }
     }
 }
@@ -565,6 +670,22 @@ void run_projection(const Projection& projection, const T* inputs, T* outputs, i
             [&](int64_t t, int64_t block, const float* sums) {
                 store_block(outputs + t * out + block * BLOCK, sums, static_cast<const T*>(projection.bias), block);
             });
+}
+
+template <class T, class W>
+void norm_rows(const T* x, const W* weight, float epsilon, int64_t rows, int64_t size, T* out) {
+    for (int64_t r = 0; r < rows; r++) rms_norm(x + r * size, weight, epsilon, size, out + r * size);
+}
+
+template <class T>
+void cap_all(T* x, int64_t n, float cap) {
+    for (int64_t i = 0; i < n; i += 16) {
+        T some[16] = {};
+        const int64_t count = std::min<int64_t>(16, n - i);
+        std::memcpy(some, x + i, count * sizeof(T));
+        store(some, capped(load(some), cap));
+        std::memcpy(x + i, some, count * sizeof(T));
+    }
 }
 
 }  // namespace
@@ -594,12 +715,19 @@ void project_bfloat16(const Projection* p, const void* x, void* y, int64_t token
     run_projection<bf16>(*p, static_cast<const bf16*>(x), static_cast<bf16*>(y), tokens, num_threads);
 }
 
+// weight: of the type of x; in the last variant float, see `rms_norm`
 void rms_norm_float32(const float* x, const float* weight, float epsilon, int64_t tokens, int64_t size, float* out) {
-    for (int64_t t = 0; t < tokens; t++) rms_norm(x + t * size, weight, epsilon, size, out + t * size);
+    norm_rows(x, weight, epsilon, tokens, size, out);
 }
 void rms_norm_bfloat16(const void* x, const void* weight, float epsilon, int64_t tokens, int64_t size, void* out) {
-    for (int64_t t = 0; t < tokens; t++)
-        rms_norm(static_cast<const bf16*>(x) + t * size, static_cast<const bf16*>(weight), epsilon, size,
-                  static_cast<bf16*>(out) + t * size);
+    norm_rows(static_cast<const bf16*>(x), static_cast<const bf16*>(weight), epsilon, tokens, size,
+              static_cast<bf16*>(out));
 }
+void rms_norm_once_bfloat16(const void* x, const float* weight, float epsilon, int64_t tokens, int64_t size, void* out) {
+    norm_rows(static_cast<const bf16*>(x), weight, epsilon, tokens, size, static_cast<bf16*>(out));
+}
+
+// cap * tanh(x / cap) of n numbers, in place
+void softcap_float32(float* x, int64_t n, float cap) { cap_all(x, n, cap); }
+void softcap_bfloat16(void* x, int64_t n, float cap) { cap_all(static_cast<bf16*>(x), n, cap); }
 }

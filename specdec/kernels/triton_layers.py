@@ -95,7 +95,7 @@ class Blocks:
 def run_layers(
     layers: Sequence[Layer],
     hidden: Tensor,
-    angles: tuple[Tensor, Tensor],
+    angles: Sequence[tuple[Tensor, Tensor]],
     blocks: Sequence[tuple[Tensor, Tensor]],
     at: Places,
     after: Sequence[int] = (),
@@ -104,7 +104,7 @@ def run_layers(
 
     Returns the hidden states after the first n layers, for each n of `after`, ascending; of all layers if it is empty.
 
-    angles: tables of cos and sin [positions, head_dim]. blocks: each layer's keys and values
+    angles: each layer's tables of cos and sin [positions, head_dim]. blocks: each layer's keys and values
     [rows, kv heads, capacity, head_dim], written at `at.places`.
     """
     rows, after = hidden.reshape(-1, hidden.shape[-1]).contiguous(), after or [len(layers)]
@@ -115,7 +115,7 @@ def run_layers(
 def _run_layers(
     layers: Sequence[Layer],
     hidden: Tensor,
-    angles: tuple[Tensor, Tensor],
+    angles: Sequence[tuple[Tensor, Tensor]],
     blocks: Sequence[tuple[Tensor, Tensor]],
     at: Places,
     after: Sequence[int],
@@ -124,11 +124,12 @@ def _run_layers(
     states, normed = hidden, normed_states(hidden, layers[0].norm_before_attention, layers[0].epsilon)
     following = [*(layer.norm_before_attention for layer in layers[1:]), None]
     results = []
-    for number, (layer, (keys, values), next_norm) in enumerate(zip(layers, blocks, following, strict=True), 1):
+    each = zip(layers, blocks, angles, following, strict=True)
+    for number, (layer, (keys, values), turns, next_norm) in enumerate(each, 1):
         if layer.is_interleaved:
-            _launch_product(normed, *layer.qkv, scratch.queries, heads=_Heads(layer, angles, keys, values, at))
+            _launch_product(normed, *layer.qkv, scratch.queries, heads=_Heads(layer, turns, keys, values, at))
         else:
-            _place_heads(layer, product(normed, *layer.qkv), angles, keys, values, at, scratch)
+            _place_heads(layer, product(normed, *layer.qkv), turns, keys, values, at, scratch)
         attended = _attend(layer, keys, values, at, scratch)
         states, normed = added_product(attended, *layer.output, states, layer.norm_before_mlp, layer.epsilon)
         inner = product(normed, *layer.gate_up, gated=True)

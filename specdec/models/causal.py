@@ -227,7 +227,7 @@ class CausalLM(LanguageModel):
             if layers:
                 cache.write_features(torch.cat([states[layer] for layer in layers], -1))
             kept = slice(-keep, None) if isinstance(keep, int) else keep
-            return self.model.lm_head(states[FINAL][:, kept]).to(self.device)  # type: ignore[no-any-return]
+            return self._fused.logits(self.model.lm_head(states[FINAL][:, kept])).to(self.device)
         with (
             self._hidden_states.reading(layers, cache.write_features) if layers else nullcontext(),
             own_masks(self.model, cache, self.dtype) if self.config.model_type == "gpt_neo" else nullcontext(),

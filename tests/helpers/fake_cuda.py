@@ -220,7 +220,8 @@ def fake_gpu(backend: str = "cudnn", *, triton: bool = False) -> Iterator[Watch]
     """
     from triton.runtime.jit import JITFunction
 
-    from specdec.models import causal, fusion
+    from specdec.models import causal
+    from specdec.models.fusion import layers
 
     watch = Watch()
 
@@ -246,7 +247,7 @@ def fake_gpu(backend: str = "cudnn", *, triton: bool = False) -> Iterator[Watch]
         patch.setattr(causal, "_check_ragged_equals_plain", lambda model: None)  # it compares numbers
         patch.setattr(causal, "check_tree_equals_plain", lambda model: None)
         patch.setattr("specdec.heads.eagle.check_draft_vocabulary", lambda tokens, vocab_size: tokens)
-        patch.setattr(fusion, "scaled_dot_product_attention", attention(backend))
+        patch.setattr(layers, "scaled_dot_product_attention", attention(backend))
         patch.setattr(torch.nn.functional, "scaled_dot_product_attention", attention(backend))
         patch.setattr(Tensor, "pin_memory", lambda tensor: tensor)
         patch.setattr(FakeTensor, "tolist", tolist)
