@@ -223,6 +223,7 @@ class Sweep:
             caches = [torch.zeros(size, device="cuda", dtype=torch.bfloat16) for _ in stack]
             blocks = [(keys, values) for keys, values in caches]
             cos, sin = (torch.randn(8448, shape.head_dim, device="cuda").bfloat16() for _ in "cs")
+            angles = [(cos, sin)] * len(stack)
             for products, others, prefetched in OVERLAPS:
                 usual = layers._PRODUCT_OVERLAP, layers._OTHER_OVERLAP, layers._PREFETCHED_BYTES
                 layers._PRODUCT_OVERLAP, layers._OTHER_OVERLAP, layers._PREFETCHED_BYTES = products, others, prefetched
@@ -231,7 +232,7 @@ class Sweep:
                         break
                     hidden = torch.randn(1, width, shape.hidden, device="cuda").bfloat16()
                     at = places(1, width, context - width, 1 << (context - 1).bit_length())
-                    step_s = graph_s(partial(layers.run_layers, stack, hidden, [(cos, sin)] * len(stack), blocks, at), 1)
+                    step_s = graph_s(partial(layers.run_layers, stack, hidden, angles, blocks, at), 1)
                     share = shape.layer_bytes * shape.num_layers / step_s / self._bandwidth
                     values = {"width": width, "context": context, "ms": step_s * 1e3, "share": share}
                     mode = [products, others, prefetched]
