@@ -2,8 +2,8 @@
 
     python -m bench.tools.kernel_report [--targets 80,90,120]
 
-Compiles ahead of time whatever a decode step of the 135M and 8B shapes launches, for 1 and for 40 tokens, chains and
-trees, greedy and sampled, and reads the resources from the machine code. Stack bytes are spilled registers.
+Compiles ahead of time whatever a decode step of the 135M and 8B shapes and of Gemma 3 270M launches, for 1 and for 40
+tokens, chains and trees, and reads the resources from the machine code. Stack bytes are spilled registers.
 """
 
 from __future__ import annotations
@@ -26,6 +26,9 @@ from specdec.kernels import triton_layers as layers
 from specdec.runtime.command_line import Parser
 
 SHARED_BYTES = {80: 166_912, 90: 232_448, 120: 101_376}  # that a program may have, by compute capability times ten
+
+
+GEMMA = Shape(640, 2048, 4, 1, 256, 18, 262_144)  # of Gemma 3 270M
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,9 +58,9 @@ def main(arguments: list[str] | None = None) -> None:
 def report(target: int) -> list[Resources]:
     """Resources of all that decode steps launch on a GPU of this compute capability, times ten."""
     found: dict[tuple[str, str], Resources] = {}
-    for name in ("135M", "8B"):
+    for name, shape in {**{name: SHAPES[name] for name in ("135M", "8B")}, "gemma": GEMMA}.items():
         for num_tokens in (1, 40):
-            for resources in compiled(target, lambda: _layers(SHAPES[name], num_tokens)):  # noqa: B023  # called at once
+            for resources in compiled(target, lambda: _layers(shape, num_tokens)):  # noqa: B023  # called at once
                 found.setdefault((resources.name, f"{name} {num_tokens} {resources.variant}"), resources)
     return list(found.values())
 
@@ -110,19 +113,24 @@ def _layers(shape: Shape, num_tokens: int) -> None:
         outputs, inputs, _, gated, _ = shape.products()[name]
         return torch.empty(outputs * (1 + gated), inputs, dtype=torch.bfloat16), None
 
-    norm = torch.ones(shape.hidden, dtype=torch.bfloat16)
+    is_gemma = shape is GEMMA
+    norm = torch.ones(shape.hidden, dtype=torch.float32 if is_gemma else torch.bfloat16)
+    head_norm = torch.ones(shape.head_dim) if is_gemma else None
     qkv, output, gate_up, down = (weight(name) for name in ("qkv", "output", "gate_up", "down"))
     sizes = (1e-5, 1.0, shape.num_heads, shape.num_kv_heads, shape.head_dim)
-    layer = layers.Layer(qkv, output, gate_up, down, norm, norm, None, None, *sizes, is_interleaved=True)
+    around = {"norm_after_attention": norm, "norm_after_mlp": norm, "softcap": 50.0, "activation": "gelu_tanh"}
+    options = around if is_gemma else {"is_interleaved": True}
+    layer = layers.Layer(qkv, output, gate_up, down, norm, norm, head_norm, head_norm, *sizes, **options)
     at = places(1, num_tokens, 100, 256, "cpu")
     states = torch.empty(1, num_tokens, shape.hidden, dtype=torch.bfloat16)
     block = torch.empty(1, shape.num_kv_heads, 1024, shape.head_dim, dtype=torch.bfloat16)
     angles = torch.empty(1024, shape.head_dim, dtype=torch.bfloat16)
-    layers.run_layers([layer], states, [(angles, angles)], [(block, block)], at)
+    cached = layers.Cached(block, block, 512 if is_gemma else None)
+    layers.run_layers([layer], states, [(angles, angles)], [cached], at)
     if num_tokens > 1:
         paths = torch.zeros(num_tokens, 3, dtype=torch.int64)
         tree = layers.Places(at.positions, at.places, at.starts, paths, at.extent)
-        layers.run_layers([layer], states, [(angles, angles)], [(block, block)], tree)
+        layers.run_layers([layer], states, [(angles, angles)], [cached], tree)
     head, _ = weight("head")
     layers.product(layers.rms_norm(states[0], norm, 1e-5), head)
 

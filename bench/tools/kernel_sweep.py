@@ -123,7 +123,7 @@ class Sweep:
 
         def two(states: Tensor) -> Tensor:
             _, normed = layers.added_product(states, square, None, states, norm, 1e-5)
-            return layers.product(normed, weight, gated=True)
+            return layers.product(normed, weight, activation="silu")
 
         usual = layers._pipeline
         for dtype in (torch.bfloat16, torch.float16, torch.float32):
@@ -197,7 +197,7 @@ class Sweep:
                 at = places(1, width, context - width, 1 << (context - 1).bit_length())
                 scratch = layers._Scratch.of(layer, at, keys)
                 scratch.queries.normal_()
-                own_s = graph_s(partial(layers._attend, layer, keys, values, at, scratch), 20)
+                own_s = graph_s(partial(layers._attend, layer, layers.Cached(keys, values), at, scratch), 20)
                 group = shape.num_heads // shape.num_kv_heads
                 query = torch.randn(1, shape.num_kv_heads, group * width, shape.head_dim, device="cuda").bfloat16()
                 mask = torch.zeros(1, 1, group * width, context, device="cuda", dtype=torch.bfloat16)
@@ -221,7 +221,7 @@ class Sweep:
             stack = [random_layer(shape) for _ in range(shape.num_layers)]
             size = (2, 1, shape.num_kv_heads, 8448, shape.head_dim)
             caches = [torch.zeros(size, device="cuda", dtype=torch.bfloat16) for _ in stack]
-            blocks = [(keys, values) for keys, values in caches]
+            blocks = [layers.Cached(keys, values) for keys, values in caches]
             cos, sin = (torch.randn(8448, shape.head_dim, device="cuda").bfloat16() for _ in "cs")
             angles = [(cos, sin)] * len(stack)
             for products, others, prefetched in OVERLAPS:
@@ -313,10 +313,11 @@ def one_product(
 
     blocks = layers.Blocks(*candidate)
     if residual is not None:
-        layers.added_product(x, weight, None, residual, weight.view(-1)[: residual.shape[1]], 1e-5, blocks)
+        layers.added_product(x, weight, None, residual, weight.view(-1)[: residual.shape[1]], 1e-5, blocks=blocks)
         return
     squares = torch.ones(len(x), x.shape[1] // 16, device=x.device) if normed else None
-    layers.product(layers.Normed(x, squares, 1e-5), weight, gated=gated, blocks=blocks)
+    activation = "silu" if gated else None
+    layers.product(layers.Normed(x, squares, 1e-5), weight, activation=activation, blocks=blocks)
 
 
 def compile_product(task: tuple[Any, ...]) -> str | None:

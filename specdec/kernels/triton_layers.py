@@ -2,8 +2,9 @@
 
 A decode step reads all weights for a few tokens, so its time is bytes / bandwidth plus the launch overhead. The kernels
 of a layer: QKV product + rotary embedding + cache write; attention over splits of the context; combination of the
-splits; output product + residual; gate/up product + SiLU; down product + residual. (For models with query and key
-norms, or head sizes not divisible by 16, rotary embedding + cache write are a separate kernel.)
+splits; output product + residual; gate/up product + activation; down product + residual. (For models with query and key
+norms, or head sizes not divisible by 16, rotary embedding + cache write are a separate kernel. So are the norms after
+attention and MLP of Gemma 2 and 3, with the residual and the next norm.)
 
 In bfloat16, RMSNorm is fused into its neighbors: the kernel that writes the residual stream also writes it times the
 norm's weight, and the sums of squares; the next product divides by the root mean square at its end. (Normalizing within
@@ -36,6 +37,7 @@ from specdec.runtime.devices import on_device
 
 MAX_WIDTH = 64  # maximum tokens per row; for more, as in prompts, torch's matrix products are faster
 _LOG2_E = 1.4426950408889634
+_UNLIMITED = 1 << 30  # a window that is longer than any sequence
 # the interpreter multiplies the bit patterns of bfloat16, so convert to float32 first: the products are the same
 _INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 _PRODUCT_OVERLAP, _OTHER_OVERLAP = 1, 1  # see `overlap`; 2 was slower on an H100, 0 by 6 % for 135M parameters
@@ -48,6 +50,9 @@ class Layer:
     """A decoder layer's weights: projections [out, in] with biases [out] or None, norms [in].
 
     gate_up: [2 * intermediate, hidden], gates first. query_norm, key_norm: [head_dim], or both None.
+    norm_after_attention, norm_after_mlp: of the outputs of attention and MLP, before the residual is added; or both
+    None. softcap: c for attention scores c * tanh(score / c), or None. residual_scale: of those outputs without such
+    norms. activation: "silu" or "gelu_tanh".
     """
 
     qkv: tuple[Tensor, Tensor | None]
@@ -63,6 +68,11 @@ class Layer:
     num_heads: int
     num_kv_heads: int
     head_dim: int
+    norm_after_attention: Tensor | None = None
+    norm_after_mlp: Tensor | None = None
+    softcap: float | None = None
+    residual_scale: float = 1.0
+    activation: str = "silu"
     is_interleaved: bool = False  # whether the rows of qkv were permuted by `interleaved`
 
 
@@ -83,6 +93,18 @@ class Places:
 
 
 @dataclass(frozen=True, slots=True)
+class Cached:
+    """A layer's keys and values [rows, kv heads, columns, head_dim]; a token's column is taken modulo `columns`.
+
+    window: how many positions a token attends to, up to its own; None for no limit.
+    """
+
+    keys: Tensor
+    values: Tensor
+    window: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Blocks:
     """Tile sizes of a product: they depend on the weight's shape and dtype, never on the number of tokens."""
 
@@ -96,7 +118,7 @@ def run_layers(
     layers: Sequence[Layer],
     hidden: Tensor,
     angles: Sequence[tuple[Tensor, Tensor]],
-    blocks: Sequence[tuple[Tensor, Tensor]],
+    blocks: Sequence[Cached],
     at: Places,
     after: Sequence[int] = (),
 ) -> list[Tensor]:
@@ -104,8 +126,8 @@ def run_layers(
 
     Returns the hidden states after the first n layers, for each n of `after`, ascending; of all layers if it is empty.
 
-    angles: each layer's tables of cos and sin [positions, head_dim]. blocks: each layer's keys and values
-    [rows, kv heads, capacity, head_dim], written at `at.places`.
+    angles: each layer's tables of cos and sin [positions, head_dim]. blocks: of each layer, written at
+    `at.places`.
     """
     rows, after = hidden.reshape(-1, hidden.shape[-1]).contiguous(), after or [len(layers)]
     with on_device(hidden.device):
@@ -116,7 +138,7 @@ def _run_layers(
     layers: Sequence[Layer],
     hidden: Tensor,
     angles: Sequence[tuple[Tensor, Tensor]],
-    blocks: Sequence[tuple[Tensor, Tensor]],
+    blocks: Sequence[Cached],
     at: Places,
     after: Sequence[int],
 ) -> list[Tensor]:
@@ -125,18 +147,34 @@ def _run_layers(
     following = [*(layer.norm_before_attention for layer in layers[1:]), None]
     results = []
     each = zip(layers, blocks, angles, following, strict=True)
-    for number, (layer, (keys, values), turns, next_norm) in enumerate(each, 1):
+    for number, (layer, cached, turns, next_norm) in enumerate(each, 1):
         if layer.is_interleaved:
-            _launch_product(normed, *layer.qkv, scratch.queries, heads=_Heads(layer, turns, keys, values, at))
+            _launch_product(normed, *layer.qkv, scratch.queries, heads=_Heads(layer, turns, cached, at))
         else:
-            _place_heads(layer, product(normed, *layer.qkv), turns, keys, values, at, scratch)
-        attended = _attend(layer, keys, values, at, scratch)
-        states, normed = added_product(attended, *layer.output, states, layer.norm_before_mlp, layer.epsilon)
-        inner = product(normed, *layer.gate_up, gated=True)
-        states, normed = added_product(inner, *layer.down, states, next_norm, layer.epsilon)
+            _place_heads(layer, product(normed, *layer.qkv), turns, cached, at, scratch)
+        attended = _attend(layer, cached, at, scratch)
+        states, normed = _added(
+            layer, layer.output, layer.norm_after_attention, attended, states, layer.norm_before_mlp
+        )
+        inner = product(normed, *layer.gate_up, activation=layer.activation)
+        states, normed = _added(layer, layer.down, layer.norm_after_mlp, inner, states, next_norm)
         if number in after:
             results.append(states)
     return results
+
+
+def _added(
+    layer: Layer,
+    projection: tuple[Tensor, Tensor | None],
+    norm: Tensor | None,
+    x: Tensor,
+    residual: Tensor,
+    next_norm: Tensor | None,
+) -> tuple[Tensor, Normed]:
+    """residual + the projection of x after `norm`, before and after the next norm."""
+    if norm is None:
+        return added_product(x, *projection, residual, next_norm, layer.epsilon, scale=layer.residual_scale)
+    return normed_sum(residual, product(x, *projection), norm, next_norm, layer.epsilon)
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,6 +204,28 @@ def normed_states(states: Tensor, norm: Tensor | None, epsilon: float) -> Normed
     return Normed(scaled, squares, epsilon)
 
 
+def normed_sum(
+    residual: Tensor, x: Tensor, norm: Tensor, next_norm: Tensor | None, epsilon: float
+) -> tuple[Tensor, Normed]:
+    """residual + RMSNorm of x, [tokens, n], before and after the next RMSNorm."""
+    out, size = torch.empty_like(x), x.shape[1]
+    normed = out if next_norm is None else torch.empty_like(x)
+    _normed_sum_kernel[(len(x),)](
+        residual,
+        x,
+        norm,
+        next_norm,
+        out,
+        normed,
+        epsilon,
+        SIZE=size,
+        BLOCK=triton.next_power_of_2(size),
+        **overlap(x, _OTHER_OVERLAP),
+        num_warps=4,
+    )
+    return out, Normed(normed)
+
+
 def added_product(
     x: Tensor,
     weight: Tensor,
@@ -173,16 +233,23 @@ def added_product(
     residual: Tensor,
     norm: Tensor | None,
     epsilon: float,
+    *,
+    scale: float = 1.0,
     blocks: Blocks | None = None,
 ) -> tuple[Tensor, Normed]:
-    """residual + product of x, [tokens, out], before and after an RMSNorm with the weight `norm`."""
+    """residual + scale * product of x, [tokens, out], before and after an RMSNorm with the weight `norm`."""
     out, blocks = torch.empty_like(residual), blocks or default_blocks(len(weight), weight.shape[1], x.dtype)
     if norm is None or not _defers_norm(x):
-        _launch_product(Normed(x), weight, bias, out, residual=residual, blocks=blocks)
+        _launch_product(Normed(x), weight, bias, out, residual=_Residual(residual, scale), blocks=blocks)
         return out, normed_states(out, norm, epsilon)
     scaled, squares = torch.empty_like(out), _float32(out, len(out), triton.cdiv(len(weight), blocks.outputs))
     _launch_product(
-        Normed(x), weight, bias, out, residual=residual, norm=norm, scaled=scaled, squares_out=squares, blocks=blocks
+        Normed(x),
+        weight,
+        bias,
+        out,
+        residual=_Residual(residual, scale, norm, scaled, squares),
+        blocks=blocks,
     )
     return out, Normed(scaled, squares, epsilon)
 
@@ -192,18 +259,18 @@ def product(
     weight: Tensor,
     bias: Tensor | None = None,
     *,
-    gated: bool = False,
+    activation: str | None = None,
     blocks: Blocks | None = None,
 ) -> Tensor:
     """x [tokens, in] times the transposed weight [out, in], accumulated in float32: [tokens, out].
 
-    gated: weight is [2 * out, in], the gates first; returns SiLU(gate) * other.
+    activation: "silu" or "gelu_tanh"; weight is then [2 * out, in], the gates first; returns activation(gate) * other.
     blocks: overrides `default_blocks`, for measurements.
     """
     x = x if isinstance(x, Normed) else Normed(x)
-    out = x.states.new_empty(len(x.states), len(weight) // 2 if gated else len(weight))
+    out = x.states.new_empty(len(x.states), len(weight) // 2 if activation else len(weight))
     with on_device(out.device):
-        _launch_product(x, weight, bias, out, gated=gated, blocks=blocks)
+        _launch_product(x, weight, bias, out, activation=activation, blocks=blocks)
     return out
 
 
@@ -231,9 +298,19 @@ class _Heads:
 
     layer: Layer
     angles: tuple[Tensor, Tensor]
-    keys: Tensor
-    values: Tensor
+    cached: Cached
     at: Places
+
+
+@dataclass(frozen=True, slots=True)
+class _Residual:
+    """What a product is added to, scaled, and where it also goes: times the weight `norm`, and as sums of squares."""
+
+    states: Tensor
+    scale: float = 1.0
+    norm: Tensor | None = None
+    scaled: Tensor | None = None
+    squares: Tensor | None = None
 
 
 def _launch_product(
@@ -243,13 +320,11 @@ def _launch_product(
     out: Tensor,
     *,
     heads: _Heads | None = None,
-    residual: Tensor | None = None,
-    norm: Tensor | None = None,
-    scaled: Tensor | None = None,
-    squares_out: Tensor | None = None,
-    gated: bool = False,
+    residual: _Residual | None = None,
+    activation: str | None = None,
     blocks: Blocks | None = None,
 ) -> None:
+    gated = activation is not None
     num_tokens, num_inputs = x.states.shape
     num_outputs, num_parts = len(weight) // (1 + gated), 0 if x.squares is None else x.squares.shape[1]
     cos, sin = heads.angles if heads else (None, None)
@@ -263,23 +338,25 @@ def _launch_product(
         weight,
         bias,
         x.squares,
-        residual,
-        norm,
+        residual.states if residual else None,
+        residual.norm if residual else None,
         out,
-        scaled,
-        squares_out,
+        residual.scaled if residual else None,
+        residual.squares if residual else None,
         cos,
         sin,
         heads.at.positions if heads else None,
         heads.at.places if heads else None,
-        heads.keys if heads else None,
-        heads.values if heads else None,
+        heads.cached.keys if heads else None,
+        heads.cached.values if heads else None,
         num_tokens,
         x.epsilon,
+        residual.scale if residual else 1.0,
         heads.at.positions.shape[1] if heads else 1,
         len(heads.angles[0]) - 1 if heads else 0,
-        heads.keys.stride(0) if heads else 0,
-        heads.keys.stride(1) if heads else 0,
+        heads.cached.keys.shape[2] if heads else 0,
+        heads.cached.keys.stride(0) if heads else 0,
+        heads.cached.keys.stride(1) if heads else 0,
         NUM_HEADS=heads.layer.num_heads if heads else 0,
         NUM_KV_HEADS=heads.layer.num_kv_heads if heads else 0,
         HEAD_DIM=heads.layer.head_dim if heads else 16,
@@ -288,6 +365,7 @@ def _launch_product(
         NUM_PARTS=num_parts,
         BLOCK_PARTS=max(16, triton.next_power_of_2(num_parts)),
         GATED=gated,
+        GELU=activation == "gelu_tanh",
         PRECISION=_precision(weight.dtype),
         BLOCK_TOKENS=block_tokens,
         BLOCK_OUTPUTS=blocks.outputs,
@@ -410,13 +488,12 @@ def _place_heads(
     layer: Layer,
     qkv: Tensor,
     angles: tuple[Tensor, Tensor],
-    keys: Tensor,
-    values: Tensor,
+    cached: Cached,
     at: Places,
     scratch: _Scratch,
 ) -> None:
     """Rotate queries and keys by their positions; write keys and values to the cache."""
-    cos, sin = angles
+    (cos, sin), keys = angles, cached.keys
     num_programs = (len(qkv), layer.num_heads + 2 * layer.num_kv_heads)
     _place_kernel[num_programs](
         qkv,
@@ -428,9 +505,10 @@ def _place_heads(
         at.places,
         scratch.queries,
         keys,
-        values,
+        cached.values,
         at.positions.shape[1],
         len(cos) - 1,
+        keys.shape[2],
         keys.stride(0),
         keys.stride(1),
         layer.epsilon,
@@ -443,8 +521,9 @@ def _place_heads(
     )
 
 
-def _attend(layer: Layer, keys: Tensor, values: Tensor, at: Places, scratch: _Scratch) -> Tensor:
+def _attend(layer: Layer, cached: Cached, at: Places, scratch: _Scratch) -> Tensor:
     """Attention of `scratch.queries`: [tokens, heads * head_dim]."""
+    keys, window = cached.keys, _UNLIMITED if cached.window is None else cached.window
     (rows, width), group = at.positions.shape, layer.num_heads // layer.num_kv_heads
     is_tree = at.paths is not None
     num_tiles = width * triton.cdiv(group, 16) if is_tree else triton.cdiv(width * group, 16)
@@ -452,7 +531,7 @@ def _attend(layer: Layer, keys: Tensor, values: Tensor, at: Places, scratch: _Sc
     _attend_kernel[(num_splits, layer.num_kv_heads, rows * num_tiles)](
         scratch.queries,
         keys,
-        values,
+        cached.values,
         at.positions,
         at.starts,
         at.paths,
@@ -464,13 +543,16 @@ def _attend(layer: Layer, keys: Tensor, values: Tensor, at: Places, scratch: _Sc
         at.paths.shape[1] if at.paths is not None else 0,
         num_splits,
         keys.shape[2],
+        window,
         keys.stride(0),
         keys.stride(1),
-        layer.scaling * _LOG2_E,
+        layer.scaling * _LOG2_E if layer.softcap is None else layer.scaling / layer.softcap,
+        0.0 if layer.softcap is None else layer.softcap * _LOG2_E,
         NUM_HEADS=layer.num_heads,
         HEAD_DIM=layer.head_dim,
         GROUP=group,
         IS_TREE=is_tree,
+        IS_CAPPED=layer.softcap is not None,
         SPLIT=scratch.split,
         BLOCK_DIM=_padded(layer.head_dim),
         PRECISION=_precision(keys.dtype),
@@ -486,6 +568,7 @@ def _attend(layer: Layer, keys: Tensor, values: Tensor, at: Places, scratch: _Sc
         at.positions,
         attended,
         num_splits,
+        window,
         NUM_HEADS=layer.num_heads,
         HEAD_DIM=layer.head_dim,
         SPLIT=scratch.split,
@@ -511,7 +594,7 @@ def _prefetch_rows(rows, SIZE: tl.constexpr, PREFETCHED: tl.constexpr):
     )
 
 
-@triton.jit(do_not_specialize=["num_tokens", "width", "last_position", "slot_stride", "head_stride"])
+@triton.jit(do_not_specialize=["num_tokens", "width", "last_position", "num_columns", "slot_stride", "head_stride"])
 def _product_kernel(
     x,
     weight,
@@ -530,8 +613,10 @@ def _product_kernel(
     values_out,
     num_tokens,
     epsilon,
+    residual_scale,
     width,
     last_position,
+    num_columns,
     slot_stride,
     head_stride,
     NUM_HEADS: tl.constexpr,
@@ -542,6 +627,7 @@ def _product_kernel(
     NUM_PARTS: tl.constexpr,
     BLOCK_PARTS: tl.constexpr,
     GATED: tl.constexpr,
+    GELU: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
     BLOCK_OUTPUTS: tl.constexpr,
@@ -592,16 +678,19 @@ def _product_kernel(
     if cos is not None:
         _place_interleaved(
             sums.to(out.dtype.element_ty).to(tl.float32), tokens, columns, is_token, is_column,
-            cos, sin, positions, places, out, keys, values_out, width, last_position, slot_stride, head_stride,
-            NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, BLOCK_TOKENS, BLOCK_OUTPUTS,
+            cos, sin, positions, places, out, keys, values_out, width, last_position, num_columns, slot_stride,
+            head_stride, NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, BLOCK_TOKENS, BLOCK_OUTPUTS,
         )  # fmt: skip
     else:
         if GATED:
-            sums = sums / (1.0 + tl.exp(-sums)) * others
+            logit = sums
+            if GELU:  # by tanh, written as a logistic function: 1.596 is 2 sqrt(2 / pi)
+                logit = tl.maximum(sums * (1.5957691216057308 + 0.07135481627159471 * sums * sums), -87.0)
+            sums = sums / (1.0 + tl.exp(-logit)) * others
         at = tokens[:, None].to(tl.int64) * NUM_OUTPUTS + columns[None, :]
         is_output = is_token[:, None] & is_column[None, :]
         if residual is not None:
-            sums += tl.load(residual + at, mask=is_output, other=0.0).to(tl.float32)
+            sums = sums * residual_scale + tl.load(residual + at, mask=is_output, other=0.0).to(tl.float32)
         states = sums.to(out.dtype.element_ty)
         tl.store(out + at, states, mask=is_output)
         if norm is not None:
@@ -615,7 +704,7 @@ def _product_kernel(
 @triton.jit
 def _place_interleaved(
     x, tokens, columns, is_token, is_column, cos, sin, positions, places, queries, keys, values, width, last_position,
-    slot_stride, head_stride, NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
+    num_columns, slot_stride, head_stride, NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr, BLOCK_OUTPUTS: tl.constexpr,
 ):  # fmt: skip
     """Rotate queries and keys by position and write keys and values to the cache. x: a tile of interleaved heads."""
@@ -635,7 +724,7 @@ def _place_interleaved(
     turned = turned.to(queries.dtype.element_ty)
     query_at = queries + (tokens[:, None].to(tl.int64) * NUM_HEADS + head[None, :]) * HEAD_DIM + dim[None, :]
     tl.store(query_at, turned, mask=is_here & (head < NUM_HEADS)[None, :])
-    place = tl.load(places + tokens, mask=is_token, other=0)
+    place = tl.load(places + tokens, mask=is_token, other=0) % num_columns
     state_at = ((tokens // width).to(tl.int64) * slot_stride + place * HEAD_DIM)[:, None] + dim[None, :]
     kv_head = head - NUM_HEADS
     key_at = keys + state_at + kv_head[None, :] * head_stride
@@ -692,7 +781,40 @@ def _norm_kernel(x, weight, out, epsilon, SIZE: tl.constexpr, BLOCK: tl.constexp
     tl.store(out + first + at, values.to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["width"])
+@triton.jit
+def _normed_sum_kernel(
+    residual,
+    x,
+    norm,
+    next_norm,
+    out,
+    normed,
+    epsilon,
+    SIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    OVERLAPS: tl.constexpr,
+):
+    """For a token: residual + the norm of x, rounded, and the next norm of the sum."""
+    if OVERLAPS > 1:
+        gdc_launch_dependents()
+    if OVERLAPS > 0:
+        gdc_wait()
+    at = tl.arange(0, BLOCK)
+    first, inside = tl.program_id(0).to(tl.int64) * SIZE, at < SIZE
+    values = tl.load(x + first + at, mask=inside, other=0.0).to(tl.float32)
+    scale = tl.rsqrt(tl.sum(values * values, 0) / SIZE + epsilon)
+    values = values * scale * tl.load(norm + at, mask=inside, other=0.0).to(tl.float32)
+    values = values.to(out.dtype.element_ty).to(tl.float32)
+    states = (values + tl.load(residual + first + at, mask=inside, other=0.0).to(tl.float32)).to(out.dtype.element_ty)
+    tl.store(out + first + at, states, mask=inside)
+    if next_norm is not None:
+        values = states.to(tl.float32)
+        scale = tl.rsqrt(tl.sum(values * values, 0) / SIZE + epsilon)
+        values = values * scale * tl.load(next_norm + at, mask=inside, other=0.0).to(tl.float32)
+        tl.store(normed + first + at, values.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["width", "last_position", "num_columns", "slot_stride", "head_stride"])
 def _place_kernel(
     qkv,
     cos,
@@ -706,6 +828,7 @@ def _place_kernel(
     values,
     width,
     last_position,
+    num_columns,
     slot_stride,
     head_stride,
     epsilon,
@@ -746,7 +869,7 @@ def _place_kernel(
     if head < NUM_HEADS:
         target = queries + (token * NUM_HEADS + head) * HEAD_DIM + at
     else:
-        within = (token // width) * slot_stride + tl.load(places + token) * HEAD_DIM + at
+        within = (token // width) * slot_stride + tl.load(places + token) % num_columns * HEAD_DIM + at
         if head < NUM_HEADS + NUM_KV_HEADS:
             target = keys + within + (head - NUM_HEADS) * head_stride
         else:
@@ -755,7 +878,16 @@ def _place_kernel(
     tl.store(target + half, high.to(queries.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["width", "num_tiles", "path_length", "num_splits"])
+@triton.jit
+def _tanh(x):
+    """Hyperbolic tangent, by a polynomial near 0, where the quotient of exponentials cancels."""
+    square, faded = x * x, tl.exp(-2.0 * tl.abs(x))
+    large = tl.where(x < 0, -1.0, 1.0) * (1.0 - faded) / (1.0 + faded)
+    small = x * (1 + square * (-1 / 3 + square * (2 / 15 + square * (-17 / 315 + square * (62 / 2835)))))
+    return tl.where(square < 0.0625, small, large)
+
+
+@triton.jit(do_not_specialize=["width", "num_tiles", "path_length", "num_splits", "num_columns", "window"])
 def _attend_kernel(
     queries,
     keys,
@@ -770,14 +902,17 @@ def _attend_kernel(
     num_tiles,
     path_length,
     num_splits,
-    capacity,
+    num_columns,
+    window,
     slot_stride,
     head_stride,
     scale,
+    cap,
     NUM_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     GROUP: tl.constexpr,
     IS_TREE: tl.constexpr,
+    IS_CAPPED: tl.constexpr,
     SPLIT: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -806,15 +941,17 @@ def _attend_kernel(
     token = row * width + column
     position = tl.load(positions + token, mask=is_query, other=-1).to(tl.int32)
     last, first = tl.max(position, 0), split * SPLIT
-    if first <= last:
+    oldest = tl.min(tl.where(is_query, position, last), 0) - window + 1
+    if (first <= last) & (first + SPLIT > oldest):
         place = first + tl.arange(0, SPLIT)
-        exists = (place <= last) & (place < capacity)
+        exists = place <= last
         stored = place
         if IS_TREE:  # in order of position: the valid columns, then those of the nodes on the path to this one
             start = tl.load(starts + row).to(tl.int32)
             depth = place - start
             on_path = tl.load(paths + node * path_length + tl.maximum(depth, 0), mask=exists & (depth >= 0), other=0)
             stored = tl.where(depth >= 0, start + on_path.to(tl.int32), place)
+        stored = stored % num_columns
         dim = tl.arange(0, BLOCK_DIM)
         has_dim = dim < HEAD_DIM
         head = token * NUM_HEADS + kv_head * GROUP + member
@@ -825,7 +962,10 @@ def _attend_kernel(
         if _INTERPRETED:
             query, key = query.to(tl.float32), key.to(tl.float32)
         scores = tl.dot(query, tl.trans(key), input_precision=PRECISION) * scale
-        scores = tl.where(place[None, :] <= position[:, None], scores, float("-inf"))
+        if IS_CAPPED:
+            scores = _tanh(scores) * cap
+        behind = position[:, None] - place[None, :]
+        scores = tl.where((behind >= 0) & (behind < window), scores, float("-inf"))
         peak = tl.max(scores, 1)
         weights = tl.exp2(scores - tl.where(peak == float("-inf"), 0.0, peak)[:, None])
         value = tl.load(values + head_at + state_at, mask=exists[:, None] & has_dim[None, :], other=0.0)
@@ -839,7 +979,7 @@ def _attend_kernel(
         tl.store(sums + at[:, None] * HEAD_DIM + dim[None, :], attended, mask=is_seen[:, None] & has_dim[None, :])
 
 
-@triton.jit(do_not_specialize=["num_splits"])
+@triton.jit(do_not_specialize=["num_splits", "window"])
 def _combine_kernel(
     sums,
     peaks,
@@ -847,6 +987,7 @@ def _combine_kernel(
     positions,
     out,
     num_splits,
+    window,
     NUM_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     SPLIT: tl.constexpr,
@@ -854,19 +995,20 @@ def _combine_kernel(
     BLOCK_SPLITS: tl.constexpr,
     OVERLAPS: tl.constexpr,
 ):
-    """Combine the splits of one head of one token, in order, up to the split with the token's own position."""
+    """Combine the splits of one head of one token, in order, from its window's first to that of its own position."""
     if OVERLAPS > 1:
         gdc_launch_dependents()
     if OVERLAPS > 0:
         gdc_wait()
     token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    number = tl.minimum(tl.load(positions + token) // SPLIT + 1, num_splits)
+    position = tl.load(positions + token)
+    number = tl.minimum(position // SPLIT + 1, num_splits)
     dim = tl.arange(0, BLOCK_DIM)
     has_dim = dim < HEAD_DIM
     first = (token * NUM_HEADS + head) * num_splits
     attended = tl.zeros((BLOCK_DIM,), tl.float32)
     total, peak = 0.0, float("-inf")
-    start = 0
+    start = tl.maximum(position - window + 1, 0) // SPLIT
     while start < number:  # the interpreter does not support range() with tensors
         split = start + tl.arange(0, BLOCK_SPLITS)
         is_split = split < number

@@ -28,7 +28,7 @@ def test_kernels_fit(target: int, shared_bytes: int) -> None:
     assert all(found)
     kernels = {match[2] for match in found if match}
     expected = {"_product_kernel", "_attend_kernel", "_combine_kernel", "_scale_kernel", "_norm_kernel"}
-    assert kernels == expected
+    assert kernels == expected | {"_normed_sum_kernel", "_place_kernel"}
     for match in found:
         assert match
         assert int(match[5]) == 0, f"registers are spilled: {match[0]}"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from specdec.heads.eagle import new_head
 from specdec.models.base import FINAL
 from specdec.models.causal import CausalLM
 from specdec.models.fusion import FusedDecoder, Norm, fuse
+from specdec.models.state import windows
 from specdec.trees.columns import Branches
 from specdec.trees.shape import Tree
 
@@ -30,6 +32,8 @@ from specdec.kernels import triton_layers  # noqa: E402  # only where it can be 
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 TOLERANCES = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 WIDE = GQA | {"hidden_size": 64, "intermediate_size": 96, "head_dim": 32, "max_position_embeddings": 1024}
+ONE_LOCAL = WIDE | {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 9}
+CAPPED = {"attn_logit_softcapping": 5.0, "final_logit_softcapping": 4.0}
 KINDS = {
     "llama 32": WIDE,
     "llama 8": GQA | {"max_position_embeddings": 1024},
@@ -37,6 +41,9 @@ KINDS = {
     "qwen2 24, with biases": WIDE | {"head_dim": 24},
     "qwen3 96, with norms of q and k": WIDE | {"head_dim": 96},
     "llama 128, all biases": WIDE | {"head_dim": 128, "attention_bias": True, "mlp_bias": True},
+    "gemma3_text 32, one local layer": ONE_LOCAL | {"query_pre_attn_scalar": 24},
+    "gemma2 256, capped": ONE_LOCAL | {"head_dim": 256, "num_key_value_heads": 1} | CAPPED,
+    "granite 32, scaled": WIDE | {"residual_multiplier": 0.3, "embedding_multiplier": 3.0, "logits_scaling": 2.0},
     "llama 32, 20 heads of one group": WIDE | {"hidden_size": 80, "num_attention_heads": 20, "num_key_value_heads": 1},
 }
 FEW = ("llama 32", "qwen3 96, with norms of q and k")  # kinds that stand for all where the dtype is what matters
@@ -52,11 +59,17 @@ CASES = [
 CASES = list(dict.fromkeys(CASES))
 
 
+def build(kind: str, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
+    name = kind.split()[0].strip(",")
+    return make(name, KINDS[kind], dtype, "eager" if name == "gemma2" else "sdpa")
+
+
 @pytest.fixture(autouse=True)
 def _short_splits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of 16 places, so that the slow interpreter sees several of them."""
+    """Splits of 16 places and rings of 17 columns, so that the slow interpreter sees several of them."""
     if not ON_GPU:
         monkeypatch.setattr(triton_layers, "_SPLIT_BYTES", 1)
+        monkeypatch.setattr(windows, "_FEWEST_SPARE", 8)
 
 
 def error(actual: torch.Tensor, expected: torch.Tensor) -> float:
@@ -89,8 +102,10 @@ def test_products(num_tokens: int, num_inputs: int, num_outputs: int, dtype: tor
     assert error(states, expected) < tolerance
     both_biases = random(2 * num_inputs)
     gate, up = (rms(expected, norm) @ both.double().T + both_biases.double()).chunk(2, -1)
-    actual = triton_layers.product(normed, both, both_biases, gated=True)
-    assert error(actual, torch.nn.functional.silu(gate) * up) < tolerance
+    gelu = partial(torch.nn.functional.gelu, approximate="tanh")
+    for name, activation in (("silu", torch.nn.functional.silu), ("gelu_tanh", gelu)):
+        actual = triton_layers.product(normed, both, both_biases, activation=name)
+        assert error(actual, activation(gate) * up) < tolerance
     normed = triton_layers.normed_states(residual, norm, 1e-5)
     assert error(triton_layers.product(normed, both), rms(residual, norm) @ both.double().T) < tolerance
     assert error(triton_layers.rms_norm(residual, norm, 1e-5), rms(residual, norm)) < tolerance
@@ -110,7 +125,7 @@ def test_layers_are_those_of_the_original(kind: str, dtype: torch.dtype) -> None
 
     In half precision as near to the same model in float64 as transformers' own layers are.
     """
-    plain, fused = (make(kind.split()[0].strip(","), KINDS[kind], dtype).to(DEVICE) for _ in range(2))
+    plain, fused = (build(kind, dtype).to(DEVICE) for _ in range(2))
     fuse(fused)
     assert isinstance(fused.model, FusedDecoder)
     torch.manual_seed(1)
@@ -138,7 +153,7 @@ def logits_behind(model, tokens: torch.Tensor, starts: list[int]) -> torch.Tenso
 
 @pytest.mark.parametrize("kind", [*FEW, "llama 32, 20 heads of one group"] if ON_GPU else FEW[:1])
 def test_a_node_of_a_tree_is_the_token_of_a_chain(kind: str) -> None:
-    model = make(kind.split()[0].strip(","), KINDS[kind]).to(DEVICE)
+    model = build(kind).to(DEVICE)
     fuse(model)
     lm = CausalLM(model)
     torch.manual_seed(1)
@@ -211,7 +226,7 @@ def assert_same(actual: torch.Tensor, expected: torch.Tensor) -> None:
 @pytest.mark.parametrize(("kind", "dtype"), CASES)
 def test_a_token_does_not_depend_on_its_neighbours(kind: str, dtype: torch.dtype) -> None:
     """The same bits however many tokens a call has, whatever the rows beside it hold."""
-    model = make(kind.split()[0].strip(","), KINDS[kind], dtype).to(DEVICE)
+    model = build(kind, dtype).to(DEVICE)
     fuse(model)
     lm = CausalLM(model)
     torch.manual_seed(1)
@@ -233,7 +248,7 @@ def in_pieces(lm: CausalLM, tokens: torch.Tensor, width: int, starts: list[int])
 
 @pytest.mark.parametrize("kind", ["llama 8", FEW[1]] if ON_GPU else ["llama 8"])
 def test_greedy_tokens_are_those_of_transformers(kind: str) -> None:
-    model = make(kind.split()[0].strip(","), KINDS[kind])
+    model = build(kind)
     prompts, sampling = (PROMPTS, GREEDY) if ON_GPU else (PROMPTS[:2], replace(GREEDY, max_tokens=6))
     expected = [reference(model, prompt)[: sampling.max_tokens] for prompt in prompts]
     model = model.to(DEVICE)

@@ -14,7 +14,7 @@ from specdec.models.fusion.anatomy import BODIES, NORMS, is_fusable
 from specdec.models.fusion.layers import FusedLayer, Shared
 from specdec.models.fusion.parts import Norm, Projection
 from specdec.models.fusion.rotary import Rotary
-from specdec.models.fusion.stacks import Stack, stack_of
+from specdec.models.fusion.stacks import stack_of
 from specdec.models.state.ragged import RaggedCache
 
 
@@ -81,7 +81,7 @@ class FusedDecoder(nn.Module):
         if self._embedding_scale != 1.0:
             hidden = hidden * self._embedding_scale
         after = sorted({num_layers, *(layer for layer in layers if layer > 0)})
-        if self._stack.supports(tokens.shape[1]) and (isinstance(self._stack, Stack) or not any(cache.local)):
+        if self._stack.supports(tokens.shape[1]):
             states = self._stack.states(hidden, cache, after)
         else:
             states = layer_by_layer(self.layers, self.body.rotary_emb, hidden, cache, after)

@@ -97,9 +97,9 @@ class FusedLayer(nn.Module):
         """The layer's descriptor for the Triton kernels; None if they do not support it."""
         from specdec.kernels import triton_layers
 
-        if self.activation_name != "silu" or self._epsilon is None or self.head_dim % 2:
+        if self.activation_name is None or self._epsilon is None or self.head_dim % 2:
             return None
-        if self.norm_before_mlp.weight is None or self.norm_after_attention.weight is not None or self.softcap:
+        if self.norm_before_mlp.weight is None:
             return None
 
         def weight_and_bias(projection: Projection) -> tuple[Tensor, Tensor | None]:
@@ -122,6 +122,11 @@ class FusedLayer(nn.Module):
             num_heads=self.num_heads,
             num_kv_heads=self.num_kv_heads,
             head_dim=self.head_dim,
+            norm_after_attention=self.norm_after_attention.weight,
+            norm_after_mlp=self.norm_after_mlp.weight,
+            softcap=self.softcap,
+            residual_scale=self.residual_scale,
+            activation=self.activation_name,
             is_interleaved=is_interleaved,
         )
 

@@ -32,7 +32,7 @@ class GpuStack:
         from specdec.kernels import triton_layers
 
         self._run, self._max_width = triton_layers.run_layers, triton_layers.MAX_WIDTH
-        self._places = triton_layers.Places
+        self._places, self._cached = triton_layers.Places, triton_layers.Cached
         self._layers, self._rotary = layers, Rotary(rotary, layers)
         self._kernels: list[Any] = [layer.kernel for layer in layers]
         self._angles: dict[int, list[Angles]] = {}  # kept alive: captured graphs read them at their addresses
@@ -49,7 +49,9 @@ class GpuStack:
         """The same, with the hidden states after the first n layers for each n of `after`, ascending."""
         window, first = cache.window, self._layers[0]
         shape = (first.num_kv_heads, first.head_dim, hidden.dtype)
-        blocks = [cache.blocks(layer.index, *shape) for layer in self._layers]
+        blocks = [
+            self._cached(*cache.blocks(layer.index, *shape), _window(cache, layer.index)) for layer in self._layers
+        ]
         tree = None if window.branches is None else tree_paths(window.branches, hidden.device)
         at = self._places(
             window.positions.contiguous(), window.places.contiguous(), window.starts.contiguous(), tree, window.extent
