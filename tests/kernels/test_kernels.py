@@ -51,6 +51,45 @@ def test_normalisation(dtype: torch.dtype) -> None:
     torch.testing.assert_close(Norm(norm)(x).double(), expected, rtol=tolerance, atol=tolerance)
 
 
+class GemmaRMSNorm(torch.nn.Module):
+    """As in transformers: the factors 1 + w multiply in float32, before the only rounding."""
+
+    def __init__(self, size: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.eps, self.weight = 1e-6, torch.nn.Parameter(torch.randn(size).to(dtype), requires_grad=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        wide = x.float()
+        normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
+        return (normed * (1.0 + self.weight.float())).to(x.dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_norm_of_gemma_rounds_once(dtype: torch.dtype) -> None:
+    """Its bits are those of transformers, but for sums of squares in another order; rounding twice is seen."""
+    torch.manual_seed(0)
+    norm, x = GemmaRMSNorm(640, dtype), torch.randn(200, 640).mul(5).to(dtype)
+    expected, actual = norm(x), Norm(norm)(x)
+    assert Norm(norm).has_kernel
+    torch.testing.assert_close(actual, expected, rtol=1e-6 if dtype == torch.float32 else 8e-3, atol=0)
+    twice = torch.nn.functional.rms_norm(x, (640,), eps=norm.eps) * (1 + norm.weight)
+    different, if_rounded_twice = (float((each != expected).float().mean()) for each in (actual, twice))
+    assert dtype == torch.float32 or different < 0.01 < if_rounded_twice
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [1, 15, 16, 17, 1000])
+@pytest.mark.parametrize("cap", [4.0, 30.0])
+def test_a_softcap(cap: float, size: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(3, 40, size).mul(cap).to(dtype)
+    x[0, :3, 0] = torch.tensor([0.0, -1e4, 1e-6])
+    x = torch.cat([x, -x])
+    expected = cap * torch.tanh(x.double() / cap)
+    tolerance = 1e-6 if dtype == torch.float32 else 4e-3
+    torch.testing.assert_close(cpp.softcap(x.clone(), cap).double(), expected, rtol=tolerance, atol=0)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", [1, 15, 16, 17, 1000])
 def test_the_largest_logit_and_its_probability(size: int, dtype: torch.dtype) -> None:
@@ -77,6 +116,22 @@ def test_softmax(size: int, dtype: torch.dtype) -> None:
     torch.testing.assert_close(probs.double(), expected, rtol=2e-5, atol=1e-30, equal_nan=True)
     assert not probs[3:, :, 1::2].any()
     assert probs[[0, 1, 2], [0, 1, 2]].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_vocabulary_of_a_quarter_of_a_million(dtype: torch.dtype) -> None:
+    """As Gemma's: the largest logit, its probability, the distribution and a draw are those of torch."""
+    torch.manual_seed(0)
+    logits = torch.randn(5, 262_144).mul(4).to(dtype)
+    logits[torch.arange(5), torch.tensor([0, 17, 131_071, 262_128, 262_143])] = 40.0
+    logits[0, 262_143] = 40.0  # a tie: the first one wins
+    assert cpp.largest(logits)[1].tolist() == [0, 17, 131_071, 262_128, 262_143]
+    exact = logits.double().softmax(-1)
+    torch.testing.assert_close(cpp.confidence(logits).double(), exact.amax(-1), rtol=1e-5, atol=0)
+    probs = cpp.softmax(logits.mul(0.1), torch.ones(5))
+    torch.testing.assert_close(probs.double(), logits.mul(0.1).double().softmax(-1), rtol=2e-5, atol=1e-30)
+    uniforms = torch.rand(5, dtype=torch.float64)
+    assert torch.equal(cpp.draw(probs, uniforms), Dense(probs.double()).draw(uniforms))
 
 
 @needs_kernels
