@@ -23,6 +23,7 @@ from specdec.models.base import FINAL, FeatureLayers, LanguageModel, prefill
 from specdec.models.early_exit import first_layers
 from specdec.models.features import HiddenStates
 from specdec.models.fusion import FusedDecoder, depends_on_length, weight_bytes
+from specdec.models.positions.rows import RowPositions
 from specdec.models.state.gpt_neo import local_layers, own_masks
 from specdec.models.state.length_factors import LengthCache, length_factors
 from specdec.models.state.ragged import RaggedCache
@@ -64,6 +65,8 @@ class CausalLM(LanguageModel):
         self.device, self.dtype = model.device, model.dtype
         self.is_spread = len({weight.device for weight in model.parameters()}) > 1
         self.num_layers, self.context_length, self.context_name = _rollback_limits(model)
+        self._positions = RowPositions(model)
+        self.context_length -= self._positions.first
         self.local = _local_attention(model)
         self.max_draft_tokens = _max_draft_tokens(self.local, self.context_length)
         self._factors = length_factors(model, self.context_length)
@@ -228,20 +231,17 @@ class CausalLM(LanguageModel):
                 cache.write_features(torch.cat([states[layer] for layer in layers], -1))
             kept = slice(-keep, None) if isinstance(keep, int) else keep
             return self._fused.logits(self.model.lm_head(states[FINAL][:, kept])).to(self.device)
+        # padding may lie beyond the model's last position
+        positions = cache.window.positions.clamp(max=self.context_length - 1)
         with (
             self._hidden_states.reading(layers, cache.write_features) if layers else nullcontext(),
             own_masks(self.model, cache, self.dtype) if self.config.model_type == "gpt_neo" else nullcontext(),
+            self._positions.applied(tokens, positions, cache, self.dtype) as inputs,
         ):
             logits = self.model(
-                input_ids=tokens,
-                attention_mask=self._masks(cache),
-                # padding may lie beyond the model's last position
-                position_ids=cache.window.positions.clamp(max=self.context_length - 1),
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=keep,
+                input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=keep, **inputs
             ).logits
-        return logits.to(self.device)  # type: ignore[no-any-return]
+        return _kept(logits.to(self.device), keep, tokens.shape[1])
 
     def _masks(self, cache: RaggedCache) -> Tensor | dict[str, Tensor]:
         """Attention masks of the open window: one for all layers, or one by kind of layer, as transformers expects."""
@@ -255,6 +255,14 @@ class CausalLM(LanguageModel):
     def check_tree(self) -> None:
         """Raise UnsupportedModelError if the model ignores the positions or the attention mask of a tree."""
         check_tree_equals_plain(self)
+
+
+def _kept(logits: Tensor, keep: int | Tensor, width: int) -> Tensor:
+    """The requested columns of the logits, which some models return for all `width` tokens whatever is requested."""
+    expected = len(keep) if isinstance(keep, Tensor) else keep or width
+    if logits.shape[1] == expected:
+        return logits
+    return logits[:, slice(-keep, None) if isinstance(keep, int) else keep]
 
 
 def eos_token_ids(model: PreTrainedModel, tokenizer: Any = None) -> frozenset[int]:
@@ -390,7 +398,7 @@ def _check_ragged_equals_plain(lm: CausalLM) -> None:
     for threshold in _thresholds(lm):
         name, ends = type(lm.model).__name__, _ends(threshold, lm.context_length)
         tried = _for_trial(lm, threshold)
-        tokens = torch.arange(ends[-1], device=lm.device).mul(7919).remainder(lm.vocab_size).tolist()
+        tokens = lm._positions.without_padding(torch.arange(ends[-1]).mul(7919).remainder(lm.vocab_size).tolist())
         try:
             expected = _plain_logits(tried, tokens, ends)
             actual = _ragged_logits(tried, tokens, threshold)[[end - ends[-1] - 1 for end in ends]]

@@ -1,0 +1,71 @@
+"""Position embeddings of each row, for models that derive them from the number of cached tokens.
+
+transformers gives such models one length of the cache for all rows. Here their embedding modules get the position of
+each token while a forward call with a ragged cache runs.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import embedding
+
+from specdec.models.positions.alibi import PerRow
+
+
+class PositionEmbeddings:
+    """The position embeddings of a decoder that takes no position ids.
+
+    decoder: whose modules have the embeddings.
+    """
+
+    def __init__(self, decoder: nn.Module) -> None:
+        self._lookups = [(each, _lookup(each)) for each in decoder.modules() if "past_key_values_length" in _names(each)]
+        self._has_rows = decoder.__class__.__name__.startswith("RoFormer")
+
+    @contextmanager
+    def applied(self, tokens: Tensor, positions: Tensor) -> Iterator[None]:
+        """During calls inside, tokens are at these positions, both int64 [rows, width]."""
+
+        def of_rows(lookup: _Lookup) -> Callable[..., Any]:
+            def replace(*_: Any) -> Any:
+                embedded = lookup(tokens, positions)
+                return PerRow(embedded.unsqueeze(1)) if self._has_rows else embedded
+
+            return replace
+
+        hooks = [module.register_forward_hook(of_rows(lookup)) for module, lookup in self._lookups]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+
+_Lookup = Callable[[Tensor, Tensor], Tensor]  # (tokens, positions), int64 [rows, width] -> [rows, width, hidden]
+
+
+def _names(module: nn.Module) -> set[str]:
+    return set(inspect.signature(module.forward).parameters)
+
+
+def _lookup(module: Any) -> _Lookup:
+    """Embeddings of positions, as a module has them."""
+    table = getattr(module, "weights", None)
+    counts_padding = hasattr(module, "create_position_ids_from_input_ids") or hasattr(module, "make_positions")
+    if counts_padding:
+        return lambda tokens, positions: embedding(
+            ids_after_padding(tokens, positions, module.padding_idx), module.weight if table is None else module.weights
+        )
+    offset = getattr(module, "offset", 0)
+    return lambda tokens, positions: embedding(positions + offset, module.weight)
+
+
+def ids_after_padding(tokens: Tensor, positions: Tensor, padding: int) -> Tensor:
+    """Position ids that begin after the id of the padding token, which a padding token has as its own."""
+    return torch.where(tokens == padding, padding, positions + padding + 1)

@@ -1,0 +1,61 @@
+"""How a decoder-only model is told the position of each token of each row."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from specdec.models.positions.alibi import alibi_biases
+from specdec.models.positions.embeddings import PositionEmbeddings, ids_after_padding
+from specdec.models.state.ragged import RaggedCache
+
+
+class RowPositions:
+    """The inputs by which a transformers causal language model learns positions and what each token attends to.
+
+    first: the id of the first position, which shortens the context by as much: 0 except for RoBERTa and its kin, whose
+    ids begin after that of the padding token.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self._padding = _padding(model)
+        self.first = 0 if self._padding is None else self._padding + 1
+        takes_ids = "position_ids" in inspect.signature(model.forward).parameters
+        self._embeddings = None if takes_ids else PositionEmbeddings(model.get_decoder())
+        self._alibi = alibi_biases(model)
+
+    def without_padding(self, tokens: list[int]) -> list[int]:
+        """The tokens with another in place of the padding token where the model gives that no position."""
+        return [token + 1 if token == self._padding else token for token in tokens]
+
+    @contextmanager
+    def applied(
+        self, tokens: Tensor, positions: Tensor, cache: RaggedCache, dtype: torch.dtype
+    ) -> Iterator[dict[str, Tensor]]:
+        """Arguments of the model's forward call inside, for tokens in the cache's open window at these positions.
+
+        tokens, positions: int64 [rows, width].
+        """
+        if self._alibi:
+            with self._alibi.applied(cache, dtype):
+                yield {}
+        elif self._embeddings:
+            with self._embeddings.applied(tokens, positions):
+                yield {"attention_mask": cache.mask(dtype)}
+        else:
+            ids = positions if self._padding is None else ids_after_padding(tokens, positions, self._padding)
+            yield {"attention_mask": cache.mask(dtype), "position_ids": ids}
+
+
+def _padding(model: Any) -> int | None:
+    """The padding token of a model whose position ids begin after it; None for any other."""
+    embeddings = getattr(model.base_model, "embeddings", None)
+    if not hasattr(embeddings, "create_position_ids_from_input_ids"):
+        return None
+    padding: int | None = embeddings.padding_idx
+    return padding
