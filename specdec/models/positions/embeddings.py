@@ -25,7 +25,9 @@ class PositionEmbeddings:
     """
 
     def __init__(self, decoder: nn.Module) -> None:
-        self._lookups = [(each, _lookup(each)) for each in decoder.modules() if "past_key_values_length" in _names(each)]
+        dtype = next(decoder.parameters()).dtype
+        counting = [each for each in decoder.modules() if "past_key_values_length" in _names(each)]
+        self._lookups = [(each, _lookup(each, dtype)) for each in counting]
         self._has_rows = decoder.__class__.__name__.startswith("RoFormer")
 
     @contextmanager
@@ -54,16 +56,18 @@ def _names(module: nn.Module) -> set[str]:
     return set(inspect.signature(module.forward).parameters)
 
 
-def _lookup(module: Any) -> _Lookup:
-    """Embeddings of positions, as a module has them."""
-    table = getattr(module, "weights", None)
-    counts_padding = hasattr(module, "create_position_ids_from_input_ids") or hasattr(module, "make_positions")
-    if counts_padding:
-        return lambda tokens, positions: embedding(
-            ids_after_padding(tokens, positions, module.padding_idx), module.weight if table is None else module.weights
-        )
+def _lookup(module: Any, dtype: torch.dtype) -> _Lookup:
+    """Embeddings of positions, as a module has them, in its model's dtype."""
+    table = getattr(module, "weights", getattr(module, "weight", None))
+    if table is None:  # computed
+        return lambda tokens, positions: module.forward(
+            torch.zeros(1, positions.numel(), 1, dtype=dtype, device=positions.device),
+            position_ids=positions.reshape(-1, 1),
+        ).view(*positions.shape, -1)
+    if hasattr(module, "create_position_ids_from_input_ids") or hasattr(module, "make_positions"):
+        return lambda tokens, positions: embedding(ids_after_padding(tokens, positions, module.padding_idx), table)
     offset = getattr(module, "offset", 0)
-    return lambda tokens, positions: embedding(positions + offset, module.weight)
+    return lambda tokens, positions: embedding(positions + offset, table)
 
 
 def ids_after_padding(tokens: Tensor, positions: Tensor, padding: int) -> Tensor:

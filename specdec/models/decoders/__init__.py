@@ -1,0 +1,1 @@
+"""The decoders of encoder-decoder models, over ragged caches."""
