@@ -236,7 +236,7 @@ class CausalLM(LanguageModel):
         with (
             self._hidden_states.reading(layers, cache.write_features) if layers else nullcontext(),
             own_masks(self.model, cache, self.dtype) if self.config.model_type == "gpt_neo" else nullcontext(),
-            self._positions.applied(tokens, positions, cache, self.dtype) as inputs,
+            self._positions.applied(tokens, positions, cache, self._masks(cache)) as inputs,
         ):
             logits = self.model(
                 input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=keep, **inputs
@@ -442,7 +442,16 @@ def _ragged_logits(lm: CausalLM, tokens: list[int], threshold: int) -> Tensor:
             prefill(lm, chunk, cache, 1)
     last = torch.tensor([tokens[cut:]] * 3, device=lm.device)
     lm.forward(last.flip(1), cache)
-    return lm.forward(last, cache)[1]
+    return in_two_calls(lm, last, cache)[1]
+
+
+def in_two_calls(lm: Any, tokens: Tensor, cache: Any) -> Tensor:
+    """Logits of tokens [rows, width], the last of which is fed alone, for which some models ignore the mask."""
+    if tokens.shape[1] == 1:
+        return lm.forward(tokens, cache)  # type: ignore[no-any-return]
+    before = lm.forward(tokens[:, :-1], cache)
+    cache.num_cached[:] = [length + tokens.shape[1] - 1 for length in cache.num_cached]
+    return torch.cat([before, lm.forward(tokens[:, -1:], cache)], 1)
 
 
 def _why_refused(lm: CausalLM, error: Exception) -> str:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from specdec.models.base import FeatureLayers, LanguageModel
-from specdec.models.causal import UnsupportedModelError, check_logits, check_tree_equals_plain, eos_token_ids
+from specdec.models.causal import UnsupportedModelError, check_logits, check_tree_equals_plain, eos_token_ids, in_two_calls
 from specdec.models.decoders.attention import AttentionDecoder
 from specdec.models.decoders.base import Decoder, KeysValues
 from specdec.models.decoders.t5 import t5_decoder
@@ -257,7 +257,7 @@ def _check_ragged_equals_plain(lm: Seq2SeqLM) -> None:
             cache.num_cached[slot] = len(source) - 1
         lm.forward(tokens[:, 4 : 4 + cut], cache, first_slot=1)
         cache.num_cached[:] = [7 + cut + 3, 4 + cut]  # the row that is looked at is the shorter one
-        actual = lm.forward(tokens[:, 4 + cut :].expand(2, -1), cache)[1]
+        actual = in_two_calls(lm, tokens[:, 4 + cut :].expand(2, -1), cache)[1]
     except Exception as error:  # any exception of a model's forward means that it is unsupported
         raise UnsupportedModelError(
             f"the decoder of {type(lm.model).__name__} does not support the per-row positions, 4-D masks and cache of "

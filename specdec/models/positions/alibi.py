@@ -44,9 +44,12 @@ class AlibiBiases:
         self._layers, self._of_length, self._inputs = layers, of_length, inputs
 
     @contextmanager
-    def applied(self, cache: RaggedCache, dtype: torch.dtype) -> Iterator[None]:
-        """During calls inside, layers attend to the open window of the cache; the model is called without a mask."""
-        seen, mask = cache.seen_positions(), cache.mask(dtype)
+    def applied(self, cache: RaggedCache, mask: Tensor) -> Iterator[None]:
+        """During calls inside, layers attend to the open window of the cache; the model is called without a mask.
+
+        mask: additive, [rows, 1, width, extent].
+        """
+        seen = cache.seen_positions()
         biases = self._of_length(seen.shape[-1], seen.device)[:, seen[:, 0]].transpose(0, 1).unsqueeze(2)
         given = self._inputs(biases.expand(len(mask), -1, -1, -1), mask)
         hooks = [layer.register_forward_pre_hook(_replacing(given), with_kwargs=True) for layer in self._layers]

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from specdec.models.positions.alibi import alibi_biases
@@ -35,21 +34,21 @@ class RowPositions:
 
     @contextmanager
     def applied(
-        self, tokens: Tensor, positions: Tensor, cache: RaggedCache, dtype: torch.dtype
+        self, tokens: Tensor, positions: Tensor, cache: RaggedCache, mask: Tensor
     ) -> Iterator[dict[str, Tensor]]:
         """Arguments of the model's forward call inside, for tokens in the cache's open window at these positions.
 
-        tokens, positions: int64 [rows, width].
+        tokens, positions: int64 [rows, width]. mask: additive, of that window, as the model takes it.
         """
         if self._alibi:
-            with self._alibi.applied(cache, dtype):
+            with self._alibi.applied(cache, mask):
                 yield {}
         elif self._embeddings:
             with self._embeddings.applied(tokens, positions):
-                yield {"attention_mask": cache.mask(dtype)}
+                yield {"attention_mask": mask}
         else:
             ids = positions if self._padding is None else ids_after_padding(tokens, positions, self._padding)
-            yield {"attention_mask": cache.mask(dtype), "position_ids": ids}
+            yield {"attention_mask": mask, "position_ids": ids}
 
 
 def _padding(model: Any) -> int | None:
