@@ -24,6 +24,7 @@ from specdec.models.early_exit import first_layers
 from specdec.models.features import HiddenStates
 from specdec.models.fusion import FusedDecoder, depends_on_length, weight_bytes
 from specdec.models.positions.rows import RowPositions
+from specdec.models.refusals import cannot_decode
 from specdec.models.state.gpt_neo import local_layers, own_masks
 from specdec.models.state.length_factors import LengthCache, length_factors
 from specdec.models.state.ragged import RaggedCache
@@ -403,7 +404,7 @@ def _check_ragged_equals_plain(lm: CausalLM) -> None:
             expected = _plain_logits(tried, tokens, ends)
             actual = _ragged_logits(tried, tokens, threshold)[[end - ends[-1] - 1 for end in ends]]
         except Exception as error:  # any exception of a model's forward means that it is unsupported
-            raise UnsupportedModelError(_why_refused(lm, error)) from error
+            raise UnsupportedModelError(cannot_decode(lm.model, error)) from error
         check_logits(actual, expected, name, lm.num_layers)
 
 
@@ -452,20 +453,6 @@ def in_two_calls(lm: Any, tokens: Tensor, cache: Any) -> Tensor:
     before = lm.forward(tokens[:, :-1], cache)
     cache.num_cached[:] = [length + tokens.shape[1] - 1 for length in cache.num_cached]
     return torch.cat([before, lm.forward(tokens[:, -1:], cache)], 1)
-
-
-def _why_refused(lm: CausalLM, error: Exception) -> str:
-    """The error message for a model whose forward call raised `error`."""
-    name, config = type(lm.model).__name__, lm.config
-    if getattr(config, "alibi", False) or config.model_type == "bloom":
-        return (
-            f"{name} has ALiBi biases, which it derives from a 2-D mask and not from per-row positions; use a model "
-            "with rotary or learned positions"
-        )
-    return (
-        f"{name} does not support the per-row position ids, 4-D mask and cache of ragged batches (its forward raised "
-        f"{type(error).__name__}); use a decoder-only model that does, such as Llama"
-    )
 
 
 def check_logits(actual: Tensor, expected: Tensor, name: str, num_layers: int) -> None:

@@ -359,11 +359,28 @@ def _file(source: str, path: Path, load_format: str) -> _Place:
 
 
 def _config_and_class(place: _Place) -> tuple[Any, Any]:
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+    from transformers import AutoConfig
 
     _check_counts(place)
     config = AutoConfig.from_pretrained(**place.arguments, trust_remote_code=False)
-    return config, AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    return config, model_class(config)
+
+
+def model_class(config: Any) -> Any:
+    """The class that makes a model of a configuration: of a composite with images, the one that takes text alone, too.
+
+    Raises ValueError if transformers has no model of it that reads and writes token ids.
+    """
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForSeq2SeqLM
+
+    decoder_only = (AutoModelForCausalLM, AutoModelForImageTextToText)
+    for candidate in (AutoModelForSeq2SeqLM,) if config.is_encoder_decoder else decoder_only:
+        if type(config) in candidate._model_mapping:
+            return candidate
+    raise WrongArgumentError(
+        f"model_type={config.model_type!r} must be a model that reads token ids and writes token ids, but transformers "
+        "has it for other inputs or outputs only; use a language model"
+    )
 
 
 def _check_counts(place: _Place) -> None:

@@ -17,11 +17,18 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from specdec.models.base import FeatureLayers, LanguageModel
-from specdec.models.causal import UnsupportedModelError, check_logits, check_tree_equals_plain, eos_token_ids, in_two_calls
+from specdec.models.causal import (
+    UnsupportedModelError,
+    check_logits,
+    check_tree_equals_plain,
+    eos_token_ids,
+    in_two_calls,
+)
 from specdec.models.decoders.attention import AttentionDecoder
 from specdec.models.decoders.base import Decoder, KeysValues
 from specdec.models.decoders.t5 import t5_decoder
 from specdec.models.fusion import weight_bytes
+from specdec.models.refusals import cannot_decode_seq2seq
 from specdec.models.state.ragged import RaggedCache
 from specdec.runtime.devices import upload
 from specdec.trees.columns import Branches
@@ -102,7 +109,9 @@ class Seq2SeqLM(LanguageModel):
         self._decoder = _decoder(model, self._start)
         self.num_layers, self.context_length = self._decoder.num_layers, self._decoder.context_length
         first = torch.tensor([[self._start]], device=self.device)
-        self._shapes = [tuple((block.shape[0], block.shape[2]) for block in pair) for pair in self._decoder.encode(first)]
+        self._shapes = [
+            tuple((block.shape[0], block.shape[2]) for block in pair) for pair in self._decoder.encode(first)
+        ]
         _check_ragged_equals_plain(self)
 
     @property
@@ -123,7 +132,7 @@ class Seq2SeqLM(LanguageModel):
     @property
     def token_bytes(self) -> int:
         """Bytes of keys and values per token of context, in the prompt or the output."""
-        return sum(heads * dim for pair in self._shapes for heads, dim in pair) * self.dtype.itemsize
+        return int(sum(heads * dim for pair in self._shapes for heads, dim in pair) * self.dtype.itemsize)
 
     def allocate(self, num_slots: int, capacity: int, *, features: FeatureLayers = ()) -> Seq2SeqCache:
         if features:
@@ -210,15 +219,16 @@ class Seq2SeqLM(LanguageModel):
 
 
 def _decoder(model: PreTrainedModel, start: int) -> Decoder:
-    """The decoder of a model. Raises UnsupportedModelError if it has none that keeps the keys and values of prompts."""
+    """The decoder of a model. Raises UnsupportedModelError if it cannot run over ragged caches."""
+    if model.main_input_name != "input_ids":
+        raise UnsupportedModelError(
+            f"{type(model).__name__} encodes {model.main_input_name}, but a prompt has token ids; its encoder would "
+            "have to be given them, which no request holds; use an encoder-decoder that reads text"
+        )
     try:
         return t5_decoder(model) or AttentionDecoder(model, start)
     except Exception as error:  # whatever the model raises means that it is unsupported
-        raise UnsupportedModelError(
-            f"{type(model).__name__} has no decoder that keeps keys and values of its own tokens and of the prompt "
-            f"(its forward raised {type(error).__name__}); use a model of the families of T5, BART, Pegasus, Marian or "
-            "M2M-100, or a decoder-only model"
-        ) from error
+        raise UnsupportedModelError(cannot_decode_seq2seq(model, error)) from error
 
 
 def start_token(model: PreTrainedModel) -> int:
@@ -259,9 +269,5 @@ def _check_ragged_equals_plain(lm: Seq2SeqLM) -> None:
         cache.num_cached[:] = [7 + cut + 3, 4 + cut]  # the row that is looked at is the shorter one
         actual = in_two_calls(lm, tokens[:, 4 + cut :].expand(2, -1), cache)[1]
     except Exception as error:  # any exception of a model's forward means that it is unsupported
-        raise UnsupportedModelError(
-            f"the decoder of {type(lm.model).__name__} does not support the per-row positions, 4-D masks and cache of "
-            f"ragged batches (its forward raised {type(error).__name__}); use a model of the families of T5, BART, "
-            "Pegasus, Marian or M2M-100"
-        ) from error
+        raise UnsupportedModelError(cannot_decode_seq2seq(lm.model, error)) from error
     check_logits(actual, expected[0, cut:], type(lm.model).__name__, lm.num_layers)

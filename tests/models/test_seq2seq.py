@@ -1,4 +1,4 @@
-"""Encoder-decoders of the T5 family through the ragged cache: equal to `generate`, lossless, or refused."""
+"""Encoder-decoders through the ragged cache: equal to `generate`, lossless, or refused; most tests with T5."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from helpers import architectures
 from helpers.tiny import GQA
 from helpers.tiny import make as make_causal
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
@@ -25,9 +26,11 @@ from specdec.conformance.reference import Reference
 from specdec.models import seq2seq as module
 from specdec.models.base import FINAL, prefill
 from specdec.models.causal import CausalLM, UnsupportedModelError
+from specdec.models.decoders import t5
+from specdec.models.decoders.t5 import distance_buckets
 from specdec.models.elsewhere import Elsewhere, seen_from
 from specdec.models.placement import PlacementError
-from specdec.models.seq2seq import Seq2SeqCache, Seq2SeqLM, distance_buckets
+from specdec.models.seq2seq import Seq2SeqCache, Seq2SeqLM
 from specdec.models.state.ragged import RaggedCache
 from specdec.runtime.artifacts import LoadError
 from specdec.sampling.distributions import Dense
@@ -113,10 +116,11 @@ def test_a_model_that_positions_siblings_sequentially_is_refused(monkeypatch: py
 
 
 @pytest.mark.parametrize("method", ["autoregressive", "ngram", "draft_model"])
-def test_recorded_steps_say_the_same(method: str) -> None:
+@pytest.mark.parametrize("kind", ["t5", "bart", "m2m_100"])
+def test_recorded_steps_say_the_same(kind: str, method: str) -> None:
     """The motions that a GPU goes through: fixed shapes, inputs and outputs."""
-    model = make("t5")
-    drafts = {"draft": Seq2SeqLM(make("t5", 1))} if method == "draft_model" else {}
+    model = make("t5") if kind == "t5" else architectures.make(architectures.config(kind))
+    drafts = {"draft": Seq2SeqLM(architectures.draft_of(model))} if method == "draft_model" else {}
     engine = Engine(Seq2SeqLM(model), method=method, max_batch_size=3, records=True, **drafts)
     for _ in range(2):
         completions = engine.generate(PROMPTS, GREEDY)
@@ -262,9 +266,8 @@ class StalePrompt(Seq2SeqLM):
 class OthersPrompt(Seq2SeqLM):
     """Every row attends to the first row's prompt."""
 
-    def _cross_attention(self, layer, hidden, mask, prompts, slots):
-        first = [block[slots.start].expand_as(block[slots]).clone() for block in prompts]
-        return super()._cross_attention(layer, hidden, mask, tuple(first), slice(0, len(hidden)))
+    def _prompts(self, cache, slots, longest):
+        return [tuple(block[:1].expand_as(block) for block in pair) for pair in super()._prompts(cache, slots, longest)]
 
 
 @pytest.mark.parametrize("broken", [StalePrompt, OthersPrompt])
@@ -290,7 +293,7 @@ def test_buckets_are_transformers_own(num_buckets: int, most: int) -> None:
 
 def test_wrong_positions_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """The check at construction sees a bias that is one distance off."""
-    monkeypatch.setattr(module, "distance_buckets", lambda *args: distance_buckets(*args).roll(1))
+    monkeypatch.setattr(t5, "distance_buckets", lambda *args: distance_buckets(*args).roll(1))
     with pytest.raises(UnsupportedModelError, match="the logits of T5ForConditionalGeneration differ between calls"):
         Seq2SeqLM(make("t5"))
 
@@ -397,12 +400,25 @@ def test_models_of_different_kinds_are_refused() -> None:
         Engine(seq2seq, method="draft_model", draft=Seq2SeqLM(make("t5", vocab_size=60)))
 
 
-def test_other_encoder_decoders_are_refused() -> None:
-    config = transformers.BartConfig(
-        vocab_size=61, d_model=16, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=16, decoder_ffn_dim=16
-    )
-    with pytest.raises(UnsupportedModelError, match="BartForConditionalGeneration has no decoder layers like T5's"):
-        Seq2SeqLM(transformers.BartForConditionalGeneration(config).eval())
+@pytest.mark.parametrize(
+    ("kind", "options", "message"),
+    [
+        ("whisper", {}, "WhisperForConditionalGeneration encodes input_features, but a prompt has token ids"),
+        (
+            "prophetnet",
+            {},
+            "the decoder of ProphetNet.* does not support .* \\(its ProphetNetNgramSelfAttention raised",
+        ),
+        ("led", {}, "the logits of LEDForConditionalGeneration differ"),  # it ignores the mask of a single token
+        ("m2m_100", {"decoder_start_token_id": 0}, "the logits of M2M100.* differ"),  # padding has no position there
+    ],
+)
+def test_other_encoder_decoders_are_refused(kind: str, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UnsupportedModelError, match=message):
+        Seq2SeqLM(architectures.make(architectures.config(kind, **options)))
+
+
+def test_a_model_without_a_start_token_is_refused() -> None:
     with pytest.raises(UnsupportedModelError, match=r"decoder_start_token_id=None .* must be a token id"):
         Seq2SeqLM(make("t5", decoder_start_token_id=None))
 

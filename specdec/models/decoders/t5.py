@@ -1,4 +1,4 @@
-"""The decoders of the T5 family, run layer by layer: transformers has the same relative position biases for all rows."""
+"""The decoders of the T5 family, run layer by layer: transformers gives all rows the same relative position biases."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 """ALiBi: attention biases that grow with the position of a key, for rows and token trees of any position.
 
 transformers derives them from a 2-D mask or from the number of cached tokens, the same for all rows. Here each layer of
-a forward call gets the biases of the cache columns' own positions, and the mask of the cache. A bias is a slope per head
-times the position of the key: a term that is constant for a query does not change its attention.
-Source: Press et al. 2022 (arXiv:2108.12409), section 3; BLOOM, Falcon and MPT as in transformers' models of these names.
+a forward call gets the biases of the positions of the cache's columns, and the mask of the cache. A bias is a slope per
+head times the position of the key: a term that is constant for a query does not change its attention.
+Source: Press et al. 2022 (arXiv:2108.12409), section 3; the biases themselves are computed by transformers' models.
 """
 
 from __future__ import annotations

@@ -30,7 +30,9 @@ class RowPositions:
 
     def without_padding(self, tokens: list[int]) -> list[int]:
         """The tokens with another in place of the padding token where the model gives that no position."""
-        return [token + 1 if token == self._padding else token for token in tokens]
+        padding = self._embeddings.padding if self._embeddings else self._padding
+        other = 0 if padding else 1
+        return [other if token == padding else token for token in tokens]
 
     @contextmanager
     def applied(
@@ -53,7 +55,7 @@ class RowPositions:
 
 def _padding(model: Any) -> int | None:
     """The padding token of a model whose position ids begin after it; None for any other."""
-    embeddings = getattr(model.base_model, "embeddings", None)
+    embeddings: Any = getattr(model.base_model, "embeddings", None)
     if not hasattr(embeddings, "create_position_ids_from_input_ids"):
         return None
     padding: int | None = embeddings.padding_idx
