@@ -10,6 +10,7 @@ import copy
 import re
 import sys
 import tempfile
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,7 +30,8 @@ from specdec.models.seq2seq import Seq2SeqLM
 from specdec.runtime.artifacts import LoadError
 
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM, VOCAB, WINDOW, CONTEXT = 32, 4, 2, 8, 61, 16, 256
-PROMPTS = ([5, 9, 8, 7, 5, 9, 8, 11, 4, 11, 4, 6], [3, 7], [11, 4, 11, 4, 11, 4, 11])
+LONG = [3 + (7 * i * i + 3 * i) % 55 for i in range(100)]  # the ring buffer of a window has 144 columns
+PROMPTS = ([5, 9, 8, 7, 5, 9, 8, 11, 4, 11, 4, 6], [3, 7], LONG)
 METHODS = ("ngram", "draft_model", "tree", "mtp")
 TREE = [(0,), (1,), (0, 0), (1, 0)]
 
@@ -259,13 +261,17 @@ def outcome(case: Case, num_tokens: int = 64) -> Outcome:
         target = wrap(model)
     except ValueError as error:
         return Outcome(case.name, name, dict.fromkeys(methods, "refused"), _short(error, name), complaint)
-    results, reasons = {}, {}
+    results, reasons = {}, defaultdict(list)
     for method in methods:
         try:
             results[method] = _compared(model, _decoded(target, model, wrap, method, num_tokens), expected)
         except (ValueError, LoadError) as error:
-            results[method], reasons[_short(error, name)] = "refused", method
-    why = "; ".join(f"{method}: {reason}" for reason, method in reasons.items())
+            results[method] = "refused"
+            reasons[_short(error, name)].append(method)
+    why = "; ".join(
+        reason if len(refused) == len(methods) else f"{', '.join(refused)}: {reason}"
+        for reason, refused in reasons.items()
+    )
     return Outcome(case.name, name, results, why, complaint)
 
 
@@ -340,7 +346,8 @@ def _is_greedy(model: Any, prompt: Sequence[int], output: Sequence[int]) -> bool
 HEAD = f"""# Architectures
 
 What is decoded of each architecture that transformers has, seen on tiny random models in float32: a batch of
-{len(PROMPTS)} prompts of unequal lengths, 64 tokens each, which is several times a sliding window of {WINDOW}. *equal*:
+{len(PROMPTS)} prompts of unequal lengths, 64 tokens each; sliding windows have {WINDOW}, and the longest text overwrites the
+ring buffer that holds one. *equal*:
 greedy speculation has the tokens of `transformers.generate`, with n-gram drafts, a draft model (and trees of its
 tokens), and an MTP layer where checkpoints of the architecture have one. *uncached*: it has those of greedy decoding
 without a cache, from which `generate` itself differs. *refused*: loading the model, or the method, raises an error with

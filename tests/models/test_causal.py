@@ -6,7 +6,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from helpers.tiny import GQA, GREEDY, PROMPTS, SUPPORTED, make, reference
+from helpers.tiny import GQA, GREEDY, PROMPTS, SMALL, SUPPORTED, make, reference
 
 from specdec import Engine, SamplingParams
 from specdec.models.causal import CausalLM, UnsupportedModelError, check_logits
@@ -54,7 +54,7 @@ REFUSED = {
     ),
     "cpmant": (
         SMALL | {"dim_head": 8, "dim_ff": 48},
-        "CpmAntForCausalLM does not support the per-row position ids, 4-D mask and cache of ragged batches .its CpmAnt",
+        "CpmAntForCausalLM does not support the per-row .* and cache of ragged batches .its CpmAntAttention raised",
     ),
     "mamba": ({"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 61, "state_size": 4}, "recurrent state"),
     "lfm2": (GQA | {"layer_types": ["conv", "full_attention"]}, "cannot be rolled back"),

@@ -13,8 +13,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import architectures
+from helpers.tiny import PROMPTS
 
-from specdec import Engine
+from specdec import Engine, SamplingParams
 from specdec.models import loading
 from specdec.models.loading import SMOLLM2_135M, load_pretrained, resolve
 from specdec.runtime.artifacts import LoadError
@@ -502,3 +504,27 @@ def test_an_architecture_without_sdpa_is_not_called_damaged(kind, tmp_path, capl
         assert "ForCausalLM does not support SDPA in transformers: using eager attention" in caplog.text
         with pytest.raises(ValueError, match=r"attention='sdpa' must be supported by \w+ in .* use attention='eager'"):
             load(tmp_path, attention="sdpa", load_format=load_format)
+
+
+# ---- composites
+
+
+def test_a_composite_with_images_is_decoded_as_a_model_of_text(tmp_path):
+    case = next(case for case in architectures.OTHERS if case.kind == "qwen2_vl")
+    model = architectures.make(case.config())
+    model.save_pretrained(tmp_path)
+    engine = Engine.load(str(tmp_path), method="ngram", dtype=torch.float32, max_batch_size=3)
+    params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+    for prompt, found in zip(PROMPTS, engine.generate(PROMPTS, params), strict=True):
+        tokens = torch.tensor([prompt])
+        output = model.generate(
+            tokens, attention_mask=tokens > 0, max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0
+        )
+        assert list(found.token_ids) == output[0, len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize("kind", ["whisper", "clip", "vit"])
+def test_a_model_of_other_inputs_or_outputs_is_refused(kind, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
+    with pytest.raises(ValueError, match=f"model_type='{kind}' must be a model that reads token ids and writes token"):
+        load_pretrained(str(tmp_path), dtype=torch.float32, load_format="dummy")

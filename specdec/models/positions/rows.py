@@ -14,6 +14,9 @@ from specdec.models.positions.embeddings import PositionEmbeddings, ids_after_pa
 from specdec.models.state.ragged import RaggedCache
 
 
+Masks = Tensor | dict[str, Tensor]  # one for all layers, or one by kind of layer
+
+
 class RowPositions:
     """The inputs by which a transformers causal language model learns positions and what each token attends to.
 
@@ -35,14 +38,13 @@ class RowPositions:
         return [other if token == padding else token for token in tokens]
 
     @contextmanager
-    def applied(
-        self, tokens: Tensor, positions: Tensor, cache: RaggedCache, mask: Tensor
-    ) -> Iterator[dict[str, Tensor]]:
+    def applied(self, tokens: Tensor, positions: Tensor, cache: RaggedCache, mask: Masks) -> Iterator[dict[str, Any]]:
         """Arguments of the model's forward call inside, for tokens in the cache's open window at these positions.
 
         tokens, positions: int64 [rows, width]. mask: additive, of that window, as the model takes it.
         """
         if self._alibi:
+            assert isinstance(mask, Tensor), "no model with ALiBi has windows"
             with self._alibi.applied(cache, mask):
                 yield {}
         elif self._embeddings:
