@@ -40,7 +40,11 @@ JOBS = {  # module -> the tests that are to see its mutants
     "specdec/conformance/reference.py": "tests/conformance/test_reference.py",
     "specdec/conformance/certificate.py": "tests/conformance/test_certificate.py",
     "specdec/conformance/enumeration.py": "tests/conformance/test_enumeration.py",
-    "bench/measure/records.py": "tests/bench/measure/test_records.py tests/bench/measure/test_loaded.py",
+    "bench/measure/records.py": (
+        "tests/bench/measure/test_records.py tests/bench/measure/test_loaded.py::test_a_record_by_hand "
+        "tests/bench/measure/test_loaded.py::test_an_engine_that_tells_less_has_nulls_and_its_mean_wait "
+        "tests/bench/measure/test_loaded.py::test_nothing_finished_is_a_record_of_a_cell_that_stalled"
+    ),
     "bench/records/intervals.py": ("tests/bench/records/test_intervals.py tests/bench/analysis/test_run_diff.py"),
     "bench/analysis/run_diff.py": "tests/bench/analysis/test_run_diff.py",
     "bench/workloads/extraction.py": "tests/bench/workloads/test_extraction.py",

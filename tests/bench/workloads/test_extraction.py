@@ -48,6 +48,7 @@ DATA = Path(__file__).parents[1] / "data"
         ("$\\boxed{\\$1,\\!500}$, which took 3 steps", "1500"),
         ("\\boxed{\\text{18 dollars}}", "18"),
         ("\\boxed{3} or rather \\boxed{x = 4}", "4"),
+        ("\\boxed{2 + 3 = 5}", "5"),
         ("she pays 5 000", "5000"),
         ("she pays 5\u202f000 or 12\u00a0500", "12500"),
         ("she pays 1'500 francs", "1500"),
@@ -146,6 +147,16 @@ def test_non_numbers_never_match() -> None:
 # ---- functions
 
 CODE = "You can halve it so:\n```python\ndef half(x):\n    return {}\n```\nThis rounds down. def half is short."
+
+
+def test_an_invalid_function_is_returned_as_it_was_written() -> None:
+    text = "So:\n```python\ndef f(x):\n    return (\n```\nThat is all."
+    assert function_of(text, "f", "def f(x):\n") == "def f(x):\n    return (\n"
+
+
+def test_an_example_is_left_out_with_all_its_lines() -> None:
+    text = "```python\ndef f(x):\n    return x\n\nassert f(\n    1\n) == 1\n```"
+    assert function_of(text, "f", "def f(x):\n") == "def f(x):\n    return x\n"
 
 
 def test_a_function_is_extracted_from_an_answer_or_a_continuation() -> None:
