@@ -12,7 +12,7 @@ from specdec.decoding import Decoder
 from specdec.drafts import MODELS, Kind, can_be_recorded, check_draft, is_head, kind_of
 from specdec.methods import DRAFT_SAMPLING_NAMES, METHODS, VERIFICATION_NAMES, Builder, MethodSpec, Parts, method_spec
 from specdec.models.base import LanguageModel, LayeredModel
-from specdec.models.costs import MAX_DRAFT_LENGTH, StepCosts, target_costs
+from specdec.models.costs import MAX_DRAFT_LENGTH, StepCosts, sample_tokens, target_costs
 from specdec.proposers.adaptive import AdaptiveLength
 from specdec.requests import Request
 from specdec.runtime.checks import require, require_choice, require_integer
@@ -268,7 +268,8 @@ def draft_cost(timing: Timing, length: int = MAX_DRAFT_LENGTH) -> float:
         records=timing.records,
     )
     sampling = SamplingParams(temperature=0, max_tokens=2 * length + 2)
-    requests = [Request(index, (0, 0), sampling) for index in range(timing.num_rows)]
+    prompts = sample_tokens(timing.parts.target, timing.num_rows, 2)
+    requests = [Request(index, tuple(prompt), sampling) for index, prompt in enumerate(prompts)]
     seconds = []
     for _ in range(5):
         num_drafted = sum(step.num_drafted for row in decoder.run(requests) for step in row.steps)

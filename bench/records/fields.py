@@ -276,6 +276,8 @@ _COSTS = [
     Field("tokens", int, "tokens", "Tokens that the work handles.", needed=(COSTS,)),
     Field("median_s", float, "s", "Median time to do the work once.", "ms", ".3f", 1e3, "sizes", needed=(COSTS,)),
     Field("bytes_read", int, "bytes", "Bytes that must be read from memory at least."),
+    Field("experts_read", int, "1", "Experts that the step's tokens were routed to, summed over layers."),
+    Field("num_experts", int, "1", "Experts of all layers."),
     Field("read_bandwidth", float, "bytes/s", "Memory read bandwidth of this machine, measured in the same run."),
     Field("prompt_tokens", int, "tokens", "Tokens of all prompts that went through the slots."),
     Field("roofline_s", float, "s", "Shortest possible time, to read those bytes."),

@@ -23,6 +23,8 @@ from specdec import Engine
 from specdec.heads.eagle import EagleHead
 from specdec.models.base import score
 from specdec.models.causal import CausalLM
+from specdec.models.costs import sample_tokens
+from specdec.models.experts import count_reads
 from specdec.proposers.ngram import LookupIndex
 from specdec.proposers.suffix import SAMPLED_DOUBT, OwnText
 from specdec.proposers.tree import levels_of
@@ -159,7 +161,7 @@ def _requests(target: CausalLM, slots: int, prompts: Sequence[Sequence[int]]) ->
 def _step(target: CausalLM, rows: int, width: int, context: int) -> Sized:
     """A decode step of `width` tokens in each row, after `context` tokens."""
     context = min(context, target.context_length - width)  # prompt and step together must fit
-    tokens = torch.ones(rows, width, dtype=torch.int64, device=target.device)
+    tokens = torch.tensor(sample_tokens(target, rows, width), device=target.device)
     recorder = Recorder(target.device)
     cache = target.allocate(rows, recorder.capacity(context + width))
 
@@ -168,7 +170,21 @@ def _step(target: CausalLM, rows: int, width: int, context: int) -> Sized:
         score(target, tokens, cache, recorder)
         synchronize(target.device)
 
-    return Sized(run, target.step_bytes + rows * (context + width) * target.token_bytes, rows * width)
+    def once() -> None:
+        cache.num_cached[:] = [context] * rows
+        target.forward(tokens, cache)
+
+    num_bytes, facts = _weights_read(target, once)
+    return Sized(run, num_bytes + rows * (context + width) * target.token_bytes, rows * width, lambda: facts)
+
+
+def _weights_read(target: CausalLM, step: Callable[[], None]) -> tuple[int, dict[str, Any]]:
+    """Bytes of weights that a step reads, and for a mixture of experts how many of them the step's tokens read."""
+    reads = count_reads(target.model, step)
+    if reads is None:
+        return target.step_bytes, {}
+    facts = {"experts_read": reads.num_read, "num_experts": reads.num_experts}
+    return target.step_bytes - reads.bytes_stored + reads.bytes_read, facts
 
 
 def _head_step(head: EagleHead, target: CausalLM, rows: int) -> Sized:
