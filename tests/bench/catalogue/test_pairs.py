@@ -31,7 +31,7 @@ from specdec import SamplingParams
 from specdec.runtime.artifacts import LoadError
 
 MakeConfig = Callable[..., BenchConfig]
-OWN = ("smollm2-135m", "tiny-random", "tiny-t5-random", "llama-8b-1b-shape", "smollm2-135m-shape")
+OWN = ("smollm2-135m", "gemma3-270m", "tiny-random", "tiny-t5-random", "llama-8b-1b-shape", "smollm2-135m-shape")
 LITERATURE = [name for name in catalogue() if name not in OWN]
 
 
