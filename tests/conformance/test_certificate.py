@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 from helpers.audited import PROMPTS, TARGET, ToyEngine
-from specdec.conformance.betting import ConfidenceInterval
 
 from bench.report import format
 from specdec import SamplingParams
 from specdec.conformance.audit import audit
 from specdec.conformance.certificate import ArmFindings, Certificate, Findings, Subject, bounded
 from specdec.conformance.reference import Reference
+from specdec.conformance.statistics.betting import ConfidenceInterval
 from specdec.conformance.verdicts import AuditLimits
 
 SUBJECT = Subject("toy", "1.0", "markov", "draft_model", 3, "token", "pytest bench/ -m equivalence --engines toy")
