@@ -9,26 +9,17 @@ once into oneDNN's own layout, which is read about twice as fast as the row-majo
 Results equal those of transformers up to rounding.
 """
 
-from specdec.models.fusion.anatomy import FUSABLE
-from specdec.models.fusion.decoder import FusedDecoder, fuse, layer_by_layer
-from specdec.models.fusion.layers import FusedLayer, Shared, rotate
-from specdec.models.fusion.parts import Norm, Projection, weight_bytes
-from specdec.models.fusion.rotary import depends_on_length
-from specdec.models.fusion.stacks import GpuStack, Stack, stack_of
-
-__all__ = [
-    "FUSABLE",
-    "FusedDecoder",
-    "FusedLayer",
-    "GpuStack",
-    "Norm",
-    "Projection",
-    "Shared",
-    "Stack",
-    "depends_on_length",
-    "fuse",
-    "layer_by_layer",
-    "rotate",
-    "stack_of",
-    "weight_bytes",
-]
+from specdec.models.fusion.anatomy import FUSABLE as FUSABLE
+from specdec.models.fusion.decoder import FusedDecoder as FusedDecoder
+from specdec.models.fusion.decoder import fuse as fuse
+from specdec.models.fusion.decoder import layer_by_layer as layer_by_layer
+from specdec.models.fusion.layers import FusedLayer as FusedLayer
+from specdec.models.fusion.layers import Shared as Shared
+from specdec.models.fusion.layers import rotate as rotate
+from specdec.models.fusion.parts import Norm as Norm
+from specdec.models.fusion.parts import Projection as Projection
+from specdec.models.fusion.parts import weight_bytes as weight_bytes
+from specdec.models.fusion.rotary import depends_on_length as depends_on_length
+from specdec.models.fusion.stacks import GpuStack as GpuStack
+from specdec.models.fusion.stacks import Stack as Stack
+from specdec.models.fusion.stacks import stack_of as stack_of
