@@ -345,13 +345,12 @@ def _is_greedy(model: Any, prompt: Sequence[int], output: Sequence[int]) -> bool
 
 HEAD = f"""# Architectures
 
-What is decoded of each architecture that transformers has, seen on tiny random models in float32: a batch of
-{len(PROMPTS)} prompts of unequal lengths, 64 tokens each; sliding windows have {WINDOW}, and the longest text
-overwrites the ring buffer that holds one. *equal*:
-greedy speculation has the tokens of `transformers.generate`, with n-gram drafts, a draft model (and trees of its
-tokens), and an MTP layer where checkpoints of the architecture have one. *uncached*: it has those of greedy decoding
-without a cache, from which `generate` itself differs. *refused*: loading the model, or the method, raises an error with
-the reason given here, with "it" for the model.
+What is decoded of each architecture that transformers {transformers.__version__} has, seen on tiny random models in
+float32: a batch of {len(PROMPTS)} prompts of unequal lengths, 64 tokens each. Windows have {WINDOW} tokens, and the
+longest text overwrites the ring buffer of a window. *equal*: greedy speculation has the tokens of
+`transformers.generate`, with n-gram drafts, a draft model and trees of its tokens, and an MTP layer where checkpoints
+of the architecture have one. *uncached*: it has those of greedy decoding without a cache, from which `generate` itself
+differs. *refused*: loading the model, or the method, raises an error with the reason given here ("it" is the model).
 
 """
 TABLE = "| Model type | Class | n-gram | draft model | tree | MTP | Why refused; what transformers gets wrong |\n"

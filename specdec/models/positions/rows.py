@@ -1,4 +1,4 @@
-"""How a decoder-only model is told the position of each token of each row."""
+"""The positions of the tokens of each row, in the form that a decoder-only model takes."""
 
 from __future__ import annotations
 
