@@ -215,7 +215,9 @@ class Decoder:
             self.recorder.forget()
             self._cache = None  # free the memory before allocating
             capacity = self.recorder.capacity(capacity)
-            self._cache = self.target.allocate(self.max_batch_size, capacity, features=features)
+            self._cache = self.target.allocate(
+                self.max_batch_size, capacity, features=features, max_rollback=self.num_speculative_tokens
+            )
         return self._cache
 
     def _admit(self, waiting: deque[Generation], slots: list[Generation | None], cache: Cache) -> Iterator[Generation]:

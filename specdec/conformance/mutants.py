@@ -2,11 +2,13 @@
 
 A mutant is a decoder with one bug. `MUTANTS` has M1 to M13, some in two variants; `TREE_MUTANTS` has T1 to T4, the
 additional ones of token trees. They work with any target and any sampling proposer, so they can be planted in a real
-engine. `WINDOW_MUTANTS` are for targets with a sliding window.
+engine. `WINDOW_MUTANTS` are for targets with a sliding window; `STATE_MUTANTS`, S1 to S4, for those with recurrent
+layers.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import replace
@@ -19,6 +21,8 @@ from torch import Tensor
 from specdec.constraints.progress import Progress, masks
 from specdec.decoding import Decoder
 from specdec.models.base import LanguageModel, score
+from specdec.models.causal import CausalLM
+from specdec.models.state.recurrent import StateRing
 from specdec.models.state.windows import LocalAttention
 from specdec.proposers.base import Proposer
 from specdec.proposers.draft_model import DraftModelProposer
@@ -497,6 +501,76 @@ TREE_MUTANTS: dict[str, Callable[..., Maker]] = {  # called like `tree_maker`
     "T3 stale mask": partial(tree_maker, decoder=StaleMask),
     "T4 compaction off by one": partial(tree_maker, decoder=CompactsOffByOne),
     "T4 no compaction": partial(tree_maker, decoder=NeverCompacts),
+}
+
+# ---- recurrent states
+
+
+class StaleState(StateRing):
+    """S1: after a rejection, continues from the state after the last token that was fed."""
+
+    def read(self, first_slot: int, lengths: Sequence[int]) -> Tensor | None:
+        slots = range(first_slot, first_slot + len(lengths))
+        pairs = zip(slots, lengths, strict=True)
+        return super().read(first_slot, [max(self.lengths(slot)) if length else 0 for slot, length in pairs])
+
+    def truncate(self, slot: int, length: int) -> None:
+        if length == 0:
+            super().truncate(slot, length)
+
+
+class StateOfPreviousToken(StateRing):
+    """S2: continues from the state before the last accepted token, where it is kept."""
+
+    def read(self, first_slot: int, lengths: Sequence[int]) -> Tensor | None:
+        slots = range(first_slot, first_slot + len(lengths))
+        pairs = zip(slots, lengths, strict=True)
+        return super().read(first_slot, [length - (length - 1 in self.lengths(slot)) for slot, length in pairs])
+
+
+class ShiftedState(StateRing):
+    """S3: the columns of a convolution's inputs are off by one."""
+
+    def read(self, first_slot: int, lengths: Sequence[int]) -> Tensor | None:
+        states = super().read(first_slot, lengths)
+        return None if states is None else states.roll(1, -1)
+
+
+class KeptState(StateRing):
+    """S4: a slot given to another sequence keeps the state of the one before."""
+
+    def read(self, first_slot: int, lengths: Sequence[int]) -> Tensor | None:
+        slots = range(first_slot, first_slot + len(lengths))
+        pairs = zip(slots, lengths, strict=True)
+        return super().read(first_slot, [length or max(self.lengths(slot), default=0) for slot, length in pairs])
+
+    def truncate(self, slot: int, length: int) -> None:
+        if length:
+            super().truncate(slot, length)
+
+
+def with_rings(ring: type[StateRing], kinds: Sequence[str] = ("conv", "recurrent")) -> Callable[[CausalLM], Any]:
+    """Replace the rings of these kinds of states in the caches of a model with recurrent layers."""
+
+    def broken(model: CausalLM) -> CausalLM:
+        def allocate(num_slots: int, capacity: int, **options: Any) -> Any:
+            cache: Any = model.allocate(num_slots, capacity, **options)
+            depth = options["max_rollback"] + 1
+            cache.new_ring = lambda kind: (ring if kind in kinds else StateRing)(num_slots, depth)
+            return cache
+
+        twin = copy.copy(model)
+        twin.allocate = allocate  # type: ignore[method-assign]
+        return twin
+
+    return broken
+
+
+STATE_MUTANTS: dict[str, Plant] = {  # of targets with recurrent layers
+    "S1 stale state": partial(maker, break_target=with_rings(StaleState)),
+    "S2 state of the previous token": partial(maker, break_target=with_rings(StateOfPreviousToken)),
+    "S3 convolution off by one": partial(maker, break_target=with_rings(ShiftedState, ("conv",))),
+    "S4 refilled slot keeps its state": partial(maker, break_target=with_rings(KeptState)),
 }
 
 MUTANTS: dict[str, Plant] = {

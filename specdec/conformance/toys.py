@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from specdec.heads.base import Drafting
-from specdec.models.base import FINAL, FeatureLayers
+from specdec.models.base import FINAL, MAX_ROLLBACK, FeatureLayers
 from specdec.models.markov import MarkovCache, MarkovModel
 from specdec.trees.columns import Branches
 
@@ -32,7 +32,9 @@ def grid_pair(seed: int) -> tuple[MarkovModel, MarkovModel]:
 class FeatureTarget(MarkovModel):
     """A Markov model whose feature of a token is its code: previous token times vocabulary size, plus itself."""
 
-    def allocate(self, num_slots: int, capacity: int, *, features: FeatureLayers = ()) -> MarkovCache:
+    def allocate(
+        self, num_slots: int, capacity: int, *, features: FeatureLayers = (), max_rollback: int = MAX_ROLLBACK
+    ) -> MarkovCache:
         cache = super().allocate(num_slots, capacity)
         cache.features = torch.full((num_slots, capacity, 1), -1.0) if features else None
         return cache

@@ -19,6 +19,7 @@ Each is an index into transformers' `hidden_states`: 0 for the embeddings, i for
 layer i, up to the number of layers for the last layer's output before the final norm; FINAL is that after the norm.
 """
 FINAL = -1
+MAX_ROLLBACK = 16  # tokens by which a sequence can be cut unless the caller allocates for another number
 
 
 class Cache(Protocol):
@@ -95,10 +96,13 @@ class LanguageModel(Protocol):
         """Raise ValueError if the model cannot score token trees."""
         return
 
-    def allocate(self, num_slots: int, capacity: int, *, features: FeatureLayers = ()) -> Cache:
+    def allocate(
+        self, num_slots: int, capacity: int, *, features: FeatureLayers = (), max_rollback: int = MAX_ROLLBACK
+    ) -> Cache:
         """An empty cache of num_slots sequences of up to `capacity` tokens each.
 
-        features: hidden states to keep. Raises ValueError for those that the model does not have.
+        features: hidden states to keep; raises ValueError for those that the model does not have. max_rollback: the
+        most tokens by which a sequence will be rolled back, other than to nothing; attention keeps them all anyway.
         """
         ...
 

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import (
     DummyLayer,
-    DynamicCache,
     DynamicLayer,
     DynamicSlidingWindowLayer,
+    LinearAttentionLayer,
     get_layer_types_and_kwargs,
 )
 
-from specdec.models.base import FINAL, FeatureLayers, LanguageModel, prefill
+from specdec.models.base import FINAL, MAX_ROLLBACK, FeatureLayers, LanguageModel, prefill
 from specdec.models.early_exit import first_layers
 from specdec.models.features import HiddenStates
 from specdec.models.fusion import FusedDecoder, depends_on_length, weight_bytes
@@ -27,7 +27,9 @@ from specdec.models.positions.rows import RowPositions
 from specdec.models.refusals import cannot_decode
 from specdec.models.state.gpt_neo import local_layers, own_masks
 from specdec.models.state.length_factors import LengthCache, length_factors
+from specdec.models.state.mixers import StatesElsewhereError, cache_argument, recurrent_layers, step_mixers
 from specdec.models.state.ragged import RaggedCache
+from specdec.models.state.recurrent import RecurrentCache, plain_cache, recurrent_cache
 from specdec.models.state.windows import LocalAttention
 from specdec.trees.columns import Branches
 from specdec.trees.shape import Tree
@@ -70,6 +72,9 @@ class CausalLM(LanguageModel):
         self.context_length -= self._positions.first
         self.local = _local_attention(model)
         self.max_draft_tokens = _max_draft_tokens(self.local, self.context_length)
+        self.is_recurrent = _is_recurrent(model)
+        self._has_attention = not self.is_recurrent or _has_attention(model)
+        self._cache_argument = cache_argument(model) or "past_key_values"
         self._factors = length_factors(model, self.context_length)
         self._fused = model.base_model if isinstance(model.base_model, FusedDecoder) else None
         self._owns_features = True
@@ -86,7 +91,7 @@ class CausalLM(LanguageModel):
     @property
     def is_recordable(self) -> bool:
         """Whether calls can be captured as CUDA graphs: on one device, without decisions by the host."""
-        return not self.is_spread and not any(map(depends_on_length, self.model.modules()))
+        return not (self.is_spread or self.is_recurrent or any(map(depends_on_length, self.model.modules())))
 
     @property
     def step_bytes(self) -> int:
@@ -127,19 +132,24 @@ class CausalLM(LanguageModel):
         cut._owns_features = False  # those of the shared cache belong to the full model
         return cut
 
-    def allocate(self, num_slots: int, capacity: int, *, features: FeatureLayers = ()) -> RaggedCache:
+    def allocate(
+        self, num_slots: int, capacity: int, *, features: FeatureLayers = (), max_rollback: int = MAX_ROLLBACK
+    ) -> RaggedCache:
         """An empty cache of num_slots sequences of up to `capacity` tokens each.
 
+        max_rollback: see `LanguageModel`; recurrent layers keep max_rollback + 1 states per slot.
         features: hidden states to keep, on the device of the tokens and in the model's dtype. They take as many bytes
         as their widths together, times num_slots * capacity * dtype.itemsize: for A layers, A * hidden_size numbers per
         token. Raises ValueError for those that the model does not have, and UnsupportedModelError if its layers cannot
         be read.
         """
-        cache = (
-            LengthCache(self.num_layers, num_slots, capacity, self.device, self.local)
-            if self._factors
-            else RaggedCache(self.num_layers, num_slots, capacity, self.local)
-        )
+        cache: RaggedCache
+        if self._factors:
+            cache = LengthCache(self.num_layers, num_slots, capacity, self.device, self.local)
+        elif self.is_recurrent:
+            cache = recurrent_cache(self.model.config, num_slots, capacity, max_rollback + 1, self.local)
+        else:
+            cache = RaggedCache(self.num_layers, num_slots, capacity, self.local)
         if features:
             cache.add_features(features, self._widths(features), self.dtype, self.device)
         return cache
@@ -199,6 +209,8 @@ class CausalLM(LanguageModel):
     ) -> Tensor:
         rows, width = tokens.shape
         cache.open(first_slot, rows, width, self.device, branches)
+        if isinstance(cache, RecurrentCache):
+            cache.is_prompt = last_only
         return self._logits(tokens, cache, 1 if last_only else 0)
 
     @torch.inference_mode()
@@ -239,19 +251,23 @@ class CausalLM(LanguageModel):
             own_masks(self.model, cache, self.dtype) if self.config.model_type == "gpt_neo" else nullcontext(),
             self._positions.applied(tokens, positions, cache, self._masks(cache)) as inputs,
         ):
-            logits = self.model(
-                input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=keep, **inputs
-            ).logits
+            inputs = inputs if self._has_attention else {}
+            state = {self._cache_argument: cache}
+            logits = self.model(input_ids=tokens, **state, use_cache=True, logits_to_keep=keep, **inputs).logits
         return _kept(logits.to(self.device), keep, tokens.shape[1])
 
-    def _masks(self, cache: RaggedCache) -> Tensor | dict[str, Tensor]:
+    def _masks(self, cache: RaggedCache) -> Tensor | dict[str, Tensor | None]:
         """Attention masks of the open window: one for all layers, or one by kind of layer, as transformers expects."""
         if not any(cache.local):
             return cache.mask(self.dtype)
         kinds = getattr(self.config, "layer_types", None)
         if kinds is None:
             return cache.mask(self.dtype, cache.local[0])
-        return {kind: cache.mask(self.dtype, local) for kind, local in zip(kinds, cache.local, strict=False)}
+        recurrent = recurrent_layers(plain_cache(self.config)) if self.is_recurrent else ()
+        return {
+            kind: None if index in recurrent else cache.mask(self.dtype, local)
+            for index, (kind, local) in enumerate(zip(kinds, cache.local, strict=False))
+        }
 
     def check_tree(self) -> None:
         """Raise UnsupportedModelError if the model ignores the positions or the attention mask of a tree."""
@@ -284,11 +300,6 @@ def _rollback_limits(model: PreTrainedModel) -> tuple[int, int, str]:
     name, config = type(model).__name__, model.config.get_text_config(decoder=True)
     if model.config.is_encoder_decoder:
         raise UnsupportedModelError(f"{name} is an encoder-decoder; use Seq2SeqLM, or a decoder-only model")
-    if getattr(model, "_is_stateful", False):
-        raise UnsupportedModelError(
-            f"{name} keeps a recurrent state, which cannot be rolled back after a rejection; "
-            "use a model with full attention in every layer"
-        )
     attention = config._attn_implementation
     if attention not in ("eager", "sdpa"):
         raise UnsupportedModelError(
@@ -298,9 +309,10 @@ def _rollback_limits(model: PreTrainedModel) -> tuple[int, int, str]:
     context_name = next(named, "max_position_embeddings")
     stated = getattr(config, context_name, None) or 0
     limit = stated if stated > 0 else 1 << 30  # XLNet says -1
-    layers = DynamicCache(config=config).layers
+    layers = plain_cache(model.config).layers
     for index, layer in enumerate(layers):
-        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer, DummyLayer):
+        kinds = (DynamicLayer, DynamicSlidingWindowLayer, DummyLayer)
+        if type(layer) not in kinds and not isinstance(layer, LinearAttentionLayer):
             raise UnsupportedModelError(
                 f"layer {index} of {name} keeps a {type(layer).__name__}, which cannot be "
                 "rolled back after a rejection; use a model with full attention in every layer"
@@ -336,6 +348,26 @@ def _max_draft_tokens(local: Sequence[LocalAttention | None], context_length: in
     """See `LanguageModel`: two steps, as the next may be launched before one is read, fit beside each window."""
     overwritten = [each for each in local if each and each.num_columns(context_length) < context_length]
     return min((each.num_spare // 2 - 1 for each in overwritten), default=None)
+
+
+def _is_recurrent(model: PreTrainedModel) -> bool:
+    """Whether a model has recurrent layers, which are then stepped. Raises UnsupportedModelError if they cannot be."""
+    if not (recurrent_layers(plain_cache(model.config)) or getattr(model, "_is_stateful", False)):
+        return False
+    try:
+        step_mixers(model)
+    except StatesElsewhereError as error:
+        raise UnsupportedModelError(f"{error}; use another model") from error
+    except Exception as error:  # any exception of a model's forward means that it is unsupported
+        raise UnsupportedModelError(
+            f"{type(model).__name__} keeps recurrent states and does not support transformers' cache for them (its "
+            f"forward raised {type(error).__name__}), so they cannot be rolled back; use another model"
+        ) from error
+    return True
+
+
+def _has_attention(model: PreTrainedModel) -> bool:
+    return any(isinstance(layer, DynamicLayer) for layer in plain_cache(model.config).layers)
 
 
 def _thresholds(lm: CausalLM) -> list[int]:
@@ -402,10 +434,32 @@ def _check_ragged_equals_plain(lm: CausalLM) -> None:
         tokens = lm._positions.without_padding(torch.arange(ends[-1]).mul(7919).remainder(lm.vocab_size).tolist())
         try:
             expected = _plain_logits(tried, tokens, ends)
-            actual = _ragged_logits(tried, tokens, threshold)[[end - ends[-1] - 1 for end in ends]]
+            logits, cache = _ragged_logits(tried, tokens, threshold)
+            actual = logits[[end - ends[-1] - 1 for end in ends]]
         except Exception as error:  # any exception of a model's forward means that it is unsupported
             raise UnsupportedModelError(cannot_decode(lm.model, error)) from error
         check_logits(actual, expected, name, lm.num_layers)
+        if isinstance(cache, RecurrentCache):
+            _check_states(tried, cache, tokens, threshold)
+
+
+def _check_states(lm: CausalLM, cache: RecurrentCache, tokens: list[int], threshold: int) -> None:
+    """Compare the recurrent states that the trial left in slot 1 with those of a new slot that nothing was rejected in.
+
+    A state that hardly matters to the logits of a short text may matter later.
+    """
+    new = lm.allocate(1, len(tokens))
+    assert isinstance(new, RecurrentCache), "so is the model's other cache"
+    for chunk in _chunks(tokens, threshold):
+        prefill(lm, chunk, new, 0)
+    lm.forward(torch.tensor([tokens[new.num_cached[0] :]], device=lm.device), new)
+    for (layer, actual), (_, expected) in zip(cache.states(1, len(tokens)), new.states(0, len(tokens)), strict=True):
+        difference = (actual.float() - expected.float()).norm() / expected.float().norm()
+        if not difference <= rounding(lm.dtype, lm.num_layers):
+            raise UnsupportedModelError(
+                f"the recurrent state of layer {layer} of {type(lm.model).__name__} differs after a rejection (by "
+                f"{difference:.2g} of its norm), so its output would be wrong; use another model"
+            )
 
 
 def _ends(threshold: int, context_length: int) -> list[int]:
@@ -426,11 +480,11 @@ def _plain_logits(lm: CausalLM, tokens: Sequence[int], ends: Sequence[int]) -> T
     return torch.stack([after(end) for end in ends])
 
 
-def _ragged_logits(lm: CausalLM, tokens: list[int], threshold: int) -> Tensor:
-    """Logits after each token, starting just before the threshold, [positions, vocab].
+def _ragged_logits(lm: CausalLM, tokens: list[int], threshold: int) -> tuple[Tensor, RaggedCache]:
+    """Logits after each token, starting just before the threshold, [positions, vocab], and the cache.
 
-    The tokens are fed in chunks to a slot that was rolled back, the last chunk in a batch with a longer and a shorter
-    row, after other tokens in its place were rejected.
+    The tokens are fed in chunks to slot 1, which held others, the last chunk in a batch with a longer and a shorter row
+    and after other tokens in its place were rejected.
     """
     cut = max(0, threshold - 2)
     longer, shorter = tokens[::-1][: cut + 3], tokens[:1]
@@ -438,12 +492,20 @@ def _ragged_logits(lm: CausalLM, tokens: list[int], threshold: int) -> Tensor:
     for slot, text in enumerate((longer, tokens[::-1], shorter)):
         prefill(lm, text, cache, slot)
     cache.num_cached[1] = 0
-    for chunk in (tokens[: cut // 2], tokens[cut // 2 : cut]):
-        if chunk:
-            prefill(lm, chunk, cache, 1)
+    for chunk in _chunks(tokens, threshold):
+        prefill(lm, chunk, cache, 1)
     last = torch.tensor([tokens[cut:]] * 3, device=lm.device)
-    lm.forward(last.flip(1), cache)
-    return in_two_calls(lm, last, cache)[1]
+    wrong = torch.cat([last[:, :1], (last[:, 1:] + 1) % lm.vocab_size], 1)
+    first = lm.forward(wrong, cache)[1, :1]
+    cache.num_cached[:] = [length + 1 for length in cache.num_cached]
+    logits = torch.cat([first, in_two_calls(lm, last[:, 1:], cache)[1]]) if last.shape[1] > 1 else first
+    return logits, cache
+
+
+def _chunks(tokens: list[int], threshold: int) -> list[list[int]]:
+    """The tokens that the trial reads as a prompt, in two pieces."""
+    cut = max(0, threshold - 2)
+    return [chunk for chunk in (tokens[: cut // 2], tokens[cut // 2 : cut]) if chunk]
 
 
 def in_two_calls(lm: Any, tokens: Tensor, cache: Any) -> Tensor:

@@ -51,7 +51,7 @@ def target_costs(
     context = max(1, min(64, target.context_length - max(widths)))
     text = sample_tokens(target, rows, context + max(widths))
     recorder = Recorder(target.device, records)
-    cache = target.allocate(rows, recorder.capacity(context + max(widths)))
+    cache = target.allocate(rows, recorder.capacity(context + max(widths)), max_rollback=max(widths))
     tokens = torch.tensor(text, device=target.device)[:, context:]
     for row in range(rows):
         prefill(target, text[row][:context], cache, row)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from specdec.models.base import Cache, FeatureLayers, LanguageModel
+from specdec.models.base import MAX_ROLLBACK, Cache, FeatureLayers, LanguageModel
 from specdec.trees.columns import Branches
 
 
@@ -23,8 +23,10 @@ class Elsewhere(LanguageModel):
         self.vocab_size, self.context_length = model.vocab_size, model.context_length
         self.is_encoder_decoder = model.is_encoder_decoder
 
-    def allocate(self, num_slots: int, capacity: int, *, features: FeatureLayers = ()) -> Cache:
-        return self.model.allocate(num_slots, capacity, features=features)
+    def allocate(
+        self, num_slots: int, capacity: int, *, features: FeatureLayers = (), max_rollback: int = MAX_ROLLBACK
+    ) -> Cache:
+        return self.model.allocate(num_slots, capacity, features=features, max_rollback=max_rollback)
 
     def read(self, prompt: Sequence[int], cache: Any, slot: int) -> None:
         self.model.read(prompt, cache, slot)  # type: ignore[attr-defined]  # where the model is an EncoderDecoder

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from specdec.models.base import FeatureLayers, LanguageModel
+from specdec.models.base import MAX_ROLLBACK, FeatureLayers, LanguageModel
 from specdec.runtime.devices import upload
 from specdec.trees.columns import Branches
 
@@ -46,6 +46,9 @@ class MarkovCache:
             self.features[slot, :num_tokens] = self.features[source, :num_tokens]
         self.num_cached[slot] = num_tokens
 
+    def holds(self, slot: int, num_tokens: int) -> bool:
+        return True
+
     def keep(self, starts: Tensor, path: Tensor) -> None:
         for block in [self.tokens] if self.features is None else [self.tokens, self.features]:
             row, places = torch.arange(len(path)).unsqueeze(1), torch.arange(path.shape[1])
@@ -67,7 +70,9 @@ class MarkovModel(LanguageModel):
         self.table = table.double()
         self.vocab_size, self.context_length, self.device = len(table), context_length, table.device
 
-    def allocate(self, num_slots: int, capacity: int, *, features: FeatureLayers = ()) -> MarkovCache:
+    def allocate(
+        self, num_slots: int, capacity: int, *, features: FeatureLayers = (), max_rollback: int = MAX_ROLLBACK
+    ) -> MarkovCache:
         if features:
             raise ValueError(
                 f"features={features} must be () for a Markov table, which has no hidden states; use a method without "

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from specdec.models.base import FeatureLayers, LanguageModel
+from specdec.models.base import MAX_ROLLBACK, FeatureLayers, LanguageModel
 from specdec.models.causal import (
     UnsupportedModelError,
     check_logits,
@@ -70,6 +70,9 @@ class Seq2SeqCache:
     def keep(self, starts: Tensor, path: Tensor) -> None:
         """See `TreeCache`; no prompt has a node of a tree."""
         self.decoder.keep((starts - (self.prompt_lengths[: len(starts)] - 1)).clamp(min=0), path)
+
+    def holds(self, slot: int, num_tokens: int) -> bool:
+        return True
 
     def copy_slot(self, source: int, slot: int, num_tokens: int) -> None:
         """Let a slot hold the first num_tokens of another's sequence, all of its prompt among them, or of its own."""
@@ -134,7 +137,9 @@ class Seq2SeqLM(LanguageModel):
         """Bytes of keys and values per token of context, in the prompt or the output."""
         return int(sum(heads * dim for pair in self._shapes for heads, dim in pair) * self.dtype.itemsize)
 
-    def allocate(self, num_slots: int, capacity: int, *, features: FeatureLayers = ()) -> Seq2SeqCache:
+    def allocate(
+        self, num_slots: int, capacity: int, *, features: FeatureLayers = (), max_rollback: int = MAX_ROLLBACK
+    ) -> Seq2SeqCache:
         if features:
             raise ValueError(
                 f"features={features} must be () for an encoder-decoder, which keeps no hidden states; use a method "

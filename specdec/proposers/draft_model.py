@@ -172,7 +172,9 @@ class DraftModelProposer(ChainProposer):
                 if self._cache:
                     batch.recorder.forget()  # recordings refer to the old cache
             self._cache = None  # free the memory before allocating
-            self._cache = self._model.allocate(batch.num_slots, max(batch.capacity, needed))
+            self._cache = self._model.allocate(
+                batch.num_slots, max(batch.capacity, needed), max_rollback=max(batch.max_draft, 1)
+            )
             self._slots, self._fed = [_Slot() for _ in range(batch.num_slots)], None
 
     def _settle(self) -> None:

@@ -125,7 +125,9 @@ class Stub(LanguageModel):
     def __init__(self, device: str, logits_at: str) -> None:
         self.device, self.logits_at = torch.device(device), logits_at
 
-    def allocate(self, num_slots: int, capacity: int, *, features: tuple[int, ...] = ()) -> None:
+    def allocate(
+        self, num_slots: int, capacity: int, *, features: tuple[int, ...] = (), max_rollback: int = 16
+    ) -> None:
         raise NotImplementedError
 
     def forward(self, tokens: torch.Tensor, cache: object, first_slot: int, last_only: bool) -> torch.Tensor:

@@ -13,7 +13,7 @@ from specdec.models.positions.alibi import alibi_biases
 from specdec.models.positions.embeddings import PositionEmbeddings, ids_after_padding
 from specdec.models.state.ragged import RaggedCache
 
-Masks = Tensor | dict[str, Tensor]  # one for all layers, or one by kind of layer
+Masks = Tensor | dict[str, Tensor | None]  # one for all layers, or one by kind of layer
 
 
 class RowPositions:
