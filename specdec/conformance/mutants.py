@@ -8,7 +8,6 @@ layers.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import replace
@@ -559,7 +558,7 @@ def with_rings(ring: type[StateRing], kinds: Sequence[str] = ("conv", "recurrent
             cache.new_ring = lambda kind: (ring if kind in kinds else StateRing)(num_slots, depth)
             return cache
 
-        twin = copy.copy(model)
+        twin = copy(model)
         twin.allocate = allocate  # type: ignore[method-assign]
         return twin
 

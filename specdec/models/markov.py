@@ -46,9 +46,6 @@ class MarkovCache:
             self.features[slot, :num_tokens] = self.features[source, :num_tokens]
         self.num_cached[slot] = num_tokens
 
-    def holds(self, slot: int, num_tokens: int) -> bool:
-        return True
-
     def keep(self, starts: Tensor, path: Tensor) -> None:
         for block in [self.tokens] if self.features is None else [self.tokens, self.features]:
             row, places = torch.arange(len(path)).unsqueeze(1), torch.arange(path.shape[1])

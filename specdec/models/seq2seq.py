@@ -71,9 +71,6 @@ class Seq2SeqCache:
         """See `TreeCache`; no prompt has a node of a tree."""
         self.decoder.keep((starts - (self.prompt_lengths[: len(starts)] - 1)).clamp(min=0), path)
 
-    def holds(self, slot: int, num_tokens: int) -> bool:
-        return True
-
     def copy_slot(self, source: int, slot: int, num_tokens: int) -> None:
         """Let a slot hold the first num_tokens of another's sequence, all of its prompt among them, or of its own."""
         num_prompt = self.num_prompt[source]

@@ -56,12 +56,6 @@ REFUSED = {
         SMALL | {"dim_head": 8, "dim_ff": 48},
         "CpmAntForCausalLM does not support the per-row .* and cache of ragged batches .its CpmAntAttention raised",
     ),
-    "mamba": ({"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 61, "state_size": 4}, "recurrent state"),
-    "lfm2": (GQA | {"layer_types": ["conv", "full_attention"]}, "cannot be rolled back"),
-    "jamba": (
-        GQA | {"use_mamba_kernels": False, "attn_layer_period": 2, "attn_layer_offset": 1},
-        "rolled back|recurrent",
-    ),
 }
 
 

@@ -217,10 +217,6 @@ class RaggedCache(Cache):  # type: ignore[misc]  # transformers has no complete 
         """An upper bound on this length, rounded so that few shapes occur."""
         return min(max(_MIN_EXTENT, 1 << (length - 1).bit_length()), self.capacity)
 
-    def holds(self, slot: int, num_tokens: int) -> bool:
-        """Whether a slot can be rolled back to its first num_tokens tokens."""
-        return True
-
     def copy_slot(self, source: int, slot: int, num_tokens: int) -> None:
         """Copy the first num_tokens of a slot to another, or truncate a slot.
 
