@@ -60,12 +60,12 @@ def test_windows_are_those_of_transformers(kind: str, dtype: torch.dtype, monkey
     tokens, wider = text(1, LENGTH), lm.allocate(1, LENGTH)
     with torch.inference_mode():
         expected = exact.to(dtype).float()(tokens, use_cache=False).logits
-        theirs = plain(tokens, use_cache=False).logits
-        ours = lm.forward(tokens, lm.allocate(1, LENGTH))
+        by_transformers = plain(tokens, use_cache=False).logits
+        by_fused = lm.forward(tokens, lm.allocate(1, LENGTH))
         monkeypatch.setattr(stacks, "_window", lambda cache, index: cache.local[index] and cache.local[index].size + 1)
         one_more = lm.forward(tokens, wider)
     error, own, off_by_one = (
-        float((logits.float() - expected).norm() / expected.norm()) for logits in (theirs, ours, one_more)
+        float((logits.float() - expected).norm() / expected.norm()) for logits in (by_transformers, by_fused, one_more)
     )
     assert own < (1e-5 if dtype == torch.float32 else 1.1 * error) < off_by_one
 

@@ -1,4 +1,4 @@
-"""GGUF files: weights have the bits of the packages gguf and transformers, whatever the type and the architecture."""
+"""GGUF files: weights are bit-identical to those of gguf and transformers, whatever the type and the architecture."""
 
 from __future__ import annotations
 
@@ -151,9 +151,9 @@ def test_a_model_has_the_weights_and_the_tokenizer_that_transformers_reads(arch,
     assert model.config.vocab_size == VOCAB
     configs = [each.config.to_dict() | {"_name_or_path": ""} for each in (model, expected)]
     assert configs[0] == configs[1]
-    ours, theirs = model.state_dict(), expected.state_dict()
-    assert ours.keys() == theirs.keys()
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    weights, expected_weights = model.state_dict(), expected.state_dict()
+    assert weights.keys() == expected_weights.keys()
+    assert all(torch.equal(weights[name], expected_weights[name]) for name in expected_weights)
     assert all(torch.equal(*pair) for pair in zip(model.buffers(), expected.buffers(), strict=True))
     reference = AutoTokenizer.from_pretrained(tmp_path, gguf_file=path.name)
     assert tokenizer.backend_tokenizer.to_str() == reference.backend_tokenizer.to_str()

@@ -143,8 +143,8 @@ def test_a_prompt_read_in_chunks_leaves_the_same_states(kind: str, monkeypatch: 
     whole = prefill(target, text, caches[0], 1)
     monkeypatch.setattr("specdec.models.base.PREFILL_CHUNK", 5)
     torch.testing.assert_close(prefill(target, text, caches[1], 1), whole, rtol=1e-4, atol=1e-4)
-    for (_, ours), (_, expected) in zip(*(each.states(1, len(text)) for each in caches), strict=True):
-        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
+    for (_, actual), (_, expected) in zip(*(each.states(1, len(text)) for each in caches), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_a_step_is_rolled_back_to_any_of_its_tokens() -> None:

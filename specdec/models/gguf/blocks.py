@@ -7,7 +7,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-PIECE = 1 << 18  # weights at a time: a float32 copy of so many stays in a core's cache
+PIECE = 1 << 18  # weights at a time: their float32 copy stays in a core's cache
 _PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
 
 
