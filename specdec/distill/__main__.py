@@ -3,6 +3,7 @@
 python -m specdec.distill corpus --target smollm2-135m --prompts sharegpt --folder work
 python -m specdec.distill score  --target smollm2-135m --folder work
 python -m specdec.distill head   --target smollm2-135m --folder work --out my-head
+python -m specdec.distill head   --target smollm2-135m --folder work --out my-eagle3 --format eagle3
 python -m specdec.distill draft  --target smollm2-135m --folder work --out my-draft
 python -m specdec.distill table  --target smollm2-135m --folder work --out my-table
 python -m specdec.distill compare --target smollm2-135m --folder work --head my-head
@@ -18,7 +19,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from specdec.distill import commands
+from specdec.distill import commands, heads
 from specdec.models.formats import DTYPE_NAMES
 from specdec.runtime.command_line import Parser
 from specdec.runtime.progress import replace_unencodable
@@ -51,8 +52,15 @@ def parser() -> Parser:
             verb.add_argument("--out", type=Path, required=True, help="output folder")
         if name == "compare":
             verb.add_argument("--head", type=Path, required=True, help="folder of a trained head")
+        if name == "score":
+            verb.add_argument(
+                "--layers",
+                type=int,
+                nargs="*",
+                help="further hidden states to store, 0 being the embeddings; without numbers: EAGLE-3's usual three",
+            )
         if name == "head":
-            verb.add_argument("--vocabulary", type=int, default=16384, help="size of the draft vocabulary")
+            _head_options(verb)
         if name == "table":
             verb.add_argument("--max-ngram", type=int, default=3, help="maximum context length in tokens")
             verb.add_argument(
@@ -119,6 +127,32 @@ def _measured_options(verb: argparse.ArgumentParser) -> None:
 def _calibration_options(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--temperatures", type=float, nargs="+", default=[0.0, 1.0], help="sampling temperatures")
     verb.add_argument("--num-speculative-tokens", type=int, default=6, help="tokens per draft, at least 2")
+
+
+def _head_options(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("--format", choices=heads.FORMATS, default="eagle", help="kind of head (default: %(default)s)")
+    verb.add_argument("--dialect", help=f"how it is written: {heads.described_dialects()} (default: the first)")
+    verb.add_argument("--vocabulary", type=int, default=16384, help="size of the draft vocabulary; mtp, dflash: all")
+    verb.add_argument(
+        "--feature-layers",
+        type=int,
+        nargs="+",
+        help="hidden states that eagle3, p_eagle and dflash read (default: all that score stored)",
+    )
+    verb.add_argument("--num-layers", type=int, help="layers of the head (default: eagle3 1, p_eagle and dflash 2)")
+    verb.add_argument(
+        "--unroll", type=int, default=4, help="draft tokens that eagle3 and mtp learn (default: %(default)s)"
+    )
+    verb.add_argument(
+        "--num-tokens", type=int, default=7, help="draft tokens of a p_eagle or dflash pass (default: %(default)s)"
+    )
+    verb.add_argument("--mask-token", type=int, help="token id of masks (default: the rarest in the corpus)")
+    verb.add_argument("--train-output", action="store_true", help="train an output head of its own (eagle3, p_eagle)")
+    verb.add_argument(
+        "--share-output",
+        action="store_true",
+        help="leave the target's output head out of the folder: smaller, but vLLM needs it",
+    )
 
 
 def _training_options(verb: argparse.ArgumentParser) -> None:

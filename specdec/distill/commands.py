@@ -4,34 +4,42 @@ from __future__ import annotations
 
 import json
 import shutil
-import time
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-import transformers
-from torch import Tensor
 from transformers import LlamaConfig
 
 from specdec.assembly import tree_costs
-from specdec.distill import corpus, dataset, prompts, training
+from specdec.distill import corpus, dataset, prompts
 from specdec.distill.calibration import measure_calibration
 from specdec.distill.comparison import compare
 from specdec.distill.convention import measure_convention
-from specdec.distill.cost import draft_cost_ratio, head_cost_ratio
+from specdec.distill.cost import draft_cost_ratio
 from specdec.distill.dataset import Dataset
-from specdec.distill.students import DraftStudent, HeadGuesser, HeadStudent, Student, unscale
+from specdec.distill.heads import train_head, usual_layers
+from specdec.distill.runs import (
+    FREQUENT,
+    about,
+    asked_for,
+    best_evaluation,
+    largest,
+    machine,
+    prepare,
+    print_result,
+    train,
+)
+from specdec.distill.students import DraftStudent, HeadGuesser
 from specdec.distill.tree import count
 from specdec.drafts import RATES_FILE, is_head, kind_of, load_with_drafts
 from specdec.engine import Engine
-from specdec.heads.eagle import load_head, new_head
+from specdec.heads.eagle import load_head
 from specdec.methods import packaged_draft
 from specdec.models.derived import materialize, save_derived
 from specdec.models.loading import load_pretrained, read_vocabulary
-from specdec.models.saving import fingerprint, write_config
+from specdec.models.saving import write_config
 from specdec.prompts import encode
 from specdec.proposers.draft_model import DraftModelProposer
 from specdec.proposers.heads.eagle import EagleProposer
@@ -40,7 +48,6 @@ from specdec.runtime.artifacts import LoadError as LoadError
 from specdec.trees.optimal import expected_accepted, fastest_tree, optimal_tree
 from specdec.trees.shape import Tree
 
-FREQUENT = 4096  # most frequent tokens, included in the loss at every training step
 DRAFT_SHAPE = {
     "hidden_size": 256,
     "intermediate_size": 768,
@@ -72,10 +79,10 @@ def make_corpus(options: Namespace) -> None:
     made = list(corpus.read_texts(options.folder / "texts.jsonl"))
     corpus.write_held_out(made, tokenizer, options.folder / "held_out.jsonl")
     facts = (
-        _asked(options)
+        asked_for(options)
         | {"evaluation": [path.name for path in options.evaluation]}
         | {"dialogues": len(dialogues), "texts": len(texts), "left_out": left_out}
-        | _machine()
+        | machine()
     )
     (options.folder / "corpus.json").write_text(json.dumps(facts, indent=1) + "\n")
     num_tokens = sum(len(text.output) for text in made)
@@ -86,21 +93,10 @@ def score(options: Namespace) -> None:
     """Run the target over the corpus and store its features."""
     model, _ = load_pretrained(options.target, dtype=torch.bfloat16, device=options.device)
     texts = list(corpus.read_texts(options.folder / "texts.jsonl"))
-    dataset.score(texts, model, options.folder)
-    print(f"score: features of {len(texts)} texts in {options.folder}; next: head, draft or table")
-
-
-def train_head(options: Namespace) -> None:
-    """Train an EAGLE head (method eagle)."""
-    model, _, data, counts = _prepare(options)
-    vocabulary = _largest(counts, options.vocabulary)
-    cost_ratio = options.cost_ratio or head_cost_ratio(options.target, len(vocabulary), options.device)
-    head = new_head(model, vocabulary).float()
-    student = HeadStudent(head, model, _largest(counts[vocabulary], FREQUENT), data.feature_sizes().to(model.device))
-    _train(student, data, options, cost_ratio)
-    best = _best(options)
-    head.save(options.out, fingerprint(model), _about(options) | best)
-    _print_result("head", best, options)
+    layers = usual_layers(model) if options.layers == [] else options.layers or []
+    dataset.score(texts, model, options.folder, layers=layers)
+    also = f" and states of layers {', '.join(map(str, layers))}" if layers else ""
+    print(f"score: features{also} of {len(texts)} texts in {options.folder}; next: head, draft or table")
 
 
 def train_draft(options: Namespace) -> None:
@@ -108,17 +104,18 @@ def train_draft(options: Namespace) -> None:
 
     `out` is an ordinary model, `out`/derived the same without embeddings.
     """
-    model, tokenizer, data, counts = _prepare(options)
+    model, tokenizer, data, counts = prepare(options)
     names = ("vocab_size", "max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")
     shared = {name: getattr(model.config, name) for name in names}
     config = LlamaConfig(**shared, **DRAFT_SHAPE, tie_word_embeddings=False, attn_implementation="sdpa")
     cost_ratio = options.cost_ratio or draft_cost_ratio(options.target, config, options.device)
-    student = DraftStudent(config, model, _largest(counts, FREQUENT))
-    _train(student, data, options, cost_ratio)
-    best = _best(options)
-    save_derived(options.out / "derived", config, student.module.state_dict(), model, _about(options) | best)
+    student = DraftStudent(config, model, largest(counts, FREQUENT))
+    if not train(student, data, options, cost_ratio):
+        return
+    best = best_evaluation(options)
+    save_derived(options.out / "derived", config, student.module.state_dict(), model, about(options) | best)
     materialize(options.out / "derived", model, tokenizer, options.out)
-    _print_result("draft", best, options)
+    print_result("draft", best, options)
 
 
 def count_table(options: Namespace) -> None:
@@ -128,7 +125,7 @@ def count_table(options: Namespace) -> None:
     spoken = [text.output for i, text in enumerate(texts) if i not in unseen and text.temperature is not None]
     vocab_size = read_vocabulary(options.target).vocab_size
     table = NgramTable.count(spoken, vocab_size, max_ngram=options.max_ngram, min_count=options.min_count)
-    write_config(options.out, {"vocab_size": vocab_size, "specdec": _about(options)})
+    write_config(options.out, {"vocab_size": vocab_size, "specdec": about(options)})
     table.save(options.out / "table.safetensors")
     shutil.copymode(options.out / "config.json", options.out / "table.safetensors")
     print(f"table: counted from {len(spoken)} texts, in {options.out}")
@@ -165,9 +162,10 @@ def best_tree(options: Namespace) -> None:
     counts = count(target, proposer, asked, tree, options.temperatures, **sizes)
     acceptance, (step_s, level_s) = counts.acceptance(), tree_costs(target, draft)
     level_cost = level_s / step_s[0]
-    about = _about(Namespace(**vars(options) | {"draft": Path(source).name, "prompts": Path(options.prompts).name}))
+    options_used = Namespace(**vars(options) | {"draft": Path(source).name, "prompts": Path(options.prompts).name})
+    recorded = about(options_used)
     rounded = [[round(rate, 4) for rate in rates] for rates in acceptance]
-    facts = {"acceptance": rounded, "level_cost": round(level_cost, 4), "tried": counts.tried} | about
+    facts = {"acceptance": rounded, "level_cost": round(level_cost, 4), "tried": counts.tried} | recorded
     options.out.mkdir(parents=True, exist_ok=True)
     lines = (f" {json.dumps(name)}: {json.dumps(value)}" for name, value in facts.items())
     (options.out / RATES_FILE).write_text("{\n" + ",\n".join(lines) + "\n}\n")
@@ -179,7 +177,7 @@ def best_tree(options: Namespace) -> None:
         best = optimal_tree(acceptance, options.nodes, level_cost)
         print(_described("requested", best, acceptance))
     if best:
-        best.save(options.out / "tree.json", **about)
+        best.save(options.out / "tree.json", **recorded)
 
 
 def _described(name: str, tree: Tree | None, acceptance: list[list[float]]) -> str:
@@ -187,62 +185,6 @@ def _described(name: str, tree: Tree | None, acceptance: list[list[float]]) -> s
         return f"{name}: no tree, plain decoding is faster"
     tokens = 1 + expected_accepted(tree, acceptance)
     return f"{name}: {len(tree)} nodes in levels of {', '.join(map(str, tree.widths))}, {tokens:.2f} tokens per step"
-
-
-def _prepare(options: Namespace) -> tuple[Any, Any, Dataset, Tensor]:
-    """The target, its tokenizer, the data set, and the token counts of the data set."""
-    model, tokenizer = load_pretrained(options.target, dtype=torch.bfloat16, device=options.device)
-    data = Dataset(options.folder)
-    torch.manual_seed(options.seed)
-    tokens = torch.from_numpy(data.tokens.astype(np.int64))
-    return model, tokenizer, data, tokens.bincount(minlength=model.config.vocab_size).to(model.device)
-
-
-def _largest(counts: Tensor, number: int) -> Tensor:
-    """Indices of the largest counts, ascending."""
-    return counts.topk(min(number, len(counts))).indices.sort().values
-
-
-def _train(student: Student, data: Dataset, options: Namespace, cost_ratio: float) -> None:
-    settings = training.Settings(
-        num_steps=options.steps,
-        tokens_per_batch=options.tokens_per_batch,
-        learning_rate=options.learning_rate,
-        evaluate_every=options.evaluate_every,
-        seed=options.seed,
-    )
-    training.train(student, data, settings, options.out / "training", cost_ratio=cost_ratio)
-    best = torch.load(options.out / "training" / "best.pt", weights_only=True)
-    student.module.load_state_dict(best["module"])
-    unscale(student.module)
-
-
-def _best(options: Namespace) -> dict[str, Any]:
-    """The evaluation of the best weights."""
-    folder = options.out / "training"
-    step = torch.load(folder / "best.pt", weights_only=True)["step"]
-    seen = [json.loads(line) for line in (folder / "progress.jsonl").read_text().splitlines()]
-    return {"held_out": next(line for line in seen if line["step"] == step)}
-
-
-def _print_result(kind: str, best: dict[str, Any], options: Namespace) -> None:
-    """Print the held-out evaluation of the best weights in one line."""
-    numbers = {name: value for name, value in best["held_out"].items() if isinstance(value, int | float)}
-    evaluation = ", ".join(f"{name}={value:.3g}" for name, value in numbers.items())
-    print(f"{kind}: in {options.out}; held-out texts at the best step: {evaluation}")
-
-
-def _about(options: Namespace) -> dict[str, Any]:
-    return {"made_with": _asked(options)} | _machine()
-
-
-def _asked(options: Namespace) -> dict[str, Any]:
-    left_out = ("run", "folder", "out", "evaluation")
-    return {name: value for name, value in vars(options).items() if name not in left_out}
-
-
-def _machine() -> dict[str, Any]:
-    return {"torch": torch.__version__, "transformers": transformers.__version__, "date": time.strftime("%Y-%m-%d")}
 
 
 VERBS: dict[str, Callable[[Namespace], None]] = {

@@ -1,4 +1,8 @@
-"""The training loop: reproducible batches, evaluation on held-out texts, checkpoints and the best weights."""
+"""The training loop: reproducible batches, evaluation on held-out texts, checkpoints and the best weights.
+
+Started by `accelerate launch`, several processes share each batch: its texts are divided among them, and gradients are
+added up, so that a step is the same as that of one process up to rounding.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +10,13 @@ import json
 import os
 import pickle
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import reduce
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -30,6 +36,7 @@ class Settings:
     layers' matrices (Muon, matched to the scale of AdamW); other parameters use AdamW with a third of it. The rate
     rises over the first `warmup` fraction of the steps and falls to zero over the last `decay` fraction.
     evaluate_every, save_every: in steps. seed: for the order of batches, the initial weights and sampled tokens.
+    anchors_per_text: places of a text after which heads that draft in one pass learn to draft, in each step.
     """
 
     num_steps: int
@@ -40,6 +47,7 @@ class Settings:
     evaluate_every: int = 200
     save_every: int = 50
     seed: int = 0
+    anchors_per_text: int = 32
 
     def rate_at(self, step: int) -> float:
         """The learning rate at a step, relative to its peak."""
@@ -59,12 +67,19 @@ class Acceptance:
         return 1 + sum(self.greedy[:gamma]), 1 + sum(self.sampled[:gamma])
 
 
+def own_device(device: str) -> str:
+    """The device of this process: of several, each takes a GPU of its own for "cuda"."""
+    return str(PartialState().device) if device == "cuda" else device
+
+
 def train(student: Student, dataset: Dataset, settings: Settings, folder: Path, *, cost_ratio: float) -> None:
     """Train a student, resuming from folder/checkpoint.pt; writes best.pt (best weights) and progress.jsonl.
 
-    cost_ratio: draft step time / target step time, used to select the best weights.
+    cost_ratio: draft pass time / target step time, used to select the best weights.
     Raises ValueError for a damaged checkpoint or one with different settings.
     """
+    device = next(student.module.parameters()).device
+    processes = PartialState(cpu=device.type == "cpu")
     folder.mkdir(parents=True, exist_ok=True)
     optimizers = _optimizers(student.module, settings)
     state = _load(folder / "checkpoint.pt", settings)
@@ -75,23 +90,33 @@ def train(student: Student, dataset: Dataset, settings: Settings, folder: Path, 
             optimizer.load_state_dict(saved)
         best = state["best"]
     first = state["step"] if state else 0
-    _truncate_progress(first, folder / "progress.jsonl")
-    device = next(student.module.parameters()).device
-    with bar(settings.num_steps, "step", initial=first) as steps:
+    processes.wait_for_everyone()  # all have read the checkpoint
+    if processes.is_main_process:
+        _truncate_progress(first, folder / "progress.jsonl")
+    with bar(settings.num_steps, "step", initial=first, shown=processes.is_main_process) as steps:
         for step, indices in _batches(dataset, settings, first):
-            random = torch.Generator().manual_seed(settings.seed * 1_000_003 + step)
-            loss = _step(student, optimizers, dataset.batch(indices).to(device), settings, step, random)
+            batch = _with_uniforms(dataset.batch(indices), settings, step)
+            part = batch.part(processes.process_index, processes.num_processes).to(device)
+            loss = _step(student, optimizers, part, settings, step)
             steps.update()
             steps.set_postfix(loss=f"{loss:.3f}")
             done = step + 1
-            if done % settings.evaluate_every == 0 or done == settings.num_steps:
+            is_last = done == settings.num_steps
+            if processes.is_main_process and (done % settings.evaluate_every == 0 or is_last):
                 value = _evaluate_and_log(student, dataset, cost_ratio, folder, done, loss)
                 if value > best:
                     best = value
                     _save(folder / "best.pt", {"module": student.module.state_dict(), "step": done})
-            if done % settings.save_every == 0 or done == settings.num_steps:
+            if processes.is_main_process and (done % settings.save_every == 0 or is_last):
                 content = {"module": student.module.state_dict(), "optimizers": [o.state_dict() for o in optimizers]}
                 _save(folder / "checkpoint.pt", content | {"step": done, "best": best, "settings": asdict(settings)})
+    processes.wait_for_everyone()
+
+
+def _with_uniforms(batch: TextBatch, settings: Settings, step: int) -> TextBatch:
+    """The batch with the uniforms of a step, which do not depend on how it is divided among processes."""
+    random = torch.Generator().manual_seed((settings.seed * 1_000_003 + step) ^ 0x5EED)
+    return replace(batch, uniforms=torch.rand(len(batch.tokens), settings.anchors_per_text, generator=random))
 
 
 def _batches(dataset: Dataset, settings: Settings, first: int) -> Iterator[tuple[int, list[int]]]:
@@ -107,30 +132,49 @@ def _batches(dataset: Dataset, settings: Settings, first: int) -> Iterator[tuple
 
 
 def _optimizers(module: nn.Module, settings: Settings) -> list[torch.optim.Optimizer]:
-    matrices = [p for p in module.parameters() if p.requires_grad and p.ndim == 2]
-    others = [p for p in module.parameters() if p.requires_grad and p.ndim != 2]
-    muon = torch.optim.Muon(matrices, lr=settings.learning_rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
+    """Muon for matrices between hidden states, AdamW for the others: norms, biases and an output head."""
+    trained = {name: each for name, each in module.named_parameters() if each.requires_grad}
+    matrices = {name: each for name, each in trained.items() if each.ndim == 2 and name != "output"}
+    others = [each for name, each in trained.items() if name not in matrices]
+    muon = torch.optim.Muon(
+        list(matrices.values()), lr=settings.learning_rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"
+    )
     return [muon, torch.optim.AdamW(others, lr=settings.learning_rate / 3, betas=(0.9, 0.95), weight_decay=0.0)]
 
 
 def _step(
-    student: Student,
-    optimizers: list[torch.optim.Optimizer],
-    batch: TextBatch,
-    settings: Settings,
-    step: int,
-    random: torch.Generator,
+    student: Student, optimizers: list[torch.optim.Optimizer], part: TextBatch, settings: Settings, step: int
 ) -> float:
-    with torch.autocast(batch.tokens.device.type, torch.bfloat16):
-        loss = student.loss(batch, random)
-    loss.backward()
+    """One optimizer step with this process's part of a batch; returns the loss of the whole batch."""
+    loss = _backward(student, part, torch.Generator().manual_seed(settings.seed * 1_000_003 + step))
     torch.nn.utils.clip_grad_norm_(student.module.parameters(), 1.0)
     for optimizer, rate in zip(optimizers, (1.0, 1 / 3), strict=True):
         for group in optimizer.param_groups:
             group["lr"] = settings.learning_rate * rate * settings.rate_at(step)
         optimizer.step()
         optimizer.zero_grad()
-    return loss.item()
+    return loss
+
+
+def _backward(student: Student, part: TextBatch, random: torch.Generator) -> float:
+    """Gradients of the whole batch's loss, added up over all processes; returns that loss."""
+    parameters = [each for each in student.module.parameters() if each.requires_grad]
+    total, num_terms = torch.zeros((), device=part.tokens.device), 0
+    if len(part.tokens):  # a batch may have fewer texts than there are processes
+        with torch.autocast(part.tokens.device.type, torch.bfloat16):
+            loss = student.loss(part, random)
+        loss.mean.backward()
+        total, num_terms = loss.mean.detach() * loss.num_terms, loss.num_terms
+    if PartialState().num_processes == 1:
+        return total.item() / max(1, num_terms)
+    gradients = [torch.zeros_like(each) if each.grad is None else each.grad * num_terms for each in parameters]
+    sums = torch.cat([total.view(1), torch.tensor([float(num_terms)]).to(total), *(g.flatten() for g in gradients)])
+    summed: Tensor = reduce(sums, "sum")
+    divisor = summed[1].clamp(min=1)
+    parts = (summed[2:] / divisor).split([each.numel() for each in parameters])
+    for parameter, gradient in zip(parameters, parts, strict=True):
+        parameter.grad = gradient.view_as(parameter)
+    return (summed[0] / divisor).item()
 
 
 # ---- evaluation
@@ -196,7 +240,8 @@ def _evaluate_and_log(
     acceptance = evaluate(student, dataset)
     student.module.train()
     value = max(
-        sum(acceptance.tokens_per_call(gamma)) / 2 / (1 + gamma * cost_ratio) for gamma in range(1, MAX_DEPTH + 1)
+        sum(acceptance.tokens_per_call(gamma)) / 2 / (1 + (1 if student.one_pass else gamma) * cost_ratio)
+        for gamma in range(1, MAX_DEPTH + 1)
     )
     line = {"step": step, "loss": loss, **asdict(acceptance), "cost_ratio": cost_ratio, "predicted_speedup": value}
     with (folder / "progress.jsonl").open("a") as out:

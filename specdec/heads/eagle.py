@@ -42,6 +42,7 @@ from specdec.heads.convention import feature_layer_choice
 from specdec.heads.files import VOCABULARY_FILE, HeadFolder
 from specdec.heads.sequential import (
     SequentialModule,
+    config_like,
     layer_config,
     new_layer,
     new_rotary,
@@ -112,9 +113,10 @@ class EagleHead(SequentialModule):
             return self._stack(hidden, cache)
         return layer_by_layer(self.layers, self.rotary, hidden, cache, [len(self.layers)])[0]
 
-    def logits(self, states: Tensor) -> Tensor:
-        """Logits [..., draft vocab] of the next token from features [..., hidden]."""
-        return self.project(self.pre_lm_head_layernorm(states))
+    def normed(self, states: Tensor) -> Tensor:
+        """What the output head reads: the predicted features, normalized in old speculators checkpoints."""
+        normed: Tensor = self.pre_lm_head_layernorm(states)
+        return normed
 
     def choices(self) -> tuple[Choice, ...]:
         """Of a published head, whether it reads the target's state after its final norm, as EAGLE does, or before."""
@@ -148,11 +150,7 @@ class EagleHead(SequentialModule):
 
 def new_head(model: Any, draft_vocabulary: Tensor) -> EagleHead:
     """An untrained head for a transformers model: one Llama layer with the model's dimensions."""
-    target_config = model.config.get_text_config(decoder=True)
-    names = ["vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim"]
-    names += ["max_position_embeddings", "rope_parameters", "rms_norm_eps"]
-    shared = {name: getattr(target_config, name) for name in names if getattr(target_config, name, None) is not None}
-    config = LlamaConfig(num_hidden_layers=1, attn_implementation="sdpa", **shared)
+    config = config_like(model)
     lender = Lender.of(model)
     return EagleHead(config, lender.embedding, lender.output, draft_vocabulary)
 

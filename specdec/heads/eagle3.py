@@ -179,10 +179,10 @@ class Eagle3Head(SequentialModule):
                 states = layer(states, **_attention(states, cache, self.rotary))
         return self.norm(states) if self.wiring.feeds_normed else states
 
-    def logits(self, states: Tensor) -> Tensor:
-        """Logits [..., draft vocab] of the next token."""
+    def normed(self, states: Tensor) -> Tensor:
+        """What the output head reads: normalized states, unless the head's wiring says otherwise."""
         needs_norm = self.wiring.norm_before_output and not self.wiring.feeds_normed
-        return self.project(self.norm(states) if needs_norm else states)
+        return self.norm(states) if needs_norm else states
 
     def choices(self) -> tuple[Choice, ...]:
         """The target's layers, which state is fed back, and where the residual is taken."""

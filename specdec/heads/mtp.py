@@ -135,9 +135,9 @@ class MtpHead(SequentialModule):
             mixed = layer_by_layer(self.layers, self.rotary, hidden, cache, [1])[0]
         return self.norm(mixed) if self.wiring.feeds_normed else mixed
 
-    def logits(self, states: Tensor) -> Tensor:
-        """Logits [..., vocab] of the next token."""
-        return self.project(states if self.wiring.feeds_normed else self.norm(states))
+    def normed(self, states: Tensor) -> Tensor:
+        """What the output head reads: states after the norm."""
+        return states if self.wiring.feeds_normed else self.norm(states)
 
     def choices(self) -> tuple[Choice, ...]:
         """The target's state that is read, the order of inputs, and which state is fed back."""

@@ -97,8 +97,12 @@ class SequentialModule(HeadModule, ABC):
         """`forward` at the open window of the cache."""
 
     @abstractmethod
+    def normed(self, states: Tensor) -> Tensor:
+        """What the output head reads, [..., width], of states [..., width] that `forward` returned."""
+
     def logits(self, states: Tensor) -> Tensor:
         """Logits [..., draft vocab] of the next token, of states [..., width] that `forward` returned."""
+        return self.project(self.normed(states))
 
     def forward(
         self,
@@ -145,6 +149,15 @@ def layer_config(config: Mapping[str, Any], shapes: Shapes, prefix: str) -> Any:
     known.setdefault("head_dim", known["hidden_size"] // known["num_attention_heads"])
     has_norms = f"{prefix}self_attn.q_norm.weight" in shapes
     return (Qwen3Config if has_norms else LlamaConfig)(attn_implementation="sdpa", **known)
+
+
+def config_like(model: Any, kind: type[LlamaConfig] | type[Qwen3Config] = LlamaConfig, num_layers: int = 1) -> Any:
+    """A config of layers of a kind with the dimensions of a transformers model, for a head that is to be trained."""
+    config = model.config.get_text_config(decoder=True)
+    names = ["vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim"]
+    names += ["max_position_embeddings", "rope_parameters", "rms_norm_eps"]
+    shared = {name: getattr(config, name) for name in names if getattr(config, name, None) is not None}
+    return kind(num_hidden_layers=num_layers, attn_implementation="sdpa", **shared)
 
 
 def new_layer(config: Any, index: int, shapes: Shapes, prefix: str, num_inputs: int | None = None) -> nn.Module:

@@ -21,10 +21,14 @@ def write_config(folder: Path, config: dict[str, Any]) -> None:
 
 
 def save_weights(folder: Path, name: str, weights: Mapping[str, Tensor]) -> None:
-    """Write weights in bfloat16 with the permissions of the folder's config.json."""
-    narrow = {key: value.detach().bfloat16().cpu().contiguous() for key, value in weights.items()}
+    """Write weights in bfloat16, and token ids and flags as they are, with the permissions of the folder's config."""
+    narrow = {key: _narrowed(value).detach().cpu().contiguous() for key, value in weights.items()}
     save_file(narrow, folder / name, {"format": "pt"})
     shutil.copymode(folder / "config.json", folder / name)  # safetensors writes files readable by the owner only
+
+
+def _narrowed(value: Tensor) -> Tensor:
+    return value.bfloat16() if value.is_floating_point() else value
 
 
 def fingerprint(model: Any) -> str:

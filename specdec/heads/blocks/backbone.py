@@ -131,14 +131,15 @@ class BlockModule(HeadModule):
         Row r belongs to slot first_slot + r. The caller updates the cache's num_cached.
         """
         cache.open(first_slot, features.shape[0], features.shape[1], features.device)
-        self._enter(features, cache)
+        self.enter(features, cache)
 
     def extend_at(self, features: Tensor, tokens: Tensor, starts: Tensor, cache: RaggedCache, extent: int) -> None:
         """`extend` from the first slot on; row r begins at position starts[r]. extent: bounds all positions."""
         cache.open_at(0, starts, features.shape[1], extent)
-        self._enter(features, cache)
+        self.enter(features, cache)
 
-    def _enter(self, features: Tensor, cache: RaggedCache) -> None:
+    def enter(self, features: Tensor, cache: RaggedCache) -> None:
+        """`extend` in the open window of the cache."""
         states = self.hidden_norm(self.fc(features))
         dim = _attention(self.layers[0]).head_dim
         heads = self._keys_and_values(states).unflatten(-1, (2 * len(self.layers), -1, dim)).transpose(1, 3)
@@ -164,17 +165,18 @@ class BlockModule(HeadModule):
 
     def block(self, newest: Tensor, num_tokens: int, cache: RaggedCache) -> Block:
         """One pass for num_tokens drafts after each row's newest token, int64 [rows]."""
-        tokens = self._tokens(newest, num_tokens)
+        tokens = self.block_tokens(newest, num_tokens)
         cache.open(0, tokens.shape[0], tokens.shape[1], tokens.device)
         return self._run(tokens, num_tokens, cache)
 
     def block_at(self, newest: Tensor, num_tokens: int, starts: Tensor, cache: RaggedCache, extent: int) -> Block:
         """`block`, where the newest tokens are at positions starts, int64 [rows]. extent: bounds all positions."""
-        tokens = self._tokens(newest, num_tokens)
+        tokens = self.block_tokens(newest, num_tokens)
         cache.open_at(0, starts, tokens.shape[1], extent)
         return self._run(tokens, num_tokens, cache)
 
-    def _tokens(self, newest: Tensor, num_tokens: int) -> Tensor:
+    def block_tokens(self, newest: Tensor, num_tokens: int) -> Tensor:
+        """Newest tokens, int64 [rows], each followed by the masks of num_tokens drafts, int64 [rows, width]."""
         num_masks = num_tokens - self.settings.drafts_at_anchor
         return pad(newest.unsqueeze(1), (0, num_masks), value=self.settings.mask_token)
 
@@ -190,8 +192,12 @@ class BlockModule(HeadModule):
         """Run the layers on the block [rows, width, hidden], in the open window of the cache."""
         if self._stack is not None:
             return self._stack.both_ways(hidden, cache)
-        angles = self.rotary(hidden, cache.window.positions)
         masks = {sight: _mask(sight, cache, hidden.dtype) for sight in set(self.settings.sights)}
+        return self.attend(hidden, cache, masks)
+
+    def attend(self, hidden: Tensor, cache: RaggedCache, masks: Mapping[Sight, Tensor]) -> Tensor:
+        """`run_layers` without kernels. masks: [rows, 1, width, extent], by what a layer attends to."""
+        angles = self.rotary(hidden, cache.window.positions)
         for layer, sight in zip(self.layers, self.settings.sights, strict=True):
             hidden = layer(hidden, attention_mask=masks[sight], position_embeddings=angles, past_key_values=cache)
         return hidden
