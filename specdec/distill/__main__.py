@@ -94,6 +94,8 @@ def _corpus_options(verb: argparse.ArgumentParser) -> None:
     )
     verb.add_argument("--max-tokens", type=int, default=256, help="maximum tokens per answer")
     verb.add_argument("--batch-size", type=int, default=64, help="prompts decoded at once")
+    verb.add_argument("--url", help="OpenAI-compatible server of the target that answers, such as vLLM's")
+    verb.add_argument("--model", help="name of the target on that server (default: that of --target)")
 
 
 def _tree_options(verb: argparse.ArgumentParser) -> None:

@@ -31,6 +31,7 @@ from specdec.distill.runs import (
     print_result,
     train,
 )
+from specdec.distill.server import ServerAnswers
 from specdec.distill.students import DraftStudent, HeadGuesser
 from specdec.distill.tree import count
 from specdec.drafts import RATES_FILE, is_head, kind_of, load_with_drafts
@@ -60,8 +61,7 @@ DRAFT_SHAPE = {
 
 def make_corpus(options: Namespace) -> None:
     """Generate the corpus: let the target answer prompts."""
-    engine = Engine.load(options.target, device=options.device, max_batch_size=options.batch_size)
-    tokenizer = engine.target.tokenizer
+    answers, tokenizer = _answers(options)
     dialogues = prompts.read_dialogues(options.prompts)
     texts, left_out = corpus.plan_texts(
         dialogues,
@@ -75,7 +75,7 @@ def make_corpus(options: Namespace) -> None:
         excluded=prompts.EvaluationText(options.evaluation),
     )
     options.folder.mkdir(parents=True, exist_ok=True)
-    corpus.write_texts(texts, engine, options.folder / "texts.jsonl", max_tokens=options.max_tokens)
+    corpus.write_texts(texts, answers, options.folder / "texts.jsonl", max_tokens=options.max_tokens)
     made = list(corpus.read_texts(options.folder / "texts.jsonl"))
     corpus.write_held_out(made, tokenizer, options.folder / "held_out.jsonl")
     facts = (
@@ -87,6 +87,17 @@ def make_corpus(options: Namespace) -> None:
     (options.folder / "corpus.json").write_text(json.dumps(facts, indent=1) + "\n")
     num_tokens = sum(len(text.output) for text in made)
     print(f"corpus: {len(made)} texts with {num_tokens} tokens of output in {options.folder}; next: score")
+
+
+def _answers(options: Namespace) -> tuple[corpus.Answers, Any]:
+    """The target, here or served, and its tokenizer."""
+    if options.url is None:
+        if options.model is not None:
+            raise ValueError(f"model={options.model!r} must go with --url, the server that has it; leave it out")
+        engine = Engine.load(options.target, device=options.device, max_batch_size=options.batch_size)
+        return corpus.EngineAnswers(engine), engine.target.tokenizer
+    found, model = read_vocabulary(options.target), options.model or options.target
+    return ServerAnswers(options.url, model, found.tokenizer, found.vocab_size, options.batch_size), found.tokenizer
 
 
 def score(options: Namespace) -> None:

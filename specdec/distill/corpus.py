@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import random
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -127,13 +127,29 @@ def write_held_out(texts: Sequence[Text], tokenizer: Any, path: Path) -> None:
     path.write_text("".join(json.dumps({"prompt": question}) + "\n" for question in questions if question))
 
 
-def write_texts(texts: Sequence[Text], engine: Engine, path: Path, *, max_tokens: int) -> None:
+Answers = Callable[[Sequence["Text"], int], Sequence[tuple[int, ...]]]  # of texts and max_tokens: their continuations
+
+
+class EngineAnswers:
+    """Continuations that an engine generates, each with its text's temperature and seed."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    def __call__(self, texts: Sequence[Text], max_tokens: int) -> list[tuple[int, ...]]:
+        sampling = [
+            SamplingParams(temperature=text.temperature or 0, max_tokens=max_tokens, seed=text.seed) for text in texts
+        ]
+        return [each.token_ids for each in self._engine.generate([text.prompt for text in texts], sampling)]
+
+
+def write_texts(texts: Sequence[Text], answers: Answers, path: Path, *, max_tokens: int) -> None:
     """Let the target complete the texts and append them to a JSON lines file, resuming after those already there."""
     num_done = _drop_broken_end(path)
     with path.open("a", encoding="utf-8") as out, bar(len(texts), "text", initial=num_done) as done:
         for start in range(num_done, len(texts), GROUP):
             group = texts[start : start + GROUP]
-            for text in _completed(group, engine, max_tokens):
+            for text in _completed(group, answers, max_tokens):
                 out.write(json.dumps(asdict(text)) + "\n")
             out.flush()
             done.update(len(group))
@@ -148,14 +164,11 @@ def read_texts(path: Path) -> Iterator[Text]:
             raise ValueError(f"{place}: must be a corpus text but lacks {error}; rebuild the corpus") from None
 
 
-def _completed(texts: Sequence[Text], engine: Engine, max_tokens: int) -> Iterator[Text]:
+def _completed(texts: Sequence[Text], answers: Answers, max_tokens: int) -> Iterator[Text]:
     missing = [text for text in texts if text.is_missing]
-    sampling = [
-        SamplingParams(temperature=text.temperature or 0, max_tokens=max_tokens, seed=text.seed) for text in missing
-    ]
-    answers = iter(engine.generate([text.prompt for text in missing], sampling))
+    outputs = iter(answers(missing, max_tokens))
     for text in texts:
-        yield replace(text, output=next(answers).token_ids) if text.is_missing else text
+        yield replace(text, output=next(outputs)) if text.is_missing else text
 
 
 def _drop_broken_end(path: Path) -> int:

@@ -58,11 +58,11 @@ def planned() -> list[Text]:
 def test_a_killed_run_goes_on_where_it_was(engine, planned, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(corpus, "GROUP", 4)
     whole, killed = tmp_path / "whole.jsonl", tmp_path / "killed.jsonl"
-    corpus.write_texts(planned, engine, whole, max_tokens=5)
+    corpus.write_texts(planned, corpus.EngineAnswers(engine), whole, max_tokens=5)
     lines = whole.read_text().splitlines(keepends=True)
     assert len(lines) == 11
     killed.write_text("".join(lines[:6]) + lines[6][:10])
-    corpus.write_texts(planned, engine, killed, max_tokens=5)
+    corpus.write_texts(planned, corpus.EngineAnswers(engine), killed, max_tokens=5)
     assert killed.read_text() == whole.read_text()
     texts = list(corpus.read_texts(whole))
     assert texts[-1] == planned[-1]
