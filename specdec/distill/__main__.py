@@ -19,7 +19,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from specdec.distill import commands, heads
+from specdec.distill import commands, heads, sources
 from specdec.models.formats import DTYPE_NAMES
 from specdec.runtime.command_line import Parser
 from specdec.runtime.progress import replace_unencodable
@@ -84,6 +84,13 @@ def _corpus_options(verb: argparse.ArgumentParser) -> None:
     )
     verb.add_argument(
         "--num-about-texts", type=int, default=0, help="number of questions about a text for the target to answer"
+    )
+    verb.add_argument(
+        "--kinds",
+        nargs="*",
+        default=[],
+        metavar="KIND=N",
+        help="further prompts for the target to answer: " + "; ".join(f"{k}: {v}" for k, v in sources.LICENCES.items()),
     )
     verb.add_argument(
         "--temperatures",

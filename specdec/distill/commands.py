@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import platform
 import shutil
 from argparse import Namespace
 from collections.abc import Callable
@@ -13,7 +14,7 @@ import torch
 from transformers import LlamaConfig
 
 from specdec.assembly import tree_costs
-from specdec.distill import corpus, dataset, prompts
+from specdec.distill import corpus, dataset, prompts, sources
 from specdec.distill.calibration import measure_calibration
 from specdec.distill.comparison import compare
 from specdec.distill.convention import measure_convention
@@ -61,6 +62,7 @@ DRAFT_SHAPE = {
 
 def make_corpus(options: Namespace) -> None:
     """Generate the corpus: let the target answer prompts."""
+    kinds = sources.parse_counts(options.kinds)
     answers, tokenizer = _answers(options)
     dialogues = prompts.read_dialogues(options.prompts)
     texts, left_out = corpus.plan_texts(
@@ -69,6 +71,7 @@ def make_corpus(options: Namespace) -> None:
         num_prompts=options.num_prompts,
         num_replies=options.num_replies,
         num_about_texts=options.num_about_texts,
+        kinds=kinds,
         temperatures=options.temperatures,
         max_tokens=options.max_tokens,
         seed=options.seed,
@@ -81,6 +84,7 @@ def make_corpus(options: Namespace) -> None:
     facts = (
         asked_for(options)
         | {"evaluation": [path.name for path in options.evaluation]}
+        | {"licences": {name: sources.LICENCES[name] for name in kinds}, "python": platform.python_version()}
         | {"dialogues": len(dialogues), "texts": len(texts), "left_out": left_out}
         | machine()
     )

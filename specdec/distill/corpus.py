@@ -8,12 +8,13 @@ from __future__ import annotations
 import json
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from specdec.distill.prompts import Dialogue, EvaluationText, about_texts
+from specdec.distill.sources import KINDS
 from specdec.engine import Engine
 from specdec.prompts import decode, encode, rows
 from specdec.runtime.progress import bar
@@ -50,6 +51,7 @@ def plan_texts(
     num_prompts: int,
     num_replies: int = 0,
     num_about_texts: int = 0,
+    kinds: Mapping[str, int] | None = None,
     temperatures: Sequence[float] = (0.0, 0.7, 1.0),
     max_tokens: int = 256,
     seed: int = 0,
@@ -63,6 +65,7 @@ def plan_texts(
         num_prompts: prompts for the target to answer, cycling through the temperatures.
         num_replies: further dialogues used with their own reply, truncated to max_tokens.
         num_about_texts: questions about a text for the target to answer.
+        kinds: number of prompts of each of `sources.KINDS` for the target to answer.
         temperatures: of the target's sampling.
         max_tokens: maximum length of a reply.
         seed: of the random choice.
@@ -103,8 +106,31 @@ def plan_texts(
             f"num_prompts={num_prompts}, num_replies={num_replies} and num_about_texts={num_about_texts} must add up "
             f"to at most the {len(texts)} usable dialogues (left out: {left_out}); request fewer, or provide more"
         )
+    for kind, number in (kinds or {}).items():
+        texts += _of_kind(kind, number, prompt_of, temperatures, seed)
     windows = [texts[start : start + WINDOW] for start in range(0, len(texts), WINDOW)]
     return [text for window in windows for text in sorted(window, key=lambda text: len(text.prompt))], left_out
+
+
+def _of_kind(
+    kind: str,
+    number: int,
+    prompt_of: Callable[[Dialogue, int], tuple[int, ...] | None],
+    temperatures: Sequence[float],
+    seed: int,
+) -> list[Text]:
+    """The first prompts of one of `sources.KINDS` that can be used. Raises ValueError if there are not enough."""
+    chosen: list[Text] = []
+    for index, dialogue in enumerate(KINDS[kind].make(seed)):
+        if len(chosen) == number:
+            break
+        if prompt := prompt_of(dialogue, KINDS[kind].max_tokens):
+            chosen.append(Text(prompt, (), temperatures[len(chosen) % len(temperatures)], seed + index))
+    if len(chosen) < number:
+        raise ValueError(
+            f"kind={kind}={number} must be at most {kind}={len(chosen)}, the prompts there are; take fewer"
+        )
+    return chosen
 
 
 def _why_not(dialogue: Dialogue, is_too_long: bool, excluded: EvaluationText | None) -> str | None:
