@@ -127,9 +127,7 @@ def _of_kind(
         if prompt := prompt_of(dialogue, KINDS[kind].max_tokens):
             chosen.append(Text(prompt, (), temperatures[len(chosen) % len(temperatures)], seed + index))
     if len(chosen) < number:
-        raise ValueError(
-            f"kind={kind}={number} must be at most {kind}={len(chosen)}, the prompts there are; take fewer"
-        )
+        raise ValueError(f"kind={kind}={number} must be at most {kind}={len(chosen)}, the usable prompts; take fewer")
     return chosen
 
 

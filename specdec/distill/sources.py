@@ -2,7 +2,7 @@
 
 Each kind is made of texts whose licence allows it, of which only the prompt comes: the target writes the answer.
     documents, long: the language reference that CPython ships as `pydoc_data.topics` (PSF-2.0);
-    code: functions of the modules of CPython's standard library (PSF-2.0);
+    code: functions of fifty modules of CPython's standard library (PSF-2.0);
     translation: messages of Django in English, German, French, Spanish and Italian (BSD-3-Clause).
 Texts of CPython are those of the version that runs; the corpus records it.
 """
@@ -103,10 +103,19 @@ TASKS = (
 )
 
 
+MODULES = (
+    *("ast", "base64", "bisect", "calendar", "colorsys", "configparser", "copy", "dataclasses", "difflib", "dis"),
+    *("fractions", "functools", "genericpath", "glob", "heapq", "inspect", "locale", "mimetypes", "ntpath", "operator"),
+    *("os", "pdb", "pickle", "pickletools", "platform", "posixpath", "pprint", "profile", "pydoc", "quopri", "random"),
+    *("shlex", "shutil", "site", "socket", "statistics", "subprocess", "tarfile", "tempfile", "textwrap", "timeit"),
+    *("tokenize", "traceback", "types", "typing", "uuid", "warnings", "webbrowser", "zipapp"),
+)
+
+
 def code(seed: int) -> Iterator[Dialogue]:
     """Tasks about functions of 6 to 60 lines; of those to complete, the beginning."""
-    modules = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
-    functions = [function for path in modules for function in _functions(path)]
+    library = Path(sysconfig.get_path("stdlib"))
+    functions = [function for name in MODULES for function in _functions(library / f"{name}.py")]
     Random(seed).shuffle(functions)
     for index, function in enumerate(functions):
         task = TASKS[index % len(TASKS)]
