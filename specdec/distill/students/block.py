@@ -52,7 +52,7 @@ class BlockStudent(HeadBase):
 
         places: int64 [texts, anchors], of the newest token before each block.
         """
-        head, cache = self.module, TrainingCache()
+        head, cache = self.module, TrainingCache(len(self.module.layers))
         offsets = torch.arange(batch.tokens.shape[1], device=places.device)
         cache.open(offsets[None], torch.empty(0))  # the context attends to nothing
         head.enter(batch.inputs.float(), cache)  # type: ignore[arg-type]

@@ -19,10 +19,11 @@ class TrainingCache:
     """What a head needs of a RaggedCache, with gradients: keys and values are appended, and attention is given.
 
     A text is a row. In training, tokens of several draft positions, or of drafts after several places, are in one row,
-    so that no order of columns implies what a token may attend to.
+    so that no order of columns implies what a token may attend to. num_layers: of the head, all with full attention.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, num_layers: int) -> None:
+        self.local = (None,) * num_layers
         self._parts: dict[int, tuple[list[Tensor], list[Tensor]]] = {}
 
     def open(self, positions: Tensor, visible: Tensor) -> None:
@@ -33,7 +34,7 @@ class TrainingCache:
         """
         self.window, self._visible = _Window(positions), visible
 
-    def mask(self, dtype: torch.dtype) -> Tensor:
+    def mask(self, dtype: torch.dtype, local: None = None) -> Tensor:
         """Attention mask of the open window, bool [1 or texts, 1, width, columns]."""
         return self._visible.unsqueeze(1)
 

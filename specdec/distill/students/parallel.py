@@ -48,7 +48,7 @@ class ParallelStudent(HeadBase):
 
         places: int64 [texts, anchors], of the newest token before the masks; not the first.
         """
-        head, cache, tokens = self.module, TrainingCache(), batch.tokens[:, 1:]
+        head, cache, tokens = self.module, TrainingCache(len(self.module.layers)), batch.tokens[:, 1:]
         offsets = torch.arange(tokens.shape[1], device=tokens.device)
         cache.open(offsets[None], (offsets[:, None] >= offsets)[None])
         first = head.run(head.encode(batch.inputs.float()[:, :-1]), tokens, cache)  # type: ignore[arg-type]

@@ -91,7 +91,7 @@ def unroll(head: SequentialModule, batch: TextBatch, depth: int) -> list[Tensor]
     tokens, states = batch.tokens[:, 1:], head.encode(batch.inputs.float()[:, :-1])
     offsets = torch.arange(tokens.shape[1], device=tokens.device)
     distance = offsets[:, None] - offsets  # from a key to a later query
-    cache, unrolled = TrainingCache(), []
+    cache, unrolled = TrainingCache(len(head.layers)), []
     for place in range(depth):
         # keys from the target's features are those of place 0; keys from the head's own states, of the later places
         visible = [distance >= place, *(distance == place - earlier for earlier in range(1, place + 1))]
