@@ -54,7 +54,7 @@ def test_the_model_is_what_its_file_says(pair):
     target, _ = pair
     config = target.model.config
     assert (target.vocab_size, config.sliding_window, config.max_position_embeddings) == (262_144, WINDOW, 32_768)
-    assert target.model.num_parameters() == 268_098_176
+    assert (target.num_layers, config.hidden_size, config.layer_types.count("full_attention")) == (18, 640, 3)
     assert target.context_length >= WINDOW
     text = "  Speculative décoding:\n\n1234 + 56 = 1290 🙂"
     assert target.tokenizer.decode(target.tokenizer(text).input_ids, skip_special_tokens=True) == text
