@@ -120,6 +120,8 @@ class MtpHead(SequentialModule):
             self.eh_proj: Any = nn.Linear(2 * width, width, bias=False)
             self.layers = nn.ModuleList([type(body.layers[-1])(self.config, 0)])
         self.rotary = type(body.rotary_emb)(self.config)
+        # some have other angles for each kind of layer, which the block's kind does not determine
+        self.rotary(torch.zeros(1, 1, width), torch.zeros(1, 1, dtype=torch.int64))
         self._stack: Stack | GpuStack | None = None
 
     def run(self, states: Tensor, tokens: Tensor, cache: RaggedCache) -> Tensor:

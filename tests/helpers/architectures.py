@@ -276,8 +276,9 @@ def outcome(case: Case, num_tokens: int = 64) -> Outcome:
 
 
 def _short(error: Exception, name: str) -> str:
-    text = re.sub(r" \(relative difference [^)]*\)", "", str(error))  # which differs between machines
-    return text.replace(name, "it").split("; use")[0]
+    # without what differs between machines and runs
+    text = re.sub(r" \(relative difference [^)]*\)| in '[^']*/[^']*'", "", str(error))
+    return text.replace(f"{name}'s", "its").replace(name, "it").split("; use")[0]
 
 
 def _decoded(target: Any, model: Any, wrap: Any, method: str, num_tokens: int) -> list[list[int]]:
