@@ -12,6 +12,7 @@ The mixers are found by running the model and seeing which modules use the state
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -40,6 +41,12 @@ class Mixer:
     def __init__(self, module: nn.Module, layer: int, keys: Sequence[Key], continues: bool) -> None:
         self.layer, self.keys, self.continues = layer, keys, continues
         self._forward = module.forward
+        self._is_stepping = False
+        least, most = getattr(module, "time_step_limit", None) or (0.0, math.inf)
+        self._bias: Any = getattr(module, "dt_bias", None)
+        self._limits = _inverse_softplus(least), _inverse_softplus(most)
+        if (least > 0 or most < math.inf) and self._bias is not None:
+            module.get_submodule("in_proj").register_forward_hook(self._bounded)
         module.forward = self
         module.stepped_mixer = self  # type: ignore[assignment]
 
@@ -55,11 +62,33 @@ class Mixer:
             layer.save(self.keys, width)
             return output
         outputs = []
-        for index in range(width):
-            outputs.append(_run(self._forward, args, kwargs, width, slice(index, index + 1)))
-            if index == width - 1 or not state.is_prompt:
-                layer.save(self.keys, index + 1)
+        self._is_stepping = True
+        try:
+            for index in range(width):
+                outputs.append(_run(self._forward, args, kwargs, width, slice(index, index + 1)))
+                if index == width - 1 or not state.is_prompt:
+                    layer.save(self.keys, index + 1)
+        finally:
+            self._is_stepping = False
         return _joined(outputs)
+
+    def _bounded(self, module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
+        """A hook of Mamba 2's input projection, whose last columns give the time steps, softplus(column + bias).
+
+        transformers 5.23 bounds these where several tokens are read, but not for a single token that continues from a
+        state. softplus increases, so its argument can be bounded instead.
+        """
+        if not self._is_stepping:
+            return None
+        rest, steps = output.split([output.shape[-1] - len(self._bias), len(self._bias)], -1)
+        least, most = ((limit - self._bias).to(steps) for limit in self._limits)
+        return torch.cat([rest, steps.maximum(least).minimum(most)], -1)
+
+
+def _inverse_softplus(value: float) -> float:
+    if value in (0.0, math.inf):
+        return math.inf if value else -math.inf
+    return value + math.log(-math.expm1(-value))
 
 
 def step_mixers(model: PreTrainedModel) -> list[Mixer]:
@@ -152,25 +181,27 @@ def _calls(model: nn.Module) -> Iterator[list[tuple[nn.Module, tuple[Any, ...], 
 
 @torch.inference_mode()
 def _continues(use: _Use, config: Any) -> bool:
-    """Whether a mixer reads several tokens at once from a state as it reads them one by one.
+    """Whether a mixer reads several tokens at once from its states as it reads them one by one.
 
-    The error must be small against what the state contributes to the output, so that a mixer which ignores the state is
-    noticed however little the state matters.
+    The error must be small against what each state contributes to the output, so that a mixer which ignores one of them
+    is noticed however little it matters.
     """
     half = _TRACED // 2
 
-    def second_half(parts: Sequence[slice], is_fresh: bool = False) -> Tensor:
+    def second_half(parts: Sequence[slice], without: Key | None = None) -> Tensor:
         state = plain_cache(config)
         args, kwargs = (_with_cache(each, state) for each in (use.args, use.kwargs))
-        if not is_fresh:
-            _run(use.module.forward, args, kwargs, _TRACED, slice(0, half))
+        _run(use.module.forward, args, kwargs, _TRACED, slice(0, half))
+        if without:
+            kind, index = without
+            getattr(state.layers[use.layer], f"{kind}_states")[index].zero_()
         output = _joined([_run(use.module.forward, args, kwargs, _TRACED, part) for part in parts])
         return (output if isinstance(output, Tensor) else output[0]).float()
 
-    whole = [slice(half, _TRACED)]
-    expected = second_half([slice(i, i + 1) for i in range(half, _TRACED)])
-    effect = (second_half(whole, is_fresh=True) - expected).norm()
-    return bool((second_half(whole) - expected).norm() < 0.05 * effect)
+    one_by_one = [slice(i, i + 1) for i in range(half, _TRACED)]
+    expected = second_half(one_by_one)
+    error = (second_half([slice(half, _TRACED)]) - expected).norm()
+    return all(bool(error < 0.1 * (second_half(one_by_one, key) - expected).norm()) for key in use.keys)
 
 
 def _with_cache(values: Any, state: Cache) -> Any:
