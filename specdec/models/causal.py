@@ -11,13 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.cache_utils import (
-    DummyLayer,
-    DynamicLayer,
-    DynamicSlidingWindowLayer,
-    LinearAttentionLayer,
-    get_layer_types_and_kwargs,
-)
+from transformers.cache_utils import DynamicLayer, LinearAttentionLayer, get_layer_types_and_kwargs
 
 from specdec.models.base import FINAL, MAX_ROLLBACK, FeatureLayers, LanguageModel, prefill
 from specdec.models.early_exit import first_layers
@@ -292,6 +286,7 @@ def eos_token_ids(model: PreTrainedModel, tokenizer: Any = None) -> frozenset[in
     return frozenset([eos] if isinstance(eos, int) else eos or [])
 
 
+_LAYERS = {"DynamicLayer", "DynamicSlidingWindowLayer", "DummyLayer"}  # transformers 5.17 has no DummyLayer
 _CONTEXT_NAMES = ("max_position_embeddings", "max_seq_len", "n_positions", "n_ctx", "max_sequence_length")
 
 
@@ -311,8 +306,7 @@ def _rollback_limits(model: PreTrainedModel) -> tuple[int, int, str]:
     limit = stated if stated > 0 else 1 << 30  # XLNet says -1
     layers = plain_cache(model.config).layers
     for index, layer in enumerate(layers):
-        kinds = (DynamicLayer, DynamicSlidingWindowLayer, DummyLayer)
-        if type(layer) not in kinds and not isinstance(layer, LinearAttentionLayer):
+        if type(layer).__name__ not in _LAYERS and not isinstance(layer, LinearAttentionLayer):
             raise UnsupportedModelError(
                 f"layer {index} of {name} keeps a {type(layer).__name__}, which cannot be "
                 "rolled back after a rejection; use a model with full attention in every layer"
