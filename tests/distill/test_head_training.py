@@ -1,4 +1,4 @@
-"""Heads that read several layers: they learn, a killed run goes on, and how they were trained can be told from them."""
+"""Heads that read several layers: they learn, a killed run goes on, and measuring finds how they were trained."""
 
 from __future__ import annotations
 

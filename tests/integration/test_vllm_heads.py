@@ -118,10 +118,10 @@ def test_vllm_accepts_as_many_drafts_as_specdec(
     export(head, tmp_path / "head", model, dialect, {})
     asked = prompts(NUM_PROMPTS, 2)
     place = {"dtype": torch.float32, "method": name, "draft": str(tmp_path / "head"), "num_speculative_tokens": GAMMA}
-    ours = Engine.load(str(folder), **place).generate(asked, GREEDY)
-    theirs = vllm_counts(folder, tmp_path / "head", speculative, asked)
-    own, other = accepted_per_step(ours), accepted_per_step(theirs)
-    same = np.mean([a.token_ids == b.token_ids for a, b in zip(ours, theirs, strict=True)])
+    expected = Engine.load(str(folder), **place).generate(asked, GREEDY)
+    results = vllm_counts(folder, tmp_path / "head", speculative, asked)
+    own, other = accepted_per_step(expected), accepted_per_step(results)
+    same = np.mean([a.token_ids == b.token_ids for a, b in zip(expected, results, strict=True)])
     print(f"{name} ({dialect}): accepted per step {own.mean():.3f} here, {other.mean():.3f} in vLLM; {same:.0%} equal")
     assert own.mean() > 0.3, "the head is worth comparing"
     assert same > 0.8

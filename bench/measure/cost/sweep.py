@@ -182,7 +182,7 @@ def _weights_read(target: CausalLM, step: Callable[[], None]) -> tuple[int, dict
     """Bytes of weights that a step reads, and for a mixture of experts how many of them the step's tokens read."""
     reads = count_reads(target.model, step)
     if reads is None:
-        return target.step_bytes, {}
+        return target.step_bytes, {"experts_read": None, "num_experts": None}
     facts = {"experts_read": reads.num_read, "num_experts": reads.num_experts}
     return target.step_bytes - reads.bytes_stored + reads.bytes_read, facts
 

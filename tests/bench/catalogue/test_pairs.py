@@ -365,14 +365,11 @@ def test_a_gated_pair_names_the_remedy(make_config: MakeConfig, monkeypatch: pyt
         models.engine("specdec", catalogue()["llama-3.3-70b-8b"])
 
 
-def test_a_model_that_specdec_would_decode_wrongly_fails_its_cell_with_a_reason(
-    tmp_path: Path, make_config: MakeConfig
-) -> None:
-    pair = Pair("recurrent", saved(tmp_path / "neo", tiny_gpt_neo()), dtype="float32", attention="eager")
+def test_a_model_that_specdec_refuses_fails_its_cell_with_a_reason(tmp_path: Path, make_config: MakeConfig) -> None:
+    config = transformers.RwkvConfig(vocab_size=96, hidden_size=32, num_hidden_layers=2, context_length=64)
+    pair = Pair("recurrent", saved(tmp_path / "rwkv", config), dtype="float32", attention="eager")
     models = Models(make_config(named=frozenset({"pairs"})), "cpu")
-    with pytest.raises(
-        pytest.fail.Exception, match="the logits of GPTNeoForCausalLM differ between calls with and without"
-    ):
+    with pytest.raises(pytest.fail.Exception, match="of RwkvForCausalLM keeps a recurrent state outside of"):
         models.engine("specdec", pair)
 
 
