@@ -322,11 +322,10 @@ def _local_attention(model: PreTrainedModel) -> tuple[LocalAttention | None, ...
     config = model.config.get_text_config(decoder=True)
     if config.model_type == "gpt_neo":
         return local_layers(config)
-    caches, options = get_layer_types_and_kwargs(config)
-    kinds = getattr(config, "layer_types", None) or ["all layers"] * len(caches)
+    windows = _windows(config)
+    kinds = getattr(config, "layer_types", None) or ["all layers"] * len(windows)
     local: dict[str, LocalAttention | None] = {}
-    for kind, cache, option in zip(kinds, caches, options, strict=True):
-        window = option.get("sliding_window")
+    for kind, (cache, window) in zip(kinds, windows, strict=False):  # 5.17 has no entry for layers without a cache
         own = LocalAttention(window, cache == "chunked_attention") if window else None
         if cache != "dummy" and local.setdefault(kind, own) != own:
             raise UnsupportedModelError(
@@ -336,6 +335,14 @@ def _local_attention(model: PreTrainedModel) -> tuple[LocalAttention | None, ...
     return tuple(
         local.get(kind) for kind in kinds
     )  # a layer without keys and values of its own reads those of its kind
+
+
+def _windows(config: Any) -> list[tuple[str, int | None]]:
+    """The kind of each layer's cache, and its sliding window or size of chunks, None for neither."""
+    caches, options = get_layer_types_and_kwargs(config)
+    if isinstance(options, dict):  # transformers 5.17: those of all layers together
+        options = [options if "sliding" in cache or "chunked" in cache else {} for cache in caches]
+    return [(cache, option.get("sliding_window")) for cache, option in zip(caches, options, strict=True)]
 
 
 def _max_draft_tokens(local: Sequence[LocalAttention | None], context_length: int) -> int | None:

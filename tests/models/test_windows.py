@@ -500,3 +500,16 @@ def test_the_wrapped_model_itself_stays_as_it_was() -> None:
     before = generated(model, PROMPTS[0])
     assert greedy(Engine(CausalLM(model), method="ngram"), [PROMPTS[0]]) == [before]
     assert generated(model, PROMPTS[0]) == before
+
+
+def test_windows_are_read_from_what_transformers_5_17_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It gives the options of all layers together, and has no entry for layers that share keys and values."""
+    kinds = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"], "num_hidden_layers": 3}
+    model = make("gemma3_text", GQA | kinds | {"sliding_window": 9})
+    expected = CausalLM(model).local
+    monkeypatch.setattr(
+        "specdec.models.causal.get_layer_types_and_kwargs",
+        lambda config: (config.layer_types[:2], {"sliding_window": config.sliding_window}),
+    )
+    assert expected == (LocalAttention(9), None, LocalAttention(9))
+    assert CausalLM(model).local == expected
