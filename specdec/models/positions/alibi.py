@@ -38,14 +38,24 @@ class PerRow:
 
 
 class AlibiBiases:
-    """Gives the layers of a model with ALiBi their biases during forward calls with a ragged cache."""
+    """Gives the layers of a model with ALiBi their biases during forward calls with a ragged cache.
 
-    def __init__(self, layers: list[nn.Module], of_length: Callable[[int, Any], Tensor], inputs: _Inputs) -> None:
-        self._layers, self._of_length, self._inputs = layers, of_length, inputs
+    takes_mask: whether the model takes a 4-D mask, which saves it from making one, with a copy from the host.
+    """
+
+    def __init__(
+        self,
+        layers: list[nn.Module],
+        of_length: Callable[[int, Any], Tensor],
+        inputs: _Inputs,
+        *,
+        takes_mask: bool = False,
+    ) -> None:
+        self._layers, self._of_length, self._inputs, self.takes_mask = layers, of_length, inputs, takes_mask
 
     @contextmanager
     def applied(self, cache: RaggedCache, mask: Tensor) -> Iterator[None]:
-        """During calls inside, layers attend to the open window of the cache; the model is called without a mask.
+        """During calls inside, layers attend to the open window of the cache, whatever mask the model is called with.
 
         mask: additive, [rows, 1, width, extent].
         """
@@ -106,7 +116,7 @@ def _mpt(body: Any) -> AlibiBiases:
     def inputs(biases: Tensor, mask: Tensor) -> dict[str, Any]:
         return {"position_bias": PerRow(biases, tuple(biases.shape[1:])), "attention_mask": mask < 0}
 
-    return AlibiBiases(list(body.blocks), of_length, inputs)
+    return AlibiBiases(list(body.blocks), of_length, inputs, takes_mask=True)
 
 
 _FAMILIES: dict[str, Callable[[Any], AlibiBiases | None]] = {"bloom": _bloom, "falcon": _falcon, "mpt": _mpt}

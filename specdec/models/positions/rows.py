@@ -45,7 +45,7 @@ class RowPositions:
         if self._alibi:
             assert isinstance(mask, Tensor), "no model with ALiBi has windows"
             with self._alibi.applied(cache, mask):
-                yield {}
+                yield {"attention_mask": mask} if self._alibi.takes_mask else {}
         elif self._embeddings:
             with self._embeddings.applied(tokens, positions):
                 yield {"attention_mask": mask}
