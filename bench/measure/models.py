@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 
@@ -76,6 +77,7 @@ class Models:
         """Load an engine. A model that cannot be loaded fails the cell if it was named, and skips it otherwise."""
         from specdec.models.causal import UnsupportedModelError  # imports transformers
 
+        pair = self._with_needed_draft(pair)
         try:
             check_vocabulary(pair, name)
             return load_engine(name, pair, self._options(pair))
@@ -89,6 +91,11 @@ class Models:
         if {"pairs", "placements"} & self._config.named:  # outside of `except`: the message is complete
             pytest.fail(message, pytrace=False)
         pytest.skip(message)
+
+    def _with_needed_draft(self, pair: Pair) -> Pair:
+        """The pair, without its draft if no method of the campaign uses it: not every engine may take that draft."""
+        is_used = any(pair.draft_for(method) == pair.draft for method in self._config.methods)
+        return pair if is_used else replace(pair, draft=None)
 
     def _options(self, pair: Pair) -> LoadOptions:
         config = self._config

@@ -355,6 +355,17 @@ def test_pairs_with_different_vocabularies_are_skipped_by_every_engine(
             models.engine(engine, mismatched)
 
 
+@pytest.mark.parametrize("engine", ["specdec", "transformers", "vllm"])
+def test_a_draft_that_no_method_uses_is_not_loaded(
+    engine: str, mismatched: Pair, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = []
+    monkeypatch.setattr(models_module, "load_engine", lambda name, pair, options: loaded.append(pair))
+    models = Models(make_config(methods=("autoregressive", "ngram")), "cpu")
+    models.engine(engine, mismatched)
+    assert loaded == [dataclasses.replace(mismatched, draft=None)]
+
+
 def test_a_gated_pair_names_the_remedy(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(pair: Pair, engine: str) -> None:
         raise LoadError("source='meta-llama/...' must be within reach")
