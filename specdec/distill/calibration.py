@@ -92,10 +92,10 @@ def observe(
     spec = METHODS["draft_model" if kind == "model" else kind]
     if not spec.is_adaptive or spec.build is None:
         raise ValueError(f"draft: a {kind} has no confidence; use a head or a draft model")
-    observed = []
+    observed, shared = [], check_draft(target, draft)  # compares vocabularies
     for number, prompt in enumerate(asked):
         confidence = ObservedConfidence()
-        proposer = spec.build(Parts(target, draft, check_draft(target, draft), confidence))
+        proposer = spec.build(Parts(target, draft, shared, confidence))
         decoder = Decoder(target, proposer, num_tokens, rule=VERIFICATIONS["token"], adaptive=confidence, records=False)
         list(decoder.run([Request(number, tuple(prompt), sampling)]))
         observed.append(confidence.observed)

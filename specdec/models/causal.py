@@ -332,9 +332,8 @@ def _local_attention(model: PreTrainedModel) -> tuple[LocalAttention | None, ...
                 f"{type(model).__name__} has different windows in {kind}, {local[kind]} and {own}; use a model with "
                 "one window for each of its layer_types"
             )
-    return tuple(
-        local.get(kind) for kind in kinds
-    )  # a layer without keys and values of its own reads those of its kind
+    # a layer without keys and values of its own reads those of its kind
+    return tuple(local.get(kind) for kind in kinds)
 
 
 def _windows(config: Any) -> list[tuple[str, int | None]]:
