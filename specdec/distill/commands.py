@@ -25,7 +25,6 @@ from specdec.distill.runs import (
     FREQUENT,
     about,
     asked_for,
-    best_evaluation,
     largest,
     machine,
     prepare,
@@ -125,9 +124,9 @@ def train_draft(options: Namespace) -> None:
     config = LlamaConfig(**shared, **DRAFT_SHAPE, tie_word_embeddings=False, attn_implementation="sdpa")
     cost_ratio = options.cost_ratio or draft_cost_ratio(options.target, config, options.device)
     student = DraftStudent(config, model, largest(counts, FREQUENT))
-    if not train(student, data, options, cost_ratio):
+    best = train(student, data, options, cost_ratio)
+    if best is None:
         return
-    best = best_evaluation(options)
     save_derived(options.out / "derived", config, student.module.state_dict(), model, about(options) | best)
     materialize(options.out / "derived", model, tokenizer, options.out)
     print_result("draft", best, options)

@@ -13,7 +13,7 @@ from torch import Tensor
 from specdec.distill.cost import head_cost_ratio
 from specdec.distill.dataset import stored_layers
 from specdec.distill.exports import DIALECTS, check_dialect, export
-from specdec.distill.runs import FREQUENT, about, best_evaluation, largest, prepare, print_result, train
+from specdec.distill.runs import FREQUENT, about, largest, prepare, print_result, train
 from specdec.distill.students import BlockStudent, HeadStudent, ParallelStudent, Student
 from specdec.distill.students.sequential import PLACE_WEIGHTS
 from specdec.distill.training import MAX_DEPTH
@@ -41,9 +41,9 @@ def train_head(options: Namespace) -> None:
         train_output(head)
     student = _student(options, head, model, largest(counts[vocabulary], FREQUENT), data.feature_sizes())
     cost_ratio = options.cost_ratio or head_cost_ratio(options.target, make, options.device)
-    if not train(student, data, options, cost_ratio):
+    best = train(student, data, options, cost_ratio)
+    if best is None:
         return
-    best = best_evaluation(options)
     if options.format == "eagle":
         head.save(options.out, fingerprint(model), about(options) | best)
     else:

@@ -37,8 +37,11 @@ def largest(counts: Tensor, number: int) -> Tensor:
     return counts.topk(min(number, len(counts))).indices.sort().values
 
 
-def train(student: Student, data: Dataset, options: Namespace, cost_ratio: float) -> bool:
-    """Train a student and give it its best weights; returns whether this process is the one to write the result."""
+def train(student: Student, data: Dataset, options: Namespace, cost_ratio: float) -> dict[str, Any] | None:
+    """Train a student and give it its best weights.
+
+    Returns their evaluation, or None if another process is the one to write the result.
+    """
     settings = training.Settings(
         num_steps=options.steps,
         tokens_per_batch=options.tokens_per_batch,
@@ -50,15 +53,10 @@ def train(student: Student, data: Dataset, options: Namespace, cost_ratio: float
     best = torch.load(options.out / "training" / "best.pt", weights_only=True)
     student.module.load_state_dict(best["module"])
     unscale(student.module)
-    return bool(PartialState().is_main_process)
-
-
-def best_evaluation(options: Namespace) -> dict[str, Any]:
-    """The evaluation of the best weights."""
-    folder = options.out / "training"
-    step = torch.load(folder / "best.pt", weights_only=True)["step"]
-    seen = [json.loads(line) for line in (folder / "progress.jsonl").read_text().splitlines()]
-    return {"held_out": next(line for line in seen if line["step"] == step)}
+    if not PartialState().is_main_process:
+        return None
+    seen = [json.loads(line) for line in (options.out / "training" / "progress.jsonl").read_text().splitlines()]
+    return {"held_out": next(line for line in seen if line["step"] == best["step"])}
 
 
 def print_result(kind: str, best: dict[str, Any], options: Namespace) -> None:
