@@ -11,10 +11,7 @@ if TYPE_CHECKING:
     from specdec import AcceptanceCounts, PhaseTimes, SamplingParams
 
 from bench.records.schema import Gamma
-
-
-class EngineError(RuntimeError):
-    """An engine cannot run a cell; the run continues with the others. The message names the engine and a remedy."""
+from specdec.servers.errors import EngineError as EngineError
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from threading import BoundedSemaphore, Event, Lock
 from typing import Generic, TypeVar
 
-from bench.engines.base import EngineError
-from bench.engines.completions import BusyError
+from specdec.servers.errors import BusyError, EngineError
 
 MAX_IN_FLIGHT = 256  # requests, each with a thread and a connection
 ABORT_PERIOD_S = 0.05

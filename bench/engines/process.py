@@ -16,7 +16,7 @@ from threading import Thread
 from typing import IO, Any
 
 from bench.engines.base import EngineError
-from bench.records.untrusted import printable
+from specdec.runtime.printable import printable
 
 SECRET = re.compile("KEY$|TOKEN$|SECRET|PASSWORD", re.IGNORECASE)  # environment variables to redact
 NUM_LAST_LINES = 25  # of a worker's standard error, shown in error messages

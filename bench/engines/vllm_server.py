@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import socket
 import sys
 import time
@@ -20,11 +19,11 @@ from typing import Any
 
 from bench.catalogue.pairs import Pair, folder
 from bench.engines.base import EngineError, LoadOptions, PromptResult, Run, Served, Setup
-from bench.engines.completions import BusyError, Client
+from bench.engines.completions import Client
 from bench.engines.load_client import send_on_time
 from bench.engines.pool import Pool
 from bench.engines.process import Child
-from bench.engines.server_answers import Row, difference
+from bench.engines.server_answers import Row
 from bench.engines.vllm import (
     CALL_TIMEOUT_S,
     SCRIPT,
@@ -38,12 +37,14 @@ from bench.engines.vllm import (
 from bench.records.schema import Gamma
 from specdec import AcceptanceCounts, SamplingParams
 from specdec.models.loading import read_vocabulary, resolve
+from specdec.servers.client import api_key
+from specdec.servers.errors import BusyError
+from specdec.servers.metrics import difference
 
 NUM_ATTEMPTS = 3
 FIRST_PAUSE_S = 0.5  # between attempts; doubled after each
 DEATH_S = 2.0  # a connection breaks slightly before its process has ended
 BUSY_WAIT_S = 1.2  # an idle server's processes spin for a second, each occupying a CPU
-KEY_VARIABLE = "SPECDEC_SERVER_API_KEY"
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,14 +165,6 @@ class VllmServerEngine:
 def load(pair: Pair, options: LoadOptions) -> VllmServerEngine:
     """The engine; servers are started or checked on first use."""
     return VllmServerEngine(pair, options, stop_tokens(resolve(folder(pair.target))))
-
-
-def api_key(environment: Mapping[str, str] = os.environ, variable: str = KEY_VARIABLE) -> str | None:
-    """A server's API key, without surrounding whitespace. Raises EngineError for an invalid one, without showing it."""
-    key = environment.get(variable, "").strip()
-    if not re.fullmatch(r"[\w.~+/=-]*", key, re.ASCII):
-        raise EngineError(f"{variable} must contain only letters, digits and -._~+/=, to fit into a header; correct it")
-    return key or None
 
 
 def server_environment(python: str, device: str, environment: Mapping[str, str] = os.environ) -> dict[str, str]:

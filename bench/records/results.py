@@ -13,7 +13,8 @@ from typing import Any
 
 from bench.records import fields
 from bench.records.schema import CELL_FIELDS, MAX_PARTS, SCHEMA_VERSION, Record
-from bench.records.untrusted import harmless, loads, printable
+from bench.records.untrusted import harmless, loads
+from specdec.runtime.printable import printable
 
 
 @dataclass(frozen=True, slots=True)

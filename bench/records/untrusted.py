@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import re
 from typing import Any
 
+from specdec.runtime.printable import printable
+
 MAX_INTEGER = 1 << 64  # of an integer
-# control characters except tabs and line ends, which may control a terminal; characters that reverse or break lines;
-# and lone surrogates
-UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def loads(text: str) -> Any:
@@ -28,8 +26,3 @@ def harmless(value: Any) -> Any:
     if isinstance(value, int) and abs(value) >= MAX_INTEGER:
         raise ValueError("an integer must be below 2**64")
     return value
-
-
-def printable(text: str) -> str:
-    """A text with Python's escapes for characters that must not reach a terminal."""
-    return UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode(), text)

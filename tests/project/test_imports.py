@@ -18,7 +18,7 @@ ROOT = Path(specdec.__file__).parents[1]
 # a module or a package, and the most specific name counts
 ROOMS = {
     "specdec": [
-        {"runtime", "sampling_params", "stats", "prompts", "texts"},
+        {"runtime", "servers", "sampling_params", "stats", "prompts", "texts"},
         {"kernels", "trees", "constraints"},
         {"sampling"},
         {"verification", "requests"},

@@ -10,8 +10,8 @@ import pytest
 
 from bench.engines import load_client
 from bench.engines.base import EngineError
-from bench.engines.completions import BusyError
 from bench.engines.load_client import Sent, send_on_time
+from specdec.servers.errors import BusyError
 
 
 class Server:

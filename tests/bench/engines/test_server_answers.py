@@ -13,13 +13,16 @@ from typing import Any
 import pytest
 
 from bench.campaign.parsers import server_url, vllm_options
-from bench.engines import completions
 from bench.engines.base import EngineError
 from bench.engines.completions import Client
 from bench.engines.process import Child
-from bench.engines.server_answers import Row, difference, parse_counters, parse_model, parse_queue, parse_version
+from bench.engines.server_answers import Row, parse_queue
 from bench.engines.vllm import acceptance
-from bench.engines.vllm_server import api_key, request, server_environment
+from bench.engines.vllm_server import request, server_environment
+from specdec.servers import client as servers_client
+from specdec.servers.client import api_key
+from specdec.servers.metrics import difference, parse_counters
+from specdec.servers.replies import parse_model, parse_version
 
 KEY = "sk-Hush/1234=="
 REQUEST = request("model", [1, 2, 3], {"max_tokens": 4})
@@ -195,7 +198,7 @@ def test_a_request_has_a_deadline(asked: Any) -> None:
 def test_a_line_and_a_page_have_a_limit(asked: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(EngineError, match="must send lines of at most 1048576 bytes"):
         asked(endless_line, complete)
-    monkeypatch.setattr(completions, "MAX_OF_PAGE", 1 << 21)
+    monkeypatch.setattr(servers_client, "MAX_OF_PAGE", 1 << 21)
     with pytest.raises(EngineError, match="must answer /metrics with at most 2097152 bytes"):
         asked(endless_line, Client.counters)
 

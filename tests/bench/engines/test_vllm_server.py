@@ -16,12 +16,14 @@ import pytest
 from bench.catalogue.pairs import Pair, catalogue
 from bench.engines import vllm_server
 from bench.engines.base import EngineError, LoadOptions, Setup, VllmOptions
-from bench.engines.completions import BusyError, Client
+from bench.engines.completions import Client
 from bench.engines.registry import why_not
-from bench.engines.server_answers import Row, difference, parse_counters, parse_queue
+from bench.engines.server_answers import Row, parse_queue
 from bench.engines.vllm_server import VllmServerEngine, request, run, server_environment
 from bench.measure.paired import check_counts
 from specdec import SamplingParams
+from specdec.servers.errors import BusyError
+from specdec.servers.metrics import difference, parse_counters
 
 RECORDED = json.loads((Path(__file__).parents[1] / "recorded" / "vllm-server.json").read_text())
 BEFORE, AFTER = ("\n".join(RECORDED[name]) for name in ("before", "after"))

@@ -13,9 +13,10 @@ import pytest
 from helpers.bench_runs import MACHINE, audited, decoded, document, loaded, sized, write
 
 from bench.measure.journal import Entry, Journal
-from bench.records import campaigns, results, untrusted
+from bench.records import campaigns, results
 from bench.report import csv_text, markdown, rendering
 from bench.report.html import page
+from specdec.runtime import printable
 
 ROOT = Path(__file__).parents[3]
 
@@ -78,7 +79,7 @@ def test_nothing_of_somebody_elses_reaches_the_terminal(tmp_path: Path) -> None:
     run = results.read(write(tmp_path / f"run{ESCAPES[:4]}.json", [record, decoded("ngram", 4)], **changes))
     document = rendering.document([run])
     texts = (rendering.text(run), markdown.render(document), page.render(document), csv_text.render([run]))
-    assert all(not untrusted.UNPRINTABLE.search(text.replace("\n", "").replace("\t", "")) for text in texts)
+    assert all(not printable.UNPRINTABLE.search(text.replace("\n", "").replace("\t", "")) for text in texts)
     assert "\\x1b" in texts[0]
 
 
@@ -86,7 +87,7 @@ def test_a_journal_is_made_harmless_too(tmp_path: Path) -> None:
     path = tmp_path / "journal.jsonl"
     with closing(Journal.open(path, {"cpu_model": ESCAPES}, resume=False)) as journal:
         journal.append("a", Entry(decoded("ngram", 2, device=ESCAPES), [0.1]))
-    assert not untrusted.UNPRINTABLE.search(rendering.text(results.read(path)).replace("\n", ""))
+    assert not printable.UNPRINTABLE.search(rendering.text(results.read(path)).replace("\n", ""))
 
 
 def test_no_cell_of_the_csv_is_a_formula(tmp_path: Path) -> None:

@@ -1,0 +1,71 @@
+"""Counters of a server's metrics page, in the Prometheus format."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from specdec.servers.errors import EngineError
+from specdec.servers.replies import MAX_COUNT, shown
+
+SAMPLE = re.compile(r"^(?P<name>[\w:]+)(?:\{(?P<labels>.*)\})? (?P<value>\S+)")
+POSITION = re.compile(r'position="(\d{1,6})"')
+PREFIX = "vllm:spec_decode_num_"
+COUNTERS = {"num_drafts": "drafts", "num_drafted": "draft_tokens", "num_accepted": "accepted_tokens"}
+
+
+def parse_counters(page: str) -> dict[str, Any]:
+    """Counters of a Prometheus page, summed over engines: `num_finished`, and those of drafts if the server drafts."""
+    sums: dict[str, int] = {}
+    accepted_at: dict[int, int] = {}
+    for name, labels, value in samples(page):
+        position = POSITION.search(labels)
+        if name == f"{PREFIX}accepted_tokens_per_pos_total" and position:
+            index = int(position[1])
+            accepted_at[index] = accepted_at.get(index, 0) + count(value, name)
+        elif name.startswith((PREFIX, "vllm:request_success")) and name.endswith("_total"):
+            sums[name] = sums.get(name, 0) + count(value, name)
+    finished = {"num_finished": sums.get("vllm:request_success_total", 0)}
+    if f"{PREFIX}drafts_total" not in sums:
+        return finished
+    needed = {name: f"{PREFIX}{key}_total" for name, key in COUNTERS.items()}
+    if missing := [key for key in needed.values() if key not in sums]:
+        raise EngineError(f"the server must report {missing[0]} with {PREFIX}drafts_total; use another version")
+    if sorted(accepted_at) != list(range(len(accepted_at))):
+        raise EngineError(f"positions of accepted tokens must be 0, 1, ..., but are {shown(sorted(accepted_at))}")
+    drafts = {name: sums[key] for name, key in needed.items()}
+    return finished | drafts | {"accepted_at": [accepted_at[index] for index in sorted(accepted_at)]}
+
+
+def difference(after: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, Any]:
+    """The increase of counters. Raises EngineError if the counters differ or one has decreased."""
+    olds, news = (counters.get("accepted_at", []) for counters in (before, after))
+    grown = {name: after[name] - before.get(name, 0) for name in after if name != "accepted_at"}
+    accepted_at = [new - old for new, old in zip(news, olds, strict=False)]
+    if len(olds) != len(news) or any(increase < 0 for increase in (*grown.values(), *accepted_at)):
+        raise EngineError("the server's counters must only increase, but changed otherwise; was it restarted?")
+    return grown | {"accepted_at": accepted_at}
+
+
+def samples(page: str) -> Iterator[tuple[str, str, str]]:
+    """(name, labels, value) of each sample line."""
+    for line in page.splitlines():
+        if sample := SAMPLE.match(line):
+            yield sample["name"], sample["labels"] or "", sample["value"]
+
+
+def amount(text: str, name: str) -> float:
+    """The value of a sample, checked: a number from 0 to 2**53."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < MAX_COUNT:  # nor NaN
+        raise EngineError(f"{name}={shown(text)} must be a number from 0 to 2**53; is this a vLLM server's page?")
+    return value
+
+
+def count(text: str, name: str) -> int:
+    """The value of a counter, checked."""
+    return int(amount(text, name))
