@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Collection, Container, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from functools import cached_property
 from typing import Any
@@ -11,15 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.cache_utils import DynamicLayer, LinearAttentionLayer, get_layer_types_and_kwargs
+from transformers.cache_utils import Cache, DynamicLayer, LinearAttentionLayer, get_layer_types_and_kwargs
 
 from specdec.models.base import FINAL, MAX_ROLLBACK, FeatureLayers, LanguageModel, prefill
 from specdec.models.early_exit import first_layers
 from specdec.models.features import HiddenStates
 from specdec.models.fusion import FusedDecoder, depends_on_length, weight_bytes
+from specdec.models.positions.gpt_neo import local_layers
 from specdec.models.positions.rows import RowPositions
 from specdec.models.refusals import cannot_decode
-from specdec.models.state.gpt_neo import local_layers, own_masks
 from specdec.models.state.length_factors import LengthCache, length_factors
 from specdec.models.state.mixers import StatesElsewhereError, cache_argument, recurrent_layers, step_mixers
 from specdec.models.state.ragged import RaggedCache
@@ -61,13 +61,16 @@ class CausalLM(LanguageModel):
         self.mask_token = getattr(self.config, "pard_token", None)
         self.device, self.dtype = model.device, model.dtype
         self.is_spread = len({weight.device for weight in model.parameters()}) > 1
-        self.num_layers, self.context_length, self.context_name = _rollback_limits(model)
+        plain = _plain_cache(model)
+        self.num_layers = len(plain.layers) or self.config.num_hidden_layers
+        self.context_length, self.context_name = _context_limit(self.config)
         self._positions = RowPositions(model)
         self.context_length -= self._positions.first
         self.local = _local_attention(model)
         self.max_draft_tokens = _max_draft_tokens(self.local, self.context_length)
-        self.is_recurrent = _is_recurrent(model)
-        self._has_attention = not self.is_recurrent or _has_attention(model)
+        self._recurrent = frozenset(recurrent_layers(plain))
+        self.is_recurrent = _is_recurrent(model, self._recurrent)
+        self._has_attention = not self.is_recurrent or any(isinstance(layer, DynamicLayer) for layer in plain.layers)
         self._cache_argument = cache_argument(model) or "past_key_values"
         self._factors = length_factors(model, self.context_length)
         self._fused = model.base_model if isinstance(model.base_model, FusedDecoder) else None
@@ -242,7 +245,6 @@ class CausalLM(LanguageModel):
         positions = cache.window.positions.clamp(max=self.context_length - 1)
         with (
             self._hidden_states.reading(layers, cache.write_features) if layers else nullcontext(),
-            own_masks(self.model, cache, self.dtype) if self.config.model_type == "gpt_neo" else nullcontext(),
             self._positions.applied(tokens, positions, cache, self._masks(cache)) as inputs,
         ):
             inputs = inputs if self._has_attention else {}
@@ -257,9 +259,8 @@ class CausalLM(LanguageModel):
         kinds = getattr(self.config, "layer_types", None)
         if kinds is None:
             return cache.mask(self.dtype, cache.local[0])
-        recurrent = recurrent_layers(plain_cache(self.config)) if self.is_recurrent else ()
         return {
-            kind: None if index in recurrent else cache.mask(self.dtype, local)
+            kind: None if index in self._recurrent else cache.mask(self.dtype, local)
             for index, (kind, local) in enumerate(zip(kinds, cache.local, strict=False))
         }
 
@@ -290,28 +291,35 @@ _LAYERS = {"DynamicLayer", "DynamicSlidingWindowLayer", "DummyLayer"}  # transfo
 _CONTEXT_NAMES = ("max_position_embeddings", "max_seq_len", "n_positions", "n_ctx", "max_sequence_length")
 
 
-def _rollback_limits(model: PreTrainedModel) -> tuple[int, int, str]:
-    """(number of cache layers, context length, name of the limit)."""
-    name, config = type(model).__name__, model.config.get_text_config(decoder=True)
+def _plain_cache(model: PreTrainedModel) -> Cache:
+    """transformers' own cache for the model, whose layers show what has to be rolled back.
+
+    Raises UnsupportedModelError for layers that cannot be, and for attention without per-row masks.
+    """
+    name = type(model).__name__
     if model.config.is_encoder_decoder:
         raise UnsupportedModelError(f"{name} is an encoder-decoder; use Seq2SeqLM, or a decoder-only model")
-    attention = config._attn_implementation
+    attention = model.config.get_text_config(decoder=True)._attn_implementation
     if attention not in ("eager", "sdpa"):
         raise UnsupportedModelError(
             f"attention={attention!r} of {name} must be 'eager' or 'sdpa': others do not support per-row masks"
         )
-    named = (name for name in _CONTEXT_NAMES if isinstance(getattr(config, name, None), int))
-    context_name = next(named, "max_position_embeddings")
-    stated = getattr(config, context_name, None) or 0
-    limit = stated if stated > 0 else 1 << 30  # XLNet says -1
-    layers = plain_cache(model.config).layers
-    for index, layer in enumerate(layers):
+    plain = plain_cache(model.config)
+    for index, layer in enumerate(plain.layers):
         if type(layer).__name__ not in _LAYERS and not isinstance(layer, LinearAttentionLayer):
             raise UnsupportedModelError(
                 f"layer {index} of {name} keeps a {type(layer).__name__}, which cannot be "
                 "rolled back after a rejection; use a model with full attention in every layer"
             )
-    return len(layers) or config.num_hidden_layers, limit, context_name
+    return plain
+
+
+def _context_limit(config: Any) -> tuple[int, str]:
+    """(context length, name of the field that limits it) of a text model's config."""
+    named = (name for name in _CONTEXT_NAMES if isinstance(getattr(config, name, None), int))
+    context_name = next(named, "max_position_embeddings")
+    stated = getattr(config, context_name, None) or 0
+    return stated if stated > 0 else 1 << 30, context_name  # XLNet says -1
 
 
 def _local_attention(model: PreTrainedModel) -> tuple[LocalAttention | None, ...]:
@@ -350,9 +358,12 @@ def _max_draft_tokens(local: Sequence[LocalAttention | None], context_length: in
     return min((each.num_spare // 2 - 1 for each in overwritten), default=None)
 
 
-def _is_recurrent(model: PreTrainedModel) -> bool:
-    """Whether a model has recurrent layers, which are then stepped. Raises UnsupportedModelError if they cannot be."""
-    if not (recurrent_layers(plain_cache(model.config)) or getattr(model, "_is_stateful", False)):
+def _is_recurrent(model: PreTrainedModel, layers: Collection[int]) -> bool:
+    """Whether a model has recurrent layers, which are then stepped. Raises UnsupportedModelError if they cannot be.
+
+    layers: those that transformers' cache has.
+    """
+    if not (layers or getattr(model, "_is_stateful", False)):
         return False
     try:
         step_mixers(model)
@@ -364,10 +375,6 @@ def _is_recurrent(model: PreTrainedModel) -> bool:
             f"forward raised {type(error).__name__}), so they cannot be rolled back; use another model"
         ) from error
     return True
-
-
-def _has_attention(model: PreTrainedModel) -> bool:
-    return any(isinstance(layer, DynamicLayer) for layer in plain_cache(model.config).layers)
 
 
 def _thresholds(lm: CausalLM) -> list[int]:

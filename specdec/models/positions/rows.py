@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from torch import Tensor
 
 from specdec.models.positions.alibi import alibi_biases
 from specdec.models.positions.embeddings import PositionEmbeddings, ids_after_padding
+from specdec.models.positions.gpt_neo import own_masks
 from specdec.models.state.ragged import RaggedCache
 
 Masks = Tensor | dict[str, Tensor | None]  # one for all layers, or one by kind of layer
@@ -28,7 +29,8 @@ class RowPositions:
         self.first = 0 if self._padding is None else self._padding + 1
         takes_ids = "position_ids" in inspect.signature(model.forward).parameters
         self._embeddings = None if takes_ids else PositionEmbeddings(model.get_decoder())
-        self._alibi = alibi_biases(model)
+        self._alibi, self._own_masks = alibi_biases(model), own_masks(model)
+        self._dtype = model.dtype
 
     def without_padding(self, tokens: list[int]) -> list[int]:
         """The tokens with another in place of the padding token where the model gives that no position."""
@@ -51,7 +53,8 @@ class RowPositions:
                 yield {"attention_mask": mask}
         else:
             ids = positions if self._padding is None else ids_after_padding(tokens, positions, self._padding)
-            yield {"attention_mask": mask, "position_ids": ids}
+            with self._own_masks.applied(cache, self._dtype) if self._own_masks else nullcontext():
+                yield {"attention_mask": mask, "position_ids": ids}
 
 
 def _padding(model: Any) -> int | None:

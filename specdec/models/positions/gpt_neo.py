@@ -1,7 +1,7 @@
 """GPT-Neo's local layers, which build the mask of their window themselves.
 
-transformers builds it by the column of a query in the cache, the same for all rows, and gives all layers one mask.
-During a call with a ragged cache, each layer gets its own mask instead.
+transformers builds the mask from the column of a query in the cache, the same for all rows, and gives all layers one
+mask. During a call with a ragged cache, each layer gets its own mask instead.
 """
 
 from __future__ import annotations
@@ -23,14 +23,28 @@ def local_layers(config: Any) -> tuple[LocalAttention | None, ...]:
     return tuple(local if kind == "local" else None for kind in config.attention_layers)
 
 
-@contextmanager
-def own_masks(model: nn.Module, cache: RaggedCache, dtype: torch.dtype) -> Iterator[None]:
-    """During calls inside, each attention layer of a GPT-Neo has the cache's mask for it; else nothing changes."""
-    layers: list[Any] = [each for each in model.modules() if type(each).__name__ == "GPTNeoSelfAttention"]
-    with ExitStack() as stack:
-        for layer in layers:
-            stack.enter_context(_own_mask(layer, cache, dtype))
-        yield
+class OwnMasks:
+    """The attention layers of a GPT-Neo, each of which gets the cache's mask for it during calls with a ragged cache.
+
+    layers: its self-attention modules.
+    """
+
+    def __init__(self, layers: list[Any]) -> None:
+        self._layers = layers
+
+    @contextmanager
+    def applied(self, cache: RaggedCache, dtype: torch.dtype) -> Iterator[None]:
+        """During calls inside, layers attend to the open window of the cache; dtype: of the masks."""
+        with ExitStack() as stack:
+            for layer in self._layers:
+                stack.enter_context(_own_mask(layer, cache, dtype))
+            yield
+
+
+def own_masks(model: nn.Module) -> OwnMasks | None:
+    """The attention layers of a GPT-Neo; None for any other model."""
+    layers = [each for each in model.modules() if type(each).__name__ == "GPTNeoSelfAttention"]
+    return OwnMasks(layers) if layers else None
 
 
 @contextmanager
