@@ -6,6 +6,7 @@ import gc
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import NoReturn
 
 import pytest
 
@@ -33,6 +34,16 @@ def failing_cell(device: str) -> Iterator[None]:
         raise pytest.fail.Exception(failure, pytrace=False) from None
 
 
+def _explained(error: Exception, pair: Pair) -> str:
+    """The message of an error while loading, with the remedy for a pair whose licence has to be accepted."""
+    if not (pair.gated and isinstance(error, LoadError)):
+        return str(error)
+    return (
+        f"{error}; if the hub refused it: accept the licence at https://huggingface.co/{pair.target} (and the "
+        "draft's), then run hf auth login"
+    )
+
+
 class Models:
     """Loads engines when they are first used, and unloads all of them when another pair is."""
 
@@ -40,6 +51,7 @@ class Models:
         self._config, self._device = config, device
         self._pair: Pair | None = None
         self._engines: dict[str, BenchEngine] = {}
+        self._refusals: dict[str, str] = {}  # engine -> why it does not take the pair's draft
 
     def engine(self, name: str, pair: Pair) -> BenchEngine:
         """An engine with a pair's models; one that cannot be loaded fails or skips the cell."""
@@ -57,11 +69,23 @@ class Models:
 
     def prepare(self, cells: Collection[Cell], pair: Pair) -> None:
         """Make each engine ready for its own among these cells, and let it release what others needed."""
+        for cell in cells:
+            self.check_draft(cell.engine, cell.method, pair)
         for name in {*self._engines, *(cell.engine for cell in cells)}:
             setups = {Setup(cell.method, cell.gamma, cell.batch_size) for cell in cells if cell.engine == name}
             with failing_cell(self._device):
                 self.engine(name, pair).prepare(setups)
         gc.collect()  # a full collection takes 0.2 s: not within what is timed
+
+    def check_draft(self, name: str, method: str, pair: Pair) -> None:
+        """Fail or skip a cell if its method uses the pair's draft and its engine does not take that draft."""
+        if refusal := self.why_no_draft(name, method, pair):
+            self._refuse(refusal)
+
+    def why_no_draft(self, name: str, method: str, pair: Pair) -> str | None:
+        """Why an engine does not take the pair's draft, if a method uses it; None if it does."""
+        self.engine(name, pair)
+        return self._refusals.get(name) if pair.draft_for(method) == pair.draft else None
 
     def settle(self) -> None:
         """Wait until no engine keeps the machine busy."""
@@ -70,25 +94,29 @@ class Models:
 
     def close(self) -> None:
         """Unload all engines."""
+        self._refusals.clear()
         while self._engines:
             self._engines.popitem()[1].close()
 
     def _load(self, name: str, pair: Pair) -> BenchEngine:
-        """Load an engine. A model that cannot be loaded fails the cell if it was named, and skips it otherwise."""
+        """Load an engine, without the pair's draft if it does not take it. A model that cannot be loaded is refused."""
         from specdec.models.causal import UnsupportedModelError  # imports transformers
 
         pair = self._with_needed_draft(pair)
         try:
             check_vocabulary(pair, name)
+        except LoadError as error:
+            self._refusals[name] = _explained(error, pair)
+            pair = replace(pair, draft=None)
+        try:
             return load_engine(name, pair, self._options(pair))
         except (LoadError, UnsupportedModelError, PlacementError) as error:
-            message = str(error)
-            if pair.gated and isinstance(error, LoadError):
-                message += (
-                    f"; if the hub refused it: accept the licence at https://huggingface.co/{pair.target} (and the "
-                    "draft's), then run hf auth login"
-                )
-        if {"pairs", "placements"} & self._config.named:  # outside of `except`: the message is complete
+            message = _explained(error, pair)
+        self._refuse(message)  # outside of `except`: the message is complete
+
+    def _refuse(self, message: str) -> NoReturn:
+        """Fail the cell if its model was named, else skip it."""
+        if {"pairs", "placements"} & self._config.named:
             pytest.fail(message, pytrace=False)
         pytest.skip(message)
 

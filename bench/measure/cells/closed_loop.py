@@ -53,9 +53,13 @@ class ClosedLoop:
         # an external server cannot be switched to plain decoding
         if cell.method != "autoregressive" and not (cell.engine == "vllm-server" and config.server_url):
             cells[BASELINE] = replace(cell, method="autoregressive", gamma=0)
-        if cell.engine != reference.engine and reference in self._runnable:
+        if cell.engine != reference.engine and reference in self._runnable and not self._lacks_draft(reference):
             cells[REFERENCE] = reference
         return cells
+
+    def _lacks_draft(self, cell: Cell) -> bool:
+        models, pair = self._context.models, self._context.config.pair_of(cell)
+        return models.why_no_draft(cell.engine, cell.method, pair) is not None
 
     def _warm_up(self, cells: Mapping[str, Cell], pair: Pair, batches: Sequence[Batch]) -> float:
         """Decode a few tokens after the longest prompts; on a GPU, which captures graphs by shape, everything twice.

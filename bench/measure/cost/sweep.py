@@ -60,6 +60,7 @@ class CostSweep:
         pair, method = config.pairs[0], needs(cell.axis)
         if pair.lacks_draft(method):
             pytest.skip(f"pair={pair.name} has no draft for method={method}; name a pair that has with --pairs")
+        context.models.check_draft("specdec", method, pair)
         engine = context.models.engine("specdec", pair)
         assert isinstance(engine, SpecdecEngine)
         if not isinstance(engine.target, CausalLM):

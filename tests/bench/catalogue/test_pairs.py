@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -345,14 +346,28 @@ def test_another_tokenizer_is_for_specdec_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("engine", ["specdec", "transformers", "vllm"])
-def test_pairs_with_different_vocabularies_are_skipped_by_every_engine(
-    engine: str, mismatched: Pair, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("named", [True, False])
+def test_a_draft_with_another_vocabulary_fails_or_skips_only_the_cells_that_use_it(
+    engine: str, named: bool, mismatched: Pair, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(models_module, "load_engine", lambda *_: pytest.fail("weights were asked for"))
-    for named, outcome in ((frozenset({"pairs"}), pytest.fail.Exception), (frozenset(), pytest.skip.Exception)):
-        models = Models(make_config(named=named), "cpu")
-        with pytest.raises(outcome, match="the draft's vocabulary of 97 tokens must be the target's"):
-            models.engine(engine, mismatched)
+    loaded = []
+    monkeypatch.setattr(models_module, "load_engine", lambda name, pair, options: loaded.append(pair))
+    models = Models(make_config(named=frozenset({"pairs"} if named else ())), "cpu")
+    outcome = pytest.fail.Exception if named else pytest.skip.Exception
+    with pytest.raises(outcome, match="the draft's vocabulary of 97 tokens must be the target's"):
+        models.check_draft(engine, "draft_model", mismatched)
+    models.check_draft(engine, "ngram", mismatched)
+    assert loaded == [dataclasses.replace(mismatched, draft=None)], "weights of the draft were asked for"
+
+
+def test_a_refused_draft_is_accepted_again_with_another_pair(
+    mismatched: Pair, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(models_module, "load_engine", lambda *_: SimpleNamespace(close=lambda: None))
+    models = Models(make_config(), "cpu")
+    with pytest.raises(pytest.skip.Exception):
+        models.check_draft("specdec", "draft_model", mismatched)
+    models.check_draft("specdec", "draft_model", dataclasses.replace(mismatched, draft=mismatched.target))
 
 
 @pytest.mark.parametrize("engine", ["specdec", "transformers", "vllm"])
@@ -366,14 +381,16 @@ def test_a_draft_that_no_method_uses_is_not_loaded(
     assert loaded == [dataclasses.replace(mismatched, draft=None)]
 
 
-def test_a_gated_pair_names_the_remedy(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(pair: Pair, engine: str) -> None:
+@pytest.mark.parametrize("refused", ["check_vocabulary", "load_engine"])
+def test_a_gated_pair_names_the_remedy(refused: str, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
         raise LoadError("source='meta-llama/...' must be within reach")
 
-    monkeypatch.setattr(models_module, "check_vocabulary", refuse)
+    for name in ("check_vocabulary", "load_engine"):
+        monkeypatch.setattr(models_module, name, refuse if name == refused else lambda *_: None)
     models = Models(make_config(named=frozenset({"pairs"})), "cpu")
     with pytest.raises(pytest.fail.Exception, match=r"accept the licence at .*meta-llama/Llama-3\.3.* hf auth login"):
-        models.engine("specdec", catalogue()["llama-3.3-70b-8b"])
+        models.check_draft("specdec", "draft_model", catalogue()["llama-3.3-70b-8b"])
 
 
 def test_a_model_that_specdec_refuses_fails_its_cell_with_a_reason(tmp_path: Path, make_config: MakeConfig) -> None:
