@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,6 +18,7 @@ from specdec.models.base import LanguageModel
 from specdec.models.loading import (
     WEIGHTS,
     WEIGHTS_SHARE,
+    Vocabulary,
     check_complete,
     hub_folder,
     load_pretrained,
@@ -141,8 +143,12 @@ def kind_in(source: str) -> Kind:
 
 def _is_parallel(folder: Path) -> bool:
     """Whether a folder has a language model that was trained to draft several tokens in a pass (PARD)."""
-    path = folder / "config.json"
-    return path.is_file() and "pard_token" in path.read_text(errors="replace")
+    try:
+        config = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError):  # missing, or damaged, which its loader reports
+        return False
+    parts = (config, *config.values()) if isinstance(config, dict) else ()  # a composite has that of its text model
+    return any(isinstance(part, dict) and part.get("pard_token") is not None for part in parts)
 
 
 def load_with_drafts(
@@ -158,27 +164,42 @@ def load_with_drafts(
     """
     load_format = options["load_format"]
     found = {source: find(source, load_format, target=target, allow_pickle=allow_pickle) for source in drafts}
-    found = {source: replace(each, place=resolve(each.place)) for source, each in found.items()}
-    descriptions = _check_sources(target, found, options)
+    return load_with_found(target, found, placement, **options)
+
+
+def load_with_found(
+    target: str, drafts: Mapping[str, DraftSource], placement: str = "same", **options: Any
+) -> tuple[CausalLM | Seq2SeqLM, dict[str, AnyDraft]]:
+    """As `load_with_drafts`, for drafts that `find` recognized, by source."""
+    found = {source: replace(each, place=resolve(each.place)) for source, each in drafts.items()}
     models = [each.place for each in found.values() if each.kind in MODELS]
+    places = (target, *models) if found else ()
+    vocabularies = {place: read_vocabulary(place, options["load_format"]) for place in places}
+    descriptions = _check_sources(target, found, vocabularies, options)
     target_device, devices = place_models(target, models, placement, options)
-    model, tokenizer = load_pretrained(target, **options | {"device": target_device})
-    loaded = {
-        source: _load(each, model, options | {"device": devices.get(each.place, options["device"])})
-        for source, each in found.items()
-    }
+    read_from = {"vocabulary": vocabularies.get(target), "device": target_device}
+    model, tokenizer = load_pretrained(target, **options | read_from)
+    loaded: dict[str, AnyDraft] = {}
+    for source, each in found.items():
+        own = {"device": devices.get(each.place, options["device"]), "vocabulary": vocabularies.get(each.place)}
+        loaded[source] = _load(each, model, options | own)
     for source, description in descriptions.items():
         cast("Any", loaded[source]).description = description
     return _fused(model, tokenizer), loaded  # fused last: a head borrows from the target's unfused layers
 
 
-def _check_sources(target: str, sources: Mapping[str, DraftSource], options: Mapping[str, Any]) -> dict[str, str]:
-    """Check drafts against the target before weights are read. Returns a description of each head, which is logged."""
+def _check_sources(
+    target: str, sources: Mapping[str, DraftSource], vocabularies: Mapping[str, Vocabulary], options: Mapping[str, Any]
+) -> dict[str, str]:
+    """Check drafts against the target before weights are read. Returns a description of each head, which is logged.
+
+    vocabularies: of the target and of draft models, by their places.
+    """
     descriptions, load_format = {}, options["load_format"]
     for source, each in sources.items():
-        check_kinds(read_vocabulary(target, load_format), each.kind)
+        check_kinds(vocabularies[target], each.kind)
         if each.kind in MODELS:
-            check_vocabularies(target, each.place, load_format)
+            share_vocabulary(vocabularies[target], vocabularies[each.place])
             _check_model(each.place, load_format)
         if each.head:
             skeleton = read_skeleton(target, options["dtype"], load_format)

@@ -19,7 +19,7 @@ from specdec.assembly import EngineOptions, assemble
 from specdec.constraints.bans import AtLeast, Without, all_of
 from specdec.constraints.llguidance import GrammarCompiler
 from specdec.constraints.progress import Constraint
-from specdec.drafts import as_language_model, find, load_with_drafts
+from specdec.drafts import as_language_model, find, load_with_found
 from specdec.methods import default_draft
 from specdec.models.base import LanguageModel
 from specdec.models.generation_config import sampling_defaults, warn_of_ignored
@@ -167,9 +167,9 @@ class Engine:
         draft = draft or default_draft(target, checked.method)
         found = find(draft, load_format, target=target, allow_pickle=allow_pickle) if draft else None
         checked.check_draft_kind(found.kind if found else None)
-        model, drafts = load_with_drafts(
+        model, drafts = load_with_found(
             target,
-            [draft] if draft else [],
+            {draft: found} if draft and found else {},
             placement,
             dtype=dtype,
             device=device,
@@ -177,7 +177,6 @@ class Engine:
             load_format=load_format,
             quantization=quantization,
             tp_plan=tp_plan,
-            allow_pickle=allow_pickle,
         )
         engine = cls(model, draft=drafts[draft] if draft else None, **options)
         gc.collect()  # loading leaves a full collection due, 0.2 s with transformers in memory: not within a request

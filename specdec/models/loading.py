@@ -17,7 +17,7 @@ import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -109,6 +109,7 @@ def load_pretrained(
     load_format: str = "auto",
     quantization: str | None = None,
     tp_plan: str | None = None,
+    vocabulary: Vocabulary | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     """Load a model, in eval mode and without gradients, and its tokenizer (None if it has none).
 
@@ -125,6 +126,7 @@ def load_pretrained(
         model's distribution; speculative decoding is lossless with respect to the quantized model.
     tp_plan: "auto" shards each layer over the processes of `torchrun`, as transformers does for this architecture;
         all processes decode the same tokens. `device` is then only a device type: "cpu" or "cuda".
+    vocabulary: of `read_vocabulary` for this source, if it was needed before; its tokenizer is not read again.
     Raises ValueError for other arguments, FileNotFoundError for a missing folder or file, and LoadError for damaged
     content or a failed download.
     """
@@ -136,16 +138,22 @@ def load_pretrained(
     load = _stored_model if load_format == "auto" else _random_model
     with explained(place.rule, place.remedy), others_bars(), doing(f"loading {source}"):
         model = _with_attention(attention, partial(load, place, devices, dtype=dtype, **special))
-        return model.eval().requires_grad_(False), _tokenizer(place, optional=load_format == "dummy")
+        model.eval().requires_grad_(False)
+        return model, vocabulary.tokenizer if vocabulary else _tokenizer(place, load_format)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Vocabulary:
-    """A model's vocabulary. tokenizer: None if it has none. is_encoder_decoder: of the model."""
+    """A model's vocabulary. is_encoder_decoder: of the model. read: reads the tokenizer, when it is first used."""
 
     vocab_size: int
-    tokenizer: PreTrainedTokenizerBase | None
-    is_encoder_decoder: bool = False
+    is_encoder_decoder: bool
+    read: Callable[[], PreTrainedTokenizerBase | None]
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase | None:
+        """The model's tokenizer; None if it has none. Errors as for `load_pretrained`."""
+        return self.read()
 
 
 def read_vocabulary(source: str, load_format: str = "auto") -> Vocabulary:
@@ -154,8 +162,7 @@ def read_vocabulary(source: str, load_format: str = "auto") -> Vocabulary:
     with explained(place.rule, place.remedy):
         config = _config_and_class(place)[0]
         vocab_size = config.get_text_config(decoder=True).vocab_size
-        tokenizer = _tokenizer(place, optional=load_format == "dummy")
-        return Vocabulary(vocab_size, tokenizer, config.is_encoder_decoder)
+        return Vocabulary(vocab_size, config.is_encoder_decoder, partial(_tokenizer, place, load_format))
 
 
 def read_layer_bytes(source: str, dtype: torch.dtype, load_format: str = "auto") -> LayerBytes:
@@ -625,8 +632,11 @@ def _random_model(place: _Place, devices: Sequence[torch.device], **options: Any
         return cast("PreTrainedModel", auto_class.from_config(config, **options).to(device))
 
 
-def _tokenizer(place: _Place, *, optional: bool) -> PreTrainedTokenizerBase | None:
-    """The tokenizer at a place; None for a folder without one, and if `optional` also for a hub id without one."""
+def _tokenizer(place: _Place, load_format: str) -> PreTrainedTokenizerBase | None:
+    """The tokenizer at a place; None for a folder without one, and for "dummy" weights also for a hub id without one.
+
+    Raises LoadError for one that cannot be read.
+    """
     from transformers import AutoTokenizer
 
     arguments: dict[str, Any] = {**place.arguments, "trust_remote_code": False}
@@ -634,12 +644,13 @@ def _tokenizer(place: _Place, *, optional: bool) -> PreTrainedTokenizerBase | No
         arguments[_PATH] = str(place.folder)
         if not _has_tokenizer(place.folder):
             return None  # for some architectures, transformers would create an empty one
-    try:
-        return cast("PreTrainedTokenizerBase", AutoTokenizer.from_pretrained(**arguments))
-    except (OSError, ValueError):
-        if optional and not place.folder:
-            return None
-        raise
+    with explained(place.rule, place.remedy):
+        try:
+            return cast("PreTrainedTokenizerBase", AutoTokenizer.from_pretrained(**arguments))
+        except (OSError, ValueError):
+            if load_format == "dummy" and not place.folder:
+                return None
+            raise
 
 
 def _has_tokenizer(folder: Path) -> bool:

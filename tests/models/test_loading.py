@@ -435,6 +435,27 @@ def test_a_draft_with_another_vocabulary_is_refused_before_any_weights_are_read(
         Engine.load(str(llama), draft=str(tmp_path / "draft"), method="draft_model")
 
 
+def test_sources_are_recognized_and_their_tokenizers_read_once(gguf_file, copy, tmp_path, monkeypatch):
+    from transformers import AutoTokenizer
+
+    from specdec import Engine, drafts, engine
+
+    load(gguf_file)[1].save_pretrained(copy)
+    draft = str(shutil.copytree(copy, tmp_path / "draft"))
+    read, found = [], []
+    from_pretrained, find = AutoTokenizer.from_pretrained, drafts.find
+    monkeypatch.setattr(
+        AutoTokenizer, "from_pretrained", lambda **options: read.append(1) or from_pretrained(**options)
+    )
+    for module in (drafts, engine):
+        monkeypatch.setattr(
+            module, "find", lambda source, *args, **options: found.append(source) or find(source, *args, **options)
+        )
+    loaded = Engine.load(str(copy), draft=draft, method="draft_model")
+    assert loaded.tokenizer is not None
+    assert (len(read), found) == (2, [draft]), "one tokenizer of the target and one of the draft"
+
+
 # ---- what is asked of the hub, and which attention an architecture has
 
 

@@ -104,3 +104,8 @@ def test_its_first_token_is_that_of_the_model_itself(max_batch_size: int) -> Non
 def test_a_folder_is_recognized_by_its_mask_token(tmp_path: Path) -> None:
     tiny.make("llama", tiny.GQA | {"pard_token": 60}).save_pretrained(tmp_path)
     assert kind_in(str(tmp_path)) == "pard"
+
+
+def test_a_model_that_only_mentions_a_mask_token_is_an_ordinary_one(tmp_path: Path) -> None:
+    tiny.make("llama", tiny.GQA | {"pard_token": None, "comment": "no pard_token"}).save_pretrained(tmp_path)
+    assert kind_in(str(tmp_path)) == "model"
