@@ -21,14 +21,15 @@ from bench.catalogue.pairs import catalogue, folder
 from bench.workloads import registry
 from specdec import SamplingParams
 from specdec.conformance.arms import Answers, Arm
+from specdec.conformance.certificate import Speculation
 from specdec.conformance.mutants import MUTANTS, Maker, maker
 from specdec.conformance.reference import Reference, Tokens
 from specdec.conformance.statistics.sizes import BROKEN_DISTRIBUTIONS, total_variation
-from specdec.conformance.verdicts import AuditLimits, bounds
+from specdec.conformance.verdicts import AuditLimits, bounds, unconfirmed
 from specdec.decoding import Decoder
 from specdec.drafts import load_with_drafts
 from specdec.prompts import encode
-from specdec.requests import Request
+from specdec.requests import Generation, Request
 from specdec.runtime.command_line import Parser
 from specdec.runtime.progress import bar
 from specdec.sampling.randomness import uniforms
@@ -44,9 +45,9 @@ SAMPLING = {  # of mutants that show only so
 }
 STOPPING = ("M10 stop token ignored",)  # which need tokens to stop at that come often
 NEVER = {"M5 accept at equality": "only a uniform of exactly 0 shows it, one draw in 2^53; the exact tests do"}
-LOSSLESS = ("M13 speculation silently off",)  # nothing to find in outputs: an audit asks for counts of drafts
-PLANTED = ("none", *(name for name in MUTANTS if name not in LOSSLESS))
-FEW = 2048  # tokens are enough to be no wiser about those
+LOSSLESS = ("M13 speculation silently off",)  # nothing to find in outputs, only in the counts of drafts
+PLANTED = ("none", *MUTANTS)
+FEW = 2048  # tokens are enough where outputs have nothing to find
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +56,8 @@ class Finding:
 
     sampling: parameters that differ from plain sampling. size: total variation between the distribution of a step's
     first token and the target's, None without a formula. tv_lower_bound: over all judged tokens. errors: definite
-    errors. p_value: the smallest one, corrected for multiple tests.
+    errors. p_value: the smallest one, corrected for multiple tests. unconfirmed: why the counts of drafts do not confirm
+    that the engine speculates, which keeps an audit from calling it lossless; empty if they do.
     """
 
     mutant: str
@@ -66,6 +68,7 @@ class Finding:
     errors: tuple[str, ...]
     num_draws: int
     p_value: float
+    unconfirmed: tuple[str, ...] = ()
 
 
 def judge(
@@ -83,11 +86,14 @@ def judge(
     target, draft = references
     limits = AuditLimits()
     arm = Arm(0, target, draft, num_draws, 0, limits)
+    num_drafted = num_accepted = 0
     with bar(num_draws, "token", name) as done:
         for numbers, seeds in _rounds(len(prompts), once=target.sampling.temperature == 0):
             rows = [prompts[number] for number in numbers]
-            outputs = _outputs(decoder, rows, seeds, target)
-            arm.observe(Answers(numbers, rows, seeds, outputs), MAX_TOKENS)
+            generations = _generations(decoder, rows, seeds, target)
+            num_drafted += sum(step.num_drafted for row in generations for step in row.steps)
+            num_accepted += sum(step.num_accepted for row in generations for step in row.steps)
+            arm.observe(Answers(numbers, rows, seeds, [row.output for row in generations]), MAX_TOKENS)
             found = arm.findings()
             found_by = {instrument: after for instrument, after in found.found_after.items() if after is not None}
             done.update(arm.num_draws - done.n)
@@ -103,6 +109,7 @@ def judge(
         errors=found.errors,
         num_draws=found.num_draws,
         p_value=found.p_value,
+        unconfirmed=unconfirmed(Speculation(num_drafted, num_accepted)),
     )
 
 
@@ -113,15 +120,14 @@ def _rounds(num_prompts: int, *, once: bool) -> Iterator[tuple[list[int], list[i
         yield [seed % num_prompts for seed in seeds], seeds
 
 
-def _outputs(
+def _generations(
     decoder: Decoder, prompts: Sequence[tuple[int, ...]], seeds: Sequence[int], target: Reference
-) -> list[list[int]]:
+) -> list[Generation]:
     requests = [
         Request(index, prompt, replace(target.sampling, seed=seed), target.stop_token_ids)
         for index, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True))
     ]
-    rows = sorted(decoder.run(requests), key=lambda row: row.request.index)
-    return [row.output for row in rows]
+    return sorted(decoder.run(requests), key=lambda row: row.request.index)
 
 
 def _sampling(name: str, prompts: Sequence[tuple[int, ...]]) -> SamplingParams:
@@ -161,12 +167,12 @@ def findings(num_prompts: int, num_draws: int, dtype: torch.dtype, names: Sequen
         references = [Reference(model, sampling) for model in exact]
         if name in BROKEN_DISTRIBUTIONS and repr(sampling) not in known:
             sound = maker(*engine, GAMMA)(uniforms, verify_tokens, ROWS)
-            outputs = _outputs(sound, rows, range(len(rows)), references[0])
+            outputs = [row.output for row in _generations(sound, rows, range(len(rows)), references[0])]
             known[repr(sampling)] = sizes(references, rows, outputs)
         size = known[repr(sampling)][name] if name in BROKEN_DISTRIBUTIONS else None
         plant: Callable[..., Maker] = maker if name == "none" else MUTANTS[name]
         decoder = plant(*engine, GAMMA)(uniforms, verify_tokens, ROWS)
-        yield judge(name, decoder, references, prompts, FEW if name in NEVER else num_draws, size)
+        yield judge(name, decoder, references, prompts, FEW if name in (*NEVER, *LOSSLESS) else num_draws, size)
 
 
 def line(found: Finding) -> str:
@@ -174,6 +180,7 @@ def line(found: Finding) -> str:
     detections = [f"{name} after {after}" for name, after in sorted(found.found_by.items(), key=lambda item: item[1])]
     if found.errors:
         detections.append(f"by name: {found.errors[0]}")
+    detections += [f"by counts: {reason}" for reason in found.unconfirmed]
     unseen = f"no (p = {found.p_value:.2g}){f'; {NEVER[found.mutant]}' if found.mutant in NEVER else ''}"
     detected = "; ".join(detections) or unseen
     size = "" if found.size is None else f"{found.size:.3f}"

@@ -57,7 +57,9 @@ class AuditedEngine(Protocol):
 class CountsDrafts(Protocol):
     """An engine that counts the draft tokens and accepted tokens of its speculative arm so far; None is unknown.
 
-    Without these counts, or if one is 0, no engine is called lossless.
+    No engine is called lossless without these counts, if one of them is 0 at the end, or if they contradict themselves:
+    they fall, are unknown in between, or more tokens are accepted than drafted. They are read before the audit and
+    after each batch of prompts.
     """
 
     @property
@@ -102,29 +104,79 @@ def audit(
     _check(engine, reference, draft, prompts)
     if progress and is_shown():
         announce(expectation(engine, reference, prompts, draft=draft, num_draws=num_draws, batch_size=batch_size))
-    before = _speculation(engine)
+    counters = DraftCounters(engine)
     arms = [Arm(number, reference, draft, num_draws, seed, limits) for number in range(2)]
     pair = Exchangeability(arms[0].num_statistics, limits.alpha)
     max_tokens, greedy = reference.sampling.max_tokens, reference.sampling.temperature == 0
     with bar(num_draws, "token", "audit, of each arm", shown=progress) as judged:
         for questions in _rounds(prompts, batch_size, seed * SEED_STRIDE, once=greedy):
             answers = [questions.ask(engine.speculative, 0, max_tokens), questions.ask(engine.plain, 1, max_tokens)]
+            counters.read()
             sums = [arm.observe(answer, max_tokens) for arm, answer in zip(arms, answers, strict=True)]
             pair.observe(*sums)
             fewest = min(arm.num_draws for arm in arms)
             judged.update(min(fewest, num_draws) - judged.n)
             if any(arm.has_errors for arm in arms) or fewest >= num_draws:
                 break
-    return _findings(arms, pair.wealth.p_value, reference.sampling, limits, _speculation(engine, before))
+    return _findings(arms, pair.wealth.p_value, reference.sampling, limits, counters.speculation())
 
 
-def _speculation(engine: AuditedEngine, before: Speculation | None = None) -> Speculation | None:
-    """The engine's counts of its drafts, those from before the audit left out."""
-    counts = (engine.num_drafted, engine.num_accepted) if isinstance(engine, CountsDrafts) else (None, None)
-    if counts[0] is None or counts[1] is None:
+class DraftCounters:
+    """Follows an engine's counters of its drafts, from its construction on."""
+
+    def __init__(self, engine: object) -> None:
+        self._engine = engine
+        self._first = self._last = self._counts()
+        self._problem = self._why_invalid(self._first)
+
+    def read(self) -> None:
+        """Read the counters, which must never be missing or decrease once there; the first problem is kept."""
+        counts = self._counts()
+        self._problem = self._problem or self._why_invalid(counts) or self._why_discontinuous(counts)
+        self._last = counts
+
+    def speculation(self) -> Speculation | None:
+        """The counts since the construction; None if the engine has no counters, or if they were always None."""
+        if self._problem:
+            return Speculation(0, 0, self._problem)
+        if self._first is None or self._last is None:
+            return None
+        num_drafted, num_accepted = (last - first for first, last in zip(self._first, self._last, strict=True))
+        if num_accepted > num_drafted:
+            return Speculation(
+                num_drafted,
+                num_accepted,
+                f"num_accepted={num_accepted} must not exceed num_drafted={num_drafted}; count the same steps in both",
+            )
+        return Speculation(num_drafted, num_accepted)
+
+    def _counts(self) -> tuple[int, int] | None:
+        if not isinstance(self._engine, CountsDrafts):
+            return None
+        num_drafted, num_accepted = self._engine.num_drafted, self._engine.num_accepted
+        return None if num_drafted is None or num_accepted is None else (num_drafted, num_accepted)
+
+    def _why_invalid(self, counts: tuple[int, int] | None) -> str | None:
+        """The counters come from an engine of someone else, so that their types are not known to be right."""
+        if counts is None or all(isinstance(count, int) and count >= 0 for count in counts):
+            return None
+        return f"num_drafted={counts[0]!r} and num_accepted={counts[1]!r} must be whole numbers, at least 0"
+
+    def _why_discontinuous(self, counts: tuple[int, int] | None) -> str | None:
+        if (counts is None) != (self._last is None):
+            return (
+                "num_drafted and num_accepted must be known throughout an audit, but were None at a time; start them "
+                "at 0 and count every step"
+            )
+        if counts is None or self._last is None:
+            return None
+        for name, now, before in zip(("num_drafted", "num_accepted"), counts, self._last, strict=True):
+            if now < before:
+                return (
+                    f"{name} must never decrease, but fell from {before} to {now}; count from the engine's start, and "
+                    "do not restart it during an audit"
+                )
         return None
-    num_drafted, num_accepted = (before.num_drafted, before.num_accepted) if before else (0, 0)
-    return Speculation(counts[0] - num_drafted, counts[1] - num_accepted)
 
 
 def expectation(
@@ -223,6 +275,7 @@ def _findings(
     limits: AuditLimits,
     speculation: Speculation | None,
 ) -> Findings:
+    known = speculation if speculation and not speculation.problem else None
     speculative, control = (arm.findings() for arm in arms)
     found = bounds(speculative, arms[0].level, limits)
     verdict, reasons = judge(speculative, control, arms_p_value, found.num_draws_needed, limits, speculation)
@@ -235,6 +288,6 @@ def _findings(
         **asdict(found),
         **asdict(limits),
         sampling=asdict(sampling),
-        num_drafted=speculation.num_drafted if speculation else None,
-        num_accepted=speculation.num_accepted if speculation else None,
+        num_drafted=known.num_drafted if known else None,
+        num_accepted=known.num_accepted if known else None,
     )

@@ -65,10 +65,14 @@ class ArmFindings:
 
 @dataclass(frozen=True, slots=True)
 class Speculation:
-    """The number of tokens that the speculative arm drafted and accepted."""
+    """The number of tokens that the speculative arm drafted and accepted, by the engine's counters.
+
+    problem: why the counters cannot be believed; None if they can.
+    """
 
     num_drafted: int
     num_accepted: int
+    problem: str | None = None
 
 
 def bounded(verdict: Verdict, max_tv: float, tv_lower_bound: float) -> str:

@@ -122,7 +122,7 @@ def _silent(
     num_draws: int, num_draws_needed: int, limits: AuditLimits, speculation: Speculation | None
 ) -> tuple[Verdict, tuple[str, ...]]:
     """The verdict if nothing was found: was there speculation, and enough data to find a fault?"""
-    missing = _unconfirmed(speculation)
+    missing = unconfirmed(speculation)
     if num_draws < num_draws_needed:
         missing = (
             *missing,
@@ -134,10 +134,12 @@ def _silent(
     return "lossless", (f"no fault in {num_draws} tokens, which would have revealed a distance of {limits.max_tv:g}",)
 
 
-def _unconfirmed(speculation: Speculation | None) -> tuple[str, ...]:
+def unconfirmed(speculation: Speculation | None) -> tuple[str, ...]:
     """Reasons to doubt that the engine speculated at all: plain decoding is trivially lossless."""
     if speculation is None:
         return ("speculation not confirmed: the engine does not count num_drafted and num_accepted; add the counters",)
+    if speculation.problem:
+        return (f"speculation not confirmed: {speculation.problem}",)
     if speculation.num_drafted == 0:
         return ("speculation not confirmed: no token was drafted; check that it is enabled",)
     if speculation.num_accepted == 0:

@@ -226,6 +226,56 @@ def test_both_reasons_are_given_if_draws_are_missing_too() -> None:
     assert [reason.split(" must")[0] for reason in found.reasons[1:]] == ["num_draws=300"]
 
 
+class Miscounts(Uncounted):
+    """A lossless engine whose counters take these values, one pair after each batch of prompts."""
+
+    def __init__(self, engine: ToyEngine, counts: list[tuple]) -> None:
+        super().__init__(engine)
+        self.counts, self.run = iter(counts), engine.speculative
+        self.num_drafted, self.num_accepted = next(self.counts)
+        self.speculative = self.counting
+
+    def counting(self, *arguments):
+        self.num_drafted, self.num_accepted = next(self.counts)
+        return self.run(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("counts", "reason"),
+    [
+        ([(5, 5), (99, 40), (60, 50), (200, 90)], "num_drafted must never decrease, but fell from 99 to 60"),
+        ([(5, 5), (99, 40), (120, 4), (200, 90)], "num_accepted must never decrease, but fell from 40 to 4"),
+        ([(0, 0), (10, 11), (20, 22), (30, 33)], "num_accepted=33 must not exceed num_drafted=30"),
+        ([(0, 0), (10, 5), (None, 8), (30, 15)], "must be known throughout an audit, but were None at a time"),
+        ([(0, 0), (10, 5), (20, 8), (30, None)], "must be known throughout an audit, but were None at a time"),
+        ([(None, None), (10, 5), (20, 8), (30, 9)], "must be known throughout an audit, but were None at a time"),
+        ([(0, 0), (10, 5), (float("nan"), 8), (30, 9)], "num_drafted=nan and num_accepted=8 must be whole numbers"),
+        ([(-1, 0), (10, 5), (20, 8), (30, 9)], "num_drafted=-1 and num_accepted=0 must be whole numbers"),
+        ([(7, 3), (7, 3), (7, 3), (7, 3)], "no token was drafted; check that it is enabled"),
+        ([(7, 3), (17, 3), (27, 3), (37, 3)], "none of 30 draft tokens was accepted"),
+    ],
+    ids=str,
+)
+def test_counters_that_contradict_themselves_confirm_nothing(counts: list[tuple], reason: str) -> None:
+    """Three batches of 64 prompts; the engine itself is lossless."""
+    params = replace(PARAMS, max_tokens=8)
+    engine = Miscounts(ToyEngine(params), counts)
+    found = audit(engine, Reference(TARGET, params, 64), PROMPTS, num_draws=3 * 512, batch_size=64, limits=ROUGH)
+    assert found.verdict == "inconclusive"
+    assert found.reasons[0].startswith("speculation not confirmed: ")
+    assert reason in found.reasons[0]
+    believed = "drafted; check" in reason or "was accepted" in reason
+    assert (found.num_drafted is None) == (not believed)
+
+
+def test_only_drafts_of_the_audit_are_counted() -> None:
+    params = replace(PARAMS, max_tokens=8)
+    counts = [(100, 90), (110, 95), (120, 98), (130, 101)]
+    engine = Miscounts(ToyEngine(params), counts)
+    found = audit(engine, Reference(TARGET, params, 64), PROMPTS, num_draws=3 * 512, batch_size=64, limits=ROUGH)
+    assert (found.verdict, found.num_drafted, found.num_accepted) == ("lossless", 30, 11)
+
+
 # -- power -----------------------------------------------------------------------------------------------------
 
 

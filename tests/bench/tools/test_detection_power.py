@@ -39,6 +39,14 @@ def test_judging_ends_where_a_bug_is_found() -> None:
     assert f"| {first} after {found.found_by[first]}" in detection_power.line(found)
 
 
+def test_speculation_that_is_off_shows_in_the_counts_only() -> None:
+    """Its outputs are right to the last token, so that only the counts keep an audit from calling it lossless."""
+    found = judge("M13 speculation silently off", num_draws=1024)
+    assert (found.found_by, found.errors, found.num_draws) == ({}, (), 1024)
+    assert "| by counts: speculation not confirmed: no token was drafted; " in detection_power.line(found)
+    assert not judge("none", num_draws=1024).unconfirmed
+
+
 def test_greedy_prompts_are_used_once_and_the_sampling_is_recorded() -> None:
     found = judge("M11 soft greedy", replace(detection_power.SAMPLED, temperature=0.0))
     assert found.sampling == {"temperature": 0.0}
