@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 
 from specdec.decoding import Decoder
 from specdec.drafts import MODELS, Kind, can_be_recorded, check_draft, is_head, kind_of
+from specdec.forced import ForcedDecoder, as_pattern
 from specdec.methods import DRAFT_SAMPLING_NAMES, METHODS, VERIFICATION_NAMES, Builder, MethodSpec, Parts, method_spec
 from specdec.models.base import LanguageModel, LayeredModel
 from specdec.models.costs import MAX_DRAFT_LENGTH, StepCosts, sample_tokens, target_costs
@@ -50,6 +52,7 @@ class EngineOptions:
     exit_layer: int | None = None
     tree: Tree | None = None
     draft_sampling: str = "probabilistic"
+    forced_acceptance: str | Sequence[int] | None = None
 
     def __post_init__(self) -> None:
         method_spec(self.method)
@@ -58,6 +61,8 @@ class EngineOptions:
         require_integer("max_batch_size", self.max_batch_size, 1)
         self._check_method_options()
         self._check_length()
+        if self.forced_acceptance is not None:
+            self._check_forced(self.forced_acceptance)
         if self.spec.drafts_trees:
             self._check_tree()
 
@@ -79,7 +84,14 @@ class EngineOptions:
     @property
     def has_own_seeds(self) -> bool:
         """Whether each request gets its own seed, because outputs of earlier requests reveal their uniforms."""
-        return (self.history_bytes > 0 or self.is_adaptive) and self.verification != "coupled"
+        is_coupled = self.verification == "coupled" or self.forced_acceptance is not None
+        return (self.history_bytes > 0 or self.is_adaptive) and not is_coupled
+
+    @property
+    def accepts_blindly(self) -> str | None:
+        """The option that accepts draft tokens whatever they are, so that the output is not the target's; else None."""
+        names = ("synthetic_acceptance_rates", "forced_acceptance")
+        return next((name for name in names if getattr(self, name) is not None), None)
 
     def check_draft_kind(self, kind: Kind | None) -> None:
         """Raise ValueError unless the method uses a draft of this kind (None for no draft)."""
@@ -132,14 +144,24 @@ class EngineOptions:
             "give a number",
         )
 
+    def _check_forced(self, forced: str | Sequence[int]) -> None:
+        as_pattern(forced)
+        others = {
+            "synthetic_acceptance_rates": self.synthetic_acceptance_rates is not None,
+            "records": bool(self.records),
+            f"verification={self.verification!r}": self.verification != "token",
+        }
+        for name, is_given in others.items():
+            require(not is_given, f"{name} must be omitted with forced_acceptance, which verifies nothing")
+
     def _check_tree(self) -> None:
         require(
             self.verification in TREE_VERIFICATIONS,
             f'verification={self.verification!r} must be {" or ".join(TREE_VERIFICATIONS)} with method="{self.method}"',
         )
         require(
-            self.synthetic_acceptance_rates is None,
-            f'synthetic_acceptance_rates must be omitted with method="{self.method}": they apply only to chains',
+            self.accepts_blindly is None,
+            f'{self.accepts_blindly} must be omitted with method="{self.method}": it applies only to chains',
         )
 
 
@@ -165,7 +187,10 @@ def assemble(target: LanguageModel, draft: AnyDraft | None, options: EngineOptio
     num_tokens = _num_speculative_tokens(options, tree, _max_tokens(draft))
     for model in (target, draft) if draft is not None and kind_of(draft) in MODELS else (target,):
         _check_rollback(cast("LanguageModel", model), num_tokens)
-    decoder = Decoder(
+    make: Callable[..., Decoder] = Decoder
+    if options.forced_acceptance is not None:
+        make, recordable = partial(ForcedDecoder, pattern=as_pattern(options.forced_acceptance)), False
+    decoder = make(
         target,
         spec.build(replace(parts, adaptive=adaptive, tree=tree)) if spec.build else None,
         num_tokens,

@@ -76,6 +76,9 @@ class Engine:
         gives the same tokens at any temperature, whatever is proposed, and also if nothing is.
     synthetic_acceptance_rates: to time shapes without their weights: accept draft positions with these probabilities
         instead of verifying. The output is then no longer the target's.
+    forced_acceptance: to test the state that is rolled back after a rejection: "all", "none" or "alternating" draft
+        tokens are accepted, or as many as listed, in turn for the steps of a prompt, whatever they are. The output is
+        then no longer the target's; `specdec.forced` says what still holds.
     draft_sampling: how a draft model or head chooses tokens above temperature 0. "probabilistic": sampled from its
         distribution with the request's sampling parameters, which is accepted most often. "greedy": its most probable
         token, which is verified as a proposal made with certainty. Both are lossless.
@@ -100,6 +103,7 @@ class Engine:
         exit_layer: int | None = None,
         tree: Tree | Sequence[Sequence[int]] | str | Path | None = None,
         draft_sampling: str = "probabilistic",
+        forced_acceptance: str | Sequence[int] | None = None,
     ) -> None:
         options = EngineOptions(
             method,
@@ -112,6 +116,7 @@ class Engine:
             exit_layer,
             None if tree is None else as_tree(tree),
             draft_sampling,
+            forced_acceptance,
         )
         _check_loaded("target", target, hasattr(target, "forward"))
         _check_loaded("draft", draft, not isinstance(draft, str | Path))
@@ -208,6 +213,8 @@ class Engine:
         parts += [f"num_speculative_tokens={self.num_speculative_tokens}"] if self.num_speculative_tokens else []
         parts += [f"verification={self._options.verification!r}", f"max_batch_size={self._options.max_batch_size}"]
         parts += [f"draft_sampling={self._options.draft_sampling!r}"] * (self._options.draft_sampling == "greedy")
+        if blindly := self._options.accepts_blindly:
+            parts += [f"{blindly}={getattr(self._options, blindly)!r}"]
         return f"Engine({', '.join(parts)})"
 
     @property
@@ -379,8 +386,8 @@ class Engine:
         limiting = [*filter(None, [sampling.constraint]), *(["bad_words"] if sampling.bad_words else [])]
         limiting += ["min_tokens"] if sampling.min_tokens else []
         require(
-            not limiting or self._options.synthetic_acceptance_rates is None,
-            f"{' and '.join(limiting)} must be omitted with synthetic_acceptance_rates, which accept any token",
+            not limiting or self._options.accepts_blindly is None,
+            f"{' and '.join(limiting)} must be omitted with {self._options.accepts_blindly}, which accepts any token",
         )
 
     def _constraint(self, sampling: SamplingParams, stop_token_ids: frozenset[int]) -> Constraint | None:

@@ -56,8 +56,8 @@ class Finding:
 
     sampling: parameters that differ from plain sampling. size: total variation between the distribution of a step's
     first token and the target's, None without a formula. tv_lower_bound: over all judged tokens. errors: definite
-    errors. p_value: the smallest one, corrected for multiple tests. unconfirmed: why the counts of drafts do not confirm
-    that the engine speculates, which keeps an audit from calling it lossless; empty if they do.
+    errors. p_value: the smallest one, corrected for multiple tests. unconfirmed: why the counts of drafts do not
+    confirm that the engine speculates, which keeps an audit from calling it lossless; empty if they do.
     """
 
     mutant: str

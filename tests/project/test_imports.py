@@ -26,7 +26,7 @@ ROOMS = {
         {"models"},
         {"heads"},
         {"proposers"},
-        {"drafts", "decoding"},
+        {"drafts", "decoding", "forced"},
         {"methods"},
         {"assembly"},
         {"engine"},
