@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from specdec.runtime.checks import nearest
 
-Group = Literal["specdec.workloads", "specdec.engines", "specdec.proposers"]
+Group = Literal["specdec.workloads", "specdec.engines", "specdec.proposers", "specdec.scorers"]
 REFERENCE = re.compile(r"(?P<module>[^\W\d]\w*(\.[^\W\d]\w*)*):(?P<attribute>[^\W\d]\w*)")  # module:attribute
 _REMEDY = "install the package that has it, or add its folder to PYTHONPATH"
 
