@@ -1,5 +1,6 @@
 """Instruments for engines and models, as commands.
 
+python -m specdec.conformance audit --url http://localhost:8000 --control-url http://localhost:8001
 python -m specdec.conformance rows --target smollm2-135m --dtype bfloat16 --require bit-equal
 """
 
@@ -11,6 +12,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from specdec.conformance.rows import command as rows
+from specdec.conformance.served import command as audit
 from specdec.runtime.command_line import Parser
 from specdec.runtime.progress import replace_unencodable
 
@@ -25,7 +27,7 @@ class Command(Protocol):
         ...
 
 
-COMMANDS: dict[str, Command] = {"rows": rows}
+COMMANDS: dict[str, Command] = {"audit": audit, "rows": rows}
 
 
 def parser() -> Parser:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from specdec.servers.errors import EngineError
@@ -69,3 +70,28 @@ def amount(text: str, name: str) -> float:
 def count(text: str, name: str) -> int:
     """The value of a counter, checked."""
     return int(amount(text, name))
+
+
+@dataclass(frozen=True, slots=True)
+class DraftCounts:
+    """Cumulative counters of a server. num_finished: requests; None if not reported."""
+
+    num_finished: int | None
+    num_drafted: int
+    num_accepted: int
+
+
+def draft_counts(page: str) -> DraftCounts | None:
+    """The draft counters of any server's metrics page, summed over engines; None if it has none.
+
+    vLLM and llama.cpp name them alike, with different prefixes.
+    """
+    sums: dict[str, int] = {}
+    for name, _, value in samples(page):
+        _, _, own = name.rpartition(":")
+        if own in ("request_success_total", *(f"spec_decode_num_{each}_total" for each in COUNTERS.values())):
+            sums[own] = sums.get(own, 0) + count(value, name)
+    drafted, accepted = (sums.get(f"spec_decode_num_{each}_tokens_total") for each in ("draft", "accepted"))
+    if drafted is None or accepted is None:
+        return None
+    return DraftCounts(sums.get("request_success_total"), drafted, accepted)

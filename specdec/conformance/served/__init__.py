@@ -1,0 +1,1 @@
+"""Audits of served engines, from outside, over HTTP."""
