@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import embedding, silu
 
+from specdec.heads.checkpoints import check_draft_vocabulary
 from specdec.heads.files import HeadFolder
-from specdec.heads.stateless import StatelessModule, ascending, filled
+from specdec.heads.stateless import StatelessModule, fill
 from specdec.models.base import FINAL
 
 
@@ -94,7 +95,8 @@ def load_medusa(folder: HeadFolder, target: Any, load_format: str) -> MedusaHead
     vocab_size, hidden = target.get_input_embeddings().weight.shape
     vocabulary = None
     if (token_map := weights.pop("token_map", None)) is not None:
-        vocabulary, order = ascending(token_map, vocab_size)
+        order = token_map.long().argsort()
+        vocabulary = check_draft_vocabulary(token_map.long()[order], vocab_size)
         for name in [name for name in weights if name.startswith("outputs.")]:
             rows = token_map.long()[order] if len(weights[name]) > len(order) else order
             weights[name] = weights[name][rows]
@@ -106,7 +108,7 @@ def load_medusa(folder: HeadFolder, target: Any, load_format: str) -> MedusaHead
     num_outputs = vocab_size if vocabulary is None else len(vocabulary)
     outputs = [nn.Linear(hidden, num_outputs, bias=False) for _ in range(num_places)]
     head = MedusaHead(target, blocks, outputs, vocabulary)
-    filled(head, weights, folder.path, target, load_format)
+    fill(head, weights, folder.path, target, load_format)
     return head
 
 
@@ -134,7 +136,7 @@ def load_hydra(folder: HeadFolder, target: Any, load_format: str) -> HydraHead:
     outputs = [nn.Linear(hidden, vocab_size, bias="outputs.0.bias" in weights) for _ in range(num_places)]
     head = HydraHead(target, blocks, outputs)
     head.feature_layers = (_feature_layer(config, target),)
-    filled(head, weights, folder.path, target, load_format)
+    fill(head, weights, folder.path, target, load_format)
     return head
 
 

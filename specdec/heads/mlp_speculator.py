@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu
 
 from specdec.heads.files import HeadFolder
-from specdec.heads.stateless import StatelessModule, filled
+from specdec.heads.stateless import StatelessModule, fill
 
 _EPSILON = 1e-6
 
@@ -104,7 +104,7 @@ def load(folder: HeadFolder, target: Any, load_format: str) -> MlpSpeculator:
     )
     if is_tied:  # copies of shared tensors may be stored, too
         weights = {name: value for name, value in weights.items() if name in head.state_dict()}
-    filled(head, weights, folder.path, target, load_format)
+    fill(head, weights, folder.path, target, load_format)
     return head
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from specdec.heads.base import Drafting, WithoutChoices
-from specdec.heads.checkpoints import check_draft_vocabulary
+from specdec.heads.checkpoints import check_shapes
 from specdec.models.base import FINAL, FeatureLayers
 from specdec.models.fusion import Projection, weight_bytes
 from specdec.trees.optimal import Rates
@@ -73,29 +73,13 @@ class StatelessModule(WithoutChoices, nn.Module, ABC):
         """Logits [..., draft vocab] of draft position `place` from states [..., width]."""
 
 
-def filled(head: StatelessModule, weights: Mapping[str, Tensor], source: Path, target: Any, load_format: str) -> None:
+def fill(head: StatelessModule, weights: Mapping[str, Tensor], source: Path, target: Any, load_format: str) -> None:
     """Give a head these weights, the target's dtype and its device.
 
     weights: by name in the head's state_dict. load_format: "dummy" leaves the random ones that it has.
-    Raises ValueError for a tensor that is missing, unknown or misshapen.
+    Raises LoadError for a tensor that is missing, unknown or of another shape.
     """
-    expected = {name: tuple(value.shape) for name, value in head.state_dict().items()}
-    for name in sorted(expected.keys() | weights.keys()):
-        found = tuple(weights[name].shape) if name in weights else None
-        if found != expected.get(name):
-            raise ValueError(
-                f"tensor {name!r} of {str(source)!r} has shape {found} but must have {expected.get(name)}, by the "
-                "other tensors, its config and the target; give the target that the head was trained for"
-            )
+    check_shapes(head, {name: tuple(value.shape) for name, value in weights.items()}, source)
     if load_format != "dummy":
         head.load_state_dict(weights, assign=True)
     head.to(target.device, target.dtype).eval().requires_grad_(False)
-
-
-def ascending(tokens: Tensor, vocab_size: int) -> tuple[Tensor, Tensor]:
-    """A draft vocabulary in ascending order, and the order in which to take the rows of output layers: int64 [n] each.
-
-    Raises ValueError for a token that is out of range or there twice.
-    """
-    order = tokens.long().argsort()
-    return check_draft_vocabulary(tokens.long()[order], vocab_size), order

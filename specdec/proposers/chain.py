@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad as pad_columns
 
 from specdec.device_rows import RowState
 from specdec.proposers.adaptive import AdaptiveLength, confidence
@@ -38,6 +39,16 @@ class Pending:
     def ends(self) -> Tensor:
         """The columns after them, int64 [rows]."""
         return self.starts + self.num
+
+
+def with_masks(tokens: Tensor, lengths: Tensor, num_masks: int, mask_token: int) -> tuple[Tensor, Tensor]:
+    """The first lengths[r] tokens of row r, int64 [rows, n], and mask tokens after them: int64 [rows, n + num_masks].
+
+    Also returns where the row's own tokens are, bool of the same shape.
+    """
+    tokens = pad_columns(tokens, (0, num_masks))
+    is_own = torch.arange(tokens.shape[1], device=tokens.device) < lengths.unsqueeze(1)
+    return torch.where(is_own, tokens, mask_token), is_own
 
 
 class ChainProposer(FixedProposer):

@@ -9,12 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
-import torch
 from torch import Tensor
 
 from specdec.models.base import FixedShapeModel, LanguageModel
 from specdec.proposers.adaptive import AdaptiveLength
-from specdec.proposers.chain import Pending, draw_chain
+from specdec.proposers.chain import Pending, draw_chain, with_masks
 from specdec.proposers.draft_model import DraftModelProposer, at
 from specdec.proposers.ngram import pad
 from specdec.requests import Batch
@@ -72,6 +71,4 @@ class PardProposer(DraftModelProposer):
 
     def _masked(self, tokens: Tensor, lengths: Tensor) -> Tensor:
         """The first lengths[r] tokens of row r, int64 [rows, n], then mask tokens: [rows, n + num_masks]."""
-        tokens = torch.nn.functional.pad(tokens, (0, self._num_masks))
-        places = torch.arange(tokens.shape[1], device=tokens.device)
-        return torch.where(places < lengths.unsqueeze(1), tokens, self._mask_token)
+        return with_masks(tokens, lengths, self._num_masks, self._mask_token)[0]

@@ -1,16 +1,16 @@
-"""Heads that read several layers: they learn, a killed run goes on, and measuring finds how they were trained."""
+"""Heads that read several layers: they learn, a killed run resumes, and measuring finds how they were trained."""
 
 from __future__ import annotations
 
-import itertools
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from helpers import tiny
+from helpers.training import check_killed_run_resumes
 
-from specdec.distill import dataset, training, untrained
+from specdec.distill import dataset, untrained
 from specdec.distill.corpus import Text
 from specdec.distill.dataset import Dataset
 from specdec.distill.exports import export
@@ -75,22 +75,8 @@ def test_layers_that_were_not_stored_are_refused(target: Any, data: Dataset, tmp
 
 
 @pytest.mark.parametrize("name", ["eagle3", "dflash"])
-def test_a_killed_run_resumes_to_the_same_weights(name, target, data, tmp_path: Path, monkeypatch) -> None:
-    whole, killed, resumed = (new_student(name, target, data) for _ in range(3))
-    train(whole, data, SETTINGS, tmp_path / "whole", cost_ratio=0.1)
-    step, seen = training._step, itertools.count()
-
-    def dies(*arguments: Any) -> float:
-        if next(seen) == 5:
-            raise KeyboardInterrupt
-        return step(*arguments)
-
-    monkeypatch.setattr(training, "_step", dies)
-    with pytest.raises(KeyboardInterrupt):
-        train(killed, data, SETTINGS, tmp_path / "killed", cost_ratio=0.1)
-    train(resumed, data, SETTINGS, tmp_path / "killed", cost_ratio=0.1)
-    for one, other in zip(resumed.module.parameters(), whole.module.parameters(), strict=True):
-        assert torch.equal(one, other)
+def test_a_killed_run_resumes_to_the_same_weights(name, target, data, tmp_path: Path) -> None:
+    check_killed_run_resumes([new_student(name, target, data) for _ in range(3)], data, SETTINGS, tmp_path, step=5)
 
 
 def test_a_trained_head_is_told_to_read_what_it_was_trained_on(target: Any, data: Dataset, tmp_path: Path) -> None:

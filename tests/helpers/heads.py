@@ -11,7 +11,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from specdec.conformance.toys import QUARTERS
+from specdec.conformance.enumeration import exact_distribution
+from specdec.conformance.gates import distance
+from specdec.conformance.toys import QUARTERS, FeatureTarget, joint_distribution, table
+from specdec.decoding import Decoder
+from specdec.proposers.heads.eagle import EagleProposer
 
 
 def write_folder(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Path:
@@ -103,3 +107,15 @@ def feed_forward(x: Tensor, tensors: Mapping[str, Tensor], prefix: str) -> Tenso
     """Llama's gated MLP by its definition."""
     gate, up = (x @ tensors[f"{prefix}{name}_proj.weight"].T for name in ("gate", "up"))
     return (nn.functional.silu(gate) * up) @ tensors[f"{prefix}down_proj.weight"].T
+
+
+def check_chain_is_lossless(head: Any, feature_size: int) -> None:
+    """Assert that the joint distribution of 3 tokens is the target's, drafted by a sequential head for 3 token ids."""
+    markov, prompt = FeatureTarget(table(0)), (0, 1, 2, 0)
+    on_grid = OnGrid(head, 9, feature_size)
+
+    def make(source: Any, rule: Any, max_batch_size: int) -> Decoder:
+        proposer = EagleProposer(on_grid, source)
+        return Decoder(markov, proposer, 2, max_batch_size=max_batch_size, rule=rule, uniforms=source)
+
+    assert distance(exact_distribution(make, prompt, 3, (4, 2, 4)), joint_distribution(markov, prompt, 3)) < 1e-12

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from specdec.heads.base import ParallelHead
 from specdec.proposers.adaptive import AdaptiveLength
-from specdec.proposers.chain import Pending, draw_chain
+from specdec.proposers.chain import Pending, draw_chain, with_masks
 from specdec.proposers.heads.base import features_at
 from specdec.proposers.heads.eagle import EagleProposer, state_at
 from specdec.proposers.ngram import pad
@@ -68,8 +68,6 @@ class ParallelHeadProposer(EagleProposer):
         Returns int64 [rows, n + num_masks] and float [rows, n + num_masks, width].
         """
         known = self._head.encode(features_at(features, starts, tokens.shape[1]))
-        tokens = torch.nn.functional.pad(tokens, (0, num_masks))
+        tokens, is_own = with_masks(tokens, lengths, num_masks, self._head.mask_token)
         known = torch.nn.functional.pad(known, (0, 0, 0, num_masks))
-        is_token = torch.arange(tokens.shape[1], device=tokens.device) < lengths.unsqueeze(1)
-        states = torch.where(is_token.unsqueeze(-1), known, self._head.mask_state())
-        return torch.where(is_token, tokens, self._head.mask_token), states
+        return tokens, torch.where(is_own.unsqueeze(-1), known, self._head.mask_state())
