@@ -45,7 +45,7 @@ def _distribute(option: Any, *, is_folder: bool) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Shuffle modules and the tests of each, so that none can rest on another; the header says by which seed.
+    """Shuffle modules and the tests of each, so that none can depend on another; the header shows the seed.
 
     `--random-order-seed=N` repeats an order, `--random-order-bucket=none` is the order of the files. Not in
     pytest.ini: the cells of bench/ keep their order.
@@ -104,7 +104,7 @@ def default_model() -> CausalLM:
 
 @pytest.fixture(scope="session")
 def default_pair() -> tuple[CausalLM, dict[str, Any]]:
-    """The default target as people load it, in float32, and its drafts by method."""
+    """The default target as `Engine.load` loads it, in float32, and its drafts by method."""
     from specdec.drafts import load_with_drafts
     from specdec.methods import packaged_draft
     from specdec.models.loading import resolve

@@ -36,7 +36,7 @@ GREEDY = SamplingParams(temperature=0, max_tokens=3)
         (token for token in (1, 2, 0)),
     ],
 )
-def test_token_ids_are_one_prompt_in_whatever_they_come(prompts) -> None:
+def test_token_ids_in_any_container_are_one_prompt(prompts) -> None:
     (completion,) = Engine(TARGET).generate(prompts, GREEDY)
     assert completion.prompt_token_ids == (1, 2, 0)
     assert all(type(token) is int for token in completion.prompt_token_ids)
@@ -182,7 +182,7 @@ def test_unknown_options_are_named_before_a_model_is_loaded(option: dict, messag
         Engine.load("no/such-model", **option)
 
 
-def test_names_and_models_are_told_apart() -> None:
+def test_names_and_models_are_distinguished() -> None:
     rule = r"must be a loaded model; to load one by name use Engine.load\("
     for target in ("smollm2-135m", None, Path("folder")):
         with pytest.raises(ValueError, match=rf"target=.* {rule}"):
@@ -258,7 +258,7 @@ def test_an_encoder_decoder_is_wrapped_as_such() -> None:
     assert engine.generate([[3, 4, 5]], GREEDY)
 
 
-# -- what a model's files say --------------------------------------------------------------------------------------
+# -- a model's own files -------------------------------------------------------------------------------------------
 
 
 class Ends:

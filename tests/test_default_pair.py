@@ -34,7 +34,7 @@ def prompts(default_model: CausalLM) -> list[list[int]]:
 
 @pytest.fixture(scope="module")
 def reference(default_model: CausalLM, prompts: list[list[int]]) -> list[list[int]]:
-    """What `transformers.generate` says."""
+    """The output of `transformers.generate`."""
     outputs = []
     for prompt in prompts:
         ids = torch.tensor([prompt])
@@ -69,7 +69,7 @@ def test_greedy_equals_transformers(
 
 
 @pytest.mark.parametrize("method", ["ngram", "ngram_table", "suffix", "draft_model", "eagle", "hybrid", "tree"])
-def test_greedy_equals_transformers_as_people_load_it(method: str, prompts: list, reference: list) -> None:
+def test_greedy_equals_transformers_with_an_engine_loaded_by_name(method: str, prompts: list, reference: list) -> None:
     """`Engine.load` fuses layers and finds the pair's own drafts; in float32 the tokens stay the same."""
     engine = Engine.load("smollm2-135m", dtype=torch.float32, method=method, num_speculative_tokens=3, max_batch_size=2)
     completions = engine.generate(prompts, GREEDY)
@@ -123,7 +123,7 @@ def test_a_bad_draft_changes_nothing(default_model: CausalLM, prompts: list, ref
 
 
 def test_coupled_sampling_is_the_same_with_any_draft(default_pair: tuple[CausalLM, dict], prompts: list) -> None:
-    """Equality above temperature 0: a head, a draft model and copies say what plain decoding says by the same noise."""
+    """Equality above temperature 0: any draft gives the tokens of plain decoding with the same noise."""
     params = [SamplingParams(temperature=t, top_p=p, max_tokens=MAX_TOKENS) for t, p in ((1, 1), (0.7, 0.9))] * 2
     (target, drafts), outputs = default_pair, {}
     for method in ("autoregressive", "eagle", "hybrid", "draft_model"):

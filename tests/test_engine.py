@@ -1,4 +1,4 @@
-"""The engine as people call it: what comes back, and what bad input gets."""
+"""The engine's public interface: its results, and its errors for bad input."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def test_logprobs_are_the_log_of_the_unprocessed_distribution() -> None:
 
 
 def test_first_token_may_end_a_request() -> None:
-    """max_tokens = 1, and a stop token from the prefill; the slot goes on to the next request at once."""
+    """max_tokens = 1, and a stop token from the prefill; the slot takes the next request at once."""
     completions = engine_for("ngram").generate(PROMPTS, SamplingParams(max_tokens=1))
     assert [(len(c.token_ids), c.finish_reason, c.steps) for c in completions] == [(1, "length", ())] * 5
     completions = engine_for("ngram").generate(PROMPTS, SamplingParams(stop_token_ids=(0, 1, 2)))

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def pair():
-    """Target and draft in float32. Whoever runs the tests accepts the terms, as the test suite says."""
+    """Target and draft in float32. Running the tests accepts the terms, as documented."""
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setenv(artifacts.ACCEPTED, NAME)
         options = {"dtype": torch.float32, "device": "cpu", "attention": "sdpa", "load_format": "auto"}
@@ -38,7 +38,7 @@ def prompt_of(target, kind):
 
 @pytest.fixture(scope="module")
 def expected(pair):
-    """What `transformers.generate` says to each prompt."""
+    """The output of `transformers.generate` for each prompt."""
     target, _ = pair
 
     @cache
@@ -50,7 +50,7 @@ def expected(pair):
     return generate
 
 
-def test_the_model_is_what_its_file_says(pair):
+def test_the_model_has_the_sizes_in_its_file(pair):
     target, _ = pair
     config = target.model.config
     assert (target.vocab_size, config.sliding_window, config.max_position_embeddings) == (262_144, WINDOW, 32_768)

@@ -1,4 +1,4 @@
-"""The registry of drafting methods, and a method of one's own in it: one file, `helpers.guessing`, and one call."""
+"""The registry of drafting methods, and a user's own method in it: one file, `helpers.guessing`, and one call."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ class EndingModel(MarkovModel):
 
 
 def model(seed: int) -> MarkovModel:
-    """Says a, b, c and two bytes that make up one character, by what came before."""
+    """Emits a, b, c and two bytes that make up one character, depending on the context."""
     said = [A, B, C, *TOKENIZER.convert_tokens_to_ids(["<0xC3>", "<0xA9>"]), EOS]
     rows = torch.zeros(1, SIZE, SIZE)
     weights = torch.rand(SIZE, len(said), generator=torch.Generator().manual_seed(seed)) + 0.05

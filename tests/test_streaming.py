@@ -179,7 +179,7 @@ def test_no_request_is_decoded_before_its_arrival_and_slots_go_by_arrival() -> N
     assert [row.arrival_s - start_s for row in rows[::4]] == pytest.approx([0.0, 0.03, 0.06])
 
 
-def test_a_row_in_flight_goes_on_while_another_is_awaited() -> None:
+def test_a_row_in_flight_continues_while_another_is_awaited() -> None:
     requests = [Request(i, (i,), SamplingParams(max_tokens=40), arrival_s=10.0 * i) for i in range(2)]
     rows = Decoder(TARGET, max_batch_size=2).advance(requests)
     assert [next(rows).request.index for _ in range(40)] == [0] * 40

@@ -18,7 +18,7 @@ SMALL = KINDS | {"sentencepiece": tokenizers.sentencepiece("ab", (0xC3, 0xA9))}
 
 @pytest.mark.parametrize("kind", KINDS)
 @given(data=st.data())
-def test_pieces_make_up_the_text_whatever_the_decoder_rewrites(kind: str, data: st.DataObject) -> None:
+def test_pieces_make_up_the_text_even_if_the_decoder_rewrites_it(kind: str, data: st.DataObject) -> None:
     tokenizer = KINDS[kind]
     ids = data.draw(st.lists(st.integers(0, len(tokenizer) - 1), max_size=12))
     cut = data.draw(st.integers(0, len(ids)))

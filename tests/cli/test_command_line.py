@@ -32,7 +32,7 @@ ESCAPES = {"\033[32m": "+", "\033[4;35m": "~", "\033[36m": "*", "": "-"}
 
 @pytest.fixture
 def plain_text() -> str:
-    """What the tiny model says without speculation, token by token: it has no tokenizer."""
+    """The tiny model's output without speculation, token by token: it has no tokenizer."""
     engine = Engine.load(TINY, load_format="dummy", dtype=torch.float32, verification="coupled")
     sampling = SamplingParams(max_tokens=11, ignore_eos=True)
     tokens = engine.generate([encode_bytes("Hello")], sampling)[0].token_ids
@@ -95,7 +95,7 @@ def test_the_bar_of_plain_decoding_goes_from_the_terminal(monkeypatch: pytest.Mo
     assert re.match(r"\r +\r\d+\.\d\dx the speed of plain decoding", shown[shown.index("\r", last) :])
 
 
-def test_who_wants_no_colour_gets_none(monkeypatch: pytest.MonkeyPatch, plain_text: str) -> None:
+def test_colors_can_be_turned_off(monkeypatch: pytest.MonkeyPatch, plain_text: str) -> None:
     monkeypatch.setenv("NO_COLOR", "1")
     shown = on_a_terminal([*COUPLED, "--no-plain"], monkeypatch)
     assert plain_text in shown

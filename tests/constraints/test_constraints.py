@@ -187,7 +187,7 @@ def test_a_dead_end_is_an_error_only_if_an_output_reaches_it() -> None:
         ([{0: 0, 2: None}], 9, 1),  # complete at once
         ([{0: 1}, {0: 2, 1: 0}, {2: None}], 9, 3),
         ([{0: 1}, {0: 2, 1: 0}, {2: None}], 2, 3),  # one too many
-        ([{0: 0}], 9, 10),  # goes on for ever
+        ([{0: 0}], 9, 10),  # never ends
         ([{0: 1}, {}], 9, 10),  # leads nowhere
     ],
 )

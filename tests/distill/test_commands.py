@@ -64,7 +64,7 @@ def test_the_engine_loads_the_result(work: Path, target_folder: Path, method: st
     engine = Engine.load(str(target_folder), draft=str(work / draft), method=method, **place)
     completion = engine.generate(["What is 7 plus 7?"], GREEDY)[0]
     assert completion.token_ids == plain[0].token_ids
-    assert completion.counts.num_drafted > 0 or method == "ngram_table"  # which may not know what a random model says
+    assert completion.counts.num_drafted > 0 or method == "ngram_table"  # which may not predict a random model
 
 
 def test_a_head_for_another_target_is_refused(work: Path) -> None:

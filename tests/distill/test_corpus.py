@@ -55,7 +55,7 @@ def planned() -> list[Text]:
     return [*texts, Text((0, 1), (2, 2), None, 3)]
 
 
-def test_a_killed_run_goes_on_where_it_was(engine, planned, tmp_path: Path, monkeypatch) -> None:
+def test_a_killed_run_resumes_where_it_stopped(engine, planned, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(corpus, "GROUP", 4)
     whole, killed = tmp_path / "whole.jsonl", tmp_path / "killed.jsonl"
     corpus.write_texts(planned, corpus.EngineAnswers(engine), whole, max_tokens=5)

@@ -1,4 +1,4 @@
-"""The data set holds what a forward pass says, and keeps evaluation apart."""
+"""The data set holds the results of a forward pass, and keeps evaluation data apart."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_files_that_do_not_belong_together_are_refused(data: Dataset, tmp_path: 
         Dataset(tmp_path)
 
 
-def test_a_killed_run_goes_on_where_it_was(data: Dataset, target, texts, tmp_path: Path, monkeypatch) -> None:
+def test_a_killed_run_resumes_where_it_stopped(data: Dataset, target, texts, tmp_path: Path, monkeypatch) -> None:
     """Half a window was written and not noted when it was killed; more texts have come since."""
     killed = tmp_path / "killed"
     monkeypatch.setattr(dataset, "WINDOW", 64)

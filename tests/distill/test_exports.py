@@ -113,7 +113,7 @@ def test_a_config_names_the_target_and_how_the_head_was_made(target: Any, tmp_pa
     assert (config["draft_vocab_size"], config["eagle_aux_hidden_state_layer_ids"]) == (43, [2, 4, 5])
 
 
-def test_what_a_dialect_cannot_say_is_refused(target: Any, tmp_path: Path) -> None:
+def test_a_head_that_a_dialect_cannot_express_is_refused(target: Any, tmp_path: Path) -> None:
     head = untrained.new_dflash(target, (2, FINAL), MASK)
     with pytest.raises(ValueError, match=r"feature_layers=\[2, -1\] must be without \[-1\], which the speculators"):
         export(head, tmp_path, target, "speculators", {})

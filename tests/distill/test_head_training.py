@@ -79,7 +79,7 @@ def test_a_killed_run_resumes_to_the_same_weights(name, target, data, tmp_path: 
     check_killed_run_resumes([new_student(name, target, data) for _ in range(3)], data, SETTINGS, tmp_path, step=5)
 
 
-def test_a_trained_head_is_told_to_read_what_it_was_trained_on(target: Any, data: Dataset, tmp_path: Path) -> None:
+def test_a_trained_head_is_read_as_it_was_trained(target: Any, data: Dataset, tmp_path: Path) -> None:
     """It accepts more than before training, and read otherwise, an exported head accepts less."""
     student = new_student("eagle3", target, data)
     before = evaluate(student, data)

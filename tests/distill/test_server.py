@@ -72,7 +72,7 @@ def test_token_ids_are_taken_as_they_are(default_model, text: Text, monkeypatch)
     assert (asked["path"], asked["key"]) == ("/v1/completions", "Bearer secret")
 
 
-def test_a_text_is_encoded_again_and_ends_as_the_server_says(default_model, text: Text, caplog) -> None:
+def test_a_text_is_encoded_again_and_ends_with_the_server_s_finish_reason(default_model, text: Text, caplog) -> None:
     tokenizer = default_model.tokenizer
     own = tuple(tokenizer("It is 14.").input_ids)
     replies = iter([("length", len(own)), ("stop", len(own) + 1), ("length", len(own) + 2)])

@@ -58,7 +58,7 @@ def test_sentences_of_a_gettext_file_are_paired() -> None:
     ]
 
 
-def test_a_corpus_has_the_kinds_that_were_asked_for(default_model) -> None:
+def test_a_corpus_has_the_requested_kinds(default_model) -> None:
     dialogues = [Dialogue(f"What is {n} plus {n}?") for n in range(6)]
     options = {"num_prompts": 4, "kinds": {"documents": 5, "long": 2, "code": 3}}
     texts, _ = corpus.plan_texts(dialogues, default_model.tokenizer, **options)

@@ -93,7 +93,7 @@ class Table:
 
 
 def test_acceptance_along_the_target_s_text_is_that_of_drafts() -> None:
-    """Averaged over every text by its probability, it is what enumeration of drafts says: here, powers of sum min."""
+    """Averaged over every text by its probability, it equals the enumeration of drafts: here, powers of sum min."""
     draft, target = torch.tensor([0.5, 0.3, 0.2]), torch.tensor([0.2, 0.3, 0.5])
     student = Table(draft, target)
     mean = torch.zeros(3)

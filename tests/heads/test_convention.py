@@ -141,7 +141,7 @@ def test_states_in_another_order_are_not_taken_for_the_right_one(
     assert (best.reading.options["feature_layers"] == [2, 4, 5]) == (order == (5, 4, 2))
 
 
-def test_what_was_found_is_stored_and_used_by_the_next_load(
+def test_the_found_convention_is_stored_and_used_by_the_next_load(
     target: CausalLM, texts: list[Text], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     model = checkpoints.oracle_target()
@@ -243,7 +243,7 @@ def test_a_difference_beyond_noise_is_reported_with_its_interval() -> None:
     lines = table(rows, result).splitlines()
     assert lines[0].split() == ["x", "accepted", "per", "draft"]
     assert lines[1].endswith("trained with")
-    assert lines[2].endswith("as the checkpoint says")
+    assert lines[2].endswith("as stated in the checkpoint")
     assert lines[-1].startswith("The head was trained with x: 1: ")
 
 

@@ -82,7 +82,7 @@ def test_safetensors_go_before_a_pickle(tmp_path: Path) -> None:
     assert HeadFolder.open(checkpoint.write(tmp_path)).shapes["fc.weight"] == (WIDTH, 2 * WIDTH)
 
 
-def test_what_is_no_tensor_is_refused(tmp_path: Path) -> None:
+def test_values_other_than_tensors_are_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     torch.save({"fc.weight": torch.zeros(2), "step": 3}, tmp_path / "medusa_lm_head.pt")
     with pytest.raises(LoadError, match=r"'step' in it is a int, not a tensor"):

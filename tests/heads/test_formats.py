@@ -1,4 +1,4 @@
-"""Recognizing heads, checking them against their target before weights are read, and saying what they are."""
+"""Recognizing heads, checking them against their target before weights are read, and describing them."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ TRAPS: dict[str, tuple[Checkpoint, str]] = {
 
 
 @pytest.mark.parametrize("name", TRAPS)
-def test_what_does_not_fit_is_refused_before_the_target_is_read(
+def test_a_head_that_does_not_fit_is_refused_before_the_target_is_read(
     name: str, target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checkpoint, message = TRAPS[name]
@@ -134,7 +134,7 @@ def test_what_does_not_fit_is_refused_before_the_target_is_read(
         load_with_drafts(target, [folder], **FLOAT)
 
 
-def test_what_is_neither_model_nor_head_is_refused_with_what_is_known(
+def test_a_folder_with_neither_model_nor_head_is_refused_with_the_known_formats(
     target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     unknown = Checkpoint(EAGLE3.config, {"projector.weight": torch.zeros(WIDTH, WIDTH)})
@@ -204,7 +204,7 @@ def test_a_head_on_the_hub(source: str, target: str, hub: Path) -> None:
     assert loaded[source].format == "eagle3"
 
 
-def test_what_is_asked_of_the_hub(hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_files_that_are_requested_from_the_hub(hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Configurations and safetensors at the top of the repository; pickles only if allowed."""
     asked = []
 

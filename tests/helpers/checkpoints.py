@@ -1,4 +1,4 @@
-"""Tiny random checkpoints of drafting heads, in the layouts in which people publish them.
+"""Tiny random checkpoints of drafting heads, in the layouts in which they are published.
 
 Sizes: states of 32 numbers, 4 heads of 8 of which 2 have keys and values, features of 3 of the target's 8 layers, and
 128 token ids, of which 97 stand for tokens and 40 can be drafted. Names and shapes of tensors, and keys of configs, are
@@ -277,7 +277,7 @@ def wrapped(algorithm: str, architecture: str, layer: Mapping[str, Any], *, num_
     }
 
 
-# ---- DFlash and its kin
+# ---- DFlash and its relatives
 
 BLOCK_DIALECTS = ("z-lab", "z-lab nested", "speculators")
 

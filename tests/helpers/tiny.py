@@ -1,4 +1,4 @@
-"""Tiny random models of many architectures, and what they say without any cache."""
+"""Tiny random models of many architectures, and their greedy outputs without any cache."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ def cleaning() -> PreTrainedTokenizerFast:
 
 
 def wordpiece() -> PreTrainedTokenizerFast:
-    """As BERT's: ## goes on with a word, and the decoder cleans up."""
+    """As BERT's: ## continues a word, and the decoder cleans up."""
     words = ["[PAD]", "[UNK]", "hello", "##s", ".", ",", "do", "n", "'", "t", "##t", "##.", "?"]
     raw = Tokenizer(models.WordPiece({word: index for index, word in enumerate(words)}, unk_token="[UNK]"))
     raw.pre_tokenizer, raw.decoder = pre_tokenizers.BertPreTokenizer(), decoders.WordPiece(cleanup=True)

@@ -30,7 +30,7 @@ BATCH_MATES = [  # each kind of row, so that every step of the way from logits t
 
 
 class ExitTarget(FeatureTarget):
-    """A Markov model of two layers, the first of which says what a draft's table says, over the same cache."""
+    """A Markov model of two layers, the first of which has a draft's table, over the same cache."""
 
     num_layers = 2
 
@@ -113,7 +113,7 @@ def distribution_after(
     output: Sequence[int],
     constraint: Automaton | None = None,
 ) -> list[float]:
-    """What the model says after a prompt and an output under sampling parameters."""
+    """The model's distribution after a prompt and an output under sampling parameters."""
     logits = next_distribution(model, (*prompt, *output)).log().tolist()
     return obvious_distribution(logits, params, list(prompt), list(output), constraint and constraint.after(output))
 

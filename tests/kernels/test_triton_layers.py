@@ -121,7 +121,7 @@ def test_interleaved_outputs_come_back_in_order() -> None:
 
 @pytest.mark.parametrize(("kind", "dtype"), CASES)
 def test_layers_are_those_of_the_original(kind: str, dtype: torch.dtype) -> None:
-    """Ragged rows across splits of the context, behind a rollback, into a cache that is then full.
+    """Ragged rows across splits of the context, after a rollback, into a cache that is then full.
 
     In half precision as near to the same model in float64 as transformers' own layers are.
     """
@@ -146,7 +146,7 @@ def test_layers_are_those_of_the_original(kind: str, dtype: torch.dtype) -> None
 
 @torch.inference_mode()
 def logits_behind(model, tokens: torch.Tensor, starts: list[int]) -> torch.Tensor:
-    """Of the three tokens behind each start of a row, without a cache."""
+    """Of the three tokens after each start of a row, without a cache."""
     rows = [row[None, : start + 3] for row, start in zip(tokens, starts, strict=True)]
     return torch.cat([model(row, use_cache=False).logits[:, -3:] for row in rows])
 

@@ -1,4 +1,4 @@
-"""Every architecture is decoded as the documentation says: equal to `transformers.generate`, or refused with a reason.
+"""Every architecture is decoded as documented: equal to `transformers.generate`, or refused with a reason.
 
 If not: PYTHONPATH=tests python -m helpers.architectures [NAME ...]
 """

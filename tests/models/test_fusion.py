@@ -151,7 +151,7 @@ def calm(options: dict, dtype: torch.dtype) -> torch.nn.Module:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", HEADS)
 def test_kernels_over_long_contexts_are_the_original_layers(name: str, dtype: torch.dtype) -> None:
-    """Of every head size, as one prefill and as steps of 1, 3 and 9 tokens behind it; log-probabilities by position.
+    """Of every head size, as one prefill and as steps of 1, 3 and 9 tokens after it; log-probabilities by position.
 
     In bf16 errors are transformers' own; a query that does not see itself from position 512 on would be seen.
     """

@@ -1,4 +1,4 @@
-"""LongRoPE: the factors of a token are those of its own text, whatever is computed beside, behind or before it."""
+"""LongRoPE: the factors of a token are those of its own text, whatever is computed beside, after or before it."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def longrope(kind: str, threshold: int = THRESHOLD):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_output_is_that_of_plain_forwards_whatever_is_computed_beside_it(kind: str, monkeypatch) -> None:
+def test_output_is_that_of_plain_forwards_in_any_batch(kind: str, monkeypatch) -> None:
     """Any draft, any batch, prompts on both sides of the threshold and in chunks: each row has its own factors."""
     model = longrope(kind)
     prompts = [*PROMPTS, list(range(3, 25)), [9] * THRESHOLD, [8] * (THRESHOLD - 1)]

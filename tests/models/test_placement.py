@@ -157,7 +157,7 @@ def test_missing_memory_or_devices_are_named(memories: list[int], placement: str
         plan_placement(LayerBytes((2 * 10**9,) * 70), LayerBytes((2 * 10**9,)), memories, placement)
 
 
-def test_placements_say_how_many_devices_they_need() -> None:
+def test_placements_name_the_number_of_devices_that_they_need() -> None:
     assert [num_devices(each) for each in ("same", "separate", "ratio:6:2", "auto")] == [1, 2, 8, 1]
     assert parse("ratio:6:2") == (6, 2)
 

@@ -117,7 +117,7 @@ def test_a_model_that_positions_siblings_sequentially_is_refused(monkeypatch: py
 
 @pytest.mark.parametrize("method", ["autoregressive", "ngram", "draft_model"])
 @pytest.mark.parametrize("kind", ["t5", "bart", "m2m_100"])
-def test_recorded_steps_say_the_same(kind: str, method: str) -> None:
+def test_recorded_steps_emit_the_same_tokens(kind: str, method: str) -> None:
     """The motions that a GPU goes through: fixed shapes, inputs and outputs."""
     model = make("t5") if kind == "t5" else architectures.make(architectures.config(kind))
     drafts = {"draft": Seq2SeqLM(architectures.draft_of(model))} if method == "draft_model" else {}
@@ -155,7 +155,7 @@ def test_the_continuation_of_a_prompt_is_prefilled_in_chunks(monkeypatch: pytest
 
 
 def test_copies_come_from_the_prompt_too() -> None:
-    """A bias has the output repeat one token: behind two of it a prompt that has two of it is copied from."""
+    """A bias makes the output repeat one token: after two of it, a prompt that has two of it is copied."""
     engine = Engine(Seq2SeqLM(make("t5")), method="ngram", num_speculative_tokens=3)
     params = SamplingParams(temperature=0, max_tokens=6, logit_bias={8: 1e4})
     with_copy, without = engine.generate([[8, 8, 7, 4], [7, 4]], params)
@@ -312,7 +312,7 @@ def test_sixteen_bits_go_the_same_road(dtype: torch.dtype) -> None:
 
 
 class Far(Seq2SeqLM):
-    """A model that says that it is on another device than tokens usually are."""
+    """A model that claims to be on another device than the tokens."""
 
     def __init__(self, model: Any) -> None:
         super().__init__(model)
@@ -335,7 +335,7 @@ def test_a_draft_elsewhere_changes_nothing() -> None:
 
 @cache
 def tokenizer() -> transformers.PreTrainedTokenizerFast:
-    """Single letters, and the end of a text behind it, as T5's has it."""
+    """Single letters, and an end-of-text token after each text, as T5's tokenizer adds."""
     vocabulary = {"<pad>": 0, "</s>": 1, "<unk>": 2, "▁": 3} | {chr(97 + i): 4 + i for i in range(26)}
     made = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>"))
     made.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never")

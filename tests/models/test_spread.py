@@ -89,7 +89,7 @@ def test_a_dispatched_model_decodes_the_same(name: str, folders: dict[str, Path]
 
 
 class Far(CausalLM):
-    """A model that says that it is on another device than tokens usually are, and counts the calls."""
+    """A model that claims to be on another device than the tokens, and counts its calls."""
 
     num_calls = 0
 
@@ -280,7 +280,7 @@ torch.distributed.destroy_process_group()  # else its threads may outlive the in
 
 
 def test_tensor_parallel_processes_decode_as_a_single_one(folders: dict[str, Path], tmp_path: Path) -> None:
-    """Each of two processes holds a part of every weight, and says what this one does, which holds all."""
+    """Each of two processes holds a part of every weight, and emits the tokens of this one, which holds all."""
     models = [str(folders["llama"]), str(folders["draft"])]
     whole = Engine.load(models[0], draft=models[1], method="draft_model", dtype=torch.float32)
     assert {type(weight) for weight in whole.target.model.parameters()} == {torch.nn.Parameter}
@@ -327,7 +327,7 @@ def test_a_target_on_two_gpus_and_its_draft_on_a_third(name: str, folders: dict[
 
 
 def test_sizes_of_a_pair_of_the_catalogue_s_shape() -> None:
-    """Llama 3.1 8B's dimensions: 8,030,261,248 parameters, as its card says."""
+    """Llama 3.1 8B's dimensions: 8,030,261,248 parameters, as stated on its model card."""
     folder = Path(__file__).parents[2] / "bench" / "catalogue" / "models" / "llama-8b-shape" / "config.json"
     sizes = read_layer_bytes(str(folder), torch.bfloat16, "dummy")
     assert isinstance(sizes, LayerBytes)

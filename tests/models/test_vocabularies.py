@@ -176,7 +176,7 @@ def test_shared_tokens_spell_the_same(target: str, draft: str) -> None:
 def test_all_tokens_that_spell_the_same_are_shared(target: str, draft: str) -> None:
     """By brute force, from texts: words with a leading space and without are other tokens, and both are shared.
 
-    A token's text is what it adds behind another, so that no decoder takes its space away.
+    A token's text is what it adds after another, so that no decoder takes its space away.
     """
 
     def spelled(kind: str) -> dict[str, int]:
@@ -369,7 +369,7 @@ def test_the_same_model_under_other_ids_is_accepted_always(temperature: float) -
 # ---- bad input
 
 
-def test_what_is_shared_is_said(caplog: pytest.LogCaptureFixture) -> None:
+def test_the_number_of_shared_tokens_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     vocabularies._warn_once.cache_clear()
     with caplog.at_level(logging.WARNING, "specdec"):
         for _ in range(2):

@@ -502,7 +502,7 @@ def test_the_wrapped_model_itself_stays_as_it_was() -> None:
     assert generated(model, PROMPTS[0]) == before
 
 
-def test_windows_are_read_from_what_transformers_5_17_says(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_windows_are_read_from_the_options_of_transformers_5_17(monkeypatch: pytest.MonkeyPatch) -> None:
     """It gives the options of all layers together, and has no entry for layers that share keys and values."""
     kinds = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"], "num_hidden_layers": 3}
     model = make("gemma3_text", GQA | kinds | {"sliding_window": 9})

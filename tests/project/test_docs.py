@@ -24,8 +24,8 @@ from specdec.distill.__main__ import parser as distill_parser
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 TEXTS = {path.relative_to(ROOT).as_posix(): path.read_text() for path in PAGES}
-# a fence of a language that can run, and the comment above it. Python runs unless the comment says why not; a command
-# runs only if the comment says so, as it could change the environment that the tests run in. tests/project/
+# a fence of a language that can run, and the comment above it. Python runs unless the comment gives a reason; a command
+# runs only if the comment allows it, as it could change the environment that the tests run in. tests/project/
 # test_extending.py runs the fences that have a title: each is a file
 FENCE = re.compile(r"(?:<!-- (?P<mark>[^>]*) -->\n)?^```(?P<language>python|bash)\n(?P<code>.*?)^```$", re.M | re.S)
 NOT_RUN = re.compile(r"not run: .+|the (test|benchmark) command")  # .ci/run runs these two
@@ -48,7 +48,7 @@ class Block:
 
     @property
     def runnable_code(self) -> str:
-        """With other models, where the comment says so."""
+        """With other models, where the comment asks for them."""
         code = self.code
         for large, small in SMALLER.items() if self.mark == "run: with smaller models" else ():
             code = code.replace(large, small)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-import matplotlib.font_manager  # builds its cache here: the kernel would speak of it
+import matplotlib.font_manager  # builds its cache here: in the kernel it would print a message
 import nbformat
 import pytest
 from nbclient import NotebookClient

@@ -1,4 +1,4 @@
-"""Names on the package index: every package that a text says to install is the right one."""
+"""Names on the package index: every package that a text tells readers to install is the right one."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def required() -> set[str]:
 
 
 def texts() -> dict[Path, str]:
-    """Everything that people read or run."""
+    """Everything that users read or run."""
     files = [path for path in ROOT.iterdir() if path.suffix in SUFFIXES]
     files += [ROOT / ".ci" / "run"]
     for folder in ("specdec", "bench", "docs"):
@@ -47,7 +47,7 @@ def installed_by(text: str) -> list[str]:
         for argument in match["arguments"].split():
             name = None if argument in ("it", "them") else NAME.fullmatch(argument)
             if name is None and not re.match(r"[\"']*[-.$/{]|dist/", argument):
-                break  # the sentence goes on
+                break  # the sentence continues
             found += [normal(name["name"])] if name else []
     return found
 
@@ -72,7 +72,7 @@ def test_no_text_recommends_an_unknown_package() -> None:
     assert not strangers, f"{strangers} are neither this project nor packages that it needs"
 
 
-def test_the_distribution_is_not_named_as_somebody_elses() -> None:
+def test_the_distribution_does_not_take_the_name_of_another_project() -> None:
     """On the index `specdec` is another project with a module of that name."""
     assert PROJECT["name"] == "specdec-lossless"
     assert "specdec" not in required()

@@ -38,7 +38,7 @@ def shown(cell: dict[str, Any]) -> str:
 
 @pytest.mark.parametrize("engine", ["specdec", "transformers", "vllm"])
 def test_the_results_are_those_of_the_committed_run(engine: str) -> None:
-    """For each engine plain decoding and its fastest method, as the text below the table says."""
+    """For each engine plain decoding and its fastest method, as stated below the table."""
     assert RESULTS
     measured = sorted((cell for cell in cells() if cell["engine"] == engine), key=lambda cell: cell["throughput_tok_s"])
     (plain,) = (cell for cell in measured if cell["method"] == "autoregressive")

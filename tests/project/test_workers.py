@@ -1,4 +1,4 @@
-"""How `pytest tests/` is distributed over processes: by default on every core, and as the command line says."""
+"""How `pytest tests/` is distributed over processes: on every core, or as requested on the command line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Hosted workflows and hooks: they parse, and run what the project says it runs."""
+"""Hosted workflows and hooks: they parse, and run the documented commands."""
 
 from __future__ import annotations
 

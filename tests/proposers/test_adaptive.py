@@ -31,7 +31,7 @@ FREE = StepCosts((1.0,), 0.0)
 
 
 class WhileSure(AdaptiveLength):
-    """Goes on only behind tokens that the draft had no doubt about."""
+    """Continues only after tokens that the draft was certain of."""
 
     def pays(self, reach: Sequence[float], num_drafted: int) -> list[bool]:
         return [each > 0.6 for each in reach]
@@ -145,7 +145,7 @@ def test_copy_lengths_follow_the_acceptance_of_earlier_copies() -> None:
 
 
 def test_a_step_in_the_cost_is_crossed_if_the_gain_beyond_it_is_large_enough() -> None:
-    """The second token costs half a step, those behind it nothing: as with kernels that take tokens by the block."""
+    """The second token costs half a step, later ones nothing: as with kernels that take tokens by the block."""
     adaptive = AdaptiveLength(StepCosts((1.0, 1.0, *(1.5,) * (MAX_DRAFT_LENGTH - 1)), 0.0))
     assert adaptive.num_copied([MAX_DRAFT_LENGTH], 1) == MAX_DRAFT_LENGTH
     for _ in range(60):
@@ -229,7 +229,7 @@ def test_costs_depend_on_how_many_rows_there_are() -> None:
     assert adaptive.num_copied([1] * 5, 5) == 0, "0.8 for each of them is less than what a second step would make"
     for _ in range(300):
         adaptive.observe([(0, 0)] * 5)
-    assert adaptive.num_copied([1], 1) == 1, "what all five made of their steps says nothing of the time of one's"
+    assert adaptive.num_copied([1], 1) == 1, "the steps of all five tell nothing about the time of one"
 
 
 def test_costs_between_three_measurements() -> None:

@@ -1,4 +1,4 @@
-"""The head's method: in step with the target's features, and lossless whatever the head says."""
+"""The head's method: in step with the target's features, and lossless whatever the head predicts."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from specdec.trees.shape import Tree
 @pytest.mark.parametrize("hybrid", [False, True])
 @pytest.mark.parametrize("seed", range(3))
 def test_joint_distribution_with_a_head(seed: int, hybrid: bool) -> None:
-    """gamma = 1, alone and behind prompt lookup, whose copies need a finer grid, exactly."""
+    """gamma = 1, alone and after prompt lookup, whose copies need a finer grid, exactly."""
     target, draft = grid_pair(seed)
     target = FeatureTarget(target.table)
 
@@ -58,7 +58,7 @@ def test_a_head_that_knows_the_target_is_always_accepted(max_batch_size: int, ga
 
 
 def test_a_head_catches_up_after_copied_drafts() -> None:
-    """While lookup speaks the head is not called; then it is fed what it missed, once."""
+    """While lookup proposes, the head is not called; then it is fed what it missed, once."""
     target = FeatureTarget(grid_pair(1)[0].table)
     head = ToyHead(target)
     lookup = NgramProposer(3, target.device, partial(LookupIndex, 3, 3))

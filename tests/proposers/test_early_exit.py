@@ -56,7 +56,7 @@ class WrongPlace(EarlyExitProposer):
 
 
 def acceptance(proposer: type) -> float:
-    """Of a draft that says what the target says."""
+    """Of a draft with the target's distribution."""
     table = grid_pair(1)[0].table
     target = ExitTarget(table, table)
     engine = Engine(target, max_batch_size=3)

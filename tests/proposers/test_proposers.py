@@ -90,7 +90,7 @@ def most_looked_at(continuation) -> int:
 
 @pytest.mark.parametrize("index", [LookupIndex, CountIndex])
 def test_a_step_costs_the_same_however_long_the_text_is(index) -> None:
-    """Counted, not timed: n-grams of 2, 3 and 4 are 9 tokens to look at behind each new token, and once to find them;
+    """Counted, not timed: n-grams of 2, 3 and 4 are 9 tokens to look at after each new token, and once to find them;
     a scan of the text looks at it all.
     """
     assert most_looked_at(index(2, 4).continuation) <= 4 * (9 + 1) + 9 + 5

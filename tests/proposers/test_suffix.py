@@ -58,7 +58,7 @@ def obvious_copy(text: list[int], depth: int, limit: int, doubt: float) -> Copy:
 
 
 def within(text: list[int], ends: list[int]) -> list[int]:
-    """The tokens behind, in the text; what ends with it has none, unless nothing else is like it."""
+    """The tokens after it in the text; an occurrence at the end has none, unless it is the only one."""
     return [text[end] for end in ends if end < len(text)]
 
 
@@ -87,7 +87,7 @@ def test_a_copy_is_the_obvious_one(text: list[int], depth: int, limit: int, doub
 
 
 def test_a_copy_is_longer_where_more_is_alike_and_where_less_is_drawn() -> None:
-    """One earlier occurrence of n tokens is believed as 1 - (d / (1 + d)) ** n, and so is each token behind."""
+    """One earlier occurrence of n tokens is believed as 1 - (d / (1 + d)) ** n, and so is each later token."""
     lengths = {}
     for sure in (GREEDY_DOUBT, SAMPLED_DOUBT):
         for alike in (1, 2, 3, 4):
@@ -108,7 +108,7 @@ def test_doubt_follows_temperature() -> None:
     assert doubts == [GREEDY_DOUBT, GREEDY_DOUBT, (GREEDY_DOUBT + SAMPLED_DOUBT) / 2, SAMPLED_DOUBT]
 
 
-# -- what finished requests said -----------------------------------------------------------------------------
+# -- outputs of finished requests ----------------------------------------------------------------------------
 
 REPEATS = MarkovModel(torch.eye(5, dtype=torch.float64).roll(1, 1).expand(5, 5, 5))  # after each token the next of five
 
@@ -137,7 +137,7 @@ def test_later_requests_copy_earlier_ones_until_forget() -> None:
 def test_the_end_of_a_prompt_is_remembered_with_the_output() -> None:
     remembering = engine()
     assert num_drafted(remembering, max_tokens=3) == 0
-    assert num_drafted(remembering, max_tokens=3) == 1, "4 stood behind 3, and 0 behind both"
+    assert num_drafted(remembering, max_tokens=3) == 1, "4 came after 3, and 0 after both"
 
 
 def test_a_request_that_did_not_finish_is_not_remembered() -> None:
@@ -244,7 +244,7 @@ NUM_SEEDS, PROMPT = 700, [0, 1, 0, 0, 1, 1]
 
 
 def said_again() -> list[tuple[int, ...]]:
-    """What each seed's second request says, after the same prompt as its first, for many seeds."""
+    """The output of each seed's second request, after the same prompt as its first, for many seeds."""
     outputs = []
     for seed in range(NUM_SEEDS):
         remembering = engine(COINS, num_speculative_tokens=3)

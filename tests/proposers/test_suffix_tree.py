@@ -17,7 +17,7 @@ texts = st.lists(st.lists(st.integers(0, 2), max_size=14), max_size=6)
 
 
 def grow(texts: list[list[int]], depth: int, growing: list[int] = ()) -> SuffixTree:
-    """A tree of complete texts, and of one that goes on."""
+    """A tree of complete texts, and of one that grows."""
     tree = SuffixTree(depth)
     for text in texts:
         for token in text:
@@ -58,7 +58,7 @@ def test_counts_are_those_by_hand(texts: list[list[int]], growing: list[int], de
         place = tree.find(run)[-1]
         expected = Counter(followers(everything, run))
         if len(occurrences(everything, run)) == 1 and not expected and run == tuple(growing[-len(run) :]):
-            continue  # the end of the growing text itself: nothing is known behind it
+            continue  # the end of the growing text itself: nothing is known after it
         assert {token: tree.times(place, token, ())[0] for token in expected} == expected
         assert tree.times(place, 0, ())[1] == expected.total()
         assert tree.likeliest(place, ()) == likeliest(everything, run)
@@ -101,7 +101,7 @@ def test_texts_added_after_forgetting_are_counted_equally(first: list, then: lis
 
 
 def obvious_continuation(text: list[int], run: int, number: int) -> list[int]:
-    """Copy behind the latest earlier occurrence of the last `run` tokens, on into the copy itself."""
+    """Copy what follows the latest earlier occurrence of the last `run` tokens, on into the copy itself."""
     (_, end) = occurrences([text[:-1]], tuple(text[-run:]))[-1]
     longer = list(text)
     for i in range(number):
@@ -110,7 +110,7 @@ def obvious_continuation(text: list[int], run: int, number: int) -> list[int]:
 
 
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=5), st.integers(1, 20))
-def test_a_run_that_reaches_the_end_goes_on_into_the_draft(period: list[int], number: int) -> None:
+def test_a_run_that_reaches_the_end_continues_in_the_draft(period: list[int], number: int) -> None:
     text, drafted = period * 2, []
     tree = grow([], len(text), text)
     places = tree.ends()
@@ -171,7 +171,7 @@ def words(num_tokens: int, seed: int = 0) -> list[int]:
 
 
 def ask(tree: SuffixTree, number: int) -> None:
-    """How the text goes on, by the longest runs."""
+    """How the text continues, by the longest runs."""
     places, drafted = tree.ends(), []
     while len(drafted) < number and (token := tree.likeliest(places[-1], drafted)) is not None:
         places = tree.extended(places, token, drafted)
@@ -220,7 +220,7 @@ def test_a_text_that_repeats_itself_costs_as_much_as_the_depth_allows(
     "tokens", [words(10_000), 2 * words(2000), [7] * 10_000], ids=["words", "said twice", "all alike"]
 )
 def test_num_bytes_bounds_the_memory(tokens: list[int]) -> None:
-    """As allocated: within what it says, and at least a fifth of it, when a part of it has been forgotten, too."""
+    """As allocated: at most the reported size, and at least a fifth of it, also after a part was dropped."""
     tracemalloc.start()
     tree = SuffixTree()
     for start in range(0, len(tokens), 500):

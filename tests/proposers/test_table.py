@@ -26,14 +26,14 @@ def by_hand(texts: list[list[int]], context: list[int], min_count: int) -> int |
 
 
 @given(texts, st.lists(st.integers(0, 3), min_size=1, max_size=6), st.integers(1, 3))
-def test_the_longest_known_context_speaks(texts: list[list[int]], text: list[int], min_count: int) -> None:
+def test_the_longest_known_context_proposes(texts: list[list[int]], text: list[int], min_count: int) -> None:
     table = NgramTable.count(texts, 4, max_ngram=3, min_count=min_count)
     sizes = range(min(3, len(text)), 0, -1)
     expected = next((t for n in sizes if (t := by_hand(texts, text[-n:], min_count)) is not None), None)
     assert table.continuation(text, 1) == ([] if expected is None else [expected])
 
 
-def test_a_draft_goes_on_from_its_own_tokens_and_ends_where_nothing_is_known() -> None:
+def test_a_draft_continues_from_its_own_tokens_and_ends_at_an_unknown_context() -> None:
     table = NgramTable.count([[5, 6, 7, 8], [5, 6, 7, 8]], 10, max_ngram=2)
     assert table.continuation([1, 5], 9) == [6, 7, 8]
     assert table.continuation([5], 2) == [6, 7]

@@ -230,7 +230,7 @@ needs_root = pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0,
 ])  # fmt: skip
 @pytest.mark.parametrize("up", [0, 1, 2])
 def test_a_folder_that_others_can_write_is_not_used(tiny, wheel, monkeypatch, tmp_path, action, message, up):
-    """The folder itself and those above it: whoever can write there can put another folder in its place."""
+    """The folder itself and those above it: a user who can write there can put another folder in its place."""
     monkeypatch.setenv("SPECDEC_CACHE", str(tmp_path / "shared" / "cache"))
     steps = Steps(wheel)
     folder = steps.fetch(tiny)
@@ -241,7 +241,7 @@ def test_a_folder_that_others_can_write_is_not_used(tiny, wheel, monkeypatch, tm
 
 
 @needs_root
-def test_a_link_through_somebody_elses_folder_is_not_followed(tiny, wheel, monkeypatch, tmp_path):
+def test_a_link_through_the_folder_of_another_user_is_not_followed(tiny, wheel, monkeypatch, tmp_path):
     (tmp_path / "foreign").mkdir()
     give_away(tmp_path / "foreign")
     (tmp_path / "link").symlink_to(tmp_path / "foreign")
@@ -367,7 +367,7 @@ def test_without_a_home_folder_the_message_names_the_variable(tmp_path, monkeypa
 
 
 @pytest.mark.usefixtures("homeless")
-def test_without_a_home_decoding_goes_on_without_kernels(monkeypatch, caplog):
+def test_without_a_home_folder_decoding_continues_without_kernels(monkeypatch, caplog):
     monkeypatch.setenv("CXX", "true")  # a compiler is found
     monkeypatch.setenv("SPECDEC_STRICT", "0")  # as users have it
     fallbacks._warn_once.cache_clear()
@@ -458,7 +458,7 @@ def test_terms_are_shown_once_and_accepted_by_name(with_terms, monkeypatch, capl
 
 
 @pytest.mark.parametrize(("answer", "is_accepted"), [("yes\n", True), (" Y \n", True), ("no\n", False), ("", False)])
-def test_terms_are_asked_for_in_a_terminal(with_terms, answer, is_accepted, monkeypatch):
+def test_a_terminal_asks_to_accept_the_terms(with_terms, answer, is_accepted, monkeypatch):
     class Terminal(io.StringIO):
         def isatty(self):
             return True

@@ -1,4 +1,4 @@
-"""Recorded steps over an emulated pool of graph memory: every method says what it says unrecorded."""
+"""Recorded steps over an emulated pool of graph memory: every method emits the tokens that it emits unrecorded."""
 
 from __future__ import annotations
 

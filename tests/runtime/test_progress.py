@@ -47,7 +47,7 @@ def test_a_log_gets_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     assert log.getvalue() == ""
 
 
-def test_what_takes_long_is_on_a_terminal_while_it_does(terminal: Terminal, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_terminal_shows_slow_work_in_progress(terminal: Terminal, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stderr", terminal.stream)
     with doing("loading a model"):
         assert terminal.shown() == "\rloading a model ..."
@@ -60,7 +60,7 @@ def test_what_takes_long_is_on_a_terminal_while_it_does(terminal: Terminal, monk
     assert terminal.shown() == "it takes a minute\r\n"
 
 
-def test_elsewhere_it_is_logged_once_for_who_wants_it(
+def test_without_a_terminal_slow_work_is_logged_once(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     log = io.StringIO()
@@ -84,7 +84,7 @@ def test_elsewhere_it_is_logged_once_for_who_wants_it(
         ({"method": "ngram", "num_speculative_tokens": 3}, []),
     ],
 )
-def test_an_engine_says_what_its_construction_does(options: dict, said: list[str], caplog) -> None:
+def test_an_engine_shows_the_progress_of_its_construction(options: dict, said: list[str], caplog) -> None:
     log_once.cache_clear()
     caplog.set_level(logging.INFO, "specdec")
     source = str(Path(__file__).parents[2] / "bench" / "catalogue" / "models" / "tiny")
@@ -94,7 +94,7 @@ def test_an_engine_says_what_its_construction_does(options: dict, said: list[str
 
 @contextmanager
 def told_nothing(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """As where nobody has said whether other libraries should draw bars."""
+    """As where nothing states whether other libraries should draw bars."""
     monkeypatch.delenv("HF_HUB_DISABLE_PROGRESS_BARS", raising=False)
     monkeypatch.setattr(sys.modules["huggingface_hub.utils.tqdm"], "HF_HUB_DISABLE_PROGRESS_BARS", None)  # read once
     was = transformers_logging.is_progress_bar_enabled()

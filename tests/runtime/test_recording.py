@@ -134,7 +134,7 @@ def test_every_recorded_cache_has_such_a_capacity(monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.parametrize("kind", ["dynamic", "longrope"])
 def test_angles_that_depend_on_the_longest_position_are_not_recorded(kind: str) -> None:
-    """To know it the device is asked, and what stands behind a row's tokens would count as well."""
+    """The device must be read to know it, and whatever follows a row's tokens would count as well."""
     rope = {"rope_type": kind, "rope_theta": 10_000.0, "factor": 2.0, "original_max_position_embeddings": 64}
     if kind == "longrope":
         rope |= {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4}

@@ -42,7 +42,7 @@ def test_ratios_are_chained_through_paired_measurements() -> None:
 
 
 def test_rounds_are_paired_and_give_the_interval() -> None:
-    """Round by round 4 and 9 times, so 6 in the geometric mean; the two factors alone say 2, 3 and 2, 3."""
+    """Round by round 4 and 9 times, so 6 in the geometric mean; the two factors alone are 2, 3 and 2, 3."""
     records = [
         record("specdec", "autoregressive", 0, [1.0, 1.0]),
         record("specdec", "ngram", 2, [1.0, 1.0], baseline=[2.0, 3.0]),
@@ -57,7 +57,7 @@ def test_a_batch_is_one_round() -> None:
     assert leads(records)[0].times.low is None
 
 
-def test_without_another_engine_or_its_plain_decoding_nothing_is_said() -> None:
+def test_without_another_engine_or_its_plain_decoding_there_are_no_ratios() -> None:
     assert leads(RECORDS[:3]) == []
     assert leads([*RECORDS[:3], *RECORDS[4:]]) == []
     assert leads(RECORDS[3:]) == []

@@ -196,7 +196,7 @@ def test_costs_are_compared_by_their_rounds(tmp_path: Path) -> None:
     assert (found.verdict, found.times) == ("no difference seen", BootstrapInterval(1.0, 0.5, 2.0))
 
 
-def test_without_a_difference_few_verdicts_say_so() -> None:
+def test_unchanged_cells_rarely_get_a_verdict_of_change() -> None:
     """300 comparisons of 30 prompts with noise of 10 % and no difference: 5 % look like one, or 7 % as a percentile
     bootstrap is somewhat too narrow; more than 45 of 300 then have a probability of 1e-6. The negative controls: ends
     half as far away give 90 and more, and a real difference of 10 % is nearly always found.

@@ -69,7 +69,7 @@ def campaign(tmp_path_factory: pytest.TempPathFactory, environment: dict[str, st
 
 
 @pytest.mark.slow
-def test_a_full_disk_ends_the_run_and_keeps_what_was_finished(campaign: Any) -> None:
+def test_a_full_disk_ends_the_run_and_keeps_finished_cells(campaign: Any) -> None:
     folder, found = campaign
     assert found["full"].returncode == 3, found["full"].stdout
     assert "must be writable (File too large); the cells before this one are in it: free space" in found["full"].stdout
@@ -144,7 +144,7 @@ def test_records_are_of_the_same_arrivals_and_add_up(campaign: Any) -> None:
             assert record["ttft_p50_s"] <= record["ttft_p95_s"] <= record["ttft_p99_s"] <= record["latency_p99_s"]
             assert 0 <= record["queue_p50_s"] <= record["ttft_p50_s"]
             assert 0 < record["busy_rate"] < 1
-        assert len({record["output_sha256"] for record in found}) == 1  # greedy: no method says anything else
+        assert len({record["output_sha256"] for record in found}) == 1  # greedy: every method emits the same tokens
 
 
 # -- a part without cells ------------------------------------------------------------------------------------

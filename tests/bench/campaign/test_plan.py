@@ -114,7 +114,7 @@ def parts(config: BenchConfig, num_parts: int) -> dict[str, int]:
     return {each.cell.id: part_of(each.cell.shard_key, num_parts) for each in plan(config)}
 
 
-def test_a_cell_stays_in_its_part_whatever_is_beside_it(make_config: MakeConfig) -> None:
+def test_the_shard_of_a_cell_does_not_depend_on_other_cells(make_config: MakeConfig) -> None:
     few = make_config(gammas=(4,), engines=("specdec",), methods=("draft_model",))
     many = make_config(gammas=(1, 2, 4, 8, "auto"), engines=("transformers", "specdec"), workloads=("gsm8k", "smoke"))
     for cell, part in parts(few, 3).items():

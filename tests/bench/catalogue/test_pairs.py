@@ -284,7 +284,7 @@ def test_unsupported_pairs_are_refused_by_name(
         plan(config)
 
 
-def test_engines_that_place_by_themselves_say_so(make_config: MakeConfig) -> None:
+def test_engines_that_place_models_themselves_refuse_placements(make_config: MakeConfig) -> None:
     config = make_config(engines=("vllm",), placements=("separate",))
     with pytest.raises(ValueError, match="engine=vllm places models itself and does not support placement=separate"):
         plan(config)

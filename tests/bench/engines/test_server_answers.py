@@ -1,4 +1,4 @@
-"""Servers that say what no server should: every cell fails with a sentence, soon, and without the API key."""
+"""Invalid responses of a server: every cell fails with one sentence, at once, and without the API key."""
 
 from __future__ import annotations
 

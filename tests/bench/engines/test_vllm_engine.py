@@ -73,7 +73,7 @@ def test_accepted_tokens_that_truncation_removed_are_not_counted(
     assert one.finish_reason == ("stop" if "stop" in conditions else "length")
 
 
-def test_the_counters_of_an_engine_say_the_same_of_one_prompt_as_those_of_the_prompt() -> None:
+def test_engine_counters_equal_the_counters_of_a_single_prompt() -> None:
     for _, call in CALLS:
         if len(call["answer"]["results"]) == 1 and (engine := call["answer"]["counters"]):
             (row,) = call["answer"]["results"]
@@ -172,7 +172,7 @@ def test_on_a_cpu_threads_are_as_many_as_the_others_have_and_not_bound(tmp_path:
     assert "LD_PRELOAD" not in worker_environment(sys.executable, "cpu", {})
 
 
-def test_without_vllm_the_remedy_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_vllm_the_error_names_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(adapter, "installed_version", lambda python: None)
     reason = why_not("vllm", "ngram", 1, vllm=VllmOptions(Path("/some/python")))
     assert str(reason).startswith("engine=vllm needs an interpreter with vLLM, and /some/python has none; create one")
@@ -190,7 +190,7 @@ for line in sys.stdin:
 
 @pytest.fixture
 def engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[VllmEngine]:
-    """An engine whose workers only say that they are ready."""
+    """An engine whose workers only report that they are ready."""
     script = tmp_path / "answering.py"
     script.write_text(ANSWERING)
     monkeypatch.setattr(adapter, "SCRIPT", script)

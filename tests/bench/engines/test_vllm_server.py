@@ -104,7 +104,7 @@ def test_a_stream_gives_tokens_times_and_counters(server: Any) -> None:
     assert sent["return_token_ids"]
 
 
-def test_counters_of_the_metrics_page_say_the_same() -> None:
+def test_counters_of_the_metrics_page_are_the_same() -> None:
     grown = difference(parse_counters(AFTER), parse_counters(BEFORE))
     row = Row(12, 100_000)
     for line in RECORDED["stream"]:

@@ -1,4 +1,4 @@
-"""Workers that die, say nothing or say nonsense: an error with their last words, never a hang."""
+"""Workers that die, stay silent or write garbage: an error with their last lines, never a hang."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def started(tmp_path: Path) -> Iterator[Started]:
 ECHO = "import sys\nfor line in sys.stdin: print(line, end='', flush=True)"
 
 
-def test_answers_come_one_by_one_whatever_their_size(started: Started) -> None:
+def test_answers_of_any_size_arrive_one_by_one(started: Started) -> None:
     worker = started(ECHO)
     for request in ({"a": 1}, {"b": "x" * 5 * PIPE_BYTES}, {"c": [None, "\n"]}):
         assert worker.ask(request, 30) == request

@@ -31,7 +31,7 @@ ROOT = Path(__file__).parents[3]
 CPU = torch.device("cpu")
 REPORTS = "from pathlib import Path; from bench.first_light.report import Report; import sys, os, time; "
 REPORTS += (
-    "Report(sys.argv[1], Path(sys.argv[2])).fact('first', text='a fact of ' + sys.argv[1]); print('said', flush=True); "
+    "Report(sys.argv[1], Path(sys.argv[2])).fact('first', text='a fact of ' + sys.argv[1]); print('out', flush=True); "
 )
 
 
@@ -107,7 +107,7 @@ def test_parts_that_die_or_hang_lose_no_facts(tmp_path: Path, monkeypatch: pytes
     assert "FAILED raises ends by itself: failed with exit status 1; ZeroDivisionError" in printed
     with tarfile.open(tmp_path / ARCHIVE_FILE) as archive:
         assert archive.getnames() == [f"{p.name}.log" for p in parts]
-        assert archive.extractfile("good.log").read() == b"said\n"  # type: ignore[union-attr]
+        assert archive.extractfile("good.log").read() == b"out\n"  # type: ignore[union-attr]
 
 
 def test_child_processes_of_a_part_end_with_it(tmp_path: Path) -> None:
@@ -256,7 +256,7 @@ def test_a_line_that_was_cut_off_is_left_out(tmp_path: Path) -> None:
     assert [fact["fact"] for fact in read(path)] == ["whole"]
 
 
-def test_the_table_is_short_whatever_was_found(tmp_path: Path) -> None:
+def test_the_table_is_short_for_any_number_of_findings(tmp_path: Path) -> None:
     report = Report("facts", tmp_path / FACTS_FILE)
     for name in ("facts", "kernels", "shapes-8b", "correctness", "else"):
         report = Report(name, tmp_path / FACTS_FILE)

@@ -30,7 +30,7 @@ CELL = Cell("specdec", "tiny-random", "ngram", 2, "same", "smoke", 2)
 
 
 class Recorded:
-    """An engine that notes what it is asked and says one token."""
+    """An engine that records its requests and emits one token."""
 
     version = "1"
 
@@ -106,7 +106,7 @@ def run(tmp_path: Path, *arguments: str) -> CompletedProcess[str]:
 
 
 def test_a_run_leaves_certificates(tmp_path: Path) -> None:
-    """300 tokens are too few to vouch for anything, and the certificate says how many it takes."""
+    """300 tokens are too few for a verdict, and the certificate states how many are needed."""
     output = tmp_path / "out.json"
     arguments = ["-m", "equivalence", "--temperature", "1", "--certificates", str(tmp_path / "certificates")]
     done = run(tmp_path, *arguments, "--benchmark-json", str(output))

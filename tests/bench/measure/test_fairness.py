@@ -38,12 +38,12 @@ def test_another_dtype_or_stop_rule_is_detected() -> None:
         (run(1, 1, 2, finish_reason="stop"), True),
         (run(1, 1), False),  # too short
         (run(1, 1, 2), False),  # the last token is a stop token
-        (run(2, 1, 1), False),  # went on behind one
+        (run(2, 1, 1), False),  # continued after one
         (run(1, 1, finish_reason="stop"), False),  # stopped at something else
         (run(1, 1, 1, 1), False),
     ],
 )
-def test_outputs_end_where_the_rules_say(output: Run, holds: bool) -> None:
+def test_outputs_end_by_the_stop_rules(output: Run, holds: bool) -> None:
     if holds:
         check_ends([output], {2}, 3)
         return

@@ -114,7 +114,7 @@ def other(value: Any) -> Any:
 def test_every_field_of_a_configuration_matters_but_those_listed(
     field: str, make_config: Callable[..., BenchConfig], path: Path
 ) -> None:
-    """A cell of another dtype, say, is not taken for this run's."""
+    """A cell of another dtype, for example, is not taken for this run's."""
     session = Session(make_config())
     before = session.configuration()
     Journal.open(path, before, resume=False).close()

@@ -1,4 +1,4 @@
-"""Load cells in process: what the engine serves, what it gives up, and what the record says of it."""
+"""Load cells in process: the requests that are served, those that are aborted, and the record of both."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_a_warm_up_fills_every_slot_and_on_a_gpu_meets_every_shape(
 
 
 def result(ttft_s: float, latency_s: float, accepted: int, queue_s: float | None) -> PromptResult:
-    """Nine tokens of the prefill and four steps that drafted two each, as many accepted as said."""
+    """Nine tokens of the prefill and four steps that drafted two each, with the stated number accepted."""
     counts = AcceptanceCounts(
         num_steps=4, num_drafted=8, num_accepted=accepted, num_emitted=8, num_slots=12, accepted_at=[accepted, 0]
     )

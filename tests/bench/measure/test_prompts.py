@@ -42,7 +42,7 @@ def test_lengths_are_counted_in_tokens(make_config: Callable[..., BenchConfig], 
         narrow.chosen(cell, RANDOM, None)
 
 
-def test_each_bucket_of_lengths_is_a_cell_with_prompts_of_its_own(
+def test_each_bucket_of_lengths_is_a_cell_with_its_own_prompts(
     make_config: Callable[..., BenchConfig], tmp_path: Path
 ) -> None:
     path = tmp_path / "mine.txt"

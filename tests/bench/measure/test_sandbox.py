@@ -111,7 +111,7 @@ def test_the_home_folder_cannot_be_read(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_a_program_without_a_reader_ends(tmp_path: Path) -> None:
-    """Whoever started the jail is killed; the jail and its program end long before their time is over."""
+    """The process that started the jail is killed; the jail and its program end long before their time limit."""
     starting = f"from bench.measure.quality.sandbox import run, Limits; run({PROGRAMS['plain']!r}, Limits(wall_s=1000))"
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])}
     caller = subprocess.Popen([sys.executable, "-c", starting], env=environment)
@@ -242,7 +242,7 @@ PROGRAMS = {"plain": "import time\ntime.sleep(1000)", "stubborn": STUBBORN}
 
 @pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 @pytest.mark.parametrize("kind", PROGRAMS)
-def test_whatever_ends_the_jail_ends_the_program(kind: str, end: signal.Signals) -> None:
+def test_the_program_ends_with_its_jail(kind: str, end: signal.Signals) -> None:
     """Also one that ignores every signal, leaves its session and wants none when its parent dies."""
     request = {
         "program": PROGRAMS[kind],

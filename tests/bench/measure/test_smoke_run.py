@@ -105,7 +105,7 @@ def test_a_killed_run_is_resumed_where_it_was(killed: Killed, resumed: Resumed) 
         assert line["record"] == cell["extra_info"]
 
 
-def test_results_say_where_they_come_from_but_not_the_host(resumed: Resumed) -> None:
+def test_results_record_their_origin_but_not_the_host(resumed: Resumed) -> None:
     _, output, _ = resumed
     assert output["schema_version"] == 1
     assert "node" not in output["machine_info"]

@@ -175,7 +175,7 @@ def test_a_gpu_is_read_in_si_units() -> None:
 
 
 def test_the_gpus_own_counter_stands_beside_the_integral_of_its_power() -> None:
-    """At 250 W, read every tenth of a second, a counter that rises by 30 J says a fifth more than 25 J."""
+    """At 250 W, read every tenth of a second, a counter that rises by 30 J shows a fifth more than 25 J."""
     meter = GpuMeter(["1234"], FakeNvml())
     samples = [(10.0 + 0.1 * number, meter.read()) for number in range(31)]
     values = record(Trace({"gpu": samples}), [(10.45, 11.2), (12.0, 12.25)], 10, num_tokens=50, num_accepted=None)
@@ -193,7 +193,7 @@ def test_one_gpu_without_a_counter_leaves_no_count() -> None:
 
 def test_a_gpu_that_vanishes_leaves_a_reason_and_no_part_of_an_energy() -> None:
     with Sampler({"gpu": GpuMeter(["1234"], FakeNvml(lost_at=3)), "cpu": "not read"}, hz=100) as sampler:
-        while "gpu" not in sampler.trace.reasons:  # the cell goes on
+        while "gpu" not in sampler.trace.reasons:  # the cell continues
             time.sleep(0.01)
     values = record(sampler.trace, SPANS, 100, num_tokens=50, num_accepted=25)
     assert values["energy_reason"] == "NVML could not read the GPU: GPU is lost"
@@ -205,7 +205,7 @@ def test_a_gpu_that_nvml_does_not_know_is_named_with_its_reason() -> None:
         GpuMeter(["other"], FakeNvml())
 
 
-def test_without_the_package_the_remedy_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_package_the_reason_names_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "pynvml", None)
     assert meters(["1234"])["gpu"] == "the package nvidia-ml-py is not installed; pip install nvidia-ml-py"
     assert "gpu" not in meters([])

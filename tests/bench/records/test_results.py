@@ -71,7 +71,7 @@ def test_unknown_fields_stay_and_missing_ones_are_none(tmp_path: Path) -> None:
 ESCAPES = "\x1b]0;gone\x07\x1b[2J\r\u202e\u2028\x9b\ud800"
 
 
-def test_nothing_of_somebody_elses_reaches_the_terminal(tmp_path: Path) -> None:
+def test_no_control_characters_reach_the_terminal(tmp_path: Path) -> None:
     """Nor the Markdown, page or CSV: control characters are shown as escapes."""
     record = decoded("ngram", 2, device=f"cpu{ESCAPES}", **{f"field{ESCAPES}": ESCAPES})
     machine = MACHINE | {"cpu_model": f"CPU{ESCAPES}"}
@@ -177,7 +177,7 @@ def test_shards_are_one_run(tmp_path: Path) -> None:
     assert (run.name, run.missing_shards) == ("run, 2 shards", ())
 
 
-def test_shards_may_say_so_in_their_configuration(tmp_path: Path) -> None:
+def test_the_shard_may_be_in_the_configuration(tmp_path: Path) -> None:
     parts = [
         write(tmp_path / f"{index}.json", [decoded("ngram", index)], configuration={"shard": [index, 2]})
         for index in (1, 2)

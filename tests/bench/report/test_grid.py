@@ -1,4 +1,4 @@
-"""Tables for a terminal, as people see them."""
+"""Tables for a terminal, as they are printed."""
 
 from __future__ import annotations
 

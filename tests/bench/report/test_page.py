@@ -1,4 +1,4 @@
-"""The HTML page, parsed back: what it says is what the records say, and it needs nothing else."""
+"""The HTML page, parsed back: it shows the values of the records and loads nothing from outside."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ HOSTILE = "\"><script>alert(1)</script><img src=http://e/x onerror=alert(2)>&amp
 
 
 class Parsed(HTMLParser):
-    """tags: (name, attributes) in order. tables: rows of texts by caption. texts: all that is shown or said."""
+    """tags: (name, attributes) in order. tables: rows of texts by caption. texts: all visible or accessible text."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -93,7 +93,7 @@ MANY = (1.0, 2.0) * 5  # prompts enough for an answer
 def test_no_factor_of_random_weights_or_of_two_prompts_is_the_answer(
     latency_s: Any, changes: Any, tmp_path: Path
 ) -> None:
-    """It stands in the table, with its interval, and the page says why it is no more."""
+    """It stands in the table, with its interval, and the page explains why it is not an answer."""
     fast = decoded("ngram", 2, latency_s, speedup=86.55, **changes)
     other = decoded("ngram", 2, latency_s, engine="vllm", speedup=1.0, **changes)
     text = page_of(tmp_path, fast, other)

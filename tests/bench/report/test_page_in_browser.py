@@ -146,7 +146,7 @@ def edges(found: Opened, region: str) -> list[float]:
     return [abs(float(middle - brightness[index])) for index in (0, -2)]
 
 
-def test_a_table_shows_on_which_side_it_goes_on(tmp_path: Path, window: Browser) -> None:
+def test_a_table_shows_on_which_side_it_scrolls(tmp_path: Path, window: Browser) -> None:
     cell = "".join(f"<td>{'&nbsp;' * 40}</td>" for _ in range(8))
     style = "".join(path.read_text() for path in page.STYLES)
     html = "<style>{}</style><div class=scroll><table><tr>{}</tr></table></div>"

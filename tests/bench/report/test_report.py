@@ -50,7 +50,7 @@ def test_csv_has_every_scalar_of_every_record(tmp_path: Path) -> None:
     assert "per_prompt_latency_s" not in rows[0]
 
 
-def test_columns_stand_in_the_glossarys_order_whatever_the_record_has(tmp_path: Path) -> None:
+def test_columns_have_the_order_of_the_glossary_for_any_record(tmp_path: Path) -> None:
     one = csv_text.render([run_of(tmp_path, decoded("ngram", 2))]).splitlines()[0].split(",")
     other = csv_text.render([run_of(tmp_path, decoded("autoregressive", zebra=1, apple=2))]).splitlines()[0].split(",")
     assert one == ["run", "kind", *(each.name for each in fields.FIELDS.values() if each.type not in (list, dict))]

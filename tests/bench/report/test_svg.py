@@ -74,7 +74,7 @@ def test_marks_are_at_the_positions_of_their_values() -> None:
 
 
 def test_one_long_interval_does_not_squeeze_everything_else() -> None:
-    """It goes on beyond the axis, without a cap; the tooltip has its end."""
+    """It continues beyond the axis, without a cap; the tooltip has its end."""
     series = Series("a", (1.0, 2.0), (1.0, 2.0), 0, (0.5, 1.0), (1.5, 90.0))
     drawn = svg.draw(Chart("", "", "gamma", "", (series,)))
     labels = [float(label) for label in re.findall(r'class="end">([\d.]+)</text>', drawn)]

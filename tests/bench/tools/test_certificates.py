@@ -1,4 +1,4 @@
-"""The committed verdicts: their page shows what their files say, and says it of all of them."""
+"""The committed verdicts: their page shows the contents of every file."""
 
 from __future__ import annotations
 
