@@ -1,4 +1,4 @@
-"""Shared by the tests of the harness."""
+"""Fixtures for the tests of the harness."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from bench.campaign.options import build
 
 @pytest.fixture(scope="session")
 def environment() -> dict[str, str]:
-    """For a run of pytest inside this one: without what would change its options or tell it of this one."""
+    """Environment for a run of pytest inside this one, without variables that would change its options."""
     return {name: value for name, value in os.environ.items() if not name.startswith(("SPECDEC_", "PYTEST_"))}
 
 

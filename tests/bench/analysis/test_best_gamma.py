@@ -1,4 +1,4 @@
-"""The best gamma that is predicted, from tables worked out by hand."""
+"""The predicted best gamma, from tables computed by hand."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ RATES = [0.6, 0.4, 0.2, 0.1]
 
 
 def record(gamma: int | str, speedup: float, **changes: Any) -> dict[str, Any]:
-    """A cell in which all tokens are drafted in each of ten steps, each for 0.1 plain steps, verified for one."""
+    """A cell of ten steps that each draft all tokens, at 0.1 plain steps per token, and verify them at one."""
     num_drafted = 10 * (gamma if isinstance(gamma, int) else 3)
     cell = {"engine": "specdec", "pair": "tiny", "method": "eagle", "placement": "same", "workload": "smoke"}
     cell |= {"batch_size": 1, "gamma": gamma, "num_steps": 10, "num_drafted": num_drafted, "cost_ratio": 0.1}
@@ -62,7 +62,7 @@ def test_positions_that_no_draft_reached_are_never_accepted() -> None:
 
 
 def test_engines_and_methods_are_apart_and_those_without_phase_times_left_out() -> None:
-    """As plain decoding is, which has no draft to time."""
+    """Like plain decoding, which has no draft to time."""
     silent = record(2, 1.2, engine="transformers", step_cost_ratio=None)
     plain = record(0, 1.0, method="autoregressive", step_cost_ratio=None)
     cells = [plain, record(4, 1.5), record(4, 1.3, method="hybrid"), silent]

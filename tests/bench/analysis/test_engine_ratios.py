@@ -1,4 +1,4 @@
-"""Engines by the best that each can do, from records worked out by hand."""
+"""Engines compared at their best, from records computed by hand."""
 
 from __future__ import annotations
 

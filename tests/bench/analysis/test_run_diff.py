@@ -1,4 +1,4 @@
-"""What two runs differ in, from times worked out by hand."""
+"""Differences between two runs, from times computed by hand."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_rounds_of_a_batch_are_one_observation(tmp_path: Path) -> None:
 
 
 def test_speed_changes_of_the_machine_are_not_attributed_to_a_cell(tmp_path: Path) -> None:
-    """Twice as fast, as plain decoding beside it is: nothing that the cell has done."""
+    """Twice as fast, but so is plain decoding beside it: the cell itself is unchanged."""
     found = only(tmp_path, decoded("ngram", 2), decoded("ngram", 2, (0.5, 1.0)))
     assert (found.verdict, found.times, found.plain) == ("no difference seen", SAME, BootstrapInterval(2.0, 2.0, 2.0))
     assert only(tmp_path, decoded("autoregressive"), decoded("autoregressive")).plain is None
@@ -96,7 +96,7 @@ def test_costs_have_nothing_beside_them(tmp_path: Path) -> None:
 
 
 def test_one_commit_measured_twice_under_different_load_is_no_difference(tmp_path: Path) -> None:
-    """Load slows both arms of a cell by the same, prompt by prompt, up to noise of 5 %."""
+    """Load slows both arms of a cell equally, prompt by prompt, with noise of 5 %."""
     random = np.random.default_rng(3)
     cells = []
     for load in (1.0, 3.0):

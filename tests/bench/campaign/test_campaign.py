@@ -33,7 +33,7 @@ PARTS = {cell: part_of(f"specdec-tiny-random-any-0-same-smoke-2-{cell.rpartition
 def run(
     folder: Path, environment: dict[str, str], shard: str, *arguments: str, most_bytes: int | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """A part of the campaign. most_bytes: the size at which the system refuses to let any of its files grow."""
+    """Run a shard of the campaign. most_bytes: limit on the size of its files, set with RLIMIT_FSIZE."""
     command = ["-m", "pytest", "bench/", "--smoke", "--device", "cpu", "-p", "no:cacheprovider"]
     command += ["--engines", "specdec", "--methods", "autoregressive,ngram", "--rate", RATES, "--batch-sizes", "2"]
     command += ["--duration", str(DURATION_S)]
@@ -59,7 +59,7 @@ def finished(folder: Path) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def campaign(tmp_path_factory: pytest.TempPathFactory, environment: dict[str, str]) -> tuple[Path, dict[str, Any]]:
-    """The folder and the JSON of the larger part, resumed after its disk had been full, and the other part's."""
+    """The folder of the larger shard, and its runs: with a full disk, then resumed."""
     folder = tmp_path_factory.mktemp("campaign")
     larger = max((1, 2), key=list(PARTS.values()).count)
     full = run(folder, environment, f"{larger}/2", most_bytes=13_000)

@@ -1,4 +1,4 @@
-"""The command line: where a value comes from, and what a wrong one is answered with."""
+"""The command line: the sources of a value, and the errors for invalid ones."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[3]
 
 
 def config(ini: dict[str, str] | None = None, environment: dict[str, str] | None = None, **options: str) -> BenchConfig:
-    """What the options mean, given as keyword arguments, environment variables and ini keys."""
+    """The configuration from options given as arguments, environment variables and ini keys."""
     given = {f"specdec_{name}": text for name, text in options.items()}
     pytest_config: Any = SimpleNamespace(
         getoption=lambda key, default: given.get(key, default),
@@ -80,7 +80,7 @@ def pytest_report_header(config):
 
 @pytest.fixture
 def users_variables(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """No variables of this run of pytest."""
+    """Without the environment variables of this run of pytest."""
     for name in os.environ.keys() - environment.keys():
         monkeypatch.delenv(name)
 
@@ -94,7 +94,7 @@ def toy_folder(tmp_path: Path, users_variables: None, monkeypatch: pytest.Monkey
 
 
 def run_pytest(*arguments: str) -> int:
-    """The exit code of a run of pytest inside this one, whose faulthandler it leaves alone."""
+    """The exit code of a run of pytest inside this one; it does not touch this one's faulthandler."""
     return pytest.main(["--import-mode=importlib", "-p", "no:cacheprovider", "-p", "no:faulthandler", *arguments])
 
 

@@ -1,4 +1,4 @@
-"""Which cells a run has, which of them are skipped, and what is an error."""
+"""The cells of a run, those that are skipped, and the errors."""
 
 from __future__ import annotations
 

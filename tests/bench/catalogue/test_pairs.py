@@ -183,7 +183,7 @@ def test_a_draft_that_a_user_names_is_for_the_methods_that_take_its_kind(tmp_pat
     assert pair.draft_for("draft_model") is pair.draft_for("eagle") is None
 
 
-# ---- what this machine is not enough for
+# ---- pairs that this machine is too small for
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Requests are sent at their times, whatever becomes of the earlier ones."""
+"""Requests are sent at their times, whether or not earlier ones are finished."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from specdec.servers.errors import BusyError
 
 
 class Server:
-    """Answers once it is set free, or never; keeps the time of each call."""
+    """Answers once it is released, or never; records the time of each call."""
 
     def __init__(self) -> None:
         self.free, self.aborted = Event(), Event()
@@ -40,7 +40,7 @@ def server() -> Server:
 
 
 def test_arrivals_do_not_wait_for_answers(server: Server) -> None:
-    """A closed loop would never send the last one: nothing is answered before it has come."""
+    """A closed loop would never send the last one: nothing is answered before it arrives."""
 
     def answer(index: int, due_s: float) -> int:
         if index == 4:
@@ -83,7 +83,7 @@ def test_a_client_with_too_much_in_flight_refuses_and_does_not_wait(
 
 @pytest.mark.parametrize("arrivals_s", [[0.0, 0.0], [0.0, 0.0, 3600.0]])
 def test_a_broken_engine_ends_the_load_at_once(server: Server, arrivals_s: list[float]) -> None:
-    """Neither what is out nor what is yet to come is waited for."""
+    """Neither requests in flight nor later ones are waited for."""
     call: Callable[[int, float], int] = server
 
     def breaking(index: int, due_s: float) -> int:

@@ -31,7 +31,7 @@ Answer = Callable[[Any], None]
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Lets the test answer; what cannot be sent any more is dropped."""
+    """The test writes the answer; what can no longer be sent is dropped."""
 
     protocol_version = "HTTP/1.0"  # a body ends with the connection
 
@@ -52,7 +52,7 @@ class Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def asked() -> Iterator[Callable[..., Any]]:
-    """Serve an answer and do something with a client of it."""
+    """Serve an answer, and call a function with a client of the server."""
     servers = []
 
     def ask(answer: Answer, action: Callable[[Client], Any], deadline_s: float = 30.0) -> Any:
@@ -170,7 +170,7 @@ def test_pages_of_another_shape_are_errors(text: str) -> None:
 
 
 def slowly(handler: Any) -> None:
-    """A byte now and then: never silent, never done."""
+    """A byte at a time: never silent, never finished."""
     handler.send_response(200)
     handler.end_headers()
     for _ in range(1000):

@@ -39,7 +39,7 @@ def own(pair: Pair) -> BenchEngine:
 
 @pytest.fixture(scope="module")
 def reference(own: BenchEngine) -> Run:
-    """What specdec decodes from the same weights."""
+    """The output of specdec with the same weights."""
     return own.generate([PROMPT], "autoregressive", 0, [GREEDY])
 
 
@@ -104,7 +104,7 @@ def test_generation_configs_are_put_back_as_found(engine: Any) -> None:
 
 
 class Recorded(torch.nn.Module):
-    """Stands for a model in a `generate` call whose course is given."""
+    """Stands for a model in a `generate` call with prescribed steps."""
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         return input_ids

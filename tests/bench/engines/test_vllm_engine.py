@@ -81,7 +81,7 @@ def test_engine_counters_equal_the_counters_of_a_single_prompt() -> None:
 
 
 def test_counters_of_a_whole_batch_are_not_divided_among_its_prompts() -> None:
-    """What an older version tells: nothing by prompt."""
+    """The counters of an older version, which has none per prompt."""
     answer = json.loads(json.dumps(RECORDED["ngram_batch"][0]["answer"]))
     for row in answer["results"]:
         row["drafts"] = None

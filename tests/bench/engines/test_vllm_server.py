@@ -33,7 +33,7 @@ NGRAM = Setup("ngram", 3, 1)
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Answers as the recorded server did, after what the test plans for it first."""
+    """Answers as the recorded server did, after the answers that a test plans."""
 
     def do_GET(self) -> None:
         pages = {
@@ -68,7 +68,7 @@ class Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """A server. metrics: its next pages, the last one for ever. planned: what becomes of its next completions."""
+    """A server. metrics: its next pages, the last one for ever. planned: its answers to the next completions."""
     monkeypatch.setattr(vllm_server, "FIRST_PAUSE_S", 0.01)
     server: Any = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.metrics, server.planned, server.seen = [BEFORE, AFTER], [], []
@@ -140,7 +140,7 @@ def test_a_load_records_refusals_and_aborts_late_requests(server: Any) -> None:
     served = vllm_server.serve(client(server), [REQUEST] * 3, [0.0, 0.1, 0.2], 0.35)
     assert [result is not None for result in served.results] == [False, False, True]
     assert served.refused == {0}
-    assert served.queue_s is None  # its page tells nothing of queues
+    assert served.queue_s is None  # its page has no queue times
     assert served.wall_s < 2  # the silent one was not waited for
 
 

@@ -98,7 +98,7 @@ def test_child_processes_of_a_worker_end_with_it(started: Started) -> None:
 
 
 def exists(pid: int) -> bool:
-    """Whether a process runs; one that ended but that nobody has waited for does not."""
+    """Whether a process runs; a zombie does not."""
     try:
         state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except FileNotFoundError:

@@ -68,7 +68,7 @@ def test_without_a_gpu_all_parts_run_to_the_last_line(tmp_path: Path) -> None:
 def test_only_the_named_parts_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Each as a process that ends at once; the test above runs the real ones."""
+    """Each is a process that ends at once; the test above runs the real parts."""
     monkeypatch.setattr(entry, "part", lambda name, limit_s, device: part(name, "pass", limit_s))
     assert main([str(tmp_path), "--device", "cpu", "--parts", "facts,kernels"]) == 0
     assert outcomes(read(tmp_path / FACTS_FILE)) == {"facts": "ended", "kernels": "ended"}
@@ -79,7 +79,7 @@ def test_only_the_named_parts_run(
 
 @pytest.mark.slow
 def test_parts_that_die_or_hang_lose_no_facts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One is killed, one raises, one ends only if it is killed, one when it is asked to; the last runs after them."""
+    """One is killed, one raises, one ignores SIGINT, one ends at SIGINT; the last one still runs."""
     monkeypatch.setattr(running, "_GRACE_S", 2.0)
     parts = [
         part("killed", "os.kill(os.getpid(), 9)"),
@@ -285,7 +285,7 @@ def checks(tmp_path: Path, models: correctness.Models, methods: tuple[str, ...])
 
 
 def test_tiny_drafts_are_accepted_and_rejected(models: correctness.Models, tmp_path: Path) -> None:
-    """Or else the checks would look at one branch only."""
+    """Otherwise the checks would see one branch only."""
     found = checks(tmp_path, models, correctness.METHODS[:-1])
     assert all(fact["ok"] for fact in found)
     details = {fact["check"]: fact["detail"] for fact in found if fact["check"].endswith("= plain")}
@@ -297,7 +297,7 @@ def test_tiny_drafts_are_accepted_and_rejected(models: correctness.Models, tmp_p
 def test_errors_of_recorded_decoding_only_are_found(
     models: correctness.Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Logits of another token, from a place on that only the second phase reaches."""
+    """Logits of another token, from a position on that only the second phase reaches."""
     forward_at = CausalLM.forward_at
 
     def wrong(self: CausalLM, tokens: torch.Tensor, starts: torch.Tensor, *others: Any) -> torch.Tensor:
@@ -370,7 +370,7 @@ def test_rounding_is_distinguished_from_errors_in_sampled_tokens(
 def test_a_uniform_near_a_boundary_explains_a_drafted_token(
     shift: float, is_explained: bool, models: correctness.Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A device whose uniforms are a little off, as if it rounded otherwise; and one that is off by more than that."""
+    """A device whose uniforms are shifted by as little as rounding does, and one with a larger shift."""
     there, engine_of = correctness.Models(models.target, models.drafts), correctness.Models.engine
 
     def shifted(self: correctness.Models, *arguments: Any, **options: Any) -> Engine:

@@ -1,4 +1,4 @@
-"""Audits as cells of the benchmarks: what is asked of an engine, what is refused, and a run from end to end."""
+"""Audits as cells of the benchmarks: requests to the engine, refusals, and a run from end to end."""
 
 from __future__ import annotations
 

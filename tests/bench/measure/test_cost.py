@@ -1,4 +1,4 @@
-"""What the cost sweep computes from what it measures; times come from tables, never from a clock."""
+"""The results that the cost sweep computes from measurements; times come from tables, never from a clock."""
 
 from __future__ import annotations
 
@@ -156,7 +156,7 @@ def test_the_break_even_of_trees_is_reported() -> None:
 
 
 def decoded(num_steps: list[int], times: PhaseTimes) -> Run:
-    """A batch whose rows need so many steps each."""
+    """A batch whose rows need the given numbers of steps."""
     counts = [AcceptanceCounts(num_steps=number) for number in num_steps]
     return Run(tuple(PromptResult((1,), 0.1, 0.2, each, "length") for each in counts), times)
 

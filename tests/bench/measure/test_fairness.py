@@ -1,4 +1,4 @@
-"""Equal terms are asserted, and the first difference of greedy outputs is reported."""
+"""Engines are compared on equal terms, and the first difference of greedy outputs is reported."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ def path(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def opened(path: Path) -> Iterator[Callable[..., Journal]]:
-    """Open the journal at `path`, after whatever this opened before was closed."""
+    """Open the journal at `path`, after the one opened before was closed."""
     with ExitStack() as stack:
 
         def open_(configuration: object = CONFIGURATION, place: Path = path, *, resume: bool) -> Journal:
@@ -170,7 +170,7 @@ def test_a_full_disk_leaves_the_journal_whole(opened: Opened, path: Path, monkey
     assert set(opened(resume=True).cells) == {"a", "c"}
 
 
-# ---- what is not this run's
+# ---- journals of other runs
 
 
 def test_a_journal_is_one_runs_at_a_time(opened: Opened, path: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Prompts of a run: which are read, how they are encoded, and which of them a cell has."""
+"""Prompts of a run: reading, encoding, and the selection for each cell."""
 
 from __future__ import annotations
 

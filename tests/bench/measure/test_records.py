@@ -1,4 +1,4 @@
-"""Records and the table, from runs whose numbers are known."""
+"""Records and the table, from runs with known numbers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Code that a model wrote gets nowhere, and what keeps it from there is seen to hold."""
+"""Code written by a model cannot leave the sandbox: each wall is tested by trying to pass it."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def test_no_files_are_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_the_home_folder_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Anybody may read the secret but for the walls; the same read succeeds outside of them."""
+    """Only the walls protect the secret: the same read succeeds outside of them."""
     secret = tmp_path / "secret"
     secret.write_text("hush")
     secret.chmod(0o644)
@@ -201,7 +201,7 @@ NUMBERS = {"x86_64": (250, 248, 249, 41), "aarch64": (219, 217, 218, 198)}
 
 @pytest.mark.parametrize("attack", ATTACKS)
 def test_an_attack_is_refused(attack: str) -> None:
-    """By the filter: each is no matter of namespaces or limits, but answered with "not permitted"."""
+    """By the system call filter, not by namespaces or limits: each fails with "not permitted"."""
     program = f"import ctypes, os\nKEYCTL, ADD_KEY, REQUEST_KEY, SOCKET = {NUMBERS[os.uname().machine]}\n"
     program += "libc = ctypes.CDLL(None, use_errno=True)\ndef check(status):\n    if status == -1:\n"
     program += "        raise PermissionError(os.strerror(ctypes.get_errno()))\n"
@@ -243,7 +243,7 @@ PROGRAMS = {"plain": "import time\ntime.sleep(1000)", "stubborn": STUBBORN}
 @pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 @pytest.mark.parametrize("kind", PROGRAMS)
 def test_the_program_ends_with_its_jail(kind: str, end: signal.Signals) -> None:
-    """Also one that ignores every signal, leaves its session and wants none when its parent dies."""
+    """Also one that ignores every signal, leaves its session and clears its parent-death signal."""
     request = {
         "program": PROGRAMS[kind],
         "word": "w",
