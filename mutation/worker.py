@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import gc
 import importlib
 import importlib.util
 import random
@@ -104,7 +105,11 @@ class MutantLoop:
         self.mutants: Callable[[], None] = lambda: None
 
     def pytest_runtestloop(self, session: pytest.Session) -> bool:
+        gc.unfreeze()  # conftest.py has frozen what was imported, and gc.get_objects leaves frozen objects out
         self._items, self._functions = list(session.items), patching.functions(self._path)
+        gc.freeze()
+        if not self._functions:
+            raise RuntimeError(f"no function of {self._path} found in this process: every mutant would be imported anew")
         self.mutants()
         return True
 
