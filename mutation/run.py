@@ -13,10 +13,11 @@ import shutil
 import sqlite3
 import subprocess
 import sys
-from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
+
+from mutation import verdicts
 
 ROOT = Path(__file__).parents[1]
 WORK = ROOT / "build" / "mutation"
@@ -84,12 +85,16 @@ def prepare(module: str, timeout_s: float) -> Path:
     return folder
 
 
-def forget_survivors(folder: Path) -> None:
-    """Let the survivors run again, with the tests as they are now."""
+def forget_survivors(folder: Path, module: str) -> None:
+    """Let the survivors run again that are not equivalent or accepted, with the tests as they are now."""
     for name in ("tests", "mutation"):
         shutil.copytree(ROOT / name, folder / "tree" / name, dirs_exist_ok=True)
+    settled = verdicts.settled(module)
+    survived = "SELECT job_id, operator_name, occurrence FROM work_results JOIN mutation_specs USING (job_id) "
+    survived += "WHERE test_outcome = 'SURVIVED'"
     with closing(sqlite3.connect(folder / "session.sqlite")) as session, session:
-        session.execute("DELETE FROM work_results WHERE test_outcome = 'SURVIVED'")
+        jobs = [job for job, operator, number in session.execute(survived) if _name(operator, number) not in settled]
+        session.executemany("DELETE FROM work_results WHERE job_id = ?", [(job,) for job in jobs])
 
 
 def cosmic_ray(folder: Path, verb: str, *arguments: str) -> None:
@@ -111,54 +116,65 @@ def results(folder: Path) -> list[tuple[dict[str, Any], dict[str, Any] | None]]:
     return [(item, result) for item, result in pairs if not result or result["worker_outcome"] != "skipped"]
 
 
-def table(folder: Path) -> Iterator[str]:
-    """How many mutants were run and killed, and a table row for each survivor; verdicts are added by hand."""
-    mutants = results(folder)
+def counts(mutants: list[tuple[dict[str, Any], dict[str, Any] | None]]) -> tuple[int, int, int]:
+    """How many mutants there are, have been run, and took too long."""
     run = [result for _, result in mutants if result]
-    num_survived = sum(result["test_outcome"] == "survived" for result in run)
-    num_late = sum(result["output"] == "timeout" for result in run)
-    counts = f"{len(run) - num_survived - num_late} killed, {num_late} timed out, {num_survived} survived"
-    yield f"{len(mutants)} mutants, {len(run)} run: {counts}."
-    yield from ("", "| line | mutant | the line as changed | verdict |", "|---|---|---|---|")
+    return len(mutants), len(run), sum(result["output"] == "timeout" for result in run)
+
+
+def survivors(mutants: list[tuple[dict[str, Any], dict[str, Any] | None]]) -> list[str]:
+    """A table row for each survivor; verdicts are added by hand."""
     survived = [(item, result) for item, result in mutants if result and result["test_outcome"] == "survived"]
-    yield from sorted((_row(item["mutations"][0], result["diff"]) for item, result in survived), key=_line_number)
+    return sorted((_row(item["mutations"][0], result["diff"]) for item, result in survived), key=verdicts.line_number)
 
 
 def _row(mutation: dict[str, Any], diff: str) -> str:
     added = (line[1:].strip() for line in diff.splitlines() if line[:1] == "+" and line[:3] != "+++")
     changed = " ".join(added).replace("|", "\\|")
-    operator = mutation["operator_name"].removeprefix("core/")
-    return f"| {mutation['start_pos'][0]} | {operator} {mutation['occurrence']} | `{changed}` | |"
+    name = _name(mutation["operator_name"], mutation["occurrence"])
+    return f"| {mutation['start_pos'][0]} | {name} | `{changed}` | |"
 
 
-def _line_number(row: str) -> int:
-    return int(row.split("|")[1])
+def _name(operator: str, occurrence: int) -> str:
+    return f"{operator.removeprefix('core/')} {occurrence}"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python mutation/run.py", description=__doc__)
-    parser.add_argument("module", choices=JOBS, nargs="*", default=list(JOBS), help="all by default, one by one")
+    parser = argparse.ArgumentParser(prog="python -m mutation.run", description=__doc__)
+    parser.add_argument("module", nargs="*", help="all by default, one by one")
     parser.add_argument("--timeout", type=float, default=300.0, help="seconds for the tests of one mutant")
     parser.add_argument("--sample", type=int, help="run only so many mutants of a module, drawn at random")
     parser.add_argument("--seed", type=int, default=0, help="of the sample; mutants run in a random order anyway")
     parser.add_argument("--work", metavar="SESSION", help=argparse.SUPPRESS)  # what a job runs in its copy
     parser.add_argument("--list", action="store_true", help="print the table of survivors so far, run nothing")
-    parser.add_argument("--again", action="store_true", help="run the survivors again, with the tests as they are now")
+    parser.add_argument("--again", action="store_true", help="run wanted survivors again, with the tests of now")
+    parser.add_argument("--write", action="store_true", help="add the survivors to survivors/, for verdicts by hand")
+    parser.add_argument("--summary", action="store_true", help="count survivors/ for README.md's table, run nothing")
     given = parser.parse_args()
+    if unknown := set(given.module) - JOBS.keys():
+        parser.error(f"module {', '.join(unknown)} must be one of {', '.join(JOBS)}")
+    if given.summary:
+        return verdicts.summarize(JOBS)
     if given.work:
         from mutation.worker import work  # imports what the tests import, from the copy
 
         (module,) = given.module
         return work(given.work, module, JOBS[module].split(), given.timeout, given.sample, given.seed)
-    for module in given.module:
+    for module in given.module or JOBS:
         folder = prepare(module, given.timeout)
         if given.again:
-            forget_survivors(folder)
+            forget_survivors(folder, module)
         if not given.list:
             options = ["--timeout", str(given.timeout), "--seed", str(given.seed)]
             options += ["--sample", str(given.sample)] if given.sample is not None else []
             run(folder, "mutation.run", module, "--work", "../session.sqlite", *options)
-        print(f"# {module}\n", *table(folder), sep="\n", flush=True)
+        mutants = results(folder)
+        total, run_, late = counts(mutants)
+        rows = survivors(mutants)
+        print(f"# {module}\n\n{total} mutants, {run_} run, {late} timed out, {len(rows)} survived.\n")
+        print(*verdicts.HEAD, *rows, sep="\n", flush=True)
+        if given.write:
+            verdicts.update(module, (total, run_, late), rows)
 
 
 if __name__ == "__main__":

@@ -109,7 +109,7 @@ class MutantLoop:
         self._items, self._functions = list(session.items), patching.functions(self._path)
         gc.freeze()
         if not self._functions:
-            raise RuntimeError(f"no function of {self._path} found in this process: every mutant would be imported anew")
+            raise RuntimeError(f"no function of {self._path} found: each mutant would be imported anew")
         self.mutants()
         return True
 

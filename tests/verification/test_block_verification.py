@@ -160,6 +160,12 @@ def test_the_rule_follows_its_probabilities(data: st.DataObject, length: int) ->
     assert verify_block(distributions, proposal, uniforms, torch.rand(1, 3).double()).accepted.item() == expected
 
 
+def test_a_draft_from_the_target_s_distributions_passes_with_certainty() -> None:
+    target = Dense(TOY_TARGET.unsqueeze(0))
+    draft = Draft(torch.tensor([[0, 1]]), torch.tensor([2]), target[:, :2])
+    assert block_acceptance(target, draft, block_weights(target, draft)).tolist() == [[1.0, 1.0]]
+
+
 def test_engine_accepts_more_by_block_and_greedy_output_is_unchanged() -> None:
     target, draft = MarkovModel(THIRDS[0].expand(2, 2, 2)), MarkovModel(THIRDS[1].expand(2, 2, 2))
 

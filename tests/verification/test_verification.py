@@ -15,7 +15,15 @@ from torch import Tensor
 from specdec.conformance import mutants
 from specdec.sampling.distributions import Dense, OneHot
 from specdec.trees.shape import Tree
-from specdec.verification import Draft, final_distribution, residual, verify_block, verify_coupled, verify_tokens
+from specdec.verification import (
+    Draft,
+    VerificationRule,
+    final_distribution,
+    residual,
+    verify_block,
+    verify_coupled,
+    verify_tokens,
+)
 
 LARGEST = 1 - 2.0**-53  # the largest possible uniform
 
@@ -39,11 +47,12 @@ def test_residual_of_equal_distributions_is_the_distribution(distribution: Tenso
     assert torch.equal(residual(distribution, Dense(distribution)), distribution)
 
 
-def test_residual_rejects_mismatched_shapes() -> None:
+@pytest.mark.parametrize("size", [3, 5])
+def test_residual_rejects_mismatched_shapes(size: int) -> None:
     with pytest.raises(
-        ValueError, match=r"target_probs of shape \(3,\) must have the shape of the draft distributions, \(4,\)"
+        ValueError, match=rf"target_probs of shape \({size},\) must have the shape of the draft distributions, \(4,\)"
     ):
-        residual(torch.ones(3) / 3, Dense(torch.ones(4) / 4))
+        residual(torch.ones(size) / size, Dense(torch.ones(4) / 4))
 
 
 def step_distribution(target: Tensor, draft: Tensor, length: int) -> dict[tuple[int, ...], float]:
@@ -80,18 +89,20 @@ def test_every_prefix_of_a_step_has_the_target_distribution(data: st.DataObject,
             assert marginal == pytest.approx(total * target[depth, token].item(), abs=1e-12)
 
 
-@given(distribution_rows(2), distribution_rows(1), st.integers(0, 3))
-def test_accept_threshold_is_exact(target: Tensor, draft: Tensor, token: int) -> None:
+@pytest.mark.parametrize("rule", [verify_tokens, verify_block])
+@given(target=distribution_rows(2), draft=distribution_rows(1), token=st.integers(0, 3))
+def test_accept_threshold_is_exact(rule: VerificationRule, target: Tensor, draft: Tensor, token: int) -> None:
     """Accept strictly below target/draft, reject at it; an impossible token is always rejected, even at u = 0."""
     if not draft[0, token]:
         return
     threshold = min(1.0, (target[0, token] / draft[0, token]).item())
     below, at = threshold * (1 - 1e-12), threshold
 
-    def accepted(uniform: float, rule=verify_tokens) -> int:
+    def accepted(uniform: float, rule: VerificationRule = rule) -> int:
         proposal = Draft(torch.tensor([[token]]), torch.tensor([1]), Dense(draft.unsqueeze(0)))
         uniforms = torch.tensor([[uniform]], dtype=torch.float64)
-        return rule(Dense(target.unsqueeze(0)), proposal, uniforms, torch.full((1, 2), 0.5).double()).accepted.item()
+        outcome = rule(Dense(target.unsqueeze(0)), proposal, uniforms, torch.full((1, 2), 0.5).double())
+        return int(outcome.accepted)
 
     if threshold > 0:
         assert accepted(below) == accepted(0.0) == 1
@@ -132,12 +143,21 @@ def test_padding_of_a_ragged_draft_is_never_accepted() -> None:
 
 
 def test_a_draft_must_carry_a_distribution_for_each_token() -> None:
-    with pytest.raises(ValueError, match=r"distribution of shape \(1, 3\) must have shape \(1, 2\), one row per token"):
-        Draft(torch.zeros(1, 2).long(), torch.ones(1).long(), OneHot(torch.zeros(1, 3).long(), 5))
-    with pytest.raises(ValueError, match=r"num_proposed of shape \(2,\) must have shapes \[batch, k\] and \[batch\]"):
-        Draft(torch.zeros(1, 2).long(), torch.ones(2).long(), OneHot(torch.zeros(1, 2).long(), 5))
-    with pytest.raises(ValueError, match=r"tokens of shape \(2,\) and num_proposed of shape \(2,\) must have shapes"):
-        Draft(torch.zeros(2).long(), torch.ones(2).long(), OneHot(torch.zeros(2).long(), 5))
+    for size in (1, 3):
+        with pytest.raises(ValueError, match=rf"shape \(1, {size}\) must have shape \(1, 2\), one row per token"):
+            Draft(torch.zeros(1, 2).long(), torch.ones(1).long(), OneHot(torch.zeros(1, size).long(), 5))
+
+
+@pytest.mark.parametrize("num_rows", [1, 3])
+def test_a_draft_has_a_number_of_proposed_tokens_for_each_row(num_rows: int) -> None:
+    with pytest.raises(ValueError, match=rf"num_proposed of shape \({num_rows},\) must have shapes \[batch, k\] and"):
+        Draft(torch.zeros(2, 2).long(), torch.ones(num_rows).long(), OneHot(torch.zeros(2, 2).long(), 5))
+
+
+@pytest.mark.parametrize("shape", [(2,), (2, 1, 1)])
+def test_tokens_of_a_draft_have_two_dimensions(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"tokens of shape \(2,.*\) and num_proposed of shape \(2,\) must have shapes"):
+        Draft(torch.zeros(shape).long(), torch.ones(2).long(), OneHot(torch.zeros(shape).long(), 5))
 
 
 def test_a_draft_tree_must_have_a_node_for_each_token_and_a_distribution_for_each_family() -> None:
@@ -171,6 +191,15 @@ def test_rows_accept_what_they_proposed(rule, lengths: list[int], last: list[int
     noise = torch.full((2, 3, 3), 0.5, dtype=torch.float64)
     outcome = rule(target, draft, noise[:, :2, 0], noise if rule.needs_noise else noise[..., 0])
     assert (outcome.accepted.tolist(), outcome.next_token.tolist()) == (lengths, last)
+
+
+@pytest.mark.parametrize("rule", [verify_tokens, verify_block, verify_coupled])
+def test_any_token_but_the_certain_one_is_rejected(rule: VerificationRule) -> None:
+    target = Dense(OneHot(torch.ones(3, 2).long(), 3).dense().double())
+    draft = Draft.deterministic(torch.tensor([[0], [1], [2]]), torch.ones(3).long(), 3)
+    noise = torch.full((3, 2, 3), 0.5, dtype=torch.float64)
+    outcome = rule(target, draft, noise[:, :1, 0], noise if rule.needs_noise else noise[..., 0])
+    assert (outcome.accepted.tolist(), outcome.next_token.tolist()) == ([0, 1, 0], [1, 1, 1])
 
 
 def test_what_the_rules_need() -> None:
