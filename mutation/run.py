@@ -21,6 +21,42 @@ from mutation import verdicts
 
 ROOT = Path(__file__).parents[1]
 WORK = ROOT / "build" / "mutation"
+AUDITS = " ".join(  # the shorter ones: those of 200 audits, and of many draws, take a minute
+    (
+        "tests/conformance/test_verdicts.py",
+        "tests/conformance/test_audit.py",
+        *(
+            f"--deselect tests/conformance/test_audit.py::test_{name}"
+            for name in (
+                "no_false_alarm_in_200_audits",
+                "p_values",
+                "intervals_contain_the_true_value",
+                "outputs_that_continue_after_a_stop_token_are_named",
+                "a_distance_of_a_twentieth_is_found",
+                "a_bug_beside_low_precision",
+                "a_broken_engine_is_lossy[M2",
+                "a_broken_engine_is_lossy[M3",
+                "a_broken_engine_is_lossy[M6",
+                "a_uniform_used_twice",
+            )
+        ),
+    )
+)
+ENUMERATION = " ".join(  # one test of each kind: all of them take minutes
+    f"tests/conformance/test_enumeration.py::test_{name}"
+    for name in (
+        "races_over_pieces_have_the_distributions_exactly",
+        "pieces_of_other_distributions_are_not_enough",
+        "four_tokens_are_refused",
+        "noise_is_for_coupled_draws_only",
+        "pieces_between_thresholds",
+        "joint_distribution_of_the_coupled_loop[head-1-stop1]",
+        "joint_distribution_of_the_recorded_coupled_loop",
+        "joint_distribution_under_processors[top_k-rule0]",
+        "joint_distribution_under_processors[top_k-rule1]",
+        "joint_distribution_of_each_proposer_under_a_constraint[head-2-True]",
+    )
+)
 JOBS = {  # module -> the tests that are to see its mutants
     "specdec/stats.py": "tests/test_stats.py",
     "specdec/verification.py": (
@@ -32,15 +68,18 @@ JOBS = {  # module -> the tests that are to see its mutants
     "specdec/sampling/state.py": "tests/sampling/test_sampling.py tests/sampling/test_declared_distributions.py",
     "specdec/sampling/distributions.py": "tests/sampling/test_sampling.py tests/verification/test_verification.py",
     "specdec/proposers/adaptive.py": "tests/proposers/test_adaptive.py",
-    "specdec/conformance/verdicts.py": "tests/conformance/test_verdicts.py tests/conformance/test_audit.py",
-    "specdec/conformance/audit.py": "tests/conformance/test_verdicts.py tests/conformance/test_audit.py",
-    "specdec/conformance/arms.py": "tests/conformance/test_audit.py",
+    "specdec/conformance/verdicts.py": AUDITS,
+    "specdec/conformance/audit.py": AUDITS,
+    "specdec/conformance/arms.py": AUDITS,
     "specdec/conformance/statistics/betting.py": "tests/conformance/test_betting.py tests/conformance/test_verdicts.py",
     "specdec/conformance/statistics/instruments.py": "tests/conformance/test_instruments.py",
     "specdec/conformance/statistics/facts.py": "tests/conformance/test_facts.py",
-    "specdec/conformance/reference.py": "tests/conformance/test_reference.py",
+    "specdec/conformance/reference.py": (
+        "tests/conformance/test_reference.py "
+        "--deselect tests/conformance/test_reference.py::test_a_reference_is_loaded_by_its_name"
+    ),
     "specdec/conformance/certificate.py": "tests/conformance/test_certificate.py",
-    "specdec/conformance/enumeration.py": "tests/conformance/test_enumeration.py",
+    "specdec/conformance/enumeration.py": ENUMERATION,
     "bench/measure/records.py": (
         "tests/bench/measure/test_records.py tests/bench/measure/test_loaded.py::test_a_record_by_hand "
         "tests/bench/measure/test_loaded.py::test_an_engine_that_tells_less_has_nulls_and_its_mean_wait "

@@ -90,10 +90,15 @@ def test_predicted_speedup() -> None:
     assert prediction == pytest.approx(1.75 * 30 / 41)
     with pytest.raises(ValueError, match=r"step_s=0 and .* must be > 0"):
         predicted_speedup([], step_s=0, draft_s=0, scoring_s=1, verification_s=0)
-    with pytest.raises(ValueError, match=r"step_s=1 and .*=0 must be > 0"):
-        predicted_speedup([], step_s=1, draft_s=0, scoring_s=0, verification_s=0)
-    with pytest.raises(ValueError, match=r"acceptance_rate=1.2 must lie in \[0, 1\]"):
-        expected_length(1.2, 3)
+    for scoring_s in (0, -1):
+        with pytest.raises(ValueError, match=rf"step_s=1 and .*={scoring_s} must be > 0"):
+            predicted_speedup([], step_s=1, draft_s=0, scoring_s=scoring_s, verification_s=0)
+
+
+@pytest.mark.parametrize("rate", [-0.5, 1.2])
+def test_an_impossible_acceptance_rate_is_refused(rate: float) -> None:
+    with pytest.raises(ValueError, match=rf"acceptance_rate={rate} must lie in \[0, 1\]"):
+        expected_length(rate, 3)
 
 
 def test_bookkeeping_is_the_time_outside_all_phases() -> None:
