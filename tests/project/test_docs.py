@@ -19,6 +19,7 @@ import specdec
 from bench.campaign.config import BenchConfig, options_of
 from bench.campaign.options import build
 from specdec.cli.main import parser as specdec_parser
+from specdec.conformance.__main__ import parser as conformance_parser
 from specdec.distill.__main__ import parser as distill_parser
 
 ROOT = Path(__file__).parents[2]
@@ -132,6 +133,8 @@ def test_commands_that_do_not_run_are_understood(page: str) -> None:
                 assert bench_config(options)
             case ["python", "-m", "specdec", *arguments]:
                 assert specdec_parser().parse_args(arguments)
+            case ["python", "-m", "specdec.conformance", *arguments]:
+                assert conformance_parser().parse_args(arguments)
             case ["python", "-m", "specdec.distill", *arguments]:
                 assert distill_parser().parse_args(arguments)
             case ["pip" | ".venv/bin/pip", "install", "-e", package]:

@@ -59,9 +59,9 @@ def run(arguments: argparse.Namespace) -> int:
     """Print the comparison. Exit status: 0 if the verdict is as good as required, else 1."""
     choice = _checked(arguments)
     record = _compare(arguments, choice)
-    from specdec.conformance.rows.report import meets, summary, table, write_json
+    from specdec.conformance.rows.report import markdown, meets, write_json
 
-    print(table(record), *summary(record), sep="\n")
+    print(markdown(record))
     if arguments.json:
         write_json(record, arguments.json)
     return 0 if meets(record["verdict"], arguments.require) else 1
@@ -113,16 +113,20 @@ def _pretrained(arguments: argparse.Namespace, dtype: Any) -> tuple[Any, Any]:
 def _subject(arguments: argparse.Namespace) -> tuple[Subject, str]:
     """What is tested, and its description."""
     from specdec.conformance.rows.run import Subject
-    from specdec.conformance.rows.scorers import TransformersScorer
+    from specdec.conformance.rows.scorers import TransformersScorer, in_float64
 
-    def ordinary(dtype: Any) -> Any:
+    def ordinary(dtype: Any) -> TransformersScorer:
         return TransformersScorer(_pretrained(arguments, dtype)[0])
 
+    def exact(dtype: Any) -> TransformersScorer:
+        return TransformersScorer(in_float64(_pretrained(arguments, dtype)[0]))
+
     if arguments.implementation == "transformers":
-        return Subject(ordinary, ordinary), "transformers"
+        return Subject(ordinary, ordinary, exact), "transformers"
     if arguments.implementation != "specdec":
-        return Subject(_of_reference(arguments.implementation), ordinary), arguments.implementation
-    return Subject(_own(arguments), ordinary), f"specdec, {'transformers layers' if arguments.no_kernels else 'fused'}"
+        return Subject(_of_reference(arguments.implementation), ordinary, exact), arguments.implementation
+    kernels = "without kernels" if arguments.no_kernels else "with kernels"
+    return Subject(_own(arguments), ordinary, exact), f"specdec {kernels}"
 
 
 def _own(arguments: argparse.Namespace) -> Any:

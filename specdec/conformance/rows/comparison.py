@@ -21,6 +21,7 @@ from specdec.conformance.divergence import SAFETY
 from specdec.conformance.rows.arrangements import PLAIN, WHOLE, Arrangement, Text
 from specdec.conformance.rows.flips import Changes, FlipChance, flip_chance
 from specdec.conformance.rows.scorers import Scorer
+from specdec.runtime.checks import require
 
 Verdict = Literal["bit-equal", "rounding", "bug"]
 SAFETY_32 = 16.0  # in float32 and wider, where a bug is thousands of times the noise; kernels approximate exp and tanh
@@ -101,7 +102,14 @@ def largest(one: Tensor, other: Tensor) -> float:
 def deviations(
     scorer: Scorer, texts: Sequence[Text], tried: Sequence[Arrangement], exact: Sequence[Tensor]
 ) -> dict[Arrangement, Deviation]:
-    """Compare arrangements with plain decoding; PLAIN is compared with itself, for its error."""
+    """Compare arrangements with plain decoding; PLAIN is compared with itself, for its error.
+
+    Raises ValueError for a scorer that does not support plain decoding.
+    """
+    require(
+        scorer.supports(PLAIN),
+        "the scorer must support plain decoding, with which all else is compared; test another one",
+    )
     plain = [scorer.score([text], PLAIN) for text in texts]
     found = {PLAIN: _deviation(plain, plain, exact, PLAIN)}
     for arrangement in tried:

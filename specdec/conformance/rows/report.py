@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,13 +61,13 @@ def _number(value: float | None) -> str:
     return "not finite" if value is None else f"{value:.2g}"
 
 
-def summary(record: Record) -> Iterator[str]:
-    """What was compared, the verdict, and what it means for greedy outputs."""
+def markdown(record: Record) -> str:
+    """What was compared, all arrangements, and what the verdict means for greedy outputs."""
     sizes = f"{record['num_texts']} texts of {record['prompt_tokens']} prompt tokens and {record['num_tokens']} more"
-    yield f"{record['target']}, {record['implementation']}, {record['dtype']}: {sizes} ({record['prompts']})"
+    title = f"**{record['target']}, {record['implementation']}, {record['dtype']}**: {sizes} ({record['prompts']})."
     margins = ", ".join(f"{float(share):.0%} below {value:.3g}" for share, value in record["margins"].items())
-    yield f"margins of the top two logits in float64: {margins}"
-    yield f"verdict: {record['verdict']}. {_meaning(record)}"
+    verdict = f"Verdict: **{record['verdict']}**. {_meaning(record)}. Margins of the top two logits: {margins}."
+    return "\n\n".join([title, table(record), verdict])
 
 
 def _meaning(record: Record) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import torch
 
@@ -20,16 +19,25 @@ Load = Callable[[torch.dtype], Scorer]
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """What is tested. tested, ordinary: load it, and transformers' model of the same weights, in a dtype."""
+    """What is tested.
+
+    Attributes:
+        tested: loads it in a dtype.
+        ordinary: loads transformers' model in a dtype.
+        exact: loads transformers' model of weights in this dtype, and converts them to float64: what is left of its
+            difference from the others is arithmetic.
+    """
 
     tested: Load
     ordinary: Load
+    exact: Load
 
 
 @dataclass(frozen=True, slots=True)
 class Level:
-    """The comparison in one dtype."""
+    """The comparison in one dtype. margins: quantiles of the difference of the top two logits in float64."""
 
+    margins: Mapping[float, float]
     yardstick: Yardstick
     deviations: Mapping[Arrangement, Deviation]
 
@@ -47,28 +55,21 @@ def compare(
     in_float32: whether to do the latter, without which a bug smaller than 16-bit rounding is not seen.
     Returns verdicts, deviations and margins for JSON.
     """
-    with doing("scoring in float64"):
-        exact = exact_logits(subject.ordinary(torch.float64), texts)
     dtypes = [dtype, torch.float32] if in_float32 and dtype.itemsize < 4 else [dtype]
-    level, *wider = [_level(subject, texts, tried, each, exact) for each in dtypes]
+    level, *wider = [_level(subject, texts, tried, each) for each in dtypes]
     rows = [_row(arrangement, level, wider) for arrangement in level.deviations]
     return {
         "verdict": worst([row["verdict"] for row in rows]),
-        "margins": margin_quantiles(exact),
+        "margins": level.margins,
         "arrangements": rows,
     }
 
 
-def _level(
-    subject: Subject, texts: Sequence[Text], tried: Sequence[Arrangement], dtype: torch.dtype, exact: Sequence[Any]
-) -> Level:
-    with doing(f"comparing in {_name(dtype)}"):
+def _level(subject: Subject, texts: Sequence[Text], tried: Sequence[Arrangement], dtype: torch.dtype) -> Level:
+    with doing(f"comparing in {str(dtype).removeprefix('torch.')}"):
+        exact = exact_logits(subject.exact(dtype), texts)
         yardstick = measure_noise(subject.ordinary(dtype), texts, exact, dtype)
-        return Level(yardstick, deviations(subject.tested(dtype), texts, tried, exact))
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+        return Level(margin_quantiles(exact), yardstick, deviations(subject.tested(dtype), texts, tried, exact))
 
 
 def _row(arrangement: Arrangement, level: Level, wider: Sequence[Level]) -> Record:

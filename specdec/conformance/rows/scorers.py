@@ -112,6 +112,13 @@ def steps(rows: Sequence[Text], arrangement: Arrangement, vocab_size: int) -> It
         ]
 
 
+def in_float64(model: Any) -> Any:
+    """Convert a transformers model to float64, in place, with an implementation of experts that supports it."""
+    if getattr(model.config.get_text_config(decoder=True), "_experts_implementation", None):
+        model.set_experts_implementation("eager")
+    return model.double()
+
+
 class TransformersScorer:
     """A decoder-only transformers model as it is, with transformers' own cache; a batch is padded on the left."""
 
@@ -163,7 +170,7 @@ class TransformersScorer:
             yield self._call(step, cache, padding, done)[-1, :width]
             done += width
             if arrangement.num_rejected:
-                cache.crop(done)
+                cache.crop(-arrangement.num_rejected)
 
     def _call(self, tokens: list[list[int]], cache: DynamicCache, padding: Sequence[int], start: int) -> Tensor:
         """Logits [rows, width, vocab] of tokens that follow `start` others, of which each row's first are padding."""
