@@ -22,7 +22,7 @@ from bench.workloads import registry
 from specdec import SamplingParams
 from specdec.conformance.arms import Answers, Arm
 from specdec.conformance.certificate import Speculation
-from specdec.conformance.mutants import MUTANTS, Maker, maker
+from specdec.conformance.mutants import MUTANTS, REPORT_MUTANTS, Maker, maker
 from specdec.conformance.reference import Reference, Tokens
 from specdec.conformance.statistics.sizes import BROKEN_DISTRIBUTIONS, total_variation
 from specdec.conformance.verdicts import AuditLimits, bounds, unconfirmed
@@ -38,26 +38,36 @@ from specdec.verification import verify_tokens
 PAIR = catalogue()["smollm2-135m"]
 GAMMA, ROWS, MAX_TOKENS = 4, 16, 64
 SAMPLED = SamplingParams(max_tokens=MAX_TOKENS)
-SAMPLING = {  # of mutants that show only so
-    "M8 top-k on one side": replace(SAMPLED, top_k=20),
-    "M11 soft greedy": replace(SAMPLED, temperature=0.0),
-    "M4 accept uniform reused": replace(SAMPLED, temperature=2.0),  # what is recovered must be one of many
+HOT = replace(SAMPLED, temperature=2.0)  # more tokens may be proposed and recovered
+SAMPLING = {  # of mutants that show only so, or more so
+    "M4 accept uniform reused": (HOT,),
+    "M8 top-k on one side": (replace(SAMPLED, top_k=20),),
+    "M11 soft greedy": (replace(SAMPLED, temperature=0.0),),
+    "M14 proposal noise reused": (SAMPLED, HOT),
+    "M15 draft drawn in low precision": (SAMPLED, HOT),
+    "M16 penalties once per step": (replace(SAMPLED, repetition_penalty=1.3),),
+    "M17 min-p and bias on the bonus only": (replace(SAMPLED, min_p=0.1),),
+    "M20 draft length peeks": (SAMPLED, replace(SAMPLED, temperature=0.7)),
+    "M22 constant log-probability": (replace(SAMPLED, logprobs=True),),
+    "M22 log-probability of the draft": (replace(SAMPLED, logprobs=True),),
 }
 STOPPING = ("M10 stop token ignored",)  # which need tokens to stop at that come often
 NEVER = {"M5 accept at equality": "only a uniform of exactly 0 shows it, one draw in 2^53; the exact tests do"}
 LOSSLESS = ("M13 speculation silently off",)  # nothing to find in outputs, only in the counts of drafts
-PLANTED = ("none", *MUTANTS)
+PLANTED: dict[str, Callable[..., Maker]] = {"none": maker, **MUTANTS, **REPORT_MUTANTS}
 FEW = 2048  # tokens are enough where outputs have nothing to find
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """The findings on a mutant. found_by: instrument -> tokens after which it alone rejects. num_draws: tokens judged.
+    """The findings on a mutant, which acts in a share of the batches.
+
+    found_by: instrument -> tokens after which it alone rejects. num_draws: tokens judged.
 
     sampling: parameters that differ from plain sampling. size: total variation between the distribution of a step's
-    first token and the target's, None without a formula. tv_lower_bound: over all judged tokens. errors: definite
-    errors. p_value: the smallest one, corrected for multiple tests. unconfirmed: why the counts of drafts do not
-    confirm that the engine speculates, which keeps an audit from calling it lossless; empty if they do.
+    first token and the target's, averaged over all batches; None without a formula. tv_lower_bound: over all judged
+    tokens. errors: definite errors. p_value: the smallest one, corrected for multiple tests. unconfirmed: why the
+    counts of drafts do not confirm that the engine speculates, so that no audit calls it lossless; empty if they do.
     """
 
     mutant: str
@@ -68,6 +78,7 @@ class Finding:
     errors: tuple[str, ...]
     num_draws: int
     p_value: float
+    share: float = 1.0
     unconfirmed: tuple[str, ...] = ()
 
 
@@ -78,35 +89,41 @@ def judge(
     prompts: Sequence[tuple[int, ...]],
     num_draws: int,
     size: float | None = None,
+    sound: Decoder | None = None,
+    share: float = 1.0,
 ) -> Finding:
     """Judge a decoder's output until an instrument finds it wrong, or `num_draws` tokens are used up.
 
-    references: the target's and the draft's distributions, with the sampling parameters.
+    references: the target's and the draft's distributions, with the sampling parameters. sound, share: another decoder
+    decodes all but this share of the batches, evenly spread. size: of the mutant if it acts in all batches.
     """
     target, draft = references
     limits = AuditLimits()
     arm = Arm(0, target, draft, num_draws, 0, limits)
     num_drafted = num_accepted = 0
     with bar(num_draws, "token", name) as done:
-        for numbers, seeds in _rounds(len(prompts), once=target.sampling.temperature == 0):
+        for index, (numbers, seeds) in enumerate(_rounds(len(prompts), once=target.sampling.temperature == 0)):
             rows = [prompts[number] for number in numbers]
-            generations = _generations(decoder, rows, seeds, target)
+            acts = int((index + 1) * share) > int(index * share)
+            generations = _generations(decoder if acts else sound or decoder, rows, seeds, target)
             num_drafted += sum(step.num_drafted for row in generations for step in row.steps)
             num_accepted += sum(step.num_accepted for row in generations for step in row.steps)
             arm.observe(Answers(numbers, rows, seeds, [row.output for row in generations]), MAX_TOKENS)
             found = arm.findings()
+            errors = (*found.errors, *_misreported(generations, target, limits.logit_noise))
             found_by = {instrument: after for instrument, after in found.found_after.items() if after is not None}
             done.update(arm.num_draws - done.n)
-            if found_by or found.errors or arm.num_draws >= num_draws:
+            if found_by or errors or arm.num_draws >= num_draws:
                 break
     plain, given = (asdict(params) for params in (SAMPLED, target.sampling))
     return Finding(
         mutant=name,
         sampling={key: value for key, value in given.items() if value != plain[key]},
-        size=size,
+        size=None if size is None else size * share,
+        share=share,
         tv_lower_bound=bounds(found, arm.level, limits).tv_lower_bound,
         found_by=found_by,
-        errors=found.errors,
+        errors=errors,
         num_draws=found.num_draws,
         p_value=found.p_value,
         unconfirmed=unconfirmed(Speculation(num_drafted, num_accepted)),
@@ -130,12 +147,33 @@ def _generations(
     return sorted(decoder.run(requests), key=lambda row: row.request.index)
 
 
-def _sampling(name: str, prompts: Sequence[tuple[int, ...]]) -> SamplingParams:
+def _misreported(generations: Sequence[Generation], target: Reference, noise: float) -> Iterator[str]:
+    """What a decoder reports wrongly of its outputs: counts that do not add up to them, log-probabilities of others.
+
+    noise: the largest difference of a log-probability that rounding explains.
+    """
+    for row in generations:
+        num_counted = 1 + sum(step.num_accepted + (step.last is not None) for step in row.steps)
+        if num_counted != len(row.output):
+            yield f"prompt {row.request.index}: {num_counted} tokens were counted, but {len(row.output)} were emitted"
+    if not target.sampling.logprobs:
+        return
+    prompts = [row.request.prompt for row in generations]
+    for positions in target.distributions(prompts, [row.output for row in generations]):
+        exact = positions.logits.double().log_softmax(-1).gather(1, positions.tokens.unsqueeze(1)).squeeze(1)
+        cells = zip(positions.requests.tolist(), positions.places.tolist(), exact.tolist(), strict=True)
+        for request, place, expected in cells:
+            if abs(generations[request].logprobs[place] - expected) > noise:
+                reported = generations[request].logprobs[place]
+                yield f"prompt {request}: log-probability {reported:.3g} at position {place} must be {expected:.3g}"
+
+
+def _samplings(name: str, prompts: Sequence[tuple[int, ...]]) -> tuple[SamplingParams, ...]:
     if name not in STOPPING:
-        return SAMPLING.get(name, SAMPLED)
+        return SAMPLING.get(name, (SAMPLED,))
     tokens = [token for prompt in prompts for token in prompt]
     commonest = sorted(set(tokens), key=tokens.count, reverse=True)[:20]
-    return replace(SAMPLED, stop_token_ids=tuple(commonest))
+    return (replace(SAMPLED, stop_token_ids=tuple(commonest)),)
 
 
 def sizes(references: Sequence[Reference], prompts: Sequence[Tokens], outputs: Sequence[Tokens]) -> dict[str, float]:
@@ -148,8 +186,13 @@ def sizes(references: Sequence[Reference], prompts: Sequence[Tokens], outputs: S
     return {name: total / num_tokens for name, total in sums.items()}
 
 
-def findings(num_prompts: int, num_draws: int, dtype: torch.dtype, names: Sequence[str] = PLANTED) -> Iterator[Finding]:
-    """Findings on the unmodified engine, "none", and on the mutants."""
+def findings(
+    num_prompts: int, num_draws: int, dtype: torch.dtype, names: Sequence[str] = (*PLANTED,), *, smallest: bool = False
+) -> Iterator[Finding]:
+    """Findings on the unmodified engine, "none", and on the mutants.
+
+    smallest: a mutant that is found is judged again, acting in half as many batches, until it is not found.
+    """
     draft = folder(str(PAIR.draft))
 
     def load(dtype: torch.dtype) -> tuple[Any, Any]:
@@ -162,17 +205,20 @@ def findings(num_prompts: int, num_draws: int, dtype: torch.dtype, names: Sequen
     encoded = (tuple(encode(text.text, exact[0].tokenizer)) for text in registry.read("humaneval", None))
     prompts = sorted(encoded, key=len)[:num_prompts]  # what a prompt takes to read is no evidence
     rows, known = prompts[:ROWS], dict[str, dict[str, float]]()
-    for name in names:
-        sampling = _sampling(name, prompts)
+    for name, sampling in ((each, sampling) for each in names for sampling in _samplings(each, prompts)):
         references = [Reference(model, sampling) for model in exact]
+        sound, broken = (plant(*engine, GAMMA)(uniforms, verify_tokens, ROWS) for plant in (maker, PLANTED[name]))
         if name in BROKEN_DISTRIBUTIONS and repr(sampling) not in known:
-            sound = maker(*engine, GAMMA)(uniforms, verify_tokens, ROWS)
             outputs = [row.output for row in _generations(sound, rows, range(len(rows)), references[0])]
             known[repr(sampling)] = sizes(references, rows, outputs)
         size = known[repr(sampling)][name] if name in BROKEN_DISTRIBUTIONS else None
-        plant: Callable[..., Maker] = maker if name == "none" else MUTANTS[name]
-        decoder = plant(*engine, GAMMA)(uniforms, verify_tokens, ROWS)
-        yield judge(name, decoder, references, prompts, FEW if name in (*NEVER, *LOSSLESS) else num_draws, size)
+        most, share = FEW if name in (*NEVER, *LOSSLESS) else num_draws, 1.0
+        while True:
+            found = judge(name, broken, references, prompts, most, size, sound, share)
+            yield found
+            if not smallest or not (found.found_by or found.errors):
+                break
+            share /= 2
 
 
 def line(found: Finding) -> str:
@@ -184,7 +230,8 @@ def line(found: Finding) -> str:
     unseen = f"no (p = {found.p_value:.2g}){f'; {NEVER[found.mutant]}' if found.mutant in NEVER else ''}"
     detected = "; ".join(detections) or unseen
     size = "" if found.size is None else f"{found.size:.3f}"
-    return f"| {found.mutant} | {_parameters(found.sampling)} | {size} | {detected} | {found.num_draws} |"
+    where = _parameters(found.sampling) + ("" if found.share == 1 else f", in {found.share:.3g} of the batches")
+    return f"| {found.mutant} | {where} | {size} | {detected} | {found.num_draws} |"
 
 
 def _parameters(sampling: dict[str, Any]) -> str:
@@ -199,10 +246,13 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the findings here, too")
     parser.add_argument("--only", action="append", choices=PLANTED, help="this mutant; may be repeated")
+    parser.add_argument("--smallest", action="store_true", help="plant each in ever fewer batches, until not found")
     given = parser.parse_args()
     print("| mutant | sampling | size | found by, tokens | tokens judged |\n|---|---|---|---|---|", flush=True)
     found = []
-    for each in findings(given.num_prompts, given.num_draws, getattr(torch, given.dtype), given.only or PLANTED):
+    names = given.only or (*PLANTED,)
+    dtype = getattr(torch, given.dtype)
+    for each in findings(given.num_prompts, given.num_draws, dtype, names, smallest=given.smallest):
         found.append(asdict(each))
         print(line(each), flush=True)
         if given.json:

@@ -19,6 +19,7 @@ from specdec.conformance.audit import audit
 from specdec.conformance.enumeration import exact_distribution, pieces_between
 from specdec.conformance.gates import distance
 from specdec.conformance.mutants import maker
+from specdec.conformance.mutants.states import BySlot, FewColumns
 from specdec.conformance.reference import Reference
 from specdec.conformance.verdicts import AuditLimits
 from specdec.models.base import prefill
@@ -454,7 +455,7 @@ def test_a_window_mutant_is_caught_by_greedy_equality(name: str | None) -> None:
 # ---- the trial when a model is loaded
 
 
-@pytest.mark.parametrize("broken", [mutants._FewColumns, mutants._BySlot, lambda *local: LocalAttention(local[0] + 1)])
+@pytest.mark.parametrize("broken", [FewColumns, BySlot, lambda *local: LocalAttention(local[0] + 1)])
 def test_the_trial_refuses_a_ring_that_loses_what_a_rollback_needs(
     broken: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -9,19 +9,23 @@ from helpers.audited import DRAFT, PROMPTS, TARGET
 
 from bench.tools import detection_power
 from specdec import SamplingParams
-from specdec.conformance.mutants import MUTANTS, maker
+from specdec.conformance.mutants import maker
 from specdec.conformance.reference import Reference
 from specdec.sampling.randomness import uniforms
 from specdec.verification import verify_tokens
 
 
 def judge(
-    name: str, params: SamplingParams = detection_power.SAMPLED, num_draws: int = 6000
+    name: str, params: SamplingParams = detection_power.SAMPLED, num_draws: int = 6000, share: float = 1
 ) -> detection_power.Finding:
-    plant = {"none": maker, **MUTANTS}[name]
-    decoder = plant(TARGET, DRAFT, 3)(uniforms, verify_tokens, detection_power.ROWS)
+    decoder, sound = (
+        plant(TARGET, DRAFT, 3)(uniforms, verify_tokens, detection_power.ROWS)
+        for plant in (detection_power.PLANTED[name], maker)
+    )
     references = [Reference(model, params) for model in (TARGET, DRAFT)]
-    return detection_power.judge(name, decoder, references, [tuple(prompt) for prompt in PROMPTS], num_draws, 0.25)
+    return detection_power.judge(
+        name, decoder, references, [tuple(prompt) for prompt in PROMPTS], num_draws, 0.25, sound, share
+    )
 
 
 def test_the_sound_engine_is_innocent_by_all_its_tokens() -> None:
@@ -45,6 +49,28 @@ def test_speculation_that_is_off_shows_in_the_counts_only() -> None:
     assert (found.found_by, found.errors, found.num_draws) == ({}, (), 1024)
     assert "| by counts: speculation not confirmed: no token was drafted; " in detection_power.line(found)
     assert not judge("none", num_draws=1024).unconfirmed
+
+
+def test_a_mutant_that_acts_in_a_quarter_of_the_batches_is_a_quarter_as_large() -> None:
+    whole, quarter = (judge("M3 accept always", share=share) for share in (1, 1 / 4))
+    assert whole.found_by
+    assert quarter.num_draws > whole.num_draws
+    assert (whole.size, quarter.size) == (0.25, 0.0625)
+    assert "| T = 1, in 0.25 of the batches | 0.062 |" in detection_power.line(quarter)
+
+
+@pytest.mark.parametrize(
+    ("name", "error"),
+    [
+        ("M21 counts after the end", "tokens were counted, but"),
+        ("M22 constant log-probability", "log-probability 0 at position"),
+        ("M22 log-probability of the draft", "log-probability -"),
+    ],
+)
+def test_what_is_reported_wrongly_is_found_by_name(name: str, error: str) -> None:
+    params = replace(detection_power.SAMPLED, logprobs=name.startswith("M22"), stop_token_ids=(0,))
+    assert error in judge(name, params, 1500).errors[0]
+    assert not judge("none", params, 1500).errors
 
 
 def test_greedy_prompts_are_used_once_and_the_sampling_is_recorded() -> None:
