@@ -68,7 +68,10 @@ JOBS = {  # module -> the tests that are to see its mutants
     "specdec/sampling/state.py": "tests/sampling/test_sampling.py tests/sampling/test_declared_distributions.py",
     "specdec/sampling/distributions.py": "tests/sampling/test_sampling.py tests/verification/test_verification.py",
     "specdec/proposers/adaptive.py": "tests/proposers/test_adaptive.py",
-    "specdec/conformance/verdicts.py": AUDITS,
+    "specdec/conformance/verdicts.py": (
+        "tests/conformance/test_verdicts.py tests/conformance/test_audit.py::test_limits_are_probabilities "
+        "tests/conformance/test_audit.py::test_noise_is_not_negative"
+    ),
     "specdec/conformance/audit.py": AUDITS,
     "specdec/conformance/arms.py": AUDITS,
     "specdec/conformance/statistics/betting.py": "tests/conformance/test_betting.py tests/conformance/test_verdicts.py",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import astuple, replace
 
 import pytest
 from helpers.audited import PROMPTS, ToyEngine
@@ -11,8 +11,17 @@ from specdec import SamplingParams
 from specdec.conformance.audit import SEED_STRIDE, audit
 from specdec.conformance.certificate import ArmFindings, Speculation
 from specdec.conformance.reference import Reference
-from specdec.conformance.statistics.betting import ConfidenceInterval
-from specdec.conformance.verdicts import AuditLimits, judge
+from specdec.conformance.statistics.betting import (
+    ConfidenceInterval,
+    draws_needed,
+    draws_needed_for_rate,
+    min_detectable_rate,
+    min_detectable_tv,
+    radius,
+    rate_upper_bound,
+)
+from specdec.conformance.statistics.instruments import INSTRUMENTS
+from specdec.conformance.verdicts import AuditLimits, Bounds, bounds, judge
 
 NAMES = ("pit_rank", "pit_id", "serial", "surprise", "lookup", "draft")
 LIMITS, NEEDED = AuditLimits(), 1000
@@ -75,6 +84,115 @@ def test_each_arm_needs_its_draws(short: str) -> None:
 def test_no_speculation_is_not_lossless_but_may_be_lossy(speculation: Speculation | None) -> None:
     assert verdict(speculation=speculation) == "inconclusive"
     assert verdict(wrong(1e-20), arms=1e-20, speculation=speculation) == "lossy"
+
+
+def reasons(
+    audited: ArmFindings = SOUND,
+    plain: ArmFindings = SOUND,
+    arms: float = 1.0,
+    speculation: Speculation | None = SPECULATES,
+    limits: AuditLimits = LIMITS,
+) -> tuple[str, ...]:
+    return judge(audited, plain, arms, NEEDED, limits, speculation)[1]
+
+
+def test_a_lossless_verdict_is_printed_with_its_bound() -> None:
+    assert reasons() == ("no fault in 1000 tokens, which would have revealed a distance of 0.05",)
+
+
+def test_a_fault_is_named_and_compared_with_the_other_arm() -> None:
+    found = "serial finds a deviation from the reference's distributions (p = 1e-20)"
+    assert reasons(wrong(1e-20), arms=1e-20) == (found, "the engine without speculation has a different distribution")
+    broken = replace(SOUND, errors=("output 3 is too long",))
+    assert reasons(broken) == ("output 3 is too long", "the engine without speculation does not do this")
+    assert reasons(wrong(1e-20), wrong(1e-20))[0] == found
+    assert "speculation is not to blame" in reasons(wrong(1e-20), wrong(1e-20))[1]
+    assert "not far enough apart" in reasons(wrong(1e-20))[1]
+    assert reasons(SOUND, wrong(1e-20)) == ("only the engine without speculation is wrong", found)
+    assert reasons(arms=1e-7) == (
+        "the engine with and without speculation differ (p = 1e-07), but neither was found to differ from the "
+        "reference; audit with more draws",
+    )
+
+
+def test_every_reason_against_lossless_is_given() -> None:
+    few = replace(SOUND, num_draws=NEEDED - 1)
+    missing = "num_draws=999 must be at least 1000 to detect a distance of max_tv=0.1; use more prompts or draws"
+    limits = AuditLimits(max_tv=0.1)
+    assert reasons(few, limits=limits) == (missing,)
+    for speculation, text in (
+        (None, "the engine does not count num_drafted and num_accepted"),
+        (Speculation(0, 0), "no token was drafted"),
+        (Speculation(100, 0), "none of 100 draft tokens was accepted"),
+    ):
+        first, second = reasons(few, speculation=speculation, limits=limits)
+        assert first.startswith(f"speculation not confirmed: {text}")
+        assert second == missing
+    assert verdict(speculation=Speculation(1, 1)) == "lossless"
+
+
+def test_an_impossible_p_value_of_0_is_left_to_the_errors() -> None:
+    """The support check has p-value 0 at a fault, which is among the errors already."""
+    unsupported = replace(SOUND, p_values=SOUND.p_values | {"support": 0.0})
+    assert verdict(unsupported) == "lossless"
+
+
+def test_default_limits() -> None:
+    assert astuple(AuditLimits()) == (1e-6, 1e-6, 0.05, 1.0)
+    assert AuditLimits(logit_noise=0.0).logit_noise == 0
+
+
+# -- bounds by hand --------------------------------------------------------------------------------------------
+
+OTHER = AuditLimits(alpha=1e-4, beta=1e-3, max_tv=0.1)
+
+
+def test_bounds_along_the_draft() -> None:
+    """Lower bound: the farthest of all instruments from 0; upper bound: along the draft. Both per span."""
+    shifts = SOUND.shifts | {
+        "draft": ConfidenceInterval(0.2, 0.1, 0.3),
+        "serial": ConfidenceInterval(-0.5, -0.6, -0.4),
+    }
+    found = bounds(replace(SOUND, shifts=shifts), 1e-5, OTHER)
+    low = max(0.1 / INSTRUMENTS["draft"].span, 0.4 / INSTRUMENTS["serial"].span)
+    power = min_detectable_tv(1000, 1e-5, 1e-3), draws_needed(0.1, 1e-5, 1e-3)
+    assert found == Bounds("draft", low, 0.3 / INSTRUMENTS["draft"].span, *power)
+    opposite = SOUND.shifts | {"draft": ConfidenceInterval(-0.2, -0.3, -0.1)}
+    assert bounds(replace(SOUND, shifts=opposite), 1e-5, OTHER) == Bounds(
+        "draft", 0.1 / INSTRUMENTS["draft"].span, 0.3 / INSTRUMENTS["draft"].span, *power
+    )
+
+
+def test_without_a_draft_the_direction_is_that_of_lookup() -> None:
+    names = [name for name in NAMES if name != "draft"]
+    arm = replace(SOUND, p_values=dict.fromkeys(names, 0.5), shifts={name: SOUND.shifts[name] for name in names})
+    found = bounds(arm, 1e-5, OTHER)
+    assert (found.direction, found.tv_lower_bound) == ("lookup", 0.0)
+    assert found.tv_upper_bound == 0.1 / INSTRUMENTS["lookup"].span
+
+
+@pytest.mark.parametrize("num_draws", [0, 1])
+def test_bounds_of_hardly_any_draws_are_trivial(num_draws: int) -> None:
+    arm = replace(SOUND, num_draws=num_draws, shifts={})
+    assert astuple(bounds(arm, 1e-5, OTHER))[:4] == ("draft", 0.0, 1.0, 1.0)
+    wide = replace(SOUND, shifts={"draft": ConfidenceInterval(0.0, -9.0, 9.0)})
+    assert bounds(wide, 1e-5, OTHER).tv_upper_bound == 1
+
+
+def test_greedy_bounds_are_those_of_a_rate() -> None:
+    """One-hot distributions: the distance is the rate of other tokens."""
+    greedy = replace(SOUND, p_values={"equality": 0.0}, shifts={}, num_draws=1000)
+    arm = replace(greedy, num_outside={"by rounding": 100, "by more": 200})
+    found = bounds(arm, 1e-5, OTHER)
+    assert found.direction == "equality"
+    assert found.tv_lower_bound == 0.3 - radius(1000, 1e-5)
+    assert found.tv_upper_bound == rate_upper_bound(300, 1000, 1e-5)
+    assert found.min_detectable_tv == min_detectable_rate(1000, 1e-3)
+    assert found.num_draws_needed == draws_needed_for_rate(0.1, 1e-3)
+    assert bounds(greedy, 1e-5, OTHER).tv_lower_bound == 0
+    assert bounds(replace(arm, num_draws=0), 1e-5, OTHER).tv_upper_bound == 1  # trivial: nothing was drawn
+    sampled = replace(SOUND, p_values=SOUND.p_values | {"equality": 0.5})
+    assert bounds(sampled, 1e-5, OTHER).direction == "draft"
 
 
 class Noted(ToyEngine):
