@@ -82,17 +82,18 @@ def test_expected_length_by_simulation() -> None:
 def test_published_speedup_of_leviathan_et_al() -> None:
     """Their table 1: alpha 0.8, gamma 5, c 0: 3.69 times fewer target calls."""
     assert expected_speedup(0.8, 5, 0.0) == pytest.approx(3.69, abs=0.005)
+    assert expected_speedup(0.8, 5, 0.1) == pytest.approx(3.69 / 1.5, abs=0.005)  # five draft steps cost half a step
 
 
 def test_predicted_speedup() -> None:
     """1.75 tokens a step; a step of 10 + 30 + 1 ms against 30 ms."""
     prediction = predicted_speedup([0.5, 0.25], step_s=0.030, draft_s=0.010, scoring_s=0.030, verification_s=0.001)
     assert prediction == pytest.approx(1.75 * 30 / 41)
-    with pytest.raises(ValueError, match=r"step_s=0 and .* must be > 0"):
-        predicted_speedup([], step_s=0, draft_s=0, scoring_s=1, verification_s=0)
-    for scoring_s in (0, -1):
-        with pytest.raises(ValueError, match=rf"step_s=1 and .*={scoring_s} must be > 0"):
-            predicted_speedup([], step_s=1, draft_s=0, scoring_s=scoring_s, verification_s=0)
+    for impossible in (0, -1):
+        with pytest.raises(ValueError, match=rf"step_s={impossible} and .* must be > 0"):
+            predicted_speedup([], step_s=impossible, draft_s=0, scoring_s=1, verification_s=0)
+        with pytest.raises(ValueError, match=rf"step_s=1 and .*={impossible} must be > 0"):
+            predicted_speedup([], step_s=1, draft_s=0, scoring_s=impossible, verification_s=0)
 
 
 @pytest.mark.parametrize("rate", [-0.5, 1.2])

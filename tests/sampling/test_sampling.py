@@ -14,7 +14,7 @@ from torch import Tensor
 
 from specdec.kernels import cpp
 from specdec.sampling.distributions import Dense, OneHot, Partial, as_int64, largest, stack_distributions
-from specdec.sampling.state import SamplingState
+from specdec.sampling.state import RowParams, SamplingState
 from specdec.sampling_params import SamplingParams
 
 VOCAB = 6
@@ -310,8 +310,41 @@ def test_a_partial_distribution_equals_the_dense_one_padded_with_zeros(
 
 
 def test_excess_over_a_one_hot_distribution() -> None:
-    probs, tokens = torch.tensor([[0.5, 0.25, 0.25]]), torch.tensor([1])
+    probs, tokens = torch.tensor([[[0.5, 0.25, 0.25], [0.25, 0.0, 0.75]]]), torch.tensor([[1, 0]])
     assert torch.equal(OneHot(tokens, 3).excess(probs), Dense(OneHot(tokens, 3).dense()).excess(probs))
+
+
+@pytest.mark.parametrize("num_positions", [1, 3])
+def test_positions_are_stacked_as_columns(num_positions: int) -> None:
+    """Sparse if all positions are; a one-hot among dense ones becomes dense."""
+    tokens = torch.tensor([[0, 1, 2], [2, 2, 1]])[:, :num_positions]
+    columns = [OneHot(tokens[:, i], 3) for i in range(num_positions)]
+    stacked = stack_distributions(columns)
+    assert isinstance(stacked, OneHot)
+    assert torch.equal(stacked.tokens, tokens)
+    for first in (columns[0], Dense(columns[0].dense()), Partial(Dense(columns[0].dense()), torch.arange(3), 3)):
+        mixed = stack_distributions([first, Dense(columns[-1].dense())])
+        assert isinstance(mixed, Dense)
+        assert torch.equal(mixed.dense(), OneHot(tokens[:, [0, -1]], 3).dense())
+    one, other = (Partial(Dense(columns[0].dense()), torch.tensor(names), 5) for names in ([0, 1, 2], [1, 2, 4]))
+    mixed = stack_distributions([one, other])
+    assert isinstance(mixed, Dense)
+    assert torch.equal(mixed.dense(), torch.stack([one.dense(), other.dense()], 1))
+
+
+def test_draws_are_neither_coupled_nor_greedy_by_default() -> None:
+    for rows in (RowParams.of([SamplingParams()], 4, CPU), SamplingState([SamplingParams()], [[]], [[]], 4, CPU).rows):
+        assert (rows.coupled, rows.greedy_drafts) == (False, False)
+
+
+@pytest.mark.parametrize("top_k", [2, 3, 5])
+def test_a_draft_vocabulary_may_be_smaller_than_top_k(top_k: int) -> None:
+    logits, tokens = torch.tensor([[[2.0, 1.0, 0.0]]]), torch.tensor([1, 4, 9])
+    state = SamplingState([SamplingParams(top_k=top_k)], [[]], [[]], 10, CPU)
+    probs = state.distribution(logits, tokens=tokens)[0].dense()[0, 0]
+    kept = logits[0, 0, :top_k].softmax(-1)
+    assert probs[tokens][:top_k].tolist() == pytest.approx(kept.tolist())
+    assert (probs > 0).sum() == len(kept)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
