@@ -21,6 +21,7 @@ from typing import Any
 
 import coverage
 import pytest
+from hypothesis import Phase, settings
 
 from mutation import patching
 from mutation.forks import Answer, Zygote, in_fork
@@ -50,6 +51,16 @@ class QuickestFirst:
         self.times_s[report.nodeid] = self.times_s.get(report.nodeid, 0.0) + report.duration
         if report.failed and not self.killed_by:
             self.killed_by = report.nodeid
+
+
+class WithoutShrinking:
+    """A pytest plugin that ends Hypothesis's search at the first failure: nobody reads the example of a mutant."""
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_configure(self) -> None:
+        phases = (Phase.explicit, Phase.reuse, Phase.generate)
+        settings.register_profile("mutation", settings.default, phases=phases, report_multiple_bugs=False)
+        settings.load_profile("mutation")
 
 
 class LinesByTest:
@@ -160,7 +171,7 @@ def _run(items: list[pytest.Item], order: QuickestFirst) -> str:
 def run_unmutated(tests: list[str], path: Path, module: str) -> Answer:
     """Run all tests: whether they passed, the time and the lines of each, and the project's modules imported."""
     order, lines = QuickestFirst({}, []), LinesByTest(path, module)
-    code = pytest.main([*OPTIONS, *tests], plugins=[order, lines])
+    code = pytest.main([*OPTIONS, *tests], plugins=[WithoutShrinking(), order, lines])
     modules = sorted(name for name in sys.modules if name.partition(".")[0] in ("specdec", "bench"))
     answer = {"killed_by": order.killed_by, "times_s": order.times_s, "lines": lines.lines(), "modules": modules}
     return {"passed": code == 0, **answer}
@@ -169,7 +180,7 @@ def run_unmutated(tests: list[str], path: Path, module: str) -> Answer:
 def import_and_run(tests: list[str], times_s: dict[str, float], killers: list[str]) -> Answer:
     """Run all tests on the module that is on disk, which must not have been imported."""
     order = QuickestFirst(times_s, killers)
-    code = pytest.main([*OPTIONS, *tests], plugins=[order])
+    code = pytest.main([*OPTIONS, *tests], plugins=[WithoutShrinking(), order])
     return {"killed_by": order.killed_by or ("" if code == 0 else "collection")}
 
 
@@ -201,7 +212,6 @@ def _imports(module: ModuleType) -> Iterator[str]:
 def work(session: str, source: str, tests: list[str], timeout_s: float, sample: int | None, seed: int) -> None:
     """Try what is left of a session, in the copy of the tree."""
     import cosmic_ray.mutating as mutating
-    import hypothesis  # noqa: F401  # imported once for all forks
     import torch
     import transformers.models.llama.modeling_llama  # noqa: F401
 
@@ -222,7 +232,7 @@ def work(session: str, source: str, tests: list[str], timeout_s: float, sample: 
 
     mutating.run_tests = run_tests
     loop.mutants = lambda: _try_pending(session, mutating.mutate_and_test, sample, seed)
-    code = pytest.main([*OPTIONS, *tests], plugins=[loop])
+    code = pytest.main([*OPTIONS, *tests], plugins=[WithoutShrinking(), loop])
     if code not in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
         raise SystemExit(int(code))
 
