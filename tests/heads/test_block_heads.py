@@ -53,7 +53,7 @@ def drafted_logits(head: Any, features: Tensor, newest: int, drafted: list[int])
 
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("name", CASES)
-def test_a_head_computes_what_its_format_says(name: str, fused: bool, model, tmp_path: Path) -> None:
+def test_a_head_computes_the_definition_of_its_format(name: str, fused: bool, model, tmp_path: Path) -> None:
     head, tensors = load(CASES[name], tmp_path, model), tensors_of(name)
     if fused:
         head.fuse()
@@ -81,7 +81,7 @@ def test_a_head_computes_what_its_format_says(name: str, fused: bool, model, tmp
         ({"causal": False, "swa_window_size": 3, "layer_types": ["sliding_attention"] * 2}, False, 3),
     ],
 )
-def test_sliding_layers_are_causal_unless_the_config_says_otherwise(
+def test_sliding_layers_are_causal_unless_the_config_sets_it(
     options: dict[str, Any], is_causal: bool, window: int | None, model, tmp_path: Path
 ) -> None:
     head = load(checkpoints.dflash(**options), tmp_path, model)
@@ -138,21 +138,30 @@ def test_rows_of_a_draft_vocabulary_that_does_not_ascend(model, tmp_path: Path) 
 # ---- through the real loop
 
 
+GREEDY = SamplingParams(temperature=0, max_tokens=64, ignore_eos=True)
+
+
+@pytest.fixture(scope="module")
+def plain(model) -> list[tuple[int, ...]]:
+    """What the target emits without speculation."""
+    return [each.token_ids for each in Engine(CausalLM(model), max_batch_size=3).generate(PROMPTS, GREEDY)]
+
+
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("name", FORMATS)
-def test_greedy_equals_plain_decoding_and_caches_stay_in_step(name: str, fused: bool, model, tmp_path: Path) -> None:
+def test_greedy_equals_plain_decoding_and_caches_stay_in_step(
+    name: str, fused: bool, model, plain: list[tuple[int, ...]], tmp_path: Path
+) -> None:
     """Ragged rows in three slots, of which one is used again, across rejections."""
     head = load(CASES[name], tmp_path, model)
     if fused:
         head.fuse()
-    params = SamplingParams(temperature=0, max_tokens=64, ignore_eos=True)
-    plain = Engine(CausalLM(model), max_batch_size=3).generate(PROMPTS, params)
     for method in (head.format, "hybrid"):
         engine = Engine(
             CausalLM(model), draft=head, method=method, num_speculative_tokens=head.max_tokens, max_batch_size=3
         )
-        completions = engine.generate(PROMPTS, params)
-        assert [each.token_ids for each in completions] == [each.token_ids for each in plain]
+        completions = engine.generate(PROMPTS, GREEDY)
+        assert [each.token_ids for each in completions] == plain
         counts = [each.counts for each in completions]
         assert sum(each.num_drafted for each in counts) > sum(each.num_accepted for each in counts)
 
@@ -258,7 +267,7 @@ def changed(**config: Any) -> Checkpoint:
         (checkpoints.dspark().with_tensors(d2t=torch.full((128,), 5)), "must be an offset to a token id"),
     ],
 )
-def test_what_does_not_fit_is_refused(checkpoint: Checkpoint, message: str, model, tmp_path: Path) -> None:
+def test_a_checkpoint_that_does_not_fit_is_refused(checkpoint: Checkpoint, message: str, model, tmp_path: Path) -> None:
     with pytest.raises((LoadError, ValueError), match=message):
         load(checkpoint, tmp_path, model)
 

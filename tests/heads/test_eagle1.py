@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from helpers import tiny
-from helpers.heads import attend, block_shapes, check_chain_is_lossless, feed_forward, random_tensors, rms, write_folder
+from helpers.heads import (
+    attend,
+    block_shapes,
+    check_chain_is_lossless,
+    check_greedy_is_lossless,
+    feed_forward,
+    plain_greedy,
+    random_tensors,
+    rms,
+    write_folder,
+)
 from torch import Tensor
 
 from specdec import Engine, SamplingParams
@@ -18,7 +29,6 @@ from specdec.heads.files import HeadFolder
 from specdec.models.base import FINAL
 from specdec.models.causal import CausalLM
 from specdec.runtime.artifacts import LoadError
-from specdec.trees.shape import Tree
 
 HIDDEN, VOCAB = 32, 61
 LAYER = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
@@ -102,7 +112,7 @@ def reference(dialect: Dialect, embedded: Tensor, features: Tensor, output: Tens
 
 @each_dialect
 def test_a_dialect_is_recognized_and_computes_its_description(name: str, tmp_path: Path) -> None:
-    """Committed features, then two drafted tokens behind predicted ones."""
+    """Committed features, then two drafted tokens after predicted ones."""
     dialect, model = DIALECTS[name], target()
     folder = dialect.write(tmp_path)
     assert eagle.recognize(HeadFolder.open(folder)) == dialect.expected
@@ -139,6 +149,11 @@ def test_joint_distribution_of_a_chain(name: str, tmp_path: Path) -> None:
     check_chain_is_lossless(load(DIALECTS[name].write(tmp_path, 3), target(3)), HIDDEN)
 
 
+@cache
+def plain_outputs() -> list[tuple[int, ...]]:
+    return plain_greedy(target())
+
+
 @each_dialect
 @pytest.mark.parametrize("method", ["eagle", "hybrid", "tree"])
 @pytest.mark.parametrize("fused", [False, True])
@@ -147,12 +162,7 @@ def test_greedy_equals_plain_decoding(name: str, method: str, fused: bool, tmp_p
     head = load(DIALECTS[name].write(tmp_path), model)
     if fused:
         head.fuse()
-    prompts, params = [[5, 9, 8, 7, 5, 9, 8], [3], [11, 4] * 8], SamplingParams(temperature=0, max_tokens=64)
-    plain = Engine(CausalLM(model), max_batch_size=3).generate(prompts, params)
-    options = {"tree": Tree.balanced([2, 2, 1])} if method == "tree" else {"num_speculative_tokens": 3}
-    found = Engine(CausalLM(model), method=method, draft=head, max_batch_size=3, **options).generate(prompts, params)
-    assert [each.token_ids for each in found] == [each.token_ids for each in plain]
-    assert sum(each.counts.num_drafted for each in found) > 60
+    check_greedy_is_lossless(model, head, method, plain_outputs())
 
 
 SIGNS = torch.where(torch.arange(HIDDEN) % 2 == 0, 1.0, -1.0)
@@ -210,7 +220,9 @@ def test_its_choice_is_the_state_before_or_after_the_norm(tmp_path: Path) -> Non
         ({}, {"intermediate_size": 40}, r"has the shape \[48, 32\], but by its config it must have \[40, 32\]"),
     ],
 )
-def test_what_does_not_fit_is_refused(change: dict[str, Any], config: dict[str, Any], message: str, tmp_path: Path):
+def test_a_checkpoint_that_does_not_fit_is_refused(
+    change: dict[str, Any], config: dict[str, Any], message: str, tmp_path: Path
+):
     tensors = {name: each for name, each in (DIALECTS["original"].tensors() | change).items() if each is not None}
     with pytest.raises((LoadError, ValueError), match=message):
         load(DIALECTS["original"].write(tmp_path, tensors=tensors, **config), target())

@@ -4,13 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from helpers import tiny
-from helpers.heads import OnGrid, attend, block_shapes, feed_forward, random_tensors, rms, write_folder
+from helpers.heads import (
+    OnGrid,
+    attend,
+    block_shapes,
+    check_greedy_is_lossless,
+    feed_forward,
+    plain_greedy,
+    random_tensors,
+    rms,
+    write_folder,
+)
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -294,7 +305,7 @@ def test_joint_distribution_by_rule(rule: Any, records: bool, tmp_path: Path) ->
     assert distance(found, joint_distribution(MARKOV, PROMPT, 3)) < 1e-12
 
 
-def test_joint_distribution_behind_lookup(tmp_path: Path) -> None:
+def test_joint_distribution_after_lookup(tmp_path: Path) -> None:
     found = exact_distribution(maker(on_grid("original", tmp_path), hybrid=True), PROMPT, 3, (4, 4, 12))
     assert distance(found, joint_distribution(MARKOV, PROMPT, 3)) < 1e-12
 
@@ -327,19 +338,18 @@ def test_the_heads_distributions_depend_on_their_context(tmp_path: Path) -> None
     assert len(rows) > 2
 
 
+@cache
+def plain_outputs() -> list[tuple[int, ...]]:
+    return plain_greedy(target())
+
+
 @each_dialect
 @pytest.mark.parametrize("method", ["eagle3", "hybrid", "tree"])
 def test_greedy_equals_plain_decoding(name: str, method: str, tmp_path: Path) -> None:
     model = target()
     head = load(DIALECTS[name].write(tmp_path), model)
     head.fuse()
-    prompts, params = [[5, 9, 8, 7, 5, 9, 8], [3], [11, 4] * 8], SamplingParams(temperature=0, max_tokens=64)
-    plain = Engine(CausalLM(model), max_batch_size=3).generate(prompts, params)
-    options = {"tree": Tree.balanced([2, 2, 1])} if method == "tree" else {"num_speculative_tokens": 3}
-    engine = Engine(CausalLM(model), method=method, draft=head, max_batch_size=3, **options)
-    found = engine.generate(prompts, params)
-    assert [each.token_ids for each in found] == [each.token_ids for each in plain]
-    assert sum(each.counts.num_drafted for each in found) > 60
+    check_greedy_is_lossless(model, head, method, plain_outputs())
 
 
 # ---- an oracle
@@ -515,7 +525,7 @@ REFUSALS = {
 
 
 @pytest.mark.parametrize("name", REFUSALS)
-def test_what_does_not_fit_is_refused(name: str, tmp_path: Path) -> None:
+def test_a_checkpoint_that_does_not_fit_is_refused(name: str, tmp_path: Path) -> None:
     change, config, message = REFUSALS[name]
     tensors = DIALECTS["original"].tensors()
     change(tensors)

@@ -6,13 +6,14 @@ import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from helpers import tiny
-from helpers.heads import check_chain_is_lossless, random_tensors, rms
+from helpers.heads import check_chain_is_lossless, check_greedy_is_lossless, plain_greedy, random_tensors, rms
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -23,7 +24,6 @@ from specdec.heads.files import HeadFolder
 from specdec.models.base import FINAL
 from specdec.models.causal import CausalLM
 from specdec.runtime.artifacts import LoadError
-from specdec.trees.shape import Tree
 
 HIDDEN = 32
 SIZES = tiny.GQA | {"num_hidden_layers": 3, "max_position_embeddings": 128, "tie_word_embeddings": False}
@@ -205,6 +205,11 @@ def test_joint_distribution_of_a_chain(name: str, tmp_path: Path) -> None:
     check_chain_is_lossless(load(FAMILIES[name].write(tmp_path, model), model), HIDDEN)
 
 
+@cache
+def plain_outputs(name: str) -> list[tuple[int, ...]]:
+    return plain_greedy(FAMILIES[name].model())
+
+
 @each_family
 @pytest.mark.parametrize("method", ["mtp", "hybrid", "tree"])
 def test_greedy_equals_plain_decoding(name: str, method: str, tmp_path: Path) -> None:
@@ -213,12 +218,7 @@ def test_greedy_equals_plain_decoding(name: str, method: str, tmp_path: Path) ->
     model = FAMILIES[name].model()
     head = load(FAMILIES[name].write(tmp_path, model), model)
     head.fuse()
-    prompts, params = [[5, 9, 8, 7, 5, 9, 8], [3], [11, 4] * 8], SamplingParams(temperature=0, max_tokens=64)
-    plain = Engine(CausalLM(model), max_batch_size=3).generate(prompts, params)
-    options = {"tree": Tree.balanced([2, 2, 1])} if method == "tree" else {"num_speculative_tokens": 3}
-    found = Engine(CausalLM(model), method=method, draft=head, max_batch_size=3, **options).generate(prompts, params)
-    assert [each.token_ids for each in found] == [each.token_ids for each in plain]
-    assert sum(each.counts.num_drafted for each in found) > 60
+    check_greedy_is_lossless(model, head, method, plain_outputs(name))
 
 
 def test_the_target_and_its_layer_from_one_folder(tmp_path: Path) -> None:
@@ -254,7 +254,7 @@ def test_a_smaller_model_with_a_layer_of_its_own_is_a_draft_model(tmp_path: Path
     assert find(alone, target="another").kind == "mtp"
 
 
-def test_its_choices_hold_what_a_checkpoint_does_not_tell(tmp_path: Path) -> None:
+def test_its_choices_hold_what_a_checkpoint_does_not_record(tmp_path: Path) -> None:
     model = FAMILIES["MiMo"].model()
     head = load(FAMILIES["MiMo"].write(tmp_path, model), model)
     firsts = {key: value for choice in head.choices() for key, value in next(iter(choice.readings.values())).items()}
@@ -320,7 +320,7 @@ def test_an_oracle_is_accepted_if_and_only_if_it_is_read_rightly(options, expect
         ({"layers.0.self_attn.sinks": torch.ones(4)}, "sinks of the head .* are tensors that this format does not"),
     ],
 )
-def test_what_does_not_fit_is_refused(change: dict[str, Any], message: str, tmp_path: Path) -> None:
+def test_a_checkpoint_that_does_not_fit_is_refused(change: dict[str, Any], message: str, tmp_path: Path) -> None:
     model = FAMILIES["Qwen"].model()
     folder = FAMILIES["Qwen"].write(tmp_path, model)
     tensors = load_file(folder / "model.safetensors") | {f"mtp.{name}": each for name, each in change.items()}

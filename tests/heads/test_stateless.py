@@ -187,7 +187,7 @@ def load(folder: Path, model):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_checkpoint_computes_what_its_format_says(name: str, model, tmp_path: Path) -> None:
+def test_a_checkpoint_computes_the_definition_of_its_format(name: str, model, tmp_path: Path) -> None:
     case = CASES[name]
     torch.manual_seed(1)
     weights = case.make()
@@ -205,19 +205,28 @@ def test_a_checkpoint_computes_what_its_format_says(name: str, model, tmp_path: 
         assert logits == pytest.approx(expected, abs=1e-5)
 
 
+GREEDY = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
+
+
+@pytest.fixture(scope="module")
+def plain(model) -> list[tuple[int, ...]]:
+    """What the target emits without speculation."""
+    return [each.token_ids for each in Engine(CausalLM(model), max_batch_size=3).generate(tiny.PROMPTS, GREEDY)]
+
+
 @pytest.mark.parametrize("method", ["own", "hybrid", "tree", "auto"])
 @pytest.mark.parametrize("name", ["medusa, vLLM, token map", "hydra", "speculator, tied"])
-def test_greedy_equals_plain_decoding(name: str, method: str, model, tmp_path: Path) -> None:
+def test_greedy_equals_plain_decoding(
+    name: str, method: str, model, plain: list[tuple[int, ...]], tmp_path: Path
+) -> None:
     case = CASES[name]
     torch.manual_seed(2)
     head = load(write(tmp_path, case.config, case.make()), model)
     options = {"own": {"method": case.kind}, "auto": {"method": case.kind}}.get(method, {"method": method})
     gamma = "auto" if method == "auto" else PLACES
     engine = Engine(CausalLM(model), draft=head, num_speculative_tokens=gamma, max_batch_size=3, **options)
-    params = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
-    plain = Engine(CausalLM(model), max_batch_size=3).generate(tiny.PROMPTS, params)
-    completions = engine.generate(tiny.PROMPTS, params)
-    assert [each.token_ids for each in completions] == [each.token_ids for each in plain]
+    completions = engine.generate(tiny.PROMPTS, GREEDY)
+    assert [each.token_ids for each in completions] == plain
     if method != "auto":  # which may well find that nothing pays
         assert sum(each.counts.num_drafted for each in completions) > 0
 

@@ -11,11 +11,14 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from specdec import Engine, SamplingParams
 from specdec.conformance.enumeration import exact_distribution
 from specdec.conformance.gates import distance
 from specdec.conformance.toys import QUARTERS, FeatureTarget, joint_distribution, table
 from specdec.decoding import Decoder
+from specdec.models.causal import CausalLM
 from specdec.proposers.heads.eagle import EagleProposer
+from specdec.trees.shape import Tree
 
 
 def write_folder(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Path:
@@ -119,3 +122,20 @@ def check_chain_is_lossless(head: Any, feature_size: int) -> None:
         return Decoder(markov, proposer, 2, max_batch_size=max_batch_size, rule=rule, uniforms=source)
 
     assert distance(exact_distribution(make, prompt, 3, (4, 2, 4)), joint_distribution(markov, prompt, 3)) < 1e-12
+
+
+_PROMPTS, _GREEDY = [[5, 9, 8, 7, 5, 9, 8], [3], [11, 4] * 8], SamplingParams(temperature=0, max_tokens=48)
+
+
+def plain_greedy(model: Any) -> list[tuple[int, ...]]:
+    """Greedy outputs of a transformers model without speculation, for `check_greedy_is_lossless`."""
+    return [each.token_ids for each in Engine(CausalLM(model), max_batch_size=3).generate(_PROMPTS, _GREEDY)]
+
+
+def check_greedy_is_lossless(model: Any, head: Any, method: str, expected: list[tuple[int, ...]]) -> None:
+    """Assert that a head's greedy outputs, in ragged rows, are those of `plain_greedy`, and that it drafts."""
+    options: dict[str, Any] = {"tree": Tree.balanced([2, 2, 1])} if method == "tree" else {"num_speculative_tokens": 3}
+    engine = Engine(CausalLM(model), method=method, draft=head, max_batch_size=3, **options)
+    found = engine.generate(_PROMPTS, _GREEDY)
+    assert [each.token_ids for each in found] == expected
+    assert sum(each.counts.num_drafted for each in found) > 60
