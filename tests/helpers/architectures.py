@@ -188,7 +188,7 @@ def config(kind: str, **options: Any) -> Any:
 
 
 def _is_off(defaults: Any, name: str) -> bool:
-    """Whether a window or a rank is None by default, which says that the model has none."""
+    """Whether a window or a rank is None by default, which means that the model has none."""
     return name in ("sliding_window", "q_lora_rank") and getattr(defaults, name, None) is None
 
 
@@ -249,7 +249,7 @@ class Outcome:
         return "| " + " | ".join([*cells, notes]) + " |\n"
 
 
-def outcome(case: Case, num_tokens: int = 64) -> Outcome:
+def outcome(case: Case, num_tokens: int = 52) -> Outcome:
     """Decode the prompts with each method and compare the tokens."""
     made = case.config()
     model = make(made)
@@ -347,7 +347,7 @@ def _is_greedy(model: Any, prompt: Sequence[int], output: Sequence[int]) -> bool
 HEAD = f"""# Architectures
 
 What is decoded of each architecture that transformers {transformers.__version__} has, seen on tiny random models in
-float32: a batch of {len(PROMPTS)} prompts of unequal lengths, 64 tokens each. Windows have {WINDOW} tokens, and the
+float32: a batch of {len(PROMPTS)} prompts of unequal lengths, 52 tokens each. Windows have {WINDOW} tokens, and the
 longest text overwrites the ring buffer of a window. *equal*: greedy speculation has the tokens of
 `transformers.generate`, with n-gram drafts, a draft model and trees of its tokens, and an MTP layer where checkpoints
 of the architecture have one. *uncached*: it has those of greedy decoding without a cache, from which `generate` itself
