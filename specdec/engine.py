@@ -22,7 +22,7 @@ from specdec.constraints.progress import Constraint
 from specdec.drafts import as_language_model, find, load_with_found
 from specdec.methods import default_draft
 from specdec.models.base import LanguageModel
-from specdec.models.generation_config import sampling_defaults, warn_of_ignored
+from specdec.models.files.generation_config import sampling_defaults, warn_of_ignored
 from specdec.models.loading import as_device, as_dtype, with_revision
 from specdec.models.vocabularies import pieces_of
 from specdec.prompts import Message, Prompt, as_messages, as_prompts, as_token_ids, encode_raw, render

@@ -9,7 +9,7 @@ import torch
 
 from specdec import Engine, SamplingParams
 from specdec.drafts import load_with_drafts
-from specdec.models.loading import GEMMA3_270M
+from specdec.models.files.bundled import GEMMA3_270M
 from specdec.runtime import artifacts
 
 NAME, DRAFT = GEMMA3_270M.name, "smollm2-135m"

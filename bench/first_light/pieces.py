@@ -22,7 +22,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from specdec.models.loading import SMOLLM2_135M, resolve
+from specdec.models.files.bundled import SMOLLM2_135M
+from specdec.models.loading import resolve
 from specdec.runtime.artifacts import LoadError, fetch, folder_of, is_complete, made_once
 
 PIECE_BYTES = 36 << 20  # maximum size of a piece: uploads to a GPU machine may be limited

@@ -56,7 +56,7 @@ class Folders:
 
 def save(size: Size, folder: Path) -> Folders:
     """Make the models of a kind on the CPU and save them, in float32."""
-    from specdec.models.saving import fingerprint
+    from specdec.models.files.saving import fingerprint
 
     target = _model(size)
     target.save_pretrained(folder / "target")

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from specdec.methods import DRAFT_SAMPLING_NAMES, METHODS, VERIFICATION_NAMES, is_method
-from specdec.models.formats import DTYPE_NAMES, LOAD_FORMATS
+from specdec.models.files.formats import DTYPE_NAMES, LOAD_FORMATS
 from specdec.prompts import encode, encode_bytes, encode_raw, whole
 from specdec.runtime.command_line import Parser
 from specdec.runtime.progress import doing, replace_unencodable

@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from specdec.distill import commands, heads, sources
-from specdec.models.formats import DTYPE_NAMES
+from specdec.models.files.formats import DTYPE_NAMES
 from specdec.runtime.command_line import Parser
 from specdec.runtime.progress import replace_unencodable
 

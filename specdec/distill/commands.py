@@ -15,11 +15,12 @@ from transformers import LlamaConfig
 
 from specdec.assembly import tree_costs
 from specdec.distill import corpus, dataset, prompts, sources
-from specdec.distill.calibration import measure_calibration
-from specdec.distill.comparison import compare
-from specdec.distill.convention import measure_convention
-from specdec.distill.cost import draft_cost_ratio
 from specdec.distill.dataset import Dataset
+from specdec.distill.evaluation.calibration import measure_calibration
+from specdec.distill.evaluation.comparison import compare
+from specdec.distill.evaluation.convention import measure_convention
+from specdec.distill.evaluation.cost import draft_cost_ratio
+from specdec.distill.evaluation.tree import count
 from specdec.distill.heads import train_head, usual_layers
 from specdec.distill.runs import (
     FREQUENT,
@@ -33,14 +34,13 @@ from specdec.distill.runs import (
 )
 from specdec.distill.server import ServerAnswers
 from specdec.distill.students import DraftStudent, HeadGuesser
-from specdec.distill.tree import count
 from specdec.drafts import RATES_FILE, is_head, kind_of, load_with_drafts
 from specdec.engine import Engine
 from specdec.heads.eagle import load_head
 from specdec.methods import packaged_draft
-from specdec.models.derived import materialize, save_derived
+from specdec.models.files.derived import materialize, save_derived
+from specdec.models.files.saving import write_config
 from specdec.models.loading import load_pretrained, read_vocabulary
-from specdec.models.saving import write_config
 from specdec.prompts import encode
 from specdec.proposers.draft_model import DraftModelProposer
 from specdec.proposers.heads.eagle import EagleProposer

@@ -20,7 +20,7 @@ from specdec.heads.mtp import MtpHead
 from specdec.heads.p_eagle import PEagleHead
 from specdec.heads.sequential import HeadModule
 from specdec.models.base import FINAL
-from specdec.models.saving import fingerprint, save_weights, write_config
+from specdec.models.files.saving import fingerprint, save_weights, write_config
 
 SPECULATORS = "speculators"
 DIALECTS = {

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from specdec.distill.cost import head_cost_ratio
 from specdec.distill.dataset import stored_layers
+from specdec.distill.evaluation.cost import head_cost_ratio
 from specdec.distill.exports import DIALECTS, check_dialect, export
 from specdec.distill.runs import FREQUENT, about, largest, prepare, print_result, train
 from specdec.distill.students import BlockStudent, HeadStudent, ParallelStudent, Student
@@ -20,7 +20,7 @@ from specdec.distill.training import MAX_DEPTH
 from specdec.distill.untrained import new_dflash, new_eagle3, new_mtp, new_p_eagle, train_output
 from specdec.heads.eagle import new_head
 from specdec.models.base import FINAL, FeatureLayers
-from specdec.models.saving import fingerprint
+from specdec.models.files.saving import fingerprint
 
 FORMATS = ("eagle", *DIALECTS)
 DECAY = 0.8  # of the loss weight from a draft token to the next, as in EAGLE-3

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from specdec.heads.base import Choice
 from specdec.models.base import FINAL, FeatureLayers, LanguageModel
-from specdec.models.saving import fingerprint
+from specdec.models.files.saving import fingerprint
 from specdec.runtime.artifacts import cache_root
 from specdec.runtime.json_files import fields, read_json
 from specdec.runtime.private_files import make_private_folder

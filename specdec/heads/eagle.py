@@ -50,8 +50,8 @@ from specdec.heads.sequential import (
     reading_layers,
 )
 from specdec.models.base import FINAL, FeatureLayers
+from specdec.models.files.saving import fingerprint, save_weights, write_config
 from specdec.models.fusion import FusedLayer, GpuStack, Projection, Shared, Stack, layer_by_layer, stack_of
-from specdec.models.saving import fingerprint, save_weights, write_config
 from specdec.models.state.ragged import RaggedCache
 from specdec.runtime.artifacts import explained
 from specdec.runtime.json_files import integers, read_json

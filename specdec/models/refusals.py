@@ -1,4 +1,4 @@
-"""Why a model of transformers cannot be decoded here: the layer that failed and what it would have to do."""
+"""The error for a model of transformers that cannot be decoded here, naming the layer that failed."""
 
 from __future__ import annotations
 
@@ -6,6 +6,10 @@ import inspect
 from typing import Any
 
 from torch import nn
+
+
+class UnsupportedModelError(ValueError):
+    """A model whose cache cannot be rolled back by length, or that does not support per-row positions."""
 
 
 def cannot_decode(model: Any, error: Exception) -> str:

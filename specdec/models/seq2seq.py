@@ -17,19 +17,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from specdec.models.base import MAX_ROLLBACK, FeatureLayers, LanguageModel
-from specdec.models.causal import (
-    UnsupportedModelError,
-    check_logits,
-    check_tree_equals_plain,
-    eos_token_ids,
-    in_two_calls,
-)
+from specdec.models.causal import eos_token_ids
 from specdec.models.decoders.attention import AttentionDecoder
 from specdec.models.decoders.base import Decoder, KeysValues
 from specdec.models.decoders.t5 import t5_decoder
 from specdec.models.fusion import weight_bytes
-from specdec.models.refusals import cannot_decode_seq2seq
+from specdec.models.refusals import UnsupportedModelError, cannot_decode_seq2seq
 from specdec.models.state.ragged import RaggedCache
+from specdec.models.trial import check_logits, check_tree_equals_plain, in_two_calls
 from specdec.runtime.devices import upload
 from specdec.trees.columns import Branches
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from specdec import SamplingParams
-from specdec.distill.calibration import Calibration, calibrate, observe, table
+from specdec.distill.evaluation.calibration import Calibration, calibrate, observe, table
 from specdec.models.markov import MarkovModel
 
 

@@ -104,7 +104,7 @@ def test_a_trained_output_head_is_written_and_cannot_be_left_out(target: Any, tm
 
 
 def test_a_config_names_the_target_and_how_the_head_was_made(target: Any, tmp_path: Path) -> None:
-    from specdec.models.saving import fingerprint
+    from specdec.models.files.saving import fingerprint
 
     written(new_head("eagle3", target), tmp_path, target, "SafeAILab")
     config = json.loads((tmp_path / "config.json").read_text())

@@ -10,7 +10,7 @@ import torch
 
 from specdec.conformance.toys import table
 from specdec.distill.__main__ import main
-from specdec.distill.tree import MIN_TRIED, Counts, count
+from specdec.distill.evaluation.tree import MIN_TRIED, Counts, count
 from specdec.models.markov import MarkovModel
 from specdec.proposers.draft_model import DraftModelProposer
 from specdec.trees.optimal import Rates

@@ -9,7 +9,8 @@ import torch
 from helpers.tiny import GQA, GREEDY, PROMPTS, SMALL, SUPPORTED, make, reference
 
 from specdec import Engine, SamplingParams
-from specdec.models.causal import CausalLM, UnsupportedModelError, check_logits
+from specdec.models.causal import CausalLM, UnsupportedModelError
+from specdec.models.trial import check_logits
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])

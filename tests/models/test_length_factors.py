@@ -119,7 +119,7 @@ def test_a_model_that_computes_by_the_longest_row_from_some_length_on_is_refused
 def test_long_thresholds_are_tried_with_the_first_layers(monkeypatch) -> None:
     """A text as long as that costs much: as many layers as have one of each kind are enough to see it."""
     seen = []
-    monkeypatch.setattr("specdec.models.causal.check_logits", lambda actual, expected, *_: seen.append(actual))
+    monkeypatch.setattr("specdec.models.trial.check_logits", lambda actual, expected, *_: seen.append(actual))
     options = GQA | {"num_hidden_layers": 4, "max_position_embeddings": 1000}
     model = make("llama", options)
     model.config.chunk_length = 300

@@ -18,7 +18,8 @@ from helpers.tiny import PROMPTS
 
 from specdec import Engine, SamplingParams
 from specdec.models import loading
-from specdec.models.loading import SMOLLM2_135M, load_pretrained, resolve
+from specdec.models.files.bundled import SMOLLM2_135M
+from specdec.models.loading import load_pretrained, resolve
 from specdec.runtime.artifacts import LoadError
 
 PROMPT = torch.tensor([[1, 5, 9, 2]])

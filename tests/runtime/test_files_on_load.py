@@ -13,7 +13,7 @@ from helpers import tiny
 from safetensors.numpy import save_file
 
 from specdec.heads.eagle import EagleHead, load_head, new_head
-from specdec.models.saving import fingerprint
+from specdec.models.files.saving import fingerprint
 from specdec.proposers.table import NgramTable
 from specdec.runtime.artifacts import LoadError
 from specdec.runtime.json_files import integers, read_json

@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from bench.first_light import pieces
 from bench.first_light.pieces import dequantized, pack, unpack
-from specdec.models.loading import SMOLLM2_135M, load_pretrained, resolve
+from specdec.models.files.bundled import SMOLLM2_135M
+from specdec.models.loading import load_pretrained, resolve
 from specdec.runtime.artifacts import LoadError, folder_of
 
 

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from specdec.models.saving import fingerprint, save_weights, write_config
+from specdec.models.files.saving import fingerprint, save_weights, write_config
 
 WEIGHTS_FILE = "derived.safetensors"
 BODY = "body."  # prefix of the layers' weights, which are named as in transformers' LlamaModel

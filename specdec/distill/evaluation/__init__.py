@@ -1,0 +1,1 @@
+"""Measurements of a draft: acceptance, calibration, convention, costs and the best tree."""

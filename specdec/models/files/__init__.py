@@ -1,0 +1,1 @@
+"""Files of models: formats, fingerprints, weights derived from others, and generation configs."""
