@@ -507,6 +507,7 @@ def test_a_revision_is_requested(monkeypatch, tmp_path) -> None:
 
 
 GEMMA2 = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+GEMMA2 |= {"max_position_embeddings": 64, "sliding_window": 16}  # the trial on loading reads texts beyond the window
 ONLY_EAGER = {
     "gemma2": GEMMA2 | {"num_key_value_heads": 1, "head_dim": 16, "intermediate_size": 32},
     "gptj": {"vocab_size": 64, "n_embd": 32, "n_layer": 2, "n_head": 2, "rotary_dim": 4, "n_positions": 64},
