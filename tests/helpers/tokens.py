@@ -56,3 +56,15 @@ def sentencepiece(
     parts = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     raw.decoder = decoders.Sequence(parts)
     return PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
+def letters(size: int) -> PreTrainedTokenizerFast:
+    """A token for each character and, as real ones have, for some pairs, which can be written in two ways."""
+    singles = ["<pad>", "<s>", "</s>", *map(chr, range(97, 123)), " ", ".", ","]
+    merges = [(left, right) for left in "aeiou" for right in "nrst"] + [("t", "h"), ("c", "h")]
+    names = [*singles, *("".join(pair) for pair in merges)]
+    assert len(names) <= size
+    names += [f"<{index}>" for index in range(len(names), size)]
+    raw = Tokenizer(models.BPE(vocab={name: index for index, name in enumerate(names)}, merges=merges))
+    raw.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<s>", eos_token="</s>", pad_token="<pad>")

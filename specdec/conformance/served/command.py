@@ -70,7 +70,7 @@ def _audit_options(group: Any) -> None:
     group.add_argument("--device", default="auto", help="of the reference: auto, cpu or cuda (default: %(default)s)")
     group.add_argument("--num-draws", type=_positive, default=20_000, help="tokens per arm (default: %(default)s)")
     group.add_argument(
-        "--max-tv", type=float, default=0.05, help="total variation distance to detect (default: %(default)s)"
+        "--max-tv", type=_share, default=0.05, help="total variation distance to detect (default: %(default)s)"
     )
     group.add_argument("--seed", type=int, default=0, help="audit seed, below 128 (default: %(default)s)")
 
@@ -141,6 +141,16 @@ def _fields(text: str) -> dict[str, Any]:
         value = None
     if not isinstance(value, dict):
         raise argparse.ArgumentTypeError(f'{text[:80]!r} must be a JSON object, as {{"speculate": false}}')
+    return value
+
+
+def _share(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} must lie between 0 and 1")
     return value
 
 

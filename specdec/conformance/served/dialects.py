@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from specdec.sampling_params import SamplingParams
@@ -117,7 +117,7 @@ class TensorRT:
 
     def reply(self, answer: Mapping[str, Any]) -> Reply:
         found = _openai_reply(answer)
-        return Reply(found.token_ids, found.text or None, found.finish_reason, found.num_tokens)
+        return replace(found, text=found.text or None)
 
 
 @dataclass(frozen=True, slots=True)

@@ -75,9 +75,10 @@ def _places(options: Namespace) -> tuple[Place, Place]:
 
 
 def _place(options: Namespace, url: str, fields: Mapping[str, Any]) -> Place:
+    """A server asked for what the options leave open: its kind and the name of its model."""
     client = Client(url, api_key(), options.timeout, options.timeout)
-    served = client.model()
-    dialect = dialect_of(served["owned_by"]) if options.server == "auto" else DIALECTS[options.server]
+    served = {} if options.model and options.server != "auto" else client.model()
+    dialect = DIALECTS[options.server] if options.server != "auto" else dialect_of(served["owned_by"])
     return Place(client, dialect, options.model or served["id"], fields)
 
 

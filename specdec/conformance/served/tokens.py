@@ -39,8 +39,8 @@ class TokenRecovery:
             self._check_vocabulary(tokens)
             self._check_text(question, tokens, reply.text)
         ended = self._ended(tokens, reply)
-        self._check_count(ended, tokens, reply)
         self._check_end(ended, question.max_tokens, reply)
+        self._check_count(ended, tokens, reply)
         return ended
 
     def _check_prompt(self, question: Question, reply: Reply) -> None:
