@@ -144,6 +144,7 @@ def test_commands_that_do_not_run_are_understood(page: str) -> None:
 
 
 PROGRAMS = {
+    "vllm",
     "python3",
     ".",
     "git",

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import configparser
 import re
+import shlex
 import tomllib
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+
+from specdec.conformance.__main__ import parser as conformance_parser
 
 ROOT = Path(__file__).parents[2]
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
@@ -27,8 +30,8 @@ def commands(path: Path) -> list[str]:
     return [line.strip() for step in steps for line in step.get("run", "").splitlines()]
 
 
-def test_there_are_workflows_for_tests_and_for_a_gpu() -> None:
-    assert [path.name for path in WORKFLOWS] == ["gpu.yml", "tests.yml"]
+def test_there_are_workflows_for_tests_for_a_gpu_and_for_audits() -> None:
+    assert [path.name for path in WORKFLOWS] == ["audit.yml", "gpu.yml", "tests.yml"]
 
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.name)
@@ -64,3 +67,26 @@ def test_the_gpu_runs_the_two_commands_and_compares_with_a_baseline() -> None:
     assert "pytest tests/" in run
     assert any(line.startswith("pytest bench/ --benchmark-json=out.json") for line in run)
     assert any(re.match(r'pytest-benchmark compare "\$BASELINE" out\.json ', line) for line in run)
+
+
+def test_the_audit_workflow_can_be_called_and_fails_with_the_audit() -> None:
+    path = ROOT / ".github" / "workflows" / "audit.yml"
+    (call,) = read(path)["on"].items()
+    assert call[0] == "workflow_call"
+    inputs = call[1]["inputs"]
+    assert {name for name, each in inputs.items() if each.get("required")} == {
+        *("install", "target", "speculative", "plain"),
+    }
+    (step,) = [step for step in read(path)["jobs"]["audit"]["steps"] if step.get("name") == "Audit"]
+    assert step["shell"] == "bash"
+    command = step["run"].replace("\\\n", " ").splitlines()[-1].partition("|")[0]
+    words = shlex.split(command.replace('"${options[@]}"', "--max-tv 0.1"))
+    assert words[1:3] == ["-m", "specdec.conformance"]
+    assert conformance_parser().parse_args(words[3:])
+
+
+def test_what_the_documentation_says_of_it_fits() -> None:
+    page = (ROOT / "docs" / "auditing.md").read_text()
+    job = yaml.load(re.search(r"```text\n(jobs:.*?)```", page, re.S)[1], Loader=yaml.BaseLoader)["jobs"]["lossless"]
+    assert (ROOT / job["uses"]).is_file()
+    assert set(job["with"]) <= set(read(ROOT / job["uses"])["on"]["workflow_call"]["inputs"])

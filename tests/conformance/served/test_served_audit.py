@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -100,6 +101,26 @@ def test_one_server_may_serve_both_arms(audit: Audit, engines: Any) -> None:
     assert record["num_drafted"] > 0
 
 
+def test_the_ten_lines_of_the_documentation_certify_an_engine(
+    engines: Any, target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its command as it is, with its two servers and target replaced by tiny ones, and fewer tokens."""
+    page = (Path(__file__).parents[3] / "docs" / "auditing.md").read_text()
+    (block,) = re.findall(r"```bash\n(vllm serve.*?)```", page, re.S)
+    assert block.count("\n") <= 10
+    (line,) = [each for each in block.replace("\\\n", " ").splitlines() if each.startswith("python ")]
+    monkeypatch.chdir(tmp_path)
+    with serving(Model(engines["speculative"])) as url, serving(Model(engines["plain"])) as plain_url:
+        places = {"http://localhost:8000": url, "http://localhost:8001": plain_url, "smollm2": str(target)}
+        words = [places.get(word, word) for word in shlex.split(line)]
+        assert words[:3] == ["python", "-m", "specdec.conformance"]
+        prompts = ["--prompts", str(target / "prompts.jsonl")]  # the built-in ones are not in this target's alphabet
+        assert main([*words[3:], *prompts, "--num-draws", "900", "--max-tv", "0.2"]) == 0
+    assert {path.name for path in (tmp_path / "certificates").iterdir()} == {
+        *("vllm-ngram.json", "vllm-ngram.md", "vllm-ngram.xml"),
+    }
+
+
 # -- speculation that is not confirmed ---------------------------------------------------------------------------
 
 
@@ -159,6 +180,10 @@ def other_tokenizer(choice: Any, request: Any) -> Any:
 
 def other_ids(choice: Any, request: Any) -> Any:
     return choice | {"token_ids": [max(3, 60 - token) for token in choice["token_ids"]]}
+
+
+def goes_on(choice: Any, request: Any) -> Any:
+    return choice | {"token_ids": [5] * 30, "text": "c" * 30, "finish_reason": "length"}
 
 
 BAD = {

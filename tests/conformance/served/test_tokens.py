@@ -60,7 +60,7 @@ def test_a_text_is_encoded_if_it_comes_back() -> None:
     assert recovered(text="abcd") == (3, 4, 5, 6)
     with pytest.raises(UnclearTokensError, match="encodes to tokens of another text"):
         recovered(text="ab?d")
-    with pytest.raises(UnclearTokensError, match="has 3 tokens, but the server counts 4|ended one after 3 of 4"):
+    with pytest.raises(UnclearTokensError, match="ended one after 3 of 4"):
         recovered(text="ancd", num_tokens=4)
 
 
