@@ -6,19 +6,16 @@ another row of tokens in the rare case that the target sampled an unusual one.
 
 from __future__ import annotations
 
-import json
 import logging
-import os
-import urllib.error
-import urllib.request
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
 from specdec.distill.corpus import Text
+from specdec.servers.client import Client, api_key
+from specdec.servers.errors import EngineError
 
-KEY_VARIABLE = "SPECDEC_SERVER_API_KEY"
 TIMEOUT_S = 600.0  # of one answer
 _MAX_SHOWN = 200  # characters of a server's message
 
@@ -27,13 +24,18 @@ class ServerAnswers:
     """An `Answers` of a served model.
 
     url: of the server, with or without /v1. model: its name there. tokenizer, vocab_size: the target's.
-    num_concurrent: requests at once. The API key is that of the environment variable KEY_VARIABLE, if there is one.
+    num_concurrent: requests at once. The API key is that of the environment variable SPECDEC_SERVER_API_KEY, if there
+    is one.
     """
 
     def __init__(self, url: str, model: str, tokenizer: Any, vocab_size: int, num_concurrent: int) -> None:
         if not url.startswith(("http://", "https://")):
             raise ValueError(f"url={url!r} must begin with http:// or https://; give that of a running server")
-        self._url = url.rstrip("/").removesuffix("/v1") + "/v1/completions"
+        try:
+            self._client = Client(url, api_key(), TIMEOUT_S, TIMEOUT_S)
+        except EngineError as error:
+            raise ValueError(str(error)) from None
+        self._url = url
         self._model, self._tokenizer, self._vocab_size = model, tokenizer, vocab_size
         self._num_concurrent = num_concurrent
 
@@ -95,26 +97,11 @@ class ServerAnswers:
             tokens.append(end)
         return self._checked(tokens), abs(usage.get("completion_tokens", len(tokens)) - len(tokens)) > 1
 
-    def _post(self, request: dict[str, Any]) -> Any:
-        headers = {"Content-Type": "application/json"}
-        if key := os.environ.get(KEY_VARIABLE):
-            headers["Authorization"] = f"Bearer {key}"
+    def _post(self, request: dict[str, Any]) -> dict[str, Any]:
         try:
-            asked = urllib.request.Request(self._url, json.dumps(request).encode(), headers)
-            with urllib.request.urlopen(asked, timeout=TIMEOUT_S) as response:
-                return json.load(response)
-        except urllib.error.HTTPError as error:
-            said = error.read(4 * _MAX_SHOWN).decode(errors="replace")
-            raise OSError(
-                f"url={self._url!r} must accept the request, but answered {error.code}: {_shown(said)}; check --model, "
-                f"or set {KEY_VARIABLE}"
-            ) from None
-        except ValueError as error:
-            raise ValueError(f"url={self._url!r} must answer in JSON ({error}); use another server") from None
-        except OSError as error:
-            raise OSError(
-                f"url={self._url!r} must be reachable ({error}); start the server, then rerun to go on"
-            ) from None
+            return self._client.post("/v1/completions", request)
+        except EngineError as error:
+            raise OSError(f"{error}; to go on, check --url and --model, then rerun") from None
 
 
 def _shown(value: Any) -> str:

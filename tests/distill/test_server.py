@@ -95,7 +95,11 @@ def test_a_text_is_encoded_again_and_ends_with_the_server_s_finish_reason(defaul
         (choices(text="", token_ids=[1 << 20]), ValueError, "must answer with tokens below 49152, .* but gave"),
         (choices(text="", token_ids=[]), ValueError, "must answer with tokens below 49152"),
         ((200, {"choices": []}), ValueError, "must answer as OpenAI's completions do"),
-        ((404, {"error": "no such model"}), OSError, "but answered 404: .*no such model.*; check --model"),
+        (
+            (404, {"error": "no such model"}),
+            OSError,
+            "but answered 404: .*no such model.*; to go on, check",
+        ),
     ],
 )
 def test_a_wrong_answer_is_reported(answer, error, message: str, default_model, text: Text) -> None:
@@ -106,10 +110,16 @@ def test_a_wrong_answer_is_reported(answer, error, message: str, default_model, 
 def test_an_unreachable_server_and_a_wrong_url_are_reported(default_model, text: Text) -> None:
     with served(lambda request: choices(text="")) as (url, _):
         pass
-    with pytest.raises(OSError, match=r"must be reachable .*; start the server, then rerun to go on"):
+    with pytest.raises(OSError, match=r"must be reachable .*; start it, .*; to go on, check .*, then rerun"):
         answers_of(url, default_model)([text], 8)
     with pytest.raises(ValueError, match="url='localhost' must begin with http"):
         answers_of("localhost", default_model)
+
+
+def test_an_invalid_key_is_an_error_of_the_user(default_model, monkeypatch) -> None:
+    monkeypatch.setenv("SPECDEC_SERVER_API_KEY", "two words")
+    with pytest.raises(ValueError, match="SPECDEC_SERVER_API_KEY must contain only"):
+        answers_of("http://localhost", default_model)
 
 
 def test_a_served_target_gives_the_corpus_that_it_gives_here(target_folder: Path, tmp_path: Path) -> None:
