@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from specdec.models.formats import DTYPE_NAMES, LOAD_FORMATS
+from specdec.models.files.formats import DTYPE_NAMES, LOAD_FORMATS
 from specdec.runtime.checks import require
 from specdec.runtime.extensions import is_extension
 
