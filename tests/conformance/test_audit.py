@@ -291,9 +291,10 @@ def test_too_few_draws_give_no_verdict_and_say_how_many_it_takes() -> None:
 
 
 @pytest.mark.parametrize("name", ["alpha", "beta", "max_tv"])
-def test_limits_are_probabilities(name: str) -> None:
-    with pytest.raises(ValueError, match=f"{name}=1.5 must lie between 0 and 1"):
-        AuditLimits(**{name: 1.5})
+@pytest.mark.parametrize("value", [-0.5, 0.0, 1.0, 1.5])
+def test_limits_are_probabilities(name: str, value: float) -> None:
+    with pytest.raises(ValueError, match=f"{name}={value} must lie between 0 and 1"):
+        AuditLimits(**{name: value})
 
 
 def test_noise_is_not_negative() -> None:

@@ -50,14 +50,21 @@ def verdict(audited: ArmFindings = SOUND, plain: ArmFindings = SOUND, arms: floa
     return judge(audited, plain, arms, NEEDED, LIMITS, speculation)[0]  # type: ignore[arg-type]
 
 
-def test_sound_findings_are_lossless() -> None:
-    assert verdict() == "lossless"
+@pytest.mark.parametrize("num_draws", [NEEDED, NEEDED + 1])
+def test_sound_findings_are_lossless(num_draws: int) -> None:
+    arm = replace(SOUND, num_draws=num_draws)
+    assert verdict(arm, arm) == "lossless"
 
 
 @pytest.mark.parametrize(("p_value", "expected"), [(1.4e-7, "lossy"), (1.5e-7, "inconclusive")])
 def test_a_p_value_is_corrected_for_the_number_of_tests(p_value: float, expected: str) -> None:
     """Six instruments and the search for repeats share a false-alarm rate of 1e-6."""
     assert verdict(wrong(p_value), arms=1e-6) == expected
+
+
+def test_a_corrected_p_value_of_alpha_is_a_fault() -> None:
+    limits = AuditLimits(alpha=7 * 2.0**-20)
+    assert judge(wrong(2.0**-20), SOUND, limits.alpha, NEEDED, limits, SPECULATES)[0] == "lossy"
 
 
 @pytest.mark.parametrize(("arms", "expected"), [(1e-6, "lossy"), (1.1e-6, "inconclusive")])
@@ -190,7 +197,9 @@ def test_greedy_bounds_are_those_of_a_rate() -> None:
     assert found.min_detectable_tv == min_detectable_rate(1000, 1e-3)
     assert found.num_draws_needed == draws_needed_for_rate(0.1, 1e-3)
     assert bounds(greedy, 1e-5, OTHER).tv_lower_bound == 0
-    assert bounds(replace(arm, num_draws=0), 1e-5, OTHER).tv_upper_bound == 1  # trivial: nothing was drawn
+    for hardly_any in (0, 1):
+        found = bounds(replace(arm, num_draws=hardly_any), 1e-5, OTHER)
+        assert (found.tv_upper_bound, found.min_detectable_tv) == (1, min_detectable_rate(1, 1e-3))
     sampled = replace(SOUND, p_values=SOUND.p_values | {"equality": 0.5})
     assert bounds(sampled, 1e-5, OTHER).direction == "draft"
 

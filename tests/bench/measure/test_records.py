@@ -133,12 +133,25 @@ def test_the_closed_form_takes_the_rate_of_the_first_draft_token(config: BenchCo
     assert record["expected_speedup"] == pytest.approx(1.75 / 1.5)
 
 
-def test_an_output_of_one_token_has_no_time_between_tokens(config: BenchConfig) -> None:
-    arms = {CANDIDATE: [run([1], 0.5, counted()), run([1, 2, 3, 4], 2.0, counted((0, 0, 1), (0, 0, 1), (0, 0, 1)))]}
+@pytest.mark.parametrize("short", [[], [1]])
+def test_an_output_of_one_token_has_no_time_between_tokens(short: list[int], config: BenchConfig) -> None:
+    arms = {CANDIDATE: [run(short, 0.5, counted()), run([1, 2, 3, 4], 2.0, counted((0, 0, 1), (0, 0, 1), (0, 0, 1)))]}
     cell = Cell("specdec", TINY.name, "ngram", 2, "same", "smoke", 1)
     record = records.build(cell, TINY, config, "1", "cpu", Measurement(arms, [0.5, 2.0]))
     assert record["inter_token_s"] == pytest.approx(1.5 / 3)
-    assert record["throughput_tok_s"] == pytest.approx(5 / 2.5)
+    assert record["throughput_tok_s"] == pytest.approx((len(short) + 4) / 2.5)
+
+
+@pytest.mark.parametrize("options", [{"temperature": 1.0}, {"synthetic_acceptance_rates": (0.5, 0.5)}], ids=str)
+def test_outputs_are_compared_only_if_they_should_be_equal(
+    options: dict[str, Any], make_config: Callable[..., BenchConfig]
+) -> None:
+    plain = counted((0, 0, 1), (0, 0, 1), (0, 0, 1))
+    arms = {arm: [run([1, 2, 3, 4], 1.0, plain)] for arm in (CANDIDATE, BASELINE, REFERENCE)}
+    cell = Cell("specdec", TINY.name, "ngram", 2, "same", "smoke", 1)
+    for changes, expected in ((options, None), ({}, 1)):
+        record = records.build(cell, TINY, make_config(**changes), "1", "cpu", Measurement(arms, [1.0]))
+        assert record["num_outputs_equal"] is record["num_outputs_equal_reference"] is expected
 
 
 def test_a_record_is_flat(record: dict[str, Any]) -> None:
