@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -142,6 +143,28 @@ def _with_kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
         monkeypatch.setattr(cpp, "available", lambda dtype: False)
     elif not cpp.available(torch.float32):
         pytest.skip("kernels need Linux, a C++ compiler and AVX-512")
+
+
+@pytest.mark.usefixtures("_with_kernels")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_draws_and_races_equal_their_definitions(dtype: torch.dtype) -> None:
+    """Of several positions in several rows, with impossible tokens and noise of 0."""
+    generator = torch.Generator().manual_seed(3)
+    probs = torch.rand(4, 3, 5, generator=generator, dtype=torch.float64).mul(torch.tensor([0, 1, 1, 0, 1])).to(dtype)
+    probs /= probs.sum(-1, keepdim=True)
+    uniforms = torch.rand(4, 3, generator=generator, dtype=torch.float64)
+    noise = torch.rand(4, 3, 5, generator=generator, dtype=torch.float64)
+    noise[1, :, 0] = noise[2, :, 2] = uniforms[0] = 0
+    drawn, won = Dense(probs).draw(uniforms), Dense(probs).draw(noise)
+    for row, position in itertools.product(range(4), range(3)):
+        own = probs[row, position].double().tolist()
+        edges = list(itertools.accumulate(own))
+        threshold = uniforms[row, position].item() * edges[-1]
+        assert drawn[row, position] == next(token for token, edge in enumerate(edges) if edge > threshold)
+        waits = [
+            -math.log1p(-u) / p if p else math.inf for p, u in zip(own, noise[row, position].tolist(), strict=True)
+        ]
+        assert won[row, position] == waits.index(min(waits))
 
 
 @pytest.mark.usefixtures("_with_kernels")

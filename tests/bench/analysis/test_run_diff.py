@@ -128,6 +128,11 @@ def test_outputs_are_compared_by_their_digests(digest: str | None, equal: bool |
             {},
             "prompts: times of single prompts were not recorded, or for different numbers of prompts",
         ),
+        (
+            {"per_prompt_latency_s": [1.0] * 3, "per_prompt_tokens": [10] * 3},
+            {},
+            "prompts: times of single prompts were not recorded, or for different numbers of prompts",
+        ),
         ({}, {"cpu_model": "another"}, "machine: cpu_model was a processor and is another"),
         ({}, {"gpus": ["a GPU"]}, "machine: gpus was [] and is ['a GPU']"),
         ({}, {"python_version": "3.12"}, "versions: python was 3.11.7 and is 3.12"),
@@ -157,20 +162,20 @@ def test_versions_that_are_compared_may_differ(tmp_path: Path) -> None:
 
 def test_other_texts_of_the_same_workload_are_detected(tmp_path: Path) -> None:
     configuration_of_both = {"workloads": ["smoke"], "num_prompts": 2, "seed": 0, "prompt_lengths": None}
-    before, after = [
+    before, after, same = [
         results.read(
             write(
-                tmp_path / f"{name}.json",
+                tmp_path / f"{number}.json",
                 [decoded("ngram", 2)],
-                configuration=configuration_of_both | {"prompts_sha256": name},
+                configuration=configuration_of_both | {"prompts_sha256": digest * 64},
             )
         )
-        for name in "ab"
+        for number, digest in enumerate("aba")
     ]
     for runs in ((before, after), (after, before)):
         (found,) = run_diff.differences(*runs)
         assert found.reasons == ("prompts: the workload's texts differ",)
-    (found,) = run_diff.differences(before, before)
+    (found,) = run_diff.differences(before, same)
     assert found.verdict == "no difference seen"
 
 

@@ -192,6 +192,26 @@ def test_engines_that_tell_no_counts_have_no_acceptance(config: BenchConfig) -> 
         assert record[name] is None, name
 
 
+def test_only_vllm_has_engine_options(make_config: Callable[..., BenchConfig]) -> None:
+    config, measurement = make_config(vllm_options="{}"), Measurement({CANDIDATE: [run([1], 1.0, counted())]}, [1.0])
+    for engine, expected in (("vllm", "{}"), ("vllm-server", "{}"), ("specdec", None)):
+        cell = Cell(engine, TINY.name, "ngram", 2, "same", "smoke", 1)
+        assert records.build(cell, TINY, config, "1", "cpu", measurement)["engine_options"] == expected
+
+
+@pytest.mark.parametrize("without", [CANDIDATE, BASELINE])
+def test_a_prediction_needs_the_times_of_both_arms(without: str, config: BenchConfig) -> None:
+    counts = {CANDIDATE: counted((2, 2, 3)), BASELINE: counted((0, 0, 1), (0, 0, 1), (0, 0, 1))}
+    arms = {
+        arm: [run([1, 2, 3, 4], 1.0, each, None if arm == without else PhaseTimes(0.5, 0.2, 0.3, 0.1, 1.1))]
+        for arm, each in counts.items()
+    }
+    cell = Cell("specdec", TINY.name, "ngram", 2, "same", "smoke", 1)
+    record = records.build(cell, TINY, config, "1", "cpu", Measurement(arms, [1.0]))
+    assert record["speedup"] == 1.0
+    assert record["predicted_speedup"] is record["cost_ratio"] is record["speedup_from_prefill"] is None
+
+
 def test_the_terminal_shows_how_a_prediction_becomes_the_measured_speedup(record: dict[str, Any]) -> None:
     lines = printed([record | {"speedup_from_truncation": -1e-9}])
     parts = lines[lines.index("From predicted to measured speed-up: what each effect adds:") :]

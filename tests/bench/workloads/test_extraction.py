@@ -154,6 +154,25 @@ def test_an_invalid_function_is_returned_as_it_was_written() -> None:
     assert function_of(text, "f", "def f(x):\n") == "def f(x):\n    return (\n"
 
 
+def test_the_last_of_several_invalid_functions_is_returned() -> None:
+    first, last = "def f(x):\n    return (\n", "def f(x):\n    return [\n"
+    assert function_of(f"```\n{first}```\nRather:\n```\n{last}```", "f", "def f(x):\n") == last
+
+
+def test_a_head_without_the_function_is_left_out() -> None:
+    assert function_of("```\ndef f(x):\n    return x\n```", "f", "def g(x):\n") == "def f(x):\n    return x\n"
+
+
+@pytest.mark.parametrize("body", ["    return x\n", " return x\n", "\treturn x\n"])
+def test_an_indented_body_in_a_fence_keeps_its_indentation(body: str) -> None:
+    assert function_of(f"```\n{body}```", "f", "def f(x):\n") == f"def f(x):\n{body}"
+    assert function_of("```\nreturn x\n```", "f", "def f(x):\n") == "def f(x):\n    return x\n"
+
+
+def test_an_invalid_body_ends_at_the_first_line_that_is_not_indented() -> None:
+    assert function_of("    return (\nThat is\n\nall.", "f", "def f(x):\n") == "def f(x):\n    return ("
+
+
 def test_an_example_is_left_out_with_all_its_lines() -> None:
     text = "```python\ndef f(x):\n    return x\n\nassert f(\n    1\n) == 1\n```"
     assert function_of(text, "f", "def f(x):\n") == "def f(x):\n    return x\n"
