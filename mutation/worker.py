@@ -27,6 +27,7 @@ from mutation import patching
 from mutation.forks import Answer, Zygote, in_fork
 
 LAST_KILLERS = 8  # tests that failed last are run first: neighboring mutants tend to fail the same one
+MAX_EXAMPLES = 25
 OPTIONS = ("-q", "-x", "-s", "-p", "no:cacheprovider", "-W", "ignore::pytest.PytestAssertRewriteWarning")
 
 
@@ -53,13 +54,17 @@ class QuickestFirst:
             self.killed_by = report.nodeid
 
 
-class WithoutShrinking:
-    """A pytest plugin that ends Hypothesis's search at the first failure: nobody reads the example of a mutant."""
+class ShortSearches:
+    """A pytest plugin that shortens Hypothesis's searches: fewer examples, and an end at the first failure.
+
+    Nobody reads the example of a mutant, and one that survives fewer examples is looked at by hand.
+    """
 
     @pytest.hookimpl(trylast=True)
     def pytest_configure(self) -> None:
         phases = (Phase.explicit, Phase.reuse, Phase.generate)
-        settings.register_profile("mutation", settings.default, phases=phases, report_multiple_bugs=False)
+        options = {"max_examples": MAX_EXAMPLES, "phases": phases, "report_multiple_bugs": False}
+        settings.register_profile("mutation", settings.default, **options)
         settings.load_profile("mutation")
 
 
@@ -171,7 +176,7 @@ def _run(items: list[pytest.Item], order: QuickestFirst) -> str:
 def run_unmutated(tests: list[str], path: Path, module: str) -> Answer:
     """Run all tests: whether they passed, the time and the lines of each, and the project's modules imported."""
     order, lines = QuickestFirst({}, []), LinesByTest(path, module)
-    code = pytest.main([*OPTIONS, *tests], plugins=[WithoutShrinking(), order, lines])
+    code = pytest.main([*OPTIONS, *tests], plugins=[ShortSearches(), order, lines])
     modules = sorted(name for name in sys.modules if name.partition(".")[0] in ("specdec", "bench"))
     answer = {"killed_by": order.killed_by, "times_s": order.times_s, "lines": lines.lines(), "modules": modules}
     return {"passed": code == 0, **answer}
@@ -180,7 +185,7 @@ def run_unmutated(tests: list[str], path: Path, module: str) -> Answer:
 def import_and_run(tests: list[str], times_s: dict[str, float], killers: list[str]) -> Answer:
     """Run all tests on the module that is on disk, which must not have been imported."""
     order = QuickestFirst(times_s, killers)
-    code = pytest.main([*OPTIONS, *tests], plugins=[WithoutShrinking(), order])
+    code = pytest.main([*OPTIONS, *tests], plugins=[ShortSearches(), order])
     return {"killed_by": order.killed_by or ("" if code == 0 else "collection")}
 
 
@@ -232,7 +237,7 @@ def work(session: str, source: str, tests: list[str], timeout_s: float, sample: 
 
     mutating.run_tests = run_tests
     loop.mutants = lambda: _try_pending(session, mutating.mutate_and_test, sample, seed)
-    code = pytest.main([*OPTIONS, *tests], plugins=[WithoutShrinking(), loop])
+    code = pytest.main([*OPTIONS, *tests], plugins=[ShortSearches(), loop])
     if code not in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
         raise SystemExit(int(code))
 
