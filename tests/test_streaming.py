@@ -148,7 +148,7 @@ def test_closing_drops_unfinished_requests_and_the_engine_stays_usable() -> None
 
 
 def test_queueing_time_is_reported() -> None:
-    """One slot: nobody has it before the one before is done."""
+    """One slot: a request takes it only after the previous one is done."""
     params = [SamplingParams(max_tokens=6)] * 3
     first, second, third = Engine(TARGET).generate(PROMPTS[:3], params)
     assert 0 <= first.queue_s < first.ttft_s
@@ -168,7 +168,7 @@ def test_output_does_not_depend_on_arrival_times() -> None:
 
 
 def test_no_request_is_decoded_before_its_arrival_and_slots_go_by_arrival() -> None:
-    """One slot: rows come out one after the other, in the order of their arrival, waiting where nobody is there."""
+    """One slot: rows come out one after the other, in the order of their arrival, waiting while no request is there."""
     arrivals = [0.03, 0.0, 0.06]
     requests = [Request(i, (i,), SamplingParams(max_tokens=4), arrival_s=each) for i, each in enumerate(arrivals)]
     rows = list(Decoder(TARGET).advance(requests))

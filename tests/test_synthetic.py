@@ -1,4 +1,4 @@
-"""Prescribed acceptance: the rates come out as they were asked for, and nobody takes it for verification."""
+"""Prescribed acceptance: the rates are the requested ones, and it cannot be mistaken for verification."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Text that grows: never taken back, and of a continuation what it adds to what it continues."""
+"""Incremental text: nothing is taken back, and a continuation yields only what it adds."""
 
 from __future__ import annotations
 

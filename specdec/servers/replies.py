@@ -1,7 +1,7 @@
 """Parses and validates the replies of servers. They are untrusted: every invalid reply raises an EngineError.
 
 Servers and proxies may send anything: token ids beyond the vocabulary, counters that are not numbers, answers without
-an end. Whoever asked must fail instead of recording a wrong result.
+an end. The caller must fail instead of recording a wrong result.
 """
 
 from __future__ import annotations

@@ -42,7 +42,7 @@ def tensors_of(name: str) -> dict[str, Tensor]:
 
 
 def drafted_logits(head: Any, features: Tensor, newest: int, drafted: list[int]) -> list[Tensor]:
-    """Logits [vocab] of each place, the tokens before it being given."""
+    """Logits [vocab] of each place, given the tokens before it."""
     cache = head.allocate(1, 32)
     head.extend(features.unsqueeze(0), torch.zeros(1, len(features), dtype=torch.int64), cache)
     cache.num_cached = [len(features)]
@@ -123,7 +123,7 @@ def test_confidence_is_read_from_the_state_and_the_token_before(model, tmp_path:
 
 
 def test_rows_of_a_draft_vocabulary_that_does_not_ascend(model, tmp_path: Path) -> None:
-    """Output head and Markov bias are put in order alike."""
+    """Output head and Markov bias are sorted alike."""
     tokens = torch.randperm(checkpoints.VOCAB, generator=torch.Generator().manual_seed(0))[:40]
     case, cut = checkpoints.dspark(), {}
     for name in ("lm_head.weight", "markov_head.markov_w2.weight"):
@@ -143,7 +143,7 @@ GREEDY = SamplingParams(temperature=0, max_tokens=64, ignore_eos=True)
 
 @pytest.fixture(scope="module")
 def plain(model) -> list[tuple[int, ...]]:
-    """What the target emits without speculation."""
+    """The target's outputs without speculation."""
     return [each.token_ids for each in Engine(CausalLM(model), max_batch_size=3).generate(PROMPTS, GREEDY)]
 
 

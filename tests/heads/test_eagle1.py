@@ -1,4 +1,4 @@
-"""EAGLE and EAGLE-2 heads as they are published, beside our own folders."""
+"""EAGLE and EAGLE-2 heads in their published formats."""
 
 from __future__ import annotations
 

@@ -328,7 +328,7 @@ def test_joint_distribution_of_coupled_drafts(tmp_path: Path) -> None:
 
 
 def test_the_heads_distributions_depend_on_their_context(tmp_path: Path) -> None:
-    """Else enumeration could not see a state that is another position's."""
+    """Otherwise enumeration could not detect the state of another position."""
     head = on_grid("original", tmp_path)
     cache, rows = head.allocate(9, 4), set()
     with torch.inference_mode():
@@ -439,7 +439,7 @@ def test_an_oracle_is_accepted_if_and_only_if_the_right_state_is_fed_back(
 
 @pytest.mark.parametrize("feeds_normed", [False, True])
 def test_one_reading_of_an_oracle_is_accepted_always(feeds_normed: bool, tmp_path: Path) -> None:
-    """However its config misleads: the readings of its choices hold the right one, which the others do not reach."""
+    """For any misleading config: one reading of its choices is the right one, and the others accept less."""
     model = counting_target()
     head = load(oracle(tmp_path, feeds_normed, eagle_aux_hidden_state_layer_ids=[1, 3, 4]), model)
     layers, feeds, residual = head.choices()

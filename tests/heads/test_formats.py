@@ -186,7 +186,7 @@ def test_a_shorter_context_is_warned_of(target: str, tmp_path: Path, caplog: pyt
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The hub's cache, which is all there is of it; the folder of org/head's files in it."""
+    """A hub cache without a network; returns the folder of org/head in it."""
     snapshot = tmp_path / "hub" / "models--org--head" / "snapshots" / ("0" * 40)
     (tmp_path / "hub" / "models--org--head" / "refs").mkdir(parents=True)
     (tmp_path / "hub" / "models--org--head" / "refs" / "main").write_text("0" * 40)

@@ -63,7 +63,7 @@ def test_a_pass_is_that_of_the_eagle3_head_over_mask_tokens(dialect: str, num_la
 
 
 def test_a_draft_is_one_pass_whose_masks_are_overwritten() -> None:
-    """What the cache holds at committed positions is what a fresh pass over the text leaves there."""
+    """The cache at committed positions equals that of a fresh pass over the text."""
     head = drafts.head("p_eagle")
     engine = Engine(drafts.target(), method="p_eagle", draft=head, num_speculative_tokens=3)
     completion = engine.generate([[5, 9, 8, 7]], SamplingParams(temperature=1, max_tokens=30, seed=3, ignore_eos=True))[

@@ -210,7 +210,7 @@ GREEDY = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
 
 @pytest.fixture(scope="module")
 def plain(model) -> list[tuple[int, ...]]:
-    """What the target emits without speculation."""
+    """The target's outputs without speculation."""
     return [each.token_ids for each in Engine(CausalLM(model), max_batch_size=3).generate(tiny.PROMPTS, GREEDY)]
 
 

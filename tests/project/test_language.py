@@ -32,6 +32,9 @@ BANNED = {  # pattern -> what to write instead
     r"(?:can|may|cannot|must|could) be had|is had|are had": "is available, can be downloaded",
     r"anew": "again, from scratch",
     r"roads?": "path, implementation",
+    r"whoever": "a user who, a process that",
+    r"(?:its|their) kin": "its variants, related models",
+    r"as people (?:call|load|see)": "as documented, as printed",
 }
 EXCEPTIONS = {"tests/project/test_language.py": "it holds the patterns"}  # path -> why its words stay
 

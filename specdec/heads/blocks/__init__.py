@@ -1,1 +1,1 @@
-"""Heads that draft a block in one pass, DFlash and its kin."""
+"""Heads that draft a block in one pass, DFlash and its variants."""

@@ -1,4 +1,4 @@
-"""Decoders of transformers models that are run as they are: BART, Pegasus, Marian, M2M-100, T5Gemma and their kin."""
+"""Decoders of transformers models that are run unchanged: BART, Pegasus, Marian, M2M-100, T5Gemma and related ones."""
 
 from __future__ import annotations
 

@@ -20,8 +20,8 @@ Masks = Tensor | dict[str, Tensor | None]  # one for all layers, or one by kind 
 class RowPositions:
     """The inputs by which a transformers causal language model learns positions and what each token attends to.
 
-    first: the id of the first position, which shortens the context by as much: 0 except for RoBERTa and its kin, whose
-    ids begin after that of the padding token.
+    first: the id of the first position, which shortens the context by as much: 0 except for RoBERTa and its variants,
+    whose ids begin after that of the padding token.
     """
 
     def __init__(self, model: Any) -> None:
