@@ -24,7 +24,7 @@ def row(path: Path) -> str:
     cells = (
         f"{record['engine']} {record['engine_version']}",
         method,
-        record["verification"],
+        record["verification"] or "",
         _sampling(record["sampling"]),
         f"[{verdict(record)}]({path.name.removesuffix('.json')}.md)",
         f"{record['p_value']:.2g}",

@@ -11,6 +11,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Lock, Thread
 from typing import Any
 
+import torch
+
 from specdec import Engine, SamplingParams
 
 Change = Callable[[dict[str, Any], dict[str, Any], int], Any]
@@ -52,7 +54,8 @@ class Model:
 
     def reply(self, request: dict[str, Any]) -> dict[str, Any]:
         names = ("seed", "temperature", "top_p", "max_tokens")
-        sampling = SamplingParams(**{name: request[name] for name in names}, top_k=max(0, request.get("top_k", 0)))
+        given = {name: request[name] for name in names if name in request}
+        sampling = SamplingParams(**given, top_k=max(0, request.get("top_k", 0)))
         prompt = request["prompt"]
         tokens = self.engine.target.tokenizer(prompt).input_ids if isinstance(prompt, str) else prompt
         (done,) = self.engine.generate([tokens], [sampling])
@@ -62,7 +65,18 @@ class Model:
         text = self.engine.target.tokenizer.decode(done.token_ids, skip_special_tokens=False)
         choice = {"text": text, "token_ids": list(done.token_ids), "finish_reason": done.finish_reason}
         usage = {"prompt_tokens": len(tokens), "completion_tokens": len(done.token_ids)}
+        if "prompt_logprobs" in request:
+            choice["prompt_logprobs"] = self.prompt_logprobs(tokens, request["prompt_logprobs"])
         return {"choices": [choice], "usage": usage}
+
+    def prompt_logprobs(self, tokens: list[int], number: int) -> list[Any]:
+        """As vLLM reports them: the most likely tokens at each position of a prompt, and the prompt's own token."""
+        logits = self.engine.target.model(torch.tensor([tokens]), use_cache=False).logits[0].log_softmax(-1)
+        rows: list[Any] = [None]
+        for log_probs, token in zip(logits, tokens[1:], strict=False):
+            chosen = {*log_probs.topk(number).indices.tolist(), token}
+            rows.append({str(each): {"logprob": float(log_probs[each]), "rank": 1} for each in chosen})
+        return rows
 
 
 @contextmanager

@@ -36,9 +36,10 @@ def audit_served(
         findings = audit(
             engine, reference, prompts, num_draws=num_draws, batch_size=batch_size, seed=seed, limits=limits
         )
+        doubts = (*engine.doubts(), *repetitions(engine, reference, limits))
     except EngineError as error:
         return without_evidence(str(error), reference, limits)
-    if doubts := (*engine.doubts(), *repetitions(engine, reference, limits)):
+    if doubts:
         return replace(findings, verdict="inconclusive", reasons=(*doubts, *findings.reasons))
     return findings
 

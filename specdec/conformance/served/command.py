@@ -67,6 +67,13 @@ def _sampling_options(group: Any) -> None:
 
 def _audit_options(group: Any) -> None:
     group.add_argument("--target", help="the target, as name, hub id or folder (default: as the server reports)")
+    group.add_argument(
+        "--reference",
+        default="target",
+        choices=("target", "server"),
+        help="target: loaded here in float32; server: the control server's prompt log-probabilities, which is weaker "
+        "and needs vLLM and a --top-k of at most 20 (default: %(default)s)",
+    )
     group.add_argument("--device", default="auto", help="of the reference: auto, cpu or cuda (default: %(default)s)")
     group.add_argument("--num-draws", type=_positive, default=20_000, help="tokens per arm (default: %(default)s)")
     group.add_argument(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from specdec.conformance.certificate import Certificate, Subject
@@ -12,9 +13,10 @@ from specdec.conformance.reference import Reference
 from specdec.conformance.served.audit import audit_served
 from specdec.conformance.served.dialects import DIALECTS, dialect_of
 from specdec.conformance.served.engine import Place, ServedArm, ServedEngine
+from specdec.conformance.served.prompt_logprobs import WEAKER, PromptLogprobs
 from specdec.conformance.served.tokens import TokenRecovery
 from specdec.conformance.verdicts import AuditLimits
-from specdec.models.loading import read_vocabulary
+from specdec.models.loading import Vocabulary, read_vocabulary
 from specdec.prompts import encode_raw
 from specdec.sampling_params import SamplingParams
 from specdec.servers.client import Client, api_key
@@ -31,9 +33,10 @@ def certify(options: Namespace, texts: Sequence[str], sampling: SamplingParams, 
     limits = AuditLimits(max_tv=options.max_tv)
     places = _places(options)
     target = options.target or places[0].client.model()["root"]
-    tokenizer = read_vocabulary(target).tokenizer
+    vocabulary = read_vocabulary(target)
+    tokenizer: Any = vocabulary.tokenizer
     prompts = {encode_raw(text, tokenizer): text for text in texts}
-    reference = Reference.load(target, sampling, device=options.device)
+    reference = _reference(options, target, sampling, places[1], vocabulary)
     recovery = TokenRecovery(tokenizer, reference.vocab_size, reference.stop_token_ids)
     arms = [
         ServedArm(
@@ -56,6 +59,8 @@ def certify(options: Namespace, texts: Sequence[str], sampling: SamplingParams, 
         seed=options.seed,
         limits=limits,
     )
+    if options.reference == "server":
+        findings = replace(findings, reasons=(*findings.reasons, WEAKER))
     subject = Subject(
         engine=places[0].dialect.name,
         engine_version=_version(places[0].client),
@@ -66,6 +71,22 @@ def certify(options: Namespace, texts: Sequence[str], sampling: SamplingParams, 
         options=json.dumps(_conditions(options, arms)),
     )
     return Certificate.of(subject, findings)
+
+
+def _reference(
+    options: Namespace, target: str, sampling: SamplingParams, control: Place, vocabulary: Vocabulary
+) -> Reference:
+    """The target in float32, or what the server without speculation reports of prompts."""
+    if options.reference == "target":
+        return Reference.load(target, sampling, device=options.device)
+    tokenizer: Any = vocabulary.tokenizer
+    return PromptLogprobs(
+        control,
+        sampling,
+        vocab_size=vocabulary.vocab_size,
+        eos_token_ids=frozenset({tokenizer.eos_token_id} - {None}),
+        concurrency=options.concurrency,
+    )
 
 
 def _places(options: Namespace) -> tuple[Place, Place]:
@@ -93,7 +114,7 @@ def _version(client: Client) -> str | None:
 def _conditions(options: Namespace, arms: Sequence[ServedArm]) -> dict[str, Any]:
     """What the certificate says of how the tokens were obtained."""
     return {
-        "reference": "the target in float32",
+        "reference": "the target in float32" if options.reference == "target" else "the server's log-probabilities",
         "control": "another server" if options.control_url else "the same server, switched per request",
         "tokens": "token ids" if all(arm.had_token_ids for arm in arms) else "text, encoded again",
         "concurrency": options.concurrency,
