@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from bench.records.intervals import BootstrapInterval, geometric_mean_interval
+from bench.records.intervals import Interval, geometric_mean_interval
 from bench.records.schema import Record
 
 
@@ -15,7 +15,7 @@ class Lead:
 
     record: Record
     other: Record
-    times: BootstrapInterval
+    times: Interval
 
 
 def leads(records: Sequence[Record]) -> list[Lead]:

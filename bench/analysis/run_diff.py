@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from bench.analysis.engine_ratios import time_per_token
-from bench.records.intervals import BootstrapInterval, geometric_mean_interval, unpaired_ratio_interval
+from bench.records.intervals import Interval, geometric_mean_interval, unpaired_ratio_interval
 from bench.records.results import Results, cell_id
 from bench.records.schema import Record
 
@@ -53,8 +53,8 @@ class Difference:
 
     record: Record
     verdict: str
-    times: BootstrapInterval | None = None
-    plain: BootstrapInterval | None = None
+    times: Interval | None = None
+    plain: Interval | None = None
     reasons: tuple[str, ...] = ()
     outputs_equal: bool | None = None
 
@@ -95,19 +95,19 @@ def _difference(before: Results, after: Results, earlier: Record, later: Record)
     return Difference(later, verdict(times), times, plain, _few(times), outputs_equal)
 
 
-def verdict(times: BootstrapInterval) -> str:
+def verdict(times: Interval) -> str:
     """By the interval of the ratio of speeds: a difference if it excludes 1."""
     if times.low is not None and times.low > 1:
         return FASTER
     return SLOWER if times.high is not None and times.high < 1 else NO_DIFFERENCE
 
 
-def _unpaired_verdict(times: BootstrapInterval) -> str:
+def _unpaired_verdict(times: Interval) -> str:
     """Of unpaired times: whether the machine, or everything on it, is as fast as before."""
     return NO_DIFFERENCE if verdict(times) == NO_DIFFERENCE else MACHINE_CHANGED
 
 
-def _few(times: BootstrapInterval) -> tuple[str, ...]:
+def _few(times: Interval) -> tuple[str, ...]:
     return ("one round has no interval",) if times.low is None else ()
 
 

@@ -59,9 +59,9 @@ class Field:
 
 
 def _interval(field: Field) -> list[Field]:
-    """A field, and the ends of its 95 % bootstrap interval over prompts."""
+    """A field, and the ends of its 95 % interval over prompts."""
     low, high = (
-        Field(f"{field.name}_{end}", float, "1", f"{word} end of the 95 % bootstrap interval of {field.name}.")
+        Field(f"{field.name}_{end}", float, "1", f"{word} end of the 95 % interval of {field.name}.")
         for end, word in (("low", "Lower"), ("high", "Upper"))
     )
     return [replace(field, heading=f"{field.title} [95 %]", ends=(low.name, high.name)), low, high]

@@ -16,9 +16,9 @@ from bench.report.format import verdict as audited
 
 MEANING = (
     "Times as fast: the speed-up of the later run over that of the earlier one, prompt by prompt, as a geometric mean "
-    "with a 95 % bootstrap interval; it counts as a difference if the interval excludes 1. Each speed-up was measured "
-    "side by side with plain decoding, so the machine's load cancels. One in twenty unchanged cells looks changed, "
-    "somewhat more with few prompts. Plain decoding: its speed in the later run over that in the earlier; if not 1, "
+    "with a 95 % interval; it counts as a difference if the interval excludes 1. Each speed-up was measured "
+    "side by side with plain decoding, so the machine's load cancels. One in twenty unchanged cells looks changed. "
+    "Plain decoding: its speed in the later run over that in the earlier; if not 1, "
     "the machine or the engine as a whole changed. Cells with nothing beside them (plain decoding itself, costs) are "
     "compared by their times, which can only show that the machine changed, or everything on it. Outputs: whether all "
     "emitted tokens are equal."

@@ -71,7 +71,7 @@ def _range(records: Sequence[Record], name: str) -> str:
 
 
 _ACCEPTANCE = (
-    "Acceptance rate is the share of drafted tokens that are accepted, with 95 % bootstrap intervals over prompts. "
+    "Acceptance rate is the share of drafted tokens that are accepted, with 95 % intervals over prompts. "
     "System efficiency is the number of emitted tokens over the number a perfect draft would emit. Acceptance by "
     "position is the share of steps that accept the token at that position, for each method's longest fixed draft."
 )
@@ -104,7 +104,7 @@ def _speedups(run: Results, pictures: Sequence[Any]) -> list[Section]:
 
 _SPEEDUP = (
     "Time per token of plain decoding over that of the method, for the same prompts decoded in turns by the same "
-    "engine: geometric mean over prompts with a 95 % bootstrap interval. Below 1 the method is slower. Predictions "
+    "engine: geometric mean over prompts with a 95 % interval. Below 1 the method is slower. Predictions "
     "follow from the acceptance rate and the time of each phase, and exclude prefill."
 )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from bench.records import fields
-from bench.records.intervals import BootstrapInterval
+from bench.records.intervals import Interval
 from bench.records.schema import Record
 from bench.report.document import Heading, Table
 from bench.report.format import interval, verdict
@@ -43,7 +43,7 @@ def text(record: Record, name: str) -> str:
     field = fields.field(name)
     if field.ends and (value := record.get(name)) is not None:
         low, high = (record.get(each) for each in field.ends)
-        return interval(BootstrapInterval(value, low, high), field.form)
+        return interval(Interval(value, low, high), field.form)
     return " ".join(field.text(record.get(each)) for each in (name, *field.beside))
 
 

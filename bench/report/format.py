@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from bench.records.intervals import BootstrapInterval
+from bench.records.intervals import Interval
 from bench.records.schema import Record
 
 
-def interval(found: BootstrapInterval, form: str = ".2f") -> str:
+def interval(found: Interval, form: str = ".2f") -> str:
     """An estimate, and the ends of its interval if it has one."""
     if found.low is None or found.high is None:
         return f"{found.estimate:{form}}"

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.measure import machine, telemetry
-from bench.records.intervals import BootstrapInterval, geometric_mean_interval, mean_difference_interval
+from bench.records.intervals import Interval, geometric_mean_interval, mean_difference_interval
 from specdec.runtime.command_line import Parser
 
 CLOCKS = {"wall": time.perf_counter, "processor": time.process_time}
@@ -31,8 +31,8 @@ class Cost:
     that it ran.
     """
 
-    times: BootstrapInterval
-    per_sample_s: BootstrapInterval
+    times: Interval
+    per_sample_s: Interval
     num_samples: int
     cpu_share: float
 
@@ -63,7 +63,7 @@ def measure(
     added, each = mean_difference_interval(*zip(*both, strict=True)), rounds * len(meters) / num_samples
     low, high = (None if end is None else end * each for end in (added.low, added.high))
     times = geometric_mean_interval([with_s / without_s for with_s, without_s in both])
-    return Cost(times, BootstrapInterval(added.estimate * each, low, high), num_samples, cpu_s / wall_s)
+    return Cost(times, Interval(added.estimate * each, low, high), num_samples, cpu_s / wall_s)
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ from bench.catalogue.pairs import Pair
 from bench.engines.base import Run
 from bench.measure.paired import BASELINE, CANDIDATE
 from bench.measure.quality import sandbox
-from bench.records.intervals import mean_difference_interval
+from bench.records.intervals import Interval, mean_difference_interval
 from bench.records.schema import Record
 from bench.workloads.base import Number, Prompt, Summary, UnitTest
 from bench.workloads.extraction import final_number, function_of
@@ -69,14 +69,14 @@ def metric_of(prompts: Sequence[Prompt]) -> str | None:
 def compare(
     metric: str, prompts: Sequence[Prompt], texts: Sequence[str], plain_texts: Sequence[str] | None
 ) -> dict[str, Any]:
-    """Record fields: means over prompts, and the paired difference with its 95 % bootstrap interval.
+    """Record fields: means over prompts, and the paired difference with its 95 % interval.
 
     texts, plain_texts: each prompt's output, and that of autoregressive decoding by the same engine, if there is one.
     Raises SandboxError if code would have to be run and cannot be.
     """
     scores = [score(prompt, text) for prompt, text in zip(prompts, texts, strict=True)]
     plain = [score(prompt, text) for prompt, text in zip(prompts, plain_texts, strict=True)] if plain_texts else None
-    difference = mean_difference_interval(scores, plain) if plain else None
+    difference = _difference(scores, plain) if plain else None
     return {
         **no_quality(metric, None),
         "quality": fmean(scores),
@@ -87,6 +87,13 @@ def compare(
         "per_prompt_quality": scores,
         "baseline_per_prompt_quality": plain,
     }
+
+
+def _difference(scores: Sequence[float], plain: Sequence[float]) -> Interval:
+    """Of scores from 0 to 1, so from -1 to 1: with few prompts, Student's t reaches further."""
+    found = mean_difference_interval(scores, plain)
+    ends = (None if end is None else min(max(end, -1.0), 1.0) for end in (found.low, found.high))
+    return Interval(found.estimate, *ends)
 
 
 def no_quality(metric: str | None, reason: str | None) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from helpers.bench_runs import MACHINE, audited, decoded, loaded, row_of, sized,
 from bench.analysis import run_diff
 from bench.analysis.run_diff import Difference
 from bench.records import campaigns, results
-from bench.records.intervals import BootstrapInterval, geometric_mean_interval
+from bench.records.intervals import Interval, geometric_mean_interval
 from bench.report import changes
 from bench.report.terminal import chapter as terminal
 
@@ -23,7 +23,7 @@ def pair_of_runs(folder: Path, before: list[Any], after: list[Any], **changes: A
     return first, second
 
 
-SAME = BootstrapInterval(1.0, 1.0, 1.0)
+SAME = Interval(1.0, 1.0, 1.0)
 PLAIN = {"baseline_per_prompt_latency_s": [2.0, 4.0]}  # as of `decoded` without other times
 
 
@@ -35,21 +35,21 @@ def only(folder: Path, before: Any, after: Any, **changes: Any) -> Difference:
 @pytest.mark.parametrize(
     ("latency_s", "verdict", "times"),
     [
-        ((0.5, 1.0), "faster", BootstrapInterval(2.0, 2.0, 2.0)),
-        ((4.0, 8.0), "slower", BootstrapInterval(0.25, 0.25, 0.25)),
-        ((0.5, 4.0), "no difference seen", BootstrapInterval(1.0, 0.5, 2.0)),
-        ((1.0, 2.0), "no difference seen", BootstrapInterval(1.0, 1.0, 1.0)),
+        ((0.5, 1.0), "faster", Interval(2.0, 2.0, 2.0)),
+        ((4.0, 8.0), "slower", Interval(0.25, 0.25, 0.25)),
+        ((0.5, 4.0), "no difference seen", Interval(1.0, 2**-12.7062, 2**12.7062)),
+        ((1.0, 2.0), "no difference seen", Interval(1.0, 1.0, 1.0)),
     ],
 )
 def test_a_verdict_is_by_the_interval(
-    latency_s: tuple[float, ...], verdict: str, times: BootstrapInterval, tmp_path: Path
+    latency_s: tuple[float, ...], verdict: str, times: Interval, tmp_path: Path
 ) -> None:
-    """Two prompts: an interval over their resamples ends at the less and the greater ratio."""
+    """Two prompts, so one degree of freedom: ratios of 2 and 1/2 have a standard error of log 2."""
     found = only(tmp_path, decoded("ngram", 2), decoded("ngram", 2, latency_s, **PLAIN))
     assert found.verdict == verdict
     assert found.times is not None
     assert [found.times.estimate, found.times.low, found.times.high] == pytest.approx(
-        [times.estimate, times.low, times.high]
+        [times.estimate, times.low, times.high], rel=1e-4
     )
     assert found.reasons == ()
 
@@ -58,21 +58,21 @@ def test_times_are_per_token(tmp_path: Path) -> None:
     """Twice as long for twice as many tokens is as fast."""
     after = decoded("ngram", 2, (2.0, 4.0), per_prompt_tokens=[20, 20], baseline_per_prompt_tokens=[20, 20])
     found = only(tmp_path, decoded("ngram", 2), after)
-    assert (found.verdict, found.times) == ("no difference seen", BootstrapInterval(1.0, 1.0, 1.0))
+    assert (found.verdict, found.times) == ("no difference seen", Interval(1.0, 1.0, 1.0))
 
 
 def test_rounds_of_a_batch_are_one_observation(tmp_path: Path) -> None:
     """(1 + 3) / 20 seconds per token against (1 + 1) / 20."""
     cells = [decoded("ngram", 2, latency_s, batch_size=2, **PLAIN) for latency_s in ((1.0, 3.0), (1.0, 1.0))]
     found = only(tmp_path, *cells)
-    assert (found.times, found.verdict) == (BootstrapInterval(2.0, None, None), "no difference seen")
+    assert (found.times, found.verdict) == (Interval(2.0, None, None), "no difference seen")
     assert found.reasons == ("one round has no interval",)
 
 
 def test_speed_changes_of_the_machine_are_not_attributed_to_a_cell(tmp_path: Path) -> None:
     """Twice as fast, but so is plain decoding beside it: the cell itself is unchanged."""
     found = only(tmp_path, decoded("ngram", 2), decoded("ngram", 2, (0.5, 1.0)))
-    assert (found.verdict, found.times, found.plain) == ("no difference seen", SAME, BootstrapInterval(2.0, 2.0, 2.0))
+    assert (found.verdict, found.times, found.plain) == ("no difference seen", SAME, Interval(2.0, 2.0, 2.0))
     assert only(tmp_path, decoded("autoregressive"), decoded("autoregressive")).plain is None
 
 
@@ -196,25 +196,29 @@ def test_load_is_one_observation(tmp_path: Path) -> None:
 
 
 def test_costs_are_compared_by_their_rounds(tmp_path: Path) -> None:
-    """Rounds of 0.5 and 0.25 s against themselves: the ratio of resampled means lies between 1/2 and 2."""
+    """Rounds of 0.5 and 0.25 s against themselves: each mean logarithm has a standard error of log(2) / 2, and the two
+    together have two degrees of freedom.
+    """
     found = only(tmp_path, sized("width", 1, 0.5), sized("width", 1, 0.5))
-    assert (found.verdict, found.times) == ("no difference seen", BootstrapInterval(1.0, 0.5, 2.0))
+    assert found.verdict == "no difference seen"
+    assert found.times is not None
+    expected = (1.0, 2 ** -(4.302653 / 2**0.5), 2 ** (4.302653 / 2**0.5))
+    assert (found.times.estimate, found.times.low, found.times.high) == pytest.approx(expected)
 
 
 def test_unchanged_cells_rarely_get_a_verdict_of_change() -> None:
-    """300 comparisons of 30 prompts with noise of 10 % and no difference: 5 % look like one, or 7 % as a percentile
-    bootstrap is somewhat too narrow; more than 45 of 300 then have a probability of 1e-6. The negative controls: ends
+    """300 comparisons of 30 prompts with noise of 10 % and no difference: 5 % look like one; more than 36 of 300 then
+    have a probability of 1e-6. The negative controls: ends
     half as far away give 90 and more, and a real difference of 10 % is nearly always found.
     """
     random = np.random.default_rng(1)
     noise = random.normal(0, 0.1, (300, 30))
     intervals = [geometric_mean_interval(np.exp(row).tolist()) for row in noise]
-    assert sum(run_diff.verdict(each) != "no difference seen" for each in intervals) <= 45
+    assert sum(run_diff.verdict(each) != "no difference seen" for each in intervals) <= 36
     halved = [
-        BootstrapInterval(each.estimate, *np.sqrt([each.low * each.estimate, each.high * each.estimate]))
-        for each in intervals
+        Interval(each.estimate, *np.sqrt([each.low * each.estimate, each.high * each.estimate])) for each in intervals
     ]
-    assert sum(run_diff.verdict(each) != "no difference seen" for each in halved) > 45
+    assert sum(run_diff.verdict(each) != "no difference seen" for each in halved) > 36
     real = [run_diff.verdict(geometric_mean_interval((1.1 * np.exp(row)).tolist())) for row in noise[:50]]
     assert real.count("faster") >= 45
 

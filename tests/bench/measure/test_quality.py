@@ -57,7 +57,7 @@ def test_the_fields_of_known_outputs() -> None:
         "quality": 1.0,
         "quality_baseline": 0.5,
         "quality_difference": 0.5,
-        "quality_difference_low": 0.0,
+        "quality_difference_low": -1.0,  # two prompts: t would reach to 0.5 - 12.7 / 2
         "quality_difference_high": 1.0,
         "per_prompt_quality": [1.0, 1.0],
         "baseline_per_prompt_quality": [1.0, 0.0],
@@ -160,7 +160,7 @@ def test_the_terminal_shows_quality_where_it_was_measured() -> None:
     lines = printed([plain, record])
     quality = lines[lines.index("Quality") :]
     assert row_of(quality, "specdec", "ngram", "4")[3:] == [
-        *("exact_match", "1.000", "0.500", "+0.500", "[+0.000,", "+1.000]"),
+        *("exact_match", "1.000", "0.500", "+0.500", "[-1.000,", "+1.000]"),
     ]
     assert row_of(quality, "specdec", "autoregressive", "0")[3:] == ["exact_match", "1.000", "-", "-"]
     assert "exact_match" not in " ".join(printed([record | scores.no_quality("exact_match", "x")]))

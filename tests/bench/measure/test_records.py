@@ -19,6 +19,7 @@ from bench.measure.paired import BASELINE, CANDIDATE, REFERENCE, Measurement, ch
 from bench.records.schema import Cell
 from specdec import AcceptanceCounts, PhaseTimes
 
+T_1 = 12.706204736  # 97.5 % quantile of Student's t with one degree of freedom
 TINY = catalogue()["tiny-random"]
 
 
@@ -97,8 +98,8 @@ def test_a_record_holds_the_definitions_of_known_numbers(record: dict[str, Any])
         "inter_token_s": 0.5 / 3,
         "throughput_tok_s": 4.0,
         "speedup": 4.0,
-        "speedup_low": 2.0,
-        "speedup_high": 8.0,
+        "speedup_low": 4.0 * 2**-T_1,  # ratios 2 and 8: a standard error of log 2
+        "speedup_high": 4.0 * 2**T_1,
         "reference_engine": "transformers",
         "speedup_of_reference": 2.0,
         # a plain step takes 0.4 s, a speculative one 0.6 s for 3 tokens
@@ -217,16 +218,15 @@ def test_the_terminal_shows_how_a_prediction_becomes_the_measured_speedup(record
     parts = lines[lines.index("From predicted to measured speed-up: what each effect adds:") :]
     assert row_of(parts, "specdec", "ngram", "2")[3:] == [
         "4.00",
-        "[2.00,",
-        "8.00]",
+        "[0.00,",
+        "26730.60]",
         "2.00",
         "+0.000",
         "+0.000",
-        "-0.455",
     ]
-    assert row_of(parts[parts.index("") :], "specdec", "ngram", "2")[3:] == ["+2.455", "2.00"]
+    assert row_of(parts[parts.index("") :], "specdec", "ngram", "2")[3:] == ["-0.455", "+2.455", "2.00"]
     best = lines[lines.index("Best gamma:") :]
-    assert row_of(best, "specdec", "ngram")[2:] == ["2", "2.00", "2", "2", "4.00", "[2.00,", "8.00]"]
+    assert row_of(best, "specdec", "ngram")[2:] == ["2", "2.00", "2", "2", "4.00", "[0.00,", "26730.60]"]
     old = {name: value for name, value in record.items() if not name.startswith(("speedup_from", "step_cost"))}
     assert not [line for line in printed([old]) if "Best gamma" in line or "averaging" in line]
 
@@ -253,7 +253,7 @@ def test_the_terminal_shows_each_cell_in_80_columns(record: dict[str, Any]) -> N
         "tiny-random, float32 on cpu; smoke, 2 prompts of up to 4 tokens, batch size 1, greedy; decoded by specdec"
     )
     cells = lines[lines.index("Every cell; --csv has all fields:") :]
-    assert row_of(cells, "ngram", "2")[2:] == ["4.0", "1.000", "4.00", "[2.00,", "8.00]", "2.00", "[2.00,", "2.00]"]
+    assert row_of(cells, "ngram", "2")[2:] == ["4.0", "1.000", "4.00", "[0.00,", "26730.60]", "2.00", "[2.00,", "2.00]"]
     assert row_of(cells, "autoregressive", "0")[4:6] == ["-", "2.00"]
     assert row_of(cells[cells.index("") :], "ngram", "2")[2:] == ["1", "of", "2", "100.0%", "3.00"]
 
