@@ -55,6 +55,11 @@ class Step:
     last: TokenSource | None
     depth: int | None = None
 
+    @property
+    def num_emitted(self) -> int:
+        """Tokens emitted."""
+        return self.num_accepted + (self.last is not None)
+
 
 def sources_of(steps: Sequence[Step]) -> tuple[TokenSource, ...]:
     """The source of each token emitted by some decode steps; "plain" for a step without a draft."""
@@ -236,8 +241,7 @@ class Completion:
         """The acceptance counters of this completion."""
         counts = AcceptanceCounts()
         for step in self.steps:
-            num_emitted = step.num_accepted + (step.last is not None)
-            counts.add_step(step.num_drafted, step.num_accepted, num_emitted, step.depth)
+            counts.add_step(step.num_drafted, step.num_accepted, step.num_emitted, step.depth)
         return counts
 
 

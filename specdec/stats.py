@@ -91,6 +91,23 @@ class AcceptanceCounts:
         return [count / self.num_steps for count in self.accepted_at]
 
     @property
+    def conditional_acceptance_rate_at(self) -> list[float | None]:
+        """Per draft position, the share of the steps that accepted the previous position in which it was accepted too.
+
+        A position that was not drafted counts as not accepted. None where no step accepted the previous position.
+        """
+        reached = [self.num_steps, *self.accepted_at]
+        return [count / before if before else None for before, count in pairwise(reached)]
+
+    @property
+    def acceptance_histogram(self) -> list[int]:
+        """Entry a: the number of steps that accepted exactly a draft tokens, as in vLLM's metrics of a request.
+
+        A step accepts position i exactly if it accepts more than i tokens, so `accepted_at` has them all.
+        """
+        return [before - after for before, after in pairwise([self.num_steps, *self.accepted_at, 0])]
+
+    @property
     def mean_acceptance_length(self) -> float | None:
         """E_decode / S: tokens per target call, including the recovered or bonus token; None without a step."""
         return self.num_emitted / self.num_steps if self.num_steps else None

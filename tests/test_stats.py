@@ -35,6 +35,26 @@ def test_rates_of_a_hand_computed_run() -> None:
     assert counts.system_efficiency == 8 / 14
 
 
+def test_conditional_rates_and_histogram_of_a_hand_computed_run() -> None:
+    """Of five steps with up to three drafts, four accept the first, two the second as well, and one all three."""
+    counts = counted((3, 3, 4), (3, 2, 3), (3, 1, 2), (2, 1, 2), (3, 0, 1))
+    assert counts.conditional_acceptance_rate_at == [4 / 5, 2 / 4, 1 / 2]
+    assert counts.acceptance_histogram == [1, 2, 1, 1]
+    never = counted((2, 0, 1), (2, 0, 1))
+    assert never.conditional_acceptance_rate_at == [0.0, None]
+    assert never.acceptance_histogram == [2, 0, 0]
+    assert AcceptanceCounts().acceptance_histogram == [0]
+
+
+@given(st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), max_size=20))
+def test_the_histogram_counts_every_step(steps: list[tuple[int, int]]) -> None:
+    """Also of drafts of different lengths: it is what counting step by step gives."""
+    accepted = [min(pair) for pair in steps]
+    counts = counted(*((max(pair), min(pair), min(pair) + 1) for pair in steps))
+    longest = max(map(max, steps), default=0)
+    assert counts.acceptance_histogram == [accepted.count(number) for number in range(longest + 1)]
+
+
 def test_nothing_drafted_is_not_a_rate_of_zero() -> None:
     assert AcceptanceCounts().acceptance_rate is None
     assert AcceptanceCounts().mean_acceptance_length is None

@@ -33,6 +33,7 @@ class PromptResult:
     token_ids: emitted tokens, including a stop token. ttft_s, latency_s: from the start of the request to its first and
     last token. counts: acceptance counters by specdec's definitions, or None if the engine does not report them.
     finish_reason: "stop" or "length". queue_s: time waiting for a slot, included in both times; None if not reported.
+    step_tokens: tokens emitted by each decode step, in order; None if not reported.
     """
 
     token_ids: tuple[int, ...]
@@ -41,6 +42,7 @@ class PromptResult:
     counts: AcceptanceCounts | None
     finish_reason: str
     queue_s: float | None = None
+    step_tokens: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -117,4 +117,5 @@ def _result(completion: Completion) -> PromptResult:
         completion.counts,
         completion.finish_reason,
         completion.queue_s,
+        tuple(step.num_emitted for step in completion.steps),
     )

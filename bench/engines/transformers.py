@@ -91,12 +91,13 @@ class Observer(BaseStreamer):  # type: ignore[misc]
 
     prompt_length: tokens before the output; for an encoder-decoder, the decoder's start token.
     counts: acceptance counters by specdec's definitions, without accepted tokens that truncation removed.
-    times_s: time of each target call that emitted tokens. emitted: the token ids.
+    times_s: time of each target call that emitted tokens. emitted: the token ids. step_tokens: tokens of each step.
     """
 
     def __init__(self, model: nn.Module, prompt_length: int) -> None:
         self._model, self._prompt_length = model, prompt_length
         self.counts, self.emitted = AcceptanceCounts(), list[int]()
+        self.step_tokens: list[int] = []
         self.times_s: list[float] = []
         self._draft: Tensor | None = None
         self._is_prompt = True
@@ -123,6 +124,7 @@ class Observer(BaseStreamer):  # type: ignore[misc]
         emitted, draft = value.flatten().tolist(), [] if self._draft is None else self._draft.tolist()
         if draft or self.emitted:
             self.counts.add_step(len(draft), _num_equal(draft, emitted), len(emitted))
+            self.step_tokens.append(len(emitted))
         self.emitted += emitted
 
     def end(self) -> None:
@@ -140,7 +142,8 @@ def _result(emitted: list[int], observer: Observer, stop_token_ids: Sequence[int
     assert observer.emitted == emitted, "the streamer must be given every emitted token"
     ttft_s, latency_s = (observer.times_s[index] - observer.start_s for index in (0, -1))
     finish_reason = "stop" if emitted[-1] in stop_token_ids else "length"
-    return PromptResult(tuple(emitted), ttft_s, latency_s, observer.counts, finish_reason)
+    steps = tuple(observer.step_tokens)
+    return PromptResult(tuple(emitted), ttft_s, latency_s, observer.counts, finish_reason, step_tokens=steps)
 
 
 def _num_equal(draft: Sequence[int], emitted: Sequence[int]) -> int:

@@ -200,7 +200,9 @@ def results(answer: Mapping[str, Any]) -> Iterator[PromptResult]:
         if drafts is None and len(rows) == 1:
             drafts = counters  # the engine's counters are those of its only prompt
         counts = None if drafts is None and counters is not None else acceptance(row["emitted"], drafts)
-        yield PromptResult(tuple(row["token_ids"]), row["first_s"], row["last_s"], counts, row["finish_reason"])
+        steps = tuple(row["emitted"][1:])  # the prefill emits the first token
+        times_s = row["first_s"], row["last_s"]
+        yield PromptResult(tuple(row["token_ids"]), *times_s, counts, row["finish_reason"], step_tokens=steps)
 
 
 def acceptance(emitted: Sequence[int], drafts: Mapping[str, Any] | None) -> AcceptanceCounts:

@@ -270,7 +270,10 @@ def _result(row: Row, drafts: Mapping[str, Any] | None, is_drafting: bool) -> Pr
     counts = None if is_drafting and drafts is None else _counts(row.emitted, drafts)
     assert row.first_s is not None
     assert row.last_s is not None
-    return PromptResult(tuple(row.token_ids), row.first_s, row.last_s, counts, str(row.finish_reason))
+    steps = tuple(row.emitted[1:]) if counts else None
+    return PromptResult(
+        tuple(row.token_ids), row.first_s, row.last_s, counts, str(row.finish_reason), step_tokens=steps
+    )
 
 
 def _counts(emitted: Sequence[int], drafts: Mapping[str, Any] | None) -> AcceptanceCounts | None:

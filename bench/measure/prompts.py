@@ -46,8 +46,8 @@ class Prompts:
 
     def sha256(self) -> str:
         """A digest of all prompts."""
-        texts = "\0".join(repr(prompt) for prompts in self.available() for prompt in prompts)
-        return hashlib.sha256(texts.encode()).hexdigest()
+        texts = (text for prompts in self.available() for prompt in prompts for text in (repr(prompt), *prompt.earlier))
+        return hashlib.sha256("\0".join(texts).encode()).hexdigest()
 
     def rows_left_out(self, cell: Cell) -> dict[str, int]:
         """Record fields: the number of malformed rows of the cell's workload, and of rows without a prompt."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import astuple, fields
 from statistics import fmean
 from typing import Any
@@ -13,13 +14,15 @@ from bench.campaign import arrivals
 from bench.campaign.config import BenchConfig
 from bench.catalogue.pairs import Pair
 from bench.engines.base import PromptResult, Run, Served
-from bench.measure import load
+from bench.engines.registry import engine_kind
+from bench.measure import acceptance, load
 from bench.measure.paired import BASELINE, CANDIDATE, REFERENCE, Measurement
-from bench.records.intervals import geometric_mean_interval, rate_interval
+from bench.records.intervals import geometric_mean_interval
 from bench.records.schema import SCHEMA_VERSION, Cell, Gamma
 from bench.workloads.base import bucket
 from specdec import AcceptanceCounts, PhaseTimes
 from specdec.methods import is_method, method_spec
+from specdec.models import placement
 from specdec.stats import RunTotals, SpeedupParts, attribute_speedup, expected_speedup, predicted_speedup
 
 
@@ -28,15 +31,15 @@ def build(
 ) -> dict[str, Any]:
     """The record of a measured cell. Values that are unknown or lack a comparison are None."""
     candidate, baseline = measurement.runs[CANDIDATE], measurement.runs.get(BASELINE)
-    counts, times = _total_counts(candidate), _total_times(candidate)
+    counts, times = acceptance.total(_results(candidate)), _total_times(candidate)
     speedup = _comparison("speedup", candidate, baseline)
     return {
         "schema_version": SCHEMA_VERSION,
         **_identity(cell, pair, config, engine_version, device),
-        **_acceptance(counts),
-        **_acceptance_by_prompt(_results(candidate)),
+        **acceptance.of_results(_results(candidate), "per_prompt"),
         **_phases(cell.method, counts, times),
-        **_latencies(candidate),
+        **(latencies := _latencies(candidate)),
+        **_throughputs(latencies, num_devices(cell, config, device)),
         **speedup,
         "reference_engine": config.reference_engine,
         **_comparison("speedup_of_reference", measurement.runs.get(REFERENCE), candidate),
@@ -63,8 +66,7 @@ def build_load(
 ) -> dict[str, Any]:
     """The record of a load cell, see `bench.measure.load`. Unknown values are None."""
     results = [result for result in served.results if result is not None]
-    run = Run(tuple(results), served.phase_times)
-    counts, times = _total_counts([run]), served.phase_times
+    counts, times = acceptance.total(results), served.phase_times
     requests = [
         arrivals.Request(at, result.ttft_s, result.latency_s, len(result.token_ids), result.queue_s) if result else None
         for at, result in zip(arrivals_s, served.results, strict=True)
@@ -83,6 +85,7 @@ def build_load(
         "ttft_limit_s": config.ttft_limit,
         "inter_token_limit_s": config.inter_token_limit,
         **summary,
+        **_throughputs(summary, num_devices(cell, config, device)),
         "queue_s": served.queue_s if summary["queue_s"] is None else summary["queue_s"],
         "num_unfinished": len(accepted) - len(results),
         "num_refused": len(served.refused),
@@ -90,7 +93,8 @@ def build_load(
         "peak_num_in_flight": peak_in_flight,
         "busy_rate": (times.total_s - times.bookkeeping_s) / times.total_s if times else None,
         "peak_send_delay_s": served.peak_send_delay_s,
-        **_acceptance(counts),
+        **acceptance.of_results(served.results, "per_request"),
+        **acceptance.over_service(arrivals_s, served.results, config.duration),
         **_phases(cell.method, counts, times),
         "bookkeeping_time_s": None,  # it would include waiting for arrivals
         "overhead_rate": None,
@@ -123,6 +127,7 @@ def _identity(cell: Cell, pair: Pair, config: BenchConfig, engine_version: str, 
         "prompt_lengths": "{}:{}".format(*lengths) if lengths else None,
         "dtype": config.dtype_of(pair),
         "device": device,
+        "num_devices": num_devices(cell, config, device),
         "batch_size": cell.batch_size,
         "verification": config.verification,
         "synthetic_acceptance_rates": list(config.synthetic_acceptance_rates) or None,
@@ -138,38 +143,31 @@ def _identity(cell: Cell, pair: Pair, config: BenchConfig, engine_version: str, 
     }
 
 
+def num_devices(cell: Cell, config: BenchConfig, device: str) -> int | None:
+    """Devices that a cell's models are on; None if an engine or a server decides it."""
+    if engine_kind(cell.engine).package == "vllm":
+        if config.server_url:
+            return None
+        options = json.loads(config.vllm_options)
+        return math.prod(int(options.get(f"{axis}_parallel_size", 1)) for axis in ("tensor", "pipeline", "data"))
+    if cell.placement == "auto":
+        return None
+    return placement.num_devices(cell.placement) if device.startswith("cuda") else 1
+
+
+def _throughputs(times: Mapping[str, Any], num_devices: int | None) -> dict[str, float | None]:
+    """What one user sees against what one device does. times: the record's `inter_token_s` and `throughput_tok_s`."""
+    return {
+        "user_throughput_tok_s": 1 / times["inter_token_s"] if times["inter_token_s"] else None,
+        "device_throughput_tok_s": times["throughput_tok_s"] / num_devices if num_devices else None,
+    }
+
+
 def _published(pair: Pair, method: str) -> dict[str, Any]:
     """Published results for the pair and the method."""
     found = pair.published_for(method)
     names = ("speedup", "acceptance_rate", "mean_acceptance_length", "setting", "source")
     return {f"published_{name}": getattr(found, name, None) for name in names}
-
-
-def _acceptance(counts: AcceptanceCounts | None) -> dict[str, Any]:
-    names = (
-        "num_steps",
-        "num_drafted",
-        "num_accepted",
-        "acceptance_rate",
-        "acceptance_rate_at",
-        "mean_acceptance_length",
-        "system_efficiency",
-    )
-    return {name: getattr(counts, name, None) for name in names}
-
-
-def _acceptance_by_prompt(results: Sequence[PromptResult]) -> dict[str, Any]:
-    """Counts of each prompt, and the acceptance rate's interval over prompts; None if the engine does not count."""
-    counts = [result.counts for result in results if result.counts is not None]
-    is_complete = len(counts) == len(results)
-    drafted, accepted = [c.num_drafted for c in counts], [c.num_accepted for c in counts]
-    interval = rate_interval(accepted, drafted) if is_complete else None
-    return {
-        "acceptance_rate_low": interval.low if interval else None,
-        "acceptance_rate_high": interval.high if interval else None,
-        "per_prompt_drafted": drafted if is_complete else None,
-        "per_prompt_accepted": accepted if is_complete else None,
-    }
 
 
 def _phases(method: str, counts: AcceptanceCounts | None, times: PhaseTimes | None) -> dict[str, Any]:
@@ -282,14 +280,9 @@ def _per_prompt(arm: str, runs: list[Run] | None) -> dict[str, Any]:
 
 def _totals(runs: Sequence[Run] | None) -> RunTotals | None:
     """None if the engine does not report counts and times."""
-    counts, times = (_total_counts(runs), _total_times(runs)) if runs else (None, None)
+    counts, times = (acceptance.total(_results(runs)), _total_times(runs)) if runs else (None, None)
     num_tokens = sum(len(result.token_ids) for result in _results(runs or []))
     return RunTotals(counts, times, num_tokens) if counts and times else None
-
-
-def _total_counts(runs: Sequence[Run]) -> AcceptanceCounts | None:
-    counts = [result.counts for result in _results(runs) if result.counts is not None]
-    return AcceptanceCounts.total(counts) if len(counts) == len(_results(runs)) else None
 
 
 def _total_times(runs: Sequence[Run]) -> PhaseTimes | None:

@@ -61,10 +61,32 @@ class Field:
 def _interval(field: Field) -> list[Field]:
     """A field, and the ends of its 95 % interval over prompts."""
     low, high = (
-        Field(f"{field.name}_{end}", float, "1", f"{word} end of the 95 % interval of {field.name}.")
+        Field(f"{field.name}_{end}", float, field.unit, f"{word} end of the 95 % interval of {field.name}.")
         for end, word in (("low", "Lower"), ("high", "Upper"))
     )
     return [replace(field, heading=f"{field.title} [95 %]", ends=(low.name, high.name)), low, high]
+
+
+def _by_position(field: Field) -> list[Field]:
+    """A rate by draft position, and the ends of its 95 % intervals over prompts."""
+    ends = (
+        Field(f"{field.name}_{end}", list, "1", f"{word} ends of the 95 % intervals of {field.name}.")
+        for end, word in (("low", "Lower"), ("high", "Upper"))
+    )
+    return [field, *ends]
+
+
+def _per_text(each: str) -> list[Field]:
+    """What is known of each prompt or request and its answer."""
+    return [
+        Field(f"per_{each}_category", list, "", f"Category of each {each} in its data set; empty if it has none."),
+        Field(f"per_{each}_turn", list, "", f"Turn of its conversation that each {each} is, from 1."),
+        Field(f"per_{each}_length", list, "tokens", f"Tokens of each {each} before the answer."),
+        Field(f"per_{each}_steps", list, "steps", f"Decode steps of each {each}."),
+        Field(f"per_{each}_emitted", list, "tokens", f"Tokens emitted by the decode steps of each {each}."),
+        Field(f"per_{each}_drafted", list, "tokens", f"Tokens proposed for each {each}."),
+        Field(f"per_{each}_accepted", list, "tokens", f"Proposed tokens of each {each} that were accepted."),
+    ]
 
 
 def _percentiles(name: str, what: str, heading: str = "", form: str = ".3f", scale: float = 1) -> list[Field]:
@@ -97,6 +119,7 @@ _IDENTITY = [
     Field("prompt_lengths", str, "tokens", "Shortest and longest prompt that was selected; empty if all were."),
     Field("dtype", str, "", "Number format of the weights.", kinds=MEASURED, needed=MEASURED),
     Field("device", str, "", "Device that the models ran on.", kinds=MEASURED, needed=MEASURED),
+    Field("num_devices", int, "devices", "Devices that the models are on; empty if the engine or a server decides it."),
     Field("batch_size", int, "prompts", "Prompts decoded together.", needed=DECODED),
     Field("verification", str, "", "Acceptance rule: by token, by block, or coupled to the draft's noise.",
           tables="audits", kinds=(*DECODED, CERTIFICATES)),
@@ -116,6 +139,10 @@ _IDENTITY = [
 _TIMES = [
     Field("throughput_tok_s", float, "tokens/s", "Tokens emitted for all prompts, over the time of all rounds.",
           "tokens/s", ".1f", tables="fastest cells load", needed=DECODED),
+    Field("user_throughput_tok_s", float, "tokens/s", "Tokens that a request gets after its first: 1 / inter_token_s.",
+          "tokens/s per user", ".1f", tables="details load"),
+    Field("device_throughput_tok_s", float, "tokens/s", "Tokens emitted for all requests, over time and devices.",
+          "tokens/s per device", ".1f", tables="details load"),
     Field("latency_s", float, "s", "Time from a request's start to its last token, mean over prompts.",
           "latency, s", ".3f", tables="cells", needed=(CELLS,)),
     Field("ttft_s", float, "s", "Time from a request's start to its first token, mean over prompts.",
@@ -154,11 +181,29 @@ _SPEEDUPS = [
     Field("margin_at_difference", list, "logits", "Gap between the two most likely tokens at the first difference."),
 ]
 _ACCEPTANCE = [
-    Field("acceptance_rate", float, "1", "Accepted over drafted tokens.",
-          "accepted", ".1%", tables="fastest cells published"),
-    Field("acceptance_rate_at", list, "1", "Share of steps in which each draft position was accepted."),
-    Field("mean_acceptance_length", float, "tokens", "Tokens emitted per target call, recovered and bonus included.",
-          "length", ".2f", tables="fastest cells published"),
+    *_interval(
+        Field("acceptance_rate", float, "1", "Accepted over drafted tokens.",
+              "accepted", ".1%", tables="fastest cells published")
+    ),
+    *_by_position(
+        Field("acceptance_rate_at", list, "1", "Share of steps in which each draft position was accepted: joint rate.")
+    ),
+    *_by_position(
+        Field("conditional_acceptance_rate_at", list, "1",
+              "Share of the steps that accepted the previous draft position in which this one was accepted, too.")
+    ),
+    Field("acceptance_histogram", list, "steps", "Steps that accepted exactly 0, 1, 2, ... draft tokens."),
+    *_interval(
+        Field("mean_acceptance_length", float, "tokens", "Tokens emitted per target call, also recovered and bonus.",
+              "length", ".2f", tables="fastest cells published")
+    ),
+    Field("acceptance_length_over_text", list, "tokens",
+          "Mean acceptance length by position in the text, prompt included, in bins of text_bin_tokens tokens."),
+    Field("text_bin_tokens", int, "tokens", "Width of the bins of acceptance_length_over_text."),
+    Field("text_drift", float, "tokens", "Change of the acceptance length from one step of a text to the next.",
+          "change per 100 steps", "+z.3f", 100, "drift"),
+    Field("text_drift_p_value", float, "1", "Chance of such a change without drift, by sign flips of texts.",
+          "p", ".2g", tables="drift"),
     Field("system_efficiency", float, "1", "Emitted tokens over those that a perfect draft would have emitted.",
           "efficiency", ".1%", tables="details"),
     Field("num_steps", int, "steps", "Decode steps, that is target calls, of all prompts.", kinds=MEASURED),
@@ -179,13 +224,11 @@ _ACCEPTANCE = [
     Field("overhead_rate", float, "1", "Share of time outside model forwards; empty where a model drafts, too."),
     Field("output_sha256", str, "", "SHA-256 of the emitted token ids."),
 ]
-_INTERVAL_OF_ACCEPTANCE = _interval(Field("acceptance_rate", float, "1", ""))[1:]
 _PER_PROMPT = [
     Field("per_prompt_latency_s", list, "s", "Latency of each prompt."),
     Field("per_prompt_ttft_s", list, "s", "Time to first token of each prompt."),
     Field("per_prompt_tokens", list, "tokens", "Tokens emitted for each prompt."),
-    Field("per_prompt_drafted", list, "tokens", "Tokens proposed for each prompt."),
-    Field("per_prompt_accepted", list, "tokens", "Proposed tokens of each prompt that were accepted."),
+    *_per_text("prompt"),
     Field("baseline_per_prompt_latency_s", list, "s", "Latency of each prompt in plain decoding."),
     Field("baseline_per_prompt_tokens", list, "tokens", "Tokens emitted for each prompt in plain decoding."),
     Field("reference_per_prompt_latency_s", list, "s", "Latency of each prompt by the reference engine."),
@@ -224,6 +267,13 @@ _LOAD = [
     Field("per_request_ttft_s", list, "s", "Time to first token of each request; empty if it did not finish."),
     Field("per_request_latency_s", list, "s", "Latency of each request; empty if it did not finish."),
     Field("per_request_tokens", list, "tokens", "Tokens emitted for each request; empty if it did not finish."),
+    *_per_text("request"),
+    Field("acceptance_length_over_service", list, "tokens",
+          "Mean acceptance length of the requests that arrived in each tenth of the duration."),
+    Field("service_drift", float, "tokens/s", "Change of the acceptance length per second of service.",
+          "change per minute", "+z.3f", 60, "drift"),
+    Field("service_drift_p_value", float, "1", "Chance of such a change without drift, by permutations of requests.",
+          "p over time", ".2g", tables="drift"),
 ]
 _QUALITY = [
     Field("quality_metric", str, "", "Score of the workload: exact_match, pass_at_1 or rouge_1.", tables="quality"),
@@ -343,7 +393,7 @@ _GROUPS = (
     (DECODED, _IDENTITY + _TIMES),
     ((CELLS,), _SPEEDUPS),
     (DECODED, _ACCEPTANCE),
-    ((CELLS,), _INTERVAL_OF_ACCEPTANCE + _PER_PROMPT + _QUALITY),
+    ((CELLS,), _PER_PROMPT + _QUALITY),
     ((LOADS,), _LOAD),
     (DECODED, ENERGY + _PUBLISHED),
     ((COSTS,), _COSTS),

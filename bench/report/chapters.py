@@ -13,7 +13,7 @@ from bench.records import fields
 from bench.records.grouping import BLOCK, WITHOUT_ENGINE, drafting, fastest, grouped
 from bench.records.results import Results
 from bench.records.schema import Record
-from bench.report import summary
+from bench.report import acceptance, summary
 from bench.report.charts import run as charts
 from bench.report.charts.model import Picture
 from bench.report.charts.names import distribution
@@ -29,7 +29,7 @@ def chapter(run: Results, name: str) -> Chapter:
     sections = [
         *section("short", "Summary", *summary.cautions(run), *overheads(run.cells), _fastest(run.cells)),
         *_speedups(run, pictures["speedup"]),
-        *section("acceptance", "Acceptance", *_explained(_ACCEPTANCE, pictures["acceptance"])),
+        *section("acceptance", "Acceptance", *_explained(_ACCEPTANCE, pictures["acceptance"]), *acceptance.parts(run)),
         *_times(run, pictures["time"]),
         *section("throughput", "Throughput vs. latency", *_explained(_THROUGHPUT, pictures["throughput"])),
         *_loads(run, pictures["load"]),

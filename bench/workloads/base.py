@@ -43,12 +43,19 @@ class Prompt:
     """One prompt. text: what the user says. category: what the source files it under, or "".
 
     raw: a text to go on with, for models that are not talked to; "" is `text`. truth: what the output is scored by.
+    earlier: what the user said before in the same conversation; the model's own answers stand in between.
     """
 
     text: str
     category: str = ""
     raw: str = ""
     truth: Number | Summary | UnitTest | None = None
+    earlier: tuple[str, ...] = field(default=(), repr=False)  # the digest of a run's prompts adds it where there is any
+
+    @property
+    def turn(self) -> int:
+        """1 for the first question of a conversation."""
+        return len(self.earlier) + 1
 
 
 @dataclass(frozen=True, slots=True)

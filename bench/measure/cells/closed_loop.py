@@ -10,7 +10,7 @@ from typing import Any
 from bench.catalogue.pairs import Pair
 from bench.engines.base import Run
 from bench.engines.specdec import SpecdecEngine
-from bench.measure import fairness, records, telemetry
+from bench.measure import acceptance, fairness, records, telemetry
 from bench.measure.context import WARM_UP_TOKENS, Context
 from bench.measure.journal import Entry
 from bench.measure.models import failing_cell
@@ -39,6 +39,8 @@ class ClosedLoop:
         measurement, trace = self._run(cell, cells, pair, batches, benchmark)
         self._check(cells, pair, measurement)
         record = records.build(cell, pair, config, context.version(cell, pair), context.device, measurement)
+        results = [result for run in measurement.runs[CANDIDATE] for result in run.results]
+        record |= acceptance.by_text(chosen, results, "per_prompt")
         record |= self._divergences(tokens, measurement) | {"warm_up_time_s": warm_up_s}
         tokenizer = context.models.engine(config.reference_engine, pair).tokenizer
         record |= scores.of_run(config, pair, [prompt for prompt, _ in chosen], measurement.runs, tokenizer)

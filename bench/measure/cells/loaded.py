@@ -10,7 +10,7 @@ from itertools import cycle, islice
 from typing import Any, cast
 
 from bench.engines.base import Run, Served, ServingEngine, Setup
-from bench.measure import fairness, records
+from bench.measure import acceptance, fairness, records
 from bench.measure.context import WARM_UP_TOKENS, Context
 from bench.measure.journal import Entry
 from bench.measure.models import failing_cell
@@ -41,8 +41,9 @@ class Loaded:
         pair = config.pair_of(cell)
         assert cell.rate is not None, "a load cell has a rate"
         arrivals_s = self._arrivals[cell.rate]
-        chosen = [tokens for _, tokens in context.chosen(cell, pair)][: len(arrivals_s)]
-        prompts = list(islice(cycle(chosen), len(arrivals_s)))
+        encoded = context.chosen(cell, pair)[: len(arrivals_s)]
+        requested = list(islice(cycle(encoded), len(arrivals_s)))
+        chosen, prompts = ([tokens for _, tokens in each] for each in (encoded, requested))
         load = Load(prompts, arrivals_s, config.sampling(0, len(prompts), config.max_tokens))
         context.models.prepare([cell], pair)
         engine = cast(ServingEngine, context.models.engine(cell.engine, pair))  # by its extras, see campaign.plan
@@ -55,6 +56,7 @@ class Loaded:
             context.models.settle()
         check(engine, cell, served, config.max_tokens, config.dtype_of(pair))
         record = records.build_load(cell, pair, config, engine.version, context.device, served, arrivals_s)
+        record |= acceptance.by_text(requested, served.results, "per_request")
         record |= {"num_prompts": len(chosen), "warm_up_time_s": warm_up_s}
         record |= context.prompts.rows_left_out(cell) | context.telemetry_fields(record, sampler.trace, [span])
         return Entry(record, list(benchmark.stats.stats.data))

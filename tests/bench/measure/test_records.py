@@ -97,6 +97,9 @@ def test_a_record_holds_the_definitions_of_known_numbers(record: dict[str, Any])
         "latency_s": 1.0,
         "inter_token_s": 0.5 / 3,
         "throughput_tok_s": 4.0,
+        "user_throughput_tok_s": 6.0,
+        "device_throughput_tok_s": 4.0,
+        "num_devices": 1,
         "speedup": 4.0,
         "speedup_low": 4.0 * 2**-T_1,  # ratios 2 and 8: a standard error of log 2
         "speedup_high": 4.0 * 2**T_1,
@@ -255,7 +258,9 @@ def test_the_terminal_shows_each_cell_in_80_columns(record: dict[str, Any]) -> N
     cells = lines[lines.index("Every cell; --csv has all fields:") :]
     assert row_of(cells, "ngram", "2")[2:] == ["4.0", "1.000", "4.00", "[0.00,", "26730.60]", "2.00", "[2.00,", "2.00]"]
     assert row_of(cells, "autoregressive", "0")[4:6] == ["-", "2.00"]
-    assert row_of(cells[cells.index("") :], "ngram", "2")[2:] == ["1", "of", "2", "100.0%", "3.00"]
+    assert row_of(cells[cells.index("") :], "ngram", "2")[2:] == [
+        *("1", "of", "2", "100.0%", "[100.0%,", "100.0%]", "3.00", "[3.00,", "3.00]"),
+    ]
 
 
 def test_arms_are_interleaved_and_turned_round() -> None:
@@ -303,3 +308,26 @@ def test_counters_that_do_not_add_up_fail(counts: AcceptanceCounts) -> None:
 def test_the_configuration_is_frozen(config: BenchConfig) -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.seed = 1  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("changes", "engine", "placement", "device", "number"),
+    [
+        ({}, "specdec", "same", "cpu", 1),
+        ({}, "specdec", "separate", "cuda", 2),
+        ({}, "specdec", "ratio:6:2", "cuda:0", 8),
+        ({}, "specdec", "auto", "cuda", None),
+        ({"vllm_options": '{"tensor_parallel_size": 4, "data_parallel_size": 2}'}, "vllm", "same", "cuda", 8),
+        ({"server_url": "http://localhost:8000"}, "vllm-server", "same", "cuda", None),
+    ],
+)
+def test_devices_are_counted_where_they_are_known(
+    changes: dict[str, Any],
+    engine: str,
+    placement: str,
+    device: str,
+    number: int | None,
+    make_config: Callable[..., BenchConfig],
+) -> None:
+    cell = Cell(engine, TINY.name, "ngram", 2, placement, "smoke", 1)
+    assert records.num_devices(cell, make_config(**changes), device) == number

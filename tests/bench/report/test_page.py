@@ -72,7 +72,8 @@ def test_tables_agree_with_the_records(tmp_path: Path) -> None:
     head, *rows = parsed.table("Every cell")
     assert dict(zip(head, rows[1], strict=True)) == {
         **{"engine": "specdec", "method": "ngram", "gamma": "2", "tokens/s": "6.7", "latency, s": "1.500"},
-        **{"speed-up [95 %]": "2.00 [1.50, 2.50]", "same outputs": "2 of 2", "accepted": "50.0%", "length": "3.00"},
+        **{"speed-up [95 %]": "2.00 [1.50, 2.50]", "same outputs": "2 of 2", "length [95 %]": "3.00"},
+        "accepted [95 %]": "50.0% [25.0%, 75.0%]",
     }
     head, _, times, _ = parsed.table("Times of every cell")
     assert dict(zip(head[3:], times[3:], strict=True)) == {
@@ -128,7 +129,7 @@ def test_energy_quality_audits_and_published_results_are_shown(tmp_path: Path) -
     assert tables["Audits"][3:] == ["token", "lossy (TV > 0.02)", "0.5", "0.75", "20,000", "0.03", "0.04"]
     assert tables["This run and published"][3:] == [
         "2.00 [1.50, 2.50]",
-        "50.0%",
+        "50.0% [25.0%, 75.0%]",
         "3.00",
         "1.84",
         "32.0%",

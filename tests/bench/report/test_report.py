@@ -103,7 +103,7 @@ def test_markdown_has_the_tables(tmp_path: Path) -> None:
     cells = decoded("ngram", 2, 3 * [1, 2]), decoded("autoregressive")
     text = markdown.render(rendering.document([run_of(tmp_path, *cells)]))
     rows = markdown_rows(text)
-    assert ["specdec", "ngram", "2", "6.7", "2.00 [1.50, 2.50]", "6 of 6", "50.0%", "3.00"] in rows
+    assert ["specdec", "ngram", "2", "6.7", "2.00 [1.50, 2.50]", "6 of 6", "50.0% [25.0%, 75.0%]", "3.00"] in rows
     assert "- **2.00×** specdec with ngram, gamma 2, over its plain decoding, 95 % interval 1.50 to 2.50" in text
     width: dict[int, int] = {}
     for number, line in enumerate(text.splitlines()):
