@@ -159,6 +159,22 @@ def expected_length(acceptance_rate: float, gamma: int) -> float:
     return (1 - acceptance_rate ** (gamma + 1)) / (1 - acceptance_rate)
 
 
+def least_variance_rates(length: float, num_speculative_tokens: int) -> tuple[float, ...]:
+    """Unconditional acceptance rates by draft position for an acceptance length: of all, those of least variance.
+
+    length: tokens per target call, including the recovered or bonus token, in [1, num_speculative_tokens + 1].
+    Every step accepts the whole part of length - 1 tokens, and one more with its fraction: two neighboring numbers, so
+    no other distribution on whole numbers with this mean varies less.
+    Raises ValueError for another length.
+    Source: vLLM's `SpeculativeConfig._acceptance_length_to_rates` (vllm/config/speculative.py, pull request 40662).
+    """
+    if not 1 <= length <= num_speculative_tokens + 1:
+        raise ValueError(
+            f"length={length} must lie in [1, num_speculative_tokens + 1] = [1, {num_speculative_tokens + 1}]"
+        )
+    return tuple(min(max(length - 1 - position, 0.0), 1.0) for position in range(num_speculative_tokens))
+
+
 def expected_speedup(acceptance_rate: float, gamma: int, cost_ratio: float) -> float:
     """Closed-form speed-up, expected_length / (gamma * cost_ratio + 1).
 

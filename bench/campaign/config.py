@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 from bench.campaign import parsers
 from bench.campaign.arrivals import PROCESSES, Limits, Process
+from bench.campaign.golden import AcceptanceLength, acceptance_length
 from bench.campaign.parsers import Parser
 from bench.catalogue.methods import SMOKE_METHODS, VLLM_METHODS
 from bench.catalogue.pairs import Pair, parse_pairs
@@ -248,6 +249,13 @@ class BenchConfig:
         "is not the model's",
         metavar="RATE,...",
     )
+    synthetic_acceptance_length: AcceptanceLength | None = option(
+        parsers.optional(acceptance_length),
+        "",
+        "as --synthetic-acceptance-rates, with the rates of least variance for this many tokens per target call, as in "
+        "vLLM; or a golden file of InferenceX, which has a length for each gamma",
+        metavar="LENGTH|FILE[:MODE]",
+    )
     vllm_python: Path | None = option(
         parsers.optional(parsers.executable),
         "",
@@ -333,11 +341,37 @@ class BenchConfig:
                 f"batch_sizes={largest} must be at most num_prompts={self.num_prompts}; "
                 "raise --num-prompts or lower --batch-sizes"
             )
+        self._check_prescribed_acceptance()
+
+    def _check_prescribed_acceptance(self) -> None:
+        """Raise ValueError if acceptance is prescribed twice, for an impossible gamma, or where quality counts."""
+        if self.synthetic_acceptance_length:
+            if self.synthetic_acceptance_rates:
+                raise ValueError(
+                    "synthetic_acceptance_length must be left out beside synthetic_acceptance_rates; use one of them"
+                )
+            for gamma in self.gammas:
+                self.synthetic_acceptance_length.at(gamma)
+        if self.prescribes_acceptance and self.allow_code_execution:
+            raise ValueError(
+                "allow_code_execution must be left out with prescribed acceptance: the output is not the model's, so "
+                "its quality means nothing"
+            )
 
     @property
     def vllm(self) -> VllmOptions:
         """Where vLLM runs and with which of its own options."""
         return VllmOptions(self.vllm_python, self.vllm_options, self.server_url)
+
+    @property
+    def prescribes_acceptance(self) -> bool:
+        """Whether drafts are accepted at given rates, so that the output is not the model's."""
+        return bool(self.synthetic_acceptance_rates) or self.synthetic_acceptance_length is not None
+
+    def prescribed_rates(self, gamma: Gamma) -> tuple[float, ...]:
+        """The prescribed acceptance rate of each position; empty for real drafts."""
+        length = self.synthetic_acceptance_length
+        return length.rates(gamma) if length else self.synthetic_acceptance_rates
 
     @property
     def limits(self) -> Limits:

@@ -76,7 +76,7 @@ def _plan(config: BenchConfig, why_no_room: WhyNot, device: str, pair: Pair, cel
     if skip:  # for every gamma and rate: one skipped cell stands for all of them
         gamma = cell.gamma if cell.method == "autoregressive" else config.gammas[0]
         return Plan(replace(cell, gamma=gamma, rate=config.rate[0] if config.rate else None), skip)
-    if config.synthetic_acceptance_rates:
+    if config.prescribes_acceptance:
         skip = _why_not_synthetic(cell.engine, cell.method, device)
     if not skip and cell.gamma == "auto" and "auto gamma" not in engine_kind(cell.engine).extras:
         skip = f"engine={cell.engine} has no gamma=auto; use --gammas with numbers"
@@ -92,9 +92,9 @@ def _why_no_draft(pair: Pair, method: str) -> str | None:
 def _why_not_synthetic(engine: str, method: str, device: str) -> str | None:
     kind = engine_kind(engine)
     if "synthetic acceptance" not in kind.extras:
-        return f"engine={engine} has no synthetic acceptance; leave out --synthetic-acceptance-rates"
+        return f"engine={engine} has no synthetic acceptance; leave it out"
     if kind.package == "vllm" and method != "autoregressive" and device == "cpu":  # asserted in its sampler, 0.32
-        return f"engine={engine} has synthetic acceptance on GPUs only; leave out --synthetic-acceptance-rates"
+        return f"engine={engine} has synthetic acceptance on GPUs only; leave it out"
     return None
 
 

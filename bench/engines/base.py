@@ -140,7 +140,8 @@ class VllmOptions:
 class LoadOptions:
     """How to load a pair's models and verify drafts.
 
-    dtype, device: torch names. quantization: as for `specdec.models.loading`.
+    dtype, device: torch names. quantization: as for `specdec.models.loading`. rates_by_gamma: prescribed acceptance
+    rates where they depend on gamma.
     """
 
     dtype: str
@@ -149,3 +150,8 @@ class LoadOptions:
     synthetic_acceptance_rates: tuple[float, ...] = ()
     vllm: VllmOptions = field(default_factory=VllmOptions)
     quantization: str | None = None
+    rates_by_gamma: tuple[tuple[Gamma, tuple[float, ...]], ...] = ()
+
+    def prescribed_rates(self, gamma: Gamma) -> tuple[float, ...]:
+        """The prescribed acceptance rate of each position; empty for real drafts."""
+        return dict(self.rates_by_gamma).get(gamma, self.synthetic_acceptance_rates)

@@ -44,7 +44,7 @@ class SpecdecEngine:
                 num_speculative_tokens=gamma,
                 max_batch_size=batch_size,
                 verification=options.verification,
-                synthetic_acceptance_rates=options.synthetic_acceptance_rates or None,
+                synthetic_acceptance_rates=options.prescribed_rates(gamma) or None,
             )
             self._engines.append(made)
             return made

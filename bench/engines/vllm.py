@@ -149,9 +149,9 @@ def _speculative(pair: Pair, options: LoadOptions, setup: Setup) -> dict[str, An
         config["model"] = resolve(folder(draft))
     if options.verification != "token":
         config["rejection_sample_method"] = options.verification
-    if options.synthetic_acceptance_rates:
+    if prescribed := options.prescribed_rates(setup.gamma):
         assert isinstance(setup.gamma, int)
-        rates = [*options.synthetic_acceptance_rates[: setup.gamma]]
+        rates = [*prescribed[: setup.gamma]]
         rates += [0.0] * (setup.gamma - len(rates))
         config |= {"rejection_sample_method": "synthetic", "synthetic_acceptance_rates": rates}
     return config

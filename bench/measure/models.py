@@ -134,4 +134,5 @@ class Models:
             config.synthetic_acceptance_rates,
             config.vllm,
             None if config.quantization == "none" else config.quantization,
+            tuple((gamma, config.prescribed_rates(gamma)) for gamma in config.gammas if config.prescribes_acceptance),
         )

@@ -113,6 +113,7 @@ def output_sha256(outputs: Sequence[Sequence[int]]) -> str:
 
 def _identity(cell: Cell, pair: Pair, config: BenchConfig, engine_version: str, device: str) -> dict[str, Any]:
     _, lengths = bucket(cell.workload, config.prompt_lengths)
+    length = config.synthetic_acceptance_length
     return {
         "engine": cell.engine,
         "engine_version": engine_version,
@@ -130,7 +131,8 @@ def _identity(cell: Cell, pair: Pair, config: BenchConfig, engine_version: str, 
         "num_devices": num_devices(cell, config, device),
         "batch_size": cell.batch_size,
         "verification": config.verification,
-        "synthetic_acceptance_rates": list(config.synthetic_acceptance_rates) or None,
+        "synthetic_acceptance_rates": list(config.prescribed_rates(cell.gamma)) or None,
+        "synthetic_acceptance_length": length.at(cell.gamma) if length and cell.gamma else None,
         "load_format": pair.load_format,
         "quantisation": config.quantization,
         **_published(pair, cell.method),
@@ -260,7 +262,7 @@ def _predictions(
 
 def _num_equal(runs: list[Run], others: list[Run] | None, config: BenchConfig) -> int | None:
     """The number of prompts with equal outputs; None with sampling or with prescribed acceptance rates."""
-    if not others or config.temperature > 0 or config.synthetic_acceptance_rates:
+    if not others or config.temperature > 0 or config.prescribes_acceptance:
         return None
     pairs = zip(_results(runs), _results(others), strict=True)
     return sum(result.token_ids == other.token_ids for result, other in pairs)

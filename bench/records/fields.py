@@ -124,6 +124,7 @@ _IDENTITY = [
     Field("verification", str, "", "Acceptance rule: by token, by block, or coupled to the draft's noise.",
           tables="audits", kinds=(*DECODED, CERTIFICATES)),
     Field("synthetic_acceptance_rates", list, "1", "Prescribed acceptance rates by position; empty for real drafts."),
+    Field("synthetic_acceptance_length", float, "tokens", "Prescribed acceptance length, from which the rates follow."),
     Field("load_format", str, "", "How the weights were loaded; dummy means random weights, for timing only."),
     Field("quantisation", str, "", "How the weights are quantized.", "quantization", default="none"),
     Field("engine_options", str, "", "Options passed to vLLM."),

@@ -134,7 +134,7 @@ def cautions(run: Results) -> Iterator[str]:
     if rounds and min(rounds) < FEW_ROUNDS:
         number = "1 round" if min(rounds) == 1 else f"{min(rounds)} rounds"
         short = ", and too few for a speed-up to be the answer" if min(rounds) < HEADLINE_ROUNDS else ""
-        yield f"Only {number}: the intervals are somewhat too narrow{short}."
+        yield f"Only {number}: expect wide intervals{short}."
     if any(len(group) > 1 for group in grouped(drafting(run.cells), *WITHOUT_ENGINE, "engine", "method").values()):
         yield "The fastest gamma of a method is chosen by the same measurement, which favors it a little."
     if idle := [cell for cell in run.cells if cell["method"] != "autoregressive" and cell["num_drafted"] == 0]:

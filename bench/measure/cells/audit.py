@@ -127,9 +127,9 @@ def certify(
     announce: called before the audit with how long it takes, which is measured first; None: it is not.
     Raises ValueError if acceptance is prescribed: such an engine does not verify anything.
     """
-    if config.synthetic_acceptance_rates:
+    if config.prescribes_acceptance:
         raise ValueError(
-            "synthetic_acceptance_rates must be left out: with prescribed acceptance the output is not the target's"
+            "synthetic acceptance must be left out: with prescribed acceptance the output is not the target's"
         )
     sampling = SamplingParams(
         temperature=config.temperature, top_p=config.top_p, top_k=config.top_k, max_tokens=config.max_tokens

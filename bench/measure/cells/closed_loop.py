@@ -121,7 +121,7 @@ class ClosedLoop:
         The margin is computed by specdec's target; None without that engine.
         """
         config, expected = self._context.config, measurement.runs.get(REFERENCE) or measurement.runs.get(BASELINE)
-        if not expected or config.temperature > 0 or config.synthetic_acceptance_rates:
+        if not expected or config.temperature > 0 or config.prescribes_acceptance:
             return {"first_difference_at": None, "margin_at_difference": None}
         positions = fairness.differences(measurement.runs[CANDIDATE], expected)
         engine = self._context.models.loaded("specdec")

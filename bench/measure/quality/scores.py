@@ -45,7 +45,7 @@ def of_run(
 def _why_none(config: BenchConfig, pair: Pair, metric: str) -> str | None:
     if pair.load_format == "dummy":
         return f"pair={pair.name} has random weights, whose output means nothing"
-    if config.synthetic_acceptance_rates:
+    if config.prescribes_acceptance:
         return "acceptance was prescribed, so the output is not the model's"
     if metric == "pass_at_1" and not config.allow_code_execution:
         return "code that a model wrote is run only with --allow-code-execution"

@@ -15,6 +15,7 @@ from helpers.audited import PROMPTS, ToyEngine
 from helpers.warm import run_python
 
 from bench.campaign.config import BenchConfig
+from bench.campaign.golden import AcceptanceLength
 from bench.catalogue.pairs import catalogue
 from bench.engines.base import PromptResult, Run
 from bench.measure.cells import audit
@@ -93,9 +94,12 @@ def test_certificates_that_differ_have_names_that_differ(
     assert ("Engine options: " in certificate.markdown()) == (options != "{}")
 
 
-def test_prescribed_acceptance_is_refused(make_config: Callable[..., BenchConfig]) -> None:
-    config = make_config(synthetic_acceptance_rates=(0.5,))
-    with pytest.raises(ValueError, match="synthetic_acceptance_rates must be left out: with prescribed acceptance"):
+@pytest.mark.parametrize(
+    "changes", [{"synthetic_acceptance_rates": (0.5,)}, {"synthetic_acceptance_length": AcceptanceLength(2.5)}]
+)
+def test_prescribed_acceptance_is_refused(changes: dict[str, Any], make_config: Callable[..., BenchConfig]) -> None:
+    config = make_config(**changes)
+    with pytest.raises(ValueError, match="synthetic acceptance must be left out: with prescribed acceptance"):
         audit.certify(Recorded(), CELL, catalogue()["tiny-random"], [[1]], config, "cpu")  # type: ignore[arg-type]
 
 

@@ -14,6 +14,7 @@ from tokenizers.pre_tokenizers import Metaspace
 from transformers import PreTrainedTokenizerFast
 
 from bench.campaign.config import BenchConfig
+from bench.campaign.golden import AcceptanceLength
 from bench.catalogue.pairs import Pair
 from bench.engines.base import PromptResult, Run
 from bench.measure.paired import BASELINE, CANDIDATE
@@ -81,6 +82,7 @@ def measured(*texts: str, plain: tuple[str, ...]) -> dict[str, list[Run]]:
         ({}, Pair("p", "t"), None),
         ({}, Pair("p", "t", load_format="dummy"), "pair=p has random weights, whose output means nothing"),
         ({"synthetic_acceptance_rates": (0.5,), "engines": ("specdec",)}, Pair("p", "t"), "acceptance was prescribed"),
+        ({"synthetic_acceptance_length": AcceptanceLength(2.5)}, Pair("p", "t"), "acceptance was prescribed"),
     ],
 )
 def test_prescribed_output_has_no_quality(
