@@ -79,10 +79,13 @@ def text_lines(path: Path) -> Iterator[str]:
     yield from (line.removesuffix("\n").removesuffix("\r") for line in _lines(path))
 
 
-def encode(text: str, tokenizer: Any) -> tuple[int, ...]:
-    """Token ids of a question, through the chat template if there is one. Raises ValueError without a tokenizer."""
+def encode(text: str, tokenizer: Any, arguments: Mapping[str, Any] | None = None) -> tuple[int, ...]:
+    """Token ids of a question, through the chat template if there is one. Raises ValueError without a tokenizer.
+
+    arguments: variables of the chat template.
+    """
     if getattr(tokenizer, "chat_template", None):
-        return render([{"role": "user", "content": text}], tokenizer)
+        return render([{"role": "user", "content": text}], tokenizer, arguments)
     return encode_raw(text, tokenizer)
 
 
@@ -187,9 +190,10 @@ def as_token_ids(prompt: Any, index: int) -> tuple[int, ...]:
     return tuple(map(int, ids))
 
 
-def render(messages: Sequence[Message], tokenizer: Any) -> tuple[int, ...]:
+def render(messages: Sequence[Message], tokenizer: Any, arguments: Mapping[str, Any] | None = None) -> tuple[int, ...]:
     """Token ids of a chat by the tokenizer's chat template, including the generation prompt.
 
+    arguments: variables of the template, such as {"enable_thinking": False}; templates ignore those they do not know.
     Raises ValueError without a template, and if the template rejects the messages.
     """
     if not getattr(tokenizer, "chat_template", None):
@@ -197,7 +201,8 @@ def render(messages: Sequence[Message], tokenizer: Any) -> tuple[int, ...]:
     from jinja2 import TemplateError
 
     try:
-        return tuple(tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=False))
+        own = {"add_generation_prompt": True, "return_dict": False}
+        return tuple(tokenizer.apply_chat_template(list(messages), **{**(arguments or {}), **own}))
     except (TemplateError, TypeError) as error:
         raise ValueError(
             f"messages={_shown(list(messages))} must be valid for the model's chat template: {error}"

@@ -33,7 +33,7 @@ CONDITIONS = (
     "top_k",
     "duration_s",
 )
-PROMPTS = ("num_prompts", "prompt_format", "prompt_lengths", "seed")
+PROMPTS = ("num_prompts", "prompt_format", "turns", "template_arguments", "prompt_lengths", "seed")
 MACHINE = ("cpu_model", "cpu_count", "gpus", "torch_num_threads", "cuda", "driver")
 FASTER, SLOWER, NO_DIFFERENCE, INCOMPARABLE = "faster", "slower", "no difference seen", "not comparable"
 MACHINE_CHANGED = "the machine changed"

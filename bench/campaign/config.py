@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -26,6 +27,7 @@ T = TypeVar("T")
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 VERIFICATIONS = tuple(dict.fromkeys(rule for kind in ENGINES.values() for rule in kind.verifications))
 SECONDS = parsers.number(lambda value: value > 0, "> 0 seconds and finite")
+THINKING = ("enable_thinking", "thinking")  # of Qwen, Gemma, GLM and others; of DeepSeek and Kimi
 RATE, EQUIVALENCE = "--rate", "-m equivalence"  # what some options need to have an effect
 
 
@@ -120,8 +122,9 @@ class BenchConfig:
     workloads: tuple[str, ...] = option(
         parse_workloads,
         "humaneval",
-        "prompts: humaneval, gsm8k, spec_bench, sharegpt, xsum, cnn_dailymail, wmt14, one category such as "
-        "spec_bench:rag, or a file (JSON lines with `prompt`, or one prompt a line)",
+        "prompts: humaneval, gsm8k, mt_bench, spec_bench, speed_bench, speed_bench_1k (2k, 8k, 16k, 32k), sharegpt, "
+        "xsum, cnn_dailymail, wmt14, one category such as spec_bench:rag, or a file (JSON lines with `prompt`, or one "
+        "prompt a line)",
         metavar="WORKLOAD,...",
         smoke="smoke",
     )
@@ -141,6 +144,25 @@ class BenchConfig:
         parsers.choice("instruct", "raw"),
         "instruct",
         "instruct: a request, in the tokenizer's chat template if it has one; raw: a text to continue",
+    )
+    turns: str = option(
+        parsers.choice("first", "all"),
+        "first",
+        "of conversations (mt_bench, spec_bench, speed_bench): only the first question (first), or each turn as a "
+        "prompt of its own (all), after the target's own answers to those before, which the reference engine generates "
+        "once by plain decoding",
+    )
+    thinking: str = option(
+        parsers.choice("default", "on", "off"),
+        "default",
+        "thinking of reasoning models, by the chat template's variables enable_thinking and thinking: on, off, or the "
+        "template's default",
+    )
+    chat_template_arguments: str = option(
+        parsers.template_arguments,
+        "{}",
+        "JSON object of other variables of the chat template, such as reasoning_effort",
+        metavar="JSON",
     )
     prompt_lengths: tuple[Lengths, ...] = option(
         parsers.possibly_empty(parsers.listed(parsers.lengths)),
@@ -357,6 +379,12 @@ class BenchConfig:
                 "allow_code_execution must be left out with prescribed acceptance: the output is not the model's, so "
                 "its quality means nothing"
             )
+
+    @property
+    def template_arguments(self) -> dict[str, Any]:
+        """The variables of the chat template; empty for its defaults."""
+        thinking = dict.fromkeys(THINKING, self.thinking == "on") if self.thinking != "default" else {}
+        return {**thinking, **json.loads(self.chat_template_arguments)}
 
     @property
     def vllm(self) -> VllmOptions:

@@ -182,6 +182,14 @@ def lengths(name: str, text: str) -> Lengths:
     return int(least), int(most)
 
 
+def template_arguments(name: str, text: str) -> str:
+    """Variables of a chat template as canonical JSON."""
+    arguments = _json_object(text)
+    if arguments is None:
+        raise ValueError(f'{name} must be a JSON object; try \'{{"reasoning_effort": "high"}}\'')
+    return json.dumps(arguments, sort_keys=True)
+
+
 def vllm_options(name: str, text: str) -> str:
     """vLLM's engine arguments as canonical JSON, without secrets and without what other options set."""
     options = _json_object(text)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TextIO
 
 from bench.campaign.config import BenchConfig
 from bench.catalogue.pairs import Pair
+from bench.engines.base import BenchEngine, Setup
 from bench.measure import machine, telemetry
-from bench.measure.models import Models
+from bench.measure.models import Models, failing_cell
 from bench.measure.prompts import Encoded, Prompts
 from bench.records.schema import Cell, Record
 
@@ -28,8 +30,16 @@ class Context:
 
     def chosen(self, cell: Cell, pair: Pair) -> list[Encoded]:
         """A cell's prompts, encoded by the reference engine's tokenizer so that all engines get the same tokens."""
-        tokenizer = self.models.engine(self.config.reference_engine, pair).tokenizer
-        return self.prompts.chosen(cell, pair, tokenizer)
+        engine = self.models.engine(self.config.reference_engine, pair)
+        return self.prompts.chosen(cell, pair, engine.tokenizer, partial(self._answer, engine))
+
+    def _answer(self, engine: BenchEngine, prompt: tuple[int, ...]) -> str:
+        """The target's own answer: by plain decoding, so that it is the same for all engines and methods."""
+        engine.prepare([Setup("autoregressive", 0, 1)])
+        (sampling,) = self.config.sampling(0, 1, self.config.max_tokens)
+        with failing_cell(self.device):
+            run = engine.generate([prompt], "autoregressive", 0, [sampling])
+        return str(engine.tokenizer.decode(run.results[0].token_ids, skip_special_tokens=True))
 
     def version(self, cell: Cell, pair: Pair) -> str:
         """The version of a cell's engine."""

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Any
 
 import pytest
 
-from bench.campaign.config import BenchConfig
+from bench.campaign.config import THINKING, BenchConfig
 from bench.catalogue.pairs import Pair
 from bench.measure.quality import sandbox
 from bench.records.schema import Cell
 from bench.workloads import registry
-from bench.workloads.base import Lengths, Malformed, Prompt, UnavailableError, UnitTest, bucket
-from specdec.prompts import encode, encode_bytes, encode_raw
+from bench.workloads.base import Lengths, Malformed, Prompt, UnavailableError, UnitTest, bucket, turns_of
+from specdec.prompts import encode, encode_bytes, encode_raw, render
 
 Batch = list[tuple[int, ...]]  # prompts as token ids
+Answer = Callable[[tuple[int, ...]], str]  # of the target to a prompt
 Encoded = tuple[Prompt, tuple[int, ...]]  # a prompt and its token ids
 
 
@@ -33,6 +34,7 @@ class Prompts:
         self._config, self._num_requests = config, num_requests
         self.malformed = {registry.label(name): Malformed(config.malformed) for name in config.workloads}
         self.by_workload = {registry.label(name): self._read(name) for name in config.workloads}
+        self._answers: dict[tuple[str, tuple[int, ...]], str] = {}  # by pair and conversation before them
         self._check_code_execution()
 
     def available(self) -> Iterator[list[Prompt]]:
@@ -54,18 +56,36 @@ class Prompts:
         read = self.malformed[self._bucket(cell)[0]]
         return {"num_rows_skipped": len(read.skipped), "num_rows_passed_over": len(read.passed_over)}
 
-    def chosen(self, cell: Cell, pair: Pair, tokenizer: Any) -> list[Encoded]:
+    def chosen(self, cell: Cell, pair: Pair, tokenizer: Any, answer: Answer | None = None) -> list[Encoded]:
         """The cell's prompts of the requested lengths, with their token ids.
 
-        tokenizer: the reference engine's. Fails the cell if there are too few, or if one exceeds the pair's context.
+        tokenizer: the reference engine's. answer: what the target answers, for later turns of conversations.
+        Fails the cell if there are too few, or if one exceeds the pair's context.
         """
         workload, lengths = self._bucket(cell)
         prompts = self.by_workload[workload]
         assert not isinstance(prompts, str), "a skipped cell is not measured"
-        encoded = ((prompt, encoded_prompt(prompt, tokenizer, self._config, pair)) for prompt in prompts)
+        encoded = ((prompt, self._encoded(prompt, tokenizer, pair, answer)) for prompt in prompts)
         chosen = list(encoded) if lengths is None else self._of_length(cell, encoded, lengths)
         self._check_context(cell, pair, chosen)
         return chosen
+
+    def _encoded(self, prompt: Prompt, tokenizer: Any, pair: Pair, answer: Answer | None) -> tuple[int, ...]:
+        if not prompt.earlier:
+            return encoded_prompt(prompt, tokenizer, self._config, pair)
+        if self._config.prompt_format == "raw" or not getattr(tokenizer, "chat_template", None):
+            pytest.fail(
+                "turns=all must have a chat template and prompt_format=instruct; use --turns first", pytrace=False
+            )
+        assert answer, "a conversation needs the target's answers"
+        arguments, messages = self._config.template_arguments, list[dict[str, str]]()
+        for text in prompt.earlier:
+            messages.append({"role": "user", "content": text})
+            asked = render(messages, tokenizer, arguments)
+            key = (pair.name, asked)
+            self._answers[key] = self._answers.get(key) or answer(asked)
+            messages.append({"role": "assistant", "content": self._answers[key]})
+        return render([*messages, {"role": "user", "content": prompt.text}], tokenizer, arguments)
 
     def _of_length(self, cell: Cell, encoded: Iterator[Encoded], lengths: Lengths) -> list[Encoded]:
         """The first prompts of the requested lengths."""
@@ -111,7 +131,8 @@ class Prompts:
                 "and at least the batch size; lower --num-prompts or --batch-sizes"
             )
         # selecting by length needs a tokenizer: until one is loaded, keep all prompts in random order
-        return registry.sample(prompts, len(prompts) if config.prompt_lengths else num_prompts, config.seed)
+        sampled = registry.sample(prompts, len(prompts) if config.prompt_lengths else num_prompts, config.seed)
+        return [turn for prompt in sampled for turn in turns_of(prompt)] if config.turns == "all" else sampled
 
     def _num_prompts(self, num_available: int) -> int:
         """The requested number of prompts, else the default or, with a rate, one per request, as far as available."""
@@ -143,4 +164,20 @@ def encoded_prompt(prompt: Prompt, tokenizer: Any, config: BenchConfig, pair: Pa
         return encode_bytes(text)
     if tokenizer is None:
         pytest.fail(f"pair={pair.name} must have a tokenizer to read prompts; name a target with one", pytrace=False)
-    return encode_raw(text, tokenizer) if is_raw else encode(text, tokenizer)
+    if is_raw:
+        return encode_raw(text, tokenizer)
+    _check_thinking(tokenizer, config)
+    return encode(text, tokenizer, config.template_arguments)
+
+
+def _check_thinking(tokenizer: Any, config: BenchConfig) -> None:
+    """Fail the cell if thinking was turned on or off and the chat template does not know it."""
+    if config.thinking == "default":
+        return
+    probe = [encode("a", tokenizer, dict.fromkeys(THINKING, value)) for value in (True, False)]
+    if probe[0] == probe[1]:
+        pytest.fail(
+            f"thinking={config.thinking} must be known to the chat template, but it has neither "
+            f"{' nor '.join(THINKING)}; use --chat-template-arguments with its own variable",
+            pytrace=False,
+        )

@@ -116,6 +116,8 @@ _IDENTITY = [
     Field("placement", str, "", "How the layers of target and draft are placed on several devices.", default="same"),
     Field("workload", str, "", "Data set that the prompts are from.", needed=DECODED),
     Field("prompt_format", str, "", "Prompts as a chat (instruct) or as text to continue (raw).", default="instruct"),
+    Field("turns", str, "", "Turns of conversations that were asked: the first, or all.", default="first"),
+    Field("template_arguments", str, "", "Variables of the chat template that were set, as JSON.", default="{}"),
     Field("prompt_lengths", str, "tokens", "Shortest and longest prompt that was selected; empty if all were."),
     Field("dtype", str, "", "Number format of the weights.", kinds=MEASURED, needed=MEASURED),
     Field("device", str, "", "Device that the models ran on.", kinds=MEASURED, needed=MEASURED),

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+
+from specdec.prompts import text_of
 
 Lengths = tuple[int, int]  # least and most tokens of a prompt
 BUCKET = re.compile(r"(?P<label>.*)@(?P<least>\d+):(?P<most>\d+)")
@@ -43,7 +45,8 @@ class Prompt:
     """One prompt. text: what the user says. category: what the source files it under, or "".
 
     raw: a text to go on with, for models that are not talked to; "" is `text`. truth: what the output is scored by.
-    earlier: what the user said before in the same conversation; the model's own answers stand in between.
+    earlier, later: what the user says before and after it in the same conversation; the model's own answers stand in
+    between. Readers give the first turn with the later ones; `turns_of` makes a prompt of each turn.
     """
 
     text: str
@@ -51,11 +54,19 @@ class Prompt:
     raw: str = ""
     truth: Number | Summary | UnitTest | None = None
     earlier: tuple[str, ...] = field(default=(), repr=False)  # the digest of a run's prompts adds it where there is any
+    later: tuple[str, ...] = field(default=(), repr=False)
 
     @property
     def turn(self) -> int:
         """1 for the first question of a conversation."""
         return len(self.earlier) + 1
+
+
+def turns_of(prompt: Prompt) -> list[Prompt]:
+    """The turns of a conversation, one prompt each; only the first is scored, if at all."""
+    texts = (prompt.text, *prompt.later)
+    later = (Prompt(text, prompt.category, earlier=texts[:index]) for index, text in enumerate(texts) if index)
+    return [replace(prompt, later=()), *later]
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +123,15 @@ def prompts_of(
             else:
                 malformed.passed_over.append(place)
     return prompts
+
+
+def conversation(row: dict[str, Any], place: str, category: str) -> Prompt:
+    """The prompt of a row with `turns`, the user's questions. Raises ValueError naming the place for another row."""
+    turns = row.get("turns")
+    if not isinstance(turns, list) or not turns:
+        raise ValueError(f"{place}: turns={turns!r} must be a list with a question; correct or remove the row")
+    first, *later = (text_of({f"turns[{n}]": turn}, f"turns[{n}]", place) for n, turn in enumerate(turns))
+    return Prompt(first, category, later=tuple(later))
 
 
 def find_all(data_dir: Path | None, *patterns: str) -> list[Path]:

@@ -7,7 +7,18 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
-from bench.workloads import cnn_dailymail, gsm8k, humaneval, sharegpt, spec_bench, textfile, wmt14, xsum
+from bench.workloads import (
+    cnn_dailymail,
+    gsm8k,
+    humaneval,
+    mt_bench,
+    sharegpt,
+    spec_bench,
+    speed_bench,
+    textfile,
+    wmt14,
+    xsum,
+)
 from bench.workloads.base import Malformed, Prompt
 from specdec.runtime import extensions
 from specdec.runtime.checks import nearest
@@ -19,6 +30,8 @@ READERS: dict[str, Reader] = {
     "humaneval": humaneval.read,
     "gsm8k": gsm8k.read,
     "spec_bench": spec_bench.read,
+    "mt_bench": mt_bench.read,
+    **speed_bench.READERS,
     "sharegpt": sharegpt.read,
     "xsum": xsum.read,
     "cnn_dailymail": cnn_dailymail.read,

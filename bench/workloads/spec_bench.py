@@ -1,7 +1,7 @@
 """Spec-Bench (Xia et al. 2024, arXiv:2401.07851): 480 questions of six kinds, rows with `category` and `turns`.
 
-Only the first turn is asked: the second presupposes an answer, which would differ between engines. Apache-2.0.
-The kinds of MT-bench (writing, roleplay, ...) are one category, as in Spec-Bench's own tables.
+The kinds of MT-bench (writing, roleplay, ...) are one category, as in Spec-Bench's own tables; only they have a second
+turn, which is asked with --turns all. Apache-2.0.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from bench.workloads.base import Malformed, Prompt, find, prompts_of
+from bench.workloads.base import Malformed, Prompt, conversation, find, prompts_of
 from specdec.prompts import rows, text_of
 
 MULTI_TURN = "multi_turn"
@@ -17,22 +17,15 @@ OWN = ("translation", "summarization", "qa", "math_reasoning", "rag")
 
 
 def read(data_dir: Path | None, malformed: Malformed) -> list[Prompt]:
-    """The first turns of the file spec-bench*.jsonl, or as its repository has it, in the data folder."""
+    """The conversations of the file spec-bench*.jsonl, or as its repository has it, in the data folder."""
     path = find(data_dir, "spec_bench", "spec-bench*.jsonl", "spec_bench*.jsonl", "spec_bench/question.jsonl")
     return prompts_of(rows(path, malformed.meet), _prompt, malformed)
 
 
 def _prompt(row: dict[str, Any], place: str) -> Prompt:
-    return Prompt(_first_turn(row, place), _category(row, place))
+    return conversation(row, place, _category(row, place))
 
 
 def _category(row: dict[str, Any], place: str) -> str:
     kind = text_of(row, "category", place)
     return kind if kind in OWN else MULTI_TURN
-
-
-def _first_turn(row: dict[str, Any], place: str) -> str:
-    turns = row.get("turns")
-    if not isinstance(turns, list) or not turns:
-        raise ValueError(f"{place}: turns={turns!r} must be a list with a question; correct or remove the row")
-    return text_of({"turns[0]": turns[0]}, "turns[0]", place)

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import io
+import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from bench.campaign.config import BenchConfig
 from bench.campaign.plan import plan
 from bench.catalogue.pairs import Pair
+from bench.engines.base import PromptResult, Run, Setup
+from bench.measure.context import Context
+from bench.measure.models import Models
 from bench.measure.prompts import Prompts
 from bench.measure.quality import sandbox
 from bench.records.schema import Cell
@@ -74,6 +81,85 @@ def test_raw_prompts_are_texts_to_go_on_with(make_config: Callable[..., BenchCon
         pytest.fail.Exception, match="prompt_format=instruct must have a tokenizer with a chat template"
     ):
         Prompts(asked).chosen(cell, RANDOM, None)
+
+
+class Chat:
+    """A tokenizer of bytes, whose template shows every message and whether it thinks."""
+
+    def __init__(self, *, thinks: bool = True) -> None:
+        self.chat_template, self._thinks = "a template", thinks
+
+    def apply_chat_template(self, messages: list[dict[str, str]], **arguments: Any) -> list[int]:
+        assert arguments.pop("add_generation_prompt") is True
+        assert arguments.pop("return_dict") is False
+        shown = "".join(f"{each['role'][0]}:{each['content']};" for each in messages)
+        thinking = str(arguments.get("enable_thinking", "")) if self._thinks else ""
+        return list(f"{shown}{thinking}{arguments.get('effort', '')}".encode())
+
+
+def test_later_turns_follow_the_answers_of_the_target(make_config: Callable[..., BenchConfig], tmp_path: Path) -> None:
+    rows = [{"category": "writing", "turns": ["Q1", "Q2", "Q3"]}, {"category": "qa", "turns": ["one"]}]
+    (tmp_path / "mt_bench.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    asked: list[bytes] = []
+
+    def answer(tokens: tuple[int, ...]) -> str:
+        asked.append(bytes(tokens))
+        return f"A{len(asked)}"
+
+    config = make_config(workloads=("mt_bench",), data_dir=tmp_path, num_prompts=2, turns="all")
+    prompts, cell = Prompts(config), Cell("specdec", "p", "autoregressive", 0, "same", "mt_bench", 1)
+    chosen = prompts.chosen(cell, RANDOM, Chat(), answer)
+    found = {bytes(tokens).decode(): (prompt.turn, prompt.category) for prompt, tokens in chosen}
+    assert found == {
+        "u:one;": (1, "qa"),
+        "u:Q1;": (1, "writing"),
+        "u:Q1;a:A1;u:Q2;": (2, "writing"),
+        "u:Q1;a:A1;u:Q2;a:A2;u:Q3;": (3, "writing"),
+    }
+    assert asked == [b"u:Q1;", b"u:Q1;a:A1;u:Q2;"]  # each conversation is answered once
+    assert prompts.chosen(cell, RANDOM, Chat(), answer) == chosen
+    assert len(asked) == 2  # also for other cells
+    with pytest.raises(pytest.fail.Exception, match="turns=all must have a chat template and prompt_format=instruct"):
+        prompts.chosen(cell, RANDOM, None, answer)
+    first = Prompts(make_config(workloads=("mt_bench",), data_dir=tmp_path, num_prompts=2))
+    assert {prompt.text for prompt, _ in first.chosen(cell, RANDOM, Chat())} == {"Q1", "one"}
+    assert first.sha256() != prompts.sha256()
+
+
+def test_the_chat_template_has_its_variables(make_config: Callable[..., BenchConfig], tmp_path: Path) -> None:
+    path = tmp_path / "mine.txt"
+    path.write_text("Why?\n")
+    cell = Cell("specdec", "p", "autoregressive", 0, "same", "mine", 1)
+
+    def text(chat: Chat, **changes: Any) -> str:
+        config = make_config(workloads=(str(path),), num_prompts=1, **changes)
+        ((_, tokens),) = Prompts(config).chosen(cell, RANDOM, chat)
+        return bytes(tokens).decode()
+
+    assert text(Chat()) == "u:Why?;"
+    assert text(Chat(), thinking="on") == "u:Why?;True"
+    assert text(Chat(), thinking="off", chat_template_arguments='{"effort": "high"}') == "u:Why?;Falsehigh"
+    with pytest.raises(pytest.fail.Exception, match="thinking=off must be known to the chat template, but"):
+        text(Chat(thinks=False), thinking="off")
+
+
+def test_the_reference_engine_answers_by_plain_decoding(make_config: Callable[..., BenchConfig]) -> None:
+    calls: list[Any] = []
+
+    class Engine:
+        tokenizer = SimpleNamespace(decode=lambda tokens, skip_special_tokens: f"{tokens} {skip_special_tokens}")
+
+        def prepare(self, setups: Any) -> None:
+            calls.append(setups)
+
+        def generate(self, prompts: Any, method: str, gamma: int, sampling: Any) -> Run:
+            calls.append((prompts, method, gamma, sampling[0].max_tokens))
+            return Run((PromptResult((7, 8), 0.1, 0.2, None, "length"),))
+
+    config = make_config(max_tokens=8)
+    context = Context(config, "cpu", Models(config, "cpu"), Prompts(config), io.StringIO())
+    assert context._answer(Engine(), (1, 2)) == "(7, 8) True"  # type: ignore[arg-type]
+    assert calls == [[Setup("autoregressive", 0, 1)], ([(1, 2)], "autoregressive", 0, 8)]
 
 
 def test_a_machine_that_cannot_shut_code_in_refuses(

@@ -15,7 +15,7 @@ import pytest
 from bench.campaign.config import BenchConfig
 from bench.measure.prompts import Prompts
 from bench.workloads import registry, sharegpt
-from bench.workloads.base import Malformed, Number, Prompt, Summary, UnavailableError
+from bench.workloads.base import Malformed, Number, Prompt, Summary, UnavailableError, turns_of
 
 DATA = Path(__file__).parents[1] / "data"
 GSM8K_ROWS = [{"question": "1 + 1?", "answer": "#### 2"}, {"question": "1 + 2?", "answer": "so\n#### 3"}]
@@ -250,9 +250,9 @@ def test_an_answer_without_its_number_is_malformed(answer: str, tmp_path: Path) 
         registry.read("gsm8k", tmp_path)
 
 
-def test_spec_bench_asks_the_first_turn(tmp_path: Path) -> None:
+def test_spec_bench_has_the_first_turn_and_the_later_ones(tmp_path: Path) -> None:
     write_rows(tmp_path / "spec-bench.jsonl", {"question_id": 1, "category": "qa", "turns": ["Who?", "Why?"]})
-    assert registry.read("spec_bench", tmp_path) == [Prompt("Who?", "qa")]
+    assert registry.read("spec_bench", tmp_path) == [Prompt("Who?", "qa", later=("Why?",))]
 
 
 def test_one_category_can_be_selected(tmp_path: Path) -> None:
@@ -308,3 +308,57 @@ def test_the_sample_depends_on_the_seed_alone() -> None:
     prompts = [Prompt(str(number)) for number in range(50)]
     assert registry.sample(prompts, 8, 1) == registry.sample(prompts, 8, 1) != registry.sample(prompts, 8, 2)
     assert len(set(registry.sample(prompts, 50, 0))) == 50
+
+
+@pytest.mark.parametrize("layout", ["qualitative", "speed/qualitative", "data/speed/qualitative"])
+@pytest.mark.parametrize("kind", ["parquet", "jsonl"])
+def test_speed_bench_is_read_from_the_folder_of_its_script(layout: str, kind: str, tmp_path: Path) -> None:
+    """Files as prepare_data.py writes them, with the columns that are used and one that is not."""
+    rows = [
+        {"question_id": "q1", "category": "coding", "turns": ["Write it.", "Test it."]},
+        {"question_id": "q2", "category": "rag", "turns": ["Who?"]},
+    ]
+    folder = tmp_path / layout
+    folder.mkdir(parents=True)
+    if kind == "parquet":
+        pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+        parquet.write_table(pyarrow.Table.from_pylist(rows), folder / "test.parquet")
+    else:
+        write_rows(folder / "test.jsonl", *rows)
+    first, second = registry.read("speed_bench", tmp_path)
+    assert (first.text, first.category, first.later) == ("Write it.", "coding", ("Test it.",))
+    assert second == Prompt("Who?", "rag")
+    assert registry.read("speed_bench:rag", tmp_path) == [second]
+    with pytest.raises(UnavailableError, match="workloads=speed_bench_8k must have one file throughput_8k/test"):
+        registry.read("speed_bench_8k", tmp_path)
+
+
+def test_speed_bench_with_texts_to_fetch_is_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "throughput_2k"
+    folder.mkdir()
+    placeholder = "FULL BENCHMARK DATA SHOULD BE FETCHED FROM THE SOURCE USING SPECDEC_BENCH"
+    write_rows(folder / "test.jsonl", {"category": "mixed", "turns": [placeholder]})
+    with pytest.raises(ValueError, match=r"test\.jsonl:1: turns must be complete, .* run prepare_data\.py"):
+        registry.read("speed_bench_2k", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("turns", "message"),
+    [
+        ([], r"turns=\[\] must be a list with a question"),
+        ("Q", "turns='Q' must be a list"),
+        (["Q", ""], r"turns\[1\]='' must be a non-empty string"),
+    ],
+)
+def test_conversations_without_questions_are_malformed(turns: Any, message: str, tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "mt_bench.jsonl", {"category": "writing", "turns": turns})
+    with pytest.raises(ValueError, match=rf"{path.name}:1: {message}"):
+        registry.read("mt_bench", tmp_path)
+
+
+def test_turns_of_a_conversation_are_prompts() -> None:
+    prompt = Prompt("a", "x", truth=Number("1"), later=("b", "c"))
+    first, second, third = turns_of(prompt)
+    assert (first.turn, first.truth, first.later) == (1, Number("1"), ())
+    assert (second.text, second.earlier, second.turn, second.truth) == ("b", ("a",), 2, None)
+    assert (third.text, third.earlier, third.category) == ("c", ("a", "b"), "x")
