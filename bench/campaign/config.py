@@ -123,8 +123,8 @@ class BenchConfig:
         parse_workloads,
         "humaneval",
         "prompts: humaneval, gsm8k, mt_bench, spec_bench, speed_bench, speed_bench_1k (2k, 8k, 16k, 32k), sharegpt, "
-        "xsum, cnn_dailymail, wmt14, one category such as spec_bench:rag, or a file (JSON lines with `prompt`, or one "
-        "prompt a line)",
+        "xsum, cnn_dailymail, wmt14, random_128 (1k, 2k, 8k, 16k, 32k), shared_prefix_128 (likewise), one category "
+        "such as spec_bench:rag, or a file (JSON lines with `prompt`, or one prompt a line)",
         metavar="WORKLOAD,...",
         smoke="smoke",
     )

@@ -13,7 +13,7 @@ from bench.campaign.config import THINKING, BenchConfig
 from bench.catalogue.pairs import Pair
 from bench.measure.quality import sandbox
 from bench.records.schema import Cell
-from bench.workloads import registry
+from bench.workloads import random_tokens, registry
 from bench.workloads.base import Lengths, Malformed, Prompt, UnavailableError, UnitTest, bucket, turns_of
 from specdec.prompts import encode, encode_bytes, encode_raw, render
 
@@ -156,6 +156,8 @@ def encoded_prompt(prompt: Prompt, tokenizer: Any, config: BenchConfig, pair: Pa
 
     Fails the cell if there is no tokenizer, or if prompt_format=instruct was requested without a chat template.
     """
+    if prompt.drawn:
+        return random_tokens.draw(prompt.drawn, random_tokens.vocabulary(tokenizer))
     is_raw = config.prompt_format == "raw"
     if not is_raw and "prompt_format" in config.named and not getattr(tokenizer, "chat_template", None):
         pytest.fail("prompt_format=instruct must have a tokenizer with a chat template; use raw", pytrace=False)

@@ -115,6 +115,8 @@ _IDENTITY = [
           kinds=KINDS, needed=DECODED),
     Field("placement", str, "", "How the layers of target and draft are placed on several devices.", default="same"),
     Field("workload", str, "", "Data set that the prompts are from.", needed=DECODED),
+    Field("prompt_source", str, "", "Prompts are a text, or random tokens, with which only times are meaningful.",
+          default="text"),
     Field("prompt_format", str, "", "Prompts as a chat (instruct) or as text to continue (raw).", default="instruct"),
     Field("turns", str, "", "Turns of conversations that were asked: the first, or all.", default="first"),
     Field("template_arguments", str, "", "Variables of the chat template that were set, as JSON.", default="{}"),

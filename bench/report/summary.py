@@ -38,6 +38,7 @@ def cards(run: Results) -> Iterator[Card]:
 def _is_telling(cell: Record) -> bool:
     """Whether a cell's speed-up counts as an answer: measured on the output of a real model, over enough rounds."""
     is_real = cell["load_format"] != "dummy" and not cell.get("synthetic_acceptance_rates")
+    is_real = is_real and cell["prompt_source"] == "text"
     return is_real and _num_rounds(cell) >= HEADLINE_ROUNDS
 
 
@@ -130,6 +131,8 @@ def cautions(run: Results) -> Iterator[str]:
         yield "Random weights: only times are meaningful, not outputs or acceptance."
     if any(cell.get("synthetic_acceptance_rates") for cell in run.cells):
         yield "Acceptance was prescribed: only times are meaningful."
+    if any(record["prompt_source"] != "text" for record in (*run.cells, *run.loads)):
+        yield "Prompts of random tokens: only times are meaningful, not outputs or acceptance."
     rounds = [_num_rounds(cell) for cell in run.cells]
     if rounds and min(rounds) < FEW_ROUNDS:
         number = "1 round" if min(rounds) == 1 else f"{min(rounds)} rounds"

@@ -41,12 +41,27 @@ class UnitTest:
 
 
 @dataclass(frozen=True, slots=True)
+class Drawn:
+    """A prompt of random tokens.
+
+    number: its own, from 0. num_tokens: its length. group, num_shared: which prompts begin with the same tokens, and
+    with how many.
+    """
+
+    number: int
+    num_tokens: int
+    group: int = 0
+    num_shared: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Prompt:
     """One prompt. text: what the user says. category: what the source files it under, or "".
 
     raw: a text to go on with, for models that are not talked to; "" is `text`. truth: what the output is scored by.
     earlier, later: what the user says before and after it in the same conversation; the model's own answers stand in
     between. Readers give the first turn with the later ones; `turns_of` makes a prompt of each turn.
+    drawn: how to draw a prompt of random tokens, whose text is only its name.
     """
 
     text: str
@@ -55,6 +70,7 @@ class Prompt:
     truth: Number | Summary | UnitTest | None = None
     earlier: tuple[str, ...] = field(default=(), repr=False)  # the digest of a run's prompts adds it where there is any
     later: tuple[str, ...] = field(default=(), repr=False)
+    drawn: Drawn | None = field(default=None, repr=False)
 
     @property
     def turn(self) -> int:

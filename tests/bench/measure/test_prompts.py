@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -124,6 +125,29 @@ def test_later_turns_follow_the_answers_of_the_target(make_config: Callable[...,
     first = Prompts(make_config(workloads=("mt_bench",), data_dir=tmp_path, num_prompts=2))
     assert {prompt.text for prompt, _ in first.chosen(cell, RANDOM, Chat())} == {"Q1", "one"}
     assert first.sha256() != prompts.sha256()
+
+
+@pytest.mark.parametrize("workload", ["random_128", "shared_prefix_128"])
+def test_random_prompts_have_their_length_and_no_special_tokens(
+    workload: str, make_config: Callable[..., BenchConfig]
+) -> None:
+    class Vocabulary:
+        all_special_ids = (0, 299)
+
+        def __len__(self) -> int:
+            return 300
+
+    config = make_config(workloads=(workload,), num_prompts=1024)
+    cell = Cell("specdec", "p", "autoregressive", 0, "same", workload, 1)
+    chosen = Prompts(config).chosen(cell, RANDOM, Vocabulary())
+    assert {len(tokens) for _, tokens in chosen} == {128}
+    assert {token for _, tokens in chosen for token in tokens} == set(range(1, 299))
+    assert len({tokens for _, tokens in chosen}) == 1024
+    prefixes = Counter(tokens[:64] for _, tokens in chosen)
+    assert set(prefixes.values()) == ({8} if workload == "shared_prefix_128" else {1})
+    assert Prompts(config).chosen(cell, RANDOM, Vocabulary()) == chosen
+    ((_, tokens),) = Prompts(make_config(workloads=(workload,), num_prompts=1)).chosen(cell, RANDOM, None)
+    assert max(tokens) < 256
 
 
 def test_the_chat_template_has_its_variables(make_config: Callable[..., BenchConfig], tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ import pytest
 from helpers.bench_runs import audited, decoded, loaded, row_of, sized, write
 
 from bench.records import fields, results
-from bench.report import csv_text, markdown, rendering
+from bench.report import csv_text, markdown, rendering, summary
 
 BASELINES = Path(__file__).parents[3] / "bench" / "baselines"
 
@@ -206,3 +206,14 @@ def test_unexpected_errors_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyP
         command(monkeypatch, run, "--html", tmp_path / "out.html")
     assert f"{run} must be written by `pytest bench/ --benchmark-json`; " in capsys.readouterr().err
     assert not (tmp_path / "out.html").exists()
+
+
+def test_runs_with_random_tokens_are_marked() -> None:
+    """And their speed-up is not the answer, as that of real prompts is."""
+    cells = [decoded("ngram", 2, 6 * [1.0]), decoded("ngram", 2, 6 * [1.0], prompt_source="random tokens")]
+    real, marked = (results.of_records([cell]) for cell in cells)
+    caution = "Prompts of random tokens: only times are meaningful, not outputs or acceptance."
+    assert caution in summary.cautions(marked)
+    assert caution not in summary.cautions(real)
+    assert "2.00×" in [card.number for card in summary.cards(real)]
+    assert "2.00×" not in [card.number for card in summary.cards(marked)]
