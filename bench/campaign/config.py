@@ -11,9 +11,9 @@ from bench.campaign import parsers
 from bench.campaign.arrivals import PROCESSES, Limits, Process
 from bench.campaign.golden import AcceptanceLength, acceptance_length
 from bench.campaign.parsers import Parser
-from bench.catalogue.methods import SMOKE_METHODS, VLLM_METHODS
+from bench.catalogue.methods import LLAMA_METHODS, SMOKE_METHODS, VLLM_METHODS
 from bench.catalogue.pairs import Pair, parse_pairs
-from bench.engines.base import VllmOptions
+from bench.engines.base import LlamaOptions, Peers, VllmOptions
 from bench.engines.registry import ENGINES, parse_engine, parse_method
 from bench.records.schema import Cell, Gamma
 from bench.workloads.base import Lengths
@@ -101,7 +101,8 @@ class BenchConfig:
     methods: tuple[str, ...] = option(
         parsers.listed(parse_method),
         "autoregressive,ngram,draft_model",
-        f"drafting methods: {', '.join(METHODS)}; with vLLM also {', '.join(VLLM_METHODS)}",
+        f"drafting methods: {', '.join(METHODS)}; with vLLM also {', '.join(VLLM_METHODS)}; with "
+        f"llama-server also {', '.join(LLAMA_METHODS)}",
         metavar="NAME,...",
         smoke=",".join(SMOKE_METHODS),
     )
@@ -200,7 +201,7 @@ class BenchConfig:
         ),
         "",
         "open-loop load: requests per second, which arrive whether or not earlier ones are finished; a list is a "
-        "sweep. For engines specdec and vllm-server, instead of a fixed number of prompts",
+        "sweep. For engines specdec, vllm-server and llama-server, instead of a fixed number of prompts",
         metavar="RATE,...",
     )
     duration: float = option(
@@ -292,6 +293,26 @@ class BenchConfig:
         "max_model_len, max_num_seqs; its speculative_config holds options of drafting methods such as "
         "draft_sample_method",
         metavar="JSON",
+    )
+    llama_server: Path | None = option(
+        parsers.optional(parsers.executable),
+        "",
+        "llama.cpp's llama-server, with llama-quantize beside it; none is that on PATH",
+        metavar="PROGRAM",
+        changes_results=False,
+    )
+    llama_options: str = option(
+        parsers.words,
+        "",
+        "further words of llama-server's command line, such as --flash-attn off",
+        metavar="WORDS",
+    )
+    openvino_python: Path | None = option(
+        parsers.optional(parsers.executable),
+        "",
+        "Python interpreter of the virtual environment that has openvino-genai; none is the current one",
+        metavar="PROGRAM",
+        changes_results=False,
     )
     server_url: str | None = option(
         parsers.server_url,
@@ -387,9 +408,13 @@ class BenchConfig:
         return {**thinking, **json.loads(self.chat_template_arguments)}
 
     @property
-    def vllm(self) -> VllmOptions:
+    def peers(self) -> Peers:
         """Where vLLM runs and with which of its own options."""
-        return VllmOptions(self.vllm_python, self.vllm_options, self.server_url)
+        return Peers(
+            VllmOptions(self.vllm_python, self.vllm_options, self.server_url),
+            LlamaOptions(self.llama_server, self.llama_options),
+            self.openvino_python,
+        )
 
     @property
     def prescribes_acceptance(self) -> bool:

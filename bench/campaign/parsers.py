@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -205,6 +206,15 @@ def vllm_options(name: str, text: str) -> str:
         )
         _require(key not in VLLM_RESERVED, f"{name}={key} must be left to the harness; {VLLM_RESERVED.get(key, '')}")
     return json.dumps(options, sort_keys=True)
+
+
+def words(name: str, text: str) -> str:
+    """Words of a command line, quoted as in a shell."""
+    try:
+        shlex.split(text)
+    except ValueError as error:
+        raise ValueError(f"{name}={text!r} must be words as in a shell ({error}); close the quotation") from None
+    return text
 
 
 def _json_object(text: str) -> dict[str, Any] | None:

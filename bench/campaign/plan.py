@@ -69,7 +69,7 @@ def _plan(config: BenchConfig, why_no_room: WhyNot, device: str, pair: Pair, cel
     skip = (
         why_not_pair(cell.engine, pair, cell.placement)
         or _why_no_arrivals(cell)
-        or why_not(cell.engine, cell.method, cell.batch_size, config.verification, config.vllm)
+        or why_not(cell.engine, cell.method, cell.batch_size, config.verification, config.peers)
         or why_no_room(cell.engine, pair, cell.placement)
         or _why_no_draft(pair, cell.method)
     )

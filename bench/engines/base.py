@@ -137,6 +137,23 @@ class VllmOptions:
 
 
 @dataclass(frozen=True, slots=True)
+class LlamaOptions:
+    """How to run llama.cpp's server. program: None for `llama-server` on PATH. options: words of its command line."""
+
+    program: Path | None = None
+    options: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Peers:
+    """How to run the other engines. openvino_python: the interpreter that has openvino-genai; None for this one."""
+
+    vllm: VllmOptions = field(default_factory=VllmOptions)
+    llama: LlamaOptions = field(default_factory=LlamaOptions)
+    openvino_python: Path | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class LoadOptions:
     """How to load a pair's models and verify drafts.
 
@@ -148,7 +165,7 @@ class LoadOptions:
     device: str
     verification: str = "token"
     synthetic_acceptance_rates: tuple[float, ...] = ()
-    vllm: VllmOptions = field(default_factory=VllmOptions)
+    peers: Peers = field(default_factory=Peers)
     quantization: str | None = None
     rates_by_gamma: tuple[tuple[Gamma, tuple[float, ...]], ...] = ()
 

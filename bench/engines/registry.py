@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from bench.catalogue.methods import VLLM_METHODS
+from bench.catalogue.methods import LLAMA_METHODS, PEER_METHODS, VLLM_METHODS
 from bench.catalogue.pairs import Pair, folder
-from bench.engines.base import BenchEngine, LoadOptions, VllmOptions
+from bench.engines.base import BenchEngine, LoadOptions, Peers
 from specdec.methods import GROUP as METHODS_GROUP
 from specdec.methods import METHODS, is_method, method_spec
 from specdec.runtime import extensions
@@ -18,7 +18,7 @@ from specdec.runtime.checks import nearest
 GROUP: extensions.Group = "specdec.engines"
 EXTRAS = (  # optional capabilities
     *("auto gamma", "synthetic acceptance", "placements", "other vocabularies"),
-    *("arrivals", "interpreter", "method extensions"),
+    *("arrivals", "method extensions"),
 )
 
 
@@ -31,6 +31,8 @@ class EngineKind:
     a ServingEngine if "arrivals" is among the extras.
     max_batch_size: None for unlimited. verifications: supported rules. extras: from EXTRAS. kinds: supported kinds of
     pairs.
+    why_missing: `module:function` (engine, Peers) -> why this machine cannot run it, with a remedy, or None; for an
+    engine that another interpreter or program runs. By default the package must be installed here.
     Raises ValueError for an invalid `load` or extra.
     """
 
@@ -41,6 +43,7 @@ class EngineKind:
     verifications: tuple[str, ...] = ("token",)
     extras: tuple[str, ...] = ()
     kinds: tuple[str, ...] = ("decoder-only",)
+    why_missing: str | None = None
 
     def __post_init__(self) -> None:
         if not extensions.REFERENCE.fullmatch(self.load):
@@ -55,7 +58,8 @@ _VLLM = EngineKind(
     ("autoregressive", "ngram", "suffix", "draft_model", "eagle", *VLLM_METHODS),
     load="bench.engines.vllm:load",
     verifications=("token", "block"),
-    extras=("synthetic acceptance", "interpreter"),
+    extras=("synthetic acceptance",),
+    why_missing="bench.engines.vllm:why_missing",
 )
 ENGINES = {
     "specdec": EngineKind(
@@ -79,6 +83,20 @@ ENGINES = {
     ),
     "vllm": _VLLM,
     "vllm-server": replace(_VLLM, load="bench.engines.vllm_server:load", extras=(*_VLLM.extras, "arrivals")),
+    "llama-server": EngineKind(
+        "llama.cpp",
+        ("autoregressive", "ngram", "draft_model", *LLAMA_METHODS),
+        load="bench.engines.llama_server:load",
+        extras=("synthetic acceptance", "arrivals"),
+        why_missing="bench.engines.llama_server:why_missing",
+    ),
+    "openvino": EngineKind(
+        "openvino_genai",
+        ("autoregressive", "ngram"),
+        load="bench.engines.openvino:load",
+        max_batch_size=1,
+        why_missing="bench.engines.openvino:why_missing",
+    ),
 }
 
 
@@ -111,8 +129,8 @@ def parse_method(name: str, text: str) -> str:
     """
     if is_method(text):
         method_spec(text)
-    elif text not in VLLM_METHODS:
-        known = (*METHODS, *VLLM_METHODS)
+    elif text not in PEER_METHODS:
+        known = (*METHODS, *PEER_METHODS)
         rule = f"must be one of {', '.join(known)} or module:attribute"
         raise ValueError(f"{name}={text!r} {rule}{nearest(text, known)}")
     return text
@@ -121,16 +139,20 @@ def parse_method(name: str, text: str) -> str:
 def extension_files(engines: Sequence[str], methods: Sequence[str]) -> list[Path]:
     """The source files of the engines and methods that are extensions."""
     outside = [(GROUP, name) for name in engines if name not in ENGINES]
-    outside += [(METHODS_GROUP, name) for name in methods if name not in (*METHODS, *VLLM_METHODS)]
+    outside += [(METHODS_GROUP, name) for name in methods if name not in (*METHODS, *PEER_METHODS)]
     return [path for group, name in outside for path in extensions.source_files(group, name)]
 
 
 def why_not(
-    engine: str, method: str, batch_size: int, verification: str = "token", vllm: VllmOptions | None = None
+    engine: str,
+    method: str,
+    batch_size: int,
+    verification: str = "token",
+    peers: Peers | None = None,
 ) -> str | None:
     """Why an engine cannot run a cell, with a remedy; None if it can."""
     kind = engine_kind(engine)
-    if missing := _why_missing(engine, vllm or VllmOptions()):
+    if missing := _why_missing(engine, peers or Peers()):
         return missing
     if method not in kind.methods and not _is_own(kind, method):
         return f"engine={engine} has no method={method}; use {', '.join(kind.methods)}"
@@ -168,14 +190,14 @@ def why_not_pair(engine: str, pair: Pair, placement: str) -> str | None:
     return None
 
 
-def _why_missing(engine: str, vllm: VllmOptions) -> str | None:
+def _why_missing(engine: str, peers: Peers) -> str | None:
     kind = engine_kind(engine)
-    if engine == "vllm-server" and vllm.server_url:
+    if engine == "vllm-server" and peers.vllm.server_url:
         return None
-    if "interpreter" in kind.extras:
-        from bench.engines.vllm import why_no_interpreter
-
-        return why_no_interpreter(engine, vllm.python)
+    if kind.why_missing:
+        why_missing = extensions.load(GROUP, kind.why_missing, callable, "a function (engine, Peers)")
+        reason: str | None = why_missing(engine, peers)
+        return reason
     if importlib.util.find_spec(kind.package) is None:
         return f"engine={engine} needs the package {kind.package}; pip install {kind.package}"
     return None

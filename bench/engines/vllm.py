@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from bench.catalogue.pairs import Pair, folder
-from bench.engines.base import EngineError, LoadOptions, PromptResult, Run, Setup
+from bench.engines.base import EngineError, LoadOptions, Peers, PromptResult, Run, Setup
 from bench.engines.pool import Pool
 from bench.engines.process import Worker
 from bench.records.schema import Gamma
@@ -73,7 +73,7 @@ class VllmEngine:
         return Run(tuple(results(answer)))
 
     def _started(self, setup: Setup) -> Worker:
-        python = str(self._options.vllm.python or sys.executable)
+        python = str(self._options.peers.vllm.python or sys.executable)
         name = f"engine=vllm, {setup}"
         environment = worker_environment(python, self._options.device)
         worker = Worker(name, [python, str(SCRIPT)], environment)
@@ -127,7 +127,7 @@ def configuration(pair: Pair, options: LoadOptions, setup: Setup) -> dict[str, A
         engine["max_model_len"] = pair.context
     if options.device.startswith("cuda"):
         engine["gpu_memory_utilization"] = GPU_SHARE
-    user_options = json.loads(options.vllm.options)
+    user_options = json.loads(options.peers.vllm.options)
     drafting = user_options.pop("speculative_config", {})
     speculative = _speculative(pair, options, setup)
     if speculative:
@@ -281,8 +281,9 @@ def installed_version(python: Path | None) -> str | None:
     return done.stdout.strip() if done.returncode == 0 else None
 
 
-def why_no_interpreter(engine: str, python: Path | None) -> str | None:
+def why_missing(engine: str, peers: Peers) -> str | None:
     """Why an interpreter cannot run an engine, with the remedy; None if it can."""
+    python = peers.vllm.python
     if installed_version(python):
         return None
     return (

@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import sys
 import time
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +19,7 @@ from bench.catalogue.pairs import Pair, folder
 from bench.engines.base import EngineError, LoadOptions, PromptResult, Run, Served, Setup
 from bench.engines.completions import Client
 from bench.engines.load_client import send_on_time
+from bench.engines.local_server import Server, free_port, wait_until_healthy
 from bench.engines.pool import Pool
 from bench.engines.process import Child
 from bench.engines.server_answers import Row
@@ -43,27 +42,7 @@ from specdec.servers.metrics import difference
 
 NUM_ATTEMPTS = 3
 FIRST_PAUSE_S = 0.5  # between attempts; doubled after each
-DEATH_S = 2.0  # a connection breaks slightly before its process has ended
 BUSY_WAIT_S = 1.2  # an idle server's processes spin for a second, each occupying a CPU
-
-
-@dataclass(frozen=True, slots=True)
-class Server:
-    """A healthy server. model: the name of the served model. child: its process, if it was started here."""
-
-    client: Client
-    model: str
-    child: Child | None = None
-
-    def failure(self) -> EngineError | None:
-        """The error of a server that was started here and has ended; None if it is running."""
-        if self.child and self.child.ends_within(DEATH_S):
-            return self.child.failure(f"must keep running, but {self.child.end()}")
-        return None
-
-    def close(self) -> None:
-        if self.child:
-            self.child.close()
 
 
 class VllmServerEngine:
@@ -75,7 +54,7 @@ class VllmServerEngine:
         self._pair, self._options, self.dtype = pair, options, options.dtype
         self.stop_token_ids = frozenset(stop_token_ids)
         self._busy_until_s = 0.0
-        self._servers: Pool[Server] = Pool(self._found if options.vllm.server_url else self._started)
+        self._servers: Pool[Server[Client]] = Pool(self._found if options.peers.vllm.server_url else self._started)
 
     @property
     def tokenizer(self) -> Any:
@@ -133,17 +112,17 @@ class VllmServerEngine:
         finally:
             self._busy_until_s = time.monotonic() + BUSY_WAIT_S
 
-    def _found(self, setup: Setup) -> Server:
+    def _found(self, setup: Setup) -> Server[Client]:
         """The server at `server_url`, after checking that it serves the pair's target and drafts as in the setup."""
-        client = Client(str(self._options.vllm.server_url), api_key(), CALL_TIMEOUT_S, self._vocab_size)
+        client = Client(str(self._options.peers.vllm.server_url), api_key(), CALL_TIMEOUT_S, self._vocab_size)
         model = client.model()
         check_model(client.url, model, self._pair)
         check_drafting(client.url, client.counters(), setup)
         self.version = client.version()
         return Server(client, model["id"])
 
-    def _started(self, setup: Setup) -> Server:
-        python = str(self._options.vllm.python or sys.executable)
+    def _started(self, setup: Setup) -> Server[Client]:
+        python = str(self._options.peers.vllm.python or sys.executable)
         address = {"host": "127.0.0.1", "port": free_port()}
         config = configuration(self._pair, self._options, setup) | {"address": address}
         config["engine"].pop("skip_tokenizer_init")
@@ -178,23 +157,6 @@ def server_environment(python: str, device: str, environment: Mapping[str, str] 
     cpus = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
     binding = {"VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cpus))} if cpus else {}
     return {"VLLM_CPU_KVCACHE_SPACE": "1", **binding, **own, **preloads(python, own)}
-
-
-def free_port() -> int:
-    """A free port of the loopback interface."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return int(listener.getsockname()[1])
-
-
-def wait_until_healthy(client: Client, child: Child, timeout_s: float) -> None:
-    """Raise EngineError, with the last output, if a server ends before it is healthy, or is not healthy in time."""
-    deadline_s = time.monotonic() + timeout_s
-    while not client.is_healthy():
-        if child.process.poll() is not None:
-            raise child.failure(f"must become healthy, but {child.end()}")
-        if time.monotonic() > deadline_s:
-            raise child.failure(f"must become healthy within {timeout_s:g} s, but did not")
-        time.sleep(0.2)
 
 
 def check_model(url: str, model: Mapping[str, Any], pair: Pair) -> None:

@@ -132,7 +132,7 @@ class Models:
             self._device,
             config.verification,
             config.synthetic_acceptance_rates,
-            config.vllm,
+            config.peers,
             None if config.quantization == "none" else config.quantization,
             tuple((gamma, config.prescribed_rates(gamma)) for gamma in config.gammas if config.prescribes_acceptance),
         )

@@ -141,13 +141,21 @@ class Session:
         return self.journal.cells["roofline"].record
 
     def versions(self) -> dict[str, str | None]:
-        """Versions of the packages that results depend on; vLLM's from the interpreter that runs it."""
+        """Versions of the packages that results depend on; those of other engines from what runs them."""
         installed = machine.versions()
-        if not {"vllm", "vllm-server"} & set(self.config.engines):
-            return installed
-        from bench.engines.vllm import installed_version  # imports transformers
+        if {"vllm", "vllm-server"} & set(self.config.engines):
+            from bench.engines import vllm  # imports transformers
 
-        return installed | {"vllm": installed_version(self.config.vllm_python)}
+            installed["vllm"] = vllm.installed_version(self.config.vllm_python)
+        if "openvino" in self.config.engines:
+            from bench.engines import openvino
+
+            installed["openvino_genai"] = openvino.installed_version(self.config.openvino_python)
+        if "llama-server" in self.config.engines:
+            from bench.engines import llama_server
+
+            installed["llama.cpp"] = llama_server.version_of(self.config.llama_server)
+        return installed
 
     def configuration(self) -> dict[str, Any]:
         """Everything that affects results: cells of different configurations must not be mixed."""

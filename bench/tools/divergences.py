@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from bench.catalogue.pairs import Pair, catalogue, folder
-from bench.engines.base import BenchEngine, LoadOptions, Setup, VllmOptions
+from bench.engines.base import BenchEngine, LoadOptions, Peers, Setup, VllmOptions
 from bench.engines.registry import load
 from bench.records.schema import Gamma
 from bench.records.untrusted import loads
@@ -50,7 +50,7 @@ class Engines:
     """The engines of a run over one pair, loaded when they are first asked."""
 
     def __init__(self, pair: Pair, dtype: str, vllm: VllmOptions) -> None:
-        options = LoadOptions(dtype=dtype, device="cpu", vllm=vllm)
+        options = LoadOptions(dtype=dtype, device="cpu", peers=Peers(vllm=vllm))
         self.dtype = getattr(torch, dtype)
         self._engine: Callable[[str], BenchEngine] = cache(lambda name: load(name, pair, options))
         self.model: Callable[[torch.dtype], Any] = cache(lambda dtype: _target(pair, dtype))

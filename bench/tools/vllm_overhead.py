@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.catalogue.pairs import catalogue
-from bench.engines.base import LoadOptions, Setup, VllmOptions
+from bench.engines.base import LoadOptions, Peers, Setup, VllmOptions
 from bench.engines.process import Worker
 from bench.engines.vllm import (
     CALL_TIMEOUT_S,
@@ -47,7 +47,7 @@ def main() -> None:
     parser.add_argument("--num-prompts", type=int, default=16)
     parser.add_argument("--max-tokens", type=int, default=64)
     given = parser.parse_args()
-    options = LoadOptions(PAIR.dtype, "cpu", vllm=VllmOptions(given.vllm_python))
+    options = LoadOptions(PAIR.dtype, "cpu", peers=Peers(vllm=VllmOptions(given.vllm_python)))
     setup = Setup("ngram" if given.gamma else "autoregressive", given.gamma, 1)
     with closing(load(PAIR, options)) as engine, ExitStack() as stack:
         plain = {name: stack.enter_context(closing(_plain(options, setup, name))) for name in ENVIRONMENTS}
@@ -70,7 +70,7 @@ def main() -> None:
 
 
 def _plain(options: LoadOptions, setup: Setup, environment: str) -> Worker:
-    python = str(options.vllm.python)
+    python = str(options.peers.vllm.python)
     command = [python, str(SCRIPT.with_name("vllm_plain.py"))]
     variables = worker_environment(python, options.device) if environment == HARNESS else _own_environment()
     worker = Worker(f"plain script in {environment}", command, variables)

@@ -12,16 +12,17 @@ import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import vllm_worker  # beside this file
+import protocol  # beside this file
+import vllm_worker
 
 
 def main() -> None:
-    vllm_worker.end_with_parent()
+    protocol.end_with_parent()
     configuration = json.loads(sys.argv[1])
     address = configuration.pop("address")
     try:
         engine = vllm_worker.checked(**configuration)
-    except vllm_worker.Refused as error:
+    except protocol.Refused as error:
         sys.exit(str(error))
     # not the command `vllm`, which requires the package name vllm: builds for some hardware have another
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *arguments({**engine, **address})]

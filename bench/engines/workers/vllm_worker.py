@@ -1,23 +1,17 @@
 """A worker that runs vLLM: a script for the interpreter that has it, without other dependencies.
 
-It reads JSON lines from its standard input and answers each with a JSON line on its original standard output; output of
-vLLM goes to the standard error. The first request describes the engine, each later one a batch of prompts. It ends with
-its input, or with its parent process. An answer with "error" is an error message.
+The first request describes the engine, each later one a batch of prompts.
 """
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
-import json
-import os
-import signal
-import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, TextIO, get_args, get_type_hints
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, get_args, get_type_hints
 
-PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
+from protocol import Refused, main  # beside this file
+
 COUNTERS = {
     "num_drafts": "vllm:spec_decode_num_drafts",
     "num_drafted": "vllm:spec_decode_num_draft_tokens",
@@ -25,38 +19,6 @@ COUNTERS = {
     "accepted_at": "vllm:spec_decode_num_accepted_tokens_per_pos",
 }
 FILLED_IN_BY_VLLM = {"target_model_config", "target_parallel_config", "draft_model_config", "draft_parallel_config"}
-
-
-class Refused(ValueError):
-    """A request that cannot be fulfilled; the message needs no traceback."""
-
-
-def main(serve: Callable[[Iterator[dict[str, Any]]], Iterator[dict[str, Any]]]) -> None:
-    """Answer requests until the input ends. serve: yields an answer for each."""
-    answers = take_stdout()
-    requests = map(json.loads, iter(sys.stdin.readline, ""))
-    try:
-        for answer in serve(requests):
-            print(json.dumps(answer), file=answers, flush=True)
-    except Refused as error:
-        print(json.dumps({"error": str(error), "explained": True}), file=answers, flush=True)
-    except Exception as error:
-        print(json.dumps({"error": f"{type(error).__name__}: {error}"}), file=answers, flush=True)
-        raise  # the traceback goes to the standard error
-
-
-def take_stdout() -> TextIO:
-    """Reserve the standard output for answers: redirects file descriptor 1 to the standard error."""
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-    end_with_parent()
-    return answers
-
-
-def end_with_parent() -> None:
-    """On Linux, have the kernel kill this process when its parent ends, for whatever reason."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def serve(requests: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:

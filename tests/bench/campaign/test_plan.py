@@ -83,7 +83,7 @@ def test_prescribed_acceptance_is_for_engines_that_have_it(make_config: MakeConf
 def test_vllm_has_prescribed_acceptance_on_gpus_only(
     make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, device: str, drafts: bool
 ) -> None:
-    monkeypatch.setattr("bench.engines.vllm.why_no_interpreter", lambda *_: None)
+    monkeypatch.setattr("bench.engines.vllm.why_missing", lambda *_: None)
     config = make_config(engines=("vllm",), methods=("autoregressive", "ngram"), synthetic_acceptance_rates=(0.5,))
     skips = {each.cell.method: each.skip for each in plan(config, device=device)}
     assert skips["autoregressive"] is None
@@ -100,8 +100,8 @@ def test_rates_are_cells_of_engines_that_take_requests_while_they_decode(make_co
     ]
     skips = {each.skip for each in plans if each.skip}
     assert skips == {
-        "engine=transformers takes no requests while it decodes others; use --engines specdec,vllm-server, or leave "
-        "out --rate"
+        "engine=transformers takes no requests while it decodes others; use --engines "
+        "specdec,vllm-server,llama-server, or leave out --rate"
     }
     with pytest.raises(ValueError, match=r"engines=transformers is asked for .* takes no requests while it decodes"):
         plan(make_config(rate=(2.0,), named=frozenset({"engines"})))

@@ -13,7 +13,7 @@ import torch
 
 from bench.catalogue.pairs import Pair, catalogue
 from bench.engines import vllm as adapter
-from bench.engines.base import EngineError, LoadOptions, PromptResult, Run, Setup, VllmOptions
+from bench.engines.base import EngineError, LoadOptions, Peers, PromptResult, Run, Setup, VllmOptions
 from bench.engines.registry import why_not
 from bench.engines.vllm import VllmEngine, acceptance, configuration, results, sampling_arguments, worker_environment
 from bench.measure.paired import check_counts
@@ -125,7 +125,9 @@ def test_prescribed_acceptance_has_a_rate_for_each_position() -> None:
 
 def test_options_of_vllm_are_added_to_those_of_the_harness() -> None:
     given = {"enforce_eager": True, "max_num_seqs": 8, "speculative_config": {"draft_tensor_parallel_size": 1}}
-    options = LoadOptions("float32", "cpu", verification="block", vllm=VllmOptions(options=json.dumps(given)))
+    options = LoadOptions(
+        "float32", "cpu", verification="block", peers=Peers(vllm=VllmOptions(options=json.dumps(given)))
+    )
     plain, drafted = (configuration(TINY, options, setup) for setup in (PLAIN, DRAFTED))
     assert (plain["engine"]["enforce_eager"], plain["engine"]["max_num_seqs"]) == (True, 8)
     assert plain["speculative"] is None
@@ -174,7 +176,7 @@ def test_on_a_cpu_threads_are_as_many_as_the_others_have_and_not_bound(tmp_path:
 
 def test_without_vllm_the_error_names_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(adapter, "installed_version", lambda python: None)
-    reason = why_not("vllm", "ngram", 1, vllm=VllmOptions(Path("/some/python")))
+    reason = why_not("vllm", "ngram", 1, peers=Peers(vllm=VllmOptions(Path("/some/python"))))
     assert str(reason).startswith("engine=vllm needs an interpreter with vLLM, and /some/python has none; create one")
     monkeypatch.setattr(adapter, "installed_version", lambda python: "0.32.0")
     assert why_not("vllm", "ngram", 1) is None

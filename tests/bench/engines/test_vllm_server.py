@@ -15,7 +15,7 @@ import pytest
 
 from bench.catalogue.pairs import Pair, catalogue
 from bench.engines import vllm_server
-from bench.engines.base import EngineError, LoadOptions, Setup, VllmOptions
+from bench.engines.base import EngineError, LoadOptions, Peers, Setup, VllmOptions
 from bench.engines.completions import Client
 from bench.engines.registry import why_not
 from bench.engines.server_answers import Row, parse_queue
@@ -207,7 +207,7 @@ def test_an_older_server_without_token_ids_is_an_error() -> None:
 
 
 def served(server: Any, pair: Pair = PAIR) -> VllmServerEngine:
-    options = LoadOptions("bfloat16", "cpu", vllm=VllmOptions(server_url=server.url))
+    options = LoadOptions("bfloat16", "cpu", peers=Peers(vllm=VllmOptions(server_url=server.url)))
     return VllmServerEngine(pair, options, {2})
 
 
@@ -233,7 +233,7 @@ def test_a_server_that_does_not_agree_is_an_error(server: Any, pair: Pair, setup
 
 
 def test_an_unreachable_server_is_an_error(server: Any) -> None:
-    options = LoadOptions("bfloat16", "cpu", vllm=VllmOptions(server_url="http://127.0.0.1:9"))
+    options = LoadOptions("bfloat16", "cpu", peers=Peers(vllm=VllmOptions(server_url="http://127.0.0.1:9")))
     with pytest.raises(
         EngineError, match=r"server=http://127.0.0.1:9 must be reachable \(.*\); start it, or check the"
     ):
@@ -251,7 +251,10 @@ def test_a_server_that_does_not_start_is_an_error(tmp_path: Path, monkeypatch: p
 
 
 def test_a_server_needs_no_interpreter_if_it_is_up() -> None:
-    assert why_not("vllm-server", "ngram", 1, vllm=VllmOptions(Path("/none"), server_url="http://host:1")) is None
+    assert (
+        why_not("vllm-server", "ngram", 1, peers=Peers(vllm=VllmOptions(Path("/none"), server_url="http://host:1")))
+        is None
+    )
 
 
 def test_threads_are_bound_by_the_server_itself() -> None:

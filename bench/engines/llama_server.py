@@ -1,0 +1,345 @@
+"""llama.cpp's server, started here on the loopback interface, with a model in a GGUF file.
+
+Replies are not streamed: in a stream, llama-server leaves out the ids of tokens that end within a character. The time
+of the first token is therefore the reply's time less the server's own measure of the decoding after it.
+
+The server counts drafted and accepted tokens per request, and accepted tokens per position over all requests; so only a
+prompt decoded alone has counters. Steps follow from the numbers of tokens, unless a stop token ended the output:
+llama-server also counts the accepted tokens after it, and the result has no counters.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import subprocess
+import time
+from collections.abc import Collection, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.catalogue.pairs import Pair, folder
+from bench.engines.base import LoadOptions, Peers, PromptResult, Run, Served, Setup
+from bench.engines.llama_files import CONVERTER, gguf_file
+from bench.engines.load_client import send_on_time
+from bench.engines.local_server import Server, free_port, wait_until_healthy
+from bench.engines.pool import Pool
+from bench.engines.process import Child
+from bench.engines.vllm import CALL_TIMEOUT_S, START_TIMEOUT_S, stop_tokens
+from bench.records.schema import Gamma
+from specdec import AcceptanceCounts, SamplingParams
+from specdec.models.loading import read_vocabulary, resolve
+from specdec.servers.client import Client
+from specdec.servers.errors import EngineError
+from specdec.servers.metrics import POSITION, count, samples
+from specdec.servers.replies import integer, items, mapping, shown
+
+ACCEPTED_AT = "llamacpp:spec_decode_num_accepted_tokens_per_pos_total"
+ENDS = {"eos": "stop", "limit": "length"}  # llama-server's name -> ours
+PROGRAM = "llama-server"
+LOOKUP_SIZE = 2  # tokens that prompt lookup compares: the fewest that specdec's ngram takes, so the most drafts
+# method -> options of llama-server besides the draft length
+DRAFTING = {
+    "ngram": "--spec-type ngram-simple --spec-ngram-simple-size-n {lookup} --spec-ngram-simple-size-m {gamma}",
+    "ngram_map_k": "--spec-type ngram-map-k --spec-ngram-map-k-size-n {lookup} --spec-ngram-map-k-size-m {gamma}",
+    "ngram_mod": "--spec-type ngram-mod --spec-ngram-mod-n-match {lookup} --spec-ngram-mod-n-min 1 "
+    "--spec-ngram-mod-n-max {gamma}",
+    "ngram_cache": "--spec-type ngram-cache",
+    "draft_model": "--spec-type draft-simple --spec-draft-p-min 0 --spec-draft-sampling probabilistic",
+}
+
+
+class LlamaServerEngine:
+    """llama-server for a pair: one server per setup, at most two at a time."""
+
+    version = ""
+
+    def __init__(self, pair: Pair, options: LoadOptions, program: Path, stop_token_ids: Collection[int]) -> None:
+        self._pair, self._options, self._program, self.dtype = pair, options, program, options.dtype
+        self.stop_token_ids = frozenset(stop_token_ids)
+        self._servers: Pool[Server[Client]] = Pool(self._started)
+
+    @property
+    def tokenizer(self) -> Any:
+        return read_vocabulary(folder(self._pair.target), self._pair.load_format).tokenizer
+
+    def prepare(self, setups: Collection[Setup]) -> None:
+        self._servers.prepare(setups)
+
+    def settle(self) -> None:
+        """Nothing to wait for: the threads of an idle server sleep."""
+
+    def close(self) -> None:
+        self._servers.close()
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], method: str, gamma: Gamma, sampling: Sequence[SamplingParams]
+    ) -> Run:
+        setup, server = self._servers.find(method, gamma, len(prompts))
+        asked = self._asked(prompts, sampling)
+        try:
+            before = accepted_at(server.client.get("/metrics"))
+            start_s = time.perf_counter()
+            with ThreadPoolExecutor(len(asked)) as threads:
+                replies = list(threads.map(lambda each: complete(server.client, each, start_s), asked))
+            grown = difference(accepted_at(server.client.get("/metrics")), before) if len(asked) == 1 else None
+        except EngineError as error:
+            raise self._failure(setup, server, error) from None
+        return Run(tuple(result(reply, grown, method != "autoregressive") for reply in replies))
+
+    def serve(
+        self,
+        prompts: Sequence[Sequence[int]],
+        arrivals_s: Sequence[float],
+        setup: Setup,
+        sampling: Sequence[SamplingParams],
+        limit_s: float,
+    ) -> Served:
+        setup, server = self._servers.find(setup.method, setup.gamma, setup.batch_size)
+        asked = self._asked(prompts, sampling)
+        try:
+            sent = send_on_time(
+                lambda index, due_s: complete(server.client, asked[index], due_s),
+                arrivals_s,
+                limit_s,
+                server.client.abort,
+            )
+        except EngineError as error:
+            raise self._failure(setup, server, error) from None
+        is_drafting = setup.method != "autoregressive"
+        results = tuple(result(reply, None, is_drafting) if reply else None for reply in sent.results)
+        return Served(results, sent.wall_s, None, sent.refused, None, sent.peak_delay_s)
+
+    def _asked(self, prompts: Sequence[Sequence[int]], sampling: Sequence[SamplingParams]) -> list[Asked]:
+        pairs = zip(prompts, sampling, strict=True)
+        return [
+            Asked(request(prompt, params, self.stop_token_ids), params.max_tokens, self._vocab_size)
+            for prompt, params in pairs
+        ]
+
+    @property
+    def _vocab_size(self) -> int:
+        return read_vocabulary(folder(self._pair.target), self._pair.load_format).vocab_size
+
+    def _failure(self, setup: Setup, server: Server[Client], error: EngineError) -> EngineError:
+        failure = server.failure() or error
+        self._servers.drop(setup)
+        return failure
+
+    def _started(self, setup: Setup) -> Server[Client]:
+        address = ("127.0.0.1", free_port())
+        command = [str(self._program), *arguments(self._pair, self._options, setup, self._program, address)]
+        child = Child(f"engine=llama-server, {setup}", command, dict(os.environ), all_output=True)
+        client = Client("http://{}:{}".format(*address), None, CALL_TIMEOUT_S)
+        try:
+            wait_until_healthy(client, child, START_TIMEOUT_S)
+            self.version = installed_version(self._program)
+            return Server(client, self._pair.target, child)
+        except BaseException:
+            child.close()
+            raise
+
+
+def load(pair: Pair, options: LoadOptions) -> LlamaServerEngine:
+    """The engine; servers are started on first use. Raises EngineError if the program is missing."""
+    program = find_program(options.peers.llama.program)
+    if program is None:
+        raise EngineError(why_missing("llama-server", options.peers) or "")
+    return LlamaServerEngine(pair, options, program, stop_tokens(resolve(folder(pair.target))))
+
+
+def find_program(program: Path | None) -> Path | None:
+    """The path of llama-server: the given one, else that on PATH; None if there is none."""
+    found = program or shutil.which(PROGRAM)
+    return Path(found) if found else None
+
+
+def why_missing(engine: str, peers: Peers) -> str | None:
+    """Why llama-server cannot be run, with the remedy; None if it can."""
+    if find_program(peers.llama.program):
+        return None
+    return (
+        f"engine={engine} needs the program {PROGRAM}, which is not on PATH; install llama.cpp, or build it with "
+        "python -m bench.tools.build_llama_server FOLDER, and name it with --llama-server"
+    )
+
+
+def version_of(program: Path | None) -> str | None:
+    """The version of the program that would be run; None if there is none."""
+    found = find_program(program)
+    return installed_version(found) if found else None
+
+
+@cache
+def installed_version(program: Path) -> str:
+    """The build number and commit that llama-server reports."""
+    done = subprocess.run([program, "--version"], capture_output=True, text=True, check=False)
+    lines = [line for line in (done.stderr + done.stdout).splitlines() if line.startswith("version: ")]
+    if not lines:
+        raise EngineError(f"{program} --version must name its version, but printed {done.stderr[:200]!r}")
+    return lines[0].removeprefix("version: ")
+
+
+def arguments(pair: Pair, options: LoadOptions, setup: Setup, program: Path, address: tuple[str, int]) -> list[str]:
+    """The command line of llama-server for a setup."""
+    number_format = options.quantization or options.dtype
+    converter = program.with_name(CONVERTER)  # in the same folder
+    context = pair.context or 0
+    words = ["--model", str(gguf_file(pair.target, number_format, converter))]
+    words += ["--host", address[0], "--port", str(address[1]), "--no-webui", "--metrics"]
+    words += ["--parallel", str(setup.batch_size), "--ctx-size", str(context * setup.batch_size), "--no-kv-unified"]
+    # prompts repeat in warm-ups and in every cell, and other engines do not cache them
+    words += ["--cache-ram", "0", "--threads", str(torch.get_num_threads())]
+    return words + _drafting(pair, options, setup, converter) + shlex.split(options.peers.llama.options)
+
+
+def _drafting(pair: Pair, options: LoadOptions, setup: Setup, converter: Path) -> list[str]:
+    if setup.method == "autoregressive":
+        return ["--spec-type", "none"]
+    words = shlex.split(DRAFTING[setup.method].format(gamma=setup.gamma, lookup=LOOKUP_SIZE))
+    words += ["--spec-draft-n-max", str(setup.gamma)]
+    if setup.method == "draft_model" and (draft := pair.draft_for(setup.method)):
+        words += ["--model-draft", str(gguf_file(draft, options.quantization or options.dtype, converter))]
+    if rates := options.prescribed_rates(setup.gamma):
+        assert isinstance(setup.gamma, int)
+        padded = [*rates[: setup.gamma], *[0.0] * (setup.gamma - len(rates))]
+        words += ["--spec-synth-rates", ",".join(map(str, padded))]
+    return words
+
+
+def request(prompt: Sequence[int], params: SamplingParams, stop_token_ids: Collection[int]) -> dict[str, Any]:
+    """A request for a completion with the same distribution as specdec's.
+
+    Raises EngineError for stop tokens that the server cannot have: it ends at those of the GGUF file.
+    """
+    if params.stop_token_ids or (params.ignore_eos and stop_token_ids):
+        raise EngineError(
+            "engine=llama-server ends at the stop tokens of its GGUF file and at no others, and makes them impossible "
+            "if they are to be ignored; leave out stop_token_ids and ignore_eos"
+        )
+    return {
+        "prompt": list(prompt),
+        "n_predict": params.max_tokens,
+        "temperature": params.temperature,
+        "top_k": params.top_k,
+        "top_p": params.top_p,
+        "samplers": ["temperature", "top_k", "top_p"],  # specdec's and transformers' order, and nothing else
+        "seed": params.seed,
+        "cache_prompt": False,
+        "return_tokens": True,
+        "stream": False,
+        "response_fields": ["tokens", "stop_type", "truncated", "timings"],
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A request, and the bounds of its reply."""
+
+    body: Mapping[str, Any]
+    max_tokens: int
+    vocab_size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """A reply. latency_s: since the start. decoding_s: of these, after the first token, by the server's clock."""
+
+    token_ids: tuple[int, ...]
+    latency_s: float
+    decoding_s: float
+    num_drafted: int
+    num_accepted: int
+    finish_reason: str
+
+
+def complete(client: Client, asked: Asked, start_s: float) -> Reply:
+    """Continue a prompt; times are from `start_s`, a reading of time.perf_counter. Raises EngineError."""
+    answer = client.post("/completion", asked.body)
+    latency_s = time.perf_counter() - start_s
+    token_ids = tuple(integer(token, "tokens", asked.vocab_size) for token in items(answer, "tokens"))
+    reason = answer.get("stop_type")
+    if reason not in ENDS or answer.get("truncated") is not False:
+        raise EngineError(
+            f"stop_type={shown(reason)} must be one of {', '.join(ENDS)}, and truncated="
+            f"{shown(answer.get('truncated'))} false: the context must have room for prompt and output"
+        )
+    if not 0 < len(token_ids) <= asked.max_tokens:
+        raise EngineError(
+            f"the server must emit 1 to {asked.max_tokens} tokens, but emitted {len(token_ids)}; see its log"
+        )
+    timings = mapping(answer.get("timings"), "timings")
+    return Reply(
+        token_ids,
+        latency_s,
+        _seconds(timings.get("predicted_ms"), latency_s),
+        integer(timings.get("draft_n", 0), "draft_n"),  # left out if nothing was drafted
+        integer(timings.get("draft_n_accepted", 0), "draft_n_accepted"),
+        ENDS[reason],
+    )
+
+
+def _seconds(milliseconds: Any, limit_s: float) -> float:
+    """The time of decoding, checked: less than the whole."""
+    if not isinstance(milliseconds, int | float) or not 0 <= milliseconds / 1000 <= limit_s:
+        raise EngineError(f"predicted_ms={shown(milliseconds)} must lie within the {limit_s:.3f} s that the reply took")
+    return milliseconds / 1000
+
+
+def accepted_at(page: str) -> list[int]:
+    """Accepted tokens per position of drafts, from the metrics page; empty before the first. Raises EngineError."""
+    found = {
+        int(position[1]): count(value, name)
+        for name, labels, value in samples(page)
+        if name == ACCEPTED_AT and (position := POSITION.search(labels))
+    }
+    if sorted(found) != list(range(len(found))):
+        raise EngineError(f"positions of accepted tokens must be 0, 1, ..., but are {shown(sorted(found))}")
+    return [found[index] for index in sorted(found)]
+
+
+def difference(after: Sequence[int], before: Sequence[int]) -> list[int]:
+    """The increase of each counter. Raises EngineError if one has decreased."""
+    olds = [*before, *[0] * (len(after) - len(before))]
+    grown = [new - old for new, old in zip(after, olds, strict=False)]
+    if len(before) > len(after) or any(each < 0 for each in grown):
+        raise EngineError("the server's counters must only increase, but changed otherwise; was it restarted?")
+    return grown
+
+
+def result(reply: Reply, grown: Sequence[int] | None, is_drafting: bool) -> PromptResult:
+    """The result of a prompt. grown: accepted tokens per position during it; None if others were decoded beside it."""
+    return PromptResult(
+        token_ids=reply.token_ids,
+        ttft_s=reply.latency_s - reply.decoding_s,
+        latency_s=reply.latency_s,
+        counts=_counts(reply, grown if is_drafting else []),
+        finish_reason=reply.finish_reason,
+    )
+
+
+def _counts(reply: Reply, grown: Sequence[int] | None) -> AcceptanceCounts | None:
+    """Counters by specdec's definitions; None if they are not known exactly."""
+    if grown is None or (reply.finish_reason == "stop" and reply.num_accepted):
+        return None
+    num_emitted = len(reply.token_ids) - 1  # the prompt's step emits the first
+    num_steps = num_emitted - reply.num_accepted
+    if num_steps < 0 or sum(grown) != reply.num_accepted:
+        raise EngineError(
+            f"draft_n_accepted={reply.num_accepted} must be the sum of {list(grown)}, less than the "
+            f"{len(reply.token_ids)} emitted tokens; does this version of llama-server count differently?"
+        )
+    return AcceptanceCounts(
+        num_steps=num_steps,
+        num_drafted=reply.num_drafted,
+        num_accepted=reply.num_accepted,
+        num_emitted=num_emitted,
+        num_slots=reply.num_drafted + num_steps,
+        accepted_at=list(grown),
+    )
