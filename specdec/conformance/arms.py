@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import repeat
 
@@ -39,7 +39,7 @@ class Answers:
 
 
 @dataclass(slots=True)
-class _Evidence:
+class Evidence:
     """The evidence collected by one instrument."""
 
     wealth: Wealth
@@ -86,7 +86,7 @@ class Arm:
         self.num_tests = len(self.names) + 1  # plus the test for repeated outputs
         self.level = limits.alpha / self.num_tests
         self._evidence = {
-            name: _Evidence(Wealth(INSTRUMENTS[name].num_bets, self.level), Shift(INSTRUMENTS[name].span))
+            name: Evidence(Wealth(INSTRUMENTS[name].num_bets, self.level), Shift(INSTRUMENTS[name].span, num_draws))
             for name in self.names
         }
         self.num_statistics = 1 + sum(INSTRUMENTS[name].num_statistics for name in self.names)
@@ -97,6 +97,11 @@ class Arm:
         self._surprise = self._variance = self._largest_gap = 0.0
         self._last_place = 0.5
         self._seeds: tuple[int, int] | None = None
+
+    @property
+    def evidence(self) -> Iterable[Evidence]:
+        """The evidence of each instrument so far."""
+        return self._evidence.values()
 
     @property
     def has_errors(self) -> bool:

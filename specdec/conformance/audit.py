@@ -80,7 +80,7 @@ def audit(
     limits: AuditLimits = DEFAULT_LIMITS,
     progress: bool = True,
 ) -> Findings:
-    """Audit an engine on `num_draws` tokens of each arm.
+    """Audit an engine on `num_draws` tokens of each arm, or fewer if they show that it is lossy.
 
     Args:
         engine: the engine to audit.
@@ -88,7 +88,7 @@ def audit(
             tested for equality.
         prompts: token ids; cycled as often as needed, but used only once if decoding is greedy.
         draft: the distributions that drafts are supposedly sampled from, for a test directed at them.
-        num_draws: tokens per arm.
+        num_draws: tokens per arm, at the most.
         batch_size: prompts per call of the engine.
         seed: the audit's seed; every request of both arms gets its own seed, from seed * SEED_STRIDE on.
         limits: error rates and the distance to detect.
@@ -116,9 +116,10 @@ def audit(
             pair.observe(*sums)
             fewest = min(arm.num_draws for arm in arms)
             judged.update(min(fewest, num_draws) - judged.n)
-            if any(arm.has_errors for arm in arms) or fewest >= num_draws:
+            if any(arm.has_errors for arm in arms) or fewest >= num_draws or _is_decided(arms, pair, limits):
                 break
-    return _findings(arms, pair.wealth.p_value, reference.sampling, limits, counters.speculation())
+    max_draws = min(num_draws, len(prompts) * max_tokens) if greedy else num_draws
+    return _findings(arms, pair.wealth.p_value, reference.sampling, limits, counters.speculation(), max_draws)
 
 
 class DraftCounters:
@@ -268,16 +269,29 @@ def _check(engine: AuditedEngine, reference: Reference, draft: Reference | None,
             )
 
 
+def _is_decided(arms: Sequence[Arm], pair: Exchangeability, limits: AuditLimits) -> bool:
+    """Whether the engine is lossy, by a distance that is bounded from below; no further token can change that.
+
+    Both p-values are of bets, so that each stays above alpha with probability 1 - alpha, however often it is looked at,
+    and the bound holds whenever the audit stops. "lossless" needs the planned number of tokens: it claims that a
+    distance would have been found in them.
+    """
+    if pair.wealth.p_value > limits.alpha or all(each.wealth.found_after is None for each in arms[0].evidence):
+        return False
+    return bounds(arms[0].findings(), arms[0].level, limits).tv_lower_bound > 0
+
+
 def _findings(
     arms: Sequence[Arm],
     arms_p_value: float,
     sampling: SamplingParams,
     limits: AuditLimits,
     speculation: Speculation | None,
+    max_draws: int,
 ) -> Findings:
     known = speculation if speculation and not speculation.problem else None
     speculative, control = (arm.findings() for arm in arms)
-    found = bounds(speculative, arms[0].level, limits)
+    found = bounds(speculative, arms[0].level, limits, max_draws)
     verdict, reasons = judge(speculative, control, arms_p_value, found.num_draws_needed, limits, speculation)
     return Findings(
         verdict=verdict,

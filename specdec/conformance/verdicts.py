@@ -10,7 +10,7 @@ from specdec.conformance.statistics.betting import (
     draws_needed_for_rate,
     min_detectable_rate,
     min_detectable_tv,
-    radius,
+    radius_when_stopped,
     rate_upper_bound,
 )
 from specdec.conformance.statistics.instruments import INSTRUMENTS
@@ -58,15 +58,19 @@ class Bounds:
     num_draws_needed: int
 
 
-def bounds(arm: ArmFindings, level: float, limits: AuditLimits) -> Bounds:
-    """Bounds for the speculative arm. level: of a single instrument. Trivial without draws."""
+def bounds(arm: ArmFindings, level: float, limits: AuditLimits, max_draws: int = 0) -> Bounds:
+    """Bounds for the speculative arm. level: of a single instrument. Trivial without draws.
+
+    max_draws: the most tokens that the audit would have taken. They hold whenever it stopped.
+    """
     num_draws = max(1, arm.num_draws)
     if not arm.shifts and "equality" in arm.p_values:
+        most, at_end = max(max_draws, num_draws), num_draws >= max_draws
         num_outside = sum(arm.num_outside.values())
         return Bounds(
             direction="equality",  # one-hot: the distance is the rate of other tokens
-            tv_lower_bound=max(0.0, num_outside / num_draws - radius(num_draws, level)),
-            tv_upper_bound=rate_upper_bound(min(num_outside, num_draws), num_draws, level),
+            tv_lower_bound=max(0.0, num_outside / num_draws - radius_when_stopped(num_draws, most, level)),
+            tv_upper_bound=rate_upper_bound(min(num_outside, num_draws), num_draws, level) if at_end else 1.0,
             min_detectable_tv=min_detectable_rate(num_draws, limits.beta),
             num_draws_needed=draws_needed_for_rate(limits.max_tv, limits.beta),
         )

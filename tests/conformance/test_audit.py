@@ -136,11 +136,11 @@ def test_a_distance_of_a_twentieth_is_found_in_20_000_tokens_and_bounded() -> No
     """Missed with probability at most 1e-6, which the audit states; the bounds hold but with probability 1e-6."""
     wrong = MarkovModel(leaning(TARGET.table, DRAFT.table, 0.05))
     found = run(ToyEngine(PARAMS, speculative_target=wrong), 20_000, AuditLimits())
-    assert found.min_detectable_tv <= 0.05
+    assert found.num_draws_needed <= 20_000
     assert found.speculative.p_value <= 1e-6
     assert found.verdict == "lossy"
-    assert found.tv_lower_bound <= 0.05 <= found.tv_upper_bound
-    assert found.tv_lower_bound > 0.01
+    assert 0 < found.tv_lower_bound <= 0.05 <= found.tv_upper_bound
+    assert found.speculative.num_draws <= 20_000
 
 
 # -- the control arm -------------------------------------------------------------------------------------------
@@ -167,6 +167,43 @@ def test_a_bug_beside_low_precision_is_lossy() -> None:
     found = audit(engine, Reference(TARGET, PARAMS, 64), PROMPTS, num_draws=8000, batch_size=64)
     assert found.control.p_value < found.speculative.p_value or found.verdict == "lossy"
     assert found.verdict == "lossy"
+
+
+def test_an_audit_stops_where_it_is_decided_and_not_before() -> None:
+    """Lossy is final, as each of the two p-values that it takes is valid whenever it is looked at."""
+    planned, limits = 100_000, AuditLimits()
+    found = run(ToyEngine(PARAMS, rule=mutants.accept_always), planned, limits)
+    assert found.verdict == "lossy"
+    assert found.speculative.num_draws < planned / 10
+    first = min(filter(None, found.speculative.found_after.values()))
+    assert found.speculative.num_draws >= first
+    assert found.arms_p_value <= limits.alpha
+    assert 0 < found.tv_lower_bound < 0.7
+
+
+def test_an_audit_that_stops_has_a_bound_above_0() -> None:
+    """The evidence suffices long before the bound does, as a bound by a mean is weaker than the best of many bets."""
+    found = run(ToyEngine(PARAMS, rule=mutants.argmax_for_draw), 100_000, AuditLimits())
+    first = min(filter(None, found.speculative.found_after.values()))
+    assert found.verdict == "lossy"
+    assert 2 * first < found.speculative.num_draws < 100_000
+    assert found.tv_lower_bound > 0
+
+
+@pytest.mark.slow
+def test_stopping_early_keeps_the_false_alarm_rate() -> None:
+    """At a declared 5 % a lossless engine is called lossy in at most 14 of 60 audits that look after every batch, but
+    with probability 1e-6 (a binomial bound)."""
+    loose = AuditLimits(alpha=0.05, max_tv=0.3)
+    verdicts = [run(ToyEngine(PARAMS), NUM_DRAWS, loose, seed=seed).verdict for seed in range(60)]
+    assert verdicts.count("lossy") <= 14
+
+
+def test_a_stopped_audit_is_never_lossless() -> None:
+    """What stops it is the verdict lossy or an error; a lossless engine is tested by all of its tokens."""
+    found = run(ToyEngine(PARAMS), 640, ROUGH)
+    assert found.verdict == "lossless"
+    assert found.speculative.num_draws == 640
 
 
 # -- speculation that does not happen --------------------------------------------------------------------------

@@ -94,25 +94,38 @@ class ConfidenceInterval:
 class Shift:
     """The mean deviation of a statistic from its exact mean, over the tokens of an arm.
 
-    span: largest minus smallest value of the statistic.
+    span: largest minus smallest value of the statistic. max_draws: the most tokens that are added, fixed in advance.
     """
 
-    def __init__(self, span: float) -> None:
-        self.span, self._sum, self.num_draws = span, 0.0, 0
+    def __init__(self, span: float, max_draws: int) -> None:
+        self.span, self.max_draws, self._sum, self.num_draws = span, max_draws, 0.0, 0
 
     def add(self, values: Array) -> None:
         self._sum += float(values.sum())
         self.num_draws += len(values)
 
     def interval(self, alpha: float) -> ConfidenceInterval:
-        """Azuma's interval for the mean of the conditional means; the number of draws must be fixed in advance."""
-        estimate, width = self._sum / self.num_draws, self.span * radius(self.num_draws, alpha)
+        """Azuma's interval for the mean of the conditional means; it holds whenever the audit stops."""
+        estimate = self._sum / self.num_draws
+        width = self.span * radius_when_stopped(self.num_draws, self.max_draws, alpha)
         return ConfidenceInterval(estimate, estimate - width, estimate + width)
 
 
 def radius(num_draws: int, alpha: float) -> float:
     """Hoeffding radius: the mean of n numbers in [0, 1] deviates by more with probability at most alpha."""
     return math.sqrt(math.log(2 / alpha) / (2 * num_draws))
+
+
+def radius_when_stopped(num_draws: int, max_draws: int, alpha: float) -> float:
+    """As `radius`, if n of up to max_draws numbers were taken, and when to stop was decided by what they were.
+
+    Hoeffding's bound on the sum of m numbers holds for all of its first m partial sums together (Azuma's inequality for
+    the maximum). Half of alpha goes to m = max_draws, the other half to its halves, quarters and so on.
+    """
+    horizon, share = max_draws, alpha / 2
+    while -(-horizon // 2) >= num_draws and horizon > 1:
+        horizon, share = -(-horizon // 2), alpha / (2 * max_draws.bit_length())
+    return radius(horizon, share) * horizon / num_draws
 
 
 def min_detectable_tv(num_draws: int, alpha: float, beta: float) -> float:

@@ -23,9 +23,8 @@ def judge(
         for plant in (detection_power.PLANTED[name], maker)
     )
     references = [Reference(model, params) for model in (TARGET, DRAFT)]
-    return detection_power.judge(
-        name, decoder, references, [tuple(prompt) for prompt in PROMPTS], num_draws, 0.25, sound, share
-    )
+    prompts = [tuple(prompt) for prompt in PROMPTS]
+    return detection_power.judge(name, decoder, references, prompts, num_draws, 0.25, sound, share)
 
 
 def test_the_sound_engine_is_innocent_by_all_its_tokens() -> None:
