@@ -12,6 +12,7 @@ import numpy as np
 from specdec.decoding import Decoder
 from specdec.drafts import MODELS, Kind, can_be_recorded, check_draft, is_head, kind_of
 from specdec.forced import ForcedDecoder, as_pattern
+from specdec.lossy import is_lossy, lossy_rule
 from specdec.methods import DRAFT_SAMPLING_NAMES, METHODS, VERIFICATION_NAMES, Builder, MethodSpec, Parts, method_spec
 from specdec.models.base import LanguageModel, LayeredModel
 from specdec.models.costs import MAX_DRAFT_LENGTH, StepCosts, sample_tokens, target_costs
@@ -56,7 +57,10 @@ class EngineOptions:
 
     def __post_init__(self) -> None:
         method_spec(self.method)
-        require_choice("verification", self.verification, VERIFICATIONS)
+        if is_lossy(self.verification):
+            lossy_rule(self.verification)
+        else:
+            require_choice("verification", self.verification, VERIFICATIONS)
         require_choice("draft_sampling", self.draft_sampling, DRAFT_SAMPLING_NAMES)
         require_integer("max_batch_size", self.max_batch_size, 1)
         self._check_method_options()
@@ -92,6 +96,11 @@ class EngineOptions:
         """The option that accepts draft tokens whatever they are, so that the output is not the target's; else None."""
         names = ("synthetic_acceptance_rates", "forced_acceptance")
         return next((name for name in names if getattr(self, name) is not None), None)
+
+    @property
+    def lossy(self) -> str | None:
+        """What keeps the output from following the target's distribution; None if it does."""
+        return self.accepts_blindly or (str(lossy_rule(self.verification)) if is_lossy(self.verification) else None)
 
     def check_draft_kind(self, kind: Kind | None) -> None:
         """Raise ValueError unless the method uses a draft of this kind (None for no draft)."""
@@ -245,6 +254,8 @@ def _max_tokens(draft: AnyDraft | None) -> int | None:
 def _rule(options: EngineOptions) -> VerificationRule:
     if options.synthetic_acceptance_rates is not None:
         return SyntheticAcceptance(tuple(options.synthetic_acceptance_rates))
+    if is_lossy(options.verification):
+        return lossy_rule(options.verification)
     return (TREE_VERIFICATIONS if options.spec.drafts_trees else VERIFICATIONS)[options.verification]
 
 

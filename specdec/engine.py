@@ -72,8 +72,9 @@ class Engine:
         with "auto"; with 0 a request copies from its own text only.
     exit_layer: number of first layers that draft with "early_exit", below the target's; None: a quarter of them.
     max_batch_size: prompts decoded together.
-    verification: "token", "block" or "coupled", the rule that verifies a draft; all are lossless. With "coupled" a seed
-        gives the same tokens at any temperature, whatever is proposed, and also if nothing is.
+    verification: "token", "block" or "coupled", the rule that verifies a draft; all are lossless. The rules of
+        `specdec.lossy`, such as "lossy:typical", are NOT: they accept more than the target's distribution allows. With
+        "coupled" a seed gives the same tokens at any temperature, whatever is proposed, and also if nothing is.
     synthetic_acceptance_rates: to time shapes without their weights: accept draft positions with these probabilities
         instead of verifying. The output is then no longer the target's.
     forced_acceptance: to test the state that is rolled back after a rejection: "all", "none" or "alternating" draft
@@ -425,6 +426,7 @@ class Engine:
             sample=row.request.sample,
             top_logprobs=tuple(row.top_logprobs) if row.request.sampling.top_logprobs else None,
             stop_reason=row.stop_reason,
+            lossy=self._options.lossy,
         )
 
 

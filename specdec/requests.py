@@ -215,6 +215,8 @@ class Completion:
     ttft_s, latency_s: seconds from the call, or from the prompt's arrival, to the first and to the last token. queue_s:
     time waiting for a slot, included in both. sample: from 0 to `SamplingParams.n` - 1.
     stop_reason: the stop token or stop string that ended it, if any.
+    lossy: what keeps the tokens from following the target's distribution, such as a rule of `specdec.lossy`; None if
+        they follow it.
     """
 
     index: int
@@ -230,6 +232,7 @@ class Completion:
     sample: int = 0
     top_logprobs: tuple[dict[int, float], ...] | None = None
     stop_reason: int | str | None = None
+    lossy: str | None = None
 
     @property
     def sources(self) -> tuple[TokenSource, ...]:

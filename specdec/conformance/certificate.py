@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from specdec import __version__
 from specdec.conformance.statistics.betting import ConfidenceInterval
+from specdec.lossy import is_lossy
 
 Verdict = Literal["lossless", "lossy", "inconclusive"]
 SCHEMA_VERSION = 1
@@ -164,7 +165,12 @@ class Certificate:
 
     @classmethod
     def of(cls, subject: Subject, findings: Findings) -> Certificate:
-        """A certificate with the versions installed here."""
+        """A certificate with the versions installed here. Raises ValueError for a lossy verification rule."""
+        if is_lossy(subject.verification or ""):
+            raise ValueError(
+                f"verification={subject.verification!r} must be lossless for a certificate; python -m "
+                "bench.tools.lossy_modes measures what it costs"
+            )
         return cls(subject, findings, installed_versions())
 
     def record(self) -> dict[str, Any]:

@@ -241,6 +241,7 @@ def test_pairs_may_be_given_by_their_models() -> None:
         ("synthetic_acceptance_rates", "0.5,1.5", "synthetic_acceptance_rates=1.5 must be a list of probabilities"),
         ("synthetic_acceptance_rates", "0.5,0.6", "synthetic_acceptance_rates=0.5,0.6 must not rise"),
         ("verification", "magic", "verification='magic' must be token or block or coupled"),
+        ("verification", "lossy:fly", "verification='lossy:fly' must be token or block or coupled"),
         ("malformed", "mend", "malformed='mend' must be refuse or skip"),
         ("prompt_format", "chat", "prompt_format='chat' must be instruct or raw"),
         ("prompt_lengths", "9", "prompt_lengths='9' must be MIN:MAX with 1 <= MIN <= MAX; for example 128:512"),
