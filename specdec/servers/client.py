@@ -58,6 +58,10 @@ class Client:
     def version(self) -> str:
         return parse_version(self.get("/version"))
 
+    def build(self) -> str:
+        """The build of a llama-server."""
+        return parse_version(self.get("/props"), "build_info")
+
     def abort(self) -> None:
         """Abort the requests of other threads, which then raise EngineError."""
         for connected in list(self._connected):

@@ -38,11 +38,11 @@ def parse_model(text: str) -> dict[str, str]:
     return {"id": printable(name), "root": printable(root or name), "owned_by": printable(str(owner or ""))}
 
 
-def parse_version(text: str) -> str:
-    """The version of a server, from its page /version."""
-    version = parse_object(text, "/version").get("version")
+def parse_version(text: str, name: str = "version") -> str:
+    """The version of a server, from a page that has it under this name."""
+    version = parse_object(text, name).get(name)
     if not isinstance(version, str):
-        raise EngineError(f"version={shown(version)} must be a string; is this an OpenAI-compatible server?")
+        raise EngineError(f"{name}={shown(version)} must be a string; is this an OpenAI-compatible server?")
     return printable(version[:MAX_OF_VERSION])
 
 

@@ -147,22 +147,14 @@ class SGLang:
         _check_error(answer)
         meta = mapping(answer.get("meta_info"), "meta_info")
         end = mapping(meta.get("finish_reason"), "finish_reason")
-        drafted, accepted = (
-            _optional(meta, next((name for name in names if name in meta), names[0]))
-            # the latter of each are those of versions before mid 2026
-            for names in (
-                ("spec_num_proposed_drafts", "spec_draft_token_num"),
-                ("spec_num_correct_drafts", "spec_accept_token_num"),
-            )
-        )
         return Reply(
-            token_ids=_ids(answer, "output_ids"),
+            token_ids=_ids(answer, "output_ids", answer.get("text")),
             text=_text(answer.get("text")),
             finish_reason=_ended(end.get("type")),
             num_tokens=_optional(meta, "completion_tokens"),
             num_prompt_tokens=_optional(meta, "prompt_tokens"),
-            num_drafted=drafted,
-            num_accepted=accepted,
+            num_drafted=_optional(meta, "spec_num_proposed_drafts", "spec_draft_token_num"),
+            num_accepted=_optional(meta, "spec_num_correct_drafts", "spec_accept_token_num"),
             stop_token=end["matched"] if type(end.get("matched")) is int else None,
         )
 
@@ -198,7 +190,7 @@ class LlamaServer:
             raise EngineError("the server must keep the whole prompt, but truncated it; raise its context size")
         timings = mapping(answer.get("timings", {}), "timings")
         return Reply(
-            token_ids=_ids(answer, "tokens"),
+            token_ids=_ids(answer, "tokens", answer.get("content")),
             text=_text(answer.get("content")),
             finish_reason=_ended({"eos": "stop", "limit": "length"}.get(str(answer.get("stop_type")))),
             num_tokens=_optional(answer, "tokens_predicted"),
@@ -275,9 +267,9 @@ def _openai_reply(answer: Mapping[str, Any]) -> Reply:
     usage = mapping(answer.get("usage") or {}, "usage")
     metrics = mapping(answer.get("metrics") or {}, "metrics")
     drafts = mapping(metrics.get("speculative_decoding") or {}, "speculative_decoding")
-    stop = choice.get("stop_reason")
+    stop, token_ids = choice.get("stop_reason"), _ids(choice, "token_ids", choice.get("text"))
     return Reply(
-        token_ids=_ids(choice, "token_ids") or _logprob_ids(choice),
+        token_ids=_logprob_ids(choice) if token_ids is None else token_ids,
         text=_text(choice.get("text")),
         finish_reason=_ended(choice.get("finish_reason")),
         num_tokens=_optional(usage, "completion_tokens"),
@@ -297,8 +289,9 @@ def _logprob_ids(choice: Mapping[str, Any]) -> tuple[int, ...] | None:
     return tuple(integer(int(each) if each.isdecimal() else each, "tokens") for each in ids)
 
 
-def _ids(holder: Mapping[str, Any], name: str) -> tuple[int, ...] | None:
-    if not holder.get(name):
+def _ids(holder: Mapping[str, Any], name: str, text: Any) -> tuple[int, ...] | None:
+    """Token ids; None if there are none although there is a text: they were not asked for or are not supported."""
+    if holder.get(name) is None or (text and not holder[name]):
         return None
     return tuple(integer(token, name) for token in items(holder, name))
 
@@ -309,8 +302,9 @@ def _text(value: Any) -> str | None:
     return value
 
 
-def _optional(holder: Mapping[str, Any], name: str) -> int | None:
-    return None if holder.get(name) is None else integer(holder[name], name)
+def _optional(holder: Mapping[str, Any], *names: str) -> int | None:
+    """The first of these counts that is there; later names are those of older versions. None if none is."""
+    return next((integer(holder[name], name) for name in names if holder.get(name) is not None), None)
 
 
 def _ended(reason: Any) -> str:

@@ -64,7 +64,7 @@ class ServedArm:
         self._before = self._page()
         self.num_requests = self.num_outputs = 0
         self.left_out: Counter[str] = Counter()
-        self._drafts: tuple[int, int] | None = (0, 0)  # that replies reported; None if one did not
+        self._drafts: tuple[int, int] | None = None  # that replies reported; None if none did
         self.repeats: Counter[tuple[tuple[int, ...], tuple[int, ...]]] = Counter()
         self.had_token_ids = True
 
@@ -90,10 +90,9 @@ class ServedArm:
         self.repeats[tuple(prompt), output.tokens] += 1
         for reply in output.replies:
             self.had_token_ids &= reply.token_ids is not None
-            if reply.num_drafted is None or reply.num_accepted is None:
-                self._drafts = None
-            elif self._drafts is not None:
-                self._drafts = (self._drafts[0] + reply.num_drafted, self._drafts[1] + reply.num_accepted)
+            if reply.num_drafted is not None and reply.num_accepted is not None:
+                drafted, accepted = self._drafts or (0, 0)
+                self._drafts = (drafted + reply.num_drafted, accepted + reply.num_accepted)
 
     @property
     def num_left_out(self) -> int:
@@ -111,8 +110,8 @@ class ServedArm:
 
     def drafts(self) -> tuple[int, int] | None:
         """Draft tokens and accepted tokens so far; None if they are not reported, or if others use the server, too."""
-        if self._drafts is not None:
-            return self._drafts
+        if self._drafts is not None or self.num_requests == 0:
+            return self._drafts or (0, 0)
         after, before = self._page(), self._before
         if after is None or before is None:
             return None

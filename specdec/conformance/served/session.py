@@ -104,11 +104,13 @@ def _place(options: Namespace, url: str, fields: Mapping[str, Any]) -> Place:
 
 
 def _version(client: Client) -> str | None:
-    """The server's version; None if it does not report one."""
-    try:
-        return client.version()
-    except EngineError:
-        return None
+    """The server's version, or llama-server's build; None if it does not report one."""
+    for report in (client.version, client.build):
+        try:
+            return report()
+        except EngineError:
+            continue
+    return None
 
 
 def _conditions(options: Namespace, arms: Sequence[ServedArm]) -> dict[str, Any]:

@@ -105,10 +105,10 @@ class TokenRecovery:
             )
 
     def _check_end(self, tokens: Sequence[int], max_tokens: int, reply: Reply) -> None:
+        error = UnclearTokensError if reply.token_ids is None else EngineError  # a text may encode to more or fewer
         if len(tokens) > max_tokens:
-            raise EngineError(f"the server must stop at max_tokens={max_tokens}, but sent {len(tokens)} tokens")
+            raise error(f"the server must stop at max_tokens={max_tokens}, but sent {len(tokens)} tokens")
         if reply.finish_reason == "length" and len(tokens) < max_tokens:
-            error = UnclearTokensError if reply.token_ids is None else EngineError  # its text may encode to fewer
             raise error(
                 f"the server must not truncate completions, but ended one after {len(tokens)} of {max_tokens} tokens; "
                 "raise its context size"

@@ -62,6 +62,8 @@ def test_a_text_is_encoded_if_it_comes_back() -> None:
         recovered(text="ab?d")
     with pytest.raises(UnclearTokensError, match="ended one after 3 of 4"):
         recovered(text="ancd", num_tokens=4)
+    with pytest.raises(UnclearTokensError, match="but sent 5 tokens"):
+        recovered(text="abcde", num_tokens=4)
 
 
 def test_a_text_that_ends_within_a_character_agrees_with_its_ids() -> None:
