@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -40,6 +41,20 @@ class Limits:
 
     def hold(self, request: Request) -> bool:
         return request.ttft_s <= self.ttft_s and (request.inter_token_s or 0.0) <= self.inter_token_s
+
+
+def replayed(times_s: Sequence[float], rate: float, duration_s: float) -> tuple[float, ...]:
+    """Arrivals of a trace, its time stretched evenly so that requests arrive at a mean rate; those before `duration_s`.
+
+    times_s: arrivals in the trace, in order. rate: requests per second over the whole trace, > 0; bursts stay bursts.
+    Raises ValueError if the times are not in order.
+    """
+    if list(times_s) != sorted(times_s):
+        raise ValueError("the requests of a trace must be in the order of their arrivals; sort its lines")
+    span_s = times_s[-1] - times_s[0]
+    stretch = (len(times_s) - 1) / rate / span_s if span_s else 0.0
+    stretched = ((time_s - times_s[0]) * stretch for time_s in times_s)
+    return tuple(time_s for time_s in stretched if time_s < duration_s)
 
 
 def arrivals(rate: float, duration_s: float, process: Process, seed: int) -> tuple[float, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from typing import Any
 
@@ -102,7 +102,8 @@ class Prompts:
         return chosen
 
     def _check_context(self, cell: Cell, pair: Pair, chosen: list[Encoded]) -> None:
-        max_tokens, longest = self._config.max_tokens, max(len(tokens) for _, tokens in chosen)
+        max_tokens = max(prompt.max_tokens or self._config.max_tokens for prompt, _ in chosen)
+        longest = max(len(tokens) for _, tokens in chosen)
         if pair.context is not None and longest + max_tokens > pair.context:
             pytest.fail(
                 f"workload={cell.workload} has a prompt of {longest} tokens, which with max_tokens="
@@ -124,13 +125,18 @@ class Prompts:
             if "workloads" in config.named:
                 raise
             return str(error)
-        num_prompts = self._num_prompts(len(prompts))
+        is_trace = any(prompt.arrival_s is not None for prompt in prompts)
+        if is_trace and not config.rate:
+            raise ValueError(f"workloads={workload} is a trace and must be replayed at a rate; give one with --rate")
+        num_prompts = len(prompts) if is_trace else self._num_prompts(len(prompts))
         if not (1 if config.rate else max(config.batch_sizes)) <= num_prompts <= len(prompts):
             raise ValueError(
                 f"num_prompts={num_prompts} must be at most {len(prompts)}, the prompts of workload {workload}, "
                 "and at least the batch size; lower --num-prompts or --batch-sizes"
             )
         # selecting by length needs a tokenizer: until one is loaded, keep all prompts in random order
+        if is_trace:
+            return prompts  # in their order
         sampled = registry.sample(prompts, len(prompts) if config.prompt_lengths else num_prompts, config.seed)
         return [turn for prompt in sampled for turn in turns_of(prompt)] if config.turns == "all" else sampled
 
@@ -149,6 +155,11 @@ class Prompts:
                 f"allow_code_execution=1 must have a working sandbox, but {reason}; run as root or enable user "
                 "namespaces, in a container use --cap-add SYS_ADMIN, or omit the option"
             )
+
+
+def source_of(encoded: Sequence[Encoded]) -> dict[str, str]:
+    """Record field: whether prompts are texts."""
+    return {"prompt_source": "random tokens" if any(prompt.drawn for prompt, _ in encoded) else "text"}
 
 
 def encoded_prompt(prompt: Prompt, tokenizer: Any, config: BenchConfig, pair: Pair) -> tuple[int, ...]:

@@ -19,7 +19,6 @@ from bench.measure import acceptance, load
 from bench.measure.paired import BASELINE, CANDIDATE, REFERENCE, Measurement
 from bench.records.intervals import geometric_mean_interval
 from bench.records.schema import SCHEMA_VERSION, Cell, Gamma
-from bench.workloads import random_tokens
 from bench.workloads.base import bucket
 from specdec import AcceptanceCounts, PhaseTimes
 from specdec.methods import is_method, method_spec
@@ -113,7 +112,7 @@ def output_sha256(outputs: Sequence[Sequence[int]]) -> str:
 
 
 def _identity(cell: Cell, pair: Pair, config: BenchConfig, engine_version: str, device: str) -> dict[str, Any]:
-    workload, lengths = bucket(cell.workload, config.prompt_lengths)
+    _, lengths = bucket(cell.workload, config.prompt_lengths)
     length = config.synthetic_acceptance_length
     return {
         "engine": cell.engine,
@@ -125,7 +124,6 @@ def _identity(cell: Cell, pair: Pair, config: BenchConfig, engine_version: str, 
         "gamma": cell.gamma,
         "placement": cell.placement,
         "workload": cell.workload,
-        "prompt_source": "random tokens" if workload in random_tokens.WORKLOADS else "text",
         "prompt_format": config.prompt_format,
         "turns": config.turns,
         "template_arguments": json.dumps(config.template_arguments, sort_keys=True),

@@ -45,13 +45,14 @@ class Drawn:
     """A prompt of random tokens.
 
     number: its own, from 0. num_tokens: its length. group, num_shared: which prompts begin with the same tokens, and
-    with how many.
+    with how many. blocks: ids of consecutive blocks of tokens, equal for equal tokens; empty if it is drawn by itself.
     """
 
     number: int
     num_tokens: int
     group: int = 0
     num_shared: int = 0
+    blocks: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +63,7 @@ class Prompt:
     earlier, later: what the user says before and after it in the same conversation; the model's own answers stand in
     between. Readers give the first turn with the later ones; `turns_of` makes a prompt of each turn.
     drawn: how to draw a prompt of random tokens, whose text is only its name.
+    arrival_s, max_tokens: of a request of a trace, from the trace's start, and the tokens of its answer.
     """
 
     text: str
@@ -71,6 +73,8 @@ class Prompt:
     earlier: tuple[str, ...] = field(default=(), repr=False)  # the digest of a run's prompts adds it where there is any
     later: tuple[str, ...] = field(default=(), repr=False)
     drawn: Drawn | None = field(default=None, repr=False)
+    arrival_s: float | None = field(default=None, repr=False)
+    max_tokens: int | None = field(default=None, repr=False)
 
     @property
     def turn(self) -> int:

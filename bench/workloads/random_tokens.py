@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from itertools import chain, islice
 from pathlib import Path
 from random import Random
 from typing import Any
 
 from bench.workloads.base import Drawn, Malformed, Prompt
+from bench.workloads.trace import BLOCK
 
 LENGTHS = {"128": 128, "1k": 1024, "2k": 2048, "8k": 8192, "16k": 16_384, "32k": 32_768}
 SHARED = "shared_prefix"
@@ -33,6 +35,9 @@ def read(data_dir: Path | None, malformed: Malformed, *, workload: str) -> list[
 
 def draw(drawn: Drawn, vocabulary: Sequence[int]) -> tuple[int, ...]:
     """The tokens of a prompt, independent and uniform; the same for the same vocabulary."""
+    if drawn.blocks:
+        blocks = (Random(f"block {each}").choices(vocabulary, k=BLOCK) for each in drawn.blocks)
+        return tuple(islice(chain.from_iterable(blocks), drawn.num_tokens))
     shared = Random(f"prefix {drawn.group}").choices(vocabulary, k=drawn.num_shared)
     return (*shared, *Random(f"prompt {drawn.number}").choices(vocabulary, k=drawn.num_tokens - drawn.num_shared))
 

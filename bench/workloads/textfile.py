@@ -1,10 +1,12 @@
-"""Any file: JSON lines with `prompt` and an optional `category`, or plain text, one prompt a line."""
+"""Any file: JSON lines with `prompt` and an optional `category`, or of a trace, or plain text, one prompt a line."""
 
 from __future__ import annotations
 
+from itertools import count
 from pathlib import Path
 from typing import Any
 
+from bench.workloads import trace
 from bench.workloads.base import Malformed, Prompt, prompts_of
 from specdec.prompts import rows, text_lines, text_of
 
@@ -15,7 +17,14 @@ def read(path: Path, malformed: Malformed) -> list[Prompt]:
     Raises ValueError naming the line of a malformed row.
     """
     is_json = path.suffix in (".jsonl", ".json", ".gz")
-    return prompts_of(rows(path, malformed.meet), _prompt, malformed) if is_json else _plain_lines(path)
+    if not is_json:
+        return _plain_lines(path)
+    numbers = count()
+
+    def make(row: dict[str, Any], place: str) -> Prompt:
+        return trace.prompt_of(row, place, next(numbers)) if trace.is_request(row) else _prompt(row, place)
+
+    return prompts_of(rows(path, malformed.meet), make, malformed)
 
 
 def _prompt(row: dict[str, Any], place: str) -> Prompt:

@@ -16,7 +16,7 @@ from bench.measure.journal import Entry
 from bench.measure.models import failing_cell
 from bench.measure.paired import BASELINE, CANDIDATE, REFERENCE, Arm, Measurement, check_counts, measure
 from bench.measure.progress import cell_bar
-from bench.measure.prompts import Batch
+from bench.measure.prompts import Batch, source_of
 from bench.measure.quality import scores
 from bench.records.schema import Cell, Record
 
@@ -40,7 +40,7 @@ class ClosedLoop:
         self._check(cells, pair, measurement)
         record = records.build(cell, pair, config, context.version(cell, pair), context.device, measurement)
         results = [result for run in measurement.runs[CANDIDATE] for result in run.results]
-        record |= acceptance.by_text(chosen, results, "per_prompt")
+        record |= acceptance.by_text(chosen, results, "per_prompt") | source_of(chosen)
         record |= self._divergences(tokens, measurement) | {"warm_up_time_s": warm_up_s}
         tokenizer = context.models.engine(config.reference_engine, pair).tokenizer
         record |= scores.of_run(config, pair, [prompt for prompt, _ in chosen], measurement.runs, tokenizer)

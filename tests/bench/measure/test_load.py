@@ -13,7 +13,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from bench.analysis.break_even import highest_rate, pays, ratios, stops_paying
-from bench.campaign.arrivals import Limits, Request, arrivals
+from bench.campaign.arrivals import Limits, Request, arrivals, replayed
 from bench.measure.load import in_flight, percentile, summary
 
 LIMITS = Limits(ttft_s=1.0, inter_token_s=0.25)
@@ -26,6 +26,16 @@ def test_constant_arrivals_are_equally_far_apart() -> None:
     assert arrivals(2, 3, "constant", seed=0) == (0.0, 0.5, 1.0, 1.5, 2.0, 2.5)
     assert arrivals(0.25, 8, "constant", seed=1) == (0.0, 4.0)
     assert arrivals(0.1, 1, "constant", seed=1) == (0.0,)
+
+
+def test_a_trace_is_stretched_to_a_mean_rate() -> None:
+    """Requests at 10, 10, 12 and 16 s: half a second between them on average at 2 a second, a burst stays a burst."""
+    assert replayed([10.0, 10.0, 12.0, 16.0], 2.0, 100.0) == (0.0, 0.0, 0.5, 1.5)
+    assert replayed([10.0, 10.0, 12.0, 16.0], 2.0, 1.5) == (0.0, 0.0, 0.5)  # the end is not part of the duration
+    assert replayed([3.0], 1.0, 1.0) == (0.0,)
+    assert replayed([3.0, 3.0], 1.0, 1.0) == (0.0, 0.0)
+    with pytest.raises(ValueError, match="must be in the order of their arrivals; sort its lines"):
+        replayed([1.0, 0.5], 1.0, 1.0)
 
 
 @given(st.floats(0.1, 50), st.floats(0.1, 50), st.sampled_from(["constant", "poisson"]), st.integers(0, 2**32 - 1))

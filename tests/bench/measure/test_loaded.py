@@ -165,10 +165,10 @@ def test_nothing_finished_is_a_record_of_a_cell_that_stalled(config: BenchConfig
 
 def test_inconsistent_counters_are_an_error(engine: SpecdecEngine) -> None:
     good = engine.serve(PROMPTS[:2], [0.0, 0.0], Setup("draft_model", 2, 2), [GREEDY] * 2, 600)
-    loaded.check(engine, CELL, good, 16, "float32")
+    loaded.check(engine, CELL, good, [16, 16], "float32")
     with pytest.raises(AssertionError):
-        loaded.check(engine, CELL, good, 17, "float32")  # neither the length nor a stop token
+        loaded.check(engine, CELL, good, [16, 17], "float32")  # neither the length nor a stop token
     with pytest.raises(AssertionError, match="must have dtype=bfloat16, but has float32"):
-        loaded.check(engine, CELL, good, 16, "bfloat16")
+        loaded.check(engine, CELL, good, [16, 16], "bfloat16")
     with pytest.raises(AssertionError):
-        loaded.check(engine, CELL, Served(good.results, 1.0, refused=frozenset({1})), 16, "float32")
+        loaded.check(engine, CELL, Served(good.results, 1.0, refused=frozenset({1})), [16, 16], "float32")

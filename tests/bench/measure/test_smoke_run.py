@@ -225,3 +225,34 @@ def test_costs_are_measured_and_printed(tmp_path: Path, environment: dict[str, s
     assert first_cell
     assert "roofline: memory is read at" in before
     assert "Phases of a decode step" in done.stdout
+
+
+def test_a_trace_is_replayed(tmp_path: Path, environment: dict[str, str]) -> None:
+    """Five requests of a trace of 8 s, at a mean of 8 a second: all arrive within half a second, with their lengths."""
+    lengths, outputs = (5, 9, 5, 12, 7), (3, 8, 2, 4, 6)
+    rows = [
+        {"timestamp": 2000 * number, "input_length": length, "output_length": output}
+        for number, (length, output) in enumerate(zip(lengths, outputs, strict=True))
+    ]
+    trace = tmp_path / "calls.jsonl"
+    trace.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    journal = tmp_path / "journal.jsonl"
+    options = (
+        "--engines",
+        "specdec",
+        "--methods",
+        "ngram",
+        "--workloads",
+        str(trace),
+        "--rate",
+        "8",
+        "--duration",
+        "1",
+    )
+    done = run_python(*command(tmp_path, *options)[1:], cwd=ROOT, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (record,) = [line["record"] for line in map(json.loads, journal.read_text().splitlines()[1:]) if "record" in line]
+    assert record["per_request_arrival_s"] == pytest.approx([0.0, 0.125, 0.25, 0.375, 0.5])
+    assert record["per_request_length"] == list(lengths)
+    assert record["per_request_tokens"] == list(outputs)
+    assert (record["arrivals"], record["prompt_source"], record["num_finished"]) == ("trace", "random tokens", 5)

@@ -14,7 +14,7 @@ import pytest
 
 from bench.campaign.config import BenchConfig
 from bench.measure.prompts import Prompts
-from bench.workloads import registry, sharegpt
+from bench.workloads import random_tokens, registry, sharegpt
 from bench.workloads.base import Malformed, Number, Prompt, Summary, UnavailableError, turns_of
 
 DATA = Path(__file__).parents[1] / "data"
@@ -362,3 +362,40 @@ def test_turns_of_a_conversation_are_prompts() -> None:
     assert (first.turn, first.truth, first.later) == (1, Number("1"), ())
     assert (second.text, second.earlier, second.turn, second.truth) == ("b", ("a",), 2, None)
     assert (third.text, third.earlier, third.category) == ("c", ("a", "b"), "x")
+
+
+def test_mooncake_rows_are_requests_of_a_trace(tmp_path: Path) -> None:
+    """Milliseconds, and blocks of 512 tokens by their ids: the second request begins as the first."""
+    rows = [
+        {"timestamp": 0, "input_length": 600, "output_length": 5, "hash_ids": [7, 8]},
+        {"timestamp": 1500, "input_length": 1000, "output_length": 3, "hash_ids": [7, 9]},
+        {"arrival_s": 2.5, "input_length": 4, "output_length": 2},
+    ]
+    path = write_rows(tmp_path / "calls.jsonl", *rows)
+    prompts = registry.read(str(path), None)
+    assert [(prompt.arrival_s, prompt.max_tokens) for prompt in prompts] == [(0.0, 5), (1.5, 3), (2.5, 2)]
+    first, second, third = (random_tokens.draw(prompt.drawn, range(100)) for prompt in prompts)
+    assert [len(tokens) for tokens in (first, second, third)] == [600, 1000, 4]
+    assert first[:512] == second[:512]
+    assert first[512:] != second[512:600]
+    assert len({prompt.text for prompt in prompts}) == 3  # the digest of a run's prompts is of texts
+
+
+TIMED = {"output_length": 1, "timestamp": 0}
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"input_length": 0, "output_length": 1, "timestamp": 0}, "input_length=0 must be an integer of at least 1"),
+        ({"input_length": 5, "timestamp": 0}, "output_length=None must be an integer of at least 1"),
+        ({"input_length": 5, "output_length": 1}, "timestamp=None must be a number >= 0"),
+        ({"input_length": 5, "output_length": 1, "arrival_s": -1}, "arrival_s=-1 must be a number >= 0"),
+        ({**TIMED, "input_length": 513, "hash_ids": [1]}, "hash_ids must be one for each 512 of the 513"),
+        ({**TIMED, "input_length": 5, "hash_ids": ["a"]}, "hash_ids=.* must be a list of integers"),
+    ],
+)
+def test_malformed_requests_of_a_trace_are_named(row: dict[str, Any], message: str, tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "calls.jsonl", row)
+    with pytest.raises(ValueError, match=rf"calls\.jsonl:1: {message}"):
+        registry.read(str(path), None)
