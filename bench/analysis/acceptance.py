@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from bench.records.intervals import Interval, mean_ratio_interval, rate_interval
+from bench.records.intervals import Interval, length_interval, rate_interval
 from bench.records.schema import Record
 from bench.records.trends import FALSE_ALARM_RATE
 
@@ -35,7 +35,7 @@ def groups(record: Record, name: str) -> list[Group]:
 
 def _group(value: str | int, rows: Sequence[Sequence[int]]) -> Group:
     _, steps, emitted, drafted, accepted = zip(*rows, strict=True)
-    return Group(str(value), len(rows), rate_interval(accepted, drafted), mean_ratio_interval(emitted, steps))
+    return Group(str(value), len(rows), rate_interval(accepted, drafted), length_interval(emitted, steps))
 
 
 def drifting(records: Iterable[Record]) -> Iterator[tuple[Record, str]]:

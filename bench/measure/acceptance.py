@@ -12,7 +12,7 @@ from typing import Any
 from bench.engines.base import PromptResult
 from bench.measure.prompts import Encoded
 from bench.records import trends
-from bench.records.intervals import Interval, mean_ratio_interval, rate_interval
+from bench.records.intervals import Interval, length_interval, rate_interval
 from bench.records.schema import Record
 from specdec import AcceptanceCounts
 
@@ -51,7 +51,7 @@ def of_results(results: Results, each: str) -> Record:
     positions = range(len(summed.accepted_at)) if summed else range(0)
     at = [_rate(counts, _accepted_at(place), _accepted_at(-1)) for place in positions]
     conditional = [_rate(counts, _accepted_at(place), _accepted_at(place - 1)) for place in positions]
-    lengths = mean_ratio_interval([c.num_emitted for c in counts], [c.num_steps for c in counts])
+    lengths = length_interval([c.num_emitted for c in counts], [c.num_steps for c in counts])
     return {
         **{name: getattr(summed, name, None) for name in TOTALS},
         **_ends("acceptance_rate", _rate(counts, lambda c: c.num_accepted, lambda c: c.num_drafted)),

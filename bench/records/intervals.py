@@ -72,9 +72,9 @@ def rate_interval(numerators: Sequence[int], denominators: Sequence[int]) -> Int
     return _jackknife(numerators, denominators, _on_logit_scale)
 
 
-def mean_ratio_interval(numerators: Sequence[int], denominators: Sequence[int]) -> Interval | None:
-    """As `rate_interval`, for a ratio without an upper bound, such as tokens per step: on the logarithmic scale."""
-    return _jackknife(numerators, denominators, _on_log_scale)
+def length_interval(emitted: Sequence[int], steps: Sequence[int]) -> Interval | None:
+    """As `rate_interval`, for tokens per step: on the logarithmic scale, and at least 1, as no step emits none."""
+    return _jackknife(emitted, steps, _of_length)
 
 
 def mean_difference_interval(values: Sequence[float], others: Sequence[float]) -> Interval:
@@ -144,8 +144,11 @@ def _logistic(value: float) -> float:
     return 1 / (1 + math.exp(-value)) if value >= 0 else math.exp(value) / (1 + math.exp(value))
 
 
-def _on_log_scale(ratio: float, radius: float) -> Interval:
-    return _exponential(ratio, radius / ratio) if ratio else Interval(ratio, ratio, ratio)
+def _of_length(length: float, radius: float) -> Interval:
+    if length < 1:
+        raise ValueError(f"length={length:g} must be at least 1: every step emits a token")
+    found = _exponential(length, radius / length)
+    return Interval(length, max(found.low or 1.0, 1.0), found.high)
 
 
 def _exponential(ratio: float, radius: float) -> Interval:

@@ -10,7 +10,7 @@ from helpers.bench_runs import decoded, loaded, printed
 from bench.analysis.acceptance import drifting, groups, num_tested
 from bench.engines.base import PromptResult
 from bench.measure import acceptance
-from bench.records.intervals import mean_ratio_interval, rate_interval
+from bench.records.intervals import length_interval, rate_interval
 from bench.records.results import of_records
 from bench.report.acceptance import parts
 from bench.report.document import Table
@@ -45,7 +45,7 @@ def test_totals_and_intervals_by_hand() -> None:
     assert record["per_prompt_accepted"] == [3, 5]
     for name, interval in {
         "acceptance_rate": rate_interval([3, 5], [8, 6]),
-        "mean_acceptance_length": mean_ratio_interval([7, 8], [4, 3]),
+        "mean_acceptance_length": length_interval([7, 8], [4, 3]),
     }.items():
         assert interval is not None
         assert (record[f"{name}_low"], record[f"{name}_high"]) == (interval.low, interval.high)
@@ -122,7 +122,7 @@ def test_groups_by_category_and_turn() -> None:
     first, second = groups(grouped_cell(), "category")
     assert (first.value, first.num_prompts) == ("a", 2)
     assert first.acceptance_rate == rate_interval([3, 1], [8, 8])
-    assert second.mean_acceptance_length == mean_ratio_interval([8], [3])
+    assert second.mean_acceptance_length == length_interval([8], [3])
     assert [(each.value, each.num_prompts) for each in groups(grouped_cell(), "turn")] == [("1", 1), ("2", 2)]
     assert groups(grouped_cell(per_prompt_turn=[1, 1, 1]), "turn") == []
     assert groups(decoded("ngram", 2), "category") == []

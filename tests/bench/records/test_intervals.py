@@ -11,8 +11,8 @@ import pytest
 from bench.records.intervals import (
     Interval,
     geometric_mean_interval,
+    length_interval,
     mean_difference_interval,
-    mean_ratio_interval,
     rate_interval,
     unpaired_ratio_interval,
 )
@@ -98,12 +98,17 @@ def test_a_rate_is_a_ratio_of_sums() -> None:
     assert rate_interval([3], [10]) == Interval(0.3, None, None)
 
 
-def test_a_ratio_without_bound_is_on_the_logarithmic_scale() -> None:
+def test_a_length_is_on_the_logarithmic_scale_and_at_least_one() -> None:
     """Tokens per step, 20/10 and 20/5: 40/15 in all. Without the one 4, without the other 2: standard error 1."""
-    interval = mean_ratio_interval([20, 20], [10, 5])
-    reach = 1.0 * T_1 / (40 / 15)
-    assert ends(interval) == pytest.approx([40 / 15 * math.exp(sign * reach) for sign in (-1, 1)], rel=1e-5)
-    assert mean_ratio_interval([0, 0], [3, 4]) == Interval(0.0, 0.0, 0.0)
+    interval = length_interval([20, 20], [10, 5])
+    assert ends(interval) == pytest.approx([1.0, 40 / 15 * math.exp(T_1 / (40 / 15))], rel=1e-5)
+    # 10/5 and 11/5: without the one 2.2, without the other 2, so a standard error of 0.1 about 2.1
+    reach = 0.1 * T_1 / 2.1
+    assert ends(length_interval([10, 11], [5, 5])) == pytest.approx(
+        [2.1 * math.exp(-reach), 2.1 * math.exp(reach)], rel=1e-5
+    )
+    with pytest.raises(ValueError, match=r"length=0\.5 must be at least 1"):
+        length_interval([1, 1], [2, 2])
 
 
 def test_prompts_without_a_draft_say_nothing_of_the_rate() -> None:
@@ -231,7 +236,7 @@ def test_intervals_of_eight_acceptance_lengths_cover_the_truth() -> None:
             int((1 + (random.random((count, 4)) < each).cumprod(1).sum(1)).sum())
             for count, each in zip(steps, own, strict=True)
         ]
-        return mean_ratio_interval(lengths, steps.tolist())
+        return length_interval(lengths, steps.tolist())
 
     assert coverage(truth, run) > 0.95 - SLACK - 0.025
 
