@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import shutil
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -22,9 +21,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from specdec.models.files.bundled import SMOLLM2_135M
+from specdec.models.files.bundled import SMOLLM2_135M, bundled_gguf
 from specdec.models.loading import resolve
-from specdec.runtime.artifacts import LoadError, fetch, folder_of, is_complete, made_once
+from specdec.runtime.artifacts import LoadError, folder_of, is_complete, made_once
 
 PIECE_BYTES = 36 << 20  # maximum size of a piece: uploads to a GPU machine may be limited
 WEIGHTS = "SPECDEC_FIRST_LIGHT_WEIGHTS"
@@ -46,7 +45,7 @@ def pack(folder: Path, piece_bytes: int = PIECE_BYTES) -> list[Path]:
     Fetches the model if necessary. Raises LoadError unless the pieces dequantize to the same weights.
     """
     made = Path(resolve(SMOLLM2_135M.name))
-    entries = [*_packed_weights(_gguf(), made), *_packed_files(made)]
+    entries = [*_packed_weights(bundled_gguf(SMOLLM2_135M), made), *_packed_files(made)]
     pieces = _split(entries, piece_bytes)
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"piece-{number}.safetensors" for number in range(1, len(pieces) + 1)]
@@ -104,17 +103,6 @@ def dequantized(stored: Tensor, kind: str) -> Tensor:
 # ---- packing
 
 Entry = tuple[str, Tensor]  # "KIND:name": KIND is a number format of GGUF, or "file" for a file's compressed bytes
-
-
-def _gguf() -> Path:
-    """The GGUF file, which `resolve` deletes after conversion."""
-    kept = dataclasses.replace(SMOLLM2_135M, name=f"{SMOLLM2_135M.name}-gguf")
-
-    def keep(file: Path, folder: Path) -> None:
-        folder.mkdir()
-        shutil.copy(file, folder / "model.gguf")
-
-    return fetch(kept, keep) / "model.gguf"
 
 
 def _packed_weights(gguf: Path, made: Path) -> Iterator[Entry]:

@@ -1,6 +1,7 @@
 """C++ kernels for decoder layers and sampling on CPUs, compiled once per machine into the cache folder.
 
 They require Linux, a C++ compiler and AVX-512 (AVX512-BF16 for bfloat16); without these, torch operations are used.
+Only products with quantized weights are compiled for other CPUs, too.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from specdec.kernels.quantized import KINDS, Packed
 from specdec.runtime.artifacts import LoadError, cache_root, made_once
 from specdec.runtime.fallbacks import fall_back
 
@@ -28,15 +30,43 @@ BLOCK = 32  # outputs per block of a projection
 HEAD_DIMS = (32, 64, 96, 128, 160, 192, 256)
 ACTIVATIONS = ("silu", "gelu_tanh")  # in the order of decoder_layer.cpp
 _FOLDER = Path(__file__).parent
-_SOURCES = tuple(_FOLDER / name for name in ("decoder_layer.cpp", "sampling.cpp"))
+_SOURCES = tuple(_FOLDER / name for name in ("decoder_layer.cpp", "quantized.cpp", "sampling.cpp"))
+_PORTABLE_SOURCES = (_FOLDER / "quantized.cpp",)
+_HEADERS = tuple(_FOLDER / name for name in ("quantized.h", "vectors.h"))
 _UNUSED = "kernels for this CPU are not used, decoding is slower"
-_FLAGS = ("-O3", "-std=c++17", "-fPIC", "-fopenmp", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl")
+_FLAGS = ("-O3", "-std=c++17", "-fPIC", "-fopenmp")
+_AVX2, _AVX512 = ("-mavx2", "-mfma"), ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl")
+
+
+MAX_PARTS = 3  # of a projection, each with weights of its own kind
+
+
+class Part(Structure):
+    """Quantized weights of some outputs. The fields of these structures are documented in decoder_layer.cpp."""
+
+    _fields_ = (("weights", c_void_p), *((name, c_int64) for name in ("kind", "first", "end")))
 
 
 class Projection(Structure):
-    """Packed weights of a projection. The fields of these three structures are documented in decoder_layer.cpp."""
+    """Packed weights of a projection."""
 
-    _fields_ = (("weight", c_void_p), ("bias", c_void_p), ("inputs", c_int64), ("outputs", c_int64))
+    _fields_ = (
+        ("weight", c_void_p),
+        ("bias", c_void_p),
+        *((name, c_int64) for name in ("inputs", "outputs", "num_parts")),
+        ("parts", Part * MAX_PARTS),
+    )
+
+    @classmethod
+    def quantized(cls, parts: Sequence[Packed], bias: int | None) -> Projection:
+        """Of quantized weights, one after the other, which it does not keep alive; see `can_join`."""
+        described, first = [], 0
+        for part in parts:
+            end = first + whole_blocks(part.num_outputs) // BLOCK
+            described.append(Part(part.weights.data_ptr(), KINDS[part.kind].number, first, end))
+            first = end
+        outputs = sum(part.num_outputs for part in parts)
+        return cls(None, bias, parts[0].num_inputs, outputs, len(parts), (Part * MAX_PARTS)(*described))
 
 
 class Layer(Structure):
@@ -82,6 +112,11 @@ def available(dtype: torch.dtype) -> bool:
     return dtype in _supported_dtypes() and _library() is not None
 
 
+def multiplies_quantized() -> bool:
+    """Whether this machine has kernels for quantized weights, with or without those for whole layers."""
+    return platform.system() == "Linux" and _library() is not None
+
+
 def supports(tensor: Tensor) -> bool:
     """Whether the kernels support the tensor's device and dtype."""
     return tensor.device.type == "cpu" and available(tensor.dtype)
@@ -101,6 +136,11 @@ def pack(weight: Tensor) -> Tensor:
     group = 2 if weight.dtype == torch.bfloat16 else 1
     padded = torch.nn.functional.pad(weight.detach(), (0, 0, 0, whole_blocks(outputs) - outputs))
     return padded.view(-1, BLOCK, inputs // group, group).permute(0, 2, 1, 3).contiguous()
+
+
+def can_join(parts: Sequence[Packed]) -> bool:
+    """Whether a projection can consist of these parts: blocks of outputs are of one kind."""
+    return len(parts) <= MAX_PARTS and not any(part.num_outputs % BLOCK for part in parts[:-1])
 
 
 Pointers = Any  # a ctypes array of pointers, one per layer
@@ -214,6 +254,19 @@ def run_projection(projection: Projection, inputs: Tensor, outputs: Tensor) -> N
     function(projection, inputs.data_ptr(), outputs.data_ptr(), tokens, torch.get_num_threads())
 
 
+def quantized_products(parts: Sequence[Packed], inputs: Tensor) -> Tensor:
+    """Products of inputs [..., in] with quantized weights, one part after the other: float32 [..., out]."""
+    flat = inputs.float().reshape(-1, inputs.shape[-1]).contiguous()
+    widths = [whole_blocks(part.num_outputs) for part in parts]
+    outputs = torch.empty(len(flat), sum(widths))
+    function, threads = _function("quantized_products"), torch.get_num_threads()
+    for part, own in zip(parts, outputs.split(widths, 1), strict=True):
+        sizes = (*flat.shape, own.shape[1] // BLOCK, outputs.shape[1])
+        weights, kind = part.weights.data_ptr(), KINDS[part.kind].number
+        function(weights, kind, flat.data_ptr(), *sizes, own.data_ptr(), threads)
+    return outputs[:, : sum(part.num_outputs for part in parts)].view(*inputs.shape[:-1], -1)
+
+
 def rms_norm(inputs: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     """Root mean square normalization over the last dimension, whose size is a multiple of 16.
 
@@ -309,6 +362,14 @@ def _supported_dtypes() -> tuple[torch.dtype, ...]:
     return (torch.float32, torch.bfloat16) if torch.cpu._is_avx512_bf16_supported() else (torch.float32,)
 
 
+def _instructions() -> tuple[str, ...]:
+    """Compiler flags for the instructions of this CPU that the kernels are written for."""
+    if not _supported_dtypes():
+        return _AVX2 if torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512") else ()
+    bf16 = ("-mavx512bf16",) if torch.bfloat16 in _supported_dtypes() else ()
+    return *_AVX512, *bf16, *(("-mavx512vnni",) if torch.cpu._is_vnni_supported() else ())
+
+
 @cache
 def _library() -> Any:
     """The compiled kernels, or None with one warning if they cannot be compiled."""
@@ -316,14 +377,14 @@ def _library() -> Any:
     if compiler is None:
         fall_back(_UNUSED, "no C++ compiler was found (install g++, or name one in CXX)")
         return None
-    flags = [*_FLAGS, *(["-mavx512bf16"] if torch.bfloat16 in _supported_dtypes() else [])]
-    sources = [path.read_bytes() for path in (*_SOURCES, _FOLDER / "vectors.h")]
+    flags, used = [*_FLAGS, *_instructions()], _SOURCES if _supported_dtypes() else _PORTABLE_SOURCES
+    sources = [path.read_bytes() for path in (*used, *_HEADERS)]
     digest = hashlib.sha256(b"".join(sources) + " ".join(flags).encode()).hexdigest()
 
     def make(staging: Path) -> dict[str, Any]:
         (staging / "made").mkdir()
-        objects = [str(staging / source.with_suffix(".o").name) for source in _SOURCES]
-        for source, compiled in zip(_SOURCES, objects, strict=True):
+        objects = [str(staging / source.with_suffix(".o").name) for source in used]
+        for source, compiled in zip(used, objects, strict=True):
             _run([compiler, *flags, "-c", str(source), "-o", compiled])
         # link torch's OpenMP runtime: two runtimes in a process would compete for the cores
         runtimes = [str(path) for path in (Path(torch.__file__).parent / "lib").glob("libgomp*.so*")] or ["-lgomp"]
@@ -353,6 +414,7 @@ def _run(command: Sequence[str]) -> None:
 _ARGUMENTS = {
     "layers": (POINTER(Call),),
     "keep": (POINTER(c_void_p), c_void_p, c_void_p, *(c_int64,) * 6),
+    "quantized_products": (c_void_p, c_int64, c_void_p, *(c_int64,) * 4, c_void_p, c_int64),
     "project": (POINTER(Projection), c_void_p, c_void_p, c_int64, c_int64),
     "rms_norm": (c_void_p, c_void_p, c_float, c_int64, c_int64, c_void_p),
     "rms_norm_once": (c_void_p, c_void_p, c_float, c_int64, c_int64, c_void_p),

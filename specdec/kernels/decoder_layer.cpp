@@ -5,7 +5,8 @@
 // tokens in the batch or on how a prompt was chunked, because the order of every sum is fixed: over the input dimension
 // in projections, over positions in attention. So verifying a draft is bit-identical to plain decoding.
 //
-// Products are accumulated in float32 and rounded to the model's dtype between the parts of a layer.
+// Products are accumulated in float32 and rounded to the model's dtype between the parts of a layer. Those with quantized
+// weights are computed by quantized.cpp, in the same blocks.
 
 #include <omp.h>
 
@@ -19,11 +20,30 @@
 #include <limits>
 #include <memory>
 
+#include "quantized.h"
 #include "vectors.h"
+
+// ---- projections, as in the interface for Python below
+
+extern "C" {
+
+// Blocks `first` to `end` - 1 of a projection, quantized. weights: as packed by cpp.py. kind: a quantized::Kind.
+struct Part {
+    const void* weights;
+    int64_t kind, first, end;
+};
+
+// weight: in the layout of `pack`, unless there are parts. bias: [out] or null.
+struct Projection {
+    const void *weight, *bias;
+    int64_t in, out, num_parts;
+    Part parts[3];
+};
+}
 
 namespace {
 
-constexpr int64_t BLOCK = 32;     // outputs per block of a projection: two vectors
+constexpr int64_t BLOCK = quantized::BLOCK;  // outputs per block of a projection: two vectors
 constexpr int64_t MAX_TILE = 12;  // tokens per tile of a projection: their sums use 24 of the 32 registers
 constexpr int64_t KEYS = 16;      // positions per vector of scores
 constexpr int64_t MAX_TOGETHER = 8, MAX_HEAD_DIM = 256;  // bounds on the queries of an attention tile and their size
@@ -158,26 +178,57 @@ inline int64_t tile_of(int64_t tokens) {
     return (tokens + num_tiles - 1) / num_tiles;
 }
 
+// A type of the interface of quantized.cpp.
+inline const float* raw(const float* x) { return x; }
+inline const uint16_t* raw(const bf16* x) { return &x->bits; }
+
+// What a projection multiplies: its inputs, and if its weights are quantized, the same in fixed point.
+template <class T>
+struct Operand {
+    const T* values;
+    const quantized::Inputs* fixed;
+
+    // buffer: of the calling thread. Each thread converts all tokens itself, which is faster than a barrier.
+    Operand(const Projection& projection, const T* x, int64_t tokens, quantized::Inputs* buffer)
+        : values(x), fixed(projection.num_parts ? buffer : nullptr) {
+        if (fixed) quantized::convert(raw(x), tokens, projection.in, buffer);
+    }
+};
+
+// acc[m] = products of token first + m with one block, for `count` tokens, MAX_TILE at most
+template <class T>
+void block_products(const Projection& projection, const Operand<T>& x, int64_t first, int64_t count, int64_t block,
+                    bool bypasses, float (*acc)[BLOCK]) {
+    const int64_t in = projection.in;
+    if (!x.fixed) {
+        const T* weights = static_cast<const T*>(projection.weight) + block * in * BLOCK;
+        return products_of<T>(count, bypasses)(weights, x.values + first * in, in, acc);
+    }
+    const Part* part = projection.parts;
+    while (block >= part->end) part++;
+    quantized::products(static_cast<quantized::Kind>(part->kind), static_cast<const uint8_t*>(part->weights),
+                        x.fixed + first * (in / quantized::GROUP), count, in, block - part->first, acc);
+}
+
 // Calls finish(token, block, sums of 32 outputs) for all tokens of one block.
 template <class T, class Finish>
-void project_block(const T* weights, const T* inputs, int64_t tokens, int64_t in, int64_t block, bool bypasses,
+void project_block(const Projection& projection, const Operand<T>& x, int64_t tokens, int64_t block, bool bypasses,
                    Finish finish) {
     const int64_t tile = tile_of(tokens);
     alignas(64) float acc[MAX_TILE][BLOCK];
     for (int64_t first = 0; first < tokens; first += tile) {
         const int64_t count = std::min(tile, tokens - first);
-        products_of<T>(count, bypasses)(weights + block * in * BLOCK, inputs + first * in, in, acc);
+        block_products(projection, x, first, count, block, bypasses, acc);
         for (int64_t m = 0; m < count; m++) finish(first + m, block, acc[m]);
     }
 }
 
 // `project_block` for all blocks, distributed over the threads without a barrier.
 template <class T, class Finish>
-void project(const T* weights, const T* inputs, int64_t tokens, int64_t in, int64_t blocks, bool bypasses,
+void project(const Projection& projection, const Operand<T>& x, int64_t tokens, int64_t blocks, bool bypasses,
              Finish finish) {
 #pragma omp for schedule(static) nowait
-    for (int64_t block = 0; block < blocks; block++)
-        project_block(weights, inputs, tokens, in, block, bypasses, finish);
+    for (int64_t block = 0; block < blocks; block++) project_block(projection, x, tokens, block, bypasses, finish);
 }
 
 template <class T>
@@ -398,12 +449,6 @@ inline int64_t queries_together(int64_t head_dim, int64_t queries) {
 
 extern "C" {
 
-// weight: in the layout of `pack`. bias: [out] or null.
-struct Projection {
-    const void *weight, *bias;
-    int64_t in, out;
-};
-
 // Missing norms are null; those after attention and MLP are of their outputs, before the residual is added. Norms are
 // float arrays if has_float_norms, see `rms_norm`. softcap: the bound of attention scores, or 0. residual_scale: of the
 // outputs of attention and MLP. activation: an Activation.
@@ -445,6 +490,7 @@ struct Work {
     int64_t tokens, size, dim, heads, kv_heads, wide, attended_size, mlp_size, max_seen;
     int64_t group, together, num_tiles;  // query heads per key/value head, queries per tile, tiles per row
     int64_t weights;  // number per layer
+    int64_t num_fixed;  // groups of inputs in fixed point, of all tokens, of the widest quantized projection
     bool bypasses;    // see `bypasses_cache`
     std::unique_ptr<T[]> memory;
     T *qkv, *attended, *activated, *projected, *spare[2];
@@ -460,6 +506,11 @@ struct Work {
         max_seen = *std::max_element(call.positions, call.positions + tokens) + 1;
         group = heads / kv_heads, together = queries_together(dim, call.width * group);
         num_tiles = (call.width * group + together - 1) / together;
+        num_fixed = 0;
+        for (int64_t i = 0; i < call.num_layers; i++)
+            for (const Projection* each : {&call.layers[i]->qkv, &call.layers[i]->output, &call.layers[i]->gate_up,
+                                           &call.layers[i]->down})
+                if (each->num_parts) num_fixed = std::max(num_fixed, tokens * each->in / quantized::GROUP);
         memory.reset(new T[tokens * (3 * size + wide + attended_size + mlp_size)]);
         spare[0] = memory.get(), spare[1] = spare[0] + tokens * size, projected = spare[1] + tokens * size;
         qkv = projected + tokens * size, attended = qkv + tokens * wide, activated = attended + tokens * attended_size;
@@ -522,7 +573,7 @@ void place_head(const Work<T>& work, const Place<T>& at, int64_t t, int64_t head
 
 // The thread that computes a head of queries, keys or values also rotates and stores it.
 template <class T>
-void project_and_place(const Work<T>& work, const Place<T>& at, const T* normed) {
+void project_and_place(const Work<T>& work, const Place<T>& at, const Operand<T>& x) {
     const int64_t blocks = work.dim / BLOCK;
     const Projection& qkv = at.layer.qkv;
     const auto keep = [&](int64_t t, int64_t block, const float* sums) {
@@ -532,7 +583,7 @@ void project_and_place(const Work<T>& work, const Place<T>& at, const T* normed)
 #pragma omp for schedule(static) nowait
     for (int64_t head = 0; head < work.heads + 2 * work.kv_heads; head++) {
         for (int64_t block = head * blocks; block < (head + 1) * blocks; block++)
-            project_block(static_cast<const T*>(qkv.weight), normed, work.tokens, qkv.in, block, work.bypasses, keep);
+            project_block(qkv, x, work.tokens, block, work.bypasses, keep);
         for (int64_t t = 0; t < work.tokens; t++) place_head(work, at, t, head);
     }
 }
@@ -571,17 +622,16 @@ void attend_all(const Work<T>& work, const Place<T>& at) {
 
 // activation(gate) * up. A thread computes corresponding blocks of both, so that no intermediate result is stored.
 template <class T>
-void gate_and_up(const Work<T>& work, const Layer& layer, const T* normed) {
-    const T *weights = static_cast<const T*>(layer.gate_up.weight), *bias = static_cast<const T*>(layer.gate_up.bias);
-    const int64_t blocks = work.mlp_size / BLOCK, tile = tile_of(work.tokens), size = work.size;
+void gate_and_up(const Work<T>& work, const Layer& layer, const Operand<T>& x) {
+    const T* bias = static_cast<const T*>(layer.gate_up.bias);
+    const int64_t blocks = work.mlp_size / BLOCK, tile = tile_of(work.tokens);
     alignas(64) float gates[MAX_TILE][BLOCK], ups[MAX_TILE][BLOCK];
 #pragma omp for schedule(static) nowait
     for (int64_t block = 0; block < blocks; block++)
         for (int64_t first = 0; first < work.tokens; first += tile) {
             const int64_t count = std::min(tile, work.tokens - first);
-            const Products<T> multiply = products_of<T>(count, work.bypasses);
-            multiply(weights + block * size * BLOCK, normed + first * size, size, gates);
-            multiply(weights + (blocks + block) * size * BLOCK, normed + first * size, size, ups);
+            block_products(layer.gate_up, x, first, count, block, work.bypasses, gates);
+            block_products(layer.gate_up, x, first, count, blocks + block, work.bypasses, ups);
             for (int64_t m = 0; m < count; m++)
                 for (int64_t half = 0; half < BLOCK; half += 16) {
                     __m512 gate = load(gates[m] + half), up = load(ups[m] + half);
@@ -597,10 +647,9 @@ void gate_and_up(const Work<T>& work, const Layer& layer, const T* normed) {
 
 // out = projection(x) * scale + residual; without a residual, projection(x)
 template <class T>
-void project_onto(const Work<T>& work, const Projection& projection, const T* x, const T* residual, float scale,
-                  T* out) {
-    project(static_cast<const T*>(projection.weight), x, work.tokens, projection.in, work.size / BLOCK,
-            work.bypasses,
+void project_onto(const Work<T>& work, const Projection& projection, const Operand<T>& x, const T* residual,
+                  float scale, T* out) {
+    project(projection, x, work.tokens, work.size / BLOCK, work.bypasses,
             [&](int64_t t, int64_t block, const float* sums) {
                 const int64_t place = t * work.size + block * BLOCK;
                 store_block(out + place, sums, static_cast<const T*>(projection.bias), block,
@@ -611,8 +660,8 @@ void project_onto(const Work<T>& work, const Projection& projection, const T* x,
 // hidden + norm(projection(x)), with a barrier after the product. It is returned in `shared` without a norm. With one,
 // which needs a token's whole product, every thread adds all tokens itself, in its buffer `own`.
 template <class T>
-const T* added(const Work<T>& work, const Layer& layer, const Projection& projection, const void* norm, const T* x,
-               const T* hidden, T* shared, T* own) {
+const T* added(const Work<T>& work, const Layer& layer, const Projection& projection, const void* norm,
+               const Operand<T>& x, const T* hidden, T* shared, T* own) {
     const int64_t size = work.size;
     project_onto(work, projection, x, norm ? nullptr : hidden, layer.residual_scale, norm ? work.projected : shared);
     work.barrier.wait();
@@ -626,22 +675,25 @@ const T* added(const Work<T>& work, const Layer& layer, const Projection& projec
     return own;
 }
 
-// Called by all threads of a team, with buffers of the calling thread: `normed` of all tokens, and `own` of them and one
-// more. Returns the layer's output, which is in `shared` or `own`.
+// Called by all threads of a team, with buffers of the calling thread: `normed` of all tokens, `own` of them and one
+// more, and `fixed` for an `Operand`. Returns the layer's output, which is in `shared` or `own`.
 template <class T>
 const T* run_layer(const Work<T>& work, const Place<T>& at, const T* hidden, const T* inputs, T* normed, T* shared,
-                   T* own) {
+                   T* own, quantized::Inputs* fixed) {
     const Layer& layer = at.layer;
+    const auto operand = [&](const Projection& by, const T* x) { return Operand<T>(by, x, work.tokens, fixed); };
     if (!inputs) rms_norm_all(work, layer, layer.norm_before_attention, hidden, normed);
-    project_and_place(work, at, inputs ? inputs : normed);
+    project_and_place(work, at, operand(layer.qkv, inputs ? inputs : normed));
     work.barrier.wait();
     attend_all(work, at);
     work.barrier.wait();
-    hidden = added<T>(work, layer, layer.output, layer.norm_after_attention, work.attended, hidden, shared, own);
+    hidden = added<T>(work, layer, layer.output, layer.norm_after_attention, operand(layer.output, work.attended), hidden,
+                      shared, own);
     rms_norm_all(work, layer, layer.norm_before_mlp, hidden, normed);
-    gate_and_up(work, layer, normed);
+    gate_and_up(work, layer, operand(layer.gate_up, normed));
     work.barrier.wait();
-    return added<T>(work, layer, layer.down, layer.norm_after_mlp, work.activated, hidden, shared, own);
+    return added<T>(work, layer, layer.down, layer.norm_after_mlp, operand(layer.down, work.activated), hidden, shared,
+                    own);
 }
 
 template <class T>
@@ -651,11 +703,13 @@ void run_layers(const Call& call) {
 #pragma omp parallel num_threads(threads_for(work.weights, work.tokens, call.num_threads))
     {
         const std::unique_ptr<T[]> normed(new T[size]), own(new T[size + work.size]);
+        const std::unique_ptr<quantized::Inputs[]> fixed(new quantized::Inputs[work.num_fixed]);
         const T* hidden = static_cast<const T*>(call.hidden);
         for (int64_t i = 0; i < call.num_layers; i++) {
             T *wanted = static_cast<T*>(call.results[i]), *shared = wanted ? wanted : work.spare[i % 2];
             const T* inputs = i == 0 ? static_cast<const T*>(call.inputs) : nullptr;
-            hidden = run_layer(work, Place<T>(call, i), hidden, inputs, normed.get(), shared, own.get());
+            hidden = run_layer(work, Place<T>(call, i), hidden, inputs, normed.get(), shared, own.get(),
+                               fixed.get());
             if (wanted && hidden != wanted && omp_get_thread_num() == 0) std::memcpy(wanted, hidden, size * sizeof(T));
         }
     }
@@ -664,9 +718,11 @@ void run_layers(const Call& call) {
 template <class T>
 void run_projection(const Projection& projection, const T* inputs, T* outputs, int64_t tokens, int64_t num_threads) {
     const int64_t out = (projection.out + BLOCK - 1) / BLOCK * BLOCK;
+    const int64_t num_fixed = projection.num_parts ? tokens * projection.in / quantized::GROUP : 0;
+    const std::unique_ptr<quantized::Inputs[]> fixed(new quantized::Inputs[num_fixed]);
+    const Operand<T> x(projection, inputs, tokens, fixed.get());
 #pragma omp parallel num_threads(threads_for(projection.in * out, tokens, num_threads))
-    project(static_cast<const T*>(projection.weight), inputs, tokens, projection.in, out / BLOCK,
-            bypasses_cache(projection.in * out * sizeof(T), tokens),
+    project(projection, x, tokens, out / BLOCK, bypasses_cache(projection.in * out * sizeof(T), tokens),
             [&](int64_t t, int64_t block, const float* sums) {
                 store_block(outputs + t * out + block * BLOCK, sums, static_cast<const T*>(projection.bias), block);
             });

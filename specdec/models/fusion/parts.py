@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,11 +11,22 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from specdec.kernels import cpp, gpu
+from specdec.kernels.quantized import Packed
+
+
+class QuantizedLinear(nn.Linear):
+    """A linear layer with the weights that it was quantized to. weight: the same, dequantized; or before, if unlike."""
+
+    def __init__(self, linear: nn.Linear, packed: Packed) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight, self.bias, self.packed = linear.weight, linear.bias, packed
 
 
 class Projection(nn.Module):
     """One or several `nn.Linear` with the same input, merged into one: float [..., in] -> [..., sum of out].
 
+    Quantized weights are read as they are.
     kernel: the descriptor for the C++ kernels, or None where another implementation is used.
     """
 
@@ -29,17 +41,32 @@ class Projection(nn.Module):
         self.weight: Tensor = weight
         self.on_gpu = gpu.on_gpu(weight)
         self.interleaved_dim: int | None = None
+        self._parts: tuple[Packed, ...] = ()  # if the weights are quantized
         if self.on_gpu:
             self.weight = weight.contiguous()
+        elif parts := _parts(linears):
+            self._keep(parts)
+            if cpp.supports(weight):
+                self._pad_bias()
+                self.kernel = cpp.Projection.quantized(self._parts, pointer(self.bias))
         elif cpp.supports(weight) and self.num_inputs % 2 == 0:
+            self._pad_bias()
             self.weight = cpp.pack(weight)
-            if self.bias is not None:
-                self.bias = nn.functional.pad(self.bias, (0, cpp.whole_blocks(self.num_outputs) - self.num_outputs))
             self.kernel = cpp.Projection(self.weight.data_ptr(), pointer(self.bias), self.num_inputs, self.num_outputs)
         elif on_cpu and weight.dtype == torch.bfloat16 and _packs_bf16():
             rows = 8  # the number of rows that the layout is optimized for; any number works
             self.is_packed = True
             self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
+
+    def _pad_bias(self) -> None:
+        if self.bias is not None:
+            self.bias = nn.functional.pad(self.bias, (0, cpp.whole_blocks(self.num_outputs) - self.num_outputs))
+
+    def _keep(self, parts: list[Packed]) -> None:
+        """Keep quantized weights in one tensor, of which the parts are views."""
+        self.weight = torch.cat([part.weights for part in parts])
+        own = self.weight.split([part.weights.numel() for part in parts])
+        self._parts = tuple(replace(part, weights=weights) for part, weights in zip(parts, own, strict=True))
 
     def interleave(self, head_dim: int) -> None:
         """Interleave the outputs as the Triton rotary kernels expect; `forward` still returns them in order."""
@@ -70,6 +97,9 @@ class Projection(nn.Module):
             outputs: Tensor = inputs.new_empty(*inputs.shape[:-1], cpp.whole_blocks(self.num_outputs))
             cpp.run_projection(self.kernel, inputs.contiguous(), outputs)
             return outputs[..., : self.num_outputs]
+        if self._parts:
+            product = cpp.quantized_products(self._parts, inputs)
+            return (product if self.bias is None else product + self.bias).to(inputs.dtype)
         if self.is_packed:
             outputs = torch.ops.mkldnn._linear_pointwise(inputs, self.weight, self.bias, "none", [], "")
             return outputs
@@ -116,6 +146,12 @@ class Norm(nn.Module):
         length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
         scale = torch.rsqrt(length.square().div_(x.shape[-1]).add_(self.epsilon))
         return (x * scale * self.weight).to(x.dtype) if self.rounds_once else (x * scale).to(x.dtype) * self.weight
+
+
+def _parts(linears: tuple[nn.Linear, ...]) -> list[Packed]:
+    """The quantized weights of linear layers if all have them and one projection can, else none."""
+    parts = [layer.packed for layer in linears if isinstance(layer, QuantizedLinear)]
+    return parts if len(parts) == len(linears) and cpp.can_join(parts) else []
 
 
 def weight_bytes(modules: Iterable[nn.Module]) -> int:

@@ -130,18 +130,23 @@ def _save(tokenizer: Any, folder: Path) -> None:
 
 def _plan(header: Header, model: Any) -> dict[str, Any]:
     """Weights' names in the model, and which weights transformers reorders, shifts or merges with others."""
+    processor, names = processor_of(header, model.config.to_dict()), weight_names(header, model)
+    return {"names": names, "altered": [each.name for each in header.tensors if _is_altered(each, processor, names)]}
+
+
+def weight_names(header: Header, model: Any) -> dict[str, str]:
+    """The name in a transformers model of each weight that it has, by the name in the file."""
     from transformers.modeling_gguf_pytorch_utils import get_gguf_hf_weights_map
 
-    processor = _processor(header, model.config.to_dict())
-    names = get_gguf_hf_weights_map(model, processor)
-    return {"names": names, "altered": [each.name for each in header.tensors if _is_altered(each, processor, names)]}
+    names: dict[str, str] = get_gguf_hf_weights_map(model, processor_of(header, model.config.to_dict()))
+    return names
 
 
 def _is_altered(stored: StoredTensor, processor: Any, names: Mapping[str, str]) -> bool:
     if len(stored.shape) > 2:
         return True  # experts: a probe of their size takes long
     probe = np.broadcast_to(np.float32(-1), stored.shape)
-    result = _processed(processor, probe, stored.name, names, {})
+    result = processed(processor, probe, stored.name, names, {})
     return result.weights is not probe or result.name != stored.name
 
 
@@ -150,22 +155,26 @@ def _altered(
 ) -> dict[str, Tensor]:
     """The weights of the model that one in the file is a part of."""
     merged: dict[str, Tensor] = {name: each for name, each in weights.items() if isinstance(each, Tensor)}
-    processor, whole = _processor(header, config), weight.read(torch.float32)
-    result = _processed(processor, whole.numpy(), weight.stored.name, names, merged)
+    processor, whole = processor_of(header, config), weight.read(torch.float32)
+    result = processed(processor, whole.numpy(), weight.stored.name, names, merged)
     if result.name in names:
         merged[names[result.name]] = torch.from_numpy(np.copy(result.weights))
     return {name: each.to(weight.dtype) for name, each in merged.items()}
 
 
-def _processor(header: Header, config: Mapping[str, Any]) -> Any:
+def processor_of(header: Header, config: Mapping[str, Any]) -> Any:
+    """What transformers converts the weights of an architecture by."""
     from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor
 
     return TENSOR_PROCESSORS.get(header.architecture, TensorProcessor)(config=config)
 
 
-def _processed(
+def processed(
     processor: Any, weights: NDArray[np.float32], name: str, names: Mapping[str, str], merged: dict[str, Tensor]
 ) -> Any:
-    """merged: weights of the model that consist of several in the file, which the processor adds to."""
+    """A weight of the model, as `weights` and `name`, from the one of this name in the file.
+
+    merged: weights of the model that consist of several in the file, which the processor adds to.
+    """
     parameters = {"tensors": merged}
     return processor.process(weights=weights, name=name, tensor_key_mapping=names, parsed_parameters=parameters)
