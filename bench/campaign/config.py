@@ -19,7 +19,7 @@ from bench.records.schema import Cell, Gamma
 from bench.workloads.base import Lengths
 from bench.workloads.registry import parse_workloads
 from specdec.methods import METHODS
-from specdec.models.loading import QUANTIZATIONS
+from specdec.models.files.formats import OWN_QUANTIZATIONS, QUANTIZATIONS
 from specdec.sampling_params import SamplingParams
 
 T = TypeVar("T")
@@ -256,10 +256,10 @@ class BenchConfig:
     )
     device: str = option(parsers.device, "auto", "auto, cpu, cuda or cuda:N")
     quantization: str = option(
-        parsers.choice("none", *QUANTIZATIONS),
+        parsers.choice("none", *QUANTIZATIONS, *OWN_QUANTIZATIONS),
         "none",
-        f"weight quantization for specdec and transformers: none, {', '.join(QUANTIZATIONS)}; for vLLM use "
-        "--vllm-options",
+        f"weight quantization for specdec and transformers: none, {', '.join(QUANTIZATIONS)}; for specdec alone: "
+        f"{', '.join(OWN_QUANTIZATIONS)}, where auto is that of a GGUF file; for vLLM use --vllm-options",
         old_name="quantisation",
     )
     verification: str = option(

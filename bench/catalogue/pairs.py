@@ -10,10 +10,12 @@ from pathlib import Path
 
 from bench.catalogue.methods import VLLM_DRAFTS
 from specdec.methods import is_method, method_spec
+from specdec.models.files.formats import OWN_QUANTIZATIONS
 from specdec.runtime.checks import nearest
 
 KINDS = ("decoder-only", "local-attention", "encoder-decoder")
 _WEIGHT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "torchao-int8": 1, "bitsandbytes-4bit": 0.5}
+_WEIGHT_BYTES |= dict.fromkeys(OWN_QUANTIZATIONS, 2.5)  # in bfloat16, until all layers are packed, and packed
 
 
 @dataclass(frozen=True, slots=True)

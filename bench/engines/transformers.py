@@ -27,6 +27,7 @@ from bench.records.schema import Gamma
 from specdec import AcceptanceCounts, SamplingParams
 from specdec.drafts import place_models
 from specdec.models.causal import eos_token_ids
+from specdec.models.files.formats import OWN_QUANTIZATIONS, QUANTIZATIONS
 from specdec.models.loading import load_pretrained
 from specdec.models.seq2seq import start_token
 
@@ -70,8 +71,15 @@ class TransformersEngine:
 
 
 def load(pair: Pair, options: LoadOptions) -> TransformersEngine:
-    """Load the pair's models as transformers does; the draft is a separate instance even if it is the target."""
+    """Load the pair's models as transformers does; the draft is a separate instance even if it is the target.
 
+    Raises ValueError for a quantization that only specdec's kernels can compute.
+    """
+    if options.quantization in OWN_QUANTIZATIONS:
+        raise ValueError(
+            f"quantization={options.quantization!r} must be one that transformers has; use "
+            f"{' or '.join(QUANTIZATIONS)}, or leave the engine transformers out"
+        )
     arguments: dict[str, Any] = {
         "dtype": getattr(torch, options.dtype),
         "device": options.device,

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from specdec.methods import DRAFT_SAMPLING_NAMES, METHODS, VERIFICATION_NAMES, is_method
-from specdec.models.files.formats import DTYPE_NAMES, LOAD_FORMATS
+from specdec.models.files.formats import DTYPE_NAMES, LOAD_FORMATS, OWN_QUANTIZATIONS, QUANTIZATIONS
 from specdec.prompts import encode, encode_bytes, encode_raw, whole
 from specdec.runtime.command_line import Parser
 from specdec.runtime.progress import doing, replace_unencodable
@@ -71,6 +71,11 @@ def _model_options(group: Any) -> None:
         help="how a draft model or head chooses tokens above temperature 0 (default: %(default)s)",
     )
     group.add_argument("--dtype", default="bfloat16", choices=DTYPE_NAMES, help="default: %(default)s")
+    group.add_argument(
+        "--quantization",
+        choices=(*OWN_QUANTIZATIONS, *QUANTIZATIONS),
+        help="keep weights in fewer bits; auto: as the GGUF file has them (default: in the dtype)",
+    )
     group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
     group.add_argument(
         "--allow-pickle", action="store_true", help="read a head from .bin or .pt files; no code in them is run"
@@ -122,6 +127,7 @@ def _load(options: argparse.Namespace) -> Engine:
         draft_sampling=options.draft_sampling,
         dtype=options.dtype,
         device=options.device,
+        quantization=options.quantization,
         load_format=options.load_format,
         allow_pickle=options.allow_pickle,
     )

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from specdec.models.files.bundled import BUNDLED, bundled_gguf
-from specdec.models.files.formats import DTYPE_NAMES, LOAD_FORMATS, OWN_QUANTIZATIONS
+from specdec.models.files.formats import DTYPE_NAMES, LOAD_FORMATS, OWN_QUANTIZATIONS, QUANTIZATIONS
 from specdec.models.gguf.checkpoint import (
     DESCRIPTION_BYTES,
     PLAN_FILE,
@@ -50,7 +50,6 @@ if TYPE_CHECKING:
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 ATTENTIONS = ("eager", "sdpa", "auto")
-QUANTIZATIONS = {"bitsandbytes-4bit": "bitsandbytes", "torchao-int8": "torchao"}  # name -> package
 WEIGHTS_SHARE = 0.9  # fraction of a device's free memory for weights; keys, values and activations need the rest
 # configuration fields, or GGUF metadata, that are a number of modules
 COUNTED = re.compile(r"(layers?|experts?|blocks?|depth|(block|expert)(_\w+)?_count)$")
