@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from bench.catalogue.pairs import catalogue, folder
-from bench.records.intervals import BootstrapInterval, geometric_mean_interval, mean_difference_interval
+from bench.records.intervals import Interval, geometric_mean_interval, mean_difference_interval
 from bench.workloads import registry
 from specdec import Engine, SamplingParams
 from specdec.conformance.reference import Reference
@@ -57,10 +57,10 @@ class Cost:
     num_prompts: int
     num_tokens: int
     acceptance_rate: float
-    tv: BootstrapInterval | None
-    kl: BootstrapInterval | None
-    logprob_change: BootstrapInterval
-    speedup: BootstrapInterval
+    tv: Interval | None
+    kl: Interval | None
+    logprob_change: Interval
+    speedup: Interval
 
 
 def distances(
@@ -145,7 +145,7 @@ def line(cost: Cost) -> str:
     return f"| {' | '.join((cost.verification, *distances, *rest))} |"
 
 
-def _interval(interval: BootstrapInterval | None, otherwise: str = "") -> str:
+def _interval(interval: Interval | None, otherwise: str = "") -> str:
     return otherwise if interval is None else f"{interval.estimate:.3f} ({interval.low:.3f} to {interval.high:.3f})"
 
 
