@@ -86,7 +86,7 @@ def _difference(before: Results, after: Results, earlier: Record, later: Record)
         times = unpaired_ratio_interval(earlier["per_round_s"], later["per_round_s"])
         return Difference(later, _unpaired_verdict(times), times, reasons=_few(times))
     ratios = _ratios(earlier, later, "")
-    if not _has_times(earlier, later, "baseline_"):
+    if not _has_times(earlier, later, "", "baseline_"):
         times = geometric_mean_interval(ratios)
         return Difference(later, _unpaired_verdict(times), times, None, _few(times), outputs_equal)
     plain_ratios = _ratios(earlier, later, "baseline_")
@@ -165,8 +165,8 @@ def _other_prompts(before: Results, after: Results) -> bool:
     return None not in digests and digests[0] != digests[1]
 
 
-def _has_times(earlier: Record, later: Record, arm: str) -> bool:
-    """Whether both have the times of their prompts, and equally many."""
-    names = (f"{arm}per_prompt_latency_s", f"{arm}per_prompt_tokens")
+def _has_times(earlier: Record, later: Record, *arms: str) -> bool:
+    """Whether both have the times of their prompts in these arms, and equally many."""
+    names = [f"{arm}{name}" for arm in arms for name in ("per_prompt_latency_s", "per_prompt_tokens")]
     lengths = {len(record.get(name) or ()) for record in (earlier, later) for name in names}
     return len(lengths) == 1 and 0 not in lengths

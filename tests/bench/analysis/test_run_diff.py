@@ -87,6 +87,12 @@ def test_times_with_nothing_beside_them_tell_of_the_machine_only(before: Any, af
     assert only(tmp_path, before, after).verdict == "the machine changed"
 
 
+def test_a_plain_arm_of_other_prompts_is_nothing_beside_them(tmp_path: Path) -> None:
+    of_three = {"baseline_per_prompt_latency_s": [2.0] * 3, "baseline_per_prompt_tokens": [10] * 3}
+    found = only(tmp_path, decoded("ngram", 2, **of_three), decoded("ngram", 2, (0.5, 1.0), **of_three))
+    assert (found.verdict, found.plain) == ("the machine changed", None)
+
+
 def test_costs_have_nothing_beside_them(tmp_path: Path) -> None:
     before = write(tmp_path / "before.json", [sized("width", 1, 0.5)])
     after = tmp_path / "after.json"
@@ -158,6 +164,8 @@ def test_versions_that_are_compared_may_differ(tmp_path: Path) -> None:
     assert found.verdict == "no difference seen"
     arms = [decoded("ngram", 2, engine="vllm", engine_version=version) for version in ("0", "1")]
     assert only(tmp_path, *arms, **changed).reasons == ("versions: engine was 0 and is 1",)
+    others = [decoded("ngram", 2, engine="engines", engine_version=version) for version in ("0", "1")]
+    assert only(tmp_path, *others).reasons == ("versions: engine was 0 and is 1",)
 
 
 def test_other_texts_of_the_same_workload_are_detected(tmp_path: Path) -> None:
@@ -177,6 +185,21 @@ def test_other_texts_of_the_same_workload_are_detected(tmp_path: Path) -> None:
         assert found.reasons == ("prompts: the workload's texts differ",)
     (found,) = run_diff.differences(before, same)
     assert found.verdict == "no difference seen"
+
+
+def test_digests_of_other_workloads_tell_nothing(tmp_path: Path) -> None:
+    before, after = [
+        results.read(
+            write(
+                tmp_path / f"{name}.json",
+                [decoded("ngram", 2)],
+                configuration={"workloads": ["smoke", name], "num_prompts": 2, "seed": 0, "prompts_sha256": name * 64},
+            )
+        )
+        for name in "ab"
+    ]
+    (found,) = run_diff.differences(before, after)
+    assert (found.verdict, found.reasons) == ("no difference seen", ())
 
 
 def test_cells_of_only_one_run_are_listed(tmp_path: Path) -> None:
@@ -204,6 +227,14 @@ def test_costs_are_compared_by_their_rounds(tmp_path: Path) -> None:
     assert found.times is not None
     expected = (1.0, 2 ** -(4.302653 / 2**0.5), 2 ** (4.302653 / 2**0.5))
     assert (found.times.estimate, found.times.low, found.times.high) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("silent", [0, 1])
+def test_costs_without_rounds_are_not_compared(silent: int, tmp_path: Path) -> None:
+    paths = [write(tmp_path / f"{name}.json", [sized("width", 1, 0.5)]) for name in ("before", "after")]
+    paths[silent].write_text(paths[silent].read_text().replace("[0.5, 0.25]", "[]"))
+    (found,) = run_diff.differences(*campaigns.read_all(paths))
+    assert found.reasons == ("rounds: their times were not recorded",)
 
 
 def test_unchanged_cells_rarely_get_a_verdict_of_change() -> None:

@@ -196,6 +196,26 @@ def test_engines_that_tell_no_counts_have_no_acceptance(config: BenchConfig) -> 
         assert record[name] is None, name
 
 
+def test_phases_without_counts_have_no_time_per_token(config: BenchConfig) -> None:
+    silent = Run((PromptResult((1, 2, 3, 4), 0.5, 1.0, None, "length"),), PhaseTimes(0.5, 0.2, 0.3, 0.1, 1.1))
+    cell = Cell("specdec", TINY.name, "ngram", 2, "same", "smoke", 1)
+    record = records.build(cell, TINY, config, "", "cpu", Measurement({CANDIDATE: [silent]}, [1.0]))
+    assert record["draft_time_per_token_s"] is None
+    assert record["scoring_time_s"] == 0.3
+
+
+def test_the_closed_form_is_of_chains_only(config: BenchConfig) -> None:
+    counts, plain = counted((2, 1, 2), (2, 0, 1)), counted((0, 0, 1), (0, 0, 1), (0, 0, 1))
+    arms = {
+        CANDIDATE: [run([1, 2, 3, 4], 1.0, counts, PhaseTimes(0.5, 0.4, 0.6, 0.2, 1.7))],
+        BASELINE: [run([1, 2, 3, 4], 2.0, plain, PhaseTimes(0.5, 0.0, 0.9, 0.3, 1.7))],
+    }
+    cell = Cell("specdec", TINY.name, "tree", 2, "same", "smoke", 1)
+    record = records.build(cell, TINY, config, "1", "cpu", Measurement(arms, [1.0]))
+    assert record["expected_speedup"] is None
+    assert record["predicted_speedup"] == pytest.approx(1.5 / 1.5)
+
+
 def test_only_vllm_has_engine_options(make_config: Callable[..., BenchConfig]) -> None:
     config, measurement = make_config(vllm_options="{}"), Measurement({CANDIDATE: [run([1], 1.0, counted())]}, [1.0])
     for engine, expected in (("vllm", "{}"), ("vllm-server", "{}"), ("specdec", None)):

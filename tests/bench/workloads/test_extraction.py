@@ -42,6 +42,7 @@ DATA = Path(__file__).parents[1] / "data"
         ("The answer is **1,000**.", "1000"),
         ("The answer is 18. I checked it 3 times.", "18"),
         ("The answer is not that: 18", "18"),
+        ("The answer is 3. No, the answer is 4 of 5.", "4"),
         ("it is _7_", "7"),
         ("The answer is \\boxed{42}", "42"),
         ("\\boxed{1{,}500}", "1500"),
