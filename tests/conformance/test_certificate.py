@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import re
@@ -66,14 +67,20 @@ def test_the_record_has_the_fields_of_the_definition_and_is_plain_json() -> None
     assert not set(FIELDS) - set(record)
     assert json.loads(json.dumps(record, allow_nan=False)) == record
     assert record["sampling"]["logit_bias"] == {"0": "-inf"}
-    assert record["versions"].keys() >= {"python", "torch", "transformers"}
+    assert record["versions"].keys() >= {"python", "torch", "transformers", "numpy"}
     assert record["num_draws"] == 300
     assert record["seeds"][0] == 0
 
 
-def test_another_schema_is_rejected() -> None:
-    with pytest.raises(ValueError, match="schema_version=99 must be 1; repeat the audit"):
-        Certificate.from_record({"schema_version": 99})
+@pytest.mark.parametrize("version", [99, 0, None])
+def test_another_schema_is_rejected(version: int | None) -> None:
+    with pytest.raises(ValueError, match=f"schema_version={version} must be 1; repeat the audit"):
+        Certificate.from_record({"schema_version": version})
+
+
+def test_the_headline_of_an_inconclusive_audit_has_its_first_reason() -> None:
+    doubtful = dataclasses.replace(findings(), verdict="inconclusive", reasons=("too few draws", "no draft", "none"))
+    assert doubtful.headline == "inconclusive: too few draws"
 
 
 @pytest.mark.parametrize(

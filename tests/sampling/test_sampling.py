@@ -8,11 +8,12 @@ import math
 import pytest
 import torch
 from helpers.strategies import distribution_rows
-from helpers.toys import BATCH_MATES, obvious_distribution
+from helpers.toys import BATCH_MATES, Automaton, obvious_distribution
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from specdec.constraints.progress import Progress
 from specdec.kernels import cpp
 from specdec.sampling.distributions import Dense, OneHot, Partial, as_int64, largest, stack_distributions
 from specdec.sampling.state import RowParams, SamplingState
@@ -261,8 +262,10 @@ def test_invalid_logits_are_located(row: list[float], temperature: float) -> Non
     state = SamplingState(params, [[]] * 2, [[]] * 2, 2, CPU)
     distribution, finite = state.distribution(logits, torch.zeros(2, 1, dtype=torch.int64))
     assert finite.tolist() == [[True, True], [True, False]]
-    drawn = distribution.draw(torch.full((2, 2), 0.999, dtype=torch.float64))
-    assert ((drawn >= 0) & (drawn < 2)).all()  # arbitrary, but a valid token id
+    uniforms = torch.full((2, 2), 0.999, dtype=torch.float64)
+    for each in (distribution, Dense(distribution.dense().double())):
+        drawn = each.draw(uniforms)
+        assert ((drawn >= 0) & (drawn < 2)).all()  # arbitrary, but a valid token id
 
 
 @pytest.mark.parametrize(
@@ -304,6 +307,7 @@ def test_distributions_index_like_tensors() -> None:
     assert one_hot.at(columns).tokens.tolist() == [1, 1]
     assert dense[:, :1].shape == one_hot[:, :1].shape == (2, 1)
     assert one_hot.prob(torch.tensor([[0, 0], [1, 0]])).tolist() == [[1, 0], [1, 0]]
+    assert OneHot(torch.tensor([1, 1, 1]), 3).prob(torch.tensor([0, 1, 2])).tolist() == [0, 1, 0]
 
 
 @given(distribution_rows(6, 3), distribution_rows(6, 7), st.sampled_from([(0, 2, 5), (1, 2, 6), (3, 4, 5)]))
@@ -358,6 +362,33 @@ def test_positions_are_stacked_as_columns(num_positions: int) -> None:
 def test_draws_are_neither_coupled_nor_greedy_by_default() -> None:
     for rows in (RowParams.of([SamplingParams()], 4, CPU), SamplingState([SamplingParams()], [[]], [[]], 4, CPU).rows):
         assert (rows.coupled, rows.greedy_drafts) == (False, False)
+
+
+def test_greedy_drafts_take_the_most_probable_token_and_their_target_is_sampled() -> None:
+    state, logits = SamplingState([SamplingParams()], [[]], [[]], 3, CPU, greedy_drafts=True), torch.rand(1, 1, 3)
+    for source in (state, state.rows):
+        assert isinstance(source.distribution(logits)[0], Dense)
+        drafted = source.distribution(logits, of_draft=True)[0]
+        assert isinstance(drafted, OneHot)
+        assert torch.equal(drafted.tokens, logits.argmax(-1))
+
+
+@pytest.mark.usefixtures("_with_kernels")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_greedy_row_beside_a_sampled_one_is_valid(dtype: torch.dtype) -> None:
+    params, logits = [SamplingParams(temperature=0), SamplingParams()], torch.tensor([[[0.0, 5.0, 1.0]]] * 2).to(dtype)
+    distribution, finite = SamplingState(params, [[]] * 2, [[]] * 2, 3, CPU).distribution(logits)
+    assert finite.tolist() == [[True], [True]]
+    assert distribution.dense()[0].tolist() == [[0, 1, 0]]
+
+
+def test_a_constraint_leaves_the_tokens_that_it_allows() -> None:
+    """After each draft token its own; a row without a constraint keeps all."""
+    constraint = Automaton([{0: 1, 2: 0}, {1: 0}])
+    state = SamplingState([SamplingParams()] * 2, [[]] * 2, [[]] * 2, 3, CPU, constrained=[Progress(constraint), None])
+    distribution = state.distribution(torch.zeros(2, 2, 3), torch.tensor([[0], [0]]))[0].dense()
+    assert distribution[0].tolist() == [[0.5, 0.0, 0.5], [0.0, 1.0, 0.0]]
+    assert distribution[1].flatten().tolist() == pytest.approx([1 / 3] * 6)
 
 
 @pytest.mark.parametrize("top_k", [2, 3, 5])

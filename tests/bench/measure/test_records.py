@@ -137,12 +137,14 @@ def test_the_closed_form_takes_the_rate_of_the_first_draft_token(config: BenchCo
     assert record["expected_speedup"] == pytest.approx(1.75 / 1.5)
 
 
-@pytest.mark.parametrize("short", [[], [1]])
-def test_an_output_of_one_token_has_no_time_between_tokens(short: list[int], config: BenchConfig) -> None:
+@pytest.mark.parametrize(("short", "inter_token_s"), [([], 1.5 / 3), ([1], 1.5 / 3), ([1, 2], 1.5 / 3 / 2)])
+def test_an_output_of_one_token_has_no_time_between_tokens(
+    short: list[int], inter_token_s: float, config: BenchConfig
+) -> None:
     arms = {CANDIDATE: [run(short, 0.5, counted()), run([1, 2, 3, 4], 2.0, counted((0, 0, 1), (0, 0, 1), (0, 0, 1)))]}
     cell = Cell("specdec", TINY.name, "ngram", 2, "same", "smoke", 1)
     record = records.build(cell, TINY, config, "1", "cpu", Measurement(arms, [0.5, 2.0]))
-    assert record["inter_token_s"] == pytest.approx(1.5 / 3)
+    assert record["inter_token_s"] == pytest.approx(inter_token_s)
     assert record["throughput_tok_s"] == pytest.approx((len(short) + 4) / 2.5)
 
 
@@ -151,11 +153,14 @@ def test_outputs_are_compared_only_if_they_should_be_equal(
     options: dict[str, Any], make_config: Callable[..., BenchConfig]
 ) -> None:
     plain = counted((0, 0, 1), (0, 0, 1), (0, 0, 1))
-    arms = {arm: [run([1, 2, 3, 4], 1.0, plain)] for arm in (CANDIDATE, BASELINE, REFERENCE)}
+    outputs = {CANDIDATE: [1, 2, 3, 4], BASELINE: [1, 2, 3, 4], REFERENCE: [1, 2, 3, 3]}
+    arms = {arm: [run(output, 1.0, plain)] for arm, output in outputs.items()}
     cell = Cell("specdec", TINY.name, "ngram", 2, "same", "smoke", 1)
-    for changes, expected in ((options, None), ({}, 1)):
+    for changes, expected in ((options, (None, None)), ({}, (1, 0))):
         record = records.build(cell, TINY, make_config(**changes), "1", "cpu", Measurement(arms, [1.0]))
-        assert record["num_outputs_equal"] is record["num_outputs_equal_reference"] is expected
+        assert (record["num_outputs_equal"], record["num_outputs_equal_reference"]) == expected
+        rates = changes.get("synthetic_acceptance_rates")
+        assert record["synthetic_acceptance_rates"] == (rates and list(rates))
 
 
 def test_a_record_is_flat(record: dict[str, Any]) -> None:
@@ -192,8 +197,10 @@ def test_engines_that_tell_no_counts_have_no_acceptance(config: BenchConfig) -> 
     silent = Run((PromptResult((1, 2, 3, 4), 0.5, 1.0, None, "length"),))
     cell = Cell("specdec", TINY.name, "ngram", 2, "same", "smoke", 1)
     record = records.build(cell, TINY, config, "", "cpu", Measurement({CANDIDATE: [silent]}, [1.0]))
-    for name in ("per_prompt_drafted", "per_prompt_accepted", "acceptance_rate_low", "step_cost_ratio"):
-        assert record[name] is None, name
+    counting = run([1, 2, 3, 4], 1.0, counted((2, 2, 3)))
+    partly = records.build(cell, TINY, config, "", "cpu", Measurement({CANDIDATE: [silent, counting]}, [1.0, 1.0]))
+    for name in ("num_steps", "per_prompt_drafted", "per_prompt_accepted", "acceptance_rate_low", "step_cost_ratio"):
+        assert record[name] is partly[name] is None, name
 
 
 def test_phases_without_counts_have_no_time_per_token(config: BenchConfig) -> None:

@@ -175,8 +175,9 @@ def test_an_invalid_body_ends_at_the_first_line_that_is_not_indented() -> None:
 
 
 def test_an_example_is_left_out_with_all_its_lines() -> None:
-    text = "```python\ndef f(x):\n    return x\n\nassert f(\n    1\n) == 1\n```"
-    assert function_of(text, "f", "def f(x):\n") == "def f(x):\n    return x\n"
+    text = "```python\n{}def f(x):\n    return x\n\nassert f(\n    1\n) == 1\n```"
+    for before in ("", "print(1)\n"):
+        assert function_of(text.format(before), "f", "def f(x):\n") == "def f(x):\n    return x\n"
 
 
 def test_a_function_is_extracted_from_an_answer_or_a_continuation() -> None:
