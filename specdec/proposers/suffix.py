@@ -25,7 +25,7 @@ import torch
 from specdec.proposers.adaptive import AdaptiveLength, together
 from specdec.proposers.base import Proposer
 from specdec.proposers.ngram import pad
-from specdec.proposers.suffix_tree import TOKEN_BYTES, Place, SuffixTree
+from specdec.proposers.suffix_tree import TOKEN_BYTES, Followers, Place, SuffixTree
 from specdec.requests import Batch, Generation
 from specdec.sampling_params import SamplingParams
 from specdec.verification import Draft
@@ -87,15 +87,19 @@ def _likeliest(tree: SuffixTree, places: Sequence[Place], drafted: Sequence[int]
 
     The probability is 0 without a match.
     """
-    candidates = {tree.likeliest(place, drafted): None for place in reversed(places[1:])}
-    scored = ((token, _probability(tree, places, token, drafted, doubt)) for token in candidates if token is not None)
-    return max(scored, key=lambda pair: pair[1], default=(0, 0.0))
+    followers, tokens = tree.followers(places[1:], drafted)  # the empty context is not used
+    best, most_probable = 0, 0.0
+    for token in dict.fromkeys(reversed(tokens)):
+        if token is not None and (prob := _probability(followers, token, doubt)) > most_probable:
+            best, most_probable = token, prob
+    return best, most_probable
 
 
-def _probability(tree: SuffixTree, places: Sequence[Place], token: int, drafted: Sequence[int], doubt: float) -> float:
+def _probability(followers: Sequence[Followers], token: int, doubt: float) -> float:
     prob = 0.0
-    for place in places[1:]:  # the empty context is not used
-        times, total = tree.times(place, token, drafted)
+    for children, total in followers:
+        child = children.get(token)
+        times = 0 if child is None else 1 if isinstance(child, int) else child.count
         prob = (times + doubt * prob) / (total + doubt)
     return prob
 

@@ -39,6 +39,10 @@ class Node:
 Place = Node | int  # a run in the tree: its node, or for a single occurrence the position of its end
 
 
+Followers = tuple[dict[int, Place], int]  # longer runs by their last token, and the number of their occurrences
+_NOTHING: Followers = ({}, 0)
+
+
 class SuffixTree:
     """A tree that grows token by token; complete texts can be dropped, oldest first.
 
@@ -148,13 +152,37 @@ class SuffixTree:
 
         drafted: tokens assumed to follow the growing text.
         """
-        longer = (self._child(place, token, drafted) for place in places[: self.depth - 1])
-        return [self._root, *(place for place in longer if place is not None)]
+        longer: list[Place] = [self._root]
+        last, next_token = None, None  # most single occurrences are at the same position
+        for place in places[: self.depth - 1]:
+            if isinstance(place, Node):
+                child = place.children.get(token)
+                if child is not None:
+                    longer.append(child)
+                continue
+            if place != last:
+                last, next_token = place, self._token_at(place + 1, drafted)
+            if next_token == token:
+                longer.append(place + 1)
+        return longer
 
-    def _child(self, place: Place, token: int, drafted: Sequence[int]) -> Place | None:
-        if isinstance(place, Node):
-            return place.children.get(token)
-        return place + 1 if self._token_at(place + 1, drafted) == token else None
+    def followers(self, places: Sequence[Place], drafted: Sequence[int]) -> tuple[list[Followers], list[int | None]]:
+        """What followed each of the runs, and the most frequent token after each, None if no token followed it."""
+        found: list[Followers] = []
+        tokens: list[int | None] = []
+        last, single, token = None, _NOTHING, None  # most single occurrences are at the same position
+        for place in places:
+            if isinstance(place, Node):
+                likeliest = place.likeliest
+                tokens.append(self.likeliest(place, drafted) if likeliest is None else likeliest)
+                found.append((place.children, place.total))
+                continue
+            if place != last:
+                last, token = place, self._token_at(place + 1, drafted)
+                single = _NOTHING if token is None else ({token: place + 1}, 1)
+            tokens.append(token)
+            found.append(single)
+        return found, tokens
 
     def likeliest(self, place: Place, drafted: Sequence[int]) -> int | None:
         """The most frequent token after a run; None if no token followed it."""
@@ -163,13 +191,6 @@ class SuffixTree:
         if place.likeliest is None and place.total:
             place.likeliest = max(place.children, key=lambda token: _count_and_last(place.children[token]))
         return place.likeliest
-
-    def times(self, place: Place, token: int, drafted: Sequence[int]) -> tuple[int, int]:
-        """(number of times that a token followed a run, number of times that any token did)."""
-        if isinstance(place, Node):
-            return _count(place, token), place.total
-        next_token = self._token_at(place + 1, drafted)
-        return int(next_token == token), int(next_token is not None)
 
     def _token_at(self, position: int, drafted: Sequence[int]) -> int | None:
         """The token at a position, which may be in the draft: so a repeating text is continued beyond its end."""
