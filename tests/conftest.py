@@ -15,6 +15,7 @@ from hypothesis import settings
 
 if TYPE_CHECKING:
     from specdec.models.causal import CausalLM  # imports transformers, for which the process that starts workers waits
+    from specdec.models.loading import Vocabulary
 
 ALL_THREADS = max(1, torch.get_num_threads() // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1)))
 FEW_TESTS = 20
@@ -91,6 +92,14 @@ def _threads(request: pytest.FixtureRequest) -> Iterator[None]:
     torch.set_num_threads(ALL_THREADS if is_real else 1)
     yield
     torch.set_num_threads(ALL_THREADS)
+
+
+@pytest.fixture(scope="session")
+def default_vocabulary() -> Vocabulary:
+    """The vocabulary and tokenizer of the default pair, for tests that need no weights."""
+    from specdec.models.loading import read_vocabulary
+
+    return read_vocabulary("smollm2-135m")
 
 
 @pytest.fixture(scope="session")

@@ -125,13 +125,13 @@ def test_coupled_seeds_give_the_same_with_any_draft() -> None:
     ]
 
 
-def test_bad_words_forbid_exactly_the_tokens_that_would_complete_one(default_model) -> None:
+def test_bad_words_forbid_exactly_the_tokens_that_would_complete_one(default_vocabulary) -> None:
     """On a real vocabulary: every token after every beginning, against the text itself."""
-    pieces = pieces_of(default_model.tokenizer, default_model.vocab_size)
-    without = Without((" the", "é", "return x"), pieces, frozenset(), default_model.vocab_size)
+    pieces = pieces_of(default_vocabulary.tokenizer, default_vocabulary.vocab_size)
+    without = Without((" the", "é", "return x"), pieces, frozenset(), default_vocabulary.vocab_size)
     for text in ("", "in", "in th", " t", "retur", "return ", "\xc3", "caf"):
         raw = b"\xc3" if text == "\xc3" else text.encode()
-        state, expected = raw[-7:], torch.ones(default_model.vocab_size, dtype=torch.bool)
+        state, expected = raw[-7:], torch.ones(default_vocabulary.vocab_size, dtype=torch.bool)
         for token, piece in pieces.items():
             if isinstance(piece, bytes):
                 expected[token] = not any(word.encode() in raw + piece for word in without.words)

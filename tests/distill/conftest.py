@@ -30,10 +30,10 @@ def texts() -> list[Text]:
 
 
 @pytest.fixture(scope="session")
-def target_folder(tmp_path_factory: pytest.TempPathFactory, default_model) -> Path:
+def target_folder(tmp_path_factory: pytest.TempPathFactory, default_vocabulary) -> Path:
     """A tiny random Llama with the default pair's tokenizer, as a folder."""
     folder = tmp_path_factory.mktemp("target")
-    model = tiny.make("llama", tiny.GQA | {"vocab_size": default_model.vocab_size, "max_position_embeddings": 256})
+    model = tiny.make("llama", tiny.GQA | {"vocab_size": default_vocabulary.vocab_size, "max_position_embeddings": 256})
     model.save_pretrained(folder)
-    default_model.tokenizer.save_pretrained(folder)
+    default_vocabulary.tokenizer.save_pretrained(folder)
     return folder

@@ -16,8 +16,8 @@ from specdec.distill.prompts import Dialogue, EvaluationText
 DIALOGUES = [Dialogue(f"What is {n} plus {n}? Think of it step by step, then say it.", f"{2 * n}") for n in range(40)]
 
 
-def test_a_corpus_cycles_through_temperatures_and_excludes_evaluation_text(default_model, tmp_path) -> None:
-    tokenizer = default_model.tokenizer
+def test_a_corpus_cycles_through_temperatures_and_excludes_evaluation_text(default_vocabulary, tmp_path) -> None:
+    tokenizer = default_vocabulary.tokenizer
     forbidden = tmp_path / "e.jsonl"
     forbidden.write_text(json.dumps({"q": DIALOGUES[7].prompt}) + "\n")
     odd = [Dialogue("Привет, как дела?"), Dialogue("long " * 300), *DIALOGUES]
@@ -33,15 +33,18 @@ def test_a_corpus_cycles_through_temperatures_and_excludes_evaluation_text(defau
         corpus.plan_texts(odd, tokenizer, num_prompts=40, excluded=options["excluded"])
 
 
-def test_questions_about_texts_come_last(default_model) -> None:
+def test_questions_about_texts_come_last(default_vocabulary) -> None:
     """They are made of replies, long ones, and the target is to answer them."""
     long = [Dialogue(f"What is topic {n}?", f"Topic {n} is this. " * 100) for n in range(12)]
-    texts, _ = corpus.plan_texts(long, default_model.tokenizer, num_prompts=4, num_replies=2, num_about_texts=5)
+    texts, _ = corpus.plan_texts(long, default_vocabulary.tokenizer, num_prompts=4, num_replies=2, num_about_texts=5)
     assert [text.is_missing for text in texts].count(True) == 9
-    about = [default_model.tokenizer.decode(text.prompt) for text in texts if len(text.prompt) > 256]
+    about = [default_vocabulary.tokenizer.decode(text.prompt) for text in texts if len(text.prompt) > 256]
     assert len(about) >= 3
     assert all("This" in prompt or "Topic" in prompt for prompt in about)
-    assert texts == corpus.plan_texts(long, default_model.tokenizer, num_prompts=4, num_replies=2, num_about_texts=5)[0]
+    assert (
+        texts
+        == corpus.plan_texts(long, default_vocabulary.tokenizer, num_prompts=4, num_replies=2, num_about_texts=5)[0]
+    )
 
 
 @pytest.fixture

@@ -58,22 +58,24 @@ def text() -> Text:
     return Text((5, 6, 7), (), 0.7, 11)
 
 
-def answers_of(url: str, default_model, num_concurrent: int = 2) -> ServerAnswers:
-    return ServerAnswers(url, "served", default_model.tokenizer, default_model.vocab_size, num_concurrent)
+def answers_of(url: str, default_vocabulary, num_concurrent: int = 2) -> ServerAnswers:
+    return ServerAnswers(url, "served", default_vocabulary.tokenizer, default_vocabulary.vocab_size, num_concurrent)
 
 
-def test_token_ids_are_taken_as_they_are(default_model, text: Text, monkeypatch) -> None:
+def test_token_ids_are_taken_as_they_are(default_vocabulary, text: Text, monkeypatch) -> None:
     monkeypatch.setenv("SPECDEC_SERVER_API_KEY", "secret")
     with served(lambda request: choices(text="?", token_ids=[*request["prompt"], 9])) as (url, seen):
-        assert answers_of(url, default_model)([text, Text((1, 2), (), 0.0, 3)], 8) == [(5, 6, 7, 9), (1, 2, 9)]
+        assert answers_of(url, default_vocabulary)([text, Text((1, 2), (), 0.0, 3)], 8) == [(5, 6, 7, 9), (1, 2, 9)]
     asked = next(request for request in seen if request["seed"] == 11)
     expected = {"model": "served", "prompt": [5, 6, 7], "max_tokens": 8, "temperature": 0.7, "return_token_ids": True}
     assert asked | expected == asked
     assert (asked["path"], asked["key"]) == ("/v1/completions", "Bearer secret")
 
 
-def test_a_text_is_encoded_again_and_ends_with_the_server_s_finish_reason(default_model, text: Text, caplog) -> None:
-    tokenizer = default_model.tokenizer
+def test_a_text_is_encoded_again_and_ends_with_the_server_s_finish_reason(
+    default_vocabulary, text: Text, caplog
+) -> None:
+    tokenizer = default_vocabulary.tokenizer
     own = tuple(tokenizer("It is 14.").input_ids)
     replies = iter([("length", len(own)), ("stop", len(own) + 1), ("length", len(own) + 2)])
 
@@ -82,7 +84,7 @@ def test_a_text_is_encoded_again_and_ends_with_the_server_s_finish_reason(defaul
         return choices(text="It is 14.", finish_reason=reason, count=count)
 
     with served(answer) as (url, _), caplog.at_level(logging.WARNING, "specdec"):
-        answers = answers_of(url, default_model, 1)
+        answers = answers_of(url, default_vocabulary, 1)
         assert answers([text, text], 8) == [own, (*own, tokenizer.eos_token_id)]
         assert not caplog.records
         assert answers([text], 8) == [own]
@@ -102,24 +104,24 @@ def test_a_text_is_encoded_again_and_ends_with_the_server_s_finish_reason(defaul
         ),
     ],
 )
-def test_a_wrong_answer_is_reported(answer, error, message: str, default_model, text: Text) -> None:
+def test_a_wrong_answer_is_reported(answer, error, message: str, default_vocabulary, text: Text) -> None:
     with served(lambda request: answer) as (url, _), pytest.raises(error, match=message):
-        answers_of(url, default_model)([text], 8)
+        answers_of(url, default_vocabulary)([text], 8)
 
 
-def test_an_unreachable_server_and_a_wrong_url_are_reported(default_model, text: Text) -> None:
+def test_an_unreachable_server_and_a_wrong_url_are_reported(default_vocabulary, text: Text) -> None:
     with served(lambda request: choices(text="")) as (url, _):
         pass
     with pytest.raises(OSError, match=r"must be reachable .*; start it, .*; to go on, check .*, then rerun"):
-        answers_of(url, default_model)([text], 8)
+        answers_of(url, default_vocabulary)([text], 8)
     with pytest.raises(ValueError, match="url='localhost' must begin with http"):
-        answers_of("localhost", default_model)
+        answers_of("localhost", default_vocabulary)
 
 
-def test_an_invalid_key_is_an_error_of_the_user(default_model, monkeypatch) -> None:
+def test_an_invalid_key_is_an_error_of_the_user(default_vocabulary, monkeypatch) -> None:
     monkeypatch.setenv("SPECDEC_SERVER_API_KEY", "two words")
     with pytest.raises(ValueError, match="SPECDEC_SERVER_API_KEY must contain only"):
-        answers_of("http://localhost", default_model)
+        answers_of("http://localhost", default_vocabulary)
 
 
 def test_a_served_target_gives_the_corpus_that_it_gives_here(target_folder: Path, tmp_path: Path) -> None:

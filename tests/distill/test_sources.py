@@ -58,16 +58,16 @@ def test_sentences_of_a_gettext_file_are_paired() -> None:
     ]
 
 
-def test_a_corpus_has_the_requested_kinds(default_model) -> None:
+def test_a_corpus_has_the_requested_kinds(default_vocabulary) -> None:
     dialogues = [Dialogue(f"What is {n} plus {n}?") for n in range(6)]
     options = {"num_prompts": 4, "kinds": {"documents": 5, "long": 2, "code": 3}}
-    texts, _ = corpus.plan_texts(dialogues, default_model.tokenizer, **options)
+    texts, _ = corpus.plan_texts(dialogues, default_vocabulary.tokenizer, **options)
     assert len(texts) == 14
     assert all(text.is_missing for text in texts)
     assert sum(len(text.prompt) > 750 for text in texts) >= 2
-    assert sum("```python" in default_model.tokenizer.decode(text.prompt) for text in texts) == 3
+    assert sum("```python" in default_vocabulary.tokenizer.decode(text.prompt) for text in texts) == 3
     with pytest.raises(ValueError, match=r"kind=long=9999 must be at most long=\d+, the usable prompts"):
-        corpus.plan_texts(dialogues, default_model.tokenizer, num_prompts=1, kinds={"long": 9999})
+        corpus.plan_texts(dialogues, default_vocabulary.tokenizer, num_prompts=1, kinds={"long": 9999})
 
 
 def test_counts_of_kinds_are_parsed() -> None:

@@ -138,7 +138,7 @@ def test_rows_of_a_draft_vocabulary_that_does_not_ascend(model, tmp_path: Path) 
 # ---- through the real loop
 
 
-GREEDY = SamplingParams(temperature=0, max_tokens=64, ignore_eos=True)
+GREEDY = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
 
 
 @pytest.fixture(scope="module")

@@ -66,7 +66,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> dict[int, int]:
     return counts
 
 
-def said(completion: Completion) -> tuple:
+def without_times(completion: Completion) -> tuple:
     """All but times, and log-probabilities, which are rounded otherwise where recorded rows are padded."""
     others = ("ttft_s", "latency_s", "queue_s", "logprobs", "top_logprobs")
     return tuple(getattr(completion, name) for name in completion.__slots__ if name not in others)
@@ -90,7 +90,7 @@ def test_completions_are_the_same(method: str, max_batch_size: int, params: list
 
     def run(records: bool) -> list[tuple]:
         engine = engine_for(method, max_batch_size=max_batch_size, records=records)
-        return [said(each) for _ in range(2) for each in engine.generate(PROMPTS, params)]
+        return [without_times(each) for _ in range(2) for each in engine.generate(PROMPTS, params)]
 
     check_equal(run, launched)
 
@@ -110,7 +110,7 @@ def test_log_probabilities_are_the_same(method: str, launched: dict[int, int]) -
 def test_other_rules(method: str, verification: str, launched: dict[int, int]) -> None:
     def run(records: bool) -> list[tuple]:
         engine = engine_for(method, max_batch_size=2, records=records, verification=verification)
-        return [said(each) for each in engine.generate(PROMPTS, MIXED)]
+        return [without_times(each) for each in engine.generate(PROMPTS, MIXED)]
 
     check_equal(run, launched)
 
@@ -161,7 +161,8 @@ def test_rows_of_a_step_come_in_the_order_of_their_slots(launched: dict[int, int
 def test_arrivals(launched: dict[int, int]) -> None:
     def run(records: bool) -> list[tuple]:
         engine = engine_for("draft_model", max_batch_size=2, records=records)
-        return [said(each) for each in engine.generate(PROMPTS, MIXED, arrivals_s=[0.02, 0.0, 0.01, 0.0, 0.03])]
+        completions = engine.generate(PROMPTS, MIXED, arrivals_s=[0.02, 0.0, 0.01, 0.0, 0.03])
+        return [without_times(each) for each in completions]
 
     check_equal(run, launched)
 
@@ -219,13 +220,13 @@ def test_a_surplus_step_leaves_no_trace(launched: dict[int, int]) -> None:
     ]
     assert completions[0].finish_reason == "stop"
     assert len(completions[0].steps) > 1
-    assert said(completions[0]) == said(completions[1])
+    assert without_times(completions[0]) == without_times(completions[1])
     assert sum(launched.values()) == 2 * len(completions[0].steps) + 1
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_closing_a_stream_leaves_nothing_under_way_that_is_read_later(method: str) -> None:
-    expected = [said(each) for each in engine_for(method, max_batch_size=2).generate(PROMPTS, MIXED)]
+    expected = [without_times(each) for each in engine_for(method, max_batch_size=2).generate(PROMPTS, MIXED)]
     engine = engine_for(method, max_batch_size=2, records=True)
     for _ in range(2):
         for number in (1, 4, 9):
@@ -233,7 +234,7 @@ def test_closing_a_stream_leaves_nothing_under_way_that_is_read_later(method: st
             for _ in range(number):
                 next(chunks)
             chunks.close()
-        assert [said(each) for each in engine.generate(PROMPTS, MIXED)] == expected
+        assert [without_times(each) for each in engine.generate(PROMPTS, MIXED)] == expected
 
 
 class Poisoned(MarkovModel):
