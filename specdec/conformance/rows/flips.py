@@ -55,11 +55,6 @@ class FlipChance:
     num_flips: int
     num_positions: int
 
-    def within(self, num_tokens: int) -> tuple[float, float, float]:
-        """The chance that an output of so many tokens differs, and its interval."""
-        rate, low, high = (1 - (1 - each) ** num_tokens for each in (self.rate, self.low, self.high))
-        return rate, low, high
-
 
 def flip_chance(texts: Sequence[Changes], seed: int = 0) -> FlipChance:
     """The chance of a flip at a position of texts like these, resampled by text for the interval."""
