@@ -41,7 +41,7 @@ from specdec.servers.metrics import POSITION, count, samples
 from specdec.servers.replies import integer, items, mapping, shown
 
 ACCEPTED_AT = "llamacpp:spec_decode_num_accepted_tokens_per_pos_total"
-ENDS = {"eos": "stop", "limit": "length"}  # llama-server's name -> ours
+ENDS = {"eos": "stop", "limit": "length"}  # llama-server's name -> finish_reason
 PROGRAM = "llama-server"
 LOOKUP_SIZE = 2  # tokens that prompt lookup compares: the fewest that specdec's ngram takes, so the most drafts
 # method -> options of llama-server besides the draft length

@@ -95,7 +95,7 @@ def test_the_formula_of_reused_noise_is_the_distribution_of_the_race() -> None:
 
 
 def test_a_race_that_is_not_reused_is_fair() -> None:
-    """Where the draft gives nothing to the residual's tokens, its race says nothing about theirs."""
+    """Where the draft gives nothing to the residual's tokens, its race says nothing about the order of those tokens."""
     target, draft = torch.tensor([[0.2, 0.5, 0.3]]).double(), torch.tensor([[1.0, 0.0, 0.0]]).double()
     assert BROKEN_DISTRIBUTIONS["M14 proposal noise reused"](target, draft)[0].tolist() == pytest.approx(
         [0.2, 0.5, 0.3]
