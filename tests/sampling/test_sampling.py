@@ -334,6 +334,8 @@ def test_a_partial_distribution_equals_the_dense_one_padded_with_zeros(
     for uniform in (0.0, 0.3, 0.999):
         uniforms = torch.full((2, 3), uniform, dtype=torch.float64)
         assert torch.equal(partial.draw(uniforms), dense.draw(uniforms))
+    noise = torch.linspace(0.1, 0.9, 42, dtype=torch.float64).view(2, 3, 7)
+    assert torch.equal(partial.draw(noise), dense.draw(noise))
 
 
 def test_excess_over_a_one_hot_distribution() -> None:
@@ -364,6 +366,21 @@ def test_draws_are_neither_coupled_nor_greedy_by_default() -> None:
         assert (rows.coupled, rows.greedy_drafts) == (False, False)
 
 
+def test_a_biased_draft_vocabulary_gives_other_tokens_no_probability() -> None:
+    state = SamplingState([SamplingParams(logit_bias={4: math.log(2)}, seed=7)], [[]], [[]], 6, CPU)
+    probs = state.distribution(torch.zeros(1, 1, 2), tokens=torch.tensor([1, 4]))[0].dense()[0, 0]
+    assert probs.tolist() == pytest.approx([0, 1 / 3, 0, 0, 2 / 3, 0])
+    assert state.seeds.tolist() == [7]
+
+
+def test_a_nucleus_is_of_its_own_row() -> None:
+    """After ten rows that keep all."""
+    params = [*[SamplingParams()] * 10, SamplingParams(top_p=0.75)]
+    state = SamplingState(params, [[]] * 11, [[]] * 11, 4, CPU)
+    distribution = state.distribution(torch.tensor([[HALVES]] * 11, dtype=torch.float64))[0].dense()
+    assert distribution[-1, 0].tolist() == pytest.approx([2 / 3, 1 / 3, 0, 0])
+
+
 def test_greedy_drafts_take_the_most_probable_token_and_their_target_is_sampled() -> None:
     state, logits = SamplingState([SamplingParams()], [[]], [[]], 3, CPU, greedy_drafts=True), torch.rand(1, 1, 3)
     for source in (state, state.rows):
@@ -385,10 +402,11 @@ def test_a_greedy_row_beside_a_sampled_one_is_valid(dtype: torch.dtype) -> None:
 def test_a_constraint_leaves_the_tokens_that_it_allows() -> None:
     """After each draft token its own; a row without a constraint keeps all."""
     constraint = Automaton([{0: 1, 2: 0}, {1: 0}])
-    state = SamplingState([SamplingParams()] * 2, [[]] * 2, [[]] * 2, 3, CPU, constrained=[Progress(constraint), None])
-    distribution = state.distribution(torch.zeros(2, 2, 3), torch.tensor([[0], [0]]))[0].dense()
+    constrained = [Progress(constraint), None, None, None]
+    state = SamplingState([SamplingParams()] * 4, [[]] * 4, [[]] * 4, 3, CPU, constrained=constrained)
+    distribution = state.distribution(torch.zeros(4, 2, 3), torch.zeros(4, 1, dtype=torch.int64))[0].dense()
     assert distribution[0].tolist() == [[0.5, 0.0, 0.5], [0.0, 1.0, 0.0]]
-    assert distribution[1].flatten().tolist() == pytest.approx([1 / 3] * 6)
+    assert distribution[1:].flatten().tolist() == pytest.approx([1 / 3] * 18)
 
 
 @pytest.mark.parametrize("top_k", [2, 3, 5])

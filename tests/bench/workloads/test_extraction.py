@@ -174,6 +174,11 @@ def test_an_invalid_body_ends_at_the_first_line_that_is_not_indented() -> None:
     assert function_of("    return (\nThat is\n\nall.", "f", "def f(x):\n") == "def f(x):\n    return ("
 
 
+def test_a_string_that_goes_on_at_the_margin_amid_prose_stays_whole() -> None:
+    code = 'def f(x):\n    s = """\nthe first\nthe second\n"""\n    return s\n'
+    assert function_of(f"Here it is:\n\n{code}\nThat is all.", "f", "def f(x):\n") == code
+
+
 def test_an_example_is_left_out_with_all_its_lines() -> None:
     text = "```python\n{}def f(x):\n    return x\n\nassert f(\n    1\n) == 1\n```"
     for before in ("", "print(1)\n"):
