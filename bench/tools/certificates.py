@@ -22,7 +22,7 @@ def row(path: Path) -> str:
     draft = " ".join(json.loads(record["options"] or "{}").get("speculative_config", {}).values())
     method = " ".join(filter(None, (record["method"], str(record["gamma"]), draft)))
     cells = (
-        f"{record['engine']} {record['engine_version']}",
+        " ".join(filter(None, (record["engine"], record["engine_version"]))),
         method,
         record["verification"] or "",
         _sampling(record["sampling"]),
