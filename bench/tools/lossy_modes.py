@@ -46,7 +46,7 @@ SETTINGS = (
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """The measurements of one rule over the prompts; intervals are 95 % bootstrap intervals over prompts.
+    """The measurements of one rule over the prompts; intervals are 95 % intervals over prompts.
 
     tv, kl: distance of the rule's distribution from the target's, mean over tokens; kl in nats; None without a formula.
     logprob_change: mean log-probability of its tokens under the target, less that of lossless verification, in nats.
