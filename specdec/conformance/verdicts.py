@@ -10,6 +10,7 @@ from specdec.conformance.statistics.betting import (
     draws_needed_for_rate,
     min_detectable_rate,
     min_detectable_tv,
+    radius,
     radius_when_stopped,
     rate_upper_bound,
 )
@@ -61,15 +62,17 @@ class Bounds:
 def bounds(arm: ArmFindings, level: float, limits: AuditLimits, max_draws: int = 0) -> Bounds:
     """Bounds for the speculative arm. level: of a single instrument. Trivial without draws.
 
-    max_draws: the most tokens that the audit would have taken. They hold whenever it stopped.
+    max_draws: the most tokens that the audit would have taken, so that they hold whenever it stopped; 0: the number of
+        tokens was fixed in advance.
     """
     num_draws = max(1, arm.num_draws)
     if not arm.shifts and "equality" in arm.p_values:
         most, at_end = max(max_draws, num_draws), num_draws >= max_draws
+        width = radius_when_stopped(num_draws, most, level) if max_draws else radius(num_draws, level)
         num_outside = sum(arm.num_outside.values())
         return Bounds(
             direction="equality",  # one-hot: the distance is the rate of other tokens
-            tv_lower_bound=max(0.0, num_outside / num_draws - radius_when_stopped(num_draws, most, level)),
+            tv_lower_bound=max(0.0, num_outside / num_draws - width),
             tv_upper_bound=rate_upper_bound(min(num_outside, num_draws), num_draws, level) if at_end else 1.0,
             min_detectable_tv=min_detectable_rate(num_draws, limits.beta),
             num_draws_needed=draws_needed_for_rate(limits.max_tv, limits.beta),
