@@ -115,10 +115,9 @@ class ServedArm:
         after, before = self._page(), self._before
         if after is None or before is None:
             return None
-        if None not in (after.num_finished, before.num_finished):
-            assert after.num_finished is not None
-            assert before.num_finished is not None
-            if after.num_finished - before.num_finished != self.num_requests:
+        if before.num_finished is not None and after.num_finished is not None:
+            num_others = after.num_finished - before.num_finished - self.num_requests
+            if num_others:
                 return None
         return after.num_drafted - before.num_drafted, after.num_accepted - before.num_accepted
 
