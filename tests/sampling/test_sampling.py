@@ -157,6 +157,7 @@ def test_draws_and_races_equal_their_definitions(dtype: torch.dtype) -> None:
     noise = torch.rand(4, 3, 5, generator=generator, dtype=torch.float64)
     noise[1, :, 0] = noise[2, :, 2] = uniforms[0] = 0
     drawn, won = Dense(probs).draw(uniforms), Dense(probs).draw(noise)
+    assert drawn.shape == won.shape == (4, 3)
     for row, position in itertools.product(range(4), range(3)):
         own = probs[row, position].double().tolist()
         edges = list(itertools.accumulate(own))
