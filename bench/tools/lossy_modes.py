@@ -149,7 +149,8 @@ def _interval(interval: Interval | None, otherwise: str = "") -> str:
     return otherwise if interval is None else f"{interval.estimate:.3f} ({interval.low:.3f} to {interval.high:.3f})"
 
 
-def main() -> None:
+def parser() -> Parser:
+    """The command-line parser."""
     parser = Parser(prog="python -m bench.tools.lossy_modes", description=__doc__)
     parser.add_argument("--num-prompts", type=int, default=16)
     parser.add_argument("--max-tokens", type=int, default=64)
@@ -157,7 +158,11 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--only", action="append", metavar="RULE", help="this rule and setting; may be repeated")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the measurements here, too")
-    given = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    given = parser().parse_args()
     source = folder(str(PAIR.draft))
 
     def load(dtype: torch.dtype) -> tuple[Any, Any]:

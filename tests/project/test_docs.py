@@ -18,6 +18,7 @@ import pytest
 import specdec
 from bench.campaign.config import BenchConfig, options_of
 from bench.campaign.options import build
+from bench.tools.lossy_modes import parser as lossy_modes_parser
 from specdec.cli.main import parser as specdec_parser
 from specdec.conformance.__main__ import parser as conformance_parser
 from specdec.distill.__main__ import parser as distill_parser
@@ -137,6 +138,8 @@ def test_commands_that_do_not_run_are_understood(page: str) -> None:
                 assert conformance_parser().parse_args(arguments)
             case ["python", "-m", "specdec.distill", *arguments]:
                 assert distill_parser().parse_args(arguments)
+            case ["python", "-m", "bench.tools.lossy_modes", *arguments]:
+                assert lossy_modes_parser().parse_args(arguments)
             case ["pip" | ".venv/bin/pip", "install", "-e", package]:
                 assert package.removeprefix(".").strip("[]") in {"", *EXTRAS}
             case _:
@@ -150,6 +153,7 @@ PROGRAMS = {
     "git",
     "cd",
     "vllm/bin/pip",
+    "openvino/bin/pip",
     "pre-commit",
     "ruff",
     "mypy",
@@ -171,7 +175,8 @@ def bench_config(options: list[str]) -> object:
         else:
             assert flag in ("--benchmark-json", "-m"), word
             assert equals or next(rest)
-    given.pop("vllm_python", None)  # which the reader makes
+    for name in ("vllm_python", "openvino_python", "llama_server"):  # which the reader makes
+        given.pop(name, None)
     return build(given)
 
 
