@@ -24,7 +24,7 @@ from specdec.models.decoders.t5 import t5_decoder
 from specdec.models.fusion import weight_bytes
 from specdec.models.refusals import UnsupportedModelError, cannot_decode_seq2seq
 from specdec.models.state.ragged import RaggedCache
-from specdec.models.trial import check_logits, check_tree_equals_plain, in_two_calls
+from specdec.models.trial import check_logits, check_tree_equals_plain, in_two_calls, rounding
 from specdec.runtime.devices import upload
 from specdec.trees.columns import Branches
 
@@ -267,4 +267,4 @@ def _check_ragged_equals_plain(lm: Seq2SeqLM) -> None:
         actual = in_two_calls(lm, tokens[:, 4 + cut :].expand(2, -1), cache)[1]
     except Exception as error:  # any exception of a model's forward means that it is unsupported
         raise UnsupportedModelError(cannot_decode_seq2seq(lm.model, error)) from error
-    check_logits(actual, expected[0, cut:], type(lm.model).__name__, lm.num_layers)
+    check_logits(actual, expected[0, cut:], type(lm.model).__name__, rounding(lm.dtype, lm.num_layers))

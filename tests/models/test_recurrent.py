@@ -147,6 +147,14 @@ def test_a_prompt_read_in_chunks_leaves_the_same_states(kind: str, monkeypatch: 
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("kind", ["mamba", "mamba2"])
+def test_a_model_in_16_bits_may_have_logits_in_float32(kind: str) -> None:
+    """The trial on loading allows for the rounding of the weights' dtype."""
+    target = CausalLM(made(kind).bfloat16())
+    logits = target.forward(torch.tensor([[5, 9]]), target.allocate(1, 8))
+    assert (target.dtype, logits.dtype) == (torch.bfloat16, torch.float32)
+
+
 def test_a_step_is_rolled_back_to_any_of_its_tokens() -> None:
     """Rows of unequal length keep different numbers of tokens, one row beside a slot that is empty."""
     target = CausalLM(hybrid())
