@@ -10,7 +10,7 @@ from helpers.tiny import GQA, GREEDY, PROMPTS, SMALL, SUPPORTED, make, reference
 
 from specdec import Engine, SamplingParams
 from specdec.models.causal import CausalLM, UnsupportedModelError
-from specdec.models.trial import check_logits
+from specdec.models.trial import check_logits, rounding
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
@@ -137,4 +137,4 @@ def test_deep_models_of_16_bits_may_differ_by_more_rounding(
         if is_sound
         else pytest.raises(UnsupportedModelError, match=r"the logits of .* differ between calls with and without")
     ):
-        check_logits(actual, expected, "a model", num_layers)
+        check_logits(actual, expected, "a model", rounding(dtype, num_layers))
