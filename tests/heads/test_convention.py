@@ -243,7 +243,7 @@ def test_a_difference_beyond_noise_is_reported_with_its_interval() -> None:
     lines = table(rows, result).splitlines()
     assert lines[0].split() == ["x", "accepted", "per", "draft"]
     assert lines[1].endswith("trained with")
-    assert lines[2].endswith("as stated in the checkpoint")
+    assert lines[2].endswith("as the checkpoint says")
     assert lines[-1].startswith("The head was trained with x: 1: ")
 
 

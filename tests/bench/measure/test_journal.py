@@ -86,7 +86,17 @@ def test_another_configuration_is_an_error_that_names_the_differences(opened: Op
 
 
 BESIDE = {  # what changes no result: where things are written, what is resumed, and how files are found
-    *("journal", "resume", "data_dir", "vllm_python", "certificates", "command", "named"),
+    *(
+        "journal",
+        "resume",
+        "data_dir",
+        "vllm_python",
+        "openvino_python",
+        "llama_server",
+        "certificates",
+        "command",
+        "named",
+    ),
 }
 
 
