@@ -30,7 +30,8 @@ def load(model: str, properties: dict[str, Any], prompt_lookup: bool) -> Any:
     options: dict[str, Any] = dict(properties)
     if prompt_lookup:  # this pipeline batches requests, and would cache prompts
         options["prompt_lookup"] = True
-        options["scheduler_config"] = genai.SchedulerConfig(enable_prefix_caching=False)
+        options["scheduler_config"] = genai.SchedulerConfig()
+        options["scheduler_config"].enable_prefix_caching = False
     return genai.LLMPipeline(model, "CPU", **options)
 
 
