@@ -40,7 +40,7 @@ def gguf_file(source: str, number_format: str, converter: Path | None) -> Path:
     if found is None:
         raise EngineError(
             f"{file.name} must be converted to {kind} by {CONVERTER}, which is not on PATH; build it with python -m "
-            "bench.tools.build_llama_server FOLDER, and add FOLDER/bin to PATH"
+            "bench.tools.build_llama_server FOLDER, and name FOLDER/bin/llama-server with --llama-server"
         )
     return _converted(file, kind, Path(found))
 

@@ -19,7 +19,7 @@ import torch
 
 from bench.catalogue.pairs import Pair, folder
 from bench.engines.base import LoadOptions, Peers, PromptResult, Run, Setup
-from bench.engines.llama_files import gguf_file
+from bench.engines.llama_files import CONVERTER, gguf_file
 from bench.engines.pool import Pool
 from bench.engines.process import Worker
 from bench.engines.vllm import CALL_TIMEOUT_S, START_TIMEOUT_S, stop_tokens
@@ -75,14 +75,15 @@ class OpenvinoEngine:
                 f"engine=openvino runs on the CPU, not on device={self._options.device}; use --device cpu"
             )
         dtype = "float16" if self._options.dtype == "bfloat16" else self._options.dtype
-        number_format = self._options.quantization or dtype
-        python = str(self._options.peers.openvino_python or sys.executable)
-        worker = Worker(f"engine=openvino, {setup}", [python, str(SCRIPT)], _environment())
+        llama = self._options.peers.llama.program
+        converter = llama.with_name(CONVERTER) if llama else None
         request = {
-            "model": str(gguf_file(self._pair.target, number_format, None)),
+            "model": str(gguf_file(self._pair.target, self._options.quantization or dtype, converter)),
             "properties": properties(self._options.dtype),
             "prompt_lookup": setup.method == "ngram",
         }
+        python = str(self._options.peers.openvino_python or sys.executable)
+        worker = Worker(f"engine=openvino, {setup}", [python, str(SCRIPT)], _environment())
         self.version = worker.ask(request, START_TIMEOUT_S)["version"]
         return worker
 
