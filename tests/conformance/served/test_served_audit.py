@@ -158,7 +158,8 @@ def test_the_ten_lines_of_the_documentation_certify_an_engine(
     (line,) = [each for each in block.replace("\\\n", " ").splitlines() if each.startswith("python ")]
     monkeypatch.chdir(tmp_path)
     with serving(Model(engines["speculative"])) as url, serving(Model(engines["plain"])) as plain_url:
-        places = {"http://localhost:8000": url, "http://localhost:8001": plain_url, "smollm2": str(target)}
+        places = {"http://localhost:8000": url, "http://localhost:8001": plain_url}
+        places["HuggingFaceTB/SmolLM2-135M-Instruct"] = str(target)
         words = [places.get(word, word) for word in shlex.split(line)]
         assert words[:3] == ["python", "-m", "specdec.conformance"]
         prompts = ["--prompts", str(target / "prompts.jsonl")]  # the built-in ones are not in this target's alphabet
