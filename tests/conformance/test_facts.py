@@ -55,6 +55,20 @@ def test_zeros_ties_and_blocks(distributions: torch.Tensor, drafts: torch.Tensor
         )
 
 
+def test_a_row_may_be_larger_than_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    distributions, tokens = torch.tensor([[0.1, 0.2, 0.7], [0.5, 0.25, 0.25]]).double(), torch.tensor([1, 2])
+    expected = Facts.of(distributions, tokens)
+    monkeypatch.setattr(facts, "_BLOCK", 2)
+    of = Facts.of(distributions, tokens)
+    assert (of.above.tolist(), of.entropy.tolist()) == (expected.above.tolist(), expected.entropy.tolist())
+
+
+def test_no_variance_is_negative() -> None:
+    """That of a uniform distribution is 0, and rounding in float32 may leave less."""
+    for size in range(2, 200):
+        assert Facts.of(torch.full((1, size), 1 / size), torch.tensor([0])).variance[0] >= 0
+
+
 def test_float32_keeps_six_digits_over_a_wide_vocabulary() -> None:
     """Errors of sums add up over an audit's tokens: 20,000 of them must not amount to a p-value."""
     generator = torch.Generator().manual_seed(0)

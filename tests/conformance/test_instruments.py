@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from specdec.conformance.statistics.facts import Facts
-from specdec.conformance.statistics.instruments import INSTRUMENTS, Draws, Reading
+from specdec.conformance.statistics.instruments import INSTRUMENTS, THRESHOLDS, Draws, Reading, _log_sinhc
 
 N = 64  # every probability and every threshold is a multiple of 1/N
 DISTRIBUTION = torch.tensor([20, 0, 4, 4, 1, 35]).double() / N
@@ -83,3 +83,48 @@ def test_sign_statistic_by_hand() -> None:
     reading = INSTRUMENTS["draft"].read(draws)
     assert reading.shifts[0, 0] == pytest.approx(-1 + 50 / 64)
     assert reading.shifts[20, 0] == pytest.approx(0 + 50 / 64)  # token 2: equal
+
+
+def draws_of(**changes: np.ndarray) -> Draws:
+    """Two tokens of one distribution, with the fields that are given."""
+    facts = Facts.of(torch.tensor([[1.0, 0.0]] * 2).double(), torch.tensor([0, 1]))
+    fields = dict.fromkeys(("rank", "place", "place_before", "guess_prob", "hit"), np.array([0.5, 0.5])) | changes
+    return Draws(facts=facts, **fields)
+
+
+def test_the_serial_statistic_by_hand() -> None:
+    """2 * 0.8 - 1 times 2 * 0.3 - 1, and 2 * 0.1 - 1 times 2 * 0.9 - 1."""
+    reading = INSTRUMENTS["serial"].read(draws_of(place_before=np.array([0.8, 0.1]), place=np.array([0.3, 0.9])))
+    assert reading.shifts[:, 0] == pytest.approx([0.6 * -0.4, -0.8 * 0.8])
+
+
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [
+        ("pit_rank", {"rank": [0.0, 1.0]}),
+        ("pit_id", {"place": [0.0, 1.0]}),
+        ("serial", {"place_before": [1.0, 1.0], "place": [0.0, 1.0]}),
+        ("surprise", {}),  # a certain token, and an impossible one
+        ("lookup", {"hit": [0.0, 1.0]}),
+    ],
+)
+def test_a_span_is_that_of_the_extremes(name: str, fields: dict[str, list[float]]) -> None:
+    reading = INSTRUMENTS[name].read(draws_of(**{key: np.array(values) for key, values in fields.items()}))
+    assert np.ptp(reading.shifts[:, 0]) == INSTRUMENTS[name].span
+
+
+def test_drafts_span_as_much_as_guesses() -> None:
+    assert INSTRUMENTS["draft"].span == INSTRUMENTS["lookup"].span  # a sign less its mean, for both
+
+
+def test_thresholds_rise_and_are_alike_at_both_ends() -> None:
+    assert (np.diff(THRESHOLDS) > 0).all()
+    assert (1 - THRESHOLDS[::-1]).tolist() == THRESHOLDS.tolist()
+    assert THRESHOLDS.tolist()[:5] == [1 / 64, 1 / 16, 1 / 8, 1 / 4, 1 / 2]
+
+
+@pytest.mark.parametrize("x", [-2.0, -1.0, -1e-9, 0.0, 1e-9, 1.0, 2.0])
+def test_the_logarithm_of_a_mean_exponential(x: float) -> None:
+    """Of exp(x * u) for u uniform on [-1, 1]: x^2 / 6 near 0."""
+    expected = np.log(np.sinh(x) / x) if abs(x) > 1e-6 else x * x / 6
+    assert _log_sinhc(np.array([x]))[0] == pytest.approx(expected, abs=1e-12)
