@@ -1,8 +1,9 @@
 """OpenVINO GenAI on a CPU, in worker processes: one pipeline, and so one worker, per method and gamma.
 
-It reads GGUF files, though not those in bfloat16: for that dtype the weights are read in float16 and computed with in
-bfloat16. By default it stores keys and values in 8 bits and quantizes activations; here it does neither, as no other
-engine does. Its prompt lookup does not report how many tokens it drafted, so these cells have no counters.
+It reads GGUF files, though not those in bfloat16 or float32: without quantization the weights are read in float16 and
+computed with in the dtype asked for. By default it stores keys and values in 8 bits and quantizes activations; here it
+does neither, as no other engine does. Its prompt lookup does not report how many tokens it drafted, so these cells have
+no counters.
 """
 
 from __future__ import annotations
@@ -74,11 +75,10 @@ class OpenvinoEngine:
             raise EngineError(
                 f"engine=openvino runs on the CPU, not on device={self._options.device}; use --device cpu"
             )
-        dtype = "float16" if self._options.dtype == "bfloat16" else self._options.dtype
         llama = self._options.peers.llama.program
         converter = llama.with_name(CONVERTER) if llama else None
         request = {
-            "model": str(gguf_file(self._pair.target, self._options.quantization or dtype, converter)),
+            "model": str(gguf_file(self._pair.target, self._options.quantization or "float16", converter)),
             "properties": properties(self._options.dtype),
             "prompt_lookup": setup.method == "ngram",
         }
