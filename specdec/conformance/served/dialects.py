@@ -86,11 +86,10 @@ class OpenAI:
 
 
 @dataclass(frozen=True, slots=True)
-class Vllm:
+class Vllm(OpenAI):
     """vLLM's server of completions."""
 
     name: str = "vllm"
-    path: str = "/v1/completions"
     takes_token_ids: bool = True
 
     def request(self, question: Question, fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -98,16 +97,12 @@ class Vllm:
         asked = {"return_token_ids": True, "skip_special_tokens": False, "spaces_between_special_tokens": False}
         return merged(own | asked | {"prompt": list(question.prompt)}, fields)
 
-    def reply(self, answer: Mapping[str, Any]) -> Reply:
-        return _openai_reply(answer)
-
 
 @dataclass(frozen=True, slots=True)
-class TensorRT:
+class TensorRT(OpenAI):
     """TensorRT-LLM's server of completions, which refuses fields that it does not know."""
 
     name: str = "tensorrt-llm"
-    path: str = "/v1/completions"
     takes_token_ids: bool = True
 
     def request(self, question: Question, fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -201,12 +196,10 @@ class LlamaServer:
 
 
 @dataclass(frozen=True, slots=True)
-class Transformers:
+class Transformers(OpenAI):
     """`transformers serve`: text in both directions; speculation is a setting of each request's generation config."""
 
     name: str = "transformers"
-    path: str = "/v1/completions"
-    takes_token_ids: bool = False
 
     def request(self, question: Question, fields: Mapping[str, Any]) -> dict[str, Any]:
         sampling = question.sampling
@@ -219,9 +212,6 @@ class Transformers:
         own = _openai(question) | {"prompt": question.text, "generation_config": config}
         body = merged(own, fields)
         return body | {"generation_config": json.dumps(body["generation_config"])}  # it takes a string
-
-    def reply(self, answer: Mapping[str, Any]) -> Reply:
-        return _openai_reply(answer)
 
 
 DIALECTS: dict[str, Dialect] = {
