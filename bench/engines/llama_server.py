@@ -28,19 +28,20 @@ from bench.catalogue.pairs import Pair, folder
 from bench.engines.base import LoadOptions, Peers, PromptResult, Run, Served, Setup
 from bench.engines.llama_files import CONVERTER, gguf_file
 from bench.engines.load_client import send_on_time
-from bench.engines.local_server import Server, free_port, wait_until_healthy
-from bench.engines.pool import Pool
+from bench.engines.local_server import Server, dropping, free_port, wait_until_healthy
+from bench.engines.pool import PooledEngine
 from bench.engines.process import Child
 from bench.engines.vllm import CALL_TIMEOUT_S, START_TIMEOUT_S, stop_tokens
 from bench.records.schema import Gamma
 from specdec import AcceptanceCounts, SamplingParams
-from specdec.models.loading import read_vocabulary, resolve
+from specdec.models.loading import resolve
+from specdec.servers import metrics
 from specdec.servers.client import Client
 from specdec.servers.errors import EngineError
-from specdec.servers.metrics import POSITION, count, samples
+from specdec.servers.metrics import accepted_at
 from specdec.servers.replies import integer, items, mapping, shown
 
-ACCEPTED_AT = "llamacpp:spec_decode_num_accepted_tokens_per_pos_total"
+PREFIX = "llamacpp:spec_decode_num_"
 ENDS = {"eos": "stop", "limit": "length"}  # llama-server's name -> finish_reason
 PROGRAM = "llama-server"
 LOOKUP_SIZE = 2  # tokens that prompt lookup compares: the fewest that specdec's ngram takes, so the most drafts
@@ -55,42 +56,25 @@ DRAFTING = {
 }
 
 
-class LlamaServerEngine:
+class LlamaServerEngine(PooledEngine[Server[Client]]):
     """llama-server for a pair: one server per setup, at most two at a time."""
 
-    version = ""
-
     def __init__(self, pair: Pair, options: LoadOptions, program: Path, stop_token_ids: Collection[int]) -> None:
-        self._pair, self._options, self._program, self.dtype = pair, options, program, options.dtype
-        self.stop_token_ids = frozenset(stop_token_ids)
-        self._servers: Pool[Server[Client]] = Pool(self._started)
-
-    @property
-    def tokenizer(self) -> Any:
-        return read_vocabulary(folder(self._pair.target), self._pair.load_format).tokenizer
-
-    def prepare(self, setups: Collection[Setup]) -> None:
-        self._servers.prepare(setups)
-
-    def settle(self) -> None:
-        """Nothing to wait for: the threads of an idle server sleep."""
-
-    def close(self) -> None:
-        self._servers.close()
+        super().__init__(pair, options, stop_token_ids)
+        self._program = program
 
     def generate(
         self, prompts: Sequence[Sequence[int]], method: str, gamma: Gamma, sampling: Sequence[SamplingParams]
     ) -> Run:
-        setup, server = self._servers.find(method, gamma, len(prompts))
+        setup, server = self._pool.find(method, gamma, len(prompts))
         asked = self._asked(prompts, sampling)
-        try:
-            before = accepted_at(server.client.get("/metrics"))
+        with dropping(self._pool, setup, server):
+            before = accepted_at(server.client.get("/metrics"), PREFIX)
             start_s = time.perf_counter()
             with ThreadPoolExecutor(len(asked)) as threads:
                 replies = list(threads.map(lambda each: complete(server.client, each, start_s), asked))
-            grown = difference(accepted_at(server.client.get("/metrics")), before) if len(asked) == 1 else None
-        except EngineError as error:
-            raise self._failure(setup, server, error) from None
+            after = accepted_at(server.client.get("/metrics"), PREFIX)
+            grown = difference(after, before) if len(asked) == 1 else None
         return Run(tuple(result(reply, grown, method != "autoregressive") for reply in replies))
 
     def serve(
@@ -101,17 +85,15 @@ class LlamaServerEngine:
         sampling: Sequence[SamplingParams],
         limit_s: float,
     ) -> Served:
-        setup, server = self._servers.find(setup.method, setup.gamma, setup.batch_size)
+        setup, server = self._pool.find(setup.method, setup.gamma, setup.batch_size)
         asked = self._asked(prompts, sampling)
-        try:
+        with dropping(self._pool, setup, server):
             sent = send_on_time(
                 lambda index, due_s: complete(server.client, asked[index], due_s),
                 arrivals_s,
                 limit_s,
                 server.client.abort,
             )
-        except EngineError as error:
-            raise self._failure(setup, server, error) from None
         is_drafting = setup.method != "autoregressive"
         results = tuple(result(reply, None, is_drafting) if reply else None for reply in sent.results)
         return Served(results, sent.wall_s, None, sent.refused, None, sent.peak_delay_s)
@@ -122,15 +104,6 @@ class LlamaServerEngine:
             Asked(request(prompt, params, self.stop_token_ids), params.max_tokens, self._vocab_size)
             for prompt, params in pairs
         ]
-
-    @property
-    def _vocab_size(self) -> int:
-        return read_vocabulary(folder(self._pair.target), self._pair.load_format).vocab_size
-
-    def _failure(self, setup: Setup, server: Server[Client], error: EngineError) -> EngineError:
-        failure = server.failure() or error
-        self._servers.drop(setup)
-        return failure
 
     def _started(self, setup: Setup) -> Server[Client]:
         address = ("127.0.0.1", free_port())
@@ -206,10 +179,8 @@ def _drafting(pair: Pair, options: LoadOptions, setup: Setup, converter: Path) -
     words += ["--spec-draft-n-max", str(setup.gamma)]
     if setup.method == "draft_model" and (draft := pair.draft_for(setup.method)):
         words += ["--model-draft", str(gguf_file(draft, options.quantization or options.dtype, converter))]
-    if rates := options.prescribed_rates(setup.gamma):
-        assert isinstance(setup.gamma, int)
-        padded = [*rates[: setup.gamma], *[0.0] * (setup.gamma - len(rates))]
-        words += ["--spec-synth-rates", ",".join(map(str, padded))]
+    if rates := options.padded_rates(setup.gamma):
+        words += ["--spec-synth-rates", ",".join(map(str, rates))]
     return words
 
 
@@ -292,25 +263,10 @@ def _seconds(milliseconds: Any, limit_s: float) -> float:
     return milliseconds / 1000
 
 
-def accepted_at(page: str) -> list[int]:
-    """Accepted tokens per position of drafts, from the metrics page; empty before the first. Raises EngineError."""
-    found = {
-        int(position[1]): count(value, name)
-        for name, labels, value in samples(page)
-        if name == ACCEPTED_AT and (position := POSITION.search(labels))
-    }
-    if sorted(found) != list(range(len(found))):
-        raise EngineError(f"positions of accepted tokens must be 0, 1, ..., but are {shown(sorted(found))}")
-    return [found[index] for index in sorted(found)]
-
-
 def difference(after: Sequence[int], before: Sequence[int]) -> list[int]:
-    """The increase of each counter. Raises EngineError if one has decreased."""
-    olds = [*before, *[0] * (len(after) - len(before))]
-    grown = [new - old for new, old in zip(after, olds, strict=False)]
-    if len(before) > len(after) or any(each < 0 for each in grown):
-        raise EngineError("the server's counters must only increase, but changed otherwise; was it restarted?")
-    return grown
+    """The increase of each counter; the page has none before the first draft. Raises EngineError if one decreased."""
+    padded = [*before, *[0] * (len(after) - len(before))]
+    return list(metrics.difference({"accepted_at": after}, {"accepted_at": padded})["accepted_at"])
 
 
 def result(reply: Reply, grown: Sequence[int] | None, is_drafting: bool) -> PromptResult:

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import socket
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
+from bench.engines.base import Setup
+from bench.engines.pool import Pool
 from bench.engines.process import Child
 from specdec.servers.client import Client
 from specdec.servers.errors import EngineError
@@ -33,6 +37,17 @@ class Server(Generic[C]):
     def close(self) -> None:
         if self.child:
             self.child.close()
+
+
+@contextmanager
+def dropping(pool: Pool[Server[C]], setup: Setup, server: Server[C]) -> Iterator[None]:
+    """Drop a server from the pool if calling it fails; if it has ended, its last output is the error."""
+    try:
+        yield
+    except EngineError as error:
+        failure = server.failure() or error
+        pool.drop(setup)
+        raise failure from None
 
 
 def free_port() -> int:

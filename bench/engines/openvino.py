@@ -8,7 +8,6 @@ no counters.
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from collections.abc import Collection, Mapping, Sequence
@@ -21,12 +20,12 @@ import torch
 from bench.catalogue.pairs import Pair, folder
 from bench.engines.base import LoadOptions, Peers, PromptResult, Run, Setup
 from bench.engines.llama_files import CONVERTER, gguf_file
-from bench.engines.pool import Pool
-from bench.engines.process import Worker
+from bench.engines.pool import PooledEngine
+from bench.engines.process import Worker, foreign_environment
 from bench.engines.vllm import CALL_TIMEOUT_S, START_TIMEOUT_S, stop_tokens
 from bench.records.schema import Gamma
 from specdec import AcceptanceCounts, SamplingParams
-from specdec.models.loading import read_vocabulary, resolve
+from specdec.models.loading import resolve
 from specdec.servers.errors import EngineError
 
 SCRIPT = Path(__file__).parent / "workers" / "openvino_worker.py"
@@ -34,40 +33,20 @@ PRECISIONS = {"bfloat16": "bf16", "float16": "f16", "float32": "f32"}  # torch's
 LOOKUP_SIZE = 3  # most tokens that prompt lookup compares
 
 
-class OpenvinoEngine:
+class OpenvinoEngine(PooledEngine[Worker]):
     """OpenVINO GenAI with a pair's target, in at most two workers."""
-
-    version = ""
-
-    def __init__(self, pair: Pair, options: LoadOptions, stop_token_ids: Collection[int]) -> None:
-        self._pair, self._options, self.dtype = pair, options, options.dtype
-        self.stop_token_ids = frozenset(stop_token_ids)
-        self._workers: Pool[Worker] = Pool(self._started)
-
-    @property
-    def tokenizer(self) -> Any:
-        return read_vocabulary(folder(self._pair.target), self._pair.load_format).tokenizer
-
-    def prepare(self, setups: Collection[Setup]) -> None:
-        self._workers.prepare(setups)
-
-    def settle(self) -> None:
-        """Nothing to wait for: the threads of an idle worker sleep."""
-
-    def close(self) -> None:
-        self._workers.close()
 
     def generate(
         self, prompts: Sequence[Sequence[int]], method: str, gamma: Gamma, sampling: Sequence[SamplingParams]
     ) -> Run:
-        setup, worker = self._workers.find(method, gamma, len(prompts))
+        setup, worker = self._pool.find(method, gamma, len(prompts))
         (prompt,), (params,) = prompts, sampling
         config = generation_config(params, self.stop_token_ids) | drafting(setup)
         try:
             answer = worker.ask({"prompt": list(prompt), "config": config}, CALL_TIMEOUT_S)
             return Run((result(answer, is_drafting=method != "autoregressive"),))
         except EngineError:
-            self._workers.drop(setup)
+            self._pool.drop(setup)
             raise
 
     def _started(self, setup: Setup) -> Worker:
@@ -83,7 +62,7 @@ class OpenvinoEngine:
             "prompt_lookup": setup.method == "ngram",
         }
         python = str(self._options.peers.openvino_python or sys.executable)
-        worker = Worker(f"engine=openvino, {setup}", [python, str(SCRIPT)], _environment())
+        worker = Worker(f"engine=openvino, {setup}", [python, str(SCRIPT)], foreign_environment())
         self.version = worker.ask(request, START_TIMEOUT_S)["version"]
         return worker
 
@@ -135,16 +114,14 @@ def result(answer: Mapping[str, Any], *, is_drafting: bool) -> PromptResult:
     return PromptResult(tokens, answer["first_s"], answer["last_s"], counts, answer["finish_reason"])
 
 
-def _environment() -> dict[str, str]:
-    return {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
-
-
 @cache
 def installed_version(python: Path | None) -> str | None:
     """The version of openvino-genai that an interpreter has, found without importing it; None if it has none."""
     code = "from importlib.metadata import version; print(version('openvino-genai'))"
     command = [str(python or sys.executable), "-c", code]
-    done = subprocess.run(command, env=_environment(), capture_output=True, text=True, check=False, cwd=SCRIPT.parent)
+    done = subprocess.run(
+        command, env=foreign_environment(), capture_output=True, text=True, check=False, cwd=SCRIPT.parent
+    )
     return done.stdout.strip() if done.returncode == 0 else None
 
 

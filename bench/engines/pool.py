@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
-from bench.engines.base import Setup
+from bench.catalogue.pairs import Pair, folder
+from bench.engines.base import LoadOptions, Setup
 from bench.records.schema import Gamma
+from specdec.models.loading import read_vocabulary
 
 MAX_ENGINES = 2
 
@@ -55,3 +57,42 @@ class Pool(Generic[T]):
     def close(self) -> None:
         while self._running:
             self._running.popitem()[1].close()
+
+
+class PooledEngine(Generic[T]):
+    """What engines with a resource per setup have in common; see `BenchEngine`. version: "" until one is started."""
+
+    version = ""
+
+    def __init__(
+        self,
+        pair: Pair,
+        options: LoadOptions,
+        stop_token_ids: Collection[int],
+        start: Callable[[Setup], T] | None = None,
+    ) -> None:
+        """start: `_started` by default."""
+        self._pair, self._options, self.dtype = pair, options, options.dtype
+        self.stop_token_ids = frozenset(stop_token_ids)
+        self._pool: Pool[T] = Pool(start or self._started)
+
+    @property
+    def tokenizer(self) -> Any:
+        return read_vocabulary(folder(self._pair.target), self._pair.load_format).tokenizer
+
+    @property
+    def _vocab_size(self) -> int:
+        return read_vocabulary(folder(self._pair.target), self._pair.load_format).vocab_size
+
+    def prepare(self, setups: Collection[Setup]) -> None:
+        self._pool.prepare(setups)
+
+    def settle(self) -> None:
+        """Nothing to wait for: the threads of an idle resource sleep, or spin only for a millisecond."""
+
+    def close(self) -> None:
+        self._pool.close()
+
+    def _started(self, setup: Setup) -> T:
+        """Start the resource of a setup. Raises EngineError."""
+        raise NotImplementedError

@@ -24,6 +24,11 @@ MAX_LINE = 300  # characters
 PIPE_BYTES = 1 << 16
 
 
+def foreign_environment(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """The environment variables for another interpreter, without those that would make it import from this one."""
+    return {name: value for name, value in environment.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
+
+
 class Child:
     """A running process and the last lines of its output. name: for error messages.
 

@@ -23,12 +23,12 @@ import torch
 
 from bench.catalogue.pairs import Pair, folder
 from bench.engines.base import EngineError, LoadOptions, Peers, PromptResult, Run, Setup
-from bench.engines.pool import Pool
-from bench.engines.process import Worker
+from bench.engines.pool import PooledEngine
+from bench.engines.process import Worker, foreign_environment
 from bench.records.schema import Gamma
 from specdec import AcceptanceCounts, SamplingParams
 from specdec.models.causal import eos_token_ids
-from specdec.models.loading import read_vocabulary, resolve
+from specdec.models.loading import resolve
 
 SCRIPT = Path(__file__).parent / "workers" / "vllm_worker.py"
 START_TIMEOUT_S = 1800.0  # time to load, compile and capture a large model
@@ -37,38 +37,18 @@ GPU_SHARE = 0.35  # fraction of a GPU's memory per worker: two workers and anoth
 LOOKUP_SIZES = {"prompt_lookup_max": 4, "prompt_lookup_min": 2}  # specdec's defaults
 
 
-class VllmEngine:
+class VllmEngine(PooledEngine[Worker]):
     """vLLM with a pair's models, in at most two workers: a candidate and its baseline."""
-
-    version = ""
-
-    def __init__(self, pair: Pair, options: LoadOptions, stop_token_ids: Collection[int]) -> None:
-        self._pair, self._options, self.dtype = pair, options, options.dtype
-        self.stop_token_ids = frozenset(stop_token_ids)
-        self._workers: Pool[Worker] = Pool(self._started)
-
-    @property
-    def tokenizer(self) -> Any:
-        return read_vocabulary(folder(self._pair.target), self._pair.load_format).tokenizer
-
-    def prepare(self, setups: Collection[Setup]) -> None:
-        self._workers.prepare(setups)
-
-    def settle(self) -> None:
-        """Nothing to wait for: an idle worker blocks on its pipe, and its threads spin only for a millisecond."""
-
-    def close(self) -> None:
-        self._workers.close()
 
     def generate(
         self, prompts: Sequence[Sequence[int]], method: str, gamma: Gamma, sampling: Sequence[SamplingParams]
     ) -> Run:
-        setup, worker = self._workers.find(method, gamma, len(prompts))
+        setup, worker = self._pool.find(method, gamma, len(prompts))
         arguments = [sampling_arguments(each, self.stop_token_ids) for each in sampling]
         try:
             answer = worker.ask({"prompts": list(map(list, prompts)), "sampling": arguments}, CALL_TIMEOUT_S)
         except EngineError:
-            self._workers.drop(setup)
+            self._pool.drop(setup)
             raise
         return Run(tuple(results(answer)))
 
@@ -149,17 +129,14 @@ def _speculative(pair: Pair, options: LoadOptions, setup: Setup) -> dict[str, An
         config["model"] = resolve(folder(draft))
     if options.verification != "token":
         config["rejection_sample_method"] = options.verification
-    if prescribed := options.prescribed_rates(setup.gamma):
-        assert isinstance(setup.gamma, int)
-        rates = [*prescribed[: setup.gamma]]
-        rates += [0.0] * (setup.gamma - len(rates))
+    if rates := options.padded_rates(setup.gamma):
         config |= {"rejection_sample_method": "synthetic", "synthetic_acceptance_rates": rates}
     return config
 
 
 def worker_environment(python: str, device: str, environment: Mapping[str, str] = os.environ) -> dict[str, str]:
     """The environment variables of a worker, such that vLLM is fast and does not spin when idle."""
-    own = {name: value for name, value in environment.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
+    own = foreign_environment(environment)
     own |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1"}
     if device.startswith("cuda"):
         visible = own.get("CUDA_VISIBLE_DEVICES")

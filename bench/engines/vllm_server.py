@@ -19,9 +19,9 @@ from bench.catalogue.pairs import Pair, folder
 from bench.engines.base import EngineError, LoadOptions, PromptResult, Run, Served, Setup
 from bench.engines.completions import Client
 from bench.engines.load_client import send_on_time
-from bench.engines.local_server import Server, free_port, wait_until_healthy
-from bench.engines.pool import Pool
-from bench.engines.process import Child
+from bench.engines.local_server import Server, dropping, free_port, wait_until_healthy
+from bench.engines.pool import PooledEngine
+from bench.engines.process import Child, foreign_environment
 from bench.engines.server_answers import Row
 from bench.engines.vllm import (
     CALL_TIMEOUT_S,
@@ -35,7 +35,7 @@ from bench.engines.vllm import (
 )
 from bench.records.schema import Gamma
 from specdec import AcceptanceCounts, SamplingParams
-from specdec.models.loading import read_vocabulary, resolve
+from specdec.models.loading import resolve
 from specdec.servers.client import api_key
 from specdec.servers.errors import BusyError
 from specdec.servers.metrics import difference
@@ -45,48 +45,24 @@ FIRST_PAUSE_S = 0.5  # between attempts; doubled after each
 BUSY_WAIT_S = 1.2  # an idle server's processes spin for a second, each occupying a CPU
 
 
-class VllmServerEngine:
+class VllmServerEngine(PooledEngine[Server[Client]]):
     """vLLM servers for a pair: the one at `server_url`, or one per setup, at most two at a time."""
 
-    version = ""
-
     def __init__(self, pair: Pair, options: LoadOptions, stop_token_ids: Collection[int]) -> None:
-        self._pair, self._options, self.dtype = pair, options, options.dtype
-        self.stop_token_ids = frozenset(stop_token_ids)
+        super().__init__(pair, options, stop_token_ids, self._found if options.peers.vllm.server_url else self._started)
         self._busy_until_s = 0.0
-        self._servers: Pool[Server[Client]] = Pool(self._found if options.peers.vllm.server_url else self._started)
-
-    @property
-    def tokenizer(self) -> Any:
-        return read_vocabulary(folder(self._pair.target), self._pair.load_format).tokenizer
-
-    @property
-    def _vocab_size(self) -> int:
-        return read_vocabulary(folder(self._pair.target), self._pair.load_format).vocab_size
-
-    def prepare(self, setups: Collection[Setup]) -> None:
-        self._servers.prepare(setups)
 
     def settle(self) -> None:
         time.sleep(max(0.0, self._busy_until_s - time.monotonic()))
 
-    def close(self) -> None:
-        self._servers.close()
-
     def generate(
         self, prompts: Sequence[Sequence[int]], method: str, gamma: Gamma, sampling: Sequence[SamplingParams]
     ) -> Run:
-        setup, server = self._servers.find(method, gamma, len(prompts))
-        requests = [
-            request(server.model, prompt, sampling_arguments(params, self.stop_token_ids))
-            for prompt, params in zip(prompts, sampling, strict=True)
-        ]
+        setup, server = self._pool.find(method, gamma, len(prompts))
+        requests = self._requests(server, prompts, sampling)
         try:
-            return run(server.client, requests)
-        except EngineError as error:
-            failure = server.failure() or error
-            self._servers.drop(setup)
-            raise failure from None
+            with dropping(self._pool, setup, server):
+                return run(server.client, requests)
         finally:
             self._busy_until_s = time.monotonic() + BUSY_WAIT_S
 
@@ -98,19 +74,21 @@ class VllmServerEngine:
         sampling: Sequence[SamplingParams],
         limit_s: float,
     ) -> Served:
-        setup, server = self._servers.find(setup.method, setup.gamma, setup.batch_size)
-        requests = [
+        setup, server = self._pool.find(setup.method, setup.gamma, setup.batch_size)
+        requests = self._requests(server, prompts, sampling)
+        try:
+            with dropping(self._pool, setup, server):
+                return serve(server.client, requests, arrivals_s, limit_s)
+        finally:
+            self._busy_until_s = time.monotonic() + BUSY_WAIT_S
+
+    def _requests(
+        self, server: Server[Client], prompts: Sequence[Sequence[int]], sampling: Sequence[SamplingParams]
+    ) -> list[dict[str, Any]]:
+        return [
             request(server.model, prompt, sampling_arguments(params, self.stop_token_ids))
             for prompt, params in zip(prompts, sampling, strict=True)
         ]
-        try:
-            return serve(server.client, requests, arrivals_s, limit_s)
-        except EngineError as error:
-            failure = server.failure() or error
-            self._servers.drop(setup)
-            raise failure from None
-        finally:
-            self._busy_until_s = time.monotonic() + BUSY_WAIT_S
 
     def _found(self, setup: Setup) -> Server[Client]:
         """The server at `server_url`, after checking that it serves the pair's target and drafts as in the setup."""
@@ -148,7 +126,7 @@ def load(pair: Pair, options: LoadOptions) -> VllmServerEngine:
 
 def server_environment(python: str, device: str, environment: Mapping[str, str] = os.environ) -> dict[str, str]:
     """The environment variables of a server, such that it binds its threads to all CPUs, as other engines use them."""
-    own = {name: value for name, value in environment.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
+    own = foreign_environment(environment)
     own["VLLM_NO_USAGE_STATS"] = "1"
     if key := api_key(environment) or api_key(environment, "VLLM_API_KEY"):
         own["VLLM_API_KEY"] = key

@@ -7,7 +7,6 @@ to vLLM, and one in none but the caller's own, so that neither the harness nor i
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
@@ -17,7 +16,7 @@ from typing import Any
 
 from bench.catalogue.pairs import catalogue
 from bench.engines.base import LoadOptions, Peers, Setup, VllmOptions
-from bench.engines.process import Worker
+from bench.engines.process import Worker, foreign_environment
 from bench.engines.vllm import (
     CALL_TIMEOUT_S,
     SCRIPT,
@@ -83,7 +82,7 @@ def _plain(options: LoadOptions, setup: Setup, environment: str) -> Worker:
 
 def _own_environment() -> dict[str, str]:
     """The caller's, without what points its Python to this project; three engines must fit into the memory."""
-    own = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
+    own = foreign_environment()
     return {"VLLM_CPU_KVCACHE_SPACE": "1", **own}
 
 

@@ -19,13 +19,8 @@ COUNTERS = {"num_drafts": "drafts", "num_drafted": "draft_tokens", "num_accepted
 def parse_counters(page: str) -> dict[str, Any]:
     """Counters of a Prometheus page, summed over engines: `num_finished`, and those of drafts if the server drafts."""
     sums: dict[str, int] = {}
-    accepted_at: dict[int, int] = {}
-    for name, labels, value in samples(page):
-        position = POSITION.search(labels)
-        if name == f"{PREFIX}accepted_tokens_per_pos_total" and position:
-            index = int(position[1])
-            accepted_at[index] = accepted_at.get(index, 0) + count(value, name)
-        elif name.startswith((PREFIX, "vllm:request_success")) and name.endswith("_total"):
+    for name, _, value in samples(page):
+        if name.startswith((PREFIX, "vllm:request_success")) and name.endswith("_total"):
             sums[name] = sums.get(name, 0) + count(value, name)
     finished = {"num_finished": sums.get("vllm:request_success_total", 0)}
     if f"{PREFIX}drafts_total" not in sums:
@@ -33,10 +28,22 @@ def parse_counters(page: str) -> dict[str, Any]:
     needed = {name: f"{PREFIX}{key}_total" for name, key in COUNTERS.items()}
     if missing := [key for key in needed.values() if key not in sums]:
         raise EngineError(f"the server must report {missing[0]} with {PREFIX}drafts_total; use another version")
-    if sorted(accepted_at) != list(range(len(accepted_at))):
-        raise EngineError(f"positions of accepted tokens must be 0, 1, ..., but are {shown(sorted(accepted_at))}")
-    drafts = {name: sums[key] for name, key in needed.items()}
-    return finished | drafts | {"accepted_at": [accepted_at[index] for index in sorted(accepted_at)]}
+    return finished | {name: sums[key] for name, key in needed.items()} | {"accepted_at": accepted_at(page)}
+
+
+def accepted_at(page: str, prefix: str = PREFIX) -> list[int]:
+    """Accepted tokens per position of drafts, summed over engines; empty without any. prefix: of their names.
+
+    Raises EngineError unless the positions are 0, 1, ...
+    """
+    sums: dict[int, int] = {}
+    for name, labels, value in samples(page):
+        if name == f"{prefix}accepted_tokens_per_pos_total" and (position := POSITION.search(labels)):
+            index = int(position[1])
+            sums[index] = sums.get(index, 0) + count(value, name)
+    if sorted(sums) != list(range(len(sums))):
+        raise EngineError(f"positions of accepted tokens must be 0, 1, ..., but are {shown(sorted(sums))}")
+    return [sums[index] for index in sorted(sums)]
 
 
 def difference(after: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, Any]:

@@ -130,7 +130,7 @@ def test_a_killed_worker_loses_one_call_and_is_started_again(engine: vllm.VllmEn
     setup = Setup("autoregressive", 0, 2)
     engine.prepare({setup})
     before = engine.generate([PROMPT, PROMPT[:4]], "autoregressive", 0, [GREEDY] * 2)
-    os.kill(engine._workers.find("autoregressive", 0, 1)[1].pid, signal.SIGKILL)
+    os.kill(engine._pool.find("autoregressive", 0, 1)[1].pid, signal.SIGKILL)
     with pytest.raises(EngineError, match=r"engine=vllm, method=autoregressive, gamma=0, .*was killed by SIGKILL"):
         engine.generate([PROMPT], "autoregressive", 0, [GREEDY])
     engine.prepare({setup})

@@ -18,7 +18,16 @@ from gguf import GGUFWriter, LlamaFileType
 from bench.catalogue.pairs import Pair, catalogue
 from bench.engines import llama_files, llama_server
 from bench.engines.base import LlamaOptions, LoadOptions, Peers, Setup
-from bench.engines.llama_server import Asked, LlamaServerEngine, accepted_at, arguments, complete, difference, request
+from bench.engines.llama_server import (
+    PREFIX,
+    Asked,
+    LlamaServerEngine,
+    accepted_at,
+    arguments,
+    complete,
+    difference,
+    request,
+)
 from bench.engines.local_server import Server
 from bench.engines.registry import why_not
 from bench.measure.paired import check_counts
@@ -94,7 +103,7 @@ def engine(server: Any, monkeypatch: pytest.MonkeyPatch) -> LlamaServerEngine:
     engine = LlamaServerEngine(pair, LoadOptions("float32", "cpu"), Path("llama-server"), {2})
     monkeypatch.setattr(LlamaServerEngine, "_vocab_size", 49_152)
     monkeypatch.setattr(LlamaServerEngine, "_started", lambda *_: Server(client(server), "tiny"))
-    engine._servers._start = engine._started
+    engine._pool._start = engine._started
     engine.prepare({NGRAM})
     return engine
 
@@ -167,8 +176,8 @@ def test_counters_that_contradict_each_other_are_an_error(engine: LlamaServerEng
 
 
 def test_positions_are_counted_by_their_increase() -> None:
-    assert accepted_at(BEFORE) == []
-    assert accepted_at(AFTER) == [4, 3, 3, 2]
+    assert accepted_at(BEFORE, PREFIX) == []
+    assert accepted_at(AFTER, PREFIX) == [4, 3, 3, 2]
     assert difference([4, 3, 1], [1, 1]) == [3, 2, 1]
     for before in ([5], [1, 1, 1, 1]):
         with pytest.raises(EngineError, match="must only increase"):

@@ -204,14 +204,14 @@ def engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[VllmEngi
 def test_there_are_two_workers_at_most_and_a_baseline_stays(engine: VllmEngine) -> None:
     def prepared(setups: Collection[Setup]) -> set[Setup]:
         engine.prepare(setups)
-        return set(engine._workers._running)
+        return set(engine._pool._running)
 
     assert prepared({PLAIN}) == {PLAIN}
-    baseline = engine._workers._running[PLAIN].pid
+    baseline = engine._pool._running[PLAIN].pid
     assert prepared({PLAIN, NGRAM}) == {PLAIN, NGRAM}
     assert prepared({PLAIN, DRAFTED}) == {PLAIN, DRAFTED}
     assert prepared(()) == {PLAIN}
-    assert engine._workers._running[PLAIN].pid == baseline
+    assert engine._pool._running[PLAIN].pid == baseline
     larger = {Setup("autoregressive", 0, 4), Setup("ngram", 3, 4)}
     assert prepared(larger) == larger
     assert engine.version == "1.2"
@@ -221,4 +221,4 @@ def test_another_dtype_than_requested_is_an_error(engine: VllmEngine) -> None:
     engine._options = LoadOptions("bfloat16", "cpu")
     with pytest.raises(EngineError, match="must have dtype=bfloat16, but has float32; use --dtype float32"):
         engine.prepare({PLAIN})
-    assert not len(engine._workers)
+    assert not len(engine._pool)
