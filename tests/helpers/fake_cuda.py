@@ -212,6 +212,22 @@ def _launcher(watch: Watch) -> Callable[..., None]:
     return launch
 
 
+def replacements(watch: Watch, backend: str) -> dict[str, Any]:
+    """What the project's own names are replaced by: they need a real device, or compare numbers."""
+    return {
+        "specdec.runtime.timing.synchronize": lambda device: None,
+        "specdec.runtime.recording.synchronize": lambda device: None,
+        "specdec.runtime.recording.CudaGraphs": lambda device: WatchedGraphs(watch),
+        "specdec.runtime.recording.on_device": lambda device: contextlib.nullcontext(),
+        "specdec.decoding.Stopwatch": _NoStopwatch,
+        "specdec.decoding.now_s": lambda device: 0.0,
+        "specdec.models.trial.check_ragged_equals_plain": lambda lm: None,
+        "specdec.models.trial.check_tree_equals_plain": lambda lm: None,
+        "specdec.heads.eagle.check_draft_vocabulary": lambda tokens, vocab_size: tokens,
+        "specdec.models.fusion.layers.scaled_dot_product_attention": attention(backend),
+    }
+
+
 @contextlib.contextmanager
 def fake_gpu(backend: str = "cudnn", *, triton: bool = False) -> Iterator[Watch]:
     """Inside, CUDA tensors are fake, and what the host and the device say to each other is watched.
@@ -219,9 +235,6 @@ def fake_gpu(backend: str = "cudnn", *, triton: bool = False) -> Iterator[Watch]
     backend: of torch's attention. triton: whether it is a GPU that the Triton kernels are for; they compute nothing.
     """
     from triton.runtime.jit import JITFunction
-
-    from specdec.models import causal
-    from specdec.models.fusion import layers
 
     watch = Watch()
 
@@ -238,16 +251,8 @@ def fake_gpu(backend: str = "cudnn", *, triton: bool = False) -> Iterator[Watch]
         patch.setattr(torch.cuda, "get_device_properties", lambda device: _Properties())
         patch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0) if triton else (7, 5))
         patch.setenv("SPECDEC_STRICT", "1" if triton else "0")  # without them one kind of fallback is meant
-        patch.setattr("specdec.runtime.timing.synchronize", lambda device: None)
-        patch.setattr("specdec.runtime.recording.synchronize", lambda device: None)
-        patch.setattr("specdec.runtime.recording.CudaGraphs", lambda device: WatchedGraphs(watch))
-        patch.setattr("specdec.runtime.recording.on_device", lambda device: contextlib.nullcontext())
-        patch.setattr("specdec.decoding.Stopwatch", _NoStopwatch)
-        patch.setattr("specdec.decoding.now_s", lambda device: 0.0)
-        patch.setattr(causal, "_check_ragged_equals_plain", lambda model: None)  # it compares numbers
-        patch.setattr(causal, "check_tree_equals_plain", lambda model: None)
-        patch.setattr("specdec.heads.eagle.check_draft_vocabulary", lambda tokens, vocab_size: tokens)
-        patch.setattr(layers, "scaled_dot_product_attention", attention(backend))
+        for name, replacement in replacements(watch, backend).items():
+            patch.setattr(name, replacement)
         patch.setattr(torch.nn.functional, "scaled_dot_product_attention", attention(backend))
         patch.setattr(Tensor, "pin_memory", lambda tensor: tensor)
         patch.setattr(FakeTensor, "tolist", tolist)
