@@ -9,7 +9,9 @@ draft, so position i of the logits gives the distribution for draft token i.
 If a whole step can be captured as a CUDA graph, the state of its rows stays on the device (`specdec.device_rows`), and
 the next step is launched before the outcome of this one is read, so the device does not wait for the host. A row that
 turns out to have ended then ran one step too many, and that step's outcome is dropped. Otherwise the host reads each
-step's outcome before it launches the next.
+step's outcome before it launches the next. If such a step can be captured except for its draft, the device gets one
+transfer and one graph: what the host knows, with the tokens that a `CopyingProposer` copied, and everything after the
+draft.
 
 A draft may be a tree: its nodes are fed as one row and attend only to their ancestors, and the logits after a node give
 the distribution of its children. The cache entries of the accepted path are then moved to consecutive positions.
@@ -32,7 +34,7 @@ from specdec.device_rows import DeviceRows, RowState
 from specdec.kernels import gpu
 from specdec.models.base import Cache, FixedShapeModel, LanguageModel, TreeCache, prefill, score
 from specdec.proposers.adaptive import AdaptiveLength
-from specdec.proposers.base import FixedProposer, Proposer
+from specdec.proposers.base import CopyingProposer, FixedProposer, Proposer
 from specdec.requests import Batch, Generation, Request, Step
 from specdec.runtime.devices import Mailbox, upload
 from specdec.runtime.recording import InPlace, Recorder
@@ -263,12 +265,18 @@ class Decoder:
         )
 
     def _can_run_ahead(self, rows: Sequence[Generation | None], sampling: SamplingState) -> bool:
-        """Whether whole steps of these rows can be recorded: they depend only on tensors, and no logits are read."""
+        """Whether whole steps of these rows can be recorded, with their drafts."""
+        return (
+            self._is_recordable(rows, sampling)
+            and self.adaptive is None
+            and (self.proposer is None or (isinstance(self.proposer, FixedProposer) and self.proposer.is_fixed))
+        )
+
+    def _is_recordable(self, rows: Sequence[Generation | None], sampling: SamplingState) -> bool:
+        """Whether what follows a draft can be one recording: it depends only on tensors, and no logits are read."""
         return (
             self.runs_ahead
             and self._clock is not None
-            and self.adaptive is None
-            and (self.proposer is None or (isinstance(self.proposer, FixedProposer) and self.proposer.is_fixed))
             and sampling.is_stateless
             and not any(row.request.sampling.logprobs for row in rows if row)
         )
@@ -314,6 +322,8 @@ class Decoder:
         if batch.lag:
             return self._launch(batch, cache, num_unread)
         self._device_rows.forget()
+        if self._is_recordable(batch.rows, batch.sampling):
+            return self._launch_scoring(batch, cache)
         with self._stopwatch.phase("draft_s"):
             draft = self._propose(batch)
         with self._stopwatch.phase("scoring_s"):
@@ -329,13 +339,11 @@ class Decoder:
         """Launch a step as a single recording, which reads and updates the state of its rows on the device."""
         proposer = cast("FixedProposer | None", self.proposer)
         state = self._device_rows.enter(batch.rows, partial(proposer.enter if proposer else _newest, batch))
-        if self._placed is None or self._placed[0] is not batch:
-            self._placed = (batch, self.recorder.place(batch.sampling.rows))
         width = self.num_speculative_tokens + 1
         inputs = proposer.inputs(batch) if proposer else ()
         starts = [length - 1 for length in batch.num_tokens()]
         extent = cast("Any", cache).reserve(0, starts, (num_unread + 1) * width + 1)
-        packed = self.recorder(self._whole_step, state, self._placed[1], extent, cache, *inputs)
+        packed = self.recorder(self._whole_step, state, self._placed_params(batch), extent, cache, *inputs)
         return Flight(batch, self._mailbox.send(packed.columns), packed.widths)
 
     def _whole_step(
@@ -349,13 +357,61 @@ class Decoder:
         moments = [now_ns()]
         draft = self._draft_from(state, rows, extent, inputs)
         moments.append(now_ns() if self.proposer else moments[0])
-        tokens = torch.cat([state.newest, draft.tokens], 1)
-        logits = cast("FixedShapeModel", self.target).forward_at(tokens, state.num_tokens - 1, cache, extent)
+        logits = self._logits_at(state.newest, draft, state.num_tokens - 1, cache, extent)
         moments.append(now_ns())
         outcome, finite = self._decide(logits, draft, rows, state.num_tokens)
         packed.value.copy_(self._after(state, draft, outcome).packed())
         moments.append(now_ns())
         return Packed.of(draft, outcome, finite, moments)
+
+    def _launch_scoring(self, batch: Batch, cache: Cache) -> Flight:
+        """Launch a step whose draft the host has part in, as one transfer and one recording after the draft."""
+        with self._stopwatch.phase("draft_s"):
+            guesses, draft = self._guess(batch)
+        width = batch.width(max(map(len, guesses)))
+        num_tokens, newest = batch.num_tokens(), batch.last_tokens()
+        columns = [
+            [number, token, len(guess), *guess, *[0] * (width - len(guess))]
+            for number, token, guess in zip(num_tokens, newest, guesses, strict=True)
+        ]
+        starts = cache.num_cached[: len(columns)] = [number - 1 for number in num_tokens]
+        extent = cast("Any", cache).reserve(0, starts, 1 + (draft.tokens.shape[1] if draft else width))
+        inputs, params = self.recorder.upload(columns), self._placed_params(batch)
+        packed = self.recorder(self._after_draft, inputs, draft, params, extent, cache)
+        return Flight(batch, self._mailbox.send(packed.columns), packed.widths, draft.tree if draft else None)
+
+    def _after_draft(
+        self, inputs: InPlace[Tensor], draft: Draft | None, params: InPlace[RowParams], extent: int, cache: Cache
+    ) -> Packed:
+        """Scoring and verification as a pure function of tensors.
+
+        inputs: int64 [rows, 3 + n], each row's number of tokens, its newest token, and the number of tokens copied,
+        followed by them. draft: None if these are the draft. extent: an upper bound on the tokens of a row with its
+        draft.
+        """
+        rows, now_ns = params.value, cast("Any", self._clock)
+        num_tokens, newest, num_copied = inputs.value[:, :3].unbind(1)
+        draft = draft or Draft.deterministic(inputs.value[:, 3:], num_copied, rows.vocab_size)
+        moments = [now_ns()]
+        logits = self._logits_at(newest.unsqueeze(1), draft, num_tokens - 1, cache, extent)
+        moments.append(now_ns())
+        outcome, finite = self._decide(logits, draft, rows, num_tokens)
+        if outcome.path is not None:
+            self._compact(cache, num_tokens, outcome.path)
+        moments.append(now_ns())
+        return Packed.of(draft, outcome, finite, [moments[0], *moments])
+
+    def _logits_at(self, newest: Tensor, draft: Draft, starts: Tensor, cache: Cache, extent: int) -> Tensor:
+        """`_score` as a pure function of tensors. newest: int64 [rows, 1], at positions starts, int64 [rows]."""
+        branches = Branches.behind_root(draft.tree.parents) if draft.tree else None
+        tokens = torch.cat([newest, draft.tokens], 1)
+        return cast("FixedShapeModel", self.target).forward_at(tokens, starts, cache, extent, branches=branches)
+
+    def _placed_params(self, batch: Batch) -> InPlace[RowParams]:
+        """The parameters of the batch's rows, where recorded steps read them."""
+        if self._placed is None or self._placed[0] is not batch:
+            self._placed = (batch, self.recorder.place(batch.sampling.rows))
+        return self._placed[1]
 
     def _draft_from(self, state: RowState, rows: RowParams, extent: int, inputs: tuple[Any, ...]) -> Draft:
         if self.proposer is None:
@@ -372,11 +428,25 @@ class Decoder:
         return state.after(draft.tokens, outcome.accepted, outcome.next_token, num_pending)
 
     def _propose(self, batch: Batch) -> Draft:
-        # a step emits one token after the draft, so a row that may emit n more tokens drafts at most n - 1
-        limits = [min(self.num_speculative_tokens, row.num_remaining - 1) if row else 0 for row in batch.rows]
+        limits = self._limits(batch)
         if self.proposer is None or not any(limits):
             return Draft.empty(len(batch.rows), self.target.vocab_size, self.target.device)
         return self.proposer.propose(batch, limits)
+
+    def _guess(self, batch: Batch) -> tuple[Sequence[Sequence[int]], Draft | None]:
+        """Copied tokens of each row, and the draft; None if it is no more than these tokens."""
+        limits, none = self._limits(batch), [()] * len(batch.rows)
+        if self.proposer is None or not any(limits):
+            return none, None
+        if isinstance(self.proposer, CopyingProposer):
+            guesses = self.proposer.guess(batch, limits)
+            return guesses, self.proposer.complete(batch, limits, guesses)
+        draft = self.proposer.propose(batch, limits)
+        return none, draft if draft.tokens.shape[1] else None
+
+    def _limits(self, batch: Batch) -> list[int]:
+        """Maximum draft length of each row: one that may emit n more tokens drafts at most n - 1."""
+        return [min(self.num_speculative_tokens, row.num_remaining - 1) if row else 0 for row in batch.rows]
 
     def _score(self, batch: Batch, draft: Draft, cache: Cache) -> Tensor:
         """Logits after each row's newest token and after each of its draft, [rows, k + 1, vocab]."""

@@ -39,6 +39,19 @@ class Proposer(Protocol):
 
 
 @runtime_checkable
+class CopyingProposer(Proposer, Protocol):
+    """A proposer that copies tokens: the host knows them, and uploads them with the rest of a recorded step's input."""
+
+    def guess(self, batch: Batch, limits: Sequence[int]) -> list[list[int]]:
+        """The tokens to copy in each row, at most limits[r]; an empty list for none."""
+        ...
+
+    def complete(self, batch: Batch, limits: Sequence[int], guesses: Sequence[Sequence[int]]) -> Draft | None:
+        """The draft of these guesses and of what is drawn in rows without one; None if nothing is drawn."""
+        return None
+
+
+@runtime_checkable
 class FixedProposer(Proposer, Protocol):
     """A proposer with drafts that can be pure functions of tensors, so that whole decode steps can be recorded.
 

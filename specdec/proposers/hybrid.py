@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 
 from specdec.proposers.adaptive import AdaptiveLength
-from specdec.proposers.base import Proposer
+from specdec.proposers.base import CopyingProposer, Proposer
 from specdec.proposers.ngram import pad
 from specdec.proposers.suffix import Copy, SuffixProposer, cut_together
 from specdec.requests import Batch, Generation
@@ -93,7 +93,7 @@ class BetterCopies:
         return copied_gain > 0 and copied_gain >= drawn_gain
 
 
-class HybridProposer(Proposer):
+class HybridProposer(CopyingProposer):
     """Drafts each row with `lookup` if it has a guess, else with `fallback`.
 
     The choice depends only on committed tokens, so the declared distribution remains that of the drafted tokens.
@@ -105,22 +105,33 @@ class HybridProposer(Proposer):
         self.feature_layers = fallback.feature_layers
 
     def propose(self, batch: Batch, limits: Sequence[int]) -> Draft:
-        guesses = self._lookup.guess(batch, limits)
+        guesses = self.guess(batch, limits)
+        return self.complete(batch, limits, guesses) or _copied(batch, guesses)
+
+    def guess(self, batch: Batch, limits: Sequence[int]) -> list[list[int]]:
+        """The tokens that `lookup` copies in each row."""
+        return self._lookup.guess(batch, limits)
+
+    def complete(self, batch: Batch, limits: Sequence[int], guesses: Sequence[Sequence[int]]) -> Draft | None:
+        """These copies beside what `fallback` draws in rows without one; None if it draws nothing."""
         cap = self._max_fallback_tokens if self._max_fallback_tokens is not None else max(limits)
         drawn_limits = [0 if guess else min(limit, cap) for guess, limit in zip(guesses, limits, strict=True)]
-        vocab_size = batch.sampling.vocab_size
-        width = batch.width(max(map(len, guesses)))
-        copied = Draft.deterministic(*pad(guesses, batch.sampling.device, width), vocab_size)
         if not any(drawn_limits):
-            return copied
+            return None
         drawn = self._fallback.propose(batch, drawn_limits)
         if not any(guesses):
             return drawn
-        return _merged(copied, drawn) if drawn.tokens.shape[1] else copied
+        return _merged(_copied(batch, guesses), drawn) if drawn.tokens.shape[1] else None
 
     def forget(self) -> None:
         self._lookup.forget()
         self._fallback.forget()
+
+
+def _copied(batch: Batch, guesses: Sequence[Sequence[int]]) -> Draft:
+    """The draft of these tokens in each row."""
+    width = batch.width(max(map(len, guesses)))
+    return Draft.deterministic(*pad(guesses, batch.sampling.device, width), batch.sampling.vocab_size)
 
 
 def _merged(copied: Draft, drawn: Draft) -> Draft:

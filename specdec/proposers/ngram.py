@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from specdec.proposers.adaptive import AdaptiveLength
-from specdec.proposers.base import Proposer
+from specdec.proposers.base import CopyingProposer
 from specdec.requests import Batch, Generation
 from specdec.runtime.devices import upload
 from specdec.verification import Draft
@@ -107,7 +107,7 @@ def _sizes(min_ngram: int, max_ngram: int) -> range:
     return range(max_ngram, min_ngram - 1, -1)
 
 
-class NgramProposer(Proposer):
+class NgramProposer(CopyingProposer):
     """Proposes the continuations found by an index of each request's own tokens.
 
     new_index: creates the index of a request. adaptive: limits the length by observed acceptance; None for no limit.

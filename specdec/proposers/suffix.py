@@ -23,7 +23,7 @@ from operator import mul
 import torch
 
 from specdec.proposers.adaptive import AdaptiveLength, together
-from specdec.proposers.base import Proposer
+from specdec.proposers.base import CopyingProposer
 from specdec.proposers.ngram import pad
 from specdec.proposers.suffix_tree import TOKEN_BYTES, Followers, Place, SuffixTree
 from specdec.requests import Batch, Generation
@@ -144,7 +144,7 @@ class OwnText:
         return copy_from(self._tree, self._tree.ends(), limit, doubt)
 
 
-class SuffixProposer(Proposer):
+class SuffixProposer(CopyingProposer):
     """Proposes the better of two copies: from the request's own text, and from finished requests.
 
     max_history_bytes: see `History`. adaptive: limits the length by measured costs; None limits it only by MIN_REACH.
@@ -162,12 +162,16 @@ class SuffixProposer(Proposer):
         self._own: dict[Generation, OwnText] = {}
 
     def propose(self, batch: Batch, limits: Sequence[int]) -> Draft:
+        guesses = self.guess(batch, limits)
+        width = batch.width(max(map(len, guesses)))
+        return Draft.deterministic(*pad(guesses, self._device, width), self._vocab_size)
+
+    def guess(self, batch: Batch, limits: Sequence[int]) -> list[list[int]]:
+        """The best copy for each row, cut to the length that is worth verifying."""
         copies = self.copies(batch, limits)
         if self._adaptive:
             copies = cut_together(copies, sum(row is not None for row in batch.rows), self._adaptive)
-        guesses = [copy.tokens for copy in copies]
-        width = batch.width(max(map(len, guesses)))
-        return Draft.deterministic(*pad(guesses, self._device, width), self._vocab_size)
+        return [list(copy.tokens) for copy in copies]
 
     def copies(self, batch: Batch, limits: Sequence[int]) -> list[Copy]:
         """The best copy for each row, up to the first token that a constraint forbids; empty without a match."""

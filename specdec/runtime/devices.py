@@ -19,6 +19,12 @@ def upload(values: Sequence[Any], device: torch.device, dtype: torch.dtype = tor
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
+def upload_into(fixed: Tensor, values: Sequence[Any]) -> None:
+    """`upload` to where a tensor of the same shape is, without waiting for the device."""
+    tensor = torch.tensor(values, dtype=fixed.dtype)
+    fixed.copy_(tensor.pin_memory() if fixed.is_cuda else tensor, non_blocking=True)
+
+
 def on_device(device: torch.device) -> AbstractContextManager[Any]:
     """Make a GPU the current device, which launches, streams, graphs and their memory refer to."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

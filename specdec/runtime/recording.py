@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import fields, is_dataclass
 from typing import Any, Generic, Protocol, TypeVar, cast
@@ -20,7 +20,7 @@ from typing import Any, Generic, Protocol, TypeVar, cast
 import torch
 from torch import Tensor
 
-from specdec.runtime.devices import on_device
+from specdec.runtime.devices import on_device, upload_into
 from specdec.runtime.fallbacks import fall_back
 from specdec.runtime.timing import synchronize
 
@@ -44,6 +44,7 @@ class Recorder:
         self.seconds = 0.0
         self._recordings: dict[Hashable, Recording | None] = {}
         self._places: dict[Hashable, InPlace[Any]] = {}
+        self._uploads: dict[tuple[int, int], InPlace[Tensor]] = {}
         self._graphs: Graphs = CudaGraphs(device) if device.type == "cuda" else Repetition()
 
     def __call__(self, function: Callable[..., T], *args: Any) -> T:
@@ -78,6 +79,18 @@ class Recorder:
                 fixed.copy_(tensor, non_blocking=True)
         return self._places[key]
 
+    @torch.inference_mode()
+    def upload(self, rows: Sequence[Sequence[int]]) -> InPlace[Tensor]:
+        """Numbers of each row as int64 [rows, n], in a fixed buffer that all uploads of this shape share.
+
+        It takes one transfer and no kernel. A later upload overwrites it, in the order of the device's work.
+        """
+        key = len(rows), len(rows[0])
+        if key not in self._uploads:
+            self._uploads[key] = InPlace(torch.zeros(key, dtype=torch.int64, device=self.device))
+        upload_into(self._uploads[key].value, rows)
+        return self._uploads[key]
+
     def capacity(self, num_tokens: int) -> int:
         """The cache capacity to allocate for num_tokens tokens: in large steps, as recordings are tied to a cache.
 
@@ -89,6 +102,7 @@ class Recorder:
         """Drop all recordings and free their memory."""
         self._recordings.clear()
         self._places.clear()
+        self._uploads.clear()
         self._graphs.forget()
 
     def _first(self, key: Hashable, function: Callable[..., T], args: tuple[Any, ...]) -> T:

@@ -112,8 +112,8 @@ def check_waits(watch: Watch, completions: list[Completion], extra: int = 0) -> 
     assert watch.num_replays > num_steps
 
 
-def check_lean(watch: Watch, engine: Engine, batch: int = 1, **params: Any) -> None:
-    """A further step is one graph, one event and one download, whatever came before: nothing else is launched."""
+def check_lean(watch: Watch, engine: Engine, batch: int = 1, uploads: int = 0, **params: Any) -> None:
+    """A further step is one graph, one event, one download and so many uploads: nothing else is launched."""
     prompts, counts = [[5, 6, 7, 5, 6, 7, 5, 6]] * batch, []
     for max_tokens in (16, 24):
         watch.clear()
@@ -123,7 +123,8 @@ def check_lean(watch: Watch, engine: Engine, batch: int = 1, **params: Any) -> N
     more = [after - before for before, after in zip(*counts, strict=True)]
     num_steps = more[0]
     assert num_steps > 0
-    assert more == [num_steps] * 4 + [0] * 4
+    assert more[:-1] == [num_steps] * 4 + [0, uploads * num_steps, 0]
+    assert more[-1] == uploads * num_steps  # an upload counts as a kernel: it copies into a buffer
     assert counts[0][-1] > 0  # of the prompt, and of entering the rows
 
 
@@ -146,6 +147,17 @@ def test_a_step_is_one_graph_and_no_upload(method: str, batch: int, params: dict
         made = engine(method, batch=batch)
         steady(watch, made, batch=batch, **params)
         check_lean(watch, made, batch=batch, **params)
+
+
+@pytest.mark.parametrize("params", [GREEDY, SAMPLED, STATELESS[3]], ids=["greedy", "sampled", "truncated"])
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("method", ["ngram", "suffix", "hybrid"])
+def test_a_step_of_copies_is_one_graph_and_one_upload(method: str, batch: int, params: dict[str, Any]) -> None:
+    """Where all rows copy: every token that is read is 1, so each text repeats."""
+    with fake_gpu(triton=True) as watch:
+        made = engine(method, batch=batch)
+        steady(watch, made, batch=batch, **params)
+        check_lean(watch, made, batch=batch, uploads=1, **params)
 
 
 @pytest.mark.parametrize("params", [GREEDY, SAMPLED], ids=["greedy", "sampled"])

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pkgutil import resolve_name
 
 import pytest
-
 from helpers.fake_cuda import Watch, replacements
 
 

@@ -96,6 +96,16 @@ def test_no_replay_overwrites_the_state_of_rows(method: str, temperature: float,
     assert graphs.host == []
 
 
+@pytest.mark.parametrize("temperature", [0, 1])
+@pytest.mark.parametrize("method", ["ngram", "suffix", "hybrid", "tree"])
+def test_no_replay_overwrites_what_the_host_uploaded(method: str, temperature: float, graphs: EmulatedGraphs) -> None:
+    """Steps whose scoring and verification are recorded as one."""
+    recorded, plain = (completion(method, temperature, records, logprobs=False) for records in (True, False))
+    assert (recorded.token_ids, recorded.steps) == (plain.token_ids, plain.steps)
+    assert graphs.num_captured >= 2
+    assert graphs.host == []
+
+
 def test_overwritten_tokens_are_detected(graphs: EmulatedGraphs, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the pool places outputs decides what is overwritten, so not every method need go wrong in every process."""
     monkeypatch.setattr("specdec.runtime.recording.Recording", OutputsInThePool)
