@@ -43,7 +43,7 @@ from specdec.sampling.randomness import Role, UniformSource, noise, on_branch, u
 from specdec.sampling.state import NonFiniteLogitsError, RowParams, SamplingState
 from specdec.sampling_params import SamplingParams
 from specdec.stats import PhaseTimes
-from specdec.trees.columns import Branches
+from specdec.trees.columns import Branches, nodes_within
 from specdec.trees.shape import Tree
 from specdec.verification import Draft, Verification, VerificationRule, verify_tokens
 
@@ -148,7 +148,11 @@ class Decoder:
         self.rule, self.uniforms, self.adaptive, self.greedy_drafts = rule, uniforms, adaptive, greedy_drafts
         self.recorder = Recorder(target.device, records)
         self._clock = gpu.clock(target.device) if self.recorder.records else None
-        self._device_rows = DeviceRows(max_batch_size, num_speculative_tokens + 1, target.device)
+        self._copying = proposer if isinstance(proposer, CopyingProposer) else None
+        self._fixed = proposer if isinstance(proposer, FixedProposer) else None
+        self._tree = self._fixed.tree if self._fixed else None  # of the drafts of recorded steps
+        longest = self._tree.depth if self._tree else num_speculative_tokens
+        self._device_rows = DeviceRows(max_batch_size, longest + 1, target.device)
         self._mailbox = Mailbox(target.device)
         self._placed: tuple[Batch, InPlace[RowParams]] | None = None  # batch whose parameters recorded steps read
         self._stopwatch, self._total_s, self._recorded_s = Stopwatch(target.device), 0.0, 0.0
@@ -196,10 +200,10 @@ class Decoder:
 
     def _settle(self, flight: Flight, slots: list[Generation | None]) -> Iterator[Generation]:
         """Read a step's outcome, free the slots of finished rows, and yield the rows that have emitted tokens."""
-        if flight.batch.lag and self.proposer:
+        if flight.batch.lag and self._fixed:
             for slot, row in enumerate(flight.batch.rows):
                 if row and slots[slot] is row:
-                    cast("FixedProposer", self.proposer).drafted(slot, row, len(row.tokens))
+                    self._fixed.drafted(slot, row, len(row.tokens))
         decided = self._commit(flight)
         if self.adaptive:
             self.adaptive.observe(decided)
@@ -269,7 +273,7 @@ class Decoder:
         return (
             self._is_recordable(rows, sampling)
             and self.adaptive is None
-            and (self.proposer is None or (isinstance(self.proposer, FixedProposer) and self.proposer.is_fixed))
+            and (self.proposer is None or (self._fixed is not None and self._fixed.is_fixed))
         )
 
     def _is_recordable(self, rows: Sequence[Generation | None], sampling: SamplingState) -> bool:
@@ -337,14 +341,14 @@ class Decoder:
 
     def _launch(self, batch: Batch, cache: Cache, num_unread: int) -> Flight:
         """Launch a step as a single recording, which reads and updates the state of its rows on the device."""
-        proposer = cast("FixedProposer | None", self.proposer)
+        proposer = self._fixed
         state = self._device_rows.enter(batch.rows, partial(proposer.enter if proposer else _newest, batch))
         width = self.num_speculative_tokens + 1
         inputs = proposer.inputs(batch) if proposer else ()
         starts = [length - 1 for length in batch.num_tokens()]
         extent = cast("Any", cache).reserve(0, starts, (num_unread + 1) * width + 1)
         packed = self.recorder(self._whole_step, state, self._placed_params(batch), extent, cache, *inputs)
-        return Flight(batch, self._mailbox.send(packed.columns), packed.widths)
+        return Flight(batch, self._mailbox.send(packed.columns), packed.widths, self._tree)
 
     def _whole_step(
         self, packed: InPlace[Tensor], params: InPlace[RowParams], extent: int, cache: Cache, *inputs: Any
@@ -360,6 +364,8 @@ class Decoder:
         logits = self._logits_at(state.newest, draft, state.num_tokens - 1, cache, extent)
         moments.append(now_ns())
         outcome, finite = self._decide(logits, draft, rows, state.num_tokens)
+        if outcome.path is not None:
+            self._compact(cache, state.num_tokens, outcome.path)
         packed.value.copy_(self._after(state, draft, outcome).packed())
         moments.append(now_ns())
         return Packed.of(draft, outcome, finite, moments)
@@ -414,18 +420,20 @@ class Decoder:
         return self._placed[1]
 
     def _draft_from(self, state: RowState, rows: RowParams, extent: int, inputs: tuple[Any, ...]) -> Draft:
-        if self.proposer is None:
+        proposer, num_tokens, tree = self._fixed, self.num_speculative_tokens, self._tree
+        if proposer is None:
             return Draft.empty(len(state.num_tokens), rows.vocab_size, state.num_tokens.device)
-        proposer, num_tokens = cast("FixedProposer", self.proposer), self.num_speculative_tokens
         tokens, distribution, finite = proposer.draft_from(state, rows, num_tokens, extent, *inputs)
-        return Draft(tokens, state.limits(num_tokens, proposer.context_length), distribution, finite=finite)
+        limits = state.limits(tree.depth if tree else num_tokens, proposer.context_length)
+        num_proposed = nodes_within(tree, limits.device)[limits] if tree else limits
+        return Draft(tokens, num_proposed, distribution, tree, finite)
 
     def _after(self, state: RowState, draft: Draft, outcome: Verification) -> RowState:
         num_pending = torch.ones_like(outcome.accepted)
-        if self.proposer:
-            proposer = cast("FixedProposer", self.proposer)
-            num_pending = proposer.num_pending(outcome.accepted, self.num_speculative_tokens)
-        return state.after(draft.tokens, outcome.accepted, outcome.next_token, num_pending)
+        if self._fixed:
+            num_pending = self._fixed.num_pending(outcome.accepted, self.num_speculative_tokens)
+        tokens = draft.tokens if outcome.path is None else draft.tokens.gather(1, outcome.path)
+        return state.after(tokens, outcome.accepted, outcome.next_token, num_pending)
 
     def _propose(self, batch: Batch) -> Draft:
         limits = self._limits(batch)
@@ -438,9 +446,9 @@ class Decoder:
         limits, none = self._limits(batch), [()] * len(batch.rows)
         if self.proposer is None or not any(limits):
             return none, None
-        if isinstance(self.proposer, CopyingProposer):
-            guesses = self.proposer.guess(batch, limits)
-            return guesses, self.proposer.complete(batch, limits, guesses)
+        if self._copying:
+            guesses = self._copying.guess(batch, limits)
+            return guesses, self._copying.complete(batch, limits, guesses)
         draft = self.proposer.propose(batch, limits)
         return none, draft if draft.tokens.shape[1] else None
 

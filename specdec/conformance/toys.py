@@ -91,7 +91,15 @@ class ToyHead:
         self.num_fed += tokens.numel()
         return features % self.vocab_size * self.vocab_size + tokens.unsqueeze(-1)
 
-    def forward_at(self, features: Tensor, tokens: Tensor, starts: Tensor, cache: MarkovCache, extent: int) -> Tensor:
+    def forward_at(
+        self,
+        features: Tensor,
+        tokens: Tensor,
+        starts: Tensor,
+        cache: MarkovCache,
+        extent: int,
+        branches: Branches | None = None,
+    ) -> Tensor:
         return self.forward(features, tokens, cache)
 
     def logits(self, features: Tensor) -> Tensor:

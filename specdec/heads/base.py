@@ -124,7 +124,15 @@ class SequentialHead(Head, Protocol):
         """
         ...
 
-    def forward_at(self, states: Tensor, tokens: Tensor, starts: Tensor, cache: Any, extent: int) -> Tensor:
+    def forward_at(
+        self,
+        states: Tensor,
+        tokens: Tensor,
+        starts: Tensor,
+        cache: Any,
+        extent: int,
+        branches: Branches | None = None,
+    ) -> Tensor:
         """`forward` from the first slot on; row r begins at position starts[r] and attends to `extent` positions."""
         ...
 

@@ -121,9 +121,17 @@ class SequentialModule(HeadModule, ABC):
         cache.open(first_slot, rows, width, tokens.device, branches)
         return self.run(states, tokens, cache)
 
-    def forward_at(self, states: Tensor, tokens: Tensor, starts: Tensor, cache: RaggedCache, extent: int) -> Tensor:
+    def forward_at(
+        self,
+        states: Tensor,
+        tokens: Tensor,
+        starts: Tensor,
+        cache: RaggedCache,
+        extent: int,
+        branches: Branches | None = None,
+    ) -> Tensor:
         """`forward` from the first slot on; row r begins at position starts[r] and attends to `extent` positions."""
-        cache.open_at(0, starts, tokens.shape[1], extent)
+        cache.open_at(0, starts, tokens.shape[1], extent, branches)
         return self.run(states, tokens, cache)
 
 

@@ -12,6 +12,7 @@ from specdec.models.base import FeatureLayers
 from specdec.requests import Batch, Generation
 from specdec.sampling.distributions import Distribution
 from specdec.sampling.state import RowParams
+from specdec.trees.shape import Tree
 from specdec.verification import Draft
 
 
@@ -56,7 +57,10 @@ class FixedProposer(Proposer, Protocol):
     """A proposer with drafts that can be pure functions of tensors, so that whole decode steps can be recorded.
 
     is_fixed: whether they are in this configuration. context_length: rows with more tokens get no draft.
+    tree: the shape of its drafts; None for chains.
     """
+
+    tree: Tree | None = None
 
     @property
     def is_fixed(self) -> bool: ...
@@ -78,7 +82,8 @@ class FixedProposer(Proposer, Protocol):
     def draft_from(
         self, state: RowState, rows: RowParams, num_tokens: int, extent: int, *inputs: Any
     ) -> tuple[Tensor, Distribution, Tensor]:
-        """Draft num_tokens for each row, as a pure function of tensors; see `specdec.proposers.chain.draw_fixed`.
+        """Draft num_tokens, or the tree, for each row, as a pure function of tensors; see
+        `specdec.proposers.chain.draw_fixed` and `specdec.proposers.tree.draw_fixed_tree`.
 
         extent: an upper bound on the tokens of a row with its draft. inputs: from `inputs`.
         """

@@ -1,4 +1,7 @@
-"""Draws a draft token by token, each from its distribution given the previous ones."""
+"""Draws a draft token by token, each from its distribution given the previous ones.
+
+`ChainProposer` is also the base of the proposers that draw trees, see `specdec.proposers.tree`.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,7 @@ from specdec.device_rows import RowState
 from specdec.proposers.adaptive import AdaptiveLength, confidence
 from specdec.proposers.base import FixedProposer
 from specdec.proposers.ngram import pad
+from specdec.proposers.tree import LogitsAt, draw_fixed_tree
 from specdec.requests import Batch
 from specdec.runtime.devices import upload
 from specdec.sampling.distributions import Distribution, stack_distributions
@@ -52,7 +56,7 @@ def with_masks(tokens: Tensor, lengths: Tensor, num_masks: int, mask_token: int)
 
 
 class ChainProposer(FixedProposer):
-    """A FixedProposer that draws chains with a model; if steps are recorded, a draft is a single recording.
+    """A FixedProposer that draws chains or trees with a model; if steps are recorded, a draft is a single recording.
 
     max_pending: maximum number of pending tokens per row in a recorded draft; None for as many as a step emits.
     num_before: number of leading tokens that are not stored in the cache.
@@ -68,6 +72,10 @@ class ChainProposer(FixedProposer):
     def logits_after(self, pending: Pending, extent: int, *inputs: Any) -> Callable[[Tensor], Tensor]:
         """The function for `draw_fixed` that returns logits after the pending tokens and the draft so far."""
 
+    def logits_at(self, pending: Pending, extent: int, *inputs: Any) -> LogitsAt:
+        """The same for `draw_fixed_tree`, of a proposer that has a tree."""
+        raise NotImplementedError(f"{type(self).__name__} draws chains only")
+
     @property
     def is_fixed(self) -> bool:
         return self._adaptive is None
@@ -82,13 +90,16 @@ class ChainProposer(FixedProposer):
     def _draw(
         self, pending: Pending, origins: Tensor, rows: RowParams, num_tokens: int, extent: int, *inputs: Any
     ) -> tuple[Tensor, Distribution, Tensor]:
+        if self.tree:
+            logits_at = self.logits_at(pending, extent, *inputs)
+            return draw_fixed_tree(rows, origins, self.tree, logits_at, self._uniforms, self._vocabulary)
         logits_after = self.logits_after(pending, extent, *inputs)
         return draw_fixed(rows, origins, num_tokens, logits_after, self._uniforms, self._vocabulary)
 
     def _record(
         self, batch: Batch, limits: Sequence[int], pending: Sequence[Sequence[int]], cache: Any, starts: Sequence[int]
     ) -> Draft:
-        """Draw the whole draft in a single recording. pending, starts: of each row, see `Pending`."""
+        """Draw the whole draft in a single recording. limits: in levels, for a tree. pending, starts: see `Pending`."""
         assert batch.recording
         device, max_pending = batch.sampling.device, self.max_pending or batch.max_draft + 1
         extent = cache.reserve(0, starts, max_pending + batch.max_draft)
@@ -101,7 +112,8 @@ class ChainProposer(FixedProposer):
             extent,
             *self.inputs(batch),
         )
-        return Draft(drafted, upload(limits, device), distribution, finite=finite)
+        num_proposed = [self.tree.num_within(limit) for limit in limits] if self.tree else limits
+        return Draft(drafted, upload(num_proposed, device), distribution, self.tree, finite)
 
 
 def draw_chain(

@@ -15,7 +15,7 @@ from specdec.models.vocabularies import Rewritten, SharedVocabulary
 from specdec.proposers.adaptive import AdaptiveLength
 from specdec.proposers.chain import ChainProposer, Pending, draw_chain
 from specdec.proposers.ngram import pad
-from specdec.proposers.tree import Level, draw_tree
+from specdec.proposers.tree import Level, LogitsAt, draw_tree
 from specdec.requests import Batch, Generation
 from specdec.runtime.devices import fetch_later
 from specdec.sampling.randomness import UniformSource, uniforms
@@ -68,7 +68,9 @@ class DraftModelProposer(ChainProposer):
         tree: Tree | None = None,
     ) -> None:
         self._model, self._uniforms, self._adaptive, self._shared = model, uniforms, adaptive, shared
-        self._vocabulary, self._tree = shared.tokens if shared else None, tree
+        self._vocabulary, self.tree = shared.tokens if shared else None, tree
+        if tree:
+            self.max_pending = tree.depth + 1  # accepted nodes are fed again
         self._texts: dict[Generation, Rewritten] = {}
         self._cache: Any = None
         self._slots: list[_Slot] = []
@@ -84,20 +86,20 @@ class DraftModelProposer(ChainProposer):
         ]
         if max(limits) == 0:
             return Draft.empty(len(batch.rows), batch.sampling.vocab_size, self._model.device)
-        num_drafted = len(self._tree) if self._tree else max(limits)
+        num_drafted = len(self.tree) if self.tree else max(limits)
         self._reserve(batch, max(len(tokens) for tokens, _ in texts) + num_drafted)
         self._settle()
         draft = self._draft(batch, [tokens for tokens, _ in texts], limits)
         if draft.tokens.shape[1] == 0:
             return draft  # nothing was fed
-        self._fed = fetch_later(self._own(draft.tokens[:, : -1 if self.feeds_drafts and not self._tree else 0]))
+        self._fed = fetch_later(self._own(draft.tokens[:, : -1 if self.feeds_drafts and not self.tree else 0]))
         for slot, row, (tokens, num_settled) in zip(self._slots, batch.rows, texts, strict=False):
             slot.owner, slot.num_committed, slot.drafted = row, num_settled, tokens[num_settled:]
         return draft
 
     @property
     def is_fixed(self) -> bool:
-        return self._adaptive is None and self._tree is None and self._shared is None
+        return self._adaptive is None and self._shared is None
 
     @property
     def context_length(self) -> int:
@@ -126,7 +128,21 @@ class DraftModelProposer(ChainProposer):
 
         return logits
 
+    def logits_at(self, pending: Pending, extent: int, *inputs: Any) -> LogitsAt:
+        (cache,), model = inputs, cast("FixedShapeModel", self._model)
+
+        def logits(level: Level, parents: Tensor) -> Tensor:
+            if level.number == 0:
+                fed = model.forward_at(pending.tokens, pending.starts, cache, extent)
+                return self._of_target(at(fed, pending.num - 1))
+            nodes = self._own(parents)
+            return self._of_target(model.forward_at(nodes, pending.ends, cache, extent, branches=level.branches))
+
+        return logits
+
     def num_pending(self, accepted: Tensor, num_tokens: int) -> Tensor:
+        if self.tree:
+            return accepted + 1
         return 1 + (accepted == num_tokens).long()  # the last token of a draft is not fed while drafting
 
     def drafted(self, slot: int, row: Generation, length: int) -> None:
@@ -135,12 +151,12 @@ class DraftModelProposer(ChainProposer):
         self._slots[slot] = _Slot(row, length)
 
     def _draft(self, batch: Batch, texts: Sequence[list[int]], limits: Sequence[int]) -> Draft:
-        if self._tree:
-            logits_at = partial(self._branch, batch, texts, self._tree.depth + 1)
-            return draw_tree(batch, limits, self._tree, logits_at, self._uniforms, self._vocabulary)
         if batch.recording and not self._adaptive:
             pending = self._pending(batch, texts, self.max_pending or batch.max_draft + 1)
             return self._record(batch, limits, pending, self._cache, self._cache.num_cached[: len(batch.rows)])
+        if self.tree:
+            logits_at = partial(self._branch, batch, texts, self.tree.depth + 1)
+            return draw_tree(batch, limits, self.tree, logits_at, self._uniforms, self._vocabulary)
         return self._drawn(batch, texts, limits)
 
     def _branch(self, batch: Batch, texts: Sequence[list[int]], longest: int, level: Level, parents: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from specdec.trees.shape import _lineage_mask
+from specdec.trees.shape import Tree, _lineage_mask
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +41,12 @@ def offsets(branches: Branches, device: torch.device) -> Tensor:
     for parent in branches.parents:
         depths.append(depths[parent] + 1 if parent >= 0 else 0)
     return torch.tensor(depths[branches.first :], device=device)
+
+
+@cache  # unbounded: CUDA graphs hold pointers to these tensors
+def nodes_within(tree: Tree, device: torch.device) -> Tensor:
+    """Number of nodes in a tree's first 0, 1, ... levels: int64 [depth + 1]."""
+    return torch.tensor([tree.num_within(depth) for depth in range(tree.depth + 1)], device=device)
 
 
 @cache  # unbounded: CUDA graphs hold pointers to these tensors

@@ -140,7 +140,7 @@ def test_a_step_of_chains_waits_once_and_uploads_without_waiting(
 
 @pytest.mark.parametrize("params", [GREEDY, SAMPLED, STATELESS[3]], ids=["greedy", "sampled", "truncated"])
 @pytest.mark.parametrize("batch", [1, 3])
-@pytest.mark.parametrize("method", ["autoregressive", "draft_model", "eagle", "early_exit"])
+@pytest.mark.parametrize("method", ["autoregressive", "draft_model", "eagle", "early_exit", "tree"])
 def test_a_step_is_one_graph_and_no_upload(method: str, batch: int, params: dict[str, Any]) -> None:
     """Where the GPU's clock can be read, which takes Triton."""
     with fake_gpu(triton=True) as watch:

@@ -87,7 +87,7 @@ def test_no_replay_overwrites_values_that_are_read_later(
 
 
 @pytest.mark.parametrize("temperature", [0, 1])
-@pytest.mark.parametrize("method", ["autoregressive", "draft_model", "eagle", "early_exit"])
+@pytest.mark.parametrize("method", ["autoregressive", "draft_model", "eagle", "early_exit", "tree"])
 def test_no_replay_overwrites_the_state_of_rows(method: str, temperature: float, graphs: EmulatedGraphs) -> None:
     """Steps that are recorded as a whole, which they are without log-probabilities."""
     recorded, plain = (completion(method, temperature, records, logprobs=False) for records in (True, False))
@@ -97,7 +97,7 @@ def test_no_replay_overwrites_the_state_of_rows(method: str, temperature: float,
 
 
 @pytest.mark.parametrize("temperature", [0, 1])
-@pytest.mark.parametrize("method", ["ngram", "suffix", "hybrid", "tree"])
+@pytest.mark.parametrize("method", ["ngram", "suffix", "hybrid"])
 def test_no_replay_overwrites_what_the_host_uploaded(method: str, temperature: float, graphs: EmulatedGraphs) -> None:
     """Steps whose scoring and verification are recorded as one."""
     recorded, plain = (completion(method, temperature, records, logprobs=False) for records in (True, False))

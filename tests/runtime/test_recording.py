@@ -243,14 +243,17 @@ def completions(method: str, device: str, gamma: int, records: bool, batch: int,
     torch.manual_seed(0)
     model = tiny.make("llama", tiny.GQA | {"max_position_embeddings": 128}).to(device)
     draft = None
-    if method == "eagle":
+    if method in ("eagle", "hybrid", "head_tree"):
         draft = new_head(model, torch.arange(0, 61, 2, device=device)).placed(model.device, model.dtype).eval()
-    if method == "draft_model":
+    if method in ("draft_model", "model_tree"):
         draft = CausalLM(tiny.make("gpt2", tiny.SMALL).to(device))
     if fused:
         fuse(model)
     options = {"num_speculative_tokens": gamma} if method != "autoregressive" else {}
     options |= {"max_batch_size": batch, "verification": verification}
+    if method.endswith("_tree"):
+        method, options["tree"] = "tree", [(0,), (1,), (0, 0), (0, 1), (1, 0)]
+        del options["num_speculative_tokens"]
     engine = Engine(CausalLM(model), method=method, draft=draft, records=records, **options)
     prompts = [*tiny.PROMPTS, [9, 4] * 10]
     return engine.generate(prompts, SAMPLED) + engine.generate(prompts[::-1], SAMPLED)
@@ -263,6 +266,11 @@ def completions(method: str, device: str, gamma: int, records: bool, batch: int,
     [
         ("autoregressive", 0, "token", False),
         ("ngram", 3, "token", True),
+        ("suffix", 3, "token", True),
+        ("hybrid", 2, "token", True),
+        ("head_tree", None, "token", True),
+        ("head_tree", None, "coupled", True),
+        ("model_tree", None, "token", False),
         ("draft_model", 3, "block", False),
         ("eagle", 2, "token", True),
         ("eagle", 3, "coupled", True),

@@ -118,10 +118,11 @@ def test_joint_distribution_of_trees(tree: Tree, stop: tuple[int, ...]) -> None:
     assert distance(distribution, processed_distribution(TARGET, params, PROMPT, 4 if tree is PAIR else 3)) < 1e-12
 
 
-def test_joint_distribution_across_two_steps_of_a_tree() -> None:
+@pytest.mark.parametrize("records", [False, True])
+def test_joint_distribution_across_two_steps_of_a_tree(records: bool) -> None:
     """Five tokens: a path of two tokens off the first branch, then another step that reads its cache entries."""
     target, draft = MarkovModel(table(3, TARGET_DISTRIBUTIONS[[3, 4, 1]])), MarkovModel(table(5, COINS[[0, 1, 3]]))
-    distribution = exact(tree_maker(target, draft, SECOND_FORK), SECOND_FORK, 5, target, draft)
+    distribution = exact(tree_maker(target, draft, SECOND_FORK, records=records), SECOND_FORK, 5, target, draft)
     assert distance(distribution, joint_distribution(target, PROMPT, 5)) < 1e-12
 
 

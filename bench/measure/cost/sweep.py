@@ -220,9 +220,9 @@ def _tree_step(head: EagleHead, target: CausalLM, num_nodes: int) -> Sized:
         own.num_cached[0] = cache.num_cached[0] = CONTEXT
         guessed = head(features, tokens[:, :1], own)
         own.num_cached[0] += 1
-        for level in levels_of(tree):
+        for level in levels_of(tree, target.device):
             if level.number:
-                fed = tokens[:, : len(level.parents)]
+                fed = tokens[:, : len(level.counts)]
                 guessed = head(guessed[:, level.above], fed, own, branches=level.branches)
             head.logits(guessed)
         target.forward(tokens, cache, branches=Branches.behind_root(tree.parents))

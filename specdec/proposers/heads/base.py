@@ -24,7 +24,7 @@ class HeadProposer(ChainProposer):
     """
 
     context_length = 1 << 30  # no limit of its own
-    max_pending = None
+    max_pending: int | None = None
     num_before = 1  # the features before a row's newest token are the last ones known
 
     def __init__(self, head: Any, uniforms: UniformSource, adaptive: AdaptiveLength | None) -> None:
@@ -40,7 +40,7 @@ class HeadProposer(ChainProposer):
 
     def enter(self, batch: Batch, slot: int) -> list[int]:
         self._reserve(batch)
-        return self._lacking(batch, slot, batch.max_draft + 1)
+        return self._lacking(batch, slot, self.max_pending or batch.max_draft + 1)
 
     def inputs(self, batch: Batch) -> tuple[Any, ...]:
         assert batch.features is not None

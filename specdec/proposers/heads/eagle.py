@@ -13,7 +13,7 @@ from specdec.proposers.adaptive import AdaptiveLength
 from specdec.proposers.chain import Pending, draw_chain
 from specdec.proposers.heads.base import HeadProposer, features_at
 from specdec.proposers.ngram import pad
-from specdec.proposers.tree import Level, draw_tree
+from specdec.proposers.tree import Level, LogitsAt, draw_tree
 from specdec.requests import Batch
 from specdec.runtime.devices import upload
 from specdec.sampling.randomness import UniformSource, uniforms
@@ -38,23 +38,20 @@ class EagleProposer(HeadProposer):
         tree: Tree | None = None,
     ) -> None:
         super().__init__(head, uniforms, adaptive)
-        self._tree = tree
+        self.tree = tree
+        self.max_pending = tree.depth + 1 if tree else None
 
     @torch.inference_mode()
     def propose(self, batch: Batch, limits: Sequence[int]) -> Draft:
         if max(limits) == 0:
             return Draft.empty(len(batch.rows), self._head.vocab_size, self._head.device)
         self._reserve(batch)
-        if self._tree:
-            return self._branching(batch, limits, self._tree)
         if batch.recording and not self._adaptive:
-            pending = self._pending(batch, batch.max_draft + 1)
+            pending = self._pending(batch, self.max_pending or batch.max_draft + 1)
             return self._record(batch, limits, pending, self._cache, self._cache.num_cached[: len(batch.rows)])
+        if self.tree:
+            return self._branching(batch, limits, self.tree)
         return self._drawn(batch, limits)
-
-    @property
-    def is_fixed(self) -> bool:
-        return self._adaptive is None and self._tree is None
 
     def logits_after(self, pending: Pending, extent: int, *inputs: Any) -> Callable[[Tensor], Tensor]:
         (cache, features), head, states = inputs, self._head, torch.empty(0)
@@ -64,11 +61,29 @@ class EagleProposer(HeadProposer):
             if drafted.shape[1]:
                 states = head.forward_at(states, drafted[:, -1:], pending.ends + drafted.shape[1] - 1, cache, extent)
             else:
-                known = head.encode(features_at(features.value, pending.starts, pending.tokens.shape[1]))
-                states = _last(head.forward_at(known, pending.tokens, pending.starts, cache, extent), pending.num)
+                states = self._state_after(pending, features.value, cache, extent)
             return head.logits(states)
 
         return logits
+
+    def logits_at(self, pending: Pending, extent: int, *inputs: Any) -> LogitsAt:
+        (cache, features), head, states = inputs, self._head, torch.empty(0)
+
+        def logits(level: Level, parents: Tensor) -> Tensor:
+            nonlocal states
+            if level.number:
+                above = states[:, level.above]
+                states = head.forward_at(above, parents, pending.ends, cache, extent, level.branches)
+            else:
+                states = self._state_after(pending, features.value, cache, extent)
+            return head.logits(states)
+
+        return logits
+
+    def _state_after(self, pending: Pending, features: Tensor, cache: Any, extent: int) -> Tensor:
+        """Feed the pending tokens; returns the state after the last, [rows, 1, width]."""
+        known = self._head.encode(features_at(features, pending.starts, pending.tokens.shape[1]))
+        return _last(self._head.forward_at(known, pending.tokens, pending.starts, cache, extent), pending.num)
 
     def _drawn(self, batch: Batch, limits: Sequence[int]) -> Draft:
         cache, states = self._cache, torch.empty(0)

@@ -13,7 +13,7 @@ from specdec.heads.base import StatelessHead
 from specdec.proposers.adaptive import AdaptiveLength
 from specdec.proposers.chain import ChainProposer, Pending, draw_chain
 from specdec.proposers.heads.base import features_at
-from specdec.proposers.tree import Level, draw_tree
+from specdec.proposers.tree import Level, LogitsAt, draw_tree
 from specdec.requests import Batch, Generation
 from specdec.runtime.devices import upload
 from specdec.runtime.recording import InPlace
@@ -38,7 +38,7 @@ class StatelessProposer(ChainProposer):
         adaptive: AdaptiveLength | None = None,
         tree: Tree | None = None,
     ) -> None:
-        self._head, self._uniforms, self._adaptive, self._tree = head, uniforms, adaptive, tree
+        self._head, self._uniforms, self._adaptive, self.tree = head, uniforms, adaptive, tree
         self._vocabulary, self.feature_layers = head.draft_vocabulary, head.feature_layers
         self._max_tokens = head.max_tokens or sys.maxsize
 
@@ -52,15 +52,11 @@ class StatelessProposer(ChainProposer):
         newest = upload(batch.last_tokens(), device).unsqueeze(1)
         places = upload([max(0, length - 2) for length in batch.num_tokens()], device)
         features = features_at(batch.features, places, 1)
-        if self._tree:
+        if self.tree:
             logits_at = self._logits_at(features, newest)
-            return draw_tree(batch, limits, self._tree, logits_at, self._uniforms, self._vocabulary)
+            return draw_tree(batch, limits, self.tree, logits_at, self._uniforms, self._vocabulary)
         logits_after = self._logits_after(features, newest)
         return draw_chain(batch, limits, logits_after, self._uniforms, self._adaptive, self._vocabulary)
-
-    @property
-    def is_fixed(self) -> bool:
-        return self._adaptive is None and self._tree is None
 
     def enter(self, batch: Batch, slot: int) -> list[int]:
         row = batch.rows[slot]
@@ -72,8 +68,10 @@ class StatelessProposer(ChainProposer):
         return (InPlace(batch.features),)
 
     def logits_after(self, pending: Pending, extent: int, *inputs: Any) -> Callable[[Tensor], Tensor]:
-        features = inputs[0].value
-        return self._logits_after(features_at(features, (pending.starts - 1).clamp(min=0), 1), pending.tokens)
+        return self._logits_after(_features_before(pending, inputs[0].value), pending.tokens)
+
+    def logits_at(self, pending: Pending, extent: int, *inputs: Any) -> LogitsAt:
+        return self._logits_at(_features_before(pending, inputs[0].value), pending.tokens)
 
     def num_pending(self, accepted: Tensor, num_tokens: int) -> Tensor:
         return torch.ones_like(accepted)
@@ -93,7 +91,7 @@ class StatelessProposer(ChainProposer):
 
         return logits
 
-    def _logits_at(self, features: Tensor, newest: Tensor) -> Callable[[Level, Tensor], Tensor]:
+    def _logits_at(self, features: Tensor, newest: Tensor) -> LogitsAt:
         """The function that trees are drawn by."""
         head, states = self._head, self._head.start(features)
 
@@ -106,3 +104,8 @@ class StatelessProposer(ChainProposer):
             return head.logits(level.number, states)
 
         return logits
+
+
+def _features_before(pending: Pending, features: Tensor) -> Tensor:
+    """Features [slots, capacity, width] of the token before each row's newest, [rows, 1, width]."""
+    return features_at(features, (pending.starts - 1).clamp(min=0), 1)
