@@ -154,7 +154,6 @@ class Decoder:
         longest = self._tree.depth if self._tree else num_speculative_tokens
         self._device_rows = DeviceRows(max_batch_size, longest + 1, target.device)
         self._mailbox = Mailbox(target.device)
-        self._placed: tuple[Batch, InPlace[RowParams]] | None = None  # batch whose parameters recorded steps read
         self._stopwatch, self._total_s, self._recorded_s = Stopwatch(target.device), 0.0, 0.0
         self._cache: Cache | None = None
         self._prompts: dict[int, tuple[int, Tensor]] = {}  # slot -> request whose prompt it holds, and its last logits
@@ -347,7 +346,8 @@ class Decoder:
         inputs = proposer.inputs(batch) if proposer else ()
         starts = [length - 1 for length in batch.num_tokens()]
         extent = cast("Any", cache).reserve(0, starts, (num_unread + 1) * width + 1)
-        packed = self.recorder(self._whole_step, state, self._placed_params(batch), extent, cache, *inputs)
+        params = self.recorder.place(batch.sampling.rows)
+        packed = self.recorder(self._whole_step, state, params, extent, cache, *inputs)
         return Flight(batch, self._mailbox.send(packed.columns), packed.widths, self._tree)
 
     def _whole_step(
@@ -382,7 +382,7 @@ class Decoder:
         ]
         starts = cache.num_cached[: len(columns)] = [number - 1 for number in num_tokens]
         extent = cast("Any", cache).reserve(0, starts, 1 + (draft.tokens.shape[1] if draft else width))
-        inputs, params = self.recorder.upload(columns), self._placed_params(batch)
+        inputs, params = self.recorder.upload(columns), self.recorder.place(batch.sampling.rows)
         packed = self.recorder(self._after_draft, inputs, draft, params, extent, cache)
         return Flight(batch, self._mailbox.send(packed.columns), packed.widths, draft.tree if draft else None)
 
@@ -412,12 +412,6 @@ class Decoder:
         branches = Branches.behind_root(draft.tree.parents) if draft.tree else None
         tokens = torch.cat([newest, draft.tokens], 1)
         return cast("FixedShapeModel", self.target).forward_at(tokens, starts, cache, extent, branches=branches)
-
-    def _placed_params(self, batch: Batch) -> InPlace[RowParams]:
-        """The parameters of the batch's rows, where recorded steps read them."""
-        if self._placed is None or self._placed[0] is not batch:
-            self._placed = (batch, self.recorder.place(batch.sampling.rows))
-        return self._placed[1]
 
     def _draft_from(self, state: RowState, rows: RowParams, extent: int, inputs: tuple[Any, ...]) -> Draft:
         proposer, num_tokens, tree = self._fixed, self.num_speculative_tokens, self._tree

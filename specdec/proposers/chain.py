@@ -17,10 +17,10 @@ from torch.nn.functional import pad as pad_columns
 from specdec.device_rows import RowState
 from specdec.proposers.adaptive import AdaptiveLength, confidence
 from specdec.proposers.base import FixedProposer
-from specdec.proposers.ngram import pad
 from specdec.proposers.tree import LogitsAt, draw_fixed_tree
 from specdec.requests import Batch
 from specdec.runtime.devices import upload
+from specdec.runtime.recording import InPlace
 from specdec.sampling.distributions import Distribution, stack_distributions
 from specdec.sampling.randomness import Role, UniformSource, noise
 from specdec.sampling.state import RowParams
@@ -101,19 +101,27 @@ class ChainProposer(FixedProposer):
     ) -> Draft:
         """Draw the whole draft in a single recording. limits: in levels, for a tree. pending, starts: see `Pending`."""
         assert batch.recording
-        device, max_pending = batch.sampling.device, self.max_pending or batch.max_draft + 1
-        extent = cache.reserve(0, starts, max_pending + batch.max_draft)
-        drafted, distribution, finite = batch.recording(
-            self._draw,
-            Pending(*pad(pending, device, max_pending), upload(starts, device)),
-            upload(batch.num_tokens(), device),
-            batch.sampling.rows,
-            batch.max_draft,
-            extent,
-            *self.inputs(batch),
-        )
+        recorder, max_pending = batch.recording, self.max_pending or batch.max_draft + 1
         num_proposed = [self.tree.num_within(limit) for limit in limits] if self.tree else limits
-        return Draft(drafted, upload(num_proposed, device), distribution, self.tree, finite)
+        columns = [
+            [*numbers, len(tokens), *tokens, *[0] * (max_pending - len(tokens))]
+            for *numbers, tokens in zip(batch.num_tokens(), num_proposed, starts, pending, strict=True)
+        ]
+        uploaded, params = recorder.upload(columns), recorder.place(batch.sampling.rows)
+        extent = cache.reserve(0, starts, max_pending + batch.max_draft)
+        return recorder(self._drafted, uploaded, params, batch.max_draft, extent, *self.inputs(batch))
+
+    def _drafted(
+        self, uploaded: InPlace[Tensor], params: InPlace[RowParams], num_tokens: int, extent: int, *inputs: Any
+    ) -> Draft:
+        """A draft as a pure function of tensors.
+
+        uploaded: int64 [rows, 4 + n], each row's number of tokens, number of draft tokens to propose, and `Pending`.
+        """
+        origins, num_proposed, starts, num_pending = uploaded.value[:, :4].unbind(1)
+        pending = Pending(uploaded.value[:, 4:], num_pending, starts)
+        tokens, distribution, finite = self._draw(pending, origins, params.value, num_tokens, extent, *inputs)
+        return Draft(tokens, num_proposed, distribution, self.tree, finite)
 
 
 def draw_chain(

@@ -43,7 +43,7 @@ class Recorder:
         self.device, self.records = device, device.type == "cuda" if records is None else records
         self.seconds = 0.0
         self._recordings: dict[Hashable, Recording | None] = {}
-        self._places: dict[Hashable, InPlace[Any]] = {}
+        self._places: dict[Hashable, tuple[InPlace[Any], Any]] = {}  # with the value that was copied last
         self._uploads: dict[tuple[int, int], InPlace[Tensor]] = {}
         self._graphs: Graphs = CudaGraphs(device) if device.type == "cuda" else Repetition()
 
@@ -68,16 +68,19 @@ class Recorder:
     def place(self, value: T) -> InPlace[T]:
         """Copy a value into the fixed buffer shared by all values of the same shapes, which recordings read in place.
 
-        For values that change less often than they are read: calling a recording then copies nothing.
+        For values that change less often than they are read: neither placing the same object again nor calling a
+        recording copies anything. The value must not change.
         """
         tensors: list[Tensor] = []
         key = _structure(value, tensors)
-        if key not in self._places:
-            self._places[key] = InPlace(_replaced(value, iter([_copy(tensor) for tensor in tensors])))
-        else:
-            for fixed, tensor in zip(_tensors(self._places[key].value), tensors, strict=True):
+        placed, last = self._places.get(key, (None, None))
+        if placed is None:
+            placed = InPlace(_replaced(value, iter([_copy(tensor) for tensor in tensors])))
+        elif last is not value:
+            for fixed, tensor in zip(_tensors(placed.value), tensors, strict=True):
                 fixed.copy_(tensor, non_blocking=True)
-        return self._places[key]
+        self._places[key] = placed, value
+        return cast("InPlace[T]", placed)
 
     @torch.inference_mode()
     def upload(self, rows: Sequence[Sequence[int]]) -> InPlace[Tensor]:
