@@ -21,42 +21,7 @@ from mutation import verdicts
 
 ROOT = Path(__file__).parents[1]
 WORK = ROOT / "build" / "mutation"
-AUDITS = " ".join(  # the shorter ones: those of 200 audits, and of many draws, take a minute
-    (
-        "tests/conformance/test_verdicts.py",
-        "tests/conformance/test_audit.py",
-        *(
-            f"--deselect tests/conformance/test_audit.py::test_{name}"
-            for name in (
-                "no_false_alarm_in_200_audits",
-                "p_values",
-                "intervals_contain_the_true_value",
-                "outputs_that_continue_after_a_stop_token_are_named",
-                "a_distance_of_a_twentieth_is_found",
-                "a_bug_beside_low_precision",
-                "a_broken_engine_is_lossy[M2",
-                "a_broken_engine_is_lossy[M3",
-                "a_broken_engine_is_lossy[M6",
-                "a_uniform_used_twice",
-            )
-        ),
-    )
-)
-ENUMERATION = " ".join(  # one test of each kind: all of them take minutes
-    f"tests/conformance/test_enumeration.py::test_{name}"
-    for name in (
-        "races_over_pieces_have_the_distributions_exactly",
-        "pieces_of_other_distributions_are_not_enough",
-        "four_tokens_are_refused",
-        "noise_is_for_coupled_draws_only",
-        "pieces_between_thresholds",
-        "joint_distribution_of_the_coupled_loop[head-1-stop1]",
-        "joint_distribution_of_the_recorded_coupled_loop",
-        "joint_distribution_under_processors[top_k-rule0]",
-        "joint_distribution_under_processors[top_k-rule1]",
-        "joint_distribution_of_each_proposer_under_a_constraint[head-2-True]",
-    )
-)
+ENUMERATION = "tests/conformance/test_enumeration.py::test_"
 JOBS = {  # module -> the tests that are to see its mutants
     "specdec/stats.py": "tests/test_stats.py",
     "specdec/verification.py": (
@@ -72,8 +37,11 @@ JOBS = {  # module -> the tests that are to see its mutants
         "tests/conformance/test_verdicts.py tests/conformance/test_audit.py::test_limits_are_probabilities "
         "tests/conformance/test_audit.py::test_noise_is_not_negative"
     ),
-    "specdec/conformance/audit.py": AUDITS,
-    "specdec/conformance/arms.py": AUDITS,
+    "specdec/conformance/audit.py": (
+        "tests/conformance/test_audit_steps.py tests/conformance/test_expectation.py "
+        "tests/conformance/test_verdicts.py::test_seeds_of_arms_rounds_and_audits_are_disjoint"
+    ),
+    "specdec/conformance/arms.py": "tests/conformance/test_arms.py",
     "specdec/conformance/statistics/betting.py": "tests/conformance/test_betting.py tests/conformance/test_verdicts.py",
     "specdec/conformance/statistics/instruments.py": "tests/conformance/test_instruments.py",
     "specdec/conformance/statistics/facts.py": "tests/conformance/test_facts.py",
@@ -82,7 +50,12 @@ JOBS = {  # module -> the tests that are to see its mutants
         "--deselect tests/conformance/test_reference.py::test_a_reference_is_loaded_by_its_name"
     ),
     "specdec/conformance/certificate.py": "tests/conformance/test_certificate.py",
-    "specdec/conformance/enumeration.py": ENUMERATION,
+    "specdec/conformance/enumeration.py": (
+        "tests/conformance/test_oracle.py "
+        f"{ENUMERATION}races_over_pieces_have_the_distributions_exactly "
+        f"{ENUMERATION}pieces_between_thresholds "
+        f"{ENUMERATION}joint_distribution_of_the_recorded_coupled_loop"
+    ),
     "bench/measure/records.py": (
         "tests/bench/measure/test_records.py tests/bench/measure/test_loaded.py::test_a_record_by_hand "
         "tests/bench/measure/test_loaded.py::test_an_engine_that_tells_less_has_nulls_and_its_mean_wait "

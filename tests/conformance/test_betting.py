@@ -13,6 +13,8 @@ from specdec.conformance.statistics.betting import (
     Exchangeability,
     Shift,
     Wealth,
+    _divergence,
+    _log_sum_exp,
     draws_needed,
     draws_needed_for_rate,
     min_detectable_rate,
@@ -48,6 +50,45 @@ def test_an_underflowing_p_value_is_reported_as_the_smallest_float() -> None:
     wealth = Wealth(1, 0.01)
     wealth.bet(np.array([[5000.0]]))
     assert wealth.p_value == 1e-300
+
+
+def test_a_wealth_of_one_over_the_level_is_found() -> None:
+    wealth = Wealth(1, level=0.5)
+    wealth.bet(np.log([[1.0], [2.0], [0.5]]))
+    assert (wealth.found_after, wealth.p_value) == (2, pytest.approx(0.5))
+    wealth.bet(np.log([[8.0]]))
+    assert (wealth.found_after, wealth.num_steps) == (2, 4)  # the first time counts
+    below = Wealth(1, level=0.5)
+    below.bet(np.log([[2.0]]) - 1e-12)
+    assert below.found_after is None
+
+
+@pytest.mark.parametrize("log_peak", [1.0, 689.5])
+def test_a_p_value_is_exact_down_to_the_smallest(log_peak: float) -> None:
+    wealth = Wealth(1, 0.01)
+    wealth.bet(np.array([[log_peak], [-1000.0]]))
+    assert wealth.p_value == pytest.approx(math.exp(-log_peak))
+
+
+def test_stakes_are_powers_of_two_with_both_signs() -> None:
+    powers = [2.0**-k for k in range(8)]
+    assert Exchangeability.STAKES.tolist() == [*powers, *(-each for each in powers)]
+    assert DIRECTION_STAKES.tolist() == [*powers[:7], *(-each for each in powers[:7])]
+    assert pytest.approx(0.8284271247) == GRID_SHARE
+
+
+def test_a_bet_on_a_difference_is_its_exponential_over_the_cosine() -> None:
+    """Two differences of the same sign win what a bet on that sign wins twice; the rest of the stakes lose."""
+    differences = [[1.5, -40.0], [2.0, -30.0]]
+    wealth = Exchangeability(2, 0.01)
+    wealth.observe(np.array(differences) + 3, np.full((2, 2), 3.0))
+    factors = [
+        math.prod(2 / (1 + math.exp(-2 * stake * row[column])) for row in differences)
+        for column in range(2)
+        for stake in Exchangeability.STAKES
+    ]
+    assert wealth.wealth.p_value == pytest.approx(1 / (sum(factors) / len(factors)))
+    assert wealth.wealth.num_steps == 2
 
 
 def test_swapping_the_arms_costs_what_it_wins() -> None:
@@ -98,6 +139,21 @@ def test_a_rate_bound_follows_from_the_detection_probability() -> None:
     assert rate_upper_bound(0, 100, 1e-6) == pytest.approx(1 - 1e-6 ** (1 / 100))
     assert rate_upper_bound(5, 100, 1e-6) > rate_upper_bound(0, 100, 1e-6)
     assert rate_upper_bound(100, 100, 1e-6) == 1
+
+
+def test_a_rate_bound_is_where_the_divergence_reaches_the_level() -> None:
+    bound = rate_upper_bound(3, 60, 1e-3)
+    assert 60 * _divergence(3 / 60, bound) == pytest.approx(math.log(1000))
+    assert _divergence(0.25, 0.5) == pytest.approx(0.25 * math.log(0.5) + 0.75 * math.log(1.5))
+    assert _divergence(0, 0.5) == _divergence(1, 0.5) == math.log(2)
+    assert _divergence(0.5, 1) == _divergence(0.5, 0) == math.inf
+    assert _divergence(1, 1) == 0
+
+
+def test_sums_of_exponentials_neither_overflow_nor_vanish() -> None:
+    rows = np.array([[1000.0, 1000.0, -np.inf], [-1000.0, -1001.0, -1000.0], [0.0, 1.0, 2.0]])
+    expected = [1000 + math.log(2), -1000 + math.log(2 + math.exp(-1)), math.log(1 + math.e + math.e**2)]
+    assert _log_sum_exp(rows) == pytest.approx(expected, abs=1e-12)
 
 
 def test_the_grid_earns_its_share_of_the_best_stake() -> None:
