@@ -51,6 +51,13 @@ def test_equal_ratios_leave_no_doubt() -> None:
     assert ends(geometric_mean_interval([1.1] * 7)) == [geometric_mean_interval([1.1] * 7).estimate] * 2
 
 
+def test_equal_differences_have_no_width_whatever_their_rounding() -> None:
+    """The mean of three times 0.1 is not 0.1 in floating point, so that their standard deviation is not 0."""
+    assert np.std([0.1] * 3) > 0
+    found = mean_difference_interval([0.1] * 3, [0.0] * 3)
+    assert ends(found) == [found.estimate] * 2
+
+
 def test_two_observations_leave_much_doubt() -> None:
     """Logarithms 0 and 2 log 2: the mean is log 2, its standard error log 2, with one degree of freedom."""
     interval = geometric_mean_interval([1.0, 4.0])
@@ -107,6 +114,8 @@ def test_a_length_is_on_the_logarithmic_scale_and_at_least_one() -> None:
     assert ends(length_interval([10, 11], [5, 5])) == pytest.approx(
         [2.1 * math.exp(-reach), 2.1 * math.exp(reach)], rel=1e-5
     )
+    assert length_interval([2, 3], [2, 3]) == Interval(1.0, 1.0, 1.0)
+    assert length_interval([3, 3], [2, 2]) == Interval(1.5, 1.5, 1.5)
     with pytest.raises(ValueError, match=r"length=0\.5 must be at least 1"):
         length_interval([1, 1], [2, 2])
 
@@ -120,6 +129,20 @@ def test_prompts_without_a_draft_say_nothing_of_the_rate() -> None:
 def test_a_rate_at_an_end_has_no_width() -> None:
     assert rate_interval([4, 4, 4], [4, 4, 4]) == Interval(1.0, 1.0, 1.0)
     assert rate_interval([0, 0, 0], [4, 4, 4]) == Interval(0.0, 0.0, 0.0)
+
+
+def test_equal_rates_have_no_width() -> None:
+    assert rate_interval([3, 3], [10, 10]) == Interval(0.3, 0.3, 0.3)  # not what its logit gives back
+
+
+def test_a_rate_of_1_has_no_logit() -> None:
+    """Also in a damaged file, where a prompt has more accepted than drafted tokens."""
+    assert rate_interval([5, 3], [4, 4]) == Interval(1.0, 1.0, 1.0)
+
+
+def test_a_wide_interval_of_a_rate_does_not_overflow() -> None:
+    """All accepted tokens are of one prompt, which has few: the ends are 6,000 away on the logit scale."""
+    assert ends(rate_interval([0, 10], [10_000, 10])) == [0.0, 1.0]
 
 
 def test_the_interval_of_a_rate_agrees_with_the_normal_one() -> None:
