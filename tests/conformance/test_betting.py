@@ -205,7 +205,9 @@ def test_an_interval_of_a_stopped_audit_is_that_of_the_next_horizon() -> None:
     assert [radius_when_stopped(n, 100, 0.05) for n in (100, 51)] == [radius(100, 0.025) * 100 / n for n in (100, 51)]
 
 
-@pytest.mark.parametrize(("num_draws", "max_draws", "horizon"), [(50, 100, 50), (13, 100, 13), (14, 100, 25), (1, 2, 1)])
+@pytest.mark.parametrize(
+    ("num_draws", "max_draws", "horizon"), [(50, 100, 50), (13, 100, 13), (14, 100, 25), (1, 2, 1)]
+)
 def test_horizons_are_halves_rounded_up(num_draws: int, max_draws: int, horizon: int) -> None:
     """A number of tokens that is a horizon is judged by that one; a single token has a horizon of its own."""
     expected = radius(horizon, 0.05 / (2 * max_draws.bit_length())) * horizon / num_draws

@@ -15,7 +15,9 @@ from helpers.toys import top_k_distribution
 from specdec import SamplingParams
 from specdec.conformance import reference
 from specdec.conformance.reference import Reference, boundary_gap
+from specdec.models import loading
 from specdec.models.causal import CausalLM
+from specdec.models.markov import MarkovCache, MarkovModel
 from specdec.sampling.state import SamplingState
 
 PROMPTS = [[1, 2, 3], [4], [5, 5]]
@@ -66,6 +68,7 @@ def test_distributions_of_a_transformer_with_every_processor(chunk: int, monkeyp
             logits = model(input_ids=torch.tensor([[*prompt, *before]]), use_cache=False).logits[:, -1:]
         state = SamplingState([EVERYTHING], [prompt], [before], model.config.vocab_size, logits.device)
         assert distribution == pytest.approx(state.distribution(logits)[0].dense()[0, 0], abs=1e-5)
+        assert distribution.is_inference()
 
 
 def test_another_output_of_other_prompts_meets_no_stale_cache() -> None:
@@ -73,6 +76,74 @@ def test_another_output_of_other_prompts_meets_no_stale_cache() -> None:
     all_distributions(of)
     again = all_distributions(of, PROMPTS[::-1], OUTPUTS[::-1])
     assert again[0, 1] == pytest.approx(TARGET.table[5, 3], abs=1e-12)
+
+
+@pytest.mark.parametrize(("chunk", "widths"), [(24 * 4 - 1, [3, 3]), (24 * 4, [4, 2]), (23, [1] * 6), (24 * 9, [6])])
+def test_a_chunk_has_as_many_places_as_fit(chunk: int, widths: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three outputs over eight tokens take 24 probabilities a place; the longest output has six."""
+    monkeypatch.setattr(reference, "_CHUNK", chunk)
+    chunks = list(Reference(TARGET, SamplingParams()).distributions(PROMPTS, OUTPUTS))
+    assert [len(each.places.unique()) for each in chunks] == widths
+
+
+def test_each_prompt_needs_an_output() -> None:
+    of = Reference(TARGET, SamplingParams())
+    for prompts, outputs in ((PROMPTS, OUTPUTS[:2]), (PROMPTS[:2], OUTPUTS)):
+        with pytest.raises(ValueError, match="zip"):
+            list(of.distributions(prompts, outputs))
+
+
+class Counted(MarkovModel):
+    """Counts the caches that are allocated."""
+
+    num_allocated = 0
+
+    def allocate(self, *arguments, **options):
+        self.num_allocated += 1
+        return super().allocate(*arguments, **options)
+
+
+def num_allocated(of: Reference, *questions: tuple[list[list[int]], int]) -> list[int]:
+    """How many caches each question allocates. questions: (prompts, length of their outputs)."""
+    found = []
+    for prompts, length in questions:
+        before = of.model.num_allocated
+        list(of.distributions(prompts, [[1] * length] * len(prompts)))
+        found.append(of.model.num_allocated - before)
+    return found
+
+
+def test_a_cache_is_used_again_while_it_is_long_enough() -> None:
+    of = Reference(Counted(TARGET.table), SamplingParams())
+    assert num_allocated(of, (PROMPTS, 5), (PROMPTS, 5), (PROMPTS, 3), (PROMPTS, 6), (PROMPTS, 6)) == [1, 0, 0, 1, 0]
+    assert num_allocated(of, (PROMPTS[:2], 5), (PROMPTS[::-1], 5), (PROMPTS, 6)) == [1, 1, 0]
+
+
+def test_a_cache_that_cannot_be_rolled_back_is_not_used_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is asked for all but the last token of each prompt."""
+    asked = []
+
+    def holds(cache, slot: int, num_tokens: int) -> bool:
+        asked.append((slot, num_tokens))
+        return slot == 0
+
+    of = Reference(Counted(TARGET.table), SamplingParams())
+    monkeypatch.setattr(MarkovCache, "holds", holds)
+    assert num_allocated(of, (PROMPTS, 5), (PROMPTS, 5), (PROMPTS[:1], 5), (PROMPTS[:1], 5)) == [1, 1, 1, 0]
+    assert {(0, 2), (1, 0)} <= set(asked)
+
+
+@pytest.mark.parametrize(("room", "kept"), [(22, 2), (29, 2), (30, 3), (39, 3), (9, 1)])
+def test_the_caches_used_last_are_kept(room: int, kept: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each has two rows of five positions. With room for all none is forgotten, and a single one always fits."""
+    monkeypatch.setattr(reference, "_REMEMBERED", room)
+    of = Reference(Counted(TARGET.table), SamplingParams())
+    questions = [([[first], [2, 3]], 3) for first in range(4)]
+    assert num_allocated(of, *questions[:2], questions[0]) == [1, 1, int(kept < 2)]
+    assert num_allocated(of, questions[2]) == [1]
+    recent = [questions[2], questions[0], questions[1]]  # the last used first
+    assert num_allocated(of, *recent[:kept]) == [0] * kept
+    assert num_allocated(of, questions[3], questions[3]) == [1, 0]
 
 
 def test_half_precision_is_no_reference() -> None:
@@ -85,6 +156,8 @@ def test_a_constraint_is_refused() -> None:
     """Its distributions are not made here: leaving it out would call a right engine lossy."""
     with pytest.raises(ValueError, match="regex must not be in the reference's sampling; audit without a constraint"):
         Reference(TARGET, SamplingParams(regex="a"))
+    with pytest.raises(ValueError, match="regex must not be in the reference's sampling"):
+        Reference(TARGET, SamplingParams(regex="a", bad_words="b", min_tokens=1))
 
 
 def test_stop_tokens_are_those_of_decoding() -> None:
@@ -106,6 +179,8 @@ LOG_PROBS = torch.tensor([0.5, 0.25, 0.125, 0.125 - 1e-6, 1e-6], dtype=torch.flo
         (SamplingParams(top_k=3), 2, 0),
         (SamplingParams(top_k=3), 3, -math.log1p(-8e-6)),
         (SamplingParams(top_k=2, temperature=0.5), 2, math.log(2)),  # logits, whatever the temperature
+        (SamplingParams(top_k=9), 4, 0),  # as many as there are
+        (SamplingParams(top_k=4, top_p=0.4), 1, math.log(0.5 / (1 - 1e-6) / 0.4)),  # of the mass that top-k keeps
         (SamplingParams(top_p=0.7), 1, 0),
         (SamplingParams(top_p=0.7), 2, math.log(0.75 / 0.7)),
         (SamplingParams(min_p=0.5), 1, 0),
@@ -136,6 +211,25 @@ def test_gap_of_an_emitted_token_knows_penalties_and_biases() -> None:
     favoured = SamplingParams(temperature=0, logit_bias={second: 50.0})
     assert outside(favoured, [3, second]) == pytest.approx(0, abs=1e-9)
     assert outside(SamplingParams(logit_bias={second: -math.inf}), [3, second]) == math.inf
+    # penalties count every token before the last: second is put below the others by two of them
+    penalized = SamplingParams(temperature=0, frequency_penalty=2.0)
+    row = TARGET.table[second, second].log()
+    after = row.clone()
+    after[second] -= 2 * 2.0
+    assert outside(penalized, [second, second, second]) == pytest.approx(float(after.max() - after[second]))
+
+
+def test_a_loaded_model_is_wrapped_as_its_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def load_pretrained(name: str, **options):
+        asked.append((name, options))
+        return make("llama", SUPPORTED["llama"]), None
+
+    monkeypatch.setattr(loading, "load_pretrained", load_pretrained)
+    of = Reference.load("some/model", SamplingParams(max_tokens=7), device="cpu", batch_size=3)
+    assert asked == [("some/model", {"dtype": torch.float32, "device": "cpu"})]
+    assert (type(of.model), of.sampling.max_tokens, of.batch_size) == (CausalLM, 7, 3)
 
 
 def test_a_reference_is_loaded_by_its_name() -> None:
