@@ -157,6 +157,15 @@ def test_a_token_of_probability_0_is_an_error_and_ends_no_bet() -> None:
     )
 
 
+def test_a_single_token_has_a_surprise() -> None:
+    """However small the variance of its distribution."""
+    arm, answered = arm_of(PARAMS, 1), answers([[3]])
+    arm.observe(answered, 1)
+    oracle = Oracle([answered], 0, has_draft=True)
+    assert 0 < oracle.facts.variance[0] < 1
+    assert arm.findings().surprise_z == pytest.approx(oracle.surprise_z(1))
+
+
 # -- greedy decoding -------------------------------------------------------------------------------------------
 
 GREEDY = SamplingParams(temperature=0, max_tokens=3)
@@ -231,6 +240,12 @@ def test_outputs_end_at_their_first_stop_token_or_their_limit(output: list[int],
     arm.observe(answers([output], first_seed=7), 3)
     message = f"output of prompt 0 with seed 7 has {len(output)} tokens but must end after {end} ({rule})"
     assert arm.findings().errors == (() if end is None else (message,))
+
+
+def test_a_long_output_may_have_its_full_length() -> None:
+    arm = greedy_arm(logit_noise=0)
+    arm.observe(answers([[0] * 300], prompts=SMALL), 300)
+    assert not arm.has_errors
 
 
 def test_an_empty_output_is_no_evidence() -> None:
