@@ -38,8 +38,8 @@ JOBS = {  # module -> the tests that are to see its mutants
         "tests/conformance/test_audit.py::test_noise_is_not_negative"
     ),
     "specdec/conformance/audit.py": (
-        "tests/conformance/test_audit_steps.py tests/conformance/test_expectation.py "
-        "tests/conformance/test_verdicts.py::test_seeds_of_arms_rounds_and_audits_are_disjoint"
+        "tests/conformance/test_audit_steps.py tests/conformance/test_expectation.py::test_it_is_measured "
+        "tests/conformance/test_expectation.py::test_greedy_audits_use_each_prompt_once"
     ),
     "specdec/conformance/arms.py": "tests/conformance/test_arms.py",
     "specdec/conformance/statistics/betting.py": "tests/conformance/test_betting.py tests/conformance/test_verdicts.py",

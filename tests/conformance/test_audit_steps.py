@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cache
 from itertools import islice
 from types import SimpleNamespace
 
@@ -181,12 +182,12 @@ def test_an_audit_stops_at_an_error_of_either_arm() -> None:
 def test_the_arms_are_compared_by_the_sums_of_their_outputs() -> None:
     """Each has uniforms of its own for the transforms, and those of the audit's seed."""
     engine, reference = Noted(rule=mutants.accept_always), Reference(TARGET, PARAMS)
-    arms = [Arm(number, reference, None, 64, 1, ROUGH) for number in (0, 1)]
+    arms = [Arm(number, reference, None, 32, 1, ROUGH) for number in (0, 1)]
     pair = Exchangeability(arms[0].num_statistics, ROUGH.alpha)
-    for asked in islice(audits._rounds(PROMPTS, 2, SEED_STRIDE, once=False), 8):
+    for asked in islice(audits._rounds(PROMPTS, 2, SEED_STRIDE, once=False), 4):
         first, second = asked.ask(engine.speculative, 0, 4), asked.ask(engine.plain, 1, 4)
         pair.observe(arms[0].observe(first, 4), arms[1].observe(second, 4))
-    found = audited(Noted(rule=mutants.accept_always), 64)
+    found = audited(Noted(rule=mutants.accept_always), 32)
     assert found.arms_p_value == pair.wealth.p_value < 1
     assert (found.speculative, found.control) == (arms[0].findings(), arms[1].findings())
 
@@ -261,10 +262,11 @@ def test_counts_that_cannot_be_believed_are_not_reported() -> None:
 TELLING = AuditLimits(alpha=0.01)
 
 
-def arm_after(num_tokens: int, params: SamplingParams, number: int = 0) -> Arm:
-    """An arm of draws at temperature 1 that was given the plain outputs of other sampling parameters."""
-    arm = Arm(number, Reference(TARGET, SamplingParams()), Reference(DRAFT, SamplingParams()), 3000, 0, TELLING)
-    outputs = ToyEngine(params).plain(PROMPTS, [0, 2, 4], num_tokens)
+@cache
+def arm_after(num_tokens: int, temperature: float) -> Arm:
+    """An arm of draws at temperature 1 that was given the plain outputs of another temperature."""
+    arm = Arm(0, Reference(TARGET, SamplingParams()), Reference(DRAFT, SamplingParams()), 400, 0, TELLING)
+    outputs = ToyEngine(SamplingParams(temperature=temperature)).plain(PROMPTS, [0, 2, 4], num_tokens)
     arm.observe(Answers(range(3), PROMPTS, [0, 2, 4], outputs), num_tokens)
     return arm
 
@@ -276,15 +278,12 @@ def pair_with(p_value: float) -> Exchangeability:
     return pair
 
 
-ARGMAX = SamplingParams(temperature=0)
-
-
 def decided(arms: Sequence[Arm], p_value: float) -> bool:
     return audits._is_decided(arms, pair_with(p_value), TELLING)
 
 
 def test_an_audit_is_decided_by_the_speculative_arm_its_bound_and_the_difference() -> None:
-    wrong, fresh, right = arm_after(300, ARGMAX), arm_after(12, ARGMAX), arm_after(300, SamplingParams())
+    wrong, fresh, right = arm_after(100, 0.0), arm_after(12, 0.0), arm_after(100, 1.0)
     assert any(each.wealth.found_after for each in fresh.evidence)
     assert bounds(wrong.findings(), wrong.level, TELLING).tv_lower_bound > 0
     assert bounds(fresh.findings(), fresh.level, TELLING).tv_lower_bound == 0
@@ -296,7 +295,7 @@ def test_an_audit_is_decided_by_the_speculative_arm_its_bound_and_the_difference
 
 
 def test_a_p_value_of_alpha_decides() -> None:
-    wrong, right = arm_after(300, ARGMAX), arm_after(300, SamplingParams())
+    wrong, right = arm_after(100, 0.0), arm_after(100, 1.0)
     pair = pair_with(1e-3)
     equal = replace(TELLING, alpha=pair.wealth.p_value)
     assert audits._is_decided([wrong, right], pair, equal)
