@@ -128,6 +128,13 @@ def test_each_arm_asks_with_other_seeds() -> None:
     assert calls == [(PROMPTS, [100, 102, 104], 7), (PROMPTS, [101, 103, 105], 7)]
 
 
+@pytest.mark.parametrize("count", [0, 2, 4])
+def test_each_prompt_has_an_output(count: int) -> None:
+    questions = audits._Questions(range(3), PROMPTS, 0)
+    with pytest.raises(ValueError, match=f"the engine returned {count} outputs but must return one per prompt, 3"):
+        questions.ask(lambda *arguments: [[1]] * count, 0, 7)
+
+
 class Noted(ToyEngine):
     """Notes the calls of each arm: seeds and number of tokens."""
 
@@ -243,6 +250,18 @@ def test_a_greedy_audit_has_bounds_for_as_many_tokens_as_its_prompts_give() -> N
     few = audited(Noted(greedy), 8)
     assert few.speculative.num_draws == 8
     assert few.tv_upper_bound == bounds(few.speculative, ROUGH.alpha, ROUGH, 8).tv_upper_bound < 1
+
+
+def test_a_greedy_audit_that_stops_early_has_bounds_for_all_its_prompts() -> None:
+    """Eight of the twelve tokens: a lower bound as for an audit that looks again and again, and no upper bound."""
+
+    class Samples(Noted):
+        def speculative(self, prompts, seeds, max_tokens):
+            return ToyEngine(PARAMS).plain(prompts, seeds, max_tokens)
+
+    found = audited(Samples(replace(PARAMS, temperature=0)), 400)
+    assert (found.speculative.num_draws, found.tv_upper_bound) == (8, 1.0)
+    assert found.speculative.errors
 
 
 def test_counts_that_cannot_be_believed_are_not_reported() -> None:
