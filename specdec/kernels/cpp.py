@@ -138,9 +138,9 @@ def pack(weight: Tensor) -> Tensor:
     return padded.view(-1, BLOCK, inputs // group, group).permute(0, 2, 1, 3).contiguous()
 
 
-def can_join(parts: Sequence[Packed]) -> bool:
-    """Whether a projection can consist of these parts: blocks of outputs are of one kind."""
-    return len(parts) <= MAX_PARTS and not any(part.num_outputs % BLOCK for part in parts[:-1])
+def can_join(sizes: Sequence[int]) -> bool:
+    """Whether a projection can consist of parts with these numbers of outputs: blocks of outputs are of one kind."""
+    return len(sizes) <= MAX_PARTS and not any(size % BLOCK for size in sizes[:-1])
 
 
 Pointers = Any  # a ctypes array of pointers, one per layer

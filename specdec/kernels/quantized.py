@@ -65,6 +65,20 @@ class Packed:
     num_inputs: int
 
 
+def dequantize(quantized: Quantized) -> Tensor:
+    """The weights float32 [out, in], with the bits that the package gguf gives them."""
+    codes = quantized.codes.float() - KINDS[quantized.kind].zero
+    scales = [each.float() for each in quantized.scales]
+    of_supers = [each.float().repeat_interleave(_GROUPS, 1) for each in quantized.of_supers]
+    if quantized.kind == "Q6_K":
+        halves = torch.stack([each * of_supers[0] for each in scales], -1).flatten(1)
+        return codes * halves.repeat_interleave(GROUP // 2, 1)
+    if of_supers:
+        scales = [scales[0] * of_supers[0], -(scales[1] * of_supers[1])]
+    first, *minima = (each.repeat_interleave(GROUP, 1) for each in scales)
+    return codes * first + minima[0] if minima else codes * first
+
+
 def pack(quantized: Quantized) -> Packed:
     """Pack weights; the last block is padded with zeros. The format is documented in quantized.cpp, at `Format`."""
     outputs, inputs = quantized.codes.shape

@@ -14,7 +14,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -48,6 +48,8 @@ from specdec.runtime.progress import doing, others_bars
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from specdec.models.quantization.model import Quantization
+
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 ATTENTIONS = ("eager", "sdpa", "auto")
 WEIGHTS_SHARE = 0.9  # fraction of a device's free memory for weights; keys, values and activations need the rest
@@ -67,6 +69,7 @@ def load_pretrained(
     attention: str = "auto",
     load_format: str = "auto",
     quantization: str | None = None,
+    dequantize: bool = False,
     tp_plan: str | None = None,
     vocabulary: Vocabulary | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
@@ -85,6 +88,8 @@ def load_pretrained(
         "auto" keeps those of a GGUF file or a bundled model in the file's own types, whose distribution is that of the
         dequantized weights. The others change it (for "q8_0", "q4_1" and "q4_0", unless the file has that type);
         speculative decoding is then lossless with respect to the quantized model.
+    dequantize: load the values of the weights that OWN_QUANTIZATIONS would keep in fewer bits, and all others as they
+        are in `dtype`, into an ordinary float32 model: a reference for the distribution of the quantized model.
     tp_plan: "auto" shards each layer over the processes of `torchrun`, as transformers does for this architecture;
         all processes decode the same tokens. `device` is then only a device type: "cpu" or "cuda".
     vocabulary: of `read_vocabulary` for this source, if it was needed before; its tokenizer is not read again.
@@ -96,12 +101,18 @@ def load_pretrained(
     _check_choices(quantization=(quantization, quantizations), tp_plan=(tp_plan, (None, "auto")))
     devices = _usable_devices(device)
     place = _locate(source, load_format)
+    is_own = quantization in OWN_QUANTIZATIONS
+    if is_own and load_format == "auto":
+        place = _with_file(place)
     special = _special(place, dtype, devices, quantization, tp_plan, load_format)
     load = _stored_model if load_format == "auto" else _random_model
     with explained(place.rule, place.remedy), others_bars(), doing(f"loading {source}"):
+        own = _own_quantization(place, dtype, devices, quantization, load_format) if is_own and quantization else None
+        if own and load_format == "auto":
+            special["unread"] = own.unread
         model = _with_attention(attention, partial(load, place, devices, dtype=dtype, **special))
-        if quantization in OWN_QUANTIZATIONS:
-            _quantize(model, quantization, place, load_format)
+        if own:
+            (own.dequantize if dequantize else own.quantize)(model)
         model.eval().requires_grad_(False)
         return model, vocabulary.tokenizer if vocabulary else _tokenizer(place, load_format)
 
@@ -485,16 +496,23 @@ def _special(
     return special
 
 
-def _quantize(model: PreTrainedModel, name: str, place: _Place, load_format: str) -> None:
-    """Quantize a model by this package, with the weights of its GGUF file if they are from one."""
-    from specdec.models.gguf.stored import StoredWeights
-    from specdec.models.quantization import quantize_model
-
+def _with_file(place: _Place) -> _Place:
+    """Of a bundled model the GGUF file that its folder was made from; other places as they are."""
     bundled = next((entry for entry in BUNDLED if place.folder == folder_of(entry)), None)
-    header = None
-    if load_format != "dummy":
-        header = read_header(bundled_gguf(bundled)) if bundled else place.gguf
-    quantize_model(model, name, StoredWeights(header, model) if header else None)
+    return _gguf_file(bundled.name, bundled_gguf(bundled)) if bundled else place
+
+
+def _own_quantization(
+    place: _Place, dtype: torch.dtype, devices: Sequence[torch.device], name: str, load_format: str
+) -> Quantization:
+    """How this package quantizes the model at a place, with the weights of its GGUF file if it is one."""
+    from specdec.models.gguf.stored import StoredWeights
+    from specdec.models.quantization.model import Quantization
+
+    model, stored = _skeleton(place, dtype), None
+    if place.gguf and place.folder and load_format == "auto" and not is_read_by_transformers(place.gguf):
+        stored = StoredWeights(place.gguf, place.folder, model)
+    return Quantization(model, name, stored, devices[0])
 
 
 def _quantization(name: str, dtype: torch.dtype) -> Any:
@@ -563,12 +581,15 @@ def _device_map(model: PreTrainedModel, devices: Sequence[torch.device]) -> dict
     return ends | dict(zip(layers, devices, strict=True))
 
 
-def _stored_model(place: _Place, devices: Sequence[torch.device], **options: Any) -> PreTrainedModel:
+def _stored_model(
+    place: _Place, devices: Sequence[torch.device], *, unread: Collection[str] = (), **options: Any
+) -> PreTrainedModel:
+    """The model with its weights. unread: names of weights that are not read from a GGUF file, see `read_weights`."""
     config, auto_class = _config_and_class(place)
     options |= {"config": config, "output_loading_info": True}
     if place.gguf and place.folder:
         auto_class = type(_skeleton(place, options["dtype"]))  # the automatic classes need a name
-        options |= _gguf_weights(place.gguf, place.folder, options["dtype"])
+        options |= _gguf_weights(place.gguf, place.folder, options["dtype"], unread)
     else:
         _check_weight_files(place, config)
         options |= place.arguments | {"use_safetensors": True, "trust_remote_code": False}
@@ -583,12 +604,12 @@ def _stored_model(place: _Place, devices: Sequence[torch.device], **options: Any
     return cast("PreTrainedModel", model)
 
 
-def _gguf_weights(header: Header, folder: Path, dtype: torch.dtype) -> dict[str, Any]:
+def _gguf_weights(header: Header, folder: Path, dtype: torch.dtype, unread: Collection[str]) -> dict[str, Any]:
     """Arguments of `from_pretrained` for the weights in a GGUF file. folder: with what else there is in it."""
     from transformers import GgufConfig
 
     if not is_read_by_transformers(header):
-        return {_PATH: None, "state_dict": read_weights(header, folder, dtype)}
+        return {_PATH: None, "state_dict": read_weights(header, folder, dtype, unread)}
     # dequantize: else some architectures stay quantized if a matching kernel is installed
     file = {_PATH: str(header.path.parent), "gguf_file": header.path.name}
     return file | {"quantization_config": GgufConfig(dequantize=True)}

@@ -10,20 +10,25 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from specdec import Engine
 from specdec.drafts import load_with_drafts
 from specdec.kernels import cpp
-from specdec.kernels.quantized import GROUP, KINDS, Quantized
+from specdec.kernels.quantized import GROUP, KINDS, dequantize
 from specdec.models.causal import CausalLM
 from specdec.models.files.bundled import SMOLLM2_135M, bundled_gguf
 from specdec.models.files.formats import OWN_QUANTIZATIONS
+from specdec.models.files.saving import fingerprint
 from specdec.models.fusion import Projection, QuantizedLinear, fuse
+from specdec.models.gguf import blocks, checkpoint
 from specdec.models.gguf.codes import BLOCK_BYTES, as_quantized
-from specdec.models.gguf.codes import quantize as quantize_weights
 from specdec.models.loading import load_pretrained
-from specdec.models.quantization import quantize_model
+from specdec.models.quantization.model import quantize_model
+from specdec.models.quantization.quantizers import OF_HEAD
+from specdec.models.quantization.quantizers import quantize as quantize_weights
 from specdec.models.vocabularies import SAMPLE
 from tests.helpers import tiny
 from tests.helpers.tiny import GREEDY, PROMPTS
@@ -36,20 +41,6 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def values(quantized: Quantized) -> Tensor:
-    """The weights that codes and scales stand for, in float64."""
-    codes = quantized.codes.double() - KINDS[quantized.kind].zero
-    first, *second = (each.double() for each in quantized.scales)
-    of_supers = [each.double().repeat_interleave(8, 1) for each in quantized.of_supers]
-    if quantized.kind == "Q6_K":
-        scales = torch.stack([first, second[0]], -1).flatten(1) * of_supers[0].repeat_interleave(2, 1)
-        return codes * scales.repeat_interleave(GROUP // 2, 1)
-    if of_supers:
-        first, second = first * of_supers[0], [-second[0] * of_supers[1]]
-    weights = codes * first.repeat_interleave(GROUP, 1)
-    return weights + second[0].repeat_interleave(GROUP, 1) if second else weights
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_codes_and_scales_are_the_weights_that_gguf_dequantizes(kind: str) -> None:
     generator = np.random.default_rng(0)
@@ -57,19 +48,50 @@ def test_codes_and_scales_are_the_weights_that_gguf_dequantizes(kind: str) -> No
     starts = {"Q4_1": (0, 2), "Q5_1": (0, 2), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)}.get(kind, (0,))
     for start in starts:
         stored[:, start : start + 2] = generator.standard_normal((24, 1)).astype(np.float16).view(np.uint8)
-    expected = torch.from_numpy(gguf.dequantize(stored.reshape(1, -1), Quant[kind])).view(6, -1).double()
-    # in float32, gguf rounds each weight; kinds with minima nearly cancel
-    torch.testing.assert_close(values(as_quantized(torch.from_numpy(stored), kind, 6)), expected, rtol=1e-6, atol=1e-4)
+    expected = torch.from_numpy(gguf.dequantize(stored.reshape(1, -1), Quant[kind])).view(6, -1)
+    assert torch.equal(dequantize(as_quantized(torch.from_numpy(stored), kind, 6)), expected)
 
 
-@pytest.mark.parametrize("name", OWN_TYPES)
+@pytest.mark.parametrize("name", ["q8_0", "q4_1", "q4_0"])
 def test_weights_are_quantized_as_gguf_does_it(name: str) -> None:
     weight = torch.randn(5, 96, generator=torch.Generator().manual_seed(0))
     blocks = gguf.quants.quantize(weight.numpy(), Quant[name.upper()])
-    expected = torch.from_numpy(gguf.dequantize(blocks, Quant[name.upper()])).double()
-    found = values(quantize_weights(weight, name.upper()))
-    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+    expected = torch.from_numpy(gguf.dequantize(blocks, Quant[name.upper()]))
+    found = dequantize(quantize_weights(weight, name))
+    assert torch.equal(found, expected)
     assert (found - weight).abs().max() < weight.abs().max() / (100 if name == "q8_0" else 6)
+
+
+@given(st.integers(0, 10**6), st.integers(1, 5), st.sampled_from([1e-4, 0.02, 30.0]))
+def test_int8_has_one_scale_for_each_row(seed: int, num_rows: int, size: float) -> None:
+    """The nearest of 255 multiples of the row's scale, which is its largest weight / 127 in float16."""
+    weight = torch.randn(num_rows, 96, generator=torch.Generator().manual_seed(seed)) * size
+    weight[0] *= seed % 2  # a row of zeros
+    quantized = quantize_weights(weight, "int8")
+    for row, codes, scales in zip(weight.tolist(), quantized.codes.tolist(), quantized.scales[0].tolist(), strict=True):
+        scale = float(np.float16(np.float32(max(map(abs, row))) / np.float32(127)))
+        assert scales == [scale] * 3
+        distances = [[abs(weight - scale * code) for code in range(-127, 128)] for weight in row]
+        chosen = [abs(weight - scale * (code - 128)) for weight, code in zip(row, codes, strict=True)]
+        assert chosen == pytest.approx([min(each) for each in distances], rel=1e-5, abs=1e-9)
+
+
+@given(st.integers(0, 10**6), st.sampled_from([1e-4, 0.02, 30.0]))
+def test_int4_has_at_most_the_squared_error_of_extremes(seed: int, size: float) -> None:
+    """Never more than with the scale from a group's extremes, codes are the nearest, and on average much less."""
+    weight = torch.randn(64, 64, generator=torch.Generator().manual_seed(seed)) * size
+    weight[0], weight[1, :32] = 0.0, 0.25 * size  # groups of one value
+    quantized = quantize_weights(weight, "int4")
+    found, extremes = dequantize(quantized), dequantize(quantize_weights(weight, "q4_1"))
+
+    def errors(values: Tensor) -> Tensor:
+        return (values - weight).double().square().unflatten(1, (-1, GROUP)).sum(-1)
+
+    assert (errors(found) <= errors(extremes) * (1 + 1e-5) + 1e-12 * size).all()
+    assert errors(found).sum() < 0.9 * errors(extremes).sum()
+    scales, minima = (each.float().repeat_interleave(GROUP, 1) for each in quantized.scales)
+    for code in range(16):
+        assert ((found - weight).abs() <= (minima + scales * code - weight).abs() * (1 + 1e-5) + 1e-6 * size).all()
 
 
 def quantized_model(name: str, dtype: torch.dtype, options: dict[str, Any] = WIDE, kind: str = "llama") -> Any:
@@ -104,8 +126,8 @@ def test_a_quantized_model_is_the_model_of_its_dequantized_weights(name: str, ki
     dense = tiny.make(kind, options)
     for path, module in dense.named_modules():
         if type(module) is nn.Linear:
-            of_type = "Q8_0" if "." not in path else name.upper()
-            module.weight = nn.Parameter(values(quantize_weights(module.weight, of_type)).float(), requires_grad=False)
+            of_type = OF_HEAD.get(name, name) if "." not in path else name
+            module.weight = nn.Parameter(dequantize(quantize_weights(module.weight, of_type)), requires_grad=False)
     fuse(dense)
     quantized, tokens = (
         CausalLM(quantized_model(name, torch.float32, options, kind)),
@@ -115,7 +137,7 @@ def test_a_quantized_model_is_the_model_of_its_dequantized_weights(name: str, ki
     found = quantized.forward(tokens, quantized.allocate(1, 6)).log_softmax(-1)
     torch.testing.assert_close(found, expected, rtol=2e-3, atol=1e-2)
     bits = 8 * quantized.model.base_model.layers[0].down.weight.numel() / (64 * 96)
-    assert bits == {"q8_0": 8.5, "q4_1": 5, "q4_0": 4.5}[name]
+    assert bits == {"int8": 8.5, "int4": 5, "q8_0": 8.5, "q4_1": 5, "q4_0": 4.5}[name]
 
 
 def test_speculation_with_quantized_weights_has_the_bits_of_plain_decoding() -> None:
@@ -188,7 +210,7 @@ def _stored() -> dict[str, tuple[tuple[int, ...], str]]:
 
 
 def test_a_file_is_decoded_in_its_own_types(mixed_file: Path) -> None:
-    """The rows of queries and keys are reordered; a part in 16 bits leaves its projection as it was."""
+    """The rows of queries and keys are reordered; a part in 16 bits leaves its projection in the model's dtype."""
     quantized, _ = load_pretrained(str(mixed_file), dtype=torch.float32, quantization="auto")
     kinds = {
         name.split(".")[-1]: module.packed.kind
@@ -200,7 +222,6 @@ def test_a_file_is_decoded_in_its_own_types(mixed_file: Path) -> None:
         "k_proj": "Q5_1",
         "v_proj": "Q8_0",
         "o_proj": "Q5_0",
-        "gate_proj": "Q4_1",
         "down_proj": "Q4_1",
         "lm_head": "Q8_0",
     }
@@ -219,12 +240,64 @@ def _log_probs(model: Any, tokens: Tensor) -> Tensor:
     return lm.forward(tokens, lm.allocate(1, tokens.shape[1])).log_softmax(-1)
 
 
-def test_weights_that_are_not_those_of_the_file_are_noticed(mixed_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from specdec.models.gguf.stored import StoredWeights
-
-    monkeypatch.setattr(StoredWeights, "_row_order", lambda self, stored: torch.arange(stored.shape[0]))
-    with pytest.raises(RuntimeError, match=r"q_proj must have the weights blk\.0\.attn_q\.weight of its GGUF file"):
+def test_a_projection_in_the_models_dtype_is_not_counted(mixed_file: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", "specdec"):
         load_pretrained(str(mixed_file), dtype=torch.float32, quantization="auto")
+    assert "quantization=auto: 6 of 8 linear layers are quantized" in caplog.text
+
+
+@pytest.mark.parametrize("name", OWN_QUANTIZATIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dequantized_weights_are_those_of_the_quantized_model(mixed_file: Path, name: str, dtype: torch.dtype) -> None:
+    """In float32, weight by weight; "auto" has those of the file, whose head is its embedding in Q8_0."""
+    options = {"dtype": dtype, "quantization": name}
+    reference, _ = load_pretrained(str(mixed_file), **options, dequantize=True)
+    plain, _ = load_pretrained(str(mixed_file), dtype=torch.float32)
+    rounded, _ = load_pretrained(str(mixed_file), dtype=dtype)
+    assert {weight.dtype for weight in reference.parameters()} == {torch.float32}
+    kinds = dict(zip(("self_attn.q_proj", "self_attn.k_proj", "lm_head"), ("Q4_0", "Q5_1", "Q8_0"), strict=True))
+    for path, module in reference.named_modules():
+        if type(module) is not nn.Linear:
+            continue
+        exact, given = plain.get_submodule(path).weight, rounded.get_submodule(path).weight
+        kind = next((kind for end, kind in kinds.items() if path.endswith(end)), "other")
+        own = OF_HEAD.get(name, name) if path == "lm_head" else name
+        if name == "auto":
+            expected = given.float() if path.endswith(("gate_proj", "up_proj")) else exact
+        elif kind.lower() == name:
+            expected = exact if path != "lm_head" or own == name else dequantize(quantize_weights(given, own))
+        elif kind == "other":
+            continue
+        elif path == "lm_head" and own == "q8_0":
+            expected = dequantize(quantize_weights(given, own))
+        else:
+            expected = dequantize(quantize_weights(given.float(), own))
+        assert torch.equal(module.weight, expected), path
+    assert torch.equal(reference.model.embed_tokens.weight, rounded.model.embed_tokens.weight.float())
+
+
+@pytest.mark.parametrize("name", OWN_QUANTIZATIONS)
+def test_quantization_leaves_the_fingerprint(mixed_file: Path, name: str) -> None:
+    """Heads recognize their target by it."""
+    plain, _ = load_pretrained(str(mixed_file), dtype=torch.bfloat16)
+    quantized, _ = load_pretrained(str(mixed_file), dtype=torch.bfloat16, quantization=name)
+    assert fingerprint(quantized) == fingerprint(plain)
+    assert torch.equal(quantized.lm_head.weight, plain.lm_head.weight)  # heads borrow it
+
+
+def test_blocks_are_read_without_their_dense_weights(mixed_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the weights that stay in blocks, no more than the sampled blocks are dequantized."""
+    sizes: list[int] = []
+
+    def recorded(stored: Any, kind: str, dtype: torch.dtype) -> Tensor:
+        weights = blocks.dequantize(stored, kind, dtype)
+        sizes.append(weights.numel())
+        return weights
+
+    monkeypatch.setattr(checkpoint, "dequantize", recorded)
+    load_pretrained(str(mixed_file), dtype=torch.bfloat16, quantization="auto")
+    norms, embedding, gate_up = [64] * 3, 61 * 64, [96 * 64] * 2
+    assert sorted(sizes) == sorted([*norms, embedding, *gate_up])
 
 
 def test_the_bundled_file_has_the_distribution_of_its_dequantized_weights() -> None:

@@ -15,45 +15,64 @@ from specdec.kernels.quantized import Packed
 
 
 class QuantizedLinear(nn.Linear):
-    """A linear layer with the weights that it was quantized to. weight: the same, dequantized; or before, if unlike."""
+    """A linear layer with quantized weights, which `Projection` computes with.
 
-    def __init__(self, linear: nn.Linear, packed: Packed) -> None:
+    weight: of an output head the one in the model's dtype, which draft heads borrow before the model is fused; else
+    None. sample: of the weights before, see `files.saving.fingerprint`; None if `weight` is there.
+    """
+
+    def __init__(self, linear: nn.Linear, packed: Packed, sample: Tensor | None = None) -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.weight, self.bias, self.packed = linear.weight, linear.bias, packed
+        self.weight = linear.weight if sample is None else None  # type: ignore[assignment]
+        self.bias, self.dtype, self.packed, self.sample = linear.bias, linear.weight.dtype, packed, sample
 
 
 class Projection(nn.Module):
     """One or several `nn.Linear` with the same input, merged into one: float [..., in] -> [..., sum of out].
 
-    Quantized weights are read as they are.
+    linears: all quantized or none; quantized weights are read as they are.
     kernel: the descriptor for the C++ kernels, or None where another implementation is used.
     """
 
     def __init__(self, *linears: nn.Linear) -> None:
         super().__init__()
-        weight = _joined([layer.weight for layer in linears])
-        on_cpu = weight.device.type == "cpu"
         self.bias = None if linears[0].bias is None else _joined([layer.bias for layer in linears])
-        self.num_outputs, self.num_inputs = weight.shape
+        self.num_outputs = sum(layer.out_features for layer in linears)
+        self.num_inputs = linears[0].in_features
         self.kernel: cpp.Projection | None = None
-        self.is_packed = False
-        self.weight: Tensor = weight
-        self.on_gpu = gpu.on_gpu(weight)
+        self.is_packed = self.on_gpu = False
         self.interleaved_dim: int | None = None
         self._parts: tuple[Packed, ...] = ()  # if the weights are quantized
+        self.weight: Tensor
+        quantized = [layer for layer in linears if isinstance(layer, QuantizedLinear)]
+        if quantized:
+            assert len(quantized) == len(linears), "a projection is quantized as a whole"
+            self._keep_quantized(quantized)
+        else:
+            self._lay_out(_joined([layer.weight for layer in linears]))
+
+    def _keep_quantized(self, linears: list[QuantizedLinear]) -> None:
+        """Keep quantized weights in one tensor, of which the parts are views."""
+        packed = [layer.packed for layer in linears]
+        assert cpp.can_join([part.num_outputs for part in packed])
+        self.weight = _joined([part.weights for part in packed])
+        own = self.weight.split([part.weights.numel() for part in packed])
+        self._parts = tuple(replace(part, weights=weights) for part, weights in zip(packed, own, strict=True))
+        if cpp.available(linears[0].dtype):
+            self._pad_bias()
+            self.kernel = cpp.Projection.quantized(self._parts, pointer(self.bias))
+
+    def _lay_out(self, weight: Tensor) -> None:
+        """Keep weights [out, in] in the layout of the kernels of their device."""
+        self.weight, self.on_gpu = weight, gpu.on_gpu(weight)
         if self.on_gpu:
             self.weight = weight.contiguous()
-        elif parts := _parts(linears):
-            self._keep(parts)
-            if cpp.supports(weight):
-                self._pad_bias()
-                self.kernel = cpp.Projection.quantized(self._parts, pointer(self.bias))
         elif cpp.supports(weight) and self.num_inputs % 2 == 0:
             self._pad_bias()
             self.weight = cpp.pack(weight)
             self.kernel = cpp.Projection(self.weight.data_ptr(), pointer(self.bias), self.num_inputs, self.num_outputs)
-        elif on_cpu and weight.dtype == torch.bfloat16 and _packs_bf16():
+        elif weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and _packs_bf16():
             rows = 8  # the number of rows that the layout is optimized for; any number works
             self.is_packed = True
             self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
@@ -61,12 +80,6 @@ class Projection(nn.Module):
     def _pad_bias(self) -> None:
         if self.bias is not None:
             self.bias = nn.functional.pad(self.bias, (0, cpp.whole_blocks(self.num_outputs) - self.num_outputs))
-
-    def _keep(self, parts: list[Packed]) -> None:
-        """Keep quantized weights in one tensor, of which the parts are views."""
-        self.weight = torch.cat([part.weights for part in parts])
-        own = self.weight.split([part.weights.numel() for part in parts])
-        self._parts = tuple(replace(part, weights=weights) for part, weights in zip(parts, own, strict=True))
 
     def interleave(self, head_dim: int) -> None:
         """Interleave the outputs as the Triton rotary kernels expect; `forward` still returns them in order."""
@@ -146,12 +159,6 @@ class Norm(nn.Module):
         length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
         scale = torch.rsqrt(length.square().div_(x.shape[-1]).add_(self.epsilon))
         return (x * scale * self.weight).to(x.dtype) if self.rounds_once else (x * scale).to(x.dtype) * self.weight
-
-
-def _parts(linears: tuple[nn.Linear, ...]) -> list[Packed]:
-    """The quantized weights of linear layers if all have them and one projection can, else none."""
-    parts = [layer.packed for layer in linears if isinstance(layer, QuantizedLinear)]
-    return parts if len(parts) == len(linears) and cpp.can_join(parts) else []
 
 
 def weight_bytes(modules: Iterable[nn.Module]) -> int:

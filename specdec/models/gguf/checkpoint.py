@@ -8,7 +8,7 @@ vocabulary, and stored in a folder (`describe`). Weights are dequantized at ever
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,18 +49,29 @@ def is_read_by_transformers(header: Header) -> bool:
     return bool(is_gguf_arch_supported(header.architecture))
 
 
-def read_weights(header: Header, folder: Path, dtype: torch.dtype) -> dict[str, Any]:
-    """A state dict for `from_pretrained`, most of whose tensors are dequantized when they are indexed.
+def read_plan(folder: Path) -> tuple[dict[str, str], set[str]]:
+    """The names of weights in the model by those in the file, and the names in the file of those that are altered.
 
     folder: as written by `describe`.
     """
-    plan, content = json.loads((folder / PLAN_FILE).read_text()), header.content()
-    names, altered = plan["names"], set(plan["altered"])
+    plan = json.loads((folder / PLAN_FILE).read_text())
+    return plan["names"], set(plan["altered"])
+
+
+def read_weights(header: Header, folder: Path, dtype: torch.dtype, unread: Collection[str] = ()) -> dict[str, Any]:
+    """A state dict for `from_pretrained`, most of whose tensors are dequantized when they are indexed.
+
+    folder: as written by `describe`. unread: names in the model of weights that are not read: tensors of their shape
+    whose values are undefined and take no memory.
+    """
+    (names, altered), content = read_plan(folder), header.content()
     config = json.loads((folder / "config.json").read_text())
     weights: dict[str, Any] = {}
     for stored in header.tensors:
         weight = Weight(content[stored.start : stored.start + stored.num_bytes], stored, dtype)
-        if stored.name in altered:
+        if names.get(stored.name) in unread:
+            weights[names[stored.name]] = torch.empty(1, dtype=dtype).expand(stored.shape)
+        elif stored.name in altered:
             weights |= _altered(header, weight, names, weights, config)
         elif stored.name in names:
             weights[names[stored.name]] = weight

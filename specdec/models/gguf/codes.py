@@ -1,4 +1,4 @@
-"""GGUF blocks as codes and scales, without dequantizing them, and weights quantized to such blocks.
+"""GGUF blocks as codes and scales, without dequantizing them.
 
 Source of the blocks' layouts: gguf.quants in the package gguf.
 """
@@ -13,7 +13,6 @@ from torch import Tensor
 from specdec.kernels.quantized import KINDS, Quantized
 
 BLOCK_BYTES = {"Q4_0": 18, "Q4_1": 20, "Q5_0": 22, "Q5_1": 24, "Q8_0": 34, "Q4_K": 144, "Q5_K": 176, "Q6_K": 210}
-QUANTIZERS = ("Q8_0", "Q4_0", "Q4_1")  # what `quantize` quantizes to
 
 
 def as_quantized(stored: Tensor, kind: str, num_outputs: int) -> Quantized:
@@ -24,14 +23,6 @@ def as_quantized(stored: Tensor, kind: str, num_outputs: int) -> Quantized:
         return values.reshape(num_outputs, -1)
 
     return Quantized(kind, rows(codes), tuple(map(rows, scales)), tuple(map(rows, of_supers)))
-
-
-def quantize(weight: Tensor, kind: str) -> Quantized:
-    """Quantize weights [out, in] to one of QUANTIZERS, as the package gguf does it; in must be a multiple of 32."""
-    import gguf
-
-    blocks = gguf.quants.quantize(weight.detach().float().numpy(), gguf.GGMLQuantizationType[kind])
-    return as_quantized(torch.from_numpy(blocks), kind, len(weight))
 
 
 Parts = tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]  # codes, scales and scales of super-blocks, by block
