@@ -29,6 +29,7 @@ from specdec.models.loading import (
     resolve,
 )
 from specdec.models.placement import PlacementError, plan_placement
+from specdec.models.quantization.quantizers import QUANTIZERS
 from specdec.models.vocabularies import SharedVocabulary, check_coverage, share
 from specdec.proposers.table import NgramTable
 from specdec.runtime.artifacts import LoadError
@@ -152,7 +153,13 @@ def _is_parallel(folder: Path) -> bool:
 
 
 def load_with_drafts(
-    target: str, drafts: Iterable[str], placement: str = "same", *, allow_pickle: bool = False, **options: Any
+    target: str,
+    drafts: Iterable[str],
+    placement: str = "same",
+    *,
+    allow_pickle: bool = False,
+    draft_quantization: str | None = None,
+    **options: Any,
 ) -> tuple[CausalLM | Seq2SeqLM, dict[str, AnyDraft]]:
     """A target and its drafts by source, fused; options and errors as for `load_pretrained`.
 
@@ -161,16 +168,24 @@ def load_with_drafts(
     placement: over which of the devices that `device` stands for they are spread, see `specdec.models.placement`;
         heads are with the target. What is spread over several devices, quantised or sharded is not fused.
     allow_pickle: whether a head's weights may be .bin or .pt files, which are read without running code.
+    draft_quantization: as `quantization`, of the drafts; "none" for none. None: draft models' is the target's, and
+        heads have none.
     """
     load_format = options["load_format"]
     found = {source: find(source, load_format, target=target, allow_pickle=allow_pickle) for source in drafts}
-    return load_with_found(target, found, placement, **options)
+    return load_with_found(target, found, placement, draft_quantization=draft_quantization, **options)
 
 
 def load_with_found(
-    target: str, drafts: Mapping[str, DraftSource], placement: str = "same", **options: Any
+    target: str,
+    drafts: Mapping[str, DraftSource],
+    placement: str = "same",
+    *,
+    draft_quantization: str | None = None,
+    **options: Any,
 ) -> tuple[CausalLM | Seq2SeqLM, dict[str, AnyDraft]]:
     """As `load_with_drafts`, for drafts that `find` recognized, by source."""
+    _check_draft_quantization(draft_quantization, drafts.values())
     found = {source: replace(each, place=resolve(each.place)) for source, each in drafts.items()}
     models = [each.place for each in found.values() if each.kind in MODELS]
     places = (target, *models) if found else ()
@@ -182,10 +197,30 @@ def load_with_found(
     loaded: dict[str, AnyDraft] = {}
     for source, each in found.items():
         own = {"device": devices.get(each.place, options["device"]), "vocabulary": vocabularies.get(each.place)}
+        own |= {"quantization": _quantization_of(each.kind, draft_quantization, options.get("quantization"))}
         loaded[source] = _load(each, model, options | own)
     for source, description in descriptions.items():
         cast("Any", loaded[source]).description = description
     return _fused(model, tokenizer), loaded  # fused last: a head borrows from the target's unfused layers
+
+
+def _check_draft_quantization(name: str | None, drafts: Iterable[DraftSource]) -> None:
+    """Raise ValueError if a draft cannot be quantized as it is named."""
+    if name in (None, "none"):
+        return
+    for draft in drafts:
+        if is_head(draft.kind):
+            require(
+                name in QUANTIZERS,
+                f"draft_quantization={name!r} of a head must be {' or '.join(QUANTIZERS)}; use one of them, or none",
+            )
+        require(draft.kind != "table", f"draft_quantization={name!r} must be left out: a table has no weights")
+
+
+def _quantization_of(kind: Kind, given: str | None, of_target: str | None) -> str | None:
+    """The quantization of a draft of this kind; given: `draft_quantization`."""
+    default = of_target if kind in MODELS else None
+    return default if given is None else None if given == "none" else given
 
 
 def _check_sources(
@@ -277,6 +312,8 @@ def _load(source: DraftSource, target: Any, options: dict[str, Any]) -> AnyDraft
         head: Any = eagle.load_head(source.place, target, options["load_format"])
     else:
         head = _as_trained(source.head, target, options["load_format"])
+    if options["quantization"]:
+        head.quantize(options["quantization"])
     head.fuse()
     if (rates := Path(source.place) / RATES_FILE).is_file():
         head.rates = Rates.load(rates)

@@ -144,6 +144,7 @@ class Engine:
         load_format: str = "auto",
         placement: str = "same",
         quantization: str | None = None,
+        draft_quantization: str | None = None,
         tp_plan: str | None = None,
         revision: str | None = None,
         allow_pickle: bool = False,
@@ -160,6 +161,7 @@ class Engine:
             "same", "separate", "ratio:6:2" or "auto", see `specdec.models.placement`.
         allow_pickle: whether a head's weights may be .bin or .pt files; they are read without running code in them.
         quantization, tp_plan: of the target's weights and a draft model's, see `load_pretrained`.
+        draft_quantization: of the draft's weights, a head's too, if it is to differ; "none" for none.
         options: as for the constructor. Arguments are checked before any model is loaded.
         """
         own = {*inspect.signature(cls.load).parameters} - {"options"}
@@ -182,6 +184,7 @@ class Engine:
             attention=attention,
             load_format=load_format,
             quantization=quantization,
+            draft_quantization=draft_quantization,
             tp_plan=tp_plan,
         )
         engine = cls(model, draft=drafts[draft] if draft else None, **options)

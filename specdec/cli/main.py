@@ -76,6 +76,11 @@ def _model_options(group: Any) -> None:
         choices=(*OWN_QUANTIZATIONS, *QUANTIZATIONS),
         help="keep weights in fewer bits; auto: as the GGUF file has them (default: in the dtype)",
     )
+    group.add_argument(
+        "--draft-quantization",
+        choices=("none", *OWN_QUANTIZATIONS, *QUANTIZATIONS),
+        help="likewise for the draft (default: a draft model as the target, a head in the dtype)",
+    )
     group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
     group.add_argument(
         "--allow-pickle", action="store_true", help="read a head from .bin or .pt files; no code in them is run"
@@ -128,6 +133,7 @@ def _load(options: argparse.Namespace) -> Engine:
         dtype=options.dtype,
         device=options.device,
         quantization=options.quantization,
+        draft_quantization=options.draft_quantization,
         load_format=options.load_format,
         allow_pickle=options.allow_pickle,
     )

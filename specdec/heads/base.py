@@ -79,6 +79,13 @@ class Head(Protocol):
         """
         ...
 
+    def quantize(self, name: str) -> None:
+        """Keep weights in fewer bits, before the head is fused. name: of `quantizers.QUANTIZERS`.
+
+        Raises ValueError without kernels for it, and for a number of inputs that is no multiple of 32.
+        """
+        ...
+
     def fuse(self) -> None:
         """Fuse operations for decoding; a fused head can no longer be trained or saved."""
         ...

@@ -18,6 +18,8 @@ from specdec.heads.base import Drafting, WithoutChoices
 from specdec.heads.checkpoints import Shapes
 from specdec.models.base import FeatureLayers
 from specdec.models.fusion import Projection, weight_bytes
+from specdec.models.quantization.model import quantize_layers, quantized
+from specdec.models.quantization.quantizers import OF_HEAD
 from specdec.models.state.ragged import RaggedCache
 from specdec.runtime.artifacts import LoadError
 from specdec.trees.columns import Branches
@@ -29,6 +31,7 @@ class HeadModule(WithoutChoices, nn.Module):
 
     embedding: float [vocab, width] and output: float [draft vocab, width] may be the target's own.
     config: of the layers, a transformers config. rotary: transformers' module of rotary angles.
+    quantization: of the output head when it is fused, see `quantize`.
     """
 
     format: str
@@ -43,11 +46,12 @@ class HeadModule(WithoutChoices, nn.Module):
     rotary: nn.Module
     rates: Rates | None = None
     max_tokens: int | None = None
-    output_head: Any = None
+    output_head: Any  # no default here: a class's attribute would hide the module
+    quantization: str | None = None
 
     def share(self, embedding: Tensor, output: Tensor, draft_vocabulary: Tensor, vocab_size: int) -> None:
         """Set the embedding, the rows of the output head and their token ids, none of which is saved."""
-        self.vocab_size = vocab_size
+        self.vocab_size, self.output_head = vocab_size, None
         self.register_buffer("embedding", embedding, persistent=False)
         self.register_buffer("output", output, persistent=False)
         self.register_buffer("draft_vocabulary", draft_vocabulary, persistent=False)
@@ -61,7 +65,7 @@ class HeadModule(WithoutChoices, nn.Module):
     def step_bytes(self) -> int:
         """Bytes of weights that a step reads: all but the embedding, of which it looks up a few rows."""
         own = [each for name, child in self.named_children() if name != "output_head" for each in child.modules()]
-        return weight_bytes(own) + self.output.numel() * self.output.element_size()
+        return weight_bytes(own) + weight_bytes([self.output_head if self.quantization else as_linear(self.output)])
 
     def project(self, states: Tensor) -> Tensor:
         """Logits [..., draft vocab] of states [..., width] that are normalized as the output head wants them."""
@@ -69,7 +73,17 @@ class HeadModule(WithoutChoices, nn.Module):
 
     def fuse_output(self) -> None:
         """Lay the output head out for decoding."""
-        self.output_head = Projection(as_linear(self.output))
+        output = as_linear(self.output)
+        if self.quantization:
+            output = quantized(output, OF_HEAD.get(self.quantization, self.quantization))
+        self.output_head = Projection(output)
+
+    def quantize(self, name: str) -> None:
+        """Quantize the output head when the head is fused. name: of `quantizers.QUANTIZERS`.
+
+        Raises ValueError without kernels for it.
+        """
+        self.quantization = name
 
     def allocate(self, num_slots: int, capacity: int) -> RaggedCache:
         """An empty cache."""
@@ -87,6 +101,11 @@ class SequentialModule(HeadModule, ABC):
     """A `heads.base.SequentialHead`. Cache position i is of token i + 1: the first has no feature before it."""
 
     drafting: Drafting = "sequential"
+
+    def quantize(self, name: str) -> None:
+        """Quantize the decoder layers, too."""
+        super().quantize(name)
+        quantize_layers(self.layers, name)
 
     def encode(self, features: Tensor) -> Tensor:
         """The features as they are."""

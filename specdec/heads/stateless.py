@@ -14,6 +14,7 @@ from specdec.heads.base import Drafting, WithoutChoices
 from specdec.heads.checkpoints import check_shapes
 from specdec.models.base import FINAL, FeatureLayers
 from specdec.models.fusion import Projection, weight_bytes
+from specdec.models.quantization.model import quantized
 from specdec.trees.optimal import Rates
 
 
@@ -57,8 +58,15 @@ class StatelessModule(WithoutChoices, nn.Module, ABC):
         """Pack linear layers for decoding."""
         for parent in [module for module in self.modules() if not isinstance(module, Projection)]:
             for name, child in list(parent.named_children()):
-                if type(child) is nn.Linear:
+                if isinstance(child, nn.Linear):
                     setattr(parent, name, Projection(child))
+
+    def quantize(self, name: str) -> None:
+        """Quantize all linear layers."""
+        for path, module in list(self.named_modules()):
+            if type(module) is nn.Linear:
+                parent, _, attribute = path.rpartition(".")
+                setattr(self.get_submodule(parent), attribute, quantized(module, name, path))
 
     def start(self, features: Tensor) -> Tensor:
         """States [rows, 1, width] of features [rows, 1, hidden]."""

@@ -7,7 +7,7 @@ rounding. Quantizing other weights changes it; speculation is then lossless with
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -85,11 +85,7 @@ class Quantization:
             return _STORED
         if self._name == "auto":
             return None
-        if linear.in_features % GROUP:
-            raise WrongArgumentError(
-                f"quantization={self._name!r} requires layers with a multiple of {GROUP} inputs, but {path} has "
-                f"{linear.in_features}; leave it out"
-            )
+        _check_inputs(self._name, path, linear)
         return self._name if "." in path else OF_HEAD.get(self._name, self._name)
 
     def _quantized(self, path: str, source: str, linear: nn.Linear) -> Quantized:
@@ -110,17 +106,48 @@ def quantize_model(model: Any, name: str, stored: StoredWeights | None = None) -
     Quantization(model, name, stored, model.device).quantize(model)
 
 
+def quantize_layers(module: nn.Module, name: str) -> None:
+    """Quantize the linear layers of all decoder layers in a module, in place. name: of QUANTIZERS.
+
+    Raises WrongArgumentError without kernels for it, and for a number of inputs that is no multiple of 32.
+    """
+    for layer in [each for each in module.modules() if is_fusable(each)]:
+        for projection in _projections_of(layer, {each: path for path, each in layer.named_modules()}):
+            if cpp.can_join([linear.out_features for linear in projection.values()]):
+                for path, linear in projection.items():
+                    _replace(layer, path, quantized(linear, name, path))
+
+
+def quantized(linear: nn.Linear, name: str, path: str = "lm_head") -> QuantizedLinear:
+    """A linear layer with its weights quantized; raises as `quantize_layers`. path: its place, for the message."""
+    _check_kernels(name, linear.weight.device)
+    _check_inputs(name, path, linear)
+    return QuantizedLinear(linear, pack(quantize(linear.weight, name)), sample_of(linear.weight))
+
+
 def _check(model: Any, name: str, device: torch.device) -> None:
-    rule = f"quantization={name!r} requires"
+    _check_kernels(name, device)
     layers = getattr(model.base_model, "layers", [])
-    if device.type != "cpu" or not cpp.multiplies_quantized():
-        raise WrongArgumentError(
-            f"{rule} this package's kernels for CPUs, but there are none for device={str(device)!r}; leave it "
-            "out, or use Linux, a C++ compiler and device='cpu'"
-        )
     if not layers or not all(map(is_fusable, layers)):
         raise WrongArgumentError(
-            f"{rule} layers that this package's kernels compute, but {type(model).__name__} has others; leave it out"
+            f"quantization={name!r} requires layers that this package's kernels compute, but {type(model).__name__} "
+            "has others; leave it out"
+        )
+
+
+def _check_kernels(name: str, device: torch.device) -> None:
+    if device.type != "cpu" or not cpp.multiplies_quantized():
+        raise WrongArgumentError(
+            f"quantization={name!r} requires this package's kernels for CPUs, but there are none for "
+            f"device={str(device)!r}; leave it out, or use Linux, a C++ compiler and device='cpu'"
+        )
+
+
+def _check_inputs(name: str, path: str, linear: nn.Linear) -> None:
+    if linear.in_features % GROUP:
+        raise WrongArgumentError(
+            f"quantization={name!r} requires layers with a multiple of {GROUP} inputs, but {path} has "
+            f"{linear.in_features}; leave it out"
         )
 
 
@@ -128,12 +155,16 @@ def _projections(model: Any) -> Iterator[dict[str, nn.Linear]]:
     """The linear layers that `fuse` merges into each projection, by path; the output head's has no dot."""
     paths = {module: path for path, module in model.named_modules()}
     for layer in model.base_model.layers:
-        anatomy = Anatomy.of(layer)
-        for linears in (anatomy.qkv, (anatomy.output,), anatomy.gate_up, (anatomy.down,)):
-            yield {paths[linear]: linear for linear in linears}
+        yield from _projections_of(layer, paths)
     for name, child in model.named_children():
         if type(child) is nn.Linear:
             yield {name: child}
+
+
+def _projections_of(layer: Any, paths: Mapping[nn.Module, str]) -> Iterator[dict[str, nn.Linear]]:
+    anatomy = Anatomy.of(layer)
+    for linears in (anatomy.qkv, (anatomy.output,), anatomy.gate_up, (anatomy.down,)):
+        yield {paths[linear]: linear for linear in linears}
 
 
 def _replace(model: Any, path: str, module: nn.Module) -> None:
