@@ -373,19 +373,27 @@ def _instructions() -> tuple[str, ...]:
 @cache
 def _library() -> Any:
     """The compiled kernels, or None with one warning if they cannot be compiled."""
+    used = _SOURCES if _supported_dtypes() else _PORTABLE_SOURCES
+    return compiled("kernels", used, _HEADERS, [*_FLAGS, *_instructions()], _UNUSED)
+
+
+def compiled(name: str, sources: Sequence[Path], headers: Sequence[Path], flags: Sequence[str], unused: str) -> Any:
+    """A shared library, compiled into the cache folder `name` once per machine.
+
+    None without a compiler, or if it fails, with one warning. unused: what that means, for the warning.
+    """
     compiler = shutil.which(os.environ.get("CXX", "g++"))
     if compiler is None:
-        fall_back(_UNUSED, "no C++ compiler was found (install g++, or name one in CXX)")
+        fall_back(unused, "no C++ compiler was found (install g++, or name one in CXX)")
         return None
-    flags, used = [*_FLAGS, *_instructions()], _SOURCES if _supported_dtypes() else _PORTABLE_SOURCES
-    sources = [path.read_bytes() for path in (*used, *_HEADERS)]
-    digest = hashlib.sha256(b"".join(sources) + " ".join(flags).encode()).hexdigest()
+    contents = [path.read_bytes() for path in (*sources, *headers)]
+    digest = hashlib.sha256(b"".join(contents) + " ".join(flags).encode()).hexdigest()
 
     def make(staging: Path) -> dict[str, Any]:
         (staging / "made").mkdir()
-        objects = [str(staging / source.with_suffix(".o").name) for source in used]
-        for source, compiled in zip(used, objects, strict=True):
-            _run([compiler, *flags, "-c", str(source), "-o", compiled])
+        objects = [str(staging / source.with_suffix(".o").name) for source in sources]
+        for source, made in zip(sources, objects, strict=True):
+            _run([compiler, *flags, "-c", str(source), "-o", made])
         # link torch's OpenMP runtime: two runtimes in a process would compete for the cores
         runtimes = [str(path) for path in (Path(torch.__file__).parent / "lib").glob("libgomp*.so*")] or ["-lgomp"]
         _run([compiler, "-shared", *objects, *runtimes, "-o", str(staging / "made" / "kernels.so")])
@@ -393,7 +401,7 @@ def _library() -> Any:
 
     try:
         folder = made_once(
-            cache_root() / f"kernels-{digest[:8]}",
+            cache_root() / f"{name}-{digest[:8]}",
             make,
             disk_bytes=10**7,
             rule="kernels must be compiled once",
@@ -401,7 +409,7 @@ def _library() -> Any:
         )
         return ctypes.CDLL(str(folder / "kernels.so"))
     except (LoadError, OSError) as error:
-        fall_back(_UNUSED, error)
+        fall_back(unused, error)
         return None
 
 

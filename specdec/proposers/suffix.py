@@ -15,17 +15,20 @@ Dirichlet language model".
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from operator import mul
+from typing import Protocol
 
 import torch
 
+from specdec.kernels import suffix_tree
+from specdec.kernels.suffix_tree import CompiledTree
 from specdec.proposers.adaptive import AdaptiveLength, together
 from specdec.proposers.base import CopyingProposer
 from specdec.proposers.ngram import pad
-from specdec.proposers.suffix_tree import TOKEN_BYTES, Followers, Place, SuffixTree
+from specdec.proposers.suffix_tree import DEPTH, NODE_BYTES, TOKEN_BYTES, Followers, Place, SuffixTree
 from specdec.requests import Batch, Generation
 from specdec.sampling_params import SamplingParams
 from specdec.verification import Draft
@@ -104,44 +107,101 @@ def _probability(followers: Sequence[Followers], token: int, doubt: float) -> fl
     return prob
 
 
+class TextTree(Protocol):
+    """A suffix tree of texts that copies from it."""
+
+    @property
+    def depth(self) -> int:
+        """Maximum length of counted runs."""
+        ...
+
+    @property
+    def num_bytes(self) -> int:
+        """Upper bound on the memory of the tree."""
+        ...
+
+    def extend(self, tokens: Sequence[int]) -> None:
+        """Append tokens to the growing text."""
+        ...
+
+    def complete(self) -> None:
+        """Complete the growing text and start the next."""
+        ...
+
+    def forget_oldest(self) -> None:
+        """Drop the oldest complete text; no text may be growing."""
+        ...
+
+    def copied(self, after: Sequence[int] | None, limit: int, doubt: float) -> Copy:
+        """`copy_from` of the growing text, or of other tokens, of which the last `depth` - 1 count."""
+        ...
+
+
+class PlainTree(SuffixTree):
+    """The tree in Python, for machines without a C++ compiler."""
+
+    def extend(self, tokens: Sequence[int]) -> None:
+        for token in tokens:
+            self.append(token)
+
+    def copied(self, after: Sequence[int] | None, limit: int, doubt: float) -> Copy:
+        return copy_from(self, self.ends() if after is None else self.find(after), limit, doubt)
+
+
+class FastTree(CompiledTree):
+    """The same in C++, with the same results: its size is reckoned as that of the tree in Python."""
+
+    @property
+    def num_bytes(self) -> int:
+        return NODE_BYTES * self.num_nodes + TOKEN_BYTES * self.num_tokens
+
+    def copied(self, after: Sequence[int] | None, limit: int, doubt: float) -> Copy:
+        context = None if after is None else after[-self.depth + 1 :]
+        tokens, reach = self.copy(context, limit, doubt, MIN_REACH)
+        return Copy(tuple(tokens), tuple(reach))
+
+
+def new_tree(depth: int = DEPTH) -> TextTree:
+    """An empty tree: in C++ if this machine can compile it."""
+    return FastTree(depth) if suffix_tree.available() else PlainTree(depth)
+
+
 class History:
     """The text of finished requests in a tree of bounded size; the oldest texts are dropped first.
 
     max_bytes: maximum memory; 0 disables it.
     """
 
-    def __init__(self, max_bytes: int) -> None:
-        self.max_bytes = max_bytes
-        self.tree = SuffixTree()
+    def __init__(self, max_bytes: int, new_tree: Callable[[], TextTree] = new_tree) -> None:
+        self.max_bytes, self._new_tree = max_bytes, new_tree
+        self.tree = new_tree()
 
     def add(self, tokens: Sequence[int]) -> None:
         """Add a text, truncated to its end if it is larger than the maximum memory."""
         room = self.max_bytes // TOKEN_BYTES - 1  # minus the separator
         if room <= 0:
             return
-        for token in tokens[-room:]:
-            self.tree.append(token)
+        self.tree.extend(tokens[-room:])
         self.tree.complete()
         while self.tree.num_bytes > self.max_bytes:
             self.tree.forget_oldest()
 
     def forget(self) -> None:
         """Drop all texts."""
-        self.tree = SuffixTree()
+        self.tree = self._new_tree()
 
 
 class OwnText:
     """The tree of a request's own text."""
 
     def __init__(self) -> None:
-        self._tree, self._num_added = SuffixTree(), 0
+        self._tree, self._num_added = new_tree(), 0
 
     def copy(self, tokens: Sequence[int], limit: int, doubt: float) -> Copy:
         """Copy a continuation of `tokens`, which are those of the last call with more appended."""
-        for token in tokens[self._num_added :]:
-            self._tree.append(token)
+        self._tree.extend(tokens[self._num_added :])
         self._num_added = len(tokens)
-        return copy_from(self._tree, self._tree.ends(), limit, doubt)
+        return self._tree.copied(None, limit, doubt)
 
 
 class SuffixProposer(CopyingProposer):
@@ -197,5 +257,5 @@ class SuffixProposer(CopyingProposer):
     def _copy(self, row: Generation, limit: int) -> Copy:
         smoothing, tree = doubt(row.request.sampling), self.history.tree
         own = self._own[row].copy(row.tokens, limit, smoothing)
-        others = copy_from(tree, tree.find(row.tokens[-tree.depth :]), limit, smoothing)
+        others = tree.copied(row.tokens[-tree.depth :], limit, smoothing) if self.history.max_bytes else Copy()
         return max(own, others, key=lambda copy: copy.score)

@@ -17,24 +17,28 @@ from specdec.conformance.enumeration import exact_distribution
 from specdec.conformance.gates import distance, passes, radius
 from specdec.conformance.toys import grid_pair, joint_distribution
 from specdec.decoding import Decoder
+from specdec.kernels import suffix_tree
 from specdec.models.markov import MarkovModel
 from specdec.proposers.suffix import (
     GREEDY_DOUBT,
     MIN_REACH,
     SAMPLED_DOUBT,
     Copy,
+    FastTree,
     History,
+    PlainTree,
     SuffixProposer,
     copy_from,
     doubt,
 )
-from specdec.proposers.suffix_tree import TOKEN_BYTES, SuffixTree
+from specdec.proposers.suffix_tree import DEPTH, TOKEN_BYTES, SuffixTree
 from specdec.requests import Batch, Request
 from specdec.sampling.randomness import Role, own_seed, uniforms
 from specdec.verification import Rule
 
 TARGET, _ = grid_pair(3)
 CPU = torch.device("cpu")
+needs_compiler = pytest.mark.skipif(not suffix_tree.available(), reason="needs Linux and a C++ compiler")
 texts = st.lists(st.integers(0, 2), min_size=1, max_size=20)
 
 
@@ -84,6 +88,60 @@ def test_a_copy_is_the_obvious_one(text: list[int], depth: int, limit: int, doub
     copy, expected = copy_from(tree, tree.ends(), limit, doubt), obvious_copy(text, depth, limit, doubt)
     assert copy.tokens == expected.tokens
     assert copy.reach == pytest.approx(expected.reach)
+
+
+steps = st.lists(st.sampled_from(["extend", "complete", "forget", "copy", "after"]), max_size=40)
+
+
+@needs_compiler
+@given(steps, st.integers(2, 6), st.integers(1, 8), st.sampled_from([0.5, 2.5, 5.0]), st.data())
+def test_the_compiled_tree_has_the_results_of_the_one_in_python(
+    steps: list[str], depth: int, limit: int, doubt: float, data: st.DataObject
+) -> None:
+    """The same copies to the last bit and the same reckoned memory, whatever is appended and forgotten."""
+    trees, num_complete, is_growing = (PlainTree(depth), FastTree(depth)), 0, False
+    for step in steps:
+        tokens = data.draw(texts) if step in ("extend", "after") else None
+        if step == "copy" or (step == "after" and not is_growing):
+            plain, compiled = (tree.copied(tokens, limit, doubt) for tree in trees)
+            assert compiled == plain
+        for tree in trees:
+            if step == "extend":
+                tree.extend(tokens)
+            elif step == "complete" or step == "forget":  # a text is complete before another one is forgotten
+                tree.complete()
+            if step == "forget" and num_complete:
+                tree.forget_oldest()
+        is_growing = step == "extend" or (is_growing and step not in ("complete", "forget"))
+        num_complete += (step in ("complete", "forget")) - (step == "forget" and num_complete > 0)
+        assert trees[1].num_bytes == trees[0].num_bytes
+
+
+@needs_compiler
+def test_the_compiled_tree_has_the_same_results_for_long_texts() -> None:
+    """With as many different tokens as words have, so that nodes have many children, and half of it forgotten."""
+    weights = 1 / torch.arange(1, 501, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.multinomial(weights, 6000, replacement=True, generator=generator).tolist()
+    plain, compiled = PlainTree(), FastTree(DEPTH)
+    found = 0
+    for start in range(0, len(tokens), 100):
+        for place in range(start, start + 100, 4):
+            for tree in (plain, compiled):
+                tree.extend(tokens[place : place + 4])
+            copy = plain.copied(None, 8, GREEDY_DOUBT)
+            assert compiled.copied(None, 8, GREEDY_DOUBT) == copy
+            found += len(copy.tokens)
+        for tree in (plain, compiled):
+            tree.complete()
+        for place in range(0, start, 40):
+            after = tokens[place : place + 20]
+            assert compiled.copied(after, 8, SAMPLED_DOUBT) == plain.copied(after, 8, SAMPLED_DOUBT)
+        for tree in (plain, compiled):
+            if start >= 1000:
+                tree.forget_oldest()
+        assert compiled.num_bytes == plain.num_bytes
+    assert found > 500
 
 
 def test_a_copy_is_longer_where_more_is_alike_and_where_less_is_drawn() -> None:
@@ -143,6 +201,7 @@ def test_the_end_of_a_prompt_is_remembered_with_the_output() -> None:
 def test_a_request_that_did_not_finish_is_not_remembered() -> None:
     """The caller took the first of two and left."""
     remembering = engine(max_batch_size=2)
+    remembering._decoder.proposer.history = History(1 << 20, PlainTree)
     params = [SamplingParams(temperature=0, max_tokens=number) for number in (4, 40)]
     running = remembering._decoder.run([Request(i, (3,), each) for i, each in enumerate(params)])
     assert next(running).request.index == 0
@@ -156,11 +215,11 @@ def test_history_is_bounded_and_holds_the_latest_texts(max_bytes: int) -> None:
     """After each of 40 texts it is the history of the last few alone, and of as many as there is room for."""
     generator = torch.Generator().manual_seed(0)
     texts = torch.randint(0, 9, (40, 12), generator=generator).tolist()
-    history, room = History(max_bytes), max_bytes // TOKEN_BYTES - 1
+    history, room = History(max_bytes, PlainTree), max_bytes // TOKEN_BYTES - 1
     for number, text in enumerate(texts, 1):
         history.add(text)
         kept = texts[number - len(history.tree._lengths) : number]
-        fresh, larger = History(1 << 30), History(1 << 30)
+        fresh, larger = History(1 << 30, PlainTree), History(1 << 30, PlainTree)
         for each in kept:
             fresh.add(each[-room:])
         for each in texts[max(0, number - len(kept) - 1) : number]:
@@ -172,7 +231,7 @@ def test_history_is_bounded_and_holds_the_latest_texts(max_bytes: int) -> None:
 
 
 def test_of_a_text_that_is_too_long_the_end_is_kept() -> None:
-    history = History(20 * TOKEN_BYTES)
+    history = History(20 * TOKEN_BYTES, PlainTree)
     history.add(list(range(100)))
     assert len(history.tree.find([98])) == 2
     assert len(history.tree.find([50])) == 1

@@ -1,0 +1,94 @@
+"""The suffix tree of `specdec.proposers.suffix_tree` in C++, compiled once per machine; it needs no special CPU."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Sequence
+from ctypes import c_double, c_int64, c_void_p
+from functools import cache
+from pathlib import Path
+from typing import Any
+from weakref import finalize
+
+from specdec.kernels import cpp
+
+_SOURCE = Path(__file__).with_name("suffix_tree.cpp")
+# contracted sums would have other bits than Python's
+_FLAGS = ("-O3", "-std=c++17", "-fPIC", "-ffp-contract=off")
+_UNUSED = "copied drafts are looked up in Python, which takes longer"
+_SIGNATURES = {
+    "new": (c_void_p, (c_int64,)),
+    "delete": (None, (c_void_p,)),
+    "extend": (None, (c_void_p, c_void_p, c_int64)),
+    "complete": (None, (c_void_p,)),
+    "forget_oldest": (None, (c_void_p,)),
+    "num_nodes": (c_int64, (c_void_p,)),
+    "num_tokens": (c_int64, (c_void_p,)),
+    "copy": (c_int64, (c_void_p, c_void_p, c_int64, c_int64, c_double, c_double, c_void_p, c_void_p)),
+}
+
+
+def available() -> bool:
+    """Whether this machine has the compiled tree; the first call compiles it."""
+    return platform.system() == "Linux" and _library() is not None
+
+
+class CompiledTree:
+    """A tree that grows token by token; complete texts can be dropped, oldest first.
+
+    depth: maximum length of counted runs, at least 2.
+    """
+
+    def __init__(self, depth: int) -> None:
+        self.depth = depth
+        self._functions = _functions()
+        self._tree = self._functions["new"](depth)
+        finalize(self, self._functions["delete"], self._tree)
+
+    @property
+    def num_nodes(self) -> int:
+        """Number of runs that occurred at least twice."""
+        return int(self._functions["num_nodes"](self._tree))
+
+    @property
+    def num_tokens(self) -> int:
+        """Number of tokens, with the separator after each complete text."""
+        return int(self._functions["num_tokens"](self._tree))
+
+    def extend(self, tokens: Sequence[int]) -> None:
+        """Append tokens to the growing text."""
+        self._functions["extend"](self._tree, (c_int64 * len(tokens))(*tokens), len(tokens))
+
+    def complete(self) -> None:
+        """Complete the growing text and start the next."""
+        self._functions["complete"](self._tree)
+
+    def forget_oldest(self) -> None:
+        """Drop the oldest complete text; no text may be growing."""
+        self._functions["forget_oldest"](self._tree)
+
+    def copy(
+        self, after: Sequence[int] | None, limit: int, doubt: float, least: float
+    ) -> tuple[list[int], list[float]]:
+        """Tokens and their reach, at most `limit`; see `proposers.suffix.copy_from`.
+
+        after: the tokens that the copy continues; None for the growing text. least: the reach at which a copy ends.
+        """
+        tokens, reach = (c_int64 * limit)(), (c_double * limit)()
+        size = -1 if after is None else len(after)
+        context = None if after is None else (c_int64 * size)(*after)
+        number = self._functions["copy"](self._tree, context, size, limit, doubt, least, tokens, reach)
+        return tokens[:number], reach[:number]
+
+
+@cache
+def _library() -> Any:
+    return cpp.compiled("suffix-tree", [_SOURCE], (), _FLAGS, _UNUSED)
+
+
+@cache
+def _functions() -> dict[str, Any]:
+    functions = {name: getattr(_library(), f"suffix_tree_{name}") for name in _SIGNATURES}
+    for name, function in functions.items():
+        function.restype, function.argtypes = _SIGNATURES[name]
+    return functions
