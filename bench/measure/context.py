@@ -11,7 +11,7 @@ from bench.campaign.config import BenchConfig
 from bench.catalogue.pairs import Pair
 from bench.engines.base import BenchEngine, Setup
 from bench.measure import machine, telemetry
-from bench.measure.models import Models, failing_cell
+from bench.measure.models import Models, failing_cell, quantization_of
 from bench.measure.prompts import Encoded, Prompts
 from bench.records.schema import Cell, Record
 
@@ -56,3 +56,10 @@ class Context:
         """The telemetry fields of a cell. record: with its token counts. spans: when the candidate ran."""
         counts = record["num_tokens"], record["num_accepted"]
         return telemetry.record(trace, spans, self.config.telemetry_hz, *counts)
+
+    def quantization_fields(self, cell: Cell, pair: Pair) -> Record:
+        """How far a cell's quantized target is from the one that is not; None where nothing is quantized."""
+        if quantization_of(cell, self.config) is None:
+            return dict.fromkeys(("quantization_tv", "quantization_kl_nats"))
+        found = self.models.faithfulness(pair)
+        return {"quantization_tv": found.mean_tv, "quantization_kl_nats": found.mean_kl_nats}

@@ -6,19 +6,24 @@ import gc
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import pytest
 
 from bench.campaign.config import BenchConfig
-from bench.catalogue.pairs import Pair
+from bench.catalogue.pairs import Pair, folder
 from bench.engines.base import BenchEngine, EngineError, LoadOptions, Setup
 from bench.engines.registry import check_vocabulary
 from bench.engines.registry import load as load_engine
 from bench.measure import machine
 from bench.records.schema import Cell
+from specdec.conformance.faithfulness import Faithfulness, faithfulness
+from specdec.drafts import load_with_drafts
+from specdec.models.costs import sample_tokens
 from specdec.models.placement import PlacementError
 from specdec.runtime.artifacts import LoadError
+
+SAMPLE_LENGTH = 512  # tokens over which a quantized model is compared
 
 
 @contextmanager
@@ -32,6 +37,11 @@ def failing_cell(device: str) -> Iterator[None]:
         if (failure := machine.device_failure(error, device)) is None:
             raise
         raise pytest.fail.Exception(failure, pytrace=False) from None
+
+
+def quantization_of(cell: Cell, config: BenchConfig) -> str | None:
+    """How this library's engine quantizes a cell's weights; None if it does not, and for other engines."""
+    return config.quantization if cell.engine == "specdec" and config.quantization != "none" else None
 
 
 def _explained(error: Exception, pair: Pair) -> str:
@@ -52,6 +62,7 @@ class Models:
         self._pair: Pair | None = None
         self._engines: dict[str, BenchEngine] = {}
         self._refusals: dict[str, str] = {}  # engine -> why it does not take the pair's draft
+        self._faithfulness: Faithfulness | None = None  # of the pair's quantized target
 
     def engine(self, name: str, pair: Pair) -> BenchEngine:
         """An engine with a pair's models; one that cannot be loaded fails or skips the cell."""
@@ -62,6 +73,22 @@ class Models:
             with failing_cell(self._device):
                 self._engines[name] = self._load(name, pair)
         return self._engines[name]
+
+    def faithfulness(self, pair: Pair) -> Faithfulness:
+        """How far the quantized target is from the one that is not, in the same dtype, over a sample text."""
+        target: Any = self.engine("specdec", pair)
+        if self._faithfulness is None:
+            exact, _ = load_with_drafts(
+                folder(pair.target),
+                [],
+                dtype=target.target.dtype,
+                device=self._device,
+                attention=pair.attention,
+                load_format=pair.load_format,
+            )
+            text = sample_tokens(exact, 1, min(SAMPLE_LENGTH, exact.context_length))
+            self._faithfulness = faithfulness(target.target, exact, text)
+        return self._faithfulness
 
     def loaded(self, name: str) -> BenchEngine | None:
         """An engine, if it is in memory."""
@@ -95,6 +122,7 @@ class Models:
     def close(self) -> None:
         """Unload all engines."""
         self._refusals.clear()
+        self._faithfulness = None
         while self._engines:
             self._engines.popitem()[1].close()
 

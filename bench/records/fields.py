@@ -289,6 +289,10 @@ _QUALITY = [
         Field("quality_difference", float, "1", "Mean difference in score from plain decoding, prompt by prompt.",
               "difference", "+z.3f", tables="quality")
     ),
+    Field("quantization_tv", float, "1", "Mean total variation per token of the quantized target from the same in its "
+          "dtype, over a sample text.", "TV from dtype", ".2g", tables="details"),
+    Field("quantization_kl_nats", float, "nats", "Mean divergence per token of the quantized target from the same in "
+          "its dtype, over a sample text.", "KL from dtype", ".2g", tables="details"),
     Field("quality_reason", str, "", "Why there is no score."),
     Field("per_prompt_quality", list, "1", "Score of each prompt's output."),
     Field("baseline_per_prompt_quality", list, "1", "Score of each prompt's output in plain decoding."),

@@ -10,6 +10,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -65,13 +66,28 @@ class Reference:
         self._caches: OrderedDict[tuple[tuple[int, ...], ...], Cache] = OrderedDict()  # by prompts, the last used last
 
     @classmethod
-    def load(cls, target: str, sampling: SamplingParams, *, device: str = "auto", batch_size: int = 8) -> Reference:
-        """Load a model by name as a float32 reference; names and errors as for `Engine.load`."""
+    def load(
+        cls,
+        target: str,
+        sampling: SamplingParams,
+        *,
+        device: str = "auto",
+        batch_size: int = 8,
+        quantization: str | None = None,
+        dtype: torch.dtype = torch.bfloat16,
+    ) -> Reference:
+        """Load a model by name as a float32 reference; names and errors as for `Engine.load`.
+
+        quantization: of an engine with this dtype: the reference has the values of its quantized weights, in float32.
+        """
         from specdec.models.causal import CausalLM
         from specdec.models.loading import as_device, load_pretrained
         from specdec.models.seq2seq import Seq2SeqLM
 
-        model, tokenizer = load_pretrained(target, dtype=torch.float32, device=as_device(device))
+        exact: dict[str, Any] = {"dtype": torch.float32}
+        if quantization is not None:
+            exact = {"dtype": dtype, "quantization": quantization, "dequantize": True}
+        model, tokenizer = load_pretrained(target, device=as_device(device), **exact)
         wrapped = (Seq2SeqLM if model.config.is_encoder_decoder else CausalLM)(model, tokenizer)
         return cls(wrapped, sampling, batch_size)
 

@@ -128,32 +128,26 @@ class Tree {
     int64_t num_nodes() const { return num_nodes_; }
     int64_t num_tokens() const { return static_cast<int64_t>(text_.size()) - num_forgotten_; }
 
-    std::vector<Place> ends() const {
-        std::vector<Place> places;
-        for (const int64_t node : open_) places.push_back(of_index(node));
-        return places;
-    }
-
-    std::vector<Place> find(const int64_t* tokens, int64_t size) {
-        std::vector<Place> places{of_index(ROOT)};
-        for (int64_t i = std::max<int64_t>(0, size - depth_ + 1); i < size; i++) places = extended(places, tokens[i], {});
-        return places;
-    }
-
-    // `copy_from`; returns the number of tokens.
-    int64_t copy(std::vector<Place> places, int64_t limit, double doubt, double least, int64_t* tokens, double* reaches) {
-        std::vector<int64_t> drafted;
+    // Copies at most `limit` tokens after the growing text, or after other tokens if `size` >= 0, as `copy_from`.
+    // Returns their number.
+    int64_t copy(const int64_t* after, int64_t size, int64_t limit, double doubt, double least, int64_t* tokens,
+                 double* reaches) {
+        drafted_.clear();
+        places_ = {of_index(ROOT)};
+        if (size < 0)
+            for (size_t i = 1; i < open_.size(); i++) places_.push_back(of_index(open_[i]));
+        for (int64_t i = std::max<int64_t>(0, size - depth_ + 1); i < size; i++) extend_places(after[i]);
         double reach = 1;
-        while (static_cast<int64_t>(drafted.size()) < limit) {
-            const auto [token, prob] = likeliest_of(places, drafted, doubt);
+        while (static_cast<int64_t>(drafted_.size()) < limit) {
+            const auto [token, prob] = likeliest_of_places(doubt);
             reach *= prob;
             if (reach < least) break;
-            places = extended(places, token, drafted);
-            tokens[drafted.size()] = token;
-            reaches[drafted.size()] = reach;
-            drafted.push_back(token);
+            extend_places(token);
+            tokens[drafted_.size()] = token;
+            reaches[drafted_.size()] = reach;
+            drafted_.push_back(token);
         }
-        return static_cast<int64_t>(drafted.size());
+        return static_cast<int64_t>(drafted_.size());
     }
 
   private:
@@ -227,29 +221,28 @@ class Tree {
         }
     }
 
-    int64_t token_at(int64_t position, const std::vector<int64_t>& drafted) const {
+    // The token at a position, which may be in the draft.
+    int64_t token_at(int64_t position) const {
         const int64_t index = position - start_, size = static_cast<int64_t>(text_.size());
-        const int64_t within = index - size, num_drafted = static_cast<int64_t>(drafted.size());
-        const int64_t token = index < size ? text_[index] : within < num_drafted ? drafted[within] : NONE;
+        const int64_t within = index - size, num_drafted = static_cast<int64_t>(drafted_.size());
+        const int64_t token = index < size ? text_[index] : within < num_drafted ? drafted_[within] : NONE;
         return token == SEPARATOR ? NONE : token;
     }
 
-    std::vector<Place> extended(const std::vector<Place>& places, int64_t token, const std::vector<int64_t>& drafted) {
-        std::vector<Place> longer{of_index(ROOT)};
-        const size_t end = std::min<size_t>(places.size(), depth_ - 1);
+    void extend_places(int64_t token) {
+        longer_ = {of_index(ROOT)};
+        const size_t end = std::min<size_t>(places_.size(), depth_ - 1);
         for (size_t i = 0; i < end; i++) {
-            if (is_node(places[i])) {
-                if (const Place* child = nodes_[index_of(places[i])].children.find(token)) longer.push_back(*child);
-            } else if (token_at(places[i] + 1, drafted) == token) {
-                longer.push_back(places[i] + 1);
+            if (is_node(places_[i])) {
+                if (const Place* child = nodes_[index_of(places_[i])].children.find(token)) longer_.push_back(*child);
+            } else if (token_at(places_[i] + 1) == token) {
+                longer_.push_back(places_[i] + 1);
             }
         }
-        return longer;
+        places_.swap(longer_);
     }
 
-    int64_t likeliest(Place place, const std::vector<int64_t>& drafted) {
-        if (!is_node(place)) return token_at(place + 1, drafted);
-        Node& node = nodes_[index_of(place)];
+    int64_t likeliest(Node& node) {
         if (node.likeliest == NONE && node.total) {
             std::pair<int64_t, int64_t> most{-1, -1};
             for (const auto& [token, child] : node.children.entries()) {
@@ -261,33 +254,33 @@ class Tree {
         return node.likeliest;
     }
 
-    std::pair<int64_t, double> likeliest_of(const std::vector<Place>& places, const std::vector<int64_t>& drafted,
-                                            double doubt) {
-        std::vector<int64_t> candidates;  // of each place but the empty context; repeated ones change nothing
-        for (size_t i = 1; i < places.size(); i++) candidates.push_back(likeliest(places[i], drafted));
+    // The most probable of the places' likeliest tokens, without the empty context, and its probability.
+    std::pair<int64_t, double> likeliest_of_places(double doubt) {
+        candidates_.clear();
+        for (size_t i = 1; i < places_.size(); i++)
+            candidates_.push_back(is_node(places_[i]) ? likeliest(nodes_[index_of(places_[i])])
+                                                      : token_at(places_[i] + 1));
         int64_t best = 0;
         double most = 0;
-        for (size_t i = candidates.size(); i-- > 0;) {
-            if (candidates[i] == NONE || (i + 1 < candidates.size() && candidates[i] == candidates[i + 1])) continue;
-            const double prob = probability(places, candidates, candidates[i], doubt);
-            if (prob > most) most = prob, best = candidates[i];
+        for (auto at = candidates_.rbegin(); at != candidates_.rend(); ++at) {
+            if (*at == NONE || std::find(candidates_.rbegin(), at, *at) != at) continue;
+            const double prob = probability(*at, doubt);
+            if (prob > most) most = prob, best = *at;
         }
         return {best, most};
     }
 
-    // singles: the token after each place, of which only those of single occurrences are used
-    double probability(const std::vector<Place>& places, const std::vector<int64_t>& singles, int64_t token,
-                       double doubt) {
+    double probability(int64_t token, double doubt) {
         double prob = 0;
-        for (size_t i = 1; i < places.size(); i++) {
+        for (size_t i = 1; i < places_.size(); i++) {
             int64_t times, total;
-            if (is_node(places[i])) {
-                Node& node = nodes_[index_of(places[i])];
+            if (is_node(places_[i])) {
+                Node& node = nodes_[index_of(places_[i])];
                 times = count(node, token);
                 total = node.total;
-            } else {
-                times = singles[i - 1] == token;
-                total = singles[i - 1] != NONE;
+            } else {  // its candidate is the one token after it
+                times = candidates_[i - 1] == token;
+                total = candidates_[i - 1] != NONE;
             }
             prob = (static_cast<double>(times) + doubt * prob) / (static_cast<double>(total) + doubt);
         }
@@ -297,6 +290,8 @@ class Tree {
     int64_t depth_, start_ = 0, num_forgotten_ = 0, begin_ = 0, num_nodes_ = 0;
     std::vector<Node> nodes_;
     std::vector<int64_t> free_, open_{ROOT}, text_;
+    std::vector<int64_t> drafted_, candidates_;  // of the current copy
+    std::vector<Place> places_, longer_;
     std::deque<int64_t> lengths_;
 };
 
@@ -315,10 +310,8 @@ void suffix_tree_forget_oldest(void* tree) { static_cast<Tree*>(tree)->forget_ol
 int64_t suffix_tree_num_nodes(void* tree) { return static_cast<Tree*>(tree)->num_nodes(); }
 int64_t suffix_tree_num_tokens(void* tree) { return static_cast<Tree*>(tree)->num_tokens(); }
 
-// Copies at most `limit` tokens after the growing text, or after other tokens if `size` >= 0.
 int64_t suffix_tree_copy(void* tree, const int64_t* after, int64_t size, int64_t limit, double doubt, double least,
                          int64_t* tokens, double* reaches) {
-    Tree& own = *static_cast<Tree*>(tree);
-    return own.copy(size < 0 ? own.ends() : own.find(after, size), limit, doubt, least, tokens, reaches);
+    return static_cast<Tree*>(tree)->copy(after, size, limit, doubt, least, tokens, reaches);
 }
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from array import array
 from collections.abc import Sequence
 from ctypes import c_double, c_int64, c_void_p
 from functools import cache
@@ -43,6 +44,7 @@ class CompiledTree:
         self.depth = depth
         self._functions = _functions()
         self._tree = self._functions["new"](depth)
+        self._tokens, self._reach = array("q"), array("d")  # of the last copy: arrays of ctypes take longer to create
         finalize(self, self._functions["delete"], self._tree)
 
     @property
@@ -57,7 +59,8 @@ class CompiledTree:
 
     def extend(self, tokens: Sequence[int]) -> None:
         """Append tokens to the growing text."""
-        self._functions["extend"](self._tree, (c_int64 * len(tokens))(*tokens), len(tokens))
+        given = array("q", tokens)
+        self._functions["extend"](self._tree, *given.buffer_info())
 
     def complete(self) -> None:
         """Complete the growing text and start the next."""
@@ -74,11 +77,15 @@ class CompiledTree:
 
         after: the tokens that the copy continues; None for the growing text. least: the reach at which a copy ends.
         """
-        tokens, reach = (c_int64 * limit)(), (c_double * limit)()
-        size = -1 if after is None else len(after)
-        context = None if after is None else (c_int64 * size)(*after)
-        number = self._functions["copy"](self._tree, context, size, limit, doubt, least, tokens, reach)
-        return tokens[:number], reach[:number]
+        if len(self._tokens) < limit:
+            self._tokens, self._reach = array("q", bytes(8 * limit)), array("d", bytes(8 * limit))
+        context = array("q", after or ())
+        address, size = context.buffer_info()
+        results = (self._tokens.buffer_info()[0], self._reach.buffer_info()[0])
+        number = self._functions["copy"](
+            self._tree, address, -1 if after is None else size, limit, doubt, least, *results
+        )
+        return self._tokens[:number].tolist(), self._reach[:number].tolist()
 
 
 @cache

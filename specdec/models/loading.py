@@ -99,6 +99,11 @@ def load_pretrained(
     _check_choices(dtype=(dtype, DTYPES), attention=(attention, ATTENTIONS), load_format=(load_format, LOAD_FORMATS))
     quantizations = (None, *QUANTIZATIONS, *OWN_QUANTIZATIONS)
     _check_choices(quantization=(quantization, quantizations), tp_plan=(tp_plan, (None, "auto")))
+    if dequantize and quantization not in OWN_QUANTIZATIONS:
+        raise ValueError(
+            f"quantization={quantization!r} must be {' or '.join(OWN_QUANTIZATIONS)} to be dequantized; no "
+            "other can be the reference of an audit"
+        )
     devices = _usable_devices(device)
     place = _locate(source, load_format)
     is_own = quantization in OWN_QUANTIZATIONS

@@ -19,7 +19,7 @@ from bench.catalogue.pairs import Pair, folder
 from bench.engines.base import BenchEngine, PromptResult
 from bench.measure.context import Context
 from bench.measure.journal import Entry
-from bench.measure.models import failing_cell
+from bench.measure.models import failing_cell, quantization_of
 from bench.measure.progress import cell_bar
 from bench.records.schema import PLAIN, Cell, Gamma
 from specdec import AcceptanceCounts, SamplingParams
@@ -134,7 +134,7 @@ def certify(
     sampling = SamplingParams(
         temperature=config.temperature, top_p=config.top_p, top_k=config.top_k, max_tokens=config.max_tokens
     )
-    reference, draft = _references(pair, cell, sampling, device)
+    reference, draft = _references(pair, cell, sampling, config, device)
     if announce:
         sizes = {"num_draws": config.num_draws, "batch_size": cell.batch_size}
         announce(expectation(Audited(engine, cell, sampling), reference, prompts, draft=draft, **sizes))
@@ -152,14 +152,19 @@ def certify(
     return Certificate.of(subject(cell, engine.version, config), findings)
 
 
-def _references(pair: Pair, cell: Cell, sampling: SamplingParams, device: str) -> tuple[Reference, Reference | None]:
-    """References for the target and for a draft model with the same vocabulary; None for other drafts."""
+def _references(
+    pair: Pair, cell: Cell, sampling: SamplingParams, config: BenchConfig, device: str
+) -> tuple[Reference, Reference | None]:
+    """References for the target and for a draft model with the same vocabulary; None for other drafts.
+
+    In float32, with the values of quantized weights if this library's engine quantizes them.
+    """
     source = pair.draft_for(cell.method)
     sources = [folder(source)] if source and kind_in(folder(source)) == "model" else []
     target, drafts = load_with_drafts(
         folder(pair.target),
         sources,
-        dtype=torch.float32,
+        **_exact(pair, cell, config),
         device=device,
         attention=pair.attention,
         load_format=pair.load_format,
@@ -167,6 +172,14 @@ def _references(pair: Pair, cell: Cell, sampling: SamplingParams, device: str) -
     draft: Any = drafts[sources[0]] if sources else None
     draft = draft if draft and share_vocabulary(target, draft) is None else None
     return Reference(target, sampling), Reference(draft, sampling) if draft else None
+
+
+def _exact(pair: Pair, cell: Cell, config: BenchConfig) -> dict[str, Any]:
+    """Options of `load_pretrained` for the weights of a reference."""
+    if quantization_of(cell, config) is None:
+        return {"dtype": torch.float32}
+    dtype = getattr(torch, config.dtype_of(pair))
+    return {"dtype": dtype, "quantization": config.quantization, "dequantize": True}
 
 
 def subject(cell: Cell, version: str, config: BenchConfig) -> Subject:
@@ -183,7 +196,9 @@ def subject(cell: Cell, version: str, config: BenchConfig) -> Subject:
 
 
 def _options(cell: Cell, config: BenchConfig) -> str | None:
-    """The engine's options as JSON; None if there are none."""
+    """The engine's options as JSON, and its quantization by this library; None if there are none."""
+    if quantization := quantization_of(cell, config):
+        return json.dumps({"quantization": quantization})
     return config.vllm_options if cell.engine == "vllm" and json.loads(config.vllm_options) else None
 
 
@@ -191,7 +206,9 @@ def file_name(certificate: Certificate) -> str:
     """The file name of a certificate without suffix, from everything that distinguishes it."""
     subject, sampling = certificate.subject, certificate.findings.sampling
     truncation = {name: sampling[name] for name in ("temperature", "top_k", "top_p")}
-    given = json.loads(subject.options or "{}").get("speculative_config", {})
-    cell = (subject.engine, subject.pair, subject.method, subject.gamma, subject.verification, *given.values())
+    options = json.loads(subject.options or "{}")
+    given = [*options.get("speculative_config", {}).values()]
+    given += [options["quantization"]] if subject.engine == "specdec" and "quantization" in options else []
+    cell = (subject.engine, subject.pair, subject.method, subject.gamma, subject.verification, *given)
     changed = (f"{name}={value:g}" for name, value in truncation.items() if value != PLAIN[name])
     return "-".join(map(str, (*cell, *changed)))

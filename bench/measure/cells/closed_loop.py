@@ -45,6 +45,7 @@ class ClosedLoop:
         tokenizer = context.models.engine(config.reference_engine, pair).tokenizer
         record |= scores.of_run(config, pair, [prompt for prompt, _ in chosen], measurement.runs, tokenizer)
         record |= context.prompts.rows_left_out(cell) | context.telemetry_fields(record, trace, measurement.spans)
+        record |= context.quantization_fields(cell, pair)
         return Entry(record, measurement.rounds_s)
 
     def _arm_cells(self, cell: Cell) -> dict[str, Cell]:
