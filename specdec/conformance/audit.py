@@ -108,6 +108,7 @@ def audit(
     arms = [Arm(number, reference, draft, num_draws, seed, limits) for number in range(2)]
     pair = Exchangeability(arms[0].num_statistics, limits.alpha)
     max_tokens, greedy = reference.sampling.max_tokens, reference.sampling.temperature == 0
+    max_draws = min(num_draws, len(prompts) * max_tokens) if greedy else num_draws
     with bar(num_draws, "token", "audit, of each arm", shown=progress) as judged:
         for questions in _rounds(prompts, batch_size, seed * SEED_STRIDE, once=greedy):
             answers = [questions.ask(engine.speculative, 0, max_tokens), questions.ask(engine.plain, 1, max_tokens)]
@@ -118,7 +119,8 @@ def audit(
             judged.update(min(fewest, num_draws) - judged.n)
             if any(arm.has_errors for arm in arms) or fewest >= num_draws or _is_decided(arms, pair, limits):
                 break
-    max_draws = min(num_draws, len(prompts) * max_tokens) if greedy else num_draws
+        else:  # every prompt was used; outputs that ended early leave fewer tokens than there could have been
+            max_draws = arms[0].num_draws
     return _findings(arms, pair.wealth.p_value, reference.sampling, limits, counters.speculation(), max_draws)
 
 

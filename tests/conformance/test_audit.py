@@ -354,6 +354,15 @@ def test_greedy_is_judged_by_equality() -> None:
     assert found.tv_upper_bound == pytest.approx(1 - 1e-6 ** (1 / 1024))
 
 
+def test_greedy_outputs_that_end_early_are_bounded_too() -> None:
+    """All prompts were used: the audit did not stop because of what it had seen."""
+    params = replace(GREEDY, stop_token_ids=(0,))
+    found = run(ToyEngine(params, stop=frozenset([0])), prompts=MANY_PROMPTS, limits=ROUGH)
+    assert found.verdict == "lossless"
+    assert found.speculative.num_draws < 64 * 16
+    assert found.tv_upper_bound == pytest.approx(1 - 1e-6 ** (1 / found.speculative.num_draws))
+
+
 def test_greedy_with_too_few_prompts_gives_a_reason() -> None:
     found = run(ToyEngine(GREEDY), limits=AuditLimits())
     assert found.verdict == "inconclusive"
