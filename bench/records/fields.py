@@ -383,6 +383,7 @@ _CERTIFICATES = [
     Field("command", str, "", "Command that repeats the audit."),
     Field("sampling", dict, "", "Sampling parameters of the audit."),
     Field("versions", dict, "", "Versions of the packages."),
+    Field("date", str, "", "Day of the audit, UTC."),
 ]
 _ARMS = [
     Field(f"{arm}{name}", type_, "", f"{what} {whose}.")

@@ -7,6 +7,7 @@ import math
 import platform
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
+from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
@@ -157,21 +158,25 @@ class Findings:
 
 @dataclass(frozen=True, slots=True)
 class Certificate:
-    """The findings of an audit with their subject and the installed versions."""
+    """The findings of an audit with their subject and the installed versions.
+
+    date: UTC, as YYYY-MM-DD; None in certificates of before there was one.
+    """
 
     subject: Subject
     findings: Findings
     versions: dict[str, str] = field(default_factory=dict)
+    date: str | None = None
 
     @classmethod
     def of(cls, subject: Subject, findings: Findings) -> Certificate:
-        """A certificate with the versions installed here. Raises ValueError for a lossy verification rule."""
+        """A certificate of today with the versions installed here. Raises ValueError for a lossy verification rule."""
         if is_lossy(subject.verification or ""):
             raise ValueError(
                 f"verification={subject.verification!r} must be lossless for a certificate; python -m "
                 "bench.tools.lossy_modes measures what it costs"
             )
-        return cls(subject, findings, installed_versions())
+        return cls(subject, findings, installed_versions(), datetime.now(UTC).date().isoformat())
 
     def record(self) -> dict[str, Any]:
         """A flat JSON object; the control arm's fields are prefixed with `control_`."""
@@ -179,7 +184,7 @@ class Certificate:
         arms = {"": findings.pop("speculative"), "control_": findings.pop("control")}
         by_arm = {prefix + name: value for prefix, arm in arms.items() for name, value in asdict(arm).items()}
         subject = {"schema_version": SCHEMA_VERSION, **asdict(self.subject)}
-        record: dict[str, Any] = _plain({**subject, **findings, **by_arm, "versions": self.versions})
+        record: dict[str, Any] = _plain({**subject, **findings, **by_arm, "versions": self.versions, "date": self.date})
         return record
 
     @classmethod
@@ -193,7 +198,7 @@ class Certificate:
         values: dict[str, Any] = {f.name: record.get(f.name) for f in fields(Findings)}
         values |= {"speculative": _arm(record, ""), "control": _arm(record, "control_")}
         values["reasons"] = tuple(values["reasons"])
-        return cls(subject, Findings(**values), dict(record["versions"]))
+        return cls(subject, Findings(**values), dict(record["versions"]), record.get("date"))
 
     def save(self, path: Path) -> None:
         path.write_text(json.dumps(self.record(), indent=2, allow_nan=False) + "\n")
@@ -209,6 +214,7 @@ class Certificate:
             *found.lines(),
             "",
             f"Versions: {_listed(self.versions)}.",
+            *(["", f"Date: {self.date}."] if self.date else []),
         ]
         if subject.options:
             lines += ["", f"Engine options: `{subject.options}`."]
