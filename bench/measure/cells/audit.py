@@ -1,6 +1,6 @@
 """Audit cells: whether an engine's speculation is lossless, by `specdec.conformance`.
 
-`python -m bench.tools.certificates FOLDER` prints the certificates of a folder as a table.
+`python -m bench.tools.gallery` prints all committed certificates as a page.
 """
 
 from __future__ import annotations

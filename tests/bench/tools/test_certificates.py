@@ -1,22 +1,29 @@
-"""The committed verdicts: their page shows the contents of every file."""
+"""The committed verdicts, the gallery that shows every one of them, and the pages about them."""
 
 from __future__ import annotations
 
 import json
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
 
+from bench.catalogue.methods import SMOKE_METHODS
 from bench.measure.cells import audit
-from bench.tools import certificates, detection_power, divergences
+from bench.tools import detection_power, divergences, gallery
 from specdec.conformance.certificate import Certificate
 from specdec.conformance.divergence import Divergence
+from specdec.methods import VERIFICATION_NAMES
 
-BASELINES = Path(__file__).parents[3] / "bench" / "baselines"
+ROOT = Path(__file__).parents[3]
+BASELINES = ROOT / "bench" / "baselines"
 FOLDER = BASELINES / "certificates"
 PAGE = (FOLDER / "README.md").read_text()
+GALLERY = (ROOT / "docs" / "gallery.md").read_text()
 PATHS = sorted(FOLDER.glob("*.json"))
+FOUR = {"draft_model", "eagle", "hybrid", "ngram"}
+SERVED = sorted((BASELINES / "audits" / "served").glob("*.json"))
 
 
 def found_mutants() -> list[detection_power.Finding]:
@@ -25,32 +32,65 @@ def found_mutants() -> list[detection_power.Finding]:
     ]
 
 
-@pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
-def test_a_certificate_is_in_the_table_and_has_its_page(path: Path) -> None:
+def test_the_committed_gallery_is_the_generated_one() -> None:
+    assert gallery.page() == GALLERY, "run python -m bench.tools.gallery > docs/gallery.md"
+
+
+@pytest.mark.parametrize("path", [*PATHS, *SERVED], ids=lambda path: path.stem)
+def test_a_certificate_is_in_the_gallery_and_has_its_page(path: Path) -> None:
     certificate = Certificate.load(path)
-    assert certificates.row(path) in PAGE
-    assert path.with_name(f"{path.name[: -len('.json')]}.md").read_text() == certificate.markdown()
-    assert audit.file_name(certificate) == path.name[: -len(".json")]
-    assert certificate.subject.command.startswith("pytest bench/ -m equivalence")
-    assert not re.search(r"(^|[\s='\"])/\w", certificate.subject.command), "a path of one machine"
+    subject, name = certificate.subject, path.name.removesuffix(".json")
+    assert f"{name}.md)" in GALLERY
+    assert f"\n{subject.command}\n```" in GALLERY
+    assert path.with_name(f"{name}.md").read_text() == certificate.markdown()
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d", certificate.date or "")
+    assert not re.search(r"(^|[\s='\"])/\w", subject.command), "a path of one machine"
+    if path in PATHS:
+        assert audit.file_name(certificate) == name
+        assert subject.command.startswith("pytest bench/ -m equivalence")
 
 
-def test_the_table_has_no_others() -> None:
+def test_the_gallery_has_no_others() -> None:
     assert len(PATHS) >= 30
-    assert len(re.findall(r"\]\([\w=.-]+-4-[\w=.-]+\.md\)", PAGE)) == len(PATHS)
+    rows = [row for row in GALLERY.splitlines() if re.search(r"\| \[.*\]\(.*\.md\) \|", row)]
+    assert len(rows) == len(PATHS) + len(SERVED)
+
+
+def test_an_audit_over_http_says_how_its_servers_were_started() -> None:
+    served = [entry for entry in gallery.entries() if entry.path in SERVED]
+    assert len(served) == len(SERVED)
+    assert [entry.path.stem for entry in served if not entry.servers] == []
+
+
+def test_each_lossy_verdict_is_a_fault_with_a_reproduction() -> None:
+    """By a script without an audit, and nothing lossless is named as one."""
+    faults = tomllib.loads(gallery.GALLERY.read_text())["faults"]
+    shown = {name for fault in faults for name in fault["certificates"]}
+    records = {path: Certificate.load(path).record() for path in (*PATHS, *SERVED)}
+    lossy = {path.relative_to(BASELINES).as_posix() for path, record in records.items() if record["verdict"] == "lossy"}
+    assert lossy == {f"{name}.json" for name in shown}
+    for fault in faults:
+        compile((BASELINES / fault["script"]).read_text(), fault["script"], "exec")
+        assert Path(fault["script"]).name in fault["command"]
+        assert f"### {fault['title']}\n" in GALLERY
 
 
 def test_no_verdict_stands_without_its_bound() -> None:
-    texts = [PAGE.split("## Verdicts")[1].split("\n- **")[0], *(path.with_suffix(".md").read_text() for path in PATHS)]
+    texts = [GALLERY, *(path.with_name(f"{path.name[:-5]}.md").read_text() for path in (*PATHS, *SERVED))]
     for text in texts:
         assert not re.search(r"(\[|# )lossless(?! \(TV < 0\.\d)", text)
 
 
 def test_specdec_is_lossless_by_every_method_and_rule() -> None:
+    """Each method that has a draft for the pair, sampled and greedy; each rule with four of them."""
     records = [Certificate.load(path).record() for path in PATHS]
-    own = {(each["method"], each["verification"]): each["verdict"] for each in records if each["engine"] == "specdec"}
-    assert set(own.values()) == {"lossless"}
-    assert len(own) == 12
+    own = [each for each in records if each["engine"] == "specdec"]
+    assert {each["verdict"] for each in own} == {"lossless"}
+    drafting = set(SMOKE_METHODS) - {"autoregressive"}
+    assert {each["method"] for each in own if each["sampling"]["temperature"] == 0} == drafting
+    assert {each["method"] for each in own if each["sampling"]["temperature"] == 1} >= FOUR
+    for rule in VERIFICATION_NAMES:
+        assert {each["method"] for each in own if each["verification"] == rule} >= FOUR
 
 
 def test_the_page_has_the_table_of_mutants() -> None:
