@@ -90,11 +90,13 @@ def test_no_false_alarm_about_other_architectures(kind: str, dtype: torch.dtype)
 
 WITH_REJECTIONS = {each.name for each in TRIED if each.num_rejected or each.slot == "reused"}
 CACHED = {each.name for each in (PLAIN, *TRIED)}
+TREES = {each.name for each in TRIED if each.num_siblings}
 STEPS_OF_5 = {each.name for each in TRIED if each.width + each.num_rejected == 5}
 # the planted bug, the arrangements that it is in, and those where it may be
 BUGS = {
     "window off by one": (row_models.wider_window, CACHED, CACHED),
     "stale cache row": (StaleRow, {"width 5, none accepted", "width 5, 2 accepted"}, WITH_REJECTIONS),
+    "accepted nodes of a tree not moved": (row_models.unmoved_nodes, TREES, TREES),
     "position off by one at width k + 1": (ShiftedPosition, STEPS_OF_5, STEPS_OF_5),
 }
 

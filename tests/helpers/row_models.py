@@ -65,12 +65,28 @@ def wider_window(lm: Any) -> LanguageModel:
     return lm
 
 
+def unmoved_nodes(lm: Any) -> LanguageModel:
+    """The accepted nodes of a tree stay where they are, behind their siblings."""
+    allocate = lm.allocate
+
+    def allocated(*args: Any, **options: Any) -> Any:
+        cache = allocate(*args, **options)
+        cache.keep = lambda starts, path: None
+        return cache
+
+    lm.allocate = allocated
+    return lm
+
+
 class _Wrapped(LanguageModel):
     """A model whose calls go through another method first."""
 
     def __init__(self, lm: Any) -> None:
         self.lm, self.vocab_size, self.device = lm, lm.vocab_size, lm.device
         self.max_draft_tokens = lm.max_draft_tokens
+
+    def check_tree(self) -> None:
+        raise ValueError("these bugs are planted into chains")
 
     def allocate(self, *args: Any, **options: Any) -> Any:
         return self.lm.allocate(*args, **options)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Tokens = Sequence[int]
+SIBLINGS = 2  # of each node on the accepted path of a tree
 STRIDE = 8  # positions from one recomputed prefix to the next: recomputing each would take quadratic time
 
 
@@ -36,6 +37,8 @@ class Arrangement:
         name: its name in reports.
         width: tokens of the text per decode step, as if width - 1 draft tokens were accepted.
         num_rejected: further tokens of each step, which are wrong and rolled back.
+        num_siblings: wrong tokens before each right one of a step, and after the last: the step is a token tree, whose
+            accepted path is `width` tokens long.
         num_rows: texts decoded together, each in a row of its own; the text under test is in the last row.
         chunk: prompt tokens per call; None for the whole prompt.
         slot: where the prompt is cached: in a new slot, in one that held another text, or copied from another slot.
@@ -46,6 +49,7 @@ class Arrangement:
     name: str
     width: int = 1
     num_rejected: int = 0
+    num_siblings: int = 0
     num_rows: int = 1
     chunk: int | None = None
     slot: Literal["new", "reused", "copied"] = "new"
@@ -75,6 +79,10 @@ def arrangements(num_speculative_tokens: int, num_rows: int, chunk: int) -> tupl
         Arrangement(f"width {k + 1}, none accepted", num_rejected=k),
         Arrangement(f"batch of {num_rows}", num_rows=num_rows),
         Arrangement(f"batch of {num_rows}, width {k + 1}", width=some + 1, num_rejected=k - some, num_rows=num_rows),
+        Arrangement(f"tree, {some} accepted", width=some + 1, num_siblings=SIBLINGS),
+        Arrangement(
+            f"tree, {some} accepted, batch of {num_rows}", width=some + 1, num_siblings=SIBLINGS, num_rows=num_rows
+        ),
         Arrangement(f"prompt in chunks of {chunk}", chunk=chunk),
         Arrangement("slot reused", slot="reused"),
         Arrangement("prompt copied from a slot", slot="copied"),

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Sequence
-from typing import Any, Protocol
+from functools import cached_property
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
 from specdec.conformance.rows.arrangements import Arrangement, Text, Tokens
-from specdec.models.base import MAX_ROLLBACK, Cache, LanguageModel, hold, prefill
+from specdec.models.base import MAX_ROLLBACK, Cache, LanguageModel, TreeCache, TreeModel, hold, prefill
 from specdec.runtime.devices import upload
+from specdec.trees.columns import Branches
 
 
 class Scorer(Protocol):
@@ -44,7 +46,17 @@ class ModelScorer:
         limit = MAX_ROLLBACK if self.model.max_draft_tokens is None else self.model.max_draft_tokens
         if self.model.is_encoder_decoder and (arrangement.chunk or arrangement.recomputed == "whole"):
             return False
+        if arrangement.num_siblings:
+            return self._scores_trees
         return max(arrangement.num_rejected, arrangement.width - 1) <= limit
+
+    @cached_property
+    def _scores_trees(self) -> bool:
+        try:
+            self.model.check_tree()
+        except ValueError:
+            return False
+        return True
 
     @torch.inference_mode()
     def score(self, texts: Sequence[Text], arrangement: Arrangement) -> Tensor:
@@ -55,8 +67,8 @@ class ModelScorer:
             cache = self.model.allocate(1, len(text.tokens))
             return self.model.forward(upload([text.tokens], self.model.device), cache)[0, len(text.prompt) - 1 :].cpu()
         rows = in_rows(texts, arrangement)
-        cache = self._filled(rows, arrangement)
-        return torch.cat([logits.cpu() for logits in self._steps(rows, arrangement, cache)])
+        cache, walk = self._filled(rows, arrangement), self._trees if arrangement.num_siblings else self._steps
+        return torch.cat([logits.cpu() for logits in walk(rows, arrangement, cache)])
 
     def _each(self, text: Text, arrangement: Arrangement) -> Tensor:
         """Logits of prefixes, each from an empty cache."""
@@ -69,7 +81,8 @@ class ModelScorer:
 
     def _filled(self, rows: Sequence[Text], arrangement: Arrangement) -> Cache:
         """A cache that holds each row's prompt but for its last token, with room for its continuation."""
-        longest = max(len(row.tokens) for row in rows) + arrangement.num_rejected
+        num_wrong = arrangement.num_rejected + arrangement.width * arrangement.num_siblings
+        longest = max(len(row.tokens) for row in rows) + num_wrong
         cache = self.model.allocate(len(rows) + (arrangement.slot == "copied"), longest)
         for slot, row in enumerate(rows):
             if arrangement.slot == "reused":
@@ -94,7 +107,42 @@ class ModelScorer:
         for step in steps(rows, arrangement, self.vocab_size):
             width = len(step[0]) - arrangement.num_rejected
             yield self.model.forward(upload(step, self.model.device), cache)[len(rows) - 1, :width]
-            cache.num_cached[: len(rows)] = [length + width for length in cache.num_cached[: len(rows)]]
+            _advance(cache, len(rows), width)
+
+    def _trees(self, rows: Sequence[Text], arrangement: Arrangement, cache: Cache) -> Iterator[Tensor]:
+        """As `_steps`, with each step a token tree whose accepted path is the text."""
+        model, keeping, device = cast("TreeModel", self.model), cast("TreeCache", cache), self.model.device
+        for start in range(0, len(rows[-1].fed), arrangement.width):
+            right = [list(row.fed[start : start + arrangement.width]) for row in rows]
+            path, parents = tree(len(right[0]), arrangement.num_siblings)
+            tokens = [beside(own, path, 1 + len(parents), self.vocab_size) for own in right]
+            logits = model.forward(upload(tokens, device), cache, branches=Branches.behind_root(parents))
+            yield logits[len(rows) - 1, path]
+            starts = upload(list(cache.num_cached[: len(rows)]), device)
+            keeping.keep(starts, upload([path] * len(rows), device))
+            _advance(cache, len(rows), len(path))
+
+
+def _advance(cache: Cache, num_rows: int, num_tokens: int) -> None:
+    cache.num_cached[:num_rows] = [length + num_tokens for length in cache.num_cached[:num_rows]]
+
+
+def tree(width: int, num_siblings: int) -> tuple[list[int], list[int]]:
+    """(columns of the accepted path, parents of the nodes) of a step's tree; column 0 is the root, -1 its number.
+
+    Each of the width - 1 nodes on the path comes after its siblings, and the last one has only wrong children.
+    """
+    path, parents = [0], list[int]()
+    for _ in range(width - 1):
+        parents += [path[-1] - 1] * (num_siblings + 1)
+        path.append(len(parents))
+    return path, parents + [path[-1] - 1] * num_siblings
+
+
+def beside(right: Tokens, path: Sequence[int], width: int, vocab_size: int) -> list[int]:
+    """The tokens of a tree's columns: those of the path, and wrong ones elsewhere."""
+    at = dict(zip(path, right, strict=True))
+    return [at.get(column, (right[-1] + 1 + column) % vocab_size) for column in range(width)]
 
 
 def in_rows(texts: Sequence[Text], arrangement: Arrangement) -> list[Text]:
@@ -135,6 +183,8 @@ class TransformersScorer:
     def supports(self, arrangement: Arrangement) -> bool:
         if arrangement.recomputed != "no":
             return True
+        if arrangement.num_siblings:
+            return False
         if not self._caches or arrangement.slot != "new" or (arrangement.num_rows > 1 and not self._pads):
             return False
         return arrangement.num_rejected == 0 or self._layers == {"DynamicLayer"}
