@@ -1,14 +1,15 @@
-"""Counters of a server's metrics page, in the Prometheus format."""
+"""Counters of a server's metrics page, in the Prometheus format or as TensorRT-LLM's list of iterations."""
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from specdec.servers.errors import EngineError
-from specdec.servers.replies import MAX_COUNT, shown
+from specdec.servers.replies import MAX_COUNT, integer, mapping, shown
 
 SAMPLE = re.compile(r"^(?P<name>[\w:]+)(?:\{(?P<labels>.*)\})? (?P<value>\S+)")
 POSITION = re.compile(r'position="(\d{1,6})"')
@@ -102,3 +103,34 @@ def draft_counts(page: str) -> DraftCounts | None:
     if drafted is None or accepted is None:
         return None
     return DraftCounts(sums.get("request_success_total"), drafted, accepted)
+
+
+class DraftCounter:
+    """Draft counters of a server, from its metrics page read again and again.
+
+    vLLM and llama.cpp report sums. TensorRT-LLM reports a list of its latest iterations and forgets them; they are
+    added up here. Source: TensorRT-LLM, `docs/source/commands/trtllm-serve/trtllm-serve.rst`, "Metrics Endpoint", and
+    `SpecDecodingStats` of `cpp/include/tensorrt_llm/executor/types.h`.
+    """
+
+    def __init__(self) -> None:
+        self._num_drafted = self._num_accepted = 0
+
+    def read(self, page: str) -> DraftCounts | None:
+        """The counts so far; None if the server does not count. Raises EngineError for another page."""
+        if not page.lstrip().startswith("["):
+            return draft_counts(page)
+        for iteration in _iterations(page):
+            drafts = mapping(mapping(iteration, "iteration").get("specDecodingStats") or {}, "specDecodingStats")
+            self._num_drafted += integer(drafts.get("numDraftTokens", 0), "numDraftTokens")
+            self._num_accepted += integer(drafts.get("numAcceptedTokens", 0), "numAcceptedTokens")
+        return DraftCounts(None, self._num_drafted, self._num_accepted)
+
+
+def _iterations(page: str) -> list[Any]:
+    try:
+        return list(json.loads(page))
+    except (ValueError, RecursionError) as error:
+        raise EngineError(
+            f"/metrics must be JSON, but the server sent {shown(page)} ({type(error).__name__})"
+        ) from None

@@ -14,7 +14,7 @@ from specdec.conformance.served.tokens import TokenRecovery, UnclearTokensError
 from specdec.sampling_params import SamplingParams
 from specdec.servers.client import Client
 from specdec.servers.errors import BusyError, EngineError
-from specdec.servers.metrics import DraftCounts, draft_counts
+from specdec.servers.metrics import DraftCounter, DraftCounts
 
 NUM_ATTEMPTS = 3  # to reach a busy server
 FIRST_PAUSE_S = 0.5  # between attempts; doubled after each
@@ -61,6 +61,7 @@ class ServedArm:
     ) -> None:
         self._place, self._recovery, self._sampling, self._texts = place, recovery, sampling, texts
         self._concurrency, self._max_left_out = concurrency, max_left_out
+        self._counter = DraftCounter()
         self._before = self._page()
         self.num_requests = self.num_outputs = 0
         self.left_out: Counter[str] = Counter()
@@ -124,7 +125,7 @@ class ServedArm:
     def _page(self) -> DraftCounts | None:
         """The counters of the server's metrics page; None if it has none."""
         try:
-            return draft_counts(self._place.client.get("/metrics"))
+            return self._counter.read(self._place.client.get("/metrics"))
         except EngineError:
             return None
 

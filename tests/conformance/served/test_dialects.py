@@ -10,7 +10,7 @@ import pytest
 from specdec import SamplingParams
 from specdec.conformance.served.dialects import DIALECTS, Question, dialect_of, merged
 from specdec.servers.errors import EngineError
-from specdec.servers.metrics import draft_counts
+from specdec.servers.metrics import DraftCounter, DraftCounts, draft_counts
 
 SAMPLING = SamplingParams(temperature=0.7, top_p=0.9, stop_token_ids=(9,))
 QUESTION = Question("model", (1, 2, 3), "text", 5, 8, SAMPLING, (2, 9))
@@ -144,3 +144,56 @@ def test_draft_counters_of_a_metrics_page(prefix: str) -> None:
     assert found is not None
     assert (found.num_finished, found.num_drafted, found.num_accepted) == (None, 42, 8)
     assert draft_counts("vllm:request_success_total 3\n") is None
+
+
+TENSORRT_METRICS = """[
+    {
+        "gpuMemUsage": 76665782272,
+        "iter": 154,
+        "iterLatencyMS": 7.00688362121582,
+        "kvCacheStats": {"cacheHitRate": 0.00128, "missedBlocks": 3121, "reusedBlocks": 4, "tokensPerBlock": 32},
+        "numActiveRequests": 1
+    },
+    {
+        "iter": 155,
+        "specDecodingStats": {
+            "acceptanceLength": 2.5,
+            "draftOverhead": 0.1,
+            "iterLatencyMS": 0.7,
+            "numAcceptedTokens": 3,
+            "numDraftTokens": 8,
+            "numRequestsWithDraftTokens": 2
+        }
+    },
+    {"iter": 156, "specDecodingStats": {"numAcceptedTokens": 1, "numDraftTokens": 4}}
+]"""
+
+
+def test_iterations_of_tensorrt_are_added_up_as_it_forgets_them() -> None:
+    """In the format of its documentation, with the fields of its SpecDecodingStats."""
+    counter = DraftCounter()
+    assert counter.read("[]") == DraftCounts(None, 0, 0)
+    assert counter.read(TENSORRT_METRICS) == DraftCounts(None, 12, 4)
+    assert counter.read("[]") == DraftCounts(None, 12, 4)
+    assert counter.read(TENSORRT_METRICS) == DraftCounts(None, 24, 8)
+
+
+def test_a_counter_reads_sums_as_they_are() -> None:
+    page = "vllm:spec_decode_num_draft_tokens_total 4\nvllm:spec_decode_num_accepted_tokens_total 2\n"
+    counter = DraftCounter()
+    assert [counter.read(page), counter.read(page)] == [DraftCounts(None, 4, 2)] * 2
+    assert counter.read("vllm:request_success_total 3\n") is None
+
+
+@pytest.mark.parametrize(
+    ("page", "message"),
+    [
+        ("[", "/metrics must be JSON"),
+        ("[3]", "iteration=3 must be an object"),
+        ('[{"specDecodingStats": 3}]', "specDecodingStats=3 must be an object"),
+        ('[{"specDecodingStats": {"numDraftTokens": -1}}]', "numDraftTokens=-1 must be integers from 0"),
+    ],
+)
+def test_iterations_of_another_shape_are_errors(page: str, message: str) -> None:
+    with pytest.raises(EngineError, match=message):
+        DraftCounter().read(page)

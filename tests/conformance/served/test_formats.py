@@ -57,6 +57,13 @@ def tensorrt_reply(reply: Json, drafts: tuple[int, int]) -> Json:
     }
 
 
+def tensorrt_metrics(drafts: tuple[int, int]) -> str:
+    """Its iterations since the page was last read, without most of their fields."""
+    iteration = {"gpuMemUsage": 76665782272, "iter": 154, "iterLatencyMS": 7.0, "numActiveRequests": 1}
+    stats = {"numDraftTokens": drafts[0], "numAcceptedTokens": drafts[1], "acceptanceLength": 1.5}
+    return json.dumps([iteration, iteration | {"specDecodingStats": stats}] if any(drafts) else [iteration])
+
+
 def transformers_request(request: Json) -> Json:
     config = json.loads(request["generation_config"])
     assert config["do_sample"]
@@ -83,8 +90,15 @@ class Formatted(Model):
     """An engine in the format of one of these servers."""
 
     kind = ""
+    counts_iterations = False
+    reported = (0, 0)
 
     def get(self, path: str) -> tuple[int, str]:
+        if path == "/metrics" and self.counts_iterations:
+            counts = self.counts["drafted"], self.counts["accepted"]
+            new = counts[0] - self.reported[0], counts[1] - self.reported[1]
+            self.reported = counts
+            return 200, tensorrt_metrics(new)
         pages = {
             "/v1/models": json.dumps({"data": [{"id": "tiny", "owned_by": FORMATS[self.kind][0]}]}),
             "/props": json.dumps({"build_info": "b1-abc"}),
@@ -124,6 +138,15 @@ def test_a_server_that_counts_no_drafts_gets_no_verdict(engines: Any, audit: Any
     assert (status, record["engine"], record["num_drafted"]) == (3, "tensorrt-llm", None)
     assert record["reasons"][0].startswith("speculation not confirmed")
     assert record["p_value"] > 1e-6  # its tokens are right
+
+
+def test_iterations_that_a_server_forgets_are_added_up(
+    engines: Any, audit: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Formatted, "counts_iterations", True)
+    status, record = run("tensorrt-llm", engines, audit, *OPTIONS)
+    assert (status, record["verdict"]) == (0, "lossless"), record["reasons"]
+    assert 0 < record["num_accepted"] <= record["num_drafted"]
 
 
 def test_texts_that_are_written_in_two_ways_leave_the_tokens_uncertain(engines: Any, audit: Any) -> None:
