@@ -64,10 +64,18 @@ class Model:
         self.counts["accepted"] += done.counts.num_accepted
         text = self.engine.target.tokenizer.decode(done.token_ids, skip_special_tokens=False)
         choice = {"text": text, "token_ids": list(done.token_ids), "finish_reason": done.finish_reason}
+        if "logprobs" in request:
+            choice["logprobs"] = {"token_logprobs": self.logprobs(tokens, list(done.token_ids))}
         usage = {"prompt_tokens": len(tokens), "completion_tokens": len(done.token_ids)}
         if "prompt_logprobs" in request:
             choice["prompt_logprobs"] = self.prompt_logprobs(tokens, request["prompt_logprobs"])
         return {"choices": [choice], "usage": usage}
+
+    def logprobs(self, prompt: list[int], output: list[int]) -> list[float]:
+        """Of the output's tokens, by the model at temperature 1."""
+        logits = self.engine.target.model(torch.tensor([prompt + output]), use_cache=False).logits[0]
+        rows = logits[len(prompt) - 1 : -1].log_softmax(-1)
+        return [float(row[token]) for row, token in zip(rows, output, strict=True)]
 
     def prompt_logprobs(self, tokens: list[int], number: int) -> list[Any]:
         """As vLLM reports them: the most likely tokens at each position of a prompt, and the prompt's own token."""

@@ -13,6 +13,7 @@ from specdec.conformance.audit import audit
 from specdec.conformance.certificate import Findings
 from specdec.conformance.reference import Reference, Tokens
 from specdec.conformance.served.engine import ServedEngine
+from specdec.conformance.served.logprobs import check_logprobs
 from specdec.conformance.verdicts import AuditLimits, bounds
 from specdec.servers.errors import EngineError
 
@@ -36,6 +37,8 @@ def audit_served(
         findings = audit(
             engine, reference, prompts, num_draws=num_draws, batch_size=batch_size, seed=seed, limits=limits
         )
+        if reference.sampling.logprobs:
+            findings = check_logprobs(findings, reference, (engine.arms[0].reported, engine.arms[1].reported))
         doubts = (*engine.doubts(), *repetitions(engine, reference, limits))
     except EngineError as error:
         return without_evidence(str(error), reference, limits)

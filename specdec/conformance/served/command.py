@@ -58,6 +58,12 @@ def _sampling_options(group: Any) -> None:
     group.add_argument("--temperature", type=float, default=1.0, help="0 is greedy (default: %(default)s)")
     group.add_argument("--top-p", type=float, default=1.0, help="1 keeps all tokens (default: %(default)s)")
     group.add_argument("--top-k", type=int, default=0, help="0 keeps all tokens (default: %(default)s)")
+    group.add_argument(
+        "--logprobs",
+        action="store_true",
+        help="check the log-probabilities that the server reports, too: of temperature 0 or 1 and all tokens, and with "
+        "--reference target",
+    )
     group.add_argument("--max-tokens", type=_positive, default=32, help="tokens per output (default: %(default)s)")
     group.add_argument("--prompts", type=Path, help="JSON lines file with the field prompt (default: built-in prompts)")
     group.add_argument(
@@ -98,6 +104,12 @@ def run(arguments: argparse.Namespace) -> int:
         )
     if not 0 <= arguments.seed <= MAX_SEED:
         raise ValueError(f"seed={arguments.seed} must lie between 0 and {MAX_SEED}; servers take seeds of 32 bits")
+    plain = arguments.temperature in (0, 1) and not arguments.top_k and arguments.top_p == 1
+    if arguments.logprobs and not (plain and arguments.reference == "target"):
+        raise ValueError(
+            "--logprobs must be used with temperature 0 or 1, without --top-k and --top-p, and with --reference "
+            "target; servers differ in what else they report"
+        )
     texts = read_prompts(arguments.prompts)
     sampling = SamplingParams(
         temperature=arguments.temperature,
@@ -105,6 +117,7 @@ def run(arguments: argparse.Namespace) -> int:
         top_k=arguments.top_k,
         max_tokens=arguments.max_tokens,
         stop_token_ids=tuple(arguments.stop_token_ids),
+        logprobs=arguments.logprobs,
     )
     with doing("importing torch"):
         from specdec.conformance.served import results
@@ -128,7 +141,7 @@ def reproduction(arguments: argparse.Namespace) -> str:
     for name, value in vars(arguments).items():
         if name not in ("command", "out", "name") and value != parser.get_default(name):
             values = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else value]
-            words += [f"--{name.replace('_', '-')}", *map(str, values)]
+            words += [f"--{name.replace('_', '-')}", *(() if value is True else map(str, values))]
     return shlex.join(words)
 
 

@@ -38,6 +38,7 @@ class Reply:
     """What a server replied. None: not reported.
 
     token_ids: of the completion. finish_reason: "stop" or "length". stop_token: the token that ended the completion.
+    logprobs: of its tokens, if the sampling parameters ask for them.
     num_tokens, num_prompt_tokens: the server's own counts. num_drafted, num_accepted: draft tokens of this completion.
     """
 
@@ -49,6 +50,7 @@ class Reply:
     num_drafted: int | None = None
     num_accepted: int | None = None
     stop_token: int | None = None
+    logprobs: tuple[float, ...] | None = None
 
 
 class Dialect(Protocol):
@@ -136,7 +138,8 @@ class SGLang:
             "skip_special_tokens": False,
             "spaces_between_special_tokens": False,
         }
-        return merged({"input_ids": list(question.prompt), "sampling_params": parameters}, fields)
+        body = {"input_ids": list(question.prompt), "sampling_params": parameters}
+        return merged(body | ({"return_logprob": True} if sampling.logprobs else {}), fields)
 
     def reply(self, answer: Mapping[str, Any]) -> Reply:
         _check_error(answer)
@@ -151,6 +154,7 @@ class SGLang:
             num_drafted=_optional(meta, "spec_num_proposed_drafts", "spec_draft_token_num"),
             num_accepted=_optional(meta, "spec_num_correct_drafts", "spec_accept_token_num"),
             stop_token=end["matched"] if type(end.get("matched")) is int else None,
+            logprobs=_logprobs(_firsts(_listed(meta, "output_token_logprobs"))),
         )
 
 
@@ -177,7 +181,7 @@ class LlamaServer:
             "samplers": ["temperature", "top_k", "top_p", "min_p"],
             "return_tokens": True,
         }
-        return merged(own, fields)
+        return merged(own | ({"n_probs": 1} if sampling.logprobs else {}), fields)
 
     def reply(self, answer: Mapping[str, Any]) -> Reply:
         _check_error(answer)
@@ -192,6 +196,7 @@ class LlamaServer:
             num_prompt_tokens=_optional(answer, "tokens_evaluated"),
             num_drafted=integer(timings.get("draft_n", 0), "draft_n"),  # left out if nothing was drafted
             num_accepted=integer(timings.get("draft_n_accepted", 0), "draft_n_accepted"),
+            logprobs=_logprobs(_listed(answer, "completion_probabilities"), "logprob"),
         )
 
 
@@ -236,13 +241,14 @@ def merged(body: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[str, Any]
 
 def _openai(question: Question) -> dict[str, Any]:
     sampling = question.sampling
-    return {
+    own = {
         "model": question.model,
         "max_tokens": question.max_tokens,
         "seed": question.seed,
         "temperature": sampling.temperature,
         "top_p": sampling.top_p,
     }
+    return own | ({"logprobs": 1} if sampling.logprobs else {})
 
 
 def _truncation(sampling: SamplingParams) -> dict[str, Any]:
@@ -267,6 +273,7 @@ def _openai_reply(answer: Mapping[str, Any]) -> Reply:
         num_drafted=_optional(drafts, "num_draft_tokens"),
         num_accepted=_optional(drafts, "num_accepted_draft_tokens"),
         stop_token=stop if type(stop) is int else None,
+        logprobs=_logprobs(_listed(mapping(choice.get("logprobs") or {}, "logprobs"), "token_logprobs")),
     )
 
 
@@ -277,6 +284,26 @@ def _logprob_ids(choice: Mapping[str, Any]) -> tuple[int, ...] | None:
         return None
     ids = [token.removeprefix(TOKEN_ID) for token in tokens]
     return tuple(integer(int(each) if each.isdecimal() else each, "tokens") for each in ids)
+
+
+def _listed(holder: Mapping[str, Any], name: str) -> list[Any] | None:
+    """A list of a reply; None if it is not there."""
+    return None if holder.get(name) is None else items(holder, name)
+
+
+def _firsts(rows: Sequence[Any] | None) -> list[Any] | None:
+    """The first entry of each row; None where there is none."""
+    return None if rows is None else [row[0] if isinstance(row, list) and row else None for row in rows]
+
+
+def _logprobs(rows: Sequence[Any] | None, key: str | None = None) -> tuple[float, ...] | None:
+    """Log-probabilities, checked; None if there are none. key: where each is in its row; None: the rows are numbers."""
+    if rows is None:
+        return None
+    values: list[Any] = [row if key is None else mapping(row, "log-probabilities").get(key) for row in rows]
+    if wrong := [value for value in values if type(value) not in (int, float)]:
+        raise EngineError(f"log-probability {shown(wrong[0])} must be a number; see the server's log")
+    return tuple(map(float, values))
 
 
 def _ids(holder: Mapping[str, Any], name: str, text: Any) -> tuple[int, ...] | None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from specdec.conformance.served.dialects import Dialect, Question, Reply
+from specdec.conformance.served.logprobs import Reported
 from specdec.conformance.served.tokens import TokenRecovery, UnclearTokensError
 from specdec.sampling_params import SamplingParams
 from specdec.servers.client import Client
@@ -68,6 +69,7 @@ class ServedArm:
         self._drafts: tuple[int, int] | None = None  # that replies reported; None if none did
         self.repeats: Counter[tuple[tuple[int, ...], tuple[int, ...]]] = Counter()
         self.had_token_ids = True
+        self.reported: list[Reported] = []  # outputs with log-probabilities, if the sampling parameters ask for them
 
     def generate(self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], max_tokens: int) -> list[list[int]]:
         """An output per prompt. Raises EngineError."""
@@ -89,6 +91,8 @@ class ServedArm:
         self.num_requests += len(output.replies)
         self.left_out.update(output.left_out)
         self.repeats[tuple(prompt), output.tokens] += 1
+        if self._sampling.logprobs:
+            self.reported.append(_reported(prompt, output))
         for reply in output.replies:
             self.had_token_ids &= reply.token_ids is not None
             if reply.num_drafted is not None and reply.num_accepted is not None:
@@ -155,6 +159,16 @@ class ServedArm:
             except BusyError:
                 time.sleep(FIRST_PAUSE_S * 2 ** (attempt - 1))
         return self._place.client.post(self._place.dialect.path, body)
+
+
+def _reported(prompt: Sequence[int], output: _Drawn) -> Reported:
+    """The last reply's log-probabilities. Raises EngineError unless there is one for each token it has."""
+    tokens, logprobs = output.tokens, output.replies[-1].logprobs
+    if logprobs is None:
+        raise EngineError("the server must report log-probabilities, but its reply has none; leave out --logprobs")
+    if len(logprobs) not in (len(tokens), len(tokens) - 1):
+        raise EngineError(f"the server must report {len(tokens)} log-probabilities, but sent {len(logprobs)}")
+    return Reported(tuple(prompt), tokens, logprobs)
 
 
 class ServedEngine:

@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+import json
+import re
+from dataclasses import asdict
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
 import torch
 from helpers.audited import DRAFT, PROMPTS, TARGET
+from helpers.tokens import letters
 
+from bench.report.charts import files
 from bench.tools import lossy_modes
+from bench.workloads.base import Number, Prompt, Summary, UnitTest
 from specdec import SamplingParams
 from specdec.conformance.reference import Reference
 from specdec.conformance.statistics.lossy_sizes import first_token
 from specdec.conformance.statistics.sizes import total_variation
 from specdec.lossy import lossy_rule
 
+ROOT = Path(__file__).parents[3]
+BASELINE = ROOT / "bench" / "baselines" / "lossy-modes.json"
+TOKENIZER = letters(61)
 NAMES = (
     "lossy:typical(epsilon=0.3, delta=0.3)",
     "lossy:threshold(single=0.3, acc=1)",
@@ -31,6 +43,8 @@ def test_costs_on_a_toy() -> None:
         assert each.num_tokens == 6 * 40
     assert fly.tv is fly.kl is None
     assert fly.acceptance_rate > lossless.acceptance_rate
+    assert fly.mean_acceptance_length > lossless.mean_acceptance_length > 1
+    assert fly.quality is fly.quality_change is None
     assert "| no formula | no formula |" in lossy_modes.line(fly)
 
 
@@ -50,3 +64,48 @@ def test_distances_by_hand() -> None:
     assert found[0] == pytest.approx([expected / 12], abs=1e-6)
     assert {"accepted", "bonus"} & set(completion.sources)
     assert torch.isfinite(torch.tensor(found[1])).all()
+
+
+def completions(*outputs: list[int]) -> list[SimpleNamespace]:
+    return [SimpleNamespace(token_ids=output) for output in outputs]
+
+
+def test_outputs_are_scored_by_the_truth_of_their_prompts() -> None:
+    tokens = TOKENIZER("a b", add_special_tokens=False).input_ids
+    asked = [Prompt("?", truth=Summary("a b")), Prompt("?", truth=Summary("c"))]
+    assert lossy_modes.scores(asked, completions(tokens, tokens), TOKENIZER) == [1.0, 0.0]
+    assert lossy_modes.scores([Prompt("?", truth=Number("7"))], completions(tokens), TOKENIZER) == [0.0]
+
+
+@pytest.mark.parametrize("truth", [None, UnitTest("def f():", "def check(f): pass", "f")])
+def test_prompts_without_a_score_and_those_that_run_code_have_none(truth: UnitTest | None) -> None:
+    assert lossy_modes.scores([Prompt("?", truth=truth)], completions([3]), TOKENIZER) is None
+
+
+def test_measurements_come_back_from_their_file(tmp_path: Path) -> None:
+    references = [Reference(model, SamplingParams(max_tokens=8)) for model in (TARGET, DRAFT)]
+    costs = lossy_modes.measure(TARGET, DRAFT, references, PROMPTS[:2], NAMES)
+    (tmp_path / "costs.json").write_text(json.dumps({"costs": [asdict(each) for each in costs]}))
+    assert lossy_modes.read(tmp_path / "costs.json") == costs
+
+
+def test_the_curve_has_a_series_for_each_rule_with_a_formula() -> None:
+    chart = lossy_modes.curve(lossy_modes.read(BASELINE), "about")
+    assert [series.label for series in chart.series] == ["lossless", "typical", "threshold", "top_k"]
+    for series in chart.series:
+        assert list(series.x) == sorted(series.x)
+        assert len(series.x) == len(series.y) == len(series.names or ())
+    assert chart.series[0].x == (0.0,)
+
+
+def test_the_page_and_the_chart_show_the_committed_curve() -> None:
+    """Which names each setting and the load under which times were taken."""
+    costs, record = lossy_modes.read(BASELINE), json.loads(BASELINE.read_text())
+    assert [each.verification for each in costs] == [lossy_modes.LOSSLESS, *lossy_modes.SETTINGS]
+    page = (ROOT / "docs" / "lossy-verification.md").read_text()
+    assert lossy_modes.table(costs) in page
+    assert f"load of {record['load_averages'][0]:.1f}" in page
+    assert record["command"] in re.sub(r" *\\\n *", " ", page)
+    svg = (ROOT / "bench" / "baselines" / "plots" / "lossy-modes-tv-speedup.svg").read_text()
+    drawn = files.document(lossy_modes.curve(costs, ""), "")
+    assert re.findall(r"<title>.*?</title>", drawn) == re.findall(r"<title>.*?</title>", svg)

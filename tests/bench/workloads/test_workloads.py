@@ -255,6 +255,21 @@ def test_spec_bench_has_the_first_turn_and_the_later_ones(tmp_path: Path) -> Non
     assert registry.read("spec_bench", tmp_path) == [Prompt("Who?", "qa", later=("Why?",))]
 
 
+def test_translations_and_summaries_of_spec_bench_are_scored_by_their_reference(tmp_path: Path) -> None:
+    kinds = ["translation", "summarization", "qa"]
+    rows = ({"category": kind, "turns": ["?"], "reference": [f"{kind}!"]} for kind in kinds)
+    write_rows(tmp_path / "spec-bench.jsonl", *rows)
+    truths = [prompt.truth for prompt in registry.read("spec_bench", tmp_path)]
+    assert truths == [Summary("translation!"), Summary("summarization!"), None]
+
+
+@pytest.mark.parametrize("reference", [[], ["a", "b"], "a", [""], [3], None])
+def test_another_reference_is_malformed(reference: Any, tmp_path: Path) -> None:
+    write_rows(tmp_path / "spec-bench.jsonl", {"category": "translation", "turns": ["?"], "reference": reference})
+    with pytest.raises(ValueError, match=r"spec-bench\.jsonl:1: reference=.* must be a list of one text"):
+        registry.read("spec_bench", tmp_path)
+
+
 def test_one_category_can_be_selected(tmp_path: Path) -> None:
     """MT-bench's kinds are one of Spec-Bench's six."""
     kinds = ["qa", "writing", "rag", "coding"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -197,3 +198,34 @@ def test_a_counter_reads_sums_as_they_are() -> None:
 def test_iterations_of_another_shape_are_errors(page: str, message: str) -> None:
     with pytest.raises(EngineError, match=message):
         DraftCounter().read(page)
+
+
+LOGPROBS = {
+    "vllm": {"choices": [{"text": "ab", "finish_reason": "length", "logprobs": {"token_logprobs": [-0.5, -2]}}]},
+    "sglang": {
+        "text": "ab",
+        "output_ids": [5, 6],
+        "meta_info": {"finish_reason": {"type": "length"}, "output_token_logprobs": [[-0.5, 5, None], [-2, 6, None]]},
+    },
+    "llama-server": {
+        "content": "ab",
+        "tokens": [5, 6],
+        "stop_type": "limit",
+        "completion_probabilities": [{"token": "a", "logprob": -0.5}, {"token": "b", "logprob": -2}],
+    },
+}
+
+
+@pytest.mark.parametrize("name", LOGPROBS)
+def test_log_probabilities_are_asked_for_and_read(name: str) -> None:
+    asked = {"vllm": "logprobs", "sglang": "return_logprob", "llama-server": "n_probs"}[name]
+    question = replace(QUESTION, sampling=SamplingParams(logprobs=True))
+    assert asked not in request(name)
+    assert DIALECTS[name].request(question, {})[asked] == 1
+    assert reply(name, LOGPROBS[name]).logprobs == (-0.5, -2.0)
+
+
+@pytest.mark.parametrize("row", [{"token": "a"}, {"logprob": None}, 3])
+def test_log_probabilities_must_be_numbers(row: Any) -> None:
+    with pytest.raises(EngineError, match=r"log-probabilit(y|ies).* must be (a number|an object)"):
+        reply("llama-server", LOGPROBS["llama-server"] | {"completion_probabilities": [row]})

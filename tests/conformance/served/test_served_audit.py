@@ -169,6 +169,61 @@ def test_the_ten_lines_of_the_documentation_certify_an_engine(
     }
 
 
+# -- log-probabilities -------------------------------------------------------------------------------------------
+
+
+def constant(choice: Any, request: Any) -> Any:
+    """As llama.cpp reports those of steps that verify a draft."""
+    return choice | {"logprobs": {"token_logprobs": [0.0] * len(choice["token_ids"])}}
+
+
+@pytest.mark.parametrize("temperature", ["0", "1"])
+def test_log_probabilities_are_compared_with_the_targets(temperature: str, audit: Audit, engines: Any) -> None:
+    options = (
+        "--logprobs",
+        "--temperature",
+        temperature,
+        "--max-tokens",
+        "24",
+        "--num-draws",
+        "420",
+        "--max-tv",
+        "0.3",
+    )
+    status, record, models = run(audit, engines, *options)
+    assert (status, record["verdict"]) == (0, "lossless"), record["reasons"]
+    assert models["speculative"].requests[0]["logprobs"] == 1
+    assert "--logprobs --" in f"{record['command']} --"
+
+    status, record, _ = run(audit, engines, *options, change=of_choice(constant))
+    assert (status, record["verdict"]) == (1, "lossy")
+    assert re.match(
+        r"\d+ of \d+ reported log-probabilities are further than 1 from the target's: 0 at position \d+ must be -\d",
+        record["reasons"][0],
+    )
+    assert record["errors"] == record["reasons"][:1]
+
+    status, record, _ = run(audit, engines, *options, change=of_choice(constant), control=of_choice(constant))
+    assert (status, record["verdict"]) == (3, "inconclusive")
+    assert record["reasons"][0].startswith("without speculation, ")
+
+
+WRONG_OUTPUT_LOGPROBS = {
+    "none": ({"logprobs": None}, "its reply has none"),
+    "too few": ({"logprobs": {"token_logprobs": [-1.0]}}, r"must report \d+ log-probabilities, but sent 1"),
+    "text": ({"logprobs": {"token_logprobs": ["x"]}}, "log-probability 'x' must be a number"),
+}
+
+
+@pytest.mark.parametrize("fault", WRONG_OUTPUT_LOGPROBS)
+def test_log_probabilities_of_another_shape_give_no_verdict(fault: str, audit: Audit, engines: Any) -> None:
+    changed, message = WRONG_OUTPUT_LOGPROBS[fault]
+    change = of_choice(lambda choice, request: choice | changed)
+    status, record, _ = run(audit, engines, "--logprobs", *FEW, change=change)
+    assert (status, record["verdict"]) == (3, "inconclusive")
+    assert re.search(message, record["reasons"][0])
+
+
 # -- speculation that is not confirmed ---------------------------------------------------------------------------
 
 
@@ -329,6 +384,7 @@ WRONG = [
     (["--url", "http://host", "--control-fields", "{}", "--num-draws", "0"], "must be an integer of at least 1"),
     (["--url", "http://host", "--control-fields", "{}", "--max-tv", "2"], "'2' must lie between 0 and 1"),
     (["--url", "http://host", "--control-fields", "{}", "--server", "vlm"], "invalid choice"),
+    (["--url", "http://host", "--control-fields", "{}", "--logprobs", "--top-k", "3"], "must be used with temperature"),
     (["--url", "http://host", "--control-fields", "{}", "--prompts", "none.jsonl"], "none.jsonl"),
 ]
 
