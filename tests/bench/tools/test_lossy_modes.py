@@ -23,7 +23,7 @@ from specdec.conformance.statistics.sizes import total_variation
 from specdec.lossy import lossy_rule
 
 ROOT = Path(__file__).parents[3]
-BASELINE = ROOT / "bench" / "baselines" / "lossy-modes.json"
+BASELINE = ROOT / "bench" / "baselines" / "audits" / "lossy-modes.json"
 TOKENIZER = letters(61)
 NAMES = (
     "lossy:typical(epsilon=0.3, delta=0.3)",
