@@ -35,7 +35,7 @@ from specdec.kernels import gpu
 from specdec.models.base import Cache, FixedShapeModel, LanguageModel, TreeCache, prefill, score
 from specdec.proposers.adaptive import AdaptiveLength
 from specdec.proposers.base import CopyingProposer, FixedProposer, Proposer
-from specdec.requests import Batch, Generation, Request, Step
+from specdec.requests import Arrivals, Batch, Generation, Request, Step
 from specdec.runtime.devices import Mailbox, upload
 from specdec.runtime.recording import InPlace, Recorder
 from specdec.runtime.timing import Stopwatch, now_s, sleep_until
@@ -177,23 +177,25 @@ class Decoder:
         self._stopwatch, self._total_s, self._recorded_s = Stopwatch(self.target.device), 0.0, self.recorder.seconds
         cache = self._reserve(requests)
         self._prompts.clear()
-        arriving = sorted(requests, key=lambda request: request.arrival_s)
-        waiting = deque(Generation(request, start_s + request.arrival_s) for request in arriving)
+        waiting = Arrivals(requests, start_s)
         slots: list[Generation | None] = [None] * self.max_batch_size
         batch: Batch | None = None
         flights: deque[Flight] = deque()  # launched steps with unread outcomes
         try:
-            while waiting or any(slots):
+            while waiting.next_s is not None or any(slots):
                 yield from self._admit(waiting, slots, cache)
                 if not any(slots):
-                    sleep_until(waiting[0].arrival_s if waiting else 0.0)
+                    sleep_until(waiting.next_s or 0.0)
                     continue
                 batch = self._form_batch(slots, cache, batch)
                 if not flights or _may_follow(batch, len(flights)):
                     flights.append(self._step(batch, cache, len(flights)))
                     if len(flights) <= batch.lag:
                         continue
-                yield from self._settle(flights.popleft(), slots)
+                for row in self._settle(flights.popleft(), slots):
+                    if row.finish_reason:
+                        waiting.finish(row)
+                    yield row
         finally:  # also if the caller stops early
             self._total_s = now_s(self.target.device) - start_s
 
@@ -225,14 +227,16 @@ class Decoder:
             )
         return self._cache
 
-    def _admit(self, waiting: deque[Generation], slots: list[Generation | None], cache: Cache) -> Iterator[Generation]:
+    def _admit(self, waiting: Arrivals, slots: list[Generation | None], cache: Cache) -> Iterator[Generation]:
         """Give free slots to requests that have arrived, and yield them with their first tokens."""
         for slot in range(len(slots)):
-            while slots[slot] is None and waiting and waiting[0].arrival_s <= time.perf_counter():
-                row = waiting.popleft()
+            while slots[slot] is None and (next_s := waiting.next_s) is not None and next_s <= time.perf_counter():
+                row = waiting.pop()
                 row.admitted_s = time.perf_counter()
                 self._prefill(row, cache, slot)
                 slots[slot] = None if row.finish_reason else row
+                if row.finish_reason:
+                    waiting.finish(row)
                 yield row
 
     def _form_batch(self, slots: list[Generation | None], cache: Cache, previous: Batch | None) -> Batch:

@@ -274,13 +274,16 @@ class Engine:
         sampling: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         arrivals_s: Sequence[float] | None = None,
+        after: Sequence[int | None] | None = None,
     ) -> Generator[Completion]:
         """As `generate`, yielding each completion when it is finished; closing it drops the prompts that are not.
 
+        after: for each prompt, the index of an earlier one whose completion it follows, as the next turn of a
+            conversation does; it arrives `arrivals_s` after that one's last token. None: it follows none.
         Arguments are checked at the call. One stream or call at a time: they share the engine's cache, so that another
         one raises EngineBusyError until this one is finished or closed.
         """
-        return Exclusive(self._busy, lambda: self._completing(self._requests(prompts, sampling, arrivals_s)))
+        return Exclusive(self._busy, lambda: self._completing(self._requests(prompts, sampling, arrivals_s, after)))
 
     def _completing(self, requests: Sequence[Request]) -> Generator[Completion]:
         with closing(self._decoder.advance(requests)) as rows:
@@ -329,6 +332,7 @@ class Engine:
         prompts: Prompt | Sequence[Prompt],
         sampling: SamplingParams | Sequence[SamplingParams] | None,
         arrivals_s: Sequence[float] | None,
+        after: Sequence[int | None] | None = None,
     ) -> list[Request]:
         prompts = as_prompts(prompts)
         sampling = SamplingParams() if sampling is None else sampling
@@ -346,14 +350,23 @@ class Engine:
             len(arrivals_s) == len(prompts) and all(0 <= arrival_s < math.inf for arrival_s in arrivals_s),
             f"arrivals_s={list(arrivals_s)[:8]} must be seconds >= 0, one for each of the {len(prompts)} prompts",
         )
-        requests = zip(prompts, params, arrivals_s, strict=True)
+        after = [None] * len(prompts) if after is None else after
+        require(
+            len(after) == len(prompts)
+            and all(each is None or (0 <= each < i and params[each].n == 1) for i, each in enumerate(after)),
+            f"after={list(after)[:8]} must be None or the index of an earlier prompt with n=1, one for each of the "
+            f"{len(prompts)} prompts",
+        )
+        requests = zip(prompts, params, arrivals_s, after, strict=True)
         return [
             self._request(index, sample, *request)
             for index, request in enumerate(requests)
             for sample in range(request[1].n)
         ]
 
-    def _request(self, index: int, sample: int, prompt: Any, sampling: SamplingParams, arrival_s: float) -> Request:
+    def _request(
+        self, index: int, sample: int, prompt: Any, sampling: SamplingParams, arrival_s: float, after: int | None
+    ) -> Request:
         tokens = self._encode(prompt, index)
         vocab_size, context = self.target.vocab_size, self.target.context_length
         require(len(tokens) > 0, f"prompt {index} must not be empty: give at least one token")
@@ -380,7 +393,8 @@ class Engine:
         self._check_needs(sampling)
         before = () if self.target.is_encoder_decoder else tokens
         new_text = partial(GrowingText, self.tokenizer, before) if self.tokenizer else None
-        return Request(index, tokens, sampling, stop, arrival_s, self._constraint(sampling, stop), sample, new_text)
+        constraint = self._constraint(sampling, stop)
+        return Request(index, tokens, sampling, stop, arrival_s, constraint, sample, new_text, after)
 
     def _check_needs(self, sampling: SamplingParams) -> None:
         """Raise ValueError for a parameter that needs something the engine does not have."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from heapq import heappop, heappush
+from itertools import count
 from typing import Any, Literal
 
 from torch import Tensor
@@ -25,7 +27,8 @@ class Request:
 
     index: the prompt's number. prompt: token ids, at least one. sampling: its parameters.
     stop_token_ids: all tokens that end it, including the model's end-of-sequence tokens unless they are ignored.
-    arrival_s: arrival time in seconds after the start of the run.
+    arrival_s: arrival time in seconds after the start of the run. after: index of the request that it follows, as the
+    next turn of a conversation does; arrival_s then counts from that one's last token.
     constraint: the output constraint compiled from `sampling`, or None. sample: its number among the `sampling.n`
     samples of the prompt, which share the index.
     new_text: creates an incremental detokenizer, which stop strings need; None without a tokenizer.
@@ -39,6 +42,7 @@ class Request:
     constraint: Constraint | None = None
     sample: int = 0
     new_text: Callable[[], GrowingText] | None = None
+    after: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,6 +164,39 @@ def _partial_stop(text: str, stops: Sequence[str]) -> int:
     """The number of characters at the end of a text that may be the start of a stop string."""
     sizes = (size for stop in stops for size in range(1, len(stop)) if text.endswith(stop[:size]))
     return max(sizes, default=0)
+
+
+class Arrivals:
+    """Requests without a slot, in order of arrival; one that follows another enters when that one is finished."""
+
+    def __init__(self, requests: Sequence[Request], start_s: float) -> None:
+        """start_s: clock reading from which arrivals count."""
+        self._waiting: list[tuple[float, int, Generation]] = []
+        self._order = count()  # of requests that arrive at the same time
+        self._followers: dict[int, list[Request]] = {}
+        for request in requests:
+            if request.after is None:
+                self._add(request, start_s)
+            else:
+                self._followers.setdefault(request.after, []).append(request)
+
+    @property
+    def next_s(self) -> float | None:
+        """Clock reading at which the next request arrives; None if none is known."""
+        return self._waiting[0][0] if self._waiting else None
+
+    def pop(self) -> Generation:
+        """The next request."""
+        return heappop(self._waiting)[2]
+
+    def finish(self, row: Generation) -> None:
+        """Let the requests that follow a finished one arrive in their time."""
+        for request in self._followers.pop(row.request.index, ()):
+            self._add(request, row.last_token_s)
+
+    def _add(self, request: Request, start_s: float) -> None:
+        row = Generation(request, start_s + request.arrival_s)
+        heappush(self._waiting, (row.arrival_s, next(self._order), row))
 
 
 @dataclass(frozen=True, slots=True)

@@ -189,3 +189,35 @@ def test_a_row_in_flight_continues_while_another_is_awaited() -> None:
 def test_bad_arrivals_are_refused(arrivals: list[float]) -> None:
     with pytest.raises(ValueError, match=r"arrivals_s=.* must be seconds >= 0, one for each of the 2 prompts"):
         engine().generate([[0], [1]], arrivals_s=arrivals)
+
+
+def test_a_request_arrives_after_the_one_that_it_follows() -> None:
+    """Two conversations of two turns in one slot: a second turn arrives when the first is finished, not before."""
+    at_once = engine().generate(PROMPTS[:4], PARAMS[:4])
+    following = list(engine(1).as_completed(PROMPTS[:4], PARAMS[:4], after=[None, None, 1, 0]))
+    assert [each.index for each in following] == [0, 1, 3, 2]
+    assert sorted(map(without_times, following)) == list(map(without_times, at_once))
+    for each in following[2:]:
+        assert 0 <= each.queue_s < each.ttft_s <= each.latency_s
+
+
+def test_a_follower_arrives_a_delay_after_the_last_token() -> None:
+    first = Request(0, (0,), SamplingParams(max_tokens=3))
+    second = Request(1, (1,), SamplingParams(max_tokens=1), arrival_s=0.05, after=0)
+    third = Request(2, (2,), SamplingParams(max_tokens=1), after=1)  # its predecessor ends with the prefill
+    rows = list(Decoder(TARGET, max_batch_size=2).run([third, first, second]))
+    assert [row.request.index for row in rows] == [0, 1, 2]
+    assert rows[1].arrival_s == rows[0].last_token_s + 0.05
+    assert rows[1].admitted_s >= rows[1].arrival_s
+    assert rows[2].arrival_s == rows[1].last_token_s
+
+
+@pytest.mark.parametrize("after", [[None], [0, None], [None, 1], [None, -1]])
+def test_requests_follow_earlier_ones_only(after: list[int | None]) -> None:
+    with pytest.raises(ValueError, match=r"after=.* must be None or the index of an earlier prompt with n=1"):
+        engine().as_completed([[0], [1]], after=after)
+
+
+def test_a_prompt_with_several_samples_cannot_be_followed() -> None:
+    with pytest.raises(ValueError, match=r"after=\[None, 0\] must be None or the index of an earlier prompt with n=1"):
+        engine().as_completed([[0], [1]], [SamplingParams(n=2), SamplingParams()], after=[None, 0])
