@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -60,7 +61,8 @@ class Served:
     results: one per request, in order, with times from its arrival; None for an unfinished one. refused: indices of
     unfinished requests that the engine refused. wall_s: until the last request was finished, or the time limit.
     queue_s: mean wait for a slot, for engines that do not report it per request. peak_send_delay_s: largest delay in
-    sending a request.
+    sending a request. arrivals_s: when each request arrived, None for one that did not within `until_s`; None if all
+    arrived at the times asked for.
     """
 
     results: tuple[PromptResult | None, ...]
@@ -69,6 +71,7 @@ class Served:
     refused: frozenset[int] = frozenset()
     queue_s: float | None = None
     peak_send_delay_s: float | None = None
+    arrivals_s: tuple[float | None, ...] | None = None
 
 
 class BenchEngine(Protocol):
@@ -116,10 +119,15 @@ class ServingEngine(BenchEngine, Protocol):
         setup: Setup,
         sampling: Sequence[SamplingParams],
         limit_s: float,
+        *,
+        after: Sequence[int | None] | None = None,
+        until_s: float = math.inf,
     ) -> Served:
         """Continue each prompt from its arrival, in seconds from the call; abort unfinished requests at `limit_s`.
 
-        setup: a prepared one; its batch size limits the requests decoded at once. Raises EngineError.
+        setup: a prepared one; its batch size limits the requests decoded at once. after: index of the earlier request
+        that each follows: it arrives `arrivals_s` after that one's answer. until_s: requests that arrive later have no
+        result; the call ends when the others have theirs. See `bench.engines.following`. Raises EngineError.
         """
         ...
 

@@ -10,6 +10,7 @@ llama-server also counts the accepted tokens after it, and the result has no cou
 
 from __future__ import annotations
 
+import math
 import os
 import shlex
 import shutil
@@ -84,6 +85,9 @@ class LlamaServerEngine(PooledEngine[Server[Client]]):
         setup: Setup,
         sampling: Sequence[SamplingParams],
         limit_s: float,
+        *,
+        after: Sequence[int | None] | None = None,
+        until_s: float = math.inf,
     ) -> Served:
         setup, server = self._pool.find(setup.method, setup.gamma, setup.batch_size)
         asked = self._asked(prompts, sampling)
@@ -93,10 +97,12 @@ class LlamaServerEngine(PooledEngine[Server[Client]]):
                 arrivals_s,
                 limit_s,
                 server.client.abort,
+                after=after,
+                until_s=until_s,
             )
         is_drafting = setup.method != "autoregressive"
         results = tuple(result(reply, None, is_drafting) if reply else None for reply in sent.results)
-        return Served(results, sent.wall_s, None, sent.refused, None, sent.peak_delay_s)
+        return Served(results, sent.wall_s, None, sent.refused, None, sent.peak_delay_s, sent.arrivals_s)
 
     def _asked(self, prompts: Sequence[Sequence[int]], sampling: Sequence[SamplingParams]) -> list[Asked]:
         pairs = zip(prompts, sampling, strict=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import closing
@@ -13,6 +14,7 @@ import torch
 import specdec
 from bench.catalogue.pairs import Pair, folder
 from bench.engines.base import LoadOptions, PromptResult, Run, Served, Setup
+from bench.engines.following import Following
 from bench.records.schema import Gamma
 from specdec import Completion, Engine, SamplingParams
 from specdec.drafts import load_with_drafts
@@ -81,16 +83,25 @@ class SpecdecEngine:
         setup: Setup,
         sampling: Sequence[SamplingParams],
         limit_s: float,
+        *,
+        after: Sequence[int | None] | None = None,
+        until_s: float = math.inf,
     ) -> Served:
+        following = Following(arrivals_s, after, until_s)
         engine = self._engine(setup.method, setup.gamma, setup.batch_size)
         results: list[PromptResult | None] = [None] * len(prompts)
         start_s = time.perf_counter()
-        with closing(engine.as_completed(prompts, sampling, arrivals_s=arrivals_s)) as completions:
+        with closing(engine.as_completed(prompts, sampling, arrivals_s=arrivals_s, after=after)) as completions:
             for completion in completions:
                 if time.perf_counter() - start_s > limit_s:
                     break
                 results[completion.index] = _result(completion)
-        return Served(tuple(results), time.perf_counter() - start_s, engine.phase_times)
+                following.finish(completion.index, following.due_s[completion.index] + completion.latency_s)
+                if following.is_over:
+                    break
+        times_s = following.arrivals_s()
+        counted = tuple(result if at is not None else None for result, at in zip(results, times_s, strict=True))
+        return Served(counted, time.perf_counter() - start_s, engine.phase_times, arrivals_s=times_s)
 
 
 def load(pair: Pair, options: LoadOptions) -> SpecdecEngine:

@@ -8,6 +8,7 @@ tokens of several steps, steps cannot be counted, and the cell has no acceptance
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 import time
@@ -73,12 +74,15 @@ class VllmServerEngine(PooledEngine[Server[Client]]):
         setup: Setup,
         sampling: Sequence[SamplingParams],
         limit_s: float,
+        *,
+        after: Sequence[int | None] | None = None,
+        until_s: float = math.inf,
     ) -> Served:
         setup, server = self._pool.find(setup.method, setup.gamma, setup.batch_size)
         requests = self._requests(server, prompts, sampling)
         try:
             with dropping(self._pool, setup, server):
-                return serve(server.client, requests, arrivals_s, limit_s)
+                return serve(server.client, requests, arrivals_s, limit_s, after=after, until_s=until_s)
         finally:
             self._busy_until_s = time.monotonic() + BUSY_WAIT_S
 
@@ -183,18 +187,31 @@ def run(client: Client, requests: Sequence[Mapping[str, Any]]) -> Run:
     return Run(tuple(_result(row, row.drafts or drafts, "num_drafts" in after) for row in rows))
 
 
-def serve(client: Client, requests: Sequence[Mapping[str, Any]], arrivals_s: Sequence[float], limit_s: float) -> Served:
+def serve(
+    client: Client,
+    requests: Sequence[Mapping[str, Any]],
+    arrivals_s: Sequence[float],
+    limit_s: float,
+    *,
+    after: Sequence[int | None] | None = None,
+    until_s: float = math.inf,
+) -> Served:
     """Send each request at its arrival time; requests refused by a busy server are not retried."""
-    before = client.queue()
+    queue_before = client.queue()
     sent = send_on_time(
-        lambda index, due_s: client.complete_one(requests[index], due_s), arrivals_s, limit_s, client.abort
+        lambda index, due_s: client.complete_one(requests[index], due_s),
+        arrivals_s,
+        limit_s,
+        client.abort,
+        after=after,
+        until_s=until_s,
     )
-    after, is_drafting = client.queue(), "num_drafts" in client.counters()
+    queue_after, is_drafting = client.queue(), "num_drafts" in client.counters()
     results = tuple(_result(row, row.drafts, is_drafting) if row else None for row in sent.results)
     queue_s = None
-    if before and after and after[1] > before[1]:
-        queue_s = (after[0] - before[0]) / (after[1] - before[1])
-    return Served(results, sent.wall_s, None, sent.refused, queue_s, sent.peak_delay_s)
+    if queue_before and queue_after and queue_after[1] > queue_before[1]:
+        queue_s = (queue_after[0] - queue_before[0]) / (queue_after[1] - queue_before[1])
+    return Served(results, sent.wall_s, None, sent.refused, queue_s, sent.peak_delay_s, sent.arrivals_s)
 
 
 def _attempted(client: Client, requests: Sequence[Mapping[str, Any]]) -> list[Row]:

@@ -76,6 +76,24 @@ def test_late_requests_are_aborted_and_the_next_load_is_served(engine: SpecdecEn
     assert after.results[0].token_ids == expected.token_ids
 
 
+def test_conversations_and_clients_are_served_in_process(engine: SpecdecEngine) -> None:
+    """Each request after its predecessor's answer; the last one of each client is due too late to count."""
+    after = [None, None, 0, 1, 2, 3]
+    served = engine.serve(
+        PROMPTS, [0.0, 0.0, 0.0, 0.0, 100.0, 100.0], Setup("ngram", 2, 1), [GREEDY] * 6, 600, after=after, until_s=60.0
+    )
+    assert served.arrivals_s is not None
+    assert served.arrivals_s[:2] == (0.0, 0.0)
+    for index, predecessor in ((2, 0), (3, 1)):
+        before = served.results[predecessor]
+        assert before is not None
+        assert served.arrivals_s[index] == served.arrivals_s[predecessor] + before.latency_s
+    assert served.results[4:] == served.arrivals_s[4:] == (None, None)
+    assert served.wall_s < 60
+    expected = engine.generate(PROMPTS[:4], "ngram", 2, [GREEDY] * 4).results
+    assert [each and each.token_ids for each in served.results[:4]] == [each.token_ids for each in expected]
+
+
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_a_warm_up_fills_every_slot_and_on_a_gpu_meets_every_shape(
     device: str, make_config: Callable[..., BenchConfig], engine: SpecdecEngine, monkeypatch: pytest.MonkeyPatch
