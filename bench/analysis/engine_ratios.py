@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from bench.records.grouping import round_clusters
 from bench.records.intervals import Interval, geometric_mean_interval
 from bench.records.schema import Record
 
@@ -44,7 +45,8 @@ def _leads(reference: Sequence[Record], others: Sequence[Record]) -> Iterator[Le
     for record, other in combinations:
         if record and other:
             ratios = zip(_gains(record), between, _gains(other), strict=True)
-            yield Lead(record, other, geometric_mean_interval([gain * ratio / loss for gain, ratio, loss in ratios]))
+            times = [gain * ratio / loss for gain, ratio, loss in ratios]
+            yield Lead(record, other, geometric_mean_interval(times, round_clusters(record)))
 
 
 def _best(records: Sequence[Record]) -> Record | None:

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from bench.analysis.engine_ratios import time_per_token
+from bench.records.grouping import round_clusters
 from bench.records.intervals import Interval, geometric_mean_interval, unpaired_ratio_interval
-from bench.records.results import Results, cell_id
+from bench.records.results import Results, cell_id, kind_of
 from bench.records.schema import Record
 
 # must be equal for times of a cell to be comparable
@@ -87,11 +88,13 @@ def _difference(before: Results, after: Results, earlier: Record, later: Record)
         return Difference(later, _unpaired_verdict(times), times, reasons=_few(times))
     ratios = _ratios(earlier, later, "")
     if not _has_times(earlier, later, "", "baseline_"):
-        times = geometric_mean_interval(ratios)
+        times = geometric_mean_interval(ratios, round_clusters(later))
         return Difference(later, _unpaired_verdict(times), times, None, _few(times), outputs_equal)
     plain_ratios = _ratios(earlier, later, "baseline_")
-    plain = geometric_mean_interval(plain_ratios)
-    times = geometric_mean_interval([ratio / plain for ratio, plain in zip(ratios, plain_ratios, strict=True)])
+    clusters = round_clusters(later)
+    plain = geometric_mean_interval(plain_ratios, clusters)
+    over_plain = [ratio / plain for ratio, plain in zip(ratios, plain_ratios, strict=True)]
+    times = geometric_mean_interval(over_plain, clusters)
     return Difference(later, verdict(times), times, plain, _few(times), outputs_equal)
 
 
@@ -132,7 +135,7 @@ def _obstacles(before: Results, after: Results, earlier: Record, later: Record) 
     if later["axis"] is not None:
         if not (earlier["per_round_s"] and later["per_round_s"]):
             yield "rounds: their times were not recorded"
-    elif later["rate"] is not None:
+    elif kind_of(later) == "loads":
         yield "load: requests wait for each other, so a run is a single observation"
     elif not _has_times(earlier, later, ""):
         yield "prompts: times of single prompts were not recorded, or for different numbers of prompts"

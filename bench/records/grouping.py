@@ -22,6 +22,25 @@ def fastest(cells: Sequence[Record]) -> list[Record]:
     return [max(group, key=lambda cell: cell["speedup"]) for group in groups.values()]
 
 
+def round_clusters(record: Record) -> list[int] | None:
+    """The cluster of each round of a cell; None if conversations are not known: then rounds count as independent."""
+    conversations, size = record.get("per_prompt_conversation"), record["batch_size"]
+    return clusters_of_batches(conversations, size) if conversations else None
+
+
+def clusters_of_batches(conversations: Sequence[int], batch_size: int) -> list[int]:
+    """The cluster of each batch of prompts: those that share a conversation, directly or through others, are one.
+
+    conversations: the number of each prompt's.
+    """
+    batches = [set(conversations[first : first + batch_size]) for first in range(0, len(conversations), batch_size)]
+    cluster_of = {each: each for each in conversations}
+    for batch in batches:
+        joined = {cluster_of[each] for each in batch}
+        cluster_of = {each: min(joined) if its in joined else its for each, its in cluster_of.items()}
+    return [cluster_of[min(batch)] for batch in batches]
+
+
 def grouped(records: Iterable[Record], *names: str) -> dict[Any, list[Record]]:
     """By the value of a field, or the values of several."""
     groups: dict[Any, list[Record]] = {}

@@ -2,7 +2,9 @@
 
 Runs are short, often eight prompts. A percentile bootstrap of so few observations covers the true value in 84 to 89 %
 of runs instead of 95 %; intervals by Student's t distribution keep their promise (tests/bench/records/test_intervals.py
-measures both). Prompts are the observations: the tokens of one prompt are not independent.
+measures both). Prompts are the observations: the tokens of one prompt are not independent. Neither are the turns of a
+conversation: where `clusters` are given, they are the observations, and the standard error is that of their sums. With
+as many clusters as prompts it is the usual one.
 """
 
 from __future__ import annotations
@@ -29,18 +31,22 @@ class Interval:
     high: float | None
 
 
-def geometric_mean_interval(ratios: Sequence[float]) -> Interval:
+def geometric_mean_interval(ratios: Sequence[float], clusters: Sequence[int] | None = None) -> Interval:
     """Geometric mean of ratios and its interval: Student's t on their logarithms.
 
-    ratios: one for each round, > 0. On the logarithmic scale a ratio and its inverse are equally far from 1.
+    ratios: one for each round, > 0. On the logarithmic scale a ratio and its inverse are equally far from 1. clusters:
+    the number of the cluster of each; None if all are independent.
     Raises ValueError if there is no ratio, or one that is not > 0.
-    Source: Student 1908.
+    Source: Student 1908; for clusters Liang and Zeger 1986.
     """
     logs = _logs(ratios, "ratios")
-    estimate = math.exp(logs.mean())
-    if len(logs) == 1:
-        return Interval(float(ratios[0]), None, None)
-    return _exponential(estimate, _t_radius(_standard_error(logs), len(logs) - 1))
+    sums, number = _sums(logs - logs.mean(), clusters)
+    if number == 1:
+        return Interval(float(ratios[0]) if len(ratios) == 1 else math.exp(logs.mean()), None, None)
+    if logs.min() == logs.max():
+        return Interval(math.exp(logs.mean()), *[math.exp(logs.mean())] * 2)
+    error = math.sqrt(float(sums @ sums) * number / (number - 1)) / len(logs)
+    return _exponential(math.exp(logs.mean()), _t_radius(error, number - 1))
 
 
 def unpaired_ratio_interval(above: Sequence[float], below: Sequence[float]) -> Interval:
@@ -61,20 +67,25 @@ def unpaired_ratio_interval(above: Sequence[float], below: Sequence[float]) -> I
     return _exponential(estimate, _t_radius(math.sqrt(sum(squares)), degrees))
 
 
-def rate_interval(numerators: Sequence[int], denominators: Sequence[int]) -> Interval | None:
+def rate_interval(
+    numerators: Sequence[int], denominators: Sequence[int], clusters: Sequence[int] | None = None
+) -> Interval | None:
     """A rate, the ratio of two sums over prompts, and its interval: the jackknife over prompts on the logit scale.
 
     Deleting one prompt at a time allows for tokens of a prompt that resemble each other, whatever their number. Prompts
     with a denominator of 0 say nothing about the rate and are left out. The interval of a rate of 0 or 1 has no width.
+    clusters: the number of the cluster of each prompt, which are then deleted one at a time; None for single prompts.
     Returns None if all denominators are 0. Raises ValueError if the numbers of both differ, or a rate exceeds 1.
     Source: Tukey 1958, with Student's t for few prompts.
     """
-    return _jackknife(numerators, denominators, _on_logit_scale)
+    return _jackknife(numerators, denominators, clusters, _on_logit_scale)
 
 
-def length_interval(emitted: Sequence[int], steps: Sequence[int]) -> Interval | None:
+def length_interval(
+    emitted: Sequence[int], steps: Sequence[int], clusters: Sequence[int] | None = None
+) -> Interval | None:
     """As `rate_interval`, for tokens per step: on the logarithmic scale, and at least 1, as no step emits none."""
-    return _jackknife(emitted, steps, _of_length)
+    return _jackknife(emitted, steps, clusters, _of_length)
 
 
 def mean_difference_interval(values: Sequence[float], others: Sequence[float]) -> Interval:
@@ -111,15 +122,31 @@ def _t_radius(standard_error: float, degrees: int) -> float:
     return standard_error * t_quantile((1 + CONFIDENCE) / 2, degrees) if standard_error else 0.0
 
 
+def _sums(values: npt.NDArray[np.float64], clusters: Sequence[int] | None) -> tuple[npt.NDArray[np.float64], int]:
+    """The sums of values, or of rows of them, over each cluster, and the number of clusters."""
+    if clusters is None:
+        return values, len(values)
+    if len(clusters) != len(values):
+        raise ValueError(f"{len(clusters)} clusters must be one for each of the {len(values)} values")
+    _, places = np.unique(np.asarray(clusters), return_inverse=True)
+    sums = np.zeros((int(places.max()) + 1, *values.shape[1:]))
+    np.add.at(sums, places, values)
+    return sums, len(sums)
+
+
 def _jackknife(
-    numerators: Sequence[int], denominators: Sequence[int], transform: Callable[[float, float], Interval]
+    numerators: Sequence[int],
+    denominators: Sequence[int],
+    clusters: Sequence[int] | None,
+    transform: Callable[[float, float], Interval],
 ) -> Interval | None:
     """The ratio of the sums. transform: (ratio, its radius) -> interval, on a scale where errors are more symmetric."""
     if len(numerators) != len(denominators):
         raise ValueError(f"{len(numerators)} numerators must be as many as the denominators, {len(denominators)}")
-    counts = np.array([pair for pair in zip(numerators, denominators, strict=True) if pair[1]], dtype=np.float64)
-    if not len(counts):
+    if not any(denominators):
         return None
+    counts, _ = _sums(np.array([*zip(numerators, denominators, strict=True)], dtype=np.float64), clusters)
+    counts = counts[counts[:, 1] > 0]
     totals = counts.sum(0)
     estimate = float(totals[0] / totals[1])
     if len(counts) == 1:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
+from bench.records.grouping import clusters_of_batches, round_clusters
 from bench.records.intervals import (
     Interval,
     geometric_mean_interval,
@@ -69,6 +70,52 @@ def test_eight_observations_by_hand() -> None:
     interval = geometric_mean_interval([1.0] * 4 + [math.e] * 4)
     radius = T_7 * math.sqrt(2 / 56)
     assert [math.log(each) for each in ends(interval)] == pytest.approx([0.5 - radius, 0.5 + radius], rel=1e-5)
+
+
+def test_turns_of_a_conversation_are_one_observation_by_hand() -> None:
+    """Logarithms 1, 3 and -1, 1 of two conversations: residuals 0, 2 and -2, 0 of the mean 1, with sums 2 and -2.
+
+    The standard error is sqrt(2 / 1 * (4 + 4)) / 4 = 1, with one degree of freedom. Four independent prompts would have
+    sqrt(8 / 3) / 2 = 0.816 with three.
+    """
+    ratios = [math.exp(each) for each in (1, 3, -1, 1)]
+    interval = geometric_mean_interval(ratios, [7, 7, 4, 4])
+    assert interval.estimate == pytest.approx(math.e)
+    assert np.log(ends(interval)) == pytest.approx([1 - T_1, 1 + T_1], rel=1e-6)
+    alone = geometric_mean_interval(ratios, [0, 1, 2, 3])
+    assert ends(alone) == pytest.approx(ends(geometric_mean_interval(ratios)))
+    assert np.log(ends(alone)) == pytest.approx([1 + sign * 3.182446 * math.sqrt(8 / 3) / 2 for sign in (-1, 1)])
+    assert geometric_mean_interval(ratios, [0] * 4) == Interval(pytest.approx(math.e), None, None)
+    with pytest.raises(ValueError, match="3 clusters must be one for each of the 4 values"):
+        geometric_mean_interval(ratios, [0, 1, 2])
+
+
+def test_rates_and_lengths_of_conversations_are_those_of_their_sums() -> None:
+    """Deleting a conversation deletes all of its turns."""
+    accepted, drafted, clusters = [1, 2, 3, 0, 2], [4, 4, 6, 0, 8], [0, 0, 2, 1, 2]
+    assert rate_interval(accepted, drafted, clusters) == rate_interval([3, 5], [8, 14])
+    emitted = [a + d for a, d in zip(accepted, drafted, strict=True)]
+    assert length_interval(emitted, drafted, clusters) == length_interval([11, 19], [8, 14])
+    (one,) = {rate_interval(accepted, drafted, [5] * 5)}
+    assert one == Interval(8 / 22, None, None)
+
+
+@pytest.mark.parametrize(
+    ("conversations", "batch_size", "clusters"),
+    [
+        ([0, 0, 1, 1, 2, 2], 1, [0, 0, 1, 1, 2, 2]),
+        ([0, 0, 1, 1, 2, 2], 2, [0, 1, 2]),
+        ([0, 0, 0, 1, 1, 2], 2, [0, 0, 0]),  # the second batch has the first conversation and the second, and so on
+        ([0, 1, 2, 3, 3], 2, [0, 2, 2]),
+        ([3, 1, 1, 3], 1, [3, 1, 1, 3]),
+    ],
+)
+def test_batches_that_share_a_conversation_are_one_cluster(
+    conversations: list[int], batch_size: int, clusters: list[int]
+) -> None:
+    assert clusters_of_batches(conversations, batch_size) == clusters
+    assert round_clusters({"per_prompt_conversation": conversations, "batch_size": batch_size}) == clusters
+    assert round_clusters({"batch_size": batch_size}) is None  # of a run before conversations were recorded
 
 
 def test_the_inverse_has_the_inverse_interval() -> None:
@@ -270,3 +317,16 @@ def test_intervals_of_two_runs_cover_the_truth() -> None:
         return unpaired_ratio_interval(above.tolist(), below.tolist())
 
     assert coverage(math.exp(0.5), run) > 0.95 - SLACK
+
+
+def test_intervals_of_turns_cover_the_truth_if_conversations_are_the_observations() -> None:
+    """Eight conversations of three turns, which share half of their variance: taken as 24 prompts they cover less."""
+
+    def conversations(random: np.random.Generator) -> list[float]:
+        shared, own = random.normal(0, 0.2, 8), random.normal(0, 0.2, (8, 3))
+        return np.exp(0.5 + shared[:, None] + own).ravel().tolist()
+
+    clusters = [number for number in range(8) for _ in range(3)]
+    truth = math.exp(0.5)
+    assert coverage(truth, lambda random: geometric_mean_interval(conversations(random), clusters)) >= 0.93
+    assert coverage(truth, lambda random: geometric_mean_interval(conversations(random))) <= 0.88

@@ -99,3 +99,13 @@ def test_drift_over_time_is_found() -> None:
     random = np.random.default_rng(6)
     drifts = [requests(random, fall=0.4) for _ in range(20)]
     assert sum(found is not None and found.p_value <= 0.01 and found.slope < 0 for found in drifts) > 17
+
+
+def test_turns_of_a_conversation_change_their_signs_together() -> None:
+    """Three texts that each rise by one token: as three prompts 2 of 8 choices of signs are as far from zero, as a
+    conversation of two and one alone 2 of 4.
+    """
+    texts = [[1, 2]] * 3
+    assert drift_within(texts) == Drift(1.0, 2 / 8)
+    assert drift_within(texts, [5, 5, 0]) == Drift(1.0, 2 / 4)
+    assert drift_within(texts, [0, 1, 2]) == drift_within(texts)
