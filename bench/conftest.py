@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from bench.campaign import options, shards
+from bench.campaign.config import LOAD
 from bench.measure import machine
 from bench.measure.interrupts import Interrupts
 from bench.measure.progress import line_below
@@ -47,12 +48,13 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Deselect audits, which take minutes, unless -m asks for them, and the cells of other shards.
 
-    With --rate only load cells are run, without it none.
+    With a load only load cells are run, without one none.
     """
     session = config.stash[SESSION]
     left_out = {item for item in items if _is_left_out(item, config)}
     index, number = shards.parse(session.config.shard)
-    keys = {item: _shard_key(item) for item in items if item not in left_out}
+    is_sweep = session.config.sweep
+    keys = {item: _shard_key(item, is_sweep=is_sweep) for item in items if item not in left_out}
     parts = {item: shards.part_of(key, number) for item, key in keys.items() if key}
     session.cells_of_shards = [list(parts.values()).count(part) for part in range(1, number + 1)]
     left_out |= {item for item, part in parts.items() if part != index}
@@ -66,10 +68,10 @@ def _is_left_out(item: pytest.Item, config: pytest.Config) -> bool:
     if item.get_closest_marker("equivalence"):
         return "equivalence" not in (config.option.markexpr or "")
     is_cell = set(CELL_FIELDS) <= set(fixtures)
-    return is_cell and ("rate" in fixtures) != bool(config.stash[SESSION].config.rate)
+    return is_cell and ("rate" in fixtures) != config.stash[SESSION].config.is_load
 
 
-def _shard_key(item: Any) -> str | None:
+def _shard_key(item: Any, *, is_sweep: bool) -> str | None:
     """What determines a cell's part of a campaign; None for a test that is not a cell."""
     values = item.callspec.params if hasattr(item, "callspec") else {}
     if "axis" in values:
@@ -77,7 +79,8 @@ def _shard_key(item: Any) -> str | None:
     if not set(CELL_FIELDS) <= set(values):
         return None
     prefix = "equivalence-" if item.get_closest_marker("equivalence") else ""
-    return prefix + Cell(**{name: values[name] for name in LOAD_FIELDS if name in values}).shard_key
+    cell = Cell(**{name: values[name] for name in LOAD_FIELDS if name in values})
+    return prefix + (cell.sweep_key if is_sweep else cell.shard_key)
 
 
 @pytest.hookimpl(wrapper=True)  # around pytest-benchmark's, and inside of the terminal's, which prints tables after it
@@ -121,7 +124,7 @@ def pytest_report_header(config: pytest.Config) -> str:
     return (
         f"specdec: {len(session.plans)} cells, {session.num_resumed} of them taken from the journal; "
         f"journal: {session.config.journal}{kept}{machine.busy()}"
-        + (f"; {', '.join(ignored)} mean nothing without --rate" if ignored else "")
+        + (f"; {', '.join(ignored)} mean nothing without {LOAD}" if ignored else "")
     )
 
 
@@ -139,9 +142,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         if is_audit and each.cell.method == "autoregressive":
             continue  # it is the control arm of the others
         skip = session.why_skipped(each)
-        cell = each.cell if names == LOAD_FIELDS else dataclasses.replace(each.cell, rate=None)
+        cell = each.cell if names == LOAD_FIELDS else dataclasses.replace(each.cell, rate=None, concurrency=None)
         group = f"{cell.pair}, {cell.workload}, batch size {cell.batch_size}"
         group += f", {cell.rate:g} requests/s" if cell.rate else ""
+        group += f", {cell.concurrency} clients" if cell.concurrency else ""
         marks = [pytest.mark.benchmark(timer=session.clock, group=group)]
         marks += [pytest.mark.skip(reason=skip)] if skip else []
         values = [getattr(cell, name) for name in names]

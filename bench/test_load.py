@@ -1,4 +1,4 @@
-"""Open-loop load: `pytest bench/ --rate 2,4,8 --duration 30` measures each engine and method at each rate."""
+"""Load: `pytest bench/ --rate 2,4`, `--concurrency 1,4` or `--sweep` measures each engine and method at each level."""
 
 from __future__ import annotations
 
@@ -21,8 +21,11 @@ def test_load(
     placement: str,
     workload: str,
     batch_size: int,
-    rate: float,
+    rate: float | None,
+    concurrency: int | None,
 ) -> None:
     """Requests arrive for --duration and are drained: the only round. Counts are asserted, times never."""
-    cell = Cell(engine, pair, method, gamma, placement, workload, batch_size, rate)
+    cell = Cell(engine, pair, method, gamma, placement, workload, batch_size, rate, concurrency)
+    if reason := session.why_saturated(cell):
+        pytest.skip(reason)
     benchmark.extra_info.update(session.run("loads", cell, benchmark))

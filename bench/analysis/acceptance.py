@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from bench.records.intervals import Interval, length_interval, rate_interval
+from bench.records.results import kind_of
 from bench.records.schema import Record
 from bench.records.trends import FALSE_ALARM_RATE
 
@@ -24,18 +25,20 @@ class Group:
 
 def groups(record: Record, name: str) -> list[Group]:
     """The groups of a cell that drafted, in order of their names; none if all are alike. name: category or turn."""
-    each = "per_request" if record.get("rate") is not None else "per_prompt"
+    each = "per_request" if kind_of(record) == "loads" else "per_prompt"
     columns = [record.get(f"{each}_{column}") for column in (name, "steps", "emitted", "drafted", "accepted")]
     if None in columns or not record.get("num_drafted"):
         return []
+    columns.append(record.get(f"{each}_conversation") or [*range(len(columns[0] or ()))])
     rows = [row for row in zip(*(column or () for column in columns), strict=True) if row[1] is not None]
     values = sorted({row[0] for row in rows})
     return [_group(value, [row for row in rows if row[0] == value]) for value in values] if len(values) > 1 else []
 
 
 def _group(value: str | int, rows: Sequence[Sequence[int]]) -> Group:
-    _, steps, emitted, drafted, accepted = zip(*rows, strict=True)
-    return Group(str(value), len(rows), rate_interval(accepted, drafted), length_interval(emitted, steps))
+    _, steps, emitted, drafted, accepted, clusters = zip(*rows, strict=True)
+    rate, length = rate_interval(accepted, drafted, clusters), length_interval(emitted, steps, clusters)
+    return Group(str(value), len(rows), rate, length)
 
 
 def drifting(records: Iterable[Record]) -> Iterator[tuple[Record, str]]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from bench.campaign import parsers
-from bench.campaign.arrivals import PROCESSES, Limits, Process
+from bench.campaign.arrivals import PROCESSES, Limits, Process, sweep_rates
 from bench.campaign.golden import AcceptanceLength, acceptance_length
 from bench.campaign.parsers import Parser
 from bench.catalogue.methods import LLAMA_METHODS, SMOKE_METHODS, VLLM_METHODS
@@ -28,7 +28,7 @@ DTYPES = ("auto", "bfloat16", "float16", "float32")
 VERIFICATIONS = tuple(dict.fromkeys(rule for kind in ENGINES.values() for rule in kind.verifications))
 SECONDS = parsers.number(lambda value: value > 0, "> 0 seconds and finite")
 THINKING = ("enable_thinking", "thinking")  # of Qwen, Gemma, GLM and others; of DeepSeek and Kimi
-RATE, EQUIVALENCE = "--rate", "-m equivalence"  # what some options need to have an effect
+LOAD, EQUIVALENCE = "--rate, --sweep or --concurrency", "-m equivalence"  # what some options need to have an effect
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,7 +188,7 @@ class BenchConfig:
     batch_sizes: tuple[int, ...] = option(
         parsers.listed(parsers.integer(1, "use 1 for one prompt at a time")),
         "1",
-        f"prompts decoded together; with {RATE} at most this many",
+        f"prompts decoded together; with {LOAD} at most this many, with --concurrency by default as many as clients",
         metavar="N,...",
     )
     rate: tuple[float, ...] = option(
@@ -200,32 +200,60 @@ class BenchConfig:
             )
         ),
         "",
-        "open-loop load: requests per second, which arrive whether or not earlier ones are finished; a list is a "
-        "sweep. For engines specdec, vllm-server and llama-server, instead of a fixed number of prompts",
+        "open-loop load: requests per second, which arrive whether or not earlier ones are finished; a list measures "
+        "each. Instead of a fixed number of prompts, for engines that serve; with --turns all, of conversations",
         metavar="RATE,...",
     )
+    sweep: bool = option(
+        parsers.flag,
+        "0",
+        "open-loop load at rising rates, each about 1.5 times the one before, from idle until a method is saturated at "
+        "two of them in a row",
+        metavar=None,
+    )
+    concurrency: tuple[int, ...] = option(
+        parsers.possibly_empty(parsers.listed(parsers.integer(1, "give a number of clients"))),
+        "",
+        "closed-loop load: clients that each send the next request after the answer to the one before; a list measures "
+        "each",
+        metavar="N,...",
+    )
+    think_time: float = option(
+        parsers.number(lambda value: value >= 0, ">= 0 seconds and finite"),
+        "0",
+        "seconds from an answer to a client's next request, and to the next turn of a conversation",
+        metavar="SECONDS",
+        only_with=LOAD,
+    )
+    steady_window: tuple[float, float] = option(
+        parsers.shares,
+        "0.2:0.9",
+        "part of --duration that is measured: requests before it warm the server up, and later ones keep it busy",
+        metavar="START:END",
+        only_with=LOAD,
+    )
     duration: float = option(
-        SECONDS, "30", "seconds during which requests arrive", metavar="SECONDS", smoke="1", only_with=RATE
+        SECONDS, "30", "seconds during which requests arrive", metavar="SECONDS", smoke="1", only_with=LOAD
     )
     arrivals: Process = option(
         parsers.choice(*PROCESSES),
         "poisson",
         "exponential gaps between requests (poisson), the same for every method, or equal ones (constant)",
-        only_with=RATE,
+        only_with=LOAD,
     )
     drain: float = option(
         parsers.number(lambda value: value >= 0, ">= 0 seconds and finite"),
         "60",
         "seconds after --duration at which unfinished requests are abandoned and counted as unfinished",
         metavar="SECONDS",
-        only_with=RATE,
+        only_with=LOAD,
     )
     ttft_limit: float = option(
         SECONDS,
         "2",
         "maximum time to first token, including queueing, of a request that counts towards the goodput",
         metavar="SECONDS",
-        only_with=RATE,
+        only_with=LOAD,
     )
     inter_token_limit: float = option(
         SECONDS,
@@ -233,7 +261,7 @@ class BenchConfig:
         "maximum mean inter-token time of a request that counts towards the goodput. The defaults of both limits are "
         "those of MLPerf Inference for Llama 2 70B (server scenario)",
         metavar="SECONDS",
-        only_with=RATE,
+        only_with=LOAD,
     )
     temperature: float = option(
         parsers.number(lambda value: value >= 0, "finite and >= 0; use 0 for greedy decoding"),
@@ -379,11 +407,13 @@ class BenchConfig:
 
     def __post_init__(self) -> None:
         largest = max(self.batch_sizes)
-        if largest > self.num_prompts and not self.rate:
+        if largest > self.num_prompts and not self.is_load:
             raise ValueError(
                 f"batch_sizes={largest} must be at most num_prompts={self.num_prompts}; "
                 "raise --num-prompts or lower --batch-sizes"
             )
+        if self.sweep and self.rate:
+            raise ValueError("sweep must be left out beside rate: it chooses the rates itself; use one of them")
         self._check_prescribed_acceptance()
 
     def _check_prescribed_acceptance(self) -> None:
@@ -425,6 +455,29 @@ class BenchConfig:
         """The prescribed acceptance rate of each position; empty for real drafts."""
         length = self.synthetic_acceptance_length
         return length.rates(gamma) if length else self.synthetic_acceptance_rates
+
+    @property
+    def is_load(self) -> bool:
+        """Whether requests arrive over time, instead of a fixed number of prompts."""
+        return bool(self.rates or self.concurrency)
+
+    @property
+    def rates(self) -> tuple[float, ...]:
+        """The rates of open-loop load, in requests per second."""
+        return sweep_rates(self.window_s[1] - self.window_s[0], self.duration) if self.sweep else self.rate
+
+    @property
+    def slots(self) -> tuple[int, ...]:
+        """Numbers of prompts that are decoded together at most."""
+        if self.concurrency and "batch_sizes" not in self.named:
+            return (max(self.concurrency),)
+        return self.batch_sizes
+
+    @property
+    def window_s(self) -> tuple[float, float]:
+        """Start and end of the steady window."""
+        start, end = self.steady_window
+        return start * self.duration, end * self.duration
 
     @property
     def limits(self) -> Limits:

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from bench.campaign.config import RATE, BenchConfig, Option, options_of
+from bench.campaign.config import LOAD, BenchConfig, Option, options_of
 from specdec.runtime.checks import nearest
 
 PAGE_HEAD = """\
@@ -107,9 +107,9 @@ def _given(option: Option, config: pytest.Config, environment: Mapping[str, str]
 
 
 def without_effect(config: BenchConfig) -> list[str]:
-    """The options that were given but need --rate, which was not."""
-    needing = {option.name for option in options_of(type(config)) if option.only_with == RATE}
-    return [] if config.rate else sorted(config.named & needing)
+    """The options that were given but need a load, which was not."""
+    needing = {option.name for option in options_of(type(config)) if option.only_with == LOAD}
+    return [] if config.is_load else sorted(config.named & needing)
 
 
 def result_options(config: BenchConfig) -> dict[str, Any]:

@@ -183,6 +183,18 @@ def lengths(name: str, text: str) -> Lengths:
     return int(least), int(most)
 
 
+def shares(name: str, text: str) -> tuple[float, float]:
+    """START:END, shares of a whole."""
+    start, _, end = text.partition(":")
+    rule = f"{name}={text!r} must be START:END with 0 <= START < END <= 1; for example 0.2:0.9"
+    try:
+        found = float(start), float(end)
+    except ValueError:
+        raise ValueError(rule) from None
+    _require(0 <= found[0] < found[1] <= 1, rule)
+    return found
+
+
 def template_arguments(name: str, text: str) -> str:
     """Variables of a chat template as canonical JSON."""
     arguments = _json_object(text)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import product
 
-from bench.campaign.config import BenchConfig
+from bench.campaign.config import LOAD, BenchConfig
 from bench.catalogue.pairs import Pair
 from bench.engines.registry import ENGINES, engine_kind, why_not, why_not_pair
 from bench.records.schema import Cell
@@ -58,11 +58,17 @@ def plan(config: BenchConfig, why_no_room: WhyNot = lambda *_: None, device: str
 def _combinations(config: BenchConfig, pair: Pair) -> Iterator[Cell]:
     """The cells of a pair in the order of the run: those that are compared follow each other."""
     names = [name for workload in config.workloads for name in buckets(label(workload), config.prompt_lengths)]
-    for placement, workload, batch_size, engine, rate, method in product(
-        config.placements, names, config.batch_sizes, config.engines, config.rate or (None,), config.methods
+    for placement, workload, batch_size, engine, level, method in product(
+        config.placements, names, config.slots, config.engines, _levels(config), config.methods
     ):
         for gamma in (0,) if method == "autoregressive" else config.gammas:
-            yield Cell(engine, pair.name, method, gamma, placement, workload, batch_size, rate)
+            yield Cell(engine, pair.name, method, gamma, placement, workload, batch_size, *level)
+
+
+def _levels(config: BenchConfig) -> list[tuple[float | None, int | None]]:
+    """(rate, concurrency) of each load; both None for a fixed number of prompts."""
+    levels: list[tuple[float | None, int | None]] = [(rate, None) for rate in config.rates]
+    return [*levels, *((None, clients) for clients in config.concurrency)] or [(None, None)]
 
 
 def _plan(config: BenchConfig, why_no_room: WhyNot, device: str, pair: Pair, cell: Cell) -> Plan:
@@ -73,9 +79,10 @@ def _plan(config: BenchConfig, why_no_room: WhyNot, device: str, pair: Pair, cel
         or why_no_room(cell.engine, pair, cell.placement)
         or _why_no_draft(pair, cell.method)
     )
-    if skip:  # for every gamma and rate: one skipped cell stands for all of them
+    if skip:  # for every gamma and load: one skipped cell stands for all of them
         gamma = cell.gamma if cell.method == "autoregressive" else config.gammas[0]
-        return Plan(replace(cell, gamma=gamma, rate=config.rate[0] if config.rate else None), skip)
+        rate, concurrency = _levels(config)[0]
+        return Plan(replace(cell, gamma=gamma, rate=rate, concurrency=concurrency), skip)
     if config.prescribes_acceptance:
         skip = _why_not_synthetic(cell.engine, cell.method, device)
     if not skip and cell.gamma == "auto" and "auto gamma" not in engine_kind(cell.engine).extras:
@@ -99,7 +106,7 @@ def _why_not_synthetic(engine: str, method: str, device: str) -> str | None:
 
 
 def _why_no_arrivals(cell: Cell) -> str | None:
-    if cell.rate is None or "arrivals" in engine_kind(cell.engine).extras:
+    if not cell.is_load or "arrivals" in engine_kind(cell.engine).extras:
         return None
     able = ",".join(name for name, kind in ENGINES.items() if "arrivals" in kind.extras)
-    return f"engine={cell.engine} takes no requests while it decodes others; use --engines {able}, or leave out --rate"
+    return f"engine={cell.engine} takes no requests while it decodes others; use --engines {able}, or leave out {LOAD}"

@@ -125,7 +125,7 @@ class _Flight(Generic[T]):
             self._fail(error)
         finally:
             with self._changed:
-                self._following.refuse(index)  # whatever became of it, it is not waited for
+                self._following.refuse(index)  # it is not waited for, whatever the outcome
                 self._num_out -= 1
                 self._changed.notify()
 

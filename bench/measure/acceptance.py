@@ -6,6 +6,7 @@ Counts of an engine that reports none are None, and so is all that follows from 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -40,21 +41,24 @@ def total(results: Sequence[PromptResult]) -> AcceptanceCounts | None:
     return AcceptanceCounts.total(counts) if len(counts) == len(results) else None
 
 
-def of_results(results: Results, each: str) -> Record:
+def of_results(results: Results, each: str, conversations: Sequence[int] | None = None) -> Record:
     """Totals with their intervals, and the counts of each prompt or request.
 
-    each: "per_prompt" or "per_request". Intervals are over prompts, as the tokens of one prompt are not independent.
+    each: "per_prompt" or "per_request". Intervals are over prompts, as the tokens of one prompt are not independent, or
+    over conversations, if the number of each result's is given.
     """
     finished = [result for result in results if result is not None]
     summed = total(finished)
-    counts = [result.counts for result in finished if result.counts] if summed else []
+    known = _known(results, conversations) if summed else []
+    counts, clusters = [each for each, _ in known], [cluster for _, cluster in known]
+    rate = partial(_rate, counts, clusters)
     positions = range(len(summed.accepted_at)) if summed else range(0)
-    at = [_rate(counts, _accepted_at(place), _accepted_at(-1)) for place in positions]
-    conditional = [_rate(counts, _accepted_at(place), _accepted_at(place - 1)) for place in positions]
-    lengths = length_interval([c.num_emitted for c in counts], [c.num_steps for c in counts])
+    at = [rate(_accepted_at(place), _accepted_at(-1)) for place in positions]
+    conditional = [rate(_accepted_at(place), _accepted_at(place - 1)) for place in positions]
+    lengths = length_interval([c.num_emitted for c in counts], [c.num_steps for c in counts], clusters)
     return {
         **{name: getattr(summed, name, None) for name in TOTALS},
-        **_ends("acceptance_rate", _rate(counts, lambda c: c.num_accepted, lambda c: c.num_drafted)),
+        **_ends("acceptance_rate", rate(lambda c: c.num_accepted, lambda c: c.num_drafted)),
         **_ends("mean_acceptance_length", lengths),
         **_ends_at("acceptance_rate_at", at if summed else None),
         **_ends_at("conditional_acceptance_rate_at", conditional if summed else None),
@@ -72,15 +76,23 @@ def by_text(encoded: Sequence[Encoded], results: Results, each: str) -> Record:
         list(_whole_steps(len(tokens), result, longest)) if result else []
         for (_, tokens), result in zip(encoded, results, strict=True)
     ]
-    drift = trends.drift_within([[emitted for _, emitted in text] for text in texts]) if longest else None
+    steps = [[emitted for _, emitted in text] for text in texts]
+    drift = trends.drift_within(steps, conversations(encoded)) if longest else None
     return {
         f"{each}_category": [prompt.category for prompt, _ in encoded],
         f"{each}_turn": [prompt.turn for prompt, _ in encoded],
+        f"{each}_conversation": conversations(encoded),
         f"{each}_length": [len(tokens) for _, tokens in encoded],
         **_profile([step for text in texts for step in text] if longest else []),
         "text_drift": drift and drift.slope,
         "text_drift_p_value": drift and drift.p_value,
     }
+
+
+def conversations(encoded: Sequence[Encoded]) -> list[int]:
+    """The number of each prompt's conversation, from 0: its turns, or the same prompt again, are not independent."""
+    numbers: dict[str, int] = {}
+    return [numbers.setdefault(prompt.opening, len(numbers)) for prompt, _ in encoded]
 
 
 def over_service(arrivals_s: Sequence[float], results: Results, duration_s: float) -> Record:
@@ -142,12 +154,19 @@ def _accepted_at(position: int) -> Callable[[AcceptanceCounts], int]:
     return number
 
 
+def _known(results: Results, conversations: Sequence[int] | None) -> list[tuple[AcceptanceCounts, int]]:
+    """The counts of each result that has some, and the number of its conversation or, if none are given, its own."""
+    numbers = range(len(results)) if conversations is None else conversations
+    return [(result.counts, it) for result, it in zip(results, numbers, strict=True) if result and result.counts]
+
+
 def _rate(
     counts: Sequence[AcceptanceCounts],
+    clusters: Sequence[int],
     part: Callable[[AcceptanceCounts], int],
     whole: Callable[[AcceptanceCounts], int],
 ) -> Interval | None:
-    return rate_interval([part(each) for each in counts], [whole(each) for each in counts])
+    return rate_interval([part(each) for each in counts], [whole(each) for each in counts], clusters)
 
 
 def _ends(name: str, interval: Interval | None) -> dict[str, Any]:

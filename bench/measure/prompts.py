@@ -17,6 +17,7 @@ from bench.workloads import random_tokens, registry
 from bench.workloads.base import Lengths, Malformed, Prompt, UnavailableError, UnitTest, bucket, turns_of
 from specdec.prompts import encode, encode_bytes, encode_raw, render
 
+MAX_PROMPTS = 1000  # of a load by default; they are asked again if there are more requests
 Batch = list[tuple[int, ...]]  # prompts as token ids
 Answer = Callable[[tuple[int, ...]], str]  # of the target to a prompt
 Encoded = tuple[Prompt, tuple[int, ...]]  # a prompt and its token ids
@@ -126,10 +127,10 @@ class Prompts:
                 raise
             return str(error)
         is_trace = any(prompt.arrival_s is not None for prompt in prompts)
-        if is_trace and not config.rate:
+        if is_trace and not config.rates:
             raise ValueError(f"workloads={workload} is a trace and must be replayed at a rate; give one with --rate")
         num_prompts = len(prompts) if is_trace else self._num_prompts(len(prompts))
-        if not (1 if config.rate else max(config.batch_sizes)) <= num_prompts <= len(prompts):
+        if not (1 if config.is_load else max(config.batch_sizes)) <= num_prompts <= len(prompts):
             raise ValueError(
                 f"num_prompts={num_prompts} must be at most {len(prompts)}, the prompts of workload {workload}, "
                 "and at least the batch size; lower --num-prompts or --batch-sizes"
@@ -145,7 +146,9 @@ class Prompts:
         config = self._config
         if "num_prompts" in config.named:
             return config.num_prompts
-        return min(self._num_requests if config.rate else config.num_prompts, num_available)
+        if not config.is_load or config.turns == "all":  # the answers between turns take time
+            return min(config.num_prompts, num_available)
+        return min(self._num_requests or MAX_PROMPTS, MAX_PROMPTS, num_available)
 
     def _check_code_execution(self) -> None:
         """Raise ValueError if code must be executed and there is no sandbox."""

@@ -17,6 +17,7 @@ from bench.engines.base import PromptResult, Run, Served
 from bench.engines.registry import engine_kind
 from bench.measure import acceptance, load
 from bench.measure.paired import BASELINE, CANDIDATE, REFERENCE, Measurement
+from bench.records.grouping import clusters_of_batches
 from bench.records.intervals import geometric_mean_interval
 from bench.records.schema import SCHEMA_VERSION, Cell, Gamma
 from bench.workloads.base import bucket
@@ -25,24 +26,36 @@ from specdec.methods import is_method, method_spec
 from specdec.models import placement
 from specdec.stats import RunTotals, SpeedupParts, attribute_speedup, expected_speedup, predicted_speedup
 
+CLOSED = "closed loop"  # how requests arrive if each client waits for its answers
+
 
 def build(
-    cell: Cell, pair: Pair, config: BenchConfig, engine_version: str, device: str, measurement: Measurement
+    cell: Cell,
+    pair: Pair,
+    config: BenchConfig,
+    engine_version: str,
+    device: str,
+    measurement: Measurement,
+    conversations: Sequence[int] | None = None,
 ) -> dict[str, Any]:
-    """The record of a measured cell. Values that are unknown or lack a comparison are None."""
+    """The record of a measured cell. Values that are unknown or lack a comparison are None.
+
+    conversations: the number of each prompt's; None if all are independent.
+    """
     candidate, baseline = measurement.runs[CANDIDATE], measurement.runs.get(BASELINE)
     counts, times = acceptance.total(_results(candidate)), _total_times(candidate)
-    speedup = _comparison("speedup", candidate, baseline)
+    clusters = None if conversations is None else clusters_of_batches(conversations, cell.batch_size)
+    speedup = _comparison("speedup", candidate, baseline, clusters)
     return {
         "schema_version": SCHEMA_VERSION,
         **_identity(cell, pair, config, engine_version, device),
-        **acceptance.of_results(_results(candidate), "per_prompt"),
+        **acceptance.of_results(_results(candidate), "per_prompt", conversations),
         **_phases(cell.method, counts, times),
         **(latencies := _latencies(candidate)),
         **_throughputs(latencies, num_devices(cell, config, device)),
         **speedup,
         "reference_engine": config.reference_engine,
-        **_comparison("speedup_of_reference", measurement.runs.get(REFERENCE), candidate),
+        **_comparison("speedup_of_reference", measurement.runs.get(REFERENCE), candidate, clusters),
         # the closed form applies only to chains
         **_predictions(
             "auto" if cell.method == "tree" else cell.gamma, speedup["speedup"], _totals(candidate), _totals(baseline)
@@ -63,29 +76,40 @@ def build_load(
     device: str,
     served: Served,
     arrivals_s: Sequence[float],
+    conversations: Sequence[int] | None = None,
 ) -> dict[str, Any]:
-    """The record of a load cell, see `bench.measure.load`. Unknown values are None."""
+    """The record of a load cell, see `bench.measure.load`. Unknown values are None.
+
+    arrivals_s: in order. conversations: as for `build`.
+    """
     results = [result for result in served.results if result is not None]
     counts, times = acceptance.total(results), served.phase_times
     requests = [
         arrivals.Request(at, result.ttft_s, result.latency_s, len(result.token_ids), result.queue_s) if result else None
         for at, result in zip(arrivals_s, served.results, strict=True)
     ]
-    summary = load.summary(requests, config.duration, config.limits)
+    window = load.Window(*config.window_s)
+    summary = load.summary(arrivals_s, requests, window, config.limits)
     accepted = [index for index in range(len(requests)) if index not in served.refused]
-    ends = [request.arrival_s + request.latency_s if request else served.wall_s for request in requests]
-    mean_in_flight, peak_in_flight = load.in_flight([(arrivals_s[index], ends[index]) for index in accepted])
+    ends = [request.end_s if request else served.wall_s for request in requests]
+    spans = [(arrivals_s[index], ends[index]) for index in accepted]
+    mean_in_flight, peak_in_flight = load.in_flight(spans, window)
     return {
         "schema_version": SCHEMA_VERSION,
         **_identity(cell, pair, config, engine_version, device),
         "rate": cell.rate,
-        "arrivals": config.arrivals,
+        "concurrency": cell.concurrency,
+        "think_time_s": config.think_time,
+        "arrivals": config.arrivals if cell.rate is not None else CLOSED,
         "duration_s": config.duration,
+        "window_start_s": window.start_s,
+        "window_end_s": window.end_s,
         "drain_s": config.drain,
         "ttft_limit_s": config.ttft_limit,
         "inter_token_limit_s": config.inter_token_limit,
         **summary,
-        **_throughputs(summary, num_devices(cell, config, device)),
+        **_of_devices(summary, num_devices(cell, config, device)),
+        **load.saturation(arrivals_s, requests, served.refused, window, served.wall_s, is_open=cell.rate is not None),
         "queue_s": served.queue_s if summary["queue_s"] is None else summary["queue_s"],
         "num_unfinished": len(accepted) - len(results),
         "num_refused": len(served.refused),
@@ -93,7 +117,7 @@ def build_load(
         "peak_num_in_flight": peak_in_flight,
         "busy_rate": (times.total_s - times.bookkeeping_s) / times.total_s if times else None,
         "peak_send_delay_s": served.peak_send_delay_s,
-        **acceptance.of_results(served.results, "per_request"),
+        **acceptance.of_results(served.results, "per_request", conversations),
         **acceptance.over_service(arrivals_s, served.results, config.duration),
         **_phases(cell.method, counts, times),
         "bookkeeping_time_s": None,  # it would include waiting for arrivals
@@ -159,6 +183,16 @@ def num_devices(cell: Cell, config: BenchConfig, device: str) -> int | None:
     return placement.num_devices(cell.placement) if device.startswith("cuda") else 1
 
 
+def _of_devices(summary: Mapping[str, Any], num_devices: int | None) -> dict[str, float | None]:
+    """The throughput of a load, with its interval, for each device."""
+    ends = ("", "_low", "_high")
+    throughputs = {end: summary[f"throughput_tok_s{end}"] for end in ends}
+    return {
+        f"device_throughput_tok_s{end}": each / num_devices if num_devices and each is not None else None
+        for end, each in throughputs.items()
+    }
+
+
 def _throughputs(times: Mapping[str, Any], num_devices: int | None) -> dict[str, float | None]:
     """What one user sees against what one device does. times: the record's `inter_token_s` and `throughput_tok_s`."""
     return {
@@ -217,7 +251,9 @@ def _latencies(runs: Sequence[Run]) -> dict[str, Any]:
     }
 
 
-def _comparison(name: str, faster: list[Run] | None, slower: list[Run] | None) -> dict[str, Any]:
+def _comparison(
+    name: str, faster: list[Run] | None, slower: list[Run] | None, clusters: Sequence[int] | None = None
+) -> dict[str, Any]:
     """Speedup of one arm over another: ratio of latencies per emitted token, paired by round, with its interval.
 
     For outputs of equal length this is the ratio of latencies. For outputs of different length (after rounding
@@ -226,7 +262,7 @@ def _comparison(name: str, faster: list[Run] | None, slower: list[Run] | None) -
     if not faster or not slower:
         return {name: None, f"{name}_low": None, f"{name}_high": None}
     ratios = [_time_per_token(slow) / _time_per_token(fast) for fast, slow in zip(faster, slower, strict=True)]
-    interval = geometric_mean_interval(ratios)
+    interval = geometric_mean_interval(ratios, clusters)
     return {name: interval.estimate, f"{name}_low": interval.low, f"{name}_high": interval.high}
 
 

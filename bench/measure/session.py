@@ -21,7 +21,7 @@ from bench.measure.paired import Clock
 from bench.measure.progress import NOWHERE
 from bench.measure.prompts import Prompts
 from bench.records.fields import KINDS
-from bench.records.schema import Record
+from bench.records.schema import CELL_FIELDS, Cell, Record
 
 
 class Identified(Protocol):
@@ -39,6 +39,7 @@ class Measurer(Protocol):
         ...
 
 
+NUM_CONFIRMING = 2  # saturated rates in a row that end a sweep: one may be a false alarm
 # what names in the journal begin with, by the kind of cell
 _PREFIXES = {"cells": "", "loads": "load-", "costs": "cost-", "certificates": "equivalence-"}
 
@@ -57,7 +58,7 @@ class Session:
         self.config, self.clock = config, Clock()
         self.device = machine.resolve_device(config.device)
         self._arrivals = {
-            rate: arrivals.arrivals(rate, config.duration, config.arrivals, config.seed) for rate in config.rate
+            rate: arrivals.arrivals(rate, config.duration, config.arrivals, config.seed) for rate in config.rates
         }
         self.plans = plan(config, partial(machine.why_no_room, config=config, device=self.device), self.device)
         self.prompts = Prompts(config, max(map(len, self._arrivals.values()), default=0))
@@ -79,7 +80,7 @@ class Session:
         """Start or resume the journal; nothing is written before. progress: stream for progress bars."""
         config, self.progress = self.config, progress
         self._journal = Journal.open(config.journal, self.configuration(), resume=config.resume)
-        names = {self._name("loads" if config.rate else "cells", each.cell) for each in self.plans}
+        names = {self._name("loads" if config.is_load else "cells", each.cell) for each in self.plans}
         self.num_resumed = len(self.journal.cells.keys() & names)
 
     def _measurer(self, kind: str) -> Measurer:
@@ -118,6 +119,18 @@ class Session:
     def why_skipped(self, plan: Plan) -> str | None:
         """Why a cell cannot run here, with a remedy; None if it can."""
         return plan.skip or self.prompts.why_unavailable(plan.cell)
+
+    def why_saturated(self, cell: Cell) -> str | None:
+        """Why a sweep ends before a cell: the rates before it saturated the same engine and method."""
+        if not self.config.sweep or cell.rate is None:
+            return None
+        names = CELL_FIELDS
+        arm = [each for each in self.records["loads"] if all(each[name] == getattr(cell, name) for name in names)]
+        lower = [each for each in arm if each["rate"] is not None and each["rate"] < cell.rate][-NUM_CONFIRMING:]
+        if len(lower) < NUM_CONFIRMING or not all(each["is_saturated"] for each in lower):
+            return None
+        rates = " and ".join(f"{each['rate']:g}" for each in lower)
+        return f"saturated at {rates} requests/s"
 
     def run(self, kind: str, cell: Identified, benchmark: Any) -> Record:
         """The record of a cell, from the journal, or measured and added to it."""

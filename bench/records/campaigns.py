@@ -11,7 +11,7 @@ from typing import Any
 
 from bench.records.fields import KINDS
 from bench.records.results import Results, _short, cell_id, read
-from bench.records.schema import Record
+from bench.records.schema import LEVELS, Record
 
 
 def read_all(paths: Sequence[Path]) -> list[Results]:
@@ -87,7 +87,7 @@ def _ordered(records: Sequence[Record]) -> tuple[Record, ...]:
 
     def place(record: Record) -> tuple[float, ...]:
         *before, method = (places[name].index(str(record.get(name))) for name in names)
-        numbers = [record.get(name) for name in ("rate", "gamma", "size")]
+        numbers = [record.get(name) for name in (*LEVELS, "gamma", "size")]
         is_plain = record.get("method") == "autoregressive"
         sizes = [float(each) if isinstance(each, int | float) else math.inf for each in numbers]
         return (*before, not is_plain, method, *sizes)

@@ -16,6 +16,7 @@ from bench.records.schema import PERCENTILES
 CELLS, LOADS, COSTS, CERTIFICATES = KINDS = ("cells", "loads", "costs", "certificates")
 DECODED = (CELLS, LOADS)
 MEASURED = (CELLS, LOADS, COSTS)
+INTERVAL = " [95 %]"  # of the heading of a column with intervals
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,18 +54,25 @@ class Field:
         """A value as reports show it."""
         if value is None:
             return "-"
+        if isinstance(value, bool):
+            return "yes" if value else "no"
         if isinstance(value, int | float):
             return format(value * self.scale, self.form or ("," if isinstance(value, int) else ".3g"))
         return str(value)
 
 
-def _interval(field: Field) -> list[Field]:
-    """A field, and the ends of its 95 % interval over prompts."""
+def _interval(field: Field, kinds: tuple[str, ...] = ()) -> list[Field]:
+    """A field, and the ends of its 95 % interval over prompts or, under load, over parts of the time.
+
+    kinds: of records that have the ends, if not all that have the field do.
+    """
     low, high = (
-        Field(f"{field.name}_{end}", float, field.unit, f"{word} end of the 95 % interval of {field.name}.")
+        Field(
+            f"{field.name}_{end}", float, field.unit, f"{word} end of the 95 % interval of {field.name}.", kinds=kinds
+        )
         for end, word in (("low", "Lower"), ("high", "Upper"))
     )
-    return [replace(field, heading=f"{field.title} [95 %]", ends=(low.name, high.name)), low, high]
+    return [replace(field, heading=f"{field.title}{INTERVAL}", ends=(low.name, high.name)), low, high]
 
 
 def _by_position(field: Field) -> list[Field]:
@@ -81,6 +89,7 @@ def _per_text(each: str) -> list[Field]:
     return [
         Field(f"per_{each}_category", list, "", f"Category of each {each} in its data set; empty if it has none."),
         Field(f"per_{each}_turn", list, "", f"Turn of its conversation that each {each} is, from 1."),
+        Field(f"per_{each}_conversation", list, "", f"Number of the conversation that each {each} belongs to."),
         Field(f"per_{each}_length", list, "tokens", f"Tokens of each {each} before the answer."),
         Field(f"per_{each}_steps", list, "steps", f"Decode steps of each {each}."),
         Field(f"per_{each}_emitted", list, "tokens", f"Tokens emitted by the decode steps of each {each}."),
@@ -92,7 +101,7 @@ def _per_text(each: str) -> list[Field]:
 def _percentiles(name: str, what: str, heading: str = "", form: str = ".3f", scale: float = 1) -> list[Field]:
     """Percentiles of a time over all requests of a load cell, which share a column."""
     first, *others = (
-        Field(f"{name}_p{percent}_s", float, "s", f"{what}: percentile over all requests, unfinished ones slowest.")
+        Field(f"{name}_p{percent}_s", float, "s", f"{what}: percentile over requests, unfinished ones slowest.")
         for percent in PERCENTILES
     )
     names = tuple(each.name for each in others)
@@ -142,12 +151,20 @@ _IDENTITY = [
     Field("num_rows_passed_over", int, "rows", "Well-formed rows of the workload that contain no prompt."),
 ]
 _TIMES = [
-    Field("throughput_tok_s", float, "tokens/s", "Tokens emitted for all prompts, over the time of all rounds.",
-          "tokens/s", ".1f", tables="fastest cells load", needed=DECODED),
-    Field("user_throughput_tok_s", float, "tokens/s", "Tokens that a request gets after its first: 1 / inter_token_s.",
-          "tokens/s per user", ".1f", tables="details load"),
-    Field("device_throughput_tok_s", float, "tokens/s", "Tokens emitted for all requests, over time and devices.",
-          "tokens/s per device", ".1f", tables="details load"),
+    *_interval(
+        Field("throughput_tok_s", float, "tokens/s",
+              "Tokens emitted for all prompts, over the time of all rounds; under load, of the steady window.",
+              "tokens/s", ".1f", tables="fastest cells load", needed=DECODED), (LOADS,)
+    ),
+    *_interval(
+        Field("user_throughput_tok_s", float, "tokens/s",
+              "Tokens that a request gets after its first: 1 / inter_token_s.",
+              "tokens/s per user", ".1f", tables="details load"), (LOADS,)
+    ),
+    *_interval(
+        Field("device_throughput_tok_s", float, "tokens/s", "Tokens emitted for all requests, over time and devices.",
+              "tokens/s per device", ".1f", tables="details load"), (LOADS,)
+    ),
     Field("latency_s", float, "s", "Time from a request's start to its last token, mean over prompts.",
           "latency, s", ".3f", tables="cells", needed=(CELLS,)),
     Field("ttft_s", float, "s", "Time from a request's start to its first token, mean over prompts.",
@@ -240,23 +257,38 @@ _PER_PROMPT = [
     Field("reference_per_prompt_tokens", list, "tokens", "Tokens emitted for each prompt by the reference engine."),
 ]
 _LOAD = [
-    Field("rate", float, "requests/s", "Requested rate of arrivals, whether or not earlier requests are finished.",
-          needed=(LOADS,)),
+    Field("rate", float, "requests/s",
+          "Requested rate of arrivals, whether or not earlier requests are finished; of conversations with all turns."),
+    Field("concurrency", int, "clients", "Clients that each wait for an answer before the next request: closed loop.",
+          "clients"),
+    Field("think_time_s", float, "s", "Time from an answer to the next request of a conversation or a client."),
     Field("arrivals", str, "", "Arrival process: random (poisson) or equally spaced (constant).", needed=(LOADS,)),
     Field("duration_s", float, "s", "Time during which requests arrive.", needed=(LOADS,)),
     Field("drain_s", float, "s", "Time after the last arrival in which requests may still finish.", needed=(LOADS,)),
     Field("ttft_limit_s", float, "s", "Longest time to first token of a good request.", needed=(LOADS,)),
     Field("inter_token_limit_s", float, "s", "Longest mean time between tokens of a good request.", needed=(LOADS,)),
+    Field("window_start_s", float, "s", "Start of the steady window, which the statistics are of."),
+    Field("window_end_s", float, "s", "End of the steady window; requests that arrive later only keep the load up."),
     Field("num_requests", int, "requests", "Requests that arrived.", "requests", needed=(LOADS,)),
     Field("num_finished", int, "requests", "Requests that finished before the drain time was over.",
           "finished", tables="load", needed=(LOADS,)),
     Field("num_unfinished", int, "requests", "Requests that were not finished when the drain time was over."),
     Field("num_refused", int, "requests", "Requests refused by the server, or by a client with too many in flight."),
-    Field("offered_rate", float, "requests/s", "Requests that arrived, over the duration."),
-    Field("achieved_rate", float, "requests/s", "Finished requests over the time until the last token."),
-    Field("goodput", float, "requests/s", "Finished requests within both limits, over the time until the last token.",
+    Field("num_steady", int, "requests", "Requests that arrived within the steady window."),
+    Field("offered_rate", float, "requests/s", "Requests that arrived within the steady window, over its length."),
+    *_interval(
+        Field("achieved_rate", float, "requests/s", "Requests finished within the steady window, over its length.",
+              "finished per s", ".2f", tables="load")
+    ),
+    Field("achieved_rate_by_part", list, "requests/s", "Requests finished per second in each tenth of the window."),
+    Field("latency_growth", float, "1", "Growth of latency, in seconds per second: r - 1 at r times the capacity.",
+          "latency growth, s/s", "+z.3f", tables="load"),
+    Field("latency_growth_low", float, "1", "Lower bound of the growth of latency, one-sided, 99 %."),
+    Field("is_saturated", bool, "", "Whether the server falls behind: latency grows surely, or requests are refused.",
+          "saturated", tables="load"),
+    Field("goodput", float, "requests/s", "Requests finished within both limits, per second of the steady window.",
           form=".2f", tables="load", needed=(LOADS,)),
-    Field("within_limits_rate", float, "1", "Share of all requests that kept both limits.",
+    Field("within_limits_rate", float, "1", "Share of the window's requests that kept both limits.",
           "within limits", ".1%", tables="load", needed=(LOADS,)),
     Field("mean_num_in_flight", float, "requests", "Mean number of requests that have arrived and are not finished.",
           "in flight", ".1f", tables="load", needed=(LOADS,)),

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.records import fields
-from bench.records.schema import CELL_FIELDS, MAX_PARTS, SCHEMA_VERSION, Record
+from bench.records.schema import CELL_FIELDS, LEVELS, MAX_PARTS, SCHEMA_VERSION, Record
 from bench.records.untrusted import harmless, loads
 from specdec.runtime.printable import printable
 
@@ -193,7 +193,7 @@ def kind_of(record: Record) -> str:
     """The kind of a record: one of `fields.KINDS`."""
     if record.get("axis") is not None:
         return "costs"
-    if record.get("rate") is not None:
+    if any(record.get(name) is not None for name in LEVELS):
         return "loads"
     return "certificates" if record.get("verdict") is not None else "cells"
 
@@ -230,6 +230,7 @@ def cell_id(record: Record) -> str:
     if record.get("axis") is not None:
         return f"cost-{record['axis']}-{record['size']}"
     names = [str(record[name]) for name in (*CELL_FIELDS, "rate") if record.get(name) is not None]
+    names += [f"{record['concurrency']}clients"] if record.get("concurrency") is not None else []
     return "-".join([*(["equivalence"] if record.get("verdict") is not None else []), *names])
 
 

@@ -13,7 +13,8 @@ Gamma = int | Literal["auto"]
 class Cell:
     """One measurement, under the names of its pytest parameters.
 
-    gamma: 0 for "autoregressive". rate: of arrivals in requests per second; None for a fixed number of prompts.
+    gamma: 0 for "autoregressive". rate: of arrivals in requests per second. concurrency: clients of a closed loop. Both
+    are None for a fixed number of prompts.
     """
 
     engine: str
@@ -24,20 +25,33 @@ class Cell:
     workload: str
     batch_size: int
     rate: float | None = None
+    concurrency: int | None = None
 
     @property
     def id(self) -> str:
-        *values, rate = astuple(self)
-        return "-".join(map(str, values if rate is None else [*values, f"{rate:g}"]))
+        *values, rate, concurrency = astuple(self)
+        values += [] if rate is None else [f"{rate:g}"]
+        values += [] if concurrency is None else [f"{concurrency}clients"]
+        return "-".join(map(str, values))
+
+    @property
+    def is_load(self) -> bool:
+        return self.rate is not None or self.concurrency is not None
 
     @property
     def shard_key(self) -> str:
-        """Decides which shard it belongs to; methods are compared at each rate, so they share a shard."""
-        return self.id if self.rate is None else replace(self, method="any", gamma=0).id
+        """Decides which shard it belongs to; methods are compared at each load, so they share a shard."""
+        return replace(self, method="any", gamma=0).id if self.is_load else self.id
+
+    @property
+    def sweep_key(self) -> str:
+        """The same in a sweep, whose rates share a shard, as it ends when one is saturated."""
+        return self.shard_key if self.rate is None else replace(self, method="any", gamma=0, rate=None).id
 
 
-CELL_FIELDS = tuple(field.name for field in fields(Cell) if field.name != "rate")
-LOAD_FIELDS = (*CELL_FIELDS, "rate")
+LEVELS = ("rate", "concurrency")  # of a load; a load cell has one of them
+CELL_FIELDS = tuple(field.name for field in fields(Cell) if field.name not in LEVELS)
+LOAD_FIELDS = (*CELL_FIELDS, *LEVELS)
 SCHEMA_VERSION = 1  # of a record
 HEAD = b'{"schema_version": '  # the first bytes of a journal
 PERCENTILES = (50, 95, 99)

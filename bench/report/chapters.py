@@ -7,12 +7,13 @@ from dataclasses import replace
 from typing import Any
 
 from bench.analysis.best_gamma import best_gammas
-from bench.analysis.break_even import ratios
+from bench.analysis.break_even import level, speedups
 from bench.analysis.engine_ratios import leads
 from bench.records import fields
 from bench.records.grouping import BLOCK, WITHOUT_ENGINE, drafting, fastest, grouped
+from bench.records.intervals import Interval
 from bench.records.results import Results
-from bench.records.schema import Record
+from bench.records.schema import LEVELS, Record
 from bench.report import acceptance, summary
 from bench.report.charts import run as charts
 from bench.report.charts.model import Picture
@@ -167,36 +168,70 @@ _TIME = (
 def _loads(run: Results, pictures: Sequence[Picture]) -> list[Section]:
     if not run.loads:
         return []
-    first = run.loads[0]
-    sentence = (
-        f"Requests arrive for {first['duration_s']:g} s ({first['arrivals']} arrivals), whether or not earlier ones "
-        f"are finished, and may finish up to {first['drain_s']:g} s later; all times count from the arrival. A request "
-        f"is good if its first token comes within {first['ttft_limit_s']:g} s and the others within "
-        f"{first['inter_token_limit_s']:g} s each. A method pays at rates where the ratio of plain decoding's median "
-        "latency to its own is above 1. Requests wait for each other: each rate is one observation without an interval."
-    )
+    loops = [[record for record in run.loads if record[name] is not None] for name in LEVELS]
+    open_loop, closed_loop = loops
     varying = [name for name in BLOCK if len({record[name] for record in run.loads}) > 1]
     verdicts = [
         f"{' '.join([*(text(block[0], name) for name in varying), line])}."
-        for block in grouped(run.loads, *BLOCK).values()
+        for loop in loops
+        for block in grouped(loop, *BLOCK).values()
         for line in load_verdicts(block)
     ]
-    return section("load", "Under load", sentence, *pictures, _load_table(run.loads), *verdicts)
+    return section(
+        "load",
+        "Under load",
+        _load_sentence(run.loads[0], open_loop, closed_loop),
+        *pictures,
+        _load_table(open_loop, "rate", "By arrival rate"),
+        _load_table(closed_loop, "concurrency", "By number of clients"),
+        *verdicts,
+    )
 
 
-def _load_table(loads: Sequence[Record]) -> Table:
-    """The table of load cells by rate, with the ratio of plain decoding's median latency to each method's."""
-    labels = ["rate", *(name for name in labels_of(loads) if name != "rate")]
-    ratio_of: dict[int, float | None] = {}
+def _load_sentence(first: Record, open_loop: Sequence[Record], closed_loop: Sequence[Record]) -> str:
+    """How requests arrived, and what the numbers are of."""
+    parts = []
+    if open_loop:
+        parts.append(
+            f"Requests arrive for {first['duration_s']:g} s ({open_loop[0]['arrivals']} arrivals), whether or not "
+            f"earlier ones are finished, and may finish up to {first['drain_s']:g} s later."
+        )
+    if closed_loop:
+        parts.append(
+            f"Clients of a closed loop each send the next request {first['think_time_s'] or 0:g} s after the answer to "
+            f"the one before, for {first['duration_s']:g} s: a server that stalls gets fewer requests, so these "
+            "latencies cannot be compared with those at a rate."
+        )
+    parts.append(
+        "All times count from the arrival. A request is good if its first token comes within "
+        f"{first['ttft_limit_s']:g} s and the others within {first['inter_token_limit_s']:g} s each. A method pays "
+        "where the ratio of plain decoding's median latency to its own is above 1."
+    )
+    if first["window_start_s"] is not None:
+        parts.append(
+            f"Numbers are of the time from {first['window_start_s']:g} to {first['window_end_s']:g} s. Requests wait "
+            "for each other, so intervals are over ten consecutive parts of it; where an engine is saturated, which "
+            "means that latency surely grows by more than 2 % of the time, nothing is steady and ratios have none."
+        )
+    else:
+        parts.append("Requests wait for each other: each rate is one observation without an interval.")
+    return " ".join(parts)
+
+
+def _load_table(loads: Sequence[Record], name: str, caption: str) -> Table:
+    """The table of load cells by level, with the ratio of plain decoding's median latency to each method's."""
+    labels = [name, *(label for label in labels_of(loads) if label not in LEVELS)] if loads else []
+    found: dict[int, Interval | None] = {}
     for block in grouped(loads, *BLOCK).values():
         arms = grouped(block, "method", "gamma")
         plain = arms.pop(("autoregressive", 0), [])
         for arm in arms.values():
-            by_rate = ratios(plain, arm)
-            ratio_of |= {id(record): by_rate.get(record["rate"]) for record in arm}
-    ordered = sorted(loads, key=lambda record: record["rate"])
-    cells = ["-" if (ratio := ratio_of.get(id(record))) is None else f"{ratio:.2f}" for record in ordered]
-    return _with_column(shown(ordered, "load", "By arrival rate", labels), "plain latency ratio", cells)
+            by_level = speedups(plain, arm)
+            found |= {id(record): by_level.get(level(record)) for record in arm}
+    ordered = sorted(loads, key=level)
+    cells = ["-" if (ratio := found.get(id(record))) is None else interval(ratio) for record in ordered]
+    shown_loads = shown(ordered, "load", caption, labels)
+    return _with_column(shown_loads, "plain latency ratio", cells) if loads else shown_loads
 
 
 def _with_column(table: Table, heading: str, cells: Sequence[str]) -> Table:

@@ -6,11 +6,12 @@ from collections.abc import Callable, Sequence
 
 from bench.records import fields
 from bench.records.intervals import Interval
-from bench.records.schema import Record
+from bench.records.results import kind_of
+from bench.records.schema import LEVELS, Record
 from bench.report.document import Heading, Table
 from bench.report.format import interval, verdict
 
-SETTINGS = ("pair", "workload", "batch_size", "placement", "rate")  # name a cell in a table where they vary
+SETTINGS = ("pair", "workload", "batch_size", "placement", *LEVELS)  # name a cell in a table where they vary
 
 
 def shown(records: Sequence[Record], tables: str, caption: str = "", labels: Sequence[str] | None = None) -> Table:
@@ -21,7 +22,8 @@ def shown(records: Sequence[Record], tables: str, caption: str = "", labels: Seq
     declared = dict.fromkeys(field.name for name in tables.split() for field in fields.shown_in(name))
     names = [name for name in declared if any(record.get(name) is not None for record in records)]
     reference = records[0].get("reference_engine") or "reference"
-    headings = [Heading(heading(name).replace("reference", reference), name) for name in (*labels, *names)]
+    known = fields.names(kind_of(records[0]))
+    headings = [Heading(_heading(name, known).replace("reference", reference), name) for name in (*labels, *names)]
     rows = [tuple(text(record, name) for name in (*labels, *names)) for record in records]
     return Table(tuple(headings), tuple(rows), caption, num_labels=len(labels))
 
@@ -34,6 +36,12 @@ def labels_of(records: Sequence[Record]) -> list[str]:
 
 def heading(name: str) -> str:
     return fields.field(name).title
+
+
+def _heading(name: str, known: set[str]) -> str:
+    """Without the mark of an interval if this kind of record has none. known: its fields."""
+    has_interval = set(fields.field(name).ends) <= known
+    return heading(name) if has_interval else heading(name).removesuffix(fields.INTERVAL)
 
 
 def text(record: Record, name: str) -> str:

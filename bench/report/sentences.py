@@ -4,20 +4,47 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from bench.analysis.break_even import highest_rate, pays, stops_paying
+from bench.analysis.break_even import break_even, highest_rate, pays, speedups, stops_paying
+from bench.analysis.saturation import saturation_rate
 from bench.records.grouping import grouped
+from bench.records.intervals import Interval
 from bench.records.schema import PERCENTILES, Record
+from bench.report.format import interval
 
 
 def load_verdicts(block: Sequence[Record]) -> Iterator[str]:
-    """The rate up to which each method and gamma of an engine keeps the limits and pays; plain decoding first."""
+    """The rates at which each method and gamma of an engine keeps the limits, is saturated and pays; plain one first.
+
+    block: at several rates, or with several numbers of clients.
+    """
     plain = [record for record in block if record["method"] == "autoregressive"]
     if plain:
-        yield f"plain decoding: {_limits(plain)}"
+        yield f"plain decoding: {'; '.join(_of_arm(plain))}"
     for (method, gamma), records in grouped(block, "method", "gamma").items():
         if method != "autoregressive":
-            paid = pays(plain, records)
-            yield f"{method} {gamma}: {_limits(records)}" + (f"; {_pays(*stops_paying(paid))}" if paid else "")
+            yield f"{method} {gamma}: {'; '.join([*_of_arm(records), *_compared(plain, records)])}"
+
+
+def _of_arm(records: Sequence[Record]) -> Iterator[str]:
+    yield _limits(records)
+    if records[0]["rate"] is not None and (found := saturation_rate(records)):
+        yield f"saturated at {interval(found)} requests/s"
+
+
+def _compared(plain: Sequence[Record], records: Sequence[Record]) -> Iterator[str]:
+    unit = _UNITS[records[0]["rate"] is not None]
+    if paid := pays(plain, records):
+        yield _pays(*stops_paying(paid), unit)
+    if found := break_even(speedups(plain, records)):
+        yield f"stops paying at {_break_even(found)} {unit}, by interpolation"
+
+
+_UNITS = {True: "requests/s", False: "clients"}
+
+
+def _break_even(found: Interval) -> str:
+    high = "no end" if found.high is None else f"{found.high:.3g}"
+    return f"{found.estimate:.3g} [{found.low or 0:.3g}, {high}]"
 
 
 def _limits(records: Sequence[Record]) -> str:
@@ -26,11 +53,11 @@ def _limits(records: Sequence[Record]) -> str:
     return f"limits kept by {', '.join(kept)}"
 
 
-def _pays(last: float | None, first: float | None) -> str:
-    """Break-even. last, first: the last rate at which a method pays, and the first at which it does not."""
+def _pays(last: float | None, first: float | None, unit: str) -> str:
+    """Break-even. last, first: the last level at which a method pays, and the first at which it does not."""
     if first is not None:
-        return f"does not pay at {first:g} requests/s{'' if last is None else f', does at {last:g}'}"
-    return "too few requests finished to tell whether it pays" if last is None else f"pays up to {last:g} requests/s"
+        return f"does not pay at {first:g} {unit}{'' if last is None else f', does at {last:g}'}"
+    return "too few requests finished to tell whether it pays" if last is None else f"pays up to {last:g} {unit}"
 
 
 def tree_gain(costs: Sequence[Record]) -> str:

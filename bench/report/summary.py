@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from bench.analysis.break_even import pays, stops_paying
 from bench.analysis.engine_ratios import Lead, leads
+from bench.analysis.saturation import saturation_rate
 from bench.records.grouping import BLOCK, WITHOUT_ENGINE, drafting, grouped
 from bench.records.results import Results
 from bench.records.schema import Record
@@ -47,14 +48,24 @@ def _num_rounds(cell: Record) -> int:
 
 
 def _load_cards(loads: Sequence[Record]) -> Iterator[Card]:
-    """The method of each engine that pays up to the highest rate."""
-    for block in grouped(loads, *BLOCK).values():
+    """The method of each engine that pays up to the highest rate, and what saturates the engine."""
+    open_loop = [record for record in loads if record["rate"] is not None]
+    for block in grouped(open_loop, *BLOCK).values():
         arms = grouped(block, "method", "gamma")
+        yield from _saturation_cards(list(arms.values()))
         plain = arms.pop(("autoregressive", 0), [])
         ends = {arm: stops_paying(pays(plain, found)) for arm, found in arms.items() if pays(plain, found)}
         if ends:
             best = max(ends, key=lambda arm: (ends[arm][0] or 0.0, ends[arm][1] is None))
             yield from _load_card(_arm(arms[best][0]), *ends[best])
+
+
+def _saturation_cards(arms: Sequence[Sequence[Record]]) -> Iterator[Card]:
+    """The rate that saturates the method which finishes most requests."""
+    known = [(found.estimate, arm) for arm in arms if (found := saturation_rate(arm))]
+    if known:
+        most, arm = max(known, key=lambda pair: pair[0])
+        yield Card(f"{most:.3g} requests/s", f"saturate {_arm(arm[0]).removesuffix(',')}")
 
 
 def _load_card(arm: str, last: float | None, first: float | None) -> Iterator[Card]:

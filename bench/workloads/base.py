@@ -81,6 +81,11 @@ class Prompt:
         """1 for the first question of a conversation."""
         return len(self.earlier) + 1
 
+    @property
+    def opening(self) -> str:
+        """The first question of its conversation, by which conversations are told apart."""
+        return self.earlier[0] if self.earlier else self.text
+
 
 def turns_of(prompt: Prompt) -> list[Prompt]:
     """The turns of a conversation, one prompt each; only the first is scored, if at all."""

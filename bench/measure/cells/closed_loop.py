@@ -38,7 +38,8 @@ class ClosedLoop:
         warm_up_s = self._warm_up(cells, pair, batches)
         measurement, trace = self._run(cell, cells, pair, batches, benchmark)
         self._check(cells, pair, measurement)
-        record = records.build(cell, pair, config, context.version(cell, pair), context.device, measurement)
+        version, conversations = context.version(cell, pair), acceptance.conversations(chosen)
+        record = records.build(cell, pair, config, version, context.device, measurement, conversations)
         results = [result for run in measurement.runs[CANDIDATE] for result in run.results]
         record |= acceptance.by_text(chosen, results, "per_prompt") | source_of(chosen)
         record |= self._divergences(tokens, measurement) | {"warm_up_time_s": warm_up_s}

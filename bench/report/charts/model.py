@@ -9,8 +9,9 @@ from dataclasses import dataclass
 class Series:
     """Points of one color and marker, selected by `kind`; -1 is the neutral one of plain decoding.
 
-    low, high: ends of the points' intervals. dashed: predicted, or a line to compare with. line: whether the points are
-    joined; the last `num_detached` never are. names: what each point is, where its x value does not say it.
+    low, high: ends of the points' intervals; left, right: those of their x values. dashed: predicted, or a line to
+    compare with. line: whether the points are joined; the last `num_detached` never are. names: what each point is,
+    where its x value does not say it.
     """
 
     label: str
@@ -23,6 +24,8 @@ class Series:
     line: bool = True
     num_detached: int = 0
     names: tuple[str, ...] | None = None
+    left: tuple[float, ...] | None = None
+    right: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from bench.records.results import kind_of
 from bench.report.charts import cost, decoding, load
 from bench.report.charts.model import Picture
 
@@ -19,6 +20,6 @@ def pictures(records: Sequence[Record]) -> list[Picture]:
 def sections(records: Sequence[Record]) -> dict[str, list[Picture]]:
     """Charts by section of the report, in its order."""
     costs = [record for record in records if record.get("axis") is not None]
-    loads = [record for record in records if record.get("rate") is not None]
-    cells = [record for record in records if record.get("axis") is None and record.get("rate") is None]
+    loads = [record for record in records if kind_of(record) == "loads"]
+    cells = [record for record in records if kind_of(record) == "cells"]
     return {**decoding.sections(cells), "load": list(load.charts(loads)), "cost": list(cost.charts(costs))}

@@ -189,7 +189,7 @@ def _x_axis(chart: Chart, left: float) -> tuple[list[Tick], Scale]:
     elif chart.log_x:
         labeled = [(place, f"{place:,.0f}") for place in places]
     else:
-        labeled = ticks(places[-1])
+        labeled = ticks(axis_end(places, [right for series in chart.series for right in series.right or ()]))
         start, end = left, WIDTH - RIGHT
     scale = Scale(min(labeled[0][0], places[0]), max(labeled[-1][0], places[-1]), start, end, chart.log_x)
     return thinned(labeled, scale), scale
@@ -197,7 +197,7 @@ def _x_axis(chart: Chart, left: float) -> tuple[list[Tick], Scale]:
 
 def _series(series: Series, x_scale: Scale, y_scale: Scale, chart: Chart, shift: float) -> ET.Element:
     """A line, its points and their intervals. shift: keeps the intervals of several series apart."""
-    shift = shift if series.low and series.high else 0
+    shift = shift if series.low and series.high and not series.left else 0
     xs, ys = [x_scale(place) + shift for place in series.x], [y_scale(value) for value in series.y]
     joined = list(zip(xs, ys, strict=True))[: len(xs) - series.num_detached]
     path = "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in joined)
@@ -205,16 +205,22 @@ def _series(series: Series, x_scale: Scale, y_scale: Scale, chart: Chart, shift:
     if series.dashed:
         return _group(series.kind, series.label, *line)
     tips = [f"{label}, {place}: {value}" for label, place, value in points(series, chart)]
-    drawn = [_point(index, series, y_scale, *each) for index, each in enumerate(zip(xs, ys, tips, strict=True))]
+    scales = x_scale, y_scale
+    drawn = [_point(index, series, scales, *each) for index, each in enumerate(zip(xs, ys, tips, strict=True))]
     return _group(series.kind, "", *line, *drawn)
 
 
-def _point(index: int, series: Series, y_scale: Scale, x: float, y: float, tip: str) -> ET.Element:
+def _point(index: int, series: Series, scales: tuple[Scale, Scale], x: float, y: float, tip: str) -> ET.Element:
+    x_scale, y_scale = scales
     parts = [element("title", text=tip)]
     if series.low and series.high:
         low, high = y_scale(series.low[index]), y_scale(min(series.high[index], y_scale.high))
         cap = f"M{x - 3:.1f} {high:.1f}h6" if series.high[index] <= y_scale.high else ""  # no cap: it goes on
         parts.append(element("path", d=f"M{x:.1f} {low:.1f}V{high:.1f}M{x - 3:.1f} {low:.1f}h6{cap}"))
+    if series.left and series.right:
+        left, right = x_scale(series.left[index]), x_scale(min(series.right[index], x_scale.high))
+        cap = f"M{right:.1f} {y - 3:.1f}v6" if series.right[index] <= x_scale.high else ""
+        parts.append(element("path", d=f"M{left:.1f} {y:.1f}H{right:.1f}M{left:.1f} {y - 3:.1f}v6{cap}"))
     return element("g", *parts, _marker(series.kind, x, y))
 
 

@@ -38,7 +38,7 @@ def points(series: Series, chart: Chart) -> list[tuple[str, str, str]]:
     places = series.names or [f"{axis} {names.get(place, f'{place:,.6g}')}" for place in series.x]
     values = [_with_ends(series, index) for index in range(len(series.y))]
     if series.names:
-        values = [f"{y} at {x:.3g}" for x, y in zip(series.x, values, strict=True)]
+        values = [f"{value} at {_x_with_ends(series, index)}" for index, value in enumerate(values)]
     return [(series.label, place, value) for place, value in zip(places, values, strict=True)]
 
 
@@ -46,6 +46,12 @@ def _with_ends(series: Series, index: int) -> str:
     if not (series.low and series.high):
         return f"{series.y[index]:.3g}"
     return f"{series.y[index]:.3g} [{series.low[index]:.3g}, {series.high[index]:.3g}]"
+
+
+def _x_with_ends(series: Series, index: int) -> str:
+    if not (series.left and series.right):
+        return f"{series.x[index]:.3g}"
+    return f"{series.x[index]:.3g} [{series.left[index]:.3g}, {series.right[index]:.3g}]"
 
 
 def interval(line: Line, rows: Rows) -> str:

@@ -101,7 +101,7 @@ def test_rates_are_cells_of_engines_that_take_requests_while_they_decode(make_co
     skips = {each.skip for each in plans if each.skip}
     assert skips == {
         "engine=transformers takes no requests while it decodes others; use --engines "
-        "specdec,vllm-server,llama-server, or leave out --rate"
+        "specdec,vllm-server,llama-server, or leave out --rate, --sweep or --concurrency"
     }
     with pytest.raises(ValueError, match=r"engines=transformers is asked for .* takes no requests while it decodes"):
         plan(make_config(rate=(2.0,), named=frozenset({"engines"})))
@@ -138,3 +138,28 @@ def test_methods_at_a_rate_stay_together(make_config: MakeConfig) -> None:
     assert set(found.values()) == {1, 2, 3, 4}
     for rate in config.rate:
         assert len({part for cell, part in found.items() if cell.endswith(f"-{rate:g}")}) == 1
+    sweep = {each.cell.sweep_key for each in plan(make_config(sweep=True, engines=("specdec",)))}
+    assert sweep == {"specdec-tiny-random-any-0-same-smoke-1"}  # one part has all of its rates
+
+
+def test_clients_are_cells_and_have_a_slot_each_by_default(make_config: MakeConfig) -> None:
+    changes = {"concurrency": (1, 8), "engines": ("specdec",), "methods": ("autoregressive",)}
+    ids = [each.cell.id for each in plan(make_config(**changes))]
+    assert ids == [f"specdec-tiny-random-autoregressive-0-same-smoke-8-{clients}clients" for clients in (1, 8)]
+    config = make_config(**changes, rate=(2.0,), batch_sizes=(4,), named=frozenset({"batch_sizes"}))
+    ids = [each.cell.id for each in plan(config)]
+    assert ids == [
+        f"specdec-tiny-random-autoregressive-0-same-smoke-4-{load}" for load in ("2", "1clients", "8clients")
+    ]
+
+
+def test_a_sweep_has_preferred_rates_from_ten_requests_in_the_window(make_config: MakeConfig) -> None:
+    """Of 10 s the window is 7 s: from 10/7 = 1.43 requests a second."""
+    config = make_config(sweep=True, duration=10.0, engines=("specdec",), methods=("autoregressive",))
+    rates = [each.cell.rate for each in plan(config)]
+    assert rates[:7] == [1.5, 2.2, 3.3, 4.7, 6.8, 10, 15]
+    assert rates[-1] == 1000
+    with pytest.raises(ValueError, match="sweep must be left out beside rate: it chooses the rates itself"):
+        make_config(sweep=True, rate=(2.0,))
+    with pytest.raises(ValueError, match=r"duration=0.01 must allow a sweep up to 1000 requests/s; change --duration"):
+        plan(make_config(sweep=True, duration=0.01))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from bench.records.intervals import length_interval, rate_interval
 from bench.records.results import of_records
 from bench.report.acceptance import parts
 from bench.report.document import Table
-from bench.workloads.base import Prompt
+from bench.workloads.base import Prompt, turns_of
 from specdec import AcceptanceCounts
 
 
@@ -57,6 +58,27 @@ def test_totals_and_intervals_by_hand() -> None:
     assert record["acceptance_rate_at_high"][1] == second.high
 
 
+def test_turns_and_repeated_prompts_belong_to_one_conversation() -> None:
+    first, other = Prompt("How?", later=("Why?",)), Prompt("Who?")
+    encoded = [(prompt, (1,)) for prompt in (*turns_of(first), other, replace(other, category="qa"), first)]
+    assert acceptance.conversations(encoded) == [0, 0, 1, 1, 0]
+    record = acceptance.by_text(encoded, [FIRST, SECOND, FIRST, SECOND, None], "per_request")
+    assert record["per_request_conversation"] == [0, 0, 1, 1, 0]
+    assert record["per_request_turn"] == [1, 2, 1, 1, 1]
+
+
+def test_intervals_are_over_conversations_by_hand() -> None:
+    """Two conversations of two turns each: as two prompts with the sums of their counts."""
+    record = acceptance.of_results([FIRST, SECOND, None, FIRST], "per_request", [0, 0, 1, 1])
+    assert record["per_request_drafted"] == [8, 6, None, 8]
+    expected = rate_interval([8, 3], [14, 8])
+    length = length_interval([15, 7], [7, 4])
+    assert expected is not None
+    assert length is not None
+    assert (record["acceptance_rate_low"], record["acceptance_rate_high"]) == (expected.low, expected.high)
+    assert (record["mean_acceptance_length_low"], record["mean_acceptance_length_high"]) == (length.low, length.high)
+
+
 def test_an_engine_without_counts_has_no_acceptance() -> None:
     silent = PromptResult((1, 2, 3), 0.1, 1.0, None, "length")
     record = acceptance.of_results([FIRST, silent], "per_prompt")
@@ -88,7 +110,7 @@ def test_the_end_of_a_text_is_left_out() -> None:
 def test_drift_within_texts() -> None:
     """Four steps of 1, 1, 2 and 2 tokens, then one that is left out: slope 2 / 5, the same in all eight texts."""
     rising = result((1, 0, 1), (1, 0, 1), (1, 1, 2), (1, 1, 2), (1, 1, 2))
-    encoded = [(Prompt("a", "code", earlier=("before",)), (1, 2))] * 8
+    encoded = [(Prompt("a", "code", earlier=(f"before {number}",)), (1, 2)) for number in range(8)]
     record = acceptance.by_text(encoded, [rising] * 8, "per_prompt")
     assert record["text_drift"] == pytest.approx(2 / 5)
     assert record["text_drift_p_value"] == 2 / 256

@@ -17,6 +17,7 @@ from bench.engines.specdec import SpecdecEngine, load
 from bench.measure import records
 from bench.measure.cells import loaded
 from bench.measure.context import Context
+from bench.measure.load import Window
 from bench.measure.load import summary as load_summary
 from bench.measure.models import Models
 from bench.measure.progress import NOWHERE
@@ -59,9 +60,8 @@ def test_latency_is_from_the_arrival_not_from_the_slot(engine: SpecdecEngine) ->
     for (_, _, before_s), (queue_s, ttft_s, latency_s) in pairwise(waits):
         assert before_s <= queue_s < ttft_s <= latency_s
     assert waits[-1][2] <= served.wall_s
-    table = load_summary(
-        [Request(0.0, ttft, latency, 2, queue) for queue, ttft, latency in waits], 1.0, Limits(1e9, 1e9)
-    )
+    rows = [Request(0.0, ttft, latency, 2, queue) for queue, ttft, latency in waits]
+    table = load_summary([0.0] * 40, rows, Window(0.0, 1.0), Limits(1e9, 1e9))
     assert table["latency_p50_s"] == pytest.approx(median(latency_s for _, _, latency_s in waits))
 
 
@@ -123,7 +123,10 @@ def result(ttft_s: float, latency_s: float, accepted: int, queue_s: float | None
 
 @pytest.fixture
 def config(make_config: Callable[..., BenchConfig]) -> BenchConfig:
-    return make_config(rate=(0.5,), duration=8.0, drain=4.0, ttft_limit=1.0, inter_token_limit=0.5)
+    window = (0.0, 1.0)
+    return make_config(
+        rate=(0.5,), duration=8.0, drain=4.0, ttft_limit=1.0, inter_token_limit=0.5, steady_window=window
+    )
 
 
 def test_a_record_by_hand(config: BenchConfig) -> None:
@@ -143,13 +146,19 @@ def test_a_record_by_hand(config: BenchConfig) -> None:
         "num_refused": 1,
         "num_tokens": 18,
         "offered_rate": 0.5,
-        "achieved_rate": 0.2,  # the last token came at 10
-        "throughput_tok_s": 1.8,
-        "goodput": 0.1,  # the second's first token came late
+        "window_start_s": 0.0,
+        "window_end_s": 8.0,
+        "num_steady": 4,
+        "achieved_rate": 1 / 8,  # the last token came at 10
+        "throughput_tok_s": 9 / 8,  # those of the first; the last request's first one comes at 8.0, too late
+        "goodput": 1 / 8,
+        "concurrency": None,
+        "think_time_s": 0.0,
+        "is_saturated": True,  # one of four was refused
         "within_limits_rate": 0.25,
         "ttft_p50_s": None,  # between the second and one that never came
         "queue_s": 1.0,
-        "mean_num_in_flight": 18 / 12,
+        "mean_num_in_flight": (4 + 6 + 2) / 8,
         "peak_num_in_flight": 2,
         "busy_rate": 0.75,
         "num_drafted": 16,
@@ -170,7 +179,11 @@ def test_an_engine_that_tells_less_has_nulls_and_its_mean_wait(config: BenchConf
     record = records.build_load(CELL, PAIR, config, "1.0", "cpu", served, [0.0, 0.0])
     assert record["queue_s"] == 0.25
     assert record["queue_p50_s"] is record["busy_rate"] is record["acceptance_rate"] is None
-    assert (record["peak_send_delay_s"], record["mean_num_in_flight"], record["peak_num_in_flight"]) == (0.001, 2.0, 2)
+    assert (record["peak_send_delay_s"], record["mean_num_in_flight"], record["peak_num_in_flight"]) == (
+        0.001,
+        2 / 8,
+        2,
+    )
 
 
 def test_nothing_finished_is_a_record_of_a_cell_that_stalled(config: BenchConfig) -> None:
@@ -178,7 +191,7 @@ def test_nothing_finished_is_a_record_of_a_cell_that_stalled(config: BenchConfig
     record = records.build_load(CELL, PAIR, config, "1.0", "cpu", served, [0.0, 3.0])
     assert (record["num_finished"], record["num_unfinished"], record["goodput"], record["num_tokens"]) == (0, 2, 0, 0)
     assert record["latency_p50_s"] is record["latency_s"] is None
-    assert (record["mean_num_in_flight"], record["peak_num_in_flight"]) == (21 / 12, 2)
+    assert (record["mean_num_in_flight"], record["peak_num_in_flight"]) == (13 / 8, 2)
 
 
 def test_inconsistent_counters_are_an_error(engine: SpecdecEngine) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import subprocess
 import sys
@@ -17,9 +18,10 @@ from bench.analysis.run_diff import differences
 from bench.records import phases, results, sweeps
 from bench.records.results import Results, complete
 from bench.report import rendering
-from bench.report.charts import changes, cost
+from bench.report.charts import changes, cost, svg
 from bench.report.charts import run as all_charts
 from bench.report.charts.model import Bars, Chart, Line, Rows, Series
+from bench.report.charts.words import points
 
 ROOT = Path(__file__).parents[3]
 BASELINE = ROOT / "bench" / "baselines" / "engines-cpu.json"
@@ -247,6 +249,51 @@ def test_load_is_shown_by_rate_with_the_tail_dashed() -> None:
     assert [line.y for line in tokens.series] == [(8.0, 16.0), (8.0, 16.0)]
     assert [line.y for line in goodput.series] == [(0.5, 1.0), (0.5, 1.0)]
     assert [(line.x, line.y) for line in crossed.series] == [((1.0, 8.0), (8.0, 16.0)), ((2.0, 4.0), (8.0, 16.0))]
+
+
+def throughputs(user: float, device: float) -> dict[str, float]:
+    """A tenth of each on both sides."""
+    names = {"user_throughput_tok_s": user, "device_throughput_tok_s": device}
+    ends = {"_low": 0.9, "": 1.0, "_high": 1.1}
+    return {f"{name}{end}": value * factor for name, value in names.items() for end, factor in ends.items()}
+
+
+def test_the_pareto_front_has_the_intervals_of_both_axes() -> None:
+    """Of four clients each gets less, and the device yields more."""
+    loads = [
+        loaded(1.0, "autoregressive") | {"rate": None, "concurrency": 4, **throughputs(20.0, 80.0)},
+        loaded(1.0, "autoregressive") | {"rate": None, "concurrency": 1, **throughputs(50.0, 50.0)},
+    ]
+    charts = {chart.name: chart for chart in all_charts.sections([*map(complete, loads)])["load"]}
+    pareto = charts["clients-pareto-specdec-tiny-smoke"]
+    assert isinstance(pareto, Chart)
+    assert pareto.title.startswith("Throughput per device vs. per user, by clients: specdec\n")
+    (line,) = pareto.series
+    assert (line.x, line.y, line.names) == ((50.0, 20.0), (50.0, 80.0), ("1 clients", "4 clients"))
+    assert (line.left, line.right) == (pytest.approx((45.0, 18.0)), pytest.approx((55.0, 22.0)))
+    assert (line.low, line.high) == (pytest.approx((45.0, 72.0)), pytest.approx((55.0, 88.0)))
+    assert points(line, pareto)[1] == ("plain decoding", "4 clients", "80 [72, 88] at 20 [18, 22]")
+    drawn = svg.draw(pareto)
+    assert drawn.count("v6M") == drawn.count("h6M") == 2  # both ends of the intervals of two points, in both directions
+    assert not any(name.startswith("load-") for name in charts)
+
+
+def test_speed_ups_under_load_have_intervals_where_they_are_steady() -> None:
+    """At one request a second, groups are twice and eight times as fast; at two requests both arms are saturated."""
+    known = {"window_start_s": 0.0, "window_end_s": 10.0, "per_request_arrival_s": [float(at) for at in range(10)]}
+    arms = (("autoregressive", 0, [2.0, 8.0] * 5, 5.0), ("ngram", 4, [1.0] * 10, 1.0))
+    loads = [
+        loaded(rate, method, gamma, median, **known, is_saturated=rate > 1, per_request_latency_s=latencies_s)
+        for method, gamma, latencies_s, median in arms
+        for rate in (1.0, 2.0)
+    ]
+    speedup = all_charts.sections([*map(complete, loads)])["load"][0]
+    assert isinstance(speedup, Chart)
+    (line,) = (each for each in speedup.series if not each.dashed)
+    factor = math.exp(math.log(2) * 2.262157 * math.sqrt(10 / 9 / 10))  # see test_load
+    assert (line.x, line.y) == ((1.0, 2.0), (5.0, 5.0))
+    assert line.low == pytest.approx((5 / factor, 5.0), rel=1e-6)
+    assert line.high == pytest.approx((5 * factor, 5.0), rel=1e-6)
 
 
 def test_an_unknown_axis_has_a_chart_too() -> None:
