@@ -11,6 +11,7 @@ from subprocess import CompletedProcess
 from typing import Any
 
 import pytest
+import torch
 from helpers.audited import PROMPTS, ToyEngine
 from helpers.warm import run_python
 
@@ -92,6 +93,20 @@ def test_certificates_that_differ_have_names_that_differ(
     assert audit.file_name(certificate) == name
     assert Certificate.from_record(certificate.record()).record() == certificate.record()
     assert ("Engine options: " in certificate.markdown()) == (options != "{}")
+
+
+def test_the_reference_has_the_values_of_the_weights_that_this_engine_quantizes(
+    make_config: Callable[..., BenchConfig],
+) -> None:
+    """Its dtype is the one that they are quantized from; other engines read files of their own."""
+    pair, plain, quantized = catalogue()["tiny-random"], make_config(), make_config(quantization="int8")
+    exact = {"dtype": torch.float32}
+    assert audit._exact(pair, CELL, plain) == exact
+    assert audit._exact(pair, replace(CELL, engine="llama-server"), quantized) == exact
+    dtype = getattr(torch, quantized.dtype_of(pair))
+    assert audit._exact(pair, CELL, quantized) == {"dtype": dtype, "quantization": "int8", "dequantize": True}
+    assert audit.subject(CELL, "1", quantized).options == '{"quantization": "int8"}'
+    assert audit.subject(CELL, "1", plain).options is None
 
 
 @pytest.mark.parametrize(
