@@ -22,6 +22,7 @@ namespace {
 
 constexpr int64_t LANES = 16;  // outputs per vector
 constexpr int STEPS = 8;       // of four inputs per group: a dword of each lane
+constexpr int64_t LINE = 64;   // bytes of a cache line
 constexpr int64_t GROUPS = 8;  // of a super-block, whose groups have scales in 8 bits
 
 // How a kind stores a block of outputs: super-blocks, if there are any, with a scale and a minimum of each output as
@@ -226,10 +227,36 @@ inline void add_group(const Codes* codes, const Scales<F>* scales, const Inputs&
     }
 }
 
+// How the weights of later groups are asked for: those in up to 6 bits far ahead, a whole group at once. A core has too
+// few outstanding requests of its first cache for that in 8 bits. For one or two tokens, which wait for memory, these
+// are asked for closely ahead, in the second cache; for more, far ahead, distributed over the first three tokens.
+// What asks must be inlined: GCC removes calls of functions that only prefetch.
+enum Ahead { FAR, CLOSE, DISTRIBUTED };
+
+template <class F>
+constexpr Ahead ahead_of(int64_t tokens) {
+    return F::BITS < 8 ? FAR : tokens <= 2 ? CLOSE : DISTRIBUTED;
+}
+
+template <class F>
+[[gnu::always_inline]] inline void prefetch(const uint8_t* at, Ahead ahead) {
+    for (int64_t i = 0; ahead == FAR && i < F::GROUP_BYTES; i += LINE) __builtin_prefetch(at + 4096 + i);
+    for (int64_t i = 0; ahead == CLOSE && i < F::GROUP_BYTES; i += LINE) __builtin_prefetch(at + 512 + i, 0, 2);
+}
+
+template <class F>
+[[gnu::always_inline]] inline void prefetch_share(const uint8_t* at, Ahead ahead, int64_t token) {
+    if (ahead != DISTRIBUTED || token >= 3) return;
+    constexpr int64_t share = (F::GROUP_BYTES / LINE + 2) / 3 * LINE;
+    const int64_t end = std::min(F::GROUP_BYTES, (token + 1) * share);
+    for (int64_t i = token * share; i < end; i += LINE) __builtin_prefetch(at + 4096 + i);
+}
+
 template <class F>
 void products_of(const uint8_t* weights, const Inputs* inputs, int64_t tokens, int64_t in, int64_t block,
                  float (*sums)[BLOCK]) {
     const int64_t groups = in / GROUP;
+    const Ahead ahead = ahead_of<F>(tokens);
     const uint8_t* at = weights + block * F::bytes(in);
     Scales<F> of_super[2] = {}, scales[2];
     Codes codes[2];
@@ -243,12 +270,15 @@ void products_of(const uint8_t* weights, const Inputs* inputs, int64_t tokens, i
             }
             at += F::SUPER_BYTES;
         }
-        for (int64_t i = 0; i < F::GROUP_BYTES; i += 64) __builtin_prefetch(at + 4096 + i);
+        prefetch<F>(at, ahead);
         for (int h = 0; h < 2; h++) {
             codes[h] = Codes::unpack<F::BITS>(at + h * F::CODE_BYTES / 2);
             scales[h] = Scales<F>::read(at + F::CODE_BYTES, h, of_super[h]);
         }
-        for (int64_t t = 0; t < tokens; t++) add_group<F>(codes, scales, inputs[t * groups + group], sums[t]);
+        for (int64_t t = 0; t < tokens; t++) {
+            prefetch_share<F>(at, ahead, t);
+            add_group<F>(codes, scales, inputs[t * groups + group], sums[t]);
+        }
     }
 }
 
