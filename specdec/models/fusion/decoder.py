@@ -41,7 +41,7 @@ def _fuse_below(parent: Any, model: Any, body: Any, shared: Shared) -> int:
             setattr(parent, name, FusedLayer(child, shared))
             num_replaced += 1
         elif type(child) in (nn.Linear, QuantizedLinear) and parent is model:
-            setattr(parent, name, Projection(child))
+            setattr(parent, name, Projection(child, memory=shared.memory))
             num_replaced += 1
         elif type(child).__name__ in NORMS and parent is body:
             setattr(parent, name, Norm(child))

@@ -9,15 +9,17 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from specdec.kernels import cpp
+from specdec.kernels.pages import LargePages
 from specdec.models.fusion.anatomy import Anatomy
 from specdec.models.fusion.parts import Norm, Projection, pointer
 from specdec.models.state.ragged import RaggedCache
 
 
 class Shared:
-    """State shared by the layers of a model: the attention mask of the current call."""
+    """State shared by the layers of a model: the attention mask of the current call. memory: of their weights."""
 
     def __init__(self) -> None:
+        self.memory = LargePages()
         self._mask: Tensor | None = None
 
     def repeated(self, mask: Tensor, times: int) -> Tensor:
@@ -40,8 +42,10 @@ class FusedLayer(nn.Module):
         self.shared, self.index, self.layer_type = shared, anatomy.index, anatomy.layer_type
         self.num_heads, self.num_kv_heads, self.head_dim = anatomy.num_heads, anatomy.num_kv_heads, anatomy.head_dim
         self.scaling, self.softcap, self.residual_scale = anatomy.scaling, anatomy.softcap, anatomy.residual_scale
-        self.qkv, self.output = Projection(*anatomy.qkv), Projection(anatomy.output)
-        self.gate_up, self.down = Projection(*anatomy.gate_up), Projection(anatomy.down)
+        qkv, output, gate_up, down = anatomy.qkv, (anatomy.output,), anatomy.gate_up, (anatomy.down,)
+        self.qkv, self.output, self.gate_up, self.down = (
+            Projection(*linears, memory=shared.memory) for linears in (qkv, output, gate_up, down)
+        )
         norms = anatomy.norms
         self.q_norm, self.k_norm = Norm(norms.queries), Norm(norms.keys)
         self.norm_before_attention, self.norm_after_attention = (

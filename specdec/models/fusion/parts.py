@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from specdec.kernels import cpp, gpu
+from specdec.kernels.pages import LargePages
 from specdec.kernels.quantized import Packed
 
 
@@ -32,10 +33,11 @@ class Projection(nn.Module):
     """One or several `nn.Linear` with the same input, merged into one: float [..., in] -> [..., sum of out].
 
     linears: all quantized or none; quantized weights are read as they are.
+    memory: where weights for the C++ kernels are kept; by default wherever they are packed.
     kernel: the descriptor for the C++ kernels, or None where another implementation is used.
     """
 
-    def __init__(self, *linears: nn.Linear) -> None:
+    def __init__(self, *linears: nn.Linear, memory: LargePages | None = None) -> None:
         super().__init__()
         self.bias = None if linears[0].bias is None else _joined([layer.bias for layer in linears])
         self.num_outputs = sum(layer.out_features for layer in linears)
@@ -48,29 +50,29 @@ class Projection(nn.Module):
         quantized = [layer for layer in linears if isinstance(layer, QuantizedLinear)]
         if quantized:
             assert len(quantized) == len(linears), "a projection is quantized as a whole"
-            self._keep_quantized(quantized)
+            self._keep_quantized(quantized, memory)
         else:
-            self._lay_out(_joined([layer.weight for layer in linears]))
+            self._lay_out(_joined([layer.weight for layer in linears]), memory)
 
-    def _keep_quantized(self, linears: list[QuantizedLinear]) -> None:
+    def _keep_quantized(self, linears: list[QuantizedLinear], memory: LargePages | None) -> None:
         """Keep quantized weights in one tensor, of which the parts are views."""
         packed = [layer.packed for layer in linears]
         assert cpp.can_join([part.num_outputs for part in packed])
-        self.weight = _joined([part.weights for part in packed])
+        self.weight = _held(_joined([part.weights for part in packed]), memory)
         own = self.weight.split([part.weights.numel() for part in packed])
         self._parts = tuple(replace(part, weights=weights) for part, weights in zip(packed, own, strict=True))
         if cpp.available(linears[0].dtype):
             self._pad_bias()
             self.kernel = cpp.Projection.quantized(self._parts, pointer(self.bias))
 
-    def _lay_out(self, weight: Tensor) -> None:
+    def _lay_out(self, weight: Tensor, memory: LargePages | None) -> None:
         """Keep weights [out, in] in the layout of the kernels of their device."""
         self.weight, self.on_gpu = weight, gpu.on_gpu(weight)
         if self.on_gpu:
             self.weight = weight.contiguous()
         elif cpp.supports(weight) and self.num_inputs % 2 == 0:
             self._pad_bias()
-            self.weight = cpp.pack(weight)
+            self.weight = _held(cpp.pack(weight), memory)
             self.kernel = cpp.Projection(self.weight.data_ptr(), pointer(self.bias), self.num_inputs, self.num_outputs)
         elif weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and _packs_bf16():
             rows = 8  # the number of rows that the layout is optimized for; any number works
@@ -174,6 +176,10 @@ def pointer(tensor: Tensor | None) -> int | None:
 
 def _joined(tensors: list[Tensor]) -> Tensor:
     return torch.cat([tensor.detach() for tensor in tensors]) if len(tensors) > 1 else tensors[0].detach()
+
+
+def _held(weight: Tensor, memory: LargePages | None) -> Tensor:
+    return weight if memory is None else memory.hold(weight)
 
 
 def _packs_bf16() -> bool:
