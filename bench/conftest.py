@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from bench.campaign import options, shards
-from bench.campaign.config import LOAD
+from bench.campaign.config import LOAD, BenchConfig
 from bench.measure import machine
 from bench.measure.interrupts import Interrupts
 from bench.measure.progress import line_below
@@ -53,9 +53,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     session = config.stash[SESSION]
     left_out = {item for item in items if _is_left_out(item, config)}
     index, number = shards.parse(session.config.shard)
-    is_sweep = session.config.sweep
-    keys = {item: _shard_key(item, is_sweep=is_sweep) for item in items if item not in left_out}
-    parts = {item: shards.part_of(key, number) for item, key in keys.items() if key}
+    found = {item: _part(item, session.config) for item in items if item not in left_out}
+    parts = {item: part for item, part in found.items() if part}
     session.cells_of_shards = [list(parts.values()).count(part) for part in range(1, number + 1)]
     left_out |= {item for item, part in parts.items() if part != index}
     if left_out:
@@ -71,16 +70,16 @@ def _is_left_out(item: pytest.Item, config: pytest.Config) -> bool:
     return is_cell and ("rate" in fixtures) != config.stash[SESSION].config.is_load
 
 
-def _shard_key(item: Any, *, is_sweep: bool) -> str | None:
-    """What determines a cell's part of a campaign; None for a test that is not a cell."""
+def _part(item: Any, config: BenchConfig) -> int | None:
+    """A cell's part of a campaign; None for a test that is not a cell."""
     values = item.callspec.params if hasattr(item, "callspec") else {}
-    if "axis" in values:
-        return "cost"
+    if "axis" in values:  # the whole sweep, which is of the first pair
+        return 1 if config.shard_by == "pair" else shards.part_of("cost", shards.parse(config.shard)[1])
     if not set(CELL_FIELDS) <= set(values):
         return None
     prefix = "equivalence-" if item.get_closest_marker("equivalence") else ""
     cell = Cell(**{name: values[name] for name in LOAD_FIELDS if name in values})
-    return prefix + (cell.sweep_key if is_sweep else cell.shard_key)
+    return shards.part_of_cell(cell, config, prefix)
 
 
 @pytest.hookimpl(wrapper=True)  # around pytest-benchmark's, and inside of the terminal's, which prints tables after it

@@ -28,7 +28,8 @@ DTYPES = ("auto", "bfloat16", "float16", "float32")
 VERIFICATIONS = tuple(dict.fromkeys(rule for kind in ENGINES.values() for rule in kind.verifications))
 SECONDS = parsers.number(lambda value: value > 0, "> 0 seconds and finite")
 THINKING = ("enable_thinking", "thinking")  # of Qwen, Gemma, GLM and others; of DeepSeek and Kimi
-LOAD, EQUIVALENCE = "--rate, --sweep or --concurrency", "-m equivalence"  # what some options need to have an effect
+# what some options need to have an effect
+LOAD, EQUIVALENCE, SHARD = "--rate, --sweep or --concurrency", "-m equivalence", "--shard"
 
 
 @dataclass(frozen=True, slots=True)
@@ -383,6 +384,13 @@ class BenchConfig:
         "run the I-th of N parts of the cells, one part per machine; which part a cell belongs to depends on the cell "
         "alone",
         metavar="I/N",
+    )
+    shard_by: str = option(
+        parsers.choice("cell", "pair"),
+        "cell",
+        "what the parts are made of: cells; or pairs of models with their placement, which take turns, so that each "
+        "part loads as few models as possible",
+        only_with=SHARD,
     )
     journal: Path = option(
         parsers.path,

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 
+from bench.campaign import shards
 from bench.campaign.config import LOAD, BenchConfig
 from bench.catalogue.pairs import Pair
 from bench.engines.registry import ENGINES, engine_kind, why_not, why_not_pair
@@ -43,16 +44,28 @@ def plan(config: BenchConfig, why_no_room: WhyNot = lambda *_: None, device: str
         _plan(config, why_no_room, device, pair, cell) for pair in config.pairs for cell in _combinations(config, pair)
     ]
     plans = list(dict.fromkeys(plans))
-    runnable = [each.cell for each in plans if not each.skip]
+    _check(config, _own(config, plans))
+    return plans
+
+
+def _own(config: BenchConfig, plans: Sequence[Plan]) -> list[Plan]:
+    """The cells of this machine where pairs are distributed: another pair need not fit into it."""
+    if config.shard_by != "pair":
+        return list(plans)
+    index, _ = shards.parse(config.shard)
+    return [each for each in plans if shards.part_of_cell(each.cell, config) == index]
+
+
+def _check(config: BenchConfig, plans: Sequence[Plan]) -> None:
+    """Raise ValueError if none of these cells can run, or a value that was named cannot in any of them."""
     for option, parameter in NAMED_PARAMETERS.items():
         for each in getattr(config, option) if option in config.named else ():
             value = each.name if isinstance(each, Pair) else each
-            if not any(getattr(cell, parameter) == value for cell in runnable):
-                reason = next(each.skip for each in plans if getattr(each.cell, parameter) == value)
-                raise ValueError(f"{option}={value} is asked for and must be able to run, but {reason}")
-    if not runnable:
+            skips = [plan.skip for plan in plans if getattr(plan.cell, parameter) == value]
+            if skips and all(skips):
+                raise ValueError(f"{option}={value} is asked for and must be able to run, but {skips[0]}")
+    if plans and all(each.skip for each in plans):
         raise ValueError(f"no cell can run: {plans[0].skip}")
-    return plans
 
 
 def _combinations(config: BenchConfig, pair: Pair) -> Iterator[Cell]:

@@ -12,6 +12,7 @@ from typing import Any
 from bench.records.fields import KINDS
 from bench.records.results import Results, _short, cell_id, read
 from bench.records.schema import LEVELS, Record
+from bench.records.untrusted import loads
 
 
 def read_all(paths: Sequence[Path]) -> list[Results]:
@@ -45,6 +46,28 @@ def _belongs(run: Results, campaign: Sequence[Results]) -> bool:
         return run.shard[1] == first.shard[1]
     known = {cell_id(record) for other in campaign for record in other.records}
     return not run.shard and not first.shard and known.isdisjoint(map(cell_id, run.records))
+
+
+def joined_files(paths: Sequence[Path], command: str) -> dict[str, Any]:
+    """The files of all parts of a campaign as the file of one run. command: that repeats it.
+
+    Raises ValueError as `read_all` does, and if they are not all parts of one campaign.
+    """
+    run, *others = read_all(paths)
+    if others or run.missing_shards:
+        reason = run.shortage or f"they are of {1 + len(others)} campaigns"
+        raise ValueError(f"{', '.join(map(str, paths))} must be all parts of one campaign. {reason}")
+    documents: list[dict[str, Any]] = [loads(path.read_text(encoding="utf-8")) for path in paths]
+    first = documents[0]
+    return first | {
+        "benchmarks": [each for document in documents for each in document["benchmarks"]],
+        "machine_info": max((each["machine_info"] for each in documents), key=lambda each: len(each.get("gpus") or ())),
+        "datetime": min(document["datetime"] for document in documents),
+        "configuration": first["configuration"] | {"shard": None},
+        "command": command,
+        "shard": None,
+        "cells_of_shards": [sum(first["cells_of_shards"])],
+    }
 
 
 def differing(before: Results, after: Results) -> list[str]:

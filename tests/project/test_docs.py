@@ -132,6 +132,8 @@ def test_commands_that_do_not_run_are_understood(page: str) -> None:
         match words:
             case [pytest_, "bench/", *options] if pytest_.endswith("pytest"):
                 assert bench_config(options)
+            case ["python", "-m", "bench.campaign", "--ray", _, *options]:
+                assert bench_config(options)
             case ["python", "-m", "specdec", *arguments]:
                 assert specdec_parser().parse_args(arguments)
             case ["python", "-m", "specdec.conformance", *arguments]:
