@@ -48,6 +48,8 @@ class Difference:
     record: of the later run if both have the cell. verdict: on the later one, as above, or "only in NAME".
     times: speed of the later one over the earlier: by the ratios to plain decoding if both runs have them, else by the
     times. plain: the same for plain decoding beside it, which shows a change of the machine or of the whole engine.
+    ratios: of the speed-ups over plain decoding beside each, later over earlier, round by round; none if not paired.
+    reference_ratios: likewise, of the reference engine's speeds over this one's with the same method.
     reasons: why there is no interval or no verdict. outputs_equal: whether all emitted tokens are equal; None if
     unknown.
     """
@@ -58,6 +60,8 @@ class Difference:
     plain: Interval | None = None
     reasons: tuple[str, ...] = ()
     outputs_equal: bool | None = None
+    ratios: tuple[float, ...] = ()
+    reference_ratios: tuple[float, ...] = ()
 
 
 def differences(before: Results, after: Results) -> list[Difference]:
@@ -86,16 +90,18 @@ def _difference(before: Results, after: Results, earlier: Record, later: Record)
     if later["axis"] is not None:
         times = unpaired_ratio_interval(earlier["per_round_s"], later["per_round_s"])
         return Difference(later, _unpaired_verdict(times), times, reasons=_few(times))
-    ratios = _ratios(earlier, later, "")
-    if not _has_times(earlier, later, "", "baseline_"):
-        times = geometric_mean_interval(ratios, round_clusters(later))
-        return Difference(later, _unpaired_verdict(times), times, None, _few(times), outputs_equal)
-    plain_ratios = _ratios(earlier, later, "baseline_")
+    ratios, beside = _ratios(earlier, later, ""), _reference_ratios(earlier, later)
     clusters = round_clusters(later)
+    if not _has_times(earlier, later, "", "baseline_"):
+        times = geometric_mean_interval(ratios, clusters)
+        return Difference(
+            later, _unpaired_verdict(times), times, None, _few(times), outputs_equal, reference_ratios=beside
+        )
+    plain_ratios = _ratios(earlier, later, "baseline_")
     plain = geometric_mean_interval(plain_ratios, clusters)
-    over_plain = [ratio / plain for ratio, plain in zip(ratios, plain_ratios, strict=True)]
-    times = geometric_mean_interval(over_plain, clusters)
-    return Difference(later, verdict(times), times, plain, _few(times), outputs_equal)
+    speedups = tuple(ratio / plain for ratio, plain in zip(ratios, plain_ratios, strict=True))
+    times = geometric_mean_interval(speedups, clusters)
+    return Difference(later, verdict(times), times, plain, _few(times), outputs_equal, speedups, beside)
 
 
 def verdict(times: Interval) -> str:
@@ -119,6 +125,14 @@ def _ratios(earlier: Record, later: Record, arm: str) -> list[float]:
     return [old / new for old, new in zip(time_per_token(earlier, arm), time_per_token(later, arm), strict=True)]
 
 
+def _reference_ratios(earlier: Record, later: Record) -> tuple[float, ...]:
+    """Of the reference engine's speeds over this one's, later over earlier; none if it was not beside it in both."""
+    if not _has_times(earlier, later, "", "reference_"):
+        return ()
+    own, reference = _ratios(earlier, later, ""), _ratios(earlier, later, "reference_")
+    return tuple(speed / base for speed, base in zip(reference, own, strict=True))
+
+
 def _outputs_equal(earlier: Record, later: Record) -> bool | None:
     digests = {record.get("output_sha256") for record in (earlier, later)}
     return None if None in digests else len(digests) == 1
@@ -126,8 +140,7 @@ def _outputs_equal(earlier: Record, later: Record) -> bool | None:
 
 def _obstacles(before: Results, after: Results, earlier: Record, later: Record) -> Iterator[str]:
     """Why the times of a cell cannot be compared."""
-    yield from _changes("machine", before.machine, after.machine, MACHINE)
-    yield from _changes("versions", _versions(before, earlier), _versions(after, later))
+    yield from circumstances(before, after, earlier, later)
     yield from _changes("options", earlier, later, CONDITIONS)
     yield from _changes("prompts", earlier, later, PROMPTS)
     if _other_prompts(before, after):
@@ -139,6 +152,12 @@ def _obstacles(before: Results, after: Results, earlier: Record, later: Record) 
         yield "load: requests wait for each other, so a run is a single observation"
     elif not _has_times(earlier, later, ""):
         yield "prompts: times of single prompts were not recorded, or for different numbers of prompts"
+
+
+def circumstances(before: Results, after: Results, earlier: Record, later: Record) -> Iterator[str]:
+    """Differences of the machine and of the versions that a cell's times depend on."""
+    yield from _changes("machine", before.machine, after.machine, MACHINE)
+    yield from _changes("versions", _versions(before, earlier), _versions(after, later))
 
 
 def _changes(what: str, old: dict[str, Any], new: dict[str, Any], names: Sequence[str] = ()) -> Iterator[str]:

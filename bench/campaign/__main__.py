@@ -26,6 +26,8 @@ def main() -> None:
         sys.exit(_run(arguments, others))
     except ValueError as error:
         parser.error(str(error))
+    except KeyboardInterrupt:
+        parser.exit(130, "interrupted: finished cells are kept; the same command with --resume continues\n")
 
 
 def _parser() -> Parser:

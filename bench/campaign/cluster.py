@@ -264,21 +264,14 @@ class Campaign:
 
     def _keep(self, part: Part, lines: bytes) -> None:
         """Append lines to a part's journal. Raises ClusterError if they are of another machine than the others."""
-        self._check_machine(json.loads(lines.partition(b"\n")[0]))
+        configuration = json.loads(lines.partition(b"\n")[0]).get("configuration")
+        if configuration:  # the first line of a journal
+            self._configuration = self._configuration or configuration
+            check_same(self._configuration, configuration)
         with self.journal(part).open("ab") as journal:
             journal.write(lines)
         if self._num_cells(part):
             self._show(f"{part.name}: {self._num_cells(part)} cells finished")
-
-    def _check_machine(self, line: Mapping[str, Any]) -> None:
-        configuration = line.get("configuration", self._configuration)  # only the first line of a journal has one
-        self._configuration = self._configuration or configuration
-        for name, value in configuration.items():
-            if name != "shard" and value != self._configuration[name]:
-                raise ClusterError(
-                    f"must run on the same kind of machine as the other parts, but {name} was "
-                    f"{self._configuration[name]} and is {value}; choose nodes with --resources, or run it alone"
-                )
 
     def _report_loss(self, part: Part, error: Exception, *, is_last: bool) -> None:
         cause = str(error).strip().splitlines()[-1].partition(". ")[0]
@@ -288,6 +281,16 @@ class Campaign:
     def _num_cells(self, part: Part) -> int:
         journal = self.journal(part)
         return max(0, journal.read_bytes().count(b"\n") - 1) if journal.exists() else 0
+
+
+def check_same(first: Mapping[str, Any], other: Mapping[str, Any]) -> None:
+    """Raise ClusterError if two parts have different configurations, which include the machine and the versions."""
+    for name in first:
+        if name != "shard" and other.get(name) != first[name]:
+            raise ClusterError(
+                f"must run on the same kind of machine as the other parts, but {name} was {first[name]} and is "
+                f"{other.get(name)}; choose nodes with --resources, or run it alone"
+            )
 
 
 def _variables() -> dict[str, str]:

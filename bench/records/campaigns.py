@@ -26,6 +26,19 @@ def read_all(paths: Sequence[Path]) -> list[Results]:
     return merge([read(path) for path in paths])
 
 
+def read_folder(folder: Path) -> list[Results]:
+    """The runs of a folder: each JSON file is one, and so are the files of each folder in it, as parts of a campaign.
+
+    Raises ValueError as `read_all` does, and if there are no runs.
+    """
+    entries = sorted(folder.iterdir()) if folder.is_dir() else []
+    campaigns = [sorted(each.glob("*.json")) if each.is_dir() else [each] for each in entries]
+    runs = [run for paths in campaigns if paths and paths[0].suffix == ".json" for run in read_all(paths)]
+    if not runs:
+        raise ValueError(f"{folder} must be a folder with files from `pytest bench/ --benchmark-json`; it has none")
+    return runs
+
+
 def merge(runs: Sequence[Results]) -> list[Results]:
     """Shards of one campaign as one run, in the place of the first of them; see `read_all`."""
     campaigns: list[list[Results]] = []

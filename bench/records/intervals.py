@@ -49,6 +49,19 @@ def geometric_mean_interval(ratios: Sequence[float], clusters: Sequence[int] | N
     return _exponential(math.exp(logs.mean()), _t_radius(error, number - 1))
 
 
+def geometric_mean_bound(ratios: Sequence[float], level: float) -> float:
+    """Upper end of a one-sided interval of the geometric mean; the true value exceeds it with probability `level`.
+
+    ratios: at least two, > 0. level: in (0, 0.5). Raises ValueError otherwise.
+    """
+    logs = _logs(ratios, "ratios")
+    if len(logs) < 2:
+        raise ValueError(f"{len(logs)} ratios must be at least 2: one has no interval")
+    error = _standard_error(logs)
+    radius = error * t_quantile(1 - level, len(logs) - 1) if error else 0.0
+    return math.exp(min(logs.mean() + radius, MAX_LOG))
+
+
 def unpaired_ratio_interval(above: Sequence[float], below: Sequence[float]) -> Interval:
     """Ratio of two geometric means of unpaired values: Welch's t on their logarithms, degrees of freedom rounded down.
 

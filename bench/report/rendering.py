@@ -1,7 +1,7 @@
 """Results as text, tables, a page and charts: `python -m bench.report RUN.json [OTHER.json ...]`.
 
 Prints the tables of each run and, given several runs, what changed in the later ones against the first. Shards of one
-campaign (--shard) count as one run.
+campaign (--shard) count as one run. With --trends FOLDER it reports how cells changed over the runs of a folder.
 """
 
 from __future__ import annotations
@@ -13,12 +13,14 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from bench.analysis.regressions import FALSE_ALARM_RATE, TOLERANCE
 from bench.records import campaigns, results
 from bench.records.results import Results
-from bench.report import changes, chapters, csv_text, markdown
+from bench.report import changes, chapters, gate, history, markdown
 from bench.report.charts import files
 from bench.report.charts.model import Picture
 from bench.report.document import Chapter, Document
+from bench.report.exports import csv_text, frames, trackers
 from bench.report.terminal import chapter as terminal
 from specdec.runtime.command_line import Parser
 
@@ -54,14 +56,16 @@ def draw(report: Document, runs: Sequence[Results], folder: Path) -> list[Path]:
 
     Raises ValueError if the folder cannot be written.
     """
-    paths = []
-    for chapter, run in zip(report.chapters, [*runs[1:], *runs], strict=True):
-        pictures = [part for section in chapter.sections for part in section.parts if isinstance(part, Picture)]
-        try:
-            paths += files.write(pictures, folder, run.file_name, run.described())
-        except OSError as error:
-            raise ValueError(f"plots={folder} must be a writable folder ({error.strerror}); {REMEDY}") from error
-    return paths
+    chapters = zip(report.chapters, [*runs[1:], *runs], strict=True)
+    return [path for chapter, run in chapters for path in _drawn(chapter, folder, run.file_name, run.described())]
+
+
+def _drawn(chapter: Chapter, folder: Path, prefix: str, footer: str) -> list[Path]:
+    pictures = [part for section in chapter.sections for part in section.parts if isinstance(part, Picture)]
+    try:
+        return files.write(pictures, folder, prefix, footer)
+    except OSError as error:
+        raise ValueError(f"plots={folder} must be a writable folder ({error.strerror}); {REMEDY}") from error
 
 
 def _page(report: Document, path: Path) -> str:
@@ -103,36 +107,114 @@ def _replace(path: Path, content: str) -> None:
 
 
 def main() -> None:
-    parser = Parser(prog="python -m bench.report", description=__doc__)
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN.json", help="from `pytest bench/ --benchmark-json`")
-    parser.add_argument(
-        "--html", type=Path, metavar="FILE", help="write a self-contained page with tables and charts; needs Jinja2"
-    )
-    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the same without charts")
-    parser.add_argument("--csv", type=Path, metavar="FILE", help="write one row per cell with all fields, in SI units")
-    parser.add_argument("--plots", type=Path, metavar="FOLDER", help="write the charts as SVG files to this folder")
-    arguments = parser.parse_args()
+    options = parser()
+    arguments = options.parse_args()
+    if bool(arguments.runs) == bool(arguments.trends):
+        options.error("RUN.json or --trends FOLDER must be given, and not both")
     try:
-        _report(arguments)
+        has_failed = _report(arguments)
     except ValueError as error:
-        parser.error(str(error))
+        options.error(str(error))
     except BrokenPipeError:  # as with `| head`: all files have been written by now
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return
+    if has_failed:
+        sys.exit(1)
 
 
-def _report(arguments: argparse.Namespace) -> None:
-    runs = campaigns.read_all(arguments.runs)
+def parser() -> Parser:
+    """The command's options."""
+    options = Parser(prog="python -m bench.report", description=__doc__)
+    options.add_argument("runs", nargs="*", type=Path, metavar="RUN.json", help="from `pytest bench/ --benchmark-json`")
+    options.add_argument(
+        "--trends", type=Path, metavar="FOLDER", help="report how cells changed over the runs of a folder instead"
+    )
+    options.add_argument(
+        "--html", type=Path, metavar="FILE", help="write a self-contained page with tables and charts; needs Jinja2"
+    )
+    options.add_argument("--markdown", type=Path, metavar="FILE", help="write the same without charts")
+    options.add_argument("--csv", type=Path, metavar="FILE", help="write one row per cell with all fields, in SI units")
+    options.add_argument("--parquet", type=Path, metavar="FILE", help="write the same with types; needs pyarrow")
+    options.add_argument("--mlflow", metavar="EXPERIMENT", help="log the runs to MLflow")
+    options.add_argument("--wandb", metavar="PROJECT", help="log the runs to Weights & Biases")
+    options.add_argument("--plots", type=Path, metavar="FOLDER", help="write the charts as SVG files to this folder")
+    checks = options.add_argument_group("for continuous integration")
+    checks.add_argument(
+        "--fail-on",
+        choices=("slower",),
+        help="exit with status 1 if a cell of the second run is slower than in the first, by times paired inside each",
+    )
+    checks.add_argument(
+        "--false-alarm-rate",
+        type=_share,
+        default=FALSE_ALARM_RATE,
+        metavar="RATE",
+        help="probability of status 1 without any change, over all cells (default %(default)s)",
+    )
+    checks.add_argument(
+        "--tolerance",
+        type=_share,
+        default=TOLERANCE,
+        metavar="SHARE",
+        help="slowdown that passes (default %(default)s)",
+    )
+    return options
+
+
+def _share(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < 0.5:
+        raise argparse.ArgumentTypeError(f"{text} must be at least 0 and below 0.5")
+    return value
+
+
+def _report(arguments: argparse.Namespace) -> bool:
+    """Print and write everything that was asked for; whether --fail-on found a reason to fail."""
+    names = ", ".join(map(str, arguments.runs or [arguments.trends]))
+    runs = campaigns.read_folder(arguments.trends) if arguments.trends else campaigns.read_all(arguments.runs)
     try:
-        report = document(runs)
+        report = history.document(runs) if arguments.trends else document(runs)
         texts = ["\n".join(terminal.render(each)) for each in _changes_last(report)]
         page = _page(report, arguments.html) if arguments.html else ""
+        has_failed, reasons = _judged(runs, arguments)
     except (KeyError, TypeError, AttributeError, ArithmeticError, IndexError) as error:
-        names = ", ".join(map(str, arguments.runs))
         raise ValueError(f"{names} must be written by `pytest bench/ --benchmark-json`; it raised {error!r}") from error
+    written = _written(report, runs, page, arguments)
+    print("\n\n\n".join(texts), *written, *reasons, sep="\n", flush=True)
+    return has_failed
+
+
+def _judged(runs: Sequence[Results], arguments: argparse.Namespace) -> tuple[bool, list[str]]:
+    """The verdict of --fail-on and its reasons."""
+    if not arguments.fail_on:
+        return False, []
+    has_failed, reasons = gate.slower(runs, arguments.false_alarm_rate, arguments.tolerance)
+    return has_failed, [line for reason in reasons for line in terminal.wrapped(reason)]
+
+
+def _written(report: Document, runs: Sequence[Results], page: str, arguments: argparse.Namespace) -> list[str]:
+    """Write the files that were asked for, and log the runs; a line about each."""
     contents = {"html": page, "markdown": markdown.render(report), "csv": csv_text.render(runs)}
     written = [(option, path) for option in contents if (path := getattr(arguments, option))]
     for option, path in written:
         write(option, path, contents[option])
-    drawn = draw(report, runs, arguments.plots) if arguments.plots else []
-    lines = ["\n\n\n".join(texts), *(f"written: {path}" for _, path in written)]
-    print(*lines, *(f"drawn: {path}" for path in drawn), sep="\n", flush=True)
+    lines = [f"written: {path}" for _, path in written]
+    if arguments.parquet:
+        frames.write_parquet(runs, arguments.parquet)
+        lines.append(f"written: {arguments.parquet}")
+    if arguments.plots:
+        lines += [f"drawn: {path}" for path in _plots(report, runs, arguments)]
+    if arguments.mlflow:
+        trackers.log_to_mlflow(runs, arguments.mlflow)
+        lines.append(f"logged: MLflow, experiment {arguments.mlflow}")
+    if arguments.wandb:
+        trackers.log_to_wandb(runs, arguments.wandb)
+        lines.append(f"logged: Weights & Biases, project {arguments.wandb}")
+    return lines
+
+
+def _plots(report: Document, runs: Sequence[Results], arguments: argparse.Namespace) -> list[Path]:
+    if not arguments.trends:
+        return draw(report, runs, arguments.plots)
+    latest = max(runs, key=lambda run: run.date)
+    return _drawn(report.chapters[0], arguments.plots, "trends", latest.described())

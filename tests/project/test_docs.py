@@ -18,6 +18,7 @@ import pytest
 import specdec
 from bench.campaign.config import BenchConfig, options_of
 from bench.campaign.options import build
+from bench.report.rendering import parser as report_parser
 from bench.tools.lossy_modes import parser as lossy_modes_parser
 from specdec.cli.main import parser as specdec_parser
 from specdec.conformance.__main__ import parser as conformance_parser
@@ -134,6 +135,8 @@ def test_commands_that_do_not_run_are_understood(page: str) -> None:
                 assert bench_config(options)
             case ["python", "-m", "bench.campaign", "--ray", _, *options]:
                 assert bench_config(options)
+            case ["python", "-m", "bench.report", *arguments]:
+                assert report_parser().parse_args(arguments)
             case ["python", "-m", "specdec", *arguments]:
                 assert specdec_parser().parse_args(arguments)
             case ["python", "-m", "specdec.conformance", *arguments]:

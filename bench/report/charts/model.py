@@ -33,7 +33,8 @@ class Chart:
     """Series over a numeric x axis.
 
     name: part of the file name. title: what is shown and, on a second line, for which models and prompts. ticks: places
-    and labels of the x axis, where numbers alone would not do. y_max: least value the y axis reaches.
+    and labels of the x axis, where numbers alone would not do. y_max: least value the y axis reaches. is_zoomed: the y
+    axis spans the values instead of beginning at 0. marks: places on the x axis where something changes, and what.
     """
 
     name: str
@@ -45,6 +46,8 @@ class Chart:
     log_y: bool = False
     ticks: tuple[tuple[float, str], ...] | None = None
     y_max: float = 0.0
+    is_zoomed: bool = False
+    marks: tuple[tuple[float, str], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

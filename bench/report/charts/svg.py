@@ -25,6 +25,7 @@ MAX_LABEL = 44  # letters that fit beside a value with its interval
 KEY = 18.0  # height of a line of the legend
 KEY_LETTER = LETTER * 12 / 11
 NUM_KINDS = 8
+MARKED = 1  # the kind in whose color changes are marked
 MARKERS = (  # one per kind, so that color is never the only difference
     "m-4 0a4 4 0 1 0 8 0a4 4 0 1 0 -8 0",
     "m-3.6 -3.6h7.2v7.2h-7.2z",
@@ -126,7 +127,8 @@ def _line_keys(chart: Chart) -> list[tuple[ET.Element, str]]:
     for each in (series for series in chart.series if series.dashed):
         _, colon, meaning = each.label.partition(": ")
         keys.setdefault(meaning or each.label, (_dashes("dash"), f"dashed: {meaning}" if colon else each.label))
-    return list(keys.values())
+    marks = [(_group(MARKED, "", element("path", d="M11 0V14", class_="dash")), "change")] if chart.marks else []
+    return [*keys.values(), *marks]
 
 
 def _row_keys(rows: Rows) -> list[tuple[ET.Element, str]]:
@@ -168,8 +170,14 @@ def _lines(chart: Chart) -> list[ET.Element]:
         _line(left, base, right, base, "base"),
         *(text(x_scale(place), base + 16, label, "mid") for place, label in x_ticks),
         text((left + right) / 2, HEIGHT - 5, chart.x_label, "axis mid"),
+        *(_mark(x_scale(place), base, tip) for place, tip in chart.marks),
         *(_series(series, x_scale, y_scale, chart, (series.kind - middle) * 3) for series in lines),
     ]
+
+
+def _mark(x: float, base: float, tip: str) -> ET.Element:
+    """A vertical line over the whole chart."""
+    return _group(MARKED, tip, element("path", d=f"M{x:.1f} {TOP:g}V{base:g}", class_="dash"))
 
 
 def _y_ticks(chart: Chart) -> list[Tick]:
@@ -178,7 +186,8 @@ def _y_ticks(chart: Chart) -> list[Tick]:
     if chart.log_y:
         return log_ticks(min(values), max(values))
     highs = [high for series in chart.series for high in series.high or ()]
-    return ticks(axis_end([*values, chart.y_max], highs))
+    lows = [*values, *(low for series in chart.series for low in series.low or ())]
+    return ticks(axis_end([*values, chart.y_max], highs), min(lows) if chart.is_zoomed else 0.0)
 
 
 def _x_axis(chart: Chart, left: float) -> tuple[list[Tick], Scale]:

@@ -16,7 +16,8 @@ def describe(picture: Picture) -> str:
     match picture:
         case Chart():
             spans = "; ".join(_span(series, picture) for series in picture.series)
-            return f"{picture.y_label}, by {picture.x_label}. {spans}."
+            marks = "".join(f" {tip.capitalize()}." for _, tip in picture.marks)
+            return f"{picture.y_label}, by {picture.x_label}. {spans}.{marks}"
         case Bars():
             rows = [f"{label}: {note}" for label, note, _ in picture.bars]
             return f"{picture.x_label}, divided into {', '.join(picture.parts)}. {'; '.join(rows)}."

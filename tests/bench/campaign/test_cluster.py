@@ -158,6 +158,13 @@ def test_a_killed_process_is_a_lost_part() -> None:
         list(found)
 
 
+def test_parts_run_on_one_kind_of_machine() -> None:
+    first = {"cpu_model": "a processor", "seed": 0, "shard": "1/2"}
+    cluster.check_same(first, {**first, "shard": "2/2"})
+    with pytest.raises(ClusterError, match="but cpu_model was a processor and is another; choose nodes"):
+        cluster.check_same(first, {**first, "cpu_model": "another"})
+
+
 # -- the command ---------------------------------------------------------------------------------------------
 
 

@@ -13,7 +13,8 @@ from helpers.bench_runs import audited, decoded, loaded, printed, sized, write
 from bench.records import fields, results
 from bench.records.fields import Field
 from bench.records.schema import CELL_FIELDS
-from bench.report import csv_text, markdown, rendering
+from bench.report import markdown, rendering
+from bench.report.exports import csv_text
 from bench.report.html import page
 
 BASELINES = sorted((Path(__file__).parents[3] / "bench" / "baselines").glob("*.json"))

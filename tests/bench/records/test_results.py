@@ -14,7 +14,8 @@ from helpers.bench_runs import MACHINE, audited, decoded, document, loaded, size
 
 from bench.measure.journal import Entry, Journal
 from bench.records import campaigns, results
-from bench.report import csv_text, markdown, rendering
+from bench.report import markdown, rendering
+from bench.report.exports import csv_text
 from bench.report.html import page
 from specdec.runtime import printable
 

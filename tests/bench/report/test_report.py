@@ -16,7 +16,8 @@ import pytest
 from helpers.bench_runs import audited, decoded, loaded, row_of, sized, write
 
 from bench.records import fields, results
-from bench.report import csv_text, markdown, rendering, summary
+from bench.report import markdown, rendering, summary
+from bench.report.exports import csv_text
 
 BASELINES = Path(__file__).parents[3] / "bench" / "baselines"
 

@@ -1,0 +1,1 @@
+"""Results for other programs: CSV, data frames and Parquet, experiment trackers."""
