@@ -18,7 +18,7 @@ from helpers.browser import Opened, opened
 from playwright.sync_api import Browser
 
 from bench.records import campaigns
-from bench.report import rendering
+from bench.report import history, rendering
 from bench.report.charts import files
 from bench.report.charts import run as charts
 from bench.report.html import page
@@ -63,6 +63,18 @@ def engines(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture(scope="module")
+def trends(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A page of thirty runs, of which a cell changes its level."""
+    folder = tmp_path_factory.mktemp("nights")
+    for night in range(1, 31):
+        speed = (2.0 if night < 20 else 1.7) + 0.01 * (night % 3)
+        records = [decoded("ngram", 2, speedup=speed, speedup_low=speed - 0.1, speedup_high=speed + 0.1)]
+        write(folder / f"{night}.json", [*records, decoded("eagle", 2)], datetime=f"2026-03-{night:02}T04:00:00+00:00")
+    (folder / "page.html").write_text(page.render(history.document(campaigns.read_folder(folder))))
+    return folder / "page.html"
+
+
 def check_is_clean(found: Opened, path: Path, width: int) -> None:
     assert (found.errors, found.requests) == ([], [path.as_uri()])
     assert found.page.evaluate(WIDTH) <= width
@@ -93,6 +105,18 @@ def test_all_kinds_of_cells_are_rendered_with_and_without_script(
         assert found.page.locator("input").count() == (3 if script else 0)
 
 
+@pytest.mark.parametrize("width", [1280, 400])
+def test_the_page_of_trends_is_rendered_with_its_changes(width: int, trends: Path, window: Browser) -> None:
+    with opened(window, trends, width) as found:
+        check_is_clean(found, trends, width)
+        assert found.page.get_by_role("heading", name="Changes of level").is_visible()
+        assert found.page.evaluate(f"{SEEN}('figure svg.chart')") == 4
+        tips = "[...document.querySelectorAll('svg.chart g > title')].map(each => each.textContent)"
+        assert [tip for tip in found.page.evaluate(tips) if tip.startswith("change")] == [
+            "change at the run of 2026-03-20"
+        ]
+
+
 def test_charts_have_names_and_descriptions_for_screen_readers(engines: Path, window: Browser) -> None:
     with opened(window, engines) as found:
         charts = found.page.get_by_role("img", name=re.compile("^Speed-up over plain decoding, each method"))
@@ -107,7 +131,7 @@ def test_charts_have_names_and_descriptions_for_screen_readers(engines: Path, wi
 
 @pytest.mark.parametrize("width", [1280, 400])
 def test_figures_fill_their_frames_and_labels_are_inside(
-    width: int, everything: Path, engines: Path, window: Browser
+    width: int, everything: Path, engines: Path, trends: Path, window: Browser
 ) -> None:
     outside = """[...document.querySelectorAll('svg.chart')].flatMap(image => {
         const frame = image.getBoundingClientRect();
@@ -118,13 +142,15 @@ def test_figures_fill_their_frames_and_labels_are_inside(
         }).map(text => text.textContent);
     })"""
     sizes = "[...document.querySelectorAll('svg.chart')].map(each => each.getBoundingClientRect().width)"
-    for path in (everything, engines):
+    for path in (everything, engines, trends):
         with opened(window, path, width) as found:
             assert found.page.evaluate(outside) == []
             assert min(found.page.evaluate(sizes)) > 330  # letters of 11 are 8 pixels there
 
 
-def test_labels_overlap_neither_each_other_nor_a_line(everything: Path, engines: Path, window: Browser) -> None:
+def test_labels_overlap_neither_each_other_nor_a_line(
+    everything: Path, engines: Path, trends: Path, window: Browser
+) -> None:
     overlapping = """[...document.querySelectorAll('svg.chart')].flatMap(image => {
         const box = each => [each, each.getBoundingClientRect()];
         const texts = [...image.querySelectorAll('text')].map(box);
@@ -133,7 +159,7 @@ def test_labels_overlap_neither_each_other_nor_a_line(everything: Path, engines:
             a.left < b.right - 1 && b.left < a.right - 1 && a.top < b.bottom - 3 && b.top < a.bottom - 3
         ).map(([other]) => one.textContent + ' / ' + (other.textContent || other.getAttribute('class'))));
     })"""
-    for path in (everything, engines):
+    for path in (everything, engines, trends):
         with opened(window, path) as found:
             assert found.page.evaluate(overlapping) == []
 
