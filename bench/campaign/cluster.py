@@ -27,6 +27,7 @@ ROOT = Path(__file__).parents[2]
 NOT_UPLOADED = [".git", "/tests", "/docs", "/mutation"]
 INSTALL = "pip install -e '.[ray]'"  # or ray alone
 GPU_KIND = "accelerator_type:"  # the start of the resource by which Ray names a node's kind of GPU
+MAX_CAUSE = 200  # characters of Ray's explanation of a loss
 FORWARDED = ("OMP_NUM_THREADS",)  # environment variables; and those of the options
 
 
@@ -274,7 +275,7 @@ class Campaign:
             self._show(f"{part.name}: {self._num_cells(part)} cells finished")
 
     def _report_loss(self, part: Part, error: Exception, *, is_last: bool) -> None:
-        cause = str(error).strip().splitlines()[-1].partition(". ")[0]
+        cause = " ".join(str(error).split())[:MAX_CAUSE]
         then = "given up; --resume continues" if is_last else "it is run again"
         self._show(f"{part.name}: lost with {self._num_cells(part)} cells finished; {then} ({cause})")
 

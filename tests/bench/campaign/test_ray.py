@@ -35,8 +35,9 @@ LIMIT_S = 500
 
 
 @pytest.fixture
-def cluster() -> Iterator[tuple[Cluster, list[Any]]]:
-    """A head without processors, and two workers with one each."""
+def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Cluster, list[Any]]]:
+    """A head without processors, and two workers with one each, which other programs' use of memory does not kill."""
+    monkeypatch.setenv("RAY_memory_monitor_refresh_ms", "0")
     started = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
     workers = [started.add_node(num_cpus=1) for _ in range(2)]
     yield started, workers
