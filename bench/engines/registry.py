@@ -82,13 +82,13 @@ ENGINES = {
         kinds=("decoder-only", "local-attention", "encoder-decoder"),
     ),
     "vllm": _VLLM,
-    "vllm-server": replace(_VLLM, load="bench.engines.vllm_server:load", extras=(*_VLLM.extras, "arrivals")),
+    "vllm-server": replace(_VLLM, load="bench.engines.servers.vllm_server:load", extras=(*_VLLM.extras, "arrivals")),
     "llama-server": EngineKind(
         "llama.cpp",
         ("autoregressive", "ngram", "draft_model", *LLAMA_METHODS),
-        load="bench.engines.llama_server:load",
+        load="bench.engines.servers.llama_server:load",
         extras=("synthetic acceptance", "arrivals"),
-        why_missing="bench.engines.llama_server:why_missing",
+        why_missing="bench.engines.servers.llama_server:why_missing",
     ),
     "openvino": EngineKind(
         "openvino_genai",

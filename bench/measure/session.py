@@ -165,7 +165,7 @@ class Session:
 
             installed["openvino_genai"] = openvino.installed_version(self.config.openvino_python)
         if "llama-server" in self.config.engines:
-            from bench.engines import llama_server
+            from bench.engines.servers import llama_server
 
             installed["llama.cpp"] = llama_server.version_of(self.config.llama_server)
         return installed

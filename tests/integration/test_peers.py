@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 
 from bench.catalogue.pairs import catalogue
-from bench.engines import llama_server
 from bench.engines.base import EngineError, LlamaOptions, LoadOptions, Peers, Setup
+from bench.engines.servers import llama_server
 from specdec import SamplingParams
 
 PROGRAM, PYTHON = (os.environ.get(f"SPECDEC_{name}") for name in ("LLAMA_SERVER", "OPENVINO_PYTHON"))

@@ -16,9 +16,11 @@ import pytest
 from gguf import GGUFWriter, LlamaFileType
 
 from bench.catalogue.pairs import Pair, catalogue
-from bench.engines import llama_files, llama_server
+from bench.engines import llama_files
 from bench.engines.base import LlamaOptions, LoadOptions, Peers, Setup
-from bench.engines.llama_server import (
+from bench.engines.registry import why_not
+from bench.engines.servers import llama_server
+from bench.engines.servers.llama_server import (
     PREFIX,
     Asked,
     LlamaServerEngine,
@@ -28,14 +30,13 @@ from bench.engines.llama_server import (
     difference,
     request,
 )
-from bench.engines.local_server import Server
-from bench.engines.registry import why_not
+from bench.engines.servers.local_server import Server
 from bench.measure.paired import check_counts
 from specdec import SamplingParams
 from specdec.servers.client import Client
 from specdec.servers.errors import EngineError
 
-RECORDED = json.loads((Path(__file__).parents[1] / "recorded" / "llama-server.json").read_text())
+RECORDED = json.loads((Path(__file__).parents[2] / "recorded" / "llama-server.json").read_text())
 BEFORE, AFTER = ("\n".join(RECORDED[name]) for name in ("before", "after"))
 GREEDY = SamplingParams(temperature=0, max_tokens=24)
 ASKED = Asked(request([1, 2, 3], GREEDY, {2}), 24, 49_152)

@@ -9,10 +9,9 @@ from threading import Event, Lock
 
 import pytest
 
-from bench.engines import load_client
 from bench.engines.base import EngineError
 from bench.engines.following import Following
-from bench.engines.load_client import Sent, send_on_time
+from bench.engines.servers.load_client import Sent, send_on_time
 from specdec.servers.errors import BusyError
 
 

@@ -14,11 +14,11 @@ import pytest
 
 from bench.campaign.parsers import server_url, vllm_options
 from bench.engines.base import EngineError
-from bench.engines.completions import Client
 from bench.engines.process import Child
-from bench.engines.server_answers import Row, parse_queue
+from bench.engines.servers.completions import Client
+from bench.engines.servers.streams import Row, parse_queue
+from bench.engines.servers.vllm_server import request, server_environment
 from bench.engines.vllm import acceptance
-from bench.engines.vllm_server import request, server_environment
 from specdec.servers import client as servers_client
 from specdec.servers.client import api_key
 from specdec.servers.metrics import difference, parse_counters

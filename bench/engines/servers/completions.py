@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from typing import Any
 
-from bench.engines.server_answers import Row, parse_queue
+from bench.engines.servers.streams import Row, parse_queue
 from specdec.servers import client
 from specdec.servers.errors import EngineError
 from specdec.servers.metrics import parse_counters

@@ -14,18 +14,18 @@ from typing import Any
 import pytest
 
 from bench.catalogue.pairs import Pair, catalogue
-from bench.engines import vllm_server
 from bench.engines.base import EngineError, LoadOptions, Peers, Setup, VllmOptions
-from bench.engines.completions import Client
 from bench.engines.registry import why_not
-from bench.engines.server_answers import Row, parse_queue
-from bench.engines.vllm_server import VllmServerEngine, request, run, server_environment
+from bench.engines.servers import vllm_server
+from bench.engines.servers.completions import Client
+from bench.engines.servers.streams import Row, parse_queue
+from bench.engines.servers.vllm_server import VllmServerEngine, request, run, server_environment
 from bench.measure.paired import check_counts
 from specdec import SamplingParams
 from specdec.servers.errors import BusyError
 from specdec.servers.metrics import difference, parse_counters
 
-RECORDED = json.loads((Path(__file__).parents[1] / "recorded" / "vllm-server.json").read_text())
+RECORDED = json.loads((Path(__file__).parents[2] / "recorded" / "vllm-server.json").read_text())
 BEFORE, AFTER = ("\n".join(RECORDED[name]) for name in ("before", "after"))
 PAIR = Pair("served", "smollm2-135m")
 GREEDY = SamplingParams(temperature=0, max_tokens=12)

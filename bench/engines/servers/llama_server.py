@@ -28,10 +28,10 @@ import torch
 from bench.catalogue.pairs import Pair, folder
 from bench.engines.base import LoadOptions, Peers, PromptResult, Run, Served, Setup
 from bench.engines.llama_files import CONVERTER, gguf_file
-from bench.engines.load_client import send_on_time
-from bench.engines.local_server import Server, dropping, free_port, wait_until_healthy
 from bench.engines.pool import PooledEngine
 from bench.engines.process import Child
+from bench.engines.servers.load_client import send_on_time
+from bench.engines.servers.local_server import Server, dropping, free_port, wait_until_healthy
 from bench.engines.vllm import CALL_TIMEOUT_S, START_TIMEOUT_S, stop_tokens
 from bench.records.schema import Gamma
 from specdec import AcceptanceCounts, SamplingParams

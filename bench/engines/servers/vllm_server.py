@@ -18,12 +18,12 @@ from typing import Any
 
 from bench.catalogue.pairs import Pair, folder
 from bench.engines.base import EngineError, LoadOptions, PromptResult, Run, Served, Setup
-from bench.engines.completions import Client
-from bench.engines.load_client import send_on_time
-from bench.engines.local_server import Server, dropping, free_port, wait_until_healthy
 from bench.engines.pool import PooledEngine
 from bench.engines.process import Child, foreign_environment
-from bench.engines.server_answers import Row
+from bench.engines.servers.completions import Client
+from bench.engines.servers.load_client import send_on_time
+from bench.engines.servers.local_server import Server, dropping, free_port, wait_until_healthy
+from bench.engines.servers.streams import Row
 from bench.engines.vllm import (
     CALL_TIMEOUT_S,
     SCRIPT,

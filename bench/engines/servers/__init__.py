@@ -1,0 +1,1 @@
+"""Engines behind HTTP: clients, streamed replies, and the servers themselves."""
