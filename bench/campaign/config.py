@@ -13,8 +13,8 @@ from bench.campaign.golden import AcceptanceLength, acceptance_length
 from bench.campaign.parsers import Parser
 from bench.catalogue.methods import LLAMA_METHODS, SMOKE_METHODS, VLLM_METHODS
 from bench.catalogue.pairs import Pair, parse_pairs
-from bench.engines.base import LlamaOptions, Peers, VllmOptions
-from bench.engines.registry import ENGINES, parse_engine, parse_method
+from bench.engines.base import LlamaOptions, Peers, RunningServers, Urls, VllmOptions
+from bench.engines.registry import ENGINES, is_running, parse_engine, parse_method
 from bench.records.schema import Cell, Gamma
 from bench.workloads.base import Lengths
 from bench.workloads.registry import parse_workloads
@@ -26,6 +26,7 @@ T = TypeVar("T")
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 VERIFICATIONS = tuple(dict.fromkeys(rule for kind in ENGINES.values() for rule in kind.verifications))
+SERVERS = tuple(name for name, kind in ENGINES.items() if "running servers" in kind.extras)
 SECONDS = parsers.number(lambda value: value > 0, "> 0 seconds and finite")
 THINKING = ("enable_thinking", "thinking")  # of Qwen, Gemma, GLM and others; of DeepSeek and Kimi
 # what some options need to have an effect
@@ -124,9 +125,10 @@ class BenchConfig:
     workloads: tuple[str, ...] = option(
         parse_workloads,
         "humaneval",
-        "prompts: humaneval, gsm8k, mt_bench, spec_bench, speed_bench, speed_bench_1k (2k, 8k, 16k, 32k), sharegpt, "
-        "xsum, cnn_dailymail, wmt14, random_128 (1k, 2k, 8k, 16k, 32k), shared_prefix_128 (likewise), one category "
-        "such as spec_bench:rag, or a file (JSON lines with `prompt`, or one prompt a line)",
+        "prompts: humaneval, mbpp, livecodebench, gsm8k, math500, aime, mt_bench, spec_bench, speed_bench, "
+        "speed_bench_1k (2k, 8k, 16k, 32k), sharegpt, xsum, cnn_dailymail, wmt14, random_128 (1k, 2k, 8k, 16k, 32k), "
+        "shared_prefix_128 (likewise), one category such as spec_bench:rag, or a file (JSON lines with `prompt` or "
+        "`messages`, or one prompt a line)",
         metavar="WORKLOAD,...",
         smoke="smoke",
     )
@@ -174,7 +176,10 @@ class BenchConfig:
         metavar="MIN:MAX,...",
     )
     allow_code_execution: bool = option(
-        parsers.flag, "0", "run the code that models write, in a sandbox, to score it (humaneval)", metavar=None
+        parsers.flag,
+        "0",
+        "run the code that models write, in a sandbox, to score it (humaneval, mbpp, livecodebench)",
+        metavar=None,
     )
     num_prompts: int = option(
         parsers.integer(1, "give the number of prompts to measure"), "8", "prompts per cell", metavar="N", smoke="2"
@@ -343,12 +348,27 @@ class BenchConfig:
         metavar="PROGRAM",
         changes_results=False,
     )
-    server_url: str | None = option(
-        parsers.server_url,
+    server_url: Urls = option(
+        parsers.server_urls(SERVERS),
         "",
-        "a running vLLM server for engine vllm-server; none starts one. Its API key, if it needs one, is read from "
-        "SPECDEC_SERVER_API_KEY",
+        "running servers, one URL or ENGINE=URL,...: of SGLang, TensorRT-LLM or any OpenAI-compatible endpoint for the "
+        "engines sglang, tensorrt-llm and openai, and of vLLM for vllm-server, which otherwise starts one. An API key, "
+        "if they need one, is read from SPECDEC_SERVER_API_KEY",
         metavar="URL",
+    )
+    plain_server_url: Urls = option(
+        parsers.server_urls(SERVERS),
+        "",
+        "likewise, servers of the same models without speculation, for method autoregressive: a speed-up needs both",
+        metavar="URL",
+        only_with="--server-url",
+    )
+    server_quantization: str = option(
+        parsers.word,
+        "none",
+        "quantization of the weights on running servers, as they call it: recorded, and for SGLang checked",
+        metavar="NAME",
+        only_with="--server-url",
     )
     num_draws: int = option(
         parsers.integer(1, "an audit needs thousands of tokens"),
@@ -447,12 +467,18 @@ class BenchConfig:
 
     @property
     def peers(self) -> Peers:
-        """Where vLLM runs and with which of its own options."""
+        """Where other engines run and with which of their own options."""
+        quantization = None if self.server_quantization == "none" else self.server_quantization
         return Peers(
-            VllmOptions(self.vllm_python, self.vllm_options, self.server_url),
+            VllmOptions(self.vllm_python, self.vllm_options),
             LlamaOptions(self.llama_server, self.llama_options),
             self.openvino_python,
+            RunningServers(self.server_url, self.plain_server_url, quantization),
         )
+
+    def quantization_of(self, engine: str) -> str:
+        """How an engine's weights are quantized; "none" if they are not."""
+        return self.server_quantization if is_running(engine, self.peers) else self.quantization
 
     @property
     def prescribes_acceptance(self) -> bool:

@@ -9,13 +9,15 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shlex
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
+from bench.engines.base import Urls
 from bench.engines.process import SECRET
 from bench.records.schema import MAX_PARTS, Gamma
 from bench.workloads.base import Lengths
@@ -247,6 +249,41 @@ def server_url(name: str, text: str) -> str | None:
         "into SPECDEC_SERVER_API_KEY",
     )
     return text or None
+
+
+def server_urls(engines: Sequence[str]) -> Parser[Urls]:
+    """An address for all of these engines, or ENGINE=URL, ...; possibly none."""
+
+    def parse(name: str, text: str) -> Urls:
+        items = [item.strip() for item in text.split(",") if item.strip()]
+        found = [_server_of(name, item, engines) for item in items]
+        _require(
+            len(dict(found)) == len(found),
+            f"{name} must have one address for each engine; with several, name the engine of each: ENGINE=URL",
+        )
+        return Urls(tuple(found))
+
+    return parse
+
+
+def _server_of(name: str, text: str, engines: Sequence[str]) -> tuple[str, str]:
+    engine, separator, address = text.partition("=")
+    if not separator or "://" in engine:
+        engine, address = "", text
+    _require(
+        engine in ("", *engines),
+        f"{name}={engine}=... must name one of {', '.join(engines)}{nearest(engine, engines)}",
+    )
+    return engine, server_url(name, address) or ""
+
+
+def word(name: str, text: str) -> str:
+    """A name of another program's, such as fp8."""
+    _require(
+        re.fullmatch(r"[\w.+-]+", text, re.ASCII) is not None,
+        f"{name}={text!r} must be one word of letters, digits and ._+-; use the server's own name",
+    )
+    return text
 
 
 def _is_plain_address(text: str) -> bool:

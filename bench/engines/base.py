@@ -34,7 +34,7 @@ class PromptResult:
     token_ids: emitted tokens, including a stop token. ttft_s, latency_s: from the start of the request to its first and
     last token. counts: acceptance counters by specdec's definitions, or None if the engine does not report them.
     finish_reason: "stop" or "length". queue_s: time waiting for a slot, included in both times; None if not reported.
-    step_tokens: tokens emitted by each decode step, in order; None if not reported.
+    step_tokens: tokens emitted by each decode step, in order; None if not reported. why_no_counts: why counts is None.
     """
 
     token_ids: tuple[int, ...]
@@ -44,6 +44,7 @@ class PromptResult:
     finish_reason: str
     queue_s: float | None = None
     step_tokens: tuple[int, ...] | None = None
+    why_no_counts: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,14 +135,10 @@ class ServingEngine(BenchEngine, Protocol):
 
 @dataclass(frozen=True, slots=True)
 class VllmOptions:
-    """How to run vLLM. python: the interpreter that has it; None for the current one. options: vLLM options as JSON.
-
-    server_url: an existing server; None starts one.
-    """
+    """How to run vLLM. python: the interpreter that has it; None for the current one. options: vLLM options as JSON."""
 
     python: Path | None = None
     options: str = "{}"
-    server_url: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,12 +150,45 @@ class LlamaOptions:
 
 
 @dataclass(frozen=True, slots=True)
+class Urls:
+    """Addresses of running servers, each with the engine that it is for; the engine "" stands for all others."""
+
+    by_engine: tuple[tuple[str, str], ...] = ()
+
+    def of(self, engine: str) -> str | None:
+        """The address for an engine; None if there is none."""
+        found = dict(self.by_engine)
+        return found.get(engine) or found.get("")
+
+    def __str__(self) -> str:
+        return ",".join(f"{engine}={url}" if engine else url for engine, url in self.by_engine)
+
+
+@dataclass(frozen=True, slots=True)
+class RunningServers:
+    """Servers that somebody else started. plain: those that do not speculate; without one, `urls` serves every method.
+
+    quantization: of their weights, as the servers name it; None if they are not quantized.
+    """
+
+    urls: Urls = field(default_factory=Urls)
+    plain: Urls = field(default_factory=Urls)
+    quantization: str | None = None
+
+    def url(self, engine: str, method: str) -> str | None:
+        """The address that serves a method; None if the engine has no running server."""
+        found = self.urls.of(engine)
+        return (found and method == "autoregressive" and self.plain.of(engine)) or found
+
+
+@dataclass(frozen=True, slots=True)
 class Peers:
     """How to run the other engines. openvino_python: the interpreter that has openvino-genai; None for this one."""
 
     vllm: VllmOptions = field(default_factory=VllmOptions)
     llama: LlamaOptions = field(default_factory=LlamaOptions)
     openvino_python: Path | None = None
+    servers: RunningServers = field(default_factory=RunningServers)
 
 
 @dataclass(frozen=True, slots=True)

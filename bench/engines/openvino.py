@@ -18,13 +18,14 @@ from typing import Any
 import torch
 
 from bench.catalogue.pairs import Pair, folder
+from bench.engines import counters
 from bench.engines.base import LoadOptions, Peers, PromptResult, Run, Setup
 from bench.engines.llama_files import CONVERTER, gguf_file
 from bench.engines.pool import PooledEngine
 from bench.engines.process import Worker, foreign_environment
 from bench.engines.vllm import CALL_TIMEOUT_S, START_TIMEOUT_S, stop_tokens
 from bench.records.schema import Gamma
-from specdec import AcceptanceCounts, SamplingParams
+from specdec import SamplingParams
 from specdec.models.loading import resolve
 from specdec.servers.errors import EngineError
 
@@ -108,10 +109,14 @@ def result(answer: Mapping[str, Any], *, is_drafting: bool) -> PromptResult:
     tokens, emitted = tuple(answer["token_ids"]), answer["emitted"]
     if sum(emitted) != len(tokens):
         raise EngineError(f"engine=openvino must stream all of its {len(tokens)} tokens, but streamed {sum(emitted)}")
-    counts = None
-    if not is_drafting:
-        counts = AcceptanceCounts(num_steps=len(tokens) - 1, num_emitted=len(tokens) - 1, num_slots=len(tokens) - 1)
-    return PromptResult(tokens, answer["first_s"], answer["last_s"], counts, answer["finish_reason"])
+    return PromptResult(
+        tokens,
+        answer["first_s"],
+        answer["last_s"],
+        None if is_drafting else counters.plain(len(tokens)),
+        answer["finish_reason"],
+        why_no_counts="OpenVINO's prompt lookup does not report how many tokens it drafted" if is_drafting else None,
+    )
 
 
 @cache

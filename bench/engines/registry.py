@@ -18,7 +18,7 @@ from specdec.runtime.checks import nearest
 GROUP: extensions.Group = "specdec.engines"
 EXTRAS = (  # optional capabilities
     *("auto gamma", "synthetic acceptance", "placements", "other vocabularies"),
-    *("arrivals", "method extensions"),
+    *("arrivals", "method extensions", "running servers"),
 )
 
 
@@ -61,6 +61,14 @@ _VLLM = EngineKind(
     extras=("synthetic acceptance",),
     why_missing="bench.engines.vllm:why_missing",
 )
+_SERVERS = "bench.engines.servers.running"
+_RUNNING = EngineKind(  # on servers that somebody else started, with whatever method they were started with
+    "",
+    ("autoregressive", "ngram", "suffix", "draft_model", "eagle", *VLLM_METHODS),
+    load=f"{_SERVERS}:load_openai",
+    extras=("arrivals", "running servers"),
+    why_missing=f"{_SERVERS}:why_missing",
+)
 ENGINES = {
     "specdec": EngineKind(
         "specdec",
@@ -82,7 +90,12 @@ ENGINES = {
         kinds=("decoder-only", "local-attention", "encoder-decoder"),
     ),
     "vllm": _VLLM,
-    "vllm-server": replace(_VLLM, load="bench.engines.servers.vllm_server:load", extras=(*_VLLM.extras, "arrivals")),
+    "vllm-server": replace(
+        _VLLM, load="bench.engines.servers.vllm_server:load", extras=(*_VLLM.extras, "arrivals", "running servers")
+    ),
+    "sglang": replace(_RUNNING, package="sglang", load=f"{_SERVERS}:load_sglang"),
+    "tensorrt-llm": replace(_RUNNING, package="tensorrt_llm", load=f"{_SERVERS}:load_tensorrt"),
+    "openai": replace(_RUNNING, package="openai", load=f"{_SERVERS}:load_openai"),
     "llama-server": EngineKind(
         "llama.cpp",
         ("autoregressive", "ngram", "draft_model", *LLAMA_METHODS),
@@ -98,6 +111,11 @@ ENGINES = {
         why_missing="bench.engines.openvino:why_missing",
     ),
 }
+
+
+def is_running(engine: str, peers: Peers) -> bool:
+    """Whether an engine is a server that somebody else started, possibly on another machine."""
+    return "running servers" in engine_kind(engine).extras and peers.servers.urls.of(engine) is not None
 
 
 def engine_kind(engine: str) -> EngineKind:
@@ -192,7 +210,7 @@ def why_not_pair(engine: str, pair: Pair, placement: str) -> str | None:
 
 def _why_missing(engine: str, peers: Peers) -> str | None:
     kind = engine_kind(engine)
-    if engine == "vllm-server" and peers.vllm.server_url:
+    if is_running(engine, peers):
         return None
     if kind.why_missing:
         why_missing = extensions.load(GROUP, kind.why_missing, callable, "a function (engine, Peers)")

@@ -23,10 +23,11 @@ import torch
 
 from bench.catalogue.pairs import Pair, folder
 from bench.engines.base import EngineError, LoadOptions, Peers, PromptResult, Run, Setup
+from bench.engines.counters import acceptance
 from bench.engines.pool import PooledEngine
 from bench.engines.process import Worker, foreign_environment
 from bench.records.schema import Gamma
-from specdec import AcceptanceCounts, SamplingParams
+from specdec import SamplingParams
 from specdec.models.causal import eos_token_ids
 from specdec.models.loading import resolve
 
@@ -180,45 +181,6 @@ def results(answer: Mapping[str, Any]) -> Iterator[PromptResult]:
         steps = tuple(row["emitted"][1:])  # the prefill emits the first token
         times_s = row["first_s"], row["last_s"]
         yield PromptResult(tuple(row["token_ids"]), *times_s, counts, row["finish_reason"], step_tokens=steps)
-
-
-def acceptance(emitted: Sequence[int], drafts: Mapping[str, Any] | None) -> AcceptanceCounts:
-    """Counters by specdec's definitions from vLLM's, which counts accepted tokens before truncation.
-
-    emitted: number of tokens per step, the prefill's first. drafts: vLLM's counters of this prompt; None without
-    drafting. A step emits its accepted tokens and one more. So if the counters imply more tokens than were emitted,
-    the surplus was truncated from the last step: its final token, and before that accepted tokens.
-    Raises EngineError if the counters contradict the emitted tokens.
-    """
-    accepted_at, num_drafted = _accepted_at(drafts) if drafts else [], drafts["num_drafted"] if drafts else 0
-    num_steps, num_emitted = len(emitted) - 1, sum(emitted[1:])
-    num_cut = sum(accepted_at) + num_steps - num_emitted
-    if num_cut < 0:
-        raise EngineError(
-            f"accepted_at={accepted_at} must account for emitted={list(emitted)}; does vLLM count steps differently?"
-        )
-    if emitted[-1] + num_cut - 1 > len(accepted_at):
-        raise EngineError(
-            f"accepted_at={accepted_at[:80]} must match the emitted tokens; does vLLM count steps differently?"
-        )
-    for position in range(emitted[-1], emitted[-1] + num_cut - 1):
-        accepted_at[position] -= 1
-    return AcceptanceCounts(
-        num_steps=num_steps,
-        num_drafted=num_drafted,
-        num_accepted=sum(accepted_at),
-        num_emitted=num_emitted,
-        num_slots=num_drafted + num_steps,
-        accepted_at=accepted_at,
-    )
-
-
-def _accepted_at(drafts: Mapping[str, Any]) -> list[int]:
-    """Number of steps in which each position was accepted, as reported or from the histogram of accepted tokens."""
-    if "accepted_at" in drafts:
-        return list(drafts["accepted_at"])
-    histogram = drafts["histogram"]
-    return [sum(histogram[position + 1 :]) for position in range(len(histogram) - 1)]
 
 
 @dataclass(frozen=True, slots=True)

@@ -58,6 +58,7 @@ def of_results(results: Results, each: str, conversations: Sequence[int] | None 
     lengths = length_interval([c.num_emitted for c in counts], [c.num_steps for c in counts], clusters)
     return {
         **{name: getattr(summed, name, None) for name in TOTALS},
+        "acceptance_reason": None if summed else _reason(finished),
         **_ends("acceptance_rate", rate(lambda c: c.num_accepted, lambda c: c.num_drafted)),
         **_ends("mean_acceptance_length", lengths),
         **_ends_at("acceptance_rate_at", at if summed else None),
@@ -67,6 +68,12 @@ def of_results(results: Results, each: str, conversations: Sequence[int] | None 
             for name, attribute in COUNTS.items()
         },
     }
+
+
+def _reason(results: Sequence[PromptResult]) -> str:
+    """Why not every result has counts."""
+    reasons = [result.why_no_counts for result in results if result.counts is None and result.why_no_counts]
+    return reasons[0] if reasons else "the engine does not report them"
 
 
 def by_text(encoded: Sequence[Encoded], results: Results, each: str) -> Record:

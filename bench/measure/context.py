@@ -10,6 +10,7 @@ from typing import TextIO
 from bench.campaign.config import BenchConfig
 from bench.catalogue.pairs import Pair
 from bench.engines.base import BenchEngine, Setup
+from bench.engines.registry import is_running
 from bench.measure import machine, telemetry
 from bench.measure.models import Models, failing_cell, quantization_of
 from bench.measure.prompts import Encoded, Prompts
@@ -47,8 +48,9 @@ class Context:
 
     def sampler(self, cell: Cell) -> telemetry.Sampler:
         """The sampler of power, utilization, memory and temperature for a cell."""
-        if cell.engine == "vllm-server" and self.config.server_url:
-            reason = f"the server at {self.config.server_url} may be another machine"
+        if is_running(cell.engine, self.config.peers):
+            url = self.config.peers.servers.url(cell.engine, cell.method)
+            reason = f"the server at {url} may be another machine"
             return telemetry.Sampler({"gpu": reason, "cpu": reason}, self.config.telemetry_hz)
         return telemetry.Sampler(telemetry.meters(machine.gpu_uuids(self.device)), self.config.telemetry_hz)
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import specdec
+from bench.engines.registry import is_running
 from specdec.models.placement import num_devices
 from specdec.runtime.devices import free_memories
 
@@ -139,7 +140,7 @@ def why_no_room(engine: str, pair: Pair, placement: str, config: BenchConfig, de
 
     Only weights are counted; a pair of unknown size always may fit. device: from `resolve_device`.
     """
-    if engine == "vllm-server" and config.server_url:
+    if is_running(engine, config.peers):
         return None
     memories, needed_devices = list(free_memories(device).values()), num_devices(placement)
     if needed_devices > len(memories):

@@ -14,7 +14,7 @@ from bench.campaign import arrivals
 from bench.campaign.config import BenchConfig
 from bench.catalogue.pairs import Pair
 from bench.engines.base import PromptResult, Run, Served
-from bench.engines.registry import engine_kind
+from bench.engines.registry import engine_kind, is_running
 from bench.measure import acceptance, load
 from bench.measure.paired import BASELINE, CANDIDATE, REFERENCE, Measurement
 from bench.records.grouping import clusters_of_batches
@@ -160,7 +160,7 @@ def _identity(cell: Cell, pair: Pair, config: BenchConfig, engine_version: str, 
         "synthetic_acceptance_rates": list(config.prescribed_rates(cell.gamma)) or None,
         "synthetic_acceptance_length": length.at(cell.gamma) if length and cell.gamma else None,
         "load_format": pair.load_format,
-        "quantisation": config.quantization,
+        "quantisation": config.quantization_of(cell.engine),
         **_published(pair, cell.method),
         "engine_options": config.vllm_options if cell.engine.startswith("vllm") else None,
         "max_tokens": config.max_tokens,
@@ -173,9 +173,9 @@ def _identity(cell: Cell, pair: Pair, config: BenchConfig, engine_version: str, 
 
 def num_devices(cell: Cell, config: BenchConfig, device: str) -> int | None:
     """Devices that a cell's models are on; None if an engine or a server decides it."""
+    if is_running(cell.engine, config.peers):
+        return None
     if engine_kind(cell.engine).package == "vllm":
-        if config.server_url:
-            return None
         options = json.loads(config.vllm_options)
         return math.prod(int(options.get(f"{axis}_parallel_size", 1)) for axis in ("tensor", "pipeline", "data"))
     if cell.placement == "auto":

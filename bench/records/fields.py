@@ -203,6 +203,7 @@ _SPEEDUPS = [
     Field("margin_at_difference", list, "logits", "Gap between the two most likely tokens at the first difference."),
 ]
 _ACCEPTANCE = [
+    Field("acceptance_reason", str, "", "Why there are no counters of drafted and accepted tokens."),
     *_interval(
         Field("acceptance_rate", float, "1", "Accepted over drafted tokens.",
               "accepted", ".1%", tables="fastest cells published")

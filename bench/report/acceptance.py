@@ -19,7 +19,8 @@ POSITION_RATES = ("acceptance_rate_at", "conditional_acceptance_rate_at")
 
 
 def parts(run: Results) -> Iterator[Part]:
-    """By draft position, category and turn, and drift."""
+    """What is not known, and acceptance by draft position, category and turn, and its drift."""
+    yield from _reasons([record for record in (*run.cells, *run.loads) if record["acceptance_reason"]])
     records = [*_shown_by_position(run.cells), *run.loads]
     yield _by_position([record for record in records if record["conditional_acceptance_rate_at"]])
     drafted = [record for record in (*run.cells, *run.loads) if record["num_drafted"]]
@@ -29,6 +30,13 @@ def parts(run: Results) -> Iterator[Part]:
     if tested:
         yield _drift_sentence(tested)
         yield shown(tested, "drift", "Drift of the acceptance length")
+
+
+def _reasons(records: Sequence[Record]) -> Iterator[str]:
+    """Why counters are missing, each reason once with its engines."""
+    for reason, group in grouped(records, "acceptance_reason").items():
+        engines = ", ".join(dict.fromkeys(str(record["engine"]) for record in group))
+        yield f"No counters of drafted and accepted tokens ({engines}): {reason}."
 
 
 def _shown_by_position(cells: Sequence[Record]) -> list[Record]:

@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 
 from specdec.runtime.printable import printable
 from specdec.servers.errors import BusyError, EngineError
-from specdec.servers.replies import MAX_SHOWN, parse_model, parse_object, parse_version
+from specdec.servers.replies import MAX_SHOWN, parse_model, parse_models, parse_object, parse_version
 
 BUSY = (429, 502, 503, 504)  # HTTP statuses after which a retry may succeed
 MAX_OF_PAGE = 1 << 24  # bytes
@@ -54,6 +54,10 @@ class Client:
     def model(self) -> dict[str, str]:
         """The served model: its name `id`, its source `root` and the kind of its server, `owned_by`."""
         return parse_model(self.get("/v1/models"))
+
+    def models(self) -> list[dict[str, str]]:
+        """All served models, as `model` describes one."""
+        return parse_models(self.get("/v1/models"))
 
     def version(self) -> str:
         return parse_version(self.get("/version"))

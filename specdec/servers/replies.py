@@ -26,16 +26,24 @@ def parse_object(text: str | bytes, name: str) -> dict[str, Any]:
         raise EngineError(f"{name} must be JSON, but the server sent {shown(text)} ({type(error).__name__})") from None
 
 
-def parse_model(text: str) -> dict[str, str]:
-    """`id`, `root` and `owned_by` of the first model of a server; what it leaves out is "" or, for `root`, the id."""
+def parse_models(text: str) -> list[dict[str, str]]:
+    """`id`, `root` and `owned_by` of a server's models; what it leaves out is "" or, for `root`, the id."""
     models = items(parse_object(text, "/v1/models"), "data")
-    model = mapping(models[0] if models else None, "/v1/models")
+    return [_model(mapping(model, "/v1/models")) for model in models or [None]]
+
+
+def _model(model: Mapping[str, Any]) -> dict[str, str]:
     name, root, owner = (model.get(key) for key in ("id", "root", "owned_by"))
     if not isinstance(name, str) or not isinstance(root, str | None):
         raise EngineError(
             f"the id of a served model must be a string, but is {shown(name)}; is this an OpenAI-compatible server?"
         )
     return {"id": printable(name), "root": printable(root or name), "owned_by": printable(str(owner or ""))}
+
+
+def parse_model(text: str) -> dict[str, str]:
+    """The first model of a server, as `parse_models` reads it."""
+    return parse_models(text)[0]
 
 
 def parse_version(text: str, name: str = "version") -> str:

@@ -68,3 +68,12 @@ def letters(size: int) -> PreTrainedTokenizerFast:
     raw = Tokenizer(models.BPE(vocab={name: index for index, name in enumerate(names)}, merges=merges))
     raw.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+
+
+def characters(size: int) -> PreTrainedTokenizerFast:
+    """A token for each of so many characters, so that a text can be written in one way only."""
+    names = ["<pad>", "<s>", "</s>", *map(chr, range(97, 123)), " ", ".", ","]
+    names += map(chr, range(0x391, 0x391 + size - len(names)))
+    raw = Tokenizer(models.BPE(vocab={name: index for index, name in enumerate(names)}, merges=[]))
+    raw.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<s>", eos_token="</s>", pad_token="<pad>")

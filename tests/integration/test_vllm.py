@@ -19,7 +19,7 @@ import pytest
 
 from bench.catalogue.pairs import catalogue
 from bench.engines import vllm, vllm_server
-from bench.engines.base import EngineError, LoadOptions, Peers, Setup, VllmOptions
+from bench.engines.base import EngineError, LoadOptions, Peers, RunningServers, Setup, Urls, VllmOptions
 from specdec import SamplingParams
 
 PYTHON = os.environ.get("SPECDEC_VLLM_PYTHON")
@@ -153,7 +153,7 @@ def test_options_that_vllm_lacks_are_reported_with_its_message(engine: vllm.Vllm
 
 
 def test_a_server_that_is_not_there() -> None:
-    nowhere = LoadOptions("float32", "cpu", peers=Peers(vllm=VllmOptions(server_url="http://127.0.0.1:9")))
+    nowhere = LoadOptions("float32", "cpu", peers=Peers(servers=RunningServers(Urls((("", "http://127.0.0.1:9"),)))))
     with (
         closing(vllm_server.load(PAIR, nowhere)) as engine,
         pytest.raises(EngineError, match=r"server=http://127\.0\.0\.1:9 must be reachable"),

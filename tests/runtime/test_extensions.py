@@ -168,8 +168,8 @@ def test_an_entry_point_must_be_a_reference(outside: Path) -> None:
 
 
 def test_misspelt_names_are_no_extensions() -> None:
-    with pytest.raises(ValueError, match=r"engines='sglang' must be one of specdec, .* or module:attribute"):
-        parse_engine("engines", "sglang")
+    with pytest.raises(ValueError, match=r"engines='triton' must be one of specdec, .* or module:attribute"):
+        parse_engine("engines", "triton")
     with pytest.raises(ValueError, match=r"methods='magic' must be one of autoregressive, .* or module:attribute"):
         parse_method("methods", "magic")
     with pytest.raises(ValueError, match=r"method='ngrams' must be one of autoregressive, .*; did you mean 'ngram'"):

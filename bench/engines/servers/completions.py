@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from typing import Any
+from typing import Any, TypeVar
 
 from bench.engines.servers.streams import Row, parse_queue
 from specdec.servers import client
-from specdec.servers.errors import EngineError
+from specdec.servers.errors import BusyError, EngineError
 from specdec.servers.metrics import parse_counters
 from specdec.servers.replies import parse_object
+
+NUM_ATTEMPTS = 3
+FIRST_PAUSE_S = 0.5  # between attempts; doubled after each
+
+T = TypeVar("T")
 
 
 class Client(client.Client):
@@ -35,12 +40,6 @@ class Client(client.Client):
         """Total seconds that requests waited for a slot, and their number; None if not reported."""
         return parse_queue(self.get("/metrics"))
 
-    def complete(self, requests: Sequence[Mapping[str, Any]]) -> list[Row]:
-        """Continue prompts concurrently; times are from the start of this call."""
-        start_s = time.perf_counter()
-        with ThreadPoolExecutor(len(requests)) as threads:
-            return list(threads.map(lambda request: self.complete_one(request, start_s), requests))
-
     def complete_one(self, request: Mapping[str, Any], start_s: float) -> Row:
         """Continue a prompt; times are from `start_s`, a reading of time.perf_counter."""
         row = Row(int(request["max_tokens"]), self._vocab_size)
@@ -53,3 +52,22 @@ class Client(client.Client):
         if row.first_s is None:
             raise EngineError(f"server={self.url} must continue the prompt, but emitted no token; see its log")
         return row
+
+
+def at_once(call: Callable[[int, float], T], number: int) -> list[T]:
+    """Make calls concurrently; all of them are repeated, a few times, if the server is busy.
+
+    call: (index, start by time.perf_counter) -> result. number: of calls.
+    """
+    for attempt in range(1, NUM_ATTEMPTS):
+        try:
+            return _made(call, number)
+        except BusyError:
+            time.sleep(FIRST_PAUSE_S * 2 ** (attempt - 1))
+    return _made(call, number)
+
+
+def _made(call: Callable[[int, float], T], number: int) -> list[T]:
+    start_s = time.perf_counter()
+    with ThreadPoolExecutor(number) as threads:
+        return list(threads.map(lambda index: call(index, start_s), range(number)))

@@ -35,15 +35,17 @@ from bench.engines.servers.local_server import Server, dropping, free_port, wait
 from bench.engines.vllm import CALL_TIMEOUT_S, START_TIMEOUT_S, stop_tokens
 from bench.records.schema import Gamma
 from specdec import AcceptanceCounts, SamplingParams
+from specdec.conformance.served.dialects import DIALECTS, Question
 from specdec.models.loading import resolve
 from specdec.servers import metrics
 from specdec.servers.client import Client
 from specdec.servers.errors import EngineError
 from specdec.servers.metrics import accepted_at
-from specdec.servers.replies import integer, items, mapping, shown
+from specdec.servers.replies import integer, mapping, shown
 
 PREFIX = "llamacpp:spec_decode_num_"
-ENDS = {"eos": "stop", "limit": "length"}  # llama-server's name -> finish_reason
+DIALECT = DIALECTS["llama-server"]
+RESPONSE_FIELDS = ["tokens", "stop_type", "truncated", "timings"]  # no text, which would be measured, too
 PROGRAM = "llama-server"
 LOOKUP_SIZE = 2  # tokens that prompt lookup compares: the fewest that specdec's ngram takes, so the most drafts
 # method -> options of llama-server besides the draft length
@@ -200,19 +202,9 @@ def request(prompt: Sequence[int], params: SamplingParams, stop_token_ids: Colle
             "engine=llama-server ends at the stop tokens of its GGUF file and at no others, and makes them impossible "
             "if they are to be ignored; leave out stop_token_ids and ignore_eos"
         )
-    return {
-        "prompt": list(prompt),
-        "n_predict": params.max_tokens,
-        "temperature": params.temperature,
-        "top_k": params.top_k,
-        "top_p": params.top_p,
-        "samplers": ["temperature", "top_k", "top_p"],  # specdec's and transformers' order, and nothing else
-        "seed": params.seed,
-        "cache_prompt": False,
-        "return_tokens": True,
-        "stream": False,
-        "response_fields": ["tokens", "stop_type", "truncated", "timings"],
-    }
+    question = Question("", prompt, "", params.seed, params.max_tokens, params, ())
+    fields = {"cache_prompt": False, "stream": False, "response_fields": RESPONSE_FIELDS}
+    return DIALECT.request(question, fields)
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,13 +232,8 @@ def complete(client: Client, asked: Asked, start_s: float) -> Reply:
     """Continue a prompt; times are from `start_s`, a reading of time.perf_counter. Raises EngineError."""
     answer = client.post("/completion", asked.body)
     latency_s = time.perf_counter() - start_s
-    token_ids = tuple(integer(token, "tokens", asked.vocab_size) for token in items(answer, "tokens"))
-    reason = answer.get("stop_type")
-    if reason not in ENDS or answer.get("truncated") is not False:
-        raise EngineError(
-            f"stop_type={shown(reason)} must be one of {', '.join(ENDS)}, and truncated="
-            f"{shown(answer.get('truncated'))} false: the context must have room for prompt and output"
-        )
+    reply = DIALECT.reply(answer)
+    token_ids = tuple(integer(token, "tokens", asked.vocab_size) for token in reply.token_ids or ())
     if not 0 < len(token_ids) <= asked.max_tokens:
         raise EngineError(
             f"the server must emit 1 to {asked.max_tokens} tokens, but emitted {len(token_ids)}; see its log"
@@ -256,9 +243,9 @@ def complete(client: Client, asked: Asked, start_s: float) -> Reply:
         token_ids,
         latency_s,
         _seconds(timings.get("predicted_ms"), latency_s),
-        integer(timings.get("draft_n", 0), "draft_n"),  # left out if nothing was drafted
-        integer(timings.get("draft_n_accepted", 0), "draft_n_accepted"),
-        ENDS[reason],
+        reply.num_drafted or 0,
+        reply.num_accepted or 0,
+        reply.finish_reason,
     )
 
 
@@ -277,19 +264,23 @@ def difference(after: Sequence[int], before: Sequence[int]) -> list[int]:
 
 def result(reply: Reply, grown: Sequence[int] | None, is_drafting: bool) -> PromptResult:
     """The result of a prompt. grown: accepted tokens per position during it; None if others were decoded beside it."""
+    counts, reason = _counts(reply, grown if is_drafting else [])
     return PromptResult(
         token_ids=reply.token_ids,
         ttft_s=reply.latency_s - reply.decoding_s,
         latency_s=reply.latency_s,
-        counts=_counts(reply, grown if is_drafting else []),
+        counts=counts,
         finish_reason=reply.finish_reason,
+        why_no_counts=reason,
     )
 
 
-def _counts(reply: Reply, grown: Sequence[int] | None) -> AcceptanceCounts | None:
-    """Counters by specdec's definitions; None if they are not known exactly."""
-    if grown is None or (reply.finish_reason == "stop" and reply.num_accepted):
-        return None
+def _counts(reply: Reply, grown: Sequence[int] | None) -> tuple[AcceptanceCounts | None, str | None]:
+    """Counters by specdec's definitions, or why they are not known exactly."""
+    if grown is None:
+        return None, "llama-server counts accepted tokens of all requests together; use --batch-sizes 1"
+    if reply.finish_reason == "stop" and reply.num_accepted:
+        return None, "llama-server also counts the accepted tokens after a stop token"
     num_emitted = len(reply.token_ids) - 1  # the prompt's step emits the first
     num_steps = num_emitted - reply.num_accepted
     if num_steps < 0 or sum(grown) != reply.num_accepted:
@@ -297,7 +288,7 @@ def _counts(reply: Reply, grown: Sequence[int] | None) -> AcceptanceCounts | Non
             f"draft_n_accepted={reply.num_accepted} must be the sum of {list(grown)}, less than the "
             f"{len(reply.token_ids)} emitted tokens; does this version of llama-server count differently?"
         )
-    return AcceptanceCounts(
+    counts = AcceptanceCounts(
         num_steps=num_steps,
         num_drafted=reply.num_drafted,
         num_accepted=reply.num_accepted,
@@ -305,3 +296,4 @@ def _counts(reply: Reply, grown: Sequence[int] | None) -> AcceptanceCounts | Non
         num_slots=reply.num_drafted + num_steps,
         accepted_at=list(grown),
     )
+    return counts, None

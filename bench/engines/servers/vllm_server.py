@@ -1,7 +1,7 @@
 """vLLM as a server: an existing one, or one started here on the loopback interface.
 
-An existing server (--server-url) has one model and one drafting configuration, which cells must match; properties that
-it does not report, such as its dtype, are not verified. Tokens are counted from the stream: if an event contains the
+A running server (--server-url) has one model and one drafting configuration, which cells must match; properties that it
+does not report, such as its dtype, are not verified. Tokens are counted from the stream: if an event contains the
 tokens of several steps, steps cannot be counted, and the cell has no acceptance statistics.
 """
 
@@ -13,22 +13,22 @@ import os
 import sys
 import time
 from collections.abc import Collection, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from bench.catalogue.pairs import Pair, folder
 from bench.engines.base import EngineError, LoadOptions, PromptResult, Run, Served, Setup
+from bench.engines.counters import acceptance
 from bench.engines.pool import PooledEngine
 from bench.engines.process import Child, foreign_environment
-from bench.engines.servers.completions import Client
+from bench.engines.servers.completions import Client, at_once
 from bench.engines.servers.load_client import send_on_time
 from bench.engines.servers.local_server import Server, dropping, free_port, wait_until_healthy
+from bench.engines.servers.running import served_model
 from bench.engines.servers.streams import Row
 from bench.engines.vllm import (
     CALL_TIMEOUT_S,
     SCRIPT,
     START_TIMEOUT_S,
-    acceptance,
     configuration,
     preloads,
     sampling_arguments,
@@ -36,21 +36,21 @@ from bench.engines.vllm import (
 )
 from bench.records.schema import Gamma
 from specdec import AcceptanceCounts, SamplingParams
+from specdec.conformance.served.dialects import DIALECTS, Question
 from specdec.models.loading import resolve
 from specdec.servers.client import api_key
-from specdec.servers.errors import BusyError
 from specdec.servers.metrics import difference
 
-NUM_ATTEMPTS = 3
-FIRST_PAUSE_S = 0.5  # between attempts; doubled after each
+NAME = "vllm-server"
 BUSY_WAIT_S = 1.2  # an idle server's processes spin for a second, each occupying a CPU
 
 
 class VllmServerEngine(PooledEngine[Server[Client]]):
-    """vLLM servers for a pair: the one at `server_url`, or one per setup, at most two at a time."""
+    """vLLM servers for a pair: those that are running, or one per setup, at most two at a time."""
 
     def __init__(self, pair: Pair, options: LoadOptions, stop_token_ids: Collection[int]) -> None:
-        super().__init__(pair, options, stop_token_ids, self._found if options.peers.vllm.server_url else self._started)
+        is_running = options.peers.servers.urls.of(NAME)
+        super().__init__(pair, options, stop_token_ids, self._found if is_running else self._started)
         self._busy_until_s = 0.0
 
     def settle(self) -> None:
@@ -90,15 +90,15 @@ class VllmServerEngine(PooledEngine[Server[Client]]):
         self, server: Server[Client], prompts: Sequence[Sequence[int]], sampling: Sequence[SamplingParams]
     ) -> list[dict[str, Any]]:
         return [
-            request(server.model, prompt, sampling_arguments(params, self.stop_token_ids))
+            request(server.model, prompt, params, self.stop_token_ids)
             for prompt, params in zip(prompts, sampling, strict=True)
         ]
 
     def _found(self, setup: Setup) -> Server[Client]:
-        """The server at `server_url`, after checking that it serves the pair's target and drafts as in the setup."""
-        client = Client(str(self._options.peers.vllm.server_url), api_key(), CALL_TIMEOUT_S, self._vocab_size)
-        model = client.model()
-        check_model(client.url, model, self._pair)
+        """The running server, after checking that it serves the pair's target and drafts as in the setup."""
+        url = self._options.peers.servers.url(NAME, setup.method)
+        client = Client(str(url), api_key(), CALL_TIMEOUT_S, self._vocab_size)
+        model = served_model(client, self._pair)
         check_drafting(client.url, client.counters(), setup)
         self.version = client.version()
         return Server(client, model["id"])
@@ -141,17 +141,6 @@ def server_environment(python: str, device: str, environment: Mapping[str, str] 
     return {"VLLM_CPU_KVCACHE_SPACE": "1", **binding, **own, **preloads(python, own)}
 
 
-def check_model(url: str, model: Mapping[str, Any], pair: Pair) -> None:
-    """Raise EngineError if a server has another model, by its name, its source, or the last component of either."""
-    served = {str(model["id"]), str(model.get("root") or model["id"])}
-    names = served | {Path(name).name for name in served}
-    if not names & {pair.target, folder(pair.target), resolve(folder(pair.target)), Path(pair.target).name}:
-        raise EngineError(
-            f"server={url} must serve target={pair.target} of pair={pair.name}, but serves {model['id']}; use another "
-            f"--server-url, or --pairs target=MODEL with that model"
-        )
-
-
 def check_drafting(url: str, counters: Mapping[str, Any], setup: Setup) -> None:
     """Raise EngineError if a server's counters show another draft length. Servers do not report the method."""
     found = len(counters.get("accepted_at", ()))
@@ -164,22 +153,23 @@ def check_drafting(url: str, counters: Mapping[str, Any], setup: Setup) -> None:
         )
 
 
-def request(model: str, prompt: Sequence[int], sampling: Mapping[str, Any]) -> dict[str, Any]:
-    """A request for a streamed completion, with token ids in both directions."""
-    return {
-        "model": model,
-        "prompt": list(prompt),
-        **sampling,
-        "stream": True,
-        "stream_options": {"include_usage": True},
-        "return_token_ids": True,
-    }
+def request(
+    model: str, prompt: Sequence[int], params: SamplingParams, stop_token_ids: Collection[int]
+) -> dict[str, Any]:
+    """A request for a streamed completion with the same distribution as specdec's, with token ids in both directions.
+
+    stop_token_ids: the model's own; all are sent, so that every engine stops at the same tokens.
+    """
+    question = Question(model, prompt, "", params.seed, params.max_tokens, params, ())
+    stops = sampling_arguments(params, stop_token_ids)
+    ends = {"ignore_eos": stops["ignore_eos"], "stop_token_ids": stops["stop_token_ids"]}
+    return DIALECTS["vllm"].request(question, ends | {"stream": True, "stream_options": {"include_usage": True}})
 
 
 def run(client: Client, requests: Sequence[Mapping[str, Any]]) -> Run:
     """Make concurrent requests; retries all of them if the server is busy."""
     before = client.counters()
-    rows = _attempted(client, requests)
+    rows = at_once(lambda index, start_s: client.complete_one(requests[index], start_s), len(requests))
     after = client.counters()
     # the server's counters are those of the prompt if it was the only one, and nobody else used the server
     is_alone = after["num_finished"] - before["num_finished"] == len(requests) == 1 and "num_drafts" in after
@@ -214,28 +204,29 @@ def serve(
     return Served(results, sent.wall_s, None, sent.refused, queue_s, sent.peak_delay_s, sent.arrivals_s)
 
 
-def _attempted(client: Client, requests: Sequence[Mapping[str, Any]]) -> list[Row]:
-    for attempt in range(1, NUM_ATTEMPTS):
-        try:
-            return client.complete(requests)
-        except BusyError:
-            time.sleep(FIRST_PAUSE_S * 2 ** (attempt - 1))
-    return client.complete(requests)
-
-
 def _result(row: Row, drafts: Mapping[str, Any] | None, is_drafting: bool) -> PromptResult:
-    counts = None if is_drafting and drafts is None else _counts(row.emitted, drafts)
+    counts, reason = _counts(row.emitted, drafts, is_drafting)
     assert row.first_s is not None
     assert row.last_s is not None
     steps = tuple(row.emitted[1:]) if counts else None
     return PromptResult(
-        tuple(row.token_ids), row.first_s, row.last_s, counts, str(row.finish_reason), step_tokens=steps
+        tuple(row.token_ids),
+        row.first_s,
+        row.last_s,
+        counts,
+        str(row.finish_reason),
+        step_tokens=steps,
+        why_no_counts=reason,
     )
 
 
-def _counts(emitted: Sequence[int], drafts: Mapping[str, Any] | None) -> AcceptanceCounts | None:
-    """Acceptance counters; None if an event of the stream contained the tokens of several steps."""
+def _counts(
+    emitted: Sequence[int], drafts: Mapping[str, Any] | None, is_drafting: bool
+) -> tuple[AcceptanceCounts | None, str | None]:
+    """Acceptance counters, or why there are none."""
+    if is_drafting and drafts is None:
+        return None, "this version of vLLM counts drafts of all requests together; use --batch-sizes 1"
     try:
-        return acceptance(emitted, drafts)
+        return acceptance(emitted, drafts), None
     except EngineError:
-        return None
+        return None, "several steps arrived together"

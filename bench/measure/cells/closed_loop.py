@@ -9,6 +9,7 @@ from typing import Any
 
 from bench.catalogue.pairs import Pair
 from bench.engines.base import Run
+from bench.engines.registry import is_running
 from bench.engines.specdec import SpecdecEngine
 from bench.measure import acceptance, fairness, records, telemetry
 from bench.measure.context import WARM_UP_TOKENS, Context
@@ -54,8 +55,9 @@ class ClosedLoop:
         config = self._context.config
         reference = replace(cell, engine=config.reference_engine)
         cells = {CANDIDATE: cell}
-        # an external server cannot be switched to plain decoding
-        if cell.method != "autoregressive" and not (cell.engine == "vllm-server" and config.server_url):
+        servers, is_server = config.peers.servers, is_running(cell.engine, config.peers)
+        # a running server cannot be switched to plain decoding
+        if cell.method != "autoregressive" and not (is_server and servers.plain.of(cell.engine) is None):
             cells[BASELINE] = replace(cell, method="autoregressive", gamma=0)
         if cell.engine != reference.engine and reference in self._runnable and not self._lacks_draft(reference):
             cells[REFERENCE] = reference

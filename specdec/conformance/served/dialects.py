@@ -187,11 +187,11 @@ class LlamaServer:
         _check_error(answer)
         if answer.get("truncated"):
             raise EngineError("the server must keep the whole prompt, but truncated it; raise its context size")
-        timings = mapping(answer.get("timings", {}), "timings")
+        timings, stop = mapping(answer.get("timings", {}), "timings"), str(answer.get("stop_type"))
         return Reply(
             token_ids=_ids(answer, "tokens", answer.get("content")),
             text=_text(answer.get("content")),
-            finish_reason=_ended({"eos": "stop", "limit": "length"}.get(str(answer.get("stop_type")))),
+            finish_reason=_ended({"eos": "stop", "limit": "length"}.get(stop, stop)),
             num_tokens=_optional(answer, "tokens_predicted"),
             num_prompt_tokens=_optional(answer, "tokens_evaluated"),
             num_drafted=integer(timings.get("draft_n", 0), "draft_n"),  # left out if nothing was drafted

@@ -193,7 +193,7 @@ def test_pairs_may_be_given_by_their_models() -> None:
         ),
         ("pairs", "draft=small", "pairs='draft=small' must be names, or target=MODEL"),
         ("pairs", "smollm2-135m,smollm2-135m", "pairs='smollm2-135m,smollm2-135m' must be distinct"),
-        ("engines", "sglang", "engines='sglang' must be one of specdec, transformers, vllm"),
+        ("engines", "vvllm", "engines='vvllm' must be one of specdec, transformers, vllm"),
         ("engines", "", "engines='' must be one of"),
         ("workloads", "nothing", "workloads='nothing' must be humaneval, .* or an existing file"),
         ("methods", "ngrm", r"or module:attribute; did you mean 'ngram'\?"),

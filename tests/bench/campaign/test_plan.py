@@ -101,7 +101,7 @@ def test_rates_are_cells_of_engines_that_take_requests_while_they_decode(make_co
     skips = {each.skip for each in plans if each.skip}
     assert skips == {
         "engine=transformers takes no requests while it decodes others; use --engines "
-        "specdec,vllm-server,llama-server, or leave out --rate, --sweep or --concurrency"
+        "specdec,vllm-server,sglang,tensorrt-llm,openai,llama-server, or leave out --rate, --sweep or --concurrency"
     }
     with pytest.raises(ValueError, match=r"engines=transformers is asked for .* takes no requests while it decodes"):
         plan(make_config(rate=(2.0,), named=frozenset({"engines"})))

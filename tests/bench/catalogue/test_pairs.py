@@ -21,7 +21,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from bench.campaign.config import BenchConfig
 from bench.campaign.plan import plan
 from bench.catalogue.pairs import KINDS, Pair, catalogue, parse_pairs
-from bench.engines.base import LoadOptions, PromptResult, Run, Setup
+from bench.engines.base import LoadOptions, PromptResult, Run, Setup, Urls
 from bench.engines.registry import ENGINES, check_vocabulary, load, why_not_pair
 from bench.measure import machine, records
 from bench.measure import models as models_module
@@ -225,7 +225,10 @@ def test_a_server_elsewhere_has_its_own_memory(make_config: MakeConfig, monkeypa
     monkeypatch.setattr(machine, "free_memories", lambda device: {torch.device("cpu"): 10**9})
     pair, quantised = catalogue()["llama-3.1-70b-1b"], '{"quantization": "fp8"}'
     assert machine.why_no_room("vllm-server", pair, "same", make_config(), "cpu")
-    assert machine.why_no_room("vllm-server", pair, "same", make_config(server_url="http://far:1"), "cpu") is None
+    assert (
+        machine.why_no_room("vllm-server", pair, "same", make_config(server_url=Urls((("", "http://far:1"),))), "cpu")
+        is None
+    )
     assert machine.why_no_room("vllm", pair, "same", make_config(vllm_options=quantised), "cpu") is None
 
 

@@ -82,7 +82,12 @@ def test_intervals_are_over_conversations_by_hand() -> None:
 def test_an_engine_without_counts_has_no_acceptance() -> None:
     silent = PromptResult((1, 2, 3), 0.1, 1.0, None, "length")
     record = acceptance.of_results([FIRST, silent], "per_prompt")
+    assert record.pop("acceptance_reason") == "the engine does not report them"
     assert set(record.values()) == {None}
+    silent = replace(silent, why_no_counts="several steps arrived together")
+    record = acceptance.of_results([FIRST, silent], "per_prompt")
+    assert record["acceptance_reason"] == "several steps arrived together"
+    assert acceptance.of_results([FIRST], "per_prompt")["acceptance_reason"] is None
     text = acceptance.by_text([(Prompt("a"), (1,)), (Prompt("b"), (1,))], [silent, silent], "per_prompt")
     assert text["text_drift"] is text["acceptance_length_over_text"] is None
 

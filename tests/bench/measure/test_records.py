@@ -13,7 +13,7 @@ from helpers.bench_runs import printed, row_of
 
 from bench.campaign.config import BenchConfig
 from bench.catalogue.pairs import catalogue
-from bench.engines.base import PromptResult, Run
+from bench.engines.base import PromptResult, Run, Urls
 from bench.measure import records, telemetry
 from bench.measure.paired import BASELINE, CANDIDATE, REFERENCE, Measurement, check_counts, measure
 from bench.records.schema import Cell
@@ -345,7 +345,7 @@ def test_the_configuration_is_frozen(config: BenchConfig) -> None:
         ({}, "specdec", "ratio:6:2", "cuda:0", 8),
         ({}, "specdec", "auto", "cuda", None),
         ({"vllm_options": '{"tensor_parallel_size": 4, "data_parallel_size": 2}'}, "vllm", "same", "cuda", 8),
-        ({"server_url": "http://localhost:8000"}, "vllm-server", "same", "cuda", None),
+        ({"server_url": Urls((("", "http://localhost:8000"),))}, "vllm-server", "same", "cuda", None),
     ],
 )
 def test_devices_are_counted_where_they_are_known(

@@ -123,7 +123,7 @@ def test_llama_server() -> None:
     assert reply("llama-server", answer | {"stop_type": "eos"}).finish_reason == "stop"
     with pytest.raises(EngineError, match="must keep the whole prompt"):
         reply("llama-server", answer | {"truncated": True})
-    with pytest.raises(EngineError, match="finish_reason=None must be stop or length"):
+    with pytest.raises(EngineError, match="finish_reason='word' must be stop or length"):
         reply("llama-server", answer | {"stop_type": "word"})
 
 

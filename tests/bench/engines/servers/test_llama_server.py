@@ -122,7 +122,8 @@ def test_a_reply_gives_tokens_times_and_counters(engine: LlamaServerEngine, serv
     assert counts.num_slots == 11 + 16
     (sent,) = server.seen
     assert sent["prompt"] == [1, 2, 3]
-    assert (sent["cache_prompt"], sent["samplers"]) == (False, ["temperature", "top_k", "top_p"])
+    assert (sent["cache_prompt"], sent["samplers"]) == (False, ["temperature", "top_k", "top_p", "min_p"])
+    assert (sent["stream"], sent["min_p"]) == (False, 0.0)
 
 
 def test_a_batch_has_no_counters(engine: LlamaServerEngine) -> None:
@@ -156,9 +157,10 @@ def test_without_drafts_every_token_is_a_step(engine: LlamaServerEngine, server:
         ({"tokens": [1.5]}, r"tokens=1\.5 must be integers"),
         ({"tokens": []}, r"must emit 1 to 24 tokens, but emitted 0"),
         ({"tokens": [1] * 25}, r"must emit 1 to 24 tokens, but emitted 25"),
-        ({"tokens": None}, r"tokens=None must be a list"),
-        ({"stop_type": "none"}, r"stop_type='none' must be one of eos, limit"),
-        ({"truncated": True}, r"truncated=True false: the context must have room"),
+        ({"tokens": None}, r"must emit 1 to 24 tokens, but emitted 0"),
+        ({"tokens": {"a": 1}}, r"tokens=.* must be a list"),
+        ({"stop_type": "none"}, r"finish_reason='none' must be stop or length"),
+        ({"truncated": True}, r"must keep the whole prompt, but truncated it; raise its context size"),
         ({"timings": None}, r"timings=None must be an object"),
         ({"timings": {"predicted_ms": 1e9}}, r"predicted_ms=1000000000\.0 must lie within"),
         ({"timings": {"predicted_ms": 0, "draft_n": -1}}, r"draft_n=-1 must be integers"),

@@ -11,6 +11,7 @@ import pytest
 
 from bench.engines.base import EngineError
 from bench.engines.following import Following
+from bench.engines.servers import load_client
 from bench.engines.servers.load_client import Sent, send_on_time
 from specdec.servers.errors import BusyError
 

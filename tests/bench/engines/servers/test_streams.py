@@ -14,18 +14,19 @@ import pytest
 
 from bench.campaign.parsers import server_url, vllm_options
 from bench.engines.base import EngineError
+from bench.engines.counters import acceptance
 from bench.engines.process import Child
 from bench.engines.servers.completions import Client
 from bench.engines.servers.streams import Row, parse_queue
 from bench.engines.servers.vllm_server import request, server_environment
-from bench.engines.vllm import acceptance
+from specdec import SamplingParams
 from specdec.servers import client as servers_client
 from specdec.servers.client import api_key
 from specdec.servers.metrics import difference, parse_counters
 from specdec.servers.replies import parse_model, parse_version
 
 KEY = "sk-Hush/1234=="
-REQUEST = request("model", [1, 2, 3], {"max_tokens": 4})
+REQUEST = request("model", [1, 2, 3], SamplingParams(temperature=0, max_tokens=4), {2})
 DRAFTS = {"acceptance_histogram": [1], "num_draft_tokens": 1}
 Answer = Callable[[Any], None]
 

@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 
 from bench.catalogue.pairs import Pair, catalogue
-from bench.engines.base import EngineError, LoadOptions, Peers, Setup, VllmOptions
+from bench.engines.base import EngineError, LoadOptions, Peers, RunningServers, Setup, Urls, VllmOptions
 from bench.engines.registry import why_not
-from bench.engines.servers import vllm_server
+from bench.engines.servers import completions, vllm_server
 from bench.engines.servers.completions import Client
 from bench.engines.servers.streams import Row, parse_queue
 from bench.engines.servers.vllm_server import VllmServerEngine, request, run, server_environment
@@ -69,7 +69,7 @@ class Handler(BaseHTTPRequestHandler):
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """A server. metrics: its next pages, the last one for ever. planned: its answers to the next completions."""
-    monkeypatch.setattr(vllm_server, "FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr(completions, "FIRST_PAUSE_S", 0.01)
     server: Any = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.metrics, server.planned, server.seen = [BEFORE, AFTER], [], []
     server.url = f"http://127.0.0.1:{server.server_port}"
@@ -85,7 +85,7 @@ def client(server: Any, key: str | None = None) -> Client:
     return Client(f"{server.url}/v1/", key, timeout_s=0.5, vocab_size=100_000)
 
 
-REQUEST = request("model", [1, 2, 3], {"max_tokens": 12})
+REQUEST = request("model", [1, 2, 3], GREEDY, {2})
 
 
 def test_a_stream_gives_tokens_times_and_counters(server: Any) -> None:
@@ -173,7 +173,7 @@ def test_prompts_are_continued_side_by_side(server: Any) -> None:
 
 
 def test_steps_that_came_at_once_are_not_counted() -> None:
-    assert vllm_server._counts([1, 2], None) is None
+    assert vllm_server._counts([1, 2], None, False) == (None, "several steps arrived together")
 
 
 def test_requests_to_a_busy_server_are_retried_a_few_times(server: Any) -> None:
@@ -207,7 +207,7 @@ def test_an_older_server_without_token_ids_is_an_error() -> None:
 
 
 def served(server: Any, pair: Pair = PAIR) -> VllmServerEngine:
-    options = LoadOptions("bfloat16", "cpu", peers=Peers(vllm=VllmOptions(server_url=server.url)))
+    options = LoadOptions("bfloat16", "cpu", peers=Peers(servers=RunningServers(Urls((("", server.url),)))))
     return VllmServerEngine(pair, options, {2})
 
 
@@ -233,7 +233,7 @@ def test_a_server_that_does_not_agree_is_an_error(server: Any, pair: Pair, setup
 
 
 def test_an_unreachable_server_is_an_error(server: Any) -> None:
-    options = LoadOptions("bfloat16", "cpu", peers=Peers(vllm=VllmOptions(server_url="http://127.0.0.1:9")))
+    options = LoadOptions("bfloat16", "cpu", peers=Peers(servers=RunningServers(Urls((("", "http://127.0.0.1:9"),)))))
     with pytest.raises(
         EngineError, match=r"server=http://127.0.0.1:9 must be reachable \(.*\); start it, or check the"
     ):
@@ -251,10 +251,8 @@ def test_a_server_that_does_not_start_is_an_error(tmp_path: Path, monkeypatch: p
 
 
 def test_a_server_needs_no_interpreter_if_it_is_up() -> None:
-    assert (
-        why_not("vllm-server", "ngram", 1, peers=Peers(vllm=VllmOptions(Path("/none"), server_url="http://host:1")))
-        is None
-    )
+    servers = RunningServers(Urls((("vllm-server", "http://host:1"),)))
+    assert why_not("vllm-server", "ngram", 1, peers=Peers(VllmOptions(Path("/none")), servers=servers)) is None
 
 
 def test_threads_are_bound_by_the_server_itself() -> None:
