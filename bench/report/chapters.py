@@ -74,7 +74,8 @@ def _range(records: Sequence[Record], name: str) -> str:
 _ACCEPTANCE = (
     "Acceptance rate is the share of drafted tokens that are accepted, with 95 % intervals over prompts. "
     "System efficiency is the number of emitted tokens over the number a perfect draft would emit. Acceptance by "
-    "position is the share of steps that accept the token at that position, for each method's longest fixed draft."
+    "position is the share of steps that accept the token at that position, for each method's longest fixed draft. "
+    "Acceptance length over the text is the mean number of tokens per step, by the position at which steps begin."
 )
 _THROUGHPUT = "One point per cell; up and to the left is better. Point at one to see its gamma and batch size."
 

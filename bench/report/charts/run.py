@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from bench.records.results import kind_of
-from bench.report.charts import cost, decoding, load
+from bench.report.charts import cost, decoding, drift, load
 from bench.report.charts.model import Picture
 
 Record = dict[str, Any]
@@ -22,4 +22,7 @@ def sections(records: Sequence[Record]) -> dict[str, list[Picture]]:
     costs = [record for record in records if record.get("axis") is not None]
     loads = [record for record in records if kind_of(record) == "loads"]
     cells = [record for record in records if kind_of(record) == "cells"]
-    return {**decoding.sections(cells), "load": list(load.charts(loads)), "cost": list(cost.charts(costs))}
+    found = decoding.sections(cells)
+    found["acceptance"] += drift.over_text(cells, decoding.kinds_of(cells))
+    service = drift.over_service(loads, decoding.kinds_of(loads))
+    return {**found, "load": [*load.charts(loads), *service], "cost": list(cost.charts(costs))}

@@ -296,6 +296,35 @@ def test_speed_ups_under_load_have_intervals_where_they_are_steady() -> None:
     assert line.high == pytest.approx((5 * factor, 5.0), rel=1e-6)
 
 
+def test_the_acceptance_length_is_shown_over_the_text() -> None:
+    """Bins of 16 tokens, of which the second holds no step; of two gammas the faster one."""
+    cells = [
+        decoded("ngram", 2, acceptance_length_over_text=[1.5, None, 2.5], text_bin_tokens=16, speedup=3.0),
+        decoded("ngram", 4, acceptance_length_over_text=[9.0], text_bin_tokens=16, speedup=1.0),
+        decoded("autoregressive", acceptance_length_over_text=[1.0], text_bin_tokens=16, num_drafted=0),
+    ]
+    charts = all_charts.sections([*map(complete, cells)])["acceptance"]
+    (chart,) = [chart for chart in charts if chart.name.startswith("acceptance-text")]
+    assert chart.title.startswith("Acceptance length over the text: specdec\n")
+    assert [(line.label, line.x, line.y) for line in chart.series] == [("ngram, gamma 2", (8.0, 40.0), (1.5, 2.5))]
+    assert not any("text" in each.name for each in all_charts.sections([complete(decoded("ngram", 2))])["acceptance"])
+
+
+def test_the_acceptance_length_is_shown_over_the_time_of_service() -> None:
+    """Ten parts of five minutes: points at 0.25, 0.75, ... minutes; of two rates the higher one."""
+    lengths = [2.0, None, *[1.5] * 8]
+    loads = [
+        loaded(1.0, "ngram", 4, acceptance_length_over_service=[9.0] * 10, duration_s=300.0),
+        loaded(2.0, "ngram", 4, acceptance_length_over_service=lengths, duration_s=300.0),
+        loaded(2.0, "autoregressive", 0),
+    ]
+    charts = all_charts.sections([*map(complete, loads)])["load"]
+    (chart,) = [chart for chart in charts if chart.name.startswith("acceptance-service")]
+    (line,) = chart.series
+    assert (line.label, line.x[:3], line.y[:3]) == ("ngram, gamma 4, 2 requests/s", (0.25, 1.25, 1.75), (2.0, 1.5, 1.5))
+    assert (len(line.x), chart.x_label) == (9, "arrival of the request, minutes")
+
+
 def test_an_unknown_axis_has_a_chart_too() -> None:
     (chart,) = all_charts.pictures([size("depth of tree", 2, 0.003), size("depth of tree", 4, 0.005)])
     assert isinstance(chart, Chart)
