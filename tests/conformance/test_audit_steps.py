@@ -333,6 +333,7 @@ def test_a_p_value_of_alpha_decides() -> None:
         (7199, "120 minutes"),
         (7200, "2.0 hours"),
         (90_000, "25.0 hours"),
+        (3_600_000, "1000.0 hours"),
     ],
 )
 def test_a_duration_has_the_largest_unit_of_which_there_are_two(seconds: float, text: str) -> None:
