@@ -19,7 +19,7 @@ from specdec.conformance.arms import Answers, Arm
 from specdec.conformance.audit import SEED_STRIDE, DraftCounters, audit
 from specdec.conformance.certificate import Speculation
 from specdec.conformance.reference import Reference
-from specdec.conformance.statistics.betting import Exchangeability
+from specdec.conformance.statistics.betting import Exchangeability, Wealth
 from specdec.conformance.verdicts import AuditLimits, bounds
 
 PARAMS = SamplingParams(max_tokens=4)
@@ -309,6 +309,10 @@ def test_an_audit_is_decided_by_the_speculative_arm_its_bound_and_the_difference
     assert decided([wrong, right], 1e-3)
     assert not decided([fresh, right], 1e-3)  # found, but not bounded
     assert not decided([right, wrong], 1e-3)
+    unfound = SimpleNamespace(
+        evidence=[SimpleNamespace(wealth=Wealth(1, 0.01))], findings=wrong.findings, level=wrong.level
+    )
+    assert not decided([unfound, right], 1e-3)  # bounded, but found by no instrument
     assert not decided([wrong, right], 0.02)
     assert not decided([wrong, right], 1.0)
 
