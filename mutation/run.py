@@ -63,7 +63,7 @@ JOBS = {  # module -> the tests that are to see its mutants
     ),
     "bench/records/intervals.py": ("tests/bench/records/test_intervals.py tests/bench/analysis/test_run_diff.py"),
     "bench/analysis/run_diff.py": "tests/bench/analysis/test_run_diff.py",
-    "bench/workloads/extraction.py": "tests/bench/workloads/test_extraction.py",
+    "bench/workloads/scoring/extraction.py": "tests/bench/workloads/test_extraction.py",
 }
 CONFIG = """\
 [cosmic-ray]

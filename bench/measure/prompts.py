@@ -14,7 +14,7 @@ from bench.catalogue.pairs import Pair
 from bench.measure.quality import sandbox
 from bench.records.schema import Cell
 from bench.workloads import random_tokens, registry
-from bench.workloads.base import Lengths, Malformed, Prompt, UnavailableError, UnitTest, bucket, turns_of
+from bench.workloads.base import Cases, Lengths, Malformed, Prompt, UnavailableError, UnitTest, bucket, turns_of
 from specdec.prompts import encode, encode_bytes, encode_raw, render
 
 MAX_PROMPTS = 1000  # of a load by default; they are asked again if there are more requests
@@ -49,7 +49,8 @@ class Prompts:
 
     def sha256(self) -> str:
         """A digest of all prompts."""
-        texts = (text for prompts in self.available() for prompt in prompts for text in (repr(prompt), *prompt.earlier))
+        prompts = (prompt for prompts in self.available() for prompt in prompts)
+        texts = (text for each in prompts for text in (repr(each), *each.earlier, *map(str, each.messages)))
         return hashlib.sha256("\0".join(texts).encode()).hexdigest()
 
     def rows_left_out(self, cell: Cell) -> dict[str, int]:
@@ -152,7 +153,8 @@ class Prompts:
 
     def _check_code_execution(self) -> None:
         """Raise ValueError if code must be executed and there is no sandbox."""
-        has_code = any(isinstance(prompt.truth, UnitTest) for prompts in self.available() for prompt in prompts)
+        truths = (prompt.truth for prompts in self.available() for prompt in prompts)
+        has_code = any(isinstance(truth, UnitTest | Cases) for truth in truths)
         if self._config.allow_code_execution and has_code and (reason := sandbox.why_not()):
             raise ValueError(
                 f"allow_code_execution=1 must have a working sandbox, but {reason}; run as root or enable user "
@@ -175,6 +177,8 @@ def encoded_prompt(prompt: Prompt, tokenizer: Any, config: BenchConfig, pair: Pa
     is_raw = config.prompt_format == "raw"
     if not is_raw and "prompt_format" in config.named and not getattr(tokenizer, "chat_template", None):
         pytest.fail("prompt_format=instruct must have a tokenizer with a chat template; use raw", pytrace=False)
+    if prompt.messages:
+        return _encoded_messages(prompt, tokenizer, config)
     text = (prompt.raw or prompt.text) if is_raw else prompt.text
     if tokenizer is None and pair.load_format == "dummy":
         return encode_bytes(text)
@@ -184,6 +188,17 @@ def encoded_prompt(prompt: Prompt, tokenizer: Any, config: BenchConfig, pair: Pa
         return encode_raw(text, tokenizer)
     _check_thinking(tokenizer, config)
     return encode(text, tokenizer, config.template_arguments)
+
+
+def _encoded_messages(prompt: Prompt, tokenizer: Any, config: BenchConfig) -> tuple[int, ...]:
+    """A conversation by the tokenizer's chat template. Fails the cell without one."""
+    if config.prompt_format == "raw" or not getattr(tokenizer, "chat_template", None):
+        pytest.fail(
+            "messages must have a chat template and prompt_format=instruct; use prompts without roles", pytrace=False
+        )
+    _check_thinking(tokenizer, config)
+    messages = [{"role": role, "content": content} for role, content in prompt.messages]
+    return render(messages, tokenizer, config.template_arguments)
 
 
 def _check_thinking(tokenizer: Any, config: BenchConfig) -> None:

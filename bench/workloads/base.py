@@ -41,6 +41,28 @@ class UnitTest:
 
 
 @dataclass(frozen=True, slots=True)
+class Formula:
+    """A prompt that is answered by a formula equal to this one, in LaTeX."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Cases:
+    """A prompt that is answered by a Python program or a method.
+
+    cases: inputs, each with its output. method: of a class `Solution`, which gets and returns JSON; "" for a program
+    that reads standard input and prints.
+    """
+
+    cases: tuple[tuple[str, str], ...]
+    method: str = ""
+
+
+Truth = Number | Summary | UnitTest | Formula | Cases
+
+
+@dataclass(frozen=True, slots=True)
 class Drawn:
     """A prompt of random tokens.
 
@@ -60,6 +82,7 @@ class Prompt:
     """One prompt. text: what the user says. category: what the source files it under, or "".
 
     raw: a text to go on with, for models that are not talked to; "" is `text`. truth: what the output is scored by.
+    messages: role and content of a whole conversation, which `text` sums up; its last answer is the model's.
     earlier, later: what the user says before and after it in the same conversation; the model's own answers stand in
     between. Readers give the first turn with the later ones; `turns_of` makes a prompt of each turn.
     drawn: how to draw a prompt of random tokens, whose text is only its name.
@@ -69,10 +92,11 @@ class Prompt:
     text: str
     category: str = ""
     raw: str = ""
-    truth: Number | Summary | UnitTest | None = None
+    truth: Truth | None = None
     earlier: tuple[str, ...] = field(default=(), repr=False)  # the digest of a run's prompts adds it where there is any
     later: tuple[str, ...] = field(default=(), repr=False)
     drawn: Drawn | None = field(default=None, repr=False)
+    messages: tuple[tuple[str, str], ...] = field(default=(), repr=False)
     arrival_s: float | None = field(default=None, repr=False)
     max_tokens: int | None = field(default=None, repr=False)
 

@@ -7,20 +7,23 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
-from bench.workloads import (
+from bench.workloads import random_tokens, textfile
+from bench.workloads.base import Malformed, Prompt
+from bench.workloads.sets import (
+    aime,
     cnn_dailymail,
     gsm8k,
     humaneval,
+    livecodebench,
+    math500,
+    mbpp,
     mt_bench,
-    random_tokens,
     sharegpt,
     spec_bench,
     speed_bench,
-    textfile,
     wmt14,
     xsum,
 )
-from bench.workloads.base import Malformed, Prompt
 from specdec.runtime import extensions
 from specdec.runtime.checks import nearest
 
@@ -30,6 +33,10 @@ SMOKE_FILE = Path(__file__).parents[1] / "catalogue" / "models" / "tiny" / "smok
 READERS: dict[str, Reader] = {
     "humaneval": humaneval.read,
     "gsm8k": gsm8k.read,
+    "math500": math500.read,
+    "aime": aime.read,
+    "mbpp": mbpp.read,
+    "livecodebench": livecodebench.read,
     "spec_bench": spec_bench.read,
     "mt_bench": mt_bench.read,
     **speed_bench.READERS,

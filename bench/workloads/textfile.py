@@ -1,4 +1,4 @@
-"""Any file: JSON lines with `prompt` and an optional `category`, or of a trace, or plain text, one prompt a line."""
+"""Any file: JSON lines with `prompt` or `messages` and an optional `category`, or of a trace, or one prompt a line."""
 
 from __future__ import annotations
 
@@ -28,7 +28,23 @@ def read(path: Path, malformed: Malformed) -> list[Prompt]:
 
 
 def _prompt(row: dict[str, Any], place: str) -> Prompt:
-    return Prompt(text_of(row, "prompt", place), str(row.get("category", "")))
+    category = str(row.get("category", ""))
+    if "messages" in row:
+        messages = _messages(row["messages"], place)
+        return Prompt(messages[-1][1], category, messages=messages)
+    return Prompt(text_of(row, "prompt", place), category)
+
+
+def _messages(value: Any, place: str) -> tuple[tuple[str, str], ...]:
+    """Role and content of each message, as in OpenAI's chat completions; the last is the user's or a tool's."""
+    if not isinstance(value, list) or not value or not all(isinstance(each, dict) for each in value):
+        raise ValueError(f"{place}: messages={value!r:.40} must be a list of messages; correct or remove the row")
+    messages = tuple((text_of(each, "role", place), text_of(each, "content", place)) for each in value)
+    if messages[-1][0] not in ("user", "tool"):
+        raise ValueError(
+            f"{place}: messages must end with the user's, not with {messages[-1][0]}'s; correct or remove the row"
+        )
+    return messages
 
 
 def _plain_lines(path: Path) -> list[Prompt]:

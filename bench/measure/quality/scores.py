@@ -16,11 +16,19 @@ from bench.measure.paired import BASELINE, CANDIDATE
 from bench.measure.quality import sandbox
 from bench.records.intervals import Interval, mean_difference_interval
 from bench.records.schema import Record
-from bench.workloads.base import Number, Prompt, Summary, UnitTest
-from bench.workloads.extraction import final_number, function_of
+from bench.workloads.base import Cases, Formula, Number, Prompt, Summary, UnitTest
+from bench.workloads.scoring import formulas, programs
+from bench.workloads.scoring.extraction import final_number
 from specdec.texts import continuation
 
-METRICS = {Number: "exact_match", UnitTest: "pass_at_1", Summary: "rouge_1"}
+METRICS = {
+    Number: "exact_match",
+    Formula: "exact_match",
+    UnitTest: "pass_at_1",
+    Cases: "pass_at_1",
+    Summary: "rouge_1",
+}
+LIMITS, CASE_LIMITS = sandbox.Limits(), sandbox.Limits(cpu_s=6)  # of a case as in LiveCodeBench's own evaluation
 
 
 def of_run(
@@ -33,7 +41,7 @@ def of_run(
     metric = metric_of(prompts)
     if metric is None:
         return no_quality(None, None)
-    if reason := _why_none(config, pair, metric):
+    if reason := _why_none(config, pair, metric) or _why_no_formulas(prompts):
         return no_quality(metric, reason)
     outputs = {arm: texts(of_arm, tokenizer) for arm, of_arm in runs.items()}
     try:
@@ -50,6 +58,10 @@ def _why_none(config: BenchConfig, pair: Pair, metric: str) -> str | None:
     if metric == "pass_at_1" and not config.allow_code_execution:
         return "code that a model wrote is run only with --allow-code-execution"
     return None
+
+
+def _why_no_formulas(prompts: Sequence[Prompt]) -> str | None:
+    return formulas.why_not() if any(isinstance(prompt.truth, Formula) for prompt in prompts) else None
 
 
 def texts(runs: Sequence[Run], tokenizer: Any) -> list[str]:
@@ -115,8 +127,12 @@ def score(prompt: Prompt, text: str) -> float:
             return float((found := final_number(text)) is not None and found == final_number(truth))
         case Summary(truth):
             return rouge_1(text, truth)
+        case Formula(truth):
+            return float(formulas.is_equal(text, truth))
         case UnitTest():
-            return float(_passes(program(prompt.truth, text)))
+            return float(_passes(programs.of_function(prompt.truth, text)))
+        case Cases():
+            return float(all(_passes(program, CASE_LIMITS) for program in programs.of_cases(prompt.truth, text)))
     raise ValueError(f"prompt={prompt.text[:40]!r} must have a truth to be scored by; choose another workload")
 
 
@@ -131,12 +147,6 @@ def rouge_1(text: str, reference: str) -> float:
     return 2 * num_shared / (words.total() + reference_words.total()) if num_shared else 0.0
 
 
-def program(test: UnitTest, text: str) -> str:
-    """The program to run: the function in an output, or the prompt's head continued by the output, and its test."""
-    code = function_of(text, test.entry_point, test.head)
-    return f"{code}\n{test.test}\ncheck({test.entry_point})\n"
-
-
 @lru_cache(maxsize=10_000)  # most outputs are equal in plain and speculative decoding, and in all cells
-def _passes(program: str) -> bool:
-    return sandbox.run(program).passed
+def _passes(program: str, limits: sandbox.Limits = LIMITS) -> bool:
+    return sandbox.run(program, limits).passed

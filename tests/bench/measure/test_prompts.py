@@ -167,6 +167,28 @@ def test_the_chat_template_has_its_variables(make_config: Callable[..., BenchCon
         text(Chat(thinks=False), thinking="off")
 
 
+def test_messages_go_through_the_chat_template(make_config: Callable[..., BenchConfig], tmp_path: Path) -> None:
+    path, cell = tmp_path / "mine.jsonl", Cell("specdec", "p", "autoregressive", 0, "same", "mine", 1)
+    roles = {"system": "Be brief.", "user": "Why?", "assistant": "So.", "tool": "42"}
+    messages = [{"role": role, "content": content} for role, content in roles.items()]
+    path.write_text(json.dumps({"messages": messages}))
+
+    def text(chat: Chat, **changes: Any) -> str:
+        config = make_config(workloads=(str(path),), num_prompts=1, **changes)
+        ((_, tokens),) = Prompts(config).chosen(cell, RANDOM, chat)
+        return bytes(tokens).decode()
+
+    assert text(Chat()) == "s:Be brief.;u:Why?;a:So.;t:42;"
+    assert text(Chat(), thinking="on", chat_template_arguments='{"effort": "low"}').endswith(";Truelow")
+    with pytest.raises(pytest.fail.Exception, match="thinking=on must be known to the chat template, but"):
+        text(Chat(thinks=False), thinking="on")
+    with pytest.raises(pytest.fail.Exception, match="messages must have a chat template and prompt_format=instruct"):
+        text(Chat(), prompt_format="raw")
+    before = Prompts(make_config(workloads=(str(path),), num_prompts=1)).sha256()
+    path.write_text(json.dumps({"messages": [{"role": "system", "content": "Be long."}, *messages[1:]]}))
+    assert Prompts(make_config(workloads=(str(path),), num_prompts=1)).sha256() != before
+
+
 def test_the_reference_engine_answers_by_plain_decoding(make_config: Callable[..., BenchConfig]) -> None:
     calls: list[Any] = []
 

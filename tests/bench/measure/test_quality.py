@@ -103,7 +103,7 @@ def test_code_is_run_only_if_that_is_allowed(
     make_config: Callable[..., BenchConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ran: list[str] = []
-    monkeypatch.setattr(sandbox, "run", lambda program: ran.append(program) or Outcome(True))
+    monkeypatch.setattr(sandbox, "run", lambda program, limits: ran.append(program) or Outcome(True))
     monkeypatch.setattr(sandbox, "why_not", lambda: None)
     config = make_config(workloads=("humaneval",), data_dir=DATA, num_prompts=2)
     prompts = registry.read("humaneval", DATA)
@@ -122,7 +122,7 @@ def test_code_is_run_only_if_that_is_allowed(
 def test_code_that_cannot_be_run_loses_no_measurement(
     make_config: Callable[..., BenchConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(program: str) -> Outcome:
+    def fail(program: str, limits: object) -> Outcome:
         raise sandbox.SandboxError("no namespaces left")
 
     monkeypatch.setattr(sandbox, "why_not", lambda: None)

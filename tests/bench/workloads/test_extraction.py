@@ -10,7 +10,8 @@ import pytest
 
 from bench.measure.quality import sandbox, scores
 from bench.workloads.base import Number, Prompt, UnitTest
-from bench.workloads.extraction import final_number, function_of, is_number
+from bench.workloads.scoring import programs
+from bench.workloads.scoring.extraction import final_number, function_of, is_number
 
 DATA = Path(__file__).parents[1] / "data"
 
@@ -188,15 +189,15 @@ def test_an_example_is_left_out_with_all_its_lines() -> None:
 def test_a_function_is_extracted_from_an_answer_or_a_continuation() -> None:
     test = UnitTest('import math\n\ndef half(x):\n    """Half."""\n', "def check(f):\n    assert f(5) == 2\n", "half")
     tail = "\ndef check(f):\n    assert f(5) == 2\n\ncheck(half)\n"
-    answer = scores.program(test, CODE.format("x // 2"))
+    answer = programs.of_function(test, CODE.format("x // 2"))
     assert answer == "import math\n\ndef half(x):\n    return x // 2\n" + tail
     for text in ("    return x // 2\n", "    return x // 2\n\nprint(half(3))\n", "    return x // 2\n# done\nx"):
-        assert scores.program(test, text).split("\ndef check")[0].rstrip() == test.head + "    return x // 2"
+        assert programs.of_function(test, text).split("\ndef check")[0].rstrip() == test.head + "    return x // 2"
     several = "```\npip install x\n```\n```python\nfrom os import path\ndef half(x):\n    return 1\n```"
-    assert "pip" not in scores.program(test, several)
-    assert "from os import path\ndef half" in scores.program(test, several)
+    assert "pip" not in programs.of_function(test, several)
+    assert "from os import path\ndef half" in programs.of_function(test, several)
     unfinished = "```python\ndef half(x):\n    return x // 2"
-    assert scores.program(test, unfinished).startswith("import math\n\ndef half(x):\n    return x // 2\n")
+    assert programs.of_function(test, unfinished).startswith("import math\n\ndef half(x):\n    return x // 2\n")
 
 
 HEAD = 'import math\n\n\ndef near(x):\n    return round(x)\n\n\ndef {name}({args}):\n    """{name}."""\n'

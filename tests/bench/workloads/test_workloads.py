@@ -14,8 +14,9 @@ import pytest
 
 from bench.campaign.config import BenchConfig
 from bench.measure.prompts import Prompts
-from bench.workloads import random_tokens, registry, sharegpt
+from bench.workloads import random_tokens, registry
 from bench.workloads.base import Malformed, Number, Prompt, Summary, UnavailableError, turns_of
+from bench.workloads.sets import sharegpt
 
 DATA = Path(__file__).parents[1] / "data"
 GSM8K_ROWS = [{"question": "1 + 1?", "answer": "#### 2"}, {"question": "1 + 2?", "answer": "so\n#### 3"}]

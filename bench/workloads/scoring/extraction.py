@@ -103,6 +103,13 @@ def function_of(text: str, entry_point: str, head: str) -> str:
     return head + body
 
 
+def code_of(text: str) -> str:
+    """The whole program of an output: its last fenced block, or where there is none the text; drafts do not count."""
+    text = THOUGHT.sub("", text.replace("\r\n", "\n")).rpartition("</think>")[2]
+    fenced = FENCE.findall(text)
+    return textwrap.dedent(fenced[-1][1] if fenced else text)
+
+
 def _written(text: str, defines: re.Pattern[str]) -> str | None:
     """The last fenced block, else the text's own lines, that define a function; a valid one if there is any."""
     fenced = [textwrap.dedent(code) for _, code in FENCE.findall(text)]

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.workloads.base import Malformed, Number, Prompt, find, prompts_of
-from bench.workloads.extraction import is_number
+from bench.workloads.scoring.extraction import is_number
 from bench.workloads.sources import HubSet, hub_rows, rows_of
 from specdec.prompts import text_of
 

@@ -1,0 +1,1 @@
+"""What an output answers, and the programs that check code."""
