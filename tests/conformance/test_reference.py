@@ -143,6 +143,7 @@ def test_the_caches_used_last_are_kept(room: int, kept: int, monkeypatch: pytest
     assert num_allocated(of, questions[2]) == [1]
     recent = [questions[2], questions[0], questions[1]]  # the last used first
     assert num_allocated(of, *recent[:kept]) == [0] * kept
+    assert num_allocated(of, *recent[kept : kept + 1]) == [1] * (kept < 3)
     assert num_allocated(of, questions[3], questions[3]) == [1, 0]
 
 

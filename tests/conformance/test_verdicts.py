@@ -18,6 +18,7 @@ from specdec.conformance.statistics.betting import (
     min_detectable_rate,
     min_detectable_tv,
     radius,
+    radius_when_stopped,
     rate_upper_bound,
 )
 from specdec.conformance.statistics.instruments import INSTRUMENTS
@@ -202,6 +203,20 @@ def test_greedy_bounds_are_those_of_a_rate() -> None:
         assert (found.tv_upper_bound, found.min_detectable_tv) == (1, min_detectable_rate(1, 1e-3))
     sampled = replace(SOUND, p_values=SOUND.p_values | {"equality": 0.5})
     assert bounds(sampled, 1e-5, OTHER).direction == "draft"
+
+
+def test_greedy_bounds_hold_whenever_an_audit_stops() -> None:
+    """Of 400 tokens at the most: what stops earlier has a wider lower bound and no upper one."""
+    greedy = replace(SOUND, p_values={"equality": 0.0}, shifts={}, num_outside={"by rounding": 100, "by more": 200})
+    for num_draws, upper in (
+        (399, 1.0),
+        (400, rate_upper_bound(300, 400, 1e-5)),
+        (401, rate_upper_bound(300, 401, 1e-5)),
+    ):
+        found = bounds(replace(greedy, num_draws=num_draws), 1e-5, OTHER, 400)
+        assert found.tv_upper_bound == upper
+        width = radius_when_stopped(num_draws, max(400, num_draws), 1e-5)
+        assert found.tv_lower_bound == 300 / num_draws - width
 
 
 class Noted(ToyEngine):
