@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from bench.analysis.run_diff import Difference
+from bench.records.grouping import round_clusters
 from bench.records.intervals import Interval, geometric_mean_bound, geometric_mean_interval
 
 FALSE_ALARM_RATE = 0.01  # the probability that two runs without a change have a cell called slower
@@ -38,7 +39,8 @@ class Judged:
 def judged(
     found: Sequence[Difference], false_alarm_rate: float = FALSE_ALARM_RATE, tolerance: float = TOLERANCE
 ) -> list[Judged]:
-    """Every ratio that was measured side by side in both runs, over at least two rounds.
+    """Every ratio that was measured side by side in both runs, over at least two rounds
+    or conversations.
 
     Raises ValueError if there is none: then nothing can be concluded.
     """
@@ -51,14 +53,15 @@ def judged(
 
 def _paired(difference: Difference) -> Iterator[tuple[Difference, bool, tuple[float, ...]]]:
     """The ratios of a cell, and whether they are of the reference engine; the latter for plain decoding only."""
-    if len(difference.ratios) > 1:
-        yield difference, False, difference.ratios
-    elif len(difference.reference_ratios) > 1 and difference.record["method"] == "autoregressive":
-        yield difference, True, difference.reference_ratios
+    of_reference = not difference.ratios and difference.record["method"] == "autoregressive"
+    ratios = difference.reference_ratios if of_reference else difference.ratios
+    if ratios and len(set(round_clusters(difference.record) or range(len(ratios)))) > 1:
+        yield difference, of_reference, ratios
 
 
 def _judged(
     difference: Difference, of_reference: bool, ratios: Sequence[float], level: float, tolerance: float
 ) -> Judged:
-    times, bound, least = geometric_mean_interval(ratios), geometric_mean_bound(ratios, level), 1 - tolerance
+    clusters, least = round_clusters(difference.record), 1 - tolerance
+    times, bound = geometric_mean_interval(ratios, clusters), geometric_mean_bound(ratios, level, clusters)
     return Judged(difference, of_reference, times, bound, 1 - least * times.estimate / bound, bound < least)

@@ -40,25 +40,24 @@ def geometric_mean_interval(ratios: Sequence[float], clusters: Sequence[int] | N
     Source: Student 1908; for clusters Liang and Zeger 1986.
     """
     logs = _logs(ratios, "ratios")
-    sums, number = _sums(logs - logs.mean(), clusters)
+    error, number = _error(logs, clusters)
+    mean = math.exp(logs.mean())
     if number == 1:
-        return Interval(float(ratios[0]) if len(ratios) == 1 else math.exp(logs.mean()), None, None)
-    if logs.min() == logs.max():
-        return Interval(math.exp(logs.mean()), *[math.exp(logs.mean())] * 2)
-    error = math.sqrt(float(sums @ sums) * number / (number - 1)) / len(logs)
-    return _exponential(math.exp(logs.mean()), _t_radius(error, number - 1))
+        return Interval(float(ratios[0]) if len(ratios) == 1 else mean, None, None)
+    return _exponential(mean, _t_radius(error, number - 1))
 
 
-def geometric_mean_bound(ratios: Sequence[float], level: float) -> float:
+def geometric_mean_bound(ratios: Sequence[float], level: float, clusters: Sequence[int] | None = None) -> float:
     """Upper end of a one-sided interval of the geometric mean; the true value exceeds it with probability `level`.
 
-    ratios: at least two, > 0. level: in (0, 0.5). Raises ValueError otherwise.
+    ratios, clusters: as for `geometric_mean_interval`, of at least two clusters. level: in (0, 0.5). Raises ValueError
+    otherwise.
     """
     logs = _logs(ratios, "ratios")
-    if len(logs) < 2:
-        raise ValueError(f"{len(logs)} ratios must be at least 2: one has no interval")
-    error = _standard_error(logs)
-    radius = error * t_quantile(1 - level, len(logs) - 1) if error else 0.0
+    error, number = _error(logs, clusters)
+    if number < 2:
+        raise ValueError(f"{number} cluster must be at least 2: one has no interval")
+    radius = error * t_quantile(1 - level, number - 1) if error else 0.0
     return math.exp(min(logs.mean() + radius, MAX_LOG))
 
 
@@ -122,6 +121,14 @@ def _logs(values: Sequence[float], name: str) -> npt.NDArray[np.float64]:
     if not values or not all(math.isfinite(value) and value > 0 for value in values):
         raise ValueError(f"{name}={list(values)} must be finite, > 0 and at least one; check the clock")
     return np.log(values)
+
+
+def _error(logs: npt.NDArray[np.float64], clusters: Sequence[int] | None) -> tuple[float, int]:
+    """The standard error of a mean of clusters, exactly 0 for equal values, and the number of clusters."""
+    sums, number = _sums(logs - logs.mean(), clusters)
+    if number == 1 or logs.min() == logs.max():
+        return 0.0, number
+    return math.sqrt(float(sums @ sums) * number / (number - 1)) / len(logs), number
 
 
 def _standard_error(values: npt.NDArray[np.float64]) -> float:

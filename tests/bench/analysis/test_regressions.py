@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -39,7 +40,7 @@ def measured(random: np.random.Generator, draw: Draw, factor: float = 1.0) -> li
 
 def difference(ratios: Any) -> Difference:
     times = Interval(math.exp(np.log(ratios).mean()), None, None)
-    return Difference({}, run_diff.NO_DIFFERENCE, times, times, ratios=tuple(map(float, ratios)))
+    return Difference(decoded("ngram", 2), run_diff.NO_DIFFERENCE, times, times, ratios=tuple(map(float, ratios)))
 
 
 def num_alarms(number: int, draw: Draw, judge: Callable[[list[Difference]], list[regressions.Judged]]) -> int:
@@ -94,8 +95,18 @@ def test_a_bound_is_computed_by_hand() -> None:
     """Logs of log 2 times (0, 1): mean 1/2, standard error 1/2, and t at 0.95 with one degree of freedom is 6.3138."""
     assert geometric_mean_bound([1.0, 2.0], 0.05) == pytest.approx(2 ** (0.5 + 6.31375 / 2), rel=1e-5)
     assert geometric_mean_bound([0.5, 0.5], 0.05) == 0.5
-    with pytest.raises(ValueError, match="1 ratios must be at least 2"):
+    with pytest.raises(ValueError, match="1 cluster must be at least 2"):
         geometric_mean_bound([1.0], 0.05)
+
+
+def test_turns_of_a_conversation_are_one_observation() -> None:
+    """Two conversations of two equal turns each are two observations, not four."""
+    assert geometric_mean_bound([1.0, 1.0, 2.0, 2.0], 0.05, [0, 0, 1, 1]) == pytest.approx(
+        geometric_mean_bound([1.0, 2.0], 0.05)
+    )
+    one = dataclasses.replace(difference([0.5] * 4), record=decoded("ngram", 2, per_prompt_conversation=[7] * 4))
+    with pytest.raises(ValueError, match="there is none"):
+        regressions.judged([one])
 
 
 @pytest.mark.parametrize(("ratio", "slower"), [(0.97, True), (0.985, False), (1.5, False)])
