@@ -199,9 +199,10 @@ def _load_sentence(first: Record, open_loop: Sequence[Record], closed_loop: Sequ
         )
     if closed_loop:
         parts.append(
-            f"Clients of a closed loop each send the next request {first['think_time_s'] or 0:g} s after the answer to "
-            f"the one before, for {first['duration_s']:g} s: a server that stalls gets fewer requests, so these "
-            "latencies cannot be compared with those at a rate."
+            "Clients of a closed loop each send the next request "
+            f"{closed_loop[0]['think_time_s'] or 0:g} s after the answer to the one before, for "
+            f"{first['duration_s']:g} s: a server that stalls gets fewer requests, so these latencies cannot be "
+            "compared with those at a rate."
         )
     parts.append(
         "All times count from the arrival. A request is good if its first token comes within "
