@@ -62,6 +62,7 @@ def main(arguments: list[str] | None = None) -> None:
             "cpu": machine.cpu_model(),
             "busy": machine.busy().removeprefix("; "),
             "versions": machine.versions(),
+            "large_page_bytes": _large_page_bytes(),
         }
         options.json.write_text(json.dumps(record, indent=1) + "\n")
 
