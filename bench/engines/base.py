@@ -128,7 +128,7 @@ class ServingEngine(BenchEngine, Protocol):
 
         setup: a prepared one; its batch size limits the requests decoded at once. after: index of the earlier request
         that each follows: it arrives `arrivals_s` after that one's answer. until_s: requests that arrive later have no
-        result; the call ends when the others have theirs. See `bench.engines.following`. Raises EngineError.
+        result; the call ends when all others have one. See `bench.engines.following`. Raises EngineError.
         """
         ...
 

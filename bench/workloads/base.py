@@ -107,7 +107,7 @@ class Prompt:
 
     @property
     def opening(self) -> str:
-        """The first question of its conversation, by which conversations are told apart."""
+        """The first question of its conversation, which identifies the conversation."""
         return self.earlier[0] if self.earlier else self.text
 
 

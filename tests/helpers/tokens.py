@@ -71,7 +71,7 @@ def letters(size: int) -> PreTrainedTokenizerFast:
 
 
 def characters(size: int) -> PreTrainedTokenizerFast:
-    """A token for each of so many characters, so that a text can be written in one way only."""
+    """A token for each of `size` characters, so that a text can be written in one way only."""
     names = ["<pad>", "<s>", "</s>", *map(chr, range(97, 123)), " ", ".", ","]
     names += map(chr, range(0x391, 0x391 + size - len(names)))
     raw = Tokenizer(models.BPE(vocab={name: index for index, name in enumerate(names)}, merges=[]))

@@ -196,7 +196,7 @@ def tensorrt_counts(completion: Completion) -> Counted:
     """Counters of a completion: TensorRT-LLM reports tokens per iteration, and draft tokens on /perf_metrics."""
     quotient = tokens_per_iteration(completion.answer)
     if quotient is None:
-        return None, "the reply has no avg_decoded_tokens_per_iter, by which steps are told apart"
+        return None, "the reply has no avg_decoded_tokens_per_iter, by which steps are distinguished"
     if completion.performance is None:
         return None, (
             "/perf_metrics has no draft tokens of this request alone; start the server with return_perf_metrics: true, "
