@@ -14,6 +14,7 @@ from specdec.stats import (
     attribute_speedup,
     expected_length,
     expected_speedup,
+    least_variance_rates,
     predicted_speedup,
     predicted_speedups,
 )
@@ -97,6 +98,21 @@ def test_expected_length_by_simulation() -> None:
     passed = torch.rand(200_000, 4, generator=torch.Generator().manual_seed(1)) < 0.7
     lengths = passed.long().cumprod(1).sum(1) + 1.0
     assert abs(lengths.mean().item() - expected_length(0.7, 4)) < 6 * lengths.std().item() / 200_000**0.5
+
+
+@pytest.mark.parametrize(
+    ("length", "rates"),
+    [(1, (0, 0, 0)), (1.25, (0.25, 0, 0)), (2, (1, 0, 0)), (2.75, (1, 0.75, 0)), (3.5, (1, 1, 0.5)), (4, (1, 1, 1))],
+)
+def test_rates_of_least_variance_by_hand(length: float, rates: tuple[float, ...]) -> None:
+    """Whole positions are always accepted, and the next one with the fraction."""
+    assert least_variance_rates(length, 3) == rates
+
+
+@pytest.mark.parametrize("length", [0.5, 0.99, 4.01, 5])
+def test_a_length_beyond_its_draft_is_refused(length: float) -> None:
+    with pytest.raises(ValueError, match=rf"length={length} must lie in \[1, num_speculative_tokens \+ 1\] = \[1, 4\]"):
+        least_variance_rates(length, 3)
 
 
 def test_published_speedup_of_leviathan_et_al() -> None:
