@@ -5,7 +5,7 @@ parts of the time, or groups of requests, depend on each other far less: their m
 intervals follow by Student's t. This holds if parts are long compared with the time that a queue takes to empty, so it
 fails near saturation; `tests/bench/records/test_batch_means.py` measures how often.
 
-Source: Conway 1963; Law and Kelton, Simulation Modeling and Analysis, 2000, 9.5.3.
+Source: Conway 1963, Some Tactical Problems in Digital Simulation.
 """
 
 from __future__ import annotations

@@ -324,7 +324,7 @@ def test_a_p_value_of_alpha_decides() -> None:
     assert audits._is_decided([wrong, right], pair, equal)
 
 
-# -- what is said of its duration --------------------------------------------------------------------------------
+# -- its expected duration ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -349,9 +349,9 @@ def test_the_committed_charts_are_those_of_their_runs(tmp_path: Path) -> None:
     for name in ("cost-cpu", "engines-cpu", "load-cpu"):
         runs = [results.read(BASELINE.with_name(f"{name}.json"))]
         rendering.draw(rendering.document(runs), runs, tmp_path)
-    committed = sorted(folder.iterdir())
-    assert len(committed) == 14
-    assert [path.name for path in committed if path.read_text() != (tmp_path / path.name).read_text()] == []
+    of_runs = [path for path in sorted(folder.iterdir()) if not path.name.startswith("lossy-modes-")]
+    assert len(of_runs) == 14
+    assert [path.name for path in of_runs if path.read_text() != (tmp_path / path.name).read_text()] == []
 
 
 def test_references_to_committed_charts_are_right() -> None:
