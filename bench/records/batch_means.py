@@ -3,7 +3,7 @@
 Requests wait for each other, so neighbors in time resemble each other and are no independent observations. Consecutive
 parts of the time, or groups of requests, depend on each other far less: their means are taken as the observations, and
 intervals follow by Student's t. This holds if parts are long compared with the time that a queue takes to empty, so it
-fails near saturation; `tests/bench/records/test_batch_means.py` measures how often.
+fails near saturation; `tests/bench/measure/test_sweep.py` measures how often.
 
 Source: Conway 1963, Some Tactical Problems in Digital Simulation.
 """
