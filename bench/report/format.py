@@ -19,8 +19,17 @@ def cell_name(record: Record) -> str:
 
 
 def verdict(record: Record) -> str:
-    """An audit's verdict, always with the bound on the total variation distance that it rests on."""
+    """An audit's verdict with its bound on the total variation distance, or with what found it before it was bounded.
+
+    The words are those of `certificate.bounded`, which needs torch.
+    """
     found, max_tv = record["verdict"], record.get("max_tv")
     if found == "lossless":
         return f"lossless (TV < {max_tv:g})" if max_tv else "lossless (TV bound not recorded)"
-    return f"lossy (TV > {record.get('tv_lower_bound') or 0:.2g})" if found == "lossy" else str(found)
+    if found != "lossy":
+        return str(found)
+    if low := record.get("tv_lower_bound"):
+        return f"lossy (TV > {low:.2g})"
+    if record.get("errors"):
+        return "lossy (invalid output)"
+    return f"lossy (distribution differs, p = {record['p_value']:.2g})"

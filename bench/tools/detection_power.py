@@ -17,13 +17,15 @@ from typing import Any
 
 import torch
 
-from bench.catalogue.pairs import catalogue, folder
+from bench.catalogue.pairs import folder
+from bench.tools.real_rows import PAIR, RowModel, real_rows
 from bench.workloads import registry
 from specdec import SamplingParams
 from specdec.conformance.arms import Answers, Arm
 from specdec.conformance.certificate import Speculation
 from specdec.conformance.mutants import MUTANTS, REPORT_MUTANTS, Maker, maker
 from specdec.conformance.reference import Reference, Tokens
+from specdec.conformance.statistics.contexts import Contexts
 from specdec.conformance.statistics.sizes import BROKEN_DISTRIBUTIONS, total_variation
 from specdec.conformance.verdicts import AuditLimits, bounds, unconfirmed
 from specdec.decoding import Decoder
@@ -35,21 +37,32 @@ from specdec.runtime.progress import bar
 from specdec.sampling.randomness import uniforms
 from specdec.verification import verify_tokens
 
-PAIR = catalogue()["smollm2-135m"]
-GAMMA, ROWS, MAX_TOKENS = 4, 16, 64
-SAMPLED = SamplingParams(max_tokens=MAX_TOKENS)
+GAMMA, ROWS = 4, 16
+SAMPLED = SamplingParams(max_tokens=64)
 HOT = replace(SAMPLED, temperature=2.0)  # more tokens may be proposed and recovered
-SAMPLING = {  # of mutants that show only so, or more so
-    "M4 accept uniform reused": (HOT,),
-    "M8 top-k on one side": (replace(SAMPLED, top_k=20),),
-    "M11 soft greedy": (replace(SAMPLED, temperature=0.0),),
-    "M14 proposal noise reused": (SAMPLED, HOT),
-    "M15 draft drawn in low precision": (SAMPLED, HOT),
-    "M16 penalties once per step": (replace(SAMPLED, repetition_penalty=1.3),),
-    "M17 min-p and bias on the bonus only": (replace(SAMPLED, min_p=0.1),),
-    "M20 draft length peeks": (SAMPLED, replace(SAMPLED, temperature=0.7)),
-    "M22 constant log-probability": (replace(SAMPLED, logprobs=True),),
-    "M22 log-probability of the draft": (replace(SAMPLED, logprobs=True),),
+LOGPROBS = replace(SAMPLED, logprobs=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """Sampling parameters, and to how many prompts they apply; None: to all that were asked for."""
+
+    sampling: SamplingParams = SAMPLED
+    num_prompts: int | None = None
+
+
+SHARED_CONTEXTS = Setting(replace(HOT, max_tokens=4), 1)  # many short outputs of one prompt
+SETTINGS = {  # of mutants that show only so, or more so
+    "M4 accept uniform reused": (Setting(HOT),),
+    "M8 top-k on one side": (Setting(replace(SAMPLED, top_k=20)),),
+    "M11 soft greedy": (Setting(replace(SAMPLED, temperature=0.0)),),
+    "M14 proposal noise reused": (Setting(), Setting(HOT)),
+    "M15 draft drawn in low precision": (Setting(), Setting(HOT), SHARED_CONTEXTS),
+    "M16 penalties once per step": (Setting(replace(SAMPLED, repetition_penalty=1.3)),),
+    "M17 min-p and bias on the bonus only": (Setting(replace(SAMPLED, min_p=0.1)),),
+    "M20 draft length peeks": (Setting(), Setting(replace(SAMPLED, temperature=0.7))),
+    "M22 constant log-probability": (Setting(LOGPROBS),),
+    "M22 log-probability of the draft": (Setting(LOGPROBS),),
 }
 STOPPING = ("M10 stop token ignored",)  # which need tokens to stop at that come often
 NEVER = {"M5 accept at equality": "only a uniform of exactly 0 shows it, one draw in 2^53; the exact tests do"}
@@ -64,7 +77,8 @@ class Finding:
 
     found_by: instrument -> tokens after which it alone rejects. num_draws: tokens judged.
 
-    sampling: parameters that differ from plain sampling. size: total variation between the distribution of a step's
+    sampling: parameters that differ from plain sampling. num_prompts: prompts, used in turn. on_tables:
+    whether target and draft were `tables`. size: total variation between the distribution of a step's
     first token and the target's, averaged over all batches; None without a formula. tv_lower_bound: over all judged
     tokens. errors: definite errors. p_value: the smallest one, corrected for multiple tests. unconfirmed: why the
     counts of drafts do not confirm that the engine speculates, so that no audit calls it lossless; empty if they do.
@@ -80,6 +94,8 @@ class Finding:
     p_value: float
     share: float = 1.0
     unconfirmed: tuple[str, ...] = ()
+    num_prompts: int | None = None
+    on_tables: bool = False
 
 
 def judge(
@@ -98,17 +114,19 @@ def judge(
     decodes all but this share of the batches, evenly spread. size: of the mutant if it acts in all batches.
     """
     target, draft = references
-    limits = AuditLimits()
-    arm = Arm(0, target, draft, num_draws, 0, limits)
+    limits, contexts, max_tokens = AuditLimits(), Contexts(), target.sampling.max_tokens
+    arm = Arm(0, target, draft, num_draws, 0, limits, contexts)
     num_drafted = num_accepted = 0
     with bar(num_draws, "token", name) as done:
         for index, (numbers, seeds) in enumerate(_rounds(len(prompts), once=target.sampling.temperature == 0)):
             rows = [prompts[number] for number in numbers]
             acts = int((index + 1) * share) > int(index * share)
-            generations = _generations(decoder if acts else sound or decoder, rows, seeds, target)
+            generations = generate(decoder if acts else sound or decoder, rows, seeds, target)
             num_drafted += sum(step.num_drafted for row in generations for step in row.steps)
             num_accepted += sum(step.num_accepted for row in generations for step in row.steps)
-            arm.observe(Answers(numbers, rows, seeds, [row.output for row in generations]), MAX_TOKENS)
+            outputs = [row.output for row in generations]
+            arm.observe(Answers(numbers, rows, seeds, outputs), max_tokens)
+            contexts.add(rows, outputs)
             found = arm.findings()
             errors = (*found.errors, *_misreported(generations, target, limits.logit_noise))
             found_by = {instrument: after for instrument, after in found.found_after.items() if after is not None}
@@ -120,6 +138,7 @@ def judge(
         mutant=name,
         sampling={key: value for key, value in given.items() if value != plain[key]},
         size=None if size is None else size * share,
+        num_prompts=len(prompts),
         share=share,
         tv_lower_bound=bounds(found, arm.level, limits).tv_lower_bound,
         found_by=found_by,
@@ -137,14 +156,17 @@ def _rounds(num_prompts: int, *, once: bool) -> Iterator[tuple[list[int], list[i
         yield [seed % num_prompts for seed in seeds], seeds
 
 
-def _generations(
+def generate(
     decoder: Decoder, prompts: Sequence[tuple[int, ...]], seeds: Sequence[int], target: Reference
 ) -> list[Generation]:
-    requests = [
-        Request(index, prompt, replace(target.sampling, seed=seed), target.stop_token_ids)
-        for index, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True))
-    ]
-    return sorted(decoder.run(requests), key=lambda row: row.request.index)
+    """Outputs in the order of the seeds. Equal prompts are samples of one, so that it is read once."""
+    requests = []
+    for index, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
+        sampling = replace(target.sampling, seed=seed, n=prompts.count(prompt))
+        sample = prompts[:index].count(prompt)
+        requests.append(Request(prompts.index(prompt), prompt, sampling, target.stop_token_ids, sample=sample))
+    rows = {(row.request.index, row.request.sample): row for row in decoder.run(requests)}
+    return [rows[request.index, request.sample] for request in requests]
 
 
 def _misreported(generations: Sequence[Generation], target: Reference, noise: float) -> Iterator[str]:
@@ -168,12 +190,12 @@ def _misreported(generations: Sequence[Generation], target: Reference, noise: fl
                 yield f"prompt {request}: log-probability {reported:.3g} at position {place} must be {expected:.3g}"
 
 
-def _samplings(name: str, prompts: Sequence[tuple[int, ...]]) -> tuple[SamplingParams, ...]:
+def _settings(name: str, prompts: Sequence[tuple[int, ...]]) -> tuple[Setting, ...]:
     if name not in STOPPING:
-        return SAMPLING.get(name, (SAMPLED,))
+        return SETTINGS.get(name, (Setting(),))
     tokens = [token for prompt in prompts for token in prompt]
     commonest = sorted(set(tokens), key=tokens.count, reverse=True)[:20]
-    return (replace(SAMPLED, stop_token_ids=tuple(commonest)),)
+    return (Setting(replace(SAMPLED, stop_token_ids=tuple(commonest))),)
 
 
 def sizes(references: Sequence[Reference], prompts: Sequence[Tokens], outputs: Sequence[Tokens]) -> dict[str, float]:
@@ -186,13 +208,17 @@ def sizes(references: Sequence[Reference], prompts: Sequence[Tokens], outputs: S
     return {name: total / num_tokens for name, total in sums.items()}
 
 
-def findings(
-    num_prompts: int, num_draws: int, dtype: torch.dtype, names: Sequence[str] = (*PLANTED,), *, smallest: bool = False
-) -> Iterator[Finding]:
-    """Findings on the unmodified engine, "none", and on the mutants.
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """The engine's target and draft, the same two for the reference, and prompts, as token ids."""
 
-    smallest: a mutant that is found is judged again, acting in half as many batches, until it is not found.
-    """
+    engine: tuple[Any, Any]
+    exact: tuple[Any, Any]
+    prompts: Sequence[tuple[int, ...]]
+
+
+def real_pair(num_prompts: int, dtype: torch.dtype) -> Subject:
+    """The default pair in this dtype, judged in float32, on the shortest prompts of HumanEval."""
     draft = folder(str(PAIR.draft))
 
     def load(dtype: torch.dtype) -> tuple[Any, Any]:
@@ -203,35 +229,60 @@ def findings(
 
     engine, exact = load(dtype), load(torch.float32)
     encoded = (tuple(encode(text.text, exact[0].tokenizer)) for text in registry.read("humaneval", None))
-    prompts = sorted(encoded, key=len)[:num_prompts]  # what a prompt takes to read is no evidence
-    rows, known = prompts[:ROWS], dict[str, dict[str, float]]()
-    for name, sampling in ((each, sampling) for each in names for sampling in _samplings(each, prompts)):
-        references = [Reference(model, sampling) for model in exact]
-        sound, broken = (plant(*engine, GAMMA)(uniforms, verify_tokens, ROWS) for plant in (maker, PLANTED[name]))
-        if name in BROKEN_DISTRIBUTIONS and repr(sampling) not in known:
-            outputs = [row.output for row in _generations(sound, rows, range(len(rows)), references[0])]
-            known[repr(sampling)] = sizes(references, rows, outputs)
-        size = known[repr(sampling)][name] if name in BROKEN_DISTRIBUTIONS else None
+    return Subject(engine, exact, sorted(encoded, key=len)[:num_prompts])  # reading prompts gives no evidence
+
+
+def tables(num_prompts: int, num_rows: int = 512, vocab_size: int = 4096) -> Subject:
+    """Tables of the default pair's distributions, which decode some hundred times as many tokens per second."""
+    target, draft = map(RowModel, real_rows(num_rows, vocab_size))
+    return Subject((target, draft), (target, draft), [(number,) for number in range(num_prompts)])
+
+
+def findings(
+    subject: Subject, num_draws: int, names: Sequence[str] = (*PLANTED,), *, smallest: bool = False
+) -> Iterator[Finding]:
+    """Findings on the unmodified engine, "none", and on the mutants.
+
+    smallest: a mutant that is found is judged again, acting in half as many batches, until it is not found.
+    """
+    known = dict[str, dict[str, float]]()
+    for name, setting in ((each, setting) for each in names for setting in _settings(each, subject.prompts)):
+        prompts = subject.prompts[: setting.num_prompts]
+        references = [Reference(model, setting.sampling) for model in subject.exact]
+        sound, broken = (
+            plant(*subject.engine, GAMMA)(uniforms, verify_tokens, ROWS) for plant in (maker, PLANTED[name])
+        )
+        if name in BROKEN_DISTRIBUTIONS and repr(setting) not in known:
+            rows = [prompts[index % len(prompts)] for index in range(ROWS)]
+            outputs = [row.output for row in generate(sound, rows, range(len(rows)), references[0])]
+            known[repr(setting)] = sizes(references, rows, outputs)
+        size = known[repr(setting)][name] if name in BROKEN_DISTRIBUTIONS else None
         most, share = FEW if name in (*NEVER, *LOSSLESS) else num_draws, 1.0
         while True:
             found = judge(name, broken, references, prompts, most, size, sound, share)
-            yield found
+            yield replace(found, on_tables=isinstance(subject.engine[0], RowModel))
             if not smallest or not (found.found_by or found.errors):
                 break
             share /= 2
 
 
-def line(found: Finding) -> str:
-    """A row of the table, in Markdown."""
+def detected(found: Finding) -> str:
+    """What found it, or that nothing did."""
     detections = [f"{name} after {after}" for name, after in sorted(found.found_by.items(), key=lambda item: item[1])]
     if found.errors:
         detections.append(f"by name: {found.errors[0]}")
     detections += [f"by counts: {reason}" for reason in found.unconfirmed]
     unseen = f"no (p = {found.p_value:.2g}){f'; {NEVER[found.mutant]}' if found.mutant in NEVER else ''}"
-    detected = "; ".join(detections) or unseen
+    return "; ".join(detections) or unseen
+
+
+def line(found: Finding) -> str:
+    """A row of the table, in Markdown."""
     size = "" if found.size is None else f"{found.size:.3f}"
-    where = _parameters(found.sampling) + ("" if found.share == 1 else f", in {found.share:.3g} of the batches")
-    return f"| {found.mutant} | {where} | {size} | {detected} | {found.num_draws} |"
+    few = "" if found.num_prompts is None else f", {found.num_prompts} prompt{'s' * (found.num_prompts > 1)}"
+    few += ", tables" if found.on_tables else ""
+    where = _parameters(found.sampling) + few + ("" if found.share == 1 else f", in {found.share:.3g} of the batches")
+    return f"| {found.mutant} | {where} | {size} | {detected(found)} | {found.num_draws} |"
 
 
 def _parameters(sampling: dict[str, Any]) -> str:
@@ -245,14 +296,15 @@ def main() -> None:
     parser.add_argument("--num-draws", type=int, default=20_000, help="tokens of each mutant at the most")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the findings here, too")
+    parser.add_argument("--tables", action="store_true", help="judge tables of the pair's distributions: much faster")
     parser.add_argument("--only", action="append", choices=PLANTED, help="this mutant; may be repeated")
     parser.add_argument("--smallest", action="store_true", help="plant each in ever fewer batches, until not found")
     given = parser.parse_args()
     print("| mutant | sampling | size | found by, tokens | tokens judged |\n|---|---|---|---|---|", flush=True)
     found = []
     names = given.only or (*PLANTED,)
-    dtype = getattr(torch, given.dtype)
-    for each in findings(given.num_prompts, given.num_draws, dtype, names, smallest=given.smallest):
+    subject = tables(given.num_prompts) if given.tables else real_pair(given.num_prompts, getattr(torch, given.dtype))
+    for each in findings(subject, given.num_draws, names, smallest=given.smallest):
         found.append(asdict(each))
         print(line(each), flush=True)
         if given.json:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from specdec.conformance.certificate import ArmFindings
 from specdec.conformance.reference import Positions, Reference, Tokens
 from specdec.conformance.statistics.betting import Shift, Wealth
+from specdec.conformance.statistics.contexts import Contexts, seen_before
 from specdec.conformance.statistics.facts import Facts
 from specdec.conformance.statistics.instruments import INSTRUMENTS, Draws
 from specdec.conformance.verdicts import AuditLimits
@@ -46,6 +47,14 @@ class Evidence:
     shift: Shift
 
 
+@dataclass(frozen=True, slots=True)
+class _Past:
+    """guess: prompt lookup's for a token, or -1. followers: tokens that followed the same context before."""
+
+    guess: int
+    followers: Collection[int]
+
+
 @dataclass(slots=True)
 class _Repeats:
     """Outputs so far, to detect a repetition that is too unlikely to be chance."""
@@ -74,12 +83,22 @@ class Arm:
     """Judges the outputs of one arm.
 
     number: the arm's number, which gives it its own random numbers. num_draws: number of tokens used as evidence.
+    contexts: of earlier rounds and both arms, so that the same statistics are computed of two answers to a prompt. The
+        caller adds the outputs of a round after both arms have observed theirs.
     """
 
     def __init__(
-        self, number: int, reference: Reference, draft: Reference | None, num_draws: int, seed: int, limits: AuditLimits
+        self,
+        number: int,
+        reference: Reference,
+        draft: Reference | None,
+        num_draws: int,
+        seed: int,
+        limits: AuditLimits,
+        contexts: Contexts,
     ) -> None:
         self._number, self._reference, self._draft, self._limits = number, reference, draft, limits
+        self._contexts = contexts
         self._limit, self._key = num_draws, -1 - seed
         greedy = reference.sampling.temperature == 0
         self.names = [] if greedy else [name for name in INSTRUMENTS if draft or name != "draft"]
@@ -120,9 +139,9 @@ class Arm:
         sums, log_probs = np.zeros((len(answers.outputs), self.num_statistics)), np.zeros(len(answers.outputs))
         if not all(answers.outputs):
             return sums  # the empty output has been reported
-        guesses = [list(_guesses(*pair)) for pair in zip(answers.prompts, answers.outputs, strict=True)]
+        pasts = [self._past(*pair) for pair in zip(answers.prompts, answers.outputs, strict=True)]
         for positions, draft in self._distributions(answers):
-            statistics = self._judge(answers, positions, draft, guesses, log_probs)
+            statistics = self._judge(answers, positions, draft, pasts, log_probs)
             np.add.at(sums, positions.requests.numpy(force=True), statistics)
         if self.names:
             for message in self._repeats.check(answers, log_probs):
@@ -159,7 +178,7 @@ class Arm:
         answers: Answers,
         positions: Positions,
         draft: Positions | None,
-        guesses: Sequence[Sequence[int]],
+        pasts: Sequence[Sequence[_Past]],
         log_probs: Array,
     ) -> Array:
         """Statistics of some positions, float64 [n, statistics]; adds evidence until num_draws is reached."""
@@ -167,7 +186,7 @@ class Arm:
         for index in outside.nonzero().flatten().tolist():
             self._note_outside(answers, positions, index)
         columns, num_needed = [outside.double().numpy(force=True)[:, None]], self._limit - self.num_draws
-        draws = self._draws(positions, draft, guesses) if self.names else None
+        draws = self._draws(positions, draft, pasts) if self.names else None
         for name in self.names:
             assert draws is not None
             reading, evidence = INSTRUMENTS[name].read(draws), self._evidence[name]
@@ -180,11 +199,17 @@ class Arm:
         self.num_draws = min(self._limit, self._num_judged)
         return np.concatenate(columns, 1)
 
-    def _draws(self, positions: Positions, draft: Positions | None, guesses: Sequence[Sequence[int]]) -> Draws:
+    def _past(self, prompt: Tokens, output: Tokens) -> list[_Past]:
+        """What was known before each token of an output."""
+        return [*map(_Past, _guesses(prompt, output), self._contexts.followers(prompt, output))]
+
+    def _draws(self, positions: Positions, draft: Positions | None, pasts: Sequence[Sequence[_Past]]) -> Draws:
         probs, tokens = positions.distribution.dense(), positions.tokens
         facts = Facts.of(probs, tokens, draft.distribution.dense() if draft else None)
         cells = zip(positions.requests.tolist(), positions.places.tolist(), strict=True)
-        guess = torch.tensor([guesses[request][place] for request, place in cells], device=tokens.device)
+        known = [pasts[request][place] for request, place in cells]
+        seen_prob, seen = seen_before(probs, tokens, [past.followers for past in known])
+        guess = torch.tensor([past.guess for past in known], device=tokens.device)
         guess_prob = probs.gather(1, guess.clamp(min=0).unsqueeze(1)).squeeze(1).double()
         place = facts.before + self._uniforms(0, len(tokens)) * facts.prob
         place_before = np.concatenate([[self._last_place], place[:-1]])
@@ -196,6 +221,8 @@ class Arm:
             place_before=place_before,
             guess_prob=torch.where(guess < 0, math.nan, guess_prob).numpy(force=True),
             hit=(guess == tokens).double().numpy(force=True),
+            seen_prob=seen_prob,
+            seen=seen,
         )
 
     def _uniforms(self, role: int, count: int) -> Array:
@@ -220,9 +247,10 @@ class Arm:
             self._largest_gap = max(self._largest_gap, gap)
             return
         self._outside["by more"] += 1
+        distance = f"{gap:.3g} logits from being allowed" if math.isfinite(gap) else "whatever its precision"
         self._note(
             f"{answers.name(request)}: token {output[-1]} at position {place} has probability 0 under the reference, "
-            f"{gap:.3g} logits from being allowed"
+            f"{distance}"
         )
 
     def _note(self, message: str | None) -> None:

@@ -20,6 +20,7 @@ from specdec.conformance.arms import Answers, Arm
 from specdec.conformance.certificate import Findings, Speculation
 from specdec.conformance.reference import Reference, Tokens
 from specdec.conformance.statistics.betting import Exchangeability
+from specdec.conformance.statistics.contexts import Contexts
 from specdec.conformance.verdicts import DEFAULT_LIMITS, AuditLimits, bounds, judge
 from specdec.runtime.progress import announce, bar, doing, is_shown
 from specdec.sampling_params import SamplingParams
@@ -105,7 +106,8 @@ def audit(
     if progress and is_shown():
         announce(expectation(engine, reference, prompts, draft=draft, num_draws=num_draws, batch_size=batch_size))
     counters = DraftCounters(engine)
-    arms = [Arm(number, reference, draft, num_draws, seed, limits) for number in range(2)]
+    contexts = Contexts()
+    arms = [Arm(number, reference, draft, num_draws, seed, limits, contexts) for number in range(2)]
     pair = Exchangeability(arms[0].num_statistics, limits.alpha)
     max_tokens, greedy = reference.sampling.max_tokens, reference.sampling.temperature == 0
     max_draws = min(num_draws, len(prompts) * max_tokens) if greedy else num_draws
@@ -115,6 +117,8 @@ def audit(
             counters.read()
             sums = [arm.observe(answer, max_tokens) for arm, answer in zip(arms, answers, strict=True)]
             pair.observe(*sums)
+            for answer in answers:
+                contexts.add(answer.prompts, answer.outputs)
             fewest = min(arm.num_draws for arm in arms)
             judged.update(min(fewest, num_draws) - judged.n)
             if any(arm.has_errors for arm in arms) or fewest >= num_draws or _is_decided(arms, pair, limits):
@@ -168,8 +172,8 @@ class DraftCounters:
     def _why_discontinuous(self, counts: tuple[int, int] | None) -> str | None:
         if (counts is None) != (self._last is None):
             return (
-                "num_drafted and num_accepted must be known throughout an audit, but were None at a time; start them "
-                "at 0 and count every step"
+                "num_drafted and num_accepted must be known throughout an audit, but were missing in a part of it; "
+                "start them at 0 and count every step"
             )
         if counts is None or self._last is None:
             return None
@@ -208,7 +212,8 @@ def _seconds_per_token(
 ) -> float:
     """Seconds per token of each arm, judging included."""
     max_tokens = min(CALIBRATION_TOKENS, reference.sampling.max_tokens)
-    arms = [Arm(number, reference, draft, max_tokens * len(prompts), 0, DEFAULT_LIMITS) for number in range(2)]
+    most = max_tokens * len(prompts)
+    arms = [Arm(number, reference, draft, most, 0, DEFAULT_LIMITS, Contexts()) for number in range(2)]
     for repeat in range(2):  # the first one warms up
         seed = SEED_STRIDE // 2 + 2 * repeat * len(prompts)  # the evidence has other seeds: lower ones
         questions, start_s = _Questions(range(len(prompts)), prompts, seed), time.perf_counter()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -77,12 +77,18 @@ class Speculation:
     problem: str | None = None
 
 
-def bounded(verdict: Verdict, max_tv: float, tv_lower_bound: float) -> str:
-    """A verdict with its bound on the total variation distance: "lossless (TV < 0.1)"."""
+def bounded(verdict: Verdict, max_tv: float, tv_lower_bound: float, p_value: float, errors: Sequence[str]) -> str:
+    """A verdict with its bound on the total variation distance: "lossless (TV < 0.1)".
+
+    A lossy engine may be found out before the distance is bounded above 0. What found it then replaces the bound.
+    p_value, errors: of the speculative arm.
+    """
     if verdict == "lossless":
         return f"lossless (TV < {max_tv:g})"
-    if verdict == "lossy":
+    if verdict == "lossy" and tv_lower_bound > 0:
         return f"lossy (TV > {tv_lower_bound:.2g})"
+    if verdict == "lossy":
+        return "lossy (invalid output)" if errors else f"lossy (distribution differs, p = {p_value:.2g})"
     return verdict
 
 
@@ -133,7 +139,13 @@ class Findings:
         """The verdict with its bound; if inconclusive, with the first reason."""
         if self.verdict == "inconclusive":
             return f"inconclusive: {self.reasons[0]}"
-        return bounded(self.verdict, self.max_tv, self.tv_lower_bound)
+        return self.bounded_verdict
+
+    @property
+    def bounded_verdict(self) -> str:
+        """The verdict with its bound, see `bounded`."""
+        arm = self.speculative
+        return bounded(self.verdict, self.max_tv, self.tv_lower_bound, arm.p_value, arm.errors)
 
     def __str__(self) -> str:
         """The findings as text."""
@@ -209,7 +221,7 @@ class Certificate:
         names = ("engine", "engine_version", "pair", "method", "gamma", "verification")
         known = [f"{name} {getattr(subject, name)}" for name in names if getattr(subject, name) is not None]
         lines = [
-            f"# {bounded(found.verdict, found.max_tv, found.tv_lower_bound)}: {', '.join(known) or 'an engine'}",
+            f"# {found.bounded_verdict}: {', '.join(known) or 'an engine'}",
             "",
             *found.lines(),
             "",
@@ -244,10 +256,13 @@ def _distances(found: Findings) -> list[str]:
         "draft": "Toward or away from the draft, the distance from the target is at most {high:.3g} %",
         "lookup": "Toward or away from prompt lookup's guesses, the distance from the target is at most {high:.3g} %",
     }[found.direction]
+    low = (
+        f" (and the total variation distance at least {100 * found.tv_lower_bound:.3g} %)"
+        if found.tv_lower_bound > 0
+        else ""
+    )
     return [
-        direction.format(high=100 * found.tv_upper_bound)
-        + f" (and the total variation distance at least {100 * found.tv_lower_bound:.3g} %), except with probability "
-        f"{found.alpha:g}.",
+        f"{direction.format(high=100 * found.tv_upper_bound)}{low}, except with probability {found.alpha:g}.",
         f"{found.speculative.num_draws} tokens were tested; a distance of {100 * found.min_detectable_tv:.3g} % "
         f"in that direction would have been detected except with probability {found.beta:g}. Detecting the requested "
         f"{100 * found.max_tv:g} % takes {found.num_draws_needed} tokens.",
@@ -301,7 +316,7 @@ def _arm_lines(title: str, arm: ArmFindings, logit_noise: float) -> list[str]:
 
 def _listed(values: Mapping[str, Any]) -> str:
     plain: dict[str, Any] = _plain(values)  # as in a certificate that was loaded
-    return ", ".join(f"{name} {value}" for name, value in plain.items() if value is not None)
+    return ", ".join(f"{name} {value}" for name, value in plain.items() if value not in (None, "", [], {}))
 
 
 def _arm(record: Mapping[str, Any], prefix: str) -> ArmFindings:

@@ -15,6 +15,7 @@ from specdec.conformance import mutants
 from specdec.conformance.audit import audit
 from specdec.conformance.certificate import Findings
 from specdec.conformance.reference import Reference
+from specdec.conformance.statistics.instruments import INSTRUMENTS
 from specdec.conformance.toys import grid_pair
 from specdec.conformance.verdicts import AuditLimits
 from specdec.models.markov import MarkovModel
@@ -60,7 +61,7 @@ def test_no_false_alarm_in_200_audits() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["pit_rank", "pit_id", "serial", "surprise", "lookup", "draft"])
+@pytest.mark.parametrize("name", [*INSTRUMENTS])
 def test_p_values_are_valid(name: str) -> None:
     """P(p <= 0.05) <= 0.05: of 400 at most 45, but with probability 1e-6."""
     arms = [arm for found in correct_runs() for arm in (found.speculative, found.control)]
@@ -283,9 +284,12 @@ class Miscounts(Uncounted):
         ([(5, 5), (99, 40), (60, 50), (200, 90)], "num_drafted must never decrease, but fell from 99 to 60"),
         ([(5, 5), (99, 40), (120, 4), (200, 90)], "num_accepted must never decrease, but fell from 40 to 4"),
         ([(0, 0), (10, 11), (20, 22), (30, 33)], "num_accepted=33 must not exceed num_drafted=30"),
-        ([(0, 0), (10, 5), (None, 8), (30, 15)], "must be known throughout an audit, but were None at a time"),
-        ([(0, 0), (10, 5), (20, 8), (30, None)], "must be known throughout an audit, but were None at a time"),
-        ([(None, None), (10, 5), (20, 8), (30, 9)], "must be known throughout an audit, but were None at a time"),
+        ([(0, 0), (10, 5), (None, 8), (30, 15)], "must be known throughout an audit, but were missing in a part of it"),
+        ([(0, 0), (10, 5), (20, 8), (30, None)], "must be known throughout an audit, but were missing in a part of it"),
+        (
+            [(None, None), (10, 5), (20, 8), (30, 9)],
+            "must be known throughout an audit, but were missing in a part of it",
+        ),
         ([(0, 0), (10, 5), (float("nan"), 8), (30, 9)], "num_drafted=nan and num_accepted=8 must be whole numbers"),
         ([(-1, 0), (10, 5), (20, 8), (30, 9)], "num_drafted=-1 and num_accepted=0 must be whole numbers"),
         ([(7, 3), (7, 3), (7, 3), (7, 3)], "no token was drafted; check that it is enabled"),
@@ -323,7 +327,7 @@ def test_too_few_draws_give_no_verdict_and_say_how_many_it_takes() -> None:
     assert found.reasons == (
         f"num_draws=300 must be at least {needed} to detect a distance of max_tv=0.05; use more prompts or draws",
     )
-    assert 13_362 < needed < 20_000  # seven tests share alpha
+    assert needed == 14_270  # eight tests share alpha
     assert found.min_detectable_tv > 0.05
 
 
@@ -417,7 +421,7 @@ def test_a_token_that_the_model_cannot_say_misses_by_infinity() -> None:
     found = run(ToyEngine(PARAMS, target, even, rule=mutants.accept_always), prompts=[[1, 0]])
     assert found.verdict == "lossy"
     assert "token 2 at position" in found.speculative.errors[0]
-    assert "inf logits from being allowed" in found.speculative.errors[0]
+    assert "has probability 0 under the reference, whatever its precision" in found.speculative.errors[0]
 
 
 def test_outputs_that_continue_after_a_stop_token_are_named() -> None:

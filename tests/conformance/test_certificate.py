@@ -12,6 +12,7 @@ import pytest
 from helpers.audited import PROMPTS, TARGET, ToyEngine
 
 from bench.report import format
+from bench.tools import certificates
 from specdec import SamplingParams
 from specdec.conformance.audit import audit
 from specdec.conformance.certificate import ArmFindings, Certificate, Findings, Subject, bounded
@@ -84,18 +85,41 @@ def test_the_headline_of_an_inconclusive_audit_has_its_first_reason() -> None:
 
 
 @pytest.mark.parametrize(
-    ("verdict", "low", "text"),
+    ("verdict", "low", "errors", "text"),
     [
-        ("lossless", 0.0, "lossless (TV < 0.1)"),
-        ("lossy", 0.03, "lossy (TV > 0.03)"),
-        ("lossy", 0.0, "lossy (TV > 0)"),
-        ("inconclusive", 0.0, "inconclusive"),
+        ("lossless", 0.0, [], "lossless (TV < 0.1)"),
+        ("lossy", 0.03, [], "lossy (TV > 0.03)"),
+        ("lossy", 0.03, ["too long"], "lossy (TV > 0.03)"),
+        ("lossy", 0.0, [], "lossy (distribution differs, p = 2e-09)"),
+        ("lossy", 0.0, ["too long"], "lossy (invalid output)"),
+        ("inconclusive", 0.0, [], "inconclusive"),
     ],
 )
-def test_a_verdict_is_printed_with_its_bound(verdict: str, low: float, text: str) -> None:
+def test_a_verdict_is_printed_with_its_bound(verdict: str, low: float, errors: list[str], text: str) -> None:
     """Also in reports, which do not import the audit."""
-    assert bounded(verdict, 0.1, low) == text
-    assert format.verdict({"verdict": verdict, "max_tv": 0.1, "tv_lower_bound": low}) == text
+    assert bounded(verdict, 0.1, low, 2e-9, errors) == text
+    record = {"verdict": verdict, "max_tv": 0.1, "tv_lower_bound": low, "p_value": 2e-9, "errors": errors}
+    assert format.verdict(record) == text
+
+
+def test_a_distance_that_is_not_bounded_is_not_printed() -> None:
+    """A bug found before its size is known: no page says that a distance is at least 0."""
+    found = dataclasses.replace(findings(), verdict="lossy", tv_lower_bound=0.0, speculative=arm(p_value=2e-9))
+    page = Certificate.of(Subject(), found).markdown()
+    assert page.startswith("# lossy (distribution differs, p = 2e-09): an engine")
+    assert "at least 0 %" not in page
+
+
+@pytest.mark.parametrize("subject", [Subject(), SUBJECT])
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 0}, {"logit_bias": {}, "stop": ()}], ids=str)
+def test_nothing_unknown_or_empty_is_printed(subject: Subject, sampling: dict) -> None:
+    page = Certificate.of(subject, findings(**sampling)).markdown()
+    assert not re.search(r"\b(None|nan|inf)\b|\(\)|\[\]|\{\}", page), page
+
+
+def test_the_table_of_certificates_leaves_out_what_is_unknown(tmp_path: Path) -> None:
+    Certificate.of(Subject(engine="toy"), findings()).save(tmp_path / "toy.json")
+    assert certificates.row(tmp_path / "toy.json").startswith("| toy |  |  | T = 1 | [lossless (TV < 0.5)](toy.md) |")
 
 
 def test_the_page_states_the_findings() -> None:

@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
+from specdec.conformance.statistics.contexts import seen_before
 from specdec.conformance.statistics.facts import Facts
 from specdec.conformance.statistics.instruments import INSTRUMENTS, THRESHOLDS, Draws, Reading, _log_sinhc
 
 N = 64  # every probability and every threshold is a multiple of 1/N
 DISTRIBUTION = torch.tensor([20, 0, 4, 4, 1, 35]).double() / N
 DRAFT = torch.tensor([4, 10, 4, 30, 6, 10]).double() / N
+
+
+def seen(rows: torch.Tensor, tokens: torch.Tensor) -> dict[str, np.ndarray]:
+    """The fields on earlier tokens, of which 1, 3 and 4 followed every context."""
+    return dict(
+        zip(
+            ("seen_prob", "seen"),
+            seen_before(rows, tokens, [{1, 3, 4} & {*range(rows.shape[1])}] * len(tokens)),
+            strict=True,
+        )
+    )
 
 
 def every_draw(
@@ -32,6 +46,7 @@ def every_draw(
         place_before=np.full(len(cells), 0.8),
         guess_prob=np.full(len(cells), float(distribution[3])),
         hit=(tokens == 3).double().numpy(),
+        **seen(distribution.expand(len(cells), -1), tokens),
     )
     return draws, (emitted[tokens] / distribution[tokens] / N).numpy()
 
@@ -57,21 +72,23 @@ def test_another_distribution_makes_some_bet_grow(name: str) -> None:
 
 def test_neighbours_that_share_a_uniform_make_a_serial_bet_grow() -> None:
     draws, weights = every_draw()
-    shared = Draws(draws.facts, draws.rank, draws.place, draws.place, draws.guess_prob, draws.hit)
+    shared = replace(draws, place_before=draws.place)
     assert (weights @ INSTRUMENTS["serial"].read(shared).log_factors).max() > 0.02
 
 
 def test_an_impossible_token_ends_no_martingale() -> None:
-    of = Facts.of(DISTRIBUTION[None], torch.tensor([1]))
+    rows, token = DISTRIBUTION[None], torch.tensor([1])
     half = np.array([0.5])
-    reading: Reading = INSTRUMENTS["surprise"].read(Draws(of, half, half, half, np.array([np.nan]), half * 0))
+    draws = Draws(Facts.of(rows, token), half, half, half, np.array([np.nan]), half * 0, **seen(rows, token))
+    reading: Reading = INSTRUMENTS["surprise"].read(draws)
     assert not reading.log_factors.any()
+    assert INSTRUMENTS["repeat"].read(draws).log_factors[:, :4].max() < 0  # no gain, though the token was seen before
 
 
 def test_no_guess_is_no_bet() -> None:
     draws, _ = every_draw()
     unknown = np.full(len(draws.rank), np.nan)
-    silent = Draws(draws.facts, draws.rank, draws.place, draws.place_before, unknown, np.zeros(len(unknown)))
+    silent = replace(draws, guess_prob=unknown, hit=np.zeros(len(unknown)))
     reading = INSTRUMENTS["lookup"].read(silent)
     assert not reading.log_factors.any()
     assert not reading.shifts.any()
@@ -87,9 +104,9 @@ def test_sign_statistic_by_hand() -> None:
 
 def draws_of(**changes: np.ndarray) -> Draws:
     """Two tokens of one distribution, with the fields that are given."""
-    facts = Facts.of(torch.tensor([[1.0, 0.0]] * 2).double(), torch.tensor([0, 1]))
-    fields = dict.fromkeys(("rank", "place", "place_before", "guess_prob", "hit"), np.array([0.5, 0.5])) | changes
-    return Draws(facts=facts, **fields)
+    rows, tokens = torch.tensor([[1.0, 0.0]] * 2).double(), torch.tensor([0, 1])
+    fields = dict.fromkeys(("rank", "place", "place_before", "guess_prob", "hit"), np.array([0.5, 0.5]))
+    return Draws(Facts.of(rows, tokens), **fields | seen(rows, tokens) | changes)
 
 
 def test_the_serial_statistic_by_hand() -> None:
@@ -106,6 +123,7 @@ def test_the_serial_statistic_by_hand() -> None:
         ("serial", {"place_before": [1.0, 1.0], "place": [0.0, 1.0]}),
         ("surprise", {}),  # a certain token, and an impossible one
         ("lookup", {"hit": [0.0, 1.0]}),
+        ("repeat", {"seen_prob": [[0.5] * 4] * 2, "seen": [[0.0] * 4, [1.0] * 4]}),
     ],
 )
 def test_a_span_is_that_of_the_extremes(name: str, fields: dict[str, list[float]]) -> None:

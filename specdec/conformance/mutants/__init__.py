@@ -3,7 +3,7 @@
 A mutant is a decoder with one bug. `MUTANTS` has M1 to M20, some in two variants, and `REPORT_MUTANTS` those whose
 outputs are right; `TREE_MUTANTS` has T1 to T4, the additional ones of token trees. They work with any target and any
 sampling proposer, so they can be planted in a real engine. `WINDOW_MUTANTS` are for targets with a sliding window;
-`STATE_MUTANTS`, S1 to S4, for those with recurrent layers.
+`STATE_MUTANTS`, S1 to S4, for those with recurrent layers, and `ROUTER_MUTANTS`, R1, for those with experts.
 """
 
 from specdec.conformance.mutants.catalogue import MUTANTS as MUTANTS
@@ -74,6 +74,9 @@ from specdec.conformance.mutants.rules import (
 )
 from specdec.conformance.mutants.states import (
     BROKEN_WINDOWS as BROKEN_WINDOWS,
+)
+from specdec.conformance.mutants.states import (
+    ROUTER_MUTANTS as ROUTER_MUTANTS,
 )
 from specdec.conformance.mutants.states import (
     STATE_MUTANTS as STATE_MUTANTS,

@@ -1,4 +1,4 @@
-"""W1 to W3, bugs of sliding windows, and S1 to S4, bugs of recurrent states."""
+"""W1 to W3, bugs of sliding windows, S1 to S4, bugs of recurrent states, and R1, a bug of routing to experts."""
 
 from __future__ import annotations
 
@@ -11,10 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from specdec.conformance.mutants.planting import Plant, maker
+from specdec.conformance.mutants.planting import BrokenLoop, Plant, maker
+from specdec.conformance.mutants.proposals import prompt_lookup
 from specdec.models.causal import CausalLM
 from specdec.models.state.recurrent import StateRing
 from specdec.models.state.windows import LocalAttention
+from specdec.requests import Batch
+from specdec.verification import Draft
 
 
 class FewColumns(LocalAttention):
@@ -122,4 +125,39 @@ STATE_MUTANTS: dict[str, Plant] = {  # of targets with recurrent layers
     "S2 state of the previous token": partial(maker, break_target=with_rings(StateOfPreviousToken)),
     "S3 convolution off by one": partial(maker, break_target=with_rings(ShiftedState, ("conv",))),
     "S4 refilled slot keeps its state": partial(maker, break_target=with_rings(KeptState)),
+}
+
+
+class RoutesPadding(BrokenLoop):
+    """R1: the router reads the padding after short drafts, but the experts' tokens are counted without it.
+
+    So every token after padding gets the experts of another one. Batches whose drafts have equal lengths are right.
+    """
+
+    def __init__(self, target: Any, *args: Any, **options: Any) -> None:
+        super().__init__(target, *args, **options)
+        self._is_token: Tensor | None = None
+        for name, module in target.model.named_modules():
+            if name.endswith(".gate"):
+                module.register_forward_hook(self._shift)
+
+    def _score(self, batch: Batch, draft: Draft, cache: Any) -> Tensor:
+        columns = torch.arange(draft.tokens.shape[1] + 1, device=draft.num_proposed.device)
+        self._is_token = (columns <= draft.num_proposed.unsqueeze(1)).flatten()
+        logits = super()._score(batch, draft, cache)
+        self._is_token = None
+        return logits
+
+    def _shift(self, module: Any, args: Any, choices: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Let the choices for the first n rows be those for the n tokens. choices: [rows * width, ...] each."""
+        if self._is_token is None:
+            return choices
+        shifted = tuple(each.clone() for each in choices)
+        for right, wrong in zip(choices, shifted, strict=True):
+            wrong[self._is_token] = right[: int(self._is_token.sum())]
+        return shifted
+
+
+ROUTER_MUTANTS: dict[str, Plant] = {  # of targets with experts, drafted for by prompt lookup
+    "R1 router fed with padding": partial(maker, proposer=prompt_lookup, decoder=RoutesPadding),
 }

@@ -14,6 +14,7 @@ from specdec.conformance.certificate import Findings
 from specdec.conformance.reference import Reference, Tokens
 from specdec.conformance.served.engine import ServedEngine
 from specdec.conformance.served.logprobs import check_logprobs
+from specdec.conformance.statistics.contexts import Contexts
 from specdec.conformance.verdicts import AuditLimits, bounds
 from specdec.servers.errors import EngineError
 
@@ -49,7 +50,7 @@ def audit_served(
 
 def without_evidence(reason: str, reference: Reference, limits: AuditLimits) -> Findings:
     """The findings of an audit that a server ended: inconclusive, without any token."""
-    arms = [Arm(number, reference, None, 1, 0, limits) for number in range(2)]
+    arms = [Arm(number, reference, None, 1, 0, limits, Contexts()) for number in range(2)]
     speculative, control = (arm.findings() for arm in arms)
     return Findings(
         verdict="inconclusive",

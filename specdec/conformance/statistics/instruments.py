@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from specdec.conformance.statistics.betting import DIRECTION_STAKES, both_signs
+from specdec.conformance.statistics.contexts import RARITIES
 from specdec.conformance.statistics.facts import EXPONENTS, Facts
 
 Array = NDArray[np.float64]
@@ -21,16 +22,20 @@ Array = NDArray[np.float64]
 THRESHOLDS = np.array([1 / 64, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4, 7 / 8, 15 / 16, 63 / 64])
 _THRESHOLD_STAKES = both_signs(2, 1, 1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 32)
 _SERIAL_STAKES = both_signs(1, 1 / 2, 1 / 4, 1 / 8, 1 / 16)
+# High stakes on repetitions, which may be rare. Against them only low ones: where a repetition is all but certain,
+# rounding of its probability in float32 would decide what a high stake pays.
+_REPEAT_STAKES = np.array([8, 4, 2, 1, 1 / 2, 1 / 4, -1 / 4, -1 / 2, -1, -2])
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Draws:
-    """The input of the instruments: n tokens in the order in which they are tested, arrays float64 [n].
+    """The input of the instruments: n tokens in the order in which they are tested, arrays float64 [n] if not stated.
 
     facts: sums over the distributions. rank, place: randomized probability integral transforms with tokens ordered by
     probability and by id; uniform and independent if the engine is lossless.
     place_before: `place` of the previous token, 1/2 for the first.
     guess_prob: probability of prompt lookup's guess, NaN without one. hit: whether the guess is the token.
+    seen_prob, seen: float64 [n, rarities], see `contexts.seen_before`.
     """
 
     facts: Facts
@@ -39,6 +44,8 @@ class Draws:
     place_before: Array
     guess_prob: Array
     hit: Array
+    seen_prob: Array
+    seen: Array
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -104,6 +111,16 @@ def read_lookup(draws: Draws) -> Reading:
     return _direction(np.where(known, 2 * draws.hit - 1, 0.0), up, np.where(known, 1 - up, 0.0))
 
 
+def read_repeat(draws: Draws) -> Reading:
+    """Do tokens repeat those that followed the same context before too often, or too rarely?
+
+    It reveals errors that differ from context to context and cancel on average, given outputs that share contexts.
+    """
+    log_means = np.log1p(draws.seen_prob[:, :, None] * np.expm1(_REPEAT_STAKES))
+    factors = draws.seen[:, :, None] * _REPEAT_STAKES - log_means
+    return Reading(factors.reshape(len(draws.seen), -1), draws.seen - draws.seen_prob)
+
+
 def _thresholds(uniforms: Array) -> Reading:
     below = (uniforms[:, None] < THRESHOLDS).astype(np.float64)
     log_means = np.log1p(THRESHOLDS[:, None] * np.expm1(_THRESHOLD_STAKES))
@@ -134,5 +151,12 @@ INSTRUMENTS: dict[str, Instrument] = {
     "serial": Instrument(read_serial, len(_SERIAL_STAKES), 1, "correlation of neighbouring tokens", 2.0),
     "surprise": Instrument(read_surprise, len(EXPONENTS), 1, "mean probability of the token", 1.0),
     "lookup": Instrument(read_lookup, len(DIRECTION_STAKES), 1, "rate of prompt lookup's guesses", 2.0),
+    "repeat": Instrument(
+        read_repeat,
+        len(RARITIES) * len(_REPEAT_STAKES),
+        len(RARITIES),
+        "rate of tokens that followed the same context before",
+        1.0,
+    ),
     "draft": Instrument(read_draft, len(DIRECTION_STAKES), 1, "rate of tokens the draft prefers", 2.0),
 }

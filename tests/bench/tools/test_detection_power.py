@@ -31,7 +31,7 @@ def test_the_sound_engine_is_innocent_by_all_its_tokens() -> None:
     found = judge("none")
     assert (found.found_by, found.errors, found.num_draws, found.tv_lower_bound) == ({}, (), 6000, 0)
     assert found.p_value > 1e-6
-    assert detection_power.line(found).startswith("| none | T = 1 | 0.250 | no (p = ")
+    assert detection_power.line(found).startswith("| none | T = 1, 3 prompts | 0.250 | no (p = ")
 
 
 def test_judging_ends_where_a_bug_is_found() -> None:
@@ -55,7 +55,7 @@ def test_a_mutant_that_acts_in_a_quarter_of_the_batches_is_a_quarter_as_large() 
     assert whole.found_by
     assert quarter.num_draws > whole.num_draws
     assert (whole.size, quarter.size) == (0.25, 0.0625)
-    assert "| T = 1, in 0.25 of the batches | 0.062 |" in detection_power.line(quarter)
+    assert "| T = 1, 3 prompts, in 0.25 of the batches | 0.062 |" in detection_power.line(quarter)
 
 
 @pytest.mark.parametrize(
@@ -75,8 +75,8 @@ def test_what_is_reported_wrongly_is_found_by_name(name: str, error: str) -> Non
 def test_greedy_prompts_are_used_once_and_the_sampling_is_recorded() -> None:
     found = judge("M11 soft greedy", replace(detection_power.SAMPLED, temperature=0.0))
     assert found.sampling == {"temperature": 0.0}
-    assert found.num_draws <= 3 * detection_power.MAX_TOKENS
-    assert "| temperature 0 | 0.250 | by name: output of prompt " in detection_power.line(found)
+    assert found.num_draws <= 3 * detection_power.SAMPLED.max_tokens
+    assert "| temperature 0, 3 prompts | 0.250 | by name: output of prompt " in detection_power.line(found)
 
 
 def test_sizes_are_means_over_tokens() -> None:
@@ -93,4 +93,4 @@ def test_sizes_are_means_over_tokens() -> None:
 
 def test_stop_tokens_are_shown_by_their_number() -> None:
     found = replace(judge("none", num_draws=64), sampling={"stop_token_ids": (1, 2)}, size=None)
-    assert detection_power.line(found).startswith("| none | stop_token_ids 2 |  | no")
+    assert detection_power.line(found).startswith("| none | stop_token_ids 2, 3 prompts |  | no")
