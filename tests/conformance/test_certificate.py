@@ -12,7 +12,6 @@ import pytest
 from helpers.audited import PROMPTS, TARGET, ToyEngine
 
 from bench.report import format
-from bench.tools import certificates
 from specdec import SamplingParams
 from specdec.conformance.audit import audit
 from specdec.conformance.certificate import ArmFindings, Certificate, Findings, Subject, bounded
@@ -115,11 +114,6 @@ def test_a_distance_that_is_not_bounded_is_not_printed() -> None:
 def test_nothing_unknown_or_empty_is_printed(subject: Subject, sampling: dict) -> None:
     page = Certificate.of(subject, findings(**sampling)).markdown()
     assert not re.search(r"\b(None|nan|inf)\b|\(\)|\[\]|\{\}", page), page
-
-
-def test_the_table_of_certificates_leaves_out_what_is_unknown(tmp_path: Path) -> None:
-    Certificate.of(Subject(engine="toy"), findings()).save(tmp_path / "toy.json")
-    assert certificates.row(tmp_path / "toy.json").startswith("| toy |  |  | T = 1 | [lossless (TV < 0.5)](toy.md) |")
 
 
 def test_the_page_states_the_findings() -> None:
