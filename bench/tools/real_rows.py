@@ -8,6 +8,7 @@ renormalized.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,7 +52,8 @@ def real_rows(num_rows: int, vocab_size: int) -> tuple[Tensor, Tensor]:
     texts = [encode(text.text, target.tokenizer) for text in registry.read("humaneval", None)]
     kept: Tensor | None = None
     tables = []
-    for model in (target, drafts[draft]):
+    models: tuple[Any, Any] = (target, drafts[draft])
+    for model in models:
         probs = _probs(Reference(model, SamplingParams()), texts, num_rows)
         kept = probs.sum(0).topk(vocab_size).indices.sort().values if kept is None else kept
         rows = probs[:, kept].double()

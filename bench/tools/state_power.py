@@ -12,6 +12,7 @@ import copy
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,9 @@ LENGTHS = {  # tokens of a prompt and of an output
 }
 
 
+SOUND, LOOKUP = partial(maker), partial(maker, proposer=prompt_lookup)
+
+
 @dataclass(frozen=True, slots=True)
 class Case:
     """A mutant, or the engine without a bug, on a kind of target, with drafts of its own proposer."""
@@ -58,20 +62,16 @@ class Case:
     name: str
     kind: str
     plant: Plant
-    sound: Plant = maker
-
-
-def _lookup(target: Any, draft: Any, gamma: int, **parts: Any) -> detection_power.Maker:
-    return maker(target, draft, gamma, proposer=prompt_lookup, **parts)
+    sound: Plant = SOUND
 
 
 CASES = [
-    Case("none", "mistral", maker),
+    Case("none", "mistral", SOUND),
     *(Case(name, "mistral", plant) for name, plant in WINDOW_MUTANTS.items()),
-    Case("none", "qwen3_5_text", maker),
+    Case("none", "qwen3_5_text", SOUND),
     *(Case(name, "qwen3_5_text", plant) for name, plant in STATE_MUTANTS.items()),
-    Case("none", "mixtral", _lookup),
-    *(Case(name, "mixtral", plant, _lookup) for name, plant in ROUTER_MUTANTS.items()),
+    Case("none", "mixtral", LOOKUP),
+    *(Case(name, "mixtral", plant, LOOKUP) for name, plant in ROUTER_MUTANTS.items()),
 ]
 
 

@@ -103,7 +103,9 @@ def test_a_verdict_is_printed_with_its_bound(verdict: str, low: float, errors: l
 
 def test_a_distance_that_is_not_bounded_is_not_printed() -> None:
     """A bug found before its size is known: no page says that a distance is at least 0."""
-    found = dataclasses.replace(findings(), verdict="lossy", tv_lower_bound=0.0, speculative=arm(p_value=2e-9))
+    lossless = findings()
+    speculative = dataclasses.replace(lossless.speculative, p_value=2e-9)
+    found = dataclasses.replace(lossless, verdict="lossy", tv_lower_bound=0.0, speculative=speculative)
     page = Certificate.of(Subject(), found).markdown()
     assert page.startswith("# lossy (distribution differs, p = 2e-09): an engine")
     assert "at least 0 %" not in page

@@ -25,7 +25,7 @@ def committed() -> list[state_power.StateFinding]:
 )
 def test_a_bug_of_the_state_changes_greedy_outputs_and_is_found_by_the_audit(name: str) -> None:
     (found,) = state_power.findings(2048, [name])
-    assert found.num_different > found.num_greedy / 2
+    assert found.num_different >= found.num_greedy / 2
     assert found.audit.found_by
     assert f"| {name} | {found.kind} | {found.num_different} of 16 | " in state_power.line(found)
 
