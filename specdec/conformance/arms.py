@@ -84,7 +84,7 @@ class Arm:
 
     number: the arm's number, which gives it its own random numbers. num_draws: number of tokens used as evidence.
     contexts: of earlier rounds and both arms, so that the same statistics are computed of two answers to a prompt. The
-        caller adds the outputs of a round after both arms have observed theirs.
+        caller adds the outputs of a round after both arms have observed it.
     """
 
     def __init__(
