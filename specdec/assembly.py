@@ -36,6 +36,7 @@ VERIFICATIONS: dict[str, VerificationRule] = dict(
     zip(VERIFICATION_NAMES, (verify_tokens, verify_block, verify_coupled), strict=True)
 )
 TREE_VERIFICATIONS: dict[str, VerificationRule] = {"token": verify_tree, "coupled": verify_coupled_tree}
+_EXAMPLES = {"method": "ngram", "verification": "token"}
 _TREE_WIDTHS = (1, 2, 3, 5, 7, 9, 12, 13, 16, 20, 24, 25, 32, 36, 48)  # step widths that "auto" measures
 
 
@@ -56,6 +57,9 @@ class EngineOptions:
     forced_acceptance: str | Sequence[int] | None = None
 
     def __post_init__(self) -> None:
+        for name in ("method", "verification"):
+            value = getattr(self, name)
+            require(isinstance(value, str), f"{name}={value!r} must be a name, such as {_EXAMPLES[name]!r}")
         method_spec(self.method)
         if is_lossy(self.verification):
             lossy_rule(self.verification)
@@ -63,6 +67,9 @@ class EngineOptions:
             require_choice("verification", self.verification, VERIFICATIONS)
         require_choice("draft_sampling", self.draft_sampling, DRAFT_SAMPLING_NAMES)
         require_integer("max_batch_size", self.max_batch_size, 1)
+        require(self.records in (None, True, False), f"records={self.records!r} must be True, False or None")
+        if self.synthetic_acceptance_rates is not None:
+            SyntheticAcceptance.of(self.synthetic_acceptance_rates)
         self._check_method_options()
         self._check_length()
         if self.forced_acceptance is not None:
@@ -253,7 +260,7 @@ def _max_tokens(draft: AnyDraft | None) -> int | None:
 
 def _rule(options: EngineOptions) -> VerificationRule:
     if options.synthetic_acceptance_rates is not None:
-        return SyntheticAcceptance(tuple(options.synthetic_acceptance_rates))
+        return SyntheticAcceptance.of(options.synthetic_acceptance_rates)
     if is_lossy(options.verification):
         return lossy_rule(options.verification)
     return (TREE_VERIFICATIONS if options.spec.drafts_trees else VERIFICATIONS)[options.verification]

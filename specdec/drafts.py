@@ -7,6 +7,7 @@ import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
@@ -72,6 +73,10 @@ def as_language_model(model: Any, tokenizer: Any = None) -> Any:
     if not hasattr(model, "get_input_embeddings") or hasattr(model, "draft_vocabulary"):  # a head has both
         require(tokenizer is None, f"tokenizer= is of a transformers model; {type(model).__name__} has its own")
         return model
+    require(
+        not isinstance(tokenizer, str | bytes | Path | Real),
+        f"tokenizer={tokenizer!r} must be a loaded tokenizer, such as AutoTokenizer.from_pretrained(...)",
+    )
     from specdec.models.causal import CausalLM
     from specdec.models.seq2seq import Seq2SeqLM
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import gc
 import inspect
 import math
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Sequence, Sized
 from contextlib import closing
 from dataclasses import replace
 from functools import partial
+from numbers import Integral, Real
 from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Any, Literal
@@ -120,7 +121,7 @@ class Engine:
             forced_acceptance,
         )
         _check_loaded("target", target, hasattr(target, "forward"))
-        _check_loaded("draft", draft, not isinstance(draft, str | Path))
+        _check_loaded("draft", draft, draft is None or not isinstance(draft, str | Path | bytes | Real))
         model: LanguageModel = as_language_model(target, tokenizer)
         self.target, self.method, self._options = model, method, options
         self.draft: AnyDraft | None = as_language_model(draft, tokenizer if _is_transformers(draft) else None)
@@ -168,6 +169,8 @@ class Engine:
         known = {*inspect.signature(cls).parameters} - {"target", "tokenizer"}
         require_keywords(options, sorted(own | known), "Engine.load or of Engine")
         target, draft = _source("target", target), None if draft is None else _source("draft", draft)
+        require(isinstance(placement, str), f'placement={placement!r} must be a string, such as "same"')
+        require(isinstance(allow_pickle, bool), f"allow_pickle={allow_pickle!r} must be True or False")
         dtype, device, target = as_dtype(dtype), as_device(device), with_revision(target, revision)
         if options.get("tree") is not None:
             options["tree"] = as_tree(options["tree"])
@@ -347,14 +350,17 @@ class Engine:
         )
         arrivals_s = [0.0] * len(prompts) if arrivals_s is None else arrivals_s
         require(
-            len(arrivals_s) == len(prompts) and all(0 <= arrival_s < math.inf for arrival_s in arrivals_s),
-            f"arrivals_s={list(arrivals_s)[:8]} must be seconds >= 0, one for each of the {len(prompts)} prompts",
+            isinstance(arrivals_s, Sized)
+            and len(arrivals_s) == len(prompts)
+            and all(isinstance(arrival_s, Real) and 0 <= arrival_s < math.inf for arrival_s in arrivals_s),
+            f"arrivals_s={arrivals_s!r:.60} must be seconds >= 0, one for each of the {len(prompts)} prompts",
         )
         after = [None] * len(prompts) if after is None else after
         require(
-            len(after) == len(prompts)
-            and all(each is None or (0 <= each < i and params[each].n == 1) for i, each in enumerate(after)),
-            f"after={list(after)[:8]} must be None or the index of an earlier prompt with n=1, one for each of the "
+            isinstance(after, Sized)
+            and len(after) == len(prompts)
+            and all(each is None or _is_earlier(each, index, params) for index, each in enumerate(after)),
+            f"after={after!r:.60} must be None or the index of an earlier prompt with n=1, one for each of the "
             f"{len(prompts)} prompts",
         )
         requests = zip(prompts, params, arrivals_s, after, strict=True)
@@ -445,6 +451,11 @@ class Engine:
             stop_reason=row.stop_reason,
             lossy=self._options.lossy,
         )
+
+
+def _is_earlier(other: Any, index: int, params: Sequence[SamplingParams]) -> bool:
+    """Whether `other` is the index of a prompt before prompt `index` that has one sample."""
+    return isinstance(other, Integral) and 0 <= other < index and params[int(other)].n == 1
 
 
 def _is_transformers(model: Any) -> bool:

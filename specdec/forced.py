@@ -15,7 +15,7 @@ pattern, and `specdec.conformance.states` checks them:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -35,7 +35,8 @@ def as_pattern(value: str | Sequence[int]) -> tuple[int | None, ...]:
 
     value: a name in `NAMED_PATTERNS`, or numbers at least 0. Raises ValueError for anything else.
     """
-    pattern: Any = NAMED_PATTERNS.get(value, ()) if isinstance(value, str) else tuple(value)
+    given: Any = value if isinstance(value, Iterable) else ()
+    pattern: Any = NAMED_PATTERNS.get(value, ()) if isinstance(value, str) else tuple(given)
     require(
         len(pattern) > 0 and (isinstance(value, str) or all(type(count) is int and count >= 0 for count in pattern)),
         f"forced_acceptance={value!r} must be {', '.join(map(repr, NAMED_PATTERNS))}, or the numbers of draft tokens "

@@ -46,7 +46,7 @@ def array_rows(path: Path, on_malformed: OnMalformed = refuse) -> Iterator[tuple
     while position >= 0:
         try:
             row, end = decoder.raw_decode(text, position)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             message = f"must be complete, but the file is damaged or truncated there ({error}); download it again"
             on_malformed(ValueError(f"{path}:record {number}: {message}"))
             return
@@ -92,12 +92,12 @@ def encode(text: str, tokenizer: Any, arguments: Mapping[str, Any] | None = None
 def encode_raw(text: str, tokenizer: Any) -> tuple[int, ...]:
     """Token ids of a text to be continued as it is, without the chat template.
 
-    Raises ValueError without a tokenizer. Logs a warning if the result begins with two BOS tokens, as it does for a
-    text to which a chat template has already been applied.
+    Raises ValueError without a tokenizer, and for a text with an unpaired surrogate. Logs a warning if the result
+    begins with two BOS tokens, as it does for a text to which a chat template has already been applied.
     """
     if tokenizer is None:
         raise ValueError("a text prompt needs a model with a tokenizer; load one with a tokenizer, or pass token ids")
-    tokens = tuple(tokenizer(text).input_ids)
+    tokens = tuple(tokenizer(whole(text, "prompt")).input_ids)
     bos = getattr(tokenizer, "bos_token_id", None)
     if bos is not None and tokens[:2] == (bos, bos):
         logging.getLogger("specdec").warning(
@@ -140,7 +140,7 @@ def _lines(path: Path) -> Iterator[str]:
 def _row(place: str, line: str) -> dict[str, Any]:
     try:
         row = json.loads(line)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:  # of JSON, of an integer of too many digits, of deep nesting
         raise ValueError(f"{place}: must be one JSON object per line ({error}); correct or remove the row") from None
     if not isinstance(row, dict):
         raise ValueError(f"{place}: {line.strip()[:40]!r} must be a JSON object; correct or remove the row")
@@ -214,11 +214,14 @@ _FORMS = 'a string, a list of token ids, or a list of messages such as {"role": 
 
 def _as_list(value: Any) -> Any:
     """Convert tuples, arrays, tensors and generators to lists or numbers; return everything else unchanged."""
-    if hasattr(value, "tolist"):
+    if hasattr(value, "tolist") and not isinstance(value, memoryview):
         return value.tolist()
-    if isinstance(value, str | bytes | Mapping | set | frozenset) or not isinstance(value, Iterable):
+    if isinstance(value, _NOT_LISTS) or not isinstance(value, Iterable):
         return value
     return list(value)
+
+
+_NOT_LISTS = (str, bytes, bytearray, memoryview, Mapping, set, frozenset)
 
 
 def _is_number(value: Any) -> bool:

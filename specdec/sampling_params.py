@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from numbers import Integral, Real
 from typing import Any, NoReturn
 
+from specdec.prompts import whole
 from specdec.runtime.checks import with_constructor_spelling
 
 CONSTRAINTS = ("json_schema", "regex", "grammar")
@@ -103,7 +104,7 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         for name, (holds, rule) in _FLOATS.items():
-            self._check_number(name, Real, holds, rule, float)
+            self._check_number(name, Real, holds, rule, _as_float)
         for name, (fits, rule) in _INTEGERS.items():
             self._check_number(name, Integral, fits, rule, int)
         for name in _FLAGS:
@@ -124,16 +125,18 @@ class SamplingParams:
         shown = shown if len(shown) <= _MAX_SHOWN else f"{shown[:_MAX_SHOWN]}..."
         raise ValueError(f"{name}={shown} must be {rule}")
 
-    def _check_number(self, name: str, kind: type, holds: Callable[[Any], bool], rule: str, to: type) -> None:
+    def _check_number(
+        self, name: str, kind: type, holds: Callable[[Any], bool], rule: str, to: Callable[[Any], float]
+    ) -> None:
         value = getattr(self, name)
-        if not isinstance(value, kind) or isinstance(value, bool) or not holds(value):
+        if not isinstance(value, kind) or isinstance(value, bool) or not holds(to(value)):
             self._reject(name, rule)
         object.__setattr__(self, name, to(value))
 
     def _check_token_ids(self) -> None:
         if not _is_bias(self.logit_bias):
             self._reject("logit_bias", "a mapping of token ids >= 0 to floats below +inf")
-        object.__setattr__(self, "logit_bias", {int(token): float(bias) for token, bias in self.logit_bias.items()})
+        object.__setattr__(self, "logit_bias", {int(token): _as_float(bias) for token, bias in self.logit_bias.items()})
         if not _is_sequence(self.stop_token_ids) or not all(map(_is_token_id, self.stop_token_ids)):
             self._reject("stop_token_ids", "a list or tuple of token ids >= 0, such as (2,)")
         object.__setattr__(self, "stop_token_ids", tuple(map(int, self.stop_token_ids)))
@@ -144,10 +147,12 @@ class SamplingParams:
             texts = (texts,) if isinstance(texts, str) else texts
             if not _is_sequence(texts) or not all(isinstance(text, str) and text for text in texts):
                 self._reject(name, 'a non-empty string or a list of them, such as ["\\n\\n"]')
-            object.__setattr__(self, name, tuple(texts))
+            object.__setattr__(self, name, tuple(whole(text, name) for text in texts))
         for name, (kinds, rule) in _TEXTS.items():
             if not isinstance(getattr(self, name), kinds | None):
                 self._reject(name, f"{rule} or None")
+            if isinstance(getattr(self, name), str):
+                whole(getattr(self, name), name)
         given = [name for name in CONSTRAINTS if getattr(self, name) is not None]
         if len(given) > 1:
             raise ValueError(f"{' and '.join(given)} must not be given together; choose one")
@@ -163,6 +168,14 @@ class SamplingParams:
         return (self.presence_penalty, self.frequency_penalty, self.repetition_penalty) != (0.0, 0.0, 1.0)
 
 
+def _as_float(value: Real) -> float:
+    """An integer beyond the largest float becomes infinite."""
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf
+
+
 def _is_token_id(value: Any) -> bool:
     return not isinstance(value, bool) and isinstance(value, Integral) and int(value) >= 0
 
@@ -174,5 +187,5 @@ def _is_sequence(value: Any) -> bool:
 
 def _is_bias(value: Any) -> bool:
     return isinstance(value, Mapping) and all(
-        _is_token_id(token) and isinstance(bias, Real) and bias < math.inf for token, bias in value.items()
+        _is_token_id(token) and isinstance(bias, Real) and _as_float(bias) < math.inf for token, bias in value.items()
     )

@@ -6,8 +6,11 @@ Like vLLM's `rejection_sample_method="synthetic"`: a draft token is accepted wit
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
+from numbers import Real
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,6 +31,16 @@ class SyntheticAcceptance:
     rates: tuple[float, ...]
     needs_noise = False
     always_draws = True
+
+    @classmethod
+    def of(cls, rates: Any) -> SyntheticAcceptance:
+        """The rule for an argument of any type."""
+        values = list(rates) if isinstance(rates, Iterable) else [None]
+        if not all(isinstance(rate, Real) for rate in values):
+            raise ValueError(
+                f"synthetic_acceptance_rates={rates!r} must be a list of probabilities, such as [0.8, 0.6]"
+            )
+        return cls(tuple(map(float, values)))
 
     def __post_init__(self) -> None:
         bounds = (1.0, *self.rates)

@@ -58,6 +58,8 @@ def test_token_ids_in_any_container_are_one_prompt(prompts) -> None:
         ({1, 2}, r"prompts=\{1, 2\} \(set\) must be a string"),
         ([b"hello"], r"prompt 0 is b'hello' \(bytes\) and must be a string"),
         (None, r"prompts=None \(NoneType\) must be a string"),
+        (bytearray(b"hello"), r"prompts=bytearray\(b'hello'\) \(bytearray\) must be a string"),
+        (memoryview(b"hello"), r"prompts=<memory .* \(memoryview\) must be a string"),
         ([{"content": "Hi"}], r"message=.* must have the form \{\"role\": \"user\", \"content\": \"Hi\"\}"),
         ([{"role": "user", "content": "Hi"}], "messages need a model whose tokenizer has a chat template"),
     ],
@@ -116,6 +118,12 @@ def test_a_text_is_one_prompt_and_messages_go_through_the_template(default_model
         ({"logprobs": 5}, "logprobs=5 must be True or False"),
         ({"repetition_penalty": "1"}, "repetition_penalty='1' must be finite and > 0"),
         ({"presence_penalty": []}, r"presence_penalty=\[\] must be finite"),
+        ({"temperature": 10**400}, "temperature=10+\\.\\.\\. must be finite"),
+        ({"frequency_penalty": -(10**400)}, "frequency_penalty=-10+\\.\\.\\. must be finite"),
+        ({"logit_bias": {1: 10**400}}, "logit_bias=.* must be a mapping of token ids >= 0 to floats"),
+        ({"stop": ["a\ud800"]}, r"stop='a\\ud800' must not contain an unpaired surrogate"),
+        ({"bad_words": "\udfff"}, r"bad_words='\\udfff' must not contain an unpaired surrogate"),
+        ({"regex": "\ud800+"}, r"regex='\\ud800\+' must not contain an unpaired surrogate"),
     ],
 )
 def test_parameters_of_another_type_get_a_sentence(options: dict, message: str) -> None:
@@ -140,6 +148,18 @@ def test_invalid_sampling_parameters_have_a_helpful_message(sampling) -> None:
         Engine(TARGET).generate([[0], [1]], sampling)
 
 
+@pytest.mark.parametrize("name", ["arrivals_s", "after"])
+@pytest.mark.parametrize("value", [5, "ab", ["a", "b"], [0.5j, None], [{}, {}]])
+def test_times_and_indices_of_another_type_get_a_sentence(name: str, value) -> None:
+    with pytest.raises(ValueError, match=rf"{name}=.* must be .*, one for each of the 2 prompts"):
+        Engine(TARGET).as_completed([[0], [1]], GREEDY, **{name: value})
+
+
+def test_a_text_with_half_a_character_is_refused(default_model) -> None:
+    with pytest.raises(ValueError, match=r"prompt='a\\ud800' must not contain an unpaired surrogate"):
+        Engine(default_model).generate("a\ud800", GREEDY)
+
+
 # -- options -------------------------------------------------------------------------------------------------------
 
 
@@ -156,6 +176,15 @@ def test_invalid_sampling_parameters_have_a_helpful_message(sampling) -> None:
         ({"method": "ngram", "num_speculative_tokens": "four"}, "num_speculative_tokens='four' must be at least 1"),
         ({"method": "suffix", "max_history_bytes": 1.5}, r"max_history_bytes=1\.5 must be an integer of at least 0"),
         ({"method": "early_exit", "exit_layer": "1"}, "exit_layer='1' must be an integer of at least 1"),
+        ({"method": 3}, "method=3 must be a name, such as 'ngram'"),
+        ({"verification": None}, "verification=None must be a name, such as 'token'"),
+        ({"records": "yes"}, "records='yes' must be True, False or None"),
+        ({"synthetic_acceptance_rates": 0.5}, r"synthetic_acceptance_rates=0\.5 must be a list of probabilities"),
+        ({"synthetic_acceptance_rates": ["a"]}, r"synthetic_acceptance_rates=\['a'\] must be a list of probabilities"),
+        ({"synthetic_acceptance_rates": [1.5]}, r"synthetic_acceptance_rates=\[1\.5\] must be probabilities"),
+        ({"method": "tree", "tree": 5}, r"tree=5 must be a Tree, rank paths such as"),
+        ({"method": "tree", "tree": [0, 1]}, r"tree=\[0, 1\] must be a Tree, rank paths such as"),
+        ({"method": "ngram", "forced_acceptance": 3}, "forced_acceptance=3 must be 'all', 'none', 'alternating'"),
     ],
 )
 def test_bad_options_are_named_before_a_model_is_loaded(options: dict, message: str) -> None:
@@ -182,6 +211,25 @@ def test_unknown_options_are_named_before_a_model_is_loaded(option: dict, messag
         Engine.load("no/such-model", **option)
 
 
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"device": 5}, "device=5 must be a name; use cpu, cuda or cuda:0"),
+        ({"placement": 5}, 'placement=5 must be a string, such as "same"'),
+        ({"allow_pickle": "yes"}, "allow_pickle='yes' must be True or False"),
+    ],
+)
+def test_options_of_loading_of_another_type_get_a_sentence(option: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Engine.load("no/such-model", **option)
+
+
+@pytest.mark.parametrize("tokenizer", ["gpt2", 5, b"gpt2", Path("gpt2")])
+def test_a_name_is_no_tokenizer(tokenizer) -> None:
+    with pytest.raises(ValueError, match=r"tokenizer=.* must be a loaded tokenizer, such as AutoTokenizer"):
+        Engine(tiny.make("llama", tiny.GQA), tokenizer=tokenizer)
+
+
 def test_names_and_models_are_distinguished() -> None:
     rule = r"must be a loaded model; to load one by name use Engine.load\("
     for target in ("smollm2-135m", None, Path("folder")):
@@ -189,6 +237,9 @@ def test_names_and_models_are_distinguished() -> None:
             Engine(target)
     with pytest.raises(ValueError, match=f"draft='smollm2-135m-draft' {rule}"):
         Engine(TARGET, method="draft_model", draft="smollm2-135m-draft")
+    for draft in (5, b"smollm2-135m-draft"):
+        with pytest.raises(ValueError, match=f"draft={draft!r} {rule}"):
+            Engine(TARGET, method="draft_model", draft=draft)
     for options in ({"target": TARGET}, {"target": None}, {"target": "x", "method": "draft_model", "draft": DRAFT}):
         with pytest.raises(ValueError, match=r"(target|draft)=.* must be a name or a path; pass models to Engine\("):
             Engine.load(**options)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from specdec.prompts import encode, encode_bytes, rows, text_of
+from specdec.prompts import array_rows, encode, encode_bytes, rows, text_of
 
 
 @pytest.mark.parametrize("name", ["p.jsonl", "p.jsonl.gz"])
@@ -43,3 +43,17 @@ def test_without_a_tokenizer_text_is_refused_and_the_message_offers_bytes() -> N
     with pytest.raises(ValueError, match="a text prompt needs a model with a tokenizer; load one"):
         encode("aé", None)
     assert encode_bytes("aé") == (97, 195, 169)
+
+
+@pytest.mark.parametrize("value", ["[" * 100_000 + "]" * 100_000, "9" * 5000], ids=["deep", "many digits"])
+def test_json_that_python_cannot_read_is_a_malformed_row(value: str, tmp_path: Path) -> None:
+    lines, array = tmp_path / "p.jsonl", tmp_path / "p.json"
+    lines.write_text(f'{{"a": {value}}}\n{{"a": "x"}}\n')
+    array.write_text(f'[{{"a": {value}}}]')
+    with pytest.raises(ValueError, match=r"p\.jsonl:1: must be one JSON object per line .*; correct or remove the row"):
+        list(rows(lines))
+    malformed: list[ValueError] = []
+    assert list(rows(lines, malformed.append)) == [(f"{lines}:2", {"a": "x"})]
+    assert len(malformed) == 1
+    with pytest.raises(ValueError, match=r"p\.json:record 1: must be complete"):
+        list(array_rows(array))

@@ -8,7 +8,7 @@ from typing import Any
 
 from bench.workloads import trace
 from bench.workloads.base import Malformed, Prompt, prompts_of
-from specdec.prompts import rows, text_lines, text_of
+from specdec.prompts import rows, text_lines, text_of, whole
 
 
 def read(path: Path, malformed: Malformed) -> list[Prompt]:
@@ -28,7 +28,7 @@ def read(path: Path, malformed: Malformed) -> list[Prompt]:
 
 
 def _prompt(row: dict[str, Any], place: str) -> Prompt:
-    category = str(row.get("category", ""))
+    category = whole(str(row.get("category", "")), f"{place}: category")
     if "messages" in row:
         messages = _messages(row["messages"], place)
         return Prompt(messages[-1][1], category, messages=messages)

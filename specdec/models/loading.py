@@ -215,10 +215,15 @@ def as_dtype(dtype: str | torch.dtype) -> torch.dtype:
     return cast("torch.dtype", getattr(torch, dtype))
 
 
-def as_device(device: str) -> str:
-    """Resolve "auto" to "cuda" if a GPU is available, else "cpu"; other names are returned unchanged."""
+def as_device(device: str | torch.device) -> str:
+    """Resolve "auto" to "cuda" if a GPU is available, else "cpu"; other names are returned unchanged.
+
+    Raises ValueError for what is no name.
+    """
+    if not isinstance(device, str | torch.device):
+        raise ValueError(f"device={device!r} must be a name; use cpu, cuda or cuda:0")
     if device != "auto":
-        return device
+        return str(device)
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 

@@ -131,7 +131,12 @@ def as_tree(tree: Tree | Iterable[Sequence[int]] | str | Path) -> Tree:
     """A tree from a tree, from rank paths or from a file."""
     if isinstance(tree, Tree):
         return tree
-    return Tree.load(Path(tree)) if isinstance(tree, str | Path) else Tree(tuple(map(tuple, tree)))
+    if isinstance(tree, str | Path):
+        return Tree.load(Path(tree))
+    paths = list(tree) if isinstance(tree, Iterable) else [None]
+    if not all(isinstance(path, Iterable) for path in paths):
+        raise ValueError(f"tree={tree!r} must be a Tree, rank paths such as [(0,), (1,), (0, 0)], or a JSON file")
+    return Tree(tuple(map(tuple, paths)))
 
 
 def _checked(paths: Iterable[Sequence[int]]) -> list[RankPath]:

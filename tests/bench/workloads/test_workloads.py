@@ -58,6 +58,9 @@ def test_halves_of_characters_are_malformed(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"mine\.jsonl:1: prompt='a\\ud800b' must not contain an unpaired surrogate"):
         registry.read(str(path), None)
     assert registry.read(str(path), None, Malformed("skip")) == [Prompt("b \U0001f600")]
+    path = write_rows(tmp_path / "category.jsonl", {"prompt": "a", "category": "\ud800"})
+    with pytest.raises(ValueError, match=r"category\.jsonl:1: category='\\ud800' must not contain an unpaired"):
+        registry.read(str(path), None)
     turns = [{"from": "human", "value": "\udfff"}, {"from": "gpt", "value": "x"}]
     write_rows(tmp_path / "sharegpt_gpt4.jsonl", {"conversations": turns})
     with pytest.raises(ValueError, match=r"gpt4\.jsonl:1: value='\\udfff' must not contain an unpaired"):
