@@ -151,7 +151,7 @@ def _is_parallel(folder: Path) -> bool:
     """Whether a folder has a language model that was trained to draft several tokens in a pass (PARD)."""
     try:
         config = json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError):  # missing, or damaged, which its loader reports
+    except (OSError, ValueError, RecursionError):  # missing, or damaged, which its loader reports
         return False
     parts = (config, *config.values()) if isinstance(config, dict) else ()  # a composite has that of its text model
     return any(isinstance(part, dict) and part.get("pard_token") is not None for part in parts)

@@ -421,7 +421,8 @@ class Engine:
             self._grammars = self._grammars or GrammarCompiler(self.tokenizer, vocab_size)
             limits.append(self._grammars.compile(sampling, stop_token_ids))
         if sampling.bad_words:
-            self._pieces = self._pieces or pieces_of(self.tokenizer, vocab_size)
+            purpose = "bad_words; forbid tokens by logit_bias instead"
+            self._pieces = self._pieces or pieces_of(self.tokenizer, vocab_size, purpose)
             limits.append(Without(sampling.bad_words, self._pieces, stop_token_ids, vocab_size))
         if sampling.min_tokens and stop_token_ids:
             limits.append(AtLeast(sampling.min_tokens, stop_token_ids, vocab_size))

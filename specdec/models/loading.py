@@ -445,7 +445,7 @@ def model_class(config: Any) -> Any:
 
 
 def _check_counts(fields: Mapping[str, Any]) -> None:
-    """Raise ValueError for an implausible number of layers or experts, which would take forever to create.
+    """Raise ValueError for an impossible number of layers or experts, or one that would take forever to create.
 
     fields: of a configuration as they are stored; those of a GGUF file by their names there.
     """
@@ -454,8 +454,8 @@ def _check_counts(fields: Mapping[str, Any]) -> None:
         for name, value in parts.pop().items():
             if isinstance(value, dict):
                 parts.append(value)
-            elif COUNTED.search(name) and isinstance(value, int) and value > MAX_PARTS:
-                raise ValueError(f"{name}={value} must be at most {MAX_PARTS}")
+            elif COUNTED.search(name) and isinstance(value, int) and not 0 <= value <= MAX_PARTS:
+                raise ValueError(f"{name}={value} must be {'at least 0' if value < 0 else f'at most {MAX_PARTS}'}")
 
 
 def _check_weight_files(place: _Place, config: Any) -> None:

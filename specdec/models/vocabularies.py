@@ -225,13 +225,16 @@ def _warn_once(summary: str) -> None:
     )
 
 
-def pieces_of(tokenizer: Any, vocab_size: int) -> dict[int, Piece]:
+_PURPOSE = "a draft with another vocabulary; use a draft of the same family"
+
+
+def pieces_of(tokenizer: Any, vocab_size: int, purpose: str = _PURPOSE) -> dict[int, Piece]:
     """The text of each token of a transformers tokenizer, by id; single-byte tokens come last.
 
     Raises ValueError for a tokenizer that is neither byte-level nor SentencePiece-like: its texts are not simply the
-    concatenation of its tokens' texts.
+    concatenation of its tokens' texts. purpose: what needs them, with a remedy, for the message.
     """
-    spelled = _spelling(tokenizer)
+    spelled = _spelling(tokenizer, purpose)
     added = {token: _added(entry) for token, entry in tokenizer.added_tokens_decoder.items()}
     ordinary = {token: text for text, token in tokenizer.get_vocab().items() if token not in added}
     pieces: dict[int, Piece] = {token: piece for token, text in sorted(ordinary.items()) if (piece := spelled(text))}
@@ -240,7 +243,7 @@ def pieces_of(tokenizer: Any, vocab_size: int) -> dict[int, Piece]:
     return {token: piece for token, piece in (pieces | alone).items() if token < vocab_size}
 
 
-def _spelling(tokenizer: Any) -> Callable[[str], bytes]:
+def _spelling(tokenizer: Any, purpose: str) -> Callable[[str], bytes]:
     decoder = getattr(getattr(tokenizer, "backend_tokenizer", None), "decoder", None)
     kinds = _types(json.loads(decoder.__getstate__())) if decoder is not None else set()
     if "ByteLevel" in kinds:
@@ -248,10 +251,7 @@ def _spelling(tokenizer: Any) -> Callable[[str], bytes]:
         return lambda text: bytes(alphabet[char] for char in text if char in alphabet)
     if kinds & {"Metaspace", "Replace"}:
         return lambda text: bytes([int(text[3:5], 16)]) if _is_byte(text) else text.replace("▁", " ").encode()
-    raise ValueError(
-        f"the tokenizer {type(tokenizer).__name__} must be byte-level or SentencePiece-like for a draft with another "
-        "vocabulary; use a draft of the same family"
-    )
+    raise ValueError(f"the tokenizer {type(tokenizer).__name__} must be byte-level or SentencePiece-like for {purpose}")
 
 
 def _added(token: Any) -> Piece:

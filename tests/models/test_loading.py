@@ -301,6 +301,14 @@ def test_a_configuration_that_would_never_end_is_refused(copy, load_format, chan
         load(copy, load_format=load_format)
 
 
+@pytest.mark.parametrize("load_format", ["auto", "dummy"])
+def test_a_configuration_with_fewer_layers_than_none_is_refused(copy, load_format):
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"num_hidden_layers": -1}))
+    with pytest.raises(LoadError, match=r"num_hidden_layers=-1 must be at least 0\)"):
+        load(copy, load_format=load_format)
+
+
 def test_weights_file_given_instead_of_its_folder(copy):
     with pytest.raises(ValueError, match=r"must be a .gguf file if it is a file; name the folder that holds it"):
         load(copy / "model.safetensors")

@@ -397,6 +397,9 @@ def test_a_tokenizer_without_text_per_token_is_refused() -> None:
     word_piece.decoder = decoders.WordPiece()
     with pytest.raises(ValueError, match="must be byte-level or SentencePiece-like for a draft"):
         pieces_of(PreTrainedTokenizerFast(tokenizer_object=word_piece), 3)
+    engine = Engine(tiny.make("llama", tiny.GQA), tokenizer=PreTrainedTokenizerFast(tokenizer_object=word_piece))
+    with pytest.raises(ValueError, match="SentencePiece-like for bad_words; forbid tokens by logit_bias instead"):
+        engine.generate([0], SamplingParams(max_tokens=2, bad_words="b"))
 
 
 def test_a_head_needs_the_targets_own_vocabulary() -> None:

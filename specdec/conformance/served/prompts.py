@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from specdec.prompts import text_lines
+
 PROMPTS = (
     "def mean(values):\n    return sum(values) / len(values)\n\n\ndef middle(values):\n    return",
     "Monday: soup. Tuesday: rice. Wednesday: soup. Thursday: rice. Friday: soup. Saturday: rice. Sunday:",
@@ -28,14 +30,10 @@ def read_prompts(path: Path | None) -> tuple[str, ...]:
     """
     if path is None:
         return PROMPTS
-    prompts = tuple(_prompt(line, f"{path}, line {number}") for number, line in enumerate(_lines(path), 1))
+    prompts = tuple(_prompt(line, f"{path}, line {number}") for number, line in enumerate(text_lines(path), 1))
     if not prompts:
         raise ValueError(f"prompts={path} must have at least one line; write one JSON object with a prompt on each")
     return prompts
-
-
-def _lines(path: Path) -> list[str]:
-    return path.read_text(encoding="utf-8").splitlines()
 
 
 def _prompt(line: str, place: str) -> str:

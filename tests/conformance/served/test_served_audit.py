@@ -17,6 +17,7 @@ from helpers.served import Cache, Model, dies, hesitates, of_choice, refuses_see
 
 from specdec.conformance.__main__ import main
 from specdec.conformance.certificate import Certificate
+from specdec.conformance.served.prompts import read_prompts
 
 ENOUGH = ("--num-draws", "420", "--max-tv", "0.3", "--max-tokens", "24")
 MORE = ("--num-draws", "900", "--max-tv", "0.2", "--max-tokens", "24")  # for the arms to differ beyond doubt
@@ -420,3 +421,9 @@ def test_prompts_of_another_shape_are_errors(text: str, tmp_path: Path, capsys: 
     path.write_text(text)
     assert main(["audit", "--url", "http://h", "--control-fields", "{}", "--prompts", str(path)]) == 2
     assert "must" in capsys.readouterr().err
+
+
+def test_only_a_line_feed_ends_a_prompt(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('\ufeff{"prompt": "one\u2028line\x85too"}\r\n{"prompt": "two"}\n', encoding="utf-8")
+    assert read_prompts(path) == ("one\u2028line\x85too", "two")
