@@ -12,17 +12,17 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.toys import ExitTarget, distribution_after
+from helpers.toys import ExitTarget, distribution_after, obvious_distribution
 
 from specdec import Engine, SamplingParams
-from specdec.conformance.toys import FeatureTarget, ToyHead
-from specdec.models.markov import MarkovModel
+from specdec.conformance.toys import FeatureTarget, ToyHead, next_distribution
+from specdec.models.markov import MarkovCache, MarkovModel
 from specdec.proposers.table import NgramTable
 from specdec.sampling.distributions import Distribution
 from specdec.trees.shape import Tree
 from specdec.verification import Draft, Rule, Verification
 
-VOCAB, TOLERANCE = 7, 1e-12
+VOCAB, TOLERANCE, MASK = 7, 1e-12, 6
 PROMPT = (0, 1, 2, 3, 0, 1, 2)
 
 
@@ -33,6 +33,56 @@ def irregular(seed: int) -> torch.Tensor:
 
 
 TARGET, DRAFT = FeatureTarget(irregular(0)), MarkovModel(irregular(1))
+MASKED = MarkovModel(DRAFT.table)  # the same model, asked for several tokens at once
+MASKED.mask_token = MASK
+
+
+class StatelessToy(ToyHead):
+    """Its state is the code of the last two tokens, as a feature is."""
+
+    format, drafting = "hydra", "stateless"
+
+    def start(self, features: torch.Tensor) -> torch.Tensor:
+        return features
+
+    def advance(self, place: int, states: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        return states % self.vocab_size * self.vocab_size + tokens.unsqueeze(-1)
+
+    def logits(self, place: int, states: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        return super().logits(states)
+
+
+class ParallelToy(ToyHead):
+    """After its first token it knows only that two masks came before."""
+
+    format, drafting, mask_token = "p_eagle", "parallel", MASK
+
+    def mask_state(self) -> torch.Tensor:
+        return torch.tensor([float(MASK)])
+
+
+class BlockToy(ToyHead):
+    """Likewise, with a cache of features by position."""
+
+    format, drafting, max_tokens = "dflash", "block", 3
+
+    def extend(self, features: torch.Tensor, tokens: torch.Tensor, cache: MarkovCache, first_slot: int = 0) -> None:
+        for slot, codes in enumerate(features[..., 0].long(), first_slot):
+            start = cache.num_cached[slot]
+            cache.tokens[slot, start : start + len(codes)] = codes
+
+    def block(self, newest: torch.Tensor, num_tokens: int, cache: MarkovCache) -> torch.Tensor:
+        return torch.stack([cache.tokens[slot, cache.num_cached[slot] - 1] for slot in range(len(newest))])
+
+    def logits(self, block: torch.Tensor, newest: torch.Tensor, drafted: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        masked = torch.full_like(newest, MASK * self.vocab_size + MASK)
+        codes = masked if drafted.shape[1] else block % self.vocab_size * self.vocab_size + newest
+        return super().logits(codes.view(-1, 1, 1))
+
+    def confidence(self, *arguments: torch.Tensor) -> None:
+        return None
+
+
 TREE = Tree(((0,), (1,), (0, 0), (0, 1), (1, 0)))
 METHODS: dict[str, dict[str, Any]] = {
     "autoregressive": {},
@@ -42,10 +92,15 @@ METHODS: dict[str, dict[str, Any]] = {
     "suffix": {"max_history_bytes": 1 << 16},
     "draft_model": {"draft": DRAFT},
     "eagle": {"draft": ToyHead(DRAFT)},
+    "hydra": {"draft": StatelessToy(DRAFT)},
+    "pard": {"draft": MASKED},
+    "p_eagle": {"draft": ParallelToy(DRAFT)},
+    "dflash": {"draft": BlockToy(DRAFT)},
     "hybrid": {"draft": DRAFT},
     "early_exit": {"exit_layer": 1},
     "tree": {"draft": DRAFT, "tree": TREE},
 }
+DRAWN = ("draft_model", "eagle", "hydra", "pard", "p_eagle", "dflash", "early_exit", "tree")
 PARAMS = {
     "plain": SamplingParams(max_tokens=24),
     "temperature": SamplingParams(max_tokens=24, temperature=0.5),
@@ -79,7 +134,16 @@ def paths_to_target_rows(draft: Draft) -> list[list[int]]:
     return [draft.tree.lineage(node) for node in range(-1, num_tokens)]
 
 
-def differences(seen: Sequence[Seen], output: Sequence[int], params: SamplingParams, kind: str) -> list[float]:
+def seen_by_draft(method: str, context: list[int], num_drafted: int) -> list[int]:
+    """What the draft's distribution depends on: some methods see masks instead of the draft's own tokens."""
+    if method not in ("pard", "p_eagle", "dflash") or num_drafted == 0:
+        return context
+    return context[:-num_drafted] + [MASK] * (num_drafted + (method != "pard"))
+
+
+def differences(
+    seen: Sequence[Seen], output: Sequence[int], params: SamplingParams, kind: str, method: str = ""
+) -> list[float]:
     """For each row that the rule received, the largest deviation of a probability from the table's.
 
     kind: the draft's: "copied" (one-hot), "drawn" from the draft model, or "either".
@@ -94,7 +158,8 @@ def differences(seen: Sequence[Seen], output: Sequence[int], params: SamplingPar
             context = before + [tokens[i] for i in path]
             probs = draft.distribution.dense()[0, row]
             copied = deviation(probs, torch.zeros(VOCAB).scatter(0, draft.tokens[0, row : row + 1], 1.0).tolist())
-            drawn = deviation(probs, distribution_after(DRAFT, params, PROMPT, context))
+            logits = next_distribution(DRAFT, [*PROMPT, *seen_by_draft(method, context, len(path))]).log().tolist()
+            drawn = deviation(probs, obvious_distribution(logits, params, list(PROMPT), context))
             found.append({"copied": copied, "drawn": drawn, "either": min(copied, drawn)}[kind])
         num_emitted += int(outcome.accepted[0]) + 1
     return found
@@ -123,8 +188,8 @@ def engine_for(method: str) -> Engine:
 def test_the_rule_receives_the_models_own_distributions(method: str, params: SamplingParams) -> None:
     """A copied token's is one-hot; a sampled token's is the draft model's, given the tokens before it."""
     seen, output = recorded(engine_for(method), params)
-    kinds = dict.fromkeys(("draft_model", "eagle", "early_exit", "tree"), "drawn") | {"hybrid": "either"}
-    found = differences(seen, output, params, kinds.get(method, "copied"))
+    kinds = dict.fromkeys(DRAWN, "drawn") | {"hybrid": "either"}
+    found = differences(seen, output, params, kinds.get(method, "copied"), method)
     assert len(found) >= len(output)
     assert max(found) < TOLERANCE
     assert method == "autoregressive" or any(draft.tokens.shape[1] for _, draft, _ in seen), "nothing was drafted"
