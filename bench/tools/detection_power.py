@@ -45,13 +45,14 @@ LOGPROBS = replace(SAMPLED, logprobs=True)
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """Sampling parameters, and to how many prompts they apply; None: to all that were asked for."""
+    """Sampling parameters. shares_contexts: decode one prompt whose outputs begin alike, and not the usual ones."""
 
     sampling: SamplingParams = SAMPLED
-    num_prompts: int | None = None
+    shares_contexts: bool = False
 
 
-SHARED_CONTEXTS = Setting(replace(HOT, max_tokens=4), 1)  # many short outputs of one prompt
+SHARED_TEXT = "Monday, Tuesday, Wednesday, Thursday, Friday"
+SHARED_CONTEXTS = Setting(replace(HOT, max_tokens=4), shares_contexts=True)
 SETTINGS = {  # of mutants that show only so, or more so
     "M4 accept uniform reused": (Setting(HOT),),
     "M8 top-k on one side": (Setting(replace(SAMPLED, top_k=20)),),
@@ -210,11 +211,15 @@ def sizes(references: Sequence[Reference], prompts: Sequence[Tokens], outputs: S
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """The engine's target and draft, the same two for the reference, and prompts, as token ids."""
+    """The engine's target and draft, the same two for the reference, and prompts, as token ids.
+
+    shared: the prompt of settings that share contexts.
+    """
 
     engine: tuple[Any, Any]
     exact: tuple[Any, Any]
     prompts: Sequence[tuple[int, ...]]
+    shared: tuple[int, ...]
 
 
 def real_pair(num_prompts: int, dtype: torch.dtype) -> Subject:
@@ -229,13 +234,14 @@ def real_pair(num_prompts: int, dtype: torch.dtype) -> Subject:
 
     engine, exact = load(dtype), load(torch.float32)
     encoded = (tuple(encode(text.text, exact[0].tokenizer)) for text in registry.read("humaneval", None))
-    return Subject(engine, exact, sorted(encoded, key=len)[:num_prompts])  # reading prompts gives no evidence
+    prompts = sorted(encoded, key=len)[:num_prompts]  # reading prompts gives no evidence
+    return Subject(engine, exact, prompts, tuple(exact[0].tokenizer(SHARED_TEXT).input_ids))
 
 
 def tables(num_prompts: int, num_rows: int = 512, vocab_size: int = 4096) -> Subject:
     """Tables of the default pair's distributions, which decode some hundred times as many tokens per second."""
     target, draft = map(RowModel, real_rows(num_rows, vocab_size))
-    return Subject((target, draft), (target, draft), [(number,) for number in range(num_prompts)])
+    return Subject((target, draft), (target, draft), [(number,) for number in range(num_prompts)], (0,))
 
 
 def findings(
@@ -247,7 +253,7 @@ def findings(
     """
     known = dict[str, dict[str, float]]()
     for name, setting in ((each, setting) for each in names for setting in _settings(each, subject.prompts)):
-        prompts = subject.prompts[: setting.num_prompts]
+        prompts = [subject.shared] if setting.shares_contexts else subject.prompts
         references = [Reference(model, setting.sampling) for model in subject.exact]
         sound, broken = (
             plant(*subject.engine, GAMMA)(uniforms, verify_tokens, ROWS) for plant in (maker, PLANTED[name])
