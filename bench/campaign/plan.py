@@ -63,7 +63,7 @@ def _check(config: BenchConfig, plans: Sequence[Plan]) -> None:
             value = each.name if isinstance(each, Pair) else each
             skips = [plan.skip for plan in plans if getattr(plan.cell, parameter) == value]
             if skips and all(skips):
-                raise ValueError(f"{option}={value} is asked for and must be able to run, but {skips[0]}")
+                raise ValueError(f"{option}={value} was requested and must be able to run, but {skips[0]}")
     if plans and all(each.skip for each in plans):
         raise ValueError(f"no cell can run: {plans[0].skip}")
 

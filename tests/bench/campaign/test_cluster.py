@@ -51,7 +51,7 @@ def test_a_pair_of_another_part_need_not_fit_into_this_machine(make_config: Make
     named = frozenset({"pairs"})
     assert plan(make_config(pairs=PAIRS, shard="1/2", shard_by="pair", named=named), no_room)
     for changes in ({"shard": "2/2", "shard_by": "pair"}, {"shard": "1/2"}):
-        with pytest.raises(ValueError, match="pairs=large is asked for and must be able to run, but too large"):
+        with pytest.raises(ValueError, match="pairs=large was requested and must be able to run, but too large"):
             plan(make_config(pairs=PAIRS, named=named, **changes), no_room)
 
 

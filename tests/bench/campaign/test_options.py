@@ -269,7 +269,7 @@ def test_a_wrong_value_is_named_with_its_rule_and_remedy(option: str, text: str,
     ("arguments", "message"),
     [
         (["--gammas", "0"], "gammas=0 must be an integer of at least 1"),
-        (["--engines", "transformers", "--methods", "ngram_store"], "asked for and must be able to run, but engine="),
+        (["--engines", "transformers", "--methods", "ngram_store"], "requested and must be able to run, but engine="),
         # without xdist the option does not exist, which is a usage error too
         (["-n", "2"], "numprocesses=2 must be 0" if find_spec("xdist") else "unrecognized arguments: -n 2"),
         (["--metods", "ngram"], "unrecognized arguments: --metods ngram\n  did you mean: --methods\n"),

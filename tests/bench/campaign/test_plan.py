@@ -43,11 +43,11 @@ def test_impossible_cells_are_skipped_once_with_reason_and_remedy(make_config: M
     [
         (
             {"methods": ("ngram_store",), "engines": ("transformers",), "named": frozenset({"methods"})},
-            "methods=ngram_store is asked for and must be able to run, but engine=transformers has no method=ngram",
+            "methods=ngram_store was requested and must be able to run, but engine=transformers has no method=ngram",
         ),
         (
             {"batch_sizes": (4,), "named": frozenset({"engines"})},
-            "engines=transformers is asked for .* decodes at most 1 prompt at a time, not batch_size=4; use",
+            "engines=transformers was requested .* decodes at most 1 prompt at a time, not batch_size=4; use",
         ),
         ({"batch_sizes": (4,), "engines": ("transformers",)}, "no cell can run: engine=transformers decodes at most"),
     ],
@@ -103,7 +103,7 @@ def test_rates_are_cells_of_engines_that_take_requests_while_they_decode(make_co
         "engine=transformers takes no requests while it decodes others; use --engines "
         "specdec,vllm-server,sglang,tensorrt-llm,openai,llama-server, or leave out --rate, --sweep or --concurrency"
     }
-    with pytest.raises(ValueError, match=r"engines=transformers is asked for .* takes no requests while it decodes"):
+    with pytest.raises(ValueError, match=r"engines=transformers was requested .* takes no requests while it decodes"):
         plan(make_config(rate=(2.0,), named=frozenset({"engines"})))
 
 

@@ -241,7 +241,7 @@ def test_a_pair_without_room_is_skipped_and_an_error_if_it_was_named(make_config
     config = make_config(pairs=(small, large))
     skipped = {each.cell.pair: each.skip for each in plan(config, no_room) if each.skip}
     assert skipped == {large.name: "it is too large; use a smaller one"}
-    message = "pairs=llama-3.3-70b-8b is asked for and must be able to run, but it is too large; use a smaller one"
+    message = "pairs=llama-3.3-70b-8b was requested and must be able to run, but it is too large; use a smaller one"
     with pytest.raises(ValueError, match=message):
         plan(dataclasses.replace(config, named=frozenset({"pairs"})), no_room)
 
@@ -254,7 +254,9 @@ def test_placements_without_devices_are_skipped_and_an_error_if_named(make_confi
 
     skipped = {each.cell.placement for each in plan(config, why) if each.skip}
     assert skipped == {"ratio:6:2"}
-    with pytest.raises(ValueError, match=r"placements=ratio:6:2 is asked for .* needs 8 devices, but device=cpu has 1"):
+    with pytest.raises(
+        ValueError, match=r"placements=ratio:6:2 was requested .* needs 8 devices, but device=cpu has 1"
+    ):
         plan(dataclasses.replace(config, named=frozenset({"placements"})), why)
 
 
