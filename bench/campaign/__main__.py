@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from bench.campaign import cluster
+from bench.campaign.backups import rename_to_backup
 from bench.campaign.cluster import Campaign, ClusterError, Command, Part
 from bench.campaign.part import Outcome
 from bench.records.campaigns import joined_files
@@ -34,7 +35,7 @@ def _parser() -> Parser:
     parser = Parser(prog="python -m bench.campaign", description=__doc__, allow_abbrev=False)
     parser.add_argument("--ray", required=True, metavar="ADDRESS", help="a running Ray cluster: auto, or HOST:PORT")
     parser.add_argument(
-        "--retries", type=int, default=2, metavar="N", help="run a part again so often if its node dies (default 2)"
+        "--retries", type=int, default=2, metavar="N", help="how often to run a part again if its node dies (default 2)"
     )
     parser.add_argument(
         "--resources",
@@ -75,8 +76,7 @@ def _folder(journal: Path, *, is_resumed: bool) -> Path:
     """The folder of the parts' journals; that of an earlier campaign is renamed unless it is resumed."""
     folder = journal.with_suffix("")
     if folder.exists() and not is_resumed:
-        names = (folder.with_name(f"{folder.name}.bak{number if number > 1 else ''}") for number in range(1, 10_000))
-        folder.rename(next(name for name in names if not name.exists()))
+        rename_to_backup(folder)
     return folder
 
 

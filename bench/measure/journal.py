@@ -15,6 +15,7 @@ from typing import Any
 
 from filelock import BaseFileLock, FileLock, Timeout
 
+from bench.campaign.backups import rename_to_backup
 from bench.records.results import _is_header, complete_lines
 from bench.records.schema import HEAD, SCHEMA_VERSION
 
@@ -161,6 +162,4 @@ def _keep(path: Path) -> Path | None:
     """Rename a journal that has finished cells."""
     if not path.exists() or path.read_bytes().count(b"\n") < 2:
         return None
-    names = (f"{path.name}.bak{number if number > 1 else ''}" for number in range(1, 10_000))
-    free = next(place for place in map(path.with_name, names) if not os.path.lexists(place))
-    return path.rename(free)
+    return rename_to_backup(path)

@@ -198,6 +198,11 @@ def kind_of(record: Record) -> str:
     return "certificates" if record.get("verdict") is not None else "cells"
 
 
+def kind_name(record: Record) -> str:
+    """The kind of a record in the singular, as in exported rows."""
+    return kind_of(record).removesuffix("s")
+
+
 def _checked(record: Record, name: str) -> Record:
     """The complete record. Raises UnreadableError if it cannot be shown."""
     kind = kind_of(record)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from bench.records import fields
-from bench.records.results import Results, kind_of
+from bench.records.results import Results, kind_name
 from bench.records.schema import Record
 
 
@@ -18,7 +18,7 @@ def render(runs: Sequence[Results]) -> str:
     run: the file's name. kind: of the record, in the singular. A field that a cell lacks, or that is unknown, is empty.
     """
     rows = [
-        {"run": inert(run.name), "kind": kind_of(record).removesuffix("s"), **_scalars(record)}
+        {"run": inert(run.name), "kind": kind_name(record), **_scalars(record)}
         for run in runs
         for record in run.records
     ]

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.records import fields
-from bench.records.results import Results, kind_of
+from bench.records.results import Results, kind_name
 
 INSTALL = "pip install -e '.[frames]'"
 RUN_COLUMNS = ("run", "date", "commit", "kind")
@@ -20,8 +20,7 @@ RUN_COLUMNS = ("run", "date", "commit", "kind")
 def rows(runs: Sequence[Results]) -> list[dict[str, Any]]:
     """All cells of all runs, with the values of fields as they are."""
     return [
-        {"run": run.name, "date": run.date, "commit": run.commit, "kind": kind_of(record).removesuffix("s")}
-        | fields.scalars(record)
+        {"run": run.name, "date": run.date, "commit": run.commit, "kind": kind_name(record)} | fields.scalars(record)
         for run in runs
         for record in run.records
     ]

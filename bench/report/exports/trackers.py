@@ -1,4 +1,4 @@
-"""Runs in MLflow and in Weights & Biases, where they are installed; where they send to is set as they document it.
+"""Logs runs to MLflow and to Weights & Biases, whose environment variables set the destination.
 
 A run of the benchmarks becomes a run there, with its options, machine and file. MLflow has a nested run for each cell,
 whose identity is in its parameters; Weights & Biases has a table of all cells, and the main values as a summary.
@@ -38,7 +38,7 @@ def log_to_mlflow(runs: Sequence[Results], experiment: str) -> None:
 
 
 def log_to_wandb(runs: Sequence[Results], project: str) -> None:
-    """Log runs to a project, as WANDB_MODE says. Raises ValueError with the remedy without wandb."""
+    """Log runs to a project, by WANDB_MODE. Raises ValueError with the remedy without wandb."""
     try:
         import wandb
     except ImportError as error:
