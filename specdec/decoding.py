@@ -375,7 +375,7 @@ class Decoder:
         return Packed.of(draft, outcome, finite, moments)
 
     def _launch_scoring(self, batch: Batch, cache: Cache) -> Flight:
-        """Launch a step whose draft the host has part in, as one transfer and one recording after the draft."""
+        """Launch a step whose draft the host takes part in: one transfer, and one recording after the draft."""
         with self._stopwatch.phase("draft_s"):
             guesses, draft = self._guess(batch)
         width = batch.width(max(map(len, guesses)))
@@ -413,7 +413,7 @@ class Decoder:
 
     def _logits_at(self, newest: Tensor, draft: Draft, starts: Tensor, cache: Cache, extent: int) -> Tensor:
         """`_score` as a pure function of tensors. newest: int64 [rows, 1], at positions starts, int64 [rows]."""
-        branches = Branches.behind_root(draft.tree.parents) if draft.tree else None
+        branches = Branches.after_root(draft.tree.parents) if draft.tree else None
         tokens = torch.cat([newest, draft.tokens], 1)
         return cast("FixedShapeModel", self.target).forward_at(tokens, starts, cache, extent, branches=branches)
 
@@ -458,7 +458,7 @@ class Decoder:
         """Logits after each row's newest token and after each of its draft, [rows, k + 1, vocab]."""
         cache.num_cached[: len(batch.rows)] = [length - 1 for length in batch.num_tokens()]
         tokens = torch.cat([upload(batch.last_tokens(), self.target.device).unsqueeze(1), draft.tokens], 1)
-        branches = None if draft.tree is None else Branches.behind_root(draft.tree.parents)
+        branches = None if draft.tree is None else Branches.after_root(draft.tree.parents)
         return score(self.target, tokens, cache, self.recorder, branches)
 
     def _verify(self, batch: Batch, logits: Tensor, draft: Draft) -> tuple[Verification, Tensor]:

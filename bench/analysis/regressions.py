@@ -1,7 +1,7 @@
 """Whether a later run is slower in any cell: one verdict with a stated false-alarm rate, for continuous integration.
 
-Only what is paired inside both runs is tested, prompt by prompt: each cell's speed-up over the plain decoding beside
-it, and the reference engine's plain decoding beside that of each other engine. If nothing changed, the two runs are
+Only what is paired inside both runs is tested, prompt by prompt: each cell's speed-up over plain decoding, and
+the speed of the reference engine's plain decoding over that of each other engine. If nothing changed, the two runs are
 exchangeable, so the differences of their log ratios are symmetric about 0, for which Student's t keeps its level. Each
 ratio is tested at an equal share of the false-alarm rate (Bonferroni), which needs no independence.
 """
@@ -39,8 +39,7 @@ class Judged:
 def judged(
     found: Sequence[Difference], false_alarm_rate: float = FALSE_ALARM_RATE, tolerance: float = TOLERANCE
 ) -> list[Judged]:
-    """Every ratio that was measured side by side in both runs, over at least two rounds
-    or conversations.
+    """Every ratio that was measured side by side in both runs, over at least two rounds or conversations.
 
     Raises ValueError if there is none: then nothing can be concluded.
     """

@@ -143,7 +143,7 @@ def gpus_needed(placement: str, config: BenchConfig, nodes: Sequence[Mapping[str
 
 
 def needs_of(part: Part, nodes: Sequence[Mapping[str, float]], others: Mapping[str, float]) -> Needs:
-    """What a part reserves: its GPUs, and as many processors as a node has for them. On the CPU it has a whole node.
+    """What a part reserves: its GPUs, and the node's share of processors for them. On the CPU it has a whole node.
 
     Two parts that share processors would slow each other down. Raises ClusterError if no node has so many GPUs, or
     if nodes have different ones.
@@ -264,7 +264,7 @@ class Campaign:
         return None
 
     def _keep(self, part: Part, lines: bytes) -> None:
-        """Append lines to a part's journal. Raises ClusterError if they are of another machine than the others."""
+        """Append lines to a part's journal. Raises ClusterError if their machine differs from the other parts'."""
         configuration = json.loads(lines.partition(b"\n")[0]).get("configuration")
         if configuration:  # the first line of a journal
             self._configuration = self._configuration or configuration

@@ -1,4 +1,4 @@
-"""One part of a campaign, measured in a process of its own that hands over each finished cell at once.
+"""One part of a campaign, measured in a separate process that hands over each finished cell at once.
 
 Workers of a cluster import this module, so it needs nothing but the standard library and pytest.
 """
@@ -46,7 +46,7 @@ def measure(
     """Run pytest with these arguments; yields where, lines of the journal as they are written, and the outcome.
 
     variables: of the environment, in addition. finished: lines of the journal that an earlier attempt handed over; they
-    are not measured again. The process ends with the one that iterates.
+    are not measured again. The process ends with the iteration.
     Raises PartLostError if it is killed.
     """
     with TemporaryDirectory() as name:

@@ -64,7 +64,7 @@ def from_steps(emitted: Sequence[int], num_drafted: int, num_accepted: int) -> A
 
 
 def of_steps(num_tokens: int, num_steps: int, drafts: Mapping[str, Any], depth: int | None = None) -> AcceptanceCounts:
-    """Counters of an output of which no accepted token was truncated, whatever tokens arrived together.
+    """Counters of an output without truncated accepted tokens; tokens of several steps may have arrived together.
 
     num_tokens: emitted, with the prefill's. drafts, depth: as for `acceptance`.
     Raises EngineError if the counters contradict the tokens, or if accepted tokens were truncated.

@@ -227,10 +227,10 @@ inline void add_group(const Codes* codes, const Scales<F>* scales, const Inputs&
     }
 }
 
-// How the weights of later groups are asked for: those in up to 6 bits far ahead, a whole group at once. A core has too
-// few outstanding requests of its first cache for that in 8 bits. For one or two tokens, which wait for memory, these
-// are asked for closely ahead, in the second cache; for more, far ahead, distributed over the first three tokens.
-// What asks must be inlined: GCC removes calls of functions that only prefetch.
+// How the weights of later groups are prefetched: those in up to 6 bits far ahead, a whole group at once. In 8 bits that
+// would exhaust the outstanding requests of the core's first-level cache. For one or two tokens, which wait for memory,
+// these are prefetched shortly ahead, into the second-level cache; for more, far ahead, in parts during the first three
+// tokens. The functions must be inlined: GCC removes calls of functions that only prefetch.
 enum Ahead { FAR, CLOSE, DISTRIBUTED };
 
 template <class F>

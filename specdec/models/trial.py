@@ -200,7 +200,7 @@ def check_tree_equals_plain(lm: Any) -> None:
     cache, num_prompt = lm.allocate(1, len(text) + len(nodes)), 2
     prefill(lm, text[:-1], cache, 0, num_prompt=num_prompt)
     tokens = torch.tensor([[text[-1], *nodes]], device=lm.device)
-    logits = lm.forward(tokens, cache, branches=Branches.behind_root(tree.parents))[0].float()
+    logits = lm.forward(tokens, cache, branches=Branches.after_root(tree.parents))[0].float()
     for node in (2, 4):
         path = [*text, *(nodes[i] for i in tree.lineage(node))]
         expected = prefill(lm, path, lm.allocate(1, len(path)), 0, num_prompt=num_prompt)[0, -1].float()

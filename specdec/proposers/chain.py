@@ -137,8 +137,8 @@ def draw_chain(
 
     logits_after: maps the draft so far, int64 [rows, i] with i increasing by one per call, to the logits of the next
     token, [rows, 1, vocab]. adaptive: ends the draft when another token is not worth its cost. vocabulary: int64,
-    ascending, the tokens of the logits' columns, or None for all. acceptance: maps the same drafts
-    to the probability, float [rows], that the next token will be accepted; None for its distribution's largest one.
+    ascending, the tokens of the logits' columns, or None for all. acceptance: maps the same drafts to the probability,
+    float [rows], that the next token will be accepted; None for its distribution's largest one.
     """
     device, num_proposed = batch.sampling.device, list(limits)
     draws = draft_uniforms(batch.sampling.rows, upload(batch.num_tokens(), device), max(limits), uniforms)

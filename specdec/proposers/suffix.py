@@ -6,7 +6,7 @@ a copy is the product of these probabilities, token by token.
 
 Drafts depend only on committed tokens, so their distribution is one-hot. With a history of finished requests, drafts
 also depend on other requests. This does not change the output distribution, nor greedy and coupled outputs, but it does
-change the sample for a seed. An output reveals the uniforms behind it, so copying it and reusing those uniforms would
+change the sample for a seed. An output reveals the random draws behind it, so copying it and reusing those draws would
 bias the result. The engine therefore gives each request its own uniforms (`specdec.sampling.randomness.own_seed`).
 
 Sources: Oliaro et al. 2024 (arXiv:2411.04975); smoothing with shorter contexts: MacKay and Peto 1995, "A hierarchical
@@ -149,7 +149,7 @@ class PlainTree(SuffixTree):
 
 
 class FastTree(CompiledTree):
-    """The same in C++, with the same results: its size is reckoned as that of the tree in Python."""
+    """The same in C++, with the same results; its size is computed as that of the tree in Python."""
 
     @property
     def num_bytes(self) -> int:

@@ -131,8 +131,7 @@ def draw_siblings(
     """Draw the children of nodes without replacement from each node's distribution: int64 [rows, sum of counts].
 
     distribution: [rows, nodes]. logits: [rows, nodes, n], those of the distribution, over `vocabulary`. counts: number
-    of children of each node.
-    draws: float64 [rows, sum of counts], or [rows, sum of counts, vocab] for races.
+    of children of each node. draws: float64 [rows, sum of counts], or [rows, sum of counts, vocab] for races.
     Once a distribution has no token left, the token with the largest remaining logit is used.
     """
     siblings = _siblings(tuple(counts), draws.device)

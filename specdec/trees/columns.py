@@ -24,7 +24,7 @@ class Branches:
     first: int = 0
 
     @classmethod
-    def behind_root(cls, parents: Sequence[int]) -> Branches:
+    def after_root(cls, parents: Sequence[int]) -> Branches:
         """The columns of a target call: the newest token of the text followed by the nodes of a tree."""
         return cls((-1, *(parent + 1 for parent in parents)))
 

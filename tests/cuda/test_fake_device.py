@@ -237,7 +237,7 @@ def test_a_recorded_step_keeps_hidden_states_of_layers(kind: str, triton: bool) 
         cache = lm.allocate(2, 1024, features=(2, 0, FINAL, 1))
         tokens, starts = (torch.ones(shape, dtype=torch.int64, device=DEVICE) for shape in ((2, 4), (2,)))
         watch.clear()
-        for branches in (None, Branches.behind_root((-1, 0, -1))):
+        for branches in (None, Branches.after_root((-1, 0, -1))):
             for _ in range(3):
                 recorder(lm.forward_at, tokens, starts, cache, 256, 0, None, branches)
         assert (watch.num_captures, watch.num_replays) == (2, 2)

@@ -594,7 +594,7 @@ def test_a_fused_head_computes_the_same(name: str, has_kernels: bool, tmp_path: 
             cache.num_cached[:] = [8, 3]
             next_states = head(states[:, -1:], tokens[:, 8:9], cache)
             cache.num_cached[:] = [9, 4]
-            branches = Branches.behind_root((-1, -1, 0))
+            branches = Branches.after_root((-1, -1, 0))
             nodes = head(next_states.expand(-1, 4, -1), tokens[:, 8:12], cache, branches=branches)
             found.append([states, next_states, nodes, head.logits(nodes)])
     for actual, wanted in zip(*found, strict=True):

@@ -165,7 +165,7 @@ def test_a_node_of_a_tree_is_the_token_of_a_chain(kind: str) -> None:
             lm.forward(torch.tensor([text[: length - 1]], device=DEVICE), cache)
         cache.num_cached[0] = length - 1
         fed = torch.tensor([[text[length - 1], *nodes]], device=DEVICE)
-        logits = lm.forward(fed, cache, branches=Branches.behind_root(tree.parents))[0]
+        logits = lm.forward(fed, cache, branches=Branches.after_root(tree.parents))[0]
         for node in range(len(nodes)):
             way = [*text[:length], *(nodes[i] for i in tree.lineage(node))]
             chain = lm.allocate(1, len(way))
@@ -185,7 +185,7 @@ def test_features_are_the_hidden_states_of_transformers(kind: str) -> None:
     torch.manual_seed(1)
     tokens = torch.randint(3, 61, (2, starts[0] + 3), device=DEVICE)
     fed = torch.stack([row[start : start + 3] for row, start in zip(tokens, starts, strict=True)])
-    tree = Branches.behind_root((-1, -1))  # the second node follows the root, too
+    tree = Branches.after_root((-1, -1))  # the second node follows the root, too
     for branches, columns in ((None, [0, 1, 2]), (tree, [0, 2])):
         logits, caches = [], [lm.allocate(2, starts[0] + 3, features=each) for each in ((), layers)]
         for cache in caches:

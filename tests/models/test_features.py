@@ -124,7 +124,7 @@ def step(target: CausalLM, cache: Any, texts: list[list[int]], tokens: list[list
 def step_of_trees(target: CausalLM, cache: Any, texts: list[list[int]]) -> None:
     """A token and a tree after it, of which the path through nodes 1 and 4 is accepted in each row."""
     tokens, path = torch.tensor(random_tokens(3, 1 + len(TREE))), torch.tensor([[0, 2, 5]] * 3)
-    target.forward(tokens, cache, branches=Branches.behind_root(TREE.parents))
+    target.forward(tokens, cache, branches=Branches.after_root(TREE.parents))
     cache.keep(torch.tensor(cache.num_cached), path)
     for slot in range(3):
         texts[slot] += tokens[slot, path[slot]].tolist()

@@ -114,7 +114,7 @@ def test_a_node_of_a_tree_has_the_bits_of_a_chain_across_the_wrap(kind: str) -> 
         cache = lm.allocate(1, 240)
         prefill(lm, tokens[: length - 1], cache, 0)
         fed = torch.tensor([[tokens[length - 1], *nodes]])
-        logits = lm.forward(fed, cache, branches=Branches.behind_root(tree.parents))[0]
+        logits = lm.forward(fed, cache, branches=Branches.after_root(tree.parents))[0]
         for node in range(len(nodes)):
             path = [*tokens[:length], *(nodes[i] for i in tree.lineage(node))]
             assert torch.equal(logits[node + 1], prefill(lm, path, lm.allocate(1, 240), 0)[0, -1])

@@ -98,7 +98,7 @@ steps = st.lists(st.sampled_from(["extend", "complete", "forget", "copy", "after
 def test_the_compiled_tree_has_the_results_of_the_one_in_python(
     steps: list[str], depth: int, limit: int, doubt: float, data: st.DataObject
 ) -> None:
-    """The same copies to the last bit and the same reckoned memory, whatever is appended and forgotten."""
+    """The same copies to the last bit and the same computed memory, whatever is appended and forgotten."""
     trees, num_complete, is_growing = (PlainTree(depth), FastTree(depth)), 0, False
     for step in steps:
         tokens = data.draw(texts) if step in ("extend", "after") else None

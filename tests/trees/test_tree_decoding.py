@@ -465,7 +465,7 @@ def test_with_kernels_a_node_is_bit_identical_to_plain_decoding(head_dim: int, d
         lm.forward(text[:, :-1], cache, slot)
     cache.num_cached[:] = [text.shape[1] - 1 for text in texts]
     columns = torch.cat([torch.cat([text[:, -1:] for text in texts]), nodes], 1)
-    logits = lm.forward(columns, cache, branches=Branches.behind_root(tree.parents))
+    logits = lm.forward(columns, cache, branches=Branches.after_root(tree.parents))
     for slot, node in itertools.product(range(2), range(len(tree))):
         way = tree.lineage(node)
         alone = lm.forward(torch.cat([texts[slot], nodes[slot, way].unsqueeze(0)], 1), lm.allocate(1, 60))[0]

@@ -120,7 +120,7 @@ def trees(most_nodes: int = 6, most_depth: int = 3) -> st.SearchStrategy[Tree]:
 def test_the_columns_of_a_tree_see_their_ancestors(tree: Tree, first: int) -> None:
     """In one call with the root, and in a later call that feeds only the nodes from some number on."""
     device, number = torch.device("cpu"), min(first, len(tree) - 1)
-    branches = Branches.behind_root(tree.parents)
+    branches = Branches.after_root(tree.parents)
     assert branches.width == len(tree) + 1
     assert offsets(branches, device).tolist() == [0, *tree.depths]
     assert torch.equal(visible(branches, device)[1:, 1:], tree.ancestors)

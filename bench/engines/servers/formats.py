@@ -1,9 +1,9 @@
-"""The formats in which servers stream a completion, and what each server says of itself and of its drafts.
+"""The formats in which servers stream a completion, and what each server reports about its drafts.
 
-A stream is put together to the answer that the server would have given at once, which `specdec.conformance.served`
-reads: requests and replies have one description. The formats are those of the servers' sources: SGLang
-(`managers/tokenizer_manager.py`, `entrypoints/http_server.py`), TensorRT-LLM (`serve/postprocess_handlers.py`,
-`serve/openai_server.py`) and OpenAI's completions.
+The events of a stream are joined to the answer that the server would have given without streaming, which
+`specdec.conformance.served` reads: requests and replies have one description. The formats are those of the servers'
+sources: SGLang (`managers/tokenizer_manager.py`, `entrypoints/http_server.py`), TensorRT-LLM
+(`serve/postprocess_handlers.py`, `serve/openai_server.py`) and OpenAI's completions.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Progress:
             raise EngineError(f"the server must stop at max_tokens={self.max_tokens}, but did not; see its log")
 
     def end(self, num_tokens: int, now_s: float) -> None:
-        """Note the end, which may stand for a stop token that the server does not send. num_tokens: of that event."""
+        """Note the end, which may replace a stop token that the server does not send. num_tokens: of that event."""
         self.has_ended, self.ended_alone = True, num_tokens == 0
         self.first_s = now_s if self.first_s is None else self.first_s
         self.last_s = now_s if self.last_s is None else self.last_s
@@ -74,7 +74,7 @@ class Stream(Protocol):
 
 @dataclass(slots=True)
 class OpenAIStream:
-    """Deltas of a text, or of token ids in its place, as OpenAI's completions and TensorRT-LLM send them."""
+    """Deltas of a text, or of token ids instead, as OpenAI's completions and TensorRT-LLM send them."""
 
     progress: Progress
     token_ids: list[Any] | None = None
@@ -153,7 +153,7 @@ def check_error(event: Mapping[str, Any]) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """A whole completion. answer: as it is not streamed. reply: what that says. emitted: tokens of each event.
+    """A whole completion. answer: as without streaming. reply: its content. emitted: tokens of each event.
 
     num_tokens: with a stop token that the server did not send. depth: levels of the server's drafts if they are trees.
     performance: TensorRT-LLM's measurements of this request; None without any.

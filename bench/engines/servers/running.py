@@ -1,4 +1,4 @@
-"""Servers that somebody else started: SGLang, TensorRT-LLM, and any endpoint of OpenAI's completions.
+"""Servers that are already running: SGLang, TensorRT-LLM, and any OpenAI-compatible completions endpoint.
 
 A server has one model and one way of drafting, which cells must match, so a speed-up over plain decoding needs a second
 server without speculation. SGLang reports how it drafts and its number format, which are checked; of the others these
@@ -52,7 +52,7 @@ STREAMED = {"stream": True, "stream_options": {"include_usage": True}}
 class Kind:
     """One kind of server. name: of its engine and its dialect. fields: of a request for a stream.
 
-    stream: puts its events together. counts: its counters of a completion.
+    stream: joins its events. counts: its counters of a completion.
     """
 
     name: str
@@ -77,7 +77,7 @@ KINDS = {
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """What a server says of itself. None: not reported.
+    """What a server reports about itself. None: not reported.
 
     is_whole: whether it reports its number format and how it drafts. dtype: as torch names it. gamma: tokens that it
     drafts, 0 for none. depth: levels of its drafts if they are trees.
@@ -160,7 +160,7 @@ class RunningEngine(PooledEngine[Server[Client]]):
         ]
 
     def _text(self, prompt: Sequence[int]) -> str:
-        """What a server that takes no token ids is sent."""
+        """The text to send to a server that takes no token ids; else empty."""
         return "" if self._kind.dialect.takes_token_ids else text_of_tokens(prompt, self.tokenizer)
 
     def _complete(self, server: Server[Client], question: Question, start_s: float) -> Streamed:
@@ -221,7 +221,7 @@ class RunningEngine(PooledEngine[Server[Client]]):
         return counters.plain(completion.num_tokens), None
 
     def _started(self, setup: Setup) -> Server[Client]:
-        """The running server of a setup, after checking what it says of itself."""
+        """The running server of a setup, after checking what it reports about itself."""
         url = self._options.peers.servers.url(self._kind.name, setup.method)
         client = Client(str(url), api_key(), CALL_TIMEOUT_S)
         model = served_model(client, self._pair)
@@ -351,7 +351,7 @@ def _length(info: Mapping[str, Any]) -> int:
 
 
 def _depth(info: Mapping[str, Any]) -> int | None:
-    """Levels of SGLang's drafts if they are trees: a chain has one token a level, beside the last one emitted."""
+    """Levels of SGLang's drafts if they are trees: a chain has one token per level, besides the last one emitted."""
     names = ("speculative_num_steps", "speculative_num_draft_tokens")
     levels, tokens = (info.get(name) for name in names)
     if levels is None or tokens is None:
@@ -368,7 +368,7 @@ def _word(info: Mapping[str, Any], name: str) -> str | None:
 
 
 def check_facts(url: str, facts: Facts, setup: Setup, options: LoadOptions) -> None:
-    """Raise EngineError if a server drafts otherwise than a setup, or has another number format than the options."""
+    """Raise EngineError if a server drafts differently from a setup, or has another number format than the options."""
     gamma = 0 if setup.method == "autoregressive" else setup.gamma
     if not facts.is_whole:
         return

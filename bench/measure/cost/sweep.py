@@ -225,7 +225,7 @@ def _tree_step(head: EagleHead, target: CausalLM, num_nodes: int) -> Sized:
                 fed = tokens[:, : len(level.counts)]
                 guessed = head(guessed[:, level.above], fed, own, branches=level.branches)
             head.logits(guessed)
-        target.forward(tokens, cache, branches=Branches.behind_root(tree.parents))
+        target.forward(tokens, cache, branches=Branches.after_root(tree.parents))
         synchronize(target.device)
 
     num_bytes = target.step_bytes + tree.depth * head.step_bytes + CONTEXT * target.token_bytes

@@ -1,1 +1,1 @@
-"""What an output answers, and the programs that check code."""
+"""Scoring: the answer in an output, and the programs that check code."""

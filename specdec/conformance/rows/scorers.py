@@ -116,7 +116,7 @@ class ModelScorer:
             right = [list(row.fed[start : start + arrangement.width]) for row in rows]
             path, parents = tree(len(right[0]), arrangement.num_siblings)
             tokens = [beside(own, path, 1 + len(parents), self.vocab_size) for own in right]
-            logits = model.forward(upload(tokens, device), cache, branches=Branches.behind_root(parents))
+            logits = model.forward(upload(tokens, device), cache, branches=Branches.after_root(parents))
             yield logits[len(rows) - 1, path]
             starts = upload(list(cache.num_cached[: len(rows)]), device)
             keeping.keep(starts, upload([path] * len(rows), device))

@@ -1,4 +1,4 @@
-"""How each kind of server is asked for token ids, and what its reply says.
+"""How to request token ids from each kind of server, and how to read its reply.
 
 A dialect sends every sampling parameter, because servers fill in what is missing from the model's own generation
 configuration. The formats are those of the servers' sources: vLLM 0.32 (`entrypoints/openai/completion/protocol.py`),

@@ -1,4 +1,4 @@
-"""Whether the log-probabilities that a server reports are those of the target: a claim beside that of its tokens."""
+"""Whether the log-probabilities that a server reports are the target's, tested apart from its tokens."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def check_logprobs(
 
 
 def _wrong(reported: Sequence[Reported], reference: Reference, tolerance: float) -> str | None:
-    """A message about the log-probabilities that are further than this from the target's; None if there are none."""
+    """A message about log-probabilities further than `tolerance` from the target's; None if there are none."""
     checked = reported[:MAX_CHECKED]
     expected = expected_logprobs(checked, reference)
     pairs = [

@@ -1,1 +1,1 @@
-"""Weights in 8 or 4 bits for the kernels of this CPU: how they are rounded, and models that have them."""
+"""Models with weights in 8 or 4 bits for the CPU kernels, and the quantizers that round these weights."""

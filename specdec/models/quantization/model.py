@@ -1,4 +1,4 @@
-"""Models whose linear layers have weights in 8 or 4 bits, for the kernels of this CPU.
+"""Models whose linear layers have weights in 8 or 4 bits, for the CPU kernels.
 
 The weights in a GGUF file are taken as they are, so the model's distribution is that of the dequantized file up to
 rounding. Quantizing other weights changes it; speculation is then lossless with respect to the quantized model.
@@ -32,14 +32,14 @@ class Quantization:
 
     model: of transformers; may be on the meta device. name: one of OWN_QUANTIZATIONS: "auto" takes weights as they are
     stored, and leaves those that are stored as plain numbers; a GGUF type takes those that are stored in it and
-    quantizes the others, the output head at least to 8 bits. stored: of the file that the model is from, or None.
+    quantizes the others, the output head to at least 8 bits. stored: the weights of the model's GGUF file, or None.
     Raises WrongArgumentError if the kernels do not support the model or the device.
     """
 
     def __init__(self, model: Any, name: str, stored: StoredWeights | None, device: torch.device) -> None:
         _check(model, name, device)
         self._name, self._stored = name, stored
-        self._sources: dict[str, str] = {}  # of each quantized layer: _STORED or a quantizer, by the layer's path
+        self._sources: dict[str, str] = {}  # path of a quantized layer -> _STORED or a quantizer
         self._num_linears = 0
         for projection in _projections(model):
             self._num_linears += len(projection)
@@ -119,7 +119,7 @@ def quantize_layers(module: nn.Module, name: str) -> None:
 
 
 def quantized(linear: nn.Linear, name: str, path: str = "lm_head") -> QuantizedLinear:
-    """A linear layer with its weights quantized; raises as `quantize_layers`. path: its place, for the message."""
+    """A linear layer with its weights quantized; raises as `quantize_layers`. path: for the error message."""
     _check_kernels(name, linear.weight.device)
     _check_inputs(name, path, linear)
     return QuantizedLinear(linear, pack(quantize(linear.weight, name)), sample_of(linear.weight))
