@@ -24,8 +24,8 @@ from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
-from itertools import accumulate, pairwise
-from typing import Any, NamedTuple, Protocol, cast
+from itertools import pairwise
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -33,14 +33,15 @@ from torch import Tensor
 from specdec.device_rows import DeviceRows, RowState
 from specdec.kernels import gpu
 from specdec.models.base import Cache, FixedShapeModel, LanguageModel, TreeCache, prefill, score
+from specdec.outcomes import Packed, Transfer, add_logprobs, check_distributions, step_record, unpacked
 from specdec.proposers.adaptive import AdaptiveLength
 from specdec.proposers.base import CopyingProposer, FixedProposer, Proposer
-from specdec.requests import Arrivals, Batch, Generation, Request, Step
+from specdec.requests import Arrivals, Batch, Generation, Request
 from specdec.runtime.devices import Mailbox, upload
 from specdec.runtime.recording import InPlace, Recorder
 from specdec.runtime.timing import Stopwatch, now_s, sleep_until
 from specdec.sampling.randomness import Role, UniformSource, noise, on_branch, uniforms
-from specdec.sampling.state import NonFiniteLogitsError, RowParams, SamplingState
+from specdec.sampling.state import RowParams, SamplingState
 from specdec.sampling_params import SamplingParams
 from specdec.stats import PhaseTimes
 from specdec.trees.columns import Branches, nodes_within
@@ -48,59 +49,6 @@ from specdec.trees.shape import Tree
 from specdec.verification import Draft, Verification, VerificationRule, verify_tokens
 
 _IDLE = SamplingParams(temperature=0)  # parameters of an idle slot
-
-
-class Transfer(Protocol):
-    """The columns of a `Packed`, being copied to the host; reading them waits for the copy."""
-
-    def tolist(self) -> list[list[int]]: ...
-
-
-class RowOutcome(NamedTuple):
-    """The outcome of a row's step, as read by the host.
-
-    moments_ns: device clock between the phases, if recorded. tokens: the draft's. path: for a tree, the accepted nodes
-    first. counts: number of tokens proposed, number accepted, and the token after them.
-    draft_finite, target_finite: 1 for each valid distribution, 0 for one from logits without a distribution.
-    """
-
-    moments_ns: list[int]
-    tokens: list[int]
-    path: list[int]
-    counts: list[int]
-    draft_finite: list[int]
-    target_finite: list[int]
-
-
-@dataclass(frozen=True, slots=True)
-class Packed:
-    """The fields of a `RowOutcome` for all rows in one tensor, for a single transfer to the host.
-
-    columns: int64 [rows, n]. widths: number of columns of each field.
-    """
-
-    columns: Tensor
-    widths: tuple[int, ...]
-
-    @classmethod
-    def of(cls, draft: Draft, outcome: Verification, finite: Tensor, moments_ns: Sequence[Tensor] = ()) -> Packed:
-        """finite: whether the target's distributions are valid, bool [rows, k + 1]. moments_ns: int64 [1] each."""
-        empty = draft.tokens[:, :0]
-        parts = (
-            torch.cat([*moments_ns]).expand(len(draft.tokens), -1) if moments_ns else empty,
-            draft.tokens,
-            empty if outcome.path is None else outcome.path,
-            torch.stack([draft.num_proposed, outcome.accepted, outcome.next_token], 1),
-            empty if draft.finite is None else draft.finite.long(),
-            finite.long(),
-        )
-        return cls(torch.cat(parts, 1), tuple(part.shape[1] for part in parts))
-
-
-def unpacked(columns: Sequence[int], widths: Sequence[int]) -> RowOutcome:
-    """Unpack a row of a `Packed`."""
-    ends = [*accumulate(widths)]
-    return RowOutcome(*([*columns[end - width : end]] for end, width in zip(ends, widths, strict=True)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -365,11 +313,8 @@ class Decoder:
         moments = [now_ns()]
         draft = self._draft_from(state, rows, extent, inputs)
         moments.append(now_ns() if self.proposer else moments[0])
-        logits = self._logits_at(state.newest, draft, state.num_tokens - 1, cache, extent)
-        moments.append(now_ns())
-        outcome, finite = self._decide(logits, draft, rows, state.num_tokens)
-        if outcome.path is not None:
-            self._compact(cache, state.num_tokens, outcome.path)
+        outcome, finite, scored_ns = self._score_and_decide(state.newest, draft, rows, state.num_tokens, cache, extent)
+        moments.append(scored_ns)
         packed.value.copy_(self._after(state, draft, outcome).packed())
         moments.append(now_ns())
         return Packed.of(draft, outcome, finite, moments)
@@ -402,14 +347,24 @@ class Decoder:
         rows, now_ns = params.value, cast("Any", self._clock)
         num_tokens, newest, num_copied = inputs.value[:, :3].unbind(1)
         draft = draft or Draft.deterministic(inputs.value[:, 3:], num_copied, rows.vocab_size)
-        moments = [now_ns()]
-        logits = self._logits_at(newest.unsqueeze(1), draft, num_tokens - 1, cache, extent)
-        moments.append(now_ns())
+        start_ns = now_ns()
+        outcome, finite, scored_ns = self._score_and_decide(newest.unsqueeze(1), draft, rows, num_tokens, cache, extent)
+        return Packed.of(draft, outcome, finite, [start_ns, start_ns, scored_ns, now_ns()])
+
+    def _score_and_decide(
+        self, newest: Tensor, draft: Draft, rows: RowParams, num_tokens: Tensor, cache: Cache, extent: int
+    ) -> tuple[Verification, Tensor, Tensor]:
+        """Score and verify a draft, and compact a tree's cache, as a pure function of tensors.
+
+        newest: int64 [rows, 1]. num_tokens: int64 [rows]. Also returns whether the target's distributions are valid,
+        bool [rows, k + 1], and the device clock after scoring, int64 [1].
+        """
+        logits = self._logits_at(newest, draft, num_tokens - 1, cache, extent)
+        scored_ns = cast("Any", self._clock)()
         outcome, finite = self._decide(logits, draft, rows, num_tokens)
         if outcome.path is not None:
             self._compact(cache, num_tokens, outcome.path)
-        moments.append(now_ns())
-        return Packed.of(draft, outcome, finite, [moments[0], *moments])
+        return outcome, finite, scored_ns
 
     def _logits_at(self, newest: Tensor, draft: Draft, starts: Tensor, cache: Cache, extent: int) -> Tensor:
         """`_score` as a pure function of tensors. newest: int64 [rows, 1], at positions starts, int64 [rows]."""
@@ -511,7 +466,7 @@ class Decoder:
         for index, (row, outcome) in enumerate(zip(batch.rows, outcomes, strict=True)):
             if row is None or row.finish_reason:
                 continue
-            _check_distributions(row, index, outcome, flight.tree)
+            check_distributions(row, index, outcome, flight.tree)
             num_drafted, num_accepted, next_token = outcome.counts
             decided.append((num_drafted, num_accepted))
             accepted = (outcome.path if flight.tree else range(len(outcome.tokens)))[:num_accepted]
@@ -519,9 +474,9 @@ class Decoder:
             num_kept = row.emit(emitted)
             if row.request.sampling.logprobs:
                 assert flight.logits is not None
-                _add_logprobs(row, flight.logits[index], [0, *(node + 1 for node in accepted)], emitted[:num_kept])
+                add_logprobs(row, flight.logits[index], [0, *(node + 1 for node in accepted)], emitted[:num_kept])
             batch.sampling.observe(index, emitted[:num_kept])
-            row.steps.append(_step(num_drafted, accepted, num_kept, flight.tree))
+            row.steps.append(step_record(num_drafted, accepted, num_kept, flight.tree))
             row.last_token_s = time.perf_counter()
             row.first_token_s = row.first_token_s or row.last_token_s
         return decided
@@ -572,40 +527,3 @@ def _draws_of_a_step(width: int, tree: Tree | None, device: torch.device) -> tup
 def _lineage(draft: Draft) -> list[list[int]] | None:
     """For a tree, the draft nodes on the path to each position of the logits."""
     return [draft.tree.lineage(node) for node in range(-1, len(draft.tree))] if draft.tree else None
-
-
-def _step(num_drafted: int, accepted: Sequence[int], num_kept: int, tree: Tree | None) -> Step:
-    """The record of a step that accepted the draft tokens at these indices and drew one more; num_kept were emitted."""
-    depth = tree.depths[num_drafted - 1] if tree and num_drafted else None
-    if num_kept <= len(accepted):
-        return Step(num_drafted, num_kept, None, depth)
-    end = accepted[-1] if accepted else -1
-    is_last = not tree.num_children(end, num_drafted) if tree else len(accepted) == num_drafted
-    return Step(num_drafted, len(accepted), "bonus" if is_last else "recovered", depth)
-
-
-def _add_logprobs(row: Generation, logits: Tensor, positions: Sequence[int], tokens: Sequence[int]) -> None:
-    """Add the log-softmax of unprocessed logits [width, vocab] at the tokens and their positions."""
-    logprobs = logits[upload(positions[: len(tokens)], logits.device)].double().log_softmax(-1)
-    row.logprobs += logprobs.gather(1, upload(tokens, logits.device).unsqueeze(1)).squeeze(1).tolist()
-    if num_top := min(row.request.sampling.top_logprobs, logits.shape[-1]):
-        values, indices = logprobs.topk(num_top, -1)
-        pairs = zip(indices.tolist(), values.tolist(), strict=True)
-        row.top_logprobs += [dict(zip(*pair, strict=True)) for pair in pairs]
-
-
-def _check_distributions(row: Generation, index: int, outcome: RowOutcome, tree: Tree | None) -> None:
-    """Raise NonFiniteLogitsError, naming request and step, for logits without a distribution."""
-    if all(outcome.draft_finite) and all(outcome.target_finite):
-        return
-    is_draft = not all(outcome.draft_finite)
-    owner, finite = ("the draft model's", outcome.draft_finite) if is_draft else ("the target's", outcome.target_finite)
-    position = finite.index(0)
-    if tree:  # convert to a level: the draft has one distribution per parent, the target one per node
-        position = (0, *tree.depths)[tree.families[position] + 1 if is_draft else position]
-    raise NonFiniteLogitsError(
-        index,
-        position,
-        f"{owner} request {row.request.index} at token position {len(row.tokens) + position} "
-        f"(decode step {len(row.steps) + 1})",
-    )

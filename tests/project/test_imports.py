@@ -22,7 +22,7 @@ ROOMS = {
         {"kernels", "trees", "constraints"},
         {"sampling"},
         {"verification", "requests"},
-        {"trees.verification", "synthetic", "lossy", "device_rows"},
+        {"trees.verification", "synthetic", "lossy", "device_rows", "outcomes"},
         {"models"},
         {"heads"},
         {"proposers"},
