@@ -169,7 +169,7 @@ def _share(text: str) -> float:
 
 
 def _report(arguments: argparse.Namespace) -> bool:
-    """Print and write everything that was asked for; whether --fail-on found a reason to fail."""
+    """Print and write everything that was requested; whether --fail-on found a reason to fail."""
     names = ", ".join(map(str, arguments.runs or [arguments.trends]))
     runs = campaigns.read_folder(arguments.trends) if arguments.trends else campaigns.read_all(arguments.runs)
     try:
@@ -193,7 +193,7 @@ def _judged(runs: Sequence[Results], arguments: argparse.Namespace) -> tuple[boo
 
 
 def _written(report: Document, runs: Sequence[Results], page: str, arguments: argparse.Namespace) -> list[str]:
-    """Write the files that were asked for, and log the runs; a line about each."""
+    """Write the requested files, and log the runs; a line about each."""
     contents = {"html": page, "markdown": markdown.render(report), "csv": csv_text.render(runs)}
     written = [(option, path) for option in contents if (path := getattr(arguments, option))]
     for option, path in written:

@@ -188,6 +188,17 @@ def find_all(data_dir: Path | None, *patterns: str) -> list[Path]:
     return sorted({path for pattern in patterns for path in data_dir.glob(pattern)}) if data_dir else []
 
 
+def find_some(data_dir: Path | None, workload: str, *patterns: str) -> list[Path]:
+    """The files of a workload in the data folder. Raises UnavailableError if there is none."""
+    found = find_all(data_dir, *patterns)
+    if not found:
+        raise UnavailableError(
+            f"workloads={workload} must have a file {' or '.join(patterns)} in data_dir={data_dir}, found none; name "
+            "its folder with --data-dir"
+        )
+    return found
+
+
 def find(data_dir: Path | None, workload: str, *patterns: str) -> Path:
     """The file of a workload in the data folder. Raises UnavailableError if there is none or more than one."""
     found = find_all(data_dir, *patterns)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from bench.workloads.base import Malformed, Number, Prompt, UnavailableError, find_all, prompts_of
+from bench.workloads.base import Malformed, Number, Prompt, find_some, prompts_of
 from bench.workloads.sets.math500 import BOXED
 from bench.workloads.sources import rows_of
 from specdec.prompts import text_of
@@ -21,12 +21,7 @@ LARGEST = 999
 
 def read(data_dir: Path | None, malformed: Malformed) -> list[Prompt]:
     """The problems of all such files in the data folder; those of a year, else of a file, are a category."""
-    paths = find_all(data_dir, *FILES)
-    if not paths:
-        raise UnavailableError(
-            f"workloads={NAME} must have a file {' or '.join(FILES[:3])} in data_dir={data_dir}, found none; name its "
-            "folder with --data-dir"
-        )
+    paths = find_some(data_dir, NAME, *FILES)
 
     def make(row: dict[str, Any], place: str) -> Prompt:
         problem = text_of(row, "problem" if "problem" in row else "question", place)

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
-from bench.workloads.base import Cases, Malformed, Prompt, UnavailableError, find_all, prompts_of
+from bench.workloads.base import Cases, Malformed, Prompt, find_some, prompts_of
 from bench.workloads.sources import rows_of
 from specdec.prompts import text_of
 
@@ -32,12 +32,7 @@ METHOD = "Complete this class, and put the whole of it into one ```python block.
 
 def read(data_dir: Path | None, malformed: Malformed) -> list[Prompt]:
     """The problems of all such files in the data folder; the difficulty is the category."""
-    paths = find_all(data_dir, *FILES)
-    if not paths:
-        raise UnavailableError(
-            f"workloads={NAME} must have a file {' or '.join(FILES[:2])} in data_dir={data_dir}, found none; name its "
-            "folder with --data-dir"
-        )
+    paths = find_some(data_dir, NAME, *FILES)
     return [prompt for path in paths for prompt in prompts_of(rows_of(path, malformed), _prompt, malformed)]
 
 
