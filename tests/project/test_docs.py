@@ -215,6 +215,15 @@ def test_links_lead_somewhere_in_a_checkout(page: str) -> None:
         assert (ROOT / page).parent.joinpath(link).exists(), f"{page}: {link}"
 
 
+@pytest.mark.parametrize("page", TEXTS)
+def test_sentences_are_wrapped_at_120_columns(page: str) -> None:
+    """But for tables, pictures and what a command writes."""
+    prose = re.sub(r"^```.*?^```$", "", TEXTS[page], flags=re.M | re.S)
+    if "<!-- written by: " not in prose:
+        lines = [line for line in prose.splitlines() if not re.match(r"\||!\[|Verdict: ", line)]
+        assert [line for line in lines if len(line) > 120] == []
+
+
 def test_the_api_reference_has_every_public_name() -> None:
     reference = TEXTS["docs/reference/api.md"]
     assert [name for name in specdec.__all__ if not re.search(rf"\b{name}\b", reference)] == []
