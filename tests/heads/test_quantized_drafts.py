@@ -86,7 +86,7 @@ def test_a_draft_model_has_its_own_quantization(given: str | None, bits: float, 
     assert sizes == [8.5, bits]
 
 
-def test_speculation_with_a_draft_of_other_types_has_the_bits_of_plain_decoding() -> None:
+def test_speculation_with_a_draft_of_other_types_is_bit_identical_to_plain_decoding() -> None:
     model = tiny.make("llama", WIDE, torch.float32)
     head = eagle_head(model)
     head.quantize("int4")

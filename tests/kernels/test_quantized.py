@@ -95,7 +95,7 @@ def activations(tokens: int, inputs: int, dtype: torch.dtype) -> Tensor:
 @needs_kernels
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", KINDS)
-def test_products_have_the_bits_of_the_obvious_ones_at_all_widths(kind: str, dtype: torch.dtype) -> None:
+def test_products_are_bit_identical_to_the_obvious_ones_at_all_widths(kind: str, dtype: torch.dtype) -> None:
     multiple = KINDS[kind].inputs
     for outputs, inputs in ((1, multiple), (33, 2 * multiple), (96, 3 * multiple)):
         quantized = weights(kind, outputs, inputs)

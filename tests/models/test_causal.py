@@ -29,7 +29,7 @@ def test_ragged_batches_equal_plain_forwards(kind: str, attention: str) -> None:
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-def test_bf16_runs_through_the_same_road(attention: str) -> None:
+def test_bf16_runs_through_the_same_path(attention: str) -> None:
     """In bf16 rounding may flip near ties, so one step's distribution is compared, within bf16's precision."""
     model = make("llama", GQA, torch.bfloat16, attention)
     target = CausalLM(model)

@@ -90,7 +90,7 @@ def test_a_token_does_not_depend_on_its_neighbours_across_the_wrap(kind: str, dt
 
 
 @pytest.mark.parametrize("kind", GEMMAS)
-def test_a_long_prompt_has_the_bits_of_its_steps(kind: str) -> None:
+def test_a_long_prompt_is_bit_identical_to_its_steps(kind: str) -> None:
     """4,096 tokens as one prompt, in other chunks, and as the last ones one by one and five at a time."""
     lm, tokens, length = fused(kind, torch.bfloat16), text(1, 4096), 4096
     whole = lm.forward(tokens, lm.allocate(1, length))
@@ -107,7 +107,7 @@ def test_a_long_prompt_has_the_bits_of_its_steps(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", GEMMAS)
-def test_a_node_of_a_tree_has_the_bits_of_a_chain_across_the_wrap(kind: str) -> None:
+def test_a_node_of_a_tree_is_bit_identical_to_a_chain_across_the_wrap(kind: str) -> None:
     lm, tokens = fused(kind, torch.bfloat16), text(200).tolist()
     tree, nodes = Tree(((0,), (1,), (0, 0), (1, 0), (1, 1), (1, 1, 0))), [7, 8, 9, 10, 11, 12]
     for length in (20, 141, 142, 143, 144, 145, 190):  # the ring's last column is 143

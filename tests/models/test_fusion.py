@@ -182,7 +182,7 @@ def test_kernels_over_long_contexts_are_the_original_layers(name: str, dtype: to
 
 
 @needs_kernels
-def test_with_kernels_speculation_gives_the_bits_of_plain_decoding() -> None:
+def test_with_kernels_speculation_is_bit_identical_to_plain_decoding() -> None:
     """In bf16, where other engines differ at near ties."""
     model = tiny.make("llama", KERNEL_KINDS["llama 32"], torch.bfloat16)
     fuse(model)

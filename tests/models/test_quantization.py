@@ -140,7 +140,7 @@ def test_a_quantized_model_is_the_model_of_its_dequantized_weights(name: str, ki
     assert bits == {"int8": 8.5, "int4": 5, "q8_0": 8.5, "q4_1": 5, "q4_0": 4.5}[name]
 
 
-def test_speculation_with_quantized_weights_has_the_bits_of_plain_decoding() -> None:
+def test_speculation_with_quantized_weights_is_bit_identical_to_plain_decoding() -> None:
     model, longer = quantized_model("q4_1", torch.bfloat16), replace(GREEDY, max_tokens=40)
     plain = Engine(CausalLM(model)).generate(PROMPTS, longer)
     drafted = Engine(CausalLM(model), method="ngram", num_speculative_tokens=5, max_batch_size=3)

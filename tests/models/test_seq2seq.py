@@ -299,7 +299,7 @@ def test_wrong_positions_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_sixteen_bits_go_the_same_road(dtype: torch.dtype) -> None:
+def test_sixteen_bits_take_the_same_path(dtype: torch.dtype) -> None:
     """Rounding may flip near ties, so equality is asked of one step's distribution, within the format's precision."""
     model = make("t5", dtype=dtype)
     target = Seq2SeqLM(model)

@@ -124,7 +124,7 @@ def test_greedy_equals_a_full_forward_for_each_token(fused: bool, max_batch_size
 
 
 @needs_kernels
-def test_with_kernels_self_drafting_gives_the_bits_of_plain_decoding() -> None:
+def test_with_kernels_self_drafting_is_bit_identical_to_plain_decoding() -> None:
     """In bf16; the first layers are run by the kernels, too."""
     model = tiny.make("llama", WIDE, torch.bfloat16)
     fuse(model)

@@ -93,7 +93,7 @@ def test_an_engine_shows_the_progress_of_its_construction(options: dict, said: l
 
 
 @contextmanager
-def told_nothing(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def without_settings(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """As where nothing states whether other libraries should draw bars."""
     monkeypatch.delenv("HF_HUB_DISABLE_PROGRESS_BARS", raising=False)
     monkeypatch.setattr(sys.modules["huggingface_hub.utils.tqdm"], "HF_HUB_DISABLE_PROGRESS_BARS", None)  # read once
@@ -108,7 +108,7 @@ def told_nothing(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def test_other_libraries_draw_on_terminals_only(terminal: Terminal, monkeypatch: pytest.MonkeyPatch) -> None:
     log = io.StringIO()
-    with told_nothing(monkeypatch):
+    with without_settings(monkeypatch):
         for stream, draws in ((log, False), (terminal.stream, True)):
             monkeypatch.setattr(sys, "stderr", stream)
             with others_bars(), transformers_logging.tqdm(total=3, desc="weights", file=stream) as others:
@@ -119,7 +119,7 @@ def test_other_libraries_draw_on_terminals_only(terminal: Terminal, monkeypatch:
 
 def test_they_draw_again_after_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stderr", io.StringIO())
-    with told_nothing(monkeypatch):
+    with without_settings(monkeypatch):
         with pytest.raises(ZeroDivisionError), others_bars():
             1 // transformers_logging.is_progress_bar_enabled()  # by zero: none is drawn here
         assert transformers_logging.is_progress_bar_enabled()
@@ -127,7 +127,7 @@ def test_they_draw_again_after_an_error(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_who_has_decided_is_heard(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stderr", io.StringIO())
-    with told_nothing(monkeypatch):
+    with without_settings(monkeypatch):
         monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "0")
         with others_bars():
             assert transformers_logging.is_progress_bar_enabled()

@@ -87,7 +87,7 @@ def test_other_devices_are_refused() -> None:
         engine.prepare({Setup("ngram", 4, 1)})
 
 
-def test_a_missing_interpreter_is_said_with_the_remedy(tmp_path: Path) -> None:
+def test_a_missing_interpreter_is_reported_with_the_remedy(tmp_path: Path) -> None:
     without, having = tmp_path / "without", tmp_path / "having"
     for python, body in ((without, "exit 1"), (having, "echo 2026.4.1.0")):
         python.write_text(f"#!/bin/sh\n{body}\n")

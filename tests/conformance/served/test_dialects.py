@@ -217,7 +217,7 @@ LOGPROBS = {
 
 
 @pytest.mark.parametrize("name", LOGPROBS)
-def test_log_probabilities_are_asked_for_and_read(name: str) -> None:
+def test_log_probabilities_are_requested_and_read(name: str) -> None:
     asked = {"vllm": "logprobs", "sglang": "return_logprob", "llama-server": "n_probs"}[name]
     question = replace(QUESTION, sampling=SamplingParams(logprobs=True))
     assert asked not in request(name)

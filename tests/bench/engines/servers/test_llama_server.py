@@ -209,7 +209,7 @@ def test_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert words[words.index("--spec-synth-rates") + 1] == "0.8,0.5,0.0"
 
 
-def test_a_missing_program_is_said_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_program_is_reported_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
     reason = why_not("llama-server", "ngram", 1)
     assert reason is not None
@@ -222,7 +222,7 @@ def test_a_missing_program_is_said_with_the_remedy(monkeypatch: pytest.MonkeyPat
 # -- files ---------------------------------------------------------------------------------------------------
 
 
-def test_a_file_of_the_type_asked_for_is_read_as_it_is(gguf: Path) -> None:
+def test_a_file_of_the_requested_type_is_read_as_it_is(gguf: Path) -> None:
     assert llama_files.file_type(gguf) == "F32"
     assert llama_files.gguf_file(str(gguf), "float32", None) == gguf
 
@@ -248,7 +248,7 @@ def test_models_that_are_no_gguf_file_are_refused() -> None:
         llama_files.gguf_file("tiny", "float32", None)
 
 
-def test_a_missing_converter_is_said_with_the_remedy(gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_converter_is_reported_with_the_remedy(gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
     with pytest.raises(EngineError, match=r"must be converted to BF16 by llama-quantize, which is not on PATH"):
         llama_files.gguf_file(str(gguf), "bfloat16", None)

@@ -127,7 +127,7 @@ def test_a_documented_stream_has_its_tokens_times_and_counters(name: str) -> Non
         )
 
 
-def test_totals_are_told_apart_by_steps() -> None:
+def test_totals_are_divided_among_steps() -> None:
     """Three steps of 2, 1 and 3 tokens; with a seventh accepted token, the last step was cut after an accepted one."""
     counts = counters.from_steps([1, 2, 1, 3], num_drafted=6, num_accepted=3)
     assert (counts.num_steps, counts.num_emitted, counts.accepted_at) == (3, 6, [2, 1])
