@@ -96,15 +96,24 @@ class Decoder:
         self.rule, self.uniforms, self.adaptive, self.greedy_drafts = rule, uniforms, adaptive, greedy_drafts
         self.recorder = Recorder(target.device, records)
         self._clock = gpu.clock(target.device) if self.recorder.records else None
-        self._copying = proposer if isinstance(proposer, CopyingProposer) else None
-        self._fixed = proposer if isinstance(proposer, FixedProposer) else None
-        self._tree = self._fixed.tree if self._fixed else None  # of the drafts of recorded steps
         longest = self._tree.depth if self._tree else num_speculative_tokens
         self._device_rows = DeviceRows(max_batch_size, longest + 1, target.device)
         self._mailbox = Mailbox(target.device)
         self._stopwatch, self._total_s, self._recorded_s = Stopwatch(target.device), 0.0, 0.0
         self._cache: Cache | None = None
         self._prompts: dict[int, tuple[int, Tensor]] = {}  # slot -> request whose prompt it holds, and its last logits
+
+    @property
+    def proposer(self) -> Proposer | None:
+        """The proposer; its kind is determined when it is set, not in each step."""
+        return self._proposer
+
+    @proposer.setter
+    def proposer(self, proposer: Proposer | None) -> None:
+        self._proposer = proposer
+        self._copying = proposer if isinstance(proposer, CopyingProposer) else None
+        self._fixed = proposer if isinstance(proposer, FixedProposer) else None
+        self._tree = self._fixed.tree if self._fixed else None  # of the drafts of recorded steps
 
     @property
     def times(self) -> PhaseTimes:

@@ -350,9 +350,7 @@ class Engine:
         )
         arrivals_s = [0.0] * len(prompts) if arrivals_s is None else arrivals_s
         require(
-            isinstance(arrivals_s, Sized)
-            and len(arrivals_s) == len(prompts)
-            and all(isinstance(arrival_s, Real) and 0 <= arrival_s < math.inf for arrival_s in arrivals_s),
+            isinstance(arrivals_s, Sized) and len(arrivals_s) == len(prompts) and all(map(_is_moment, arrivals_s)),
             f"arrivals_s={arrivals_s!r:.60} must be seconds >= 0, one for each of the {len(prompts)} prompts",
         )
         after = [None] * len(prompts) if after is None else after
@@ -454,9 +452,14 @@ class Engine:
         )
 
 
+def _is_moment(seconds: Any) -> bool:
+    """Whether `seconds` is a finite number >= 0."""
+    return isinstance(seconds, Real) and 0 <= seconds < math.inf  # type: ignore[operator]
+
+
 def _is_earlier(other: Any, index: int, params: Sequence[SamplingParams]) -> bool:
     """Whether `other` is the index of a prompt before prompt `index` that has one sample."""
-    return isinstance(other, Integral) and 0 <= other < index and params[int(other)].n == 1
+    return isinstance(other, Integral) and 0 <= int(other) < index and params[int(other)].n == 1
 
 
 def _is_transformers(model: Any) -> bool:

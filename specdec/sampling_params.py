@@ -168,7 +168,7 @@ class SamplingParams:
         return (self.presence_penalty, self.frequency_penalty, self.repetition_penalty) != (0.0, 0.0, 1.0)
 
 
-def _as_float(value: Real) -> float:
+def _as_float(value: Any) -> float:
     """An integer beyond the largest float becomes infinite."""
     try:
         return float(value)

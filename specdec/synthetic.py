@@ -35,7 +35,7 @@ class SyntheticAcceptance:
     @classmethod
     def of(cls, rates: Any) -> SyntheticAcceptance:
         """The rule for an argument of any type."""
-        values = list(rates) if isinstance(rates, Iterable) else [None]
+        values: list[Any] = list(rates) if isinstance(rates, Iterable) else [None]
         if not all(isinstance(rate, Real) for rate in values):
             raise ValueError(
                 f"synthetic_acceptance_rates={rates!r} must be a list of probabilities, such as [0.8, 0.6]"

@@ -17,6 +17,7 @@ from specdec.conformance.arms import Answers, Arm, _Repeats
 from specdec.conformance.certificate import ArmFindings
 from specdec.conformance.reference import Reference
 from specdec.conformance.statistics.betting import Shift, Wealth
+from specdec.conformance.statistics.contexts import Contexts
 from specdec.conformance.statistics.facts import Facts
 from specdec.conformance.statistics.instruments import INSTRUMENTS, Draws
 from specdec.conformance.verdicts import AuditLimits
@@ -44,7 +45,7 @@ def two_rounds() -> list[Answers]:
 
 def arm_of(params: SamplingParams, num_draws: int, draft: MarkovModel | None = DRAFT, rows: int = 8) -> Arm:
     drafts = Reference(draft, params, rows) if draft else None
-    return Arm(NUMBER, Reference(TARGET, params, rows), drafts, num_draws, SEED, LIMITS)
+    return Arm(NUMBER, Reference(TARGET, params, rows), drafts, num_draws, SEED, LIMITS, Contexts())
 
 
 class Oracle:
@@ -176,7 +177,7 @@ HALVES = torch.tensor([0.5, 0.25, 0.25 - 2**-20, 2**-20], dtype=torch.float64).e
 def greedy_arm(logit_noise: float, num_draws: int = 100) -> Arm:
     model = MarkovModel(HALVES)
     limits = replace(LIMITS, logit_noise=logit_noise)
-    return Arm(0, Reference(model, GREEDY), Reference(model, GREEDY), num_draws, 0, limits)
+    return Arm(0, Reference(model, GREEDY), Reference(model, GREEDY), num_draws, 0, limits, Contexts())
 
 
 def test_greedy_outputs_are_compared_with_the_argmax() -> None:
@@ -236,7 +237,7 @@ def test_a_gap_up_to_the_noise_is_rounding() -> None:
 )
 def test_outputs_end_at_their_first_stop_token_or_their_limit(output: list[int], end: int | None, rule: str) -> None:
     params = SamplingParams(max_tokens=3, stop_token_ids=(3,))
-    arm = Arm(0, Reference(MarkovModel(HALVES), params), None, 100, 0, LIMITS)
+    arm = Arm(0, Reference(MarkovModel(HALVES), params), None, 100, 0, LIMITS, Contexts())
     arm.observe(answers([output], first_seed=7), 3)
     message = f"output of prompt 0 with seed 7 has {len(output)} tokens but must end after {end} ({rule})"
     assert arm.findings().errors == (() if end is None else (message,))

@@ -20,6 +20,7 @@ from specdec.conformance.audit import SEED_STRIDE, DraftCounters, audit
 from specdec.conformance.certificate import Speculation
 from specdec.conformance.reference import Reference
 from specdec.conformance.statistics.betting import Exchangeability, Wealth
+from specdec.conformance.statistics.contexts import Contexts
 from specdec.conformance.verdicts import AuditLimits, bounds
 
 PARAMS = SamplingParams(max_tokens=4)
@@ -65,9 +66,9 @@ def test_counts_that_are_never_known_are_no_counts(unknown: Counts) -> None:
 
 
 NUMBERS = "num_drafted={} and num_accepted={} must be whole numbers, at least 0"
-AT_A_TIME = (
-    "num_drafted and num_accepted must be known throughout an audit, but were None at a time; start them at 0 and "
-    "count every step"
+IN_A_PART = (
+    "num_drafted and num_accepted must be known throughout an audit, but were missing in a part of it; "
+    "start them at 0 and count every step"
 )
 FELL = (
     "{} must never decrease, but fell from {} to {}; count from the engine's start, and do not restart it during an "
@@ -81,9 +82,9 @@ FELL = (
         ([(5, 5), (99, 40), (60, 50)], FELL.format("num_drafted", 99, 60)),
         ([(5, 5), (99, 40), (120, 4)], FELL.format("num_accepted", 40, 4)),
         ([(5, 5), (4, 4)], FELL.format("num_drafted", 5, 4)),
-        ([(0, 0), (10, 5), (None, 8), (30, 15)], AT_A_TIME),
-        ([(0, 0), (20, 8), (30, None)], AT_A_TIME),
-        ([(None, None), (10, 5), (20, 8)], AT_A_TIME),
+        ([(0, 0), (10, 5), (None, 8), (30, 15)], IN_A_PART),
+        ([(0, 0), (20, 8), (30, None)], IN_A_PART),
+        ([(None, None), (10, 5), (20, 8)], IN_A_PART),
         ([(0, 0), (float("nan"), 8), (30, 9)], NUMBERS.format("nan", 8)),
         ([(0, 0), ("9", 8)], NUMBERS.format("'9'", 8)),
         ([(-1, 0), (10, 5)], NUMBERS.format(-1, 0)),
@@ -189,7 +190,7 @@ def test_an_audit_stops_at_an_error_of_either_arm() -> None:
 def test_the_arms_are_compared_by_the_sums_of_their_outputs() -> None:
     """Each has uniforms of its own for the transforms, and those of the audit's seed."""
     engine, reference = Noted(rule=mutants.accept_always), Reference(TARGET, PARAMS)
-    arms = [Arm(number, reference, None, 32, 1, ROUGH) for number in (0, 1)]
+    arms = [Arm(number, reference, None, 32, 1, ROUGH, Contexts()) for number in (0, 1)]
     pair = Exchangeability(arms[0].num_statistics, ROUGH.alpha)
     for asked in islice(audits._rounds(PROMPTS, 2, SEED_STRIDE, once=False), 4):
         first, second = asked.ask(engine.speculative, 0, 4), asked.ask(engine.plain, 1, 4)
@@ -284,7 +285,7 @@ TELLING = AuditLimits(alpha=0.01)
 @cache
 def arm_after(num_tokens: int, temperature: float) -> Arm:
     """An arm of draws at temperature 1 that was given the plain outputs of another temperature."""
-    arm = Arm(0, Reference(TARGET, SamplingParams()), Reference(DRAFT, SamplingParams()), 400, 0, TELLING)
+    arm = Arm(0, Reference(TARGET, SamplingParams()), Reference(DRAFT, SamplingParams()), 400, 0, TELLING, Contexts())
     outputs = ToyEngine(SamplingParams(temperature=temperature)).plain(PROMPTS, [0, 2, 4], num_tokens)
     arm.observe(Answers(range(3), PROMPTS, [0, 2, 4], outputs), num_tokens)
     return arm

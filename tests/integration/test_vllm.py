@@ -18,8 +18,9 @@ from typing import Any
 import pytest
 
 from bench.catalogue.pairs import catalogue
-from bench.engines import vllm, vllm_server
+from bench.engines import vllm
 from bench.engines.base import EngineError, LoadOptions, Peers, RunningServers, Setup, Urls, VllmOptions
+from bench.engines.servers import vllm_server
 from specdec import SamplingParams
 
 PYTHON = os.environ.get("SPECDEC_VLLM_PYTHON")

@@ -96,7 +96,7 @@ def test_a_broken_engine_ends_the_load_at_once(server: Server, arrivals_s: list[
     with pytest.raises(EngineError, match="the server is gone"):
         send_on_time(breaking, arrivals_s, 3600, server.aborted.set)
     assert server.aborted.is_set()
-    assert set(server.came) == {0}
+    assert set(server.came) <= {0}  # which a thread of its own sends
 
 
 # -- requests that follow others -------------------------------------------------------------------------------
