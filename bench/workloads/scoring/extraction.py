@@ -76,8 +76,8 @@ def _value(number: str) -> Decimal:
 
 # ---- functions
 
-FENCE = re.compile(r"(```+|~~~+)[^\n`~]*\n(.*?)(?:\1|\Z)", re.DOTALL)  # whatever language it names
-THOUGHT = re.compile(r"<(think|thinking|reasoning)>.*?</\1>", re.DOTALL)
+FENCE = re.compile(r"((?<!`)```+|(?<!~)~~~+)[^\n`~]*\n(.*?)(?:\1|\Z)", re.DOTALL)  # whatever language it names
+THOUGHT_BEGINS = re.compile(r"<(think|thinking|reasoning)>")
 FUNCTION_ENDS = re.compile(r"\n(?=[^\s)\]}])")  # a line that is not indented, or closes a bracket
 MAX_MARGIN_LINES = 20  # of a body: strings of several lines may have such
 INDENTED = re.compile(r"(?:[ \t]*\n)*[ \t]+\S")
@@ -92,8 +92,7 @@ def function_of(text: str, entry_point: str, head: str) -> str:
     what comes before the function in the head (imports, helpers) is put before it. Drafts inside <think> do not count.
     Of whole answers, assertions, prints and what only a script runs are left out: examples are no part of a function.
     """
-    text = THOUGHT.sub("", text.replace("\r\n", "\n"))
-    text = text.rpartition("</think>")[2]  # templates may open the thought themselves
+    text = _without_thoughts(text.replace("\r\n", "\n"))
     body = _body(text, head)
     if INDENTED.match(text) and _is_valid(head + body):
         return head + body
@@ -105,9 +104,23 @@ def function_of(text: str, entry_point: str, head: str) -> str:
 
 def code_of(text: str) -> str:
     """The whole program of an output: its last fenced block, or where there is none the text; drafts do not count."""
-    text = THOUGHT.sub("", text.replace("\r\n", "\n")).rpartition("</think>")[2]
+    text = _without_thoughts(text.replace("\r\n", "\n"))
     fenced = FENCE.findall(text)
     return textwrap.dedent(fenced[-1][1] if fenced else text)
+
+
+def _without_thoughts(text: str) -> str:
+    """The text without <think> sections, in time linear in its length however many of them are never closed."""
+    kept, position, unclosed = "", 0, set()
+    for begin in THOUGHT_BEGINS.finditer(text):
+        if begin.start() < position or begin[1] in unclosed:
+            continue
+        end = text.find(mark := f"</{begin[1]}>", begin.end())
+        if end < 0:
+            unclosed.add(begin[1])
+        else:
+            kept, position = kept + text[position : begin.start()], end + len(mark)
+    return (kept + text[position:]).rpartition("</think>")[2]  # templates may open the thought themselves
 
 
 def _written(text: str, defines: re.Pattern[str]) -> str | None:

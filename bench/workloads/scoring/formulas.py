@@ -10,7 +10,7 @@ import importlib.util
 import re
 
 PACKAGE = "math_verify"
-BOXED = re.compile(r"\\f?boxed\s*\{")
+BRACE = re.compile(r"\\f?boxed\s*\{|[{}]")
 
 
 def why_not() -> str | None:
@@ -33,10 +33,12 @@ def is_equal(text: str, expected: str) -> bool:
 
 def last_boxed(text: str) -> str | None:
     r"""What the last \boxed{} of a text holds, with the braces inside; None without one that is closed."""
-    for found in reversed(list(BOXED.finditer(text))):
-        depth = 1
-        for index in range(found.end(), len(text)):
-            depth += {"{": 1, "}": -1}.get(text[index], 0)
-            if not depth:
-                return text[found.end() : index]
-    return None
+    opened: list[tuple[int, bool]] = []  # where the contents of open braces begin, and whether they are boxed
+    last = (-1, -1)
+    for brace in BRACE.finditer(text):
+        if brace[0] != "}":
+            opened.append((brace.end(), len(brace[0]) > 1))
+        elif opened:
+            begin, is_boxed = opened.pop()
+            last = max(last, (begin, brace.start())) if is_boxed else last
+    return text[slice(*last)] if last[0] >= 0 else None

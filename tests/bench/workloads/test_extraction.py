@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from decimal import Decimal
 from pathlib import Path
 
@@ -11,7 +12,8 @@ import pytest
 from bench.measure.quality import sandbox, scores
 from bench.workloads.base import Number, Prompt, UnitTest
 from bench.workloads.scoring import programs
-from bench.workloads.scoring.extraction import final_number, function_of, is_number
+from bench.workloads.scoring.extraction import code_of, final_number, function_of, is_number
+from bench.workloads.scoring.formulas import last_boxed
 
 DATA = Path(__file__).parents[1] / "data"
 
@@ -132,6 +134,22 @@ def test_no_output_raises(text: str) -> None:
     final_number(text)
     function_of(text, "f", "def f():\n")
     scores.rouge_1(text, "a")
+
+
+@pytest.mark.parametrize(
+    "text", ["`" * 150_000, "~" * 150_000, "<think>" * 50_000, "\\boxed{" * 50_000, "```\n" * 50_000]
+)
+def test_output_that_repeats_itself_is_read_in_linear_time(text: str) -> None:
+    """It took minutes where each of many openings was tried as far as the end of the text."""
+    start_s = time.process_time()
+    function_of(text, "f", "def f():\n")
+    code_of(text)
+    last_boxed(text)
+    assert time.process_time() - start_s < 5
+
+
+def test_a_longer_fence_at_the_end_opens_no_other() -> None:
+    assert code_of("```py\nx = 1\n`````\nThis is all.\n") == "x = 1\n"
 
 
 @pytest.mark.parametrize(
