@@ -17,7 +17,7 @@ from specdec.conformance.arms import Answers, Arm, _Repeats
 from specdec.conformance.certificate import ArmFindings
 from specdec.conformance.reference import Reference
 from specdec.conformance.statistics.betting import Shift, Wealth
-from specdec.conformance.statistics.contexts import Contexts
+from specdec.conformance.statistics.contexts import RARITIES, Contexts
 from specdec.conformance.statistics.facts import Facts
 from specdec.conformance.statistics.instruments import INSTRUMENTS, Draws
 from specdec.conformance.verdicts import AuditLimits
@@ -40,12 +40,28 @@ def two_rounds() -> list[Answers]:
     engine = ToyEngine(PARAMS)
     rounds = [answers(engine.plain(PROMPTS, seeds, 12), seeds[0]) for seeds in ([0, 2, 4], [6, 8, 10])]
     rounds[1].outputs[0][4] = (rounds[1].outputs[0][4] + 3) % 8
+    rounds[1].outputs[2][:2] = rounds[0].outputs[2][:2]  # so that a context and what follows it come twice
     return rounds
 
 
-def arm_of(params: SamplingParams, num_draws: int, draft: MarkovModel | None = DRAFT, rows: int = 8) -> Arm:
+def observed(arm: Arm, rounds: Sequence[Answers], contexts: Contexts) -> np.ndarray:
+    """The arm's sums of the rounds, each added to the contexts of later ones, as an audit does."""
+    sums = []
+    for each in rounds:
+        sums.append(arm.observe(each, 12))
+        contexts.add(each.prompts, each.outputs)
+    return np.concatenate(sums)
+
+
+def arm_of(
+    params: SamplingParams,
+    num_draws: int,
+    draft: MarkovModel | None = DRAFT,
+    rows: int = 8,
+    contexts: Contexts | None = None,
+) -> Arm:
     drafts = Reference(draft, params, rows) if draft else None
-    return Arm(NUMBER, Reference(TARGET, params, rows), drafts, num_draws, SEED, LIMITS, Contexts())
+    return Arm(NUMBER, Reference(TARGET, params, rows), drafts, num_draws, SEED, LIMITS, contexts or Contexts())
 
 
 class Oracle:
@@ -63,6 +79,7 @@ class Oracle:
         self.level = 0.01 / (len(self.names) + 1)
         self.probs = self.rows(TARGET, top_k)
         self.tokens = torch.tensor([token for _, token in self.texts])
+        self.round_of = [number for number, each in enumerate(rounds) for output in each.outputs for _ in output]
         self.facts = Facts.of(self.probs, self.tokens, self.rows(DRAFT, top_k) if has_draft else None)
         self.readings = {name: INSTRUMENTS[name].read(self.draws()) for name in self.names}
 
@@ -75,9 +92,26 @@ class Oracle:
         key, roles, number = (torch.tensor([each]) for each in (-1 - SEED, role, NUMBER))
         return uniforms(key, torch.arange(len(self.texts)), roles, number).numpy()
 
+    def repeats(self) -> tuple[np.ndarray, np.ndarray]:
+        """Total probability of the tokens that followed the same text in earlier rounds, up to each rarity, and
+        whether the token is one of them."""
+        prob, seen = np.zeros((2, len(self.texts), len(RARITIES)))
+        for place, (text, token) in enumerate(self.texts):
+            earlier = {
+                other
+                for number, (other_text, other) in zip(self.round_of, self.texts, strict=True)
+                if number < self.round_of[place] and other_text == text
+            }
+            for index, rarity in enumerate(RARITIES):
+                rare = [each for each in earlier if 0 < self.probs[place, each] <= rarity]
+                prob[place, index] = sum(float(self.probs[place, each]) for each in rare)
+                seen[place, index] = token in rare
+        return prob, seen
+
     def draws(self) -> Draws:
         place = self.facts.before + self.uniforms(0) * self.facts.prob
         guesses = [LookupIndex().continuation(text, 1) for text, _ in self.texts]
+        seen_prob, seen = self.repeats()
         known = [float(row[guess[0]]) if guess else math.nan for row, guess in zip(self.probs, guesses, strict=True)]
         return Draws(
             facts=self.facts,
@@ -86,6 +120,8 @@ class Oracle:
             place_before=np.array([0.5, *place[:-1]]),
             guess_prob=np.array(known),
             hit=np.array([float(guess == [token]) for guess, (_, token) in zip(guesses, self.texts, strict=True)]),
+            seen_prob=seen_prob,
+            seen=seen,
         )
 
     def evidence(self, name: str, num_draws: int) -> tuple[Wealth, Shift]:
@@ -123,9 +159,10 @@ def assert_found_as_by(oracle: Oracle, found: ArmFindings, num_draws: int) -> No
 @pytest.mark.parametrize("num_draws", [50, 72, 500])
 def test_the_evidence_is_that_of_the_instruments(num_draws: int, rows: int, has_draft: bool) -> None:
     """Over the first `num_draws` tokens only, in whatever batches they come; sums over all of them."""
-    rounds = two_rounds()
-    arm, oracle = arm_of(PARAMS, num_draws, DRAFT if has_draft else None, rows), Oracle(rounds, 0, has_draft)
-    sums = np.concatenate([arm.observe(each, 12) for each in rounds])
+    rounds, contexts = two_rounds(), Contexts()
+    arm = arm_of(PARAMS, num_draws, DRAFT if has_draft else None, rows, contexts)
+    oracle, sums = Oracle(rounds, 0, has_draft), observed(arm, rounds, contexts)
+    assert oracle.repeats()[1].any()
     found, used = arm.findings(), min(num_draws, 72)
     assert sums == pytest.approx(oracle.sums(), abs=1e-9)
     assert arm.num_statistics == sums.shape[1]
@@ -139,9 +176,9 @@ def test_the_evidence_is_that_of_the_instruments(num_draws: int, rows: int, has_
 
 def test_a_token_of_probability_0_is_an_error_and_ends_no_bet() -> None:
     """Under top-k of 4 some tokens are outside, each with its distance in logits to what is kept."""
-    params, rounds = replace(PARAMS, top_k=4), two_rounds()
-    arm, oracle = arm_of(params, 60), Oracle(rounds, 4, has_draft=True)
-    sums = np.concatenate([arm.observe(each, 12) for each in rounds])
+    params, rounds, contexts = replace(PARAMS, top_k=4), two_rounds(), Contexts()
+    arm, oracle = arm_of(params, 60, contexts=contexts), Oracle(rounds, 4, has_draft=True)
+    sums = observed(arm, rounds, contexts)
     found, num_outside = arm.findings(), int((oracle.facts.prob == 0).sum())
     assert num_outside > 2
     assert sums == pytest.approx(oracle.sums(), abs=1e-9)

@@ -190,11 +190,14 @@ def test_an_audit_stops_at_an_error_of_either_arm() -> None:
 def test_the_arms_are_compared_by_the_sums_of_their_outputs() -> None:
     """Each has uniforms of its own for the transforms, and those of the audit's seed."""
     engine, reference = Noted(rule=mutants.accept_always), Reference(TARGET, PARAMS)
-    arms = [Arm(number, reference, None, 32, 1, ROUGH, Contexts()) for number in (0, 1)]
+    contexts = Contexts()
+    arms = [Arm(number, reference, None, 32, 1, ROUGH, contexts) for number in (0, 1)]
     pair = Exchangeability(arms[0].num_statistics, ROUGH.alpha)
     for asked in islice(audits._rounds(PROMPTS, 2, SEED_STRIDE, once=False), 4):
         first, second = asked.ask(engine.speculative, 0, 4), asked.ask(engine.plain, 1, 4)
         pair.observe(arms[0].observe(first, 4), arms[1].observe(second, 4))
+        for each in (first, second):
+            contexts.add(each.prompts, each.outputs)
     found = audited(Noted(rule=mutants.accept_always), 32)
     assert found.arms_p_value == pair.wealth.p_value < 1
     assert (found.speculative, found.control) == (arms[0].findings(), arms[1].findings())
