@@ -43,6 +43,7 @@ from specdec.runtime.artifacts import (
     made_once,
 )
 from specdec.runtime.checks import nearest, renamed, require_choice
+from specdec.runtime.json_files import fields, read_json
 from specdec.runtime.progress import doing, others_bars
 
 if TYPE_CHECKING:
@@ -119,6 +120,7 @@ def load_pretrained(
         if own:
             (own.dequantize if dequantize else own.quantize)(model)
         model.eval().requires_grad_(False)
+        _check_generation_config(place)
         return model, vocabulary.tokenizer if vocabulary else _tokenizer(place, load_format)
 
 
@@ -456,6 +458,23 @@ def _check_counts(fields: Mapping[str, Any]) -> None:
                 parts.append(value)
             elif COUNTED.search(name) and isinstance(value, int) and not 0 <= value <= MAX_PARTS:
                 raise ValueError(f"{name}={value} must be {'at least 0' if value < 0 else f'at most {MAX_PARTS}'}")
+
+
+_GENERATION_CONFIG = "generation_config.json"
+
+
+def _check_generation_config(place: _Place) -> None:
+    """Raise ValueError for a damaged generation_config.json, which transformers ignores, with its stop tokens."""
+    if place.folder:
+        path: Any = place.folder / _GENERATION_CONFIG
+    else:
+        from huggingface_hub import try_to_load_from_cache
+
+        path = try_to_load_from_cache(
+            place.arguments[_PATH], _GENERATION_CONFIG, revision=place.arguments.get("revision")
+        )
+    if isinstance(path, str | Path) and Path(path).is_file():
+        read_json(Path(path), f"{_GENERATION_CONFIG} must be a JSON object", fields)
 
 
 def _check_weight_files(place: _Place, config: Any) -> None:

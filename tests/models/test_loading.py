@@ -340,6 +340,14 @@ def test_damaged_configuration(copy, content, load_format):
         load(copy, load_format=load_format)
 
 
+@pytest.mark.parametrize("content", ["", '{"eos_token_id": ', "[2]"])
+def test_a_damaged_generation_config_is_not_ignored(copy, content):
+    """transformers decodes without it, and so without its stop tokens."""
+    (copy / "generation_config.json").write_text(content)
+    with pytest.raises(LoadError, match="must hold an undamaged transformers model"):
+        load(copy)
+
+
 def test_damaged_tokenizer(copy):
     (copy / "tokenizer.json").write_text("{")
     with pytest.raises(LoadError, match=r"must hold an undamaged transformers model \(.+\)"):
