@@ -59,5 +59,7 @@ def test_kernels_are_bit_equal(kind: str, options: dict[str, Any]) -> None:
 
 
 def test_a_planted_bug_is_a_bug() -> None:
-    record = compare(subject(on_device("llama", WIDE), fused, ShiftedPosition), TEXTS, TRIED, DTYPE)
-    assert [row["verdict"] for row in record["arrangements"]][1:] == ["bug"] * len(TRIED)
+    """In steps of chains: a model of which only `forward` is wrapped scores no trees."""
+    chains = [each for each in TRIED if not each.num_siblings]
+    record = compare(subject(on_device("llama", WIDE), fused, ShiftedPosition), TEXTS, chains, DTYPE)
+    assert [row["verdict"] for row in record["arrangements"]][1:] == ["bug"] * len(chains)
