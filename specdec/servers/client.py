@@ -12,10 +12,11 @@ import json
 import os
 import re
 import socket
-from collections.abc import Generator, Iterator, Mapping
+import time
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from threading import Event, Timer
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from specdec.runtime.printable import printable
@@ -27,6 +28,10 @@ MAX_OF_PAGE = 1 << 24  # bytes
 MAX_OF_LINE = 1 << 20
 DEADLINE_S = 3600.0  # of one request
 KEY_VARIABLE = "SPECDEC_SERVER_API_KEY"
+NUM_ATTEMPTS = 3  # to reach a busy server
+FIRST_PAUSE_S = 0.5  # between attempts; doubled after each
+
+T = TypeVar("T")
 
 
 class Client:
@@ -160,6 +165,16 @@ class Client:
         text = printable(text)
         kind = BusyError if response.status in BUSY else EngineError
         raise kind(f"server={self.url} must accept the request, but answered {response.status}: {text}")
+
+
+def retried(call: Callable[[], T]) -> T:
+    """The result of a call, which is repeated a few times if the server is busy. Raises as the last call does."""
+    for attempt in range(1, NUM_ATTEMPTS):
+        try:
+            return call()
+        except BusyError:
+            time.sleep(FIRST_PAUSE_S * 2 ** (attempt - 1))
+    return call()
 
 
 def _shut(connected: socket.socket) -> None:

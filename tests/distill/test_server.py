@@ -6,12 +6,12 @@ import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
 import pytest
+from helpers.loopback import loopback
 
 from specdec import Engine, SamplingParams
 from specdec.distill.__main__ import main
@@ -38,15 +38,8 @@ def served(answer: Any) -> Iterator[tuple[str, list[dict[str, Any]]]]:
         def log_message(self, *args: object) -> None:
             return
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}/v1", seen
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
+    with loopback(Handler) as server:
+        yield f"{server.url}/v1", seen
 
 
 def choices(**choice: Any) -> tuple[int, Any]:

@@ -7,12 +7,13 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from threading import Lock, Thread
+from http.server import BaseHTTPRequestHandler
+from threading import Lock
 from typing import Any
 
 import torch
 
+from helpers.loopback import loopback
 from specdec import Engine, SamplingParams
 
 Change = Callable[[dict[str, Any], dict[str, Any], int], Any]
@@ -111,16 +112,8 @@ def serving(model: Any) -> Iterator[str]:
         def log_message(self, *_: Any) -> None:
             """Nothing is printed."""
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
-    thread = Thread(target=server.serve_forever, args=(0.01,))
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}"
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
+    with loopback(Handler, daemon_threads=True) as server:
+        yield server.url
 
 
 # -- what goes wrong: changes of a reply -----------------------------------------------------------------------

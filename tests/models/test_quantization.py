@@ -26,7 +26,7 @@ from specdec.models.fusion import Projection, QuantizedLinear, fuse
 from specdec.models.gguf import blocks, checkpoint
 from specdec.models.gguf.codes import BLOCK_BYTES, as_quantized
 from specdec.models.loading import load_pretrained
-from specdec.models.quantization.model import quantize_model
+from specdec.models.quantization.model import Quantization
 from specdec.models.quantization.quantizers import OF_HEAD
 from specdec.models.quantization.quantizers import quantize as quantize_weights
 from specdec.models.vocabularies import SAMPLE
@@ -96,7 +96,7 @@ def test_int4_has_at_most_the_squared_error_of_extremes(seed: int, size: float) 
 
 def quantized_model(name: str, dtype: torch.dtype, options: dict[str, Any] = WIDE, kind: str = "llama") -> Any:
     model = tiny.make(kind, options, dtype)
-    quantize_model(model, name, None)
+    Quantization(model, name, None, model.device).quantize(model)
     fuse(model)
     return model
 
@@ -157,8 +157,9 @@ def test_speculation_with_quantized_weights_is_bit_identical_to_plain_decoding()
     ],
 )
 def test_models_that_cannot_be_quantized_are_named(kind: str, options: dict[str, Any], message: str) -> None:
+    model = tiny.make(kind, options)
     with pytest.raises(ValueError, match=message):
-        quantize_model(tiny.make(kind, options), "q8_0", None)
+        Quantization(model, "q8_0", None, model.device).quantize(model)
 
 
 # ---- GGUF files

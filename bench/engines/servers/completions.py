@@ -10,12 +10,9 @@ from typing import Any, TypeVar
 
 from bench.engines.servers.streams import Row, parse_queue
 from specdec.servers import client
-from specdec.servers.errors import BusyError, EngineError
+from specdec.servers.errors import EngineError
 from specdec.servers.metrics import parse_counters
 from specdec.servers.replies import parse_object
-
-NUM_ATTEMPTS = 3
-FIRST_PAUSE_S = 0.5  # between attempts; doubled after each
 
 T = TypeVar("T")
 
@@ -59,15 +56,11 @@ def at_once(call: Callable[[int, float], T], number: int) -> list[T]:
 
     call: (index, start by time.perf_counter) -> result. number: of calls.
     """
-    for attempt in range(1, NUM_ATTEMPTS):
-        try:
-            return _made(call, number)
-        except BusyError:
-            time.sleep(FIRST_PAUSE_S * 2 ** (attempt - 1))
-    return _made(call, number)
+    return client.retried(lambda: concurrently(call, number))
 
 
-def _made(call: Callable[[int, float], T], number: int) -> list[T]:
+def concurrently(call: Callable[[int, float], T], number: int) -> list[T]:
+    """`at_once` without repetitions."""
     start_s = time.perf_counter()
     with ThreadPoolExecutor(number) as threads:
         return list(threads.map(lambda index: call(index, start_s), range(number)))

@@ -17,7 +17,6 @@ import shutil
 import subprocess
 import time
 from collections.abc import Collection, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -30,6 +29,7 @@ from bench.engines.base import LoadOptions, Peers, PromptResult, Run, Served, Se
 from bench.engines.llama_files import CONVERTER, gguf_file
 from bench.engines.pool import PooledEngine
 from bench.engines.process import Child
+from bench.engines.servers.completions import concurrently
 from bench.engines.servers.load_client import send_on_time
 from bench.engines.servers.local_server import Server, dropping, free_port, wait_until_healthy
 from bench.engines.vllm import CALL_TIMEOUT_S, START_TIMEOUT_S, stop_tokens
@@ -73,9 +73,7 @@ class LlamaServerEngine(PooledEngine[Server[Client]]):
         asked = self._asked(prompts, sampling)
         with dropping(self._pool, setup, server):
             before = accepted_at(server.client.get("/metrics"), PREFIX)
-            start_s = time.perf_counter()
-            with ThreadPoolExecutor(len(asked)) as threads:
-                replies = list(threads.map(lambda each: complete(server.client, each, start_s), asked))
+            replies = concurrently(lambda index, start_s: complete(server.client, asked[index], start_s), len(asked))
             after = accepted_at(server.client.get("/metrics"), PREFIX)
             grown = difference(after, before) if len(asked) == 1 else None
         return Run(tuple(result(reply, grown, method != "autoregressive") for reply in replies))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,12 +12,10 @@ from specdec.conformance.served.dialects import Dialect, Question, Reply
 from specdec.conformance.served.logprobs import Reported
 from specdec.conformance.served.tokens import TokenRecovery, UnclearTokensError
 from specdec.sampling_params import SamplingParams
-from specdec.servers.client import Client
-from specdec.servers.errors import BusyError, EngineError
+from specdec.servers.client import Client, retried
+from specdec.servers.errors import EngineError
 from specdec.servers.metrics import DraftCounter, DraftCounts
 
-NUM_ATTEMPTS = 3  # to reach a busy server
-FIRST_PAUSE_S = 0.5  # between attempts; doubled after each
 NUM_DRAWS = 5  # of an output until its tokens are certain
 REDRAW_STRIDE = 1 << 28  # between the seeds of these; an audit's own seeds are below it
 FEW = 5  # outputs left out that are never too many
@@ -153,12 +150,7 @@ class ServedArm:
         return Question(self._place.model, prompt, text, seed, max_tokens, self._sampling, stop)
 
     def _answer(self, body: Mapping[str, Any]) -> dict[str, Any]:
-        for attempt in range(1, NUM_ATTEMPTS):
-            try:
-                return self._place.client.post(self._place.dialect.path, body)
-            except BusyError:
-                time.sleep(FIRST_PAUSE_S * 2 ** (attempt - 1))
-        return self._place.client.post(self._place.dialect.path, body)
+        return retried(lambda: self._place.client.post(self._place.dialect.path, body))
 
 
 def _reported(prompt: Sequence[int], output: _Drawn) -> Reported:

@@ -101,11 +101,6 @@ class Quantization:
         return self._stored.sample(path).to(linear.weight.dtype).bfloat16()
 
 
-def quantize_model(model: Any, name: str, stored: StoredWeights | None = None) -> None:
-    """Quantize the linear layers of a loaded model, in place; see `Quantization` for arguments and errors."""
-    Quantization(model, name, stored, model.device).quantize(model)
-
-
 def quantize_layers(module: nn.Module, name: str) -> None:
     """Quantize the linear layers of all decoder layers in a module, in place. name: of QUANTIZERS.
 

@@ -5,21 +5,22 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from itertools import chain, repeat
 from pathlib import Path
-from threading import Thread
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 from gguf import GGUFWriter, LlamaFileType
+from helpers.loopback import loopback
 
 from bench.catalogue.pairs import Pair, catalogue
 from bench.engines import llama_files
 from bench.engines.base import LlamaOptions, LoadOptions, Peers, Setup
 from bench.engines.registry import why_not
-from bench.engines.servers import llama_server
+from bench.engines.servers import completions, llama_server
 from bench.engines.servers.llama_server import (
     PREFIX,
     Asked,
@@ -67,18 +68,12 @@ class Handler(BaseHTTPRequestHandler):
 @pytest.fixture
 def server() -> Iterator[Any]:
     """A server. metrics: its next pages, the last one for ever. reply: to each completion."""
-    server: Any = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.metrics, server.reply, server.seen = [BEFORE, AFTER], RECORDED["completion"], []
-    thread = Thread(target=server.serve_forever, args=(0.01,))
-    thread.start()
-    yield server
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with loopback(Handler, metrics=[BEFORE, AFTER], reply=RECORDED["completion"], seen=[]) as server:
+        yield server
 
 
 def client(server: Any) -> Client:
-    return Client(f"http://127.0.0.1:{server.server_port}", None, timeout_s=5.0)
+    return Client(server.url, None, timeout_s=5.0)
 
 
 @pytest.fixture
@@ -99,7 +94,9 @@ def gguf(tmp_path: Path) -> Path:
 def engine(server: Any, monkeypatch: pytest.MonkeyPatch) -> LlamaServerEngine:
     """The engine with that server, whose replies take 5 s: longer than the recorded ones."""
     times = chain([0.0], repeat(5.0))
-    monkeypatch.setattr(llama_server.time, "perf_counter", lambda: next(times))
+    clock = SimpleNamespace(perf_counter=lambda: next(times))
+    for module in (completions, llama_server):  # not of other threads of this process, which read the time, too
+        monkeypatch.setattr(module, "time", clock)
     pair = Pair("tiny", "tiny", load_format="dummy")
     engine = LlamaServerEngine(pair, LoadOptions("float32", "cpu"), Path("llama-server"), {2})
     monkeypatch.setattr(LlamaServerEngine, "_vocab_size", 49_152)

@@ -21,7 +21,7 @@ from bench.catalogue.pairs import Pair
 from bench.engines import counters
 from bench.engines.base import LoadOptions, Peers, RunningServers, Setup, Urls
 from bench.engines.registry import ENGINES, load, why_not
-from bench.engines.servers import completions, running
+from bench.engines.servers import running
 from bench.engines.servers.formats import Completion, Progress
 from bench.engines.servers.running import KINDS, RunningEngine, text_of_tokens
 from bench.measure.fairness import check_ends
@@ -65,7 +65,7 @@ Start = Callable[..., tuple[RunningEngine, dict[int, StreamedModel]]]
 @pytest.fixture
 def start(target: Path, engines: dict[int, Engine], monkeypatch: pytest.MonkeyPatch) -> Iterator[Start]:
     """An engine of a kind, with two servers of it by gamma, one that drafts and one that does not."""
-    monkeypatch.setattr(completions, "FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr("specdec.servers.client.FIRST_PAUSE_S", 0.01)
     with ExitStack() as stack:
 
         def started(kind: str, **changes: Any) -> tuple[RunningEngine, dict[int, StreamedModel]]:

@@ -6,11 +6,12 @@ import json
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from threading import Thread
+from contextlib import ExitStack
+from http.server import BaseHTTPRequestHandler
 from typing import Any
 
 import pytest
+from helpers.loopback import loopback
 
 from bench.campaign.parsers import server_url, vllm_options
 from bench.engines.base import EngineError
@@ -54,21 +55,13 @@ class Handler(BaseHTTPRequestHandler):
 @pytest.fixture
 def asked() -> Iterator[Callable[..., Any]]:
     """Serve an answer, and call a function with a client of the server."""
-    servers = []
+    with ExitStack() as servers:
 
-    def ask(answer: Answer, action: Callable[[Client], Any], deadline_s: float = 30.0) -> Any:
-        server: Any = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        server.answer, server.daemon_threads = answer, True
-        thread = Thread(target=server.serve_forever, args=(0.01,))
-        thread.start()
-        servers.append((server, thread))
-        return action(Client(f"http://127.0.0.1:{server.server_port}", KEY, 1.0, 100, deadline_s))
+        def ask(answer: Answer, action: Callable[[Client], Any], deadline_s: float = 30.0) -> Any:
+            server = servers.enter_context(loopback(Handler, answer=answer, daemon_threads=True))
+            return action(Client(server.url, KEY, 1.0, 100, deadline_s))
 
-    yield ask
-    for server, thread in servers:
-        server.shutdown()
-        thread.join()
-        server.server_close()
+        yield ask
 
 
 def sent(*lines: str, status: int = 200) -> Answer:

@@ -6,17 +6,17 @@ import json
 import sys
 import time
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
 import pytest
+from helpers.loopback import loopback
 
 from bench.catalogue.pairs import Pair, catalogue
 from bench.engines.base import EngineError, LoadOptions, Peers, RunningServers, Setup, Urls, VllmOptions
 from bench.engines.registry import why_not
-from bench.engines.servers import completions, vllm_server
+from bench.engines.servers import vllm_server
 from bench.engines.servers.completions import Client
 from bench.engines.servers.streams import Row, parse_queue
 from bench.engines.servers.vllm_server import VllmServerEngine, request, run, server_environment
@@ -69,16 +69,9 @@ class Handler(BaseHTTPRequestHandler):
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """A server. metrics: its next pages, the last one for ever. planned: its answers to the next completions."""
-    monkeypatch.setattr(completions, "FIRST_PAUSE_S", 0.01)
-    server: Any = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.metrics, server.planned, server.seen = [BEFORE, AFTER], [], []
-    server.url = f"http://127.0.0.1:{server.server_port}"
-    thread = Thread(target=server.serve_forever, args=(0.01,))
-    thread.start()
-    yield server
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    monkeypatch.setattr("specdec.servers.client.FIRST_PAUSE_S", 0.01)
+    with loopback(Handler, metrics=[BEFORE, AFTER], planned=[], seen=[]) as server:
+        yield server
 
 
 def client(server: Any, key: str | None = None) -> Client:
